@@ -1,1 +1,1 @@
-"""What differs between models, as data: sampling parameters, pipeline callbacks, architectures."""
+"""Model-specific data: sampling parameters, pipeline callbacks, architectures."""

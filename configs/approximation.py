@@ -1,4 +1,4 @@
-"""Where a denoiser may trade exactness for speed."""
+"""Settings that trade a denoiser's exactness for speed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ LinearDtype = Literal["same", "float8"]
 
 @dataclass(frozen=True)
 class Approximation:
-    """What a denoiser leaves out of the exact computation: nothing, unless its settings say otherwise.
+    """Approximations of a denoiser; none by default.
 
-    `linear_dtype`: "float8" has the large linear layers multiply 8-bit floats; "same" is the type of all else.
-    `step_cache_threshold`: a step whose first block changes less than this (relative L1) reuses what the other blocks
-    did at an earlier step; 0 computes every step. Raises InvalidInput for less than 0.
+    `linear_dtype`: "float8" runs the GEMMs of large linear layers in 8-bit floats; "same" uses the denoiser's dtype.
+    `step_cache_threshold`: a step whose first block's output changes by less than this (relative L1) reuses the cached
+    outputs of the other blocks; 0 disables the cache. Raises InvalidInput for a negative threshold.
     """
 
     linear_dtype: LinearDtype = "same"
@@ -24,7 +24,7 @@ class Approximation:
 
     def __post_init__(self) -> None:
         if self.step_cache_threshold < 0:
-            message = f"step_cache_threshold is {self.step_cache_threshold}; it must be 0 (off) or more"
+            message = f"step_cache_threshold: {self.step_cache_threshold} is not at least 0; 0 disables the step cache"
             raise InvalidInput(message, field="step_cache_threshold")
 
 

@@ -1,1 +1,1 @@
-"""The models: pipelines, stages, transformers, encoders, schedulers, and how they are found and loaded."""
+"""Pipelines, stages, transformers, encoders and schedulers, with their registry and loaders."""

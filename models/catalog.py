@@ -1,7 +1,7 @@
-"""Models by the name that requests ask for: what a reference on a command line or in a settings file opens.
+"""Opens models by reference, as given on a command line or in a settings file.
 
-A reference is the NAME of a shipped model, a DIR in Diffusers' layout, or NAME=DIR. A bare word that is a shipped name
-means the shipped model; a folder of the same name is written ./NAME.
+A reference is the NAME of a shipped model, a DIR in Diffusers' layout, or NAME=DIR. A shipped name takes precedence
+over a directory of the same name: write ./NAME to open the directory.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class ServedVariant:
-    """A kind of request that a model serves: its pipeline, services in order, parameters and images.
+    """One variant of a model's requests: its pipeline, ordered services, parameters and image roles.
 
-    `name` is empty where the model has one variant. `pipeline_config` is "package.module:Class", which needs torch.
+    `name` is empty if the model has only one variant. `pipeline_config` is a reference "package.module:Class";
+    importing the class imports torch.
     """
 
     name: str
@@ -48,22 +49,22 @@ class ServedVariant:
     specs: tuple[ParameterSpec, ...]
 
     def parameters(self) -> tuple[ParameterSpec, ...]:
-        """What a request may set, with the checkpoint's defaults, and the images that it brings."""
+        """The request's parameters, with the checkpoint's defaults, and its image roles."""
         return (*self.specs, *_image_parameters(self.roles))
 
     @property
     def label(self) -> str:
-        """The name with the images that it takes, for messages: "text (no images)"."""
+        """The variant's name and image roles for error messages, such as "text (no images)"."""
         images = [*self.roles.required, *(f"optional {role}" for role in self.roles.optional)]
         return f"{self.name} ({', '.join(images) or 'no images'})"
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A checkpoint, the variants that it is served as, and their services together.
+    """A checkpoint with its served variants and the services of all variants.
 
-    `unserved` are variants that cannot be served, each with the reason. `services` are those of all variants, each with
-    the union of its contracts.
+    `unserved` maps each variant that cannot be served to the reason. Each service in `services` has the union of its
+    contracts in all variants.
     """
 
     name: str
@@ -73,7 +74,7 @@ class ServedModel:
     unserved: Mapping[str, str] = field(default_factory=dict)
 
     def service(self, name: str) -> ServiceSpec:
-        """The service of that name, for all variants. Raises InvalidInput that names the model's services."""
+        """Return a service of all variants by name. Raises InvalidInput, which lists the model's services."""
         for spec in self.services:
             if spec.service == name:
                 return spec
@@ -85,15 +86,15 @@ class ServedModel:
         raise InvalidInput(message, field="service")
 
     def variant(self, name: str) -> ServedVariant | None:
-        """The variant of that name; None where it is not served."""
+        """Return a variant by name, or None if it is not served."""
         return next((each for each in self.variants if each.name == name), None)
 
     def variants_of(self, service: str) -> list[tuple[ServedVariant, ServiceSpec]]:
-        """The variants that use a service, in order, each with its own contract of the service."""
+        """The variants that use a service, in order, each with its own contract for the service."""
         return [(each, spec) for each in self.variants for spec in each.services if spec.service == service]
 
     def parameters(self) -> tuple[ParameterSpec, ...]:
-        """What a request of any variant may set, with the defaults of the first variant that has the parameter."""
+        """The parameters of all variants; the default is that of the first variant with the parameter."""
         required = frozenset.intersection(*(frozenset(each.roles.required) for each in self.variants))
         roles = dict.fromkeys(role for each in self.variants for role in (*each.roles.required, *each.roles.optional))
         images = ImageRoles(
@@ -106,25 +107,26 @@ class ServedModel:
 
 def _image_parameters(roles: ImageRoles) -> list[ParameterSpec]:
     return [
-        ParameterSpec(role, "image", None, f"Picture to start from; {need}.")
-        for need, names in (("needed", roles.required), ("may be left out", roles.optional))
+        ParameterSpec(role, "image", None, f"Input image; {need}.")
+        for need, names in (("required", roles.required), ("optional", roles.optional))
         for role in names
     ]
 
 
 def shipped_models() -> list[str]:
-    """Names of the models that come with the package, sorted."""
+    """Names of the models shipped with the package, sorted."""
     return sorted(index.parent.name for index in _SHIPPED.glob(f"*/{INDEX_FILE}"))
 
 
 def open_model(reference: str, registry: Registry) -> ServedModel:
-    """Open what a reference names. Reads no weights.
+    """Open the model of a reference, without reading weights.
 
-    A variant whose modules the checkpoint lacks is left out, with a warning in the log, where another one is served.
-    Raises CheckpointError where there is no such model or it cannot be served, InvalidInput where NAME is no name.
+    Variants whose modules are missing from the checkpoint are skipped with a logged warning, if another variant is
+    served. Raises CheckpointError if the model does not exist or cannot be served, and InvalidInput if NAME is not a
+    valid name.
     """
     name, directory = _locate(reference)
-    # The class comes first: of a pipeline that is not supported, modules may be unknown too.
+    # Check the pipeline class first: an unsupported pipeline may also have unknown modules.
     entry = registry.entry(read_class_name(directory))
     checkpoint = Checkpoint.open(directory)
     pipelines, unserved = _pipelines(entry, checkpoint)
@@ -137,14 +139,15 @@ def open_model(reference: str, registry: Registry) -> ServedModel:
 
 
 def _pipelines(entry: PipelineEntry, checkpoint: Checkpoint) -> tuple[dict[str, ComposedPipeline], dict[str, str]]:
-    """The pipelines of the variants that the checkpoint has the modules for, and why the others are not served.
+    """The pipelines of the variants whose modules are present, and why the other variants are not served.
 
-    Raises MissingModules where there is no variant left, and PipelineError for names that cannot be.
+    Raises MissingModules if no variant can be served, and PipelineError for an invalid variant name.
     """
     classes = entry.pipeline.variants(checkpoint)
     for name in classes:
         if not (_VARIANT.fullmatch(name) or (not name and len(classes) == 1)):
-            raise PipelineError(f"{entry.pipeline.pipeline_name} names a variant {name!r}; use lower-case identifiers")
+            message = f"{entry.pipeline.pipeline_name}: variant {name!r} is not a lower-case identifier"
+            raise PipelineError(f"{message} of at most 32 characters")
     pipelines: dict[str, ComposedPipeline] = {}
     unserved: dict[str, str] = {}
     for name, pipeline in classes.items():
@@ -169,40 +172,42 @@ def _variant(name: str, pipeline: ComposedPipeline, entry: PipelineEntry, checkp
 
 
 def _locate(reference: str) -> tuple[str, Path]:
-    """The name and directory that a reference means."""
+    """Resolve a reference to a name and a directory."""
     name, separator, directory = reference.partition("=")
     if separator and "/" not in name:
         if not _NAME.fullmatch(name):
-            raise InvalidInput(f"{name!r} cannot name a model; use letters, digits, '.', '_' and '-'", field="model")
+            message = f"model: {name!r} is not a model name"
+            raise InvalidInput(f"{message}; letters, digits, '.', '_' and '-' work", field="model")
         return name, Path(directory)
     if reference in shipped_models():
         return reference, _SHIPPED / reference
     path = Path(reference).expanduser()
     if not reference or not (path.exists() or path.is_symlink()):
         shipped = ", ".join(shipped_models())
-        raise CheckpointError(f"{reference!r} is neither a directory nor a model that comes along ({shipped})")
+        raise CheckpointError(f"model: {reference!r} is neither a directory nor a shipped model; shipped are {shipped}")
     return _name_of(path.resolve()), path
 
 
 def _name_of(path: Path) -> str:
-    """The folder's name, or ORG--NAME of a snapshot in the Hugging Face cache; other characters are replaced."""
+    """The directory's name, or ORG--NAME of a Hugging Face cache snapshot; unsafe characters become '-'."""
     return _UNSAFE.sub("-", repository_of(path) or path.name).lstrip("._-")[:64] or "model"
 
 
 def _check_scheduler(pipeline: ComposedPipeline, checkpoint: Checkpoint) -> None:
-    """Refuse a scheduler that the standard denoising stage does not run. Raises CheckpointError.
+    """Check that the standard denoising stage supports the scheduler.
 
-    Raises PipelineError where the pipeline gives that stage no scheduler.
+    Raises CheckpointError for an unsupported scheduler, and PipelineError if the pipeline assigns no scheduler to that
+    stage.
     """
     for stage in (stage for service in pipeline.services for stage in service.stages):
         if stage.implementation == DENOISING_STAGE:
             if SCHEDULER not in stage.modules:
-                raise PipelineError(f"{stage.contract.name} has no module in the role {SCHEDULER!r}, which it needs")
+                raise PipelineError(f"{stage.contract.name}: role {SCHEDULER!r} has no module; the stage requires one")
             check_scheduler(checkpoint.modules[stage.modules[SCHEDULER]][1], checkpoint.config_of(SCHEDULER))
 
 
 def _check_defaults(params: type[SamplingParams], checkpoint: Checkpoint) -> None:
-    """Refuse a model whose own defaults no request could run with."""
+    """Check that a request with the checkpoint's own defaults is valid. Raises CheckpointError."""
     try:
         params.build({"prompt": ""}, checkpoint)
     except InvalidInput as error:

@@ -1,4 +1,4 @@
-"""Pipelines composed of the standard stages (modular), or of a model's own stage and standard ones (hybrid)."""
+"""Builders of modular pipelines (standard stages) and hybrid pipelines (a model-specific stage first)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SCHEDULER = "scheduler"
 TRANSFORMER = "transformer"
 """Role of the transformer in the standard stages."""
 _ONE_TRANSFORMER: Mapping[str, str] = MappingProxyType({TRANSFORMER: "transformer"})
-"""Denoisers of a model with one, by role."""
+"""Role to module name for a model with a single denoiser."""
 _VAE: Mapping[str, str] = MappingProxyType({"vae": "vae"})
-"""Modules of decoding without sound, by role."""
+"""Role to module name for decoding without sound."""
 DENOISING_STAGE = "models.stages.denoising:DenoisingStage"
-"""Implementation of the standard denoising loop."""
+"""Reference to the standard denoising loop."""
 
 
 @dataclass(frozen=True)
 class Denoising:
-    """A denoising loop: its contract, its implementation, and the optional inputs that it always reads."""
+    """A denoising loop: contract, implementation ("package.module:Class") and optional inputs to read."""
 
     contract: Contract
     implementation: str
@@ -34,7 +34,7 @@ class Denoising:
 
 @dataclass(frozen=True)
 class Decoding:
-    """A decoder: its contract, its implementation, its output that is the request's result, and optional inputs."""
+    """A decoder: contract, implementation ("package.module:Class"), result slot and optional inputs to read."""
 
     contract: Contract
     implementation: str
@@ -47,7 +47,7 @@ DMD_DENOISING = Denoising(
     contracts.DENOISING, "models.stages.dmd_denoising:DmdDenoisingStage", inputs=("latents_generator",)
 )
 GENERATOR_DENOISING = Denoising(contracts.DENOISING, DENOISING_STAGE, inputs=("latents_generator",))
-"""The standard loop, which passes the request's generator on to a decoder that draws."""
+"""The standard loop that passes the request's generator on to a decoder that draws noise."""
 CAUSAL_DMD_DENOISING = Denoising(
     contracts.CAUSAL_DENOISING,
     "models.stages.causal_dmd_denoising:CausalDMDDenoisingStage",
@@ -58,16 +58,16 @@ VIDEO_DECODING = Decoding(
     contracts.VIDEO_DECODING, "models.stages.video_decoding:VideoDecodingStage", result="media_items"
 )
 NOISY_VIDEO_DECODING = replace(VIDEO_DECODING, inputs=("sampling", "denoising_generator"))
-"""The same for models whose decoder may draw noise."""
+"""Video decoding for models whose decoder may draw noise."""
 BLOCK_DECODING = Decoding(
     contracts.BLOCK_DECODING, "models.stages.video_decoding:BlockDecodingStage", result="media_items"
 )
 
 
 class StandardPipeline(ComposedPipeline):
-    """Adds runs of standard stages. A model passes the names of its own modules where they differ.
+    """Adds sequences of standard stages; a model overrides the module names that differ from the defaults.
 
-    Text encoders and their tokenizers have the roles by which the model's config calls them: their module names.
+    The role of a text encoder or tokenizer is its module name, by which the model's config refers to it.
     """
 
     def add_standard_t2i_stages(
@@ -80,9 +80,9 @@ class StandardPipeline(ComposedPipeline):
         decoding: Decoding = MEDIA_DECODING,
         transformers: Mapping[str, str] = _ONE_TRANSFORMER,
     ) -> None:
-        """Text to image, or to video: encode the text, draw the noise, lay out the steps, denoise, decode.
+        """Add text to image or text to video: encode text, draw noise, build the schedule, denoise, decode.
 
-        `scheduler` None: the model has a schedule of its own.
+        `scheduler` None: the model defines its own schedule.
         """
         self._add_text_encoding(text_modules)
         self._add_preparation(scheduler)
@@ -99,10 +99,10 @@ class StandardPipeline(ComposedPipeline):
         inputs: Sequence[str] = (),
         denoising_inputs: Sequence[str] = (),
     ) -> None:
-        """One stage of the model's own for all work before denoising, then denoise and decode.
+        """Add a model-specific stage for all work before denoising, then the denoising and decoding stages.
 
-        `implementation` is "package.module:Class"; its modules have their names as roles, besides SCHEDULER. `inputs`
-        and `denoising_inputs` are the optional inputs that this stage and the denoising stage read.
+        `implementation` is "package.module:Class". The role of each of its modules is the module's name, except
+        SCHEDULER. `inputs` and `denoising_inputs` are the optional inputs of this stage and of the denoising stage.
         """
         self.add_stage(
             StageSpec(
@@ -186,7 +186,7 @@ class StandardImagePipeline(StandardPipeline):
     def add_standard_ti2i_stages(
         self, *, text_modules: Sequence[str] = ("text_encoder", "tokenizer", "processor"), scheduler: str = "scheduler"
     ) -> None:
-        """Text and images to image: the text encoder reads the images, and the denoiser their latents."""
+        """Add text and images to image: the text encoder reads the images, the denoiser reads their latents."""
         self.add_stage(
             StageSpec(
                 contracts.IMAGE_TEXT_ENCODING,
@@ -212,12 +212,12 @@ class StandardImagePipeline(StandardPipeline):
         image_inputs: Sequence[str] = (),
         transformers: Mapping[str, str] = _ONE_TRANSFORMER,
     ) -> None:
-        """Text and images to video: the denoiser gets the images' latents and the tokens of a vision encoder.
+        """Add text and images to video: the denoiser reads the images' latents and a vision encoder's tokens.
 
-        With MEDIA_DECODING also to an image: the text encoder does not read the images, unlike that of ti2i stages.
+        With MEDIA_DECODING the result is an image. Unlike in ti2i stages, the text encoder does not read the images.
 
-        `image_encoder` None: the model has no vision encoder. `image_inputs` are the optional inputs that encoding
-        images with the VAE reads.
+        `image_encoder` None: the model has no vision encoder. `image_inputs` are the optional inputs of the stage that
+        encodes images with the VAE.
         """
         self._add_text_encoding(text_modules)
         inputs = ["image_latents"]

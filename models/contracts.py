@@ -1,6 +1,6 @@
-"""Inputs and outputs of the standard stages. Their fields are the slots of a pipeline.
+"""Inputs and outputs of the standard stages. Each field is a slot of a pipeline.
 
-Artifacts are named in annotations only, so that the coordinator can read the contracts without torch.
+Artifact types appear in annotations only, so that the coordinator can read the contracts without importing torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncodingInput:
-    """What a text encoder reads."""
+    """Inputs of a text encoder."""
 
     prompt: Prompt
     sampling: Sampling
@@ -36,14 +36,14 @@ class TextEncodingInput:
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncodingOutput:
-    """What a text encoder writes."""
+    """Output of a text encoder."""
 
     text_conditioning: Conditioning
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTextEncodingInput:
-    """What a text encoder reads that looks at pictures too."""
+    """Inputs of a text encoder that also reads images."""
 
     prompt: Prompt
     sampling: Sampling
@@ -52,21 +52,21 @@ class ImageTextEncodingInput:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEncodingInput:
-    """What a vision encoder reads."""
+    """Input of a vision encoder."""
 
     image_inputs: ImageInputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEncodingOutput:
-    """What a vision encoder writes."""
+    """Output of a vision encoder."""
 
     image_conditioning: Conditioning
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageVAEEncodingInput:
-    """Inputs of a VAE's encoder. Pipelines name the optional one where they use it."""
+    """Inputs of a VAE's encoder. A pipeline lists the optional input if it uses it."""
 
     image_inputs: ImageInputs
     canvas: Canvas
@@ -75,14 +75,14 @@ class ImageVAEEncodingInput:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageVAEEncodingOutput:
-    """Pictures as latents: the part "condition", beside the noise."""
+    """Image latents, in the part "condition"; the denoiser reads them in addition to the noise."""
 
     image_latents: Latents
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentPreparationInput:
-    """What the draw of the starting noise depends on."""
+    """Inputs for drawing the initial noise."""
 
     canvas: Canvas
     sampling: Sampling
@@ -90,7 +90,7 @@ class LatentPreparationInput:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentPreparationOutput:
-    """The starting noise and, for loops that draw, the generator after the draw."""
+    """The initial noise and, for stochastic loops, the generator after the draw."""
 
     initial_latents: Latents
     latents_generator: Generator | None = None
@@ -98,7 +98,7 @@ class LatentPreparationOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class TimestepPreparationInput:
-    """What the steps depend on."""
+    """Inputs for building the schedule."""
 
     canvas: Canvas
     sampling: Sampling
@@ -106,14 +106,14 @@ class TimestepPreparationInput:
 
 @dataclass(frozen=True, kw_only=True)
 class TimestepPreparationOutput:
-    """The steps of the loop."""
+    """The schedule of the denoising loop."""
 
     schedule: Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class BeforeDenoisingInput:
-    """What a hybrid model's stage reads: the whole request. Pipelines name the optional input where they use it."""
+    """Inputs of a hybrid model's own stage: the whole request. A pipeline lists the optional input if it uses it."""
 
     prompt: Prompt
     canvas: Canvas
@@ -123,7 +123,7 @@ class BeforeDenoisingInput:
 
 @dataclass(frozen=True, kw_only=True)
 class BeforeDenoisingOutput:
-    """What a hybrid model's stage writes: all that the denoising loop reads."""
+    """Outputs of a hybrid model's own stage: all inputs of the denoising loop."""
 
     text_conditioning: Conditioning
     initial_latents: Latents
@@ -133,7 +133,7 @@ class BeforeDenoisingOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingInput:
-    """Inputs of the denoising loop, which continues from `resume_from`. Pipelines name the optional ones they use."""
+    """Inputs of the denoising loop, which resumes from `resume_from` if given. A pipeline lists its optional inputs."""
 
     initial_latents: Latents
     schedule: Schedule
@@ -147,7 +147,7 @@ class DenoisingInput:
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingOutput:
-    """The loop's result and, for decoders that draw, the generator after it."""
+    """The final latents and, for decoders that draw noise, the generator after the loop."""
 
     denoised_latents: Latents
     denoising_generator: Generator | None = None
@@ -155,14 +155,14 @@ class DenoisingOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDenoisingOutput:
-    """The result of a loop that denoises block after block: the latents of each as it is finished, all outputs'."""
+    """Stream of a causal loop: the latents of each finished block, for all outputs."""
 
     denoised_blocks: Stream[Latents] = EMITTED
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingInput:
-    """What a decoder reads."""
+    """Inputs of a decoder."""
 
     denoised_latents: Latents
     canvas: Canvas
@@ -170,7 +170,7 @@ class DecodingInput:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoDecodingInput(DecodingInput):
-    """What a decoder of videos reads. Pipelines name the optional inputs, which are for decoders that draw."""
+    """Inputs of a video decoder. The optional inputs are for decoders that draw noise."""
 
     sampling: Sampling | None = None
     denoising_generator: Generator | None = None
@@ -178,7 +178,7 @@ class VideoDecodingInput(DecodingInput):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDecodingInput:
-    """What a decoder reads of a video that comes block by block, in the order of time."""
+    """Inputs of a decoder of a video that arrives block by block, in temporal order."""
 
     denoised_blocks: Stream[Latents]
     canvas: Canvas
@@ -193,7 +193,7 @@ class DecodingOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamedDecodingOutput:
-    """The files of videos, part by part: what has been emitted of a file can be shown at once."""
+    """Video files as a stream of parts; the parts emitted so far are playable."""
 
     media_items: Stream[MediaItem] = EMITTED
 

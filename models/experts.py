@@ -1,7 +1,7 @@
-"""Swaps the denoisers (experts) of one model on a device that does not have memory for all of them.
+"""Swaps the denoisers (experts) of one model on a device that lacks memory for all of them.
 
-The device holds one module. Its weights are overwritten in place when another expert is needed, so that CUDA graphs
-that were captured with them stay valid; the host's memory, pinned for a GPU, holds the weights of every expert.
+The device holds one module. Switching to another expert overwrites the module's weights in place, so that captured CUDA
+graphs stay valid. Host memory, pinned for a GPU, holds the weights of every expert.
 """
 
 from __future__ import annotations
@@ -20,79 +20,80 @@ from models.dits.base import DiffusionTransformer
 from models.layers.linear import JoinedLinear
 
 
-class ExpertRoom:
-    """The module on the device, with the weights of the expert that is `present`."""
+class ExpertBuffers:
+    """The module on the device, whose weight buffers hold one expert at a time."""
 
-    def __init__(self, module: DiffusionTransformer, present: str) -> None:
+    def __init__(self, module: DiffusionTransformer, loaded: str) -> None:
         self._module = module
-        self._memory = tuple(_storages(module))
-        self._present = present
+        self._storages = tuple(_storages(module))
+        self._loaded = loaded
 
-    def bring(self, expert: SwappedExpert) -> DiffusionTransformer:
-        """The module with this expert's weights."""
-        if expert.name != self._present:
-            self._wait()
+    def load(self, expert: SwappedExpert) -> DiffusionTransformer:
+        """Return the module with this expert's weights, copied from host memory if necessary."""
+        if expert.name != self._loaded:
+            self._synchronize()
             began = time.monotonic()
-            self._present = ""  # Until all is copied, the weights are no expert's.
-            for memory, weights in zip(self._memory, expert.weights, strict=True):
-                memory.copy_(weights, non_blocking=True)
-            self._wait()
-            self._present = expert.name
+            self._loaded = ""  # An interrupted copy leaves weights of two experts.
+            for storage, weights in zip(self._storages, expert.weights, strict=True):
+                storage.copy_(weights, non_blocking=True)
+            self._synchronize()
+            self._loaded = expert.name
             EXPERT_SWAP_SECONDS.observe(time.monotonic() - began)
         return self._module
 
-    def _wait(self) -> None:
-        """Until a GPU has done what it was asked for, so that the swap alone is timed."""
-        if self._memory and self._memory[0].is_cuda:
-            torch.cuda.synchronize(self._memory[0].device)
+    def _synchronize(self) -> None:
+        """Wait for the GPU's pending kernels and copies, so that only the swap is timed."""
+        if self._storages and self._storages[0].is_cuda:
+            torch.cuda.synchronize(self._storages[0].device)
 
 
 @dataclass(frozen=True, eq=False)
 class SwappedExpert:
-    """One of several experts: its weights as bytes in the host's memory, and the room that they share."""
+    """One of several experts: its weights in host memory (uint8), and the shared device buffers."""
 
     name: str
     weights: tuple[Tensor, ...]
-    room: ExpertRoom
+    buffers: ExpertBuffers
 
 
 def on_device(transformer: DiffusionTransformer | SwappedExpert) -> DiffusionTransformer:
-    """The module that computes: the transformer itself, or the shared one with this expert's weights."""
-    return transformer.room.bring(transformer) if isinstance(transformer, SwappedExpert) else transformer
+    """Return the module to run: the transformer itself, or the shared module with this expert's weights."""
+    return transformer.buffers.load(transformer) if isinstance(transformer, SwappedExpert) else transformer
 
 
 def swapped_experts(
     names: Sequence[str], load: Callable[[str], DiffusionTransformer]
 ) -> dict[str, DiffusionTransformer | SwappedExpert]:
-    """Load experts one after the other, so that no two are on the device together.
+    """Load experts sequentially; the device never holds two at once.
 
     Raises CheckpointError for experts of different sizes.
     """
     hosted: dict[str, tuple[Tensor, ...]] = {}
     module = None
     for name in names:
-        module = None  # Frees the one before.
+        module = None  # Frees the previous expert before the next one is loaded.
         module = load(name)
         hosted[name] = _on_host(tuple(_storages(module)))
     if module is None:
         return {}
-    room = ExpertRoom(module, names[-1])
+    buffers = ExpertBuffers(module, names[-1])
     sizes = {name: [len(each) for each in weights] for name, weights in hosted.items()}
     for name in names:
         if sizes[name] != sizes[names[0]]:
-            raise CheckpointError(f"{name} and {names[0]} must have layers of equal sizes to be swapped")
-    return {name: SwappedExpert(name, weights, room) for name, weights in hosted.items()}
+            message = f"{name}: the layer sizes are not those of {names[0]}"
+            raise CheckpointError(f"{message}; swapped experts must have one architecture")
+    return {name: SwappedExpert(name, weights, buffers) for name, weights in hosted.items()}
 
 
-def _on_host(memory: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copies in the host's memory, pinned where the device is a GPU: in one piece, for each is rounded up a lot."""
-    ends = list(accumulate((len(each) for each in memory), initial=0))
-    room = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=any(each.is_cuda for each in memory))
-    return tuple(room[start:end].copy_(each) for (start, end), each in zip(pairwise(ends), memory, strict=True))
+def _on_host(storages: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copy to host memory, pinned if the device is a GPU, as one allocation: pinned sizes are rounded up."""
+    ends = list(accumulate((len(each) for each in storages), initial=0))
+    copies = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=any(each.is_cuda for each in storages))
+    return tuple(copies[start:end].copy_(each) for (start, end), each in zip(pairwise(ends), storages, strict=True))
 
 
 def _storages(module: nn.Module) -> Iterator[Tensor]:
-    """All memory of a module's weights as bytes, each once, in an order that depends on its architecture alone."""
+    """The distinct storages of a module's weights as uint8, in an order fixed by the architecture."""
     seen: set[int] = set()
     for tensor in _tensors(module):
         storage = tensor.untyped_storage()
@@ -102,7 +103,7 @@ def _storages(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and what layers made of them once: joined weights and scales."""
+    """Parameters, buffers, and tensors derived from them at load time: joined weights and scales."""
     for each in module.modules():
         yield from each.parameters(recurse=False)
         yield from each.buffers(recurse=False)

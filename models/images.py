@@ -1,6 +1,6 @@
 """Opens the images of a request as Diffusers' load_image does: oriented by their metadata, converted to RGB or RGBA.
 
-The orientation is the one that `common.image_header` reads, so validation and decoding agree on the size.
+The orientation is read by `common.image_header`, as in validation, so that both agree on the size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from common.image_header import check_total_size, image_order, read_image_header
 from common.image_orientation import SIDEWAYS
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
-# What Pillow is known to raise for files that are not what they seem.
+# Exceptions that Pillow raises for corrupt files.
 _UNREADABLE = (
     UnidentifiedImageError,
     Image.DecompressionBombError,
@@ -36,7 +36,7 @@ _UNREADABLE = (
     struct.error,
     zlib.error,
 )
-# What undoes each orientation of EXIF, as in Pillow's ImageOps.exif_transpose.
+# EXIF orientation to the transposition that undoes it, as in Pillow's ImageOps.exif_transpose.
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,9 +49,10 @@ _TRANSPOSITIONS = {
 
 
 def open_images(inputs: ImageInputs, mode: Literal["RGB", "RGBA"] = "RGB") -> Mapping[str, Image.Image]:
-    """Pictures by role: image, image_1 ..., last_image, in whatever order they came; all of one of Pillow's modes.
+    """Decode all images, keyed by role and sorted: image, image_1 ..., last_image. `mode` is Pillow's.
 
-    Raises InvalidInput about the role of one that cannot be read, or is too large, and for too much of them together.
+    Raises InvalidInput with the role of an image that cannot be decoded or is too large, and if all images together are
+    too large.
     """
     files = {role: _file(inputs.images[role]) for role in sorted(inputs.images, key=image_order)}
     check_total_size({role: read_image_header(role, data) for role, data in files.items()})
@@ -59,38 +60,41 @@ def open_images(inputs: ImageInputs, mode: Literal["RGB", "RGBA"] = "RGB") -> Ma
 
 
 def open_image(role: str, data: bytes, mode: Literal["RGB", "RGBA"] = "RGB") -> Image.Image:
-    """Decode an image. CMYK, grey and palette images become RGB; RGB drops the alpha channel and keeps the colours.
+    """Decode an image and convert it to `mode`; conversion to RGB drops the alpha channel.
 
-    The size in the header is checked before Pillow allocates memory: Pillow's own limits are global to the process, and
-    other code may change them.
+    The size in the header is checked before Pillow allocates memory, because Pillow's own limits are process-wide and
+    other code may change them. Raises InvalidInput with the role.
     """
     header = read_image_header(role, data)
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-            size = picture.size[::-1] if header.orientation in SIDEWAYS else picture.size
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            size = image.size[::-1] if header.orientation in SIDEWAYS else image.size
             if size != (header.width, header.height):
                 first, second = (f"{width} x {height}" for width, height in ((header.width, header.height), size))
-                raise ValueError(f"it is {first} in one place and {second} in another")
+                raise ValueError(f"the header states {first} pixels and the image has {second}")
             transposition = _TRANSPOSITIONS.get(header.orientation)
-            oriented = picture if transposition is None else picture.transpose(transposition)
+            oriented = image if transposition is None else image.transpose(transposition)
             return oriented.convert(mode)
     except _UNREADABLE as error:
-        raise InvalidInput(f"{role} cannot be decoded: {error}", field=role) from None
+        raise InvalidInput(f"{role}: the image cannot be decoded: {error}", field=role) from None
 
 
 def as_tensor(
-    picture: Image.Image, height: int, width: int, resampling: Image.Resampling = Image.Resampling.LANCZOS
+    image: Image.Image, height: int, width: int, resampling: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Tensor:
-    """float32 (1, channels, height, width) in [-1, 1]. Stretched: the aspect is not kept, as in Diffusers."""
-    resized = picture.resize((width, height), resampling)
+    """Resize to height x width, without preserving the aspect ratio, as in Diffusers.
+
+    Returns float32 (1, channels, height, width) in [-1, 1].
+    """
+    resized = image.resize((width, height), resampling)
     pixels = torch.from_numpy(np.array(resized).astype(np.float32) / 255.0)
     return (2.0 * pixels - 1.0).permute(2, 0, 1)[None]
 
 
-def middle(pixels: Tensor, height: int, width: int) -> Tensor:
-    """The middle (1, channels, height, width) of pixels that are at least as large.
+def center_crop(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Crop (1, channels, height, width) from the center of pixels that are at least as large.
 
-    Of an odd number of rows or columns that are left out, the smaller half comes before it, as in Diffusers.
+    If an odd number of rows or columns is removed, the smaller half is removed at the top or left, as in Diffusers.
     """
     top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
     return pixels[..., top : top + height, left : left + width]

@@ -1,4 +1,4 @@
-"""Builds the stages of one service: reads the modules that they need, and no others."""
+"""Builds the stages of one service; loads only the modules that the stages use."""
 
 from __future__ import annotations
 
@@ -43,13 +43,17 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-# Letters of another library's error that are worth a line.
-MOST_TOLD = 400
+# Longest error text of another library, in characters; longer texts are shortened.
+MAX_ERROR_CHARS = 400
 
 ModuleLoader = Callable[["Checkpoint", str, torch.device, torch.dtype], Any]
-"""Loads one module of a checkpoint, by its name in model_index.json, for inference. Raises CheckpointError.
+"""Loads a module of a checkpoint for inference: checkpoint, name in model_index.json, device, dtype.
 
-That of one of the config's parallel_modules also takes `mesh`, a WorkerMesh or None, and loads this rank's part."""
+Raises CheckpointError.
+
+The loader of a class in the config's parallel_modules also takes `mesh` (a WorkerMesh or None) and loads this rank's
+shard.
+"""
 
 
 def load_variants(
@@ -57,13 +61,13 @@ def load_variants(
     service: ServiceSpec,
     runtime: Runtime,
 ) -> dict[str, list[PipelineStage[Any, Any]]]:
-    """The stages of the service for each variant that uses it, in order. Raises CheckpointError.
+    """Load the service's stages for each variant that uses the service, keyed by variant name.
 
-    Each module is loaded once, on the runtime's device, and shared by the variants.
+    Each module is loaded once, to the runtime's device, and shared by all variants. With a mesh, every rank of the
+    worker group calls this function and then each stage's run() with equal inputs; all ranks get equal outputs.
 
-    With a mesh they are this rank's part of the stages: every rank of the worker group calls this, and then each
-    stage's run() with equal inputs, and gets the same outputs. Raises InvalidInput for degrees that the model does
-    not have, and for an approximation that model or device do not have (or FailedPrecondition).
+    Raises CheckpointError, InvalidInput for parallel degrees that the model does not support, and InvalidInput or
+    FailedPrecondition for an approximation that the model or the device does not support.
     """
     return _load_variants(model, service, model.variants_of(service.service), runtime)
 
@@ -71,14 +75,14 @@ def load_variants(
 def load_stages(
     model: ServedModel, service: ServiceSpec, runtime: Runtime, *, variant: str = ""
 ) -> list[PipelineStage[Any, Any]]:
-    """The stages of the service for one variant alone, by default the first; errors of load_variants()."""
+    """Load the service's stages for one variant, by default the first. Raises as load_variants()."""
     pairs = [pair for pair in model.variants_of(service.service) if variant in ("", pair[0].name)][:1]
     (stages,) = _load_variants(model, service, pairs, runtime).values()
     return stages
 
 
-# While it loads a model, transformers changes defaults of the whole process, such as the type of new tensors: services
-# that share a process load one after the other.
+# transformers changes process-wide defaults, such as the default dtype, while it loads a model. Services in one process
+# therefore load one at a time.
 _LOADING = threading.Lock()
 
 
@@ -106,7 +110,10 @@ def _build_stages(
     denoisers = (DiffusionTransformer, SwappedExpert)
     if runtime.approximation != EXACT and not any(isinstance(each, denoisers) for each in loaded.values()):
         pipeline = model.checkpoint.pipeline_name
-        raise InvalidInput(f"{pipeline} has no transformer that can compute with {runtime.approximation}")
+        raise InvalidInput(
+            f"approximation: {runtime.approximation} is not supported by {pipeline}, which has no transformer in "
+            f"{spec.service}"
+        )
     return [_construct(stage, config, runtime, loaded) for stage in spec.stages]
 
 
@@ -119,15 +126,17 @@ def _construct(
 
 
 def _experts(spec: ServiceSpec, config: PipelineConfig) -> tuple[str, ...]:
-    """The modules of a service that are denoisers of a model with several. Raises InvalidInput for another model."""
+    """Names of the service's experts. Raises InvalidInput for a model with a single transformer."""
     if not isinstance(config, DenoisingConfig) or len(config.transformers) < 2:
-        raise InvalidInput("swap_experts: True is not for a model with one transformer", field="swap_experts")
+        raise InvalidInput(
+            "swap_experts: True is not supported by a model with one transformer; False works", field="swap_experts"
+        )
     modules = [spec.module_of(role) for role in config.transformers]
     return tuple(name for name in modules if name is not None)
 
 
 class _Modules:
-    """The modules of one service of a model, each loaded once for all variants."""
+    """Loads each module of a service once for all variants."""
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime) -> None:
         self._checkpoint = checkpoint
@@ -136,15 +145,15 @@ class _Modules:
         self._loaders: dict[str, str] = {}
 
     def load(self, names: Iterable[str], config: PipelineConfig, swapped: Sequence[str] = ()) -> dict[str, Any]:
-        """These modules by name; `swapped` are experts of which the device holds one at a time.
+        """Load modules by name. The device holds one expert of `swapped` at a time.
 
-        Raises CheckpointError, and TypeError where variants name two loaders for a class.
+        Raises CheckpointError, and TypeError if two variants use different loaders for a class.
         """
         if not self._loaded.keys() >= set(swapped):
-            self._loaded |= swapped_experts(swapped, lambda name: self._load(name, config, keep=False))
+            self._loaded |= swapped_experts(swapped, lambda name: self._load(name, config, cache=False))
         return {name: self._load(name, config) for name in names}
 
-    def _load(self, name: str, config: PipelineConfig, *, keep: bool = True) -> Any:
+    def _load(self, name: str, config: PipelineConfig, *, cache: bool = True) -> Any:
         loader = config.module_loaders.get(self._checkpoint.modules.get(name, ("", ""))[1], "")
         if self._loaders.setdefault(name, loader) != loader:
             message = f"{type(config).__name__} loads {name} by {loader!r}, and another variant by"
@@ -153,40 +162,42 @@ class _Modules:
             module = load_module(self._checkpoint, name, config, self._runtime)
             if isinstance(module, DiffusionTransformer) and self._runtime.approximation.linear_dtype == "float8":
                 quantize_linears(module, module.block_linears)
-            if not keep:
+            if not cache:
                 return module
             self._loaded[name] = module
         return self._loaded[name]
 
 
 def check_parallel(model: ServedModel, service: ServiceSpec, degrees: Degrees) -> None:
-    """Refuse more than one rank without a parallel plan, or on an axis that it lacks. Raises InvalidInput."""
+    """Check that the model's parallel plan supports the degrees. Raises InvalidInput."""
     for variant, spec in model.variants_of(service.service):
         config: type[PipelineConfig] = resolve(variant.pipeline_config)
         classes = {model.checkpoint.modules[name][1] for name in spec.modules if name in model.checkpoint.modules}
         if degrees.world_size > 1 and not classes & config.parallel_modules:
             raise InvalidInput(
-                f"{model.checkpoint.pipeline_name} has no parallel plan for {service.service}, so that tp, ulysses, "
-                f"ring and cfg must be 1; they are {degrees}"
+                f"degrees: {degrees} are not supported, as {model.checkpoint.pipeline_name} has no parallel plan for "
+                f"{service.service}; tp, ulysses, ring and cfg of 1 work"
             )
         for axis in ("tp", "ulysses", "ring"):
             if degrees.of(axis) > 1 and axis not in config.parallel_axes:
-                message = f"{axis}: {degrees.of(axis)} is not 1, which {model.checkpoint.pipeline_name} needs"
-                raise InvalidInput(f"{message}; its parallel plan has {', '.join(config.parallel_axes)}", field=axis)
+                message = f"{axis}: {degrees.of(axis)} is not 1; the parallel plan of {model.checkpoint.pipeline_name}"
+                raise InvalidInput(f"{message} has the axes {', '.join(config.parallel_axes)}", field=axis)
 
 
 def check_approximation(model: ServedModel, service: ServiceSpec, approximation: Approximation) -> None:
-    """Refuse a step cache where a variant's loop has none. Raises InvalidInput."""
+    """Check that the loops of all variants support the step cache, if it is on. Raises InvalidInput."""
     threshold = approximation.step_cache_threshold
     for variant, _ in model.variants_of(service.service):
         config: type[PipelineConfig] = resolve(variant.pipeline_config)
         if threshold > 0 and issubclass(config, DenoisingConfig) and not config.has_step_cache:
-            message = f"step_cache_threshold: {threshold} is not 0, which {model.checkpoint.pipeline_name} needs"
-            raise InvalidInput(f"{message}; it has no step cache", field="step_cache_threshold")
+            message = f"step_cache_threshold: {threshold} is not 0"
+            raise InvalidInput(
+                f"{message}; {model.checkpoint.pipeline_name} has no step cache", field="step_cache_threshold"
+            )
 
 
 def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig, runtime: Runtime) -> Any:
-    """One module of a checkpoint, by the loader of its class. Raises CheckpointError for a class without a loader."""
+    """Load one module by the loader of its class. Raises CheckpointError for a class without a loader."""
     if name not in checkpoint.modules:
         raise CheckpointError(f"{checkpoint.name}: model_index.json has no {name}")
     _, class_name = checkpoint.modules[name]
@@ -207,12 +218,12 @@ def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig, runti
 
 
 def load_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
-    """A tokenizer, or a processor with one, by its own library. Raises CheckpointError."""
+    """Load a tokenizer, or a processor with a tokenizer, by its own library. Raises CheckpointError."""
     return _load_tokenizer(checkpoint, name)
 
 
 def load_auto_tokenizer(checkpoint: Checkpoint, name: str, *_: object) -> Any:
-    """A tokenizer of the class that its own files name, whatever model_index.json says. Raises CheckpointError."""
+    """Load a tokenizer by AutoTokenizer, ignoring the class in model_index.json. Raises CheckpointError."""
     try:
         return _load_tokenizer(checkpoint, name, "AutoTokenizer")
     except CheckpointError as error:
@@ -224,19 +235,19 @@ def _load_tokenizer(checkpoint: Checkpoint, name: str, class_name: str = "") -> 
     try:
         return _from_pretrained(checkpoint, name, {}, class_name)
     except Exception as error:
-        # The tokenizers library raises Exception itself for files that do not fit together.
+        # The tokenizers library raises bare Exception for inconsistent files.
         if type(error) is not Exception:
             raise
         raise CheckpointError(f"{name}: {checkpoint.modules[name][1]} cannot be loaded: {error}") from error
 
 
 def _load_image_processor(checkpoint: Checkpoint, name: str, *_: object) -> Any:
-    """The processor on Pillow: the one on torchvision, where that is installed, resizes with another kernel."""
+    """Load the Pillow processor: torchvision's processor resizes with a different kernel."""
     return _from_pretrained(checkpoint, name, {}, class_name=f"{checkpoint.modules[name][1].removesuffix('Pil')}Pil")
 
 
 def _load_image_processor_of(image_processor: str) -> ModuleLoader:
-    """A processor's picture half: the text half is the tokenizer, which is a module of its own."""
+    """Return a loader of a processor's image processor; its tokenizer is a separate module."""
     return lambda checkpoint, name, *_: _from_pretrained(checkpoint, name, {}, class_name=image_processor)
 
 
@@ -245,7 +256,7 @@ def _load_scheduler(checkpoint: Checkpoint, name: str, *_: object) -> Any:
 
 
 def load_pretrained(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A module with weights, by its own library, whole and ready for inference. Raises CheckpointError."""
+    """Load a whole module by its own library, frozen and in eval mode. Raises CheckpointError."""
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if (variant := checkpoint.weight_variant(name)) is not None:
         options["variant"] = variant
@@ -279,7 +290,7 @@ _LOADERS: Mapping[str, ModuleLoader] = {
 
 
 def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, Any], class_name: str = "") -> Any:
-    """Let the module's own library load it, from this directory only: no hub, no pickle, no progress bar."""
+    """Load a module by its own library from this directory only: no hub, no pickle, no progress bar."""
     class_name = class_name or checkpoint.modules[name][1]
     module = _module_of(checkpoint, name, class_name)
     importlib.import_module(f"{module.__name__.partition('.')[0]}.utils.logging").disable_progress_bar()
@@ -287,15 +298,15 @@ def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, An
     try:
         return cls.from_pretrained(checkpoint.path / name, local_files_only=True, **options)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, AttributeError) as error:
-        sentence = textwrap.shorten(str(error), MOST_TOLD, placeholder=" ...")
+        sentence = textwrap.shorten(str(error), MAX_ERROR_CHARS, placeholder=" ...")
         raise CheckpointError(f"{name}: {class_name} cannot be loaded: {sentence}") from error
 
 
 def _module_of(checkpoint: Checkpoint, name: str, class_name: str) -> ModuleType:
-    """The Python module that has a checkpoint module's class. Raises CheckpointError for an unsupported library.
+    """Import the Python module of a checkpoint module's class.
 
-    Where the library has the name of a pipeline's package, such as "glm_image", the class is one of that package of
-    Diffusers, or one of transformers.
+    A library that is the name of a pipeline package, such as "glm_image", means a class of that Diffusers package, or
+    of transformers. Raises CheckpointError for an unsupported library.
     """
     library = checkpoint.modules[name][0]
     if library in ("diffusers", "transformers"):
@@ -317,13 +328,14 @@ def numerics_fingerprint(
     shares_memory: bool = False,
     plugins: Iterable[Path] = (),
 ) -> str:
-    """Equal on two workers only if the same stage gives the same bytes on both. None is one rank.
+    """Hash of everything that determines a stage's output bytes; 32 hexadecimal digits.
 
-    The code counts too: that of `models` and `configs`, and that of `plugins`, directories of other families.
+    Workers with equal hashes compute equal bytes. The hash covers the host, the device, library versions, and the
+    source code of `models`, `configs` and `plugins` (directories of further families).
 
-    Each degree counts: sums over ranks are rounded otherwise than those of one rank. And so does whether the ranks
-    share memory: they then attend to all keys at once. `uses_kernels` is whether the stages use the optional kernel
-    packages, whose versions and outcomes then count on a GPU.
+    `degrees` None: one rank. Parallel degrees are included because sums over ranks round differently. `shares_memory`
+    is included because ranks that share memory attend to all keys at once. With `uses_kernels`, versions and trial
+    results of the optional kernel packages are included on a GPU.
     """
     facts = [
         platform.machine(),

@@ -1,4 +1,4 @@
-"""Encodes pixels and sound into files: PNG, MP4. Pixels are float32 in [0, 1], sound in [-1, 1], on the CPU."""
+"""Encodes pixels and audio as PNG and MP4 files. Pixels are float32 in [0, 1], audio in [-1, 1], on the CPU."""
 
 from __future__ import annotations
 
@@ -21,43 +21,44 @@ PNG = "image/png"
 MP4 = "video/mp4"
 SAFETENSORS = "application/vnd.safetensors"
 
-# Visually close to lossless, and reproducible: the bytes of x264 depend on its number of threads, and where the CPU has
-# AVX-512, rate control by macroblock trees (mbtree) gives other bytes in about one of 2,000 encodings (x264 165).
+# Visually near-lossless and reproducible. The thread count is fixed because x264's output depends on it.
+# Macroblock-tree rate control (mbtree) is off because on AVX-512 CPUs it changes the bytes of about one in 2,000
+# encodings (x264 165).
 _X264_OPTIONS = {"crf": "17", "preset": "medium", "mbtree": "0"}
 _X264_THREADS = 4
-# No B frames: players differ in how they treat frames that are shown in another order than they are decoded in.
+# No B-frames: players differ in handling frames whose presentation order is not the decoding order.
 _FRAGMENT_OPTIONS = {**_X264_OPTIONS, "bf": "0"}
-# First an index without frames, then a fragment for each IDR frame, at its time in the whole video instead of 0.
+# An empty index, then one fragment for each IDR frame; timestamps are relative to the whole video.
 _FRAGMENT_MUXING = {
     "movflags": "+empty_moov+frag_keyframe+default_base_moof+frag_discont+skip_trailer",
     "avoid_negative_ts": "disabled",
 }
-_BOX_HEADER = 8
+_BOX_HEADER_BYTES = 8
 _RECOMPRESSION_PRESET = "veryfast"
 _BT709 = 1
-_AAC_BITS = 192_000
-_CALLS_AHEAD = 8
+_AAC_BITS_PER_SECOND = 192_000
+_MAX_PENDING_CALLS = 8
 
 _T = TypeVar("_T")
 
 
 def png_bytes(pixels: Tensor) -> bytes:
-    """Encode RGB or RGBA, (channels, height, width); half values round to even, as Diffusers' do."""
+    """Encode RGB or RGBA pixels (channels, height, width); halves round to even, as in Diffusers."""
     file = io.BytesIO()
     Image.fromarray(_bytes(pixels).numpy()).save(file, "PNG")
     return file.getvalue()
 
 
 def recompressed(image: Image.Image, factor: int) -> Image.Image:
-    """Compress an RGB image as one frame of an H.264 video, and decode it; a last odd row or column is cut.
+    """Encode an RGB image as a one-frame H.264 video and decode it; an odd last row or column is dropped.
 
-    `factor` is x264's constant rate factor, from 1 (best) to 51. Models that were trained on frames of compressed
-    videos expect its traces in an image. The number of threads is x264's own choice, as in Diffusers: tall images have
-    slices for each, so that the result depends on the number of CPUs. Raises ValueError for less than 2 x 2 pixels.
+    Models trained on frames of compressed videos expect compression artifacts in their input image. `factor` is x264's
+    constant rate factor, from 1 (best) to 51. As in Diffusers, x264 chooses the number of threads; tall images have one
+    slice per thread, so that the result depends on the number of CPUs. Raises ValueError for fewer than 2 x 2 pixels.
     """
     width, height = (size // 2 * 2 for size in image.size)
     if not width or not height:
-        raise ValueError(f"{image.width} x {image.height} pixels are too few to compress; at least 2 x 2 work")
+        raise ValueError(f"{image.width} x {image.height} pixels are not enough to compress; 2 x 2 or more work")
     file = io.BytesIO()
     with av.open(file, mode="w", format="mp4") as container:
         options = {"crf": str(factor), "preset": _RECOMPRESSION_PRESET}
@@ -71,8 +72,8 @@ def recompressed(image: Image.Image, factor: int) -> Image.Image:
         return Image.fromarray(next(container.decode(video=0)).to_ndarray(format="rgb24"))
 
 
-class _Reread:
-    """Reads a file in memory at a position of its own, as a second handle of a file on disk would."""
+class _SecondHandle:
+    """Second read handle of an in-memory file, with its own position."""
 
     def __init__(self, file: io.BytesIO) -> None:
         self._file = file
@@ -97,82 +98,82 @@ class _Reread:
         return self._position
 
     def close(self) -> None:
-        """Keep the file, which is still written to."""
+        """Do nothing: the in-memory file is still being written."""
 
 
 @dataclass(frozen=True)
-class Sound:
-    """Samples (channels, samples), one channel or two; `rate` of them a second."""
+class Audio:
+    """Audio samples (channels, samples), mono or stereo, and their rate in Hz."""
 
     samples: Tensor
     rate: int
 
 
 class Mp4File:
-    """An H.264 video with an AAC track in memory, 4:2:0 in BT.709, its index before the frames. Even height and width.
+    """In-memory MP4: H.264 video (4:2:0, BT.709, even height and width), an AAC track, and the index first.
 
-    The packets of the sound lie among the frames that are shown at their time.
+    Audio packets are interleaved with the frames of the same time.
     """
 
-    def __init__(self, height: int, width: int, frame_rate: float, sound: Sound) -> None:
+    def __init__(self, height: int, width: int, frame_rate: float, audio: Audio) -> None:
         self._file = io.BytesIO()
-        # The muxer moves the frames behind the index at the end, for which it opens the file again, to read.
+        # To put the index first, the muxer opens the file a second time, for reading.
         self._container = av.open(
             self._file,
             mode="w",
             format="mp4",
             container_options={"movflags": "+faststart"},
-            io_open=lambda *_: _Reread(self._file),
+            io_open=lambda *_: _SecondHandle(self._file),
         )
         self._stream = _add_h264(self._container, height, width, frame_rate, _X264_OPTIONS)
-        self._sound = deque(self._encode_sound(sound))
+        self._audio = deque(self._encode_audio(audio))
 
     def add(self, pixels: Tensor) -> None:
         """Append a frame (3, height, width)."""
         self._mux(self._stream.encode(_yuv_frame(pixels)))
 
     def finish(self) -> bytes:
-        """End the file and return it."""
+        """Finish the file and return its bytes."""
         self._mux(self._stream.encode(None))
-        while self._sound:
-            self._container.mux(self._sound.popleft())
+        while self._audio:
+            self._container.mux(self._audio.popleft())
         self._container.close()
         return self._file.getvalue()
 
     def _mux(self, packets: Iterable[av.Packet[Any]]) -> None:
-        """Append packets of the video, each behind the sound up to its time."""
+        """Append video packets; audio packets up to the same time come first."""
         for packet in packets:
-            while self._sound and _seconds(self._sound[0]) <= _seconds(packet):
-                self._container.mux(self._sound.popleft())
+            while self._audio and _seconds(self._audio[0]) <= _seconds(packet):
+                self._container.mux(self._audio.popleft())
             self._container.mux(packet)
 
-    def _encode_sound(self, sound: Sound) -> list[av.Packet[Any]]:
-        layout = "mono" if len(sound.samples) == 1 else "stereo"
-        stream: Any = self._container.add_stream("aac", rate=sound.rate, layout=layout)
-        stream.bit_rate, stream.codec_context.thread_count = _AAC_BITS, 1
-        frame: Any = av.AudioFrame.from_ndarray(sound.samples.numpy(), format="fltp", layout=layout)
-        frame.sample_rate, frame.time_base, frame.pts = sound.rate, Fraction(1, sound.rate), 0
+    def _encode_audio(self, audio: Audio) -> list[av.Packet[Any]]:
+        layout = "mono" if len(audio.samples) == 1 else "stereo"
+        stream: Any = self._container.add_stream("aac", rate=audio.rate, layout=layout)
+        stream.bit_rate, stream.codec_context.thread_count = _AAC_BITS_PER_SECOND, 1
+        frame: Any = av.AudioFrame.from_ndarray(audio.samples.numpy(), format="fltp", layout=layout)
+        frame.sample_rate, frame.time_base, frame.pts = audio.rate, Fraction(1, audio.rate), 0
         return [*stream.encode(frame), *stream.encode(None)]
 
 
 def _seconds(packet: av.Packet[Any]) -> Fraction:
-    """When a packet is decoded."""
-    assert packet.dts is not None, "an encoder's packets have times"
-    assert packet.time_base is not None, "an encoder's packets have times"
+    """Decoding time of a packet, in seconds."""
+    assert packet.dts is not None, "encoded packets have timestamps"
+    assert packet.time_base is not None, "encoded packets have timestamps"
     return packet.dts * packet.time_base
 
 
 class Mp4Fragment:
-    """Consecutive frames of an H.264 video, for a fragmented MP4 file (ISO/IEC 14496-12, 8.8); even height and width.
+    """Consecutive frames of a fragmented MP4 video (ISO/IEC 14496-12, 8.8); height and width are even.
 
-    `first_frame` is the index in the video of the first frame. The bytes of a video's fragments, concatenated in order,
-    are the file: those of the first fragment begin with the index (ftyp and moov). Each fragment has an encoder of its
-    own and starts with an IDR frame: its bytes depend on its frames, their place, the size and the rate only.
+    `first_frame` is the video index of the first frame. The file is the concatenation of all fragments in order; the
+    first fragment begins with the index (ftyp and moov). Each fragment has its own encoder and starts with an IDR
+    frame, so that its bytes depend only on its frames, their index, the size and the frame rate.
     """
 
     def __init__(self, height: int, width: int, frame_rate: float, first_frame: int) -> None:
         self._file = io.BytesIO()
-        # Sequence numbers have to increase; they need not be consecutive.
+        # Sequence numbers must increase, but may skip values.
         options = {**_FRAGMENT_MUXING, "fragment_index": str(first_frame + 1)}
         self._container = av.open(self._file, mode="w", format="mp4", container_options=options)
         self._stream = _add_h264(self._container, height, width, frame_rate, _FRAGMENT_OPTIONS)
@@ -187,7 +188,7 @@ class Mp4Fragment:
         self._next_frame += 1
 
     def finish(self) -> bytes:
-        """End the fragment of one frame or more, and return its bytes."""
+        """Finish the fragment, which has at least one frame, and return its bytes."""
         self._container.mux(self._stream.encode(None))
         self._container.close()
         data = self._file.getvalue()
@@ -195,10 +196,10 @@ class Mp4Fragment:
 
 
 def _offset_of(kind: bytes, data: bytes) -> int:
-    """Where the first top-level box of a type begins. Raises ValueError where there is none."""
+    """Byte offset of the first top-level box of a type. Raises ValueError if there is none."""
     offset = 0
-    while offset + _BOX_HEADER <= len(data):
-        if data[offset + 4 : offset + _BOX_HEADER] == kind:
+    while offset + _BOX_HEADER_BYTES <= len(data):
+        if data[offset + 4 : offset + _BOX_HEADER_BYTES] == kind:
             return offset
         offset += int.from_bytes(data[offset : offset + 4])
     raise ValueError(f"MP4: {kind!r} is not among the boxes")
@@ -222,9 +223,9 @@ def _yuv_frame(pixels: Tensor) -> Any:
 
 
 class EncodingAhead:
-    """Runs the calls of encoders in order on a thread, so that the next frames are decoded meanwhile.
+    """Runs encoder calls in order on a thread, concurrently with the decoding of later frames.
 
-    Errors of the encoders are raised by submit() and wait().
+    submit() and wait() raise the errors of earlier calls.
     """
 
     def __init__(self, executor: ThreadPoolExecutor) -> None:
@@ -232,21 +233,21 @@ class EncodingAhead:
         self._pending: deque[Future[Any]] = deque()
 
     def submit(self, work: Callable[..., _T], *args: object) -> Future[_T]:
-        """Run `work` now or soon. Waits while more than eight calls are pending."""
+        """Queue a call. Blocks while more than eight calls are pending."""
         future = self._executor.submit(work, *args)
         self._pending.append(future)
-        self.wait(_CALLS_AHEAD)
+        self.wait(_MAX_PENDING_CALLS)
         return future
 
     def wait(self, pending: int = 0) -> None:
-        """Wait until no more than so many calls are pending."""
+        """Block until at most `pending` calls are pending."""
         while len(self._pending) > pending:
             self._pending.popleft().result()
 
 
 @contextmanager
 def encoding_ahead() -> Iterator[EncodingAhead]:
-    """Make a thread for encoders; calls that are pending are awaited, after an error they are dropped."""
+    """Start an encoder thread. On exit, wait for pending calls; after an error, cancel the pending calls."""
     executor = ThreadPoolExecutor(1, thread_name_prefix="mp4")
     try:
         ahead = EncodingAhead(executor)
@@ -256,9 +257,9 @@ def encoding_ahead() -> Iterator[EncodingAhead]:
         executor.shutdown(cancel_futures=True)
 
 
-def mp4_bytes(frames: Iterable[Tensor], height: int, width: int, frame_rate: float, sound: Sound) -> bytes:
-    """Encode frames (3, height, width) with a sound while they come."""
-    file = Mp4File(height, width, frame_rate, sound)
+def mp4_bytes(frames: Iterable[Tensor], height: int, width: int, frame_rate: float, audio: Audio) -> bytes:
+    """Encode frames (3, height, width) with audio, concurrently with the iteration over `frames`."""
+    file = Mp4File(height, width, frame_rate, audio)
     with encoding_ahead() as ahead:
         for frame in frames:
             ahead.submit(file.add, frame)

@@ -1,4 +1,4 @@
-"""Operators of PyTorch that layers call although PyTorch does not document them, with the arguments that they pass."""
+"""Undocumented PyTorch operators that layers call, with the arguments passed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from common.package_guard import Attributes, Called, Missing, PrivateApi, find
 
 @dataclass(frozen=True)
 class Operator:
-    """An overload under torch.ops, such as "aten._scaled_mm.out": its arguments begin with `arguments`, in this order.
+    """An overload under torch.ops, such as "aten._scaled_mm.out".
 
-    `keywords` are further arguments, anywhere behind them.
+    `arguments` are its leading arguments, in order. `keywords` are further arguments, in any order.
     """
 
     name: str
@@ -19,7 +19,7 @@ class Operator:
     keywords: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raises Missing where the operator is missing or its arguments differ."""
+        """Raise Missing if the operator does not exist or its arguments differ."""
         overload = find(f"torch:ops.{self.name}")
         names = tuple(each.name for each in overload._schema.arguments)
         if names[: len(self.arguments)] != self.arguments or not set(self.keywords).issubset(names):
@@ -40,7 +40,7 @@ GEMM = PrivateApi(
         Operator("aten._addmm_activation.out", ("self", "mat1", "mat2"), ("use_gelu", "out")),
     ),
 )
-"""Of models.kernels.float8 and models.kernels.gemm."""
+"""Operators called by models.kernels.float8 and models.kernels.gemm."""
 
 COLLECTIVES = PrivateApi(
     "torch",
@@ -56,4 +56,4 @@ COLLECTIVES = PrivateApi(
         Attributes("torch._C._distributed_c10d:_SymmetricMemory", ("barrier", "buffer_ptrs")),
     ),
 )
-"""Of models.parallel.collectives and models.parallel.peer_memory."""
+"""Operators called by models.parallel.collectives and models.parallel.peer_memory."""

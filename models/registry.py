@@ -1,8 +1,8 @@
-"""Pipelines that this fleet can serve, and the configs of each of their variants.
+"""Registry of supported pipelines and the configs of their variants.
 
-A pipeline file defines `EntryClass` and `register_configs(registry)`. It is found by itself, in models/pipelines and in
-the plugin directories that a service's settings name. Configs are registered by reference, so that reading the registry
-imports no torch.
+A pipeline file defines `EntryClass` and `register_configs(registry)`. The registry discovers the files in
+models/pipelines and in the plugin directories of the service settings. Configs are registered by reference, so that
+loading the registry does not import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from models import pipelines
 
 @dataclass(frozen=True)
 class ConfigReferences:
-    """The SamplingParams and the PipelineConfig of one variant, each as "package.module:Class"."""
+    """References to a variant's SamplingParams and PipelineConfig, each "package.module:Class"."""
 
     sampling_params: str
     pipeline_config: str
@@ -39,7 +39,7 @@ class PipelineEntry:
     configs: Mapping[str, ConfigReferences]
 
     def configs_of(self, variant: str) -> ConfigReferences:
-        """The configs of one variant. Raises ValueError for a variant that has none."""
+        """Return the configs of one variant. Raises ValueError for a variant without configs."""
         if variant not in self.configs:
             name = self.pipeline.pipeline_name
             raise ValueError(
@@ -58,7 +58,7 @@ class Registry:
     def register_configs(
         self, pipeline_name: str, *, sampling_params: str, pipeline_config: str, variant: str = ""
     ) -> None:
-        """Name the SamplingParams and the PipelineConfig of a pipeline's variant. Raises ValueError on a duplicate."""
+        """Register the config references of a pipeline's variant. Raises ValueError on a duplicate."""
         variants = self._configs.setdefault(pipeline_name, {})
         if variant in variants:
             of = f"variant {variant!r} of {pipeline_name}" if variant else pipeline_name
@@ -66,37 +66,37 @@ class Registry:
         variants[variant] = ConfigReferences(sampling_params, pipeline_config)
 
     def register_pipeline(self, pipeline: type[ComposedPipeline]) -> None:
-        """Add a pipeline class. Raises ValueError on a duplicate."""
+        """Register a pipeline class. Raises ValueError on a duplicate."""
         if not (isinstance(pipeline, type) and issubclass(pipeline, ComposedPipeline)):
-            raise TypeError(f"EntryClass must be a ComposedPipeline, but is {pipeline!r}")
+            raise TypeError(f"EntryClass: {pipeline!r} is not a subclass of ComposedPipeline")
         name = pipeline.pipeline_name
         if name in self._pipelines:
             raise ValueError(f"pipeline {name} is registered twice")
         self._pipelines[name] = pipeline
 
     def entry(self, pipeline_name: str) -> PipelineEntry:
-        """The entry of a `_class_name`. Raises CheckpointError that names the supported ones, and the nearest."""
+        """Return the entry of a `_class_name`. Raises CheckpointError, which lists the supported names."""
         if pipeline_name not in self._pipelines:
             message = f"pipeline {pipeline_name!r} is not supported; supported are {', '.join(self.names())}"
             if (relative := self.relative(pipeline_name)) is not None:
-                message = f"{message}; the nearest relative is {relative}"
+                message = f"{message}; the closest match is {relative}"
             raise CheckpointError(message)
         if pipeline_name not in self._configs:
             raise ValueError(f"pipeline {pipeline_name} has no configs; call register_configs() in its family")
         return PipelineEntry(self._pipelines[pipeline_name], self._configs[pipeline_name])
 
     def relative(self, pipeline_name: str) -> str | None:
-        """The supported `_class_name` that is nearest to another one; None where no family's name begins it.
+        """Return the supported `_class_name` with the longest common prefix, or None without any.
 
-        The longest beginning counts: QwenImageEditInpaintPipeline is nearer to QwenImageEdit than to QwenImage.
+        For example, QwenImageEditInpaintPipeline matches QwenImageEdit rather than QwenImage.
         """
-        beginnings = {
-            beginning: name
+        prefixes = {
+            prefix: name
             for name, pipeline in sorted(self._pipelines.items())
-            for beginning in (name.removesuffix("Pipeline"), *pipeline.relatives)
+            for prefix in (name.removesuffix("Pipeline"), *pipeline.relatives)
         }
-        found = [each for each in beginnings if re.match(rf"{re.escape(each)}(?=[A-Z0-9])", pipeline_name)]
-        return beginnings[max(found, key=len)] if found else None
+        found = [each for each in prefixes if re.match(rf"{re.escape(each)}(?=[A-Z0-9])", pipeline_name)]
+        return prefixes[max(found, key=len)] if found else None
 
     def names(self) -> list[str]:
         """The supported `_class_name`s, sorted."""
@@ -104,7 +104,7 @@ class Registry:
 
 
 def resolve(reference: str) -> Any:
-    """Import what "package.module:Name" refers to. Raises ImportError where there is nothing of that name."""
+    """Import the object of a reference "package.module:Name". Raises ImportError if it does not exist."""
     module, _, name = reference.partition(":")
     contents = vars(importlib.import_module(module))
     if name not in contents:
@@ -113,11 +113,11 @@ def resolve(reference: str) -> Any:
 
 
 def load_registry(plugins: Iterable[Path] = ()) -> Registry:
-    """Build the registry: the families of models/pipelines, then those of the plugin directories.
+    """Register the families of models/pipelines, then those of the plugin directories.
 
-    A plugin directory is put on sys.path, so that references may name its files. Each of its files that defines
-    `EntryClass` is a pipeline file; the others are not imported here, for they may need torch. Errors of a plugin are
-    raised as they are; a pipeline file without register_configs() is a TypeError.
+    Each plugin directory is appended to sys.path, so that references can name its files. Files that define `EntryClass`
+    are pipeline files; other files are not imported here, as they may import torch. Errors raised by a plugin are not
+    wrapped. Raises TypeError for a pipeline file without register_configs().
     """
     registry = Registry()
     for info in pkgutil.iter_modules(pipelines.__path__):
@@ -144,7 +144,7 @@ def _load_plugins(registry: Registry, directory: Path) -> None:
 
 
 def _defines_entry(path: Path) -> bool:
-    """Whether a file assigns or defines the name EntryClass, told without running it."""
+    """Whether a file assigns or defines the name EntryClass, determined without running the file."""
     for statement in ast.parse(path.read_text(), str(path)).body:
         match statement:
             case ast.Assign(targets=[ast.Name(id="EntryClass")]) | ast.AnnAssign(target=ast.Name(id="EntryClass")):
@@ -155,9 +155,11 @@ def _defines_entry(path: Path) -> bool:
 
 
 def _add_family(registry: Registry, module: ModuleType) -> None:
-    """Add the pipeline of a file, and let the file register its configs."""
+    """Register a pipeline file's pipeline and configs."""
     contents = vars(module)
     registry.register_pipeline(contents["EntryClass"])
     if "register_configs" not in contents:
-        raise TypeError(f"{module.__name__} must define register_configs(registry), which names the family's configs")
+        raise TypeError(
+            f"{module.__name__} must define register_configs(registry), which registers the family's configs"
+        )
     contents["register_configs"](registry)

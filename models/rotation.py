@@ -1,6 +1,6 @@
-"""Angles by which queries and keys are rotated to their positions (RoPE).
+"""Rotary position embedding (RoPE) of queries and keys.
 
-Shapes: T tokens, H heads, K head size.
+Shapes: B batch, T tokens, H heads, K head size.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """cos and sin of the angle of each pair of channels, float32 (tokens, head size / 2).
+    """Cosine and sine of the rotation angle of each channel pair, float32 (T, K / 2).
 
-    Pairs are neighbouring channels; with `is_neox_style` a channel of the first half of a head and its counterpart in
-    the second half.
+    A pair is two adjacent channels. With `is_neox_style`, it is a channel of the head's first half and the
+    corresponding channel of the second half.
     """
 
     cos: Tensor
@@ -26,24 +26,24 @@ class Rotation:
     is_neox_style: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
-        """By their names."""
+        """Both tensors, by attribute name."""
         return {"cos": self.cos, "sin": self.sin}
 
     def of(self, tokens: slice) -> Rotation:
-        """That of some tokens."""
+        """The rotation of a range of tokens."""
         return replace(self, cos=self.cos[tokens], sin=self.sin[tokens])
 
     @cached_property
     def interleaved(self) -> Tensor:
-        """cos and sin of each pair side by side, (tokens, head size): the form that GEMM epilogues read."""
+        """Interleaved cosine and sine of each pair, (T, K), the layout read by GEMM epilogues."""
         return torch.stack((self.cos, self.sin), dim=-1).flatten(1)
 
 
 class HeadRotation(NamedTuple):
-    """cos and sin of the angle of each pair of channels, float32 (T, H, K / 2).
+    """Rotation with separate angles for each head: cosine and sine, float32 (T, H, K / 2).
 
-    `is_neox_style`: a pair is a channel of a head's first half with its counterpart in the second half; else it is two
-    neighbouring channels.
+    A pair is two adjacent channels. With `is_neox_style`, it is a channel of the head's first half and the
+    corresponding channel of the second half.
     """
 
     cos: Tensor
@@ -52,7 +52,7 @@ class HeadRotation(NamedTuple):
 
 
 def apply_rotary(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate the pairs of channels of x (batch, tokens, heads, head size). In float32, result in x's type."""
+    """Apply RoPE to x (B, T, H, K). Computes in float32; the result has x's dtype."""
     cos, sin = rotation.cos[:, None, :], rotation.sin[:, None, :]
     if rotation.is_neox_style:
         first, second = x.float().chunk(2, dim=-1)
@@ -63,7 +63,7 @@ def apply_rotary(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def rotate_heads(x: Tensor, rotation: HeadRotation) -> Tensor:
-    """Apply RoPE to x (B, T, H, K). In float32, result in x's type."""
+    """Apply RoPE with separate angles for each head to x (B, T, H, K), as apply_rotary()."""
     pairs = (2, x.shape[-1] // 2) if rotation.is_neox_style else (x.shape[-1] // 2, 2)
     axis = -2 if rotation.is_neox_style else -1
     first, second = x.float().reshape(*x.shape[:-1], *pairs).unbind(axis)

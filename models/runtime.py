@@ -1,4 +1,4 @@
-"""The process in which a model's stages run, as opposed to the model itself."""
+"""Process-level configuration of a model's stages: device, dtype, worker group, memory limits."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def _cpu() -> torch.device:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Device, requested precision, worker group and policies of a process.
+    """Device, requested dtype, worker group and policies of a process.
 
-    Stages compute on `device`: they move inputs there and outputs back to the CPU. `mesh` is this rank's place in the
-    worker group that denoises; None: one rank. A denoising stage sends a step checkpoint after every
-    `step_checkpoint_every` steps, and when the last one is `step_checkpoint_seconds` old; 0: never. `step_memory_bytes`
-    bounds CUDA graphs, their inputs, and the memory that steps update in place. `swap_experts`: of a model with several
-    denoisers the device holds one at a time, and the host's memory all.
+    Stages move their inputs to `device` and their outputs back to the CPU. `mesh` is the device mesh of the denoising
+    worker group; None: one rank. A denoising stage sends a step checkpoint every `step_checkpoint_every` steps, and
+    when the last checkpoint is `step_checkpoint_seconds` old; 0 disables each rule. `step_memory_bytes` bounds CUDA
+    graphs, their inputs, and the memory that steps update in place. `swap_experts`: host memory holds all denoisers of
+    a model, the device holds one at a time.
     """
 
     device: torch.device = field(default_factory=_cpu)
@@ -40,9 +40,9 @@ class Runtime:
 
     @cached_property
     def step_memory(self) -> StepMemoryPool:
-        """Step memory that all denoising stages of this runtime share; on a GPU it captures CUDA graphs."""
+        """Step memory shared by all denoising stages of this runtime; on a GPU it captures CUDA graphs."""
         return StepMemoryPool(self.step_memory_bytes, cuda_capture() if self.device.type == "cuda" else None)
 
     def axis(self, name: AxisName) -> Axis:
-        """This rank's neighbours on an axis of the worker group."""
+        """This rank's position on an axis of the worker mesh; a single rank without a mesh."""
         return Axis() if self.mesh is None else self.mesh.axis(name)

@@ -1,4 +1,4 @@
-"""A digest of the code that computes: two workers whose code differs may compute other bytes."""
+"""Digest of the source code: workers with different code may compute different bytes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ import models
 
 @cache
 def own_digest() -> str:
-    """Digest of the Python files of `models` and `configs`, as hexadecimal text; read once a process."""
+    """SHA-256 of the Python files of `models` and `configs`, in hexadecimal; computed once per process."""
     return sources_digest(Path(path) for package in (models, configs) for path in package.__path__)
 
 
 def sources_digest(directories: Iterable[Path]) -> str:
-    """Digest of the Python files under directories, in order: of their contents and their paths within each.
+    """SHA-256 of the contents and relative paths of the Python files under directories, in hexadecimal.
 
-    Where a directory lies, and when its files were written, makes no difference. Raises OSError for one that cannot be
-    read.
+    Independent of the location of the directories and of file times. Raises OSError for an unreadable directory.
     """
     digest = hashlib.sha256()
     for directory in directories:

@@ -1,4 +1,4 @@
-"""Token segments: adjacent ranges of tokens in one tensor, each with vectors of its own.
+"""Token segments: adjacent ranges of tokens in one tensor, each with its own modulation vectors.
 
 Shapes: B batch, S tokens, D hidden size.
 """
@@ -15,25 +15,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenSegments:
-    """Lengths of the segments of x (B, S, D), such as text, image and reference images, in their order."""
+    """Lengths of the consecutive segments of x (B, S, D), such as text, image and reference images."""
 
     lengths: tuple[int, ...]
 
     def slices(self) -> Iterator[slice]:
-        """The tokens of each segment."""
+        """Token range of each segment."""
         start = 0
         for length in self.lengths:
             yield slice(start, start + length)
             start += length
 
     def vectors(self, *vectors: Tensor) -> SegmentVectors:
-        """A vector (B, D) for each segment."""
+        """Assign one vector (B, D) to each segment."""
         assert len(vectors) == len(self.lengths), "one vector for each segment"
         return SegmentVectors(vectors, self)
 
 
 class SegmentVectors(NamedTuple):
-    """A vector (B, D) for the tokens of each segment. Without segments, a single vector is for all tokens."""
+    """One vector (B, D) for each segment; without segments, a single vector for all tokens."""
 
     vectors: tuple[Tensor, ...]
     segments: TokenSegments | None = None
@@ -49,7 +49,7 @@ class SegmentVectors(NamedTuple):
         return self.vectors[-1]
 
     def used(self) -> list[tuple[slice, Tensor]]:
-        """Tokens and vector of each segment that has tokens. Adjacent segments of one vector are one."""
+        """Token range and vector of each non-empty segment. Adjacent segments with the same vector are merged."""
         if self.segments is None:
             return [(slice(None), self.last)]
         found: list[tuple[slice, Tensor]] = []
@@ -63,7 +63,7 @@ class SegmentVectors(NamedTuple):
         return found or [(slice(None), self.last)]
 
     def by_token(self) -> Tensor:
-        """(B, 1, D) where one vector is for all tokens, else (B, S, D)."""
+        """Expand to one vector for each token: (B, 1, D) for a single vector, otherwise (B, S, D)."""
         used = self.used()
         if len(used) == 1:
             return used[0][1][:, None]
@@ -75,7 +75,7 @@ def vectors_of_rows(
     first_BMD: Tensor | None,  # noqa: N803
     rest_BMD: Tensor,  # noqa: N803
 ) -> list[SegmentVectors]:
-    """M vectors in order, from rows (B, M, D) of two segments; without a first one, of all tokens."""
+    """Split rows (B, M, D) of two segments into M vectors; without a first segment, rows of all tokens."""
     assert (segments is None) == (first_BMD is None), "the first segment has rows of its own"
     rest = rest_BMD.unbind(1)
     if segments is None or first_BMD is None:

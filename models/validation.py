@@ -1,4 +1,4 @@
-"""Validates a request before the coordinator accepts it, and makes the first artifacts of its pipeline."""
+"""Validates requests for the coordinator and creates the initial artifacts of their pipelines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NO_IMAGES: Mapping[str, bytes] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class ValidatedRequest:
-    """A request that can run: its variant, every parameter, the artifacts that its pipeline is given, and warnings."""
+    """A valid request: its variant, all parameters, the initial artifacts of its pipeline, and warnings."""
 
     variant: ServedVariant
     params: SamplingParams
@@ -28,9 +28,9 @@ class ValidatedRequest:
 
 
 class InputValidationStage:
-    """Makes the first artifacts of one model's pipeline from what a caller gave.
+    """Creates the initial artifacts of a model's pipeline from a request.
 
-    Raises PipelineError for a pipeline that is given artifacts of other kinds.
+    Raises PipelineError for a pipeline that requires other kinds of initial artifacts.
     """
 
     def __init__(self, model: ServedModel) -> None:
@@ -38,15 +38,16 @@ class InputValidationStage:
             {kind for each in model.variants for kind in each.pipeline.given.values()} - _INITIAL_ARTIFACTS
         ):
             made = ", ".join(sorted(_INITIAL_ARTIFACTS))
-            raise PipelineError(f"given: {', '.join(unknown)} is not made from a request; {made} are")
+            raise PipelineError(f"given: {', '.join(unknown)} cannot be created from a request; {made} can")
         self._model = model
 
     def choose(self, given: Collection[str], images: Collection[str], recorded: str = "") -> ServedVariant:
-        """The variant for a request with these parameters and roles of images; `recorded` where it was chosen before.
+        """Select the variant for a request's parameters and image roles.
 
-        Of several that take the images it is the first one that has all parameters, else the first one. Raises
-        InvalidInput that names the variants and their images where none takes them, and FailedPrecondition where the
-        recorded variant is not served here.
+        Of the variants that accept the images, the first that has all parameters is selected, otherwise the first.
+        `recorded` is the variant selected when the request was accepted; empty: none yet. Raises InvalidInput, which
+        lists the variants and their images, if no variant accepts the images, and FailedPrecondition if the recorded
+        variant is not served here.
         """
         if recorded:
             return self._recorded(recorded)
@@ -54,7 +55,7 @@ class InputValidationStage:
             (variant,) = self._model.variants
             self._check_roles(variant.roles, images)
             return variant
-        fits = [each for each in self._model.variants if _takes(each.roles, images)]
+        fits = [each for each in self._model.variants if _accepts(each.roles, images)]
         if not fits:
             raise self._no_variant(images)
         return next((each for each in fits if {spec.name for spec in each.specs}.issuperset(given)), fits[0])
@@ -62,10 +63,10 @@ class InputValidationStage:
     def run(
         self, given: Mapping[str, ParamValue], images: Mapping[str, bytes] = _NO_IMAGES, *, recorded: str = ""
     ) -> ValidatedRequest:
-        """Check and complete a request. `images` are the image files that came with it, by role.
+        """Validate a request and fill in defaults. `images` are the request's image files by role.
 
-        Of the images only the headers are read. `recorded` is the variant of a request that was accepted before. Raises
-        InvalidInput that names the field, the value and what would be right, and FailedPrecondition as choose().
+        Reads only the headers of the images. `recorded` is the variant of a request accepted earlier. Raises
+        InvalidInput, which states the field, the value and valid values, and FailedPrecondition as choose().
         """
         variant = self.choose(given, images, recorded)
         headers = {role: read_image_header(role, data) for role, data in images.items()}
@@ -81,36 +82,46 @@ class InputValidationStage:
             served = ", ".join(each.name for each in self._model.variants if each.name) or "one variant without a name"
             reason = self._model.unserved.get(name, f"it serves {served}")
             raise FailedPrecondition(
-                f"variant: {name!r} of {self._model.name} is not served by this coordinator: {reason}", field="variant"
+                f"variant: {name!r} of {self._model.name} is not served by this coordinator; {reason}", field="variant"
             )
         return variant
 
     def _no_variant(self, images: Collection[str]) -> InvalidInput:
         known = {role for each in self._model.variants for role in (*each.roles.required, *each.roles.optional)}
         field = next((role for role in images if role not in known), "images")
-        came = ", ".join(role[:80] for role in images) or "no image"
-        takes = ", ".join(each.label for each in self._model.variants)
+        sent = ", ".join(role[:80] for role in images) or "no image"
+        accepted = ", ".join(each.label for each in self._model.variants)
         unserved = "".join(f"; variant {name} is not served: {why}" for name, why in self._model.unserved.items())
-        return InvalidInput(f"{came} came; {self._model.name} takes: {takes}{unserved}", field=field)
+        return InvalidInput(
+            f"images: {sent} is not a set of images of {self._model.name}, which takes: {accepted}{unserved}",
+            field=field,
+        )
 
     def _check_roles(self, roles: ImageRoles, images: Collection[str]) -> None:
         known = (*roles.required, *roles.optional)
         name = f"{self._model.name} ({self._model.checkpoint.pipeline_name})"
         if images and not known:
-            raise InvalidInput(f"{name} takes no images, but {len(images)} came", field="images")
+            raise InvalidInput(f"images: {len(images)} is not 0; {name} takes no images", field="images")
         for role in roles.required:
             if role not in images:
-                raise InvalidInput(f"{name} needs a picture as {role!r}, but none came", field=role)
+                raise InvalidInput(
+                    f"{role}: no image was sent, which {name} requires; send an image with the role {role!r}",
+                    field=role,
+                )
         if unknown := [role for role in images if role not in known]:
-            came = ", ".join(images)
-            raise InvalidInput(f"{name} takes {', '.join(known)} as pictures, but {came} came", field=unknown[0])
+            sent = ", ".join(images)
+            raise InvalidInput(
+                f"images: {sent} are not among the roles of {name}, {', '.join(known)}", field=unknown[0]
+            )
 
 
-def _takes(roles: ImageRoles, images: Collection[str]) -> bool:
-    """Whether these are all images that a request must bring, and none that it may not bring."""
+def _accepts(roles: ImageRoles, images: Collection[str]) -> bool:
+    """Whether the images include all required roles, and only required or optional roles."""
     return set(roles.required) <= set(images) <= {*roles.required, *roles.optional}
 
 
 def _image_warnings(headers: Mapping[str, ImageHeader]) -> tuple[ParamWarning, ...]:
-    message = "has 16-bit grey levels, of which all above 255 become white, as in Diffusers; convert it to 8 bits"
-    return tuple(ParamWarning(role, f"{role} {message}") for role, header in headers.items() if header.is_16_bit_grey)
+    message = "has 16-bit grey levels; levels above 255 become white, as in Diffusers; convert it to 8 bits"
+    return tuple(
+        ParamWarning(role, f"the image {message}") for role, header in headers.items() if header.is_16_bit_grey
+    )

@@ -1,8 +1,8 @@
-"""Made-up requests that a service runs before it takes real ones: one that denoises, or does all work before that.
+"""Warm-up requests with synthetic inputs, which a service runs before it accepts requests.
 
-What a size needs is made when it is first asked for: Triton compiles kernels, libraries set themselves up, the second
-step captures a CUDA graph. Requests of a size that was warmed up find all of that. Where texts are not padded, each
-number of tokens has a graph of its own: made-up texts have one usual number.
+The first request of each size pays for Triton compilation, library initialisation and CUDA graph capture; warm-up moves
+this cost to start-up. The services that warm up are denoising and, for hybrid models, before_denoising. If texts are
+not padded, each number of tokens has its own CUDA graph; warm-up covers one typical number.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from models.media import png_bytes
 from models.registry import resolve
 
 STEPS = 3
-"""Steps of each expert: the first readies the kernels, the second captures a graph, the third finds one."""
+"""Steps per expert: the first compiles kernels, the second captures a CUDA graph, the third replays it."""
 
 _LEVELS = 1000
-"""Noise levels among which those of a made-up schedule are chosen."""
+"""Number of candidate noise levels of a synthetic schedule."""
 _FIELD = "warm_up"
 _DENOISING = "denoising"
 _SIZE = re.compile(r"(?P<height>[0-9]{1,5})x(?P<width>[0-9]{1,5})(x(?P<num_frames>[0-9]{1,5}))?")
-_VARIANT_SIGN = "@"
+_VARIANT_SEPARATOR = "@"
 
 _log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Made-up requests of one model's service: variants, each with the parameters of a request of its own."""
+    """Warm-up requests of one model's service: pairs of a variant and the parameters of a request."""
 
     model: ServedModel
     service: str
@@ -61,27 +61,26 @@ class WarmUp:
 
     @classmethod
     def parse(cls, model: ServedModel, texts: Sequence[str], *, service: str = _DENOISING) -> Self:
-        """Read sizes, HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, each for every variant of the model or for the @VARIANT.
+        """Parse sizes: HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for all variants or for the one in a suffix @VARIANT.
 
-        Frames that are not given are the variant's own number. Raises InvalidInput for other texts, for a variant that
-        the model does not have, for sizes that a request could not ask for, and for models whose stages are not the
-        standard ones.
+        Without FRAMES, the variant's default number of frames is used. Raises InvalidInput for malformed sizes, unknown
+        variants, sizes that requests cannot have, and models without the standard denoising stage.
         """
         return cls(model, service, tuple(each for text in texts for each in _sizes(model, service, text)))
 
     def run(self, stages: Callable[[Mapping[str, Any], Call], object], dtype: torch.dtype, call: Call) -> None:
-        """Run the stages at each size, a denoising loop for a few steps. `dtype` is theirs; raises as they do."""
+        """Run the stages at each size, for a few denoising steps. `dtype` is the stages' dtype; raises as they do."""
         for (variant, params), inputs in zip(self.sizes, self.inputs(dtype), strict=True):
             began = time.monotonic()
             stages(inputs, replace(call, variant=variant.name))
             size = "x".join(str(each) for each in params.extent.values())
-            name = f"{size}{_VARIANT_SIGN}{variant.name}" if variant.name else size
+            name = f"{size}{_VARIANT_SEPARATOR}{variant.name}" if variant.name else size
             _log.info("warmed up", size=name, seconds=time.monotonic() - began)
 
     def inputs(self, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-        """The artifacts of a made-up request at each size, by slot of the service's stages, on the CPU.
+        """Synthetic input artifacts for each size, by slot of the service's stages, on the CPU.
 
-        A service that reads the request alone gets that, another one what encoders make for a denoising stage.
+        A service that reads only the request gets the request's artifacts; denoising gets random encoder outputs.
         """
         configs: dict[str, DenoisingConfig] = {}
         for variant, params in self.sizes:
@@ -98,16 +97,16 @@ class WarmUp:
 
 
 def _sizes(model: ServedModel, service: str, text: str) -> Iterator[tuple[ServedVariant, SamplingParams]]:
-    size, sign, name = text.partition(_VARIANT_SIGN)
+    size, sign, name = text.partition(_VARIANT_SEPARATOR)
     match = _SIZE.fullmatch(size)
     if match is None:
-        message = f"{size!r} is no size to warm up for; it must be HEIGHTxWIDTH, or HEIGHTxWIDTHxFRAMES of a video"
-        raise InvalidInput(f"{message}, and may end with @VARIANT", field=_FIELD)
+        message = f"warm_up: {size!r} is not a size; HEIGHTxWIDTH and, for a video, HEIGHTxWIDTHxFRAMES work"
+        raise InvalidInput(f"{message}, optionally followed by @VARIANT", field=_FIELD)
     served = [variant for variant, _ in model.variants_of(service)]
     for variant in _chosen(model, text, name) if sign else served:
         if not issubclass(resolve(variant.pipeline_config), DenoisingConfig):
-            message = f"{model.checkpoint.pipeline_name} cannot be warmed up: its stages are not the standard ones"
-            raise InvalidInput(message, field=_FIELD)
+            message = f"warm_up: {text} is not supported by {model.checkpoint.pipeline_name}"
+            raise InvalidInput(f"{message}, which has no standard denoising stage", field=_FIELD)
         yield variant, _params(model, variant, text, match)
 
 
@@ -116,7 +115,7 @@ def _chosen(model: ServedModel, text: str, name: str) -> list[ServedVariant]:
     if chosen := [each for each in named if each.name == name]:
         return chosen
     works = f"its variants are {', '.join(each.name for each in named)}" if named else "write the size without @"
-    raise InvalidInput(f"warm_up: {text} names no variant of {model.name}; {works}", field=_FIELD)
+    raise InvalidInput(f"warm_up: {text} does not end with a variant of {model.name}; {works}", field=_FIELD)
 
 
 def _params(model: ServedModel, variant: ServedVariant, text: str, match: re.Match[str]) -> SamplingParams:
@@ -125,7 +124,7 @@ def _params(model: ServedModel, variant: ServedVariant, text: str, match: re.Mat
     try:
         params, warnings = variant.sampling_params.build({**request, **size}, model.checkpoint)
     except InvalidInput as error:
-        raise InvalidInput(f"warm_up {text}: {error.message}", field=_FIELD) from error
+        raise InvalidInput(f"warm_up: {text}: {error.message}", field=_FIELD) from error
     for warning in warnings:
         if warning.field in size:
             _log.warning("warm_up size is changed", size=text, reason=warning.message)
@@ -136,9 +135,9 @@ def _inputs(
     config: DenoisingConfig, dtype: torch.dtype, request: Mapping[str, Prompt | Canvas | Sampling]
 ) -> dict[str, Any]:
     prompt, canvas, sampling = request["prompt"], request["canvas"], request["sampling"]
-    assert isinstance(prompt, Prompt), "SamplingParams.artifacts() puts each in its slot"
-    assert isinstance(canvas, Canvas), "SamplingParams.artifacts() puts each in its slot"
-    assert isinstance(sampling, Sampling), "SamplingParams.artifacts() puts each in its slot"
+    assert isinstance(prompt, Prompt), "SamplingParams.artifacts() has one artifact per slot"
+    assert isinstance(canvas, Canvas), "SamplingParams.artifacts() has one artifact per slot"
+    assert isinstance(sampling, Sampling), "SamplingParams.artifacts() has one artifact per slot"
     embeds = {name: _normal(shape, dtype) for name, shape in config.conditioning_shapes().items()}
     ids = config.conditioning_id_shapes(canvas)
     embeds |= {name: torch.zeros(shape, dtype=torch.int64) for name, shape in ids.items()}
@@ -156,7 +155,7 @@ def _inputs(
 
 
 def _images(variant: ServedVariant, params: SamplingParams) -> ImageInputs:
-    """Grey images of the result's size, as many as a request must bring."""
+    """A grey image of the result's size for each required role."""
     data = png_bytes(torch.full((3, params.height, params.width), 0.5))
     file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return ImageInputs(images=dict.fromkeys(variant.roles.required, file))
@@ -172,7 +171,7 @@ def _latents(config: DenoisingConfig, shapes: Shapes, dtype: torch.dtype) -> Lat
 
 
 def _schedule(config: DenoisingConfig, steps: int) -> Schedule:
-    """Noise levels between 1 and 0, so many for each expert that has any: their values change no other kernel."""
+    """A schedule with `steps` noise levels between 1 and 0 per expert; kernels ignore the values."""
     levels = [(_LEVELS - level) / _LEVELS for level in range(1, _LEVELS)]
     by_expert: dict[str, list[float]] = {}
     for index, (level, below) in enumerate(pairwise([*levels, 0.0])):

@@ -1,4 +1,4 @@
-"""Reads safetensors into modules of ours: by name, strictly, one tensor (or this rank's part of it) at a time."""
+"""Loads safetensors into modules, strictly by name, one tensor (or this rank's shard of it) at a time."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from models.parallel.shards import Shard, parameter_shards
 
 _log = get_logger(__name__)
 
-# The names that safetensors gives to the types that a weight may be stored in.
+# Supported dtypes of stored weights, by safetensors' names.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class Weights:
-    """The tensors of a module's safetensors files, by name. Open it with `with`; nothing is read until asked for.
+    """The tensors of a module's safetensors files, by name. A context manager; tensors are read on demand.
 
-    Raises CheckpointError, naming the module, for files that are no safetensors and for a name that two files hold.
+    Raises CheckpointError, which names the module, for invalid files and for a tensor name in two files.
     """
 
     def __init__(self, module: str, files: Sequence[Path]) -> None:
@@ -46,7 +46,7 @@ class Weights:
                     raise CheckpointError(f"{self._module}: {path} cannot be read: {error}") from error
                 for name in source.keys():  # noqa: SIM118  (not a mapping: it has no iterator)
                     if name in self._sources:
-                        raise CheckpointError(f"{self._module}: {name} is in two files, {path.name} is the second")
+                        raise CheckpointError(f"{self._module}: {name} is in two files; {path.name} is the second")
                     self._sources[name] = source
             self._stack = stack.pop_all()
         return self
@@ -57,9 +57,9 @@ class Weights:
         self._stack.close()
 
     def check(self, expected: dict[str, tuple[int, ...]], unused: Sequence[str] = ()) -> None:
-        """Refuse names and shapes other than the expected ones, and types that are no plain floats.
+        """Check that names and shapes are as expected and that dtypes are supported. Raises CheckpointError.
 
-        Names that contain one of `unused` may be there for nobody.
+        Names that contain one of `unused` are ignored.
         """
         self._refuse("lacks", sorted(expected.keys() - self._sources.keys()))
         unknown = sorted(self._sources.keys() - expected.keys())
@@ -67,22 +67,24 @@ class Weights:
         for name, shape in expected.items():
             part = self._sources[name].get_slice(name)
             if tuple(part.get_shape()) != shape:
-                raise CheckpointError(f"{self._module}: {name} has shape {part.get_shape()}; expected {list(shape)}")
+                raise CheckpointError(f"{self._module}: {name}: shape {part.get_shape()} is not {list(shape)}")
             if part.get_dtype() not in _DTYPES:
                 supported = ", ".join(_DTYPES)
-                raise CheckpointError(f"{self._module}: {name} is {part.get_dtype()}; supported are {supported}")
+                raise CheckpointError(
+                    f"{self._module}: {name}: dtype {part.get_dtype()} is not supported; supported are {supported}"
+                )
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
-        """The tensor, or the part of it that a rank needs, read from disk and nothing else."""
+        """Read a tensor, or only a slice of it, from disk. Raises CheckpointError."""
         try:
             part: Tensor = self._sources[name].get_slice(name)[index or ...]
         except SafetensorError as error:
-            raise CheckpointError(f"{self._module}: {name} is not readable: {error}") from error
+            raise CheckpointError(f"{self._module}: {name} cannot be read: {error}") from error
         self.bytes_read += part.nbytes
         return part
 
     def load(self, name: str, shard: Shard | None, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The tensor, or the shard of it, on the device. No more than one segment of it is held on the host besides."""
+        """Load a tensor, or a shard of it, to the device. The host holds at most one segment at a time."""
         if shard is None:
             return self.read(name).to(device, dtype)
         parts = [self.read(name, index).to(device, dtype) for index in shard.slices()]
@@ -104,11 +106,11 @@ def load_module(
     keep_float32: Sequence[str] = (),
     unused: Sequence[str] = (),
 ) -> None:
-    """Fill a module built on the meta device, in place, and make it ready for inference.
+    """Load weights into a module built on the meta device, freeze it and set eval mode.
 
-    Every parameter must be in the files under its own name and shape (that of the whole tensor, for a shard of one),
-    and nothing else but names that contain one of `unused`. Biases that checkpoints do not have are zeros. Names that
-    contain one of `keep_float32` are float32 whatever dtype is. Raises CheckpointError.
+    The files must contain every parameter under its own name and unsharded shape, and no other names except those that
+    contain one of `unused`. Biases that are absent from checkpoints become zeros. Names that contain one of
+    `keep_float32` are loaded as float32, other names as `dtype`. Raises CheckpointError.
     """
     began = time.monotonic()
     shards = parameter_shards(module)

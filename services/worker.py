@@ -63,7 +63,14 @@ from services.worker_server import (
     variant_messages,
     watchdog_of,
 )
-from services.worker_settings import KernelSettings, WorkerSettings, device_of, dtype_of, prepare_thread
+from services.worker_settings import (
+    KernelSettings,
+    WarmUpSettings,
+    WorkerSettings,
+    device_of,
+    dtype_of,
+    prepare_thread,
+)
 
 _log = get_logger(__name__)
 
@@ -300,7 +307,10 @@ def main_for(service: str, settings_class: type[Settings]) -> Callable[[Sequence
     """The main() of a stage service. It returns 0 after a graceful end, 2 for wrong settings, 1 for the rest."""
 
     def run(model: ServedModel, settings: Settings, _: Sequence[str]) -> int:
-        asyncio.run(serve(service, model, settings))
+        warm_up = None
+        if isinstance(settings, WarmUpSettings):
+            warm_up = WarmUp.parse(model, settings.warm_up, service=service)
+        asyncio.run(serve(service, model, settings, warm_up=warm_up))
         return 0
 
     def main(argv: Sequence[str] | None = None) -> int:

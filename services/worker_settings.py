@@ -1,6 +1,6 @@
 """Settings of the stage services, by what a service does, and the device and element type that they select.
 
-Each service has only the settings that it reads; SETTINGS in its `__main__` is its class.
+Each service has only the settings that it reads; SETTINGS in its module (services.cli.serve) is its class.
 
     WorkerSettings      every stage service reads these; latent_preparation has no others
     CachingSettings     replies can be cached: text_encoding

@@ -71,8 +71,8 @@ class Served:
         shown = first.upper()
         if "layers" in {each.name for each in fields(self.params)} and issubclass(self.config, ImageLatentsConfig):
             shown = _PER_LAYER[self.config.image_mode]
-        if issubclass(self.config, DecodingConfig) and self.config.sound_part is not None:
-            shown += " with sound"
+        if issubclass(self.config, DecodingConfig) and self.config.audio_part is not None:
+            shown += " with audio"
         return ", ".join([shown, *others])
 
     def parallel(self) -> str:

@@ -79,8 +79,12 @@ def check_bad_images(fleet: LocalFleet) -> None:
         ({"image_1": good}, "images", "takes: text"),
         ({"image": good, f"image_{MAX_IMAGES}": good}, f"image_{MAX_IMAGES}", "takes: text"),
         ({"image": good, "last_image": good}, "last_image", "takes: text"),
-        ({"image": good, "image_1": png(coarse_image(63, 64))}, "image_1", "63 x 64 is not at least 64 pixels a side"),
-        ({"image": png(coarse_image(64, 513))}, "image", "64 x 513 is not at most 8 times as long as it is wide"),
+        (
+            {"image": good, "image_1": png(coarse_image(63, 64))},
+            "image_1",
+            "63 x 64 is not at least 64 pixels along each side",
+        ),
+        ({"image": png(coarse_image(64, 513))}, "image", "64 x 513 has an aspect ratio that is not at most 8"),
         ({"image": png(Image.new("RGB", (9000, 8000)))}, "image", "must have at most"),
         ({"image": good, "image_1": b"no image"}, "image_1", "is not a PNG, JPEG or WebP picture"),
     ]

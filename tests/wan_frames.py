@@ -52,5 +52,5 @@ def check_sessions(
                 frames.extend(session.feed(part))
     for video, frames in zip(videos, made, strict=True):
         assert torch.equal(torch.stack(frames, dim=1), decode(vae, video, decoding_bytes))
-    with torch.inference_mode(), pytest.raises(ValueError, match="1 frames are 1 more than are missing"):
+    with torch.inference_mode(), pytest.raises(ValueError, match="1 frames are 1 more than the video has left"):
         list(sessions[0].feed(latents[:, :, :1]))

@@ -1,1 +1,1 @@
-"""Architecture parameters, read from the config.json of a checkpoint's modules."""
+"""Architecture parameters, parsed from the config.json of a checkpoint's modules."""

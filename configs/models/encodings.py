@@ -1,4 +1,4 @@
-"""A text encoder as data: which text it reads, how much of it, and which of its outputs the denoiser gets."""
+"""Descriptions of text encoders: input text, maximum length, and output for the denoiser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptText:
-    """A text and the request's field that it came from, for warnings."""
+    """A text and the request field that contains it, for warnings."""
 
     field: str
     text: str
@@ -22,9 +22,9 @@ class PromptText:
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """Chat text that a language model expects around a prompt.
+    """Chat template text around a prompt.
 
-    `skipped` is how many of the first tokens the encoding's output leaves out: as many as the model was trained with.
+    `skipped` is the number of leading tokens to drop from the output, as in training.
     """
 
     before: str
@@ -34,10 +34,10 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class Connector:
-    """A module behind a text encoder that makes several of the denoiser's keywords.
+    """A module that maps a text encoder's output to several keyword arguments of the denoiser.
 
-    `connect` calls the module, whose name is `module`, with the encoding's output and the attention mask, int64
-    (batch, tokens).
+    `module` is its module name. `connect` calls it with the encoding's output and the attention mask, int64 (batch,
+    tokens).
     """
 
     module: str
@@ -46,12 +46,13 @@ class Connector:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTextEncoding:
-    """One pass of a language model that looks at pictures too.
+    """One forward pass of a vision-language model on text and images.
 
-    `keyword` is the argument of the denoiser's forward() that the result becomes; `tokenizer`, `encoder` and
-    `processor` are module names. The `template` for a number of pictures holds `picture_mark` for each, which is
-    repeated for each of its tokens. `picture_size` is the height and width (pixels) that a picture of a height and
-    width is looked at in. `most_tokens` of the result can be placed by the denoiser next to a picture of a size.
+    `keyword` is the denoiser's keyword argument for the result. `tokenizer`, `encoder` and `processor` are module
+    names. `template` maps the number of images to a template with one `image_token` per image, which is repeated for
+    each token of the image. `image_size` maps an image's height and width (pixels) to the size for the encoder.
+    `max_tokens` maps an image's height and width (pixels) to the maximum length of the result, limited by the
+    denoiser's positions.
     """
 
     keyword: str
@@ -59,22 +60,23 @@ class ImageTextEncoding:
     encoder: str
     processor: str
     template: Callable[[int], Template]
-    picture_mark: str
-    picture_size: Callable[[int, int], tuple[int, int]]
-    most_tokens: Callable[[int, int], int]
+    image_token: str
+    image_size: Callable[[int, int], tuple[int, int]]
+    max_tokens: Callable[[int, int], int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoding:
-    """One pass of one text encoder.
+    """One forward pass of a text encoder.
 
-    `keyword` is the argument of the denoiser's forward() that the result becomes. `tokenizer` and `encoder` are module
-    names of the checkpoint. `max_length` is the number of tokens that the text is padded or cut to; None means the
-    tokenizer's own. `output` picks the result, batch first, from what the encoder returned and the attention mask,
-    int64 (batch, tokens). `masked` encoders get that mask; the others attend to padding, which is on `padding_side`
-    (None: the tokenizer's own). Text in a `template` is not padded and has no end mark; its max_length does not count
-    what the template skips. A text with `has_marks` begins and ends with special tokens of its own: the tokenizer adds
-    none. With a `connector`, the keywords are those that it makes of the result.
+    `keyword` is the denoiser's keyword argument for the result. `tokenizer` and `encoder` are module names. The text is
+    padded or truncated to `max_length` tokens; None: the tokenizer's maximum. `output` selects the result, batch first,
+    from the encoder's output and the attention mask, int64 (batch, tokens). The encoder gets the mask only if `masked`;
+    otherwise it attends to padding. `padding_side` None: the tokenizer's default.
+
+    Text in a `template` is not padded and gets no end-of-sequence token; `max_length` does not count skipped tokens. If
+    `has_special_tokens`, the text already contains its special tokens, and the tokenizer adds none. With a `connector`,
+    the connector's keyword arguments replace `keyword`.
     """
 
     keyword: str
@@ -86,15 +88,39 @@ class TextEncoding:
     masked: bool = False
     padding_side: Literal["left", "right"] | None = None
     template: Template | None = None
-    has_marks: bool = False
+    has_special_tokens: bool = False
     connector: Connector | None = None
 
 
 def whole_prompt(prompt: Prompt) -> PromptText:
-    """The prompt as it is."""
+    """The unmodified prompt."""
     return PromptText(field="prompt", text=prompt.prompt)
 
 
+def second_prompt(prompt: Prompt) -> PromptText:
+    """`prompt_2`, or the prompt if it is unset."""
+    return PromptText(field="prompt_2", text=prompt.prompt_2) if prompt.prompt_2 else whole_prompt(prompt)
+
+
+def pooled_output(output: Any, _: Tensor) -> Tensor:
+    """The encoder's pooled output, (B, size)."""
+    pooled: Tensor = output.pooler_output
+    return pooled
+
+
+def hidden_states(layer: int | None = None, *, skipped: int = 0) -> Callable[[Any, Tensor], Tensor]:
+    """Select the hidden states (B, tokens, size) of a layer, without the first `skipped` tokens.
+
+    `layer` indexes the encoder's hidden_states; None: the last hidden state, after the final norm.
+    """
+
+    def select(output: Any, _: Tensor) -> Tensor:
+        hidden: Tensor = output.last_hidden_state if layer is None else output.hidden_states[layer]
+        return hidden[:, skipped:]
+
+    return select
+
+
 def sequence_length(default: int) -> Callable[[Prompt], int]:
-    """The request's `max_sequence_length`, or that of the model."""
+    """The request's `max_sequence_length`, or `default` if it is unset."""
     return lambda prompt: prompt.max_sequence_length or default

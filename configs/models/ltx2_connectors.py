@@ -1,4 +1,4 @@
-"""What the stages need to know of Diffusers' LTX2TextConnectors."""
+"""Architecture of Diffusers' LTX2TextConnectors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from configs.models.fields import ConfigFields
 
 @dataclass(frozen=True, kw_only=True)
 class LTX2ConnectorsConfig:
-    """LTX2TextConnectors' config.json: from all layers of a language model to text for video and for audio.
+    """LTX2TextConnectors' config.json: maps all layers of a language model to text for video and for audio.
 
-    `caption_channels` is the width of a layer, `num_layers` their number, that of the embeddings included. `video_size`
-    and `audio_size` are the widths of the results. `registers` learned tokens take the place of padding, again and
-    again; None: padding stays, and is masked.
+    `caption_channels` is the hidden size of the language model; `num_layers` includes the embeddings. `video_size` and
+    `audio_size` are the hidden sizes of the results. `registers` is the number of learned tokens, repeated to replace
+    padding; None: padding remains and is masked.
     """
 
     caption_channels: int
@@ -26,7 +26,7 @@ class LTX2ConnectorsConfig:
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Parse config.json. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         sizes, registers = {}, {}
         for part in ("video", "audio"):
@@ -34,7 +34,7 @@ class LTX2ConnectorsConfig:
             sizes[part] = heads * fields.integer(f"{part}_connector_attention_head_dim", 128)
             registers[part] = _registers(fields, f"{part}_connector_num_learnable_registers")
         if registers["video"] != registers["audio"]:
-            message = f"must be {registers['video']}, as that of video: both have one mask"
+            message = f"{registers['video']}, the value for video; both share one mask"
             raise fields.error("audio_connector_num_learnable_registers", message)
         return cls(
             caption_channels=fields.integer("caption_channels", 3840),
@@ -46,5 +46,5 @@ class LTX2ConnectorsConfig:
 
 
 def _registers(fields: ConfigFields, name: str) -> int | None:
-    """128 where there is no entry; an entry of null is none."""
+    """Read an optional integer: null means None, a missing entry means 128."""
     return None if name in fields.values and fields.values[name] is None else fields.integer(name, 128)

@@ -1,1 +1,1 @@
-"""One PipelineConfig a family: what the standard stages ask of a model."""
+"""One PipelineConfig per family: the model-specific callbacks of the standard stages."""

@@ -1,8 +1,8 @@
-"""Callbacks of the standard stages, a class for each group of stages: text, image, preparation, denoising, decoding.
+"""Callbacks of the standard stages, one class per group: text, image, preparation, denoising, decoding.
 
-A family's config inherits the groups of the standard stages that its pipelines use; a hybrid model needs the groups of
-denoising and decoding only. Configs are frozen and know nothing of the process: devices, requested dtypes and the
-worker group are in `models.runtime.Runtime`.
+A family's config inherits the groups of the standard stages in its pipelines; a hybrid model requires only the groups
+of denoising and decoding. Configs are frozen and independent of the process: device, requested dtype and worker group
+are in `models.runtime.Runtime`.
 
 Latents are mappings from part names ("image", "video", "audio") to tensors, batch first. A raw latent shape is the
 shape of a part before packing.
@@ -37,43 +37,45 @@ TRANSFORMER = "transformer"
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig(ABC):
-    """Architecture, module loaders and precision of one model; subclasses add the groups of callbacks."""
+    """Architecture, module loaders and dtypes of one model; subclasses add groups of callbacks."""
 
     title: ClassVar[str] = ""
-    """The published name of the models, for the table of families; configs with the same title share a row."""
+    """Published name of the models, for the table of families; configs with equal titles share a row."""
 
     deviations: ClassVar[str] = ""
-    """Differences from Diffusers and their reasons, in one or two short sentences; empty: none."""
+    """Differences from Diffusers with reasons, in one or two short sentences; empty: none."""
 
     module_loaders: ClassVar[Mapping[str, str]] = {}
-    """Loaders of module classes that models.loader does not know: class name in model_index.json to
-    "package.module:function", a models.loader.ModuleLoader."""
+    """Class name in model_index.json to "package.module:function", a models.loader.ModuleLoader.
+
+    Only for classes without a loader in models.loader.
+    """
 
     parallel_modules: ClassVar[frozenset[str]] = frozenset()
-    """Classes of module_loaders with a plan for parallel_axes: their loaders also take the mesh."""
+    """Classes of module_loaders with a parallel plan; their loaders also take the mesh."""
 
     parallel_axes: ClassVar[tuple[str, ...]] = ("tp", "ulysses", "ring")
-    """Axes of the worker mesh that parallel_modules can use; cfg follows from the branches of guidance."""
+    """Axes of the worker mesh supported by parallel_modules; cfg depends on the guidance branches."""
 
     module_dtypes: ClassVar[Mapping[str, torch.dtype]] = {}
-    """Precision of modules that do not run in the requested one, by module name."""
+    """Dtypes of modules that do not use the requested dtype, by module name."""
 
     @classmethod
     @abstractmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Read the modules' config.json. Raises CheckpointError for architectures that this model does not have."""
+        """Parse the modules' config.json. Raises CheckpointError for unsupported architectures."""
 
     def dtype_of(self, module: str, requested: torch.dtype) -> torch.dtype:
-        """The precision of a module's weights."""
+        """The dtype of a module's weights."""
         return self.module_dtypes.get(module, requested)
 
 
 class NegativePromptConfig(PipelineConfig):
-    """Whether a request needs a negative prompt; all text encoders ask it."""
+    """Callback of all text encoding stages: whether a request needs a negative prompt."""
 
     @abstractmethod
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Whether the request needs the conditioning of a negative prompt."""
+        """Whether the request needs conditioning of a negative prompt."""
 
 
 class TextConfig(NegativePromptConfig):
@@ -82,11 +84,11 @@ class TextConfig(NegativePromptConfig):
     @property
     @abstractmethod
     def text_encodings(self) -> tuple[TextEncoding, ...]:
-        """The text encoders, in the order in which they run."""
+        """The text encoders, in execution order."""
 
 
 class ImageTextConfig(NegativePromptConfig):
-    """Callbacks of text encoding by a language model that also reads the images."""
+    """Callbacks of text encoding by a vision-language model."""
 
     @property
     @abstractmethod
@@ -99,18 +101,18 @@ class VisionConfig(PipelineConfig):
 
     @abstractmethod
     def vision_tokens(self, hidden_states: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        """The denoiser's keywords from all layers of the vision encoder, (images, tokens, size) each; batch 1."""
+        """Map all layers' hidden states, each (images, tokens, size), to the denoiser's keywords, batch 1."""
 
 
 class LatentLayout(PipelineConfig):
-    """Parts of the latents, their shapes and their packing."""
+    """Callbacks for the parts of the latents, their shapes and their packing."""
 
     @abstractmethod
     def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
-        """Shapes of the starting noise by part, in the order in which the parts are drawn."""
+        """Shapes of the initial noise by part, in the order of the draws."""
 
     def pack(self, part: str, raw: Tensor) -> Tensor:
-        """Raw latents of a part in the layout that the denoiser consumes."""
+        """Convert a part's raw latents to the denoiser's layout."""
         del part
         return raw
 
@@ -120,43 +122,43 @@ class LatentLayout(PipelineConfig):
         return latents.reshape(raw_latent_shape)
 
     def posterior_shape(self, canvas: Canvas) -> tuple[int, ...] | None:
-        """Shape of the noise that draws image latents from the VAE's distribution; None: the likeliest are taken.
+        """Shape of the noise that samples image latents from the VAE's distribution; None: use the mode.
 
-        It is the first draw of a request, before the starting noise, in the VAE's dtype.
+        This noise is the first draw of a request, before the initial noise, in the VAE's dtype.
         """
         del canvas
         return None
 
 
 class ImageLatentsConfig(LatentLayout):
-    """Callbacks of encoding images to latents, which condition the denoiser."""
+    """Callbacks of encoding images to conditioning latents."""
 
     resampling: ClassVar[Literal["lanczos", "bilinear"]] = "lanczos"
-    """Pillow's filter that resizes an image for the VAE."""
+    """Pillow's filter to resize an image for the VAE."""
 
     image_mode: ClassVar[Literal["RGB", "RGBA"]] = "RGB"
-    """Pillow's mode of an image for the VAE: its channels."""
+    """Pillow's mode of an image for the VAE."""
 
     def recompression(self, sampling: Sampling) -> int:
-        """Constant rate factor of H.264 with which an image is compressed before it is encoded; 0: it is not."""
+        """H.264 constant rate factor to compress an image before encoding; 0: no compression."""
         del sampling
         return 0
 
     def image_size(self, size: tuple[int, int], canvas: Canvas) -> tuple[int, int]:
-        """Height and width (pixels) to which an image of this height and width is resized for the VAE."""
+        """Height and width (pixels) for the VAE, from an image's height and width."""
         del size
         return canvas.height, canvas.width
 
     def image_crop(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width (pixels) of the middle of an image, resized to this height and width, that is encoded."""
+        """Height and width (pixels) of the center crop of an image resized to `size`."""
         return size
 
     @abstractmethod
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
         """Raw latents by part, batch 1, from images by role, float32 (1, channels, height, width) in [-1, 1].
 
-        `encode` is the VAE's encoder: an image or a video (1, 3, frames, height, width) to the mode of its latents, or
-        to a sample where posterior_shape() says so.
+        `encode` is the VAE's encoder: it maps an image or a video (1, 3, frames, height, width) to the mode of the
+        latents, or to a sample if posterior_shape() is not None.
         """
 
 
@@ -164,39 +166,39 @@ class PreparationConfig(LatentLayout):
     """Callbacks of latent and timestep preparation."""
 
     has_float32_noise: ClassVar[bool] = False
-    """Whether the starting noise is drawn in float32 in every precision, and not in that of the prompt embeddings."""
+    """Whether the initial noise is always drawn in float32, instead of the requested dtype."""
 
     def noise_dtype(self, requested: torch.dtype) -> torch.dtype:
-        """Dtype in which the starting noise is drawn, where the prompt embeddings have the requested one."""
+        """Dtype of the initial noise."""
         return torch.float32 if self.has_float32_noise else requested
 
     @abstractmethod
     def sigmas(self, sampling: Sampling) -> Sequence[float] | None:
-        """Noise levels before the scheduler's shift, one a step, highest first; None: the scheduler's own."""
+        """Noise levels before the scheduler's shift, one per step, descending; None: the scheduler's own."""
 
     def timesteps(self, sampling: Sampling) -> Sequence[float] | None:
-        """Timesteps, one a step, of a model whose timesteps do not follow from the shifted sigmas; None: they do."""
+        """Timesteps, one per step; None: the scheduler computes them from the shifted sigmas."""
         del sampling
         return None
 
     def own_schedule(self, sampling: Sampling) -> Sequence[tuple[float, float]] | None:
-        """Timestep and noise level of each step of a model that has a schedule of its own; None: the scheduler's."""
+        """Timestep and noise level of each step of the model's own schedule; None: the scheduler's schedule."""
         del sampling
         return None
 
     @abstractmethod
     def mu(self, canvas: Canvas) -> float | None:
-        """The shift of a scheduler that shifts by size; None for the others."""
+        """The scheduler's shift mu for this size; None for schedulers without dynamic shifting."""
 
     def mu_of_steps(self, canvas: Canvas, sampling: Sampling) -> float | None:
-        """The same for a request's number of steps, on which it may depend too."""
+        """The shift mu for this size and the request's number of steps."""
         del sampling
         return self.mu(canvas)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a denoising loop; `sigma` and `next_sigma` are its noise levels before and after, by part."""
+    """A step of a denoising loop; `sigma` and `next_sigma` are its noise levels before and after, by part."""
 
     index: int
     timestep: float
@@ -205,118 +207,118 @@ class Step:
 
 
 class DenoisingConfig(LatentLayout):
-    """Callbacks of the denoising loop: for warm-up, once a request, at each step, after the loop.
+    """Callbacks of the denoising loop: for warm-up, once per request, at each step, and after the loop.
 
     A step calls before_step(), model_input(), active(), expert(), model_output(), guide() and after_step(), in this
-    order. Defaults are those of models with one denoiser, two branches and no hooks. `expert` serves models with two
-    denoisers (Wan 2.2 A14B), `active` models whose guidance ends at a step (Z-Image), `branch_flags` branches that skip
-    blocks (LTX-2), `before_step` and `after_step` tokens that are not stepped (LTX image to video).
+    order. The defaults are for models with one denoiser, two branches and no hooks. Models override `expert` for two
+    denoisers (Wan 2.2 A14B), `active` for guidance that ends at a step (Z-Image), `branch_flags` for branches that skip
+    blocks (LTX-2), and `before_step` and `after_step` for tokens without noise (LTX image to video).
     """
 
     part_keywords: ClassVar[Mapping[str, str]]
-    """The parts that the loop denoises, each with the keyword of predict() that takes it."""
+    """Denoised part to keyword of predict()."""
 
     condition_keywords: ClassVar[Mapping[str, str]] = {}
-    """Other parts that model_input() returns, each with the keyword of predict() that takes it."""
+    """Conditioning part returned by model_input() to keyword of predict()."""
 
     prediction_dtype: ClassVar[torch.dtype | None] = None
-    """Dtype in which predictions are guided and stepped; None: the denoiser's."""
+    """Dtype of guidance and steps; None: the denoiser's dtype."""
 
     transformers: ClassVar[tuple[str, ...]] = (TRANSFORMER,)
     """Roles of the denoisers (experts)."""
 
     branches: ClassVar[tuple[str, ...]] = (POSITIVE, NEGATIVE)
-    """All branches of guidance; the cfg axis of a worker group has at most as many ranks."""
+    """All guidance branches; their number limits the ranks of the cfg axis."""
 
     has_step_cache: ClassVar[bool] = True
-    """Whether a step may reuse the work of earlier steps."""
+    """Whether the loop supports the step cache."""
 
     @abstractmethod
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Usual shapes of the encoders' outputs by the denoiser's keyword, batch 1; for warm-up."""
+        """Typical shapes of encoder outputs by the denoiser's keyword, batch 1; for warm-up."""
 
     def conditioning_id_shapes(self, canvas: Canvas) -> Shapes:
-        """Shapes of token ids (int64) among the encoders' outputs by the denoiser's keyword, batch 1; for warm-up."""
+        """Shapes of token ids (int64) in encoder outputs by the denoiser's keyword, batch 1; for warm-up."""
         del canvas
         return {}
 
     def condition_shapes(self, canvas: Canvas) -> Shapes:
-        """Usual raw shapes of image latents by part, batch 1, for warm-up; empty for a model without images."""
+        """Typical raw shapes of image latents by part, batch 1, for warm-up; empty for a model without images."""
         del canvas
         return {}
 
     def branches_of(self, sampling: Sampling, *, has_negative: bool) -> tuple[str, ...]:
-        """The branches of a request; `has_negative`: it has the conditioning of a negative prompt."""
+        """The branches of a request. `has_negative`: the request has conditioning of a negative prompt."""
         del sampling
         return tuple(branch for branch in self.branches if has_negative or branch != NEGATIVE)
 
     def branch_flags(self, branch: str, sampling: Sampling) -> Mapping[str, Hashable]:
-        """Static keywords of predict() that a branch needs, such as indices of skipped blocks."""
+        """Static keywords of predict() for a branch, such as indices of skipped blocks."""
         del branch, sampling
         return {}
 
     @abstractmethod
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Keywords that depend on size and guidance, besides the conditioning's own.
+        """Keywords of prepare() that depend on size and guidance, in addition to the conditioning.
 
-        `shapes` are the raw shapes of all parts, those of image latents included.
+        `shapes` are the raw shapes of all parts, including image latents.
         """
 
     def prepare_neg_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """The same keywords for the negative branch."""
+        """Keywords of prepare() for the negative branch."""
         return self.prepare_pos_cond_kwargs(embeds, shapes, sampling)
 
     @abstractmethod
     def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """The denoiser's timesteps from those of the schedule, (steps, B) to (steps, B) or (steps, B, segments)."""
+        """Map the schedule's timesteps (steps, B) to the denoiser's, (steps, B) or (steps, B, segments)."""
 
     def prepared_timesteps(self, timesteps: Tensor) -> Tensor:
-        """The timesteps (rows,) that the denoiser prepares: those of the schedule, and further ones after them."""
+        """Timesteps (rows,) for prepare(): those of the schedule, optionally followed by others."""
         return timesteps
 
     def expert(self, step: Step) -> str:
-        """The role of the denoiser that a step needs."""
+        """The role of a step's denoiser."""
         del step
         return TRANSFORMER
 
     def active(self, step: Step, branches: Sequence[str], sampling: Sampling) -> Sequence[str]:
-        """The branches of the request that a step needs."""
+        """The subset of the request's branches that a step computes."""
         del step, sampling
         return branches
 
     def before_step(self, step: Step, latents: Parts, conditions: Parts) -> Parts:
-        """Change the latents before a step. `conditions` are the image latents by part, batched."""
+        """Modify the latents before a step. `conditions` are the batched image latents by part."""
         del step, conditions
         return latents
 
     def model_input(self, latents: Parts, conditions: Parts) -> Parts:
-        """The denoiser's latents by part, from those of the loop and the image latents, batched."""
+        """Combine the loop's latents and the batched image latents to the denoiser's latents, by part."""
         del conditions
         return latents
 
     def model_output(self, predictions: Parts, latents: Parts) -> Parts:
-        """The denoiser's predictions for the loop's latents, in their shapes."""
+        """Convert the denoiser's predictions to predictions for the loop's latents."""
         del latents
         return predictions
 
     @abstractmethod
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Combine the predictions of a step's branches; called where a step has more than one."""
+        """Combine the predictions of a step's branches; called only for two or more branches."""
 
     def after_step(self, step: Step, latents: Parts, conditions: Parts) -> Parts:
-        """Change the latents after a step."""
+        """Modify the latents after a step."""
         del step, conditions
         return latents
 
     def after_loop(self, latents: Parts, conditions: Parts) -> Parts:
-        """Change the latents after the last step."""
+        """Modify the latents after the last step."""
         del conditions
         return latents
 
 
 @dataclass(frozen=True)
 class DecodingNoise:
-    """Settings of a decoder that removes noise: `scale` is the share of noise in the latents; both are in [0, 1]."""
+    """Settings of a decoder that removes noise, in [0, 1]; `scale` is the noise fraction of the latents."""
 
     scale: float
     timestep: float
@@ -329,39 +331,39 @@ class DecodingConfig(LatentLayout):
     """The part that the VAE decodes to pixels: "image" or "video"."""
 
     denormalising_dtype: ClassVar[torch.dtype | None] = None
-    """The precision of the latents that vae_latents() and a video's VAE get; None: that of the VAE."""
+    """Dtype of the input of vae_latents() and of a video VAE; None: the VAE's dtype."""
 
-    sound_part: ClassVar[str | None] = None
-    """The part that audio VAE and vocoder decode to sound; None for a model without sound."""
+    audio_part: ClassVar[str | None] = None
+    """The part that audio VAE and vocoder decode; None for a model without audio."""
 
     @property
     def sampling_rate(self) -> int:
-        """Samples a second of the sound. Raises TypeError for a model without sound."""
-        raise TypeError(f"{type(self).__name__} makes no sound")
+        """Sampling rate of the audio in Hz. Raises TypeError for a model without audio."""
+        raise TypeError(f"{type(self).__name__} has no audio")
 
     def decoding_noise(self, sampling: Sampling) -> DecodingNoise | None:
-        """The noise that latents get before they are decoded, drawn by the request's generator; None: none is drawn."""
+        """Settings of the noise added before decoding, drawn by the request's generator; None: no noise."""
         del sampling
         return None
 
     def num_frames(self, canvas: Canvas) -> int:
-        """Frames that the VAE makes of a video of this canvas."""
+        """Number of frames that the VAE decodes for a canvas."""
         return canvas.num_frames
 
     def saved_latents(self, part: str, latents: Tensor, raw_latent_shape: tuple[int, ...], decoder: Any) -> Tensor:
-        """A part's latents as Diffusers returns them, from those of the loop. `decoder` is the part's VAE."""
+        """Convert a part's latents from the loop's layout to Diffusers' output. `decoder` is the part's VAE."""
         del part, raw_latent_shape, decoder
         return latents
 
     def saved_pixels(self, pixels: Tensor, outputs: int) -> Tensor:
-        """Pixels of all images (images, channels, height, width) as Diffusers returns those of `outputs` outputs."""
+        """Convert pixels (images, channels, height, width) of `outputs` outputs to Diffusers' output."""
         del outputs
         return pixels
 
     @abstractmethod
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo the normalisation of raw latents, in their dtype, so that the VAE can decode them."""
+        """Denormalise raw latents for the VAE's decoder, in their dtype."""
 
 
 class StandardPipelineConfig(TextConfig, PreparationConfig, DenoisingConfig, DecodingConfig):
-    """The groups that a pipeline from text alone uses."""
+    """Callbacks of a pipeline with text input only."""

@@ -12,16 +12,17 @@ from common.errors import InvalidInput
 from configs.pipeline_configs.base import POSITIVE, DenoisingConfig
 
 TRAINING_STEPS = 1000
+"""Timesteps of the flow schedule in training."""
 
 
 class DmdConfig(DenoisingConfig):
-    """A few-step model without guidance, whose steps predict clean latents and add new noise, all in float32."""
+    """A few-step model without guidance; steps predict clean latents and add new noise, in float32."""
 
     prediction_dtype: ClassVar[torch.dtype | None] = torch.float32
     branches: ClassVar[tuple[str, ...]] = (POSITIVE,)
 
     def draw_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Noise for latents of this shape, float32 on the CPU."""
+        """Draw noise for latents of this shape, float32 on the CPU."""
         return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
@@ -29,46 +30,46 @@ class CausalDmdConfig(DmdConfig):
     """A model that denoises a video block by block.
 
     The denoiser's predict() takes the block's latents (B, channels, frames, rows, columns) and the static flag
-    `first_frame`, the number of frames before the block, whose keys and values are in its memory. That memory is
-    sharded by heads: `parallel_axes` lacks the ring.
+    `first_frame`, the number of preceding frames, whose keys and values are in the KV cache. The cache is sharded by
+    heads; therefore `parallel_axes` does not include "ring".
     """
 
     has_step_cache = False
 
     @property
     def frames_per_block(self) -> int:
-        """Latent frames of a block."""
-        raise TypeError(f"{type(self).__name__} names no block size")
+        """Number of latent frames of a block."""
+        raise TypeError(f"{type(self).__name__} must define frames_per_block")
 
     def blocks_of(self, latents: Tensor) -> int:
-        """Blocks of a video's latents (B, channels, frames, rows, columns).
+        """Number of blocks of a video's latents (B, channels, frames, rows, columns).
 
-        Raises InvalidInput for frames that fill no whole blocks.
+        Raises InvalidInput if the frames do not fill whole blocks.
         """
         frames, size = latents.shape[2], self.frames_per_block
         if frames % size or not frames:
-            message = f"initial_latents: {frames} latent frames is not a multiple of the {size} of a block"
+            message = f"initial_latents: {frames} latent frames are not a multiple of {size}, the frames of a block"
             raise InvalidInput(f"{message}; {max(1, frames // size) * size} works", field="initial_latents")
         return frames // size
 
     def frames_of(self, block: int) -> slice:
-        """The latent frames of a block."""
+        """The range of a block's latent frames."""
         return slice(block * self.frames_per_block, (block + 1) * self.frames_per_block)
 
 
 def flow_levels(shift: float) -> list[float]:
-    """Noise levels of the shifted flow schedule with TRAINING_STEPS steps, highest first."""
+    """Noise levels of the shifted flow schedule with TRAINING_STEPS steps, descending."""
     even = [(TRAINING_STEPS - step) / TRAINING_STEPS for step in range(TRAINING_STEPS)]
     return [shift * level / (1 + (shift - 1) * level) for level in even]
 
 
 def nearest_levels(timesteps: Sequence[float], shift: float) -> list[tuple[float, float]]:
-    """Each timestep with the level of the shifted flow schedule that is nearest to timestep / TRAINING_STEPS."""
+    """Pair each timestep with the shifted schedule's level nearest to timestep / TRAINING_STEPS."""
     levels = flow_levels(shift)
     return [(each, min(levels, key=lambda level: abs(TRAINING_STEPS * level - each))) for each in timesteps]
 
 
 def warped_levels(timesteps: Sequence[float], shift: float) -> list[tuple[float, float]]:
-    """Timestep and level of the shifted flow schedule at each timestep (1 to TRAINING_STEPS) of the unshifted one."""
+    """Map timesteps (1 to TRAINING_STEPS) of the unshifted schedule to shifted timesteps and levels."""
     levels = [flow_levels(shift)[TRAINING_STEPS - round(each)] for each in timesteps]
     return [(TRAINING_STEPS * level, level) for level in levels]

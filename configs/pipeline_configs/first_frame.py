@@ -1,4 +1,4 @@
-"""Videos whose first latent frame is that of an image: callbacks that image-to-video families share."""
+"""Callbacks of image-to-video families whose first latent frame is the input image."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 class FirstFrameConfig(ImageLatentsConfig, DenoisingConfig):
-    """The image is the first latent frame, which is not denoised: it has the timestep 0, and is put back at the end.
+    """The input image is the first latent frame: it has timestep 0 and is restored after the loop.
 
-    It stands before the family's configuration among the bases, some of whose callbacks it replaces.
+    This class must precede the family's config in the list of bases, because it overrides some of its callbacks.
     """
 
     frame_dim: ClassVar[int] = 2
-    """Dimension of the denoiser's latents along which frames, or their tokens, follow on each other."""
+    """Dimension of frames, or of their tokens, in the denoiser's latents."""
 
     def condition_shapes(self, canvas: Canvas) -> Shapes:
-        """One latent frame."""
+        """Shape of one latent frame."""
         batch, channels, _, *size = self.raw_latent_shapes(canvas, 1)["video"]
         return {"condition": (batch, channels, 1, *size)}
 
@@ -34,15 +34,15 @@ class FirstFrameConfig(ImageLatentsConfig, DenoisingConfig):
         return {"condition": encode(images["image"][:, :, None])}
 
     def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """0 for the tokens of the first latent frame, the schedule's for the others: (steps, B, 2)."""
+        """Timestep 0 for the first latent frame and the schedule's timestep for the others: (steps, B, 2)."""
         return torch.stack((torch.zeros_like(timesteps), timesteps), dim=-1)
 
     def after_loop(self, latents: Parts, conditions: Parts) -> Parts:
-        """The image in place of the first latent frame."""
+        """Restore the image as the first latent frame."""
         return self.with_first_frame(latents, conditions)
 
     def with_first_frame(self, latents: Parts, conditions: Parts) -> Parts:
-        """The latents with the image's as the first frame of the video, both float32."""
+        """Replace the video's first latent frame by the image's latents, both float32."""
         first, video, dim = conditions["condition"], latents["video"], self.frame_dim
         length = first.shape[dim]
         rest = video.narrow(dim, length, video.shape[dim] - length)

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError
 from configs.models.dits.flux import FluxTransformerConfig
-from configs.models.encodings import PromptText, TextEncoding, sequence_length, whole_prompt
+from configs.models.encodings import (
+    TextEncoding,
+    hidden_states,
+    pooled_output,
+    second_prompt,
+    sequence_length,
+    whole_prompt,
+)
 from configs.models.fields import ConfigFields
 from configs.models.vaes.kl import AutoencoderKLConfig
 from configs.pipeline_configs.base import Keywords, Parts, Shapes, TextConfig
 from configs.pipeline_configs.packed import (
     PackedPipelineConfig,
     SequenceShift,
+    check_patch_channels,
     check_text_size,
     pack_patches,
     unpack_patches,
@@ -32,10 +39,10 @@ MAX_SEQUENCE_LENGTH = 512
 
 @dataclass(frozen=True, kw_only=True)
 class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
-    """FluxPipeline's callbacks. A token is a 2x2 patch of latents, channels in the order (c, dy, dx)."""
+    """FluxPipeline's callbacks. A token is a 2x2 patch of latents with channels ordered (c, dy, dx)."""
 
     title: ClassVar[str] = "FLUX.1 (dev, schnell and fine-tunes)"
-    deviations: ClassVar[str] = "Images of IP-Adapters are not taken, as their encoders are not loaded."
+    deviations: ClassVar[str] = "IP-Adapter images are not supported, as their encoders are not loaded."
 
     transformer: FluxTransformerConfig
     vae: AutoencoderKLConfig
@@ -47,14 +54,10 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Read transformer, VAE and scheduler. Raises CheckpointError when they do not fit together."""
+        """Parse the modules' config.json. Raises CheckpointError for incompatible modules."""
         transformer = FluxTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
         vae = AutoencoderKLConfig.from_dict("vae", checkpoint.module_config("vae"))
-        if not transformer.in_channels == transformer.out_channels == 4 * vae.latent_channels:
-            raise CheckpointError(
-                f"the transformer has {transformer.in_channels} input and {transformer.out_channels} output channels, "
-                f"but 2x2 patches of the VAE's {vae.latent_channels} latent channels have {4 * vae.latent_channels}"
-            )
+        check_patch_channels(transformer.in_channels, transformer.out_channels, vae.latent_channels)
         _check_size(checkpoint, "text_encoder", "hidden_size", transformer.pooled_projection_dim)
         _check_size(checkpoint, "text_encoder_2", "d_model", transformer.joint_attention_dim)
         shift = SequenceShift.from_dict("scheduler", checkpoint.config_of("scheduler"))
@@ -62,32 +65,32 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
 
     @property
     def pixels_per_latent(self) -> int:
-        """The VAE's."""
+        """The VAE's spatial factor."""
         return self.vae.spatial_factor
 
     @property
     def text_encodings(self) -> tuple[TextEncoding, ...]:
-        """CLIP's pooled vector, and T5's sequence. T5 gets no mask: padding is attended to, as in training."""
+        """CLIP's pooled output and T5's hidden states. T5 attends to padding, as in training."""
         clip = TextEncoding(
             keyword="pooled_projections",
             tokenizer="tokenizer",
             encoder="text_encoder",
             text=whole_prompt,
             max_length=_tokenizers_own,
-            output=_pooled,
+            output=pooled_output,
         )
         t5 = TextEncoding(
             keyword="encoder_hidden_states",
             tokenizer="tokenizer_2",
             encoder="text_encoder_2",
-            text=_prompt_2,
+            text=second_prompt,
             max_length=sequence_length(MAX_SEQUENCE_LENGTH),
-            output=_last_hidden_state,
+            output=hidden_states(),
         )
         return (clip, t5)
 
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """T5's text is padded to 512 tokens, unless a request says otherwise."""
+        """T5's text is padded to 512 tokens by default."""
         return {
             "pooled_projections": (1, self.transformer.pooled_projection_dim),
             "encoder_hidden_states": (1, MAX_SEQUENCE_LENGTH, self.transformer.joint_attention_dim),
@@ -109,7 +112,7 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
         return unpack_patches(latents, *raw_latent_shape[1:])
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Guidance embedding of distilled models; positions (axis, row, column) of every token, all 0 for text."""
+        """Guidance for distilled models, and positions (0, row, column) of all tokens; 0 for text."""
         batch, _, rows, columns = shapes["image"]
         guidance = None
         if self.transformer.guidance_embeds:
@@ -122,7 +125,7 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
         }
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo scale, then shift."""
+        """Undo scaling, then shift."""
         return raw / self.vae.scaling_factor + self.vae.shift_factor
 
 
@@ -131,19 +134,5 @@ def _check_size(checkpoint: Checkpoint, encoder: str, entry: str, taken: int) ->
     check_text_size(made, encoder, taken)
 
 
-def _prompt_2(prompt: Prompt) -> PromptText:
-    return PromptText(field="prompt_2", text=prompt.prompt_2) if prompt.prompt_2 else whole_prompt(prompt)
-
-
 def _tokenizers_own(_: Prompt) -> None:
     return None
-
-
-def _pooled(output: Any, _: Tensor) -> Tensor:
-    pooled: Tensor = output.pooler_output
-    return pooled
-
-
-def _last_hidden_state(output: Any, _: Tensor) -> Tensor:
-    hidden: Tensor = output.last_hidden_state
-    return hidden

@@ -1,6 +1,6 @@
-"""FLUX.2: packed latents, several layers' states of a language model, reference images as further tokens.
+"""FLUX.2: packed latents, hidden states of several language model layers, reference images as tokens.
 
-Here are the callbacks that dev and klein share, with and without reference images.
+Callbacks shared by dev and klein, with and without reference images.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from configs.models.encodings import TextEncoding, sequence_length
 from configs.models.fields import ConfigFields
 from configs.models.vaes.flux2 import AutoencoderKLFlux2Config, area_limited
 from configs.pipeline_configs.base import (
-    NEGATIVE,
-    POSITIVE,
     ImageLatentsConfig,
     Keywords,
     Parts,
@@ -29,7 +27,14 @@ from configs.pipeline_configs.base import (
     StandardPipelineConfig,
     Step,
 )
-from configs.pipeline_configs.packed import CONDITION, check_text_size, condition_name, condition_parts
+from configs.pipeline_configs.guidance import classifier_free
+from configs.pipeline_configs.packed import (
+    CONDITION,
+    check_patch_channels,
+    check_text_size,
+    condition_name,
+    condition_parts,
+)
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling
@@ -38,16 +43,16 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCE_LENGTH = 512
 PATCH = 2
-TIME_BETWEEN_IMAGES = 10
-"""Distance of reference images along the first axis of positions; the image that is made is at 0."""
+REFERENCE_IMAGE_DISTANCE = 10
+"""Distance of reference images along the first position axis; the generated image is at 0."""
 
-MOST_TOKENS_SHIFTED_BY_STEPS = 4300
-"""For images of more tokens the shift does not depend on the number of steps."""
+MAX_TOKENS_SHIFTED_BY_STEPS = 4300
+"""Above this number of image tokens, the shift does not depend on the number of steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2FamilyConfig(StandardPipelineConfig):
-    """The callbacks that dev and klein share. A token is a 2x2 patch of latents, channels in the order (c, dy, dx)."""
+    """Callbacks shared by dev and klein. A token is a 2x2 patch of latents with channels ordered (c, dy, dx)."""
 
     transformer: Flux2TransformerConfig
     vae: AutoencoderKLFlux2Config
@@ -63,22 +68,18 @@ class Flux2FamilyConfig(StandardPipelineConfig):
     guidance_embeds: ClassVar[bool]
     """Whether the DiT embeds the guidance scale."""
     text_layers: ClassVar[tuple[int, ...]]
-    """Layers of the language model whose states are concatenated."""
+    """Layers of the language model whose hidden states are concatenated."""
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Read transformer, VAE and text encoder. Raises CheckpointError when they do not fit together."""
+        """Parse the modules' config.json. Raises CheckpointError for incompatible modules."""
         transformer = Flux2TransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
         vae = AutoencoderKLFlux2Config.from_dict("vae", checkpoint.module_config("vae"))
-        if not transformer.in_channels == transformer.out_channels == PATCH**2 * vae.latent_channels:
-            raise CheckpointError(
-                f"the transformer has {transformer.in_channels} input and {transformer.out_channels} output channels, "
-                f"but 2x2 patches of the VAE's {vae.latent_channels} latent channels have {4 * vae.latent_channels}"
-            )
+        check_patch_channels(transformer.in_channels, transformer.out_channels, vae.latent_channels)
         if transformer.guidance_embeds is not cls.guidance_embeds:
-            found, right = transformer.guidance_embeds, cls.guidance_embeds
+            found, supported = transformer.guidance_embeds, cls.guidance_embeds
             raise CheckpointError(
-                f"transformer/config.json: guidance_embeds {found} is not supported; supported is {right}"
+                f"transformer/config.json: guidance_embeds: {found} is not {supported}, the only supported value"
             )
         cls._check_text_encoder(checkpoint, transformer.joint_attention_dim)
         return cls(transformer=transformer, vae=vae, **cls._further_fields(checkpoint))
@@ -86,29 +87,29 @@ class Flux2FamilyConfig(StandardPipelineConfig):
     @classmethod
     def _check_text_encoder(cls, checkpoint: Checkpoint, taken: int) -> None:
         config = checkpoint.module_config("text_encoder")
-        # A model that also sees images has the language model's entries apart.
+        # Vision-language models nest the language model's entries.
         text = ConfigFields("text_encoder", config.get("text_config") or config)
         text.integer("num_hidden_layers", 32, minimum=cls.text_layers[-1])
         check_text_size(len(cls.text_layers) * text.integer("hidden_size", 4096), "text_encoder", taken)
 
     @classmethod
     def _further_fields(cls, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Fields that a model has of its own, by name."""
+        """Additional fields of a subclass, by name."""
         del checkpoint
         return {}
 
     @abstractmethod
     def chat(self, prompt: Prompt) -> PromptText:
-        """The text that the language model reads for a prompt."""
+        """The prompt in the chat template, as the language model's input."""
 
     @property
     def text_encodings(self) -> tuple[TextEncoding, ...]:
-        """The language model's states of text_layers. The denoiser attends to padding, as in training."""
+        """The language model's hidden states of text_layers. The denoiser attends to padding, as in training."""
         return (self.text_encoding,)
 
     @property
     def text_encoding(self) -> TextEncoding:
-        """The same, alone; dev and klein add what is their own."""
+        """The encoding shared by dev and klein, which override some of its fields."""
         return TextEncoding(
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",
@@ -123,17 +124,17 @@ class Flux2FamilyConfig(StandardPipelineConfig):
         return torch.cat([output.hidden_states[layer] for layer in self.text_layers], dim=-1)
 
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Text is padded to 512 tokens, unless a request sets another length."""
+        """Text is padded to 512 tokens by default."""
         return {"encoder_hidden_states": (1, MAX_SEQUENCE_LENGTH, self.transformer.joint_attention_dim)}
 
     def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
-        """(batch, channels of a patch, rows, columns) of patches."""
+        """(batch, channels, rows, columns) of 2x2 patches."""
         side = self.pixels_per_patch
         return {"image": (batch, self.transformer.in_channels, canvas.height // side, canvas.width // side)}
 
     @property
     def pixels_per_patch(self) -> int:
-        """Pixels a side that become one token."""
+        """Pixels along each side of a token."""
         return PATCH * self.vae.spatial_factor
 
     def pack(self, part: str, raw: Tensor) -> Tensor:
@@ -147,18 +148,18 @@ class Flux2FamilyConfig(StandardPipelineConfig):
         return latents.transpose(1, 2).reshape(latents.shape[0], *raw_latent_shape[1:])
 
     def sigmas(self, sampling: Sampling) -> Sequence[float]:
-        """The request's own, or evenly spaced from 1 to 1/steps."""
+        """The request's sigmas, or evenly spaced from 1 to 1/steps."""
         steps = sampling.num_inference_steps
         return sampling.sigmas or np.linspace(1.0, 1.0 / steps, steps).tolist()
 
     def mu(self, canvas: Canvas) -> float:
-        """Of 200 steps, which is also that of any number of steps for a large image."""
+        """The shift for 200 steps; for large images, the shift for any number of steps."""
         return 0.00016927 * self._tokens(canvas) + 0.45666666
 
     def mu_of_steps(self, canvas: Canvas, sampling: Sampling) -> float:
-        """Linear in the number of steps, or in shift_steps with sigmas, through the shifts of 10 and of 200 steps."""
+        """Linear interpolation in the number of steps (shift_steps with sigmas) between 10 and 200 steps."""
         tokens, of_200_steps = self._tokens(canvas), self.mu(canvas)
-        if tokens > MOST_TOKENS_SHIFTED_BY_STEPS:
+        if tokens > MAX_TOKENS_SHIFTED_BY_STEPS:
             return of_200_steps
         of_10_steps = 8.73809524e-05 * tokens + 1.89833333
         slope = (of_200_steps - of_10_steps) / 190.0
@@ -167,7 +168,7 @@ class Flux2FamilyConfig(StandardPipelineConfig):
         return slope * steps + of_200_steps - 200.0 * slope
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Positions (image, row, column, text token), and the guidance of a DiT that embeds it, (B,)."""
+        """Positions (image, row, column, text token) and, for a DiT that embeds it, the guidance scale (B,)."""
         text = torch.arange(embeds["encoder_hidden_states"].shape[1], dtype=torch.float32)
         images = [shapes[part] for part in ("image", *condition_parts(shapes))]
         guidance = torch.full((shapes["image"][0],), sampling.guidance_scale or 0.0) if self.guidance_embeds else None
@@ -178,17 +179,16 @@ class Flux2FamilyConfig(StandardPipelineConfig):
         }
 
     def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """From [0, 1000] to [0, 1]."""
+        """Scale [0, 1000] to [0, 1]."""
         return timesteps / 1000
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Classifier-free guidance."""
+        """Classifier-free guidance with `guidance_scale`."""
         del latents, step
-        positive, negative = predictions[POSITIVE]["image"], predictions[NEGATIVE]["image"]
-        return {"image": negative + (sampling.guidance_scale or 0.0) * (positive - negative)}
+        return {"image": classifier_free(predictions, "image", sampling.guidance_scale or 0.0)}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Unchanged: the statistics of the normalisation are the VAE's weights."""
+        """Unchanged: the VAE denormalises with statistics in its weights."""
         return raw
 
     def _tokens(self, canvas: Canvas) -> int:
@@ -198,15 +198,15 @@ class Flux2FamilyConfig(StandardPipelineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2ReferencesConfig(Flux2FamilyConfig, ImageLatentsConfig):
-    """The same with reference images: each has latents of its own size, whose tokens follow those of the noise."""
+    """Adds reference images of any size, whose tokens are concatenated after the noise tokens."""
 
     def image_size(self, size: tuple[int, int], canvas: Canvas) -> tuple[int, int]:
-        """Its own, or a smaller one of the same proportions."""
+        """The image's size, reduced to the VAE's maximum area."""
         del canvas
         return area_limited(*size)
 
     def image_crop(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Whole patches."""
+        """Crop to whole patches."""
         side = self.pixels_per_patch
         return size[0] // side * side, size[1] // side * side
 
@@ -216,23 +216,23 @@ class Flux2ReferencesConfig(Flux2FamilyConfig, ImageLatentsConfig):
         return {condition_name(index): encode(image) for index, image in enumerate(images.values())}
 
     def condition_shapes(self, canvas: Canvas) -> Shapes:
-        """That of one image in the size of the one that is made."""
+        """One reference image in the size of the generated image."""
         height, width = self.image_crop(area_limited(canvas.height, canvas.width))
         side = self.pixels_per_patch
         return {CONDITION: (1, self.transformer.in_channels, height // side, width // side)}
 
     def model_input(self, latents: Parts, conditions: Parts) -> Parts:
-        """The tokens of the image that is made, then those of the reference images."""
+        """Concatenate the tokens of the generated image and of the reference images."""
         given = [conditions[part] for part in condition_parts(conditions)]
         return {"image": torch.cat([latents["image"], *given], dim=1)}
 
     def model_output(self, predictions: Parts, latents: Parts) -> Parts:
-        """Without the tokens of the reference images."""
+        """Drop the tokens of the reference images."""
         return {"image": predictions["image"][:, : latents["image"].shape[1]]}
 
 
 def _positions(index: int, rows: int, columns: int) -> Tensor:
-    """Positions (rows * columns, 4) of an image's tokens; index 0 is the image that is made."""
-    time = torch.tensor([float(TIME_BETWEEN_IMAGES * index)])
+    """Positions (rows * columns, 4) of an image's tokens; index 0 is the generated image."""
+    time = torch.tensor([float(REFERENCE_IMAGE_DISTANCE * index)])
     axes = (torch.arange(size, dtype=torch.float32) for size in (rows, columns, 1))
     return torch.cartesian_prod(time, *axes)

@@ -1,4 +1,4 @@
-"""FLUX.2 dev: states of Mistral Small 3, and embedded guidance."""
+"""FLUX.2 dev: hidden states of Mistral Small 3, and embedded guidance."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from configs.pipeline_configs.flux2 import Flux2FamilyConfig, Flux2ReferencesCon
 if TYPE_CHECKING:
     from common.artifacts import Prompt, Sampling
 
-# With the line break that the model was trained with.
+# The line break is part of the training data.
 SYSTEM_MESSAGE = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object\nattribution and actions without speculation."
 )
 BEFORE, AFTER = f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]", "[/INST]"
-"""The chat text around a prompt, as the published tokenizer renders it."""
-IMAGE_MARK = "[IMG]"
-"""The language model's token of an image. It reads text alone, so the mark is removed from prompts."""
+"""Chat template text around a prompt, as rendered by the published tokenizer."""
+IMAGE_TOKEN = "[IMG]"
+"""Image token of the language model; removed from prompts, as the language model reads only text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2PipelineConfig(Flux2FamilyConfig):
-    """Flux2Pipeline's callbacks, from text alone."""
+    """Flux2Pipeline's callbacks for text input."""
 
     title: ClassVar[str] = "FLUX.2 dev"
     deviations: ClassVar[str] = (
-        "Prompts are not rewritten by the language model (`caption_upsample_temperature`), as that draws from a "
-        "generator without a seed. At most 16 images and 512 tokens, which bounds memory."
+        "Prompts are not rewritten by the language model (`caption_upsample_temperature`), as Diffusers samples "
+        "without a seed. At most 16 images and 512 tokens, to bound memory."
     )
 
     module_loaders: ClassVar[Mapping[str, str]] = {
@@ -44,20 +44,20 @@ class Flux2PipelineConfig(Flux2FamilyConfig):
     branches: ClassVar[tuple[str, ...]] = (POSITIVE,)
 
     def chat(self, prompt: Prompt) -> PromptText:
-        """The system message and a turn of the user."""
-        return PromptText(field="prompt", text=f"{BEFORE}{prompt.prompt.replace(IMAGE_MARK, '')}{AFTER}")
+        """The system message and the prompt as user message."""
+        return PromptText(field="prompt", text=f"{BEFORE}{prompt.prompt.replace(IMAGE_TOKEN, '')}{AFTER}")
 
     @property
     def text_encoding(self) -> TextEncoding:
-        """Padded on the tokenizer's side, which is the left; the chat text has the mark of the beginning."""
-        return replace(super().text_encoding, has_marks=True)
+        """Padded on the left, the tokenizer's default; the chat text contains the special tokens."""
+        return replace(super().text_encoding, has_special_tokens=True)
 
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Never: guidance is embedded."""
+        """False: guidance is embedded."""
         del prompt, sampling
         return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2ImagePipelineConfig(Flux2PipelineConfig, Flux2ReferencesConfig):
-    """Flux2Pipeline's callbacks, from text and reference images."""
+    """Flux2Pipeline's callbacks for text and reference images."""

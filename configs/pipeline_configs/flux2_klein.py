@@ -1,4 +1,4 @@
-"""FLUX.2 klein: states of Qwen3, and classifier-free guidance unless the model is distilled."""
+"""FLUX.2 klein: hidden states of Qwen3, and classifier-free guidance unless the model is distilled."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-"""The chat text around a prompt, as the published tokenizer renders it with enable_thinking=False."""
+"""Chat template text around a prompt, as rendered by the tokenizer with enable_thinking=False."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2KleinPipelineConfig(Flux2FamilyConfig):
-    """Flux2KleinPipeline's callbacks, from text alone."""
+    """Flux2KleinPipeline's callbacks for text input."""
 
     title: ClassVar[str] = "FLUX.2 klein, distilled or not"
     deviations: ClassVar[str] = (
-        "`negative_prompt` is dropped, as Diffusers has none. At most 16 images and 512 tokens, which bounds memory."
+        "`negative_prompt` is dropped, as Diffusers has none. At most 16 images and 512 tokens, to bound memory."
     )
 
     is_distilled: bool
@@ -43,7 +43,7 @@ class Flux2KleinPipelineConfig(Flux2FamilyConfig):
         return {"is_distilled": ConfigFields("model_index", checkpoint.index).flag("is_distilled", False)}
 
     def chat(self, prompt: Prompt) -> PromptText:
-        """A turn of the user."""
+        """The prompt as user message."""
         return PromptText(field="prompt", text=f"{BEFORE}{prompt.prompt}{AFTER}")
 
     @property
@@ -52,16 +52,16 @@ class Flux2KleinPipelineConfig(Flux2FamilyConfig):
         return replace(super().text_encoding, padding_side="right")
 
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Guidance needs a scale above 1, and a model that is not distilled."""
+        """Whether guidance is enabled: a scale above 1, and a model that is not distilled."""
         del prompt
         return not self.is_distilled and (sampling.guidance_scale or 0.0) > 1.0
 
     def saved_latents(self, part: str, latents: Tensor, raw_latent_shape: tuple[int, ...], decoder: Any) -> Tensor:
-        """Without the normalisation and the patches."""
+        """Denormalised latents, without patches."""
         raw: Tensor = decoder.denormalised(self.unpack(part, latents, raw_latent_shape))
         return raw
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2KleinImagePipelineConfig(Flux2KleinPipelineConfig, Flux2ReferencesConfig):
-    """Flux2KleinPipeline's callbacks, from text and reference images."""
+    """Flux2KleinPipeline's callbacks for text and reference images."""

@@ -1,4 +1,4 @@
-"""GLM-Image, in the hybrid style: its own stage before denoising, then the standard ones."""
+"""GLM-Image, a hybrid model: its own stage before denoising, then the standard stages."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from configs.models.fields import ConfigFields
 from configs.models.vaes.kl import AutoencoderKLConfig
 from configs.models.vaes.statistics import latent_statistics
 from configs.pipeline_configs.base import (
-    NEGATIVE,
-    POSITIVE,
     DecodingConfig,
     DenoisingConfig,
     Keywords,
@@ -27,6 +25,8 @@ from configs.pipeline_configs.base import (
     Shapes,
     Step,
 )
+from configs.pipeline_configs.guidance import classifier_free, wants_guidance
+from configs.pipeline_configs.normalisation import channel_statistics
 from configs.pipeline_configs.packed import SequenceShift, check_channels, check_text_size
 from configs.sample.glm_image import GRID
 
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 MAX_GLYPH_TOKENS = 2048
-USUAL_GLYPH_TOKENS = 1
-"""Glyph tokens of a prompt without quoted text: the end mark. Glyphs are not padded."""
+TYPICAL_GLYPH_TOKENS = 1
+"""Glyph tokens of a prompt without quoted text, the end-of-sequence token. Glyphs are not padded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingConfig, DecodingConfig):
-    """GlmImagePipeline's callbacks. Latents stay (B, channels, rows, columns); a token is a 2x2 patch of them."""
+    """GlmImagePipeline's callbacks. Latents (B, channels, rows, columns) are not packed; a token is a 2x2 patch."""
 
     title: ClassVar[str] = "GLM-Image"
-    deviations: ClassVar[str] = "Text to image only: Diffusers 0.42 fails on every image to edit."
+    deviations: ClassVar[str] = "Text to image only: Diffusers 0.42 fails for every input image."
 
     transformer: GlmImageTransformerConfig
     vae: AutoencoderKLConfig
@@ -66,13 +66,13 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Read transformer, VAE, encoders and scheduler. Raises CheckpointError when they do not fit together."""
+        """Parse the modules' config.json. Raises CheckpointError for incompatible modules."""
         transformer = GlmImageTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
         fields = ConfigFields("vae", checkpoint.module_config("vae"))
         vae = AutoencoderKLConfig.from_dict("vae", fields.values)
         check_channels(transformer.in_channels, transformer.out_channels, vae.latent_channels)
         if 4 * vae.spatial_factor != GRID:
-            raise fields.error("block_out_channels", f"must have 4 entries: a patch of latents is {GRID // 2} pixels")
+            raise fields.error("block_out_channels", f"a list of 4 entries; a patch of latents is {GRID // 2} pixels")
         glyphs = ConfigFields("text_encoder", checkpoint.module_config("text_encoder"))
         check_text_size(
             glyphs.integer("d_model", transformer.text_embed_dim), "text_encoder", transformer.text_embed_dim
@@ -89,17 +89,17 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
         )
 
     def prior_grid(self, canvas: Canvas) -> tuple[int, int]:
-        """Rows and columns of the autoregressive model's tokens."""
+        """Rows and columns of the autoregressive model's token grid."""
         return canvas.height // GRID, canvas.width // GRID
 
     def max_glyph_tokens(self, prompt: Prompt) -> int:
-        """Tokens that the glyph encoder reads of each quoted text."""
+        """Maximum number of tokens of each quoted text for the glyph encoder."""
         return prompt.max_sequence_length or MAX_GLYPH_TOKENS
 
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Guidance needs a scale above 1."""
+        """Whether guidance is enabled: a scale above 1."""
         del prompt
-        return (sampling.guidance_scale or 0.0) > 1.0
+        return wants_guidance(sampling)
 
     def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
         """(batch, channels, rows, columns)."""
@@ -107,11 +107,11 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
         return {"image": (batch, self.vae.latent_channels, canvas.height // factor, canvas.width // factor)}
 
     def sigmas(self, sampling: Sampling) -> Sequence[float]:
-        """The request's own, or those of the timesteps."""
+        """The request's sigmas, or those of the timesteps."""
         return sampling.sigmas or (self._timesteps(sampling) / self.train_timesteps).tolist()
 
     def timesteps(self, sampling: Sampling) -> Sequence[float]:
-        """Whole numbers, evenly spaced; the scheduler's shift applies to the noise levels only."""
+        """Evenly spaced whole numbers; the scheduler shifts only the noise levels."""
         return self._timesteps(sampling).tolist()
 
     def _timesteps(self, sampling: Sampling) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
@@ -119,24 +119,24 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
         return np.trunc(steps).astype(np.float32)
 
     def mu(self, canvas: Canvas) -> float:
-        """Grows with the side of the image, measured in tokens."""
+        """Linear in the square root of the number of image tokens."""
         tokens = 4 * math.prod(self.prior_grid(canvas))
         return math.sqrt(tokens / self.shift.base_image_seq_len) * self.shift.max_shift + self.shift.base_shift
 
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Glyphs of a prompt without quoted text."""
-        return {"encoder_hidden_states": (1, USUAL_GLYPH_TOKENS, self.transformer.text_embed_dim)}
+        """Shape for a prompt without quoted text."""
+        return {"encoder_hidden_states": (1, TYPICAL_GLYPH_TOKENS, self.transformer.text_embed_dim)}
 
     def conditioning_id_shapes(self, canvas: Canvas) -> Mapping[str, tuple[int, ...]]:
-        """A prior token for each token of the image."""
+        """One prior token per image token."""
         return {"prior_token_id": (1, 4 * math.prod(self.prior_grid(canvas)))}
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Size and crop in pixels (B, 2); prior tokens count."""
+        """Target size and crop coordinates in pixels (B, 2), with prior tokens."""
         return self._keywords(embeds, shapes, sampling, drop=False)
 
     def prepare_neg_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """The same, without prior tokens."""
+        """Target size and crop coordinates in pixels (B, 2), without prior tokens."""
         return self._keywords(embeds, shapes, sampling, drop=True)
 
     def _keywords(self, embeds: Parts, shapes: Shapes, sampling: Sampling, *, drop: bool) -> Keywords:
@@ -150,16 +150,15 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
         }
 
     def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """One less."""
+        """Subtract 1, as Diffusers does."""
         return timesteps - 1
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Classifier-free guidance."""
+        """Classifier-free guidance with `guidance_scale`."""
         del latents, step
-        positive, negative = predictions[POSITIVE]["image"], predictions[NEGATIVE]["image"]
-        return {"image": negative + (sampling.guidance_scale or 0.0) * (positive - negative)}
+        return {"image": classifier_free(predictions, "image", sampling.guidance_scale or 0.0)}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo the normalisation of each channel."""
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(raw) for values in (self.latents_mean, self.latents_std))
+        """Undo the per-channel normalisation."""
+        mean, std = channel_statistics(self.latents_mean, self.latents_std, raw)
         return raw * std + mean

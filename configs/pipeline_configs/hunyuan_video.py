@@ -1,28 +1,35 @@
-"""HunyuanVideo: Llama reads the prompt in a template, CLIP makes one vector of it; guidance is an embedding."""
+"""HunyuanVideo: prompt encoded by Llama in a template and by CLIP (pooled); guidance is an embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from configs.models.dits.hunyuan_video import PATCH, HunyuanVideoTransformerConfig
-from configs.models.encodings import PromptText, Template, TextEncoding, sequence_length, whole_prompt
+from configs.models.encodings import (
+    Template,
+    TextEncoding,
+    hidden_states,
+    pooled_output,
+    second_prompt,
+    sequence_length,
+    whole_prompt,
+)
 from configs.models.fields import ConfigFields
 from configs.models.vaes.hunyuan_video import AutoencoderKLHunyuanVideoConfig
 from configs.pipeline_configs.base import (
-    NEGATIVE,
-    POSITIVE,
     Keywords,
     Parts,
     Shapes,
     StandardPipelineConfig,
     Step,
 )
+from configs.pipeline_configs.guidance import classifier_free, wants_true_guidance
 from configs.pipeline_configs.packed import check_channels, check_text_size
 
 if TYPE_CHECKING:
@@ -31,8 +38,8 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCE_LENGTH = 256
 CLIP_LENGTH = 77
-USUAL_TOKENS = 64
-"""Of a prompt of a few sentences. Text is not padded: every prompt has a number of its own."""
+TYPICAL_TOKENS = 64
+"""Tokens of a typical prompt, for warm-up. Text is not padded."""
 
 TEMPLATE = Template(
     before="<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
@@ -49,12 +56,12 @@ TEMPLATE = Template(
 
 @dataclass(frozen=True, kw_only=True)
 class HunyuanVideoPipelineConfig(StandardPipelineConfig):
-    """HunyuanVideoPipeline's callbacks. Latents stay (B, channels, frames, rows, columns), float32."""
+    """HunyuanVideoPipeline's callbacks. Latents (B, channels, frames, rows, columns) are float32 and not packed."""
 
     title: ClassVar[str] = "HunyuanVideo"
     deviations: ClassVar[str] = (
-        "`prompt_2` goes to CLIP, as documented; Diffusers ignores it. Frames are rounded to the VAE's grid, with a "
-        "warning."
+        "CLIP reads `prompt_2`, as documented; Diffusers ignores it. Frames are rounded to whole latent frames, with "
+        "a warning."
     )
 
     transformer: HunyuanVideoTransformerConfig
@@ -76,7 +83,7 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Read transformer, VAE and encoders. Raises CheckpointError when they do not fit together."""
+        """Parse the modules' config.json. Raises CheckpointError for incompatible modules."""
         transformer = HunyuanVideoTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
         vae = AutoencoderKLHunyuanVideoConfig.from_dict("vae", checkpoint.module_config("vae"))
         check_channels(transformer.in_channels, transformer.out_channels, vae.latent_channels)
@@ -88,29 +95,29 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
 
     @property
     def text_encodings(self) -> tuple[TextEncoding, ...]:
-        """Llama's states from the prompt on, without its last two layers and without padding; CLIP's pooled vector."""
+        """Llama's third-to-last hidden states after the template's prefix, and CLIP's pooled output."""
         llama = TextEncoding(
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",
             encoder="text_encoder",
             text=whole_prompt,
             max_length=sequence_length(MAX_SEQUENCE_LENGTH),
-            output=_from_the_prompt_on,
+            output=hidden_states(-3, skipped=TEMPLATE.skipped),
             template=TEMPLATE,
         )
         clip = TextEncoding(
             keyword="pooled_projections",
             tokenizer="tokenizer_2",
             encoder="text_encoder_2",
-            text=_prompt_2,
+            text=second_prompt,
             max_length=_clip_length,
-            output=_pooled,
+            output=pooled_output,
         )
         return (llama, clip)
 
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """True guidance needs a scale above 1 and a negative prompt, which may be empty."""
-        return prompt.negative_prompt is not None and (sampling.true_cfg_scale or 1.0) > 1.0
+        """Whether true guidance is enabled: a scale above 1 and a negative prompt, which may be empty."""
+        return wants_true_guidance(prompt, sampling)
 
     def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
         """(batch, channels, frames, rows, columns)."""
@@ -119,22 +126,22 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
         return {"video": (batch, vae.latent_channels, vae.latent_frames(canvas.num_frames), rows, columns)}
 
     def sigmas(self, sampling: Sampling) -> Sequence[float]:
-        """The request's own, or evenly spaced from 1 to 1/steps."""
+        """The request's sigmas, or evenly spaced from 1 to 1/steps."""
         return sampling.sigmas or np.linspace(1.0, 0.0, sampling.num_inference_steps + 1)[:-1].tolist()
 
     def mu(self, canvas: Canvas) -> None:
-        """The scheduler's shift is fixed."""
+        """None: the scheduler's shift is fixed."""
         del canvas
 
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """A text of a usual length."""
+        """Shapes for a typical prompt."""
         return {
-            "encoder_hidden_states": (1, USUAL_TOKENS, self.transformer.text_embed_dim),
+            "encoder_hidden_states": (1, TYPICAL_TOKENS, self.transformer.text_embed_dim),
             "pooled_projections": (1, self.transformer.pooled_projection_dim),
         }
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Guidance embedding of distilled models; frame, row and column of every token."""
+        """Guidance for distilled models, and positions (frame, row, column) of all tokens."""
         del embeds
         batch, _, frames, rows, columns = shapes["video"]
         guidance = None
@@ -144,33 +151,18 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
         return {"guidance": guidance, "video_ids": torch.cartesian_prod(*axes)}
 
     def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """As they are, in [0, 1000]."""
+        """The schedule's timesteps, in [0, 1000]."""
         return timesteps
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """True classifier-free guidance."""
+        """Classifier-free guidance with `true_cfg_scale`."""
         del latents, step
-        positive, negative = predictions[POSITIVE]["video"], predictions[NEGATIVE]["video"]
-        return {"video": negative + (sampling.true_cfg_scale or 1.0) * (positive - negative)}
+        return {"video": classifier_free(predictions, "video", sampling.true_cfg_scale or 1.0)}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo the scale."""
+        """Undo scaling."""
         return raw / self.vae.scaling_factor
-
-
-def _prompt_2(prompt: Prompt) -> PromptText:
-    return PromptText(field="prompt_2", text=prompt.prompt_2) if prompt.prompt_2 else whole_prompt(prompt)
 
 
 def _clip_length(_: Prompt) -> int:
     return CLIP_LENGTH
-
-
-def _from_the_prompt_on(output: Any, _: Tensor) -> Tensor:
-    hidden: Tensor = output.hidden_states[-3]
-    return hidden[:, TEMPLATE.skipped :]
-
-
-def _pooled(output: Any, _: Tensor) -> Tensor:
-    pooled: Tensor = output.pooler_output
-    return pooled

@@ -1,4 +1,4 @@
-"""LTX-2: a video with sound from one loop, guided on clean latents by up to four branches; from text or an image."""
+"""LTX-2: text or image to a video with audio; guidance on clean latents with up to four branches."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _SHIFT = SequenceShift(base_image_seq_len=1024, max_image_seq_len=4096, base_shi
 
 @dataclass(frozen=True, kw_only=True)
 class LTX2PipelineConfig(StandardPipelineConfig):
-    """LTX2Pipeline's callbacks. Latents are float32, normalised and not packed, whatever the weights' type.
+    """LTX2Pipeline's callbacks. Latents are float32, normalised and not packed, for any dtype of the weights.
 
     "video" is (B, C, frames, rows, columns), "audio" (B, C, length, mel bins).
     """
@@ -48,7 +48,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
     title: ClassVar[str] = "LTX-2 (2.0 and 2.3)"
     deviations: ClassVar[str] = (
         "Prompt enhancement, predicted durations and LTX-2.5 are not supported, as their modules are not loaded. "
-        "A single step is refused, as it is NaN in Diffusers."
+        "A single step is rejected, as it is NaN in Diffusers."
     )
 
     transformer: LTX2TransformerConfig
@@ -63,7 +63,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
     prediction_dtype: ClassVar[torch.dtype | None] = torch.float32
     visual_part: ClassVar[str] = "video"
     has_float32_noise: ClassVar[bool] = True
-    sound_part: ClassVar[str | None] = "audio"
+    audio_part: ClassVar[str | None] = "audio"
     module_loaders: ClassVar[Mapping[str, str]] = {
         "AutoencoderKLLTX2Audio": "models.vaes.ltx2:load_ltx2_audio_vae",
         "AutoencoderKLLTX2Video": "models.vaes.ltx2:load_ltx2_video_vae",
@@ -79,7 +79,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Read all modules. Raises CheckpointError when they do not fit together."""
+        """Parse the modules' config.json. Raises CheckpointError for incompatible modules."""
         extends = checkpoint.modules["vocoder"][1] == "LTX2VocoderWithBWE"
         vocoder = checkpoint.module_config("vocoder")
         config = cls(
@@ -94,30 +94,42 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         return config
 
     def _check_modules(self, checkpoint: Checkpoint) -> None:
-        """Refuse modules of which one makes what another cannot take."""
+        """Check that the modules' sizes match. Raises CheckpointError."""
         video, audio = self.transformer.video, self.transformer.audio
         text = checkpoint.module_config("text_encoder").get("text_config") or {}
         layers = ConfigFields("text_encoder", text)
         texts = self.transformer.caption_channels
         spectrogram = self.audio_vae.channels * self.audio_vae.mel_bins
         pairs = {
-            "video channels, of the VAE": (video.in_channels, self.vae.latent_channels),
-            "channels of video and of its prediction": (video.in_channels, video.out_channels),
-            "audio channels, of the audio VAE's latents": (audio.in_channels, self.audio_vae.token_channels),
-            "channels of audio and of its prediction": (audio.in_channels, audio.out_channels),
-            "text features for video, of connectors": (texts or video.hidden_size, self.connectors.video_size),
-            "text features for audio, of connectors": (texts or audio.hidden_size, self.connectors.audio_size),
-            "layers, of the text encoder": (self.connectors.num_layers, layers.integer("num_hidden_layers", 26) + 1),
-            "features, of the text encoder": (self.connectors.caption_channels, layers.integer("hidden_size", 2304)),
-            "channels of the vocoder, of the audio VAE": (self.vocoder.in_channels, spectrogram),
+            "video channels of the transformer and the VAE": (video.in_channels, self.vae.latent_channels),
+            "input and output video channels of the transformer": (video.in_channels, video.out_channels),
+            "audio channels of the transformer and the audio VAE": (audio.in_channels, self.audio_vae.token_channels),
+            "input and output audio channels of the transformer": (audio.in_channels, audio.out_channels),
+            "text features for video of the transformer and the connectors": (
+                texts or video.hidden_size,
+                self.connectors.video_size,
+            ),
+            "text features for audio of the transformer and the connectors": (
+                texts or audio.hidden_size,
+                self.connectors.audio_size,
+            ),
+            "layers of the connectors and the text encoder": (
+                self.connectors.num_layers,
+                layers.integer("num_hidden_layers", 26) + 1,
+            ),
+            "features of the connectors and the text encoder": (
+                self.connectors.caption_channels,
+                layers.integer("hidden_size", 2304),
+            ),
+            "channels of the vocoder and the audio VAE": (self.vocoder.in_channels, spectrogram),
         }
-        for what, (taken, made) in pairs.items():
-            if taken != made:
-                raise CheckpointError(f"{checkpoint.name}: {taken} {what} are needed, but there are {made}")
+        for entry, (first, second) in pairs.items():
+            if first != second:
+                raise CheckpointError(f"{checkpoint.name}: {entry}: {first} is not {second}; both must be equal")
 
     @property
     def text_encodings(self) -> tuple[TextEncoding, ...]:
-        """All layers of Gemma, which the connectors make text for video and for audio of."""
+        """Hidden states of all Gemma layers, which the connectors map to text for video and for audio."""
         gemma = TextEncoding(
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",
@@ -132,13 +144,13 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         return (gemma,)
 
     def _connect(self, connectors: Any, hidden_states: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """The denoiser's text. Where registers take the place of padding, no token is masked."""
+        """Run the connectors: the denoiser's text keywords. Registers replace padding, so that no mask is needed."""
         video, audio, text_mask = connectors(hidden_states, mask, padding_side="left")
         texts = {"encoder_hidden_states": video, "audio_encoder_hidden_states": audio}
         return texts if self.connectors.registers is not None else texts | {"encoder_attention_mask": text_mask}
 
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Text is padded to 1024 tokens, unless a request says otherwise."""
+        """Text is padded to 1024 tokens by default."""
         shapes: dict[str, tuple[int, ...]] = {
             "encoder_hidden_states": (1, MAX_SEQUENCE_LENGTH, self.connectors.video_size),
             "audio_encoder_hidden_states": (1, MAX_SEQUENCE_LENGTH, self.connectors.audio_size),
@@ -147,12 +159,12 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         return shapes | masks
 
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Guidance of either part needs it; an unset negative prompt is an empty one."""
+        """Whether guidance of either part is enabled; an unset negative prompt is empty."""
         del prompt
         return LTX2Guidance.of(sampling).wants_negative
 
     def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
-        """Video is drawn before audio, which is as long as the frames that the request asks for."""
+        """Video, then audio, which has the duration of the requested frames."""
         side, frames = self.vae.spatial_factor, self.vae.latent_frames(canvas.num_frames)
         length = self.audio_vae.latent_length(canvas.num_frames, canvas.frame_rate or _FRAME_RATE)
         return {
@@ -161,21 +173,21 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         }
 
     def sigmas(self, sampling: Sampling) -> Sequence[float] | None:
-        """The request's own, or evenly spaced from 1 to 1/steps."""
+        """The request's sigmas, or evenly spaced from 1 to 1/steps."""
         steps = sampling.num_inference_steps
         return sampling.sigmas or np.linspace(1.0, 1.0 / steps, steps).tolist()
 
     def mu(self, canvas: Canvas) -> float | None:
-        """From the number of video tokens; the audio has the same schedule."""
+        """The shift from the number of video tokens; audio has the same schedule."""
         *_, frames, rows, columns = self.raw_latent_shapes(canvas, 1)["video"]
         return self.shift.mu(frames * rows * columns)
 
     def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """The schedule's, in [0, 1000]."""
+        """The schedule's timesteps, in [0, 1000]."""
         return timesteps
 
     def branches_of(self, sampling: Sampling, *, has_negative: bool) -> tuple[str, ...]:
-        """Those whose guidance is on, but for a perturbed branch that would skip nothing: it is the positive one."""
+        """The branches of enabled guidance, except a perturbed branch that would skip no block."""
         guidance = LTX2Guidance.of(sampling)
         wanted = {
             POSITIVE: True,
@@ -186,46 +198,46 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         return tuple(branch for branch in self.branches if wanted[branch])
 
     def branch_flags(self, branch: str, sampling: Sampling) -> Mapping[str, Hashable]:
-        """Blocks without self-attention, and streams that do not attend to each other."""
+        """Flags for blocks without self-attention, and for modalities without cross-modal attention."""
         if branch == PERTURBED:
             return {"spatio_temporal_guidance_blocks": self._skipped(LTX2Guidance.of(sampling))}
         return {"isolate_modalities": True} if branch == ISOLATED else {}
 
     def _skipped(self, guidance: LTX2Guidance) -> tuple[int, ...]:
-        """The blocks of the perturbed branch, of those that the model has."""
+        """Existing blocks whose self-attention the perturbed branch skips."""
         blocks = range(self.transformer.num_layers if self.transformer.skips_attention else 0)
         return tuple(sorted(set(guidance.blocks).intersection(blocks)))
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """The frame rate that positions are computed with."""
+        """The frame rate to compute positions, in Hz."""
         del embeds, shapes
         frame_rate = sampling.params.get("conditioning_frame_rate", _FRAME_RATE)
         return {"fps": torch.tensor([frame_rate], dtype=torch.float32)}
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Guidance of each part on the clean latents that its velocities lead to, and the velocity to its result."""
+        """Apply guidance to the predicted clean latents of each part, and convert the result to a velocity."""
         guided: dict[str, Tensor] = {}
         for part, scales in LTX2Guidance.of(sampling).parts.items():
-            own, sigma = latents[part], step.sigma[part]
-            clean = {branch: own - each[part] * sigma for branch, each in predictions.items()}
-            guided[part] = (own - scales.guided(clean)) / sigma
+            x, sigma = latents[part], step.sigma[part]
+            clean = {branch: x - each[part] * sigma for branch, each in predictions.items()}
+            guided[part] = (x - scales.guided(clean)) / sigma
         return guided
 
     @property
     def sampling_rate(self) -> int:
-        """The vocoder's."""
+        """The vocoder's sampling rate in Hz."""
         return self.vocoder.sampling_rate
 
     def num_frames(self, canvas: Canvas) -> int:
-        """One more than a multiple of 8."""
+        """Frames rounded down to whole latent frames."""
         return self.vae.whole_frames(canvas.num_frames)
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """The same: the VAEs undo the normalisation, with statistics among their weights."""
+        """Unchanged: the VAEs denormalise with statistics in their weights."""
         return raw
 
     def saved_latents(self, part: str, latents: Tensor, raw_latent_shape: tuple[int, ...], decoder: Any) -> Tensor:
-        """Without the normalisation."""
+        """Denormalised latents."""
         del part, raw_latent_shape
         raw: Tensor = decoder.denormalised(latents)
         return raw
@@ -233,24 +245,24 @@ class LTX2PipelineConfig(StandardPipelineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LTX2ImageToVideoPipelineConfig(FirstFrameConfig, LTX2PipelineConfig):
-    """LTX2ImageToVideoPipeline's callbacks: the image is the first latent frame, which is not denoised."""
+    """LTX2ImageToVideoPipeline's callbacks: the image is the first latent frame."""
 
     resampling: ClassVar[Literal["lanczos", "bilinear"]] = "bilinear"
 
     def recompression(self, sampling: Sampling) -> int:
         """The request's image_crf."""
         factor = sampling.params.get("image_crf", 0)
-        assert isinstance(factor, int), "its type is that of LTX2ImageToVideoSamplingParams"
+        assert isinstance(factor, int), "LTX2ImageToVideoSamplingParams validates it"
         return factor
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Whether the first frame's exchange with the audio is modulated by the audio's timestep, beside the rate."""
+        """Also whether the audio's timestep modulates the first frame's cross-modal attention."""
         crosses = bool(sampling.params.get("use_cross_timestep", True))
         rate = super().prepare_pos_cond_kwargs(embeds, shapes, sampling)
         return {**rate, "use_cross_timestep": torch.tensor([crosses])}
 
     def before_step(self, step: Step, latents: Parts, conditions: Parts) -> Parts:
-        """The image in place of what the solver made of the first latent frame: guidance sees it."""
+        """Restore the image as the first latent frame, on which guidance depends."""
         del step
         return self.with_first_frame(latents, conditions)
 
@@ -260,5 +272,5 @@ def _stripped_prompt(prompt: Prompt) -> PromptText:
 
 
 def _all_layers(output: Any, _: Tensor) -> Tensor:
-    """The states of embeddings and layers, (B, T, size, layers)."""
+    """Hidden states of embeddings and all layers, (B, T, size, layers)."""
     return torch.stack(output.hidden_states, dim=-1)

@@ -1,4 +1,4 @@
-"""LTX-Video: packed video tokens, guidance by a negative prompt; from text alone, or from text and a first frame."""
+"""LTX-Video: text or image to video; packed video tokens, guidance by a negative prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from configs.models.encodings import TextEncoding, sequence_length, whole_prompt
 from configs.models.fields import ConfigFields
 from configs.models.vaes.ltx_video import LTXVideoVAEConfig
 from configs.pipeline_configs.base import (
-    NEGATIVE,
     POSITIVE,
     DecodingNoise,
     Keywords,
@@ -26,28 +25,28 @@ from configs.pipeline_configs.base import (
     Step,
 )
 from configs.pipeline_configs.first_frame import FirstFrameConfig
+from configs.pipeline_configs.guidance import classifier_free, rescaled, wants_guidance
 from configs.pipeline_configs.packed import SequenceShift, check_channels, check_text_size
-from configs.pipeline_configs.rescaled import rescaled
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling
     from common.checkpoint import Checkpoint
 
 MAX_SEQUENCE_LENGTH = 128
-USUAL_TOKENS = 64
-"""Of a prompt of a few sentences. Padding is left out: every prompt has a number of its own."""
+TYPICAL_TOKENS = 64
+"""Tokens of a typical prompt, for warm-up. Padding is removed."""
 _FRAME_RATE = 25.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LTXVideoPipelineConfig(StandardPipelineConfig):
-    """LTXPipeline's callbacks. Latents are float32, normalised and packed, whatever the weights' type: (B, S, C)."""
+    """LTXPipeline's callbacks. Latents (B, S, C) are float32, normalised and packed, for any dtype of the weights."""
 
     title: ClassVar[str] = "LTX-Video (0.9.0 and 0.9.5)"
     deviations: ClassVar[str] = (
         "Several outputs work with the VAE of 0.9.5, where Diffusers raises. A VAE that injects noise (0.9.1) is "
-        "refused: its noise follows no seed. Frames are rounded to the VAE's grid, with a warning. A single step is "
-        "refused: Diffusers fails, as its schedule is NaN."
+        "rejected, as its noise ignores the seed. Frames are rounded to whole latent frames, with a warning. A "
+        "single step is rejected: Diffusers fails, as its schedule is NaN."
     )
 
     transformer: LTXVideoTransformerConfig
@@ -67,7 +66,7 @@ class LTXVideoPipelineConfig(StandardPipelineConfig):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Read transformer, VAE and text encoder. Raises CheckpointError when they do not fit together."""
+        """Parse the modules' config.json. Raises CheckpointError for incompatible modules."""
         transformer = LTXVideoTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
         vae = LTXVideoVAEConfig.from_dict("vae", checkpoint.module_config("vae"))
         check_channels(transformer.in_channels, transformer.out_channels, vae.latent_channels)
@@ -78,7 +77,7 @@ class LTXVideoPipelineConfig(StandardPipelineConfig):
 
     @property
     def text_encodings(self) -> tuple[TextEncoding, ...]:
-        """T5's sequence. T5 gets no mask: padding is attended to, as in training, but the denoiser never sees it."""
+        """T5's hidden states. T5 attends to padding, as in training; padding is then removed."""
         t5 = TextEncoding(
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",
@@ -90,13 +89,13 @@ class LTXVideoPipelineConfig(StandardPipelineConfig):
         return (t5,)
 
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """A text of a usual length."""
-        return {"encoder_hidden_states": (1, USUAL_TOKENS, self.transformer.caption_channels)}
+        """Shape for a typical prompt."""
+        return {"encoder_hidden_states": (1, TYPICAL_TOKENS, self.transformer.caption_channels)}
 
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Guidance above 1 needs it; an unset negative prompt is an empty one."""
+        """Whether guidance is enabled: a scale above 1; an unset negative prompt is empty."""
         del prompt
-        return (sampling.guidance_scale or 0.0) > 1.0
+        return wants_guidance(sampling)
 
     def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
         """(batch, channels, latent frames, rows, columns)."""
@@ -104,7 +103,7 @@ class LTXVideoPipelineConfig(StandardPipelineConfig):
         return {"video": (batch, self.vae.latent_channels, frames, canvas.height // side, canvas.width // side)}
 
     def pack(self, part: str, raw: Tensor) -> Tensor:
-        """A latent is a token: (B, C, frames, rows, columns) to (B, S, C)."""
+        """Flatten latents to tokens: (B, C, frames, rows, columns) to (B, S, C)."""
         del part
         return raw.flatten(2).transpose(1, 2).contiguous()
 
@@ -119,23 +118,23 @@ class LTXVideoPipelineConfig(StandardPipelineConfig):
         return [float(sigma) for sigma in np.linspace(1.0, 1.0 / steps, steps)]
 
     def mu(self, canvas: Canvas) -> float:
-        """From the number of video tokens."""
+        """The shift from the number of video tokens."""
         *_, frames, rows, columns = self.raw_latent_shapes(canvas, 1)["video"]
         return self.shift.mu(frames * rows * columns)
 
     def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """The schedule's, in [0, 1000]."""
+        """The schedule's timesteps, in [0, 1000]."""
         return timesteps
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Positions of all tokens."""
+        """Positions of all tokens, (S, 3)."""
         del embeds
         return {"positions": self._positions(shapes, sampling)}
 
     def _positions(self, shapes: Shapes, sampling: Sampling) -> Tensor:
-        """Seconds, row and column (pixels) of where each token begins, float32 (S, 3)."""
+        """Time (seconds), row and column (pixels) of each token's origin, float32 (S, 3)."""
         frame_rate = sampling.params.get("conditioning_frame_rate", _FRAME_RATE)
-        assert isinstance(frame_rate, float), "its type is that of LTXVideoSamplingParams"
+        assert isinstance(frame_rate, float), "LTXVideoSamplingParams validates it"
         units = (self.vae.temporal_factor / frame_rate, self.vae.spatial_factor, self.vae.spatial_factor)
         axes = (
             torch.arange(size, dtype=torch.float32) * unit
@@ -144,52 +143,51 @@ class LTXVideoPipelineConfig(StandardPipelineConfig):
         return torch.cartesian_prod(*axes)
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Classifier-free guidance, of which a share gets the contrast of the positive prediction."""
+        """Classifier-free guidance with rescaling to the positive prediction's standard deviation."""
         del latents, step
-        positive, negative = predictions[POSITIVE]["video"], predictions[NEGATIVE]["video"]
-        guided = negative + (sampling.guidance_scale or 0.0) * (positive - negative)
-        share = sampling.params.get("guidance_rescale", 0.0)
-        assert isinstance(share, float), "its type is that of LTXVideoSamplingParams"
-        return {"video": rescaled(guided, positive, share)}
+        guided = classifier_free(predictions, "video", sampling.guidance_scale or 0.0)
+        fraction = sampling.params.get("guidance_rescale", 0.0)
+        assert isinstance(fraction, float), "LTXVideoSamplingParams validates it"
+        return {"video": rescaled(guided, predictions[POSITIVE]["video"], fraction)}
 
     def decoding_noise(self, sampling: Sampling) -> DecodingNoise | None:
-        """Of a decoder that removes noise: as much as the timestep, unless the request says otherwise."""
+        """The request's noise settings, if the decoder removes noise; by default, scale equals timestep."""
         if not self.vae.removes_noise:
             return None
         timestep = sampling.params.get("decode_timestep", 0.0)
         scale = sampling.params.get("decode_noise_scale", timestep)
-        assert isinstance(timestep, float), "its type is that of LTXVideoSamplingParams"
-        assert isinstance(scale, float), "its type is that of LTXVideoSamplingParams"
+        assert isinstance(timestep, float), "LTXVideoSamplingParams validates it"
+        assert isinstance(scale, float), "LTXVideoSamplingParams validates it"
         return DecodingNoise(scale=scale, timestep=timestep)
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """The same: the VAE undoes the normalisation, with statistics among its weights."""
+        """Unchanged: the VAE denormalises with statistics in its weights."""
         return raw
 
 
 @dataclass(frozen=True, kw_only=True)
 class LTXVideoImageToVideoPipelineConfig(FirstFrameConfig, LTXVideoPipelineConfig):
-    """LTXImageToVideoPipeline's callbacks: the image is the first latent frame, which is not denoised."""
+    """LTXImageToVideoPipeline's callbacks: the image is the first latent frame."""
 
     frame_dim: ClassVar[int] = 1
 
     def posterior_shape(self, canvas: Canvas) -> tuple[int, ...]:
-        """One latent frame."""
+        """Shape of one latent frame."""
         return self.condition_shapes(canvas)["condition"]
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Positions of the first latent frame's tokens, and of the others."""
+        """Positions of the first latent frame's tokens, and of the other tokens."""
         del embeds
         positions, boundary = self._positions(shapes, sampling), math.prod(shapes["condition"][2:])
         return {"first_positions": positions[:boundary], "positions": positions[boundary:]}
 
     def before_step(self, step: Step, latents: Parts, conditions: Parts) -> Parts:
-        """The image in place of what the solver made of the first latent frame."""
+        """Restore the image as the first latent frame."""
         del step
         return self.with_first_frame(latents, conditions)
 
 
 def _without_padding(output: Any, mask: Tensor) -> Tensor:
-    """The last hidden state of the text's own tokens, batch 1."""
+    """The last hidden state without padding, batch 1."""
     hidden: Tensor = output.last_hidden_state
     return hidden[:, mask[0].bool()]

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit: the picture's tokens in the text, and its latents behind those of the picture that is made."""
+"""Qwen-Image-Edit: the input image is encoded with the text, and as latents after the noise tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from configs.models.encodings import ImageTextEncoding, Template
-from configs.models.vaes.qwen_image import GIVEN_AREA, given_size
+from configs.models.vaes.qwen_image import IMAGE_AREA, image_size_of_area
 from configs.pipeline_configs.base import ImageLatentsConfig, ImageTextConfig, Parts, Shapes
 from configs.pipeline_configs.packed import CONDITION, condition_name
 from configs.pipeline_configs.qwen_image import QwenImageFamilyConfig
@@ -17,8 +17,8 @@ from configs.pipeline_configs.qwen_image import QwenImageFamilyConfig
 if TYPE_CHECKING:
     from common.artifacts import Canvas
 
-POSITIONS = 4096
-"""Diffusers has so many for text; behind them it fails."""
+MAX_POSITIONS = 4096
+"""Number of positions of Diffusers' RoPE table."""
 
 EDIT_TEMPLATE = Template(
     before="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
@@ -32,52 +32,52 @@ EDIT_TEMPLATE = Template(
 
 @dataclass(frozen=True, kw_only=True)
 class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageLatentsConfig):
-    """QwenImageEditPipeline's callbacks, beside those of QwenImagePipeline."""
+    """QwenImageEditPipeline's callbacks, in addition to those of QwenImagePipeline."""
 
     title: ClassVar[str] = "Qwen-Image-Edit"
-    deviations: ClassVar[str] = "A single step is refused, as it is NaN in Diffusers."
+    deviations: ClassVar[str] = "A single step is rejected, as it is NaN in Diffusers."
 
     module_loaders: ClassVar[Mapping[str, str]] = {
         **QwenImageFamilyConfig.module_loaders,
         "Qwen2_5_VLForConditionalGeneration": "models.encoder_runners.qwen_vl:load_qwen_vl_model",
     }
-    given_area: ClassVar[int] = GIVEN_AREA
-    """Pixels of an image as the VAE encodes it."""
-    seen_area: ClassVar[int] = GIVEN_AREA
-    """Pixels of an image as the language model sees it."""
+    vae_image_area: ClassVar[int] = IMAGE_AREA
+    """Area of an input image for the VAE, in pixels."""
+    encoder_image_area: ClassVar[int] = IMAGE_AREA
+    """Area of an input image for the language model, in pixels."""
 
     @property
     def image_text_encoding(self) -> ImageTextEncoding:
-        """The language model's last states: what of the template follows its first 64 tokens, picture and prompt."""
+        """The language model's last hidden states of template, image and prompt, without the first 64 tokens."""
         return ImageTextEncoding(
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",
             encoder="text_encoder",
             processor="processor",
             template=lambda _: EDIT_TEMPLATE,
-            picture_mark="<|image_pad|>",
-            picture_size=lambda height, width: given_size(height, width, self.seen_area),
-            most_tokens=self._positions_beside,
+            image_token="<|image_pad|>",
+            image_size=lambda height, width: image_size_of_area(height, width, self.encoder_image_area),
+            max_tokens=self._text_positions_with,
         )
 
     def image_size(self, size: tuple[int, int], canvas: Canvas) -> tuple[int, int]:
-        """Its own, whatever the size of the picture that is made."""
+        """The image's own size, independent of the generated image's size."""
         del canvas
-        return given_size(*size, self.given_area)
+        return image_size_of_area(*size, self.vae_image_area)
 
     def condition_shapes(self, canvas: Canvas) -> Shapes:
-        """That of a picture with the proportions of the one that is made."""
+        """An input image with the aspect ratio of the generated image."""
         side = self.pixels_per_latent
-        height, width = given_size(canvas.height, canvas.width, self.given_area)
+        height, width = image_size_of_area(canvas.height, canvas.width, self.vae_image_area)
         return {CONDITION: (1, 1, self.vae.z_dim, height // side, width // side)}
 
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
-        """Normalised latents of each image, frame before channels like the noise: (1, 1, C, 2h, 2w)."""
+        """Normalised latents of each image, with frames before channels as in the noise: (1, 1, C, 2h, 2w)."""
         del canvas
         latents = [encode(image[:, :, None]) for image in images.values()]
         return {condition_name(index): self._normalised(each) for index, each in enumerate(latents)}
 
-    def _positions_beside(self, height: int, width: int) -> int:
-        """How many text tokens have positions next to a picture of that size (pixels)."""
-        side = max(given_size(height, width, self.given_area)) // (2 * self.pixels_per_latent)
-        return POSITIONS - side // 2
+    def _text_positions_with(self, height: int, width: int) -> int:
+        """Number of text positions that remain with an image of this size (pixels)."""
+        side = max(image_size_of_area(height, width, self.vae_image_area)) // (2 * self.pixels_per_latent)
+        return MAX_POSITIONS - side // 2

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit-Plus: several images, each named in the text, and each with latents of its own size."""
+"""Qwen-Image-Edit-Plus: several input images, numbered in the text, each with latents of its own size."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ _IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def plus_template(images: int) -> Template:
-    """The template of QwenImageEditPipeline with a number before each image."""
+    """The template of QwenImageEditPipeline with a numbered entry for each image."""
     before, image, _ = EDIT_TEMPLATE.before.partition(_IMAGE)
-    assert image, "the template holds an image"
+    assert image, "the template contains an image"
     return replace(EDIT_TEMPLATE, before=before + "".join(f"Picture {index + 1}: {_IMAGE}" for index in range(images)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class QwenImageEditPlusPipelineConfig(QwenImageEditPipelineConfig):
-    """QwenImageEditPlusPipeline's callbacks. In 2511 (zero_cond_t), given images have the timestep 0."""
+    """QwenImageEditPlusPipeline's callbacks. In 2511 (zero_cond_t), input images have timestep 0."""
 
     title: ClassVar[str] = "Qwen-Image-Edit-Plus (2509, 2511)"
     deviations: ClassVar[str] = (
-        "At most 16 images, which bounds memory; Diffusers has no limit. A single step is refused, as it is NaN in "
+        "At most 16 images, to bound memory; Diffusers has no limit. A single step is rejected, as it is NaN in "
         "Diffusers."
     )
 
     transformer_flags: ClassVar[Mapping[str, bool]] = {"use_additional_t_cond": False, "use_layer3d_rope": False}
-    seen_area: ClassVar[int] = 384 * 384
+    encoder_image_area: ClassVar[int] = 384 * 384
 
     @property
     def image_text_encoding(self) -> ImageTextEncoding:
-        """The language model reads the number of each image."""
+        """As QwenImageEditPipeline's, with numbered images."""
         return replace(super().image_text_encoding, template=plus_template)

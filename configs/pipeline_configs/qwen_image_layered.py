@@ -1,7 +1,7 @@
-"""Qwen-Image-Layered, in the hybrid style: an image with transparency is taken apart into layers.
+"""Qwen-Image-Layered, a hybrid model: decomposes an image into transparent layers.
 
-The latents of an output are frames: the whole image, which the loop makes again and decoding drops, then the layers.
-`Canvas.num_frames` is the number of layers.
+The frames of an output's latents are the whole image, which the loop regenerates and decoding drops, followed by the
+layers. `Canvas.num_frames` is the number of layers.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from common.artifacts import Canvas, Sampling
 
 BASE_TOKENS = 256
-"""Tokens of a frame for which the schedule's shift mu is 1."""
-GIVEN_FRAME = -1
-"""Position of the given image among the frames."""
+"""Number of tokens of a frame at which the schedule's shift mu is 1."""
+INPUT_FRAME = -1
+"""Frame position of the input image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QwenImageLayeredPipelineConfig(QwenImagePipelineConfig, ImageLatentsConfig):
-    """QwenImageLayeredPipeline's callbacks, beside those of QwenImagePipeline."""
+    """QwenImageLayeredPipeline's callbacks, in addition to those of QwenImagePipeline."""
 
     title: ClassVar[str] = "Qwen-Image-Layered"
     deviations: ClassVar[str] = (
-        "Latents are returned, where Diffusers raises. The caption for an empty prompt is greedy, so that it is "
-        "repeatable. A single step is refused, as it is NaN in Diffusers."
+        "Latents are returned, where Diffusers raises. The caption for an empty prompt is decoded greedily, so that it "
+        "is reproducible. A single step is rejected, as it is NaN in Diffusers."
     )
 
     module_loaders: ClassVar[Mapping[str, str]] = {
@@ -52,52 +52,52 @@ class QwenImageLayeredPipelineConfig(QwenImagePipelineConfig, ImageLatentsConfig
         return {part: (batch, 1 + canvas.num_frames, *shape)}
 
     def condition_shapes(self, canvas: Canvas) -> Shapes:
-        """The given image in the size of a layer."""
+        """The input image in the size of a layer."""
         ((_, (_, _, *shape)),) = super().raw_latent_shapes(canvas, 1).items()
         return {CONDITION: (1, 1, *shape)}
 
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
-        """Normalised latents of the image, frame before channels like the noise: (1, 1, C, 2h, 2w)."""
+        """Normalised latents of the image, with frames before channels as in the noise: (1, 1, C, 2h, 2w)."""
         del canvas
         return {CONDITION: self._normalised(encode(images["image"][:, :, None]))}
 
     def sigmas(self, sampling: Sampling) -> Sequence[float]:
-        """The request's own, or evenly spaced from 1 down to 0, without the 0."""
+        """The request's sigmas, or evenly spaced from 1 to 0, excluding 0."""
         steps = sampling.num_inference_steps
         return sampling.sigmas or np.linspace(1.0, 0.0, steps + 1)[:-1].tolist()
 
     def mu(self, canvas: Canvas) -> float:
-        """Grows with the side of a layer, measured in tokens; the scheduler's own bounds have no effect."""
+        """The square root of a layer's tokens over BASE_TOKENS; the scheduler's bounds have no effect."""
         return math.sqrt(math.prod(self.patches(canvas)) / BASE_TOKENS)
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Positions (frame, row, column) around each frame's centre, those of the given image in frame -1."""
+        """Positions (frame, row, column) relative to each frame's center; the input image is frame -1."""
         del sampling
         _, frames, _, *size = shapes["image"]
         rows, columns = (side // 2 for side in size)
         return {
             "txt_ids": text_positions(embeds, max(rows // 2, columns // 2, frames)),
             "img_ids": torch.cat([positions(frame, rows, columns) for frame in range(frames)]),
-            "condition_ids": positions(GIVEN_FRAME, rows, columns),
+            "condition_ids": positions(INPUT_FRAME, rows, columns),
         }
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """True classifier-free guidance; with cfg_normalize the norm of the positive prediction is kept."""
+        """True classifier-free guidance; with cfg_normalize, it preserves the positive prediction's norm."""
         if sampling.params.get("cfg_normalize"):
             return super().guide(predictions, latents, step, sampling)
         positive, negative = predictions[POSITIVE]["image"], predictions[NEGATIVE]["image"]
         return {"image": PackedPipelineConfig.guided(self, positive, negative, sampling.true_cfg_scale or 1.0)}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Layers only, each as an image: (B, C, 1 + layers, 2h, 2w) to (B * layers, C, 1, 2h, 2w)."""
+        """Drop the whole image; layers become images: (B, C, 1 + n, 2h, 2w) to (B * n, C, 1, 2h, 2w)."""
         layers = raw[:, :, 1:].transpose(1, 2).flatten(0, 1)
         return super().vae_latents(layers[:, :, None])
 
     def saved_pixels(self, pixels: Tensor, outputs: int) -> Tensor:
-        """(outputs, layers, 4, height, width)."""
+        """Group images by output: (outputs, layers, 4, height, width)."""
         return pixels.reshape(outputs, -1, *pixels.shape[1:])
 
     def num_frames(self, canvas: Canvas) -> int:
-        """1: a layer is a file of its own."""
+        """1: each layer is a separate file."""
         del canvas
         return 1

@@ -18,8 +18,6 @@ from configs.models.encodings import PromptText, TextEncoding, sequence_length
 from configs.models.fields import ConfigFields
 from configs.models.vaes.wan import AutoencoderKLWanConfig
 from configs.pipeline_configs.base import (
-    NEGATIVE,
-    POSITIVE,
     ImageLatentsConfig,
     Keywords,
     Parts,
@@ -28,6 +26,8 @@ from configs.pipeline_configs.base import (
     Step,
     VisionConfig,
 )
+from configs.pipeline_configs.guidance import classifier_free, wants_guidance
+from configs.pipeline_configs.normalisation import denormalised, normalised
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling
@@ -38,7 +38,7 @@ MAX_SEQUENCE_LENGTH = 512
 
 @dataclass(frozen=True, kw_only=True)
 class WanPipelineConfig(StandardPipelineConfig):
-    """WanPipeline's callbacks. Latents are float32 (B, z, frames, rows, columns) whatever the weights' type."""
+    """WanPipeline's callbacks. Latents (B, z, frames, rows, columns) are float32 for any dtype of the weights."""
 
     title: ClassVar[str] = "Wan 2.1 T2V"
     deviations: ClassVar[str] = ""
@@ -58,25 +58,25 @@ class WanPipelineConfig(StandardPipelineConfig):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Read transformer and VAE. Raises CheckpointError when they do not fit together."""
+        """Parse the modules' config.json. Raises CheckpointError for incompatible modules."""
         transformer = cls.transformer_config.from_dict("transformer", checkpoint.module_config("transformer"))
         vae = AutoencoderKLWanConfig.from_dict("vae", checkpoint.module_config("vae"))
         needed = cls.input_channels(vae)
         if transformer.in_channels != needed or transformer.out_channels != vae.z_dim:
             raise CheckpointError(
-                f"the transformer has {transformer.in_channels} input and {transformer.out_channels} output channels, "
-                f"but with {vae.z_dim} channels of the VAE {checkpoint.pipeline_name} needs {needed} and {vae.z_dim}"
+                f"transformer/config.json: {transformer.in_channels} input and {transformer.out_channels} output "
+                f"channels are not {needed} and {vae.z_dim}, those of {checkpoint.pipeline_name} with this VAE"
             )
         return cls(transformer=transformer, vae=vae)
 
     @classmethod
     def input_channels(cls, vae: AutoencoderKLWanConfig) -> int:
-        """What the transformer takes: the noise."""
+        """The transformer's input channels: those of the noise."""
         return vae.z_dim
 
     @property
     def text_encodings(self) -> tuple[TextEncoding, ...]:
-        """UMT5's sequence, padding set to zero; it is attended to nevertheless, as in training."""
+        """UMT5's hidden states with padding set to 0; the denoiser attends to padding, as in training."""
         umt5 = TextEncoding(
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",
@@ -89,13 +89,13 @@ class WanPipelineConfig(StandardPipelineConfig):
         return (umt5,)
 
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Text is padded to 512 tokens, unless a request says otherwise."""
+        """Text is padded to 512 tokens by default."""
         return {"encoder_hidden_states": (1, MAX_SEQUENCE_LENGTH, self.transformer.text_dim)}
 
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Guidance above 1 needs it; an unset negative prompt is an empty one."""
+        """Whether guidance is enabled: a scale above 1; an unset negative prompt is empty."""
         del prompt
-        return (sampling.guidance_scale or 0.0) > 1.0
+        return wants_guidance(sampling)
 
     def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
         """(batch, channels, latent frames, rows, columns)."""
@@ -104,130 +104,120 @@ class WanPipelineConfig(StandardPipelineConfig):
         return {"video": (batch, self.vae.z_dim, frames, canvas.height // side, canvas.width // side)}
 
     def sigmas(self, sampling: Sampling) -> Sequence[float] | None:
-        """The scheduler's own."""
+        """None: the scheduler's own."""
         del sampling
         return None
 
     def mu(self, canvas: Canvas) -> float | None:
-        """The schedule does not depend on size."""
+        """None: the schedule does not depend on the size."""
         del canvas
         return None
 
     def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """The schedule's whole numbers in [0, 1000)."""
+        """The schedule's timesteps, whole numbers in [0, 1000)."""
         return timesteps
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """None: positions follow from the latents' shape, and guidance is not embedded."""
+        """No keywords: positions depend only on the latents' shape, and guidance is not embedded."""
         del embeds, shapes, sampling
         return {}
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Classifier-free guidance."""
+        """Classifier-free guidance with `guidance_scale`."""
         del latents, step
-        positive, negative = predictions[POSITIVE]["video"], predictions[NEGATIVE]["video"]
-        return {"video": negative + (sampling.guidance_scale or 0.0) * (positive - negative)}
+        return {"video": classifier_free(predictions, "video", sampling.guidance_scale or 0.0)}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo the normalisation of each channel."""
-        mean, inverse = self._normalisation(raw.device, raw.dtype)
-        return raw / inverse + mean
-
-    def _normalisation(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Mean and 1 / std of the latent channels, (1, z, 1, 1, 1)."""
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(device, dtype)
-            for values in (self.vae.latents_mean, self.vae.latents_std)
-        )
-        return mean, 1.0 / std
+        """Undo the per-channel normalisation."""
+        return denormalised(raw, self.vae.latents_mean, self.vae.latents_std)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WanImageToVideoPipelineConfig(WanPipelineConfig, VisionConfig, ImageLatentsConfig):
-    """WanImageToVideoPipeline's callbacks: beside the noise, the mask of what is given and its latents.
+    """WanImageToVideoPipeline's callbacks: mask and latents of the input frames are further input channels.
 
-    `vision_tokens_of_picture` is how many the vision encoder makes of one.
+    `vision_tokens_per_image` is the vision encoder's number of tokens per image.
     """
 
     title: ClassVar[str] = "Wan 2.1 I2V and FLF2V"
     deviations: ClassVar[str] = "Several outputs work, where Diffusers raises."
 
-    vision_tokens_of_picture: int = 257
+    vision_tokens_per_image: int = 257
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Read the vision encoder's patches, too: it makes a token of each, and one of the whole picture."""
+        """Also parse the vision encoder's config; it has one token per patch and a class token."""
         config = super().from_checkpoint(checkpoint)
         if config.transformer.image_dim is None:
             return config
         fields = ConfigFields("image_encoder", checkpoint.config_of("image_encoder"))
         side = fields.integer("image_size", 224) // fields.integer("patch_size", 32)
-        return replace(config, vision_tokens_of_picture=side * side + 1)
+        return replace(config, vision_tokens_per_image=side * side + 1)
 
     @classmethod
     def input_channels(cls, vae: AutoencoderKLWanConfig) -> int:
-        """Noise, a mask for each frame of a latent frame, and the pictures' latents."""
+        """Channels of the noise, of a mask per frame of a latent frame, and of the images' latents."""
         return 2 * vae.z_dim + vae.temporal_factor
 
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The vision encoder's tokens come beside the text: CLIP's of one picture, or those of two."""
+        """Also the vision encoder's tokens of one image, or of two for models with `pos_embed_seq_len`."""
         shapes = dict(super().conditioning_shapes())
         if self.transformer.image_dim is not None:
-            tokens = self.transformer.pos_embed_seq_len or self.vision_tokens_of_picture
+            tokens = self.transformer.pos_embed_seq_len or self.vision_tokens_per_image
             shapes["encoder_hidden_states_image"] = (1, tokens, self.transformer.image_dim)
         return shapes
 
     def condition_shapes(self, canvas: Canvas) -> Shapes:
-        """Mask and latents, as large as the video's."""
+        """Mask and latents, in the size of the video's latents."""
         batch, channels, *grid = self.raw_latent_shapes(canvas, 1)["video"]
         return {"condition": (batch, self.vae.temporal_factor + channels, *grid)}
 
     def model_input(self, latents: Parts, conditions: Parts) -> Parts:
-        """Mask and latents of the images are further channels."""
+        """Concatenate mask and latents of the images as further channels."""
         return {"video": torch.cat((latents["video"], conditions["condition"]), dim=1)}
 
     def vision_tokens(self, hidden_states: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        """The last layer but one; tokens of first and last frame behind each other. Raises InvalidInput if they differ.
+        """Hidden states (1, tokens, image_dim) of the second-to-last layer, concatenated for both frames.
 
-        Every picture makes (1, tokens, image_dim).
+        Raises InvalidInput for another number of tokens than the transformer's.
         """
         tokens = hidden_states[-2].flatten(0, 1)[None]
         expected = self.transformer.pos_embed_seq_len
         if expected is not None and tokens.shape[1] != expected:
-            message = f"the model reads {expected} tokens of pictures, but these have {tokens.shape[1]}"
+            message = (
+                f"image: {tokens.shape[1]} vision tokens are not {expected}, the number that the transformer requires"
+            )
             raise InvalidInput(message, field="image")
         return {"encoder_hidden_states_image": tokens}
 
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
-        """Mask and normalised latents of a video that is grey where no frame is given; float32 (1, 4 + z, ...)."""
+        """Mask and latents (float32, 1, 4 + z, ...) of a video that is grey except for the input frames."""
         frames = canvas.num_frames
         first, last = images["image"][:, :, None], images.get("last_image")
-        given = 1 if last is None else 2
-        grey = first.new_zeros(*first.shape[:2], max(frames - given, 0), *first.shape[3:])
+        count = 1 if last is None else 2
+        grey = first.new_zeros(*first.shape[:2], max(frames - count, 0), *first.shape[3:])
         video = [first, grey] if last is None else [first, grey, last[:, :, None]]
         latents = encode(torch.cat(video, dim=2)).float()
-        mean, inverse = self._normalisation(latents.device, latents.dtype)
         mask = self._mask(frames, last is not None, latents)
-        return {"condition": torch.cat((mask, (latents - mean) * inverse), dim=1)}
+        return {"condition": torch.cat((mask, normalised(latents, self.vae.latents_mean, self.vae.latents_std)), dim=1)}
 
     def _mask(self, frames: int, has_last: bool, latents: Tensor) -> Tensor:
-        """1 where a frame is given: (1, 4, latent frames, rows, columns). The first frame counts four times."""
+        """Mask (1, 4, latent frames, rows, columns): 1 for input frames. The first frame is repeated four times."""
         factor, shape = self.vae.temporal_factor, latents.shape
-        given = torch.zeros(factor - 1 + frames, dtype=latents.dtype, device=latents.device)
-        given[:factor] = 1
+        mask = torch.zeros(factor - 1 + frames, dtype=latents.dtype, device=latents.device)
+        mask[:factor] = 1
         if has_last:
-            given[-1] = 1
-        mask = given.view(shape[2], factor).T
-        return mask[None, :, :, None, None].expand(-1, -1, -1, *shape[3:])
+            mask[-1] = 1
+        return mask.view(shape[2], factor).T[None, :, :, None, None].expand(-1, -1, -1, *shape[3:])
 
 
 def _cleaned_prompt(prompt: Prompt) -> PromptText:
-    """Mend mojibake, resolve HTML entities (also doubly escaped ones), and make every run of whitespace one space."""
+    """Fix mojibake, unescape HTML entities twice, and collapse whitespace, as Diffusers does."""
     text = html.unescape(html.unescape(ftfy.fix_text(prompt.prompt))).strip()
     return PromptText(field="prompt", text=re.sub(r"\s+", " ", text).strip())
 
 
 def _unpadded(output: Any, mask: Tensor) -> Tensor:
-    """The last hidden state, zero where there is padding (at the end)."""
+    """The last hidden state with padding set to 0."""
     hidden: Tensor = output.last_hidden_state
     return hidden * mask[:, :, None].to(hidden.dtype)

@@ -1,4 +1,4 @@
-"""Few-step Wan: models distilled by DMD, which denoise a video at once (FastWan, TurboWan) or block by block."""
+"""Few-step Wan, distilled by DMD: whole videos (FastWan, TurboWan) or block by block (Self Forcing)."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ class WanDMDPipelineConfig(WanPipelineConfig, DmdConfig):
 
     title: ClassVar[str] = "Few-step Wan: FastWan with full attention"
     deviations: ClassVar[str] = (
-        "Diffusers has no such pipeline; FastVideo has. Weights of sparse attention are refused, as no kernel "
-        "runs them."
+        "Diffusers has no such pipeline; FastVideo has. Weights with sparse attention are rejected, as there is no "
+        "kernel for it."
     )
 
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Never: the model was distilled with guidance."""
+        """False: the model was distilled with guidance."""
         del prompt, sampling
         return False
 
     def own_schedule(self, sampling: Sampling) -> Sequence[tuple[float, float]]:
-        """The timesteps `dmd_denoising_steps`, each with the nearest level of the shifted flow schedule."""
+        """The timesteps `dmd_denoising_steps`, each with the shifted flow schedule's nearest level."""
         return nearest_levels(*_steps_and_shift(sampling))
 
     def draw_noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Frames come before channels in the draw, as in FastVideo."""
+        """Draw with frames before channels, as in FastVideo."""
         batch, channels, frames, *size = shape
         return super().draw_noise((batch, frames, channels, *size), generator).transpose(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WanCausalDMDPipelineConfig(WanDMDPipelineConfig, CausalDmdConfig):
-    """Callbacks of FastVideo's WanCausalDMDPipeline (Self Forcing): timesteps are shifted like the noise levels."""
+    """FastVideo's WanCausalDMDPipeline (Self Forcing): timesteps are shifted like the noise levels."""
 
     title: ClassVar[str] = "Causal few-step Wan: Self Forcing"
     deviations: ClassVar[str] = (
-        "Diffusers has no such pipeline; FastVideo has. `ring` is refused, as the KV cache is sharded by heads."
+        "Diffusers has no such pipeline; FastVideo has. `ring` is rejected, as the KV cache is sharded by heads."
     )
 
     transformer: CausalWanTransformerConfig
@@ -63,24 +63,24 @@ class WanCausalDMDPipelineConfig(WanDMDPipelineConfig, CausalDmdConfig):
         "CausalWanTransformer3DModel": "models.dits.causal_wan_plan:load_causal_wan_transformer",
     }
     parallel_modules: ClassVar[frozenset[str]] = frozenset({"WanTransformer3DModel", "CausalWanTransformer3DModel"})
-    # The cache is sharded by heads: a ring would send its keys and values around at every step.
+    # The KV cache is sharded by heads; a ring would send all keys and values at every step.
     parallel_axes: ClassVar[tuple[str, ...]] = ("tp", "ulysses")
 
     @property
     def frames_per_block(self) -> int:
-        """Of the transformer's config."""
+        """The transformer's num_frames_per_block."""
         return self.transformer.num_frames_per_block
 
     def own_schedule(self, sampling: Sampling) -> Sequence[tuple[float, float]]:
-        """The steps of `dmd_denoising_steps`, of the schedule before it is shifted by `flow_shift`."""
+        """`dmd_denoising_steps` as steps of the unshifted schedule, shifted by `flow_shift`."""
         return warped_levels(*_steps_and_shift(sampling))
 
     def prepared_timesteps(self, timesteps: Tensor) -> Tensor:
-        """And 0, at which a finished block is predicted for its keys and values."""
+        """Append 0, the timestep of the context pass that writes a finished block's keys and values."""
         return torch.cat((timesteps, timesteps.new_zeros(1)))
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """The shape of the whole video's latents, as that of a tensor without elements: frames, rows, columns."""
+        """The video's latent frames, rows and columns, passed as the shape of an empty tensor."""
         del embeds, sampling
         return {"video_grid": torch.empty(1, 0, *shapes["video"][2:])}
 

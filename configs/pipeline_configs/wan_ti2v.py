@@ -1,4 +1,4 @@
-"""Wan 2.2 TI2V: one checkpoint that makes videos from text alone, or from text and the first frame."""
+"""Wan 2.2 TI2V: one checkpoint for text to video and for text and first frame to video."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from common.errors import CheckpointError
 from configs.pipeline_configs.base import Parts
 from configs.pipeline_configs.first_frame import FirstFrameConfig
+from configs.pipeline_configs.normalisation import normalised
 from configs.pipeline_configs.wan import WanPipelineConfig
 
 if TYPE_CHECKING:
@@ -20,28 +21,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class WanTI2VPipelineConfig(WanPipelineConfig):
-    """Callbacks of WanPipeline with `expand_timesteps`, from text alone.
+    """Callbacks of WanPipeline with `expand_timesteps` for text input.
 
     Diffusers passes an equal timestep for each token; the denoiser computes the same result from a single timestep.
     """
 
     title: ClassVar[str] = "Wan 2.2 TI2V-5B"
-    deviations: ClassVar[str] = "`last_image` is refused, as Diffusers ignores it."
+    deviations: ClassVar[str] = "`last_image` is rejected, as Diffusers ignores it."
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Read transformer and VAE. Raises CheckpointError for a transformer that is not TI2V's."""
+        """Parse the modules' config.json. Also raises CheckpointError for a transformer other than TI2V's."""
         config = super().from_checkpoint(checkpoint)
         transformer = config.transformer
         if transformer.image_dim is not None:
             raise CheckpointError(
                 f"transformer/config.json: image_dim: {transformer.image_dim} is not null; Wan 2.2 TI2V reads an image "
-                "as latents only"
+                "only as latents"
             )
         if transformer.patch_size != (1, 2, 2):
             raise CheckpointError(
-                f"transformer/config.json: patch_size: {list(transformer.patch_size)} is not [1, 2, 2]; Diffusers "
-                "gives timesteps to patches of this size only"
+                f"transformer/config.json: patch_size: {list(transformer.patch_size)} is not [1, 2, 2], the "
+                "only patch size for which Diffusers computes timesteps per token"
             )
         return config
 
@@ -50,18 +51,17 @@ class WanTI2VPipelineConfig(WanPipelineConfig):
 class WanTI2VImagePipelineConfig(FirstFrameConfig, WanTI2VPipelineConfig):
     """Callbacks of WanImageToVideoPipeline with `expand_timesteps`: the image is the first latent frame.
 
-    The denoiser sees it in place of the loop's own first frame, which goes on being denoised and is replaced at the
-    end: step checkpoints hold the loop's own. Diffusers computes (1 - mask) * condition + mask * latents with a float32
-    mask of zeros and ones: the same values.
+    The denoiser's input has the image instead of the loop's first frame. The loop still denoises its own first frame,
+    which step checkpoints contain, and replaces it after the last step. Diffusers computes (1 - mask) * condition +
+    mask * latents with a float32 mask of zeros and ones, which gives the same values.
     """
 
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
         """Normalised latents of the image as a video of one frame, float32 (1, z, 1, rows, columns)."""
         del canvas
         latents = encode(images["image"][:, :, None]).float()
-        mean, inverse = self._normalisation(latents.device, latents.dtype)
-        return {"condition": (latents - mean) * inverse}
+        return {"condition": normalised(latents, self.vae.latents_mean, self.vae.latents_std)}
 
     def model_input(self, latents: Parts, conditions: Parts) -> Parts:
-        """The image in place of the first latent frame."""
+        """Replace the first latent frame by the image."""
         return self.with_first_frame(latents, conditions)

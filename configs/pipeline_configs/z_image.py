@@ -1,11 +1,11 @@
-"""Z-Image: a language model reads the prompt in a template; guidance ends at a step of the request's choice."""
+"""Z-Image: a language model with a prompt template; guidance can end before the last step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 from configs.models.dits.z_image import PATCH, ZImageTransformerConfig
-from configs.models.encodings import Template, TextEncoding, sequence_length, whole_prompt
+from configs.models.encodings import Template, TextEncoding, hidden_states, sequence_length, whole_prompt
 from configs.models.fields import ConfigFields
 from configs.models.vaes.kl import AutoencoderKLConfig
 from configs.pipeline_configs.base import (
@@ -32,22 +32,25 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 MAX_SEQUENCE_LENGTH = 512
-USUAL_TOKENS = 64
-"""Of a prompt of a few sentences. The text is padded to a multiple of SEGMENT only."""
+TYPICAL_TOKENS = 64
+"""Tokens of a typical prompt, for warm-up. Text is padded only to a multiple of SEGMENT."""
 SEGMENT = 32
-"""Text and image tokens are padded to multiples of it."""
+"""Numbers of text and image tokens are padded to multiples of SEGMENT."""
 
 TEMPLATE = Template(before="<|im_start|>user\n", after="<|im_end|>\n<|im_start|>assistant\n", skipped=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZImagePipelineConfig(StandardPipelineConfig):
-    """ZImagePipeline's callbacks. Latents stay (B, channels, rows, columns), float32; a token is a 2x2 patch."""
+    """ZImagePipeline's callbacks.
+
+    Latents (B, channels, rows, columns) are float32 and not packed; a token is a 2x2 patch.
+    """
 
     title: ClassVar[str] = "Z-Image and Z-Image-Turbo"
     deviations: ClassVar[str] = (
         "`cfg_normalization` is a number and `cfg_truncation` is never null, as a parameter has one type. The "
-        "chat template is fixed, as none is run."
+        "chat template is fixed; that of the tokenizer is not executed."
     )
 
     transformer: ZImageTransformerConfig
@@ -67,13 +70,13 @@ class ZImagePipelineConfig(StandardPipelineConfig):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Read transformer, VAE, text encoder and scheduler. Raises CheckpointError when they do not fit together."""
+        """Parse the modules' config.json. Raises CheckpointError for incompatible modules."""
         transformer = ZImageTransformerConfig.from_dict("transformer", checkpoint.module_config("transformer"))
         vae = AutoencoderKLConfig.from_dict("vae", checkpoint.module_config("vae"))
         if transformer.in_channels != vae.latent_channels:
             raise CheckpointError(
-                f"the transformer has {transformer.in_channels} channels, "
-                f"but the VAE has {vae.latent_channels} latent channels"
+                f"transformer/config.json: in_channels: {transformer.in_channels} is not {vae.latent_channels}, the "
+                f"VAE's latent channels"
             )
         text = ConfigFields("text_encoder", checkpoint.module_config("text_encoder"))
         check_text_size(text.integer("hidden_size", 4096), "text_encoder", transformer.text_size)
@@ -82,20 +85,20 @@ class ZImagePipelineConfig(StandardPipelineConfig):
 
     @property
     def text_encodings(self) -> tuple[TextEncoding, ...]:
-        """The language model's states before its last layer, template included, without padding."""
+        """The language model's second-to-last hidden states, including the template, without padding."""
         qwen = TextEncoding(
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",
             encoder="text_encoder",
             text=whole_prompt,
             max_length=sequence_length(MAX_SEQUENCE_LENGTH),
-            output=_before_the_last_layer,
+            output=hidden_states(-2),
             template=TEMPLATE,
         )
         return (qwen,)
 
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Guidance needs a scale above 0."""
+        """Whether guidance is enabled: a scale above 0."""
         del prompt
         return (sampling.guidance_scale or 0.0) > 0.0
 
@@ -105,21 +108,21 @@ class ZImagePipelineConfig(StandardPipelineConfig):
         return {"image": (batch, self.vae.latent_channels, canvas.height // factor, canvas.width // factor)}
 
     def sigmas(self, sampling: Sampling) -> Sequence[float]:
-        """The request's own, or evenly spaced from 1 to 1/steps."""
+        """The request's sigmas, or evenly spaced from 1 to 1/steps."""
         steps = sampling.num_inference_steps
         return sampling.sigmas or torch.linspace(1.0, 1.0 / steps, steps).tolist()
 
     def mu(self, canvas: Canvas) -> float:
-        """From the number of image tokens; a scheduler without dynamic shifting ignores it."""
+        """The shift from the number of image tokens; a scheduler without dynamic shifting ignores it."""
         side = PATCH * self.vae.spatial_factor
         return self.shift.mu((canvas.height // side) * (canvas.width // side))
 
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """A text of a usual length."""
-        return {"encoder_hidden_states": (1, USUAL_TOKENS, self.transformer.text_size)}
+        """Shape for a typical prompt."""
+        return {"encoder_hidden_states": (1, TYPICAL_TOKENS, self.transformer.text_size)}
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Positions (text and image, row, column): text counts from 1, then the image; its padding is at 0."""
+        """Positions (sequence, row, column): text from 1, then the image; image padding is at 0."""
         del sampling
         text = _padded(embeds["encoder_hidden_states"].shape[1])
         rows, columns = (side // PATCH for side in shapes["image"][2:])
@@ -132,34 +135,34 @@ class ZImagePipelineConfig(StandardPipelineConfig):
         return {"text_ids": text_ids, "image_ids": image_ids}
 
     def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """From [1000, 0] to [0, 1]."""
+        """Map [1000, 0] to [0, 1]."""
         return (1000 - timesteps) / 1000
 
     def active(self, step: Step, branches: Sequence[str], sampling: Sampling) -> Sequence[str]:
-        """Without the negative branch where cfg_truncation ends guidance; compared in float32, as in Diffusers."""
+        """Drop the negative branch at noise levels beyond cfg_truncation; compared in float32, as in Diffusers."""
         done = float((np.float32(1000) - np.float32(step.timestep)) / np.float32(1000))
         return (POSITIVE,) if done > _number(sampling, "cfg_truncation", math.inf) else branches
 
     def model_output(self, predictions: Parts, latents: Parts) -> Parts:
-        """The velocity towards noise: the denoiser predicts the other direction."""
+        """Negate the predictions: the scheduler expects the velocity towards noise."""
         del latents
         return {part: -each for part, each in predictions.items()}
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Classifier-free guidance; an output's norm is at most cfg_normalization times that of its positive one."""
+        """Classifier-free guidance with the norm limited to cfg_normalization times the positive prediction's."""
         del latents, step
         positive, negative = predictions[POSITIVE]["image"], predictions[NEGATIVE]["image"]
         guided = positive + (sampling.guidance_scale or 0.0) * (positive - negative)
         normalization = _number(sampling, "cfg_normalization", 0.0)
         if normalization > 0:
             axes = tuple(range(1, guided.ndim))
-            wanted, found = (torch.linalg.vector_norm(each, dim=axes, keepdim=True) for each in (positive, guided))
-            most = wanted * normalization
-            guided = torch.where(found > most, guided * (most / found), guided)
+            base, norm = (torch.linalg.vector_norm(each, dim=axes, keepdim=True) for each in (positive, guided))
+            limit = base * normalization
+            guided = torch.where(norm > limit, guided * (limit / norm), guided)
         return {"image": guided}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo scale, then shift."""
+        """Undo scaling, then shift."""
         return raw / self.vae.scaling_factor + self.vae.shift_factor
 
 
@@ -171,8 +174,3 @@ def _number(sampling: Sampling, name: str, default: float) -> float:
     value = sampling.params.get(name, default)
     assert isinstance(value, int | float), f"{name} is a number"
     return float(value)
-
-
-def _before_the_last_layer(output: Any, _: Tensor) -> Tensor:
-    hidden: Tensor = output.hidden_states[-2]
-    return hidden

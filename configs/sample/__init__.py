@@ -1,1 +1,1 @@
-"""One SamplingParams a family: what a request may set, with defaults and bounds. Free of torch."""
+"""One SamplingParams per family: the request parameters with defaults and bounds. Imports no torch."""

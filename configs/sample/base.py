@@ -1,8 +1,8 @@
-"""Sampling parameters: one frozen dataclass per family, which holds its names, defaults, bounds and rounding.
+"""Sampling parameters: one frozen dataclass per family defines names, defaults, bounds and rounding.
 
-A field is a parameter under its Diffusers name. Its annotation is its type, `parameter()` gives it words and bounds,
-and a subclass overrides a default by assigning another. Everything else follows: what ListModels tells, what is
-refused, and which artifact the value travels in.
+Each field is a parameter with its Diffusers name. The annotation is the type, `parameter()` sets description and
+bounds, and a subclass overrides a default by assignment. The fields determine the reply of ListModels, the validation,
+and the artifact that carries each value.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from common.checkpoint import Checkpoint
 from common.errors import InvalidInput
 from common.image_header import ImageHeader
 
-# A drawn seed is short, so that a person can retype it and every client language can hold it.
+# Drawn seeds are short, so that users can type them and every client language can represent them.
 _DRAWN_SEED_BITS = 32
 _MAX_SEED = 2**63 - 1
 _MAX_STEPS = 1000
-_MAX_VALUES = _MAX_STEPS
+_MAX_LIST_LENGTH = _MAX_STEPS
 _MAX_SCALE = 1000.0
 
 _TYPES = {"str": "string", "int": "int", "float": "float", "bool": "bool", "tuple[float, ...]": "floats"}
@@ -35,9 +35,9 @@ _Artifact = TypeVar("_Artifact", Prompt, Canvas, Sampling)
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """What a caller may know of a parameter.
+    """Description of a parameter for clients.
 
-    `type` is string, int, float, bool or floats, or image for a picture; bounds are inclusive.
+    `type` is "string", "int", "float", "bool", "floats" or "image"; bounds are inclusive.
     """
 
     name: str
@@ -47,11 +47,11 @@ class ParameterSpec:
     minimum: float | None = None
     maximum: float | None = None
     unset: str = ""
-    """What happens if the caller leaves it unset, other than taking the default."""
+    """The effect of leaving the parameter unset, if it is not the default value."""
 
     @property
     def expected(self) -> str:
-        """What a right value is, to end a sentence with."""
+        """The rule for valid values, to end a sentence "VALUE is not ..."."""
         noun = _NOUNS.get(self.type, "a list of finite numbers")
         if self.minimum is None and self.maximum is None:
             return noun
@@ -62,7 +62,7 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class ImageRoles:
-    """The pictures that a request brings, by role: "image", "image_1" ..., "last_image"."""
+    """Roles of a request's images: "image", "image_1" ..., "last_image"."""
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class ImageRoles:
 
 @dataclass(frozen=True)
 class ParamWarning:
-    """Something that was done instead of what `field` asked for."""
+    """A warning about a value that was changed or has no effect. `message` does not repeat the field."""
 
     field: str
     message: str
@@ -84,34 +84,34 @@ def parameter(
     maximum: float | None = None,
     unset: str = "",
 ) -> Any:
-    """A dataclass field that is a parameter. Without a default the model's own, or the caller's, is needed."""
+    """A dataclass field of a parameter. Without a default, the checkpoint or the caller must set a value."""
     metadata = {"description": description, "minimum": minimum, "maximum": maximum, "unset": unset}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """What every family of models has. Made by build(), which is where values are checked.
+    """Parameters of all families. Create instances by build(), which validates the values.
 
-    `output_formats` begins with the one that an unset output_format means. The bounds protect the workers' memory:
-    text in bytes of UTF-8, pixels over all outputs together.
+    The first of `output_formats` is the default. Bounds protect the workers' memory: `max_text_bytes` of UTF-8 per
+    text, `max_total_pixels` over all outputs.
     """
 
     output_formats: ClassVar[tuple[str, ...]] = ("png", "safetensors")
     max_text_bytes: ClassVar[int] = 64 * 1024
     max_total_pixels: ClassVar[int] = 2**24
 
-    prompt: str = parameter("Text to draw.")
-    negative_prompt: str | None = parameter("Text to steer away from.", None)
+    prompt: str = parameter("Text prompt.")
+    negative_prompt: str | None = parameter("Negative text prompt.", None)
     height: int = parameter("Height in pixels.", minimum=1, maximum=8192)
     width: int = parameter("Width in pixels.", minimum=1, maximum=8192)
     num_inference_steps: int = parameter("Steps of the denoising loop.", minimum=1, maximum=_MAX_STEPS)
-    guidance_scale: float = parameter("How closely to follow the prompt.", minimum=0.0, maximum=_MAX_SCALE)
+    guidance_scale: float = parameter("Strength of guidance by the prompt.", minimum=0.0, maximum=_MAX_SCALE)
     seed: int = parameter(
-        "Seed of the noise; unset draws one.", minimum=0, maximum=_MAX_SEED, unset="a random seed is drawn"
+        "Seed of the noise; drawn at random if unset.", minimum=0, maximum=_MAX_SEED, unset="a random seed is drawn"
     )
-    num_outputs_per_prompt: int = parameter("Outputs, drawn with one generator.", 1, minimum=1, maximum=64)
-    output_format: str = parameter("Format of the result.", "png")
+    num_outputs_per_prompt: int = parameter("Number of outputs, drawn with one generator.", 1, minimum=1, maximum=64)
+    output_format: str = parameter("File format of the result.", "png")
 
     @classmethod
     def build(
@@ -120,9 +120,10 @@ class SamplingParams:
         checkpoint: Checkpoint,
         images: Mapping[str, ImageHeader] = MappingProxyType({}),
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Complete what the caller gave with the checkpoint's and the family's defaults, and check all of it.
+        """Complete the caller's values with the defaults of checkpoint and family, and validate all values.
 
-        Raises InvalidInput that names the field, the value and what would be right. Warnings tell what was rounded.
+        Returns the parameters and warnings about changed values. Raises InvalidInput, which states the field, the value
+        and valid values.
         """
         specs = {spec.name: spec for spec in cls.parameters(checkpoint)}
         for name in given:
@@ -135,7 +136,7 @@ class SamplingParams:
             if name in values:
                 values[name] = cls._checked(specs[name], values[name])
             elif name not in cls._nullable():
-                raise InvalidInput(f"{name} is missing; it must be {specs[name].expected}", field=name)
+                raise InvalidInput(f"{name}: the value is missing; {specs[name].expected} works", field=name)
         whole: dict[str, Any] = {**dict.fromkeys(cls._nullable()), **values}
         params, warnings = cls(**whole).round_and_validate(checkpoint, frozenset(given))
         params._check_total_pixels()
@@ -143,7 +144,7 @@ class SamplingParams:
 
     @classmethod
     def parameters(cls, checkpoint: Checkpoint | None = None) -> tuple[ParameterSpec, ...]:
-        """Every parameter with its default: the checkpoint's where there is one, else the family's."""
+        """All parameters with their defaults; the checkpoint's default overrides the family's."""
         defaults: dict[str, ParamValue] = {}
         for item in fields(cls):
             if item.default is not MISSING and item.default not in (None, ()):
@@ -154,12 +155,14 @@ class SamplingParams:
             defaults |= {**cls.model_defaults(checkpoint), **checkpoint.sampling_defaults}
         specs = tuple(cls._spec(item, defaults.get(item.name)) for item in fields(cls))
         if unknown := defaults.keys() - {spec.name for spec in specs}:
-            raise InvalidInput(f"there is no parameter {min(unknown)!r}", field=min(unknown))
+            raise InvalidInput(
+                f"{min(unknown)!r} is not a parameter; {', '.join(spec.name for spec in specs)} are", field=min(unknown)
+            )
         return specs
 
     @classmethod
     def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:
-        """The pictures that a request must and may bring; none, unless a family says otherwise."""
+        """Required and optional image roles of a request; by default none."""
         del checkpoint
         return ImageRoles()
 
@@ -167,60 +170,60 @@ class SamplingParams:
     def image_defaults(
         cls, images: Mapping[str, ImageHeader], values: Mapping[str, ParamValue]
     ) -> dict[str, ParamValue]:
-        """Defaults that depend on the images of the request, such as the size of the output.
+        """Defaults that depend on the request's images, such as the output size.
 
-        `values` are the caller's, which are not checked yet, and the other defaults. Raises InvalidInput.
+        `values` are the caller's values, not validated yet, and the other defaults. Raises InvalidInput.
         """
         del images, values
         return {}
 
     @classmethod
     def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
-        """Defaults that follow from the checkpoint's architecture, such as its native size."""
+        """Defaults that depend on the checkpoint's architecture, such as its native size."""
         del checkpoint
         return {}
 
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Round to what the model can make, as its Diffusers pipeline does, and say so.
+        """Round values to supported ones as the Diffusers pipeline does, with warnings.
 
-        `given` are the names that the caller set. Raises InvalidInput for what no rounding makes right.
+        `given` are the names of the caller's values. Raises InvalidInput for values that rounding cannot correct.
         """
         del checkpoint, given
         return self, ()
 
     def floored_size(self, multiple: int) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Height and width rounded down to a multiple (pixels). Raises InvalidInput where nothing would be left."""
+        """Round height and width down to a multiple (pixels). Raises InvalidInput for a size below the multiple."""
         warnings = []
         sizes = {"height": self.height, "width": self.width}
         for name, asked in sizes.items():
             sizes[name] = asked // multiple * multiple
             if not sizes[name]:
-                message = f"{name} must be at least {multiple}, but is {asked}; sizes are multiples of {multiple}"
+                message = f"{name}: {asked} is not at least {multiple}; multiples of {multiple} work"
                 raise InvalidInput(message, field=name)
             if sizes[name] != asked:
-                message = f"{name} {asked} is not a multiple of {multiple}; {sizes[name]} is used instead"
+                message = f"{asked} is not a multiple of {multiple}; {sizes[name]} is used instead"
                 warnings.append(ParamWarning(name, message))
         return replace(self, height=sizes["height"], width=sizes["width"]), tuple(warnings)
 
     @property
     def extent(self) -> dict[str, int]:
-        """What multiplies to the pixels of one output."""
+        """Dimensions whose product is the number of pixels of one output, by name."""
         return {"height": self.height, "width": self.width}
 
     @property
     def branches(self) -> int:
-        """Branches of guidance that a step computes; 1 without guidance."""
+        """Number of guidance branches that a step computes; 1 without guidance."""
         return 1
 
     def as_mapping(self) -> dict[str, ParamValue]:
-        """Every value that is set, by name: what a record keeps, and what build() takes."""
+        """All set values by name, as stored in request records and as accepted by build()."""
         values = {item.name: vars(self)[item.name] for item in fields(self)}
         return {name: value for name, value in values.items() if value not in (None, ())}
 
     def artifacts(self) -> dict[str, Prompt | Canvas | Sampling]:
-        """The values as artifacts by slot. What no artifact has a field for travels in Sampling.params."""
+        """The values as artifacts, by slot. Values without a field in any artifact are in Sampling.params."""
         values: dict[str, Any] = self.as_mapping()
         prompt, canvas = _take(Prompt, values), _take(Canvas, values)
         shared = {item.name for item in fields(Sampling)}
@@ -229,7 +232,7 @@ class SamplingParams:
 
     @classmethod
     def _spec(cls, item: Field[Any], default: ParamValue | None) -> ParameterSpec:
-        """Words and bounds come from the nearest class that gave them, so that a subclass may change only a default."""
+        """Build a spec with the nearest base class's metadata; a subclass may override only the default."""
         annotation = str(item.type).removesuffix(" | None")
         for base in cls.__mro__:
             declared = vars(base).get("__dataclass_fields__", {}).get(item.name)
@@ -248,8 +251,8 @@ class SamplingParams:
         if spec.type == "floats":
             if not isinstance(value, tuple | list):
                 raise _refusal(spec, value)
-            if len(value) > _MAX_VALUES:
-                message = f"{spec.name} must have at most {_MAX_VALUES} values, but has {len(value)}"
+            if len(value) > _MAX_LIST_LENGTH:
+                message = f"{spec.name}: {len(value)} values are not at most {_MAX_LIST_LENGTH}"
                 raise InvalidInput(message, field=spec.name)
             return tuple(float(_checked_number(spec, each)) for each in value)
         if spec.type == "bool":
@@ -265,30 +268,35 @@ class SamplingParams:
         try:
             size = len(value.encode())
         except UnicodeEncodeError:
-            raise InvalidInput(f"{spec.name} is not valid Unicode text", field=spec.name) from None
+            raise InvalidInput(f"{spec.name}: the text is not valid Unicode", field=spec.name) from None
         if size > cls.max_text_bytes:
-            message = f"{spec.name} must be at most {cls.max_text_bytes} bytes of UTF-8, but has {size}"
+            message = f"{spec.name}: {size} bytes of UTF-8 are not at most {cls.max_text_bytes}"
             raise InvalidInput(message, field=spec.name)
         if spec.name == "output_format" and value not in cls.output_formats:
-            message = f"output_format must be {' or '.join(cls.output_formats)} for this model, but is {_shown(value)}"
+            message = (
+                f"output_format: {_shown(value)} is not {' or '.join(cls.output_formats)}, the formats of this model"
+            )
             raise InvalidInput(message, field=spec.name)
         return value
 
     def _check_total_pixels(self) -> None:
-        area, most = math.prod(self.extent.values()), self.max_total_pixels
+        area, limit = math.prod(self.extent.values()), self.max_total_pixels
         size = " x ".join(map(str, self.extent.values()))
-        if area > most:
-            message = f"{' x '.join(self.extent)} must be at most {most} pixels, but is {size}"
+        if area > limit:
+            message = f"{' x '.join(self.extent)}: {size} pixels are not at most {limit}"
             raise InvalidInput(message, field="height")
-        if area * self.num_outputs_per_prompt > most:
-            message = (
-                f"num_outputs_per_prompt must be at most {most // area} at {size}, but is {self.num_outputs_per_prompt}"
-            )
+        if area * self.num_outputs_per_prompt > limit:
+            message = f"num_outputs_per_prompt: {self.num_outputs_per_prompt} is not at most {limit // area} at {size}"
             raise InvalidInput(message, field="num_outputs_per_prompt")
 
 
+def warnings_without_effect(reasons: Mapping[str, str], given: Collection[str]) -> tuple[ParamWarning, ...]:
+    """Warnings about the caller's parameters that have no effect. `reasons` are by parameter name."""
+    return tuple(ParamWarning(name, f"no effect {why}") for name, why in reasons.items() if name in given)
+
+
 def _checked_number(spec: ParameterSpec, value: object) -> int | float:
-    """An int where an int is due, a finite float where a float is; truth values are neither."""
+    """Validate a number: an int for type "int", otherwise a finite float; booleans are rejected."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _refusal(spec, value)
     if isinstance(value, float) and (spec.type == "int" or not math.isfinite(value)):
@@ -302,8 +310,8 @@ def _checked_number(spec: ParameterSpec, value: object) -> int | float:
 
 def _refusal(spec: ParameterSpec, value: object) -> InvalidInput:
     unset = spec.unset or (f"{_shown(spec.default)} is used" if spec.default not in (None, "", ()) else "")
-    hint = f"; if it is left unset, {unset}" if unset else ""
-    return InvalidInput(f"{spec.name} must be {spec.expected}, but is {_shown(value)}{hint}", field=spec.name)
+    hint = f"; if it is unset, {unset}" if unset else ""
+    return InvalidInput(f"{spec.name}: {_shown(value)} is not {spec.expected}{hint}", field=spec.name)
 
 
 def _shown(value: object) -> str:
@@ -314,9 +322,9 @@ def _shown(value: object) -> str:
 def _unknown(name: str, known: Collection[str], pipeline_name: str) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"{pipeline_name} has no parameter {_shown(name)}{hint}; it takes {', '.join(known)}"
+    return f"{pipeline_name} has no parameter {_shown(name)}{hint}; its parameters are {', '.join(known)}"
 
 
 def _take(artifact: type[_Artifact], values: dict[str, Any]) -> _Artifact:
-    """Build an artifact of those values that it has fields for, and take them out."""
+    """Build an artifact from the values of its fields, and remove these values."""
     return artifact(**{item.name: values.pop(item.name) for item in fields(artifact) if item.name in values})

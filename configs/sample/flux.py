@@ -1,4 +1,4 @@
-"""Sampling parameters of FLUX.1, as Diffusers 0.42's FluxPipeline takes and rounds them."""
+"""Sampling parameters of FLUX.1, following Diffusers 0.42's FluxPipeline."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from configs.sample.packed import PackedSamplingParams
 class FluxSamplingParams(PackedSamplingParams):
     """FLUX.1-dev, FLUX.1-schnell and their fine-tunes.
 
-    guidance_scale feeds an embedding of guidance-distilled models; true_cfg_scale above 1 with a negative prompt is
-    classifier-free guidance. Sizes are multiples of what the VAE and the 2x2 packing reduce together.
+    guidance_scale is the guidance embedding of guidance-distilled models. true_cfg_scale above 1 with a negative prompt
+    enables classifier-free guidance. Sizes are multiples of a packed 2x2 patch of latents.
     """
 
     num_inference_steps: int = 28
     guidance_scale: float = 3.5
-    prompt_2: str | None = parameter("Text for the T5 encoder; unset means prompt.", None)
-    negative_prompt_2: str | None = parameter("Negative text for T5; unset means negative_prompt.", None)
-    max_sequence_length: int = parameter("Tokens of the prompt that T5 reads.", 512, minimum=1, maximum=512)
+    prompt_2: str | None = parameter("Prompt for the T5 encoder; unset: prompt.", None)
+    negative_prompt_2: str | None = parameter("Negative prompt for T5; unset: negative_prompt.", None)
+    max_sequence_length: int = parameter("Maximum number of prompt tokens for T5.", 512, minimum=1, maximum=512)
 
     @classmethod
     def pixels_per_latent(cls, checkpoint: Checkpoint) -> int:
-        """From the number of the VAE's blocks."""
+        """The VAE's spatial factor, from its number of blocks."""
         return vae_scale_factor(checkpoint)
 
     def without_effect(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """What FluxPipeline passes over in silence."""
+        """Parameters that FluxPipeline ignores silently."""
         idle = super().without_effect(checkpoint)
         if self.negative_prompt is None:
             idle["negative_prompt_2"] = "without negative_prompt"
@@ -42,8 +42,8 @@ class FluxSamplingParams(PackedSamplingParams):
 
 
 def vae_scale_factor(checkpoint: Checkpoint) -> int:
-    """Pixels a side that become one latent. Raises CheckpointError where the VAE's config does not tell."""
+    """Pixels along each side of a latent. Raises CheckpointError if block_out_channels is missing."""
     channels = checkpoint.module_config("vae").get("block_out_channels")
     if not isinstance(channels, list) or not channels:
-        raise CheckpointError(f"{checkpoint.path / 'vae'} has no block_out_channels in its config.json")
+        raise CheckpointError(f"vae/config.json: block_out_channels: {channels!r} is not a list of numbers")
     return 1 << (len(channels) - 1)

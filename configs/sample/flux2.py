@@ -1,4 +1,4 @@
-"""Sampling parameters of FLUX.2, as Diffusers 0.42's Flux2Pipeline takes and rounds them."""
+"""Sampling parameters of FLUX.2, following Diffusers 0.42's Flux2Pipeline."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from common.image_header import MAX_IMAGES, ImageHeader
 from configs.models.vaes.flux2 import area_limited
 from configs.sample.base import ImageRoles, ParamWarning, parameter
 from configs.sample.flux import vae_scale_factor
+from configs.sample.shift_terminal import check_stretched
 from configs.sample.sigmas import SigmasSamplingParams
-from configs.sample.terminal import check_stretched
 
-SHORTEST_SIDE = 64
-"""Smallest width and height of a reference image, in pixels."""
-MOST_ASPECT = 8
-"""Largest ratio of a reference image's longer side to its shorter one."""
+MIN_IMAGE_SIDE = 64
+"""Minimum width and height of a reference image, in pixels."""
+MAX_ASPECT_RATIO = 8
+"""Maximum ratio of the longer to the shorter side of a reference image."""
 
 _DEFAULT_LATENT_SIZE = 128
 _PATCH = 2
@@ -27,56 +27,57 @@ _PATCH = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2SamplingParams(SigmasSamplingParams):
-    """FLUX.2 dev. guidance_scale is embedded; there is no negative prompt.
+    """FLUX.2 dev. guidance_scale is the guidance embedding; there is no negative prompt.
 
-    shift_steps stores the num_inference_steps that sigmas replace: the shift of the noise levels depends on it.
+    The shift of the noise levels depends on the number of steps. If sigmas replace num_inference_steps, shift_steps
+    stores the original value for the shift.
     """
 
     num_inference_steps: int = 50
     guidance_scale: float = 4.0
     max_sequence_length: int = parameter(
-        "Tokens that the text encoder reads, the chat template's included.", 512, minimum=1, maximum=512
+        "Maximum number of tokens for the text encoder, including the chat template.", 512, minimum=1, maximum=512
     )
     shift_steps: int | None = parameter(
-        "Number of steps for which custom sigmas are shifted.",
+        "Number of steps that determines the shift of custom sigmas.",
         None,
         minimum=1,
         maximum=1000,
-        unset="num_inference_steps, as it was before sigmas replaced it",
+        unset="the requested num_inference_steps is used",
     )
 
     @classmethod
     def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
-        """The native size, 128 latents a side."""
+        """The native size, 128 x 128 latents."""
         side = _DEFAULT_LATENT_SIZE * vae_scale_factor(checkpoint)
         return {"height": side, "width": side}
 
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Floor the size to whole patches; sigmas decide the steps; drop what has no effect, with a warning."""
+        """Round the size down to whole patches, apply sigmas, and drop parameters without effect."""
         params, warnings = self.floored_size(_PATCH * vae_scale_factor(checkpoint))
-        # Diffusers computes the shift from num_inference_steps, also where sigmas set another number of steps.
+        # Diffusers computes the shift from num_inference_steps even if sigmas set a different number of steps.
         asked = params.num_inference_steps if params.shift_steps is None else params.shift_steps
         params, more = params.with_steps_of_sigmas(given)
         params = replace(params, shift_steps=asked if params.sigmas else None)
         check_stretched(checkpoint, params.num_inference_steps, params.sigmas)
         idle = []
         if self.shift_steps is not None and not self.sigmas:
-            idle.append(ParamWarning("shift_steps", "shift_steps has no effect without sigmas"))
+            idle.append(ParamWarning("shift_steps", "no effect without sigmas"))
         if params.negative_prompt is not None:
             params = replace(params, negative_prompt=None)
-            idle.append(ParamWarning("negative_prompt", "negative_prompt has no effect: this model takes none"))
+            idle.append(ParamWarning("negative_prompt", "no effect on this model"))
         return params, (*warnings, *more, *idle)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2ImageSamplingParams(Flux2SamplingParams):
-    """The same with reference images. The result has the size of the first one, unless a size is set."""
+    """FLUX.2 dev with reference images. The default size is that of the first image."""
 
     @classmethod
     def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:
-        """One image or more, in the order of their numbers; Diffusers sets no limit."""
+        """One or more images, ordered by number; Diffusers sets no limit."""
         del checkpoint
         return ImageRoles(required=("image",), optional=tuple(f"image_{index}" for index in range(1, MAX_IMAGES)))
 
@@ -84,7 +85,7 @@ class Flux2ImageSamplingParams(Flux2SamplingParams):
     def image_defaults(
         cls, images: Mapping[str, ImageHeader], values: Mapping[str, ParamValue]
     ) -> dict[str, ParamValue]:
-        """The size in which the first image is encoded, before it is cropped to whole patches."""
+        """The encoded size of the first image, before it is cropped to whole patches."""
         del values
         for role, header in images.items():
             check_reference(role, header)
@@ -96,19 +97,19 @@ class Flux2ImageSamplingParams(Flux2SamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """No warning about the size of an image, which nobody asked for."""
+        """As the base class, without warnings about a default size."""
         params, warnings = super().round_and_validate(checkpoint, given)
         sizes = {"height", "width"} - set(given)
         return params, tuple(each for each in warnings if each.field not in sizes)
 
 
 def check_reference(role: str, header: ImageHeader) -> None:
-    """Refuse an image that is too small or too long. Raises InvalidInput about the role."""
+    """Check the size and the aspect ratio of an image. Raises InvalidInput with the role."""
     shorter, longer = sorted((header.height, header.width))
     size = f"{role}: {header.width} x {header.height}"
-    if shorter < SHORTEST_SIDE:
-        message = f"{size} is not at least {SHORTEST_SIDE} pixels a side; a larger image works"
+    if shorter < MIN_IMAGE_SIDE:
+        message = f"{size} is not at least {MIN_IMAGE_SIDE} pixels a side; a larger image works"
         raise InvalidInput(message, field=role)
-    if longer > MOST_ASPECT * shorter:
-        message = f"{size} is not at most {MOST_ASPECT} times as long as it is wide; a crop of it works"
+    if longer > MAX_ASPECT_RATIO * shorter:
+        message = f"{size} is not at most {MAX_ASPECT_RATIO} times as long as it is wide; a crop of it works"
         raise InvalidInput(message, field=role)

@@ -1,4 +1,4 @@
-"""Sampling parameters of FLUX.2 klein, as Diffusers 0.42's Flux2KleinPipeline takes and rounds them."""
+"""Sampling parameters of FLUX.2 klein, following Diffusers 0.42's Flux2KleinPipeline."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from configs.sample.flux2 import Flux2ImageSamplingParams, Flux2SamplingParams
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2KleinSamplingParams(Flux2SamplingParams):
-    """FLUX.2 klein, distilled or not. guidance_scale above 1 is classifier-free guidance of models not distilled.
+    """FLUX.2 klein, distilled or not. guidance_scale above 1 enables classifier-free guidance.
 
-    The negative prompt is always empty.
+    Distilled models have no guidance. The negative prompt is always empty.
     """
 
     @classmethod
@@ -29,22 +29,22 @@ class Flux2KleinSamplingParams(Flux2SamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Drop the guidance of a distilled model too."""
+        """As FLUX.2 dev; also drops the guidance of a distilled model, with a warning."""
         params, warnings = super().round_and_validate(checkpoint, given)
         if params.guidance_scale <= 1 or not _is_distilled(checkpoint):
             return params, warnings
-        idle = ParamWarning("guidance_scale", "guidance_scale has no effect: this model is distilled")
+        idle = ParamWarning("guidance_scale", "no effect on this distilled model")
         return replace(params, guidance_scale=1.0), (*warnings, idle)
 
     @property
     def branches(self) -> int:
-        """Two with classifier-free guidance."""
+        """Two with classifier-free guidance, otherwise one."""
         return 2 if self.guidance_scale > 1 else 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2KleinImageSamplingParams(Flux2KleinSamplingParams, Flux2ImageSamplingParams):
-    """The same with reference images."""
+    """FLUX.2 klein with reference images."""
 
 
 def _is_distilled(checkpoint: Checkpoint) -> bool:

@@ -1,4 +1,4 @@
-"""The frame rate that a denoiser is conditioned on."""
+"""The frame rate for conditioning the denoiser."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from common.artifacts import Canvas, Prompt, Sampling
 def with_conditioning_frame_rate(
     made: Mapping[str, Prompt | Canvas | Sampling], frame_rate: float
 ) -> dict[str, Prompt | Canvas | Sampling]:
-    """Artifacts by slot whose sampling has the rate, in frames a second, as `conditioning_frame_rate`."""
+    """Add `conditioning_frame_rate` (Hz) to the sampling artifact; `made` is by slot."""
     sampling = made["sampling"]
-    assert isinstance(sampling, Sampling), "SamplingParams.artifacts() puts each in its slot"
+    assert isinstance(sampling, Sampling), "SamplingParams.artifacts() has one artifact per slot"
     params = {**sampling.params, "conditioning_frame_rate": frame_rate}
     return {**made, "sampling": replace(sampling, params=params)}

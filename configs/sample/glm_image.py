@@ -1,4 +1,4 @@
-"""Sampling parameters of GLM-Image, as Diffusers 0.42's GlmImagePipeline takes and checks them."""
+"""Sampling parameters of GLM-Image, following Diffusers 0.42's GlmImagePipeline."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from common.checkpoint import Checkpoint
 from common.errors import InvalidInput
 from configs.sample.base import ParamWarning, parameter
 from configs.sample.grid import check_multiples
+from configs.sample.shift_terminal import check_stretched
 from configs.sample.sigmas import SigmasSamplingParams
-from configs.sample.terminal import check_stretched
 
 GRID = 32
 """Pixels along each side of a token of the autoregressive model."""
@@ -20,9 +20,9 @@ _CROP = "crops_coords_top_left"
 
 @dataclass(frozen=True, kw_only=True)
 class GlmImageSamplingParams(SigmasSamplingParams):
-    """GLM-Image from text. guidance_scale above 1 is classifier-free guidance against an empty prompt.
+    """GLM-Image from text. guidance_scale above 1 enables classifier-free guidance by an empty prompt.
 
-    Diffusers 0.42 takes images for editing too, and fails on each of them: here they are refused.
+    Images are rejected: Diffusers 0.42 accepts them for editing, but always fails.
     """
 
     height: int = 1024
@@ -30,28 +30,28 @@ class GlmImageSamplingParams(SigmasSamplingParams):
     num_inference_steps: int = 50
     guidance_scale: float = 1.5
     max_sequence_length: int = parameter(
-        "Tokens that the glyph encoder reads of each quoted text: a byte each.", 2048, minimum=1, maximum=2048
+        "Maximum number of tokens (bytes) of each quoted text for the glyph encoder.", 2048, minimum=1, maximum=2048
     )
     crops_coords_top_left: tuple[float, ...] = parameter(
-        "Top and left of the crop that the image is conditioned on (pixels); unset: 0 and 0.", (), minimum=0.0
+        "Top and left crop coordinates for conditioning, in pixels; unset: 0 and 0.", (), minimum=0.0
     )
 
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Refuse sizes off the grid of the autoregressive model; sigmas decide the steps."""
+        """Check that the size fits the autoregressive model's grid, and apply sigmas."""
         check_multiples({"height": self.height, "width": self.width}, GRID)
         if self.crops_coords_top_left and len(self.crops_coords_top_left) != 2:
             count = len(self.crops_coords_top_left)
-            raise InvalidInput(f"{_CROP}: {count} numbers are not 2; top and left in pixels work", field=_CROP)
+            raise InvalidInput(f"{_CROP}: {count} numbers are not 2; top and left work", field=_CROP)
         params, warnings = self.with_steps_of_sigmas(given)
         check_stretched(checkpoint, params.num_inference_steps, params.sigmas)
         if "negative_prompt" in given and self.negative_prompt:
-            message = "negative_prompt has no effect on this model, whose guidance is against an empty prompt"
+            message = "no effect on this model, whose negative prompt is always empty"
             warnings = (*warnings, ParamWarning("negative_prompt", message))
         return params, warnings
 
     @property
     def branches(self) -> int:
-        """Two with classifier-free guidance."""
+        """Two with classifier-free guidance, otherwise one."""
         return 2 if self.guidance_scale > 1 else 1

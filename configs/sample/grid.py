@@ -1,4 +1,4 @@
-"""Sizes that no rounding makes right: multiples of a number of pixels."""
+"""Check of sizes that are not rounded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from common.errors import InvalidInput
 
 
 def check_multiples(sizes: Mapping[str, int], multiple: int) -> None:
-    """Refuse sizes (pixels, by parameter name) off a grid. Raises InvalidInput that names the sizes that work."""
+    """Check that sizes (pixels, by parameter name) are multiples of `multiple`.
+
+    Raises InvalidInput, which states the nearest valid sizes.
+    """
     for name, size in sizes.items():
         if size % multiple:
             lower = size // multiple * multiple

@@ -1,4 +1,4 @@
-"""Sampling parameters of Qwen-Image and its editing pipelines, as Diffusers 0.42's take and round them."""
+"""Sampling parameters of Qwen-Image and its editing pipelines, following Diffusers 0.42's pipelines."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from common.artifacts import ParamValue
 from common.checkpoint import Checkpoint
 from common.image_header import MAX_IMAGES, ImageHeader, image_order
 from configs.models.fields import ConfigFields
-from configs.models.vaes.qwen_image import given_size, spatial_factor
+from configs.models.vaes.qwen_image import image_size_of_area, spatial_factor
 from configs.sample.base import ImageRoles, parameter
 from configs.sample.packed import PackedSamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
 class QwenImageSamplingParams(PackedSamplingParams):
-    """Qwen-Image and its fine-tunes. There is no guidance embedding: guidance_scale is taken, and has no effect."""
+    """Qwen-Image and its fine-tunes. guidance_scale has no effect, as there is no guidance embedding."""
 
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
     true_cfg_scale: float = 4.0
-    max_sequence_length: int = parameter("Tokens of the prompt that the denoiser gets.", 512, minimum=1, maximum=1024)
+    max_sequence_length: int = parameter(
+        "Maximum number of prompt tokens for the denoiser.", 512, minimum=1, maximum=1024
+    )
 
     @classmethod
     def pixels_per_latent(cls, checkpoint: Checkpoint) -> int:
-        """From the number of the VAE's downsampling steps."""
+        """The VAE's spatial factor, from its number of downsampling layers."""
         return spatial_factor(ConfigFields("vae", checkpoint.module_config("vae")))
 
     def without_effect(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """guidance_scale never has any."""
+        """Also guidance_scale."""
         return {
             **super().without_effect(checkpoint),
             "guidance_scale": "on this model, which has no guidance embedding",
@@ -38,11 +40,11 @@ class QwenImageSamplingParams(PackedSamplingParams):
 
 @dataclass(frozen=True, kw_only=True)
 class QwenImageEditSamplingParams(QwenImageSamplingParams):
-    """Qwen-Image-Edit. The result has the picture's proportion and about a square mebipixel, unless a size is set."""
+    """Qwen-Image-Edit. The default size has the input image's aspect ratio and about 1024 x 1024 pixels."""
 
     @classmethod
     def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:
-        """One picture."""
+        """One required image."""
         del checkpoint
         return ImageRoles(required=("image",))
 
@@ -50,15 +52,15 @@ class QwenImageEditSamplingParams(QwenImageSamplingParams):
     def image_defaults(
         cls, images: Mapping[str, ImageHeader], values: Mapping[str, ParamValue]
     ) -> dict[str, ParamValue]:
-        """The size that the picture is edited in."""
+        """The default output size."""
         del values
         if "image" not in images:
             return {}
-        height, width = given_size(images["image"].height, images["image"].width)
+        height, width = image_size_of_area(images["image"].height, images["image"].width)
         return {"height": height, "width": width}
 
     def without_effect(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """Nor has max_sequence_length: the prompt is read whole, as Diffusers does."""
+        """Also max_sequence_length: the whole prompt is read, as in Diffusers."""
         return {
             **super().without_effect(checkpoint),
             "max_sequence_length": "on this model, which reads the whole prompt",
@@ -67,11 +69,11 @@ class QwenImageEditSamplingParams(QwenImageSamplingParams):
 
 @dataclass(frozen=True, kw_only=True)
 class QwenImageEditPlusSamplingParams(QwenImageEditSamplingParams):
-    """Qwen-Image-Edit-Plus. The result has the proportion of the last image."""
+    """Qwen-Image-Edit-Plus. The default size has the last input image's aspect ratio."""
 
     @classmethod
     def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:
-        """One image or more, in the order of their numbers; Diffusers sets no limit."""
+        """One or more images, ordered by number; Diffusers sets no limit."""
         del checkpoint
         return ImageRoles(required=("image",), optional=tuple(f"image_{index}" for index in range(1, MAX_IMAGES)))
 
@@ -79,7 +81,7 @@ class QwenImageEditPlusSamplingParams(QwenImageEditSamplingParams):
     def image_defaults(
         cls, images: Mapping[str, ImageHeader], values: Mapping[str, ParamValue]
     ) -> dict[str, ParamValue]:
-        """The size that the last image is edited in."""
+        """The default output size, from the last image."""
         if not images:
             return {}
         return super().image_defaults({"image": images[max(images, key=image_order)]}, values)

@@ -1,4 +1,4 @@
-"""Sampling parameters of Qwen-Image-Layered, as Diffusers 0.42's QwenImageLayeredPipeline takes and rounds them."""
+"""Sampling parameters of Qwen-Image-Layered, following Diffusers 0.42's QwenImageLayeredPipeline."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from common.artifacts import Canvas, ParamValue, Prompt, Sampling
 from common.checkpoint import Checkpoint
 from common.errors import InvalidInput
 from common.image_header import ImageHeader
-from configs.models.vaes.qwen_image import given_size
+from configs.models.vaes.qwen_image import image_size_of_area
 from configs.sample.base import ImageRoles, ParamWarning, parameter
 from configs.sample.qwen_image import QwenImageSamplingParams
 
 RESOLUTIONS = (640, 1024)
+"""Supported values of `resolution`, in pixels."""
 _DEFAULT_RESOLUTION = 640
-_UNSET = "it follows from the image and resolution"
+_UNSET = "it is computed from the image and resolution"
 
 
 @dataclass(frozen=True, kw_only=True)
 class QwenImageLayeredSamplingParams(QwenImageSamplingParams):
-    """Qwen-Image-Layered. Layers have the image's proportion and about resolution x resolution pixels.
+    """Qwen-Image-Layered. Layers have the image's aspect ratio and about resolution x resolution pixels.
 
-    Diffusers takes no size; here one may be given that is this one. A fleet sets it when it validates a request.
+    Diffusers has no size parameters; here height and width are accepted only with the computed values, because a
+    validated request stores them.
     """
 
-    # Room for the most layers at the larger resolution.
+    # Sufficient for 20 layers at resolution 1024.
     max_total_pixels: ClassVar[int] = 2**25
 
-    prompt: str = parameter("What the image shows; where it is empty, the model describes the image itself.", "")
+    prompt: str = parameter("Description of the image; if it is empty, the model captions the image.", "")
     height: int = parameter("Height in pixels.", minimum=1, maximum=8192, unset=_UNSET)
     width: int = parameter("Width in pixels.", minimum=1, maximum=8192, unset=_UNSET)
-    layers: int = parameter("Layers that the image is taken apart into; a file for each.", 4, minimum=1, maximum=20)
+    layers: int = parameter("Number of layers; each is a file.", 4, minimum=1, maximum=20)
     resolution: int = parameter(
-        "Side of a square with the pixels of a layer: 640 or 1024.", _DEFAULT_RESOLUTION, minimum=640, maximum=1024
+        "Side of a square with as many pixels as a layer: 640 or 1024.", _DEFAULT_RESOLUTION, minimum=640, maximum=1024
     )
-    cfg_normalize: bool = parameter("Whether guidance keeps the norm of the positive prediction.", False)
-    use_en_prompt: bool = parameter(
-        "Whether an empty prompt becomes an English description, else a Chinese one.", False
-    )
+    cfg_normalize: bool = parameter("Whether guidance preserves the norm of the positive prediction.", False)
+    use_en_prompt: bool = parameter("Whether the caption for an empty prompt is English instead of Chinese.", False)
 
     @classmethod
     def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:
-        """One image."""
+        """One required image."""
         del checkpoint
         return ImageRoles(required=("image",))
 
@@ -55,12 +55,12 @@ class QwenImageLayeredSamplingParams(QwenImageSamplingParams):
         checkpoint: Checkpoint,
         images: Mapping[str, ImageHeader] = MappingProxyType({}),
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """As SamplingParams.build(); also raises InvalidInput for a size that image and resolution do not give."""
+        """As SamplingParams.build(); also raises InvalidInput for a size other than the computed one."""
         params, warnings = super().build(given, checkpoint, images)
         for name, side in cls.image_defaults(images, {"resolution": params.resolution}).items():
             if (asked := params.extent[name]) != side:
-                message = f"{name}: {asked} is not the {name} that image and resolution give"
-                raise InvalidInput(f"{message}; {side} works, and so does none", field=name)
+                message = f"{name}: {asked} is not the {name} computed from the image and resolution"
+                raise InvalidInput(f"{message}; {side} or no {name} works", field=name)
         return params, warnings
 
     @classmethod
@@ -73,31 +73,30 @@ class QwenImageLayeredSamplingParams(QwenImageSamplingParams):
     def image_defaults(
         cls, images: Mapping[str, ImageHeader], values: Mapping[str, ParamValue]
     ) -> dict[str, ParamValue]:
-        """The size of the layers. Raises InvalidInput for another resolution."""
+        """The size of the layers. Raises InvalidInput for an unsupported resolution."""
         if "image" not in images:
             return {}
         resolution = values["resolution"]
         if resolution not in RESOLUTIONS:
             works = " or ".join(map(str, RESOLUTIONS))
-            raise InvalidInput(
-                f"resolution: {resolution!r} is not one of this model; {works} works", field="resolution"
-            )
-        height, width = given_size(images["image"].height, images["image"].width, cls.pixels_of(int(resolution)))
+            raise InvalidInput(f"resolution: {resolution!r} is not supported; {works} works", field="resolution")
+        image = images["image"]
+        height, width = image_size_of_area(image.height, image.width, cls.pixels_of(int(resolution)))
         return {"height": height, "width": width}
 
     @classmethod
     def pixels_of(cls, resolution: int) -> int:
-        """Pixels of a layer, about."""
+        """Approximate number of pixels of a layer."""
         return resolution * resolution
 
     @property
     def extent(self) -> dict[str, int]:
-        """Height, width, and the layers with the whole image, which is made too."""
+        """Height, width, and layers plus one: the model also generates the whole image."""
         return {**super().extent, "layers": 1 + self.layers}
 
     def artifacts(self) -> dict[str, Prompt | Canvas | Sampling]:
-        """The same, with the layers as the canvas' frames."""
+        """As the base class, with the number of layers as the canvas' frames."""
         made = super().artifacts()
         canvas = made["canvas"]
-        assert isinstance(canvas, Canvas), "SamplingParams.artifacts() puts each in its slot"
+        assert isinstance(canvas, Canvas), "SamplingParams.artifacts() has one artifact per slot"
         return {**made, "canvas": replace(canvas, num_frames=self.layers)}

@@ -1,4 +1,4 @@
-"""Sampling parameters of models that take the noise levels of their steps."""
+"""Sampling parameters of models with custom noise levels."""
 
 from __future__ import annotations
 
@@ -15,25 +15,31 @@ _SMALLEST_SIGMA = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class SigmasSamplingParams(SamplingParams):
-    """Custom sigmas may replace the even spacing of steps."""
+    """Parameters with custom sigmas, which may replace the evenly spaced noise levels."""
 
     sigmas: tuple[float, ...] = parameter(
-        "Noise level of each step, highest first; sets the number of steps.", (), minimum=_SMALLEST_SIGMA, maximum=1.0
+        "Noise levels of the steps, descending; sets the number of steps.",
+        (),
+        minimum=_SMALLEST_SIGMA,
+        maximum=1.0,
     )
 
     def with_steps_of_sigmas(self, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """As many steps as sigmas, with a warning where the caller asked for another number.
+        """Set the number of steps to that of sigmas, with a warning if the caller set a different number.
 
-        Raises InvalidInput for sigmas that rise.
+        Raises InvalidInput for sigmas that increase.
         """
         if not self.sigmas:
             return self, ()
         for earlier, later in pairwise(self.sigmas):
             if later > earlier:
-                raise InvalidInput(f"sigmas must not rise, but {later} follows {earlier}", field="sigmas")
+                raise InvalidInput(
+                    f"sigmas: {later} after {earlier} is not in descending order; sigmas from high to low work",
+                    field="sigmas",
+                )
         steps = len(self.sigmas)
         rounded = replace(self, num_inference_steps=steps)
         if "num_inference_steps" not in given or self.num_inference_steps == steps:
             return rounded, ()
-        message = f"sigmas has {steps} values, so {steps} steps are taken instead of {self.num_inference_steps}"
+        message = f"{self.num_inference_steps} is not the number of sigmas; {steps} is used instead"
         return rounded, (ParamWarning("num_inference_steps", message),)

@@ -1,4 +1,4 @@
-"""Sampling parameters of Wan 2.1, as Diffusers 0.42's WanPipeline and WanImageToVideoPipeline take and round them."""
+"""Sampling parameters of Wan 2.1, following Diffusers 0.42's Wan pipelines."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from typing import Any, ClassVar, Self
 from common.artifacts import ParamValue
 from common.checkpoint import Checkpoint
 from common.errors import CheckpointError, InvalidInput
-from configs.sample.base import ImageRoles, ParamWarning, SamplingParams, parameter
-from configs.sample.terminal import check_stretched
+from configs.sample.base import ImageRoles, ParamWarning, parameter
+from configs.sample.grid import check_multiples
+from configs.sample.shift_terminal import check_stretched
+from configs.sample.video import VideoSamplingParams
 
 _SIZE_MULTIPLE = 16
 _PATCH = (1, 2, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanSamplingParams(SamplingParams):
-    """Wan 2.1 text to video. guidance_scale above 1 is classifier-free guidance; an unset negative prompt is empty.
+class WanSamplingParams(VideoSamplingParams):
+    """Wan 2.1, text to video. guidance_scale above 1 enables classifier-free guidance.
 
-    A video has 4k + 1 frames. max_total_pixels counts those of all frames of all outputs.
+    An unset negative prompt is empty. A video has 4k + 1 frames.
     """
 
-    output_formats: ClassVar[tuple[str, ...]] = ("mp4", "safetensors")
-    max_total_pixels: ClassVar[int] = 2**28
     supported_version: ClassVar[str] = "Wan 2.1"
     other_versions: ClassVar[Mapping[str, str]] = {
         "boundary_ratio": "two transformers",
         "expand_timesteps": "a timestep for each token",
     }
-    """Entries of model_index.json that Wan models of other versions have, each with its meaning."""
+    """Entries of model_index.json of other Wan versions, each with its meaning."""
 
     height: int = 480
     width: int = 832
-    num_frames: int = parameter("Frames of the video; one more than a multiple of 4.", 81, minimum=1, maximum=4093)
-    frame_rate: float = parameter("Frames a second that the video is shown with.", 16.0, minimum=1.0, maximum=240.0)
+    num_frames: int = parameter("Number of frames; one more than a multiple of 4.", 81, minimum=1, maximum=4093)
+    frame_rate: float = 16.0
     num_inference_steps: int = 50
     guidance_scale: float = 5.0
-    max_sequence_length: int = parameter("Tokens of the prompt that UMT5 reads.", 512, minimum=1, maximum=512)
+    max_sequence_length: int = parameter("Maximum number of prompt tokens for UMT5.", 512, minimum=1, maximum=512)
 
     @property
     def branches(self) -> int:
-        """Two with classifier-free guidance."""
+        """Two with classifier-free guidance, otherwise one."""
         return 2 if self.guidance_scale > 1 else 1
 
     @classmethod
     def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
-        """None of its own. Raises CheckpointError for the Wan models of other versions."""
+        """No defaults. Raises CheckpointError for other Wan versions."""
         for name, meaning in cls.other_versions.items():
             if checkpoint.index.get(name):
                 message = f"{checkpoint.name} is Wan 2.2 with {meaning} ({name})"
@@ -57,13 +57,9 @@ class WanSamplingParams(SamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Refuse sizes that are no multiples of 16; round the frames, and the size to whole patches."""
+        """Check that sizes are multiples of 16, round frames, and round the size down to whole patches."""
         del given
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size % _SIZE_MULTIPLE:
-                lower = size // _SIZE_MULTIPLE * _SIZE_MULTIPLE
-                right = f"{lower} or {lower + _SIZE_MULTIPLE}" if lower else f"{_SIZE_MULTIPLE}"
-                raise InvalidInput(f"{name} must be a multiple of 16, such as {right}, but is {size}", field=name)
+        check_multiples({"height": self.height, "width": self.width}, _SIZE_MULTIPLE)
         self._check_steps(checkpoint)
         params, warnings = self._with_whole_latent_frames(checkpoint)
         vae, transformer = checkpoint.module_config("vae"), checkpoint.module_config("transformer")
@@ -72,11 +68,11 @@ class WanSamplingParams(SamplingParams):
         return params, (*warnings, *more)
 
     def _check_steps(self, checkpoint: Checkpoint) -> None:
-        """Refuse steps that the scheduler cannot lay out. Raises InvalidInput."""
+        """Check the number of steps against the scheduler. Raises InvalidInput."""
         check_stretched(checkpoint, self.num_inference_steps)
 
     def _with_whole_latent_frames(self, checkpoint: Checkpoint) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Frames as Diffusers rounds them: 4k + 1 stays, anything else becomes (n // 4) * 4 + 1."""
+        """Round frames as Diffusers does: 4k + 1 is unchanged, any other n becomes (n // 4) * 4 + 1."""
         factor = temporal_factor(checkpoint)
         asked = self.num_frames
         if asked % factor == 1:
@@ -84,25 +80,20 @@ class WanSamplingParams(SamplingParams):
         frames = asked // factor * factor + 1
         if frames == asked:
             return self, ()
-        message = f"num_frames {asked} is not one more than a multiple of {factor}; {frames} is used instead"
+        message = f"{asked} is not one more than a multiple of {factor}; {frames} is used instead"
         return replace(self, num_frames=frames), (ParamWarning("num_frames", message),)
-
-    @property
-    def extent(self) -> dict[str, int]:
-        """Frames count too."""
-        return {**super().extent, "num_frames": self.num_frames}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WanImageToVideoSamplingParams(WanSamplingParams):
-    """Wan 2.1 image to video. The picture is stretched to height x width; the video begins with it.
+    """Wan 2.1, image to video. The image, stretched to height x width, is the first frame.
 
-    Models for first and last frame take both "image" and "last_image".
+    First-and-last-frame models (FLF2V) require "image" and "last_image".
     """
 
     @classmethod
     def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:
-        """Models that tell the tokens of two pictures apart by position need both."""
+        """The first frame; models with `pos_embed_seq_len` (FLF2V) also require the last frame."""
         if checkpoint.module_config("transformer").get("pos_embed_seq_len"):
             return ImageRoles(required=("image", "last_image"))
         return ImageRoles(required=("image",))
@@ -110,21 +101,21 @@ class WanImageToVideoSamplingParams(WanSamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """As for text alone; a first and a last frame are two."""
+        """As for text to video; also checks that a first and a last frame are different frames."""
         params, warnings = super().round_and_validate(checkpoint, given)
         if params.num_frames == 1 and "last_image" in self.image_roles(checkpoint).required:
-            message = f"num_frames must be at least 5 with a last_image, but is {self.num_frames}"
+            message = f"num_frames: {self.num_frames} is not at least 5, the minimum with a last_image"
             raise InvalidInput(message, field="num_frames")
         return params, warnings
 
 
 def temporal_factor(checkpoint: Checkpoint) -> int:
-    """Frames of a latent frame, but the first. Raises CheckpointError."""
+    """Frames per latent frame, except the first. Raises CheckpointError."""
     return _factor(checkpoint.module_config("vae"), "scale_factor_temporal", 4)
 
 
 def _factor(vae: Mapping[str, Any], name: str, default: int) -> int:
     value = vae.get(name) or default
     if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"vae/config.json: {name} must be a whole number of at least 1, but is {value!r}")
+        raise CheckpointError(f"vae/config.json: {name}: {value!r} is not a whole number of at least 1")
     return value

@@ -1,4 +1,4 @@
-"""Sampling parameters of few-step Wan models, with the defaults that FastVideo publishes for them."""
+"""Sampling parameters of few-step Wan models, with FastVideo's published defaults."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ _TI2V_FRAME_RATE = 24.0
 
 @dataclass(frozen=True, kw_only=True)
 class WanDMDSamplingParams(WanSamplingParams):
-    """FastWan: three steps of the flow schedule that is shifted by 8, without guidance.
+    """FastWan: three steps of the flow schedule with shift 8, without guidance.
 
-    A checkpoint's sampling_defaults.json can name other steps: TurboWan was distilled at 988, 932, 852 and 608.
+    A checkpoint's sampling_defaults.json can set other steps: TurboWan was distilled at 988, 932, 852 and 608.
     """
 
     supported_version: ClassVar[str] = "a few-step Wan with one transformer"
     other_versions: ClassVar[Mapping[str, str]] = {"boundary_ratio": "two transformers"}
 
     num_inference_steps: int = 3
-    guidance_scale: float = parameter("Always 1: the model was distilled with guidance.", 1.0, minimum=1.0, maximum=1.0)
+    guidance_scale: float = parameter(
+        "Always 1, as the model was distilled with guidance.", 1.0, minimum=1.0, maximum=1.0
+    )
     dmd_denoising_steps: tuple[float, ...] = parameter(
-        "Timesteps that the model was distilled at, whole numbers, highest first; sets the number of steps.",
+        "Timesteps of the distillation, whole numbers from high to low; sets the number of steps.",
         (1000.0, 757.0, 522.0),
         minimum=1.0,
         maximum=1000.0,
@@ -39,38 +41,35 @@ class WanDMDSamplingParams(WanSamplingParams):
 
     @classmethod
     def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
-        """Wan 2.2 TI2V, which has `expand_timesteps`, is made for 24 frames a second."""
+        """24 frames per second for Wan 2.2 TI2V (`expand_timesteps`)."""
         super().model_defaults(checkpoint)
         return {"frame_rate": _TI2V_FRAME_RATE} if checkpoint.index.get("expand_timesteps") else {}
 
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """As Wan 2.1; there are as many steps as timesteps."""
+        """As Wan 2.1; also sets the number of steps to that of the timesteps."""
         params, warnings = super().round_and_validate(checkpoint, given)
         steps = len(self.dmd_denoising_steps)
         params = replace(params, num_inference_steps=steps)
         if "num_inference_steps" not in given or self.num_inference_steps == steps:
             return params, warnings
-        message = (
-            f"num_inference_steps {self.num_inference_steps} is not the number of dmd_denoising_steps; "
-            f"{steps} is used instead"
-        )
+        message = f"{self.num_inference_steps} is not the number of dmd_denoising_steps; {steps} is used instead"
         return params, (*warnings, ParamWarning("num_inference_steps", message))
 
     def _check_steps(self, checkpoint: Checkpoint) -> None:
-        """Refuse timesteps that are not whole numbers, do not fall, or are none. The scheduler plays no part."""
+        """Check that the timesteps are a non-empty, descending list of whole numbers. Raises InvalidInput."""
         del checkpoint
         timesteps = self.dmd_denoising_steps
-        falls = all(later < earlier for earlier, later in pairwise(timesteps))
-        if not (timesteps and falls and all(each.is_integer() for each in timesteps)):
-            message = f"dmd_denoising_steps: {list(timesteps)} is not a list of whole numbers, highest first"
+        is_descending = all(later < earlier for earlier, later in pairwise(timesteps))
+        if not (timesteps and is_descending and all(each.is_integer() for each in timesteps)):
+            message = f"dmd_denoising_steps: {list(timesteps)} is not a list of whole numbers from high to low"
             raise InvalidInput(f"{message}; 1000, 757, 522 works", field="dmd_denoising_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WanCausalDMDSamplingParams(WanDMDSamplingParams):
-    """Self Forcing: four steps for each block of latent frames, of the flow schedule that is shifted by 5."""
+    """Self Forcing: four steps for each block of latent frames, of the flow schedule with shift 5."""
 
     other_versions: ClassVar[Mapping[str, str]] = WanSamplingParams.other_versions
 
@@ -80,26 +79,26 @@ class WanCausalDMDSamplingParams(WanDMDSamplingParams):
 
     @classmethod
     def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
-        """None. Raises CheckpointError for a transformer without causal attention, too."""
+        """As the base class. Also raises CheckpointError for a transformer without causal attention."""
         _causal_config(checkpoint)
         return super().model_defaults(checkpoint)
 
     def _with_whole_latent_frames(self, checkpoint: Checkpoint) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Frames that fill whole blocks: as many blocks as fit, and at least one.
+        """Round frames down to whole blocks, at least one.
 
-        Raises InvalidInput for more frames than the model makes.
+        Raises InvalidInput for more frames than the model supports.
         """
         factor, config = temporal_factor(checkpoint), _causal_config(checkpoint)
         block, asked = config.num_frames_per_block, self.num_frames
         blocks = max(1, (asked // factor + 1) // block)
         latent_frames = blocks * block
-        if config.most_frames is not None and latent_frames > config.most_frames:
-            most = (config.most_frames // block * block - 1) * factor + 1
-            raise InvalidInput(f"num_frames: {asked} is not at most {most}; {most} works", field="num_frames")
+        if config.max_frames is not None and latent_frames > config.max_frames:
+            limit = (config.max_frames // block * block - 1) * factor + 1
+            raise InvalidInput(f"num_frames: {asked} is not at most {limit}; {limit} works", field="num_frames")
         frames = (latent_frames - 1) * factor + 1
         if frames == asked:
             return self, ()
-        message = f"num_frames {asked} does not fill blocks of {block} latent frames; {frames} is used instead"
+        message = f"{asked} does not fill blocks of {block} latent frames; {frames} is used instead"
         return replace(self, num_frames=frames), (ParamWarning("num_frames", message),)
 
 

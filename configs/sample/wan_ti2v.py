@@ -1,4 +1,4 @@
-"""Sampling parameters of Wan 2.2 TI2V, as Diffusers 0.42's pipelines with `expand_timesteps` take and round them."""
+"""Sampling parameters of Wan 2.2 TI2V, following Diffusers 0.42's pipelines with `expand_timesteps`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from configs.sample.wan import WanSamplingParams
 
 @dataclass(frozen=True, kw_only=True)
 class WanTI2VSamplingParams(WanSamplingParams):
-    """Wan 2.2 TI2V from text alone. Sizes are multiples of 32: 16 pixels make a latent, 2 latents a patch.
+    """Wan 2.2 TI2V, text to video. Sizes are multiples of 32: 16 pixels per latent, 2 latents per patch.
 
-    Defaults are those of Diffusers' call, as for Wan 2.1. The published 5B model is made for 704 x 1280 and 121 frames:
-    a checkpoint's sampling_defaults.json can say so. Diffusers' call has no frame rate; the model is made for 24.
+    Defaults are those of Diffusers' call, as for Wan 2.1. The published 5B model was trained for 704 x 1280 and 121
+    frames, which a checkpoint's sampling_defaults.json can set. Diffusers' call has no frame rate; the model was
+    trained for 24 frames per second.
     """
 
     supported_version: ClassVar[str] = "Wan 2.2 TI2V"
@@ -27,10 +28,10 @@ class WanTI2VSamplingParams(WanSamplingParams):
 
 @dataclass(frozen=True, kw_only=True)
 class WanTI2VImageSamplingParams(WanTI2VSamplingParams):
-    """Wan 2.2 TI2V from an image, resized to height x width without its aspect: the video's first frame."""
+    """Wan 2.2 TI2V, image to video. The image, stretched to height x width, is the first frame."""
 
     @classmethod
     def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:
-        """One image. Diffusers ignores a last image with `expand_timesteps`; here it is refused."""
+        """One required image. A last image, which Diffusers ignores with `expand_timesteps`, is rejected."""
         del checkpoint
         return ImageRoles(required=("image",))

@@ -1,4 +1,4 @@
-"""Sampling parameters of Z-Image and Z-Image-Turbo, as Diffusers 0.42's ZImagePipeline takes and checks them."""
+"""Sampling parameters of Z-Image and Z-Image-Turbo, following Diffusers 0.42's ZImagePipeline."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Self
 from common.artifacts import ParamValue
 from common.checkpoint import Checkpoint
 from common.image_header import ImageHeader
-from configs.sample.base import ParamWarning, parameter
+from configs.sample.base import ParamWarning, parameter, warnings_without_effect
 from configs.sample.flux import vae_scale_factor
 from configs.sample.grid import check_multiples
+from configs.sample.shift_terminal import check_stretched
 from configs.sample.sigmas import SigmasSamplingParams
-from configs.sample.terminal import check_stretched
 
 _PATCH = 2
 _NORMALIZATION = "cfg_normalization"
@@ -22,7 +22,7 @@ _NORMALIZATION = "cfg_normalization"
 
 @dataclass(frozen=True, kw_only=True)
 class ZImageSamplingParams(SigmasSamplingParams):
-    """Z-Image, its Turbo form and their fine-tunes. Any guidance_scale above 0 is classifier-free guidance.
+    """Z-Image, Z-Image-Turbo and their fine-tunes. guidance_scale above 0 enables classifier-free guidance.
 
     An unset negative prompt is empty.
     """
@@ -31,25 +31,28 @@ class ZImageSamplingParams(SigmasSamplingParams):
     width: int = 1024
     num_inference_steps: int = 50
     guidance_scale: float = parameter(
-        "Classifier-free guidance, on above 0: the difference to the negative prediction is added so many times.",
+        "Scale of classifier-free guidance, relative to the positive prediction; enabled above 0.",
         5.0,
         minimum=0.0,
         maximum=1000.0,
     )
     cfg_normalization: float = parameter(
-        "Norm of a guided prediction in multiples of the positive one's, at most; 0: any norm. true means 1.",
+        "Maximum ratio of the norms of guided and positive prediction; 0: unlimited; true: 1.",
         0.0,
         minimum=0.0,
         maximum=1000.0,
     )
     cfg_truncation: float = parameter(
-        "Steps whose noise level is below 1 minus this run without guidance; from 1 on all steps have it.",
+        "Guidance is off at noise levels below 1 minus this value; at 1 or above, all steps have guidance.",
         1.0,
         minimum=0.0,
         maximum=1000.0,
     )
     max_sequence_length: int = parameter(
-        "Tokens of the prompt that the text encoder reads, its template's 8 included.", 512, minimum=1, maximum=960
+        "Maximum number of prompt tokens for the text encoder, including 8 of its template.",
+        512,
+        minimum=1,
+        maximum=960,
     )
 
     @classmethod
@@ -59,7 +62,7 @@ class ZImageSamplingParams(SigmasSamplingParams):
         checkpoint: Checkpoint,
         images: Mapping[str, ImageHeader] = MappingProxyType({}),
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """As for every family; cfg_normalization may also be a truth value, as in Diffusers."""
+        """As SamplingParams.build(); cfg_normalization may also be a boolean, as in Diffusers."""
         if isinstance(given.get(_NORMALIZATION), bool):
             given = {**given, _NORMALIZATION: float(bool(given[_NORMALIZATION]))}
         return super().build(given, checkpoint, images)
@@ -67,17 +70,16 @@ class ZImageSamplingParams(SigmasSamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Refuse sizes that are not made of whole patches; sigmas decide the steps."""
+        """Check that the size is whole patches, and apply sigmas."""
         check_multiples({"height": self.height, "width": self.width}, _PATCH * vae_scale_factor(checkpoint))
         params, warnings = self.with_steps_of_sigmas(given)
         check_stretched(checkpoint, params.num_inference_steps, params.sigmas)
         if self.guidance_scale > 0:
             return params, warnings
         idle = ("negative_prompt", _NORMALIZATION, "cfg_truncation")
-        more = [ParamWarning(name, f"{name} has no effect without guidance_scale") for name in idle if name in given]
-        return params, (*warnings, *more)
+        return params, (*warnings, *warnings_without_effect(dict.fromkeys(idle, "without guidance_scale"), given))
 
     @property
     def branches(self) -> int:
-        """Two with classifier-free guidance."""
+        """Two with classifier-free guidance, otherwise one."""
         return 2 if self.guidance_scale > 0 else 1

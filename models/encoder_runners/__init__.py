@@ -1,1 +1,1 @@
-"""Runners of the encoders of transformers: texts and images to conditioning."""
+"""Runners of transformers' encoders: texts and images to conditioning."""

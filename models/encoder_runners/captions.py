@@ -1,12 +1,11 @@
-"""Describes an image in words with a language model that sees it."""
+"""Captions an image with a vision-language model."""
 
-# ruff: noqa: RUF001  (a description is asked for in Chinese, with Chinese punctuation)
+# ruff: noqa: RUF001  (one prompt is Chinese, with Chinese punctuation)
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from common.json_file import is_listed, read_json
+from models.encoder_runners.callbacks import OnToken
 from models.encoder_runners.checks import check_patch_processor, check_tokenizer
 from models.loader import load_pretrained
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 MAX_CAPTION_TOKENS = 512
-IMAGE_MARK = "<|image_pad|>"
+IMAGE_TOKEN = "<|image_pad|>"
 
-# Line breaks are where Diffusers has them.
+# Line breaks as in Diffusers.
 CHINESE = (
     "<|im_start|>system\n"
     "You are a helpful assistant.<|im_end|>\n"
@@ -75,17 +75,14 @@ ENGLISH = (
     "<|im_start|>assistant\n"
 )
 
-OnToken = Callable[[int, int], None]
-"""Called with the number of tokens and their greatest number; raises to end the description."""
-
 _SETTINGS_FILE = "generation_config.json"
 
 
 class Captioner:
-    """A language model with a vision tower, its tokenizer and its processor of images.
+    """A vision-language model with its tokenizer and image processor.
 
-    Tokens are chosen greedily, whatever the checkpoint's settings of sampling are: published ones sample at a
-    temperature at which that is the same. Raises CheckpointError where the modules do not fit together.
+    Decoding is greedy regardless of the checkpoint's sampling settings; the temperature of published checkpoints is so
+    low that the result is the same. Raises CheckpointError for incompatible modules.
     """
 
     def __init__(self, tokenizer: Any, processor: Any, model: Any, device: torch.device) -> None:
@@ -93,7 +90,7 @@ class Captioner:
         self._processor = processor
         self._model = model
         self._device = device
-        # The model keeps the positions of the image that it sees.
+        # The model stores the RoPE positions of the current image between forward passes.
         self._lock = threading.Lock()
         check_tokenizer("tokenizer", tokenizer, "text_encoder", model.get_input_embeddings().num_embeddings)
         check_patch_processor("processor", processor, "text_encoder", model)
@@ -101,14 +98,14 @@ class Captioner:
         self._settings.update(do_sample=False, temperature=None, top_k=None, top_p=None, use_cache=True)
 
     def caption(self, image: Image.Image, on_token: OnToken, *, in_english: bool) -> str:
-        """The description, at most 512 tokens, in English or Chinese. Raises what `on_token` raises."""
+        """Return a caption of at most 512 tokens, in English or Chinese. Raises what `on_token` raises."""
         seen = self._processor(images=[image], return_tensors="pt")
         (grid,) = seen.image_grid_thw
-        marks = IMAGE_MARK * (int(grid.prod()) // self._processor.merge_size**2)
-        text = (ENGLISH if in_english else CHINESE).replace(IMAGE_MARK, marks)
+        marks = IMAGE_TOKEN * (int(grid.prod()) // self._processor.merge_size**2)
+        text = (ENGLISH if in_english else CHINESE).replace(IMAGE_TOKEN, marks)
         given = self._tokenizer(text, return_tensors="pt").to(self._device)
         begin = given.input_ids.shape[1]
-        mark = self._tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+        mark = self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         with self._lock:
             tokens = self._model.generate(
                 **given,
@@ -126,27 +123,27 @@ class Captioner:
 
 
 class _EachToken(StoppingCriteria):  # type: ignore[misc]
-    """Stops nothing; reports tokens after the first `begin`."""
+    """Calls `on_token` for each token after the first `begin`; never stops the generation."""
 
     def __init__(self, begin: int, on_token: OnToken) -> None:
         self._begin = begin
         self._on_token = on_token
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        """False for each row."""
+        """Return False for each sequence."""
         del scores
         self._on_token(input_ids.shape[1] - self._begin, MAX_CAPTION_TOKENS)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def load_captioning_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The whole model, with its predictions of the next token. Raises CheckpointError.
+    """Load the whole model, including the language modelling head. Raises CheckpointError.
 
-    Without settings of its own for generation it has those of its config, as in Diffusers.
+    Without generation_config.json, generation settings come from config.json, as in Diffusers.
     """
     settings = checkpoint.path / name / _SETTINGS_FILE
     if is_listed(settings):
-        # transformers ignores a file that it cannot read.
+        # Raises for an invalid file, which transformers would ignore.
         read_json(settings)
     model = load_pretrained(checkpoint, name, device, dtype)
     model.model.language_model.config.use_cache = False

@@ -1,4 +1,4 @@
-"""Encodes the texts that a prompt quotes, which are to be drawn as glyphs."""
+"""Encodes the quoted texts of a prompt, which GLM-Image renders as glyphs."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.encoder_runners.callbacks import Warn
 from models.encoder_runners.checks import check_tokenizer
-from models.encoder_runners.text import Warn, shorten
+from models.encoder_runners.text import shorten
 
 QUOTES = (("'", "'"), ("\u201c", "\u201d"), ('"', '"'), ("\u300c", "\u300d"))
-"""Opening and closing marks, in the order in which their texts are encoded."""
+"""Pairs of opening and closing quotation marks, in encoding order."""
 
 _PATTERNS = tuple(re.compile(f"{start}([^{start}{end}]*){end}") for start, end in QUOTES)
 
 
 def quoted_texts(prompt: str) -> list[str]:
-    """The quoted texts of a prompt: by kind of quotation mark, then in order. A lone apostrophe pairs with the next."""
+    """Return the quoted texts of a prompt, ordered by kind of quotation mark, then by position.
+
+    A single apostrophe is paired with the next one.
+    """
     return [text for pattern in _PATTERNS for text in pattern.findall(prompt)]
 
 
 class GlyphEncoder:
-    """A tokenizer of bytes and its encoder. Raises CheckpointError when the two do not fit."""
+    """A byte-level tokenizer and its encoder. Raises CheckpointError if they are incompatible."""
 
     def __init__(self, tokenizer: Any, encoder: Any, device: torch.device) -> None:
         self._tokenizer = tokenizer
@@ -32,17 +36,17 @@ class GlyphEncoder:
         check_tokenizer("tokenizer", tokenizer, "text_encoder", encoder.config.vocab_size)
 
     def encode(self, prompt: str, max_length: int, warn: Warn) -> Tensor:
-        """The states of all quoted texts' tokens, (1, tokens, size); those of an empty text where none is quoted.
+        """Concatenated hidden states (1, tokens, size) of all quoted texts, or of an empty text.
 
-        Each text is cut to `max_length` tokens; warn(field, message) reports it.
+        Each text is truncated to `max_length` tokens, which warn(field, message) reports.
         """
         texts = quoted_texts(prompt) or [""]
         rows = [self._tokenizer(text, max_length=max_length, truncation=True).input_ids for text in texts]
         for text, row in zip(texts, rows, strict=True):
             if len(row) < (length := len(self._tokenizer(text, verbose=False).input_ids)):
-                message = f"text_encoder reads at most {max_length} tokens of a quoted text, and one has {length}"
+                message = f"a quoted text of {length} tokens is truncated to {max_length}, the limit of text_encoder"
                 warn("prompt", f"{message}: {shorten(text)}")
-        # As in training: an even number of texts, and one token before each.
+        # An even number of texts gets a leading padding token each, as in training.
         lead = [self._tokenizer.pad_token_id] if len(rows) % 2 == 0 else []
         sequences = [torch.tensor(lead + row) for row in rows]
         tokens = torch.nn.utils.rnn.pad_sequence(sequences, True, self._tokenizer.pad_token_id)

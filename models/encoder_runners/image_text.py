@@ -1,4 +1,4 @@
-"""Runs a language model on text and pictures together, as its ImageTextEncoding describes it."""
+"""Runs a vision-language model on text and images as configured by an ImageTextEncoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.encoder_runners.checks import check_patch_processor, check_tokenizer
 
 
 class ImageTextEncoder:
-    """A tokenizer, a processor of pictures and an encoder that fit together, else it raises CheckpointError."""
+    """A tokenizer, an image processor and an encoder. Raises CheckpointError if they are incompatible."""
 
     def __init__(
         self, encoding: ImageTextEncoding, tokenizer: Any, processor: Any, encoder: Any, device: torch.device
@@ -29,27 +29,30 @@ class ImageTextEncoder:
         check_tokenizer(encoding.tokenizer, tokenizer, encoding.encoder, known)
         check_patch_processor(encoding.processor, processor, encoding.encoder, encoder)
 
-    def encode(self, source: PromptText, pictures: Sequence[Image.Image]) -> Tensor:
-        """The states from the template's skipped tokens on, (1, tokens, size); the picture's tokens are among them.
+    def encode(self, source: PromptText, images: Sequence[Image.Image]) -> Tensor:
+        """Hidden states (1, tokens, size) after the template's skipped tokens, including the images' tokens.
 
-        Raises InvalidInput for text that the denoiser has no positions for, or that holds the picture's mark.
+        Raises InvalidInput for a text that contains the image token or exceeds the denoiser's text positions.
         """
         encoding = self._encoding
-        if encoding.picture_mark in source.text:
-            raise InvalidInput(f"{source.field} must not hold {encoding.picture_mark}", field=source.field)
-        resized = [self._resized(picture) for picture in pictures]
+        if encoding.image_token in source.text:
+            raise InvalidInput(
+                f"{source.field}: {encoding.image_token} is not allowed; text without the model's image token works",
+                field=source.field,
+            )
+        resized = [self._resized(image) for image in images]
         seen = self._processor(images=resized, return_tensors="pt")
-        template = encoding.template(len(pictures))
-        before, *between = template.before.split(encoding.picture_mark)
+        template = encoding.template(len(images))
+        before, *between = template.before.split(encoding.image_token)
         for grid, following in zip(seen.image_grid_thw, between, strict=True):
             tokens = int(grid.prod()) // self._processor.merge_size**2
-            before += encoding.picture_mark * tokens + following
+            before += encoding.image_token * tokens + following
         whole = self._tokenizer(before + source.text + template.after, return_tensors="pt").input_ids
         length = whole.shape[1] - template.skipped
-        most = min(encoding.most_tokens(picture.height, picture.width) for picture in pictures)
-        if length > most:
-            message = f"{source.field} is too long: with the picture it has {length} tokens, and at most {most} fit"
-            raise InvalidInput(message, field=source.field)
+        limit = min(encoding.max_tokens(image.height, image.width) for image in images)
+        if length > limit:
+            message = f"{source.field}: {length} tokens, including those of the images, are not at most {limit}"
+            raise InvalidInput(f"{message}; a shorter text works", field=source.field)
         output = self._encoder(
             input_ids=whole.to(self._device),
             pixel_values=seen.pixel_values.to(self._device),
@@ -58,6 +61,6 @@ class ImageTextEncoder:
         hidden: Tensor = output.last_hidden_state
         return hidden[:, template.skipped :]
 
-    def _resized(self, picture: Image.Image) -> Image.Image:
-        height, width = self._encoding.picture_size(picture.height, picture.width)
-        return picture.resize((width, height), Image.Resampling.LANCZOS)
+    def _resized(self, image: Image.Image) -> Image.Image:
+        height, width = self._encoding.image_size(image.height, image.width)
+        return image.resize((width, height), Image.Resampling.LANCZOS)

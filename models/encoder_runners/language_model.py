@@ -1,4 +1,4 @@
-"""Language models as encoders: the states of its layers are used, and never its predictions of the next token."""
+"""Loaders of language models as encoders: only hidden states are used, never next-token logits."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def load_language_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A language model, which returns the states of all layers. Raises CheckpointError."""
+    """Load a language model that returns the hidden states of all layers. Raises CheckpointError."""
     return _as_encoder(load_pretrained(checkpoint, name, device, dtype))
 
 
 def load_causal_language_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The same, from a model with a head for the next token. Raises CheckpointError."""
+    """Load the language model of a model with a language modelling head. Raises CheckpointError."""
     return _as_encoder(load_pretrained(checkpoint, name, device, dtype).model)
 
 
 def load_multimodal_language_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The same, from a language model with a vision tower, which is left out. Raises CheckpointError."""
+    """Load the language model of a vision-language model, without its vision tower. Raises CheckpointError."""
     return _as_encoder(load_pretrained(checkpoint, name, device, dtype).model.language_model)
 
 

@@ -1,13 +1,13 @@
-"""Samples an image's prior tokens with GLM-Image's autoregressive language model, token by token.
+"""Samples an image's prior tokens with GLM-Image's autoregressive language model.
 
-The model continues the prompt with a small preview of about 256 tokens, then with the image's own tokens, one for 32x32
-pixels. Draws come from a generator of the request's own, in the order and form of transformers' generate(), so that the
-tokens are those of Diffusers' pipeline for the same seed.
+The model continues the prompt with a small preview image of about 256 tokens, then with the image's tokens, one for
+32x32 pixels. Sampling uses the request's own generator with the draws of transformers' generate(), so that the tokens
+equal those of Diffusers' pipeline for the same seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers import (
 
 from common.errors import CheckpointError, InvalidInput
 from common.package_guard import Attributes, Parameters, PrivateApi, check_private_api
+from models.encoder_runners.callbacks import OnToken
 from models.encoder_runners.checks import check_tokenizer
 from models.loader import load_pretrained, load_tokenizer
 
@@ -30,12 +31,9 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 PIXELS = 32
-"""Height and width of an image token."""
+"""Pixels along each side of an image token."""
 UPSAMPLING = 2
 """Prior tokens of the DiT along each side of an image token."""
-
-OnToken = Callable[[int, int], None]
-"""Called with the number of sampled tokens and of all tokens; raises to end the sampling."""
 
 Grid = tuple[int, int]
 
@@ -56,9 +54,9 @@ PRIVATE_API = PrivateApi(
         Attributes("transformers:GenerationConfig", ("_from_model_config",)),
     ),
 )
-"""Arguments are passed by position, and a missing generation_config.json shows by that attribute only."""
+"""forward() is called with positional arguments. Only `_from_model_config` shows a missing generation_config.json."""
 
-# transformers' own, for settings that generation_config.json leaves out.
+# transformers' defaults for settings that generation_config.json omits.
 _TEMPERATURE, _TOP_K, _TOP_P = 1.0, 50, 1.0
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "num_beams"), (None, 1)),
@@ -70,14 +68,14 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     **dict.fromkeys(("renormalize_logits", "remove_invalid_values"), (None, False)),
     "guidance_scale": (None, 1),
 }
-"""Other settings that change which token is sampled, each with the values that change nothing."""
+"""Unsupported sampling settings, each with its neutral values."""
 
 
 class PriorTokenSampler:
-    """The language model and its processor. Raises CheckpointError when they do not fit each other or the DiT.
+    """The language model and its processor. Raises CheckpointError if they or the DiT are incompatible.
 
-    Raises UnsupportedPackage for a transformers whose private functions differ from PRIVATE_API.
-    `codebook_size` is the number of tokens that the DiT has embeddings for.
+    Raises UnsupportedPackage if transformers' private functions differ from PRIVATE_API. `codebook_size` is the DiT's
+    number of prior token embeddings.
     """
 
     def __init__(self, processor: Any, model: Any, codebook_size: int, device: torch.device) -> None:
@@ -93,25 +91,25 @@ class PriorTokenSampler:
         self._check_template()
         self._warpers = _warpers(model.generation_config)
         self._ends = _ends(model.generation_config.eos_token_id)
-        self._marks = _marks(processor.tokenizer, model.config)
+        self._image_tokens = _image_tokens(processor.tokenizer, model.config)
 
     def sample(self, prompt: str, grid: Grid, seed: int, on_token: OnToken) -> Tensor:
-        """Tokens of an image, int64 (1, 4 * rows * columns) on the CPU, for a grid of rows and columns of 32 pixels.
+        """Sample prior tokens, int64 (1, 4 * rows * columns) on the CPU, for a grid of 32x32-pixel cells.
 
-        Each sampled token stands for 2x2 prior tokens. Raises InvalidInput for a prompt that holds marks of images, or
-        is too long, and for a seed from which the model ends too early.
+        Each sampled token is upsampled to 2x2 prior tokens. Raises InvalidInput for a prompt that contains image tokens
+        or is too long, and for a seed with which the model ends the image early.
         """
         ids, grids = self._encode(prompt, grid)
         positions = _positions(ids.shape[1], grids[::-1]).to(self._device)
         tokens = self._generate(ids, positions, seed, on_token)
-        own = torch.tensor(tokens[-grid[0] * grid[1] :])
-        if int(own.max()) >= self._codebook_size:
-            raise _unusable(seed, f"a token that the transformer does not know ({int(own.max())})")
-        upsampled = own.view(grid).repeat_interleave(UPSAMPLING, 0).repeat_interleave(UPSAMPLING, 1)
+        image_tokens = torch.tensor(tokens[-grid[0] * grid[1] :])
+        if int(image_tokens.max()) >= self._codebook_size:
+            raise _unusable(seed, f"the token {int(image_tokens.max())}, for which the transformer has no embedding")
+        upsampled = image_tokens.view(grid).repeat_interleave(UPSAMPLING, 0).repeat_interleave(UPSAMPLING, 1)
         return upsampled.reshape(1, -1)
 
     def _check_template(self) -> None:
-        """Refuse a chat template that does not render the prompt. Raises CheckpointError."""
+        """Check that the chat template renders the prompt. Raises CheckpointError."""
         file = f"processor/{_TEMPLATE_FILE}"
         try:
             (text,) = self._processor.apply_chat_template(_chat(_PROBE), tokenize=False)
@@ -120,12 +118,14 @@ class PriorTokenSampler:
                 f"{file}: the chat template cannot be rendered: {error}; download it again"
             ) from error
         if _PROBE not in text:
-            raise CheckpointError(f"{file}: the chat template gives {text!r} for {_PROBE!r}; download it again")
+            raise CheckpointError(
+                f"{file}: the chat template renders {_PROBE!r} as {text!r}, without the prompt; download it again"
+            )
 
     def _encode(self, prompt: str, grid: Grid) -> tuple[Tensor, list[Grid]]:
-        """Token ids (1, tokens) of the chat with both grids in it, and the grids: the image's, then the preview's."""
-        if mark := next((mark for mark in self._marks if mark in prompt), None):
-            message = f"prompt must not hold {mark}, one of the model's own marks of images; leave it out"
+        """Token ids (1, tokens) of the chat, which states both grids, and the grids: image, then preview."""
+        if token := next((token for token in self._image_tokens if token in prompt), None):
+            message = f"prompt: {token} is one of the model's image tokens and not allowed; a prompt without it works"
             raise InvalidInput(message, field="prompt")
         rows, columns = grid
         encoded = self._processor.apply_chat_template(
@@ -137,14 +137,14 @@ class PriorTokenSampler:
         )
         ids: Tensor = encoded["input_ids"]
         grids = [(height, width) for _, height, width in encoded["image_grid_thw"].tolist()]
-        most = self._config.text_config.max_position_embeddings - sum(height * width for height, width in grids)
-        if ids.shape[1] > most:
-            message = f"prompt is too long: it has {ids.shape[1]} tokens, and at most {most} fit beside the image's"
+        limit = self._config.text_config.max_position_embeddings - sum(height * width for height, width in grids)
+        if ids.shape[1] > limit:
+            message = f"prompt: {ids.shape[1]} tokens are not at most {limit}; a shorter prompt works"
             raise InvalidInput(message, field="prompt")
         return ids, grids
 
     def _generate(self, ids: Tensor, positions: Tensor, seed: int, on_token: OnToken) -> list[int]:
-        """The sampled tokens: as many as there are positions (3, 1, tokens) after those of the prompt."""
+        """Sample a token for each of the positions (3, 1, tokens) after the prompt."""
         generator = torch.Generator(self._device).manual_seed(seed)
         cache = DynamicCache(config=self._config.text_config)
         begin, total = ids.shape[1], positions.shape[2] - ids.shape[1]
@@ -156,61 +156,61 @@ class PriorTokenSampler:
             given = torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)
             sampled.append(int(given))
             if sampled[-1] in self._ends:
-                raise _unusable(seed, f"the end of the image after {len(sampled) - 1} of {total} tokens")
+                raise _unusable(seed, f"an end token after {len(sampled) - 1} of {total} tokens")
             on_token(len(sampled), total)
             if len(sampled) == total:
                 return sampled
             seen = slice(begin + len(sampled) - 1, begin + len(sampled))
 
     def _logits(self, given: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Scores of the next token, float32 (1, vocabulary)."""
+        """Logits of the next token, float32 (1, vocabulary)."""
         embeds = self._language_model.get_input_embeddings()(given)
-        # By position: the name of the cache's argument differs between versions of transformers.
+        # Positional arguments: the name of the cache argument differs between versions of transformers.
         output = self._language_model(None, None, positions, cache, embeds)
         logits: Tensor = self._lm_head(output.last_hidden_state[:, -1:])
         return logits[:, -1].float()
 
 
 def load_glm_image_language_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The language model without its image encoder, which only editing uses. Raises CheckpointError."""
+    """Load the language model without its image encoder, which only editing uses. Raises CheckpointError."""
     model = load_pretrained(checkpoint, name, torch.device("cpu"), dtype)
     del model.model.visual, model.model.vqmodel
     return model.to(device)
 
 
 def load_glm_image_processor(checkpoint: Checkpoint, name: str, *_: object) -> Any:
-    """The processor, with its tokenizer and chat template. Raises CheckpointError that names their files."""
+    """Load the processor with its tokenizer and chat template. Raises CheckpointError, which lists the files."""
     try:
         return load_tokenizer(checkpoint, name)
     except CheckpointError as error:
         files = ", ".join(_PROCESSOR_FILES)
-        raise CheckpointError(f"{error.message}; the files of {name} are {files}: download them again") from error
+        raise CheckpointError(f"{error.message}; {name} needs the files {files}; download them again") from error
 
 
 def _chat(prompt: str) -> list[Any]:
-    """A batch of one chat, in which a user sends the prompt."""
+    """A batch of one chat with the prompt as the user message."""
     return [[{"role": "user", "content": [{"type": "text", "text": prompt}]}]]
 
 
-def _marks(tokenizer: Any, config: Any) -> tuple[str, ...]:
-    """The texts of the tokens that stand around and for images. Raises CheckpointError where there are none."""
+def _image_tokens(tokenizer: Any, config: Any) -> tuple[str, ...]:
+    """The texts of the image token and its start and end tokens. Raises CheckpointError if one is missing."""
     ids = {
         "image_token_id": config.image_token_id,
         "image_start_token_id": config.image_start_token_id,
         "image_end_token_id": config.image_end_token_id,
     }
-    marks: list[str | None] = tokenizer.convert_ids_to_tokens(list(ids.values()))
-    for (name, number), mark in zip(ids.items(), marks, strict=True):
-        if not mark:
+    texts: list[str | None] = tokenizer.convert_ids_to_tokens(list(ids.values()))
+    for (name, number), text in zip(ids.items(), texts, strict=True):
+        if not text:
             raise CheckpointError(
-                f"vision_language_encoder/config.json: {name}: {number} is no token of processor/tokenizer.json; "
-                "both must be those of one model"
+                f"vision_language_encoder/config.json: {name}: {number} is not a token of processor/tokenizer.json; "
+                "both files must belong to one model"
             )
-    return tuple(filter(None, marks))
+    return tuple(filter(None, texts))
 
 
 def _positions(prompt_tokens: int, grids: Sequence[Grid]) -> Tensor:
-    """Positions (3, 1, tokens) of prompt and grids: order, row and column, each grid after the one before."""
+    """Positions (time, row, column) of the prompt and the consecutive grids, (3, 1, tokens)."""
     parts = [torch.arange(prompt_tokens).expand(3, -1)]
     start = prompt_tokens
     for rows, columns in grids:
@@ -221,13 +221,15 @@ def _positions(prompt_tokens: int, grids: Sequence[Grid]) -> Tensor:
 
 
 def _warpers(settings: Any) -> Any:
-    """The settings of generation_config.json that shape the scores. Raises CheckpointError for others."""
+    """Logits warpers of the settings in generation_config.json. Raises CheckpointError for unsupported settings."""
     values = settings.to_dict()
     if values.get("_from_model_config"):
-        raise CheckpointError(f"{_SETTINGS_FILE} is missing; it says how tokens are sampled: download it again")
+        raise CheckpointError(f"{_SETTINGS_FILE} is missing, which has the sampling settings; download it again")
     for name, neutral in _NEUTRAL.items():
         if values.get(name) not in neutral:
-            message = f"{_SETTINGS_FILE}: {name}: {values[name]!r} is not supported; temperature, top_k and top_p are"
+            message = (
+                f"{_SETTINGS_FILE}: {name}: {values[name]!r} is not supported; only temperature, top_k and top_p are"
+            )
             raise CheckpointError(message)
     temperature, top_k, top_p = (values.get(name) for name in ("temperature", "top_k", "top_p"))
     temperature = _TEMPERATURE if temperature is None else temperature
@@ -247,10 +249,10 @@ def _warpers(settings: Any) -> Any:
 
 
 def _ends(ids: int | list[int] | None) -> frozenset[int]:
-    """The tokens that end a generation."""
+    """Ids of the end-of-sequence tokens."""
     return frozenset() if ids is None else frozenset(ids if isinstance(ids, list) else [ids])
 
 
-def _unusable(seed: int, what: str) -> InvalidInput:
-    message = f"seed: {seed} is not one from which the model draws a whole image: it drew {what}"
+def _unusable(seed: int, sampled: str) -> InvalidInput:
+    message = f"seed: {seed} is not usable with this prompt, as the model samples {sampled}"
     return InvalidInput(f"{message}; another seed works", field="seed")

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as an encoder: its states are used, and never its predictions of the next token."""
+"""Loaders of Qwen2.5-VL as an encoder: only hidden states are used, never next-token logits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def load_qwen_vl_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Language model and vision tower, for prompts with pictures. Raises CheckpointError."""
+    """Load the language model and the vision tower, for prompts with images. Raises CheckpointError."""
     model = load_pretrained(checkpoint, name, device, dtype).model
     model.language_model.config.use_cache = False
     return model
 
 
 def load_qwen_text_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The language model alone, for prompts without pictures. Raises CheckpointError."""
+    """Load only the language model, for prompts without images. Raises CheckpointError."""
     model = load_pretrained(checkpoint, name, device, dtype).model.language_model
     model.config.use_cache = False
     return model

@@ -1,8 +1,8 @@
-"""Runs one text encoder as its TextEncoding describes it."""
+"""Runs a text encoder as configured by a TextEncoding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,17 +11,17 @@ from torch import Tensor
 from common.artifacts import Prompt
 from common.errors import CheckpointError
 from configs.models.encodings import PromptText, Template, TextEncoding
+from models.encoder_runners.callbacks import Warn
 from models.encoder_runners.checks import check_tokenizer
 
-Warn = Callable[[str, str], None]
-
-MOST_TOLD = 2000
+MAX_WARNING_CHARS = 2000
+"""Longest quotation of a prompt in a warning, in characters."""
 
 
 class TextEncoder:
-    """A tokenizer and an encoder of transformers, and a connector if there is one, from modules by name.
+    """A tokenizer and an encoder of transformers, with an optional connector module.
 
-    Raises CheckpointError when tokenizer and encoder do not fit.
+    Raises CheckpointError if tokenizer and encoder are incompatible.
     """
 
     def __init__(self, encoding: TextEncoding, modules: Mapping[str, Any], device: torch.device) -> None:
@@ -39,13 +39,14 @@ class TextEncoder:
         positions = config.get("max_position_embeddings")
         if names.template is None and positions is not None and longest > positions:
             raise CheckpointError(
-                f"{names.tokenizer} makes up to {longest} tokens, but {names.encoder} has {positions} positions"
+                f"{names.tokenizer}: a length of {longest} tokens is not at most {positions}, the positions of "
+                f"{names.encoder}"
             )
 
     def encode(self, prompt: Prompt, warn: Warn) -> Mapping[str, Tensor]:
-        """What the denoiser gets, by keyword, batch 1.
+        """Encode a prompt: the denoiser's keyword arguments, batch 1.
 
-        A text that is too long is cut; warn(field, message) says what was lost.
+        A text that is too long is truncated; warn(field, message) reports the removed text.
         """
         output, mask = self._encode(prompt, warn)
         if self._encoding.connector is None:
@@ -58,7 +59,7 @@ class TextEncoder:
         if self._encoding.template is not None:
             return self._encode_in_template(self._encoding.template, source, prompt, warn)
         limit = self._encoding.max_length(prompt) or self._tokenizer.model_max_length
-        adds_marks = not self._encoding.has_marks
+        adds_special_tokens = not self._encoding.has_special_tokens
         tokens = self._tokenizer(
             source.text,
             padding="max_length",
@@ -67,41 +68,41 @@ class TextEncoder:
             return_attention_mask=True,
             return_tensors="pt",
             padding_side=self._encoding.padding_side,
-            add_special_tokens=adds_marks,
+            add_special_tokens=adds_special_tokens,
         ).to(self._device)
         whole = self._tokenizer(
-            source.text, return_tensors="pt", verbose=False, add_special_tokens=adds_marks
+            source.text, return_tensors="pt", verbose=False, add_special_tokens=adds_special_tokens
         ).input_ids
         if whole.shape[1] > limit:
-            # Where there is an end mark, the last token that fits is one, as is the last one of the whole text.
-            has_end = adds_marks and whole[0, -1] in self._tokenizer.all_special_ids
+            # With an end-of-sequence token, the last token is that token before and after truncation.
+            has_end = adds_special_tokens and whole[0, -1] in self._tokenizer.all_special_ids
             removed = whole[0, limit - 1 : -1] if has_end else whole[0, limit:]
-            self._warn_of_cut(warn, source, limit, whole.shape[1], removed)
+            self._warn_of_truncation(warn, source, limit, whole.shape[1], removed)
         given = (tokens.input_ids, tokens.attention_mask) if self._encoding.masked else (tokens.input_ids,)
         return self._encoding.output(self._encoder(*given), tokens.attention_mask), tokens.attention_mask
 
     def _encode_in_template(
         self, template: Template, source: PromptText, prompt: Prompt, warn: Warn
     ) -> tuple[Tensor, Tensor]:
-        """The same for text in a template, which is cut together with it."""
+        """Encode a text within its template; output and mask as _encode()."""
         whole = self._tokenizer(template.before + source.text + template.after, return_tensors="pt").input_ids
         limit = self._encoding.max_length(prompt) or self._tokenizer.model_max_length
         after = len(self._tokenizer(template.after, add_special_tokens=False).input_ids)
         text = whole[0, template.skipped : whole.shape[1] - after]
         if len(text) > limit:
-            self._warn_of_cut(warn, source, limit, len(text), text[limit:])
+            self._warn_of_truncation(warn, source, limit, len(text), text[limit:])
         tokens = whole[:, : template.skipped + limit].to(self._device)
         mask = torch.ones_like(tokens)
         return self._encoding.output(self._encoder(tokens), mask), mask
 
-    def _warn_of_cut(self, warn: Warn, source: PromptText, limit: int, length: int, removed: Tensor) -> None:
+    def _warn_of_truncation(self, warn: Warn, source: PromptText, limit: int, length: int, removed: Tensor) -> None:
         warn(
             source.field,
-            f"{self._encoding.encoder} reads at most {limit} tokens, and the text has {length}; "
-            f"it was cut before: {shorten(self._tokenizer.decode(removed))}",
+            f"{length} tokens are truncated to {limit}, the limit of {self._encoding.encoder}; "
+            f"removed: {shorten(self._tokenizer.decode(removed))}",
         )
 
 
 def shorten(text: str) -> str:
-    """The text, or its beginning: a warning is kept and sent with every answer."""
-    return text if len(text) <= MOST_TOLD else f"{text[:MOST_TOLD]} ..."
+    """Truncate a text to MAX_WARNING_CHARS: warnings are stored and sent with every reply."""
+    return text if len(text) <= MAX_WARNING_CHARS else f"{text[:MAX_WARNING_CHARS]} ..."

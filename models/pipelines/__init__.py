@@ -1,1 +1,1 @@
-"""One file a family with `EntryClass` and `register_configs()`; the registry finds it by itself. Free of torch."""
+"""Pipelines: one torch-free file per family, with `EntryClass` and `register_configs()`."""

@@ -1,4 +1,4 @@
-"""FLUX.1: two text encoders (CLIP pooled, T5 sequence), a packed flow-matching DiT, a 16-channel image VAE."""
+"""FLUX.1: CLIP (pooled) and T5 as text encoders, a packed flow-matching DiT, a 16-channel image VAE."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FluxPipeline(StandardPipeline):
 
 
 def register_configs(registry: Registry) -> None:
-    """Name the family's configs."""
+    """Register the family's configs."""
     registry.register_configs(
         FluxPipeline.pipeline_name,
         sampling_params="configs.sample.flux:FluxSamplingParams",

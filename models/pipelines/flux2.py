@@ -1,4 +1,4 @@
-"""FLUX.2 dev: Mistral Small 3 as text encoder, the FLUX.2 DiT with embedded guidance, a 32-channel image VAE."""
+"""FLUX.2 dev: Mistral Small 3 as text encoder, a DiT with embedded guidance, a 32-channel image VAE."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from common.pipeline import ComposedPipeline
 
 MODULES = ("text_encoder", "tokenizer", "transformer", "scheduler", "vae")
-"""Modules that dev and klein need."""
+"""Modules required by dev and klein."""
 
 
 class Flux2Pipeline(StandardPipeline):
@@ -24,7 +24,7 @@ class Flux2Pipeline(StandardPipeline):
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """Without and with reference images."""
+        """Variants "text" without and "image" with reference images."""
         del checkpoint
         return {"text": cls, "image": Flux2ImagePipeline}
 
@@ -40,7 +40,7 @@ class Flux2ImagePipeline(StandardImagePipeline):
     _required_config_modules = MODULES
 
     def create_pipeline_stages(self) -> None:
-        """Text and images to image: the denoiser alone gets the images, as latents."""
+        """Text and images to image; only the denoiser reads the images, as latents."""
         self.add_standard_ti2v_stages(image_encoder=None, decoding=MEDIA_DECODING)
 
 

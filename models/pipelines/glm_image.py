@@ -1,4 +1,4 @@
-"""GLM-Image: a language model that draws image tokens, a glyph encoder, a flow-matching DiT, an image VAE."""
+"""GLM-Image: a language model for prior tokens, a glyph encoder, a flow-matching DiT, an image VAE."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class GlmImagePipeline(StandardPipeline):
     )
 
     def create_pipeline_stages(self) -> None:
-        """One stage of its own, then denoising and decoding."""
+        """A model-specific stage, then denoising and decoding."""
         self.add_hybrid_stages(
             "models.stages.model_specific_stages.glm_image:GlmImageBeforeDenoisingStage",
             modules=("vision_language_encoder", "processor", "text_encoder", "tokenizer"),

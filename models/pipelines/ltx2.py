@@ -1,4 +1,4 @@
-"""LTX-2: Gemma 3 with connectors, a flow-matching DiT over video and audio latents, two VAEs and a vocoder."""
+"""LTX-2: Gemma 3 with connectors, a DiT over video and audio latents, two VAEs and a vocoder."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 _TEXT_MODULES = ("text_encoder", "tokenizer", "connectors")
 _DECODERS = {"vae": "vae", "audio_vae": "audio_vae", "vocoder": "vocoder"}
 MODULES = (*_TEXT_MODULES, "transformer", "scheduler", *_DECODERS)
-"""Modules that both pipelines need."""
+"""Modules required by both pipelines."""
 
 
 class LTX2Pipeline(StandardPipeline):
-    """Diffusers' LTX2Pipeline: text to a video with sound."""
+    """Diffusers' LTX2Pipeline: text to a video with audio."""
 
     pipeline_name = "LTX2Pipeline"
     _required_config_modules = MODULES
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """Text and image, whichever of the two pipelines the checkpoint names."""
+        """Both variants, regardless of the pipeline class in the checkpoint."""
         del checkpoint
         return ltx2_variants()
 
@@ -36,13 +36,13 @@ class LTX2Pipeline(StandardPipeline):
 
 
 class LTX2ImagePipeline(StandardImagePipeline):
-    """Diffusers' LTX2ImageToVideoPipeline over the same checkpoint: text and an image to a video with sound."""
+    """Diffusers' LTX2ImageToVideoPipeline with the same checkpoint: text and image to a video with audio."""
 
     pipeline_name = "LTX2Pipeline"
     _required_config_modules = MODULES
 
     def create_pipeline_stages(self) -> None:
-        """Text and image to video; the image is compressed as the request's sampling says."""
+        """Text and image to video; the image is compressed with the request's `image_crf`."""
         self.add_standard_ti2v_stages(
             text_modules=_TEXT_MODULES,
             image_encoder=None,

@@ -1,4 +1,4 @@
-"""LTX-2 from a directory that names LTX2ImageToVideoPipeline: the same model, with both variants."""
+"""LTX-2 in a checkpoint with the pipeline class LTX2ImageToVideoPipeline: the same variants."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LTX2ImageToVideoPipeline(LTX2ImagePipeline):
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """Text and image, whichever of the two pipelines the checkpoint names."""
+        """Both variants, regardless of the pipeline class in the checkpoint."""
         del checkpoint
         return ltx2_variants()
 

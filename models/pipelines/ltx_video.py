@@ -1,4 +1,4 @@
-"""LTX-Video: T5, a flow-matching DiT over packed video latents, a video VAE whose decoder may remove noise."""
+"""LTX-Video: T5, a DiT over packed video latents, a video VAE with an optional denoising decoder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from common.pipeline import ComposedPipeline
 
 MODULES = ("text_encoder", "tokenizer", "transformer", "scheduler", "vae")
-"""Modules that both pipelines need."""
+"""Modules required by both pipelines."""
 
 
 class LTXPipeline(StandardPipeline):
@@ -24,7 +24,7 @@ class LTXPipeline(StandardPipeline):
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """Text and image, whichever of the two pipelines the checkpoint names."""
+        """Both variants, regardless of the pipeline class in the checkpoint."""
         del checkpoint
         return ltx_video_variants()
 
@@ -34,13 +34,13 @@ class LTXPipeline(StandardPipeline):
 
 
 class LTXImagePipeline(StandardImagePipeline):
-    """Diffusers' LTXImageToVideoPipeline over the same checkpoint: text and an image to video."""
+    """Diffusers' LTXImageToVideoPipeline with the same checkpoint: text and image to video."""
 
     pipeline_name = "LTXPipeline"
     _required_config_modules = MODULES
 
     def create_pipeline_stages(self) -> None:
-        """Text and image to video; the image's latents are drawn with the request's seed."""
+        """Text and image to video; the image's latents are sampled with the request's seed."""
         self.add_standard_ti2v_stages(
             image_encoder=None,
             denoising=GENERATOR_DENOISING,

@@ -1,4 +1,4 @@
-"""LTX-Video from a directory that names LTXImageToVideoPipeline: the same model, with both variants."""
+"""LTX-Video in a checkpoint with the pipeline class LTXImageToVideoPipeline: the same variants."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LTXImageToVideoPipeline(LTXImagePipeline):
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """Text and image, whichever of the two pipelines the checkpoint names."""
+        """Both variants, regardless of the pipeline class in the checkpoint."""
         del checkpoint
         return ltx_video_variants()
 

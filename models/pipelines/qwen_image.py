@@ -1,4 +1,4 @@
-"""Qwen-Image: a language model as text encoder, a packed flow-matching DiT, the image half of a video VAE."""
+"""Qwen-Image: a language model as text encoder, a packed flow-matching DiT, a video VAE for images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class QwenImagePipeline(StandardPipeline):
 
 
 def register_configs(registry: Registry) -> None:
-    """Name the family's configs."""
+    """Register the family's configs."""
     registry.register_configs(
         QwenImagePipeline.pipeline_name,
         sampling_params="configs.sample.qwen_image:QwenImageSamplingParams",

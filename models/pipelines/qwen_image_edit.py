@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit: the same with a picture, which the language model sees and whose latents the DiT attends to."""
+"""Qwen-Image-Edit: Qwen-Image with an input image for the language model and the DiT."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from models.registry import Registry
 
 
 class QwenImageEditPipeline(StandardImagePipeline):
-    """Diffusers' QwenImageEditPipeline: one picture and an instruction to one picture."""
+    """Diffusers' QwenImageEditPipeline: an image and an instruction to an image."""
 
     pipeline_name = "QwenImageEditPipeline"
     _required_config_modules = ("text_encoder", "tokenizer", "processor", "transformer", "scheduler", "vae")
@@ -18,7 +18,7 @@ class QwenImageEditPipeline(StandardImagePipeline):
 
 
 def register_configs(registry: Registry) -> None:
-    """Name the family's configs."""
+    """Register the family's configs."""
     registry.register_configs(
         QwenImageEditPipeline.pipeline_name,
         sampling_params="configs.sample.qwen_image:QwenImageEditSamplingParams",

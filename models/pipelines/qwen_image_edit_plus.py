@@ -7,13 +7,13 @@ from models.registry import Registry
 
 
 class QwenImageEditPlusPipeline(QwenImageEditPipeline):
-    """Diffusers' QwenImageEditPlusPipeline: one or more images and an instruction to one image."""
+    """Diffusers' QwenImageEditPlusPipeline: images and an instruction to an image."""
 
     pipeline_name = "QwenImageEditPlusPipeline"
 
 
 def register_configs(registry: Registry) -> None:
-    """Name the family's configs."""
+    """Register the family's configs."""
     registry.register_configs(
         QwenImageEditPlusPipeline.pipeline_name,
         sampling_params="configs.sample.qwen_image:QwenImageEditPlusSamplingParams",

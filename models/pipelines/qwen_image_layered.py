@@ -1,4 +1,4 @@
-"""Qwen-Image-Layered: takes an image apart into layers with transparency, after a prompt or its own description."""
+"""Qwen-Image-Layered: decomposes an image into transparent layers, guided by a prompt or a caption."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class QwenImageLayeredPipeline(StandardImagePipeline):
     _required_config_modules = ("text_encoder", "tokenizer", "processor", "transformer", "scheduler", "vae")
 
     def create_pipeline_stages(self) -> None:
-        """One stage of its own, then denoising and decoding."""
+        """A model-specific stage, then denoising and decoding."""
         self.add_hybrid_stages(
             "models.stages.model_specific_stages.qwen_image_layered:QwenImageLayeredBeforeDenoisingStage",
             modules=("text_encoder", "tokenizer", "processor", "vae"),

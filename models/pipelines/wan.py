@@ -1,4 +1,4 @@
-"""Wan: UMT5, a flow-matching DiT over video latents, UniPC, a causal video VAE. Wan 2.1 T2V, Wan 2.2 TI2V and A14B."""
+"""Wan 2.1 T2V, Wan 2.2 TI2V and T2V A14B: UMT5, a DiT over video latents, UniPC, a causal video VAE."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 _MODULES = ("text_encoder", "tokenizer", "transformer", "scheduler", "vae")
 EXPERTS = "experts"
-"""The variant of checkpoints with two experts, which have no other."""
+"""The only variant of checkpoints with two experts."""
 TWO_EXPERTS = {TRANSFORMER: "transformer", "transformer_2": "transformer_2"}
-"""Modules of the two experts by role."""
+"""Role to module name of the two experts."""
 
 
 class WanPipeline(StandardPipeline):
-    """Diffusers' WanPipeline: text to video, and image to video where the checkpoint is Wan 2.2 TI2V."""
+    """Diffusers' WanPipeline: text to video; with a Wan 2.2 TI2V checkpoint also image to video."""
 
     pipeline_name = "WanPipeline"
     _required_config_modules = _MODULES
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """Text and image with `expand_timesteps`, two experts with `boundary_ratio`, else text and one transformer."""
+        """TI2V variants for `expand_timesteps`, two experts for `boundary_ratio`, otherwise this pipeline."""
         if checkpoint.index.get("expand_timesteps"):
             return ti2v_variants()
         return {"": cls} if checkpoint.index.get("boundary_ratio") is None else {EXPERTS: WanExpertsPipeline}
@@ -38,18 +38,18 @@ class WanPipeline(StandardPipeline):
 
 
 class WanExpertsPipeline(StandardPipeline):
-    """Diffusers' WanPipeline over a checkpoint with `boundary_ratio`: Wan 2.2 T2V A14B."""
+    """Diffusers' WanPipeline with `boundary_ratio`: Wan 2.2 T2V A14B."""
 
     pipeline_name = "WanPipeline"
     _required_config_modules = (*_MODULES, "transformer_2")
 
     def create_pipeline_stages(self) -> None:
-        """Text to video, with a transformer for the high noise levels and one for the low."""
+        """Text to video, with one transformer for high and one for low noise levels."""
         self.add_standard_t2i_stages(decoding=VIDEO_DECODING, transformers=TWO_EXPERTS)
 
 
 class WanTI2VImagePipeline(StandardImagePipeline):
-    """Diffusers' WanImageToVideoPipeline over a checkpoint with `expand_timesteps`, which has no vision encoder."""
+    """Diffusers' WanImageToVideoPipeline with `expand_timesteps`; there is no vision encoder."""
 
     pipeline_name = "WanPipeline"
     _required_config_modules = _MODULES

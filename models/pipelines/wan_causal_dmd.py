@@ -7,7 +7,7 @@ from models.registry import Registry
 
 
 class WanCausalDMDPipeline(StandardPipeline):
-    """FastVideo's WanCausalDMDPipeline: text to video. The checkpoint's scheduler plays no part."""
+    """FastVideo's WanCausalDMDPipeline: text to video. The checkpoint's scheduler is not used."""
 
     pipeline_name = "WanCausalDMDPipeline"
     _required_config_modules = ("text_encoder", "tokenizer", "transformer", "vae")

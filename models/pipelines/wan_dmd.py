@@ -7,7 +7,7 @@ from models.registry import Registry
 
 
 class WanDMDPipeline(StandardPipeline):
-    """FastVideo's WanDMDPipeline: text to video. The checkpoint's scheduler plays no part."""
+    """FastVideo's WanDMDPipeline: text to video. The checkpoint's scheduler is not used."""
 
     pipeline_name = "WanDMDPipeline"
     _required_config_modules = ("text_encoder", "tokenizer", "transformer", "vae")

@@ -1,6 +1,7 @@
-"""Wan 2.1, image to video: also conditioned on CLIP's tokens of the image, and on its latents beside the noise.
+"""Wan image to video: Wan 2.1 I2V, Wan 2.1 FLF2V and Wan 2.2 I2V A14B (two experts).
 
-Wan 2.2 I2V A14B has two experts, and no CLIP.
+Wan 2.1 is conditioned on CLIP tokens of the image and on its latents, as further channels of the noise. Wan 2.2 I2V
+A14B has two experts and no CLIP.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class WanImageToVideoPipeline(StandardImagePipeline):
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """Wan 2.2 TI2V's with `expand_timesteps`, two experts with `boundary_ratio`, else this pipeline alone."""
+        """TI2V variants for `expand_timesteps`, two experts for `boundary_ratio`, otherwise this pipeline."""
         if checkpoint.index.get("expand_timesteps"):
             return ti2v_variants()
         return {"": cls} if checkpoint.index.get("boundary_ratio") is None else {EXPERTS: WanExpertsImagePipeline}
@@ -45,18 +46,18 @@ class WanImageToVideoPipeline(StandardImagePipeline):
 
 
 class WanExpertsImagePipeline(StandardImagePipeline):
-    """Diffusers' WanImageToVideoPipeline over a checkpoint with `boundary_ratio`: Wan 2.2 I2V A14B."""
+    """Diffusers' WanImageToVideoPipeline with `boundary_ratio`: Wan 2.2 I2V A14B."""
 
     pipeline_name = "WanImageToVideoPipeline"
     _required_config_modules = ("text_encoder", "tokenizer", "transformer", "transformer_2", "scheduler", "vae")
 
     def create_pipeline_stages(self) -> None:
-        """Text and image to video; the experts read the image as latents only."""
+        """Text and image to video; the experts read the image only as latents."""
         self.add_standard_ti2v_stages(image_encoder=None, transformers=TWO_EXPERTS)
 
 
 def register_configs(registry: Registry) -> None:
-    """Name the family's configs."""
+    """Register the family's configs."""
     registry.register_configs(
         WanImageToVideoPipeline.pipeline_name,
         sampling_params="configs.sample.wan:WanImageToVideoSamplingParams",

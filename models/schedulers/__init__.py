@@ -1,1 +1,1 @@
-"""Solvers with their state per request, so that a loop can be resumed."""
+"""Solvers whose state belongs to one request, so that a loop can be resumed."""

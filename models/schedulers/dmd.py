@@ -1,4 +1,4 @@
-"""Steps of few-step models that were distilled by distribution matching (DMD): predict clean latents, add new noise.
+"""Solver of models distilled by distribution matching (DMD): predict clean latents, add new noise.
 
 Sources: DMD2 (arXiv 2405.14867), FastVideo's DmdDenoisingStage, Self Forcing (arXiv 2506.08009).
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.artifacts import Schedule
 from common.errors import InvalidInput
+from models.schedulers.solver import check_empty
 
 
 class DrawNoise(Protocol):
@@ -23,9 +24,9 @@ class DrawNoise(Protocol):
 
 
 class DmdSolver:
-    """The solver of one latent part. After the last step of the schedule it starts over: with the next block of frames.
+    """The solver of one latent part. After the last step it restarts with the next block of frames.
 
-    It has no state besides the step counter: the noise comes from the request's generator.
+    Its only state is the step counter; the noise comes from the request's generator.
     """
 
     def __init__(self, draw: DrawNoise, schedule: Schedule) -> None:
@@ -37,13 +38,16 @@ class DmdSolver:
     def step(
         self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """The clean latents that a velocity predicts, with noise of the next level, float32. The last step adds none.
+        """Predict clean latents and add noise of the next level, except at the last step; float32.
 
         Raises InvalidInput without a generator.
         """
         del timestep
         if generator is None:
-            raise InvalidInput("a DMD loop draws noise, but no generator came", field="latents_generator")
+            raise InvalidInput(
+                "latents_generator: None is not a generator, which a DMD loop needs to draw noise",
+                field="latents_generator",
+            )
         index = self._done % self._total
         self._done += 1
         clean: Tensor = latents.float() - self._sigmas[index] * prediction.float()
@@ -55,11 +59,10 @@ class DmdSolver:
         return noised
 
     def state(self) -> Mapping[str, Tensor]:
-        """Nothing."""
+        """Empty: the step counter is stored in the step checkpoint."""
         return {}
 
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
         """Set the step counter. Raises InvalidInput for the state of another solver."""
-        if state:
-            raise InvalidInput(f"this solver has no state, but got {', '.join(state)}", field="resume_from.solver")
+        check_empty(state)
         self._done = step

@@ -1,4 +1,4 @@
-"""Steps of a denoising loop: Diffusers' scheduler arithmetic, with state that belongs to one request."""
+"""Solvers of a denoising loop: Diffusers' scheduler arithmetic with state that belongs to one request."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from models.schedulers.support import check_scheduler
 
 
 class Solver(Protocol):
-    """The solver of one latent part of a request. Its step counter starts where it was built or restored."""
+    """The solver of one latent part of a request. Its step counter starts at 0 or at the restored step."""
 
     def step(
         self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Latents after the next step, in the prediction's dtype. Only stochastic solvers draw from the generator."""
+        """Take the next step; the result has the prediction's dtype. Only stochastic solvers use the generator."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """What it remembers besides the step counter: a multistep solver's history, on the device, never written to."""
+        """State besides the step counter, such as a multistep solver's history; read-only device tensors."""
 
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
-        """Continue after `step` steps with what state() returned then."""
+        """Continue after `step` steps with the state() of that step."""
 
 
 NewSolver = Callable[[Schedule], Solver]
-"""Makes the solver of one latent part of a request."""
+"""Creates the solver of one latent part of a request."""
 
 
 _UNIPC = "diffusers:UniPCMultistepScheduler"
@@ -49,11 +49,18 @@ PRIVATE_API = {
         (Attributes(_UNIPC, ("timesteps", "sigmas", *_SET_UNIPC)), Called(f"{_UNIPC}.set_begin_index", 2)),
     ),
 }
-"""Attributes of Diffusers' schedulers that the solvers set: under another name they would change nothing."""
+"""Attributes of Diffusers' schedulers set by the solvers; a renamed attribute would be ignored silently."""
+
+
+def check_empty(state: Mapping[str, Tensor]) -> None:
+    """Check that the state of a solver without state is empty. Raises InvalidInput."""
+    if state:
+        message = f"resume_from.solver: {', '.join(state)} is not the state of this solver, which is empty"
+        raise InvalidInput(message, field="resume_from.solver")
 
 
 class FlowMatchEulerSolver:
-    """First order: each step needs nothing but the latents."""
+    """First-order Euler solver: stateless except for the step counter."""
 
     def __init__(self, scheduler: Any, schedule: Schedule) -> None:
         self._scheduler = copy.deepcopy(scheduler)
@@ -70,21 +77,20 @@ class FlowMatchEulerSolver:
         return stepped
 
     def state(self) -> Mapping[str, Tensor]:
-        """Nothing."""
+        """Empty: the step counter is stored in the step checkpoint."""
         return {}
 
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
         """Set the step counter. Raises InvalidInput for the state of another solver."""
-        if state:
-            raise InvalidInput(f"this solver has no state, but got {', '.join(state)}", field="resume_from.solver")
+        check_empty(state)
         self._scheduler.set_begin_index(step)
 
 
 class UniPCSolver:
-    """UniPC: a multistep predictor, and a corrector that improves each step once the next prediction is known.
+    """UniPC: a multistep predictor with a corrector that refines each step by the next prediction.
 
-    It remembers the last predictions of the clean latents, as many as its order, newest last, and the latents that
-    the last step began with. How many of them a step uses follows from the step's number.
+    The state is the last `solver_order` predictions of the clean latents, newest last, and the latents before the last
+    step. The step number determines how many predictions a step uses.
     """
 
     def __init__(self, scheduler: Any, schedule: Schedule) -> None:
@@ -98,14 +104,14 @@ class UniPCSolver:
     def step(
         self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Correct the latents, then predict the next ones; in the latents' dtype."""
+        """Correct the latents, then take the next step; the result has the latents' dtype."""
         del generator
         self._move(latents.device)
         stepped: Tensor = self._scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         return stepped
 
     def state(self) -> Mapping[str, Tensor]:
-        """The history; nothing before the first step."""
+        """The history; empty before the first step."""
         scheduler = self._scheduler
         state: dict[str, Tensor] = {
             f"clean_{i}": clean for i, clean in enumerate(scheduler.model_outputs) if clean is not None
@@ -121,7 +127,7 @@ class UniPCSolver:
         known = min(step, order)
         names = {f"clean_{i}" for i in range(order - known, order)} | ({"last_sample"} if step else set())
         if state.keys() != names:
-            message = f"step {step} needs {sorted(names)}, but the state has {sorted(state)}"
+            message = f"resume_from.solver: {sorted(state)} is not the state at step {step}, which is {sorted(names)}"
             raise InvalidInput(message, field="resume_from.solver")
         scheduler.model_outputs = [state.get(f"clean_{i}") for i in range(order)]
         scheduler.timestep_list = [None] * order
@@ -133,7 +139,7 @@ class UniPCSolver:
         scheduler._step_index = None
 
     def _move(self, device: torch.device) -> None:
-        """Bring a restored history to where the latents are."""
+        """Move a restored history to the latents' device."""
         if device != self._device:
             scheduler, self._device = self._scheduler, device
             scheduler.model_outputs = [each if each is None else each.to(device) for each in scheduler.model_outputs]
@@ -148,9 +154,10 @@ _SOLVERS: Mapping[str, Callable[[Any, Schedule], Solver]] = {
 
 
 def solver_class(scheduler: Any) -> Callable[[Any, Schedule], Solver]:
-    """The solver for a scheduler of Diffusers.
+    """Return the solver class of a Diffusers scheduler.
 
-    Raises CheckpointError for one that cannot be resumed exactly, UnsupportedPackage for a changed Diffusers.
+    Raises CheckpointError for a scheduler that cannot be resumed exactly, and UnsupportedPackage if Diffusers' private
+    attributes have changed.
     """
     name = type(scheduler).__name__
     check_scheduler(name, scheduler.config)

@@ -1,4 +1,4 @@
-"""Which schedulers the denoising loop supports, decided from their configuration alone: no torch is needed."""
+"""Checks whether the denoising loop supports a scheduler, from its config and without torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler")
 
 
 def check_scheduler(class_name: str, config: Mapping[str, Any]) -> None:
-    """Refuse a scheduler that cannot be resumed exactly. Raises CheckpointError."""
+    """Check that the loop can run the scheduler and resume it exactly. Raises CheckpointError."""
     if class_name not in SCHEDULERS:
         supported = ", ".join(SCHEDULERS)
-        raise CheckpointError(f"scheduler: {class_name} is not supported; supported schedulers are {supported}")
+        raise CheckpointError(f"scheduler: {class_name} is not supported; supported are {supported}")
     if config.get("stochastic_sampling"):
-        raise CheckpointError("scheduler: stochastic_sampling is not supported; a seed would not fix the result")
+        raise CheckpointError(
+            "scheduler: stochastic_sampling: true is not supported, as the seed would not determine the result; "
+            "false works"
+        )
     if config.get("solver_p") is not None:
-        raise CheckpointError("scheduler: solver_p is not supported; UniPC's own predictor is")
+        raise CheckpointError("scheduler: solver_p is not supported; null, which means UniPC's own predictor, works")

@@ -1,4 +1,4 @@
-"""Runs a scheduler before the first request: a configuration that it cannot run is refused when the model loads."""
+"""Trial run of a scheduler at load time: rejects configurations that the scheduler cannot run."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from configs.pipeline_configs.base import PreparationConfig
     from configs.sample.base import SamplingParams
 
-# What Diffusers' schedulers raise for configurations and steps that they cannot run.
+# Exceptions that Diffusers' schedulers raise for unsupported configurations and numbers of steps.
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
-_FEWEST_STEPS = (2, 1)
-_LATENTS = (1, 1, 1, 1)
-_MOST_LETTERS = 400
+_SMALL_STEP_COUNTS = (2, 1)
+_LATENTS_SHAPE = (1, 1, 1, 1)
+_MAX_ERROR_CHARS = 400
 
 _log = get_logger(__name__)
 
@@ -39,13 +39,13 @@ def try_schedules(
     name: str,
     scheduler: Any,
 ) -> None:
-    """Build the schedules of the default number of steps, of 2 and of 1, and take their steps with small latents.
+    """Run the schedules of the default number of steps, of 2 steps and of 1 step, on small latents.
 
-    `name` is that of the scheduler's module in model_index.json. Numbers of steps that `params_class` refuses are left
-    out. A schedule of 1 step whose noise levels are not finite is logged: requests for 1 step are refused then. Raises
-    CheckpointError for every other failure.
+    `name` is the name of the scheduler in model_index.json. Numbers of steps that `params_class` rejects are skipped. A
+    1-step schedule with non-finite noise levels is logged as a warning, as requests for 1 step are then rejected.
+    Raises CheckpointError for all other failures.
     """
-    requests: list[dict[str, ParamValue]] = [{"num_inference_steps": steps} for steps in _FEWEST_STEPS]
+    requests: list[dict[str, ParamValue]] = [{"num_inference_steps": steps} for steps in _SMALL_STEP_COUNTS]
     for given in ({}, *requests):
         try:
             params, _ = params_class.build({"prompt": "", "seed": 0, **given}, checkpoint)
@@ -53,8 +53,8 @@ def try_schedules(
             continue
         artifacts = params.artifacts()
         canvas, sampling = artifacts["canvas"], artifacts["sampling"]
-        assert isinstance(canvas, Canvas), "SamplingParams.artifacts() puts each in its slot"
-        assert isinstance(sampling, Sampling), "SamplingParams.artifacts() puts each in its slot"
+        assert isinstance(canvas, Canvas), "SamplingParams.artifacts() has one artifact per slot"
+        assert isinstance(sampling, Sampling), "SamplingParams.artifacts() has one artifact per slot"
         try:
             _run(config, scheduler, canvas, sampling)
         except InvalidInput as error:
@@ -75,11 +75,11 @@ def _run(config: PreparationConfig, scheduler: Any, canvas: Canvas, sampling: Sa
 @torch.inference_mode()
 def _take_steps(scheduler: Any, schedule: Schedule) -> None:
     solver = solver_class(scheduler)(scheduler, schedule)
-    latents = torch.ones(_LATENTS)
+    latents = torch.ones(_LATENTS_SHAPE)
     for timestep in schedule.timesteps:
         latents = solver.step(torch.zeros_like(latents), timestep, latents)
     if not bool(torch.isfinite(latents).all()):
-        raise ArithmeticError("its steps end at latents that are not finite")
+        raise ArithmeticError("the final latents are not finite")
 
 
 def _refusal(
@@ -89,5 +89,5 @@ def _refusal(
     file = checkpoint.path / name / "scheduler_config.json"
     return CheckpointError(
         f"{file}: {type(scheduler).__name__} cannot run {sampling.num_inference_steps} steps with this configuration: "
-        f"{textwrap.shorten(sentence, _MOST_LETTERS, placeholder=' ...')}"
+        f"{textwrap.shorten(sentence, _MAX_ERROR_CHARS, placeholder=' ...')}"
     )

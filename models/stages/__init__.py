@@ -1,1 +1,1 @@
-"""The standard stages. No model is named in them."""
+"""The standard stages, which contain no model-specific code."""

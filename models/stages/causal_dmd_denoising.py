@@ -1,8 +1,8 @@
-"""The denoising loop of causal few-step models: block after block of a video, each emitted as soon as it is finished.
+"""The denoising loop of causal few-step models: blocks of a video, each emitted when it is finished.
 
-A block attends to the finished blocks before it, whose keys and values are in step memory of the request. After a
-block, a context pass predicts its finished latents at timestep 0, which writes the keys and values that later blocks
-attend to. A resumed loop repeats the context passes of finished blocks, one by one, and none of their denoising steps.
+A block attends to the preceding finished blocks through a KV cache in the request's step memory. After each block, a
+context pass predicts the finished latents at timestep 0 and thereby writes the block's keys and values to the cache. A
+resumed loop repeats the context passes of finished blocks, but not their denoising steps.
 
 Sources: Self Forcing (arXiv 2506.08009), FastVideo's CausalDMDDenosingStage.
 """
@@ -31,11 +31,11 @@ from models.stages.step_memory import Flags, Lease
 
 BLOCKS = "denoised_blocks"
 FIRST_FRAME = "first_frame"
-"""Static keyword of the denoiser's predict(): the frames of the video before the block."""
+"""Static keyword of the denoiser's predict(): the number of latent frames before the block."""
 
 
 class CausalDMDDenoisingStage(PipelineStage[DenoisingInput, BlockDenoisingOutput]):
-    """Takes all steps of the schedule for each block in turn; memory of earlier blocks belongs to the request."""
+    """Takes all steps of the schedule for each block in order; the KV cache belongs to the request."""
 
     def __init__(self, config: CausalDmdConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
@@ -49,10 +49,10 @@ class CausalDMDDenoisingStage(PipelineStage[DenoisingInput, BlockDenoisingOutput
     def run(self, x: DenoisingInput, call: Call) -> BlockDenoisingOutput:
         """Denoise all outputs as one batch; each item of the stream is a block of all outputs.
 
-        Steps are counted over all blocks. Reports every step, ends within one when cancelled, and continues after
-        resume_from.step to the same bytes: it emits the finished blocks again first. Raises InvalidInput for frames
-        that fill no whole blocks, ResourceExhausted, before the first step, where its memory does not fit, and
-        HandedOver at a step boundary when asked to.
+        Steps are counted over all blocks. Reports every step, and ends within one step when cancelled. Resumes after
+        resume_from.step with identical bytes, after emitting the finished blocks again. Raises InvalidInput if the
+        frames do not fill whole blocks, ResourceExhausted before the first step if step memory is insufficient, and
+        HandedOver at a step boundary if requested.
         """
         blocks = self._config.blocks_of(x.initial_latents.parts[self._part].latents)
         request = self._predictor.request(x)
@@ -69,7 +69,7 @@ class CausalDMDDenoisingStage(PipelineStage[DenoisingInput, BlockDenoisingOutput
 
     def _loop(self, request: LoopRequest, state: LoopState, blocks: int, call: Call, lease: Lease) -> None:
         steps, total = request.steps, len(request.steps) * blocks
-        latents = state.block(self._config.frames_of(0))  # for their shapes
+        latents = state.block(self._config.frames_of(0))  # only for shapes
         branches = self._predictor.branches(request, latents, steps, lease)
         checkpoints = LoopCheckpoints(state, total, self._runtime, call)
         for block in range(state.step // len(steps)):
@@ -87,14 +87,14 @@ class CausalDMDDenoisingStage(PipelineStage[DenoisingInput, BlockDenoisingOutput
             if number + 1 < len(steps):
                 checkpoints.send_if_due()
                 continue
-            # The checkpoint comes first: a receiver of the block never asks for its steps again.
+            # Send the checkpoint before the block: a received block's steps are then never repeated.
             checkpoints.send()
             self._emit(state, block, call)
             if block + 1 < blocks:
                 self._write_context(request, branches, state, block)
 
     def _write_context(self, request: LoopRequest, branches: Branches, state: LoopState, block: int) -> None:
-        """Write keys and values of a finished block to memory: predict it at timestep 0, the row after the steps."""
+        """Write a finished block to the KV cache: predict it at timestep 0, the row after the steps."""
         clean = dict.fromkeys(state.latents, 0.0)
         step = Step(len(request.steps), 0.0, clean, clean)
         latents = state.block(self._config.frames_of(block))

@@ -1,4 +1,4 @@
-"""Steps that all decoding stages share: pixels from the VAE's output, and the media items of a reply."""
+"""Functions shared by all decoding stages: pixels from the VAE's output, and media items of a reply."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from common.artifacts import Canvas, MediaItem
 from common.errors import InternalError, InvalidInput
 
 DEFAULT_FRAME_RATE = 16.0
-"""Frames a second of a video whose request names no rate."""
+"""Frames per second of a video whose request sets no frame rate."""
 
 
 def pixels_of(decoded: Tensor) -> Tensor:
-    """Map values in [-1, 1] to [0, 1], float32 on the CPU. Raises InternalError for values that are not finite."""
-    return finite((decoded * 0.5 + 0.5).clamp(0, 1).float().cpu().contiguous(), "pixels")
+    """Map values in [-1, 1] to [0, 1], float32 on the CPU. Raises InternalError for non-finite values."""
+    return check_finite((decoded * 0.5 + 0.5).clamp(0, 1).float().cpu().contiguous(), "pixels")
 
 
-def finite(made: Tensor, kind: str) -> Tensor:
-    """Return `made` unchanged. Raises InternalError for values that are not finite."""
-    if not made.isfinite().all():
-        raise InternalError(f"the model made {kind} that are no numbers: its weights or latents overflowed")
-    return made
+def check_finite(values: Tensor, kind: str) -> Tensor:
+    """Return `values` unchanged. Raises InternalError for non-finite values."""
+    if not values.isfinite().all():
+        raise InternalError(f"{kind}: non-finite values from the model; its weights or latents overflowed")
+    return values
 
 
 def media_item(data: bytes, content_type: str, canvas: Canvas, num_frames: int) -> MediaItem:
-    """The item of a whole file."""
+    """The media item of a complete file."""
     return MediaItem(
         data=torch.frombuffer(bytearray(data), dtype=torch.uint8),
         content_type=content_type,
@@ -35,7 +35,7 @@ def media_item(data: bytes, content_type: str, canvas: Canvas, num_frames: int) 
     )
 
 
-def unsupported_format(output_format: str, made: str) -> InvalidInput:
-    """The error for a format other than `made` and safetensors."""
-    message = f"output_format {output_format!r} is not made by this model; it makes {made} and safetensors"
+def unsupported_format(output_format: str, supported: str) -> InvalidInput:
+    """The error for a format other than `supported` and safetensors."""
+    message = f"output_format: {output_format!r} is not supported by this model; {supported} and safetensors work"
     return InvalidInput(message, field="output_format")

@@ -1,4 +1,4 @@
-"""The denoising loop. It knows no model: what differs between models, it asks the config."""
+"""The standard denoising loop; callbacks of the model's config provide everything model-specific."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _log = get_logger(__name__)
 
 
 class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
-    """Predicts and steps until the schedule ends, with one prediction for each branch that a step needs."""
+    """Takes all steps of the schedule, each with one prediction per active guidance branch."""
 
     def __init__(self, config: DenoisingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
@@ -38,7 +38,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
         self._caching = _step_caching(runtime)
 
     def _solver_of(self, modules: Mapping[str, Any]) -> NewSolver:
-        """Makes the solver of a request's part: that of the checkpoint's scheduler. Raises CheckpointError."""
+        """Return the factory of a latent part's solver, for the checkpoint's scheduler. Raises CheckpointError."""
         scheduler = modules[SCHEDULER]
         return partial(solver_class(scheduler), scheduler)
 
@@ -46,15 +46,19 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
     def run(self, x: DenoisingInput, call: Call) -> DenoisingOutput:
         """Denoise all outputs as one batch.
 
-        Reports every step, ends within one when cancelled, and continues after resume_from.step to the same bytes. In a
-        worker group all ranks run it together, on equal inputs, and get equal outputs. With a step cache it neither
-        sends checkpoints nor resumes nor hands over: the cache is not part of them. Raises ResourceExhausted, before
-        the first step, where the memory of its steps does not fit, and HandedOver at a step boundary when asked to.
+        Reports every step, ends within one step when cancelled, and resumes after resume_from.step with identical
+        bytes. In a worker group, all ranks call run() together with equal inputs and get equal outputs. A loop with a
+        step cache sends no checkpoints, cannot resume and is not handed over, because checkpoints do not contain the
+        cache. Raises ResourceExhausted before the first step if step memory is insufficient, and HandedOver at a step
+        boundary if requested.
         """
         request = self._predictor.request(x)
         state = LoopState.of(x, self._config.part_keywords, self._new_solver)
         if self._caching is not None and state.step:
-            raise InvalidInput("a loop with a step cache starts at step 0: it has no checkpoints", field="resume_from")
+            raise InvalidInput(
+                "resume_from: a loop with a step cache has no checkpoints; a request from step 0 works",
+                field="resume_from",
+            )
         with self._memory.leases() as lease:
             self._loop(request, state.to(self._runtime.device), call, lease)
         latents = self._config.after_loop(state.latents, request.conditions)
@@ -84,7 +88,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 
 
 def _step_caching(runtime: Runtime) -> StepCaching | None:
-    """Ranks that hold parts of one branch decide together; branches decide separately."""
+    """Step caching of this runtime. Ranks that compute one branch decide together, branches independently."""
     threshold = runtime.approximation.step_cache_threshold
     if threshold <= 0:
         return None

@@ -1,4 +1,4 @@
-"""The denoising loop of few-step models: it predicts clean latents and adds new noise from the request's generator."""
+"""The denoising loop of few-step models: each step predicts clean latents and adds new noise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.stages.denoising import DenoisingStage
 
 
 class DmdDenoisingStage(DenoisingStage):
-    """The standard loop with the DMD solver. The pipeline has no scheduler and reads `latents_generator`."""
+    """The standard loop with the DMD solver. The pipeline has no scheduler, and reads `latents_generator`."""
 
     _config: DmdConfig
 

@@ -1,4 +1,4 @@
-"""The first draw of a request, of models that draw the latents of an image: before the starting noise."""
+"""The first draw of a request's generator: noise for image latents, before the initial noise."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from configs.pipeline_configs.base import LatentLayout
 def first_draw(
     config: LatentLayout, canvas: Canvas, seed: int, vae_dtype: torch.dtype
 ) -> tuple[Tensor | None, torch.Generator]:
-    """The noise for the image's latents, if the model draws them, and the request's generator after this draw.
+    """Draw the noise that samples image latents, if the model samples them.
 
-    Image encoding uses the noise, latent preparation the generator: neither waits for the other.
+    Returns the noise or None, and the request's generator after this draw. Image encoding uses the noise, latent
+    preparation the generator, so that neither stage depends on the other.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = config.posterior_shape(canvas)

@@ -1,4 +1,4 @@
-"""Turns the pictures of a request into conditioning, and into latents."""
+"""Encodes a request's images to conditioning and to latents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from models.contracts import (
     ImageVAEEncodingOutput,
 )
 from models.encoder_runners.checks import check_vision_processor
-from models.images import as_tensor, middle, open_images
+from models.images import as_tensor, center_crop, open_images
 from models.media import recompressed
 from models.runtime import Runtime
 from models.stages.first_draw import first_draw
@@ -33,7 +33,7 @@ _FILTERS: Mapping[str, Image.Resampling] = {
 
 
 class ImageEncodingStage(PipelineStage[ImageEncodingInput, ImageEncodingOutput]):
-    """Runs the model's vision encoder on all pictures at once, each in its own size before the encoder's crop."""
+    """Runs the model's vision encoder on all images as one batch; its processor resizes and crops them."""
 
     def __init__(self, config: VisionConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
@@ -43,18 +43,18 @@ class ImageEncodingStage(PipelineStage[ImageEncodingInput, ImageEncodingOutput])
 
     @torch.inference_mode()
     def run(self, x: ImageEncodingInput, call: Call) -> ImageEncodingOutput:
-        """Batch 1, on the CPU. The negative branch sees the same pictures. Raises InvalidInput for unreadable ones."""
+        """Conditioning of batch 1 on the CPU, for both branches. Raises InvalidInput for undecodable images."""
         call.check_cancelled()
-        pictures = list(open_images(x.image_inputs).values())
-        pixels = self._processor(images=pictures, return_tensors="pt").pixel_values
+        images = list(open_images(x.image_inputs).values())
+        pixels = self._processor(images=images, return_tensors="pt").pixel_values
         output = self._encoder(pixels.to(self._device, self._dtype), output_hidden_states=True)
         embeds = self._config.vision_tokens(output.hidden_states)
-        moved = {name: value.to("cpu", self._dtype) for name, value in embeds.items()}
-        return ImageEncodingOutput(image_conditioning=Conditioning(prompt_embeds=moved))
+        on_cpu = {name: value.to("cpu", self._dtype) for name, value in embeds.items()}
+        return ImageEncodingOutput(image_conditioning=Conditioning(prompt_embeds=on_cpu))
 
 
 class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodingOutput]):
-    """Runs the VAE's encoder on the pictures, in the size and arrangement that the model wants them in."""
+    """Resizes the images as the model requires and encodes them with the VAE."""
 
     def __init__(self, config: ImageLatentsConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
@@ -64,15 +64,15 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
 
     @torch.inference_mode()
     def run(self, x: ImageVAEEncodingInput, call: Call) -> ImageVAEEncodingOutput:
-        """Batch 1, on the CPU. The likeliest latents are taken, or a sample if the model draws one."""
+        """Latents of batch 1 on the CPU: the mode or a sample of the VAE's distribution."""
         call.check_cancelled()
         tensors: dict[str, Tensor] = {}
-        for role, picture in open_images(x.image_inputs, self._config.image_mode).items():
-            size = self._config.image_size((picture.height, picture.width), x.canvas)
+        for role, image in open_images(x.image_inputs, self._config.image_mode).items():
+            size = self._config.image_size((image.height, image.width), x.canvas)
             factor = 0 if x.sampling is None else self._config.recompression(x.sampling)
-            seen = _recompressed(role, picture, factor) if factor else picture
-            whole = as_tensor(seen, *size, _FILTERS[self._config.resampling])
-            tensors[role] = middle(whole, *self._config.image_crop(size)).to(self._device)
+            source = _recompressed(role, image, factor) if factor else image
+            resized = as_tensor(source, *size, _FILTERS[self._config.resampling])
+            tensors[role] = center_crop(resized, *self._config.image_crop(size)).to(self._device)
         parts = {
             part: LatentPart(latents=self._config.pack(part, raw.cpu()), raw_latent_shape=tuple(raw.shape))
             for part, raw in self._config.image_latents(self._encoder(x), tensors, x.canvas).items()
@@ -80,7 +80,7 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
         return ImageVAEEncodingOutput(image_latents=Latents(parts=parts))
 
     def _encoder(self, x: ImageVAEEncodingInput) -> Callable[[Tensor], Tensor]:
-        """The VAE's, for the image as this request needs it."""
+        """The VAE's encoder: its mode, or a sample with the request's noise."""
         noise = None
         if x.sampling is not None:
             noise, _ = first_draw(self._config, x.canvas, x.sampling.seed, self._dtype)
@@ -89,9 +89,9 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
         return encode
 
 
-def _recompressed(role: str, picture: Image.Image, factor: int) -> Image.Image:
-    """The compressed image. Raises InvalidInput about the role."""
+def _recompressed(role: str, image: Image.Image, factor: int) -> Image.Image:
+    """Apply H.264 compression artifacts. Raises InvalidInput with the role."""
     try:
-        return recompressed(picture, factor)
+        return recompressed(image, factor)
     except ValueError as error:
         raise InvalidInput(f"{role}: {error}", field=role) from None

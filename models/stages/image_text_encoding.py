@@ -1,4 +1,4 @@
-"""Turns a prompt and the pictures that it speaks of into conditioning."""
+"""Encodes a prompt together with the request's images to conditioning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from models.runtime import Runtime
 
 
 class ImageTextEncodingStage(PipelineStage[ImageTextEncodingInput, TextEncodingOutput]):
-    """Runs the model's encoder on text and pictures; for guidance, on the negative text and the same pictures."""
+    """Runs the model's encoder on the images with the prompt and, for guidance, the negative prompt."""
 
     indifferent_to = frozenset({"sampling.seed", "sampling.num_inference_steps"})
 
@@ -38,16 +38,16 @@ class ImageTextEncodingStage(PipelineStage[ImageTextEncodingInput, TextEncodingO
 
     @torch.inference_mode()
     def run(self, x: ImageTextEncodingInput, call: Call) -> TextEncodingOutput:
-        """Batch 1, on the CPU. Raises InvalidInput for unreadable pictures."""
+        """Conditioning of batch 1 on the CPU. Raises InvalidInput for undecodable images."""
         call.check_cancelled()
-        pictures = list(open_images(x.image_inputs).values())
+        images = list(open_images(x.image_inputs).values())
         texts = [PromptText(field="prompt", text=x.prompt.prompt)]
         if self._config.wants_negative(x.prompt, x.sampling):
             texts.append(PromptText(field="negative_prompt", text=x.prompt.negative_prompt or ""))
         encoded: list[dict[str, Tensor]] = []
         for text in texts:
             call.check_cancelled()
-            embeds = self._encoder.encode(text, pictures)
+            embeds = self._encoder.encode(text, images)
             encoded.append({self._keyword: embeds.to("cpu", self._dtype)})
         positive, *negative = encoded
         conditioning = Conditioning(prompt_embeds=positive, negative_prompt_embeds=negative[0] if negative else {})

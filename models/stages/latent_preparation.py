@@ -1,4 +1,4 @@
-"""Draws the starting noise."""
+"""Draws the initial noise."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from models.stages.first_draw import first_draw
 
 
 class LatentPreparationStage(PipelineStage[LatentPreparationInput, LatentPreparationOutput]):
-    """One draw a part on the CPU for all outputs, as Diffusers makes it with a CPU generator: same seed, same noise."""
+    """Draws each latent part once, for all outputs, with a CPU generator as in Diffusers."""
 
-    def __init__(self, config: PreparationConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:  # noqa: ARG002  (every stage is built so)
+    def __init__(self, config: PreparationConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:  # noqa: ARG002  (all stages have one signature)
         self._config = config
         self._dtype = config.noise_dtype(runtime.dtype)
         self._vae_dtype = config.dtype_of("vae", runtime.dtype)
 
     @torch.inference_mode()
     def run(self, x: LatentPreparationInput, call: Call) -> LatentPreparationOutput:
-        """The noise in the denoiser's layout and, where the pipeline reads it, the generator after the draw."""
+        """The noise in the denoiser's layout and, if the pipeline reads it, the generator after the draw."""
         call.check_cancelled()
         _, generator = first_draw(self._config, x.canvas, x.sampling.seed, self._vae_dtype)
         parts: dict[str, LatentPart] = {}

@@ -1,4 +1,4 @@
-"""State of a denoising loop: latents, solvers and generator, from the initial noise or from a step checkpoint."""
+"""State of a denoising loop: latents, solvers and generator."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _FIELD = "resume_from"
 
 @dataclass
 class LoopState:
-    """The loop after `step` steps. There is a solver for each part; stochastic solvers draw from `generator`.
+    """State after `step` steps, with one solver for each latent part.
 
-    A loop over blocks of frames takes all steps of the schedule for each block; its solvers start over at each block.
+    Stochastic solvers draw from `generator`. A loop over blocks of frames takes all steps of the schedule for each
+    block; its solvers restart at each block.
     """
 
     step: int
@@ -36,9 +37,9 @@ class LoopState:
 
     @classmethod
     def of(cls, x: DenoisingInput, parts: Collection[str], new_solver: NewSolver, blocks: int = 1) -> Self:
-        """The loop over `blocks` blocks at its first step, or where resume_from stopped; tensors are on the CPU.
+        """Initial state of a loop over `blocks` blocks, or the state in resume_from, on the CPU.
 
-        Raises InvalidInput for a checkpoint of another loop.
+        Raises InvalidInput for a checkpoint of a different loop.
         """
         noise = {part: x.initial_latents.parts[part] for part in parts}
         state = cls(
@@ -56,31 +57,38 @@ class LoopState:
 
     def _restore(self, state: StepCheckpoint, total: int) -> None:
         if not 0 <= state.step <= total:
-            raise InvalidInput(f"step {state.step} is not one of 0 to {total}", field=f"{_FIELD}.step")
+            raise InvalidInput(f"resume_from.step: {state.step} is not from 0 to {total}", field=f"{_FIELD}.step")
         latents: dict[str, Tensor] = {}
         for part, noise in self.latents.items():
             found = state.latents.parts.get(part)
             if found is None or found.latents.shape != noise.shape:
-                message = f"a loop that started at latents {tuple(noise.shape)} cannot continue at others"
+                shape = None if found is None else tuple(found.latents.shape)
+                message = f"resume_from.latents: shape {shape} of {part} is not {tuple(noise.shape)}"
                 raise InvalidInput(message, field=f"{_FIELD}.latents")
             latents[part] = found.latents
         for part, solver in self.solvers.items():
             solver.restore(state.step, _of_part(part, state.solver))
         if unknown := sorted(name for name in state.solver if name.partition(".")[0] not in self.solvers):
-            raise InvalidInput(f"this loop has no solver for {', '.join(unknown)}", field=f"{_FIELD}.solver")
+            raise InvalidInput(
+                f"resume_from.solver: {', '.join(unknown)} is not the state of a solver of this loop",
+                field=f"{_FIELD}.solver",
+            )
         if (self.generator is None) != (state.generator is None):
-            raise InvalidInput("the state of the generator does not fit this loop", field=f"{_FIELD}.generator")
+            raise InvalidInput(
+                "resume_from.generator: a generator is required if, and only if, the loop draws noise",
+                field=f"{_FIELD}.generator",
+            )
         self.generator = _generator(state.generator)
         self.step, self.latents = state.step, latents
 
     def to(self, device: torch.device) -> Self:
-        """Move latents and timesteps to the device; solvers move their state with the first step."""
+        """Move latents and timesteps to the device; solvers move their state in their first step."""
         self.latents = {part: each.to(device) for part, each in self.latents.items()}
         self.timesteps = self.timesteps.to(device)
         return self
 
     def advance(self, predictions: Mapping[str, Tensor], frames: slice | None = None) -> None:
-        """Step all parts by their predictions, or the frames (B, channels, frames, ...) of the current block alone."""
+        """Step all parts, or only a block's `frames` of (B, channels, frames, ...), by the predictions."""
         timestep = self.timesteps[self.step % len(self.timesteps)]
         now = self.latents if frames is None else self.block(frames)
         stepped = {
@@ -91,18 +99,18 @@ class LoopState:
         self.step += 1
 
     def block(self, frames: slice) -> dict[str, Tensor]:
-        """The latents of some frames, by part."""
+        """The latents of a range of frames, by part."""
         return {part: each[:, :, frames] for part, each in self.latents.items()}
 
     def _with_block(self, frames: slice, block: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """New latents with these frames: checkpoints may hold the tensors of earlier steps."""
+        """Latents with a block replaced, as copies: checkpoints may still refer to the old tensors."""
         whole = {part: each.clone() for part, each in self.latents.items()}
         for part, each in block.items():
             whole[part][:, :, frames] = each
         return whole
 
     def step_checkpoint(self) -> StepCheckpoint:
-        """The loop as it is now, on the CPU; the receiver owns the tensors."""
+        """Checkpoint of the current state on the CPU; the receiver owns the tensors."""
         solver = {f"{part}.{name}": each for part, own in self.solvers.items() for name, each in own.state().items()}
         copies = on_cpu({**solver, **{f"{_LATENTS}.{part}": each for part, each in self.latents.items()}})
         latents = {part: copies.pop(f"{_LATENTS}.{part}") for part in self.latents}
@@ -110,11 +118,11 @@ class LoopState:
         return StepCheckpoint(step=self.step, latents=self.artifact(latents), solver=copies, generator=generator)
 
     def generator_artifact(self) -> Generator | None:
-        """The generator as it is now."""
+        """The generator's current state."""
         return None if self.generator is None else Generator(seed=self.seed, state=self.generator.get_state())
 
     def artifact(self, latents: Mapping[str, Tensor]) -> Latents:
-        """Latents of all parts, as an artifact."""
+        """The latents of all parts as an artifact."""
         return Latents(
             parts={part: LatentPart(latents=each, raw_latent_shape=self.shapes[part]) for part, each in latents.items()}
         )
@@ -127,7 +135,7 @@ def _of_part(part: str, solver: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _generator(artifact: Generator | None) -> torch.Generator | None:
-    """A generator in the artifact's state."""
+    """Create a generator with the artifact's state."""
     if artifact is None:
         return None
     generator = torch.Generator("cpu")

@@ -1,9 +1,10 @@
-"""Paces a denoising loop by its device, which on CUDA computes long after kernels are enqueued.
+"""Paces a denoising loop on an asynchronous device, which runs kernels long after they are enqueued.
 
-A loop that enqueued all steps at once could neither be cancelled nor report its progress. A loop that waited for each
-step would leave the device idle while it enqueues the next one. This loop enqueues the next step LEAD_SECONDS before
-the expected end of the current one, which it estimates from the duration of the previous step. After a cancel the
-device finishes the current step, and one more if the cancel comes within the last LEAD_SECONDS.
+If all steps were enqueued at once, the loop could not be cancelled and could not report progress. If the loop waited
+for each step, the device would be idle while the next step is enqueued. Therefore, the next step is enqueued
+LEAD_SECONDS before the expected end of the current step, estimated from the duration of the previous step. After a
+cancellation the device finishes the current step, and one more step if the cancellation arrives within the last
+LEAD_SECONDS.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ import torch
 from common.stage import Call
 
 LEAD_SECONDS = 0.05
-"""How long before the end of a step the next one is enqueued; that takes a few milliseconds."""
-_LOOK_SECONDS = 0.005
+"""Time before the expected end of a step at which the next step is enqueued. Enqueuing takes a few milliseconds."""
+_POLL_SECONDS = 0.005
 
 
-class Mark(Protocol):
-    """A place in what a device was given to do, as a recorded torch.cuda.Event is."""
+class DeviceEvent(Protocol):
+    """A recorded event of a device, such as a torch.cuda.Event."""
 
     def query(self) -> bool:
-        """Whether the device has come there."""
+        """Whether the device has finished all work before the event."""
 
     def synchronize(self) -> None:
-        """Wait until it has."""
+        """Block until the device has finished all work before the event."""
 
 
 def paced_steps(start: int, total: int, call: Call, device: torch.device) -> Iterator[int]:
-    """The steps from `start` to below `total`, each when it is due to be enqueued; reports finished steps to the call.
+    """Yield each step from `start` to `total` - 1 when it is due to be enqueued, and report finished steps.
 
-    Raises as call.check_cancelled. On a CPU a step is finished as soon as the loop asks for the next one.
+    Raises as call.check_cancelled(). On a CPU a step is finished when the caller requests the next step.
     """
     if device.type == "cuda":
-        return marked_steps(start, total, call, lambda: _recorded(device))
+        return event_paced_steps(start, total, call, lambda: _recorded(device))
     return _immediate_steps(start, total, call)
 
 
@@ -48,18 +49,19 @@ def _immediate_steps(start: int, total: int, call: Call) -> Iterator[int]:
         call.progress(step + 1, total)
 
 
-def _recorded(device: torch.device) -> Mark:
+def _recorded(device: torch.device) -> DeviceEvent:
     event: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
 
 
-def marked_steps(start: int, total: int, call: Call, record: Callable[[], Mark]) -> Iterator[int]:
-    """The same for a device that is asynchronous; `record` marks the end of what it was given so far.
+def event_paced_steps(start: int, total: int, call: Call, record: Callable[[], DeviceEvent]) -> Iterator[int]:
+    """Yield steps as paced_steps() for an asynchronous device.
 
-    The first two steps are waited for, which tells the time that one takes, and the last, so that it is finished.
+    `record` records an event after the enqueued work. Waits for the first two steps, to measure the duration of a step,
+    and for the last step.
     """
-    unfinished: list[tuple[int, Mark]] = []
+    unfinished: list[tuple[int, DeviceEvent]] = []
     ends: list[float] = []
     for step in range(start, total):
         call.check_cancelled()
@@ -67,16 +69,16 @@ def marked_steps(start: int, total: int, call: Call, record: Callable[[], Mark])
         unfinished.append((step + 1, record()))
         ahead = 1 if len(ends) >= 2 and step + 1 < total else 0
         while len(unfinished) > ahead:
-            done, mark = unfinished.pop(0)
-            mark.synchronize()
+            done, event = unfinished.pop(0)
+            event.synchronize()
             ends.append(time.monotonic())
             call.progress(done, total)
         if ahead:
             _wait(unfinished[0][1], ends[-1] + (ends[-1] - ends[-2]) - LEAD_SECONDS, call)
 
 
-def _wait(mark: Mark, until: float, call: Call) -> None:
-    """Wait until that time of the monotonic clock, or until the device is there, or the call is cancelled."""
-    while (left := until - time.monotonic()) > 0 and not mark.query():
-        if call.cancelled.wait(min(left, _LOOK_SECONDS)):
+def _wait(event: DeviceEvent, until: float, call: Call) -> None:
+    """Wait until `until` (time.monotonic()), until the event is complete, or until the call is cancelled."""
+    while (left := until - time.monotonic()) > 0 and not event.query():
+        if call.cancelled.wait(min(left, _POLL_SECONDS)):
             return

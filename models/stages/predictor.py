@@ -1,4 +1,4 @@
-"""Guided predictions of a denoising loop: prepared once a request, predicted by its branches at each step."""
+"""Guided predictions: branches are prepared once per request and predict at each step."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from models.stages.step_memory import NO_FLAGS, Flags, Lease, StepInputs, StepKi
 
 @dataclass(frozen=True)
 class StepCaching:
-    """Reuse of earlier steps' blocks where the first block changed by less than the threshold (relative L1).
+    """Settings of the step cache.
 
-    Ranks along `axes` decide together.
+    A step reuses cached block outputs if the first block's change is below `threshold`. The change is a relative L1
+    distance. Ranks along `axes` decide together.
     """
 
     threshold: float
     axes: tuple[Axis, ...] = ()
 
     def new_cache(self) -> StepCache:
-        """An empty cache of a branch."""
+        """Create an empty cache for a branch."""
         return StepCache(self._sum_over_ranks)
 
     def _sum_over_ranks(self, sums: Tensor) -> Tensor:
@@ -46,9 +47,9 @@ class StepCaching:
 
 
 class Branch:
-    """One branch of a request on one denoiser: prepared once, asked at every step.
+    """One guidance branch of a request on one denoiser.
 
-    `reused` counts the predictions that took the work of all blocks but the first from an earlier step.
+    `reused` counts the predictions that reused the cached outputs of all blocks except the first.
     """
 
     def __init__(self, prepared: Prepared, memory: StepMemory, threshold: float = 0.0) -> None:
@@ -58,7 +59,7 @@ class Branch:
         self.reused = 0
 
     def predict(self, latents: Tensors, step: int, flags: Flags = NO_FLAGS) -> Predictions:
-        """The predictions at a step, for latents by the denoiser's keyword. `flags` are its own static keywords."""
+        """Predict at a step, from latents by the denoiser's keyword. `flags` are static keywords of this call."""
         row, memory = self._prepared.row(step), self._memory
         if memory.cache is not None and memory.cache.is_filled:
             predictions = predict_step(memory, latents, row, StepKind(probe=True, flags=flags))
@@ -69,7 +70,7 @@ class Branch:
 
 
 def predict_step(memory: StepMemory, latents: Tensors, row: Tensors, kind: StepKind) -> Predictions:
-    """The predictions of a step, eagerly or by a CUDA graph; each kind of step has a graph of its own."""
+    """Run the denoiser at a step, eagerly or by the CUDA graph of this kind of step."""
     if memory.runs_eagerly(kind):
         predictions = memory.transformer.predict(**memory.keywords(latents, row, kind))
     else:
@@ -89,7 +90,7 @@ def lease_branch(
     flags: Mapping[str, Hashable] = MappingProxyType({}),
     caching: StepCaching | None = None,
 ) -> Branch:
-    """A branch with memory for steps whose latents have these shapes. Raises ResourceExhausted."""
+    """Create a branch with leased memory for latents of these shapes. Raises ResourceExhausted."""
     static = {**prepared.flags, **flags}
     inputs = StepInputs(latents, prepared.row(0), prepared.constants, prepared.memory, static)
     if caching is None:
@@ -98,17 +99,17 @@ def lease_branch(
 
 
 MakeBranch = Callable[[str, str], Branch]
-"""Makes the branch of a name on the denoiser of a role."""
+"""Creates a branch from its name and its denoiser's role."""
 Predict = Callable[[Branch], Parts]
-"""The predictions of a branch by latent part."""
+"""Returns a branch's predictions by latent part."""
 
 
 class Branches:
-    """The branches of one request on each of its denoisers.
+    """The guidance branches of one request on each of its denoisers.
 
-    Rank r of the cfg axis computes branches r, r + cfg, ... of `names` and exchanges its predictions, which changes no
-    bit: branches are never one batch. With a single branch there is nothing to share, and all ranks compute it. `dtype`
-    is that of the predictions.
+    Rank r of the cfg axis computes branches r, r + cfg, ... of `names`; ranks exchange the predictions. Results are
+    bit-identical to one rank, because branches are never batched together. All ranks compute a single branch. `dtype`
+    is the dtype of the predictions.
     """
 
     def __init__(
@@ -117,16 +118,16 @@ class Branches:
         self._dtype = dtype
         self._names = tuple(names)
         self._cfg = cfg
-        self._is_shared = cfg.size > 1 and len(names) > 1
+        self._is_split = cfg.size > 1 and len(names) > 1
         self._branches: dict[tuple[str, str], Branch] = {}
         for role in roles:
             for name in self._of_rank(self._names, cfg.index):
                 self._branches[name, role] = make(name, role)
 
     def predict(self, active: Sequence[str], role: str, predict: Predict, latents: Parts) -> dict[str, Parts]:
-        """The predictions of the active branches, in their order, by name and latent part; in the latents' shapes."""
+        """Predictions of the active branches, in order, by branch name and latent part; shapes as the latents."""
         own = [predict(self._branches[name, role]) for name in self._of_rank(active, self._cfg.index)]
-        if not self._is_shared:
+        if not self._is_split:
             return dict(zip(active, own, strict=True))
         owned = [self._of_rank(active, rank) for rank in range(self._cfg.size)]
         gathered: dict[str, Parts] = {}
@@ -139,24 +140,24 @@ class Branches:
         return {name: gathered[name] for name in active}
 
     def _padding(self, latents: Parts) -> Parts:
-        """What a rank without a branch sends."""
+        """Zeros that a rank without a branch contributes to the all-gather."""
         return {part: torch.zeros_like(each, dtype=self._dtype) for part, each in latents.items()}
 
     def _of_rank(self, names: Sequence[str], rank: int) -> list[str]:
-        """Those of the names whose branches a rank computes, in order."""
-        if not self._is_shared:
+        """The subset of `names` that a rank computes, in order."""
+        if not self._is_split:
             return list(names)
         return [name for name in names if self._names.index(name) % self._cfg.size == rank]
 
     @property
     def reused(self) -> int:
-        """How many of this rank's predictions took the work of most blocks from earlier steps."""
+        """Number of this rank's predictions that reused cached block outputs."""
         return sum(branch.reused for branch in self._branches.values())
 
 
 @dataclass(frozen=True)
 class LoopRequest:
-    """A request as a loop reads it: `conditions` on the device with a row for each output, `embeds` as received."""
+    """Loop inputs of a request: `conditions` on the device, one row per output; `embeds` as received."""
 
     x: DenoisingInput
     embeds: Conditioning
@@ -167,7 +168,7 @@ class LoopRequest:
 
 
 class Predictor:
-    """The denoisers of one model, by role. All denoising loops prepare their requests and predict through it."""
+    """Prepares requests and predicts with a model's denoisers, for all denoising loops."""
 
     def __init__(self, config: DenoisingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
@@ -176,7 +177,7 @@ class Predictor:
         self.dtype = config.prediction_dtype or runtime.dtype
 
     def request(self, x: DenoisingInput) -> LoopRequest:
-        """The request of an input. Raises InvalidInput for a keyword that both encoders made."""
+        """Create the loop request of an input. Raises InvalidInput for a keyword from both encoders."""
         embeds = merge_conditioning(x.text_conditioning, x.image_conditioning)
         given = x.image_latents.parts if x.image_latents else {}
         parts = {**x.initial_latents.parts, **given}
@@ -197,10 +198,10 @@ class Predictor:
         lease: Lease,
         caching: StepCaching | None = None,
     ) -> Branches:
-        """The branches of the request on the denoisers that `steps` need.
+        """Prepare the request's branches on the denoisers that `steps` use.
 
-        `latents` have the shapes of those that predict() will get. The denoiser that is needed last is prepared first:
-        where denoisers are swapped, an earlier request left it on the device.
+        `latents` are examples with the shapes of the latents in predict(). The denoiser of the last steps is prepared
+        first: if denoisers are swapped, it is still on the device after the previous request.
         """
         roles = tuple(dict.fromkeys(self._config.expert(step) for step in reversed(steps)))
         given = self.model_input(latents, request.conditions)
@@ -210,7 +211,7 @@ class Predictor:
     def predict(
         self, request: LoopRequest, branches: Branches, latents: Parts, step: Step, flags: Flags = NO_FLAGS
     ) -> Parts:
-        """The guided predictions of a step, by part. `flags` are static keywords of the step's prediction."""
+        """Guided predictions of a step, by part. `flags` are static keywords of this step's predictions."""
         config = self._config
         given = self.model_input(latents, request.conditions)
         predict = partial(self._predict, given, latents, step, flags)
@@ -222,7 +223,7 @@ class Predictor:
         return config.guide(predicted, latents, step, request.x.sampling)
 
     def model_input(self, latents: Parts, conditions: Parts) -> dict[str, Tensor]:
-        """The denoiser's latents by its keywords, in the weights' dtype."""
+        """The denoiser's latent inputs by keyword, in the weights' dtype."""
         given = self._config.model_input(latents, conditions)
         keywords = {**self._config.part_keywords, **self._config.condition_keywords}
         return {keywords[part]: each.to(self._runtime.dtype) for part, each in given.items()}
@@ -252,7 +253,7 @@ class Predictor:
         return lease_branch(lease, role, transformer, prepared, latents, flags=flags, caching=caching)
 
     def _keywords(self, request: LoopRequest, branch: str) -> Keywords:
-        """The denoiser's keywords besides latents and timestep, batched and on the device."""
+        """The denoiser's keywords except latents and timesteps, batched and on the device."""
         config, embeds, sampling = self._config, request.embeds, request.x.sampling
         if branch == NEGATIVE:
             given = embeds.negative_prompt_embeds
@@ -264,7 +265,7 @@ class Predictor:
         return {**batched, **{name: None if value is None else self._on_device(value) for name, value in own.items()}}
 
     def _batched(self, value: Tensor, x: DenoisingInput) -> Tensor:
-        """A row for each output, on the device."""
+        """Repeat rows for each output, on the device."""
         return self._on_device(value).repeat_interleave(x.sampling.num_outputs_per_prompt, 0)
 
     def _on_device(self, value: Tensor) -> Tensor:
@@ -272,7 +273,7 @@ class Predictor:
 
 
 def steps_of(x: DenoisingInput, parts: Mapping[str, str]) -> tuple[Step, ...]:
-    """The steps of a schedule; all parts have its noise levels."""
+    """The steps of a schedule; all parts share its noise levels."""
     timesteps, sigmas = x.schedule.timesteps.tolist(), x.schedule.sigmas.tolist()
     levels = [dict.fromkeys(parts, sigma) for sigma in sigmas]
     return tuple(
@@ -282,14 +283,17 @@ def steps_of(x: DenoisingInput, parts: Mapping[str, str]) -> tuple[Step, ...]:
 
 
 def merge_conditioning(text: Conditioning, image: Conditioning | None) -> Conditioning:
-    """The conditioning of text and image encoders together. The negative branch, if there is one, has the same images.
+    """Merge the conditioning of text and image encoders; a negative branch uses the same images.
 
-    Raises InvalidInput for a keyword that both encoders made.
+    Raises InvalidInput for a keyword from both encoders.
     """
     if image is None:
         return text
     if twice := sorted(text.prompt_embeds.keys() & image.prompt_embeds.keys()):
-        raise InvalidInput(f"text and image encoders both made {twice}", field="image_conditioning")
+        raise InvalidInput(
+            f"image_conditioning: {twice} are also in text_conditioning; distinct keywords work",
+            field="image_conditioning",
+        )
     negative = text.negative_prompt_embeds
     return Conditioning(
         prompt_embeds={**text.prompt_embeds, **image.prompt_embeds},

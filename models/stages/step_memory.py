@@ -1,9 +1,9 @@
-"""Fixed-address memory of denoising steps, and the CUDA graphs that were captured for it.
+"""Fixed-address memory of denoising steps, and the CUDA graphs captured for it.
 
-A lease is for one branch of one request. Graphs are captured for the memory of a lease and stay with it: the next
-request with an equal key replays them. An expert or a branch with other static flags has another key, whatever its
-shapes, because its graph runs other weights or other blocks. Predictions that share the memory of one lease, such as
-those of blocks of a video with prefixes of several lengths in one KV cache, have a graph for each of their own flags.
+Memory is leased to one branch of one request. CUDA graphs belong to the memory for which they were captured; the next
+request with an equal key replays them. The key includes the expert and the static flags of the branch, because they
+change the weights or blocks that a graph runs. Predictions with different call flags, such as blocks of a video with KV
+cache prefixes of different lengths, share one memory and have separate graphs.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from models.layers.step_cache import CacheUse, StepCache
 
 Tensors = Mapping[str, Tensor]
 Flags = tuple[tuple[str, Hashable], ...]
-"""Static keywords of one prediction, such as the length of a cached prefix: each combination has a graph of its own."""
+"""Static keywords of one prediction, such as the length of a cached prefix. Each combination has its own CUDA graph."""
 NO_FLAGS: Flags = ()
 
 
 class StepKind(NamedTuple):
-    """Steps that one graph computes: `probe` reuses what a step cache holds, `flags` are static keywords."""
+    """Steps that share one CUDA graph: `probe` reuses cached block outputs, `flags` are static keywords."""
 
     probe: bool = False
     flags: Flags = NO_FLAGS
 
 
-MOST_GRAPHS = 64
-"""Graphs of one memory. Predictions with further combinations of flags run eagerly."""
+MAX_GRAPHS = 64
+"""Maximum number of graphs of one memory; predictions with further combinations of flags run eagerly."""
 
 
 class Graph(Protocol):
-    """A captured step."""
+    """A captured step, such as a torch.cuda.CUDAGraph."""
 
     def replay(self) -> None:
-        """Run the captured kernels on the buffers that they were captured for."""
+        """Run the captured kernels on the captured buffers."""
 
 
 class Captured(NamedTuple):
-    """A captured step, the buffers of its result, and the bytes of device memory that the graph itself takes."""
+    """A captured step, its output buffers, and the graph's own device memory in bytes."""
 
     graph: Graph
     predictions: Predictions
@@ -54,33 +54,36 @@ class Captured(NamedTuple):
 
 
 Capture = Callable[[Callable[[], Predictions]], Captured]
-"""Captures the kernels of a call."""
+"""Captures the kernels of a call as a graph."""
 
 
 def cuda_capture() -> Capture:
-    """Capture into CUDA graphs that share one memory pool: they never run at the same time."""
+    """Return a capture function for CUDA graphs with one memory pool; they never run concurrently."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(run: Callable[[], Predictions]) -> Captured:
         graph = torch.cuda.CUDAGraph()
-        before = _memory_beside_torch()
-        # Other threads may use the GPU meanwhile: those of other services in one process, and NCCL's.
+        before = _memory_outside_torch()
+        # "thread_local" because other threads may use the GPU: other services in the process, and NCCL.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             predictions = run()
-        return Captured(graph, predictions, max(0, _memory_beside_torch() - before))
+        return Captured(graph, predictions, max(0, _memory_outside_torch() - before))
 
     return capture
 
 
-def _memory_beside_torch() -> int:
-    """Bytes in use on the current GPU that PyTorch's allocator does not hold."""
+def _memory_outside_torch() -> int:
+    """Bytes in use on the current GPU outside PyTorch's caching allocator."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Example tensors of a step: latents by the denoiser's keyword, a row of each prepared tensor, and constants."""
+    """Example inputs of a step.
+
+    `latents` are by the denoiser's keyword, `row` has one row of each prepared tensor.
+    """
 
     latents: Tensors
     row: Tensors
@@ -89,7 +92,7 @@ class StepInputs:
     flags: Mapping[str, Hashable]
 
     def key(self, role: str, *, is_cached: bool) -> Hashable:
-        """Equal for steps that one graph can compute: denoiser, static flags, shapes, dtypes and kinds of memory."""
+        """Key of steps that can share a graph: denoiser, static flags, shapes, dtypes and memory specs."""
         forms = tuple(
             tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(tensors.items()))
             for tensors in (self.latents, self.row, self.constants)
@@ -98,7 +101,7 @@ class StepInputs:
 
 
 class StepMemory:
-    """The memory of one branch's steps: buffers of the inputs, tensors that steps update in place, and a step cache."""
+    """Memory of one branch's steps: input buffers, tensors updated in place, and a step cache."""
 
     def __init__(
         self,
@@ -128,11 +131,11 @@ class StepMemory:
 
     @property
     def byte_size(self) -> int:
-        """Bytes of the tensors and of the graphs."""
+        """Bytes of the tensors and the graphs."""
         return self.tensor_bytes + self.graph_bytes
 
     def load(self, constants: Tensors) -> None:
-        """Reset the memory and take the constants of another request, of the same shapes."""
+        """Reset the memory and load the constants of another request with the same shapes."""
         for tensor in self._memory.values():
             tensor.zero_()
         if self.cache is not None:
@@ -144,12 +147,15 @@ class StepMemory:
                 self._buffers["constants"][name].copy_(value)
 
     def release(self) -> None:
-        """Drop references to the request's constants; buffers of graphs keep their values until the next load()."""
+        """Drop references to the request's constants; graph buffers keep their values until the next load()."""
         self._constants = {}
 
     def runs_eagerly(self, kind: StepKind) -> bool:
-        """Whether a step runs without a graph: the first of its kind, which loads kernels, and beyond MOST_GRAPHS."""
-        is_full = len(self._graphs) >= MOST_GRAPHS and kind not in self._graphs
+        """Whether a step runs without a graph.
+
+        These are the first step of its kind, which loads kernels, and steps beyond MAX_GRAPHS.
+        """
+        is_full = len(self._graphs) >= MAX_GRAPHS and kind not in self._graphs
         if self._capture is None or kind not in self._ran or is_full:
             self._ran.add(kind)
             return True
@@ -162,9 +168,9 @@ class StepMemory:
         return {"use": use, **latents, **row, **constants, **self._memory, **self._flags, **dict(kind.flags)}
 
     def replay(self, latents: Tensors, row: Tensors, kind: StepKind) -> Predictions:
-        """The predictions of a step by the graph of its kind, which is captured at the first call.
+        """Predict by the graph of this kind of step, which the first call captures.
 
-        They are copied out of the memory that graphs share: the next replay may overwrite it.
+        Returns copies, because the next replay may overwrite the graphs' shared memory pool.
         """
         assert self._capture is not None, "eager steps have no graphs"
         if self._buffers is None:
@@ -188,11 +194,11 @@ class StepMemory:
 
 
 def byte_size_of(transformer: DiffusionTransformer, inputs: StepInputs, *, has_cache: bool, has_graphs: bool) -> int:
-    """Bytes that a StepMemory holds at most: its tensors, its cache, and with graphs the buffers of the inputs."""
+    """Maximum bytes of a StepMemory: its tensors, its step cache and, with graphs, the input buffers."""
     size = sum(spec.byte_size for spec in inputs.memory.values())
     if has_cache:
         first = next(iter(inputs.latents.values()))
-        # What the first block and what the others added to the residual stream.
+        # Two cached residuals: of the first block, and of all other blocks.
         size += 2 * transformer.residual_elements(inputs.latents, inputs.constants) * first.dtype.itemsize
     if has_graphs:
         # Predictions are as large as the latents.
@@ -202,7 +208,7 @@ def byte_size_of(transformer: DiffusionTransformer, inputs: StepInputs, *, has_c
 
 
 class Lease(Protocol):
-    """Leases step memory."""
+    """Callable that leases step memory."""
 
     def __call__(
         self,
@@ -211,14 +217,14 @@ class Lease(Protocol):
         inputs: StepInputs,
         new_cache: Callable[[], StepCache] | None = None,
     ) -> StepMemory:
-        """Memory for steps of these shapes on the denoiser of a role, reset; with a step cache if one is made.
+        """Lease reset memory for steps of these shapes on a role's denoiser. `new_cache` adds a step cache.
 
         Raises ResourceExhausted.
         """
 
 
 class StepMemoryPool:
-    """Memory for the steps of all stages of a process, leased to the branches of one call; at most `max_bytes` in all.
+    """Pool of step memory of a process, at most `max_bytes` in total, leased to the branches of a call.
 
     `capture` captures graphs; None: steps run eagerly.
     """
@@ -231,7 +237,7 @@ class StepMemoryPool:
 
     @contextmanager
     def leases(self) -> Iterator[Lease]:
-        """A function that leases memory until the end of the context."""
+        """Context manager of a function that leases memory until the context ends."""
         leased: list[StepMemory] = []
 
         def lease(
@@ -251,7 +257,7 @@ class StepMemoryPool:
             for memory in leased:
                 memory.release()
                 self._idle[id(memory)] = self._leased.pop(id(memory))
-            self._free_idle(self._max_bytes)  # Graphs that were captured meanwhile count too.
+            self._free_idle(self._max_bytes)  # Includes graphs captured during the lease.
 
     def _lease(
         self,
@@ -260,10 +266,10 @@ class StepMemoryPool:
         inputs: StepInputs,
         new_cache: Callable[[], StepCache] | None,
     ) -> StepMemory:
-        """Memory for steps of these shapes, reset, with these constants.
+        """Reuse idle memory with an equal key, or create memory, and load the constants.
 
-        The least recently used idle memory is freed where a new one needs the bytes. Raises ResourceExhausted where
-        leased memory leaves too few.
+        Frees the least recently used idle memory if necessary. Raises ResourceExhausted if leased memory leaves too few
+        bytes.
         """
         key = inputs.key(role, is_cached=new_cache is not None)
         for number, memory in reversed(self._idle.items()):
@@ -273,26 +279,24 @@ class StepMemoryPool:
                 return memory
         has_graphs = self._capture is not None
         size = byte_size_of(transformer, inputs, has_cache=new_cache is not None, has_graphs=has_graphs)
-        self._make_space(size)
+        self._evict_for(size)
         return StepMemory(key, transformer, inputs, new_cache() if new_cache else None, self._capture, size)
 
-    def _make_space(self, size: int) -> None:
-        """Free idle memory until `size` bytes fit. Raises ResourceExhausted where they do not."""
-        # Without graphs, whose sizes are measured: all ranks of a worker group must decide alike.
+    def _evict_for(self, size: int) -> None:
+        """Free idle memory until `size` bytes fit. Raises ResourceExhausted if they cannot fit."""
+        # Measured graph sizes are excluded, so that all ranks of a worker group decide alike.
         free = self._max_bytes - sum(memory.tensor_bytes for memory in self._leased.values())
         if size > free:
-            message = (
-                f"steps of this request need {size} bytes of step memory, but {free} of {self._max_bytes} are free"
-            )
+            message = f"step_memory_bytes: this request needs {size} bytes, but {free} of {self._max_bytes} are free"
             raise ResourceExhausted(f"{message}; a smaller request or a larger step_memory_bytes works")
         self._free_idle(self._max_bytes - size)
 
     @property
     def byte_size(self) -> int:
-        """Bytes of leased and idle memory, with their graphs."""
+        """Bytes of leased and idle memory, including graphs."""
         return sum(memory.byte_size for memory in (*self._leased.values(), *self._idle.values()))
 
     def _free_idle(self, max_bytes: int) -> None:
-        """Free the least recently used idle memory until at most `max_bytes` are in use, or none is idle."""
+        """Free idle memory, least recently used first, until at most `max_bytes` are in use."""
         while self._idle and self.byte_size > max_bytes:
             self._idle.popitem(last=False)

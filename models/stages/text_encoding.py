@@ -1,4 +1,4 @@
-"""Turns prompts into conditioning."""
+"""Encodes prompts to conditioning."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from common.artifacts import Conditioning, Prompt
 from common.stage import Call, PipelineStage
 from configs.pipeline_configs.base import TextConfig
 from models.contracts import TextEncodingInput, TextEncodingOutput
-from models.encoder_runners.text import TextEncoder, Warn
+from models.encoder_runners.callbacks import Warn
+from models.encoder_runners.text import TextEncoder
 from models.runtime import Runtime
 
 
 class TextEncodingStage(PipelineStage[TextEncodingInput, TextEncodingOutput]):
-    """Runs the model's text encoders on the prompt and, when guidance needs it, on the negative prompt."""
+    """Runs the model's text encoders on the prompt and, if guidance requires it, on the negative prompt."""
 
     indifferent_to = frozenset({"sampling.seed", "sampling.num_inference_steps"})
 
@@ -28,7 +29,7 @@ class TextEncodingStage(PipelineStage[TextEncodingInput, TextEncodingOutput]):
 
     @torch.inference_mode()
     def run(self, x: TextEncodingInput, call: Call) -> TextEncodingOutput:
-        """Batch 1, on the CPU: outputs share their conditioning, and the denoising stage repeats it."""
+        """Conditioning of batch 1 on the CPU; the denoising stage repeats it for each output."""
         prompt_embeds = self._encode(x.prompt, call.warn)
         negative_prompt_embeds: dict[str, Tensor] = {}
         if self._config.wants_negative(x.prompt, x.sampling):

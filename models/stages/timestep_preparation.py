@@ -1,4 +1,4 @@
-"""Lays out the steps of the denoising loop."""
+"""Builds the schedule of the denoising loop."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from models.runtime import Runtime
 
 
 class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepPreparationOutput]):
-    """Asks the model for a schedule of its own, or for sigmas and mu, and the scheduler for the shifted schedule."""
+    """Builds the model's own schedule, or the scheduler's schedule from the model's sigmas and mu."""
 
-    def __init__(self, config: PreparationConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:  # noqa: ARG002  (every stage is built so)
+    def __init__(self, config: PreparationConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:  # noqa: ARG002  (all stages have one signature)
         self._config = config
         self._scheduler = modules.get(SCHEDULER)
 
     @torch.inference_mode()
     def run(self, x: TimestepPreparationInput, call: Call) -> TimestepPreparationOutput:
-        """The schedule; its length is that of custom sigmas, where the request has them.
+        """Return the schedule; with custom sigmas, their number is the number of steps.
 
-        Raises InvalidInput for a schedule with noise levels that are not finite: the result would be NaN.
+        Raises InvalidInput for non-finite noise levels, as the result would be NaN.
         """
         call.check_cancelled()
         if (steps := self._config.own_schedule(x.sampling)) is not None:
             return TimestepPreparationOutput(schedule=_schedule_of(steps))
         scheduler: Any = copy.deepcopy(self._scheduler)
-        assert scheduler is not None, "the pipeline names a scheduler, or its config has a schedule"
+        assert scheduler is not None, "a pipeline without a scheduler defines its own schedule"
         sigmas, mu = self._config.sigmas(x.sampling), self._config.mu_of_steps(x.canvas, x.sampling)
-        # Checked below: NumPy's warning of a division by 0 would be all that a log says.
+        # Non-finite values are checked below; NumPy's warnings about a division by zero would only clutter the log.
         with np.errstate(divide="ignore", invalid="ignore"):
             if sigmas is None:
                 scheduler.set_timesteps(x.sampling.num_inference_steps, mu=mu)
@@ -54,7 +54,7 @@ class TimestepPreparationStage(PipelineStage[TimestepPreparationInput, TimestepP
 
 
 def _schedule_of(steps: Sequence[tuple[float, float]]) -> Schedule:
-    """A schedule from the timestep and noise level of each step; the last step ends at noise level 0."""
+    """A schedule from pairs of timestep and noise level; the last step ends at noise level 0."""
     timesteps, sigmas = zip(*steps, strict=True)
     return Schedule(
         timesteps=torch.tensor(timesteps, dtype=torch.float32),
@@ -65,5 +65,5 @@ def _schedule_of(steps: Sequence[tuple[float, float]]) -> Schedule:
 
 def _not_finite(sampling: Sampling) -> InvalidInput:
     steps, field = sampling.num_inference_steps, "sigmas" if sampling.sigmas else "num_inference_steps"
-    message = f"{field}: {sampling.sigmas or steps} gives this model's scheduler noise levels that are not finite"
-    return InvalidInput(f"{message}; use more steps", field=field)
+    message = f"{field}: {sampling.sigmas or steps} results in non-finite noise levels with this model's scheduler"
+    return InvalidInput(f"{message}; more steps work", field=field)

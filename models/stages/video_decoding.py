@@ -1,4 +1,4 @@
-"""Turns latents of videos into files, part by part: the first frames can be shown while later ones are decoded."""
+"""Decodes video latents to files in parts; early parts are playable while later frames are decoded."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from models.runtime import Runtime
 from models.stages.decoded_media import DEFAULT_FRAME_RATE, media_item, pixels_of, unsupported_format
 
 FRAGMENT_LATENT_FRAMES = 4
-"""Latent frames of a fragment of a video whose latents are all there: about a second at 16 frames a second."""
+"""Latent frames per MP4 fragment of a finished video: about one second at 16 frames per second."""
 
 _SLOT = "media_items"
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Raw latents (1, C, latent frames, h, w) of the next frames of one output of `num_outputs`, on the CPU."""
+    """Raw latents (1, C, latent frames, h, w) of an output's next frames, on the CPU."""
 
     index: int
     num_outputs: int
@@ -37,13 +37,14 @@ class _Piece:
 
 
 _Pieces = Callable[[Callable[[], None]], Iterator[_Piece]]
-"""Makes the pieces of a request in order. It calls its argument before it waits for latents."""
+"""Yields the pieces of a request in order; calls its argument before it blocks on latents."""
 
 
 class VideoDecodingStage(PipelineStage[VideoDecodingInput, StreamedDecodingOutput]):
-    """Decodes finished latents, one output after the other: an MP4 file each, or one safetensors file with tensors.
+    """Decodes finished latents, output by output, to one MP4 file per output or one safetensors file.
 
-    An MP4 file is emitted in fragments of a few latent frames; each is encoded while the next frames are decoded.
+    MP4 files are emitted in fragments of a few latent frames; each fragment is encoded while the next frames are
+    decoded.
     """
 
     def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
@@ -51,7 +52,7 @@ class VideoDecodingStage(PipelineStage[VideoDecodingInput, StreamedDecodingOutpu
 
     @torch.inference_mode()
     def run(self, x: VideoDecodingInput, call: Call) -> StreamedDecodingOutput:
-        """Emit the files. Raises InvalidInput for a format that this model does not make."""
+        """Emit the files. Raises InvalidInput for an unsupported format."""
         raw = self._decoder.raw_latents(x.denoised_latents.parts)
 
         def pieces(_: Callable[[], None]) -> Iterator[_Piece]:
@@ -65,10 +66,10 @@ class VideoDecodingStage(PipelineStage[VideoDecodingInput, StreamedDecodingOutpu
 
 
 class BlockDecodingStage(PipelineStage[BlockDecodingInput, StreamedDecodingOutput]):
-    """Decodes blocks of latents as they come: an MP4 file for each output, or one safetensors file with tensors.
+    """Decodes blocks of latents as they arrive, to one MP4 file per output or one safetensors file.
 
-    A fragment of each MP4 file is emitted for every block. The VAE's caches of all outputs are alive at a time; where
-    they exceed the VAE's bound together, the frames come with the last block.
+    Each block results in one fragment of each MP4 file. The VAE caches of all outputs are in memory at the same time;
+    if together they exceed the VAE's memory bound, all frames are decoded with the last block.
     """
 
     def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
@@ -76,7 +77,7 @@ class BlockDecodingStage(PipelineStage[BlockDecodingInput, StreamedDecodingOutpu
 
     @torch.inference_mode()
     def run(self, x: BlockDecodingInput, call: Call) -> StreamedDecodingOutput:
-        """Emit the files. Raises InvalidInput for a format that this model does not make."""
+        """Emit the files. Raises InvalidInput for an unsupported format."""
 
         def pieces(before_waiting: Callable[[], None]) -> Iterator[_Piece]:
             for block in x.denoised_blocks:
@@ -92,18 +93,18 @@ class BlockDecodingStage(PipelineStage[BlockDecodingInput, StreamedDecodingOutpu
 
 @dataclass(frozen=True)
 class _Noise:
-    """Noise (outputs, C, latent frames, h, w) that the latents of all outputs get, and the decoder's settings."""
+    """Noise (outputs, C, latent frames, h, w) to add to the latents, and its settings."""
 
     drawn: Tensor
-    how: DecodingNoise
+    settings: DecodingNoise
 
     def of_output(self, index: int) -> dict[str, Any]:
-        """Keywords of the VAE's session of one output."""
-        return {"noise": self.drawn[index : index + 1], **vars(self.how)}
+        """Keyword arguments of the VAE's session() for one output."""
+        return {"noise": self.drawn[index : index + 1], **vars(self.settings)}
 
 
 class _Decoder:
-    """The VAE of a video model, with the callbacks of the model's config."""
+    """The VAE of a video model with the decoding callbacks of the model's config."""
 
     def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
@@ -118,7 +119,7 @@ class _Decoder:
         return self._config.unpack(self._config.visual_part, part.latents, part.raw_latent_shape)
 
     def saved_latents(self, raw: Tensor) -> Tensor:
-        """Raw latents of whole videos as Diffusers returns them."""
+        """Convert raw latents of complete videos to the layout of Diffusers' output."""
         name = self._config.visual_part
         packed = self._config.pack(name, raw)
         return self._config.saved_latents(name, packed, tuple(raw.shape), self._vae).contiguous()
@@ -128,33 +129,33 @@ class _Decoder:
         return self._config.num_frames(canvas)
 
     def drawn_noise(self, raw: Tensor, x: VideoDecodingInput) -> _Noise | None:
-        """Noise in the shape of all raw latents, of a decoder that removes it: one draw, as Diffusers makes it.
+        """Draw noise for all outputs at once, as in Diffusers; None if the decoder does not remove noise.
 
-        The pipelines of such models read the sampling and the generator.
+        Pipelines of models whose decoder removes noise read `sampling` and `denoising_generator`.
         """
         if x.sampling is None or x.denoising_generator is None:
             return None
-        how = self._config.decoding_noise(x.sampling)
-        if how is None:
+        settings = self._config.decoding_noise(x.sampling)
+        if settings is None:
             return None
         generator = torch.Generator("cpu")
         generator.set_state(x.denoising_generator.state)
-        return _Noise(torch.randn(raw.shape, generator=generator, dtype=self._noise_dtype), how)
+        return _Noise(torch.randn(raw.shape, generator=generator, dtype=self._noise_dtype), settings)
 
     def session(self, canvas: Canvas, concurrent: int, **noise: Any) -> Any:
-        """Start decoding one of `concurrent` outputs whose blocks are decoded alternately."""
+        """Start decoding one of `concurrent` outputs whose blocks are interleaved."""
         shape = self._config.raw_latent_shapes(canvas, 1)[self._config.visual_part]
         return self._vae.session(*shape[2:], concurrent=concurrent, **noise)
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Raw latents as the VAE takes them, on its device."""
+        """Convert raw latents to the VAE's input, on its device."""
         return self._config.vae_latents(raw.to(self._device).to(self._dtype))
 
 
 class _Videos:
-    """The outputs of a request while they are decoded; each has a session of the VAE.
+    """Decodes the outputs of a request, each with its own VAE session.
 
-    With `are_interleaved` the pieces of the outputs alternate.
+    `are_interleaved`: pieces of different outputs alternate.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ class _Videos:
         self._done = 0
 
     def frames(self, piece: _Piece) -> Iterator[Tensor]:
-        """Pixels (3, height, width) of the next frames of an output. Reports each frame."""
+        """Decode the next frames of an output, each (3, height, width). Reports each frame."""
         self._total = self._decoder.num_frames(self._canvas) * piece.num_outputs
         if piece.index not in self._sessions:
             concurrent = piece.num_outputs if self._are_interleaved else 1
@@ -188,13 +189,13 @@ class _Videos:
             self._call.progress(self._done, self._total)
 
     def check_complete(self) -> None:
-        """Raise InternalError unless all frames have been decoded."""
+        """Check that all frames have been decoded. Raises InternalError."""
         if self._done != self._total:
-            raise InternalError(f"latents: those of {self._done} frames came; the request has {self._total} frames")
+            raise InternalError(f"latents: {self._done} frames are not {self._total}, the frames of the request")
 
 
 class _Fragments:
-    """Encodes frames of MP4 files on a thread, and emits the fragments in the order in which they were begun."""
+    """Encodes MP4 fragments on a thread and emits them in the order in which they were started."""
 
     def __init__(self, ahead: EncodingAhead, canvas: Canvas, call: Call) -> None:
         self._ahead = ahead
@@ -204,7 +205,7 @@ class _Fragments:
         self._pending: deque[tuple[_Piece, int, Future[bytes]]] = deque()
 
     def write(self, piece: _Piece, frames: Iterator[Tensor]) -> None:
-        """Encode the next frames of an output as one fragment; without frames there is none."""
+        """Encode the next frames of an output as one fragment; does nothing without frames."""
         canvas, first = self._canvas, self._num_frames.get(piece.index, 0)
         fragment = Mp4Fragment(canvas.height, canvas.width, canvas.frame_rate or DEFAULT_FRAME_RATE, first)
         count = 0
@@ -217,7 +218,7 @@ class _Fragments:
             self._pending.append((piece, count, self._ahead.submit(fragment.finish)))
 
     def emit_all(self) -> None:
-        """Wait for the fragments that are being encoded, and emit them."""
+        """Wait for pending fragments and emit them."""
         with self._call.waiting():
             self._ahead.wait()
         self._emit_finished()
@@ -230,7 +231,7 @@ class _Fragments:
 
 
 def _emit_files(decoder: _Decoder, pieces: _Pieces, canvas: Canvas, call: Call, videos: _Videos) -> None:
-    """Decode the pieces and emit items."""
+    """Decode all pieces and emit the media items."""
     match canvas.output_format:
         case "mp4":
             with encoding_ahead() as ahead:

@@ -1,1 +1,1 @@
-"""Autoencoders: scaling and decoding."""
+"""Autoencoders: encoding, normalisation and decoding."""

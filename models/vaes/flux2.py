@@ -1,6 +1,6 @@
-"""The VAE of FLUX.2, which normalises patches of 2x2 latents with statistics among its weights.
+"""The VAE of FLUX.2, which normalises 2x2 patches of latents with statistics in its weights.
 
-Modules and weights are Diffusers'.
+Wraps Diffusers' AutoencoderKLFlux2.
 """
 
 from __future__ import annotations
@@ -17,39 +17,38 @@ if TYPE_CHECKING:
 
 
 class Flux2VAE:
-    """Encoder and decoder of normalised patches, which have the channels of 2x2 latents in the order (c, dy, dx)."""
+    """Encoder and decoder of normalised 2x2 patches, whose channels are ordered (c, dy, dx)."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Normalised patches (B, 4C, h, w), in the VAE's dtype, of the likeliest latents of pixels (B, 3, H, W)."""
+        """Encode pixels (B, 3, H, W) to normalised patches (B, 4C, h, w) of the mode, in the VAE's dtype."""
         latents: Tensor = self._vae.encode(pixels.to(self._vae.device, self._vae.dtype)).latent_dist.mode()
-        # The same order of channels as that of torch's inverse of sub-pixel convolutions.
+        # pixel_unshuffle orders the channels as the patches do, (c, dy, dx).
         patches = torch.nn.functional.pixel_unshuffle(latents, 2)
         mean, std = self._statistics(patches)
         return (patches - mean) / std
 
     def decode(self, patches: Tensor, *, return_dict: bool = False) -> tuple[Tensor]:
-        """Pixels (B, 3, H, W) in about [-1, 1], of normalised patches (B, 4C, h, w)."""
+        """Decode normalised patches (B, 4C, h, w) to pixels (B, 3, H, W) in about [-1, 1]."""
         del return_dict
         latents = self.denormalised(patches).to(self._vae.dtype)
         pixels: Tensor = self._vae.decode(latents, return_dict=False)[0]
         return (pixels,)
 
     def denormalised(self, patches: Tensor) -> Tensor:
-        """Latents (B, C, 2h, 2w) as the decoder takes them, of normalised patches (B, 4C, h, w), in their dtype."""
+        """Decoder input (B, C, 2h, 2w) of normalised patches (B, 4C, h, w), in their dtype."""
         mean, std = self._statistics(patches)
-        # The same order of channels as that of torch's sub-pixel convolutions.
         return torch.nn.functional.pixel_shuffle(patches * std + mean, 2)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of a patch's channels, (1, 4C, 1, 1), as `like`."""
+        """Mean and standard deviation of a patch's channels, (1, 4C, 1, 1), with dtype and device of `like`."""
         normalisation = self._vae.bn
         std = torch.sqrt(normalisation.running_var.view(1, -1, 1, 1) + self._vae.config.batch_norm_eps)
         return normalisation.running_mean.view(1, -1, 1, 1).to(like), std.to(like)
 
 
 def load_flux2_vae(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Flux2VAE:
-    """The VAE of a checkpoint. Raises CheckpointError."""
+    """Load Diffusers' AutoencoderKLFlux2. Raises CheckpointError."""
     return Flux2VAE(load_pretrained(checkpoint, name, device, dtype))

@@ -1,4 +1,4 @@
-"""The VAE of HunyuanVideo. Modules and weights are Diffusers'."""
+"""The VAE of HunyuanVideo. Wraps Diffusers' AutoencoderKLHunyuanVideo."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class HunyuanVideoVAE:
         self._vae = vae
 
     def session(self, num_latent_frames: int, height: int, width: int, *, concurrent: int = 1) -> WholeVideoSession:
-        """Start decoding a video; all frames come with the last of its latents, whatever their size."""
+        """Start decoding a video; the session yields all frames after the last latents."""
         del height, width, concurrent
         return WholeVideoSession(self.decode, num_latent_frames)
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Frames (3, H, W) in about [-1, 1], of latents (1, C, latent frames, h, w) without their scale.
+        """Decode unscaled latents (1, C, latent frames, h, w) to frames (3, H, W) in about [-1, 1].
 
-        Long videos are decoded in overlapping spans of frames, which are blended: all are decoded before the first one
-        is there.
+        Diffusers decodes long videos in overlapping tiles of frames and blends them; the whole video is decoded before
+        the first frame is yielded.
         """
         (video,) = self._vae.decode(latents, return_dict=False)[0]
         yield from video.unbind(1)

@@ -1,6 +1,6 @@
-"""The VAEs of LTX-2, for video and for audio. Both normalise latents with statistics among their weights.
+"""The video and audio VAEs of LTX-2, which normalise latents with statistics in their weights.
 
-Modules and weights are Diffusers'.
+Wraps Diffusers' AutoencoderKLLTX2Video and AutoencoderKLLTX2Audio.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class LTX2VideoVAE(NormalisedVideoVAE):
     """Encoder and decoder of one video at a time, to and from normalised latents."""
 
     def encode(self, video: Tensor) -> Tensor:
-        """The likeliest latents, float32 (1, C, latent frames, h, w), of a video (1, 3, frames, H, W) in [-1, 1]."""
+        """Mode of the latents, float32 (1, C, latent frames, h, w), of a video (1, 3, frames, H, W) in [-1, 1]."""
         return self.normalised(self.distribution(video).mode())
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Frames (3, H, W) in about [-1, 1], of latents (1, C, latent frames, h, w).
+        """Decode latents (1, C, latent frames, h, w) to frames (3, H, W) in about [-1, 1].
 
-        The decoder sees later frames too: all are decoded at once, before the first one is there.
+        The decoder is not causal: the whole video is decoded before the first frame is yielded.
         """
         yield from self.frames(self.denormalised(latents))
 
@@ -40,12 +40,12 @@ class LTX2AudioVAE:
         self._vae = vae
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Log-mel spectrograms (B, channels, frames, bins), of latents (B, C, length, latent bins)."""
+        """Decode latents (B, C, length, latent bins) to log-mel spectrograms (B, channels, frames, bins)."""
         spectrogram: Tensor = self._vae.decode(self.denormalised(latents).to(self._vae.dtype), return_dict=False)[0]
         return spectrogram
 
     def denormalised(self, latents: Tensor) -> Tensor:
-        """Latents as the decoder takes them, in their dtype; each channel of each mel bin has statistics."""
+        """Decoder input of normalised latents, in their dtype; statistics are per channel and mel bin."""
         shape = (1, latents.shape[1], 1, latents.shape[3])
         mean, std = (each.view(shape).to(latents) for each in (self._vae.latents_mean, self._vae.latents_std))
         raw: Tensor = latents * std + mean

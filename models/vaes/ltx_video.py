@@ -1,4 +1,4 @@
-"""The VAE of LTX-Video, 0.9.0 and 0.9.5. Modules and weights are Diffusers'."""
+"""The VAE of LTX-Video, 0.9.0 and 0.9.5. Wraps Diffusers' AutoencoderKLLTXVideo."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 class LTXVideoVAE(NormalisedVideoVAE):
     """Encoder and decoder of one video at a time, to and from normalised latents.
 
-    The decoder sees later frames too: all are decoded at once, before the first one is there. Latents lose precision,
-    if the VAE has less, only after they are denormalised.
+    The decoder is not causal: the whole video is decoded before the first frame is yielded. Latents are converted to
+    the VAE's dtype only after they are denormalised.
     """
 
     def sample(self, video: Tensor, noise: Tensor) -> Tensor:
-        """Latents drawn with `noise`, in their shape: float32 (1, C, latent frames, h, w).
+        """Sample normalised latents with `noise`, both (1, C, latent frames, h, w); float32.
 
         The video is (1, 3, frames, H, W) in [-1, 1].
         """
-        found = self.distribution(video)
-        return self.normalised(found.mean + found.std * noise.to(found.mean))
+        posterior = self.distribution(video)
+        return self.normalised(posterior.mean + posterior.std * noise.to(posterior.mean))
 
     def session(
         self,
@@ -43,10 +43,10 @@ class LTXVideoVAE(NormalisedVideoVAE):
         scale: float = 0.0,
         timestep: float = 0.0,
     ) -> WholeVideoSession:
-        """Start decoding a video; all frames come with the last of its latents, whatever their size.
+        """Start decoding a video; the session yields all frames after the last latents.
 
-        A decoder that is conditioned on a timestep needs `noise` (1, C, num_latent_frames, height, width), of which
-        `scale` is the share.
+        A timestep-conditioned decoder requires `noise` (1, C, num_latent_frames, height, width); `scale` in [0, 1] is
+        the fraction of noise mixed into the latents.
         """
         del height, width, concurrent
         if noise is None:
@@ -55,14 +55,14 @@ class LTXVideoVAE(NormalisedVideoVAE):
         return WholeVideoSession(decode, num_latent_frames)
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Frames (3, H, W) in about [-1, 1], of latents (1, C, latent frames, h, w), float32."""
+        """Decode float32 latents (1, C, latent frames, h, w) to frames (3, H, W) in about [-1, 1]."""
         return self.frames(self.denormalised(latents))
 
     def decode_noisy(self, latents: Tensor, noise: Tensor, scale: float, timestep: float) -> Iterator[Tensor]:
-        """The same, with a share of noise in the latents, which the decoder removes; for a timestep in [0, 1]."""
+        """Decode with noise mixed into the latents, for a decoder conditioned on `timestep` in [0, 1]."""
         raw = self.denormalised(latents).to(self._vae.dtype)
-        share = torch.tensor(scale, dtype=raw.dtype, device=raw.device)
-        mixed = (1 - share) * raw + share * noise.to(raw)
+        fraction = torch.tensor(scale, dtype=raw.dtype, device=raw.device)
+        mixed = (1 - fraction) * raw + fraction * noise.to(raw)
         return self.frames(mixed, torch.tensor([timestep], dtype=raw.dtype, device=raw.device))
 
 

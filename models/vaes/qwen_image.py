@@ -1,4 +1,4 @@
-"""The VAE of Qwen-Image: that of a video model, for pictures as videos of one frame."""
+"""The VAE of Qwen-Image: a video VAE that encodes an image as a video of one frame."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
 
 class QwenImageVAE:
-    """Diffusers' AutoencoderKLQwenImage, in tensors."""
+    """Wraps Diffusers' AutoencoderKLQwenImage; takes and returns tensors."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        """The likeliest latents (batch, z, 1, h, w) of pictures (batch, 3, 1, H, W) in [-1, 1]."""
-        latents: Tensor = self._vae.encode(pictures.to(self._vae.device, self._vae.dtype)).latent_dist.mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """Mode of the latents (B, z, 1, h, w) of images (B, 3, 1, H, W) in [-1, 1]."""
+        latents: Tensor = self._vae.encode(images.to(self._vae.device, self._vae.dtype)).latent_dist.mode()
         return latents
 
     def decode(self, latents: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        """Pictures (batch, 3, 1, H, W) in [-1, 1] of latents (batch, z, 1, h, w), in a tuple."""
+        """Decode latents (B, z, 1, h, w) to a tuple of images (B, 3, 1, H, W) in [-1, 1]."""
         assert not return_dict
-        (pictures,) = self._vae.decode(latents, return_dict=False)
-        return (pictures,)
+        (images,) = self._vae.decode(latents, return_dict=False)
+        return (images,)
 
 
 def load_qwen_image_vae(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> QwenImageVAE:
-    """Read the weights. Raises CheckpointError."""
+    """Load Diffusers' AutoencoderKLQwenImage. Raises CheckpointError."""
     return QwenImageVAE(load_pretrained(checkpoint, name, device, dtype))

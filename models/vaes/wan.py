@@ -1,10 +1,10 @@
-"""The VAE of Wan 2.1 and of Wan 2.2 TI2V-5B: decodes frame by frame, in bounded memory.
+"""The VAE of Wan 2.1 and of Wan 2.2 TI2V-5B: decodes frame by frame in bounded memory.
 
-The convolutions are causal, so a frame can be decoded as soon as its latents are there. Diffusers' module decodes one
-latent frame after the other too, but passes four frames at a time through the widest layers and stores the whole
-video; here each frame passes all layers alone, and a convolution caches the two frames before it. A video that would
-still exceed the bound is decoded in strips, which overlap by the pixels that the convolutions depend on. Weights and
-modules are Diffusers' (models/vaes/wan_layers.py wraps them); results are equal up to rounding.
+The convolutions are causal, so that a frame can be decoded when its latents arrive. Diffusers also decodes latent
+frames sequentially, but processes four frames at once in the widest layers and stores the whole video. Here each frame
+passes through all layers separately, and each convolution caches the two preceding frames. A video that would still
+exceed the memory bound is decoded in strips, which overlap by the receptive field of the convolutions. Modules and
+weights are Diffusers', wrapped by models/vaes/wan_layers.py; results are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -32,23 +32,27 @@ if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 DECODING_BYTES = 3_750_000_000
-"""Most bytes that decoding with Wan 2.1's VAE takes beside the weights, without workspaces of convolutions (250 MB)."""
+"""Memory bound of decoding with Wan 2.1's VAE in bytes.
 
-RESIDUAL_DECODING_BYTES = 12_000_000_000
-"""Most bytes that decoding with Wan 2.2 TI2V-5B's VAE takes: enough for 704x1280 in one piece, in float32 too.
-
-In bfloat16 that size takes 4.9 GB, whatever the number of frames.
+Excludes weights and convolution workspaces (250 MB).
 """
 
-# Frames of the widest layer that are alive at a time beside the histories, with all that a residual block makes of one.
-_FRAMES_AT_WORK = 12
+RESIDUAL_DECODING_BYTES = 12_000_000_000
+"""Memory bound of decoding with Wan 2.2 TI2V-5B's VAE in bytes.
+
+Sufficient for 704x1280 in one strip in float32; in bfloat16, that size takes 4.9 GB for any number of frames.
+"""
+
+# Activations in the size of a frame of the widest layer that are in memory at once, excluding the cached frames.
+_WORKING_FRAMES = 12
 
 
 @dataclass(frozen=True)
 class _TailCosts:
-    """What the layers that upsample need: values per latent pixel, and latent pixels that a pixel depends on.
+    """Memory and receptive field of the upsampling layers.
 
-    `cached` values are alive from one frame to the next, `working` values while a frame passes.
+    `cached` and `working` are numbers of values per latent pixel: stored between frames, and allocated while a frame is
+    processed. `reach` is the radius of the receptive field, in latent pixels.
     """
 
     cached: int
@@ -57,9 +61,9 @@ class _TailCosts:
 
 
 def _tail_costs(blocks: Sequence[UpBlock], last_channels: int) -> _TailCosts:
-    """The costs of the up blocks and the last convolution, which has `last_channels` input channels.
+    """Costs of the up blocks and the last convolution, which has `last_channels` input channels.
 
-    A convolution caches two frames and depends on one pixel further, at its own size.
+    Each convolution caches two frames and extends the receptive field by one pixel at its own resolution.
     """
     values, widest, reach, scale = 0, 0, 0.0, 1
     for block in blocks:
@@ -73,12 +77,15 @@ def _tail_costs(blocks: Sequence[UpBlock], last_channels: int) -> _TailCosts:
             scale *= 2
             reach += 1 / scale
     values += 2 * last_channels * scale**2
-    return _TailCosts(values, _FRAMES_AT_WORK * widest, int(reach + 1 / scale) + 1)
+    return _TailCosts(values, _WORKING_FRAMES * widest, int(reach + 1 / scale) + 1)
 
 
 @dataclass(frozen=True)
 class _Strip:
-    """Rows or columns of latents: those that are wanted, and those that are decoded because the former look at them."""
+    """A range of latent rows or columns.
+
+    `begin` to `end` is the output range; `low` to `high` also includes rows or columns decoded only as spatial context.
+    """
 
     begin: int
     end: int
@@ -87,11 +94,11 @@ class _Strip:
 
 
 class DecodingSession:
-    """Decodes one video whose latents arrive in parts. It caches what later frames depend on.
+    """Decodes one video whose latents arrive in parts; caches the frames that later frames depend on.
 
-    The caches are dropped with the last of `num_latent_frames`. A video in one strip is decoded as its latents arrive.
-    In several strips the caches of all of them would exceed the bound: the session then stores only the small features
-    before the layers that upsample, and decodes strip by strip once the last latents are there.
+    The caches are freed after the last of `num_latent_frames`. A video in one strip is decoded as its latents arrive.
+    With several strips, the caches of all strips would exceed the memory bound: the session then stores only the
+    low-resolution features before the upsampling layers, and decodes strip by strip after the last latents.
     """
 
     def __init__(self, vae: WanVAE, num_latent_frames: int, strips: Sequence[_Strip], dim: int) -> None:
@@ -103,15 +110,15 @@ class DecodingSession:
         self._layers = vae.head() if len(strips) > 1 else [*vae.head(), *vae.tail()]
 
     def feed(self, latents: Tensor) -> Iterator[Tensor]:
-        """Frames (3, H, W) in [-1, 1] of the next latents (1, z, latent frames, h, w).
+        """Decode the next latents (1, z, latent frames, h, w) to frames (3, H, W) in [-1, 1].
 
-        In one strip they are on the VAE's device, each made when it is asked for, and all must be taken before the next
-        call. In several strips all frames come with the last latents, on the CPU. Raises ValueError for more latent
-        frames than the session is for.
+        With one strip, frames are on the VAE's device and decoded lazily; the caller must consume all of them before
+        the next call. With several strips, all frames are yielded after the last latents, on the CPU. Raises ValueError
+        for more latent frames than `num_latent_frames`.
         """
         self._missing -= latents.shape[2]
         if self._missing < 0:
-            raise ValueError(f"latents: {latents.shape[2]} frames are {-self._missing} more than are missing")
+            raise ValueError(f"latents: {latents.shape[2]} frames are {-self._missing} more than the video has left")
         for latent_frame in self._vae.latent_frames(latents):
             for frame in feed_through(self._layers, latent_frame):
                 if len(self._strips) > 1:
@@ -130,7 +137,7 @@ class DecodingSession:
             yield torch.cat(parts, dim=self._dim)
 
     def _decode_strip(self, strip: _Strip) -> list[Tensor]:
-        """The part of each frame that the strip is for."""
+        """Decode the strip's output range of each frame."""
         layers, dim = self._vae.tail(), self._dim
         frames: list[Tensor] = []
         for feature in self._features:
@@ -142,9 +149,9 @@ class DecodingSession:
 
 
 class WanVAE:
-    """Encoder and decoder of one video at a time, for Diffusers' AutoencoderKLWan of Wan 2.1 and of Wan 2.2 5B.
+    """Wraps Diffusers' AutoencoderKLWan of Wan 2.1 and Wan 2.2 5B, for one video at a time.
 
-    `decoding_bytes` bounds the memory of decoding beside the weights; None is the bound of the VAE's kind.
+    `decoding_bytes` bounds the memory of decoding, excluding weights; None: the default of the VAE's version.
     """
 
     def __init__(self, vae: Any, decoding_bytes: int | None = None) -> None:
@@ -156,7 +163,7 @@ class WanVAE:
         arrange_weights(vae.decoder)
 
     def encode(self, video: Tensor) -> Tensor:
-        """The likeliest latents (1, z, latent frames, h, w) of a video (1, 3, frames, H, W) in [-1, 1]."""
+        """Mode of the latents (1, z, latent frames, h, w) of a video (1, 3, frames, H, W) in [-1, 1]."""
         parameter = next(self._vae.parameters())
         latents: Tensor = self._vae.encode(video.to(parameter.device, parameter.dtype)).latent_dist.mode()
         return latents
@@ -164,31 +171,31 @@ class WanVAE:
     def session(self, num_latent_frames: int, height: int, width: int, *, concurrent: int = 1) -> DecodingSession:
         """Start decoding a video with latents of this height and width.
 
-        `concurrent` videos of this size are decoded in turns: the bound holds for all of their caches together.
+        If `concurrent` videos of this size are decoded alternately, the memory bound covers the caches of all of them.
         """
         strips = self._strips(num_latent_frames, height, width, concurrent)
         return DecodingSession(self, num_latent_frames, strips, -1 if width >= height else -2)
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Frames (3, H, W) in [-1, 1], one by one, of latents (1, z, latent frames, h, w); see DecodingSession."""
+        """Decode latents (1, z, latent frames, h, w) to frames (3, H, W) in [-1, 1]; see DecodingSession."""
         return self.session(*latents.shape[2:]).feed(latents)
 
     def head(self) -> list[FrameLayer]:
-        """The layers at the latents' size, with empty caches."""
+        """The layers at the latents' resolution, with empty caches."""
         return head_layers(self._vae.decoder)
 
     def tail(self) -> list[FrameLayer]:
-        """The layers that upsample, with empty caches."""
+        """The upsampling layers, with empty caches."""
         return tail_layers(self._vae.decoder, self._blocks, self._patch_size)
 
     def latent_frames(self, latents: Tensor) -> Iterator[Tensor]:
-        """The input (1, z, h, w) of the first layer for each latent frame."""
+        """Yield the first layer's input (1, z, h, w) for each latent frame."""
         layout = torch.channels_last if latents.is_cuda else torch.contiguous_format
         for latent_frame in latents.tensor_split(latents.shape[2], dim=2):
             yield self._vae.post_quant_conv(latent_frame)[:, :, 0].contiguous(memory_format=layout)
 
     def _strips(self, num_latent_frames: int, height: int, width: int, concurrent: int) -> list[_Strip]:
-        """As few equal parts of the longer side as fit the bound, one of them at least."""
+        """Split the longer side into the smallest number of equal strips within the memory bound."""
         costs = _tail_costs(self._blocks, self._vae.decoder.conv_out.in_channels)
         side, across = max(height, width), min(height, width)
         first = self._vae.decoder.conv_in
@@ -204,7 +211,7 @@ class WanVAE:
             widest = max(strip.high - strip.low for strip in strips)
             values = costs.working + costs.cached * (concurrent if count == 1 else 1)
             needed = widest * across * values * item + (features if count > 1 else 0)
-            # Beyond this, what lies beside a strip outweighs it, and more strips would only cost time.
+            # The context of narrower strips would be larger than the strips; more strips would only cost time.
             if needed <= self._decoding_bytes or side // count <= costs.reach // 2:
                 return strips
         return strips

@@ -1,8 +1,8 @@
-"""Layers of the Wan VAE decoder that process one frame at a time and cache the frames that later frames depend on.
+"""Layers of the Wan VAE decoder that process one frame at a time and cache previous frames.
 
-The weights are those of Diffusers' AutoencoderKLWan: every class here wraps one of its modules. The decoder of
-Wan 2.2's VAE (`is_residual`) differs in its up blocks, which add a shortcut from their input to their output, and in
-`patch_size`: its last convolution returns a square of pixels as channels.
+The weights are those of Diffusers' AutoencoderKLWan: each class wraps one of its modules. The decoder of Wan 2.2's VAE
+(`is_residual`) differs in its up blocks, which add a shortcut from their input to their output, and in `patch_size`:
+its last convolution returns a square of pixels as channels.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from models.kernels.channel_norm import channel_norm_silu
 
 
 class FrameLayer(Protocol):
-    """Maps a stream of frames (1, C, H, W) to another stream; each input frame yields no, one or two frames."""
+    """Maps a stream of frames (1, C, H, W) to another; each input frame yields zero to two frames."""
 
     def feed(self, frame: Tensor) -> Iterator[Tensor]:
         """Yield the output frames of the next input frame."""
 
 
 def feed_through(layers: Sequence[FrameLayer], frame: Tensor) -> Iterator[Tensor]:
-    """Yield the frames that all layers make of `frame`, depth first, so that few frames are alive at a time."""
+    """Pass a frame through all layers depth first, so that few frames are in memory at once."""
     if not layers:
         yield frame
         return
@@ -36,7 +36,7 @@ def feed_through(layers: Sequence[FrameLayer], frame: Tensor) -> Iterator[Tensor
 
 @dataclass(frozen=True)
 class UpBlock:
-    """The modules of one of Diffusers' up blocks, under the same names for WanUpBlock and WanResidualUpBlock."""
+    """The modules of a Diffusers up block, with the same names for WanUpBlock and WanResidualUpBlock."""
 
     resnets: Sequence[Any]
     resample: Any | None
@@ -44,16 +44,17 @@ class UpBlock:
 
 
 def up_blocks(decoder: Any, *, is_residual: bool) -> list[UpBlock]:
-    """The up blocks of Diffusers' WanDecoder3d, the one at the latents' size first."""
+    """The up blocks of Diffusers' WanDecoder3d, from the lowest resolution."""
     if is_residual:
         return [UpBlock(block.resnets, block.upsampler, block.avg_shortcut) for block in decoder.up_blocks]
     return [UpBlock(block.resnets, (block.upsamplers or (None,))[0], None) for block in decoder.up_blocks]
 
 
 def arrange_weights(decoder: Any) -> None:
-    """Give each convolution its weight (out, in, frames, h, w) as one over a window: (out, frames * in, h, w).
+    """Register a 2D weight over a window of frames with each 3D convolution.
 
-    The two share memory, in which CUDA's convolutions find the channels of a window adjacent.
+    The 2D weight (out, frames * in, h, w) and the 3D weight (out, in, frames, h, w) share memory. On CUDA the 2D weight
+    is channels-last.
     """
     for module in decoder.modules():
         if isinstance(module, nn.Conv3d):
@@ -66,7 +67,7 @@ def arrange_weights(decoder: Any) -> None:
 
 
 def head_layers(decoder: Any) -> list[FrameLayer]:
-    """The layers at the latents' size, with empty caches. The attention depends on the whole frame."""
+    """The layers at the latents' resolution, with empty caches. Attention is over the whole frame."""
     mid = decoder.mid_block
     layers: list[FrameLayer] = [_CausalConv(decoder.conv_in), _Residual(mid.resnets[0])]
     for attention, block in zip(mid.attentions, mid.resnets[1:], strict=True):
@@ -77,7 +78,7 @@ def head_layers(decoder: Any) -> list[FrameLayer]:
 
 
 def tail_layers(decoder: Any, blocks: Sequence[UpBlock], patch_size: int) -> list[FrameLayer]:
-    """The layers that upsample, with empty caches. Each pixel depends on neighbouring pixels only."""
+    """The upsampling layers, with empty caches. Their receptive field is bounded."""
     layers: list[FrameLayer] = []
     for block in blocks:
         layers += _up_layers(block) if block.shortcut is None else [_ShortcutUp(block)]
@@ -95,10 +96,10 @@ def _up_layers(block: UpBlock) -> list[FrameLayer]:
 
 
 class _CausalConv:
-    """Causal 3D convolution over space, the current frame and the previous frames; zeros precede the first frame.
+    """Causal 3D convolution over the current and previous frames; zeros precede the first frame.
 
-    Each window of frames gives one frame. The window's frames are therefore stacked as channels of one image and
-    convolved in 2D: libraries have far better kernels for this than for a video of three frames.
+    A window of frames results in one frame. The window's frames are stacked as channels of one image and convolved in
+    2D, because 2D kernels are much faster than 3D kernels for three frames.
     """
 
     def __init__(self, conv: Any) -> None:
@@ -120,7 +121,7 @@ class _CausalConv:
 
 
 class _Residual:
-    """A residual block: norm, activation, convolution, twice, beside a shortcut."""
+    """A residual block: two sequences of norm, activation and convolution, and a shortcut."""
 
     def __init__(self, block: Any) -> None:
         self._norm1, self._norm2 = block.norm1, block.norm2
@@ -129,10 +130,10 @@ class _Residual:
         self._shortcut = _CausalConv(block.conv_shortcut) if has_shortcut else None
 
     def feed(self, frame: Tensor) -> Iterator[Tensor]:
-        """Yield one frame. While the next layers process it, no intermediate tensor is alive."""
-        yield self._made_of(frame)
+        """Yield one frame. Intermediate tensors are freed before the next layers run."""
+        yield self._forward(frame)
 
-    def _made_of(self, frame: Tensor) -> Tensor:
+    def _forward(self, frame: Tensor) -> Tensor:
         (hidden,) = self._conv1.feed(_norm_silu(frame, self._norm1))
         (hidden,) = self._conv2.feed(_norm_silu(hidden, self._norm2))
         if self._shortcut is not None:
@@ -163,7 +164,7 @@ class _Activation:
 
 
 def _norm_silu(frame: Tensor, norm: Any) -> Tensor:
-    """Each pixel's channels divided by their root mean square, times a weight, through SiLU."""
+    """Channel-wise RMS norm with weight, then SiLU."""
     return channel_norm_silu(frame, norm.gamma.flatten(), norm.scale)
 
 
@@ -187,10 +188,10 @@ class _Upsample:
 
 
 class _ShortcutUp:
-    """WanResidualUpBlock: residual blocks and upsampling, plus the input with its channels spread over time and space.
+    """WanResidualUpBlock: residual blocks and upsampling, plus a shortcut from channels to time and space.
 
-    The shortcut (DupUp3D) repeats channels until there are out * frames * rows * columns of them. Of the first frame
-    only the last of its frames is used, as the main path makes one frame of it.
+    The shortcut (DupUp3D) repeats the channels to out * frames * rows * columns. For the first input frame, only the
+    last frame of the shortcut is used, because the main path yields one frame.
     """
 
     def __init__(self, block: UpBlock) -> None:
@@ -211,7 +212,7 @@ class _ShortcutUp:
 
 
 class _Unpatchify:
-    """Turns channels (colour, column, row of a patch) into pixels: (1, C * patch², H, W) to (1, C, H * patch, ...)."""
+    """Rearranges channels (colour, column, row) to pixels: (1, C * p², H, W) to (1, C, H * p, W * p)."""
 
     def __init__(self, patch_size: int) -> None:
         self._patch_size = patch_size

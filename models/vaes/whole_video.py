@@ -1,4 +1,4 @@
-"""Decoding of videos whose VAE needs all latents at once."""
+"""Decoding sessions of VAEs that decode all latents at once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class WholeVideoSession:
-    """Decodes one video whose latents arrive in parts, once all are there.
+    """Collects the latents of one video, which arrive in parts, and decodes them at once.
 
-    `decode` makes frames (3, H, W) of latents (1, C, num_latent_frames, h, w).
+    `decode` decodes latents (1, C, num_latent_frames, h, w) to frames (3, H, W).
     """
 
     def __init__(self, decode: Callable[[Tensor], Iterator[Tensor]], num_latent_frames: int) -> None:
@@ -20,11 +20,14 @@ class WholeVideoSession:
         self._parts: list[Tensor] = []
 
     def feed(self, latents: Tensor) -> Iterator[Tensor]:
-        """No frames, and with the last latents (1, C, frames, h, w) all of them. Raises ValueError beyond these."""
+        """Collect latents (1, C, frames, h, w); after the last ones, yield all frames.
+
+        Raises ValueError for more latent frames than `num_latent_frames`.
+        """
         self._parts.append(latents)
         self._missing -= latents.shape[2]
         if self._missing < 0:
-            raise ValueError(f"latents: {latents.shape[2]} frames are {-self._missing} more than are missing")
+            raise ValueError(f"latents: {latents.shape[2]} frames are {-self._missing} more than the video has left")
         if not self._missing:
             yield from self._decode(torch.cat(self._parts, dim=2))
             self._parts = []

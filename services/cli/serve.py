@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import services
 from common.package_guard import COORDINATOR_PACKAGES, WORKER_PACKAGES, check_versions
 from services.cli.options import BAD_INPUT, SUCCESS, let_threads_sleep
 
-_NOT_SERVICES = ("cli",)
+_STAGE_SERVICES = "services.stage_services"
+_MODULES: Mapping[str, str] = {
+    "before_denoising": _STAGE_SERVICES,
+    "coordinator": "services.coordinator.__main__",
+    "decoding": _STAGE_SERVICES,
+    "denoising": "services.denoising.__main__",
+    "image_encoding": _STAGE_SERVICES,
+    "latent_preparation": _STAGE_SERVICES,
+    "text_encoding": _STAGE_SERVICES,
+}
+"""The module of each service, which is imported when the service starts: most import torch."""
 
 
 def service_names() -> list[str]:
-    """The packages under services/ that can be run."""
-    return [
-        info.name for info in pkgutil.iter_modules(services.__path__) if info.ispkg and info.name not in _NOT_SERVICES
-    ]
+    """The names of all services, sorted."""
+    return sorted(_MODULES)
+
+
+def module_of(service: str) -> str:
+    """The name of the module that runs a service."""
+    return _MODULES[service]
 
 
 def settings_class(service: str) -> type[Any]:
-    """The settings of a service: its dataclass, as its own main() fills it."""
-    cls: type[Any] = vars(_program(service))["SETTINGS"]
+    """The settings dataclass of a service."""
+    settings = vars(importlib.import_module(_MODULES[service]))["SETTINGS"]
+    cls: type[Any] = settings[service] if _MODULES[service] == _STAGE_SERVICES else settings
     return cls
 
 
-def _program(service: str) -> ModuleType:
-    return importlib.import_module(f"services.{service}.__main__")
+def _main(service: str) -> Callable[[Sequence[str]], int]:
+    run: Callable[..., int] = vars(importlib.import_module(_MODULES[service]))["main"]
+    return partial(run, service) if _MODULES[service] == _STAGE_SERVICES else run
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,5 +63,4 @@ def main(argv: Sequence[str]) -> int:
     let_threads_sleep()
     # Before their import, which may fail for a wrong version with an error that names neither.
     check_versions(*(COORDINATOR_PACKAGES if name == "coordinator" else WORKER_PACKAGES))
-    run: Callable[[Sequence[str]], int] = vars(_program(name))["main"]
-    return run(argv[1:])
+    return _main(name)(argv[1:])

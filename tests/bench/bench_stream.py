@@ -201,8 +201,8 @@ def _request(scale: Scale, config: WanCausalDMDPipelineConfig, runtime: Runtime)
     )
     artifacts, call = params.artifacts(), Call("bench")
     canvas, sampling = artifacts["canvas"], artifacts["sampling"]
-    assert isinstance(canvas, Canvas), "artifacts() puts each in its slot"
-    assert isinstance(sampling, Sampling), "artifacts() puts each in its slot"
+    assert isinstance(canvas, Canvas), "artifacts() has one artifact per slot"
+    assert isinstance(sampling, Sampling), "artifacts() has one artifact per slot"
     drawn = LatentPreparationStage(config, runtime, {}).run(
         LatentPreparationInput(canvas=canvas, sampling=sampling), call
     )

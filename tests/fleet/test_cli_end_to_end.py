@@ -243,7 +243,7 @@ def test_size_measures_a_running_fleet_with_prompts_that_no_worker_has_cached(
     ("change", "code", "words"),
     [
         (("--model", "emojis"), 2, "model 'emojis' is not served; this fleet serves emoji"),
-        (("--size", "7x7"), 2, "height must be at least 16"),
+        (("--size", "7x7"), 2, "height: 7 is not at least 16"),
         (("--size", "64x64x5"), 2, "FluxPipeline has no parameter 'num_frames'"),
         (("--endpoint", "127.0.0.1:1"), 1, "no fleet answers at 127.0.0.1:1"),
         (("--stage-seconds", "painting=1"), 2, "'painting' is not a service of emoji; services are text_encoding, "),

@@ -50,33 +50,39 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model i2v --output a.mp4", "i2v (WanImageToVideoPipeline) needs a picture as 'image', but none came"),
+        ("--model i2v --output a.mp4", "image: no image was sent, which i2v (WanImageToVideoPipeline) requires"),
         ("--model i2v --image nowhere.png --output a.mp4", "cannot read the picture nowhere.png"),
         ("--model i2v --image words.png --output a.mp4", "image is not a PNG, JPEG or WebP picture"),
         ("--model i2v --image old.gif --output a.mp4", "image is not a PNG, JPEG or WebP picture but GIF"),
         ("--model i2v --image moving.webp --output a.mp4", "image is an animated WebP"),
         ("--model i2v --image cut.png --output a.mp4", "image is cut off"),
         ("--model i2v --image spoiled.png --output a.mp4", "image cannot be decoded"),
-        ("--model i2v --image good.png --image good.png --output a.mp4", "takes image as pictures, but image, image_1"),
+        (
+            "--model i2v --image good.png --image good.png --output a.mp4",
+            "images: image, image_1 are not among",
+        ),
         ("--model i2v --image good.png --param image=good.png --output a.mp4", "image is given twice"),
-        ("--model i2v --image good.png --param last_image=good.png --output a.mp4", "but image, last_image came"),
-        ("--model flf2v --image good.png --output a.mp4", "needs a picture as 'last_image'"),
+        (
+            "--model i2v --image good.png --param last_image=good.png --output a.mp4",
+            "image, last_image are not among",
+        ),
+        ("--model flf2v --image good.png --output a.mp4", "last_image: no image was sent"),
         (
             "--model ti2v --param last_image=good.png --output a.mp4",
-            "last_image came; ti2v takes: text (no images), im",
+            "last_image is not a set of images of ti2v, which takes: text (no images), im",
         ),
         (
             "--model ti2v --image good.png --image good.png --output a.mp4",
-            "image, image_1 came; ti2v takes: text (no i",
+            "image, image_1 is not a set of images of ti2v, which takes: text (no i",
         ),
         (
             "--model emoji-video --image good.png --output a.mp4",
-            "emoji-video (WanPipeline) takes no images, but 1 came",
+            "images: 1 is not 0; emoji-video (WanPipeline) takes no images",
         ),
         ("--model emoji-video --output a.png", "makes videos; .png needs an image model; give .mp4 or .safetensors"),
         ("--model emoji --output a.mp4", "makes images; .mp4 needs a video model; give .png or .safetensors"),
-        ("--model emoji-video --num-frames 0 --output a.mp4", "num_frames must be a whole number from 1"),
-        ("--model emoji-video --height 72 --output a.mp4", "height must be a multiple of 16"),
+        ("--model emoji-video --num-frames 0 --output a.mp4", "num_frames: 0 is not a whole number from 1"),
+        ("--model emoji-video --height 72 --output a.mp4", "height: 72 is not a multiple of 16"),
     ],
 )
 def test_what_is_wrong_is_one_line(
@@ -119,7 +125,7 @@ def test_a_red_heart_beats(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{output}\n"
-    assert done.stderr.count("num_frames 12 is not one more than a multiple of 4; 13 is used instead") == 1
+    assert done.stderr.count("num_frames: 12 is not one more than a multiple of 4; 13 is used instead") == 1
     with av.open(str(output), "r") as container:
         stream = container.streams.video[0]
         assert (stream.width, stream.height, float(stream.average_rate or 0)) == (64, 64, 8.0)

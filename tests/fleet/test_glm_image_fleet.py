@@ -20,7 +20,7 @@ from local_fleet import LocalFleet
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
 from served_fleet import ServedFleet, served_fleet
-from services.before_denoising import __main__ as before_denoising
+from services import stage_services
 from services.cli.__main__ import main
 from services.worker import Worker, start_worker
 from services.worker_settings import WarmUpSettings
@@ -91,8 +91,8 @@ def test_the_command_line_lists_its_services(fleet: ServedFleet, capsys: pytest.
     [
         ({"height": 80}, (), "height", "height: 80 is not a multiple of 32; 64 or 96 works"),
         ({"width": 16}, (), "width", "width: 16 is not a multiple of 32; 32 works"),
-        ({}, ("image",), "images", "glm (GlmImagePipeline) takes no images, but 1 came"),
-        ({}, ("image", "image_1", "image_2"), "images", "glm (GlmImagePipeline) takes no images, but 3 came"),
+        ({}, ("image",), "images", "images: 1 is not 0; glm (GlmImagePipeline) takes no images"),
+        ({}, ("image", "image_1", "image_2"), "images", "images: 3 is not 0; glm (GlmImagePipeline) takes no images"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(
@@ -196,6 +196,6 @@ def test_a_request_whose_worker_ends_goes_on_at_another_one(
 
 
 def test_a_model_of_the_modular_style_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert before_denoising.main(["--model", "emoji", "--redis", "unix:///x", "--device", "cpu"]) == 2
+    assert stage_services.main("before_denoising", ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu"]) == 2
     message = "FluxPipeline has no before_denoising service; it has text_encoding, latent_preparation, denoising"
     assert message in capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_the_command_line_lists_both_variants(fleet: ServedFleet, capsys: pytest
 
 
 def test_sound_that_cannot_be_made_is_refused_before_any_work(fleet: ServedFleet) -> None:
-    with pytest.raises(InvalidInput, match="too short for sound") as refused:
+    with pytest.raises(InvalidInput, match="too short for audio") as refused:
         fleet.generate("ltx2", num_inference_steps=STEPS, **GIVEN | {"num_frames": 1, "frame_rate": 240.0})
     assert refused.value.field == "num_frames"
 

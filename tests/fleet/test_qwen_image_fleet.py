@@ -73,7 +73,7 @@ def _small_images() -> Iterator[None]:
     """Given images and layers have fewer tokens than in Diffusers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QwenImageLayeredSamplingParams, "pixels_of", lambda resolution: resolution**2 // 64)
-        patch.setattr(QwenImageEditPipelineConfig, "given_area", 160 * 160)
+        patch.setattr(QwenImageEditPipelineConfig, "vae_image_area", 160 * 160)
         yield
 
 

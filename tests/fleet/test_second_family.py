@@ -102,7 +102,7 @@ def test_its_tensors_are_those_of_one_process(served: Served, tmp_path: Path) ->
     )
     done = served.run(*words, f"--output={output}")
     assert done.returncode == 0, done.stderr
-    assert "height 35 is not a multiple of 8; 32 is used instead" in done.stderr
+    assert "height: 35 is not a multiple of 8; 32 is used instead" in done.stderr
     assert "only the first 64 of 65 bytes are read" in done.stderr
 
     fleet = LocalFleet(open_model(f"toy={served.checkpoint}", load_registry([served.plugins])))
@@ -131,9 +131,9 @@ def test_its_parameters_are_listed(served: Served) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("--param=contrast=5", "contrast must be a finite number from 0.0 to 4.0, but is 5"),
+        ("--param=contrast=5", "contrast: 5 is not a finite number from 0.0 to 4.0"),
         ("--true-cfg-scale=2", "ToyPipeline has no parameter 'true_cfg_scale'"),
-        ("--width=7", "width must be at least 8, but is 7"),
+        ("--width=7", "width: 7 is not at least 8"),
     ],
 )
 def test_its_own_bounds_hold(served: Served, tmp_path: Path, word: str, message: str) -> None:

@@ -291,7 +291,7 @@ def test_nothing_is_imported_without_the_variables(
     if endpoint:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
     options = ("--model", "emoji", "--redis", url, "--allow-data-loss", "--listen", f"unix:{tmp_path}/s.sock")
-    asyncio.run(run_service((f"services.{service}", *options), SERVICES[service]))
+    asyncio.run(run_service(("services.cli", "serve", service, *options), SERVICES[service]))
     modules = (tmp_path / "modules").read_text().split()
     assert "common.tracing" in modules
     assert any(name.startswith("opentelemetry") for name in modules) == bool(endpoint)

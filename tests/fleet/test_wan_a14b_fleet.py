@@ -29,7 +29,7 @@ def test_tensors_are_those_of_one_process(tmp_path_factory: pytest.TempPathFacto
     local.close()
     with served_fleet([model]) as fleet:
         answer = fleet.generate("a14b", images=images, **GIVEN, **PARAMS)
-        with pytest.raises(InvalidInput, match="num_frames must be at least 5 with a last_image"):
+        with pytest.raises(InvalidInput, match="num_frames: 1 is not at least 5"):
             fleet.generate("a14b", images=images, **{**GIVEN, "num_frames": 1}, **PARAMS)
     assert answer.tensors.keys() == expected.keys() == {"latents", "pixels"}
     assert all(torch.equal(answer.tensors[name], expected[name]) for name in expected)

@@ -93,7 +93,7 @@ def test_videos_are_mp4_of_the_size_and_rate_asked_for(fleet: ServedFleet) -> No
         "t2v", ".mp4", **{**GIVEN, "num_frames": 11, "num_outputs_per_prompt": 2, "frame_rate": 12.5}
     )
     assert [(warning.field, warning.message) for warning in answer.warnings] == [
-        ("num_frames", "num_frames 11 is not one more than a multiple of 4; 9 is used instead")
+        ("num_frames", "11 is not one more than a multiple of 4; 9 is used instead")
     ]
     assert len(answer.files) == 2
     for data in answer.files:
@@ -117,12 +117,17 @@ def _spoiled(data: bytes) -> bytes:
     ("name", "images", "field", "message"),
     [
         ("t2v", {"image": image_file(1)}, "images", "takes no images"),
-        ("i2v", {}, "image", "needs a picture as 'image'"),
-        ("i2v", {"image": image_file(1), "image_1": image_file(1)}, "image_1", "takes image as pictures"),
+        ("i2v", {}, "image", "image: no image was sent"),
+        (
+            "i2v",
+            {"image": image_file(1), "image_1": image_file(1)},
+            "image_1",
+            "image, image_1 are not among",
+        ),
         ("i2v", {"image": b"no picture"}, "image", "is not a PNG, JPEG or WebP picture"),
         ("i2v", {"image": _cut(image_file(1))}, "image", "is cut off"),
         ("i2v", {"image": image_file(1, "GIF")}, "image", "but GIF"),
-        ("flf2v", {"image": image_file(1)}, "last_image", "needs a picture as 'last_image'"),
+        ("flf2v", {"image": image_file(1)}, "last_image", "last_image: no image was sent"),
     ],
 )
 def test_wrong_pictures_are_refused_before_they_are_accepted(

@@ -28,7 +28,7 @@ GIVEN: dict[str, Any] = {"prompt": "a red apple", "height": 64, "width": 96, "nu
 STEPS = 3
 IMAGE = png(coarse_image(90, 60))
 IMAGES = {"text": NO_IMAGES, "image": {"image": IMAGE}}
-TAKES = "ti2v takes: text (no images), image (image)"
+TAKES = "ti2v, which takes: text (no images), image (image)"
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,9 @@ def test_sizes_and_frames_are_rounded_with_a_warning(fleet: ServedFleet, variant
     given = {**GIVEN, "height": 80, "width": 112, "num_frames": 7}
     answer = fleet.generate("ti2v", images=IMAGES[variant], num_inference_steps=1, **given)
     assert {(warning.field, warning.message) for warning in answer.warnings} == {
-        ("num_frames", "num_frames 7 is not one more than a multiple of 4; 5 is used instead"),
-        ("height", "height 80 is not a multiple of 32; 64 is used instead"),
-        ("width", "width 112 is not a multiple of 32; 96 is used instead"),
+        ("num_frames", "7 is not one more than a multiple of 4; 5 is used instead"),
+        ("height", "80 is not a multiple of 32; 64 is used instead"),
+        ("width", "112 is not a multiple of 32; 96 is used instead"),
     }
     assert answer.tensors["pixels"].shape == (1, 5, 3, 64, 96)
 

@@ -218,7 +218,7 @@ def test_another_model_under_the_same_name_is_refused(
     [
         (["--nonsense"], 2, "--nonsense"),
         ([], 2, "--redis is missing"),
-        (["--model", "no-such-model", "--redis", "unix:///x"], 2, "neither a directory nor a model"),
+        (["--model", "no-such-model", "--redis", "unix:///x"], 2, "neither a directory nor a shipped model"),
         (["--model", "emoji", "--redis", "unix:///x", "--device", "gpu"], 2, "device must be"),
     ],
 )
@@ -312,7 +312,15 @@ def test_sigterm_while_the_store_is_away_exits_with_0(toy: ServedModel, plugins:
 
     async def test() -> None:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.decoding", *words, "--threads", "1", stderr=asyncio.subprocess.PIPE
+            sys.executable,
+            "-m",
+            "services.cli",
+            "serve",
+            "decoding",
+            *words,
+            "--threads",
+            "1",
+            stderr=asyncio.subprocess.PIPE,
         )
         try:
             assert process.stderr is not None

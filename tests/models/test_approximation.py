@@ -72,7 +72,7 @@ Case = tuple[ServedModel, DenoisingInput, tuple[str, ...]]
 def _small_images() -> Iterator[None]:
     """Given images have fewer tokens than in Diffusers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(QwenImageEditPipelineConfig, "given_area", 96 * 96)
+        patch.setattr(QwenImageEditPipelineConfig, "vae_image_area", 96 * 96)
         yield
 
 
@@ -178,7 +178,7 @@ def test_a_loop_with_a_step_cache_has_no_checkpoints(case: Case) -> None:
     assert len(states) == STEPS - 1
     call = Call("test", on_item=step_checkpoints_to(lambda _: pytest.fail("a checkpoint was told")))
     latents_of(cached(model, 1e-9), x, call)
-    with pytest.raises(InvalidInput, match="starts at step 0") as caught:
+    with pytest.raises(InvalidInput, match="a loop with a step cache has no checkpoints") as caught:
         latents_of(cached(model, 1e-9), replace(x, resume_from=states[0]))
     assert caught.value.field == "resume_from"
 
@@ -200,7 +200,7 @@ def test_a_family_without_such_layers_is_refused(tmp_path: Path) -> None:
     with toy_family(tmp_path / "plugins") as plugins:
         model = open_model(str(build_toy_checkpoint(tmp_path / "toy")), load_registry([plugins]))
         spec = model.service("denoising")
-        with pytest.raises(InvalidInput, match=r"ToyPipeline has no transformer that can compute with .*float8"):
+        with pytest.raises(InvalidInput, match=r"float8.* is not supported by ToyPipeline, which has no transformer"):
             load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, approximation=FLOAT8_LINEARS))
 
 
@@ -216,4 +216,4 @@ def test_a_negative_threshold_is_refused_before_anything_is_started(
     monkeypatch.setattr(denoising, "serve", lambda *_, **__: pytest.fail("something was started"))
     flags = ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu", "--step-cache-threshold", "-0.1"]
     assert denoising.main(flags) == 2
-    assert "step_cache_threshold is -0.1; it must be 0 (off) or more" in capsys.readouterr().err
+    assert "step_cache_threshold: -0.1 is not at least 0" in capsys.readouterr().err

@@ -158,7 +158,7 @@ def shorter(x: DenoisingInput) -> DenoisingInput:
 def test_steps_that_do_not_fit_are_refused_before_the_loop_starts() -> None:
     stage, capture = with_graphs(max_bytes=100)
     steps: list[int] = []
-    with pytest.raises(ResourceExhausted, match=r"step memory, but \d+ of 100 are free") as refused:
+    with pytest.raises(ResourceExhausted, match=r"needs \d+ bytes, but \d+ of 100 are free") as refused:
         run(stage, loop_input(), Call("test", on_progress=lambda step, _: steps.append(step)))
     assert refused.value.field == ""
     assert not steps

@@ -142,7 +142,7 @@ def _encode_small_images(request: pytest.FixtureRequest) -> None:
     """Qwen-Image's pipelines encode images in fewer pixels than in Diffusers: that changes no slot."""
     patch = pytest.MonkeyPatch()
     request.addfinalizer(patch.undo)
-    patch.setattr(QwenImageEditPipelineConfig, "given_area", 160 * 160)
+    patch.setattr(QwenImageEditPipelineConfig, "vae_image_area", 160 * 160)
     patch.setattr(QwenImageLayeredSamplingParams, "pixels_of", lambda resolution: resolution**2 // 64)
 
 

@@ -73,7 +73,7 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(pair: Pair) -> None:
     pair[0].media(heard, **BASE | {"prompt": "a red cat " * 170, "num_inference_steps": 1}, seed=1)
     ((field, message),) = heard.warnings
     assert field == "prompt"
-    assert "text_encoder reads at most 512 tokens" in message
+    assert "tokens are truncated to 512, the limit of text_encoder" in message
     assert message.endswith("a red cat [/INST]")
 
 

@@ -12,10 +12,10 @@ from coarse_pictures import coarse_image, png
 from common.artifacts import Canvas
 from common.image_header import read_image_header
 from configs.models.dits.flux2 import Flux2TransformerConfig
-from configs.models.vaes.flux2 import MOST_PIXELS, AutoencoderKLFlux2Config, area_limited
+from configs.models.vaes.flux2 import MAX_PIXELS, AutoencoderKLFlux2Config, area_limited
 from configs.pipeline_configs.flux2_klein import Flux2KleinImagePipelineConfig
 from configs.sample.flux2 import Flux2ImageSamplingParams
-from models.images import as_tensor, middle
+from models.images import as_tensor, center_crop
 
 SIZES = [(64, 64), (100, 70), (95, 81), (1024, 1024), (1025, 1024), (1500, 903), (310, 2400)]
 
@@ -40,9 +40,9 @@ CONFIG = Flux2KleinImagePipelineConfig(
 def test_pixels_are_diffusers(size: tuple[int, int]) -> None:
     image = coarse_image(*size)
     resized = CONFIG.image_size((image.height, image.width), Canvas(height=64, width=64))
-    ours = middle(as_tensor(image, *resized), *CONFIG.image_crop(resized))
+    ours = center_crop(as_tensor(image, *resized), *CONFIG.image_crop(resized))
     assert torch.equal(ours, theirs(image))
-    assert resized[0] * resized[1] <= MOST_PIXELS
+    assert resized[0] * resized[1] <= MAX_PIXELS
     header = read_image_header("image", png(image))
     defaults = Flux2ImageSamplingParams.image_defaults({"image": header}, {})
     assert (defaults["height"], defaults["width"]) == resized == area_limited(image.height, image.width)

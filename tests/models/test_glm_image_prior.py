@@ -113,14 +113,14 @@ def test_a_cancel_ends_it_within_a_token(theirs: Any, last: int) -> None:
 def test_an_early_end_of_the_image_names_the_seed(tmp_path: Path) -> None:
     """Diffusers fails on the shape of the tokens."""
     early = GlmImagePipeline.from_pretrained(build_tiny_glm_image(tmp_path / "early", codes=CODES + 2, generation=FLAT))
-    with pytest.raises(InvalidInput, match=r"seed: 4 is not .* end of the image after \d+ of 260") as caught:
+    with pytest.raises(InvalidInput, match=r"seed: 4 is not usable .* an end token after \d+ of 260") as caught:
         sampler(early).sample(PROMPT, (2, 2), 4, ignore)
     assert caught.value.field == "seed"
 
 
 def test_tokens_that_the_transformer_does_not_know_name_the_seed(theirs: Any) -> None:
     """On a GPU such a token would end the process of the denoiser."""
-    with pytest.raises(InvalidInput, match=r"seed: 4 is not .* token that the transformer does not know") as caught:
+    with pytest.raises(InvalidInput, match=r"seed: 4 is not usable .* the transformer has no embedding") as caught:
         sampler(theirs, codebook_size=2).sample(PROMPT, (3, 3), 4, ignore)
     assert caught.value.field == "seed"
 
@@ -146,7 +146,7 @@ def test_marks_that_the_tokenizer_does_not_have_are_named(theirs: Any, name: str
     before = config.to_dict()[name]
     setattr(config, name, 9999)
     try:
-        with pytest.raises(CheckpointError, match=f"{name}: 9999 is no token of processor/tokenizer.json"):
+        with pytest.raises(CheckpointError, match=f"{name}: 9999 is not a token of processor/tokenizer.json"):
             sampler(theirs)
     finally:
         setattr(config, name, before)

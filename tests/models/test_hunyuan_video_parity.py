@@ -64,7 +64,7 @@ def test_frames_are_those_that_diffusers_decodes(pair: Pair, asked: int) -> None
     ours = pair[0].tensors(heard, seed=5, **given)
     check(ours, reference_run(pair[1], seed=5, **reference_call(given)))
     _, warnings = pair[0].model.variants[0].sampling_params.build(given, pair[0].model.checkpoint)
-    message = f"num_frames {asked} is not one more than a multiple of 4; 5 is used instead"
+    message = f"{asked} is not one more than a multiple of 4; 5 is used instead"
     assert [(warning.field, warning.message) for warning in warnings] == [("num_frames", message)]
 
 
@@ -103,7 +103,7 @@ def test_prompt_2_is_what_clip_reads(pair: Pair) -> None:
 def test_a_prompt_that_is_cut_is_reported(pair: Pair) -> None:
     heard = Heard()
     pair[0].tensors(heard, **BASE | {"prompt": "a old stone river", "max_sequence_length": 2}, seed=1)
-    message = "text_encoder reads at most 2 tokens, and the text has 4; it was cut before:  stone river"
+    message = "4 tokens are truncated to 2, the limit of text_encoder; removed:  stone river"
     assert heard.warnings == [("prompt", message)]
 
 
@@ -161,5 +161,5 @@ def test_bfloat16_is_near(pair: Pair) -> None:
 
 def test_an_encoder_of_another_width_is_refused(tmp_path: Path) -> None:
     checkpoint = open_model(str(build_tiny_hunyuan_video(tmp_path / "m", text_size=48)), load_registry()).checkpoint
-    with pytest.raises(CheckpointError, match="takes 32 text features where text_encoder makes 48"):
+    with pytest.raises(CheckpointError, match="text_encoder: 48 text features are not 32"):
         HunyuanVideoPipelineConfig.from_checkpoint(checkpoint)

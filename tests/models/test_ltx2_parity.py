@@ -207,7 +207,7 @@ def test_a_text_that_is_cut_is_reported(sides: Sides) -> None:
     sides.fleet.media(heard, **given(LONG, num_inference_steps=2, output_format="safetensors"))
     ((field, message),) = [warning for warning in heard.warnings if warning[0] == "prompt"]
     assert field == "prompt"
-    assert "text_encoder reads at most 32 tokens" in message
+    assert "tokens are truncated to 32, the limit of text_encoder" in message
     assert "stone" in message
 
 
@@ -236,7 +236,7 @@ def test_an_mp4_has_the_frames_and_the_sound(sides: Sides) -> None:
 def test_an_image_that_cannot_be_compressed_is_refused(sides: Sides) -> None:
     """One row of pixels: H.264's colours have half as many. Uncompressed it is an image as any other."""
     image = coarse_image(40, 1, seed=1)
-    with pytest.raises(InvalidInput, match="image: 40 x 1 pixels are too few to compress") as refused:
+    with pytest.raises(InvalidInput, match="image: 40 x 1 pixels are not enough to compress") as refused:
         sides.ours({}, image)
     assert refused.value.field == "image"
     assert sides.ours({"image_crf": 0, "num_inference_steps": 2}, image)["pixels"].isfinite().all()

@@ -18,8 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 from coarse_pictures import coarse_image, png
 from common.errors import CheckpointError, InvalidInput
 from common.image_header import ImageHeader
-from configs.models.vaes.qwen_image import given_size
-from configs.pipeline_configs.qwen_image_edit import EDIT_TEMPLATE, POSITIONS, QwenImageEditPipelineConfig
+from configs.models.vaes.qwen_image import image_size_of_area
+from configs.pipeline_configs.qwen_image_edit import EDIT_TEMPLATE, MAX_POSITIONS, QwenImageEditPipelineConfig
 from configs.sample.qwen_image import QwenImageEditSamplingParams
 from local_fleet import Heard, LocalFleet, open_fleet, reference_run, relative_error
 from models.encoder_runners.image_text import ImageTextEncoder
@@ -104,7 +104,7 @@ def test_a_tokenizer_that_the_encoder_does_not_know_is_refused(pair: Pair) -> No
     tokenizer = qwen_tokenizer()
     assert len(tokenizer) == known
     tokenizer.add_tokens(["one more"])
-    with pytest.raises(CheckpointError, match=f"tokenizer has {known + 1} tokens, but text_encoder knows {known}"):
+    with pytest.raises(CheckpointError, match=f"tokenizer: {known + 1} tokens are not at most {known}"):
         ImageTextEncoder(encoding, tokenizer, pair[1].processor.image_processor, encoder, torch.device("cpu"))
 
 
@@ -114,13 +114,13 @@ def test_a_tokenizer_that_the_encoder_does_not_know_is_refused(pair: Pair) -> No
 def test_pictures_are_edited_in_diffusers_sizes(size: tuple[int, int]) -> None:
     width, height = size
     theirs = calculate_dimensions(1024 * 1024, width / height)
-    assert given_size(height, width) == (theirs[1], theirs[0])
+    assert image_size_of_area(height, width) == (theirs[1], theirs[0])
 
 
 def test_the_size_follows_from_the_picture(pair: Pair) -> None:
     stage = InputValidationStage(pair[0].model)
     params = stage.run({"prompt": ""}, {"image": png(coarse_image(90, 60))}).params
-    assert (params.height, params.width) == given_size(60, 90) == (832, 1248)
+    assert (params.height, params.width) == image_size_of_area(60, 90) == (832, 1248)
     params = stage.run({"prompt": "", "height": 64}, {"image": png(coarse_image(90, 60))}).params
     assert (params.height, params.width) == (64, 1248)
     headers = {"image": ImageHeader(format="PNG", height=90, width=60)}
@@ -130,7 +130,7 @@ def test_the_size_follows_from_the_picture(pair: Pair) -> None:
 def test_the_size_follows_the_orientation_in_the_metadata(pair: Pair) -> None:
     sideways = xmp_rotated(png(coarse_image(90, 60)))
     params = InputValidationStage(pair[0].model).run({"prompt": ""}, {"image": sideways}).params
-    assert (params.height, params.width) == given_size(90, 60)
+    assert (params.height, params.width) == image_size_of_area(90, 60)
 
 
 def test_16_bit_grey_is_accepted_with_a_warning(pair: Pair) -> None:
@@ -155,7 +155,7 @@ def test_tokens_are_not_limited_as_diffusers_does_not(pair: Pair) -> None:
         ({}, {"image": png(coarse_image(9, 9)), "image_1": png(coarse_image(9, 9))}, "image_1"),
         ({"num_inference_steps": 1}, {"image": png(coarse_image(9, 9))}, "num_inference_steps"),
         ({"prompt": "put <|image_pad|> there"}, {"image": png(coarse_image(9, 9))}, "prompt"),
-        ({"prompt": "猫" * POSITIONS}, {"image": png(coarse_image(9, 9))}, "prompt"),
+        ({"prompt": "猫" * MAX_POSITIONS}, {"image": png(coarse_image(9, 9))}, "prompt"),
         ({**GUIDED, "negative_prompt": "<|image_pad|>"}, {"image": png(coarse_image(9, 9))}, "negative_prompt"),
     ],
     ids=["none", "no picture", "two", "one step", "mark", "too long", "negative mark"],

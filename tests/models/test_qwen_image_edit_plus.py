@@ -22,7 +22,7 @@ from common.errors import Cancelled, CheckpointError, InvalidInput
 from common.image_header import MAX_IMAGES
 from common.stage import Call
 from common.tensors import TORCH
-from configs.models.vaes.qwen_image import given_size
+from configs.models.vaes.qwen_image import image_size_of_area
 from configs.pipeline_configs.qwen_image_edit_plus import QwenImageEditPlusPipelineConfig, plus_template
 from local_fleet import Heard, LocalFleet, call_of, open_fleet, reference_run, relative_error
 from models.contracts import DenoisingInput
@@ -66,7 +66,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Pair]
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given images are encoded in fewer pixels."""
-    monkeypatch.setattr(QwenImageEditPlusPipelineConfig, "given_area", AREA)
+    monkeypatch.setattr(QwenImageEditPlusPipelineConfig, "vae_image_area", AREA)
     monkeypatch.setattr(reference, "VAE_IMAGE_SIZE", AREA)
 
 
@@ -101,8 +101,8 @@ def test_latents_and_pixels_are_diffusers(pairs: dict[bool, Pair], case: str) ->
 
 
 def test_images_are_encoded_in_diffusers_sizes() -> None:
-    assert QwenImageEditPlusPipelineConfig.given_area == reference.VAE_IMAGE_SIZE
-    assert QwenImageEditPlusPipelineConfig.seen_area == reference.CONDITION_IMAGE_SIZE
+    assert QwenImageEditPlusPipelineConfig.vae_image_area == reference.VAE_IMAGE_SIZE
+    assert QwenImageEditPlusPipelineConfig.encoder_image_area == reference.CONDITION_IMAGE_SIZE
 
 
 @pytest.mark.usefixtures("small")
@@ -169,7 +169,7 @@ def test_the_size_follows_from_the_last_image(pairs: dict[bool, Pair]) -> None:
     stage = InputValidationStage(pairs[True][0].model)
     images = files(given(2))
     params = stage.run({"prompt": ""}, {role: images[role] for role in reversed(images)}).params
-    assert (params.height, params.width) == given_size(200, 50)
+    assert (params.height, params.width) == image_size_of_area(200, 50)
 
 
 def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:
@@ -217,5 +217,5 @@ def test_the_transformer_of_another_pipeline_is_refused(tmp_path: Path, pairs: d
     text = config.read_text().replace(f'"{flag}": false', f'"{flag}": true')
     config.unlink()
     config.write_text(text)
-    with pytest.raises(CheckpointError, match=f"{flag} True is not supported; supported is False"):
+    with pytest.raises(CheckpointError, match=f"{flag}: True is not False"):
         open_fleet(str(path))

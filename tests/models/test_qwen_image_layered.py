@@ -25,7 +25,7 @@ from common.errors import Cancelled, CheckpointError, InvalidInput
 from common.stage import Call
 from common.tensors import TORCH
 from configs.models.dits.qwen_image import QwenImageTransformerConfig
-from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig, given_size
+from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig, image_size_of_area
 from configs.pipeline_configs.qwen_image import check_flags
 from configs.pipeline_configs.qwen_image_layered import QwenImageLayeredPipelineConfig
 from configs.sample.qwen_image_layered import QwenImageLayeredSamplingParams
@@ -166,7 +166,7 @@ def test_a_description_is_diffusers_and_a_warning(fleet: LocalFleet, pipeline: A
     with torch.inference_mode():
         caption = pipeline.get_image_caption(resized, use_en_prompt=False, device="cpu")
     assert caption
-    assert (field, message) == ("prompt", f"prompt is empty; the image is described instead: {caption}")
+    assert (field, message) == ("prompt", f"the prompt is empty; a caption of the image is used instead: {caption}")
     assert [token for token, total in heard.progress if total == captions.MAX_CAPTION_TOKENS][:2] == [1, 2]
     assert heard.progress[-3:] == [(1, 2), (2, 2), (1, 1)]
 
@@ -241,7 +241,7 @@ def test_the_size_follows_from_image_and_resolution(fleet: LocalFleet) -> None:
         patch.setattr(QwenImageLayeredSamplingParams, "pixels_of", lambda resolution: resolution**2)
         for resolution in (640, 1024):
             validated = stage.run({"resolution": resolution}, {"image": png(WIDE)})
-            assert (validated.params.height, validated.params.width) == given_size(60, 90, resolution**2)
+            assert (validated.params.height, validated.params.width) == image_size_of_area(60, 90, resolution**2)
             again = stage.run(validated.params.as_mapping(), {"image": png(WIDE)})
             assert again.params == validated.params
 
@@ -252,16 +252,16 @@ IMAGE = {"image": png(WIDE)}
 @pytest.mark.parametrize(
     ("change", "images", "field", "message"),
     [
-        ({}, {}, "image", "needs a picture as 'image', but none came"),
-        ({}, {**IMAGE, "image_1": png(WIDE)}, "image_1", "takes image as pictures"),
+        ({}, {}, "image", "image: no image was sent"),
+        ({}, {**IMAGE, "image_1": png(WIDE)}, "image_1", "image, image_1 are not among"),
         ({}, {"image": b"no image"}, "image", "is not a PNG, JPEG or WebP"),
         ({}, {"image": png(Image.new("RGB", (9000, 8000)))}, "image", "must have at most"),
         ({"layers": 0}, IMAGE, "layers", "from 1 to 20"),
         ({"layers": 21}, IMAGE, "layers", "from 1 to 20"),
         ({"layers": 2.5}, IMAGE, "layers", "from 1 to 20"),
-        ({"resolution": 768}, IMAGE, "resolution", "768 is not one of this model; 640 or 1024 works"),
-        ({"resolution": "large"}, IMAGE, "resolution", "'large' is not one of this model; 640 or 1024 works"),
-        ({"height": 96}, IMAGE, "height", "height: 96 is not the height that image and resolution give; 64 works"),
+        ({"resolution": 768}, IMAGE, "resolution", "768 is not supported; 640 or 1024 works"),
+        ({"resolution": "large"}, IMAGE, "resolution", "'large' is not supported; 640 or 1024 works"),
+        ({"height": 96}, IMAGE, "height", "height: 96 is not the height computed from the image and resolution; 64 or"),
         ({"num_inference_steps": 1}, IMAGE, "num_inference_steps", "at least 2"),
         ({"output_format": "mp4"}, IMAGE, "output_format", "png or safetensors"),
     ],
@@ -277,7 +277,7 @@ def test_what_cannot_be_taken_apart_is_refused(
 
 def test_modules_of_other_pipelines_are_refused() -> None:
     flags = QwenImageLayeredPipelineConfig.transformer_flags
-    with pytest.raises(CheckpointError, match="use_layer3d_rope False is not supported; supported is True"):
+    with pytest.raises(CheckpointError, match="use_layer3d_rope: False is not True"):
         check_flags(QwenImageTransformerConfig.from_dict("transformer", {}), flags)
-    with pytest.raises(CheckpointError, match="input_channels 3 is not supported; supported is 4"):
+    with pytest.raises(CheckpointError, match="input_channels: 3 is not 4"):
         AutoencoderKLQwenImageConfig.from_dict("vae", {"input_channels": 3}, QwenImageLayeredPipelineConfig.channels)

@@ -121,7 +121,7 @@ def test_refused_are_the_schedules_without_an_end(
     if finite:
         QwenImageSamplingParams.build(given, checkpoint)
     else:
-        with pytest.raises(InvalidInput, match="the last of sigmas"):
+        with pytest.raises(InvalidInput, match="the last one, is not at most"):
             QwenImageSamplingParams.build(given, checkpoint)
 
 

@@ -94,8 +94,8 @@ def test_a_prompt_that_is_cut_is_reported(pair: Pair) -> None:
     given = BASE | {"prompt": "a old stone river", "max_sequence_length": 2, "negative_prompt": "a red cat"}
     pair[0].tensors(heard, **given, seed=1)
     assert heard.warnings == [
-        ("prompt", "text_encoder reads at most 2 tokens, and the text has 4; it was cut before:  stone river"),
-        ("negative_prompt", "text_encoder reads at most 2 tokens, and the text has 3; it was cut before:  cat"),
+        ("prompt", "4 tokens are truncated to 2, the limit of text_encoder; removed:  stone river"),
+        ("negative_prompt", "3 tokens are truncated to 2, the limit of text_encoder; removed:  cat"),
     ]
 
 
@@ -145,5 +145,5 @@ def test_bfloat16_is_near(pair: Pair) -> None:
 
 def test_an_encoder_of_another_width_is_refused(tmp_path: Path) -> None:
     checkpoint = open_model(str(build_tiny_qwen_image(tmp_path / "m", text_size=48)), load_registry()).checkpoint
-    with pytest.raises(CheckpointError, match="takes 32 text features where text_encoder makes 48"):
+    with pytest.raises(CheckpointError, match="text_encoder: 48 text features are not 32"):
         QwenImagePipelineConfig.from_checkpoint(checkpoint)

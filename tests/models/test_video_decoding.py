@@ -243,7 +243,7 @@ def test_a_failing_encoder_is_heard(stages: Stages, latents: Tensor) -> None:
 @pytest.mark.parametrize("output_format", ["png", "gif"])
 def test_other_formats_are_refused(stages: Stages, latents: Tensor, output_format: str) -> None:
     canvas = replace(CANVAS, output_format=output_format)
-    message = f"output_format {output_format!r} is not made by this model; it makes mp4 and safetensors"
+    message = f"output_format: {output_format!r} is not supported by this model; mp4 and safetensors work"
     with pytest.raises(InvalidInput, match=message):
         decode(stages, latents, canvas)
     with pytest.raises(InvalidInput, match=message):
@@ -253,7 +253,7 @@ def test_other_formats_are_refused(stages: Stages, latents: Tensor, output_forma
 @pytest.mark.parametrize("output_format", ["mp4", "safetensors"])
 def test_missing_blocks_are_an_error(stages: Stages, latents: Tensor, output_format: str) -> None:
     canvas = replace(CANVAS, output_format=output_format)
-    with pytest.raises(InternalError, match="those of 26 frames came; the request has 42 frames"):
+    with pytest.raises(InternalError, match="26 frames are not 42, the frames of the request"):
         decode_blocks(stages, blocks_of(latents[:, :, :4], (2, 2)), canvas)
-    with pytest.raises(InternalError, match="those of 0 frames came; the request has 21 frames"):
+    with pytest.raises(InternalError, match="0 frames are not 21, the frames of the request"):
         decode_blocks(stages, Blocks([]), canvas)

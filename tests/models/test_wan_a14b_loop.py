@@ -114,7 +114,7 @@ def test_swapped_experts_have_graphs_of_their_own(model: ServedModel, stage: Den
 
 def test_one_transformer_is_not_swapped() -> None:
     emoji = open_model("emoji", load_registry())
-    with pytest.raises(InvalidInput, match="swap_experts: True is not for a model with one transformer"):
+    with pytest.raises(InvalidInput, match="swap_experts: True is not supported by a model with one transformer"):
         load_stages(emoji, emoji.service("denoising"), Runtime(swap_experts=True))
 
 

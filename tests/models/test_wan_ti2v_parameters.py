@@ -64,8 +64,8 @@ def test_sizes_are_multiples_of_32(ti2v: Checkpoint, kind: type[SamplingParams],
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"height": 16}, "height must be at least 32, but is 16; sizes are multiples of 32"),
-        ({"width": 40}, "width must be a multiple of 16, such as 32 or 48, but is 40"),
+        ({"height": 16}, "height: 16 is not at least 32; multiples of 32 work"),
+        ({"width": 40}, "width: 40 is not a multiple of 16; 32 or 48 works"),
     ],
 )
 def test_sizes_that_no_rounding_makes_right(

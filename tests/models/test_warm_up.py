@@ -189,17 +189,17 @@ def test_a_size_that_is_rounded_is_reported(caplog: pytest.LogCaptureFixture) ->
     ((_, params),) = WarmUp.parse(opened("emoji"), ("35x32",)).sizes
     assert params.height == 32
     assert len(caplog.messages) == 1
-    assert "height 35 is not a multiple of 16; 32 is used instead" in caplog.messages[0]
+    assert "35 is not a multiple of 16; 32 is used instead" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("large", "'large' is no size to warm up for; it must be HEIGHTxWIDTH"),
+        ("large", "warm_up: 'large' is not a size; HEIGHTxWIDTH"),
         ("64x", "HEIGHTxWIDTH"),
-        ("64x64x5", "warm_up 64x64x5: FluxPipeline has no parameter 'num_frames'"),
-        ("4x64", "warm_up 4x64: height must be at least 16"),
-        ("64x9999", "warm_up 64x9999: width must be a whole number from 1 to 8192"),
+        ("64x64x5", "warm_up: 64x64x5: FluxPipeline has no parameter 'num_frames'"),
+        ("4x64", "warm_up: 4x64: height: 4 is not at least 16"),
+        ("64x9999", "warm_up: 64x9999: width: 9999 is not a whole number from 1 to 8192"),
     ],
 )
 def test_a_bad_size_is_refused_before_anything_is_loaded(
@@ -218,7 +218,7 @@ def test_a_family_with_a_loop_of_its_own_is_refused(tmp_path_factory: pytest.Tem
     with toy_family(tmp_path_factory.mktemp("plugins") / "toy") as plugins:
         toy = open_model(f"toy={build_toy_checkpoint(tmp_path_factory.mktemp('toy'))}", load_registry([plugins]))
         assert WarmUp.parse(toy, ()).sizes == ()
-        with pytest.raises(InvalidInput, match="cannot be warmed up"):
+        with pytest.raises(InvalidInput, match="no standard denoising stage"):
             WarmUp.parse(toy, ("64x64",))
 
 

@@ -85,7 +85,7 @@ def test_a_truncated_prompt_and_parameters_without_effect_are_reported(pair: Pai
     pair[0].tensors(
         heard, **BASE | {"prompt": "a old stone river", "max_sequence_length": 5}, guidance_scale=0.0, seed=1
     )
-    message = "text_encoder reads at most 5 tokens, and the text has 7; it was cut before:  stone river"
+    message = "7 tokens are truncated to 5, the limit of text_encoder; removed:  stone river"
     assert heard.warnings == [("prompt", message)]
     _, warnings = (
         pair[0]
@@ -135,5 +135,5 @@ def test_bfloat16_is_near(pair: Pair) -> None:
 
 def test_an_encoder_of_another_width_is_refused(tmp_path: Path) -> None:
     checkpoint = open_model(str(build_tiny_z_image(tmp_path / "m", text_size=48)), load_registry()).checkpoint
-    with pytest.raises(CheckpointError, match="takes 32 text features where text_encoder makes 48"):
+    with pytest.raises(CheckpointError, match="text_encoder: 48 text features are not 32"):
         ZImagePipelineConfig.from_checkpoint(checkpoint)

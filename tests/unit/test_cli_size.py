@@ -123,7 +123,7 @@ def test_a_directory_is_recognised_by_its_architecture(
         (f"{FLUX} --stage-seconds painting=1", "'painting' is not a service of FLUX.1-dev; services are text_encoding"),
         (f"{FLUX} --stage-seconds decoding=1 --stage-seconds decoding=2", "decoding is given twice"),
         ("--model emoji-video --requests-per-second 1", "nothing is measured for text_encoding, latent_preparation"),
-        ("--model emoji --requests-per-second 1 --size 7x7", "height must be at least 16"),
+        ("--model emoji --requests-per-second 1 --size 7x7", "height: 7 is not at least 16"),
         (f"{FLUX} --endpoint nonsense", "--endpoint must be HOST:PORT"),
     ],
 )

@@ -86,7 +86,7 @@ def test_a_folder_and_a_directory_that_are_missing(flux: Path, tmp_path: Path) -
     (line,) = [line for line in lines(check_model(str(flux))) if line.startswith("error")]
     assert f"{flux}/vae is missing, a module that model_index.json names" in line
     (line,) = lines(check_model(str(tmp_path / "nowhere")))
-    assert "is neither a directory nor a model that comes along" in line
+    assert "is neither a directory nor a shipped model" in line
     (flux / "model_index.json").write_text("{")
     (line,) = lines(check_model(str(flux)))
     assert "model_index.json is not valid JSON" in line

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.media import Mp4File, Sound, mp4_bytes
+from models.media import Audio, Mp4File, mp4_bytes
 from mp4_boxes import box_types, x264_options
 from mp4_sound import decoded_sound
 
@@ -22,10 +22,10 @@ def frames(count: int, size: int) -> Iterator[Tensor]:
         yield torch.rand(3, size, size, generator=generator)
 
 
-def tone(seconds: float, rate: int, channels: int) -> Sound:
+def tone(seconds: float, rate: int, channels: int) -> Audio:
     """Another pitch in each channel."""
     time = torch.arange(round(seconds * rate)) / rate
-    return Sound(
+    return Audio(
         torch.stack([0.5 * torch.sin(2 * torch.pi * 440 * (each + 1) * time) for each in range(channels)]), rate
     )
 

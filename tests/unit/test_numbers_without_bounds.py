@@ -47,7 +47,7 @@ def wan(positions: int | None) -> Checkpoint:
 @pytest.mark.parametrize("frames", [1, 2, 3])
 def test_a_first_and_a_last_frame_are_two(frames: int) -> None:
     given: dict[str, Any] = {"prompt": "a boat", "num_frames": frames}
-    with pytest.raises(InvalidInput, match=f"at least 5 with a last_image, but is {frames}") as caught:
+    with pytest.raises(InvalidInput, match=f"num_frames: {frames} is not at least 5") as caught:
         WanImageToVideoSamplingParams.build(given, wan(514))
     assert caught.value.field == "num_frames"
     params, _ = WanImageToVideoSamplingParams.build(given, wan(None))

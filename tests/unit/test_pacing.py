@@ -13,7 +13,7 @@ import torch
 from common.errors import Cancelled
 from common.stage import Call
 from models.stages import pacing
-from models.stages.pacing import LEAD_SECONDS, marked_steps, paced_steps
+from models.stages.pacing import LEAD_SECONDS, event_paced_steps, paced_steps
 
 
 @dataclass
@@ -89,7 +89,7 @@ def run(clock: Clock, seconds: list[float]) -> tuple[Device, list[float], list[t
     device, enqueued = Device(clock, seconds), []
     reported: list[tuple[int, float]] = []
     call = Call("r", on_progress=lambda step, _: reported.append((step, clock.now)), cancelled=Waited(clock))
-    for _ in marked_steps(0, len(seconds), call, device.mark):
+    for _ in event_paced_steps(0, len(seconds), call, device.mark):
         enqueued.append(clock.now)
         device.enqueue()
     return device, enqueued, reported
@@ -122,7 +122,7 @@ def test_a_cancel_leaves_the_device_a_step_and_the_lead(clock: Clock, moment: fl
 
     clock.monotonic = monotonic  # type: ignore[method-assign]
     call = Call("r", on_progress=lambda step, _: reported.append(step), cancelled=cancelled)
-    steps = marked_steps(0, 50, call, device.mark)
+    steps = event_paced_steps(0, 50, call, device.mark)
     with pytest.raises(Cancelled):
         enqueue_all(steps, device)
     assert device.ends[-1] - moment <= 10.0 + 0.1
@@ -132,7 +132,7 @@ def test_a_cancel_leaves_the_device_a_step_and_the_lead(clock: Clock, moment: fl
 def test_a_resumed_loop_reports_the_steps_that_it_has(clock: Clock) -> None:
     device, reported = Device(clock, [1.0] * 9), []
     call = Call("r", on_progress=lambda step, total: reported.append((step, total)), cancelled=Waited(clock))
-    enqueue_all(marked_steps(6, 9, call, device.mark), device)
+    enqueue_all(event_paced_steps(6, 9, call, device.mark), device)
     assert reported == [(7, 9), (8, 9), (9, 9)]
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -46,10 +47,9 @@ from common.rpc.grpcio_patch import GRPCIO, check_server
 from models.encoder_runners import prior_tokens
 from models.private_operators import COLLECTIVES, GEMM, Operator
 from models.schedulers import solver
-from services import worker
+from services import stage_services, worker
 from services.cli import __main__ as cli
 from services.coordinator import __main__ as coordinator
-from services.decoding.__main__ import main as decoding
 from services.denoising import __main__ as denoising
 from services.denoising import launcher, meeting
 from services.denoising.elastic_api import ELASTIC
@@ -326,7 +326,7 @@ def test_a_changed_server_ends_services_before_a_port_is_opened(
     for function in ("start_coordinator", "start_metrics"):
         monkeypatch.setattr(coordinator, function, _must_not_run)
     monkeypatch.delattr(cygrpc, "AioServer")
-    assert decoding(WORKER) == 2
+    assert stage_services.main("decoding", WORKER) == 2
     assert "AioServer._make_request_call_future, which" in _one_line(capsys, "fleet serve decoding: grpcio: ")
     assert coordinator.main(["--redis", URL, "--metrics-port", "1"]) == 2
     assert "AioServer._make_request_call_future, which" in _one_line(capsys, "coordinator: grpcio: ")
@@ -373,7 +373,7 @@ def test_a_language_model_with_other_arguments_is_refused(monkeypatch: pytest.Mo
         prior_tokens.PriorTokenSampler(None, None, 1, None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("main", [decoding, denoising.main])
+@pytest.mark.parametrize("main", [partial(stage_services.main, "decoding"), denoising.main])
 def test_workers_check_versions(
     main: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,7 +79,7 @@ LIARS: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", LIARS)
 def test_a_picture_that_says_two_sizes_is_refused(name: str) -> None:
-    words = {"PNG": "must come first, and once", "JPE": "in one place and", "Web": "cannot be decoded"}[name[:3]]
+    words = {"PNG": "must come first, and once", "JPE": "the header states", "Web": "cannot be decoded"}[name[:3]]
     data = LIARS[name]()
     with measured_growth() as growth, pytest.raises(InvalidInput, match=words) as caught:
         open_image("image", data)

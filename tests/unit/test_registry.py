@@ -115,7 +115,7 @@ def test_a_pipeline_without_configs_is_a_defect() -> None:
 
 def test_an_entry_class_of_another_kind_is_a_defect(plugins: Path) -> None:
     (plugins / "not_a_pipeline.py").write_text("EntryClass = int\n")
-    with pytest.raises(TypeError, match="EntryClass must be a ComposedPipeline, but is <class 'int'>"):
+    with pytest.raises(TypeError, match="EntryClass: <class 'int'> is not a subclass of ComposedPipeline"):
         load_registry([plugins])
 
 

@@ -68,7 +68,7 @@ def test_the_native_size_follows_the_vae(tmp_path: Path) -> None:
     params, warnings = build(checkpoint, width=30)
     assert vae_scale_factor(checkpoint) == 2
     assert (params.height, params.width) == (256, 28)
-    assert warnings == {"width": "width 30 is not a multiple of 4; 28 is used instead"}
+    assert warnings == {"width": "30 is not a multiple of 4; 28 is used instead"}
 
 
 def test_a_vae_that_does_not_tell_its_factor_is_refused(tmp_path: Path) -> None:
@@ -101,38 +101,38 @@ def test_every_value_travels_in_one_artifact(flux: Checkpoint) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "zero steps": ({"num_inference_steps": 0}, "a whole number from 1 to 1000, but is 0"),
-    "negative steps": ({"num_inference_steps": -4}, "a whole number from 1 to 1000, but is -4"),
+    "zero steps": ({"num_inference_steps": 0}, "0 is not a whole number from 1 to 1000"),
+    "negative steps": ({"num_inference_steps": -4}, "-4 is not a whole number from 1 to 1000"),
     "too many steps": ({"num_inference_steps": 1001}, "from 1 to 1000"),
     "steps as a float": ({"num_inference_steps": 4.0}, "a whole number"),
-    "steps as a truth value": ({"num_inference_steps": True}, "a whole number from 1 to 1000, but is True"),
-    "steps as a text": ({"num_inference_steps": "4"}, "a whole number from 1 to 1000, but is '4'"),
-    "zero height": ({"height": 0}, "from 1 to 8192, but is 0"),
-    "a size that rounds to nothing": ({"width": 15}, "width must be at least 16, but is 15"),
+    "steps as a truth value": ({"num_inference_steps": True}, "True is not a whole number from 1 to 1000"),
+    "steps as a text": ({"num_inference_steps": "4"}, "'4' is not a whole number from 1 to 1000"),
+    "zero height": ({"height": 0}, "0 is not a whole number from 1 to 8192"),
+    "a size that rounds to nothing": ({"width": 15}, "width: 15 is not at least 16"),
     "a huge size": ({"height": 2**62}, "from 1 to 8192"),
-    "a huge area": ({"height": 8192, "width": 8192}, "at most 16777216 pixels, but is 8192 x 8192"),
-    "too many outputs": ({"num_outputs_per_prompt": 17}, "at most 16 at 1024 x 1024, but is 17"),
-    "no output": ({"num_outputs_per_prompt": 0}, "from 1 to 64, but is 0; if it is left unset, 1 is used"),
-    "NaN guidance": ({"guidance_scale": math.nan}, "a finite number from 0.0 to 1000.0, but is nan"),
+    "a huge area": ({"height": 8192, "width": 8192}, "8192 x 8192 pixels are not at most 16777216"),
+    "too many outputs": ({"num_outputs_per_prompt": 17}, "17 is not at most 16 at 1024 x 1024"),
+    "no output": ({"num_outputs_per_prompt": 0}, "0 is not a whole number from 1 to 64; if it is unset, 1 is used"),
+    "NaN guidance": ({"guidance_scale": math.nan}, "nan is not a finite number from 0.0 to 1000.0"),
     "infinite guidance": ({"true_cfg_scale": math.inf}, "a finite number"),
-    "negative guidance": ({"guidance_scale": -0.1}, "from 0.0 to 1000.0, but is -0.1"),
+    "negative guidance": ({"guidance_scale": -0.1}, "-0.1 is not a finite number from 0.0 to 1000.0"),
     "guidance beyond floats": ({"guidance_scale": 10**400}, "from 0.0 to 1000.0"),
     "guidance as a list": ({"guidance_scale": (1.0,)}, "a finite number"),
-    "negative seed": ({"seed": -1}, "but is -1; if it is left unset, a random seed is drawn"),
+    "negative seed": ({"seed": -1}, "; if it is unset, a random seed is drawn"),
     "seed over 63 bits": ({"seed": 2**63}, "from 0 to 9223372036854775807"),
-    "prompt of another type": ({"prompt": 3}, "prompt must be a text, but is 3"),
-    "prompt too long": ({"prompt": "é" * 32769}, "at most 65536 bytes of UTF-8, but has 65538"),
+    "prompt of another type": ({"prompt": 3}, "prompt: 3 is not a text"),
+    "prompt too long": ({"prompt": "é" * 32769}, "65538 bytes of UTF-8 are not at most 65536"),
     "prompt that is no Unicode": ({"prompt": "\udcff"}, "not valid Unicode"),
-    "second prompt too long": ({"negative_prompt_2": "x" * 65537}, "at most 65536 bytes"),
-    "too many tokens": ({"max_sequence_length": 513}, "from 1 to 512, but is 513"),
-    "no tokens": ({"max_sequence_length": 0}, "from 1 to 512, but is 0"),
-    "rising sigmas": ({"sigmas": (0.5, 1.0)}, "sigmas must not rise, but 1.0 follows 0.5"),
-    "a sigma of zero": ({"sigmas": (1.0, 0.0)}, "a list of finite numbers from 1e-06 to 1.0, but is 0.0"),
-    "a sigma of NaN": ({"sigmas": (math.nan,)}, "but is nan"),
-    "a sigma of a text": ({"sigmas": ("1",)}, "but is '1'"),
+    "second prompt too long": ({"negative_prompt_2": "x" * 65537}, "65537 bytes of UTF-8 are not at most 65536"),
+    "too many tokens": ({"max_sequence_length": 513}, "513 is not a whole number from 1 to 512"),
+    "no tokens": ({"max_sequence_length": 0}, "0 is not a whole number from 1 to 512"),
+    "rising sigmas": ({"sigmas": (0.5, 1.0)}, "sigmas: 1.0 after 0.5 is not in descending order"),
+    "a sigma of zero": ({"sigmas": (1.0, 0.0)}, "0.0 is not a list of finite numbers from 1e-06 to 1.0"),
+    "a sigma of NaN": ({"sigmas": (math.nan,)}, "nan is not a list"),
+    "a sigma of a text": ({"sigmas": ("1",)}, "'1' is not a list"),
     "a single sigma": ({"sigmas": 1.0}, "a list of finite numbers"),
-    "too many sigmas": ({"sigmas": (0.5,) * 1001}, "at most 1000 values, but has 1001"),
-    "video": ({"output_format": "mp4"}, "png or safetensors for this model, but is 'mp4'"),
+    "too many sigmas": ({"sigmas": (0.5,) * 1001}, "1001 values are not at most 1000"),
+    "video": ({"output_format": "mp4"}, "'mp4' is not png or safetensors"),
     "unknown": ({"num_frames": 9}, "FluxPipeline has no parameter 'num_frames'"),
     "misspelt": ({"guidance_scael": 2.0}, "did you mean guidance_scale?"),
 }
@@ -149,7 +149,7 @@ def test_refuses(flux: Checkpoint, case: str) -> None:
 
 
 def test_a_prompt_is_needed_but_may_be_empty(flux: Checkpoint) -> None:
-    with pytest.raises(InvalidInput, match="prompt is missing") as refused:
+    with pytest.raises(InvalidInput, match="prompt: the value is missing") as refused:
         FluxSamplingParams.build({}, flux)
     assert refused.value.field == "prompt"
     assert FluxSamplingParams.build({"prompt": ""}, flux)[0].prompt == ""
@@ -164,7 +164,7 @@ def test_sigmas_decide_the_number_of_steps(flux: Checkpoint) -> None:
     assert build(flux, sigmas=(1.0, 0.6, 0.3))[1] == {}
     params, warnings = build(flux, sigmas=(1.0, 0.6, 0.3), num_inference_steps=20)
     assert params.num_inference_steps == 3
-    assert warnings == {"num_inference_steps": "sigmas has 3 values, so 3 steps are taken instead of 20"}
+    assert warnings == {"num_inference_steps": "20 is not the number of sigmas; 3 is used instead"}
 
 
 @pytest.mark.parametrize(
@@ -219,11 +219,11 @@ def test_another_family_states_only_what_differs(flux: Checkpoint) -> None:
         num_inference_steps=5, seed=1, guidance_scale=6.0, params={"looped": True}
     )
     for wrong, message in (
-        ({"looped": 1}, "looped must be true or false, but is 1"),
+        ({"looped": 1}, "looped: 1 is not true or false"),
         ({"frame_rate": 0.5}, "a finite number, at least 1.0"),
         ({"output_format": "png"}, "mp4 or safetensors"),
-        ({"width": 33}, "at most 1024 pixels, but is 32 x 33"),
-        ({"num_outputs_per_prompt": 2}, "at most 1 at 32 x 32"),
+        ({"width": 33}, "32 x 33 pixels are not at most 1024"),
+        ({"num_outputs_per_prompt": 2}, "2 is not at most 1 at 32 x 32"),
         ({"true_cfg_scale": 2.0}, "no parameter 'true_cfg_scale'"),
     ):
         with pytest.raises(InvalidInput, match=message):

@@ -13,7 +13,8 @@ import pytest
 from common.pipeline import StageSpec
 from common.settings import SettingsError, load_settings
 from models.registry import load_registry, resolve
-from services.cli.serve import service_names, settings_class
+from services import stage_services
+from services.cli.serve import module_of, service_names, settings_class
 from services.setting_readers import READERS
 from services.worker_settings import CachingSettings, StepSettings
 
@@ -74,10 +75,16 @@ def reads(tree: ast.AST, settings: tuple[str, ...] = ("settings",)) -> set[str]:
     return found
 
 
+def test_stage_services_without_own_code_are_those_of_the_table() -> None:
+    assert sorted(stage_services.SETTINGS) == [
+        service for service in SERVICES if module_of(service) == stage_services.__name__
+    ]
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_every_setting_is_read(service: str) -> None:
     """By a module that the service imports."""
-    found = {name for module in modules_of(f"services.{service}.__main__") for name in reads(_tree(module))}
+    found = {name for module in modules_of(module_of(service)) for name in reads(_tree(module))}
     assert not fields_of(service) - found
 
 

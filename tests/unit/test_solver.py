@@ -45,5 +45,5 @@ def test_equal_timesteps_are_still_two_steps() -> None:
 
 
 def test_scheduler_without_a_solver() -> None:
-    with pytest.raises(CheckpointError, match="DDIMScheduler is not supported; supported schedulers are Flow"):
+    with pytest.raises(CheckpointError, match="DDIMScheduler is not supported; supported are Flow"):
         solver_class(DDIMScheduler())

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -32,11 +33,10 @@ from common.state.embedded import private_directory
 from models.catalog import open_model
 from models.registry import load_registry
 from models.warm_up import WarmUp
-from services import start_up, worker
+from services import stage_services, start_up, worker
 from services.cli import __main__ as cli
 from services.cli import generate, status, up
 from services.coordinator import __main__ as coordinator
-from services.decoding.__main__ import main as decoding
 from services.denoising import __main__ as denoising
 from services.denoising import launcher, rank
 from services.denoising.joining import Place
@@ -88,7 +88,7 @@ async def _checked(*_: object) -> bool:
 
 Main = Callable[[list[str]], int]
 Case = tuple[Any, str, Main, list[str], str]
-SERVICE = (decoding, list(WORKER), "fleet serve decoding")
+SERVICE = (partial(stage_services.main, "decoding"), list(WORKER), "fleet serve decoding")
 CASES: dict[str, Case] = {
     "worker: plugins": (worker, "load_registry", *SERVICE),
     "worker: model": (worker, "open_model", *SERVICE),

@@ -20,8 +20,8 @@ from common.state.requests import RequestStore
 from common.state.store_server import StoreMemory, check_server, read_repairs
 from fleet.v1 import generation_pb2
 from redis_servers import fill, run_on_empty_store, running_server, server_binaries, unfill, until
+from services import stage_services
 from services.cli.store import check_store
-from services.text_encoding.__main__ import main as text_encoding
 
 MIB = 1 << 20
 DEFAULTS = {"maxmemory": "0", "maxmemory-policy": "noeviction", "appendonly": "yes", "appendfsync": "always"}
@@ -181,7 +181,7 @@ def test_a_worker_refuses_an_evicting_store_before_it_loads(url: str, capsys: py
         await configure(redis)
 
     run_on_empty_store(url, evicting)
-    assert text_encoding(["--model", "emoji", "--redis", url, "--device", "cpu"]) == 2
+    assert stage_services.main("text_encoding", ["--model", "emoji", "--redis", url, "--device", "cpu"]) == 2
     assert "redis: maxmemory-policy allkeys-random is not noeviction; " in capsys.readouterr().err
     run_on_empty_store(url, fine)
 

@@ -403,7 +403,7 @@ def test_flags_beyond_the_bound_of_graphs_run_eagerly(
     pool: StepMemoryPool, capture: FakeCapture, transformer: LoopTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the same bytes, while those that have a graph are still replayed."""
-    monkeypatch.setattr(step_memory, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(step_memory, "MAX_GRAPHS", 2)
     step = loop_step(transformer)
     reference = EagerBranch(transformer, step)
     with branch(pool, transformer, step) as memory:

@@ -230,7 +230,7 @@ def test_leased_memory_is_never_freed_for_another() -> None:
 
     with ExitStack() as stack:
         lease = stack.enter_context(pool.leases())
-        with pytest.raises(ResourceExhausted, match=f"need {size_of(step)} bytes of step memory, but 0 of") as refused:
+        with pytest.raises(ResourceExhausted, match=f"needs {size_of(step)} bytes, but 0 of") as refused:
             lease_three(lease)
         assert refused.value.field == "", "no field of the request is wrong"
     with pool.leases() as lease:  # What was leased before the error is free again.

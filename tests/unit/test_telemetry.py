@@ -7,6 +7,7 @@ import socket
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST
@@ -15,8 +16,8 @@ from common import telemetry
 from common.errors import FailedPrecondition, InvalidInput
 from common.log_context import current_log_context, log_scope
 from common.trace_context import Span, TraceContext, current_trace_id, entered
+from services import stage_services
 from services.coordinator.__main__ import main as coordinator_main
-from services.latent_preparation.__main__ import main as worker_main
 
 SPAN_ID = "00f067aa0ba902b7"
 
@@ -90,7 +91,7 @@ def test_a_number_that_is_no_port_is_an_error() -> None:
         telemetry.start_metrics(65_536)
 
 
-@pytest.mark.parametrize("main", [coordinator_main, worker_main])
+@pytest.mark.parametrize("main", [coordinator_main, partial(stage_services.main, "latent_preparation")])
 def test_a_service_whose_metrics_port_is_in_use_does_not_start(
     main: Callable[[Sequence[str]], int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,7 +105,7 @@ def test_two_requests_at_once() -> None:
 def test_the_state_of_another_step_is_refused(step: int, names: set[str]) -> None:
     scheduler = scheduler_of()
     solver = UniPCSolver(scheduler, schedule_of(scheduler, 4))
-    with pytest.raises(InvalidInput, match=f"step {step} needs") as caught:
+    with pytest.raises(InvalidInput, match=f"at step {step}, which is") as caught:
         solver.restore(step, dict.fromkeys(names, torch.zeros(1)))
     assert caught.value.field == "resume_from.solver"
 

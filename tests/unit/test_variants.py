@@ -114,7 +114,7 @@ def test_names_of_variants_are_identifiers(
     double_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(DoublePipeline, "names", names)
-    with pytest.raises(PipelineError, match="DoublePipeline names a variant"):
+    with pytest.raises(PipelineError, match=r"DoublePipeline: variant .* is not a lower-case identifier"):
         open_model(str(double_path), double_registry(*names))
 
 
@@ -124,7 +124,7 @@ def test_a_model_of_one_variant_is_as_before() -> None:
     assert variant.name == ""
     assert model.services == variant.services == variant.pipeline.services
     assert model.parameters() == variant.parameters()
-    with pytest.raises(InvalidInput, match=r"emoji \(FluxPipeline\) takes no images, but 1 came") as caught:
+    with pytest.raises(InvalidInput, match=r"images: 1 is not 0; emoji \(FluxPipeline\) takes no images") as caught:
         InputValidationStage(model).run({"prompt": "x"}, {"image": png()})
     assert caught.value.field == "images"
 
@@ -142,7 +142,10 @@ def test_a_lacking_module_of_one_variant_leaves_the_others(
     assert InputValidationStage(model).run({"prompt": "x"}).variant.name == "text"
     with pytest.raises(InvalidInput) as caught:
         InputValidationStage(model).run({"prompt": "x"}, {"image": png()})
-    assert caught.value.message == f"image came; twin takes: text (no images); variant image is not served: {reason}"
+    assert caught.value.message == (
+        f"images: image is not a set of images of twin, which takes: text (no images); variant image is not "
+        f"served: {reason}"
+    )
     with pytest.raises(
         InvalidInput, match=r"has no image_encoding service; .*variant image is not served: .* lacks lens"
     ):
@@ -168,7 +171,7 @@ def test_inputs_choose_and_a_record_decides(registry: Registry, tmp_path: Path) 
     assert validation.choose({"prompt"}, (), "image").name == "image"
     assert validation.run({"prompt": "x"}, {}, recorded="text").variant.name == "text"
     with pytest.raises(
-        FailedPrecondition, match="'video' of twin is not served by this coordinator: it serves text, image"
+        FailedPrecondition, match="'video' of twin is not served by this coordinator; it serves text, image"
     ):
         validation.choose({"prompt"}, (), "video")
 
@@ -274,10 +277,10 @@ def test_warm_up_of_every_variant_or_of_one(double: ServedModel, caplog: pytest.
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("32x32@video", "warm_up: 32x32@video names no variant of double; its variants are small, large"),
-        ("32x32@", "warm_up: 32x32@ names no variant of double; its variants are small, large"),
-        ("32@large", "'32' is no size to warm up for; .* and may end with @VARIANT"),
-        ("0x32@large", "warm_up 0x32@large: height must be"),
+        ("32x32@video", "warm_up: 32x32@video does not end with a variant of double; its variants are small, large"),
+        ("32x32@", "warm_up: 32x32@ does not end with a variant of double; its variants are small, large"),
+        ("32@large", "'32' is not a size; .*, optionally followed by @VARIANT"),
+        ("0x32@large", "warm_up: 0x32@large: height: 0 is not"),
     ],
 )
 def test_what_cannot_be_warmed_up(double: ServedModel, text: str, words: str) -> None:
@@ -287,7 +290,7 @@ def test_what_cannot_be_warmed_up(double: ServedModel, text: str, words: str) ->
 
 
 def test_a_model_without_variants_is_warmed_up_without_a_name() -> None:
-    with pytest.raises(InvalidInput, match="names no variant of emoji; write the size without @"):
+    with pytest.raises(InvalidInput, match="does not end with a variant of emoji; write the size without @"):
         WarmUp.parse(open_model("emoji", load_registry()), ("32x32@text",))
 
 

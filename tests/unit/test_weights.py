@@ -31,7 +31,7 @@ def test_a_part_is_what_it_is_of_the_whole(tmp_path: Path) -> None:
 def test_a_name_in_two_files(tmp_path: Path) -> None:
     files = [write(tmp_path / f"{name}.safetensors", w=torch.ones(1)) for name in "ab"]
     weights = Weights("dit", files)
-    with pytest.raises(CheckpointError, match=r"dit: w is in two files, b\.safetensors is the second"):
+    with pytest.raises(CheckpointError, match=r"dit: w is in two files; b\.safetensors is the second"):
         weights.__enter__()
 
 

@@ -1,4 +1,4 @@
-"""Architecture of the causal Wan DiT, which denoises a video block by block."""
+"""Architecture of the causal Wan DiT, which denoises blocks of frames sequentially."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ CLASS_NAME = "CausalWanTransformer3DModel"
 class CausalWanTransformerConfig(WanTransformerConfig):
     """config.json of CausalWanTransformer3DModel; the defaults are those of Self Forcing's Wan2.1-T2V-1.3B.
 
-    All sizes are in latent frames. A block attends to itself and to the frames before it: to all of them, or with
-    `local_attn_size` to the first `sink_size` and the latest, so many with its own in all. Without a window the model
-    makes at most `sliding_window_num_frames`.
+    All sizes are in latent frames. A block attends to itself and to all previous frames. With `local_attn_size`, it
+    attends to a window of that many frames, including its own: the first `sink_size` frames and the latest ones.
+    Without a window, a video has at most `sliding_window_num_frames`.
     """
 
     own_entries = (
@@ -36,21 +36,20 @@ class CausalWanTransformerConfig(WanTransformerConfig):
     sliding_window_num_frames: int = 21
 
     @property
-    def most_frames(self) -> int | None:
-        """Latent frames of the longest video; None: a window moves over a video of any length."""
+    def max_frames(self) -> int | None:
+        """Maximum number of latent frames of a video; None: unlimited, with a sliding window."""
         return self.sliding_window_num_frames if self.local_attn_size is None else None
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module.
+        """Parse config.json. Raises CheckpointError, also for a Wan DiT without causal attention.
 
-        Raises CheckpointError, also for that of a Wan DiT without causal attention. Published directories name the
-        causal class, and directories of FastVideo's converter have the block size too.
+        Published checkpoints have the causal class name; those of FastVideo's converter also have the block size.
         """
         if values.get("_class_name") != CLASS_NAME and "num_frames_per_block" not in values:
             raise CheckpointError(
-                f"{module}/config.json: num_frames_per_block is missing and _class_name is "
-                f"{values.get('_class_name')!r}; a causal Wan has num_frames_per_block, or {CLASS_NAME!r} as its class"
+                f"{module}/config.json: _class_name: {values.get('_class_name')!r} is not {CLASS_NAME!r}, and "
+                "num_frames_per_block is missing; a causal Wan has one of the two"
             )
         fields = ConfigFields(module, values)
         fields.only("independent_first_frame", False)
@@ -67,13 +66,13 @@ class CausalWanTransformerConfig(WanTransformerConfig):
 
     def _check(self, fields: ConfigFields) -> None:
         if self.patch_size[0] != 1:
-            raise fields.error("patch_size", "must have one frame: blocks are of whole frames")
+            raise fields.error("patch_size", "a patch of one frame; blocks consist of whole frames")
         if self.image_dim is not None:
-            raise fields.error("image_dim", "is not supported; a causal Wan reads text alone")
+            raise fields.error("image_dim", "null; a causal Wan reads only text")
         block = self.num_frames_per_block
         if self.local_attn_size is None:
             if self.sliding_window_num_frames < block:
-                raise fields.error("sliding_window_num_frames", f"is less than the {block} frames of a block")
+                raise fields.error("sliding_window_num_frames", f"at least {block}, the frames of a block")
         elif self.local_attn_size - self.sink_size < block:
-            least = block + self.sink_size
-            raise fields.error("local_attn_size", f"is less than {least}, the frames of a block and of the sink")
+            minimum = block + self.sink_size
+            raise fields.error("local_attn_size", f"at least {minimum}, the frames of a block and of the sink")

@@ -26,19 +26,19 @@ class FluxTransformerConfig:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual streams."""
+        """Hidden size of the residual streams."""
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Parse config.json. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         fields.only("patch_size", 1)
         in_channels = fields.integer("in_channels", cls.in_channels)
         head_dim = fields.integer("attention_head_dim", cls.attention_head_dim)
         axes = fields.integers("axes_dims_rope", cls.axes_dims_rope)
         if len(axes) != 3 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
-            raise fields.error("axes_dims_rope", f"must be three even numbers that add up to the head size {head_dim}")
+            raise fields.error("axes_dims_rope", f"three even numbers whose sum is the head size {head_dim}")
         return cls(
             in_channels=in_channels,
             out_channels=fields.integer("out_channels", in_channels),

@@ -9,7 +9,7 @@ from typing import Any, Self
 from configs.models.fields import ConfigFields
 
 MLP_RATIO = 3
-"""Hidden size of the feed-forwards over the size of the residual streams."""
+"""Ratio of the feed-forward hidden size to the hidden size of the residual streams."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,12 @@ class Flux2TransformerConfig:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual streams."""
+        """Hidden size of the residual streams."""
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Parse config.json. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         fields.only("patch_size", 1)
         fields.only("mlp_ratio", float(MLP_RATIO))
@@ -44,10 +44,10 @@ class Flux2TransformerConfig:
         head_dim = fields.integer("attention_head_dim", cls.attention_head_dim)
         axes = fields.integers("axes_dims_rope", cls.axes_dims_rope)
         if len(axes) != 4 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
-            raise fields.error("axes_dims_rope", f"must be four even numbers that add up to the head size {head_dim}")
+            raise fields.error("axes_dims_rope", f"four even numbers whose sum is the head size {head_dim}")
         sinusoid_size = fields.integer("timestep_guidance_channels", cls.sinusoid_size)
         if sinusoid_size % 2:
-            raise fields.error("timestep_guidance_channels", "must be even")
+            raise fields.error("timestep_guidance_channels", "even")
         return cls(
             in_channels=in_channels,
             out_channels=fields.integer("out_channels", in_channels),

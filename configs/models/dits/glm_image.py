@@ -13,8 +13,8 @@ from configs.models.fields import ConfigFields
 class GlmImageTransformerConfig:
     """GlmImageTransformer2DModel's config.json; the defaults are those of Diffusers' class.
 
-    Channels are those of a latent: a token holds 2x2 of them. `codebook_size` is the number of prior tokens that the
-    DiT has embeddings for.
+    `in_channels` and `out_channels` are channels of latents; a token is a 2x2 patch of latents. `codebook_size` is the
+    number of prior token embeddings.
     """
 
     in_channels: int = 16
@@ -29,20 +29,22 @@ class GlmImageTransformerConfig:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual streams."""
+        """Hidden size of the residual streams."""
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Parse config.json. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         fields.only("patch_size", 2)
         head_dim = fields.integer("attention_head_dim", cls.attention_head_dim)
         if head_dim % 4:
-            raise fields.error("attention_head_dim", "must be a multiple of 4: rows and columns rotate pairs of it")
+            raise fields.error(
+                "attention_head_dim", "a multiple of 4; RoPE rotates pairs of its channels by row and column"
+            )
         for name, default in (("time_embed_dim", cls.time_embed_dim), ("condition_dim", cls.condition_dim)):
             if fields.integer(name, default) % 2:
-                raise fields.error(name, "must be even: it holds cosines and sines")
+                raise fields.error(name, "even; half of the embedding is cosines and half is sines")
         return cls(
             in_channels=fields.integer("in_channels", cls.in_channels),
             out_channels=fields.integer("out_channels", cls.out_channels),

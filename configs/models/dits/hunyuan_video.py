@@ -10,7 +10,7 @@ from configs.models.dits.flux import FluxTransformerConfig
 from configs.models.fields import ConfigFields
 
 PATCH = 2
-"""Latents along each side of a token; a token is in one latent frame."""
+"""Latents along each side of a token, within one latent frame."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,12 @@ class HunyuanVideoTransformerConfig:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual streams."""
+        """Hidden size of the residual streams."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def blocks(self) -> FluxTransformerConfig:
-        """The sizes of the blocks and of the conditioning vector, which are those of a Flux DiT."""
+        """Sizes of the blocks and the conditioning vector, which have the architecture of a Flux DiT."""
         return FluxTransformerConfig(
             attention_head_dim=self.attention_head_dim,
             num_attention_heads=self.num_attention_heads,
@@ -47,19 +47,19 @@ class HunyuanVideoTransformerConfig:
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Parse config.json. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         fields.only("patch_size", PATCH)
         fields.only("patch_size_t", 1)
         fields.only("mlp_ratio", 4.0)
         fields.only("qk_norm", "rms_norm")
         if values.get("image_condition_type") is not None:
-            raise fields.error("image_condition_type", "is not supported: an image as input; supported is null")
+            raise fields.error("image_condition_type", "null; image inputs are not supported")
         in_channels = fields.integer("in_channels", cls.in_channels)
         head_dim = fields.integer("attention_head_dim", cls.attention_head_dim)
         axes = fields.integers("rope_axes_dim", cls.axes_dims_rope)
         if len(axes) != 3 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
-            raise fields.error("rope_axes_dim", f"must be three even numbers that add up to the head size {head_dim}")
+            raise fields.error("rope_axes_dim", f"three even numbers whose sum is the head size {head_dim}")
         return cls(
             in_channels=in_channels,
             out_channels=fields.integer("out_channels", in_channels),

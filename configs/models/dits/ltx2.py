@@ -13,9 +13,10 @@ RopeType = Literal["interleaved", "split"]
 
 @dataclass(frozen=True, kw_only=True)
 class LTX2ModalityConfig:
-    """One modality of tokens, video or audio.
+    """Sizes of one modality, video or audio.
 
-    `is_gated`: attention has a gate for each head. `modulates_text`: queries to the text are modulated by time.
+    `is_gated`: attention has a gate per head. `modulates_text`: queries of text cross-attention are modulated by the
+    timestep.
     """
 
     in_channels: int
@@ -28,7 +29,7 @@ class LTX2ModalityConfig:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual stream."""
+        """Hidden size of the residual stream."""
         return self.num_heads * self.head_size
 
 
@@ -36,11 +37,12 @@ class LTX2ModalityConfig:
 class LTX2TransformerConfig:
     """LTX2VideoTransformer3DModel's config.json; a latent is a token. The defaults are those of LTX-2.0.
 
-    `caption_channels` is the width of text embeddings that the model projects itself; None where the connectors make
-    them as wide as the modalities (LTX-2.3). `spatial_factor` and `temporal_factor` are pixels and frames of a video
-    latent, `audio_factor` spectrogram frames of an audio latent. Positions are relative to `max_seconds` and
-    `audio_max_seconds`, and to `base_height` and `base_width` (pixels). `gate_timestep_factor` multiplies the timestep
-    that gates attention between the modalities. `skips_attention`: a branch may skip self-attention of blocks (STG).
+    `caption_channels` is the size of text embeddings, which the model projects; None if the connectors already project
+    them to the hidden sizes (LTX-2.3). `spatial_factor` (pixels) and `temporal_factor` (frames) are the size of a video
+    latent, `audio_factor` (spectrogram frames) of an audio latent. Positions are normalised by `max_seconds` and
+    `audio_max_seconds`, and by `base_height` and `base_width` (pixels). `gate_timestep_factor` scales the timestep of
+    the gates of cross-modal attention. `skips_attention`: a guidance branch may skip self-attention of some blocks
+    (STG).
     """
 
     video: LTX2ModalityConfig
@@ -66,20 +68,20 @@ class LTX2TransformerConfig:
 
     @property
     def modulates_text(self) -> bool:
-        """Whether keys and values of the text are modulated by time."""
+        """Whether keys and values of the text are modulated by the timestep."""
         return self.video.modulates_text or self.audio.modulates_text
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Parse config.json. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         _refuse_other_models(fields)
         temporal_factor, spatial_factor = _video_factors(fields)
         projects_text = fields.flag("use_prompt_embeddings", True)
         scale = fields.integer("timestep_scale_multiplier", 1000)
         config = cls(
-            video=_stream(fields, "", head_size=128, cross_attention_dim=4096),
-            audio=_stream(fields, "audio_", head_size=64, cross_attention_dim=2048),
+            video=_modality(fields, "", head_size=128, cross_attention_dim=4096),
+            audio=_modality(fields, "audio_", head_size=64, cross_attention_dim=2048),
             num_layers=fields.integer("num_layers", cls.num_layers),
             caption_channels=fields.integer("caption_channels", 3840) if projects_text else None,
             eps=fields.number("norm_eps", cls.eps),
@@ -99,22 +101,22 @@ class LTX2TransformerConfig:
             gate_timestep_factor=fields.integer("cross_attn_timestep_scale_multiplier", 1000) / scale,
             skips_attention=fields.flag("perturbed_attn", cls.skips_attention),
         )
-        config._check_streams(fields)
+        config._check_modalities(fields)
         return config
 
-    def _check_streams(self, fields: ConfigFields) -> None:
-        """Refuse modalities that cannot attend to each other and to the text."""
+    def _check_modalities(self, fields: ConfigFields) -> None:
+        """Check that the modalities can attend to each other and to the text. Raises CheckpointError."""
         if self.video.num_heads != self.audio.num_heads:
-            raise fields.error("audio_num_attention_heads", f"must be {self.video.num_heads}, as num_attention_heads")
+            raise fields.error("audio_num_attention_heads", f"{self.video.num_heads}, the value of num_attention_heads")
         for prefix, modality in (("", self.video), ("audio_", self.audio)):
             if modality.cross_attention_dim != modality.hidden_size:
-                raise fields.error(f"{prefix}cross_attention_dim", f"must be {modality.hidden_size}: heads x head size")
+                raise fields.error(f"{prefix}cross_attention_dim", f"{modality.hidden_size}, heads x head size")
             if modality.head_size % 2:
-                raise fields.error(f"{prefix}attention_head_dim", "must be even: RoPE rotates pairs of channels")
+                raise fields.error(f"{prefix}attention_head_dim", "even; RoPE rotates pairs of channels")
 
 
 def _refuse_other_models(fields: ConfigFields) -> None:
-    """Refuse what only later or other models have."""
+    """Reject values that only other or later models have. Raises CheckpointError."""
     for name in ("patch_size", "patch_size_t", "audio_patch_size", "audio_patch_size_t"):
         fields.only(name, 1)
     for name in ("attention_bias", "attention_out_bias", "ff_bias", "audio_ff_bias", "use_prompt_adaln_single"):
@@ -130,7 +132,7 @@ def _video_factors(fields: ConfigFields) -> tuple[int, int]:
         case (frames, rows, columns) if rows == columns:
             return frames, rows
         case _:
-            raise fields.error("vae_scale_factors", "must be frames, rows and as many columns of a video latent")
+            raise fields.error("vae_scale_factors", "[frames, rows, columns] with as many rows as columns")
 
 
 def _rope_type(fields: ConfigFields) -> RopeType:
@@ -140,10 +142,10 @@ def _rope_type(fields: ConfigFields) -> RopeType:
         case "split":
             return "split"
         case _:
-            raise fields.error("rope_type", "must be 'interleaved' or 'split'")
+            raise fields.error("rope_type", "'interleaved' or 'split'")
 
 
-def _stream(fields: ConfigFields, prefix: str, *, head_size: int, cross_attention_dim: int) -> LTX2ModalityConfig:
+def _modality(fields: ConfigFields, prefix: str, *, head_size: int, cross_attention_dim: int) -> LTX2ModalityConfig:
     in_channels = fields.integer(f"{prefix}in_channels", 128)
     return LTX2ModalityConfig(
         in_channels=in_channels,

@@ -23,12 +23,12 @@ class LTXVideoTransformerConfig:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual stream."""
+        """Hidden size of the residual stream."""
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Parse config.json. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         for name in ("patch_size", "patch_size_t"):
             fields.only(name, 1)
@@ -48,7 +48,7 @@ class LTXVideoTransformerConfig:
             eps=fields.number("norm_eps", cls.eps),
         )
         if config.attention_head_dim % 2:
-            raise fields.error("attention_head_dim", "must be even: RoPE rotates pairs of channels")
+            raise fields.error("attention_head_dim", "even; RoPE rotates pairs of channels")
         if fields.integer("cross_attention_dim", 2048) != config.hidden_size:
-            raise fields.error("cross_attention_dim", f"must be {config.hidden_size}: heads x head size")
+            raise fields.error("cross_attention_dim", f"{config.hidden_size}, heads x head size")
         return config

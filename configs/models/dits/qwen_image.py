@@ -13,8 +13,9 @@ from configs.models.fields import ConfigFields
 class QwenImageTransformerConfig:
     """QwenImageTransformer2DModel's config.json; the defaults are Qwen-Image's.
 
-    `out_channels` are those of a latent: a token holds 2x2 of them. `zero_cond_t` gives tokens of given images the
-    timestep 0; `use_layer3d_rope` numbers layers in positions, and puts the given image before the first.
+    `out_channels` are channels of latents; a token is a 2x2 patch of latents. `zero_cond_t`: tokens of input images
+    have the timestep 0. `use_layer3d_rope`: the first position axis is the layer, and the input image precedes the
+    first layer.
     """
 
     in_channels: int = 64
@@ -30,24 +31,24 @@ class QwenImageTransformerConfig:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual streams."""
+        """Hidden size of the residual streams."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def token_channels(self) -> int:
-        """Width of a token of the result."""
+        """Channels of an output token."""
         return 4 * self.out_channels
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Parse config.json. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         fields.only("patch_size", 2)
         fields.only("guidance_embeds", False)
         head_dim = fields.integer("attention_head_dim", cls.attention_head_dim)
         axes = fields.integers("axes_dims_rope", cls.axes_dims_rope)
         if len(axes) != 3 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
-            raise fields.error("axes_dims_rope", f"must be three even numbers that add up to the head size {head_dim}")
+            raise fields.error("axes_dims_rope", f"three even numbers whose sum is the head size {head_dim}")
         return cls(
             in_channels=fields.integer("in_channels", cls.in_channels),
             out_channels=fields.integer("out_channels", cls.out_channels),

@@ -13,13 +13,13 @@ from configs.models.fields import ConfigFields
 class WanTransformerConfig:
     """WanTransformer3DModel's config.json; the defaults are Wan2.1-T2V-14B's.
 
-    `image_dim` and `added_kv_proj_dim` are the widths of the vision encoder's tokens before and after their embedding;
-    None in models that take no image. `pos_embed_seq_len` is the number of vision tokens of first and last frame
-    together, in models that take both.
+    `image_dim` and `added_kv_proj_dim` are the sizes of vision tokens before and after their projection; None for
+    models without a vision encoder. `pos_embed_seq_len` is the number of vision tokens of the first and the last frame
+    together, for models with both.
     """
 
     own_entries: ClassVar[tuple[str, ...]] = ()
-    """Entries of config.json that Diffusers' class does not have."""
+    """Entries of config.json that Diffusers' class lacks."""
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 40
@@ -38,25 +38,25 @@ class WanTransformerConfig:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual stream."""
+        """Hidden size of the residual stream."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def axes_dims_rope(self) -> tuple[int, int, int]:
-        """Channels of a head that frame, row and column turn; time gets what does not divide by three."""
+        """Channels of a head that RoPE rotates by frame, row and column; frames get the remainder."""
         side = 2 * (self.attention_head_dim // 6)
         return self.attention_head_dim - 2 * side, side, side
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Parse config.json. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         fields.only("qk_norm", "rms_norm_across_heads")
         match fields.integers("patch_size", cls.patch_size):
             case (frames, rows, columns):
                 patch_size = (frames, rows, columns)
             case _:
-                raise fields.error("patch_size", "must be frames, rows and columns of a patch")
+                raise fields.error("patch_size", "[frames, rows, columns]")
         in_channels = fields.integer("in_channels", cls.in_channels)
         config = cls(
             patch_size=patch_size,
@@ -75,5 +75,5 @@ class WanTransformerConfig:
             pos_embed_seq_len=fields.integer("pos_embed_seq_len", 0, minimum=0) or None,
         )
         if (config.image_dim is None) != (config.added_kv_proj_dim is None):
-            raise fields.error("added_kv_proj_dim", "and image_dim must both be given, or neither")
+            raise fields.error("added_kv_proj_dim", "set if, and only if, image_dim is set")
         return config

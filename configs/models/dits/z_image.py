@@ -16,7 +16,7 @@ PATCH = 2
 class ZImageTransformerConfig:
     """ZImageTransformer2DModel's config.json; the defaults are Z-Image's.
 
-    `axes_lens` bound the positions (text and image, row, column) of a token.
+    `axes_lens` are the numbers of positions of the axes (sequence, row, column).
     """
 
     in_channels: int = 16
@@ -33,24 +33,24 @@ class ZImageTransformerConfig:
 
     @property
     def attention_head_dim(self) -> int:
-        """Channels of a head."""
+        """Head size."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def feed_forward_size(self) -> int:
-        """Width of the gated feed-forward layers; rounded as in Diffusers."""
+        """Hidden size of the gated feed-forward layers, rounded as in Diffusers."""
         return int(self.hidden_size / 3 * 8)
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Parse config.json. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         fields.only("qk_norm", True)
         for name, patch in (("all_patch_size", PATCH), ("all_f_patch_size", 1)):
             if fields.integers(name, (patch,)) != (patch,):
-                raise fields.error(name, f"is not supported; supported is [{patch}]")
+                raise fields.error(name, f"[{patch}], the only supported value")
         if values.get("siglip_feat_dim") is not None:
-            raise fields.error("siglip_feat_dim", "is not supported: images as input; supported is null")
+            raise fields.error("siglip_feat_dim", "null; image inputs are not supported")
         config = cls(
             in_channels=fields.integer("in_channels", cls.in_channels),
             hidden_size=fields.integer("dim", cls.hidden_size),
@@ -65,10 +65,10 @@ class ZImageTransformerConfig:
             axes_lens=fields.integers("axes_lens", cls.axes_lens),
         )
         if config.hidden_size % config.num_attention_heads:
-            raise fields.error("dim", f"must be a multiple of n_heads, {config.num_attention_heads}")
+            raise fields.error("dim", f"a multiple of n_heads, {config.num_attention_heads}")
         axes, head_dim = config.axes_dims, config.attention_head_dim
         if len(axes) != 3 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
-            raise fields.error("axes_dims", f"must be three even numbers that add up to the head size {head_dim}")
+            raise fields.error("axes_dims", f"three even numbers whose sum is the head size {head_dim}")
         if len(config.axes_lens) != 3:
-            raise fields.error("axes_lens", "must be three numbers of positions")
+            raise fields.error("axes_lens", "a list of three numbers of positions")
         return config

@@ -1,4 +1,4 @@
-"""How frames of a video become latent frames."""
+"""Mapping between frames and latent frames of a causal video VAE."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class FrameGrid:
-    """The first frame has a latent frame of its own, every further latent frame stands for `temporal_factor` frames."""
+    """The first latent frame covers one frame, each further latent frame covers `temporal_factor` frames."""
 
     temporal_factor: int
 
     def latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a video."""
+        """Number of latent frames of a video."""
         return (num_frames - 1) // self.temporal_factor + 1
 
     def whole_frames(self, num_frames: int) -> int:
-        """Frames that are decoded from as many latent frames as a video of `num_frames` has."""
+        """Round `num_frames` down to the frames decoded from its latent frames."""
         return (self.latent_frames(num_frames) - 1) * self.temporal_factor + 1

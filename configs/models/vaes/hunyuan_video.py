@@ -1,4 +1,4 @@
-"""What the stages need to know of Diffusers' AutoencoderKLHunyuanVideo."""
+"""Architecture of Diffusers' AutoencoderKLHunyuanVideo."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from configs.models.vaes.frames import FrameGrid
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLHunyuanVideoConfig(FrameGrid):
-    """AutoencoderKLHunyuanVideo's config.json, as far as latents depend on it.
+    """AutoencoderKLHunyuanVideo's config.json, entries that determine the latents.
 
-    A latent z is stored as z * scaling_factor; `spatial_factor` pixels a side make one latent.
+    The denoiser's latents are z * scaling_factor. A latent covers `spatial_factor` pixels along each side.
     """
 
     latent_channels: int
@@ -23,11 +23,11 @@ class AutoencoderKLHunyuanVideoConfig(FrameGrid):
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Parse config.json. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         scaling = fields.number("scaling_factor", 0.476986)
         if scaling == 0:
-            raise fields.error("scaling_factor", "must not be 0")
+            raise fields.error("scaling_factor", "a number other than 0")
         return cls(
             latent_channels=fields.integer("latent_channels", 16),
             spatial_factor=fields.integer("spatial_compression_ratio", 8),

@@ -1,4 +1,4 @@
-"""What the stages need to know of Diffusers' AutoencoderKL."""
+"""Architecture of Diffusers' AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from configs.models.fields import ConfigFields
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLConfig:
-    """AutoencoderKL's config.json, as far as latents depend on it.
+    """AutoencoderKL's config.json, entries that determine the latents.
 
-    A latent z is stored as (z - shift_factor) * scaling_factor; `spatial_factor` pixels make one latent row.
+    The denoiser's latents are (z - shift_factor) * scaling_factor. A latent covers `spatial_factor` pixels along each
+    side.
     """
 
     latent_channels: int
@@ -23,11 +24,11 @@ class AutoencoderKLConfig:
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Parse config.json. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         scaling = fields.number("scaling_factor", 0.18215)
         if scaling == 0:
-            raise fields.error("scaling_factor", "must not be 0")
+            raise fields.error("scaling_factor", "a number other than 0")
         return cls(
             latent_channels=fields.integer("latent_channels", 4),
             spatial_factor=2 ** (len(fields.integers("block_out_channels", (64,))) - 1),

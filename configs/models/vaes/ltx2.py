@@ -1,4 +1,4 @@
-"""What the stages need to know of Diffusers' AutoencoderKLLTX2Video, AutoencoderKLLTX2Audio and LTX2Vocoder."""
+"""Architectures of Diffusers' AutoencoderKLLTX2Video, AutoencoderKLLTX2Audio and LTX2Vocoder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from configs.models.fields import ConfigFields
 from configs.models.vaes.frames import FrameGrid
 
 _AUDIO_FACTOR = 4
+"""Spectrogram frames and mel bins along each side of an audio latent."""
 _AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
+"""Sampling rates of AAC, in Hz."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LTX2VideoVAEConfig(FrameGrid):
-    """AutoencoderKLLTX2Video's config.json, as far as the shape of latents depends on it.
+    """AutoencoderKLLTX2Video's config.json, entries that determine the shape of the latents.
 
-    `spatial_factor` pixels a side make one latent. Latents are normalised with statistics among the weights. A video
-    must be at least `min_latents` latents wide and high: the decoder mirrors latents at the border.
+    A latent covers `spatial_factor` pixels along each side. Statistics to normalise latents are stored in the weights.
+    Latents must have at least `min_latents` rows and columns, as the decoder may use reflection padding.
     """
 
     latent_channels: int
@@ -27,7 +29,7 @@ class LTX2VideoVAEConfig(FrameGrid):
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError, also where entries contradict each other."""
+        """Parse config.json. Raises CheckpointError, also for contradictory entries."""
         fields = ConfigFields(module, values)
         fields.only("timestep_conditioning", False)
         fields.only("patch_size_t", 1)
@@ -43,10 +45,10 @@ class LTX2VideoVAEConfig(FrameGrid):
 
 @dataclass(frozen=True, kw_only=True)
 class LTX2AudioVAEConfig:
-    """AutoencoderKLLTX2Audio's config.json, as far as the shape of latents depends on it.
+    """AutoencoderKLLTX2Audio's config.json, entries that determine the shape of the latents.
 
-    A latent stands for 4 spectrogram frames, of `hop_length` samples each, and 4 of the `mel_bins`; the spectrogram has
-    `channels`.
+    A latent covers 4 spectrogram frames of `hop_length` samples and 4 of the `mel_bins`. The spectrogram has `channels`
+    channels.
     """
 
     latent_channels: int
@@ -57,7 +59,7 @@ class LTX2AudioVAEConfig:
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError, also where entries contradict each other."""
+        """Parse config.json. Raises CheckpointError, also for contradictory entries."""
         fields = ConfigFields(module, values)
         config = cls(
             latent_channels=fields.integer("latent_channels", 8),
@@ -67,56 +69,60 @@ class LTX2AudioVAEConfig:
             hop_length=fields.integer("mel_hop_length", 160),
         )
         if fields.integer("base_channels", 128) != config.token_channels:
-            message = f"must be {config.token_channels}: latent channels x mel bins of a latent"
+            message = f"{config.token_channels}, latent channels x latent mel bins"
             raise fields.error("base_channels", message)
         return config
 
     @property
     def latent_bins(self) -> int:
-        """Mel bins of latents."""
+        """Number of mel bins of the latents."""
         return self.mel_bins // _AUDIO_FACTOR
 
     @property
     def token_channels(self) -> int:
-        """Values of all channels and mel bins at a time."""
+        """Channels of an audio token: latent channels x latent mel bins."""
         return self.latent_channels * self.latent_bins
 
     def latent_length(self, num_frames: int, frame_rate: float) -> int:
-        """Latents of a sound as long as a video; 0 for one that is too short."""
+        """Number of audio latents for a video's duration; 0 if the video is too short. `frame_rate` is in Hz."""
         per_second = self.sampling_rate / self.hop_length / float(_AUDIO_FACTOR)
         return round(num_frames / frame_rate * per_second)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LTX2VocoderConfig:
-    """config.json of LTX2Vocoder or LTX2VocoderWithBWE: its sound has `sampling_rate` samples a second."""
+    """config.json of LTX2Vocoder or LTX2VocoderWithBWE. `sampling_rate` is the output rate in Hz."""
 
     in_channels: int
     sampling_rate: int
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any], *, extends_bandwidth: bool) -> Self:
-        """Read config.json of the module. Raises CheckpointError."""
+        """Parse config.json. Raises CheckpointError."""
         fields = ConfigFields(module, values)
         rate = fields.integer("output_sampling_rate", 48000 if extends_bandwidth else 24000)
         if rate not in _AAC_RATES:
-            raise fields.error("output_sampling_rate", "must be a rate that AAC has, such as 24000 or 48000")
-        if fields.integer("bwe_out_channels" if extends_bandwidth else "out_channels", 2) > 2:
-            raise fields.error("out_channels", "must be 1 or 2: MP4 files have mono or stereo sound")
+            raise fields.error("output_sampling_rate", "a sampling rate of AAC; 24000 and 48000 work")
+        name = "bwe_out_channels" if extends_bandwidth else "out_channels"
+        if fields.integer(name, 2) > 2:
+            raise fields.error(name, "1 or 2; MP4 files have mono or stereo audio")
         return cls(in_channels=fields.integer("in_channels", 128), sampling_rate=rate)
 
 
 def _factors(fields: ConfigFields) -> tuple[int, int]:
-    """Pixels a side and frames that make one latent, as both the entries and the decoder's layers say."""
+    """Spatial factor (pixels) and temporal factor (frames) of a latent.
+
+    Raises CheckpointError if the compression ratios contradict the decoder's layers.
+    """
     kinds = fields.values.get("upsample_type") or ("spatiotemporal",) * 3
     scaling = fields.values.get("decoder_spatio_temporal_scaling", True)
     does_scale = scaling if isinstance(scaling, list | tuple) else (scaling,) * len(kinds)
     if len(does_scale) != len(kinds):
-        raise fields.error("decoder_spatio_temporal_scaling", f"must have {len(kinds)} entries, as upsample_type")
+        raise fields.error("decoder_spatio_temporal_scaling", f"a list of {len(kinds)} entries, as upsample_type")
     layers = [kind for kind, scales in zip(kinds, does_scale, strict=True) if scales]
     spatial = fields.integer("patch_size", 4) * 2 ** sum(kind != "temporal" for kind in layers)
     temporal = 2 ** sum(kind != "spatial" for kind in layers)
-    for name, made in (("spatial_compression_ratio", spatial), ("temporal_compression_ratio", temporal)):
-        if fields.integer(name, made) != made:
-            raise fields.error(name, f"must be {made}, as the decoder's layers say")
+    for name, factor in (("spatial_compression_ratio", spatial), ("temporal_compression_ratio", temporal)):
+        if fields.integer(name, factor) != factor:
+            raise fields.error(name, f"{factor}, the factor of the decoder's layers")
     return spatial, temporal

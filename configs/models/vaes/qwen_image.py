@@ -1,4 +1,4 @@
-"""What the stages need to know of Diffusers' AutoencoderKLQwenImage."""
+"""Architecture of Diffusers' AutoencoderKLQwenImage."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any, Self
 from configs.models.fields import ConfigFields
 from configs.models.vaes.statistics import latent_statistics
 
-GIVEN_AREA = 1024 * 1024
-_GIVEN_MULTIPLE = 32
+IMAGE_AREA = 1024 * 1024
+"""Default area of a resized input image, in pixels."""
+_IMAGE_MULTIPLE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLQwenImageConfig:
-    """AutoencoderKLQwenImage's config.json, as far as latents depend on it.
+    """AutoencoderKLQwenImage's config.json, entries that determine the latents.
 
-    It is the VAE of a video model; a picture is a video of one frame. A latent z is stored as (z - mean) / std, per
-    channel; `spatial_factor` pixels make one latent row.
+    It is a video VAE; an image is a video of one frame. The denoiser's latents are (z - mean) / std, per channel. A
+    latent covers `spatial_factor` pixels along each side.
     """
 
     z_dim: int
@@ -29,10 +30,10 @@ class AutoencoderKLQwenImageConfig:
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any], channels: int = 3) -> Self:
-        """Read config.json of the module, for images with this number of channels. Raises CheckpointError."""
+        """Parse config.json, for images with `channels` channels. Raises CheckpointError."""
         fields = ConfigFields(module, values)
-        if (found := fields.integer("input_channels", 3)) != channels:
-            raise fields.error("input_channels", f"is not supported; supported is {channels}, not {found}")
+        if fields.integer("input_channels", 3) != channels:
+            raise fields.error("input_channels", f"{channels}, the only supported value")
         z_dim = fields.integer("z_dim", 16)
         mean, std = latent_statistics(fields, z_dim)
         return cls(
@@ -44,14 +45,14 @@ class AutoencoderKLQwenImageConfig:
 
 
 def spatial_factor(fields: ConfigFields) -> int:
-    """Pixels a side that become one latent: the encoder halves once for each entry. Raises CheckpointError."""
+    """Pixels along each side of a latent, from the encoder's downsampling layers. Raises CheckpointError."""
     return 1 << len(fields.flags("temperal_downsample", (False, True, True)))
 
 
-def given_size(height: int, width: int, area: int = GIVEN_AREA) -> tuple[int, int]:
-    """Height and width to which an input image is resized: about `area` pixels, with about the same aspect ratio."""
+def image_size_of_area(height: int, width: int, area: int = IMAGE_AREA) -> tuple[int, int]:
+    """Height and width (pixels, multiples of 32) of about `area` pixels with about the given aspect ratio."""
     exact_width = math.sqrt(area * (width / height))
     exact_height = exact_width / (width / height)
-    return round(exact_height / _GIVEN_MULTIPLE) * _GIVEN_MULTIPLE, round(
-        exact_width / _GIVEN_MULTIPLE
-    ) * _GIVEN_MULTIPLE
+    return round(exact_height / _IMAGE_MULTIPLE) * _IMAGE_MULTIPLE, round(
+        exact_width / _IMAGE_MULTIPLE
+    ) * _IMAGE_MULTIPLE

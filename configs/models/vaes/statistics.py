@@ -1,4 +1,4 @@
-"""The constants that normalise the latents of a VAE, channel by channel."""
+"""Per-channel statistics that normalise a VAE's latents."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Numbers = tuple[float, ...]
 def latent_statistics(
     fields: ConfigFields, z_dim: int, defaults: Mapping[str, Numbers] = MappingProxyType({})
 ) -> tuple[Numbers, Numbers]:
-    """latents_mean and latents_std of a config.json, each (z_dim,), std without a 0. Raises CheckpointError."""
+    """Parse latents_mean and latents_std, each of length z_dim. Raises CheckpointError, also for a std of 0."""
     mean, std = (fields.numbers(name, defaults.get(name, ())) for name in ("latents_mean", "latents_std"))
     for name, constants in (("latents_mean", mean), ("latents_std", std)):
         if len(constants) != z_dim:
-            raise fields.error(name, f"must have a number for each of the {z_dim} latent channels")
+            raise fields.error(name, f"a list of {z_dim} numbers, one per latent channel")
     if not all(std):
-        raise fields.error("latents_std", "must not hold a 0")
+        raise fields.error("latents_std", "a list without 0")
     return mean, std

@@ -1,4 +1,4 @@
-"""What the stages need to know of Diffusers' AutoencoderKLWan."""
+"""Architecture of Diffusers' AutoencoderKLWan."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from configs.models.fields import ConfigFields
+from configs.models.vaes.frames import FrameGrid
 from configs.models.vaes.statistics import latent_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderKLWanConfig:
-    """AutoencoderKLWan's config.json, as far as the shape and the scale of latents depend on it.
+class AutoencoderKLWanConfig(FrameGrid):
+    """AutoencoderKLWan's config.json, entries that determine the shape and the scale of the latents.
 
-    A latent z is stored as (z - mean) / std, per channel. The first frame has a latent frame of its own, every further
-    latent frame stands for `temporal_factor` frames. `spatial_factor` pixels a side make one latent: 8 in Wan 2.1's
-    VAE, 16 in that of Wan 2.2 TI2V-5B, which encodes patches of 2x2 pixels as channels (`patch_size`).
+    The denoiser's latents are (z - mean) / std, per channel. A latent covers `spatial_factor` pixels along each side: 8
+    for Wan 2.1's VAE, 16 for that of Wan 2.2 TI2V-5B, which encodes patches of 2x2 pixels as channels (`patch_size`).
     """
 
     z_dim: int
-    temporal_factor: int
     spatial_factor: int
     latents_mean: tuple[float, ...]
     latents_std: tuple[float, ...]
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
-        """Read config.json of the module. Raises CheckpointError, also where entries contradict each other."""
+        """Parse config.json. Raises CheckpointError, also for contradictory entries."""
         fields = ConfigFields(module, values)
         z_dim = fields.integer("z_dim", 16)
         mean, std = latent_statistics(fields, z_dim, _WAN_21)
@@ -40,10 +39,6 @@ class AutoencoderKLWanConfig:
             latents_std=std,
         )
 
-    def latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a video."""
-        return (num_frames - 1) // self.temporal_factor + 1
-
 
 _WAN_21: Mapping[str, tuple[float, ...]] = {
     "latents_mean": (
@@ -55,28 +50,29 @@ _WAN_21: Mapping[str, tuple[float, ...]] = {
         *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
     ),
 }
-"""The published VAE's constants, which its config.json may leave out."""
+"""Statistics of the published VAE, which its config.json may omit."""
 
 
 def _factors(fields: ConfigFields) -> tuple[int, int]:
-    """Frames and pixels a side that make one latent, as both the entries and the layers say.
+    """Temporal factor (frames) and spatial factor (pixels) of a latent.
 
-    Diffusers computes the size of latents from scale_factor_*, but the layers follow from dim_mult, patch_size and
-    temperal_downsample: where these differ, a video would have another size than the one asked for.
+    Diffusers computes the size of latents from scale_factor_*, but dim_mult, patch_size and temperal_downsample
+    determine the layers. If they contradict each other, the video would not have the requested size. Raises
+    CheckpointError.
     """
     fields.flag("is_residual", False)
     patch_size = fields.integer("patch_size", 1)
     for name in ("in_channels", "out_channels"):
         if fields.integer(name, 3) != 3 * patch_size**2:
-            raise fields.error(name, f"must be {3 * patch_size**2}: 3 colours of each pixel in a patch of {patch_size}")
+            raise fields.error(name, f"{3 * patch_size**2}, the 3 colours of {patch_size}x{patch_size} pixels")
     levels = len(fields.integers("dim_mult", (1, 2, 4, 4))) - 1
     halved = fields.flags("temperal_downsample", (False, True, True))
     if len(halved) != levels:
-        raise fields.error("temperal_downsample", f"must have {levels} entries, one fewer than dim_mult")
+        raise fields.error("temperal_downsample", f"a list of {levels} entries, one fewer than dim_mult")
     temporal = fields.integer("scale_factor_temporal", 4)
     if temporal != 2 ** sum(halved):
-        raise fields.error("scale_factor_temporal", f"must be {2 ** sum(halved)}, as temperal_downsample says")
+        raise fields.error("scale_factor_temporal", f"{2 ** sum(halved)}, the factor of temperal_downsample")
     spatial = fields.integer("scale_factor_spatial", 8)
     if spatial != patch_size * 2**levels:
-        raise fields.error("scale_factor_spatial", f"must be {patch_size * 2**levels}, as dim_mult and patch_size say")
+        raise fields.error("scale_factor_spatial", f"{patch_size * 2**levels}, the factor of dim_mult and patch_size")
     return temporal, spatial

@@ -1,1 +1,1 @@
-"""Stages of the hybrid style: each does all of one model's work before denoising."""
+"""Stages of hybrid models; each performs all work of one model before denoising."""

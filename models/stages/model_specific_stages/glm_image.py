@@ -1,4 +1,4 @@
-"""All of GLM-Image's work before denoising: prior tokens, glyphs, noise and the schedule."""
+"""GLM-Image before denoising: prior tokens, glyph encoding, noise and the schedule."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from models.stages.timestep_preparation import TimestepPreparationStage
 
 
 class GlmImageBeforeDenoisingStage(PipelineStage[BeforeDenoisingInput, BeforeDenoisingOutput]):
-    """Samples prior tokens with the language model, encodes quoted texts, draws the noise and lays out the steps.
+    """Samples prior tokens with the language model and encodes quoted texts.
 
-    Noise and steps are those of the standard stages, which run within this one.
+    Runs the standard stages of latent and timestep preparation for noise and schedule.
     """
 
     def __init__(self, config: GlmImagePipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
@@ -44,8 +44,8 @@ class GlmImageBeforeDenoisingStage(PipelineStage[BeforeDenoisingInput, BeforeDen
     def run(self, x: BeforeDenoisingInput, call: Call) -> BeforeDenoisingOutput:
         """Conditioning of batch 1, the noise of all outputs, and the schedule, on the CPU.
 
-        Reports every prior token, and ends within one when cancelled. Raises InvalidInput for a prompt that holds marks
-        of images, and for a seed from which the language model ends before the image does.
+        Reports every prior token, and ends within one token when cancelled. Raises InvalidInput for a prompt that
+        contains image tokens, and for a seed with which the language model ends the image early.
         """
         schedule = self._timesteps.run(TimestepPreparationInput(canvas=x.canvas, sampling=x.sampling), call).schedule
         noise = self._latents.run(LatentPreparationInput(canvas=x.canvas, sampling=x.sampling), call).initial_latents
@@ -53,7 +53,7 @@ class GlmImageBeforeDenoisingStage(PipelineStage[BeforeDenoisingInput, BeforeDen
         return BeforeDenoisingOutput(text_conditioning=conditioning, initial_latents=noise, schedule=schedule)
 
     def _conditioning(self, x: BeforeDenoisingInput, call: Call) -> Conditioning:
-        """Glyphs and prior tokens; the negative branch has the glyphs of no text, and drops the same prior tokens."""
+        """Glyphs and prior tokens; the negative branch has an empty text and drops the prior tokens."""
         length = self._config.max_glyph_tokens(x.prompt)
         glyphs = self._glyphs.encode(x.prompt.prompt, length, call.warn).to("cpu", self._dtype)
         rows, columns = self._config.prior_grid(x.canvas)

@@ -1,4 +1,4 @@
-"""All of Qwen-Image-Layered's work before denoising: description, text, image latents, noise and the schedule."""
+"""Qwen-Image-Layered before denoising: caption, text, image latents, noise and the schedule."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from models.stages.latent_preparation import LatentPreparationStage
 from models.stages.text_encoding import TextEncodingStage
 from models.stages.timestep_preparation import TimestepPreparationStage
 
-NO_PROMPTS = ("", " ")
-"""Prompts in whose place the image is described."""
+EMPTY_PROMPTS = ("", " ")
+"""Prompts that are replaced by a caption of the image."""
 
 
 class QwenImageLayeredBeforeDenoisingStage(PipelineStage[BeforeDenoisingInput, BeforeDenoisingOutput]):
-    """Describes the image where there is no prompt; all else is done by standard stages within this one."""
+    """Captions the image if the prompt is empty, then runs standard stages for everything else."""
 
     def __init__(self, config: QwenImageLayeredPipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
@@ -52,28 +52,28 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage[BeforeDenoisingInput, B
     def run(self, x: BeforeDenoisingInput, call: Call) -> BeforeDenoisingOutput:
         """Conditioning and image latents of batch 1, the noise of all outputs, and the schedule, on the CPU.
 
-        Reports every token of a description, which is also a warning, and ends within one when cancelled. Raises
-        InvalidInput for an image that cannot be read.
+        Reports every token of a caption, and the caption as a warning; ends within one token when cancelled. Raises
+        InvalidInput for an undecodable image.
         """
         if x.image_inputs is None:
-            raise InvalidInput("image: none came; an image that is taken apart is needed", field="image")
+            raise InvalidInput("image: no image was sent; an image to decompose into layers is required", field="image")
         canvas, sampling = x.canvas, x.sampling
         schedule = self._timesteps.run(TimestepPreparationInput(canvas=canvas, sampling=sampling), call).schedule
         noise = self._latents.run(LatentPreparationInput(canvas=canvas, sampling=sampling), call).initial_latents
         given = ImageVAEEncodingInput(image_inputs=x.image_inputs, canvas=canvas)
         image_latents = self._image.run(given, call).image_latents
-        prompt = self._described(x, x.image_inputs, call) if x.prompt.prompt in NO_PROMPTS else x.prompt
+        prompt = self._captioned(x, x.image_inputs, call) if x.prompt.prompt in EMPTY_PROMPTS else x.prompt
         text = self._text.run(TextEncodingInput(prompt=prompt, sampling=sampling), call).text_conditioning
         return BeforeDenoisingOutput(
             text_conditioning=text, initial_latents=noise, schedule=schedule, image_latents=image_latents
         )
 
-    def _described(self, x: BeforeDenoisingInput, images: ImageInputs, call: Call) -> Prompt:
-        """The request's prompt with a description of the image, as large as a layer."""
+    def _captioned(self, x: BeforeDenoisingInput, images: ImageInputs, call: Call) -> Prompt:
+        """The request's prompt with a caption of the image, which is resized to the size of a layer."""
         caption = self._captioner.caption(
             self._resized(images, x.canvas), call.progress, in_english=bool(x.sampling.params.get("use_en_prompt"))
         )
-        call.warn("prompt", f"prompt is empty; the image is described instead: {shorten(caption)}")
+        call.warn("prompt", f"the prompt is empty; a caption of the image is used instead: {shorten(caption)}")
         return replace(x.prompt, prompt=caption)
 
     def _resized(self, images: ImageInputs, canvas: Canvas) -> Image.Image:

@@ -1,1 +1,0 @@
-"""The before_denoising service: all work before denoising, for models of the hybrid style."""

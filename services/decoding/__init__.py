@@ -1,1 +1,0 @@
-"""The decoding service: latents to files."""

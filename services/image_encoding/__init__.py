@@ -1,1 +1,0 @@
-"""The image_encoding service: pictures become conditioning and latents."""

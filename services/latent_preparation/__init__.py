@@ -1,1 +1,0 @@
-"""The latent preparation service: starting noise and steps."""

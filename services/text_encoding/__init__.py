@@ -1,1 +1,0 @@
-"""The text encoding service: prompts to conditioning."""
