@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import cast
 
+from async_tests import wait_until
 from common.errors import NotFound
 from common.pipeline import ServiceSpec, StageSpec
 from common.rpc.framing import Packet
@@ -16,7 +17,6 @@ from common.state.requests import Admission, AdmissionLimits, RequestStore
 from common.state.worker_slots import WorkerSlot, WorkerSlots
 from fleet.v1 import artifacts_pb2
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import until
 from services.coordinator.driver import Driver
 from services.coordinator.request_life import ExecutionContext, Phase, Submission
 from services.coordinator.worker_runner import ArtifactMemory, Connections, Workers
@@ -147,18 +147,18 @@ class Case:
     def phases(self) -> list[Phase]:
         return [execution.phase for execution in self.driver._registry]
 
-    async def until(self, *phases: Phase) -> None:
+    async def wait_until(self, *phases: Phase) -> None:
         """Wait until the executions of the request are in these phases, by epoch."""
 
         async def are_reached() -> bool:
             return self.phases == list(phases)
 
-        await until(are_reached)
+        await wait_until(are_reached)
 
     async def run(self, *, key: str = "k", raw: bool = False) -> None:
         """Accept the request, whose stage waits for a slot."""
         await self.driver.accept(submission(key=key, raw=raw))
-        await self.until(Phase.RUNNING)
+        await self.wait_until(Phase.RUNNING)
         await self.claimed(1)
 
     async def claimed(self, count: int) -> None:
@@ -167,7 +167,7 @@ class Case:
         async def are_made() -> bool:
             return len(self.queue.claims) >= count
 
-        await until(are_made)
+        await wait_until(are_made)
 
     async def inherit(self, epoch: int = 2, *, cancel: bool = False) -> None:
         """Take the request over, under an epoch."""

@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 import psutil
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.rpc.client import open_channel
 from common.state.connection import connect
 from common.state.workers import WorkerRegistry
 from coordinator_fleet import Stub, emoji
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc, worker_pb2
-from redis_servers import running_server, until
+from redis_servers import running_server
 from services.cli.serve import settings_class
 from services.coordinator.coordinator import start_coordinator
 from services.coordinator.settings import CoordinatorSettings
@@ -152,7 +153,7 @@ class GroupFleet:
             assert agent.returncode is None, "the agent has ended"
             return len(await WorkerRegistry(self._redis).live("emoji", "denoising")) >= count
 
-        await until(announced)
+        await wait_until(announced)
 
     def workers(self) -> list[worker_pb2.WorkerInfo]:
         """The denoisers that the coordinator knows."""

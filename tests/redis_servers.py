@@ -11,13 +11,13 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from redis.asyncio import Redis
 
+from async_tests import poll, wait_until
 from common.state.connection import connect
 
 
@@ -49,11 +49,8 @@ class RedisServer:
         words = f"--port 0 --unixsocket {self.socket} --dir {self._directory} --appendonly yes"
         command = [str(self._binary), *words.split(), "--appendfsync", "always", "--save", "", *self._options]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 20
-        while not self._answers():
-            assert self._process.poll() is None, f"{self._binary} ended at once"
-            assert time.monotonic() < deadline, f"{self._binary} did not answer in time"
-            time.sleep(0.005)
+        poll(lambda: self._has_ended() or self._answers(), 20, f"{self._binary} answers")
+        assert not self._has_ended(), f"{self._binary} ended during its start"
 
     def kill(self) -> None:
         """SIGKILL; the data stay."""
@@ -66,6 +63,9 @@ class RedisServer:
         """Kill it and delete its data."""
         self.kill()
         shutil.rmtree(self._directory)
+
+    def _has_ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
 
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as client:
@@ -89,14 +89,6 @@ def running_server(name: str, *options: str) -> Iterator[RedisServer]:
         server.remove()
 
 
-async def until(ask: Callable[[], Awaitable[bool]]) -> None:
-    """Wait for what the server alone brings about, such as the end of a TTL."""
-    while True:
-        if await ask():
-            return
-        await asyncio.sleep(0.002)
-
-
 async def fill(redis: Redis, size: int) -> int:
     """Bring the memory that the server uses to `size` bytes, with bytes that are not the fleet's; returns those in use.
 
@@ -117,7 +109,7 @@ async def unfill(redis: Redis) -> None:
     async def is_freed() -> bool:
         return await _used(redis) < most
 
-    await until(is_freed)
+    await wait_until(is_freed)
 
 
 async def _used(redis: Redis) -> int:

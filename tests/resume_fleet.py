@@ -16,6 +16,7 @@ from typing import Any
 from chaos_processes import Fleet, Process
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.rpc.client import open_channel
 from common.state.connection import command, connect
 from coordinator_fleet import Stub
@@ -23,7 +24,6 @@ from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 from models.catalog import open_model
 from models.registry import load_registry
-from redis_servers import until
 
 STEPS = 8
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "models" / "checkpoints"
@@ -123,7 +123,7 @@ class Served:
             )  # at least so many came before it, one a step
             return self.stored_step > 0
 
-        await until(is_stored)
+        await wait_until(is_stored)
         self.fleet.signal(self.fleet.of(coordinators=True)[1], signal.SIGKILL)
         await self.kill_worker(name)
 
@@ -150,7 +150,7 @@ async def served(family: Family) -> AsyncIterator[Served]:
         for coordinator in fleet.of(coordinators=True):
             channel = await stack.enter_async_context(open_channel(coordinator.target))
             stubs.append(generation_pb2_grpc.GenerationServiceStub(channel))
-            await until(partial(_is_complete, stubs[-1], fleet.workers))
+            await wait_until(partial(_is_complete, stubs[-1], fleet.workers))
         yield Served(fleet, redis, family, stubs)
         await fleet.stop()
         assert not fleet.findings

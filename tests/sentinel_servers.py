@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, cast
 
 import redis
 
+from async_tests import poll
 from redis_servers import server_binaries
 
 _START_SECONDS = 20.0
@@ -66,7 +66,7 @@ def replicated_servers(directory: Path, *, sentinel: bool = False) -> Iterator[R
         replica = stack.enter_context(
             _started(directory / "second", second, *words, "--replicaof", "127.0.0.1", str(first))
         )
-        _until(first, lambda client: client.set("warm", "1") and client.wait(1, 1_000) and client.delete("warm"))
+        _poll_server(first, lambda client: client.set("warm", "1") and client.wait(1, 1_000) and client.delete("warm"))
         url = f"redis://127.0.0.1:{first}"
         if sentinel:
             config = directory / "sentinel.conf"
@@ -74,20 +74,19 @@ def replicated_servers(directory: Path, *, sentinel: bool = False) -> Iterator[R
             lines += ["sentinel failover-timeout fleet 2000"]
             config.write_text("\n".join(lines) + "\n", encoding="utf-8")
             stack.enter_context(_started(directory, watch, str(config), "--sentinel"))
-            _until(watch, lambda client: client.execute_command("SENTINEL", "REPLICAS", "fleet"))
+            _poll_server(watch, lambda client: client.execute_command("SENTINEL", "REPLICAS", "fleet"))
             url = f"redis+sentinel://127.0.0.1:{watch}/fleet"
         yield Replicated(url, f"redis://127.0.0.1:{second}", primary, replica)
 
 
-def _until(port: int, ask: Callable[[Any], Any]) -> None:
-    """Ask a server until it answers with something."""
-    deadline = time.monotonic() + _START_SECONDS
-    while True:
+def _poll_server(port: int, is_ready: Callable[[Any], Any]) -> None:
+    """Poll a server until the reply of `is_ready` is truthy. A server that is starting refuses the connection."""
+
+    def replies() -> bool:
         try:
             with cast(Any, redis.Redis)(port=port, socket_timeout=5) as client:
-                if ask(client):
-                    return
+                return bool(is_ready(client))
         except redis.RedisError:
-            pass  # It is starting.
-        assert time.monotonic() < deadline, "the server did not answer in time"
-        time.sleep(0.01)
+            return False
+
+    poll(replies, _START_SECONDS, f"the server on port {port} replies")

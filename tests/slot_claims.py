@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.state.presence import Presence
 from common.state.worker_slots import WorkerSlots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
-from redis_servers import until
 
 SLOW = 3_600.0
 
@@ -46,4 +46,4 @@ async def queued(registry: WorkerRegistry, count: int) -> None:
     async def so_many() -> bool:
         return (await registry.load("emoji", "denoising")).queued == count
 
-    await until(so_many)
+    await wait_until(so_many)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import torch
 
+from async_tests import run_within
 from common.artifacts import Canvas, Conditioning, LatentPart, Latents, Sampling, StepCheckpoint
 from common.codec import pack
 from common.local import HostedStages
@@ -166,6 +167,16 @@ async def served(
                 yield Served(server, servicer, channel, hosted)
             finally:
                 await server.drain(0)
+
+
+def run_served(test: Callable[[Served], Awaitable[None]], script: Script | None = None, **options: Any) -> None:
+    """Run a test against a served stage, within 60 s."""
+
+    async def served_test() -> None:
+        async with served(*([script] if script else []), **options) as stage:
+            await test(stage)
+
+    run_within(60, served_test)
 
 
 def step_checkpoint_of(x: StageInput, step: int) -> StepCheckpoint:

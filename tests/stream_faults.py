@@ -11,10 +11,10 @@ from functools import partial
 import grpc
 from chaos_processes import Process
 
+from async_tests import wait_until
 from coordinator_fleet import Stub
 from fleet.v1 import artifacts_pb2 as pb_artifacts
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import until
 from resume_fleet import Family, Served, TooLate
 from tiny_wan import build_tiny_wan_causal
 
@@ -235,7 +235,7 @@ async def is_forgotten(fleet: Served, name: str) -> None:
 
     try:
         async with asyncio.timeout(5):
-            await until(is_free)
+            await wait_until(is_free)
     except TimeoutError:
         raise AssertionError(f"request {name} has ended; this remains: {await remains()}") from None
     for key in await fleet.redis.keys(f"fleet:*{name}*"):

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-import pytest
 import torch
 from prometheus_client import REGISTRY
 
+from async_tests import wait_until
 from common.artifacts import StepCheckpoint
 from common.stage import Call
 from common.state.connection import command, connect
 from coordinator_fleet import FakeFleet, Gate, Script, latents_of, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import running_server, until
 
 _NUMERICS = "equal"
 _MODEL = {"model": "emoji"}
 _DENOISING = {"service": "denoising", **_MODEL}
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 def _value(name: str, labels: Mapping[str, str]) -> float:
@@ -57,7 +50,7 @@ class _Denoiser:
             self.gate(call)
 
 
-def test_a_request_that_loses_its_worker_is_counted(url: str) -> None:
+def test_a_request_that_loses_its_worker_is_counted(store_url: str) -> None:
     counted = _Counted(
         ("fleet_requests_total", {**_MODEL, "state": "SUCCEEDED"}),
         ("fleet_request_duration_seconds_count", {**_MODEL, "state": "SUCCEEDED"}),
@@ -85,7 +78,7 @@ def test_a_request_that_loses_its_worker_is_counted(url: str) -> None:
         async def is_stored() -> bool:
             return stored.grown() == [1]
 
-        await until(is_stored)
+        await wait_until(is_stored)
         await worker.die()
         await fleet.add_worker("denoising", script, numerics=_NUMERICS)
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
@@ -97,12 +90,12 @@ def test_a_request_that_loses_its_worker_is_counted(url: str) -> None:
         async def is_dead() -> bool:
             return (_value("fleet_workers_dead", _DENOISING), _value("fleet_workers_live", _DENOISING)) == (1, 1)
 
-        await until(is_dead)
+        await wait_until(is_dead)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_worker_that_is_full_is_asked_again(url: str) -> None:
+def test_a_worker_that_is_full_is_asked_again(store_url: str) -> None:
     counted = _Counted(("fleet_retried_calls_total", {**_DENOISING, "reason": "full"}))
 
     async def story(fleet: FakeFleet) -> None:
@@ -116,15 +109,15 @@ def test_a_worker_that_is_full_is_asked_again(url: str) -> None:
         async def is_full() -> bool:
             return counted.grown()[0] >= 1
 
-        await until(is_full)
+        await wait_until(is_full)
         gate.opened.set()
         for name in names:
             assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_the_gauges_of_a_service_follow_the_store(url: str) -> None:
+def test_the_gauges_of_a_service_follow_the_store(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
@@ -136,17 +129,17 @@ def test_the_gauges_of_a_service_follow_the_store(url: str) -> None:
             gauges = ("fleet_queue_length", "fleet_open_requests", "fleet_workers_held", "fleet_workers_live")
             return [_value(name, _DENOISING) for name in gauges] == [2, 3, 1, 1]
 
-        await until(is_seen)
+        await wait_until(is_seen)
         assert _value("fleet_queued_seconds", _DENOISING) > 0
         assert _value("fleet_artifact_bytes", {}) == coordinator.artifact_memory.used_bytes > 0
         gate.opened.set()
         for name in names:
             await terminal(stub, name)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_request_that_is_taken_over_is_counted(url: str) -> None:
+def test_a_request_that_is_taken_over_is_counted(store_url: str) -> None:
     counted = _Counted(("fleet_taken_over_requests_total", _MODEL))
 
     async def story(fleet: FakeFleet) -> None:
@@ -163,10 +156,10 @@ def test_a_request_that_is_taken_over_is_counted(url: str) -> None:
         await leaving
         assert counted.grown() == [1]
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_series_are_there_before_the_first_event(url: str) -> None:
+def test_series_are_there_before_the_first_event(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         await fleet.add_coordinator()
         async with connect(fleet.url) as redis:
@@ -175,7 +168,7 @@ def test_series_are_there_before_the_first_event(url: str) -> None:
         async def is_read() -> bool:
             return _value("fleet_store_repairs", {"kind": "queue"}) == 2
 
-        await until(is_read)
+        await wait_until(is_read)
         for state in ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED"):
             assert REGISTRY.get_sample_value("fleet_requests_total", {**_MODEL, "state": state}) is not None
         for reason in ("lost", "handed_over", "full"):
@@ -184,4 +177,4 @@ def test_series_are_there_before_the_first_event(url: str) -> None:
         assert REGISTRY.get_sample_value("fleet_store_repairs", {"kind": "slot"}) is not None
         assert REGISTRY.get_sample_value("fleet_store_repairs", {"kind": "made-up"}) is None
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)

@@ -6,13 +6,13 @@ import asyncio
 import copy
 import hashlib
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from async_tests import wait_until
 from certificates import Authority
 from common.errors import FailedPrecondition, Unavailable
 from common.rpc.fleet_server import FleetServer
@@ -21,7 +21,7 @@ from coordinator_fleet import FakeFleet, run_on_fleet
 from doctor_lines import lines
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
-from redis_servers import fill, running_server, until
+from redis_servers import fill
 from services.cli import doctor
 from services.cli.access import IN_THE_CLEAR, Access
 from services.cli.doctor_endpoint import check_endpoint, contract_result, elements_of, model_results, own_files
@@ -30,18 +30,12 @@ KEY = "key-of-alice"
 SERVICE = "fleet.v1.GenerationService"
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
-
-
 async def found(endpoint: str, access: Access = IN_THE_CLEAR, **own: str) -> list[str]:
     """The lines of the check."""
     return await asyncio.to_thread(lambda: lines(check_endpoint(endpoint, access, own)))
 
 
-def test_a_fleet_that_is_right(url: str) -> None:
+def test_a_fleet_that_is_right(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         coordinator, _ = await fleet.add_coordinator()
@@ -55,10 +49,10 @@ def test_a_fleet_that_is_right(url: str) -> None:
             f"error model emoji: the fleet serves checkpoint {fingerprint[:12]}, and --model is ffffffffffff: "
         )
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_services_without_workers_and_refused_and_broken_ones(url: str) -> None:
+def test_services_without_workers_and_refused_and_broken_ones(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
         worker = await fleet.add_worker("denoising")
@@ -78,10 +72,10 @@ def test_services_without_workers_and_refused_and_broken_ones(url: str) -> None:
             "warning model emoji: workers of denoising: fa3-fwd 0.0.3 is unusable, cuDNN instead: OSError: a -> "
         )
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_full_store_and_a_coordinator_that_is_not_ready(url: str) -> None:
+def test_a_full_store_and_a_coordinator_that_is_not_ready(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
         async with connect(fleet.url) as redis:
@@ -91,7 +85,7 @@ def test_a_full_store_and_a_coordinator_that_is_not_ready(url: str) -> None:
             async def is_seen() -> bool:
                 return "its store is full" in (await found(coordinator.address))[0]
 
-            await until(is_seen)
+            await wait_until(is_seen)
             await redis.delete("filler")
             await redis.config_set("maxmemory", 0)
         coordinator_server: Any = coordinator
@@ -99,10 +93,10 @@ def test_a_full_store_and_a_coordinator_that_is_not_ready(url: str) -> None:
         line = (await found(coordinator.address))[0]
         assert line.startswith(f"error endpoint: {coordinator.address} answers, but is not ready: server NOT_SERVING, ")
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_caller_without_a_key_still_sees_health_and_contract(url: str, tmp_path: Path) -> None:
+def test_a_caller_without_a_key_still_sees_health_and_contract(store_url: str, tmp_path: Path) -> None:
     keys = tmp_path / "keys.toml"
     keys.write_text(f'[callers.alice]\nkey_sha256 = ["{hashlib.sha256(KEY.encode()).hexdigest()}"]\n')
 
@@ -117,11 +111,11 @@ def test_a_caller_without_a_key_still_sees_health_and_contract(url: str, tmp_pat
         assert known[-1].startswith("warning model emoji: no worker serves ")
         assert KEY not in "".join(known)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
 def test_a_fleet_over_tls(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "has_worker_extra", lambda: False)
     fleet_ca, others = Authority(tmp_path / "fleet"), Authority(tmp_path / "others", "others")
@@ -137,7 +131,7 @@ def test_a_fleet_over_tls(
         assert f"ok       endpoint          {coordinator.address} is ready" in out
         assert f"error    endpoint          {coordinator.address} and this command could not agree on TLS" in out
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
 def test_nobody_there_and_a_server_that_is_no_fleet(tmp_path: Path) -> None:

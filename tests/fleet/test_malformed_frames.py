@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
+from async_tests import wait_until
 from common.artifacts import Latents
 from common.codec import unpack
 from common.errors import FleetError, InternalError, InvalidInput, ResourceExhausted, Unavailable
@@ -135,8 +136,8 @@ def test_a_caller_that_vanishes_mid_tensor_leaves_nothing() -> None:
             async with open_channel(stage.server.address) as channel:
                 call: Any = channel.stream_stream(METHOD)()
                 await call.write(frames()[0])
-                await until(lambda: stage.servicer.in_flight == 1)
-            await until(lambda: stage.servicer.in_flight == 0)
+                await wait_until(lambda: stage.servicer.in_flight == 1)
+            await wait_until(lambda: stage.servicer.in_flight == 0)
             assert len(await stage.raw_call(*frames())) == 2
 
     asyncio.run(main())
@@ -146,11 +147,6 @@ async def refusal(stage: Served, *sent: bytes) -> FleetError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stage.raw_call(*sent)
     return from_rpc_error(caught.value)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 -- nothing tells
-        await asyncio.sleep(0.005)
 
 
 class Liar:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,18 +25,11 @@ from models.stages.decoding import DecodingStage
 from models.stages.denoising import DenoisingStage
 from models.stages.image_text_encoding import ImageTextEncodingStage
 from models.stages.text_encoding import TextEncodingStage
-from redis_servers import running_server
 from services.worker import start_worker
 from services.worker_settings import CachingSettings
 from stage_server import Heard, Served, StageInput, artifacts, packets, served
 
 SEED = "sampling.seed"
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 def cache(max_bytes: int = 1 << 20, *, model: str = "m", indifferent_to: tuple[str, ...] = ()) -> ReplyCache:
@@ -169,7 +162,7 @@ def test_text_encoding_alone_keeps_replies() -> None:
     assert DenoisingStage.indifferent_to is DecodingStage.indifferent_to is None
 
 
-def test_a_worker_answers_from_its_cache_what_it_would_compute(store: str) -> None:
+def test_a_worker_answers_from_its_cache_what_it_would_compute(store_url: str) -> None:
     model = open_model("emoji", load_registry())
     spec = model.service("text_encoding")
 
@@ -188,7 +181,7 @@ def test_a_worker_answers_from_its_cache_what_it_would_compute(store: str) -> No
         before = {result: lookups("emoji", result, "text_encoding") for result in ("hit", "miss")}
         for reply_cache_bytes in (0, 64 << 20):
             settings = CachingSettings(
-                model="emoji", redis=store, threads=1, device="cpu", reply_cache_bytes=reply_cache_bytes
+                model="emoji", redis=store_url, threads=1, device="cpu", reply_cache_bytes=reply_cache_bytes
             )
             worker = await start_worker("text_encoding", model, settings)
             try:

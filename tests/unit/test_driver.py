@@ -34,7 +34,7 @@ def test_a_request_that_is_cancelled_while_it_is_admitted_ends_without_a_claim()
         admission, execution = await accepting
         assert execution is not None
         assert not admission.replayed
-        await case.until()
+        await case.wait_until()
         assert execution.phase is Phase.CLOSED
         assert [event async for event in execution.log.follow()] == []
 
@@ -54,7 +54,7 @@ def test_a_request_that_is_cancelled_while_its_admission_is_settled_ends_without
         assert not case.driver.runs("r")
         case.driver.cancel("r")
         gate.opened.set()
-        await case.until()
+        await case.wait_until()
 
     case = story(test)
     assert case.store.ends == [(1, CANCELLED, "")]
@@ -70,7 +70,7 @@ def test_a_request_that_is_cancelled_while_it_is_taken_over_ends_under_its_new_e
         assert case.phases == [Phase.RUNNING, Phase.INHERITED]
         case.driver.cancel("r")
         gate.opened.set()
-        await case.until()
+        await case.wait_until()
 
     case = story(test)
     assert case.store.ends == [(2, CANCELLED, "")]
@@ -83,7 +83,7 @@ def test_a_request_that_is_cancelled_while_it_runs_ends_once() -> None:
         assert case.driver.runs("r")
         case.driver.cancel("r")
         case.driver.cancel("r")
-        await case.until()
+        await case.wait_until()
         assert not case.driver.runs("r")
         case.driver.cancel("r")  # has ended
         case.driver.cancel("other")  # was never here
@@ -97,9 +97,9 @@ def test_cancels_that_a_take_over_reports_reach_their_requests() -> None:
         await case.run()
         case.owners.cancelled = ["r"]
         await case.driver.take_over("emoji", restore)
-        await case.until()
+        await case.wait_until()
         await case.inherit(cancel=True)
-        await case.until()
+        await case.wait_until()
 
     case = story(test)
     assert case.store.ends == [(1, CANCELLED, ""), (2, CANCELLED, "")]
@@ -111,7 +111,7 @@ def test_a_request_whose_admission_had_no_answer_runs_for_callers_that_ask_again
         case.store.admit_error = Unavailable("the answer is lost")
         with pytest.raises(Unavailable):
             await case.driver.accept(submission(key=key))
-        await case.until(*phases)
+        await case.wait_until(*phases)
         assert case.store.ends == ([] if key else [(1, CANCELLED, "")])
         await case.driver.drain(0)
 
@@ -130,7 +130,7 @@ def test_the_wait_for_the_store_counts_against_the_deadline() -> None:
         await asyncio.sleep(1)
         gate.opened.set()
         async with asyncio.timeout(0.8):
-            await case.until()
+            await case.wait_until()
 
     assert story(test).store.ends == [(1, State.REQUEST_STATE_EXPIRED, "")]
 
@@ -140,7 +140,7 @@ def test_a_request_that_was_not_stored_leaves_nothing() -> None:
         case.store.admit_error, case.store.is_stored = Unavailable("is away"), False
         with pytest.raises(Unavailable):
             await case.driver.accept(submission())
-        await case.until()
+        await case.wait_until()
 
     assert not story(test).store.ends
 
@@ -154,7 +154,7 @@ def test_a_refused_and_a_replayed_request_leave_nothing() -> None:
         admission, execution = await case.driver.accept(submission())
         assert admission.replayed
         assert execution is None
-        await case.until()
+        await case.wait_until()
 
     case = story(test)
     assert not case.store.ends
@@ -169,7 +169,7 @@ def test_a_caller_that_disconnects_while_it_is_admitted_stops_nothing() -> None:
         accepting.cancel()
         await asyncio.gather(accepting, return_exceptions=True)
         gate.opened.set()
-        await case.until(Phase.RUNNING)
+        await case.wait_until(Phase.RUNNING)
         await case.driver.drain(0)
 
     story(test)
@@ -186,11 +186,11 @@ def test_a_request_in_any_phase_is_not_taken_over_again() -> None:
         assert case.phases == [Phase.ADMITTING, Phase.INHERITED]
         gate.opened.set()
         await accepting
-        await case.until(Phase.RUNNING)
+        await case.wait_until(Phase.RUNNING)
         await case.claimed(1)
         await case.driver.take_over("emoji", restore)
         case.driver.cancel("r")
-        await case.until()
+        await case.wait_until()
 
     case = story(test)
     assert case.owners.running == [["r"], ["r"], ["r"]]
@@ -203,10 +203,10 @@ def test_one_execution_of_a_request_runs_at_a_time_whatever_its_epochs() -> None
         await case.run()
         for epoch in (2, 3, 4):
             await case.inherit(epoch)
-        await case.until(Phase.RUNNING)
+        await case.wait_until(Phase.RUNNING)
         await case.claimed(2)
         case.driver.cancel("r")
-        await case.until()
+        await case.wait_until()
 
     case = story(test)
     assert case.store.ends == [(4, CANCELLED, "")]
@@ -240,7 +240,7 @@ def test_a_request_that_cannot_be_run_here_ends_as_failed(stored: bytes, reason:
         record = pb.RequestRecord(request_id="r", model="emoji")
         case.owners.given.append([Inherited(record, 2, stored, False, None)])
         await case.driver.take_over("emoji", refuse)
-        await case.until()
+        await case.wait_until()
 
     before = failed_requests()
     case = story(test)
@@ -302,7 +302,7 @@ def test_a_request_that_is_admitted_during_a_drain_is_left_for_another_coordinat
     async def test(case: Case) -> None:
         await case.driver.drain(0)
         _, execution = await case.driver.accept(submission())
-        await case.until()
+        await case.wait_until()
         assert execution is not None
         assert execution.files is None
 
@@ -324,7 +324,7 @@ def test_an_end_is_stored_again_while_the_store_is_unavailable(monkeypatch: pyte
         monkeypatch.setattr(Store, "finish", unavailable_once)
         await case.run()
         case.driver.cancel("r")
-        await case.until()
+        await case.wait_until()
 
     assert story(test).store.ends == [(1, CANCELLED, "")]
     assert len(attempts) == 2

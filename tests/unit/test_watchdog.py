@@ -9,12 +9,13 @@ from collections.abc import Iterator
 import pytest
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.errors import InvalidInput, Unavailable
 from common.rpc.watchdog import HangLimits, StepWatch, Verdict, Watchdog
 from common.stage import Call
 from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
-from redis_servers import run_on_empty_store, running_server, until
+from redis_servers import run_on_empty_store, running_server
 from stage_server import StageInput, packets, served
 
 LIMITS = HangLimits(seconds=60, mean_steps=20, exit_seconds=30)
@@ -120,7 +121,7 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_is_lost(
             async def is_free() -> bool:
                 return not watchdog.is_stuck
 
-            await until(is_free)
+            await wait_until(is_free)
             assert await fleet.runner()(packets(8), fleet.heard.call())
 
     asyncio.run(story())
@@ -145,9 +146,9 @@ def test_a_worker_whose_device_is_stuck_sends_no_heartbeats() -> None:
         await asyncio.sleep(0.3)
         assert await is_live()
         able = False
-        await until(is_gone)
+        await wait_until(is_gone)
         able = True
-        await until(is_live)
+        await wait_until(is_live)
         await registry.withdraw("w")
 
     with running_server("valkey") as server:

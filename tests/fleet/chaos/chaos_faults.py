@@ -17,10 +17,10 @@ from chaos_plan import Fault, Kind
 from chaos_processes import Fleet, Process
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.errors import Unavailable
 from common.state.connection import command
 from common.state.records import is_terminal
-from redis_servers import until
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class Chaos:
 
     async def _strike(self, fault: Fault) -> None:
         """Let a fault strike, as soon as there is somebody to strike, and last."""
-        await until(partial(self._struck, fault))
+        await wait_until(partial(self._struck, fault))
 
     async def _struck(self, fault: Fault) -> bool:
         """Try it; False where nobody is there at the moment."""

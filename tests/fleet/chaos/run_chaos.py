@@ -53,10 +53,10 @@ from chaos_processes import Fleet, credentials  # noqa: E402
 from chaos_report import Report  # noqa: E402
 from redis.asyncio import Redis  # noqa: E402
 
+from async_tests import wait_until  # noqa: E402
 from common.state.connection import connect  # noqa: E402
 from fleet.v1 import generation_pb2 as pb  # noqa: E402
 from local_fleet import open_fleet  # noqa: E402
-from redis_servers import until  # noqa: E402
 from tiny_flux import build_tiny_flux  # noqa: E402
 from tiny_wan import build_tiny_wan, build_tiny_wan_causal  # noqa: E402
 
@@ -143,7 +143,7 @@ class Run:
             wanted = self._fleet.workers
             return all(each.workers == wanted[each.service] for model in reply.models for each in model.services)
 
-        await until(sees_everybody)
+        await wait_until(sees_everybody)
         for picture in {each.model: each for each in self._plan.pictures}.values():
             request = pb.SubmitRequest(model=picture.model, parameters=picture.parameters)
             accepted = await stub.Submit(request, metadata=key)
@@ -189,7 +189,7 @@ class Run:
             await striking
             await self._chaos.stop()
             self._fleet.heal()
-            await until(self._fleet.is_complete)
+            await wait_until(self._fleet.is_complete)
 
     async def _check(self) -> None:
         outcomes = [client.outcome for client in self._clients]

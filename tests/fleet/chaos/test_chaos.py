@@ -31,11 +31,12 @@ from chaos_report import Denoising, Latency
 from redis.asyncio import Redis
 from run_chaos import explain, run_chaos
 
+from async_tests import wait_until
 from common.state.connection import command
 from common.state.records import ResultFile, state_event
 from common.state.requests import RequestStore
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import run_on_empty_store, running_server, until
+from redis_servers import run_on_empty_store, running_server
 
 SEED, REQUESTS, FAULTS = 1, 60, 24
 LONGEST_SECONDS = 2.0
@@ -118,7 +119,7 @@ def test_churn_strikes_every_process_again_and_again() -> None:
         async def all_are_struck() -> bool:
             return min(Counter(pid for _, pid in fleet.struck).get(pid, 0) for pid in range(4)) >= 3
 
-        await until(all_are_struck)
+        await wait_until(all_are_struck)
         pulse.end()
         await running
         assert {kind for kind, pid in fleet.struck if pid == 0} <= {Kind.KILL_COORDINATOR, Kind.STOP_COORDINATOR}
@@ -139,7 +140,7 @@ def test_a_poison_request_kills_the_worker_that_denoises_it() -> None:
         async def is_struck() -> bool:
             return bool(fleet.struck)
 
-        await until(is_struck)
+        await wait_until(is_struck)
         pulse.end()
         await running
         assert set(fleet.struck) == {(Kind.KILL_DENOISER, 2)}
