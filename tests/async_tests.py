@@ -1,4 +1,4 @@
-"""Time limits for asyncio tests, and polling of conditions that raise no event."""
+"""Time limits for asyncio tests, and polling for conditions that trigger no event."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The denoising stage's input as a safetensors file: how tests hand one input to several processes."""
+"""The denoising stage's input as a safetensors file, to pass one input to several processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from models.contracts import DenoisingInput
 
 
 def save_input(x: DenoisingInput, path: Path) -> None:
-    """Write all but resume_from."""
+    """Write every field except resume_from to `path`."""
     shapes: dict[str, tuple[int, ...]] = {}
     tensors = {"schedule.timesteps": x.schedule.timesteps, "schedule.sigmas": x.schedule.sigmas}
     for slot, latents in (("initial", x.initial_latents), ("image", x.image_latents)):
@@ -35,7 +35,7 @@ def save_input(x: DenoisingInput, path: Path) -> None:
 
 
 def load_input(path: str | Path) -> DenoisingInput:
-    """Read it."""
+    """Read an input that save_input() wrote."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         numbers = json.loads(file.metadata()["numbers"])
@@ -56,7 +56,7 @@ def _generator(tensors: Mapping[str, Tensor], seed: int) -> Generator | None:
 
 
 def _sampling(values: dict[str, Any]) -> Sampling:
-    """From JSON, which has lists in place of tuples."""
+    """Convert from JSON, which has lists instead of tuples."""
     params = {name: tuple(each) if isinstance(each, list) else each for name, each in values["params"].items()}
     return Sampling(**values | {"sigmas": tuple(values["sigmas"]), "params": params})
 

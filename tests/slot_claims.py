@@ -1,4 +1,4 @@
-"""Workers and claims of one service, for tests of the store."""
+"""Workers and slot claims of one service, for store tests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def slots_of(redis: Redis, owner: str, *, ask_again_seconds: float = SLOW)
 
 
 async def queued(registry: WorkerRegistry, count: int) -> None:
-    """Wait until so many claims are in the queue."""
+    """Wait until `count` claims are in the queue."""
 
     async def so_many() -> bool:
         return (await registry.load("emoji", "denoising")).queued == count

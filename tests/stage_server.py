@@ -1,4 +1,4 @@
-"""A stage service in this process for tests: small real stages behind a real gRPC server, and a runner to call them."""
+"""A stage service in this process: small stages behind a real gRPC server, and a runner that calls them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ METHOD = "/fleet.v1.DenoisingService/Denoise"
 
 @dataclass(frozen=True, kw_only=True)
 class StageInput:
-    """Slots of several kinds, one of them optional."""
+    """Stage inputs of several artifact types; one slot is optional."""
 
     initial_latents: Latents
     sampling: Sampling
@@ -41,7 +41,7 @@ class StageInput:
 
 @dataclass(frozen=True, kw_only=True)
 class StageOutput:
-    """One slot."""
+    """A stage output with one slot."""
 
     denoised_latents: Latents
 
@@ -50,18 +50,18 @@ Script = Callable[[StageInput, Call], None]
 
 
 def do_nothing(_: StageInput, call: Call) -> None:
-    """The script of a stage that only computes."""
+    """A script without effect."""
     call.check_cancelled()
 
 
 class ScriptedStage(PipelineStage[StageInput, StageOutput]):
-    """Runs the script, then multiplies the latents by the number of steps."""
+    """A stage that runs the script, then multiplies the latents by the number of steps."""
 
     def __init__(self, script: Script = do_nothing) -> None:
         self._script = script
 
     def run(self, x: StageInput, call: Call) -> StageOutput:
-        """Run it."""
+        """Run the stage."""
         self._script(x, call)
         parts = {
             name: LatentPart(
@@ -73,18 +73,18 @@ class ScriptedStage(PipelineStage[StageInput, StageOutput]):
 
 
 def latents(count: int = 1 << 20, seed: int = 0) -> Latents:
-    """float32 latents of `count` numbers."""
+    """Random latents: `count` float32 values."""
     values = torch.randn(count, generator=torch.Generator().manual_seed(seed))
     return Latents(parts={"image": LatentPart(latents=values, raw_latent_shape=(count,))})
 
 
 def artifacts(count: int = 1 << 20, **more: Any) -> dict[str, Any]:
-    """Inputs of a ScriptedStage."""
+    """Input artifacts of a ScriptedStage."""
     return {"initial_latents": latents(count), "sampling": Sampling(num_inference_steps=3, seed=1)} | more
 
 
 def packets(count: int = 1 << 20, **more: Any) -> dict[str, Packet]:
-    """The same, packed."""
+    """Input packets of a ScriptedStage."""
     return {slot: pack(slot, artifact, TORCH) for slot, artifact in artifacts(count, **more).items()}
 
 
@@ -92,15 +92,15 @@ CANVAS = Canvas(height=8, width=8)
 
 
 @dataclass
-class Heard:
-    """What a call told its caller."""
+class RecordedCall:
+    """Progress, warnings and step checkpoints that a call reported."""
 
     progress: list[tuple[int, int]] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
     checkpoints: list[Packet] = field(default_factory=list)
 
     def call(self, **more: Any) -> Call:
-        """A call that reports here."""
+        """A Call whose callbacks append to this record."""
         return Call(
             "r1",
             sinks={STEP_CHECKPOINTS: Sink(self.checkpoints.append)},
@@ -111,7 +111,7 @@ class Heard:
 
 
 class Gate:
-    """Holds a stage in its first step until the test lets it go on."""
+    """A script that blocks the stage's first step until the test opens the gate."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -133,14 +133,14 @@ class Served:
     servicer: StageServicer
     channel: grpc.aio.Channel
     hosted: HostedStages
-    heard: Heard = field(default_factory=Heard)
+    recorded: RecordedCall = field(default_factory=RecordedCall)
 
     def runner(self, **more: Any) -> RemoteRunner:
-        """A runner that calls it."""
+        """A RemoteRunner that calls the server."""
         return RemoteRunner(self.channel, SERVICE, self.hosted.contract, **more)
 
     async def raw_call(self, *frames: bytes) -> list[bytes]:
-        """Send these bytes as frames, half-close, return the frames that come back."""
+        """Send raw frames and half-close the call; returns the received frames."""
         open_call: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self.channel.stream_stream(METHOD)
         return [reply async for reply in open_call(iter(frames))]
 
@@ -180,5 +180,5 @@ def run_served(test: Callable[[Served], Awaitable[None]], script: Script | None 
 
 
 def step_checkpoint_of(x: StageInput, step: int) -> StepCheckpoint:
-    """A checkpoint whose latents are the stage's inputs."""
+    """A step checkpoint with the stage's input latents."""
     return StepCheckpoint(step=step, latents=x.initial_latents)

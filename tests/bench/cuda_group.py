@@ -28,7 +28,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fleet.v1 import generation_pb2 as pb
-from group_fleet import Asked, Drawn, GroupFleet, group_fleet
+from group_fleet import Generated, GroupFleet, Workload, group_fleet
 from local_fleet import relative_error
 from models.parallel.mesh import AXES, Degrees
 from parallel_cases import FAMILIES, check, make_case
@@ -56,8 +56,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models(Path(folder), args)
         # Watched as users' groups are: a rank that loads CUDA's libraries may be silent for longer than a test has it.
-        asked = Asked(args.device, args.steps, args.size, watchful=(), seconds=180)
-        is_right = fleets(Path(folder), args.axes, asked)
+        workload = Workload(args.device, args.steps, args.size, liveness_flags=(), seconds=180)
+        is_right = fleets(Path(folder), args.axes, workload)
     say("Every request gave its own file." if is_right else "A request went wrong: see above.")
     if not is_right:
         sys.exit(1)
@@ -86,27 +86,27 @@ def on_one_rank(pool: RankPool, function: Any, **keywords: Any) -> object:
     return pool.call(f"rank_calls:{function.__name__}", **keywords)
 
 
-def fleets(folder: Path, axes: Sequence[str], asked: Asked) -> bool:
+def fleets(folder: Path, axes: Sequence[str], workload: Workload) -> bool:
     """One rank, then every layout, undisturbed and disturbed; whether all was as it should be."""
-    with group_fleet(place(folder, "alone"), asked=asked) as fleet:
-        alone = fleet.draw()
-    were_right = [layout_is_right(place(folder, axis), axis, asked, alone) for axis in axes]
+    with group_fleet(place(folder, "alone"), workload=workload) as fleet:
+        alone = fleet.generate()
+    were_right = [layout_is_right(place(folder, axis), axis, workload, alone) for axis in axes]
     return all(were_right)
 
 
-def layout_is_right(directory: Path, axis: str, asked: Asked, alone: Drawn) -> bool:
+def layout_is_right(directory: Path, axis: str, workload: Workload, alone: Generated) -> bool:
     """A fleet whose group has that layout, undisturbed and disturbed, against one of one rank."""
     degrees = str(LAYOUTS[axis])
-    with group_fleet(directory, f"--{axis}", "2", "--warm-up", "64x64", asked=asked) as fleet:
-        undisturbed = fleet.draw()
+    with group_fleet(directory, f"--{axis}", "2", "--warm-up", "64x64", workload=workload) as fleet:
+        undisturbed = fleet.generate()
         apart = picture_error(undisturbed, alone)
         is_right = apart <= MOST_APART
         rows = [(degrees, "undisturbed", f"{apart:.1e}", "", "")]
         for number in (signal.SIGKILL, signal.SIGSTOP):
             for rank in (1, 0):
-                seconds, drawn = disturbed(fleet, rank, number)
-                same = drawn.state == pb.REQUEST_STATE_SUCCEEDED and drawn.file == undisturbed.file
-                again = drawn.steps.count(0) == 2  # It is told once of each group that had a part in it.
+                seconds, generated = disturbed(fleet, rank, number)
+                same = generated.state == pb.REQUEST_STATE_SUCCEEDED and generated.file == undisturbed.file
+                again = generated.steps.count(0) == 2  # It is told once of each group that had a part in it.
                 is_right &= same and again
                 rows.append((degrees, f"{number.name} of rank {rank}", said(same), said(again), f"{seconds:.1f}"))
     print_table(("a fleet's group", "", "from one rank, or the same file", "resumed", "s"), rows)
@@ -125,14 +125,14 @@ def place(folder: Path, name: str) -> Path:
     return directory
 
 
-def disturbed(fleet: GroupFleet, rank: int, number: signal.Signals) -> tuple[float, Drawn]:
+def disturbed(fleet: GroupFleet, rank: int, number: signal.Signals) -> tuple[float, Generated]:
     """A request whose rank gets a signal halfway, and how long it takes."""
     began = time.perf_counter()
-    drawn = fleet.draw(fleet.asked.steps // 2, partial(fleet.ranks()[rank].send_signal, number))
-    return time.perf_counter() - began, drawn
+    generated = fleet.generate(fleet.workload.steps // 2, partial(fleet.ranks()[rank].send_signal, number))
+    return time.perf_counter() - began, generated
 
 
-def picture_error(one: Drawn, other: Drawn) -> float:
+def picture_error(one: Generated, other: Generated) -> float:
     """Relative L2 of two requests' pictures."""
     first, second = (torch.from_numpy(np.array(Image.open(io.BytesIO(each.file)))) for each in (one, other))
     return relative_error(first, second)

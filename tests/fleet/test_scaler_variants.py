@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from async_tests import wait_until
-from coarse_pictures import png
+from coarse_images import png
 from common.rpc.client import open_channel
 from coordinator_fleet import running_fleet, terminal
 from externalscaler import externalscaler_pb2 as pb

@@ -22,7 +22,7 @@ from models.registry import load_registry
 from redis_servers import RedisServer, running_server
 from services.worker import start_worker
 from services.worker_settings import CachingSettings
-from stage_server import Heard
+from stage_server import RecordedCall
 
 MODEL = open_model("emoji", load_registry())
 LONG = "a red apple " * 90  # is cut, with a warning
@@ -36,14 +36,14 @@ class Encoder:
 
     async def encode(self, text: str) -> tuple[dict[str, torch.Tensor], list[Any]]:
         """Embeddings of a prompt, and the warnings that came with them."""
-        heard = Heard()
+        recorded = RecordedCall()
         given = {
             "prompt": pack("prompt", Prompt(prompt=text, max_sequence_length=64), TORCH),
             "sampling": pack("sampling", Sampling(num_inference_steps=1, seed=1), TORCH),
         }
-        outputs = await self.runner(given, heard.call())
+        outputs = await self.runner(given, recorded.call())
         conditioning = unpack("text_conditioning", Conditioning, outputs["text_conditioning"], TORCH)
-        return dict(conditioning.prompt_embeds), heard.warnings
+        return dict(conditioning.prompt_embeds), recorded.warnings
 
 
 @asynccontextmanager

@@ -111,10 +111,10 @@ def test_both_runners_give_the_same_items_checkpoints_and_progress(count: int) -
     """Small items ride in their frames, large ones follow in one chunk or several."""
 
     async def test() -> None:
-        heard: dict[str, list[Any]] = {"local": [], "remote": []}
+        recorded: dict[str, list[Any]] = {"local": [], "remote": []}
 
         def call(name: str) -> Call:
-            states = Sink(heard[name].append)
+            states = Sink(recorded[name].append)
             return Call("r", sinks={STEP_CHECKPOINTS: states}, on_warning=lambda *_: pytest.fail("a warning"))
 
         values = request(BLOCKS, count)
@@ -123,8 +123,8 @@ def test_both_runners_give_the_same_items_checkpoints_and_progress(count: int) -
             far = text_of(await through(services, values, call("remote")))
         assert near == far
         assert near.count(b"\n") == BLOCKS
-        ours = [state.step for state in heard["local"]]
-        theirs = [unpack("checkpoint", StepCheckpoint, state, TORCH).step for state in heard["remote"]]
+        ours = [state.step for state in recorded["local"]]
+        theirs = [unpack("checkpoint", StepCheckpoint, state, TORCH).step for state in recorded["remote"]]
         assert ours == [*range(1, BLOCKS + 1)]
         assert theirs[-1] == BLOCKS  # Those that were replaced while they waited are not sent.
         assert theirs == sorted(set(theirs))

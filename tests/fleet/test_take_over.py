@@ -146,7 +146,7 @@ def test_a_request_that_comes_back_is_run_once(each_server: RedisServer) -> None
 
 
 def test_a_request_that_arrives_after_its_coordinator_gave_up_is_run(each_server: RedisServer) -> None:
-    """A network that comes back delivers an admission whose caller heard long ago that the store is away."""
+    """A network that comes back delivers an admission whose caller recorded long ago that the store is away."""
 
     async def story(fleet: FakeFleet) -> None:
         await fleet.add_workers()

@@ -32,7 +32,7 @@ from common.state.connection import connect
 from common.state.workers import WorkerRegistry
 from common.tensors import TORCH
 from fleet.v1 import denoising_pb2
-from kernel_modules import forgotten
+from kernel_modules import fresh_imports
 from models.catalog import ServedModel, open_model
 from models.kernels.packages import PACKAGES, KernelChoice, Outcome, record
 from models.loader import load_stages
@@ -90,7 +90,7 @@ def test_a_family_from_elsewhere_runs_through_workers_as_it_runs_alone(toy: Serv
 
     async def test() -> None:
         async with AsyncExitStack() as stack:
-            stack.enter_context(forgotten())
+            stack.enter_context(fresh_imports())
             record(KernelChoice(), [Outcome(PACKAGES[0], "3.6.0")])
             registry = WorkerRegistry(await stack.enter_async_context(connect(store_url)))
             runners = []

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.artifacts import Canvas, Prompt
 from common.local import HostedStages
 from common.pipeline import StageSpec

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.artifacts import StepCheckpoint
 from common.checkpoint import Checkpoint
 from common.codec import pack, unpack
@@ -78,16 +78,16 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(
 def test_a_cancel_ends_the_loop_after_its_step(
     loop: Callable[[DenoisingInput, Call], Tensor], x: DenoisingInput
 ) -> None:
-    heard: list[int] = []
+    recorded: list[int] = []
 
     def on_progress(step: int, _: int) -> None:
-        heard.append(step)
+        recorded.append(step)
         call.cancelled.set()
 
     call = Call("test", on_progress=on_progress)
     with pytest.raises(Cancelled):
         loop(x, call)
-    assert heard == [1]
+    assert recorded == [1]
 
 
 @pytest.mark.parametrize("kind", [Flux2SamplingParams, Flux2ImageSamplingParams])

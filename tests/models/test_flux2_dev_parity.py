@@ -11,7 +11,7 @@ from diffusers.pipelines.flux2 import pipeline_flux2 as reference
 
 from configs.pipeline_configs.flux2_dev import AFTER, BEFORE, SYSTEM_MESSAGE
 from flux2_images import IMAGE_MODES, check, check_bad_images, check_every_image_matters, given_images
-from local_fleet import Heard, LocalFleet, open_fleet, relative_error
+from local_fleet import LocalFleet, RecordedCall, open_fleet, relative_error
 from tiny_flux2 import build_tiny_flux2_dev, open_flux2_reference
 
 Pair = tuple[LocalFleet, Any]
@@ -69,9 +69,9 @@ def test_the_chat_text_is_that_of_diffusers(pair: Pair) -> None:
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(pair: Pair) -> None:
-    heard = Heard()
-    pair[0].media(heard, **BASE | {"prompt": "a red cat " * 170, "num_inference_steps": 1}, seed=1)
-    ((field, message),) = heard.warnings
+    recorded = RecordedCall()
+    pair[0].media(recorded, **BASE | {"prompt": "a red cat " * 170, "num_inference_steps": 1}, seed=1)
+    ((field, message),) = recorded.warnings
     assert field == "prompt"
     assert "text_encoder reads at most 512 tokens" in message
     assert message.endswith("a red cat [/INST]")

@@ -8,7 +8,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.artifacts import Canvas
 from common.image_header import read_image_header
 from configs.models.dits.flux2 import Flux2TransformerConfig

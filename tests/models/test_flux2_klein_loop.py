@@ -81,16 +81,16 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(checkpoint: Checkpoin
 
 
 def test_a_cancel_ends_the_loop_after_its_step(checkpoint: Checkpoint, x: DenoisingInput) -> None:
-    heard: list[int] = []
+    recorded: list[int] = []
 
     def on_progress(step: int, _: int) -> None:
-        heard.append(step)
+        recorded.append(step)
         call.cancelled.set()
 
     call = Call("test", on_progress=on_progress)
     with pytest.raises(Cancelled):
         loop(checkpoint, x, call)
-    assert heard == [1]
+    assert recorded == [1]
 
 
 @pytest.mark.parametrize(

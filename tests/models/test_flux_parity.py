@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flux_pair import Pair, open_pair
-from local_fleet import Heard, reference_run, relative_error
+from local_fleet import RecordedCall, reference_run, relative_error
 
 BASE: dict[str, Any] = {"prompt": "a red apple", "height": 64, "width": 64, "num_inference_steps": 4}
 LONG = "the old stone river on the moon and the red cat in a blue car " * 12
@@ -126,6 +126,6 @@ def test_bfloat16_is_near(dev: Pair) -> None:
 
 
 def test_progress_is_reported_step_by_step(dev: Pair) -> None:
-    heard = Heard()
-    dev.ours.tensors(heard, **BASE, seed=1)
-    assert [each for each in heard.progress if each[1] == 4] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    recorded = RecordedCall()
+    dev.ours.tensors(recorded, **BASE, seed=1)
+    assert [each for each in recorded.progress if each[1] == 4] == [(1, 4), (2, 4), (3, 4), (4, 4)]

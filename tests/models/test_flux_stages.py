@@ -20,7 +20,7 @@ from common.stage import Call
 from common.tensors import TORCH
 from configs.pipeline_configs.flux import FluxPipelineConfig
 from flux_pair import Pair
-from local_fleet import Heard
+from local_fleet import RecordedCall
 from models import contracts
 from models.dits.flux import FluxTransformer2DModel
 from models.loader import load_stages
@@ -48,7 +48,7 @@ def load_config(pair: Pair) -> FluxPipelineConfig:
 
 def run(pair: Pair, service: str, slots: Slots, call: Call | None = None) -> Slots:
     """One service, on artifacts by slot."""
-    return pair.ours.services[service].run(slots, call or Heard().call())
+    return pair.ours.services[service].run(slots, call or RecordedCall().call())
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +97,13 @@ def test_negative_branch(dev: Pair, negative_prompt: str | None, scale: float | 
 
 
 def test_text_that_is_cut_is_reported(dev: Pair) -> None:
-    heard = Heard()
+    recorded = RecordedCall()
     prompt = Prompt(
         prompt="the cat " * 60, prompt_2="a b c d", negative_prompt="red " * 9 + "moon", max_sequence_length=4
     )
-    run(dev, "text_encoding", {"prompt": prompt, "sampling": SAMPLING}, heard.call())
-    assert [field for field, _ in heard.warnings] == ["prompt", "prompt_2", "negative_prompt"]
-    clip, t5, negative = (message for _, message in heard.warnings)
+    run(dev, "text_encoding", {"prompt": prompt, "sampling": SAMPLING}, recorded.call())
+    assert [field for field, _ in recorded.warnings] == ["prompt", "prompt_2", "negative_prompt"]
+    clip, t5, negative = (message for _, message in recorded.warnings)
     assert "77 tokens" in clip
     assert clip.endswith("cut before: " + ("the cat " * 60).split(" ", 75)[-1].strip())
     assert "4 tokens" in t5
@@ -112,16 +112,16 @@ def test_text_that_is_cut_is_reported(dev: Pair) -> None:
 
 
 def test_very_long_text_is_reported_in_part(dev: Pair) -> None:
-    heard = Heard()
-    run(dev, "text_encoding", {"prompt": Prompt(prompt="the cat " * 4000), "sampling": SAMPLING}, heard.call())
-    assert [len(message) < 2200 for _, message in heard.warnings] == [True, True]
+    recorded = RecordedCall()
+    run(dev, "text_encoding", {"prompt": Prompt(prompt="the cat " * 4000), "sampling": SAMPLING}, recorded.call())
+    assert [len(message) < 2200 for _, message in recorded.warnings] == [True, True]
 
 
 def test_text_that_just_fits_is_not_reported(dev: Pair) -> None:
-    heard = Heard()
+    recorded = RecordedCall()
     prompt = Prompt(prompt="the " * 75, prompt_2="a red cat", max_sequence_length=4)
-    run(dev, "text_encoding", {"prompt": prompt, "sampling": SAMPLING}, heard.call())
-    assert heard.warnings == []
+    run(dev, "text_encoding", {"prompt": prompt, "sampling": SAMPLING}, recorded.call())
+    assert recorded.warnings == []
 
 
 def test_noise_is_what_diffusers_draws(dev: Pair, prepared: Slots) -> None:
@@ -175,10 +175,10 @@ def test_resuming_after_any_step_gives_the_same_bytes(dev: Pair, prepared: Slots
     assert [state.step for state in states] == list(range(1, STEPS))
     start = StepCheckpoint(step=0, latents=prepared["initial_latents"], generator=prepared.get("latents_generator"))
     for state in [start, *states]:
-        heard = Heard()
-        resumed = run(dev, "denoising", {**prepared, "resume_from": travelled(state)}, heard.call())
+        recorded = RecordedCall()
+        resumed = run(dev, "denoising", {**prepared, "resume_from": travelled(state)}, recorded.call())
         assert torch.equal(resumed["denoised_latents"].parts["image"].latents, whole)
-        assert [step for step, _ in heard.progress] == list(range(state.step + 1, STEPS + 1))
+        assert [step for step, _ in recorded.progress] == list(range(state.step + 1, STEPS + 1))
 
 
 def travelled(state: StepCheckpoint) -> StepCheckpoint:

@@ -110,10 +110,10 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(fleet: LocalFleet, x:
 
 
 def test_a_cancel_after_a_token_ends_the_stage(fleet: LocalFleet) -> None:
-    heard: list[int] = []
+    recorded: list[int] = []
 
     def on_progress(token: int, _: int) -> None:
-        heard.append(token)
+        recorded.append(token)
         if token == 7:
             call.cancelled.set()
 
@@ -121,7 +121,7 @@ def test_a_cancel_after_a_token_ends_the_stage(fleet: LocalFleet) -> None:
     for _ in range(2):
         with pytest.raises(Cancelled):
             before(fleet, call)
-        assert heard == [1, 2, 3, 4, 5, 6, 7], "a cancelled call reports nothing more, and does not start again"
+        assert recorded == [1, 2, 3, 4, 5, 6, 7], "a cancelled call reports nothing more, and does not start again"
 
 
 def test_conditioning_is_exactly_what_forward_takes(config: GlmImagePipelineConfig, x: DenoisingInput) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError, InvalidInput
 from configs.pipeline_configs.glm_image import GlmImagePipelineConfig
-from local_fleet import Heard, LocalFleet, call_of, open_fleet, reference_run, relative_error
+from local_fleet import LocalFleet, RecordedCall, call_of, open_fleet, reference_run, relative_error
 from models.catalog import open_model
 from models.registry import load_registry
 from tiny_glm_image import IMAGE_END, build_tiny_glm_image, edited
@@ -119,19 +119,19 @@ def test_every_input_matters(pair: Pair, usual: Tensor, change: dict[str, Any]) 
 
 
 def test_warnings_name_cut_glyphs_and_an_idle_negative_prompt(pair: Pair) -> None:
-    heard = Heard()
-    pair[0].tensors(heard, **BASE | QUOTED, max_sequence_length=4, seed=1)
-    assert heard.warnings == [
+    recorded = RecordedCall()
+    pair[0].tensors(recorded, **BASE | QUOTED, max_sequence_length=4, seed=1)
+    assert recorded.warnings == [
         ("prompt", "text_encoder reads at most 4 tokens of a quoted text, and one has 10: old stone")
     ]
 
 
 def test_prior_tokens_are_reported_one_by_one(pair: Pair) -> None:
-    heard = Heard()
-    pair[0].media(heard, **BASE, seed=1)
+    recorded = RecordedCall()
+    pair[0].media(recorded, **BASE, seed=1)
     total = 16 * 16 + 4
-    assert heard.progress[:total] == [(token, total) for token in range(1, total + 1)]
-    assert heard.progress[total:] == [*((step, 4) for step in range(1, 5)), (1, 1)]
+    assert recorded.progress[:total] == [(token, total) for token in range(1, total + 1)]
+    assert recorded.progress[total:] == [*((step, 4) for step in range(1, 5)), (1, 1)]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from diffusers import HunyuanVideoPipeline
 
 from common.errors import CheckpointError, InvalidInput
 from configs.pipeline_configs.hunyuan_video import TEMPLATE, HunyuanVideoPipelineConfig
-from local_fleet import Heard, open_fleet, reference_run, relative_error
+from local_fleet import RecordedCall, open_fleet, reference_run, relative_error
 from models.catalog import open_model
 from models.registry import load_registry
 from tiny_hunyuan_video import build_tiny_hunyuan_video, llama_tokenizer
@@ -59,9 +59,9 @@ def test_latents_and_pixels_are_diffusers(pair: Pair, mode: str) -> None:
 @pytest.mark.parametrize("asked", [6, 8])
 def test_frames_are_those_that_diffusers_decodes(pair: Pair, asked: int) -> None:
     """Diffusers says nothing of the frames that it leaves out."""
-    heard = Heard()
+    recorded = RecordedCall()
     given = BASE | {"num_frames": asked, "num_inference_steps": 1}
-    ours = pair[0].tensors(heard, seed=5, **given)
+    ours = pair[0].tensors(recorded, seed=5, **given)
     check(ours, reference_run(pair[1], seed=5, **reference_call(given)))
     _, warnings = pair[0].model.variants[0].sampling_params.build(given, pair[0].model.checkpoint)
     message = f"num_frames {asked} is not one more than a multiple of 4; 5 is used instead"
@@ -101,10 +101,10 @@ def test_prompt_2_is_what_clip_reads(pair: Pair) -> None:
 
 
 def test_a_prompt_that_is_cut_is_reported(pair: Pair) -> None:
-    heard = Heard()
-    pair[0].tensors(heard, **BASE | {"prompt": "a old stone river", "max_sequence_length": 2}, seed=1)
+    recorded = RecordedCall()
+    pair[0].tensors(recorded, **BASE | {"prompt": "a old stone river", "max_sequence_length": 2}, seed=1)
     message = "text_encoder reads at most 2 tokens, and the text has 4; it was cut before:  stone river"
-    assert heard.warnings == [("prompt", message)]
+    assert recorded.warnings == [("prompt", message)]
 
 
 def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.artifacts import ImageInputs, ParamValue, Sampling, StepCheckpoint
 from common.checkpoint import Checkpoint
 from common.codec import pack, unpack

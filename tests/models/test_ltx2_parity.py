@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from coarse_pictures import coarse_image
+from coarse_images import coarse_image
 from common.errors import InvalidInput
-from local_fleet import Heard, relative_error
+from local_fleet import RecordedCall, relative_error
 from ltx2_pair import Request, Sides, check, given
 from models.validation import InputValidationStage
 from mp4_sound import decoded_sound
@@ -203,9 +203,9 @@ def test_rounded_frames_and_idle_guidance_are_reported(sides: Sides, old_sides: 
 
 
 def test_a_text_that_is_cut_is_reported(sides: Sides) -> None:
-    heard = Heard()
-    sides.fleet.media(heard, **given(LONG, num_inference_steps=2, output_format="safetensors"))
-    ((field, message),) = [warning for warning in heard.warnings if warning[0] == "prompt"]
+    recorded = RecordedCall()
+    sides.fleet.media(recorded, **given(LONG, num_inference_steps=2, output_format="safetensors"))
+    ((field, message),) = [warning for warning in recorded.warnings if warning[0] == "prompt"]
     assert field == "prompt"
     assert "text_encoder reads at most 32 tokens" in message
     assert "stone" in message
@@ -224,11 +224,11 @@ def test_an_mp4_has_the_frames_and_the_sound(sides: Sides) -> None:
         # Random pixels do not survive 4:2:0 and compression; their averages do.
         differences = [float(avg_pool2d(video - each, 16).abs().mean()) for each in tensors["pixels"]]
         assert 2 * differences[index] < differences[1 - index]
-        heard = decoded_sound(item.data.numpy().tobytes())
+        recorded = decoded_sound(item.data.numpy().tobytes())
         expected = tensors["audio"][index]
         # A packet of AAC has 1024 samples.
-        assert expected.shape[1] <= heard.shape[1] < expected.shape[1] + 1024
-        errors = [relative_error(heard[:, : expected.shape[1]], each) for each in tensors["audio"]]
+        assert expected.shape[1] <= recorded.shape[1] < expected.shape[1] + 1024
+        errors = [relative_error(recorded[:, : expected.shape[1]], each) for each in tensors["audio"]]
         assert errors[index] < 0.5
         assert 1.5 * errors[index] < errors[1 - index]
 

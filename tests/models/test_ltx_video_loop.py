@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.artifacts import Canvas, Sampling
 from common.stage import Call
 from configs.pipeline_configs.base import DecodingNoise

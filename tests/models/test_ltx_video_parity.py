@@ -13,11 +13,11 @@ from diffusers import LTXImageToVideoPipeline, LTXPipeline
 from PIL import Image
 from torch import Tensor
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.checkpoint import Checkpoint
 from common.errors import CheckpointError, InvalidInput
 from configs.pipeline_configs.ltx_video import LTXVideoPipelineConfig
-from local_fleet import NO_IMAGES, Heard, LocalFleet, open_fleet, reference_run, relative_error
+from local_fleet import NO_IMAGES, LocalFleet, RecordedCall, open_fleet, reference_run, relative_error
 from tiny_ltx2 import edit_json
 from tiny_ltx_video import build_tiny_ltx_video, build_tiny_ltx_video_095
 from wan_pair import check, open_reference
@@ -154,10 +154,10 @@ def test_parameters_without_effect_are_reported(sides: dict[str, Sides]) -> None
 
 
 def test_a_prompt_that_is_cut_is_reported(sides: dict[str, Sides]) -> None:
-    heard = Heard()
+    recorded = RecordedCall()
     given = BASE | {"prompt": "a old stone river", "max_sequence_length": 3, "guidance_scale": 1.0}
-    sides["0.9.0"].fleet.tensors(heard, seed=1, **given)
-    assert [(field, "reads at most 3 tokens" in message) for field, message in heard.warnings] == [("prompt", True)]
+    sides["0.9.0"].fleet.tensors(recorded, seed=1, **given)
+    assert [(field, "reads at most 3 tokens" in message) for field, message in recorded.warnings] == [("prompt", True)]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.artifacts import ParamValue
 from common.errors import CheckpointError
 from local_fleet import NO_IMAGES, LocalFleet, open_fleet

@@ -15,13 +15,13 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dime
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.errors import CheckpointError, InvalidInput
 from common.image_header import ImageHeader
 from configs.models.vaes.qwen_image import given_size
 from configs.pipeline_configs.qwen_image_edit import EDIT_TEMPLATE, POSITIONS, QwenImageEditPipelineConfig
 from configs.sample.qwen_image import QwenImageEditSamplingParams
-from local_fleet import Heard, LocalFleet, open_fleet, reference_run, relative_error
+from local_fleet import LocalFleet, RecordedCall, open_fleet, reference_run, relative_error
 from models.encoder_runners.image_text import ImageTextEncoder
 from models.validation import InputValidationStage
 from tiny_qwen_image import build_tiny_qwen_image_edit, open_edit_reference, qwen_tokenizer
@@ -164,5 +164,5 @@ def test_what_cannot_be_edited_is_refused(
     pair: Pair, given: dict[str, Any], images: dict[str, bytes], field: str
 ) -> None:
     with pytest.raises(InvalidInput) as caught:
-        pair[0].media(Heard(), images, **BASE | given, seed=1)
+        pair[0].media(RecordedCall(), images, **BASE | given, seed=1)
     assert caught.value.field == field

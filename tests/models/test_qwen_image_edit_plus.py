@@ -15,7 +15,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as refere
 from PIL import Image
 from torch import Tensor
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.artifacts import StepCheckpoint
 from common.codec import pack, unpack
 from common.errors import Cancelled, CheckpointError, InvalidInput
@@ -24,7 +24,7 @@ from common.stage import Call
 from common.tensors import TORCH
 from configs.models.vaes.qwen_image import given_size
 from configs.pipeline_configs.qwen_image_edit_plus import QwenImageEditPlusPipelineConfig, plus_template
-from local_fleet import Heard, LocalFleet, call_of, open_fleet, reference_run, relative_error
+from local_fleet import LocalFleet, RecordedCall, call_of, open_fleet, reference_run, relative_error
 from models.contracts import DenoisingInput
 from models.loader import load_stages
 from models.runtime import Runtime
@@ -199,7 +199,7 @@ def test_what_cannot_be_edited_is_refused(
     pairs: dict[bool, Pair], change: dict[str, Any], images: dict[str, bytes], field: str
 ) -> None:
     with pytest.raises(InvalidInput) as caught:
-        pairs[True][0].media(Heard(), images, **BASE | change, seed=1)
+        pairs[True][0].media(RecordedCall(), images, **BASE | change, seed=1)
     assert caught.value.field == field
 
 

@@ -18,7 +18,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered as referenc
 from PIL import Image
 from torch import Tensor
 
-from coarse_pictures import png
+from coarse_images import png
 from common.artifacts import StepCheckpoint
 from common.codec import pack, unpack
 from common.errors import Cancelled, CheckpointError, InvalidInput
@@ -29,7 +29,7 @@ from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig, given_s
 from configs.pipeline_configs.qwen_image import check_flags
 from configs.pipeline_configs.qwen_image_layered import QwenImageLayeredPipelineConfig
 from configs.sample.qwen_image_layered import QwenImageLayeredSamplingParams
-from local_fleet import Heard, LocalFleet, call_of, open_fleet, relative_error
+from local_fleet import LocalFleet, RecordedCall, call_of, open_fleet, relative_error
 from models.contracts import DenoisingInput
 from models.encoder_runners import captions
 from models.loader import load_stages
@@ -158,17 +158,17 @@ def test_each_layer_is_a_png_with_transparency(fleet: LocalFleet) -> None:
 
 
 def test_a_description_is_diffusers_and_a_warning(fleet: LocalFleet, pipeline: Any) -> None:
-    heard = Heard()
-    fleet.media(heard, {"image": png(WIDE)}, **BASE | {"prompt": ""}, seed=1)
-    ((field, message),) = heard.warnings
+    recorded = RecordedCall()
+    fleet.media(recorded, {"image": png(WIDE)}, **BASE | {"prompt": ""}, seed=1)
+    ((field, message),) = recorded.warnings
     size = InputValidationStage(fleet.model).run({}, {"image": png(WIDE)}).params
     resized = WIDE.resize((size.width, size.height), Image.Resampling.LANCZOS)
     with torch.inference_mode():
         caption = pipeline.get_image_caption(resized, use_en_prompt=False, device="cpu")
     assert caption
     assert (field, message) == ("prompt", f"prompt is empty; the image is described instead: {caption}")
-    assert [token for token, total in heard.progress if total == captions.MAX_CAPTION_TOKENS][:2] == [1, 2]
-    assert heard.progress[-3:] == [(1, 2), (2, 2), (1, 1)]
+    assert [token for token, total in recorded.progress if total == captions.MAX_CAPTION_TOKENS][:2] == [1, 2]
+    assert recorded.progress[-3:] == [(1, 2), (2, 2), (1, 1)]
 
 
 def test_questions_for_descriptions_are_diffusers(pipeline: Any) -> None:
@@ -212,16 +212,16 @@ def test_a_loop_resumes_after_every_step_and_ends_within_one_when_cancelled(flee
 
 
 def test_a_cancel_after_a_token_ends_the_description(fleet: LocalFleet) -> None:
-    heard: list[int] = []
+    recorded: list[int] = []
 
     def on_progress(token: int, _: int) -> None:
-        heard.append(token)
+        recorded.append(token)
         call.cancelled.set()
 
     call = Call("test", on_progress=on_progress)
     with pytest.raises(Cancelled):
         before(fleet, call, prompt="")
-    assert heard == [1]
+    assert recorded == [1]
 
 
 def test_every_argument_of_the_call_is_served_with_its_default(fleet: LocalFleet) -> None:

@@ -12,7 +12,7 @@ from diffusers import QwenImagePipeline
 
 from common.errors import CheckpointError, InvalidInput
 from configs.pipeline_configs.qwen_image import TEMPLATE, QwenImagePipelineConfig
-from local_fleet import Heard, LocalFleet, call_of, open_fleet, reference_run, relative_error
+from local_fleet import LocalFleet, RecordedCall, call_of, open_fleet, reference_run, relative_error
 from models.catalog import open_model
 from models.registry import load_registry
 from tiny_qwen_image import build_tiny_qwen_image, qwen_tokenizer
@@ -90,10 +90,10 @@ def test_every_input_matters(pair: Pair, change: dict[str, Any]) -> None:
 
 
 def test_a_prompt_that_is_cut_is_reported(pair: Pair) -> None:
-    heard = Heard()
+    recorded = RecordedCall()
     given = BASE | {"prompt": "a old stone river", "max_sequence_length": 2, "negative_prompt": "a red cat"}
-    pair[0].tensors(heard, **given, seed=1)
-    assert heard.warnings == [
+    pair[0].tensors(recorded, **given, seed=1)
+    assert recorded.warnings == [
         ("prompt", "text_encoder reads at most 2 tokens, and the text has 4; it was cut before:  stone river"),
         ("negative_prompt", "text_encoder reads at most 2 tokens, and the text has 3; it was cut before:  cat"),
     ]
@@ -101,9 +101,9 @@ def test_a_prompt_that_is_cut_is_reported(pair: Pair) -> None:
 
 @pytest.mark.parametrize("length", [4, 512])
 def test_a_prompt_that_fits_is_not(pair: Pair, length: int) -> None:
-    heard = Heard()
-    pair[0].tensors(heard, **BASE | {"prompt": "a old stone river", "max_sequence_length": length}, seed=1)
-    assert heard.warnings == []
+    recorded = RecordedCall()
+    pair[0].tensors(recorded, **BASE | {"prompt": "a old stone river", "max_sequence_length": length}, seed=1)
+    assert recorded.warnings == []
 
 
 def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:

@@ -11,7 +11,7 @@ import torch
 from common.artifacts import Canvas, ParamValue, Prompt, Sampling, StepCheckpoint
 from common.errors import CheckpointError
 from common.stage import Call
-from local_fleet import NO_IMAGES, Heard, LocalFleet
+from local_fleet import NO_IMAGES, LocalFleet, RecordedCall
 from models.catalog import open_model
 from models.registry import Registry, load_registry
 from step_checkpoints import step_checkpoints_to
@@ -49,10 +49,10 @@ def test_draws_what_is_asked_for(fleet: LocalFleet) -> None:
 
 
 def test_reports_what_it_did(fleet: LocalFleet) -> None:
-    heard = Heard()
-    fleet.media(heard, prompt="x" * 65, seed=1)
-    assert heard.warnings == [("prompt", "only the first 64 of 65 bytes are read")]
-    assert heard.progress[-5:] == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 1)]
+    recorded = RecordedCall()
+    fleet.media(recorded, prompt="x" * 65, seed=1)
+    assert recorded.warnings == [("prompt", "only the first 64 of 65 bytes are read")]
+    assert recorded.progress[-5:] == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 1)]
 
 
 def test_continues_from_every_step_to_the_same_bytes(fleet: LocalFleet) -> None:

@@ -203,24 +203,24 @@ def test_a_fragment_is_encoded_while_the_next_frames_are_decoded(
         assert decoded.wait(20), "no frame was decoded meanwhile"
         return finish(fragment)
 
-    def heard(step: int, _: int) -> None:
+    def recorded(step: int, _: int) -> None:
         if step == 10:
             decoded.set()
 
     monkeypatch.setattr(Mp4Fragment, "finish", finish_late)
     emitted = Emitted()
-    call = replace(emitted.call(), on_progress=heard)
+    call = replace(emitted.call(), on_progress=recorded)
     blocks = blocks_of(latents[:1], (3, 3), is_ahead=True)
     stages.block.run(stages.block.Input(denoised_blocks=blocks, canvas=CANVAS), call)
     assert emitted.places == [(0, 1, 9), (0, 1, 12)]
 
 
 def test_decoding_ends_within_a_frame_when_cancelled(stages: Stages, latents: Tensor) -> None:
-    heard: list[int] = []
+    recorded: list[int] = []
     cancelled = threading.Event()
 
     def leave(step: int, _: int) -> None:
-        heard.append(step)
+        recorded.append(step)
         if step % 3 == 0:
             cancelled.set()
 
@@ -230,7 +230,7 @@ def test_decoding_ends_within_a_frame_when_cancelled(stages: Stages, latents: Te
     cancelled.clear()
     with pytest.raises(Cancelled):
         stages.block.run(stages.block.Input(denoised_blocks=blocks_of(latents, (3, 3)), canvas=CANVAS), call)
-    assert heard == [1, 2, 3] * 2
+    assert recorded == [1, 2, 3] * 2
 
 
 def test_a_failing_encoder_is_heard(stages: Stages, latents: Tensor) -> None:

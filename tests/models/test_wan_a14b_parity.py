@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.errors import CheckpointError, InvalidInput
 from common.pipeline import MissingModules
 from local_fleet import reference_run, relative_error

@@ -35,7 +35,7 @@ from models.stages.predictor import Predictor
 from models.stages.step_memory import StepMemoryPool
 from models.warm_up import WarmUp
 from tiny_wan import build_tiny_wan, build_tiny_wan_causal, edit_json
-from wan_dmd_loops import SIZE, CausalLoop, Heard, Request, reference_causal
+from wan_dmd_loops import SIZE, CausalLoop, RecordedCall, Request, reference_causal
 
 STEPS, BLOCK = 4, 2
 FRAMES = 21
@@ -80,7 +80,7 @@ def test_a_window_with_a_sink_is_a_run_that_recomputes_the_context(windowed: Cau
 def test_one_block_of_all_frames_is_the_run_that_is_not_causal(folder: Path) -> None:
     one = CausalLoop(build_tiny_wan_causal(folder / "one", num_frames_per_block=6))
     x = one.inputs(FRAMES, outputs=2)
-    whole = DmdDenoisingStage(one.config, one.runtime, one.modules).run(x, Heard().call()).denoised_latents
+    whole = DmdDenoisingStage(one.config, one.runtime, one.modules).run(x, RecordedCall().call()).denoised_latents
     assert relative_error(one.run(x), whole.parts["video"].latents) <= 1e-5
 
 
@@ -96,18 +96,18 @@ def test_blocks_depend_on_the_blocks_before_them_alone(loop: CausalLoop) -> None
 
 
 def test_a_block_is_emitted_after_its_checkpoint(loop: CausalLoop) -> None:
-    heard = Heard()
-    loop.run(loop.inputs(FRAMES), heard)
-    assert heard.order == ([STEP_CHECKPOINTS] * STEPS + [BLOCKS]) * 3
-    assert [state.step for state in heard.states] == list(range(1, TOTAL + 1))
-    assert heard.steps == [(step, TOTAL) for step in range(1, TOTAL + 1)]
+    recorded = RecordedCall()
+    loop.run(loop.inputs(FRAMES), recorded)
+    assert recorded.order == ([STEP_CHECKPOINTS] * STEPS + [BLOCKS]) * 3
+    assert [state.step for state in recorded.states] == list(range(1, TOTAL + 1))
+    assert recorded.steps == [(step, TOTAL) for step in range(1, TOTAL + 1)]
 
 
 def test_checkpoints_at_the_end_of_a_block_need_no_setting(loop: CausalLoop) -> None:
-    heard = Heard()
-    CausalLoop(loop.path, Runtime()).run(loop.inputs(FRAMES), heard)
-    assert heard.order == [STEP_CHECKPOINTS, BLOCKS] * 3
-    assert [state.step for state in heard.states] == [STEPS, 2 * STEPS, TOTAL]
+    recorded = RecordedCall()
+    CausalLoop(loop.path, Runtime()).run(loop.inputs(FRAMES), recorded)
+    assert recorded.order == [STEP_CHECKPOINTS, BLOCKS] * 3
+    assert [state.step for state in recorded.states] == [STEPS, 2 * STEPS, TOTAL]
 
 
 @pytest.fixture
@@ -130,14 +130,14 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(
 ) -> None:
     """Also between blocks. No denoising step of a finished block is repeated; its context pass is, once."""
     loop: CausalLoop = request.getfixturevalue(kind)
-    x, heard = loop.inputs(FRAMES), Heard()
-    whole = loop.run(x, heard)
+    x, recorded = loop.inputs(FRAMES), RecordedCall()
+    whole = loop.run(x, recorded)
     passes = {(block * BLOCK, STEPS): 1 for block in range(2)}
     assert predicted == {(block * BLOCK, step): 1 for block in range(3) for step in range(STEPS)} | passes
-    for state in heard.states:
+    for state in recorded.states:
         predicted.clear()
         sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
-        rest = Heard()
+        rest = RecordedCall()
         assert torch.equal(loop.run(replace(x, resume_from=sent), rest), whole), f"after step {state.step}"
         # A loop that has nothing left to do still reports that it is at its end.
         assert rest.steps == [(step, TOTAL) for step in range(min(state.step + 1, TOTAL), TOTAL + 1)]
@@ -149,24 +149,24 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(
 
 @pytest.mark.parametrize("last", [1, STEPS, STEPS + 1, 2 * STEPS])
 def test_a_cancelled_loop_ends_within_one_step(loop: CausalLoop, last: int) -> None:
-    heard = Heard()
-    call = heard.call(lambda step, _: call.cancelled.set() if step == last else None)
+    recorded = RecordedCall()
+    call = recorded.call(lambda step, _: call.cancelled.set() if step == last else None)
     with pytest.raises(Cancelled):
         loop.stage().run(loop.inputs(FRAMES), call)
-    assert len(heard.steps) == last
-    assert len(heard.blocks) == last // STEPS
+    assert len(recorded.steps) == last
+    assert len(recorded.blocks) == last // STEPS
 
 
 def test_contexts_are_rebuilt_until_the_call_is_cancelled(
     loop: CausalLoop, predicted: Counter[tuple[int, int]]
 ) -> None:
-    x, heard = loop.inputs(FRAMES), Heard()
-    loop.run(x, heard)
+    x, recorded = loop.inputs(FRAMES), RecordedCall()
+    loop.run(x, recorded)
     predicted.clear()
-    call = Heard().call()
+    call = RecordedCall().call()
     call.cancelled.set()
     with pytest.raises(Cancelled):
-        loop.stage().run(replace(x, resume_from=heard.states[2 * STEPS]), call)
+        loop.stage().run(replace(x, resume_from=recorded.states[2 * STEPS]), call)
     assert not predicted
 
 
@@ -174,26 +174,26 @@ def test_contexts_are_rebuilt_until_the_call_is_handed_over(
     loop: CausalLoop, predicted: Counter[tuple[int, int]]
 ) -> None:
     """The receiver has the checkpoint that the loop resumed at, so that none is sent."""
-    x, heard, again = loop.inputs(FRAMES), Heard(), Heard()
-    loop.run(x, heard)
+    x, recorded, again = loop.inputs(FRAMES), RecordedCall(), RecordedCall()
+    loop.run(x, recorded)
     predicted.clear()
     call = again.call()
     call.hand_over.set()
     with pytest.raises(HandedOver, match=f"after {2 * STEPS + 1} steps"):
-        loop.stage().run(replace(x, resume_from=heard.states[2 * STEPS]), call)
+        loop.stage().run(replace(x, resume_from=recorded.states[2 * STEPS]), call)
     assert not predicted
     assert not again.states
 
 
 @pytest.mark.parametrize("at", [1, STEPS, STEPS + 2])
 def test_a_loop_is_handed_over_at_a_step_boundary(loop: CausalLoop, at: int) -> None:
-    x, heard = loop.inputs(FRAMES), Heard()
+    x, recorded = loop.inputs(FRAMES), RecordedCall()
     whole = loop.run(x)
-    call = heard.call(lambda step, _: call.hand_over.set() if step == at else None)
+    call = recorded.call(lambda step, _: call.hand_over.set() if step == at else None)
     with pytest.raises(HandedOver, match=f"after {at} steps"):
         loop.stage().run(x, call)
-    assert heard.states[-1].step == at
-    assert torch.equal(loop.run(replace(x, resume_from=heard.states[-1])), whole)
+    assert recorded.states[-1].step == at
+    assert torch.equal(loop.run(replace(x, resume_from=recorded.states[-1])), whole)
 
 
 def with_graphs(loop: CausalLoop, max_bytes: int = 1 << 24) -> tuple[Any, FakeCapture]:
@@ -203,9 +203,9 @@ def with_graphs(loop: CausalLoop, max_bytes: int = 1 << 24) -> tuple[Any, FakeCa
 
 
 def video_of(stage: Any, x: Any) -> Tensor:
-    heard = Heard()
-    stage.run(x, heard.call())
-    return heard.video
+    recorded = RecordedCall()
+    stage.run(x, recorded.call())
+    return recorded.video
 
 
 def test_prefixes_of_different_lengths_have_different_graphs(loop: CausalLoop) -> None:
@@ -226,8 +226,8 @@ def test_live_requests_share_no_memory(loop: CausalLoop) -> None:
     one, other = loop.inputs(FRAMES, 1), loop.inputs(FRAMES, 2)
     expected = loop.run(one), loop.run(other)
     between: list[Tensor] = []
-    heard = Heard()
-    call = heard.call()
+    recorded = RecordedCall()
+    call = recorded.call()
 
     def interrupt(slot: str, index: int, item: Any) -> None:
         call.on_item(slot, index, item)
@@ -238,7 +238,7 @@ def test_live_requests_share_no_memory(loop: CausalLoop) -> None:
             assert torch.equal(leased._memory["kv_cache"], slab)
 
     stage.run(one, replace(call, on_item=interrupt))
-    assert torch.equal(heard.video, expected[0])
+    assert torch.equal(recorded.video, expected[0])
     assert torch.equal(between[0], expected[1])
     slabs = [memory._memory["kv_cache"].data_ptr() for memory in stage._memory._idle.values()]
     assert len(set(slabs)) == 2
@@ -255,10 +255,10 @@ def test_the_slab_is_as_long_as_the_video_or_the_window(loop: CausalLoop, window
 
 def test_a_slab_that_does_not_fit_is_refused_before_the_first_step(loop: CausalLoop) -> None:
     stage, _ = with_graphs(loop, max_bytes=1000)
-    heard = Heard()
+    recorded = RecordedCall()
     with pytest.raises(ResourceExhausted):
-        stage.run(loop.inputs(FRAMES), heard.call())
-    assert not heard.steps
+        stage.run(loop.inputs(FRAMES), recorded.call())
+    assert not recorded.steps
 
 
 def test_frames_that_fill_no_whole_block_are_refused(loop: CausalLoop) -> None:
@@ -349,6 +349,6 @@ def test_made_up_requests_run_the_loop(loop: CausalLoop) -> None:
     """For warm-up: all blocks of a video of the size."""
     model = open_model(str(loop.path), load_registry())
     (inputs,) = WarmUp.parse(model, ("32x48x13",)).inputs(torch.float32)
-    heard = Heard()
-    loop.stage().run(loop.stage().Input(**inputs), heard.call())
-    assert len(heard.blocks) == 2
+    recorded = RecordedCall()
+    loop.stage().run(loop.stage().Input(**inputs), recorded.call())
+    assert len(recorded.blocks) == 2

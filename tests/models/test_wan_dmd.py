@@ -20,7 +20,7 @@ from local_fleet import NO_IMAGES, open_fleet, relative_error
 from models.catalog import open_model
 from models.registry import load_registry
 from tiny_wan import build_tiny_wan_dmd, build_tiny_wan_ti2v, edit_json
-from wan_dmd_loops import SIZE, DmdLoop, Heard, Request, reference_dmd
+from wan_dmd_loops import SIZE, DmdLoop, RecordedCall, Request, reference_dmd
 
 STEPS = 3
 FRAMES = 9
@@ -70,23 +70,23 @@ def test_weights_of_sparse_attention_are_refused(tmp_path: Path) -> None:
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(loop: DmdLoop) -> None:
     """Through the codec, as a checkpoint travels; the generator's state is part of it."""
-    x, heard = loop.inputs(FRAMES), Heard()
-    whole = loop.run(x, heard)
-    assert [state.step for state in heard.states] == list(range(1, STEPS))
-    for state in heard.states:
+    x, recorded = loop.inputs(FRAMES), RecordedCall()
+    whole = loop.run(x, recorded)
+    assert [state.step for state in recorded.states] == list(range(1, STEPS))
+    for state in recorded.states:
         assert state.generator is not None
         sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
-        rest = Heard()
+        rest = RecordedCall()
         assert torch.equal(loop.run(replace(x, resume_from=sent), rest), whole), f"after step {state.step}"
         assert rest.steps == [(step, STEPS) for step in range(state.step + 1, STEPS + 1)]
 
 
 def test_the_noise_of_each_step_is_the_requests_own(loop: DmdLoop) -> None:
-    x, heard = loop.inputs(FRAMES), Heard()
-    loop.run(x, heard)
+    x, recorded = loop.inputs(FRAMES), RecordedCall()
+    loop.run(x, recorded)
     other = loop.inputs(FRAMES, seed=4)
     assert not torch.equal(loop.run(replace(x, latents_generator=other.latents_generator)), loop.run(x))
-    first, second = (state.generator for state in heard.states)
+    first, second = (state.generator for state in recorded.states)
     assert first is not None
     assert second is not None
     assert not torch.equal(first.state, second.state)
@@ -99,19 +99,19 @@ def test_a_loop_without_a_generator_is_refused(loop: DmdLoop) -> None:
 
 
 def test_a_cancelled_loop_ends_within_one_step(loop: DmdLoop) -> None:
-    heard = Heard()
-    call = heard.call(lambda *_: call.cancelled.set())
+    recorded = RecordedCall()
+    call = recorded.call(lambda *_: call.cancelled.set())
     with pytest.raises(Cancelled):
         loop.stage().run(loop.inputs(FRAMES), call)
-    assert heard.steps == [(1, STEPS)]
+    assert recorded.steps == [(1, STEPS)]
 
 
 def test_a_loop_is_handed_over_with_its_generator(loop: DmdLoop) -> None:
-    x, heard = loop.inputs(FRAMES), Heard()
-    whole, call = loop.run(x), heard.call(lambda *_: call.hand_over.set())
+    x, recorded = loop.inputs(FRAMES), RecordedCall()
+    whole, call = loop.run(x), recorded.call(lambda *_: call.hand_over.set())
     with pytest.raises(HandedOver):
         loop.stage().run(x, call)
-    assert torch.equal(loop.run(replace(x, resume_from=heard.states[-1])), whole)
+    assert torch.equal(loop.run(replace(x, resume_from=recorded.states[-1])), whole)
 
 
 def test_levels_are_those_of_diffusers_flow_schedule() -> None:

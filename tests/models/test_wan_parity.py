@@ -11,9 +11,9 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.errors import InvalidInput
-from local_fleet import Heard, reference_run, relative_error
+from local_fleet import RecordedCall, reference_run, relative_error
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
 from wan_pair import LATENTS_WITHIN, Pair, check, open_pair
 
@@ -89,9 +89,9 @@ def test_the_prompt_matters(t2v: Pair) -> None:
 
 
 def test_a_long_prompt_is_cut_with_a_warning(t2v: Pair) -> None:
-    heard = Heard()
-    t2v[0].tensors(heard, seed=SEED, **given("cat " * 30 + "moon", max_sequence_length=8, num_inference_steps=1))
-    ((field, message),) = heard.warnings
+    recorded = RecordedCall()
+    t2v[0].tensors(recorded, seed=SEED, **given("cat " * 30 + "moon", max_sequence_length=8, num_inference_steps=1))
+    ((field, message),) = recorded.warnings
     assert field == "prompt"
     assert "at most 8 tokens" in message
     assert message.endswith("moon")

@@ -17,7 +17,7 @@ from common.local import HostedStages
 from common.stage import Call
 from common.tensors import TORCH
 from configs.pipeline_configs.wan import WanImageToVideoPipelineConfig
-from local_fleet import Heard
+from local_fleet import RecordedCall
 from models.catalog import ServedModel, open_model
 from models.images import as_tensor, open_image, open_images
 from models.loader import load_stages
@@ -80,7 +80,7 @@ def prepared(services: dict[str, HostedStages]) -> Slots:
 def run(services: dict[str, HostedStages], name: str, slots: Slots, call: Call | None = None) -> Slots:
     stages = services[name]
     given = {slot: slots[slot] for slot in stages.contract.inputs if slot in slots}
-    return stages.run(given, call or Heard().call())
+    return stages.run(given, call or RecordedCall().call())
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(services: dict[str, HostedStages], prepared: Slots) -> None:
@@ -114,12 +114,12 @@ def test_bfloat16_runs_from_picture_to_video(model: ServedModel) -> None:
         "sampling": SAMPLING,
         "image_inputs": inputs(image=png()),
     }
-    heard = Heard()
+    recorded = RecordedCall()
     for name in services:
-        slots |= run(services, name, slots, heard.call())
+        slots |= run(services, name, slots, recorded.call())
     assert slots["denoised_latents"].parts["video"].latents.dtype == torch.float32
     assert slots["image_latents"].parts["condition"].latents.shape == (1, 20, 2, 4, 6)
-    (item,) = heard.items["media_items"]
+    (item,) = recorded.items["media_items"]
     assert (item.content_type, item.num_frames) == ("video/mp4", 5)
 
 

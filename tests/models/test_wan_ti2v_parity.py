@@ -17,7 +17,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from torch import Tensor
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from local_fleet import NO_IMAGES, LocalFleet, open_fleet, reference_run, relative_error
 from models.validation import InputValidationStage
 from tiny_wan import build_tiny_wan_ti2v

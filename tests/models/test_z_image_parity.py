@@ -12,7 +12,7 @@ from diffusers import ZImagePipeline
 
 from common.errors import CheckpointError, InvalidInput
 from configs.pipeline_configs.z_image import ZImagePipelineConfig
-from local_fleet import Heard, LocalFleet, call_of, open_fleet, reference_run, relative_error
+from local_fleet import LocalFleet, RecordedCall, call_of, open_fleet, reference_run, relative_error
 from models.catalog import open_model
 from models.registry import load_registry
 from tiny_z_image import build_tiny_z_image
@@ -81,12 +81,12 @@ def test_every_input_matters(pair: Pair, change: dict[str, Any]) -> None:
 
 
 def test_a_truncated_prompt_and_parameters_without_effect_are_reported(pair: Pair) -> None:
-    heard = Heard()
+    recorded = RecordedCall()
     pair[0].tensors(
-        heard, **BASE | {"prompt": "a old stone river", "max_sequence_length": 5}, guidance_scale=0.0, seed=1
+        recorded, **BASE | {"prompt": "a old stone river", "max_sequence_length": 5}, guidance_scale=0.0, seed=1
     )
     message = "text_encoder reads at most 5 tokens, and the text has 7; it was cut before:  stone river"
-    assert heard.warnings == [("prompt", message)]
+    assert recorded.warnings == [("prompt", message)]
     _, warnings = (
         pair[0]
         .model.variants[0]

@@ -168,9 +168,9 @@ def test_steps_and_times_of_the_device_are_measured(monkeypatch: pytest.MonkeyPa
     clock = _Clock(monkeypatch)
     stages = MeasuredStages(_Loop(clock, [(1, 103.0), (2, 104.0), (4, 110.0)], 111.0), "denoising", "measured")
     place = {"service": "denoising", "model": "measured"}
-    heard: list[int] = []
-    stages.run({}, Call("r", on_progress=lambda step, _: heard.append(step), tokens=70_000))
-    assert heard == [1, 2, 4]
+    recorded: list[int] = []
+    stages.run({}, Call("r", on_progress=lambda step, _: recorded.append(step), tokens=70_000))
+    assert recorded == [1, 2, 4]
     steps = {**place, "work": "262144"}
     assert _sample("fleet_step_seconds_count", **steps) == 2, "the first one includes the preparation"
     assert _sample("fleet_step_seconds_sum", **steps) == 1.0 + 3.0

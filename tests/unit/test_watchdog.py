@@ -108,12 +108,12 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_is_lost(
     async def story() -> None:
         async with asyncio.timeout(30), served(stage, watchdog=watchdog) as fleet:
             with pytest.raises(Unavailable, match=r"no step for \d+\.\d s: its device is stuck"):
-                await fleet.runner()(packets(8), fleet.heard.call())
-            assert fleet.heard.progress == [(1, 3), (2, 3)]
+                await fleet.runner()(packets(8), fleet.recorded.call())
+            assert fleet.recorded.progress == [(1, 3), (2, 3)]
             assert stage.calls[0].cancelled.is_set()
             assert watchdog.is_stuck
             with pytest.raises(Unavailable, match="another worker can take this one"):
-                await fleet.runner()(packets(8), fleet.heard.call())
+                await fleet.runner()(packets(8), fleet.recorded.call())
             assert len(stage.calls) == 1
             assert await asyncio.to_thread(is_lost.wait, 20)
             stage.freed.set()
@@ -122,7 +122,7 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_is_lost(
                 return not watchdog.is_stuck
 
             await wait_until(is_free)
-            assert await fleet.runner()(packets(8), fleet.heard.call())
+            assert await fleet.runner()(packets(8), fleet.recorded.call())
 
     asyncio.run(story())
     assert "after request r1 was cancelled; this process ends" in lost[0]

@@ -122,7 +122,7 @@ def test_the_seed_decides_the_picture(draw: Draw, pictures: dict[str, Image.Imag
     assert other.tobytes() != again.tobytes()
 
 
-def test_diffusers_draws_the_same_pictures_from_the_same_directory(
+def test_diffusers_draws_the_same_images_from_the_same_directory(
     pictures: dict[str, Image.Image], references: References
 ) -> None:
     model = open_model(DEFAULT_MODEL, load_registry())

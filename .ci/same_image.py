@@ -1,4 +1,4 @@
-"""Compares two picture files: `python .ci/same_picture.py ONE OTHER`. Exit code 1 unless they show the same.
+"""Compares two picture files: `python .ci/same_image.py ONE OTHER`. Exit code 1 unless they show the same.
 
 The same, since images may be built with another build of torch than the machine's: sizes are equal and the mean
 difference is below one level of 255. A picture of fewer than 50 colours is refused, as empty ones are equal too.
