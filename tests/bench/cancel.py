@@ -1,8 +1,8 @@
-"""How soon a denoiser that is busy with a request which nobody wants any more works on the next one.
+"""Latency from the cancellation of a request to the first step of the next request on the same denoiser.
 
-A long request is ended by a call, by its caller leaving, and by its deadline, while another one waits for the same
-worker. Told is the time from then until the worker begins the other one's first step, by the log of its steps. Run it
-with: python tests/bench/cancel.py
+A long request is ended by CancelRequest, by a disconnected caller and by its deadline, while another request waits for
+the same worker. The time until the worker starts the other request's first step comes from its step log. Run it with:
+python tests/bench/cancel.py
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from fleet.v1 import generation_pb2 as api
 from fleet.v1 import generation_pb2_grpc
 
 Stub = generation_pb2_grpc.GenerationServiceStub
-LONG, SHORT = 1_000, 3  # steps of the unwanted request and of the next one
+LONG, SHORT = 1_000, 3  # steps of the cancelled request and of the next one
 BEYOND_MS = 100.0
 
 Way = Callable[[Stub], Iterator[str | int]]
-"""Yields the id of a request that it has submitted; then ends it, and yields when, in ns of the monotonic clock."""
+"""Yields the id of a submitted request; then ends the request and yields the time, in ns of the monotonic clock."""
 
 
 def by_call(stub: Stub) -> Iterator[str | int]:
-    """CancelRequest."""
+    """End the request by CancelRequest."""
     request_id = stub.Submit(submission(LONG)).request.request_id
     yield request_id
     yield time.monotonic_ns()
@@ -37,7 +37,7 @@ def by_call(stub: Stub) -> Iterator[str | int]:
 
 
 def by_leaving(stub: Stub) -> Iterator[str | int]:
-    """The caller of Generate goes away."""
+    """End the request by disconnecting the caller of Generate."""
     call = stub.Generate(api.GenerateRequest(request=submission(LONG)))
     yield next(iter(call)).accepted.request_id
     yield time.monotonic_ns()
@@ -45,7 +45,7 @@ def by_leaving(stub: Stub) -> Iterator[str | int]:
 
 
 def by_deadline(stub: Stub) -> Iterator[str | int]:
-    """The deadline passes, some seconds after the request began."""
+    """End the request by its deadline, some seconds after its start."""
     request = submission(LONG)
     due = time.time_ns() + 3 * 10**9
     request.deadline.FromNanoseconds(due)
@@ -57,7 +57,7 @@ WAYS: Mapping[str, Way] = {"CancelRequest": by_call, "leaving Generate": by_leav
 
 
 def time_to_next(stub: Stub, log: Path, way: Way) -> float:
-    """Milliseconds from a request's end to the first step of the one that waits behind it."""
+    """Milliseconds from a request's end to the first step of the waiting request."""
     ending = way(stub)
     follow(stub, str(next(ending)), 2)
     waiting = stub.Submit(submission(SHORT)).request.request_id
@@ -69,10 +69,10 @@ def time_to_next(stub: Stub, log: Path, way: Way) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure all methods and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--sleep-ms", type=float, default=25.0, help="time of the transformer; UniPC takes some more")
+    parser.add_argument("--sleep-ms", type=float, default=25.0, help="time of the transformer; UniPC adds to it")
     args = parser.parse_args()
     print_machine(f"Cancelling: {args.rounds} times each way")
     found: dict[str, list[float]] = {way: [] for way in WAYS}

@@ -1,11 +1,11 @@
-"""One denoising step of full published size on several GPUs: our worker group next to Diffusers' context parallelism.
+"""One denoising step at published size on several GPUs: our worker group vs Diffusers' context parallelism.
 
-Every rank builds the same random weights, in bfloat16. Ours runs by the degrees asked for, Diffusers by Ulysses over
-all ranks, compiled by repeated blocks if asked; both in turns, timed by the device's own clock, the slowest rank's
+Every rank builds the same random bfloat16 weights. Ours runs with the given degrees, Diffusers with Ulysses over all
+ranks, optionally with compiled repeated blocks. The sides alternate and are timed by CUDA events; the slowest rank
 counts. Errors are relative L2 against Diffusers' model in float32 on one rank.
 
-Run it with: torchrun --nproc-per-node 2 tests/bench/denoise_step_group.py --ulysses 2; to try its logic without cards,
-with --device cpu --scale tiny --alone: Diffusers' parallelism is for GPUs only
+Run it with: torchrun --nproc-per-node 2 tests/bench/denoise_step_group.py --ulysses 2; to try it without GPUs, add
+--device cpu --scale tiny --alone, as Diffusers' parallelism needs GPUs
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from models.parallel.shards import parameter_shards
 
 
 def main() -> None:
-    """Measure what was asked for; rank 0 prints."""
+    """Measure the selected workloads; rank 0 prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=("full", "tiny"))
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--ulysses", type=int, default=1)
     parser.add_argument("--ring", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="compile Diffusers by repeated blocks")
-    parser.add_argument("--alone", action="store_true", help="leave Diffusers out")
+    parser.add_argument("--alone", action="store_true", help="measure ours only")
     args = parser.parse_args()
     rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", rank) if args.device == "cuda" else torch.device("cpu")
@@ -89,12 +89,12 @@ def measure(work: Work, mesh: WorkerMesh, args: argparse.Namespace) -> None:
     if mesh.rank == 0:
         say(f"## {work.title}{' (tiny)' if tiny else ''}")
         say()
-        header = ("", "ms a step", "fastest", "error")
+        header = ("", "ms per step", "fastest", "error")
         print_table(header, [(name, median(each), min(each), f"{errors[name]:.2e}") for name, each in spent.items()])
 
 
 def sharded_weights(work: Work, theirs: Any, mesh: WorkerMesh) -> DiffusionTransformer:
-    """This rank's part of our model, over the reference's own tensors or copies of their shards."""
+    """This rank's part of our model, on the reference's tensors or copies of their shards."""
     ours = on_meta(work, theirs)
     parallelize(ours, work.plan, mesh, heads=theirs.config[work.heads])
     shards = parameter_shards(ours)
@@ -103,17 +103,17 @@ def sharded_weights(work: Work, theirs: Any, mesh: WorkerMesh) -> DiffusionTrans
 
 
 def share_out(theirs: Any, device: torch.device, ranks: int, *, compiled: bool) -> None:
-    """Let Diffusers cut the sequence between all ranks, with its fastest backend here."""
+    """Enable Diffusers' sequence parallelism over all ranks, with its fastest backend here."""
     if device.type == "cuda":
         theirs.set_attention_backend("_native_cudnn")
     theirs.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
     if compiled:
-        # Not as one graph: the compiler cannot trace what cuts Wan's tensors between ranks.
+        # Without fullgraph: the compiler cannot trace how Diffusers shards Wan's tensors.
         theirs.compile_repeated_blocks()
 
 
 def slowest_milliseconds(device: torch.device, run: Callable[[], object]) -> float:
-    """Of a call that all ranks make together, on the slowest of them."""
+    """Time in ms of a collective call, on the slowest rank."""
     distributed.barrier()
     slowest = torch.tensor(step_milliseconds(run, device), device=device)
     distributed.all_reduce(slowest, op=distributed.ReduceOp.MAX)

@@ -1,7 +1,7 @@
-"""How long until a fleet is ready, and until a request shows its first sign of life.
+"""Start-up latency: time until a fleet is ready, and until a request reports its first progress.
 
-Three questions: `fleet up` to its ready line; Submit to the first progress event of a ready fleet; and `fleet
-generate` from nothing to a picture. Run it with: python tests/bench/startup.py
+Three measurements: `fleet up` to its ready line; Submit to the first progress event in a ready fleet; and `fleet
+generate` without a running fleet, to the image. Run it with: python tests/bench/startup.py
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ GENERATION_SECONDS = 5.0
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure all starts and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="emoji")
-    parser.add_argument("--starts", type=int, default=3, help="how often everything is started")
-    parser.add_argument("--requests", type=int, default=10, help="requests to each fleet that was started")
+    parser.add_argument("--starts", type=int, default=3, help="number of starts")
+    parser.add_argument("--requests", type=int, default=10, help="requests per started fleet")
     args = parser.parse_args()
     print_machine(f"Starting: {args.model}, {args.starts} starts")
 
@@ -51,19 +51,19 @@ def main() -> None:
         ("`fleet up` to its ready line, s", ready),
         ("first request: Submit to accepted, ms", [1e3 * each.accepted for each in first]),
         ("first request: Submit to the first progress event, ms", [1e3 * each.first_progress for each in first]),
-        ("first request: Submit to the picture, s", [each.finished for each in first]),
+        ("first request: Submit to the image, s", [each.finished for each in first]),
         ("later requests: Submit to accepted, ms", [1e3 * each.accepted for each in later]),
         ("later requests: Submit to the first progress event, ms", [1e3 * each.first_progress for each in later]),
-        ("later requests: Submit to the picture, s", [each.finished for each in later]),
-        ("`fleet generate`, from nothing to a picture, s", pictures),
+        ("later requests: Submit to the image, s", [each.finished for each in later]),
+        ("`fleet generate` without a running fleet, s", pictures),
     ]
     print_table(("", "median", "p90"), [(name, median(found), quantile(found, 0.9)) for name, found in rows])
-    print_verdict("first picture of a fresh process", median(pictures), FIRST_PICTURE_SECONDS, "s")
+    print_verdict("first image of a fresh process", median(pictures), FIRST_PICTURE_SECONDS, "s")
     print_verdict("generation in a ready fleet", median(each.finished for each in first), GENERATION_SECONDS, "s")
 
 
 def _generate(model: str) -> float:
-    """Seconds that one `fleet generate` takes, process start and end included."""
+    """Seconds of one `fleet generate`, including process start and exit."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "picture.png"
         command = [sys.executable, "-m", "services.cli", "generate", "a red apple", "--model", model, "--output"]
