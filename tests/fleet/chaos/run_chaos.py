@@ -1,19 +1,20 @@
-"""Torments a fleet of real processes while clients use it.
+"""Injects faults into a fleet of real processes while clients use it.
 
     python tests/fleet/chaos/run_chaos.py --requests 1000 --seed 1
     python tests/fleet/chaos/run_chaos.py --churn --requests 1000 --poison 3
 
-Several coordinators, and several workers for each stage of a Flux and a Wan checkpoint, on a real Redis that writes to
-its disk before it answers. Processes are killed, stopped, told to leave and cut off; Redis is killed and started again;
-clients do not read, send twice, cancel, leave; peers speak nonsense; and every process has a wrong clock. At the end
-every accepted request has ended once, every result has the bytes that one process makes, and nothing is left over.
+The fleet has several coordinators, and several workers for each stage of a Flux and a Wan checkpoint; Redis syncs every
+write. Processes are killed, stopped, terminated and partitioned; Redis is killed and restarted; clients do not read,
+submit twice, cancel and disconnect; peers send malformed data; and every process has a skewed clock. At the end, every
+accepted request must have ended once, every result must have the bytes of a single process, and no resources may be
+left.
 
-With --churn it is two coordinators, two denoisers and one worker of each other stage of the Flux checkpoint, with all
-settings at their defaults, and each process is killed every 8 seconds on average. Requests that kill their workers must
-be FAILED, and no other may be.
+With --churn, the fleet has two coordinators, two denoisers and one worker of each other stage of the Flux checkpoint,
+with default settings, and each process is killed every 8 seconds on average. Exactly the requests that kill their
+workers must be FAILED.
 
-Ends with 1 and tells all that is needed to look into it, if anything did not hold. The same seed draws the same
-requests and faults; how they meet depends on the machine.
+The exit status is 1 if a check failed; the output then has all details for an analysis. The seed determines requests
+and faults, but not their timing, which depends on the host.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ from chaos_checks import (  # noqa: E402
     settled,
 )
 from chaos_churn import Churn  # noqa: E402
-from chaos_clients import Channels, Client, Pulse, Stub, Wrong, download  # noqa: E402
+from chaos_clients import Channels, Client, RunProgress, Stub, UnexpectedReply, download  # noqa: E402
 from chaos_faults import Chaos  # noqa: E402
-from chaos_plan import CALLERS, CAUSAL, FLUX, WAN, Manner, Picture, Plan, make_churn_plan, make_plan  # noqa: E402
+from chaos_plan import CALLERS, CAUSAL, FLUX, WAN, Behaviour, MediaRequest, Plan, make_churn_plan, make_plan  # noqa: E402
 from chaos_processes import Fleet, credentials  # noqa: E402
 from chaos_report import Report  # noqa: E402
 from redis.asyncio import Redis  # noqa: E402
@@ -62,34 +63,36 @@ from tiny_wan import build_tiny_wan, build_tiny_wan_causal  # noqa: E402
 
 COORDINATORS, WORKERS = 3, 2
 CHURN_COORDINATORS, CHURN_WORKERS, CHURN_DENOISERS = 2, 1, 2
-_ON_CPU = ("--device", "cpu", "--threads", "1")  # where and how it computes; all else is at its defaults
-_SILENT_SECONDS = 60.0  # after which a run without any event is given up
+_ON_CPU = ("--device", "cpu", "--threads", "1")  # device and threads; all other settings are defaults
+_SILENT_SECONDS = 60.0  # timeout of a run without any event
 
-References = Mapping[Picture, Sequence[bytes]]
+References = Mapping[MediaRequest, Sequence[bytes]]
 
 
 def build_models(directory: Path, plan: Plan) -> dict[str, Path]:
-    """The checkpoints that are served, by name."""
+    """Build the checkpoints, by model name."""
     build = {FLUX: build_tiny_flux, WAN: build_tiny_wan, CAUSAL: build_tiny_wan_causal}
-    return {name: build[name](directory / name) for name in dict.fromkeys(each.model for each in plan.pictures)}
+    return {name: build[name](directory / name) for name in dict.fromkeys(each.model for each in plan.media_requests)}
 
 
-def make_references(models: Mapping[str, Path], pictures: Sequence[Picture]) -> References:
-    """What each picture's files are, computed in this process by the same stages, with as many threads as there."""
+def make_references(models: Mapping[str, Path], media_requests: Sequence[MediaRequest]) -> References:
+    """Generate the files of each request in this process, with the same stages and number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    references: dict[Picture, Sequence[bytes]] = {}
+    references: dict[MediaRequest, Sequence[bytes]] = {}
     for name, path in models.items():
         local = open_fleet(f"{name}={path}")
-        for picture in (each for each in pictures if each.model == name):
-            references[picture] = [item.data.numpy().tobytes() for item in local.media(**picture.given).items]
+        for media_request in (each for each in media_requests if each.model == name):
+            references[media_request] = [
+                item.data.numpy().tobytes() for item in local.media(**media_request.given).items
+            ]
         local.close()
     torch.set_num_threads(threads)
     return references
 
 
 class Run:
-    """One run: a fleet, its clients, and the chaos."""
+    """A run: a fleet, its clients, and fault injection."""
 
     def __init__(self, plan: Plan, fleet: Fleet, redis: Redis, references: References) -> None:
         self._plan = plan
@@ -97,8 +100,8 @@ class Run:
         self._redis = redis
         self._references = references
         self._channels = Channels()
-        self._pulse = Pulse()
-        self._clients = [Client(order, fleet, self._channels, self._pulse, plan.seed) for order in plan.orders]
+        self._run_progress = RunProgress()
+        self._clients = [Client(order, fleet, self._channels, self._run_progress, plan.seed) for order in plan.orders]
         self._chaos = Chaos(fleet, redis, self._clients, self._channels)
         self._churn = Churn(plan, fleet, self._chaos, self._clients)
         self._baseline = Baseline()
@@ -107,14 +110,14 @@ class Run:
         self._warmed: list[str] = []
 
     async def run(self) -> Report:
-        """Start, torment, check, stop."""
+        """Start the fleet, inject faults, check, and stop."""
         began = time.monotonic()
         try:
             await self._fleet.start()
             await self._warm_up()
-            striking = asyncio.create_task(self._strike())
+            injecting = asyncio.create_task(self._inject_faults())
             await self._serve_orders()
-            await self._end_faults(striking)
+            await self._end_faults(injecting)
             await self._check()
         finally:
             await self._chaos.stop()
@@ -124,13 +127,15 @@ class Run:
         outcomes = [client.outcome for client in self._clients]
         seconds = time.monotonic() - began
         details = self._details() if self._findings else ()
-        return Report(self._plan, seconds, outcomes, self._stored, self._chaos.strikes, self._findings, details)
+        return Report(self._plan, seconds, outcomes, self._stored, self._chaos.injected, self._findings, details)
 
-    async def _strike(self) -> None:
-        await asyncio.gather(self._chaos.run(self._plan.faults, self._pulse), self._churn.run(self._pulse))
+    async def _inject_faults(self) -> None:
+        await asyncio.gather(
+            self._chaos.run(self._plan.faults, self._run_progress), self._churn.run(self._run_progress)
+        )
 
     async def _warm_up(self) -> None:
-        """Wait for all workers, and let every coordinator and every stage serve once."""
+        """Wait for all workers, and run one request on every coordinator and stage."""
         coordinators = self._fleet.of(coordinators=True)
         await asyncio.gather(*(self._warm(self._channels.stub(each.target)) for each in coordinators))
         self._baseline.measure(self._fleet)
@@ -138,14 +143,14 @@ class Run:
     async def _warm(self, stub: Stub) -> None:
         key = credentials(CALLERS[0])
 
-        async def sees_everybody() -> bool:
+        async def lists_all_workers() -> bool:
             reply = await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True, metadata=key)
             wanted = self._fleet.workers
             return all(each.workers == wanted[each.service] for model in reply.models for each in model.services)
 
-        await wait_until(sees_everybody)
-        for picture in {each.model: each for each in self._plan.pictures}.values():
-            request = pb.SubmitRequest(model=picture.model, parameters=picture.parameters)
+        await wait_until(lists_all_workers)
+        for media_request in {each.model: each for each in self._plan.media_requests}.values():
+            request = pb.SubmitRequest(model=media_request.model, parameters=media_request.parameters)
             accepted = await stub.Submit(request, metadata=key)
             self._warmed.append(accepted.request.request_id)
             watch = stub.Watch(pb.WatchRequest(request_id=self._warmed[-1]), metadata=key)
@@ -153,7 +158,7 @@ class Run:
             assert last.state_change.state == pb.REQUEST_STATE_SUCCEEDED, last
 
     async def _serve_orders(self) -> None:
-        """So many clients at a time, each with its orders one after the other."""
+        """Run all orders with `clients` concurrent clients."""
         waiting = list(reversed(self._clients))
 
         async def work() -> None:
@@ -161,15 +166,15 @@ class Run:
                 client = waiting.pop()
                 try:
                     await client.run()
-                except Wrong as wrong:
-                    self._findings.append(str(wrong))
-                self._pulse.order()
+                except UnexpectedReply as error:
+                    self._findings.append(str(error))
+                self._run_progress.order()
 
         workers = [asyncio.create_task(work()) for _ in range(self._plan.clients)]
         while not all(worker.done() for worker in workers):
             await asyncio.wait(workers, timeout=1)
-            if time.monotonic() - self._pulse.beaten > _SILENT_SECONDS:
-                self._findings.append(f"nothing has happened for {_SILENT_SECONDS:g} s: {self._unfinished()}")
+            if time.monotonic() - self._run_progress.last_moved > _SILENT_SECONDS:
+                self._findings.append(f"no event for {_SILENT_SECONDS:g} s: {self._unfinished()}")
                 break
         for worker in workers:
             worker.cancel()
@@ -179,14 +184,14 @@ class Run:
 
     def _unfinished(self) -> str:
         outcomes = [client.outcome for client in self._clients]
-        open_ones = [each for each in outcomes if each.heard and each.heard[-1].state_change.state < 3]
+        open_ones = [each for each in outcomes if each.received and each.received[-1].state_change.state < 3]
         return ", ".join(f"order {each.order.number} is request {each.request_id}" for each in open_ones)
 
-    async def _end_faults(self, striking: asyncio.Task[None]) -> None:
-        """Let what still lasts come to its end, heal everything, and wait for the fleet to be whole."""
+    async def _end_faults(self, injecting: asyncio.Task[None]) -> None:
+        """Wait for lasting faults, heal the fleet, and wait until it is complete."""
         async with asyncio.timeout(self._plan.longest_seconds + _SILENT_SECONDS):
-            self._pulse.end()
-            await striking
+            self._run_progress.end()
+            await injecting
             await self._chaos.stop()
             self._fleet.heal()
             await wait_until(self._fleet.is_complete)
@@ -194,31 +199,31 @@ class Run:
     async def _check(self) -> None:
         outcomes = [client.outcome for client in self._clients]
         await self._channels.close()
-        gc.collect()  # calls that broke off live on in the tracebacks of their errors, and keep their connections
+        gc.collect()  # tracebacks of failed calls reference them and keep their connections open
         self._findings += await settled(self._fleet, self._redis, self._baseline)
         self._stored = await read_store(self._redis)
         self._findings += check_requests(self._stored, outcomes, self._warmed)
-        heard = {outcome.request_id: outcome.files for outcome in outcomes if outcome.files}
+        received = {outcome.request_id: outcome.files for outcome in outcomes if outcome.files}
         stub = self._channels.stub(self._fleet.of(coordinators=True)[0].target)
         for name, each in self._stored.items():
             if each.record.state == pb.REQUEST_STATE_SUCCEEDED:
                 try:
                     files = await download(stub, each.record.caller, name)
                 except grpc.aio.AioRpcError as error:
-                    self._findings.append(f"the result of request {name} cannot be had: {error.details()}")
+                    self._findings.append(f"the result of request {name} cannot be downloaded: {error.details()}")
                     continue
                 self._findings += check_files(name, each.record, files, self._references)
-                if heard.get(name, files) != files:
-                    self._findings.append(f"the client of request {name} got other bytes than are stored")
+                if received.get(name, files) != files:
+                    self._findings.append(f"the client of request {name} received other bytes than the stored ones")
 
     def _details(self) -> list[str]:
-        """What tells how it came to the findings."""
+        """Details for the analysis of findings."""
         text = "\n".join(self._findings)
         names = [name for name in self._stored if name in text]
         streams = [f"{name}: {event}".replace("\n", " ") for name in names for event in self._stored[name].events]
         schedule = [str(fault) for fault in self._plan.faults]
         lines = lines_about(self._fleet, names)
-        return ["schedule:", *schedule, "what happened:", *self._fleet.story, "events:", *streams, "logs:", *lines]
+        return ["schedule:", *schedule, "history:", *self._fleet.history, "events:", *streams, "logs:", *lines]
 
 
 def _fleet_of(plan: Plan, models: Mapping[str, Path], directory: Path) -> Fleet:
@@ -232,8 +237,8 @@ def _fleet_of(plan: Plan, models: Mapping[str, Path], directory: Path) -> Fleet:
         workers=CHURN_WORKERS,
         denoisers=CHURN_DENOISERS,
         callers=CALLERS,
-        coordinator_words=(),
-        worker_words=lambda _: _ON_CPU,
+        coordinator_flags=(),
+        worker_flags=lambda _: _ON_CPU,
     )
 
 
@@ -247,21 +252,21 @@ async def _run(plan: Plan, models: Mapping[str, Path], references: References, d
         await fleet.close()
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
     if left:
-        report.findings = [*report.findings, f"processes are left over: {left}"]
+        report.findings = [*report.findings, f"processes still run: {left}"]
     return report
 
 
 def run_chaos(plan: Plan, directory: Path) -> Report:
     """Run a plan; the logs of its processes go to `directory`, whose path must be short enough for unix sockets."""
     models = build_models(directory / "models", plan)
-    return asyncio.run(_run(plan, models, make_references(models, plan.pictures), directory))
+    return asyncio.run(_run(plan, models, make_references(models, plan.media_requests), directory))
 
 
 def explain(report: Report, directory: Path) -> str:
-    """The findings, and all that helps to find their cause."""
+    """Format the findings and the details of their causes."""
     again = f"--requests {len(report.plan.orders)} --seed {report.plan.seed}"
     if report.plan.is_churn:
-        poison = sum(order.manner is Manner.POISON for order in report.plan.orders)
+        poison = sum(order.behaviour is Behaviour.POISON for order in report.plan.orders)
         again += f" --churn --death-seconds {report.plan.death_seconds:g} --poison {poison}"
     lines = [*report.details, f"findings of {again} (logs are in {directory}):", *report.findings]
     return "\n".join(lines)
@@ -283,23 +288,25 @@ def _plan_of(args: argparse.Namespace) -> Plan:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run once, print the table."""
+    """Run once and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--requests", type=int, default=60, help="pictures that the clients want (default: 60)")
-    parser.add_argument("--seed", type=int, help="of requests and faults (default: another one each time)")
-    parser.add_argument("--clients", type=int, default=6, help="clients at a time (default: 6)")
-    parser.add_argument("--faults", type=int, help="how many strike (default: one for two requests, 19 at least)")
-    parser.add_argument("--longest-seconds", type=float, default=3.0, help="that a fault lasts (default: 3)")
+    parser.add_argument("--requests", type=int, default=60, help="number of requests (default: 60)")
+    parser.add_argument("--seed", type=int, help="seed of requests and faults (default: random)")
+    parser.add_argument("--clients", type=int, default=6, help="concurrent clients (default: 6)")
+    parser.add_argument("--faults", type=int, help="number of faults (default: one per two requests, at least 19)")
+    parser.add_argument("--longest-seconds", type=float, default=3.0, help="longest duration of a fault (default: 3)")
     churn = parser.add_argument_group(
-        "churn", "a small fleet at its default settings, whose processes die all the time"
+        "churn", "a small fleet with default settings, whose processes are killed continuously"
     )
-    churn.add_argument("--churn", action="store_true", help="this in place of faults of all kinds")
     churn.add_argument(
-        "--death-seconds", type=float, default=8.0, help="mean life of a process (default: 8; 0: no end)"
+        "--churn", action="store_true", help="kill processes continuously instead of injecting faults of all kinds"
     )
-    churn.add_argument("--poison", type=int, default=0, help="requests that kill their workers (default: none)")
+    churn.add_argument(
+        "--death-seconds", type=float, default=8.0, help="mean lifetime of a process (default: 8; 0: unlimited)"
+    )
+    churn.add_argument("--poison", type=int, default=0, help="number of requests that kill their workers (default: 0)")
     args = parser.parse_args(argv)
     plan = _plan_of(args)
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
