@@ -24,7 +24,7 @@ def save_input(x: DenoisingInput, path: Path) -> None:
         for name, part in latents.parts.items() if latents else ():
             tensors[f"{slot}.{name}"] = part.latents
             shapes[f"{slot}.{name}"] = part.raw_latent_shape
-    for slot, conditioning in (("text", x.text_conditioning), ("picture", x.image_conditioning)):
+    for slot, conditioning in (("text", x.text_conditioning), ("image", x.image_conditioning)):
         if conditioning:
             tensors |= {f"{slot}.positive.{name}": value for name, value in conditioning.prompt_embeds.items()}
             tensors |= {f"{slot}.negative.{name}": value for name, value in conditioning.negative_prompt_embeds.items()}
@@ -45,7 +45,7 @@ def load_input(path: str | Path) -> DenoisingInput:
         image_latents=_latents(tensors, "image", numbers["shapes"]) if _below(tensors, "image") else None,
         schedule=Schedule(timesteps=timesteps, sigmas=tensors["schedule.sigmas"], num_inference_steps=len(timesteps)),
         text_conditioning=_conditioning(tensors, "text"),
-        image_conditioning=_conditioning(tensors, "picture") if _below(tensors, "picture") else None,
+        image_conditioning=_conditioning(tensors, "image") if _below(tensors, "image") else None,
         sampling=_sampling(numbers["sampling"]),
         latents_generator=_generator(tensors, numbers["sampling"]["seed"]),
     )

@@ -18,7 +18,7 @@ from bench_report import median, print_machine, print_table, print_verdict, quan
 
 from fleet.v1 import generation_pb2 as api
 
-FIRST_PICTURE_SECONDS = 30.0
+FIRST_IMAGE_SECONDS = 30.0
 GENERATION_SECONDS = 5.0
 
 
@@ -45,7 +45,7 @@ def main() -> None:
             caller.close()
         first.append(timelines[0])
         later += timelines[1:]
-    pictures = [_generate(args.model) for _ in range(args.starts)]
+    seconds = [_generate(args.model) for _ in range(args.starts)]
 
     rows = [
         ("`fleet up` to its ready line, s", ready),
@@ -55,17 +55,17 @@ def main() -> None:
         ("later requests: Submit to accepted, ms", [1e3 * each.accepted for each in later]),
         ("later requests: Submit to the first progress event, ms", [1e3 * each.first_progress for each in later]),
         ("later requests: Submit to the image, s", [each.finished for each in later]),
-        ("`fleet generate` without a running fleet, s", pictures),
+        ("`fleet generate` without a running fleet, s", seconds),
     ]
     print_table(("", "median", "p90"), [(name, median(found), quantile(found, 0.9)) for name, found in rows])
-    print_verdict("first image of a fresh process", median(pictures), FIRST_PICTURE_SECONDS, "s")
+    print_verdict("first image of a fresh process", median(seconds), FIRST_IMAGE_SECONDS, "s")
     print_verdict("generation in a ready fleet", median(each.finished for each in first), GENERATION_SECONDS, "s")
 
 
 def _generate(model: str) -> float:
     """Seconds of one `fleet generate`, including process start and exit."""
     with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "picture.png"
+        output = Path(directory) / "image.png"
         command = [sys.executable, "-m", "services.cli", "generate", "a red apple", "--model", model, "--output"]
         began = time.monotonic()
         subprocess.run([*command, str(output)], check=True, capture_output=True)

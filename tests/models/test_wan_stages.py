@@ -133,8 +133,8 @@ def test_the_mask_marks_the_input_frames(services: dict[str, HostedStages], prep
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 def test_images_are_converted_to_rgb(mode: str) -> None:
-    picture = open_image("image", png(mode=mode))
-    assert (picture.mode, picture.size) == ("RGB", (40, 30))
+    image = open_image("image", png(mode=mode))
+    assert (image.mode, image.size) == ("RGB", (40, 30))
 
 
 def test_images_are_stretched_to_the_canvas() -> None:

@@ -47,7 +47,7 @@ TALL = Canvas(height=128, width=64, num_frames=5, output_format="mp4")
 FRAME = Canvas(height=64, width=64, num_frames=1, output_format="mp4")
 SAMPLING = Sampling(num_inference_steps=STEPS, seed=3, guidance_scale=4.0)
 # Larger than WIDE, with another aspect ratio.
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8))
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Loop:
         """Latents of the input image."""
         if not isinstance(self.config, WanTI2VImagePipelineConfig):
             return None
-        pixels = as_tensor(PICTURE, *self.config.image_size((PICTURE.height, PICTURE.width), canvas))
+        pixels = as_tensor(IMAGE, *self.config.image_size((IMAGE.height, IMAGE.width), canvas))
         with torch.inference_mode():
             (condition,) = self.config.image_latents(self.modules["vae"].encode, {"image": pixels}, canvas).values()
         return condition
@@ -129,7 +129,7 @@ class Loop:
         with torch.inference_mode():
             (latents,) = pipeline(
                 **embeds,
-                **({} if x.image_latents is None else {"image": PICTURE}),
+                **({} if x.image_latents is None else {"image": IMAGE}),
                 height=canvas.height,
                 width=canvas.width,
                 num_frames=canvas.num_frames,

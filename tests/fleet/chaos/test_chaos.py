@@ -182,7 +182,7 @@ def test_a_lost_or_unfinished_request_is_a_finding() -> None:
         assert not check_requests({"good": stored["good"]}, [good], ())
         (finding,) = check_requests(stored, [good, outcome("gone")], ["open"])[1:]
         assert "gone" in finding
-        assert "is lost" in finding
+        assert "is not in the store" in finding
         assert any("its events have the ends []" in each for each in check_requests(stored, [good, open_one], ()))
         good.received.pop()
         (finding,) = check_requests({"good": stored["good"]}, [good], ())
