@@ -62,7 +62,7 @@ class Receiver:
         with self._more:
             while not is_enough(self.spans):
                 left = until - time.monotonic()
-                assert left > 0, f"spans are missing; there are {sorted(each.name for each in self.spans)}"
+                assert left > 0, f"spans are missing; received are {sorted(each.name for each in self.spans)}"
                 self._more.wait(left)
             return list(self.spans)
 

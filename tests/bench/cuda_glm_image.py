@@ -1,7 +1,7 @@
 """All GLM-Image stages on CUDA compared with Diffusers in one run: random weights of published size, 1024x1024.
 
 Both sides share the weights in memory, about 36 GB in bfloat16. Diffusers' pipeline runs first, stage by stage, then
-the fleet's stages in this process, without RPCs (cuda_flux.py includes those). The output has times, peak memory
+the fleet's stages in this process, without RPCs (cuda_flux.py includes RPCs). The output has times, peak memory
 without the weights, the fraction of equal prior tokens, and the relative error of latents computed from Diffusers'
 tokens; then time and error of one prediction against Diffusers' model in float32. The language model cannot sample the
 end of an image, so that random weights sample as many tokens as trained ones. No network and no disk space are needed.

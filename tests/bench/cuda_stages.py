@@ -2,7 +2,7 @@
 
 Both sides share the weights in memory. Diffusers' pipeline runs first: hooks divide its call into stages; its denoising
 includes the preparation of latents and timesteps, for which the fleet has a separate stage. Then the fleet loads its
-stages from these modules and runs them in this process, without RPCs (cuda_flux.py includes those). Input images are
+stages from these modules and runs them in this process, without RPCs (cuda_flux.py includes RPCs). Input images are
 noise: Diffusers takes them decoded, the fleet's stages decode PNG files. Each side runs once for warm-up and once
 timed. The output has times, peak memory without the weights, and the relative error of the latents. No network and no
 disk space are needed.

@@ -1,7 +1,7 @@
 """All Wan stages on CUDA compared with Diffusers in one run: random weights of published size.
 
 Wan 2.1 text-to-video, or Wan 2.2 TI2V-5B for text and image. Diffusers' modules run first and are timed stage by stage;
-after they are freed, the fleet's stages run in this process, without RPCs (cuda_flux.py includes those). The output has
+after they are freed, the fleet's stages run in this process, without RPCs (cuda_flux.py includes RPCs). The output has
 times and peak memory of the stages (without the weights), and the relative error of the latents. No network is needed:
 the checkpoint (15 or 22 GB, including UMT5-XXL) is generated on the GPU, written to --directory and removed at the end.
 

@@ -181,9 +181,9 @@ PLANTED = [
     ),
     Planted("listening", "dev", "listens on", set_shared("FLEET_METRICS_PORT", "9091")),
     Planted("listening", "keda", "listens on", edit(_D, "coordinator", f"{CONTAINER}/env/0/value", "0.0.0.0:50054")),
-    Planted("grace", "dev", "is below the", set_shared("FLEET_GRACE_SECONDS", "60")),
-    Planted("grace", "dev", "is below the", edit(_D, "coordinator", f"{CONTAINER}/lifecycle/preStop/sleep/seconds", 20)),
-    Planted("grace", "gpu-group", "is below the", edit(_D, "denoising", f"{POD}/terminationGracePeriodSeconds", 45)),
+    Planted("grace", "dev", "is below", set_shared("FLEET_GRACE_SECONDS", "60")),
+    Planted("grace", "dev", "is below", edit(_D, "coordinator", f"{CONTAINER}/lifecycle/preStop/sleep/seconds", 20)),
+    Planted("grace", "gpu-group", "is below", edit(_D, "denoising", f"{POD}/terminationGracePeriodSeconds", 45)),
     Planted(
         "references",
         "dev",

@@ -210,7 +210,7 @@ def test_settings_select_the_approximation() -> None:
     assert given.approximation == Approximation("float8", 0.1)
 
 
-def test_a_negative_threshold_is_refused_before_anything_is_started(
+def test_a_negative_threshold_is_refused_before_the_service_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(denoising, "serve", lambda *_, **__: pytest.fail("the service started"))

@@ -50,7 +50,7 @@ def with_graphs(*, remembers: bool = False, max_bytes: int = 1 << 20) -> tuple[D
     return stage, capture
 
 
-def test_hooks_and_branches_of_each_step() -> None:
+def test_hooks_and_branches_run_in_each_step() -> None:
     stage, config = loop_stage()
     run(stage, loop_input())
     expected: list[str] = []

@@ -172,7 +172,7 @@ def test_inconsistent_modules_are_refused(
         Flux2PipelineConfig.from_checkpoint(changed(path, tmp_path / "bad", file, change))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_encoder_knows_is_refused_when_opened(path: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(path: Path, tmp_path: Path) -> None:
     def shrink(values: dict[str, Any]) -> None:
         values["text_config"]["vocab_size"] = 99
 

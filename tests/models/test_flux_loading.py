@@ -150,7 +150,7 @@ def test_an_unsupported_tokenizer_is_refused_with_the_supported_tokenizers(check
     assert all("Tokenizer" in name for name in supported)
 
 
-def test_every_tokenizer_that_is_loaded_is_checked_for_a_vocabulary() -> None:
+def test_every_loaded_tokenizer_has_a_vocabulary_check() -> None:
     assert all(has_vocabulary(name) for name in _LOADERS if kind_of(name) == "Tokenizer")
 
 

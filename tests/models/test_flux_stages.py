@@ -89,7 +89,9 @@ def test_conditioning_has_one_row_for_all_outputs(prepared: Slots) -> None:
     ("negative_prompt", "scale", "encoded"),
     [(None, 5.0, False), ("x", 1.0, False), ("x", None, False), ("", 1.1, True)],
 )
-def test_negative_branch(dev: Pair, negative_prompt: str | None, scale: float | None, encoded: bool) -> None:
+def test_the_negative_prompt_is_encoded_only_with_guidance(
+    dev: Pair, negative_prompt: str | None, scale: float | None, encoded: bool
+) -> None:
     prompt = dataclasses.replace(PROMPT, negative_prompt=negative_prompt)
     sampling = dataclasses.replace(SAMPLING, true_cfg_scale=scale)
     made = run(dev, "text_encoding", {"prompt": prompt, "sampling": sampling})["text_conditioning"]
@@ -111,13 +113,13 @@ def test_truncated_text_is_reported(dev: Pair) -> None:
     assert negative.endswith("red moon")
 
 
-def test_very_long_text_is_reported_in_part(dev: Pair) -> None:
+def test_the_report_of_very_long_text_is_shortened(dev: Pair) -> None:
     recorded = RecordedCall()
     run(dev, "text_encoding", {"prompt": Prompt(prompt="the cat " * 4000), "sampling": SAMPLING}, recorded.call())
     assert [len(message) < 2200 for _, message in recorded.warnings] == [True, True]
 
 
-def test_text_that_just_fits_is_not_reported(dev: Pair) -> None:
+def test_text_of_maximum_length_is_not_reported(dev: Pair) -> None:
     recorded = RecordedCall()
     prompt = Prompt(prompt="the " * 75, prompt_2="a red cat", max_sequence_length=4)
     run(dev, "text_encoding", {"prompt": prompt, "sampling": SAMPLING}, recorded.call())
@@ -152,7 +154,7 @@ def test_the_schedule_ends_at_zero(prepared: Slots) -> None:
     assert schedule.sigmas[-1] == 0
 
 
-def test_schedule_with_a_fixed_shift(dev: Pair) -> None:
+def test_a_fixed_shift_matches_its_formula(dev: Pair) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     stage = TimestepPreparationStage(load_config(dev), Runtime(), {"scheduler": scheduler})
     given = contracts.TimestepPreparationInput(canvas=CANVAS, sampling=SAMPLING)

@@ -135,7 +135,7 @@ def test_conditioning_has_exactly_the_inputs_of_forward(config: GlmImagePipeline
     assert embeds.keys() == config.conditioning_shapes().keys() | config.conditioning_id_shapes(canvas).keys()
 
 
-def test_shapes_of_the_published_size(config: GlmImagePipelineConfig) -> None:
+def test_shapes_match_the_published_size(config: GlmImagePipelineConfig) -> None:
     canvas = Canvas(height=1152, width=768)
     assert config.prior_grid(canvas) == (36, 24)
     assert config.raw_latent_shapes(canvas, 2) == {"image": (2, 16, 144, 96)}

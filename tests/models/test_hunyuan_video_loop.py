@@ -89,7 +89,7 @@ def test_conditioning_has_exactly_the_inputs_of_forward(config: HunyuanVideoPipe
     assert embeds.keys() == config.conditioning_shapes().keys()
 
 
-def test_shapes_of_the_published_size(config: HunyuanVideoPipelineConfig) -> None:
+def test_shapes_match_the_published_size(config: HunyuanVideoPipelineConfig) -> None:
     canvas = Canvas(height=720, width=1280, num_frames=129)
     assert config.raw_latent_shapes(canvas, 2) == {"video": (2, LATENT_CHANNELS, 33, 90, 160)}
     assert config.noise_dtype(torch.bfloat16) == torch.float32

@@ -107,7 +107,7 @@ def test_a_truncated_prompt_is_reported(pair: Pair) -> None:
     assert recorded.warnings == [("prompt", message)]
 
 
-def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:
+def test_the_template_has_as_many_tokens_as_published() -> None:
     assert len(llama_tokenizer()(TEMPLATE.before).input_ids) == TEMPLATE.skipped
 
 

@@ -124,7 +124,7 @@ def test_guidance_branches_match_diffusers(tmp_path: Path, version: str) -> None
 
 
 @VERSIONS
-def test_the_first_frames_own_timestep_may_modulate_its_exchange(tmp_path: Path, version: str) -> None:
+def test_cross_modal_attention_may_use_the_first_frames_timestep(tmp_path: Path, version: str) -> None:
     reference, ours = pair(tmp_path, version)
     given, timestep = inputs(version), torch.tensor([[0.0, 900.5], [0.0, 750.25]])
     results = []

@@ -172,7 +172,7 @@ def test_ltx_2_0_has_no_perturbed_branch(tmp_path: Path) -> None:
     assert config.branches_of(sampling, has_negative=True) == ("positive", "negative")
 
 
-def test_the_first_latent_frame_is_that_of_the_image(model: ServedModel) -> None:
+def test_the_first_latent_frame_equals_the_image(model: ServedModel) -> None:
     loop = Loop(model, "image")
     x = loop.inputs(num_outputs_per_prompt=2)
     assert x.image_latents is not None
@@ -194,7 +194,7 @@ def test_bfloat16_keeps_latents_in_float32(model: ServedModel, kind: str) -> Non
         assert not torch.equal(video, video.bfloat16().float()), "no step may round the latents to bfloat16"
 
 
-def test_shapes_are_those_of_the_published_model() -> None:
+def test_shapes_match_the_published_model() -> None:
     """Default size of LTX-2: 121 frames of 512x768 at 24 frames per second."""
     vae = LTX2VideoVAEConfig.from_dict("vae", {})
     audio_vae = LTX2AudioVAEConfig.from_dict("audio_vae", {})

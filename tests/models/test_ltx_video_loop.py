@@ -136,7 +136,7 @@ def test_decoder_noise_is_configurable(
     assert configs["text"].decoding_noise(sampling) == expected
 
 
-def test_shapes_of_the_published_size(configs: dict[str, LTXVideoPipelineConfig]) -> None:
+def test_shapes_match_the_published_size(configs: dict[str, LTXVideoPipelineConfig]) -> None:
     config, canvas = configs["image"], Canvas(height=512, width=704, num_frames=161)
     assert config.raw_latent_shapes(canvas, 2) == {"video": (2, CHANNELS, 21, 16, 22)}
     assert config.posterior_shape(canvas) == (1, CHANNELS, 1, 16, 22)

@@ -91,7 +91,7 @@ def t2v(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return path, renamed(path, path.with_name("t2v-solver"), [("scheduler", "solver")])
 
 
-def test_a_scheduler_of_another_name_is_served_to_the_same_bytes(t2v: tuple[Path, Path], registry: Registry) -> None:
+def test_a_renamed_scheduler_gives_the_same_bytes(t2v: tuple[Path, Path], registry: Registry) -> None:
     usual, other = open_fleet(str(t2v[0])), LocalFleet(open_model(str(t2v[1]), registry))
     ours, theirs = other.tensors(None, NO_IMAGES, **GIVEN), usual.tensors(None, NO_IMAGES, **GIVEN)
     assert other.model.service("denoising").modules == ("transformer", "solver")
@@ -100,7 +100,7 @@ def test_a_scheduler_of_another_name_is_served_to_the_same_bytes(t2v: tuple[Path
     other.close()
 
 
-def test_an_image_processor_of_another_name_is_served_to_the_same_bytes(tmp_path: Path, registry: Registry) -> None:
+def test_a_renamed_image_processor_gives_the_same_bytes(tmp_path: Path, registry: Registry) -> None:
     path = build_tiny_wan_i2v(tmp_path / "i2v")
     names = [("scheduler", "solver"), ("image_processor", "feature_extractor")]
     usual = open_fleet(str(path))

@@ -92,12 +92,12 @@ def test_prompt_image_and_negative_prompt_change_the_result(pair: Pair) -> None:
         assert relative_error(after, before) > 1e-3
 
 
-def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:
+def test_the_template_has_as_many_tokens_as_published() -> None:
     head, _ = EDIT_TEMPLATE.before.split("<|vision_start|>")
     assert len(qwen_tokenizer()(head).input_ids) == EDIT_TEMPLATE.skipped
 
 
-def test_a_tokenizer_that_the_encoder_does_not_know_is_refused(pair: Pair) -> None:
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(pair: Pair) -> None:
     encoding = QwenImageEditPipelineConfig.from_checkpoint(pair[0].model.checkpoint).image_text_encoding
     encoder = pair[1].text_encoder.model
     known = encoder.get_input_embeddings().num_embeddings

@@ -172,7 +172,7 @@ def test_the_size_follows_from_the_last_image(pairs: dict[bool, Pair]) -> None:
     assert (params.height, params.width) == given_size(200, 50)
 
 
-def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:
+def test_the_template_has_as_many_tokens_as_published() -> None:
     template = plus_template(2)
     head, *_ = template.before.partition("Picture 1:")
     assert len(qwen_tokenizer()(head).input_ids) == template.skipped

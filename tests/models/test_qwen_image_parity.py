@@ -106,7 +106,7 @@ def test_a_prompt_that_fits_is_not_reported(pair: Pair, length: int) -> None:
     assert recorded.warnings == []
 
 
-def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:
+def test_the_template_has_as_many_tokens_as_published() -> None:
     assert len(qwen_tokenizer()(TEMPLATE.before).input_ids) == TEMPLATE.skipped
 
 

@@ -186,7 +186,7 @@ def test_noise_levels_that_are_not_finite_are_refused_at_the_request(
     assert "requests for 1 step will be refused" in caplog.text
 
 
-def test_the_default_number_of_steps_and_the_fewest_are_tried(
+def test_the_default_and_the_fewest_steps_are_tried(
     edited: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[int] = []

@@ -334,7 +334,7 @@ def test_invalid_causal_configs_are_refused(entries: dict[str, Any], message: st
         CausalWanTransformerConfig.from_dict("transformer", {"num_frames_per_block": 2, **entries})
 
 
-def test_a_video_is_made_by_the_services(loop: CausalLoop) -> None:
+def test_the_services_generate_a_video(loop: CausalLoop) -> None:
     """The running loop streams blocks to the decoder; the latents equal the loop's."""
     fleet = open_fleet(str(loop.path))
     given: dict[str, ParamValue] = {"seed": 3, "prompt": "a red apple", "num_frames": FRAMES, **SIZE}

@@ -123,7 +123,7 @@ def test_noise_levels_match_diffusers_flow_schedule() -> None:
     assert warped_levels((1000.0, 750.0, 500.0, 250.0), 5.0) == [pytest.approx(each) for each in expected]
 
 
-def test_a_video_is_made_by_the_services(path: Path) -> None:
+def test_the_services_generate_a_video(path: Path) -> None:
     """The published defaults contain the timesteps; the directory's scheduler config is not read."""
     model = open_model(str(path), load_registry())
     assert "scheduler" not in {name for service in model.services for name in service.modules}

@@ -141,7 +141,7 @@ def test_roles_follow_from_the_checkpoint(tmp_path: Path, wan: Checkpoint) -> No
     assert WanImageToVideoSamplingParams.image_roles(two).required == ("image", "last_image")
 
 
-def test_the_frame_rate_travels_with_the_canvas(wan: Checkpoint) -> None:
+def test_the_canvas_has_the_frame_rate(wan: Checkpoint) -> None:
     params, _ = WanSamplingParams.build({"prompt": "x", "frame_rate": 24}, wan)
     canvas = params.artifacts()["canvas"]
     assert vars(canvas) == {

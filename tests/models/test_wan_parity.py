@@ -74,7 +74,7 @@ def test_noise_of_all_videos_is_drawn_at_once(t2v: Pair) -> None:
 
 
 @pytest.mark.parametrize(("asked", "used"), [(6, 5), (7, 5), (8, 9), (2, 1)])
-def test_frames_are_rounded_as_diffusers_rounds_them(t2v: Pair, asked: int, used: int) -> None:
+def test_frames_are_rounded_as_in_diffusers(t2v: Pair, asked: int, used: int) -> None:
     fleet, pipeline = t2v
     request = given(num_frames=asked, num_inference_steps=1)
     ours = fleet.tensors(seed=SEED, **request)

@@ -95,7 +95,7 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(services: dict[str, H
         assert torch.equal(again.parts["video"].latents, whole.parts["video"].latents), f"after step {state.step}"
 
 
-def test_noise_and_latents_are_float32_whatever_the_weights_are(model: ServedModel) -> None:
+def test_noise_and_latents_are_float32_for_any_weight_dtype(model: ServedModel) -> None:
     config = WanImageToVideoPipelineConfig.from_checkpoint(model.checkpoint)
     assert config.noise_dtype(torch.bfloat16) is torch.float32
     latents, condition = torch.zeros(1, 16, 1, 2, 2), torch.zeros(1, 20, 1, 2, 2)

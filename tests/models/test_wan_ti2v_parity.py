@@ -114,7 +114,7 @@ def test_an_image_is_rotated_by_its_exif_orientation(sides: Sides) -> None:
     check(ours, sides.theirs({"num_inference_steps": 1}, image))
 
 
-def test_the_first_latent_frame_is_that_of_the_image(sides: Sides) -> None:
+def test_the_first_latent_frame_equals_the_image(sides: Sides) -> None:
     """The result has the image's own latents, not the solver's output for this frame."""
     image = coarse_image(150, 90, seed=1)
     config = sides.image.vae.config

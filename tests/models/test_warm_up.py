@@ -199,7 +199,7 @@ def test_a_size_that_is_rounded_is_reported(caplog: pytest.LogCaptureFixture) ->
         ("64x9999", "warm_up 64x9999: width must be a whole number from 1 to 8192"),
     ],
 )
-def test_a_bad_size_is_refused_before_anything_is_loaded(
+def test_an_invalid_warm_up_size_is_refused_before_weights_are_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, words: str
 ) -> None:
     def start(*_: object, **__: object) -> None:

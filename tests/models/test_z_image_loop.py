@@ -111,7 +111,7 @@ def test_conditioning_has_exactly_the_inputs_of_forward(config: ZImagePipelineCo
     assert embeds.keys() == config.conditioning_shapes().keys()
 
 
-def test_shapes_of_the_published_size(config: ZImagePipelineConfig) -> None:
+def test_shapes_match_the_published_size(config: ZImagePipelineConfig) -> None:
     canvas = Canvas(height=1024, width=768)
     assert config.raw_latent_shapes(canvas, 2) == {"image": (2, 16, 128, 96)}
     assert config.noise_dtype(torch.bfloat16) == torch.float32

@@ -14,7 +14,7 @@ from typing import Self
 def skew_clock(seconds: float) -> None:
     """Skew the time of day in this process; the monotonic clock is unchanged.
 
-    gRPC's Python code keeps the true clock, as it passes deadlines to gRPC's core, which reads the kernel's clock. On a
+    gRPC's Python code reads the true clock, as it passes deadlines to gRPC's core, which reads the kernel's clock. On a
     host with a skewed clock, both clocks would be equal.
     """
     importlib.import_module("grpc._channel")  # otherwise loaded later, by the first synchronous channel

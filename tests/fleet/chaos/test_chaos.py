@@ -71,7 +71,7 @@ def churn_plan(poison: int = 2, death_seconds: float = 8.0) -> Plan:
     )
 
 
-def test_a_churn_plan_has_only_its_poison_requests_fail() -> None:
+def test_only_poison_requests_of_a_churn_plan_may_fail() -> None:
     drawn = churn_plan()
     behaviours = Counter(order.behaviour for order in drawn.orders)
     assert behaviours.pop(Behaviour.POISON) == 2
@@ -194,7 +194,7 @@ def test_a_lost_or_unfinished_request_is_a_finding() -> None:
     on_store(scenario)
 
 
-def test_an_end_twice_or_unexplained_is_a_finding() -> None:
+def test_a_second_or_unexplained_end_is_a_finding() -> None:
     async def scenario(redis: Redis, store: RequestStore) -> None:
         for name in ("twice", "failed", "stray"):
             await accepted(store, name)

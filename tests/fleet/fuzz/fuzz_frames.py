@@ -47,7 +47,7 @@ def _fill_tensors(slot: str, near: Any, far: Any) -> list[bytes]:
 
 def _sample_items(kind: type[Message], slot: FieldDescriptor) -> list[bytes]:
     """Two stream items: one with inline tensors, and one with chunked tensors."""
-    assert slot.message_type is not None, "a stream is one of artifacts"
+    assert slot.message_type is not None, "a stream consists of artifacts"
     near, far = cast(Any, kind)(), cast(Any, kind)()
     artifacts = []
     for index, frame in enumerate((near, far)):
