@@ -149,8 +149,8 @@ def test_a_wrong_password_is_one_line(each_store_url: str) -> None:
         ("redis://:sec#ret@host", "error redis: redis: '***' is no Redis URL"),
     ],
 )
-def test_a_store_that_cannot_be_reached_is_one_line(each_store_url: str, words: str) -> None:
-    (line,) = found(each_store_url)
+def test_a_store_that_cannot_be_reached_is_one_line(url: str, words: str) -> None:
+    (line,) = found(url)
     assert line.startswith(words)
     assert "-> check host, port, login and TLS of --redis" in line
     assert "secret" not in line

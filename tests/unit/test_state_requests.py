@@ -309,6 +309,6 @@ def test_what_was_accepted_survives_a_killed_server(name: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://x", "redis//x", ""])
-def test_a_url_of_something_else_is_refused(each_store_url: str) -> None:
+def test_a_url_of_something_else_is_refused(url: str) -> None:
     with pytest.raises(InvalidInput, match="no Redis URL"):
-        connect(each_store_url)
+        connect(url)
