@@ -25,7 +25,7 @@ SHARE = 0.01
 EVERY = 25
 WITHOUT = ("--step-checkpoint-seconds", "0")
 NEVER, BY_DEFAULT, OFTEN = "none", "by default", f"every {EVERY} steps"
-WAYS: Mapping[str, tuple[str, ...]] = {
+INTERVALS: Mapping[str, tuple[str, ...]] = {
     NEVER: WITHOUT,
     BY_DEFAULT: (),
     OFTEN: (*WITHOUT, "--step-checkpoint-every", str(EVERY)),
@@ -62,18 +62,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="requests per worker")
     parser.add_argument("--sleep-ms", type=float, default=25.0, help="time of the transformer; UniPC adds to it")
     args = parser.parse_args()
-    print_machine(f"Checkpoints of {STATE_MB:.0f} MB: {args.rounds} requests of {args.steps} steps each way")
+    print_machine(f"Checkpoints of {STATE_MB:.0f} MB: {args.rounds} requests of {args.steps} steps per interval")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model = build_checkpoint(directory / "model", args.sleep_ms / 1e3)
-        with paced_fleet(directory, model, *WAYS.values()) as (stub, logs):
-            for _ in range(args.rounds * len(WAYS)):  # idle workers are used alternately
+        with paced_fleet(directory, model, *INTERVALS.values()) as (stub, logs):
+            for _ in range(args.rounds * len(INTERVALS)):  # idle workers are used alternately
                 denoise(stub, args.steps)
-        found = {way: steps_of(log, args.steps) for way, log in zip(WAYS, logs, strict=True)}
+        found = {name: steps_of(log, args.steps) for name, log in zip(INTERVALS, logs, strict=True)}
     rows = []
-    for way, requests in found.items():
+    for name, requests in found.items():
         steps = [each for request in requests for each in request]
-        rows.append((way, len(steps), sum(steps) / len(steps), median(steps), quantile(steps, 0.99)))
+        rows.append((name, len(steps), sum(steps) / len(steps), median(steps), quantile(steps, 0.99)))
     print_table(("checkpoints", "steps", "mean ms per step", "median", "p99"), rows)
     costs = checkpoint_costs(found[OFTEN])
     print_table(

@@ -105,13 +105,13 @@ def _report(local: list[Mapping[str, float]], timelines: list[Timeline]) -> None
     )
     stages = ", ".join(f"{name} {median(each[name] for each in local):.1f}" for name in local[0] if name != "total")
     say(f"Stages in one process, ms: {stages}. The files are equal, byte by byte.")
-    say(f"Intervals of the fleet's events, ms: {_way(timelines)}.")
+    say(f"Intervals of the fleet's events, ms: {_event_intervals(timelines)}.")
     ours, theirs = median(totals), median(fleet)
     say(f"Ratio of the medians: {theirs / ours:.3f}")
     print_verdict("overhead of the median request", theirs - ours, FIXED_MS + SHARE * ours, "ms")
 
 
-def _way(timelines: list[Timeline]) -> str:
+def _event_intervals(timelines: list[Timeline]) -> str:
     """Format the median times between consecutive events at the client."""
     moments = {
         "accepted": [each.accepted for each in timelines],
