@@ -1,15 +1,15 @@
-# Targets: `coordinator` (no torch), `cpu` and `gpu` (every stage service). BuildKit is needed.
+# Targets: `coordinator` (without torch), `cpu` and `gpu` (every stage service). Requires BuildKit.
 #
 #     docker build --target cpu --build-arg TORCH_INDEX=... -t diffusion-fleet:cpu .
 #
-# TORCH_INDEX: a package index to ask for torch besides the default one, for the cpu target. PyPI's torch for Linux brings
-# CUDA's libraries along; the index of CPU wheels that pytorch.org names spares the image several gigabytes.
-# Secret pip_conf: a pip.conf for this build (mirrors, find-links, certificates). No layer keeps it.
+# TORCH_INDEX: an additional package index for torch, for the cpu target. PyPI's torch for Linux includes
+# CUDA libraries; pytorch.org's index of CPU wheels makes the image several gigabytes smaller.
+# Secret pip_conf: a pip.conf for this build (mirrors, find-links, certificates), which is not stored in a layer.
 #
 #     docker build --secret id=pip_conf,src=$HOME/.config/pip/pip.conf ...
 
 FROM python:3.11-slim AS base
-# Big buffers stay with the process from one tensor to the next, instead of being mapped and faulted in anew.
+# malloc reuses large buffers for later tensors instead of mapping and page-faulting new ones.
 ENV GLIBC_TUNABLES=glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=268435456:glibc.malloc.arena_max=4 \
     PATH=/fleet/venv/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
@@ -23,7 +23,7 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-m", "common.rpc.probe", "127.0.0.1:50051"]
 ENTRYPOINT ["fleet", "serve"]
 
-# The wheel, and what it needs by target: a change of code rebuilds the first and leaves the others as they are.
+# The wheel, and its dependencies by target: a code change rebuilds only the wheel's layer.
 FROM base AS wheel
 COPY pyproject.toml ./
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
@@ -46,7 +46,7 @@ COPY --from=wheel /fleet/worker.txt ./
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r worker.txt
 
-# Triton compiles the launchers of its kernels with a C compiler, when they first run.
+# Triton compiles kernel launchers with a C compiler at their first run.
 FROM coordinator-packages AS gpu-packages
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
@@ -59,7 +59,7 @@ USER 10001:10001
 
 FROM gpu-packages AS gpu
 RUN --mount=type=bind,from=wheel,source=/fleet/dist,target=/dist pip install --no-deps /dist/*.whl
-# A volume that is mounted here gets its owner from the image.
+# A volume mounted here inherits its owner from the image.
 RUN install --directory --owner 10001 --group 10001 /var/cache/fleet
 USER 10001:10001
 

@@ -1,8 +1,8 @@
-"""Lets a Docker build find what pip finds on this machine: writes a pip.conf, and serves local folders on loopback.
+"""Provides the host's pip settings to a Docker build: writes a pip.conf, and serves local folders on loopback.
 
-A build container sees no folder of the host. `python .ci/links.py PIP_CONF` reads pip's own settings, replaces every
-local folder of find-links and extra-index-url by an address on loopback (the build runs with --network=host), writes
-the rest as it is, and serves until it is ended. PIP_CONF belongs to the build alone: it is passed as a secret.
+A build container has no access to the host's folders. `python .ci/links.py PIP_CONF` reads pip's settings, replaces
+every local folder in find-links and extra-index-url by a loopback address (the build runs with --network=host), copies
+all other settings, and serves until it is terminated. PIP_CONF is passed to the build as a secret.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KEYS = ("index-url", "extra-index-url", "find-links", "trusted-host", "cert", "t
 
 
 def pip_settings() -> dict[str, str]:
-    """What pip is set to here, by option; the environment wins over files, as it does for pip."""
+    """pip's settings on this host, by option; the environment overrides files, as in pip."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     pairs = [line.partition("=")[::2] for line in lines]
@@ -30,9 +30,9 @@ def pip_settings() -> dict[str, str]:
 
 
 def served(place: str, folder: Path, address: str) -> str:
-    """Where a build finds `place`: a local folder is linked into the served `folder`, an address stays as it is.
+    """Address of `place` for a build: a local folder is linked into the served `folder`; a URL is unchanged.
 
-    The link goes to the parent, since an index refers to its files by relative paths.
+    The link points to the parent, as an index refers to its files by relative paths.
     """
     parts = urlsplit(place)
     if parts.scheme not in ("", "file"):
@@ -44,7 +44,7 @@ def served(place: str, folder: Path, address: str) -> str:
 
 
 def main(target: Path) -> None:
-    """Write the pip.conf and serve; the caller ends this process."""
+    """Write the pip.conf and serve until the caller terminates this process."""
     with tempfile.TemporaryDirectory() as directory:
         handler = functools.partial(SimpleHTTPRequestHandler, directory=directory)
         with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -1,4 +1,4 @@
-"""The outside of a Flux checkpoint, for tests that load no weights: every file that is opened, as small as can be."""
+"""A minimal Flux checkpoint for tests that load no weights: every file that is opened, as small as possible."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TOKENIZERS = {"tokenizer": _BPE, "tokenizer_2": _UNIGRAM}
 
 
 def safetensors_bytes(tensors: Mapping[str, Sequence[float]]) -> bytes:
-    """A file of float32 vectors of zeros, as long as the given ones."""
+    """A safetensors file of float32 zeros; each vector has the length of the given tensor."""
     header: dict[str, object] = {}
     end = 0
     for name, values in tensors.items():

@@ -1,4 +1,4 @@
-"""Certificates for tests: authorities made on the spot, and what they sign."""
+"""X.509 certificate authorities for tests, and the certificates that they issue."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Certificate:
 
 
 class Authority:
-    """Signs certificates; `ca` is the file by which others know it."""
+    """A certificate authority with a self-signed root; `ca` is the PEM file of its certificate."""
 
     def __init__(self, directory: Path, name: str = "authority", *, path_length: int = 0) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ class Authority:
         self.ca.write_bytes(_pem(certificate.sign(self._key, hashes.SHA256())))
 
     def subordinate(self, name: str, valid: datetime.timedelta = _DAY) -> Authority:
-        """An authority whose certificate this one has signed; `path_length` must allow it."""
+        """An intermediate authority that this one has signed; `path_length` must allow it."""
         other = Authority(self._directory / name, name)
         constraints = x509.BasicConstraints(ca=True, path_length=0)
         builder = _builder(other._name, self._name, other._key.public_key(), valid)
@@ -48,9 +48,9 @@ class Authority:
     def issue(
         self, *names: str, valid: datetime.timedelta = _DAY, usage: x509.ObjectIdentifier | None = None
     ) -> Certificate:
-        """A certificate for these names, which may be IP addresses. Files of the same first name are replaced.
+        """Issue a certificate for DNS names or IP addresses. Files of the same first name are replaced.
 
-        It ends to be `valid` after so long, which may be negative; with a `usage` it is for that alone.
+        It expires after `valid`, which may be negative. `usage` is its only extended key usage; None: no restriction.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])

@@ -1,5 +1,4 @@
-"""What tests share: small Flux checkpoints, open on both sides and built once a session, ranks of worker
-groups, and a logger of their own."""
+"""Shared fixtures: stores, TLS authorities, small checkpoints, rank processes, and the root logger."""
 
 from __future__ import annotations
 
@@ -10,22 +9,27 @@ from typing import Any
 
 import pytest
 
-# Read when Triton is first imported, which torch does where it is installed: kernels then run on the CPU.
+# Runs Triton kernels on the CPU. Triton reads it when it is first imported, which importing torch does.
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch import Tensor
 
+from certificates import Authority
 from flux_pair import Pair, open_pair
+from models.catalog import ServedModel, open_model
+from models.registry import load_registry
 from rank_pool import RankPool
+from redis_servers import RedisServer, running_server, server_binaries
 from tiny_flux import build_tiny_flux
+from toy_checkpoint import build_toy_checkpoint, toy_family
 
 
 @pytest.fixture(autouse=True)
 def own_logging() -> Iterator[None]:
-    """Put the root logger back: a service's main(), run in a test, sets it up for its process.
+    """Restore the root logger, which a service's main() configures for its process.
 
-    Else a later record would go to a stream that is closed by then, and logging would complain on stderr.
+    Otherwise a later log record is written to a closed stream, and logging prints an error on stderr.
     """
     root = logging.getLogger()
     level, handlers, logger_class = root.level, list(root.handlers), logging.getLoggerClass()
@@ -39,9 +43,50 @@ def own_logging() -> Iterator[None]:
         root.addHandler(handler)
 
 
+@pytest.fixture(scope="module")
+def store_url() -> Iterator[str]:
+    """URL of a Valkey server of this module."""
+    with running_server("valkey") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module", params=sorted(server_binaries()))
+def each_store_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """URL of a server of this module; once with Valkey and once with Redis, where Redis is installed."""
+    with running_server(request.param) as server:
+        yield server.url
+
+
+@pytest.fixture(params=sorted(server_binaries()))
+def each_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    """A server of this test, which the test may kill and restart; once with Valkey and once with Redis."""
+    with running_server(request.param) as server:
+        yield server
+
+
+@pytest.fixture
+def fleet_ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The certificate authority of the fleet."""
+    return Authority(tmp_path_factory.mktemp("fleet"))
+
+
+@pytest.fixture
+def other_ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """A certificate authority that the fleet does not trust."""
+    return Authority(tmp_path_factory.mktemp("others"), "somebody else")
+
+
+@pytest.fixture(scope="module")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
+    """The model "toy" of the toy family, whose plugin is loaded for this module."""
+    with toy_family(tmp_path_factory.mktemp("plugins") / "toy") as directory:
+        path = build_toy_checkpoint(tmp_path_factory.mktemp("toy"))
+        yield open_model(f"toy={path}", load_registry([directory]))
+
+
 @pytest.fixture
 def rounded_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise in bfloat16 is that in float32, rounded. So it is from torch 2.13 on; before, it is drawn otherwise."""
+    """Make torch.randn() draw bfloat16 noise as rounded float32 noise, as torch 2.13 and later do."""
     draw = torch.randn
 
     def rounded(*size: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
@@ -52,14 +97,14 @@ def rounded_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """Like FLUX.1-dev: guidance embedding, schedule shifted by size."""
+    """A checkpoint like FLUX.1-dev: guidance embedding, schedule shifted by image size."""
     with open_pair(str(build_tiny_flux(tmp_path_factory.mktemp("dev")))) as pair:
         yield pair
 
 
 @pytest.fixture(scope="session")
 def schnell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """Like FLUX.1-schnell: no guidance embedding, schedule with a fixed shift."""
+    """A checkpoint like FLUX.1-schnell: no guidance embedding, schedule with a fixed shift."""
     path = tmp_path_factory.mktemp("schnell")
     with open_pair(str(build_tiny_flux(path, guidance_embeds=False, dynamic_shift=False, seed=1))) as pair:
         yield pair
@@ -67,7 +112,7 @@ def schnell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 @pytest.fixture(scope="session")
 def rank_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    """Four processes that form worker groups of any layout, one after the other."""
+    """Four CPU processes that form worker groups of any layout, one layout at a time."""
     pool = RankPool(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.close()

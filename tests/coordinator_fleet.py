@@ -1,4 +1,4 @@
-"""A coordinator in this process with workers whose stages do what a test says, over real gRPC and a real store."""
+"""A coordinator in this process, with workers whose stages run a test's script; gRPC and the store are real."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _latents() -> Latents:
 
 
 def _outputs(values: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Something for every slot that Flux's services write; the picture has `size` bytes, which the seed decides."""
+    """A value for every slot that Flux's services write; the image has `size` bytes, derived from the seed."""
     canvas = values.get("canvas")
     made: dict[str, Any] = {
         "text_conditioning": Conditioning(prompt_embeds={"x": torch.zeros(300_000)}),
@@ -73,7 +73,7 @@ def _outputs(values: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 @dataclass
 class Script:
-    """What a fake stage does on the device thread: `work`, with a Call to report to, and then its outputs."""
+    """A fake stage: runs `work` with its Call on the device thread, then returns its outputs."""
 
     contract: Contract
     work: Callable[[Call], None] = _ignore
@@ -95,7 +95,7 @@ class Script:
 
 
 class Gate:
-    """Holds stages up until the test opens it. Cancelled calls go through with an error, as real stages do."""
+    """Blocks stages until the test opens it. A cancelled call raises Cancelled, as in real stages."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()
@@ -108,7 +108,7 @@ class Gate:
         call.check_cancelled()
 
     async def wait_reached(self) -> None:
-        """Until a stage waits here."""
+        """Wait until a stage is blocked here."""
         assert await asyncio.to_thread(self.reached.wait, 20)
 
 
@@ -125,21 +125,21 @@ class FakeWorker:
         await self.registry.withdraw(self.info.worker_id)
 
     async def leave(self, grace: float) -> None:
-        """End as at SIGTERM."""
+        """Drain and stop, as on SIGTERM."""
         await leave(self.info, self.registry, self.server, self.servicer, grace)
 
     async def hang_up(self) -> None:
-        """Lose all calls and refuse new ones, as behind a broken network; heartbeats go on."""
+        """Drop all calls and refuse new ones, as in a network failure; heartbeats continue."""
         await self.server.grpc_server.stop(None)
 
     async def die(self) -> None:
-        """Stop serving and announcing at once, and report that to nobody."""
+        """Stop serving and sending heartbeats at once, without withdrawing from the store."""
         self.registry._stop_beat(self.info.worker_id)
         await self.hang_up()
 
 
 class FakeFleet:
-    """The store's URL, workers and coordinators; all end with the context of running_fleet()."""
+    """The store's URL, workers and coordinators; running_fleet() stops them when its context exits."""
 
     def __init__(self, url: str, model: ServedModel, directory: Path, stack: AsyncExitStack) -> None:
         self.url = url
@@ -159,11 +159,11 @@ class FakeFleet:
         reports_begun: bool = True,
         numerics: str = "",
     ) -> FakeWorker:
-        """Serve and announce one more worker, by default with the service's common script.
+        """Start and announce another worker, by default with the service's shared script.
 
-        `announced` is the capacity that it claims to have, if that is another. A heartbeat lasts for `ttl_seconds`.
-        One that does not announce that it `reports_begun` stands for workers older than that. Without `numerics`, its
-        numerics fingerprint, it equals no other worker.
+        `announced` is the announced capacity, if it differs from `capacity`. A heartbeat expires after `ttl_seconds`.
+        Without `reports_begun`, it behaves as a worker of an older release. `numerics` is its numerics fingerprint;
+        without it, the worker is equal to no other.
         """
         script = script or self.scripts[service]
         executor = ThreadPoolExecutor(1)
@@ -197,7 +197,7 @@ class FakeFleet:
         return worker
 
     async def add_workers(self, services: Sequence[str] = SERVICES) -> None:
-        """One worker for each service."""
+        """Add one worker of each service."""
         for service in services:
             await self.add_worker(service)
 
@@ -212,7 +212,7 @@ class FakeFleet:
         return coordinator, generation_pb2_grpc.GenerationServiceStub(channel)
 
     async def start_process(self, listen: str, *more: str) -> Process:
-        """A coordinator as a process of its own, which listens; killed with the fleet if it still lives."""
+        """Start a coordinator in a process of its own, which is killed with the fleet if it still runs."""
         beat = ("--heartbeat-seconds", "0.1", "--heartbeat-ttl-seconds", "0.5")
         words = ("--listen", listen, "--redis", self.url, *beat, "--log-level", "ERROR", *more)
         command = (sys.executable, "-m", "services.coordinator", *words)
@@ -234,12 +234,12 @@ async def _forget(worker: FakeWorker) -> None:
     try:
         await worker.withdraw()
     except Unavailable:
-        return  # The test has taken the store away.
+        return  # The test has stopped the store.
 
 
 @asynccontextmanager
 async def running_fleet(url: str, model: ServedModel) -> AsyncIterator[FakeFleet]:
-    """An empty store and nothing else yet."""
+    """A fleet with an empty store, and no workers or coordinators yet."""
     async with connect(url) as redis:
         await redis.flushall()
     with tempfile.TemporaryDirectory(prefix="fleet-") as directory:
@@ -258,7 +258,7 @@ def run_on_fleet(url: str, test: Callable[[FakeFleet], Awaitable[None]]) -> None
 
 
 def emoji() -> ServedModel:
-    """The shipped model, of which only the configs are read."""
+    """The shipped model "emoji"; only its configs are read."""
     return open_model("emoji", load_registry())
 
 

@@ -1,4 +1,4 @@
-"""The denoising stage's input as a safetensors file: how tests hand one input to several processes."""
+"""The denoising stage's input as a safetensors file, to pass one input to several processes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from models.contracts import DenoisingInput
 
 
 def save_input(x: DenoisingInput, path: Path) -> None:
-    """Write all but resume_from."""
+    """Write every field except resume_from to `path`."""
     shapes: dict[str, tuple[int, ...]] = {}
     tensors = {"schedule.timesteps": x.schedule.timesteps, "schedule.sigmas": x.schedule.sigmas}
     for slot, latents in (("initial", x.initial_latents), ("image", x.image_latents)):
         for name, part in latents.parts.items() if latents else ():
             tensors[f"{slot}.{name}"] = part.latents
             shapes[f"{slot}.{name}"] = part.raw_latent_shape
-    for slot, conditioning in (("text", x.text_conditioning), ("picture", x.image_conditioning)):
+    for slot, conditioning in (("text", x.text_conditioning), ("image", x.image_conditioning)):
         if conditioning:
             tensors |= {f"{slot}.positive.{name}": value for name, value in conditioning.prompt_embeds.items()}
             tensors |= {f"{slot}.negative.{name}": value for name, value in conditioning.negative_prompt_embeds.items()}
@@ -35,7 +35,7 @@ def save_input(x: DenoisingInput, path: Path) -> None:
 
 
 def load_input(path: str | Path) -> DenoisingInput:
-    """Read it."""
+    """Read an input that save_input() wrote."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         numbers = json.loads(file.metadata()["numbers"])
@@ -45,7 +45,7 @@ def load_input(path: str | Path) -> DenoisingInput:
         image_latents=_latents(tensors, "image", numbers["shapes"]) if _below(tensors, "image") else None,
         schedule=Schedule(timesteps=timesteps, sigmas=tensors["schedule.sigmas"], num_inference_steps=len(timesteps)),
         text_conditioning=_conditioning(tensors, "text"),
-        image_conditioning=_conditioning(tensors, "picture") if _below(tensors, "picture") else None,
+        image_conditioning=_conditioning(tensors, "image") if _below(tensors, "image") else None,
         sampling=_sampling(numbers["sampling"]),
         latents_generator=_generator(tensors, numbers["sampling"]["seed"]),
     )
@@ -56,7 +56,7 @@ def _generator(tensors: Mapping[str, Tensor], seed: int) -> Generator | None:
 
 
 def _sampling(values: dict[str, Any]) -> Sampling:
-    """From JSON, which has lists in place of tuples."""
+    """Convert from JSON, which has lists instead of tuples."""
     params = {name: tuple(each) if isinstance(each, list) else each for name, each in values["params"].items()}
     return Sampling(**values | {"sigmas": tuple(values["sigmas"]), "params": params})
 

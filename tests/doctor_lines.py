@@ -8,7 +8,7 @@ from services.cli.doctor_results import Result, Status
 
 
 def lines(results: Iterable[Result]) -> list[str]:
-    """Each result as STATUS NAME: FOUND -> ADVICE. Only results that are right have no advice."""
+    """Format each result as STATUS NAME: FOUND -> ADVICE. Only results with status "ok" have no advice."""
     listed = list(results)
     assert all(bool(each.advice) == (each.status is not Status.OK) for each in listed)
     return [

@@ -1,4 +1,4 @@
-"""A driver over fakes of the store, the leases and the slots, and one request that waits wherever a test wants."""
+"""A driver with a fake store, leases and worker slots, and one request that a test can block at several points."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import cast
 
+from async_tests import wait_until
 from common.errors import NotFound
 from common.pipeline import ServiceSpec, StageSpec
 from common.rpc.framing import Packet
@@ -16,7 +17,6 @@ from common.state.requests import Admission, AdmissionLimits, RequestStore
 from common.state.worker_slots import WorkerSlot, WorkerSlots
 from fleet.v1 import artifacts_pb2
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import until
 from services.coordinator.driver import Driver
 from services.coordinator.request_life import ExecutionContext, Phase, Submission
 from services.coordinator.worker_runner import ArtifactMemory, Connections, Workers
@@ -27,7 +27,7 @@ CANCELLED, FAILED = State.REQUEST_STATE_CANCELLED, State.REQUEST_STATE_FAILED
 
 
 class Gate:
-    """A call that waits until it is opened."""
+    """Blocks calls until it is opened."""
 
     def __init__(self) -> None:
         self.reached, self.opened = asyncio.Event(), asyncio.Event()
@@ -38,7 +38,7 @@ class Gate:
 
 
 class Store(RequestStore):
-    """A store of one request. Its calls fail with `admit_error`, and wait at gates where they have one."""
+    """A store of one request. admit() raises `admit_error`; calls block at their gate, if there is one."""
 
     def __init__(self) -> None:
         self.admit_gate: Gate | None = None
@@ -47,7 +47,7 @@ class Store(RequestStore):
         self.admit_error: Exception | None = None
         self.is_stored = True
         self.deadline_seconds = 0
-        """Seconds from the admission to the deadline of the stored request; 0: none."""
+        """Seconds between admission and deadline of the stored request; 0: no deadline."""
         self.replayed = False
         self.epoch = 1
         self.ends: list[tuple[int, StateValue, str]] = []
@@ -94,7 +94,7 @@ class Store(RequestStore):
 
 
 class Owners(Leases):
-    """Gives requests away for a take-over, a list a call, and then none."""
+    """Leases of other coordinators. Each take_over() returns the next list of `given`, then empty lists."""
 
     def __init__(self) -> None:
         self.given: list[list[Inherited]] = []
@@ -115,7 +115,7 @@ class Owners(Leases):
 
 
 class Queue(WorkerSlots):
-    """Claims wait for ever, or until there is a worker to wait for."""
+    """A queue whose claims wait until they are cancelled."""
 
     def __init__(self) -> None:
         self.claims: list[str] = []
@@ -134,7 +134,7 @@ class Queue(WorkerSlots):
 
 
 class Case:
-    """A driver over fakes, and the request "r"."""
+    """A driver with fakes, and the request "r"."""
 
     def __init__(self) -> None:
         self.store, self.owners, self.queue = Store(), Owners(), Queue()
@@ -147,30 +147,30 @@ class Case:
     def phases(self) -> list[Phase]:
         return [execution.phase for execution in self.driver._registry]
 
-    async def until(self, *phases: Phase) -> None:
-        """Wait until the executions of the request are in these phases, by epoch."""
+    async def wait_until(self, *phases: Phase) -> None:
+        """Wait until the executions of the request, in order of epoch, are in these phases."""
 
         async def are_reached() -> bool:
             return self.phases == list(phases)
 
-        await until(are_reached)
+        await wait_until(are_reached)
 
     async def run(self, *, key: str = "k", raw: bool = False) -> None:
         """Accept the request, whose stage waits for a slot."""
         await self.driver.accept(submission(key=key, raw=raw))
-        await self.until(Phase.RUNNING)
+        await self.wait_until(Phase.RUNNING)
         await self.claimed(1)
 
     async def claimed(self, count: int) -> None:
-        """Wait until there were so many claims."""
+        """Wait until the driver has made at least `count` claims."""
 
         async def are_made() -> bool:
             return len(self.queue.claims) >= count
 
-        await until(are_made)
+        await wait_until(are_made)
 
     async def inherit(self, epoch: int = 2, *, cancel: bool = False) -> None:
-        """Take the request over, under an epoch."""
+        """Take over the request in the given epoch."""
         self.store.epoch = epoch
         record = pb.RequestRecord(request_id="r", model="emoji")
         self.owners.given.append([Inherited(record, epoch, b"stored", cancel, None, "lost")])
@@ -188,8 +188,8 @@ def restore(record: pb.RequestRecord, stored: bytes) -> Submission:
     return submission()
 
 
-def story(test: Callable[[Case], Awaitable[None]]) -> Case:
-    """Run a test within a time limit; no task of it may fail by a defect."""
+def run_case(test: Callable[[Case], Awaitable[None]]) -> Case:
+    """Run a test within 20 s; asserts that no task raises an unhandled exception."""
     defects: list[object] = []
 
     async def whole() -> Case:

@@ -1,7 +1,7 @@
-"""Fake CUDA graphs for tests on a CPU: operations recorded with the addresses of their tensors, which a replay repeats.
+"""Fake CUDA graphs for CPU tests: a capture records operations with tensor addresses, a replay repeats them.
 
-As with CUDA, a capture computes nothing, a replay runs no Python of the denoiser, tensors from outside the graph are
-addresses that the graph does not own, and graphs of one pool overwrite each other's outputs.
+As with CUDA, a capture computes nothing, a replay runs no Python code of the denoiser, the graph does not own the
+memory of tensors from outside it, and graphs of one pool overwrite each other's outputs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from models.dits.base import Predictions
 from models.stages.step_memory import Captured
 
 Written = tuple[Tensor, Tensor]
-"""A tensor that an operation is about to overwrite, and its values before."""
+"""A tensor that an operation will overwrite, and a copy of its values before that."""
 DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-"""Tags of operations that read values on the host: a stream that is captured does not permit them."""
+"""Tags of operations that read values on the host, which a stream capture does not permit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,28 +36,28 @@ class Address:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Address:
-        """The address of a tensor."""
+        """Return the address of a tensor."""
         storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         return cls(storage, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
     def tensor(self) -> Tensor:
-        """The memory as it is now. Raises AssertionError where its owner has freed it."""
+        """The tensor at this address. Raises AssertionError if its owner has freed the memory."""
         assert not self.storage.expired(), "the graph reads memory that was freed"  # type: ignore[no-untyped-call]
         storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
         return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)
 
 
 class Operation(NamedTuple):
-    """A recorded operation, its arguments with addresses for tensors from outside, and the tensors that it has made."""
+    """A recorded operation, its arguments with outside tensors as addresses, and the tensors that it allocated."""
 
     function: Callable[..., Any]
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     made: Sequence[Tensor | None]
-    """Of the tensors of the result; None: a view, or memory that was updated in place."""
+    """Tensors of the result. None: a view, or a tensor updated in place."""
 
     def run(self) -> None:
-        """Compute the result again, into the tensors that the operation has made."""
+        """Recompute the result into the tensors that the operation allocated."""
         args, kwargs = changed(self.args, _tensor), {name: changed(each, _tensor) for name, each in self.kwargs.items()}
         for made, again in zip(self.made, tensors_in(self.function(*args, **kwargs)), strict=True):
             if made is not None:
@@ -65,7 +65,7 @@ class Operation(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the operations of a call; undo() restores the memory from outside that they have overwritten."""
+    """Records the operations of a call; undo() restores the outside memory that they have overwritten."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -77,7 +77,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run and record an operation. Raises RuntimeError for one that reads values on the host."""
+        """Run and record an operation. Raises RuntimeError if it reads values on the host."""
         del types
         if DEPENDS_ON_VALUES & set(func.tags):
             raise RuntimeError(f"{func} is not permitted when stream is capturing")
@@ -93,7 +93,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [None if _memory(each) in given else each for each in tensors_in(result)]
         owned = {_memory(each) for each in made if each is not None}
         self._made |= owned
-        # All memory lives on, so that no address is used twice. Views are no kernels.
+        # All memory is retained, so that no address is reused. Views launch no kernel.
         if owned or writes:
             self._calls.append(Operation(func, args, kwargs, made))
         else:
@@ -101,16 +101,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def undo(self) -> None:
-        """Put back what was overwritten."""
+        """Restore the overwritten values."""
         for tensor, before in reversed(self._written):
             tensor.copy_(before)
 
     def owns(self, tensor: Tensor) -> bool:
-        """Whether an operation has made the tensor's memory."""
+        """Whether an operation has allocated the tensor's memory."""
         return _memory(tensor) in self._made
 
     def operations(self) -> list[Operation]:
-        """The operations, which own no memory from outside."""
+        """The recorded operations, without references to outside memory."""
         return [
             call._replace(
                 args=changed(call.args, self._reference),
@@ -120,7 +120,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
 
     def _reference(self, value: Any) -> Any:
-        # Numbers are parameters of kernels: no memory of the caller.
+        # Numbers are kernel parameters, which are copied at the launch.
         if not isinstance(value, Tensor) or value.ndim == 0 or self.owns(value):
             return value
         return Address.of(value)
@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass
 class FakeGraph:
-    """Recorded operations and the buffers of their predictions."""
+    """A captured graph: recorded operations and the buffers of their predictions."""
 
     operations: list[Operation]
     predictions: Predictions
@@ -138,7 +138,7 @@ class FakeGraph:
 
     @torch.inference_mode()
     def replay(self) -> None:
-        """Compute the predictions; those of other graphs of the pool are lost."""
+        """Compute the predictions, and invalidate the predictions of other graphs of the pool."""
         self.replays += 1
         for graph in self.pool:
             graph.overwrite()
@@ -146,21 +146,21 @@ class FakeGraph:
             operation.run()
 
     def overwrite(self) -> None:
-        """Overwrite the predictions."""
+        """Overwrite the predictions with invalid values."""
         for output in self.outputs:
             output.fill_(torch.nan)
 
 
 @dataclass
 class FakeCapture:
-    """Captures fake graphs of `byte_size` bytes each, in one pool."""
+    """Captures fake graphs in one pool; each reports `byte_size` bytes."""
 
     byte_size: int = 0
     graphs: list[FakeGraph] = field(default_factory=list)
 
     @torch.inference_mode()
     def __call__(self, run: Callable[[], Predictions]) -> Captured:
-        """Capture the operations of a call, which change no memory. Raises RuntimeError for host reads."""
+        """Capture the operations of a call and undo their writes. Raises RuntimeError for host reads."""
         recorder = Recorder()
         with recorder:
             predictions = run()
@@ -173,17 +173,17 @@ class FakeCapture:
 
     @property
     def replays(self) -> int:
-        """Replays of all graphs."""
+        """Number of replays of all graphs."""
         return sum(graph.replays for graph in self.graphs)
 
 
 def changed(values: Any, change: Callable[[Any], Any]) -> Any:
-    """An argument or arguments, with each value of a list changed."""
+    """Apply `change` to a value, or to each element of a nested list or tuple."""
     return [changed(each, change) for each in values] if isinstance(values, list | tuple) else change(values)
 
 
 def tensors_in(values: Any) -> list[Tensor]:
-    """The tensors in arguments or in the result of an operation."""
+    """All tensors in the arguments or the result of an operation."""
     if isinstance(values, list | tuple):
         return [tensor for each in values for tensor in tensors_in(each)]
     return [values] if isinstance(values, Tensor) else []
@@ -194,5 +194,5 @@ def _tensor(value: Any) -> Any:
 
 
 def _memory(tensor: Tensor) -> int:
-    """The address of the tensor's storage."""
+    """Address of the tensor's storage."""
     return tensor.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""Kernel packages that are installed for a test: modules on disk with the metadata by which pip knows them.
+"""Fake kernel packages for tests: modules on disk with the dist-info metadata that pip writes.
 
 FLASH_ATTN_2, 3 and 4 have the signatures and results of flash-attn 2.8.3, fa3-fwd 0.0.3 and flash-attn-4 4.0.0b36, on
 any device.
@@ -72,7 +72,7 @@ WRONG_RESULTS = FLASH_ATTN_2 + "\n_right = _attend\n_attend = lambda *args: (_ri
 
 
 def install(folder: Path, name: str, version: str, module: str, source: str) -> None:
-    """Install a package below a folder of sys.path; of the dotted module only the last part has source."""
+    """Install a package in a folder of sys.path; only the last module of a dotted name has source code."""
     package = folder.joinpath(*module.split("."))
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").write_text(source)

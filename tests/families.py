@@ -1,6 +1,6 @@
-"""Writes the README's table of families from the registry. `python tests/families.py` updates it.
+"""Generates the README's table of model families from the registry. `python tests/families.py` updates it.
 
-Facts come from pipelines, sampling parameters and pipeline configs; only `title` and `deviations` are prose.
+Values come from pipelines, sampling parameters and pipeline configs; only `title` and `deviations` are prose.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TRANSFORMERS: tuple[Mapping[str, object], ...] = (
     {"pos_embed_seq_len": None},
     {"pos_embed_seq_len": 514},
 )
-"""Configs of a transformer that choose the images of a request."""
+"""Transformer config entries that choose the input images of a request."""
 _PER_LAYER = {"RGB": "PNG per layer", "RGBA": "PNG with alpha per layer"}
 
 
@@ -47,16 +47,16 @@ class Served:
 
     @property
     def services(self) -> tuple[ServiceSpec, ...]:
-        """Those of a checkpoint with all required modules."""
+        """Services of a checkpoint that has all required modules."""
         return self.pipeline(self.pipeline._required_config_modules).services
 
     def style(self) -> str:
-        """Hybrid where a stage is the model's own, else modular."""
+        """ "hybrid" if a stage is model-specific, else "modular"."""
         stages = [stage.implementation for service in self.services for stage in service.stages]
         return "hybrid" if any(".model_specific_stages." in each for each in stages) else "modular"
 
     def inputs(self) -> str:
-        """Text, and the roles of images."""
+        """Inputs: text, and the roles of images."""
         roles = [self.params.image_roles(each) for each in self.checkpoints]
         always = set.intersection(*(set(each.required) for each in roles))
         optional = dict.fromkeys(role for each in roles for role in each.optional)
@@ -66,7 +66,7 @@ class Served:
         return ", ".join(["text", *images, *_optional(list(optional))])
 
     def outputs(self) -> str:
-        """Formats of results, the default first."""
+        """Result formats, the default first."""
         first, *others = self.params.output_formats
         shown = first.upper()
         if "layers" in {each.name for each in fields(self.params)} and issubclass(self.config, ImageLatentsConfig):
@@ -76,20 +76,20 @@ class Served:
         return ", ".join([shown, *others])
 
     def parallel(self) -> str:
-        """Axes of the worker mesh that a worker group may use."""
+        """Mesh axes that a worker group of this model may use."""
         axes = list(self.config.parallel_axes) if self.config.parallel_modules else []
         if axes and issubclass(self.config, DenoisingConfig) and len(self.config.branches) > 1:
             axes.append("cfg")
         return ", ".join(axes) or "no"
 
     def resume(self) -> str:
-        """Where a loop continues after a lost worker."""
+        """Position at which the loop resumes after a worker is lost."""
         loops = [stage for service in self.services for stage in service.stages if stage.reports_steps]
         return "each step" if loops and all(stage.resume_slot is not None for stage in loops) else "no"
 
 
 def _optional(roles: list[str]) -> Iterator[str]:
-    """Optional roles; of a numbered series the first and the last."""
+    """Format optional image roles; a numbered series as its first and last role."""
     if len(roles) > 2:
         yield f"optional `{roles[0]}` to `{roles[-1]}`"
     else:
@@ -97,7 +97,7 @@ def _optional(roles: list[str]) -> Iterator[str]:
 
 
 def _checkpoints(folder: Path, name: str) -> list[Checkpoint]:
-    """Directories of a `_class_name`, with each choice that a pipeline or its parameters read."""
+    """Checkpoint directories with this `_class_name`, one for each combination of _CHOICES."""
     made = []
     for index, choice in enumerate(_CHOICES):
         for number, transformer in enumerate(_TRANSFORMERS):
@@ -113,7 +113,7 @@ def _checkpoints(folder: Path, name: str) -> list[Checkpoint]:
 
 
 def _served(entry: PipelineEntry, checkpoints: Iterable[Checkpoint]) -> Iterator[Served]:
-    """The variants of an entry. Raises LookupError for a registered variant that no checkpoint here is served as."""
+    """The variants of a registry entry. Raises LookupError if no checkpoint selects a registered variant."""
     name = entry.pipeline.pipeline_name
     found = [(each, entry.pipeline.variants(each)) for each in checkpoints]
     for variant, configs in entry.configs.items():
@@ -126,7 +126,7 @@ def _served(entry: PipelineEntry, checkpoints: Iterable[Checkpoint]) -> Iterator
 
 
 def all_served(registry: Registry) -> list[Served]:
-    """Every registered variant, by the names of pipelines. Raises LookupError for a variant that is not found."""
+    """Every registered variant, sorted by pipeline name. Raises LookupError if no checkpoint selects a variant."""
     with tempfile.TemporaryDirectory() as folder:
         entries = [registry.entry(name) for name in registry.names()]
         return [
@@ -137,7 +137,7 @@ def all_served(registry: Registry) -> list[Served]:
 
 
 def _row(title: str, members: list[Served]) -> tuple[str, ...]:
-    """Cells of the variants with one title. Raises ValueError where they differ in what a row has once."""
+    """Table cells of the variants with one title. Raises ValueError if they differ in a value that the row has once."""
     once = {
         "style": {each.style() for each in members},
         "outputs": {each.outputs() for each in members},
@@ -156,7 +156,7 @@ def _row(title: str, members: list[Served]) -> tuple[str, ...]:
 
 
 def table(registry: Registry) -> str:
-    """The table in Markdown, sorted by title. Raises ValueError for a config without a title."""
+    """The Markdown table, sorted by title. Raises ValueError for a config without a title."""
     families: dict[str, list[Served]] = {}
     for each in all_served(registry):
         if not each.config.title:

@@ -1,4 +1,4 @@
-"""Workers and coordinators that a test starts one by one, in this process, over real gRPC and a real store."""
+"""Workers and coordinators that a test starts individually in this process; gRPC and the store are real."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from services.worker import start_worker
 
 
 class Parts:
-    """Workers and coordinators of one model that a test starts one by one."""
+    """Workers and coordinators of one model, which a test starts individually."""
 
     def __init__(self, url: str, model: ServedModel, directory: Path, stack: AsyncExitStack) -> None:
         self.url = url
@@ -44,7 +44,7 @@ class Parts:
         return worker.address
 
     async def add_coordinator(self, **more: Any) -> tuple[Coordinator, Stub]:
-        """Start a coordinator, with more settings; returns it with a stub. It ends with the test at the latest."""
+        """Start a coordinator with extra settings; returns it with a stub. It stops when the test ends."""
         settings = CoordinatorSettings(
             model=(self.model.name,),
             redis=self.url,
@@ -76,14 +76,14 @@ async def state_of(stub: Stub, request_id: str) -> pb.RequestState.ValueType:
 
 
 async def ended(stub: Stub, request_id: str) -> pb.RequestRecord:
-    """The record of a request once it has ended."""
+    """Wait for the end of a request; returns its record."""
     async for _ in stub.Watch(pb.WatchRequest(request_id=request_id)):
         pass
     return (await stub.GetRequest(pb.GetRequestRequest(request_id=request_id))).request
 
 
 async def serve_text_before_image(parts: Parts, text: pb.SubmitRequest, image: pb.SubmitRequest) -> None:
-    """A text request succeeds while no worker encodes images; an image request waits for such a worker."""
+    """Check that a text request succeeds without an image encoder, and that an image request waits for one."""
     variant = parts.model.variant("text")
     assert variant is not None, "the model has the variant"
     for spec in variant.services:

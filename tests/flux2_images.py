@@ -1,4 +1,4 @@
-"""Requests with reference images for the pipelines of FLUX.2, and what must hold of each of them."""
+"""Requests with reference images for the FLUX.2 pipelines, and the checks that every pipeline must pass."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.errors import InvalidInput
 from common.image_header import MAX_IMAGES
-from local_fleet import Heard, LocalFleet, call_of, reference_run, relative_error
+from local_fleet import LocalFleet, RecordedCall, call_of, reference_run, relative_error
 
-# Off the grid of 16 pixels, each in its own proportions.
+# (width, height): no multiples of 16, and three different aspect ratios.
 SIZES = ((100, 70), (64, 130), (95, 81))
 
 BASE: dict[str, Any] = {"prompt": "a red apple", "num_inference_steps": 2}
@@ -45,7 +45,7 @@ def files(images: Sequence[Image.Image]) -> dict[str, bytes]:
 
 
 def check(pair: tuple[LocalFleet, Any], given: Mapping[str, Any], images: Sequence[Image.Image] = ()) -> None:
-    """Latents and pixels are Diffusers', and no image is flat. The result's size is Diffusers' too."""
+    """Compare latents, pixels and result size with Diffusers; asserts that no image is flat."""
     fleet, pipeline = pair
     references = {"image": list(images)} if images else {}
     theirs = reference_run(pipeline, seed=5, **references, **call_of({**given}))
@@ -58,7 +58,7 @@ def check(pair: tuple[LocalFleet, Any], given: Mapping[str, Any], images: Sequen
 
 
 def check_every_image_matters(fleet: LocalFleet) -> None:
-    """Each image moves the result far beyond the tolerance, and so does their order."""
+    """Check that each image, and the order of images, changes the result far beyond the tolerance."""
 
     def latents(images: Sequence[Image.Image]) -> Tensor:
         return fleet.tensors(images=files(images), **BASE, height=48, width=48, seed=5)["latents"]
@@ -67,13 +67,13 @@ def check_every_image_matters(fleet: LocalFleet) -> None:
     before = latents([one, two])
     backwards = dict(reversed(files([one, two]).items()))
     same = fleet.tensors(images=backwards, **BASE, height=48, width=48, seed=5)["latents"]
-    assert torch.equal(same, before), "numbers order images, whatever order they come in"
+    assert torch.equal(same, before), "the numbers in the role names order images, not the order of the mapping"
     for after in (latents([one]), latents([two, one]), latents([one, coarse_image(64, 130, seed=7)]), latents([])):
         assert relative_error(after, before) > 1e-3
 
 
 def check_bad_images(fleet: LocalFleet) -> None:
-    """A wrong number of images, and images that Diffusers does not take: InvalidInput names the role and the rule."""
+    """Check that a wrong number of images or an unsupported image raises InvalidInput with the role and the rule."""
     good = png(coarse_image(64, 64))
     cases: list[tuple[dict[str, bytes], str, str]] = [
         ({"image_1": good}, "images", "takes: text"),
@@ -89,9 +89,9 @@ def check_bad_images(fleet: LocalFleet) -> None:
         ({"image": good, "image_1": b"no image"}, "image_1", "is not a PNG, JPEG or WebP picture"),
     ]
     for images, field, words in cases:
-        heard = Heard()
+        recorded = RecordedCall()
         with pytest.raises(InvalidInput) as caught:
-            fleet.media(heard, images, **BASE, seed=1)
+            fleet.media(recorded, images, **BASE, seed=1)
         assert caught.value.field == field
         assert words in caught.value.message
-        assert not heard.progress, "nothing was started"
+        assert not recorded.progress, "no stage may start"

@@ -1,4 +1,4 @@
-"""Our pipeline and Diffusers' on the same Flux checkpoint."""
+"""A Flux checkpoint opened by this project and by Diffusers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from local_fleet import LocalFleet, open_fleet
 
 @dataclass
 class Pair:
-    """`theirs` is a FluxPipeline."""
+    """`ours` is a fleet in this process, `theirs` is a Diffusers FluxPipeline."""
 
     ours: LocalFleet
     theirs: Any
@@ -28,7 +28,7 @@ class Pair:
 
 @contextmanager
 def open_pair(reference: str, dtype: torch.dtype = torch.float32) -> Iterator[Pair]:
-    """Open a checkpoint on both sides."""
+    """Open a checkpoint with both implementations."""
     fleet = open_fleet(reference, dtype)
     theirs = FluxPipeline.from_pretrained(str(fleet.model.checkpoint.path), dtype=dtype)
     theirs.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""Parts of README files that programs write, between two marks."""
+"""Generated parts of README files, between two marker comments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class GeneratedPart:
     end: str
 
     def replaced(self, text: str, new: str) -> str:
-        """The file's text with another part. Raises ValueError for a text without the marks."""
+        """Replace the part in the file's text. Raises ValueError if a marker is missing."""
         before, begin, rest = text.partition(self.begin)
         _, end, after = rest.partition(self.end)
         if not (begin and end):
@@ -32,5 +32,5 @@ class GeneratedPart:
 
 
 def markdown(rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, a line for each row."""
+    """Format a Markdown table, one line per row."""
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)

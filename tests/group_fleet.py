@@ -1,4 +1,4 @@
-"""A fleet whose denoiser is a worker group, for tests that disturb it: the group as processes, all else in this one."""
+"""A fleet whose denoiser is a worker group of processes, for fault tests; all other services run in this process."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 import psutil
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.rpc.client import open_channel
 from common.state.connection import connect
 from common.state.workers import WorkerRegistry
 from coordinator_fleet import Stub, emoji
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc, worker_pb2
-from redis_servers import running_server, until
+from redis_servers import running_server
 from services.cli.serve import settings_class
 from services.coordinator.coordinator import start_coordinator
 from services.coordinator.settings import CoordinatorSettings
@@ -30,41 +31,41 @@ from services.worker import start_worker
 T = TypeVar("T")
 
 STEPS = 8
-SIZE = 512  # pixels; so large that a step takes longer than its progress needs to arrive here
+SIZE = 512  # pixels; large enough that a step lasts longer than its progress message takes to arrive
 
 _SERVE = ("--model", "emoji", "--threads", "1", "--step-checkpoint-every", "1", "--step-seconds", "0")
-_WATCHFUL = ("--rank-heartbeat-seconds", "0.1", "--rank-lost-seconds", "2")
+_LIVENESS_FLAGS = ("--rank-heartbeat-seconds", "0.1", "--rank-lost-seconds", "2")
 
 START_SECONDS = 180.0
-"""Longest start of a group, whose ranks import and load at once, on a machine that is busy with other work."""
+"""Longest start of a group, whose ranks import and load at the same time, on a busy host."""
 
 OnStep = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the fleet computes on, and what a request asks for: steps long enough for a test to disturb one of them.
+class Workload:
+    """Device, request size and time limits of a test; steps must be long enough to inject a fault during a step.
 
-    `watchful` are the flags by which ranks watch each other; nothing may take longer than `seconds`.
+    `liveness_flags` set the heartbeats between ranks. `seconds` is the time limit of each operation.
     """
 
     device: str = "cpu"
     steps: int = STEPS
     size: int = SIZE
-    watchful: tuple[str, ...] = _WATCHFUL
+    liveness_flags: tuple[str, ...] = _LIVENESS_FLAGS
     seconds: float = 60.0
 
 
 @dataclass
-class Drawn:
-    """What became of a request: its state, its file, and the denoiser's steps as they were told."""
+class Generated:
+    """Outcome of a request: its state, its file, and the steps that the denoiser reported."""
 
     state: pb.RequestState.ValueType = pb.REQUEST_STATE_UNSPECIFIED
     file: bytes = b""
     steps: list[int] = field(default_factory=list)
 
 
-ASKED = Asked()
+WORKLOAD = Workload()
 
 
 class GroupFleet:
@@ -75,47 +76,47 @@ class GroupFleet:
         loop: asyncio.AbstractEventLoop,
         url: str,
         directory: Path,
-        machines: Sequence[Sequence[str]],
-        asked: Asked,
+        nodes: Sequence[Sequence[str]],
+        workload: Workload,
     ) -> None:
         self.url = url
-        self.asked = asked
+        self.workload = workload
         self._loop = loop
         self._directory = directory
         self._stub: Stub
         self._redis: Redis
         self._stack: AsyncExitStack
-        self._machines = machines
-        self._words: tuple[str, ...] = ()
+        self._nodes = nodes
+        self._arguments: tuple[str, ...] = ()
         self.agents: dict[int, Process] = {}
 
     @property
     def agent(self) -> Process:
-        """The agent of the machine that serves."""
+        """The agent of the node with rank 0."""
         return self.agents[0]
 
     def run(self, work: Coroutine[None, None, T], seconds: float | None = None) -> T:
-        """The work's result, which it must have in time: within `seconds`, else within those of `asked`."""
+        """Run `work` on the fleet's event loop. Raises TimeoutError after `seconds`, by default those of `workload`."""
 
         async def bounded() -> T:
-            async with asyncio.timeout(seconds or self.asked.seconds):
+            async with asyncio.timeout(seconds or self.workload.seconds):
                 return await work
 
         return asyncio.run_coroutine_threadsafe(bounded(), self._loop).result()
 
     @asynccontextmanager
     async def started(self, degrees: Sequence[str]) -> AsyncIterator[None]:
-        """All services of the emoji model. The group has these flags."""
+        """Start all services of the emoji model; `degrees` are flags of the worker group."""
         async with AsyncExitStack() as stack:
             self._stack = stack
-            device = ("--device", self.asked.device)
-            self._words = (*_SERVE, *self.asked.watchful, *device, *degrees, "--redis", self.url)
-            for node, more in enumerate(self._machines):
+            device = ("--device", self.workload.device)
+            self._arguments = (*_SERVE, *self.workload.liveness_flags, *device, *degrees, "--redis", self.url)
+            for node, more in enumerate(self._nodes):
                 self.agents[node] = await self._start("group", more)
             for service in ("text_encoding", "latent_preparation", "decoding"):
                 listen = f"unix:{self._directory}/{service}.sock"
                 settings = settings_class(service)(
-                    model="emoji", redis=self.url, listen=listen, device=self.asked.device, threads=1
+                    model="emoji", redis=self.url, listen=listen, device=self.workload.device, threads=1
                 )
                 worker = await start_worker(service, emoji(), settings)
                 stack.push_async_callback(worker.stop, 0)
@@ -131,15 +132,15 @@ class GroupFleet:
             yield
 
     async def _start(self, name: str, more: Sequence[str] = ()) -> Process:
-        """Start the agent of a group, with more flags. Rank 0 listens on a socket of that name."""
-        words = (*self._words, "--listen", f"unix:{self._directory}/{name}.sock", *more)
+        """Start the agent of a group with extra flags. Rank 0 listens on the socket NAME.sock."""
+        words = (*self._arguments, "--listen", f"unix:{self._directory}/{name}.sock", *more)
         agent = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.denoising", *words)
         self._stack.push_async_callback(_end, agent)
         return agent
 
     def add_group(self, name: str) -> Process:
         """Start another group with the same flags; returns its agent once the group serves."""
-        return self.run(self._add_group(name), max(START_SECONDS, self.asked.seconds))
+        return self.run(self._add_group(name), max(START_SECONDS, self.workload.seconds))
 
     async def _add_group(self, name: str) -> Process:
         before = len(await WorkerRegistry(self._redis).live("emoji", "denoising"))
@@ -149,70 +150,71 @@ class GroupFleet:
 
     async def _serving(self, agent: Process, count: int = 1) -> None:
         async def announced() -> bool:
-            assert agent.returncode is None, "the agent has ended"
+            assert agent.returncode is None, "the agent has exited"
             return len(await WorkerRegistry(self._redis).live("emoji", "denoising")) >= count
 
-        await until(announced)
+        await wait_until(announced)
 
     def workers(self) -> list[worker_pb2.WorkerInfo]:
-        """The denoisers that the coordinator knows."""
+        """The denoisers that the store lists as live."""
         return self.run(WorkerRegistry(self._redis).live("emoji", "denoising"))
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The group's processes."""
+        """The processes of the first group, by rank."""
         return self.ranks_of(*self.agents.values())
 
     def ranks_of(self, *agents: Process) -> dict[int, psutil.Process]:
-        """The processes of a group by its agents. A child that has yet to become a rank has the agent's environment."""
+        """The child processes of the agents, by rank. A child without RANK in its environment has not become a rank
+        yet."""
         children = [child for agent in agents for child in psutil.Process(agent.pid).children()]
         alive = [(child, child.environ()) for child in children if child.status() != psutil.STATUS_ZOMBIE]
         return {int(environment["RANK"]): child for child, environment in alive if "RANK" in environment}
 
-    def started_again(self, rank: int, before: psutil.Process) -> psutil.Process:
-        """The process that takes a rank after another one, as soon as there is one."""
-        return self.run(self._started_again(rank, before))
+    def restarted(self, rank: int, before: psutil.Process) -> psutil.Process:
+        """Wait for the process that replaces `before` as this rank."""
+        return self.run(self._restarted(rank, before))
 
-    async def _started_again(self, rank: int, before: psutil.Process) -> psutil.Process:
+    async def _restarted(self, rank: int, before: psutil.Process) -> psutil.Process:
         while True:
-            with suppress(psutil.Error):  # One that ends while it is looked at.
+            with suppress(psutil.Error):  # A process may end while it is inspected.
                 found = self.ranks().get(rank, before)
                 if found != before:
                     return found
             await asyncio.sleep(0.01)
 
-    def draw(self, at_step: int = 0, then: OnStep | None = None) -> Drawn:
-        """One request to its end; `then` is called once, at the denoiser's step `at_step`."""
-        return self.run(self._draw(at_step, then))
+    def generate(self, at_step: int = 0, then: OnStep | None = None) -> Generated:
+        """Run one request to its end; `then` is called once, at the denoiser's step `at_step`."""
+        return self.run(self._generate(at_step, then))
 
-    def cancel_at(self, step: int) -> Drawn:
-        """One request that is cancelled at the denoiser's step."""
-        return self.run(self._draw(step, None, cancel=True))
+    def cancel_at(self, step: int) -> Generated:
+        """Run one request that is cancelled at the denoiser's step `step`."""
+        return self.run(self._generate(step, None, cancel=True))
 
-    async def _draw(self, at_step: int, then: OnStep | None, *, cancel: bool = False) -> Drawn:
+    async def _generate(self, at_step: int, then: OnStep | None, *, cancel: bool = False) -> Generated:
         parameters = pb.GenerationParameters(
             prompt="a red apple",
             seed=3,
-            num_inference_steps=self.asked.steps,
-            height=self.asked.size,
-            width=self.asked.size,
+            num_inference_steps=self.workload.steps,
+            height=self.workload.size,
+            width=self.workload.size,
         )
         name = (await self._stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
-        drawn = Drawn()
+        generated = Generated()
         async for reply in self._stub.Watch(pb.WatchRequest(request_id=name)):
-            drawn.state = reply.event.state_change.state or drawn.state
+            generated.state = reply.event.state_change.state or generated.state
             if reply.event.progress.service != "denoising":
                 continue
-            drawn.steps.append(reply.event.progress.step)
-            if at_step and drawn.steps[-1] >= at_step:
+            generated.steps.append(reply.event.progress.step)
+            if at_step and generated.steps[-1] >= at_step:
                 at_step = 0
                 if cancel:
                     await self._stub.CancelRequest(pb.CancelRequestRequest(request_id=name))
                 elif then is not None:
                     then()
-        if drawn.state == pb.REQUEST_STATE_SUCCEEDED:
+        if generated.state == pb.REQUEST_STATE_SUCCEEDED:
             download = self._stub.DownloadResult(pb.DownloadResultRequest(request_id=name))
-            drawn.file = b"".join([reply.data async for reply in download])
-        return drawn
+            generated.file = b"".join([reply.data async for reply in download])
+        return generated
 
 
 async def _end(process: Process) -> None:
@@ -223,17 +225,17 @@ async def _end(process: Process) -> None:
 
 @contextmanager
 def group_fleet(
-    directory: Path, *degrees: str, machines: Sequence[Sequence[str]] = ((),), asked: Asked = ASKED
+    directory: Path, *degrees: str, nodes: Sequence[Sequence[str]] = ((),), workload: Workload = WORKLOAD
 ) -> Iterator[GroupFleet]:
-    """A running fleet with a group of these degrees, as flags; for each machine it has an agent, with more flags."""
+    """A running fleet with one worker group. `degrees` are its flags; each node has an agent, with extra flags."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="fleet")
     thread.start()
     try:
         with running_server("valkey") as server:
-            fleet = GroupFleet(loop, server.url, directory, machines, asked)
+            fleet = GroupFleet(loop, server.url, directory, nodes, workload)
             context: Any = fleet.started(degrees)
-            fleet.run(context.__aenter__(), max(START_SECONDS, asked.seconds))
+            fleet.run(context.__aenter__(), max(START_SECONDS, workload.seconds))
             try:
                 yield fleet
             finally:

@@ -1,4 +1,4 @@
-"""Undoes what a test does to the process: modules that it imported, and outcomes of kernel packages it recorded."""
+"""Fresh imports of kernel packages in a test, and reset of the recorded kernel choice."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from models.kernels.packages import KernelChoice, record
 
 
 @contextmanager
-def forgotten(*packages: str) -> Iterator[None]:
-    """Reimport the packages inside, and remove them afterwards; forget the outcomes of trials."""
+def fresh_imports(*packages: str) -> Iterator[None]:
+    """Unload the packages and reset the kernel choice, both before and after the block."""
 
     def forget() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] in packages]:

@@ -1,4 +1,4 @@
-"""A whole pipeline in this process, for tests: the real stages behind LocalRunners, no gRPC, no Redis."""
+"""A complete pipeline in this process: the real stages behind LocalRunners, without gRPC and Redis."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ NO_IMAGES: Mapping[str, bytes] = MappingProxyType({})
 
 
 @dataclass
-class Heard:
-    """What a call told its caller."""
+class RecordedCall:
+    """Warnings, progress and items that a call reported."""
 
     warnings: list[tuple[str, str]] = field(default_factory=list)
     progress: list[tuple[int, int]] = field(default_factory=list)
     items: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
-    """What stages emitted, by slot, to a call without a runner."""
+    """Items that stages emitted without a runner, by slot."""
 
     def call(self) -> Call:
-        """A call that tells it here."""
+        """A Call whose callbacks append to this record."""
         return Call(
             request_id="test",
             on_warning=lambda field, message: self.warnings.append((field, message)),
@@ -50,7 +50,7 @@ class Heard:
 
 
 def joined(items: Iterable[MediaItem]) -> Media:
-    """The files of a stream: each with the bytes and the frames of all its items."""
+    """Join the items of a stream into files: bytes are concatenated, frame counts are summed."""
     files: dict[int, MediaItem] = {}
     for item in items:
         if (before := files.get(item.file_index)) is not None:
@@ -62,7 +62,7 @@ def joined(items: Iterable[MediaItem]) -> Media:
 
 
 class LocalFleet:
-    """A model with all its services on one thread."""
+    """A model with all its services, which run on one thread."""
 
     def __init__(
         self, model: ServedModel, dtype: torch.dtype = torch.float32, device: torch.device | None = None
@@ -75,7 +75,9 @@ class LocalFleet:
             for spec in model.services
         }
 
-    def media(self, heard: Heard | None = None, images: Mapping[str, bytes] = NO_IMAGES, **given: ParamValue) -> Media:
+    def media(
+        self, recorded: RecordedCall | None = None, images: Mapping[str, bytes] = NO_IMAGES, **given: ParamValue
+    ) -> Media:
         """Run one request through validation and every service."""
         validated = InputValidationStage(self.model).run(given, images)
         variant, values = validated.variant, dict(validated.artifacts)
@@ -85,38 +87,39 @@ class LocalFleet:
         runners = [
             LocalRunner(self.services[spec.service].of(variant.name), self._executor) for spec in variant.services
         ]
-        call = (heard or Heard()).call()
+        call = (recorded or RecordedCall()).call()
         slot = result_of(variant.services)
         outputs: dict[str, Any] = asyncio.run(run_pipeline(runners, values, call, wanted=(slot,)))
         result: Media | tuple[MediaItem, ...] = outputs[slot]
         return result if isinstance(result, Media) else joined(result)
 
     def tensors(
-        self, heard: Heard | None = None, images: Mapping[str, bytes] = NO_IMAGES, **given: ParamValue
+        self, recorded: RecordedCall | None = None, images: Mapping[str, bytes] = NO_IMAGES, **given: ParamValue
     ) -> dict[str, Tensor]:
-        """latents and pixels of one request."""
-        (item,) = self.media(heard, images, **given, output_format="safetensors").items
+        """Run one request; returns its "latents" and "pixels"."""
+        (item,) = self.media(recorded, images, **given, output_format="safetensors").items
         tensors: dict[str, Tensor] = load(item.data.numpy().tobytes())
         return tensors
 
-    def images(self, heard: Heard | None = None, **given: ParamValue) -> list[Image.Image]:
-        """The pictures of one request."""
+    def images(self, recorded: RecordedCall | None = None, **given: ParamValue) -> list[Image.Image]:
+        """Run one request; returns its images."""
         return [
-            Image.open(io.BytesIO(item.data.numpy().tobytes())) for item in self.media(heard, NO_IMAGES, **given).items
+            Image.open(io.BytesIO(item.data.numpy().tobytes()))
+            for item in self.media(recorded, NO_IMAGES, **given).items
         ]
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._executor.shutdown()
 
 
 def open_fleet(reference: str, dtype: torch.dtype = torch.float32) -> LocalFleet:
-    """A fleet for a shipped model or a directory."""
+    """A fleet for a shipped model or a checkpoint directory."""
     return LocalFleet(open_model(reference, load_registry()), dtype)
 
 
 def call_of(given: dict[str, Any]) -> dict[str, Any]:
-    """The same request as arguments of Diffusers' call."""
+    """Convert request parameters to arguments of a Diffusers pipeline call."""
     call = {name: value for name, value in given.items() if name != "num_outputs_per_prompt"}
     if "sigmas" in call:
         call["sigmas"] = list(call["sigmas"])
@@ -124,7 +127,7 @@ def call_of(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def reference_run(pipeline: Any, *, seed: int, **given: Any) -> dict[str, Tensor]:
-    """latents and pixels that Diffusers' pipeline of images (or of videos) gives for the same request."""
+    """Run the request on a Diffusers image or video pipeline; returns its "latents" and "pixels"."""
     results = {}
     for name, output_type in (("latents", "latent"), ("pixels", "pt")):
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -135,5 +138,5 @@ def reference_run(pipeline: Any, *, seed: int, **given: Any) -> dict[str, Tensor
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """L2 norm of the difference over that of the reference."""
+    """L2 norm of the difference divided by the L2 norm of the reference."""
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())

@@ -1,4 +1,4 @@
-"""The denoising loop of a small checkpoint: its input by the family's own stages, and what holds for every family."""
+"""Checks of the denoising loop that every family must pass; the loop's input comes from the family's own stages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from step_checkpoints import step_checkpoints_to
 def denoising_input(
     fleet: LocalFleet, given: Mapping[str, ParamValue], images: Mapping[str, bytes] = NO_IMAGES
 ) -> DenoisingInput:
-    """What the services before denoising make of a request."""
+    """Run the services before denoising on a request; returns the denoising input."""
     validated = InputValidationStage(fleet.model).run(given, images)
     values: dict[str, Any] = dict(validated.artifacts)
     files = {role: torch.frombuffer(bytearray(data), dtype=torch.uint8) for role, data in images.items()}
@@ -42,7 +42,7 @@ def denoising_input(
 
 
 def denoising_stage(fleet: LocalFleet, runtime: Runtime, variant: str = "") -> DenoisingStage:
-    """The stage with modules of its own."""
+    """The denoising stage, with newly loaded modules."""
     served = fleet.model.variant(variant)
     assert served is not None, "the model has the variant"
     config = resolve(served.pipeline_config).from_checkpoint(fleet.model.checkpoint)
@@ -53,13 +53,13 @@ def denoising_stage(fleet: LocalFleet, runtime: Runtime, variant: str = "") -> D
 
 
 def denoised(stage: DenoisingStage, x: DenoisingInput, states: list[StepCheckpoint] | None = None) -> dict[str, Tensor]:
-    """The loop's result by part; its step checkpoints are appended to `states`."""
+    """Run the loop; returns its result by latent part, and appends step checkpoints to `states`."""
     call = Call("test") if states is None else Call("test", on_item=step_checkpoints_to(states.append))
     return {part: each.latents for part, each in stage.run(x, call).denoised_latents.parts.items()}
 
 
 def check_resume(fleet: LocalFleet, x: DenoisingInput, variant: str = "") -> None:
-    """A loop resumes after every step to the same bytes; checkpoints go through the codec, as they travel."""
+    """Check that a loop resumed after any step returns the same bytes; step checkpoints are serialized and parsed."""
     states: list[StepCheckpoint] = []
     stage = denoising_stage(fleet, Runtime(step_checkpoint_every=1), variant)
     whole = denoised(stage, x, states)
@@ -71,22 +71,22 @@ def check_resume(fleet: LocalFleet, x: DenoisingInput, variant: str = "") -> Non
 
 
 def check_cancel(fleet: LocalFleet, x: DenoisingInput, variant: str = "") -> None:
-    """A cancel ends the loop within a step."""
-    heard: list[int] = []
+    """Check that a cancellation ends the loop within one step."""
+    recorded: list[int] = []
 
     def on_progress(step: int, _: int) -> None:
-        heard.append(step)
+        recorded.append(step)
         if step == 2:
             call.cancelled.set()
 
     call = Call("test", on_progress=on_progress)
     with pytest.raises(Cancelled):
         denoising_stage(fleet, Runtime(), variant).run(x, call)
-    assert heard == [1, 2]
+    assert recorded == [1, 2]
 
 
 def check_warm_up(fleet: LocalFleet, size: str) -> None:
-    """A warm-up runs the loop; the size is that of a variant where it has an @."""
+    """Check that a warm-up runs the loop. `size` is a --warm-up value; SIZE@VARIANT selects a variant."""
     steps: list[int] = []
     call = Call("warm-up", on_progress=lambda step, _: steps.append(step))
     variant = size.partition("@")[2]

@@ -1,4 +1,4 @@
-"""A denoiser for tests of the loop: two latent parts, two experts, four branches, memory, noise in every step."""
+"""A denoiser for loop tests: two latent parts, two experts, four branches, step memory, noise in every step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES: Shapes = {"video": (2, 3, 4), "audio": (2, 5)}
 
 
 class LoopTransformer(DiffusionTransformer):
-    """Predicts a mix of its inputs that depends on the expert, the flag of a branch, and earlier steps."""
+    """Predicts a mix of its inputs that depends on the expert, the branch flag and earlier steps."""
 
     block_linears = ()
 
@@ -37,11 +37,11 @@ class LoopTransformer(DiffusionTransformer):
         self.eager_calls = 0
 
     def prepare(self, timesteps: Tensor, **conditioning: Any) -> Prepared:
-        """Timesteps are the rows; the text is a constant; a running sum is the memory."""
+        """Prepare step memory: timesteps as table rows, the text as a constant, a running sum as state."""
         memory = {"total": MemorySpec(SHAPES["video"], torch.float32)} if self.remembers else {}
         return Prepared({"time": timesteps}, {"text": conditioning["text"]}, memory)
 
-    def predict(  # type: ignore[override]  # which inputs there are differs by model
+    def predict(  # type: ignore[override]  # inputs differ by model
         self,
         video: Tensor,
         sound: Tensor,
@@ -51,7 +51,7 @@ class LoopTransformer(DiffusionTransformer):
         skipped: int = 0,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Predictions for both parts."""
+        """Predict both latent parts."""
         del use
         self.eager_calls += 1
         level = self.gain * time.float().mean() / 1000 + text.mean() - skipped
@@ -61,14 +61,14 @@ class LoopTransformer(DiffusionTransformer):
         return {"video": video.sin() * level + sound.mean(), "sound": sound.cos() * level + video.mean()}
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """None."""
+        """0: this model has no residual cache."""
         del latents, constants
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig(DenoisingConfig):
-    """Every callback of the loop does something that shows in its result."""
+    """A config in which every callback changes the loop's result or is recorded in `calls`."""
 
     part_keywords: ClassVar[Mapping[str, str]] = {"video": "video", "audio": "sound"}
     transformers: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
@@ -77,50 +77,50 @@ class LoopConfig(DenoisingConfig):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """There is none."""
+        """Raise InvalidInput, as there is no checkpoint of this family."""
         raise InvalidInput(f"{checkpoint.name} is not for this config")
 
     def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
-        """Fixed."""
+        """Return the fixed shapes."""
         del canvas, batch
         return SHAPES
 
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """A text."""
+        """One conditioning tensor, "text"."""
         return {"text": (1, 3)}
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """None."""
+        """Return no model arguments."""
         del embeds, sampling
         assert shapes == SHAPES
         return {}
 
     def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """The same."""
+        """Return the timesteps unchanged."""
         return timesteps
 
     def expert(self, step: Step) -> str:
-        """The second expert from a noise level of a half down."""
+        """The second expert for noise levels of at most 0.5."""
         return "transformer" if step.sigma["video"] > 0.5 else "transformer_2"
 
     def branch_flags(self, branch: str, sampling: Sampling) -> Mapping[str, Hashable]:
-        """A perturbed branch skips a block."""
+        """The perturbed branch skips a block."""
         del sampling
         return {"skipped": 1} if branch == "perturbed" else {}
 
     def active(self, step: Step, branches: Sequence[str], sampling: Sampling) -> Sequence[str]:
-        """All branches in even steps, the positive branch alone in the others."""
+        """All branches in even steps, only the positive branch in odd steps."""
         del sampling
         return branches if step.index % 2 == 0 else branches[:1]
 
     def before_step(self, step: Step, latents: Parts, conditions: Parts) -> Parts:
-        """Note the step."""
+        """Record the step."""
         del conditions
         self.calls.append(f"before {step.index}")
         return latents
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Weigh the branches by their order and the noise level."""
+        """Sum the branches, weighted by their order, and the latents, weighted by the noise level."""
         self.calls.append(f"guide {step.index} {' '.join(predictions)}")
         return {
             part: sum(
@@ -132,20 +132,20 @@ class LoopConfig(DenoisingConfig):
         }
 
     def after_step(self, step: Step, latents: Parts, conditions: Parts) -> Parts:
-        """Note the step."""
+        """Record the step."""
         del conditions
         self.calls.append(f"after {step.index}")
         return latents
 
     def after_loop(self, latents: Parts, conditions: Parts) -> Parts:
-        """Mark the result."""
+        """Add 1 to the latents."""
         del conditions
         self.calls.append("after loop")
         return {part: each + 1 for part, each in latents.items()}
 
 
 class NoisySolver:
-    """Euler's step and fresh noise from the request's generator; its state is the last prediction."""
+    """An Euler step with noise from the request's generator; its state is the last prediction."""
 
     def __init__(self, _: object, schedule: Schedule) -> None:
         self._sigmas = schedule.sigmas.tolist()
@@ -155,7 +155,7 @@ class NoisySolver:
     def step(
         self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Step, with half of the last prediction."""
+        """Step with the prediction plus half of the previous prediction."""
         del timestep
         now, after = self._sigmas[self._step : self._step + 2]
         used = prediction if self._last is None else (prediction + self._last) / 2
@@ -170,12 +170,12 @@ class NoisySolver:
         return {} if self._last is None else {"last": self._last}
 
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
-        """Continue."""
+        """Restore the previous prediction."""
         self._step, self._last = step, state.get("last")
 
 
 def loop_stage(runtime: Runtime | None = None, *, remembers: bool = False) -> tuple[DenoisingStage, LoopConfig]:
-    """A stage with two experts of equal shape and noise in every step."""
+    """A denoising stage with two experts of equal shape, and noise in every step."""
     config = LoopConfig()
     modules = {
         "transformer": LoopTransformer(1.0, remembers=remembers),

@@ -1,4 +1,4 @@
-"""Single steps of the loop family: inputs from a seed, and the predictions that eager steps give for them."""
+"""Single steps of the loop family: seeded inputs, and reference predictions of eager steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_KEYWORDS: Mapping[str, Hashable] = MappingProxyType({})
 def loop_step(
     transformer: LoopTransformer, seed: int = 0, *, batch: int = 2, flags: Mapping[str, Hashable] = NO_KEYWORDS
 ) -> StepInputs:
-    """A step of a request with `batch` outputs: equal shapes for equal `batch`, other values for each seed."""
+    """Inputs of a step with `batch` outputs. Shapes depend on `batch` only, values on `seed`."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -31,17 +31,17 @@ def loop_step(
 
 
 def tensor_bytes(transformer: LoopTransformer, step: StepInputs) -> int:
-    """Bytes of step memory for the step, without those of graphs."""
+    """Bytes of step memory that the step needs, without CUDA graphs."""
     return byte_size_of(transformer, step, has_cache=False, has_graphs=True)
 
 
 def predict(memory: StepMemory, step: StepInputs, flags: Flags = NO_FLAGS) -> Predictions:
-    """The predictions of a step by leased memory."""
+    """Predict a step with leased step memory."""
     return predict_step(memory, step.latents, step.row, StepKind(flags=flags))
 
 
 class EagerBranch:
-    """The steps of one branch without step memory: the reference."""
+    """Reference: the steps of one branch without step memory."""
 
     def __init__(self, transformer: LoopTransformer, first: StepInputs) -> None:
         self._transformer = transformer
@@ -50,7 +50,7 @@ class EagerBranch:
         self._memory = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in first.memory.items()}
 
     def predict(self, step: StepInputs, flags: Flags = NO_FLAGS) -> Predictions:
-        """The predictions of a step, with the constants of the first."""
+        """Predict a step with the constants of the first step."""
         given = {**step.latents, **step.row, **self._constants, **self._memory}
         before = self._transformer.eager_calls
         predictions = self._transformer.predict(**given, **{**self._flags, **dict(flags)})  # type: ignore[arg-type]
@@ -59,10 +59,10 @@ class EagerBranch:
 
 
 def equal(one: Predictions, other: Predictions) -> bool:
-    """Whether both have equal bytes."""
+    """Whether two sets of predictions have equal bytes."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def copied(predictions: Predictions) -> dict[str, Tensor]:
-    """Copies that later steps cannot change."""
+    """Clone predictions, as later steps reuse their memory."""
     return {name: each.clone() for name, each in predictions.items()}

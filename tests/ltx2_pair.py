@@ -1,4 +1,4 @@
-"""A small LTX-2 checkpoint opened on both sides, in this process and by Diffusers' two pipelines."""
+"""A small LTX-2 checkpoint opened by this project and by Diffusers' two pipelines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers import LTX2ImageToVideoPipeline, LTX2Pipeline
 from PIL import Image
 from torch import Tensor
 
-from coarse_pictures import png
+from coarse_images import png
 from local_fleet import NO_IMAGES, LocalFleet, open_fleet, relative_error
 from wan_pair import LATENTS_WITHIN, PIXELS_WITHIN, open_reference
 
@@ -22,7 +22,7 @@ Request = dict[str, Any]
 
 
 def given(prompt: str = "a red apple on the moon", **others: Any) -> Request:
-    """A small request, with all kinds of guidance as Diffusers has them by default, on a block that the model has."""
+    """A small request with every kind of guidance at Diffusers' defaults; STG perturbs a block that the model has."""
     size: Request = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 3, "seed": SEED}
     usual: Request = {"spatio_temporal_guidance_blocks": (1.0,), "max_sequence_length": 32}
     return {"prompt": prompt, **size, **usual, **others}
@@ -30,7 +30,7 @@ def given(prompt: str = "a red apple on the moon", **others: Any) -> Request:
 
 @dataclass(frozen=True)
 class Sides:
-    """One checkpoint: our services in this process, and Diffusers' pipelines."""
+    """One checkpoint: `fleet` runs our services in this process, next to Diffusers' pipelines."""
 
     fleet: LocalFleet
     text: Any
@@ -43,12 +43,14 @@ class Sides:
         return cls(open_fleet(str(path)), text, image)
 
     def ours(self, request: Request, image: Image.Image | None = None) -> dict[str, Tensor]:
-        """latents, pixels, audio_latents and audio of our services. The image chooses the variant."""
+        """Run our services; returns "latents", "pixels", "audio_latents" and "audio". An image selects the I2V
+        variant."""
         images: Mapping[str, bytes] = NO_IMAGES if image is None else {"image": png(image)}
         return self.fleet.tensors(images=images, **given(**request))
 
     def theirs(self, request: Request, image: Image.Image | None = None) -> dict[str, Tensor]:
-        """The same of Diffusers' pipeline; its VAEs and vocoder decode the latents that it returns."""
+        """Run Diffusers' pipeline; its VAEs and vocoder decode the latents that it returns. Returns the keys of
+        ours()."""
         pipeline = self.text if image is None else self.image
         latents, audio_latents = self.call(request, image, "latent")
         with torch.inference_mode():
@@ -58,7 +60,7 @@ class Sides:
         return {"latents": latents, "pixels": pixels, "audio_latents": audio_latents, "audio": audio}
 
     def call(self, request: Request, image: Image.Image | None, output_type: str) -> tuple[Tensor, Tensor]:
-        """What Diffusers' pipeline returns of video and sound: latents, or pixels and samples ("pt")."""
+        """Call Diffusers' pipeline; returns video and audio as latents, or as pixels and samples ("pt")."""
         call = given(**request)
         generator = torch.Generator("cpu").manual_seed(call.pop("seed"))
         call["num_videos_per_prompt"] = call.pop("num_outputs_per_prompt", 1)
@@ -66,14 +68,14 @@ class Sides:
         if "sigmas" in call:
             call["sigmas"] = list(call["sigmas"])
         pipeline = self.text if image is None else self.image
-        pictures = {} if image is None else {"image": image}
+        images = {} if image is None else {"image": image}
         with torch.inference_mode():
-            video, audio = pipeline(**call, **pictures, generator=generator, output_type=output_type, return_dict=False)
+            video, audio = pipeline(**call, **images, generator=generator, output_type=output_type, return_dict=False)
         return video, audio
 
 
 def check(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Latents, pixels and sound of the same shapes, within the tolerances of float32."""
+    """Assert equal shapes, and float32 tolerances for latents, pixels and audio."""
     assert {name: each.shape for name, each in ours.items()} == {name: each.shape for name, each in theirs.items()}
     for name in ("latents", "audio_latents"):
         assert relative_error(ours[name], theirs[name]) <= LATENTS_WITHIN, name

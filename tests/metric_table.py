@@ -1,4 +1,4 @@
-"""Writes the tables of metrics in services/README.md. `python tests/metric_table.py` updates them."""
+"""Generates the tables of metrics in services/README.md. `python tests/metric_table.py` updates them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _SUFFIXES = {
 
 
 def all_metrics() -> list[MetricWrapperBase]:
-    """The metrics of the fleet in the order of their definition."""
+    """The fleet's metrics in order of definition."""
     return [each for each in vars(metrics).values() if isinstance(each, MetricWrapperBase)]
 
 
 def labels_of(metric: MetricWrapperBase) -> tuple[str, ...]:
-    """The names of a metric's labels."""
+    """Label names of a metric."""
     labels: tuple[str, ...] = vars(metric)["_labelnames"]
     return labels
 
 
 def series() -> dict[str, frozenset[str]]:
-    """The names under which series are stored, such as those of a histogram, with their labels."""
+    """Names of the stored series with their labels; a histogram has several series."""
     found: dict[str, frozenset[str]] = {}
     for each in all_metrics():
         (family,) = each.describe()
@@ -45,7 +45,7 @@ def series() -> dict[str, frozenset[str]]:
 
 
 def table() -> str:
-    """The tables of metrics and labels in Markdown, and notes."""
+    """The Markdown tables of metrics and labels, and notes."""
     rows = [("Metric", "Type", "Labels", "Meaning"), ("---",) * 4]
     for each in all_metrics():
         (family,) = each.describe()

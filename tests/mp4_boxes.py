@@ -1,4 +1,4 @@
-"""Reads the boxes of MP4 files (ISO/IEC 14496-12), and what x264 says of itself in them, for tests."""
+"""Reads the boxes of MP4 files (ISO/IEC 14496-12), and the encoder options that x264 writes into them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 def boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """The boxes at the top level of a file or of a container box: type and content. Asserts that they fill `data`."""
+    """Yield (type, content) of the top-level boxes of a file or a container box. Asserts that they fill `data`."""
     offset = 0
     while offset < len(data):
         size = int.from_bytes(data[offset : offset + 4])
@@ -16,18 +16,18 @@ def boxes(data: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def box_types(data: bytes) -> list[str]:
-    """The types of the boxes, in order."""
+    """Types of the top-level boxes, in order."""
     return [kind for kind, _ in boxes(data)]
 
 
 def box(data: bytes, *path: str) -> bytes:
-    """The content of the only box at a path of types."""
+    """Content of the only box at a path of box types."""
     for name in path:
         (data,) = [content for kind, content in boxes(data) if kind == name]
     return data
 
 
 def x264_options(data: bytes) -> set[str]:
-    """The options, name=value, that x264 writes into the first frame of a video."""
+    """Options, as name=value, that x264 writes into the first frame of a video."""
     options = data[data.index(b"options: ") :].partition(b"\0")[0]
     return set(options.decode().split())

@@ -1,4 +1,4 @@
-"""The trace receiver of an OpenTelemetry collector: takes spans over OTLP/gRPC, and holds them for a test."""
+"""A fake OpenTelemetry collector: receives spans over OTLP/gRPC and stores them for a test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FAILED = trace_pb2.Status.STATUS_CODE_ERROR
 
 @dataclass(frozen=True)
 class ReceivedSpan:
-    """A span with its process: ids in hexadecimal, times in ns since 1970."""
+    """A span and its resource; ids are hexadecimal, times are ns since the Unix epoch."""
 
     name: str
     service: str
@@ -34,13 +34,13 @@ class ReceivedSpan:
     events: tuple[tuple[str, Mapping[str, Any]], ...]
 
     def steps(self, name: str) -> list[int]:
-        """The steps of the events of a name."""
+        """The "step" attributes of the events with this name."""
         return [attributes["fleet.step"] for each, attributes in self.events if each == name]
 
 
 @dataclass
 class Receiver:
-    """The spans that came, and the bytes of all messages. `endpoint` is for OTEL_EXPORTER_OTLP_ENDPOINT."""
+    """Received spans, and the size of all messages in bytes. `endpoint` is for OTEL_EXPORTER_OTLP_ENDPOINT."""
 
     endpoint: str = ""
     raw: list[bytes] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Receiver:
     _more: threading.Condition = field(default_factory=threading.Condition)
 
     def take(self, request: trace_service_pb2.ExportTraceServiceRequest) -> None:
-        """Add the spans of a message."""
+        """Store the spans of a message."""
         with self._more:
             self.raw.append(request.SerializeToString())
             self.spans += _spans_of(request)
@@ -57,12 +57,12 @@ class Receiver:
     def wait_until(
         self, is_enough: Callable[[Sequence[ReceivedSpan]], bool], seconds: float = 30.0
     ) -> list[ReceivedSpan]:
-        """All spans, once they are enough. Raises AssertionError where they are not in time."""
+        """Wait until `is_enough` accepts the spans; returns all spans. Raises AssertionError after `seconds`."""
         until = time.monotonic() + seconds
         with self._more:
             while not is_enough(self.spans):
                 left = until - time.monotonic()
-                assert left > 0, f"spans are missing; there are {sorted(each.name for each in self.spans)}"
+                assert left > 0, f"spans are missing; received are {sorted(each.name for each in self.spans)}"
                 self._more.wait(left)
             return list(self.spans)
 
@@ -71,7 +71,7 @@ class _Servicer(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[mi
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
 
-    def Export(  # noqa: N802 -- the name in the .proto
+    def Export(  # noqa: N802 -- name in the .proto
         self, request: trace_service_pb2.ExportTraceServiceRequest, context: grpc.ServicerContext
     ) -> trace_service_pb2.ExportTraceServiceResponse:
         del context
@@ -81,7 +81,7 @@ class _Servicer(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[mi
 
 @contextmanager
 def receiving(credentials: grpc.ServerCredentials | None = None) -> Iterator[Receiver]:
-    """A receiver on a free port of 127.0.0.1; it speaks TLS with credentials."""
+    """A receiver on a free port of 127.0.0.1; with credentials, it serves TLS."""
     receiver = Receiver()
     server = grpc.server(ThreadPoolExecutor(2))
     add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server

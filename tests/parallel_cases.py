@@ -1,6 +1,6 @@
-"""Requests of small random models of every family, and what one rank makes of them, for tests of worker groups.
+"""Requests of small random models of every family, with one rank's result as the reference for worker groups.
 
-Lengths divide by little. Ranks are those of a RankPool, on the CPU or on GPUs.
+Sequence lengths have few divisors. Ranks come from a RankPool, on the CPU or on GPUs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from tiny_z_image import TEXT_SIZE, build_tiny_z_image
 CPU = torch.device("cpu")
 STEPS = 4
 
-# All of up to four ranks.
+# All layouts of up to four ranks.
 LAYOUTS = [
     Degrees(tp, ulysses, ring, cfg)
     for tp, ulysses, ring, cfg in product((1, 2, 4), (1, 2, 4), (1, 2, 4), (1, 2))
@@ -72,9 +72,10 @@ LAYOUTS = [
 class Family:
     """A checkpoint, and a request whose token count has few divisors.
 
-    Embeddings are (tokens, width) or (width,); `ids` are token ids (tokens,) of both branches. Image latents have a
-    packed and a raw shape. `channels` is the number of latent channels, a token is a patch of `patch` latents. `config`
-    is a reference to the config, if it is not the registered one. A loop that `draws` gets the generator of the noise.
+    Shapes of embeddings are (tokens, width) or (width,); `ids` are shapes (tokens,) of token ids for both branches.
+    Image conditions are (packed shape, raw shape). `channels` is the number of latent channels; a token is a patch of
+    `patch` latents. `config` is a reference "module:Class", if it differs from the registered config. With
+    `uses_generator`, the loop receives the noise generator.
     """
 
     build: Callable[[Path], Path]
@@ -82,7 +83,7 @@ class Family:
     tokens: int
     positive: Mapping[str, tuple[int, ...]]
     negative: Mapping[str, tuple[int, ...]]
-    pictures: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    image_embeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     condition: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     more_conditions: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
@@ -90,7 +91,7 @@ class Family:
     patch: int = 4
     config: str = ""
     sampling: Sampling | None = None
-    draws: bool = False
+    uses_generator: bool = False
 
 
 PARAMS: Mapping[str, ParamValue] = {
@@ -105,7 +106,7 @@ PARAMS: Mapping[str, ParamValue] = {
     "cfg_truncation": 0.15,
     "cfg_normalization": 1.0,
 }
-"""Of LTX-2, then of Z-Image, whose guidance ends after the second step."""
+"""Parameters of LTX-2, then of Z-Image, whose guidance ends after the second step."""
 SAMPLING = Sampling(
     num_inference_steps=STEPS,
     seed=3,
@@ -128,7 +129,7 @@ FAMILIES = {
         negative={"encoder_hidden_states": (11, 32), "pooled_projections": (24,)},
         tokens=35,
     ),
-    # 15 and 8 tokens of reference images.
+    # Reference images of 15 and 8 tokens.
     "flux2-klein": Family(
         build_tiny_flux2_klein,
         Canvas(height=80, width=112),
@@ -164,7 +165,7 @@ FAMILIES = {
         condition=((1, 15, 64), (1, 1, 16, 6, 10)),
         tokens=35,
     ),
-    # 15 and 8 tokens of given images, which have a timestep of their own.
+    # Input images of 15 and 8 tokens, with a timestep of their own.
     "qwen-image-edit-plus": Family(
         build_tiny_qwen_image_edit_plus,
         Canvas(height=80, width=112),
@@ -174,7 +175,7 @@ FAMILIES = {
         more_conditions=(((1, 8, 64), (1, 1, 16, 8, 4)),),
         tokens=35,
     ),
-    # Two layers and the whole image of 15 tokens each, and those of the given image.
+    # Two layers, the composite and the input image, of 15 tokens each.
     "qwen-image-layered": Family(
         build_tiny_qwen_image_layered,
         Canvas(height=48, width=80, num_frames=2),
@@ -197,7 +198,7 @@ FAMILIES = {
         negative={},
         tokens=35,
         sampling=DMD,
-        draws=True,
+        uses_generator=True,
     ),
     # Two blocks of 30 tokens.
     "wan-causal": Family(
@@ -207,14 +208,14 @@ FAMILIES = {
         negative={},
         tokens=60,
         sampling=DMD,
-        draws=True,
+        uses_generator=True,
     ),
     "wan-i2v": Family(
         build_tiny_wan_i2v,
         Canvas(height=48, width=80, num_frames=9, output_format="mp4"),
         positive={"encoder_hidden_states": (13, 32)},
         negative={"encoder_hidden_states": (13, 32)},
-        pictures={"encoder_hidden_states_image": (17, 24)},
+        image_embeds={"encoder_hidden_states_image": (17, 24)},
         condition=((1, 20, 3, 6, 10), (1, 20, 3, 6, 10)),
         tokens=45,
     ),
@@ -242,7 +243,7 @@ FAMILIES = {
         tokens=45,
         channels=HUNYUAN_CHANNELS,
     ),
-    # Text is padded to 64 tokens or 32, the image to 64.
+    # The text is padded to 64 or 32 tokens, the image to 64.
     "z-image": Family(
         build_tiny_z_image,
         Canvas(height=80, width=112),
@@ -250,7 +251,7 @@ FAMILIES = {
         negative={"encoder_hidden_states": (3, TEXT_SIZE)},
         tokens=35,
     ),
-    # 15 tokens of the given first frame, and 45 others.
+    # 15 tokens of the input first frame, and 45 other video tokens.
     "wan-ti2v": Family(
         build_tiny_wan_ti2v,
         Canvas(height=96, width=160, num_frames=13, output_format="mp4"),
@@ -261,7 +262,7 @@ FAMILIES = {
         channels=TI2V_LATENT_CHANNELS,
         config="configs.pipeline_configs.wan_ti2v:WanTI2VImagePipelineConfig",
     ),
-    # The same tokens, packed.
+    # The same tokens as wan-ti2v, but packed.
     "ltx-video": Family(
         build_tiny_ltx_video,
         Canvas(height=96, width=160, num_frames=25, output_format="mp4"),
@@ -273,7 +274,7 @@ FAMILIES = {
         patch=1,
         config="configs.pipeline_configs.ltx_video:LTXVideoImageToVideoPipelineConfig",
     ),
-    # 15 tokens of the given first frame, 45 others, and 52 of the sound.
+    # 15 tokens of the input first frame, 45 other video tokens, and 52 audio tokens.
     "ltx2": Family(
         build_tiny_ltx2,
         Canvas(height=96, width=160, num_frames=25, frame_rate=12.0, output_format="mp4"),
@@ -290,7 +291,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A family's checkpoint, its input for the loop and for one prediction, and what one rank makes of them."""
+    """A family's checkpoint, its inputs for the loop and for one prediction, and one rank's results."""
 
     model: Mapping[str, str]
     loop: Path
@@ -306,16 +307,16 @@ class Case:
 
 
 Run = Callable[..., object]
-"""Calls a function of rank_calls on one rank, with its keywords."""
+"""Calls a function of rank_calls with keyword arguments, on one rank."""
 
 
 def alone(function: Callable[..., object], **keywords: Any) -> object:
-    """In this process, on its CPU."""
+    """Call a function of rank_calls in this process, on the CPU."""
     return function(0, **keywords)
 
 
 def make_case(family: Family, folder: Path, run: Run = alone) -> Case:
-    """Draw a request, and run it on one rank."""
+    """Draw a random request and run it on one rank."""
     model = {"checkpoint": str(family.build(folder / "checkpoint")), "config": family.config}
     checkpoint, config = open_with(**model)
     x = draw_input(checkpoint, config, family)
@@ -332,7 +333,7 @@ def make_case(family: Family, folder: Path, run: Run = alone) -> Case:
 
 
 def draw_input(checkpoint: Checkpoint, config: Any, family: Family) -> DenoisingInput:
-    """Noise and schedule of the family's own stages; what encoders would make is random."""
+    """Draw the loop's input: noise and schedule from the family's stages, random encoder outputs."""
     torch.manual_seed(5)
     runtime, canvas, sampling = Runtime(), family.canvas, family.sampling or SAMPLING
     scheduler = load_module(checkpoint, "scheduler", config, runtime)
@@ -354,10 +355,10 @@ def draw_input(checkpoint: Checkpoint, config: Any, family: Family) -> Denoising
             prompt_embeds=draw(family.positive) | ids,
             negative_prompt_embeds=draw(family.negative) | {name: each.clone() for name, each in ids.items()},
         ),
-        image_conditioning=Conditioning(prompt_embeds=draw(family.pictures)) if family.pictures else None,
+        image_conditioning=Conditioning(prompt_embeds=draw(family.image_embeds)) if family.image_embeds else None,
         image_latents=condition,
         sampling=sampling,
-        latents_generator=initial.latents_generator if family.draws else None,
+        latents_generator=initial.latents_generator if family.uses_generator else None,
     )
 
 
@@ -366,7 +367,7 @@ def draw(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def single_input(config: Any, x: DenoisingInput) -> dict[str, Tensor]:
-    """The keywords of one prediction in the middle of the schedule, for the first output."""
+    """Arguments of one prediction in the middle of the schedule, for the first output."""
     noise = x.initial_latents.parts
     given = x.image_latents.parts if x.image_latents else {}
     conditions = {name: each.latents for name, each in given.items()}
@@ -385,7 +386,7 @@ def single_input(config: Any, x: DenoisingInput) -> dict[str, Tensor]:
 
 
 def check(pool: RankPool, case: Case, degrees: Degrees, folder: Path) -> dict[str, float]:
-    """Prediction and loop, on every rank, against one rank's: relative L2, which must be small enough."""
+    """Compare prediction and loop of every rank with one rank's results, by relative L2 error."""
     errors = {}
     pool.join(degrees)
     single = {**case.model, "inputs": str(case.single), "output": str(folder / "single")}

@@ -1,4 +1,4 @@
-"""How much memory this process has needed within a block, in C as in Python."""
+"""Peak memory of this process during a block, including native allocations."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _FORGET_PEAK = "5"  # proc(5): resets the peak resident set to the current value
 
 @dataclass
 class Growth:
-    """`peak_bytes`: how far the resident set rose above what it was before, once the block has ended."""
+    """`peak_bytes` is the peak resident set minus the resident set before the block; set when the block ends."""
 
     peak_bytes: int = 0
 
 
 @contextmanager
 def measured_growth() -> Iterator[Growth]:
-    """Watch the resident set of this process. Not for blocks within each other."""
+    """Measure the resident set of this process during the block. Blocks must not be nested."""
     growth = Growth()
     _CLEAR.write_text(_FORGET_PEAK)
     before = resident_bytes()
@@ -33,7 +33,7 @@ def measured_growth() -> Iterator[Growth]:
 
 
 def resident_bytes() -> int:
-    """Memory that this process has now."""
+    """Resident memory of this process in bytes."""
     return _resident("VmRSS")
 
 

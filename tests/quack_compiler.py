@@ -1,6 +1,6 @@
-"""Compiles the fused products for Hopper, which needs no GPU, and prints the name of each.
+"""Compiles the fused GEMM kernels for Hopper without a GPU, and prints the name of each.
 
-Run it with CUTE_DSL_ARCH=sm_90a and QUACK_ARCH=90 in the environment: there is no card to ask.
+Run it with CUTE_DSL_ARCH=sm_90a and QUACK_ARCH=90 in the environment, as no GPU reports its architecture.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ MULTIPROCESSORS = 132
 
 
 def compile_only(self: Any, *args: Any, **keywords: Any) -> None:
-    """In place of a launch."""
+    """Replacement of EpiMod.gemm that compiles but does not launch."""
     plan = gemm(self, *args, _launch=False, **keywords)
     sys.stdout.write(f"{self.fn.__name__} {type(plan).__name__}\n")
 
 
 gemm = EpiMod.gemm
 EpiMod.gemm = compile_only
-# Asked of the driver, where there is one.
+# Normally queried from the CUDA driver.
 host.get_max_active_clusters = lambda size: MULTIPROCESSORS // size
 
 from models.kernels import quack_epilogues  # noqa: E402

@@ -1,4 +1,4 @@
-"""What a rank of the pool can be asked to do. Each function gets its rank first and returns what JSON can say."""
+"""Functions that a rank of the pool can run. The first argument is the rank; results must be JSON values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# Here, so that ranks have it from the process that forks them: loading a stage would import it in each.
+# Imported here, in the process that forks the ranks: otherwise each rank would import it to load a stage.
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
@@ -42,7 +42,7 @@ NONE: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass
 class Rank:
-    """The worker group that this process belongs to now."""
+    """State of this rank: the mesh of its current worker group, and its device."""
 
     mesh: WorkerMesh | None = None
     device: torch.device = CPU
@@ -52,7 +52,7 @@ RANK = Rank()
 
 
 def join(rank: int, degrees: dict[str, int], store: str, kind: str = "cpu") -> dict[str, int]:
-    """Form a worker group on devices of a kind; this rank's place on each axis."""
+    """Form a worker group on "cpu" or "cuda" devices; returns this rank's index on each axis."""
     layout = Degrees(**degrees)
     cuda = kind == "cuda"
     RANK.device = torch.device(kind, rank) if cuda else CPU
@@ -71,14 +71,14 @@ def join(rank: int, degrees: dict[str, int], store: str, kind: str = "cpu") -> d
     return {axis: RANK.mesh.index(axis) for axis in AXES}
 
 
-def leave(rank: int) -> None:  # noqa: ARG001  (asked for of every rank)
-    """Leave the worker group, as all its ranks do at the same time: NCCL waits for them."""
+def leave(rank: int) -> None:  # noqa: ARG001  (every function takes the rank)
+    """Destroy the process group. All ranks must call it together, as NCCL blocks until all have."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def open_with(checkpoint: str, config: str) -> tuple[Checkpoint, Any]:
-    """A checkpoint and its config, of the class of a reference "package.module:Class", or by default the registered."""
+    """Open a checkpoint; its config has the class "package.module:Class", by default the registered class."""
     reference = config or open_model(checkpoint, load_registry()).variants[0].pipeline_config
     config_class: type[PipelineConfig] = resolve(reference)
     opened = Checkpoint.open(Path(checkpoint))
@@ -86,7 +86,7 @@ def open_with(checkpoint: str, config: str) -> tuple[Checkpoint, Any]:
 
 
 def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool = False, config: str = "") -> None:
-    """One prediction of the checkpoint's transformer; compiled, each block is one graph, with its collectives."""
+    """Run the transformer once. With `compiled`, each block is compiled as one graph, including its collectives."""
     opened, made = open_with(checkpoint, config)
     runtime = Runtime(mesh=RANK.mesh, device=RANK.device)
     transformer = load_module(opened, "transformer", made, runtime)
@@ -102,7 +102,7 @@ def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool
 def denoise(
     rank: int, checkpoint: str, inputs: str, output: str, approximation: Mapping[str, Any] = NONE, config: str = ""
 ) -> list[int]:
-    """The whole loop; the steps that it reported."""
+    """Run the whole loop; returns the steps that it reported."""
     steps: list[int] = []
     blocks: list[Tensor] = []
 
@@ -124,12 +124,12 @@ def denoise(
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """The only part, or the values of all parts, one after the other."""
+    """The only part, or all parts flattened and concatenated."""
     return parts[0].contiguous() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
 
 
 def denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> DenoisingStage | CausalDMDDenoisingStage:
-    """The registered pipeline's, or one with another config."""
+    """The denoising stage of the registered pipeline, or one with another config."""
     if config:
         opened, made = open_with(checkpoint, config)
         modules = {name: load_module(opened, name, made, runtime) for name in ("transformer", "scheduler")}
@@ -141,7 +141,7 @@ def denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> Denoising
 
 
 def attend(rank: int, inputs: str, output: str) -> list[int]:
-    """USPAttention over "text" and "image" segments, (3, B, tokens, H, K) each; what each rank holds of the tokens."""
+    """Run USPAttention on "text" and "image" segments, each (3, B, tokens, H, K); returns this rank's token counts."""
     assert RANK.mesh is not None
     mesh, segments = RANK.mesh, load_file(inputs)
     scope = SegmentScope(mesh.degrees.sp, mesh.sp_index)
@@ -155,7 +155,10 @@ def attend(rank: int, inputs: str, output: str) -> list[int]:
 
 
 def attend_whole(rank: int, inputs: str, output: str) -> int:
-    """Attention of whole queries (B, T, H, K) to this rank's chunk of keys and values (2, B, S, H, K); its length."""
+    """Run ShardedKeysAttention on all queries (B, T, H, K) and this rank's shard of keys and values (2, B, S, H, K).
+
+    Returns the shard's token count.
+    """
     given = load_file(inputs)
     assert RANK.mesh is not None
     scope = SegmentScope(RANK.mesh.degrees.sp, RANK.mesh.sp_index)
@@ -167,12 +170,12 @@ def attend_whole(rank: int, inputs: str, output: str) -> int:
 
 
 def gather(rank: int, sizes: list[int]) -> list[float]:
-    """Chunks of these sizes that hold the number of their rank, joined on the tp axis."""
+    """Gather chunks of these sizes on the tp axis; each chunk is filled with its rank."""
     assert RANK.mesh is not None
     axis = RANK.mesh.axis("tp")
     return gather_chunks(torch.full((2, sizes[axis.index]), float(rank)), 1, sizes, axis)[0].tolist()
 
 
 def rank_file(output: str, rank: int) -> Path:
-    """Where a rank leaves its tensors."""
+    """File to which a rank writes its tensors."""
     return Path(f"{output}-{rank}.safetensors")

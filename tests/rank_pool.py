@@ -1,4 +1,4 @@
-"""A long-lived pool of rank processes, which take any layout in turn: to start them takes longest."""
+"""A pool of rank processes, reused for all layouts because starting them is slow."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from models.parallel.mesh import Degrees
 
 TESTS = Path(__file__).resolve().parent
 RANKS = 4
-# Longer than any collective may take, shorter than a test run may hang.
+# Longer than any collective, shorter than the time limit of a test run.
 ANSWER_SECONDS = 120.0
 
 
 class RankFailed(Exception):
-    """A rank raised (the message is its traceback), died or hangs."""
+    """A rank raised an exception (the message is its traceback), exited or did not reply."""
 
 
 class RankPool:
-    """Ranks from 0. A layout uses as many of them as the product of its degrees. Close it.
+    """Ranks from 0. A layout uses the first ranks; their number is the product of its degrees. Call close() at the end.
 
-    On "cpu" the ranks communicate by gloo, on "cuda" by NCCL, with one GPU each.
+    The backend is gloo on "cpu", and NCCL on "cuda", with one GPU per rank.
     """
 
     def __init__(self, folder: Path, kind: str = "cpu", ranks: int = RANKS) -> None:
@@ -37,7 +37,7 @@ class RankPool:
         self._kind = kind
         pairs = [socket.socketpair() for _ in range(ranks)]
         theirs = [pair[1].fileno() for pair in pairs]
-        # Libraries for GPUs may warn.
+        # GPU libraries may print warnings.
         strictly = ("-W", "error") if kind == "cpu" else ()
         paths = filter(None, (str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH")))
         self._process = subprocess.Popen(
@@ -54,7 +54,7 @@ class RankPool:
         self._layouts = 0
 
     def join(self, degrees: Degrees) -> list[dict[str, int]]:
-        """Make the first ranks a worker group of this layout, to which later calls go; their places on the axes."""
+        """Form a worker group of the first ranks, for later calls; returns each rank's index on each axis."""
         self.call("rank_calls:leave")
         self._world_size = degrees.world_size
         self._layouts += 1
@@ -62,10 +62,10 @@ class RankPool:
         return self.call("rank_calls:join", degrees=dataclasses.asdict(degrees), store=str(store), kind=self._kind)
 
     def call(self, function: str, **keywords: Any) -> list[Any]:
-        """Call function(rank, **keywords) on every rank at once; the results in the order of ranks, as JSON gives them.
+        """Call function(rank, **keywords) on all ranks concurrently; returns the parsed JSON results by rank.
 
-        Raises RankFailed when a rank raises or dies, or does not answer. The pool ends then: the others may wait for
-        that rank for ever.
+        Raises RankFailed if a rank raises, exits or does not reply. The pool is then closed, as the other ranks may
+        block on the failed rank forever.
         """
         line = (json.dumps({"call": function, **keywords}) + "\n").encode()
         try:
@@ -102,7 +102,7 @@ class RankPool:
         return answer["result"]
 
     def close(self) -> None:
-        """Hang up, which ends the ranks."""
+        """Close the sockets, which ends the rank processes."""
         for answers, connection in zip(self._answers, self._connections, strict=True):
             answers.close()
             connection.close()

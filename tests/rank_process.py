@@ -1,8 +1,8 @@
-"""The processes of a pool of ranks: one that imports torch once, and then forks a process for each rank.
+"""The process behind RankPool: imports torch once, then forks one process per rank.
 
 Run: python rank_process.py KIND FD...    with the kind of device, and a connected socket for each rank. A rank reads
-commands, a JSON object a line, `{"call": "module:function", ...keywords}`, and answers each with `{"result": ...}` or
-`{"error": traceback}`. Tensors pass through files. A closed socket ends it.
+commands, one JSON object per line, `{"call": "module:function", ...keywords}`, and replies to each with `{"result":
+...}` or `{"error": traceback}`. Tensors are passed in files. The rank exits when the socket is closed.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from models.registry import resolve
 
 
 def serve(rank: int, connection: socket.socket) -> None:
-    """Answer commands until the other side hangs up."""
+    """Process commands until the peer closes the connection."""
     torch.set_num_threads(1)
     with connection, connection.makefile("rw", encoding="utf-8") as lines:
         for line in lines:
             command: dict[str, Any] = json.loads(line)
             try:
                 answer = {"result": resolve(command.pop("call"))(rank, **command)}
-            except Exception:  # noqa: BLE001  (whatever it is, the test shall see it)
+            except Exception:  # noqa: BLE001  (every error is reported to the test)
                 answer = {"error": traceback.format_exc()}
             lines.write(json.dumps(answer) + "\n")
             lines.flush()
 
 
 def main() -> None:
-    """Fork a rank for each socket, and wait for all."""
+    """Fork one rank per socket, and wait until all have exited."""
     kind, *fds = sys.argv[1:]
     connections = [socket.socket(fileno=int(fd)) for fd in fds]
     if kind == "cpu":
-        # All that a rank runs, so that it is imported once. It asks for GPUs, after which CUDA works in no fork.
+        # Imports every dependency of the ranks once. On "cuda" each rank imports it: it initializes CUDA, which does
+        # not work after a fork.
         importlib.import_module("rank_calls")
     children = []
     for rank, connection in enumerate(connections):
@@ -49,8 +50,7 @@ def main() -> None:
         for other in connections[:rank] + connections[rank + 1 :]:
             other.close()
         serve(rank, connection)
-        # At once, with the group that it is in: to take down an interpreter that has torch and diffusers in it costs a
-        # second, and others of the group end as well.
+        # Skips interpreter shutdown, which takes about a second with torch and diffusers loaded.
         os._exit(0)
     for connection in connections:
         connection.close()

@@ -1,4 +1,4 @@
-"""HTTP/2 by hand (RFC 9113 and 7541), to send what no gRPC library sends."""
+"""A raw HTTP/2 client (RFC 9113 and 7541), for frames that no gRPC library sends."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _END_STREAM, _END_HEADERS = 1, 4
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """One frame."""
+    """Encode a frame."""
     return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
 
 
 SETTINGS_TAKEN = frame(_SETTINGS, 1, 0, b"")
-"""What a server sends once the handshake is over."""
+"""The SETTINGS acknowledgement that a server sends at the end of the handshake."""
 
 
 def call_headers(path: bytes, more: Sequence[Header] = (), *, stream: int = 1, ended: bool = False) -> bytes:
-    """The frame that opens a call: literal fields, never indexed, of less than 127 bytes each."""
+    """A HEADERS frame that starts a call: literal never-indexed fields of less than 127 bytes each."""
     fields = (
         (b":method", b"POST"),
         (b":scheme", b"http"),
@@ -39,28 +39,28 @@ def call_headers(path: bytes, more: Sequence[Header] = (), *, stream: int = 1, e
 
 
 def cancellation(stream: int) -> bytes:
-    """The frame that ends a call without waiting for it."""
+    """An RST_STREAM frame that cancels a call."""
     return frame(_RST_STREAM, 0, stream, struct.pack(">I", 8))
 
 
 class RawConnection:
-    """A connection over which a test sends bytes of its own."""
+    """A connection over which a test sends arbitrary bytes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
 
     async def send(self, *frames: bytes) -> None:
-        """Send these bytes."""
+        """Send bytes and wait until the buffer is drained."""
         self._writer.write(b"".join(frames))
         await self._writer.drain()
 
     async def greet(self) -> None:
-        """Begin as every client does."""
+        """Send the client connection preface."""
         await self.send(PREFACE, frame(_SETTINGS, 0, 0, b""))
 
     async def until(self, *words: bytes) -> bytes:
-        """What comes, to the first of these texts in it."""
+        """Read until the received bytes contain one of `words`; returns all received bytes."""
         got = b""
         while not any(word in got for word in words):
             data = await self._reader.read(1 << 16)
@@ -69,7 +69,7 @@ class RawConnection:
         return got
 
     async def until_closed(self) -> bytes:
-        """All that comes, until the other side closes the connection."""
+        """Read until the peer closes the connection; returns all received bytes."""
         try:
             return await self._reader.read()
         except ConnectionResetError:

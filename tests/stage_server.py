@@ -1,9 +1,9 @@
-"""A stage service in this process for tests: small real stages behind a real gRPC server, and a runner to call them."""
+"""A stage service in this process: small stages behind a real gRPC server, and a runner that calls them."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import torch
 
+from async_tests import run_within
 from common.artifacts import Canvas, Conditioning, LatentPart, Latents, Sampling, StepCheckpoint
 from common.codec import pack
 from common.local import HostedStages
@@ -31,7 +32,7 @@ METHOD = "/fleet.v1.DenoisingService/Denoise"
 
 @dataclass(frozen=True, kw_only=True)
 class StageInput:
-    """Slots of several kinds, one of them optional."""
+    """Stage inputs of several artifact types; one slot is optional."""
 
     initial_latents: Latents
     sampling: Sampling
@@ -40,7 +41,7 @@ class StageInput:
 
 @dataclass(frozen=True, kw_only=True)
 class StageOutput:
-    """One slot."""
+    """A stage output with one slot."""
 
     denoised_latents: Latents
 
@@ -49,18 +50,18 @@ Script = Callable[[StageInput, Call], None]
 
 
 def do_nothing(_: StageInput, call: Call) -> None:
-    """The script of a stage that only computes."""
+    """A script without effect."""
     call.check_cancelled()
 
 
 class ScriptedStage(PipelineStage[StageInput, StageOutput]):
-    """Runs the script, then multiplies the latents by the number of steps."""
+    """A stage that runs the script, then multiplies the latents by the number of steps."""
 
     def __init__(self, script: Script = do_nothing) -> None:
         self._script = script
 
     def run(self, x: StageInput, call: Call) -> StageOutput:
-        """Run it."""
+        """Run the stage."""
         self._script(x, call)
         parts = {
             name: LatentPart(
@@ -72,18 +73,18 @@ class ScriptedStage(PipelineStage[StageInput, StageOutput]):
 
 
 def latents(count: int = 1 << 20, seed: int = 0) -> Latents:
-    """float32 latents of `count` numbers."""
+    """Random latents: `count` float32 values."""
     values = torch.randn(count, generator=torch.Generator().manual_seed(seed))
     return Latents(parts={"image": LatentPart(latents=values, raw_latent_shape=(count,))})
 
 
 def artifacts(count: int = 1 << 20, **more: Any) -> dict[str, Any]:
-    """Inputs of a ScriptedStage."""
+    """Input artifacts of a ScriptedStage."""
     return {"initial_latents": latents(count), "sampling": Sampling(num_inference_steps=3, seed=1)} | more
 
 
 def packets(count: int = 1 << 20, **more: Any) -> dict[str, Packet]:
-    """The same, packed."""
+    """Input packets of a ScriptedStage."""
     return {slot: pack(slot, artifact, TORCH) for slot, artifact in artifacts(count, **more).items()}
 
 
@@ -91,15 +92,15 @@ CANVAS = Canvas(height=8, width=8)
 
 
 @dataclass
-class Heard:
-    """What a call told its caller."""
+class RecordedCall:
+    """Progress, warnings and step checkpoints that a call reported."""
 
     progress: list[tuple[int, int]] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
     checkpoints: list[Packet] = field(default_factory=list)
 
     def call(self, **more: Any) -> Call:
-        """A call that reports here."""
+        """A Call whose callbacks append to this record."""
         return Call(
             "r1",
             sinks={STEP_CHECKPOINTS: Sink(self.checkpoints.append)},
@@ -110,7 +111,7 @@ class Heard:
 
 
 class Gate:
-    """Holds a stage in its first step until the test lets it go on."""
+    """A script that blocks the stage's first step until the test opens the gate."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -132,14 +133,14 @@ class Served:
     servicer: StageServicer
     channel: grpc.aio.Channel
     hosted: HostedStages
-    heard: Heard = field(default_factory=Heard)
+    recorded: RecordedCall = field(default_factory=RecordedCall)
 
     def runner(self, **more: Any) -> RemoteRunner:
-        """A runner that calls it."""
+        """A RemoteRunner that calls the server."""
         return RemoteRunner(self.channel, SERVICE, self.hosted.contract, **more)
 
     async def raw_call(self, *frames: bytes) -> list[bytes]:
-        """Send these bytes as frames, half-close, return the frames that come back."""
+        """Send raw frames and half-close the call; returns the received frames."""
         open_call: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self.channel.stream_stream(METHOD)
         return [reply async for reply in open_call(iter(frames))]
 
@@ -168,6 +169,16 @@ async def served(
                 await server.drain(0)
 
 
+def run_served(test: Callable[[Served], Awaitable[None]], script: Script | None = None, **options: Any) -> None:
+    """Run a test against a served stage, within 60 s."""
+
+    async def served_test() -> None:
+        async with served(*([script] if script else []), **options) as stage:
+            await test(stage)
+
+    run_within(60, served_test)
+
+
 def step_checkpoint_of(x: StageInput, step: int) -> StepCheckpoint:
-    """A checkpoint whose latents are the stage's inputs."""
+    """A step checkpoint with the stage's input latents."""
     return StepCheckpoint(step=step, latents=x.initial_latents)

@@ -1,4 +1,4 @@
-"""Calls whose step checkpoints are kept, at a stage and at a runner."""
+"""Receivers of step checkpoints: a callback for stages, a sink for runners."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from common.stage import STEP_CHECKPOINTS
 
 
 def step_checkpoints_to(take: Callable[[Any], object]) -> Callable[[str, int, Any], None]:
-    """`on_item` of a stage's call that gives each step checkpoint to `take`."""
+    """An `on_item` callback that passes each step checkpoint to `take`."""
 
     def on_item(slot: str, index: int, item: Any) -> None:
         del index
@@ -22,11 +22,11 @@ def step_checkpoints_to(take: Callable[[Any], object]) -> Callable[[str, int, An
 
 @dataclass(frozen=True)
 class Sink:
-    """A sink of a runner's call that gives each item to `take`."""
+    """A sink for a runner's call that passes each item to `take`."""
 
     take: Callable[[Any], object]
 
     async def put(self, index: int, item: Any, byte_size: int) -> None:
-        """Take an item."""
+        """Pass the item on."""
         del index, byte_size
         self.take(item)

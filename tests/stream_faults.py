@@ -1,4 +1,4 @@
-"""Faults while a video streams: real processes of causal Wan, and a client that follows the file and the events."""
+"""Faults during a streamed video: real processes serve causal Wan; a client follows the file and the events."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from functools import partial
 import grpc
 from chaos_processes import Process
 
+from async_tests import wait_until
 from coordinator_fleet import Stub
 from fleet.v1 import artifacts_pb2 as pb_artifacts
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import until
-from resume_fleet import Family, Served, TooLate
+from resume_fleet import Family, FaultTooLate, Served
 from tiny_wan import build_tiny_wan_causal
 
 BLOCKS, STEPS = 4, 10
-"""Blocks of the video, and denoising steps of a block: so many that a fault hits the loop while it runs."""
+"""Blocks of the video, and denoising steps per block: enough that a fault hits the running loop."""
 TIMESTEPS = pb_artifacts.DoubleList(values=range(1000, 1000 - STEPS * 50, -50))
 CAUSAL = Family(
     "causal",
@@ -39,8 +39,8 @@ MOST_REPEATS = 5
 
 
 @dataclass
-class Followed:
-    """What a client heard of a request: the bytes of the file as it grew, its items, and the steps of the loop."""
+class FollowedRequest:
+    """A request as a client received it: bytes of the growing file, result items and denoising steps."""
 
     data: bytes = b""
     items: list[pb.ResultItem] = field(default_factory=list)
@@ -49,11 +49,11 @@ class Followed:
 
     @property
     def resumed_steps(self) -> list[int]:
-        """The steps that a second worker did."""
+        """Steps of the second worker; empty if there was none."""
         return self.steps[self.steps.index(0, 1) + 1 :] if self.steps.count(0) > 1 else []
 
     def check(self, whole: bytes) -> None:
-        """Assert that every byte and every item came once."""
+        """Assert that every byte and every item was received exactly once."""
         assert self.data == whole
         assert [item.item_index for item in self.items] == list(range(BLOCKS))
         ends = [item.offset + item.byte_size for item in self.items]
@@ -61,17 +61,17 @@ class Followed:
         assert ends[-1] == len(whole)
 
 
-async def follow_file(stubs: Sequence[Stub], name: str, heard: Followed) -> None:
-    """Follow the file as it grows, at the next coordinator where one goes away."""
+async def follow_file(stubs: Sequence[Stub], name: str, followed: FollowedRequest) -> None:
+    """Follow the growing file; after a disconnect, continue at the next coordinator."""
     while True:
-        stub = stubs[heard.connections % len(stubs)]
-        heard.connections += 1
-        request = pb.DownloadResultRequest(request_id=name, index=0, follow=True, offset=len(heard.data))
+        stub = stubs[followed.connections % len(stubs)]
+        followed.connections += 1
+        request = pb.DownloadResultRequest(request_id=name, index=0, follow=True, offset=len(followed.data))
         try:
             async for reply in stub.DownloadResult(request):
                 if reply.HasField("file_data"):
-                    assert reply.file_data.offset == len(heard.data), "a byte twice, or none"
-                    heard.data += reply.file_data.data
+                    assert reply.file_data.offset == len(followed.data), "a byte was repeated or skipped"
+                    followed.data += reply.file_data.data
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.UNAVAILABLE:
                 raise
@@ -80,8 +80,10 @@ async def follow_file(stubs: Sequence[Stub], name: str, heard: Followed) -> None
             return
 
 
-async def watch(stubs: Sequence[Stub], name: str, heard: Followed, act: Callable[[Followed], Awaitable[bool]]) -> None:
-    """Hear the events to the end; `act` is called after each until it has acted."""
+async def watch(
+    stubs: Sequence[Stub], name: str, followed: FollowedRequest, act: Callable[[FollowedRequest], Awaitable[bool]]
+) -> None:
+    """Watch the events to the end; `act` is called after each event until it returns True."""
     last, acted, turn = "", False, 0
     while True:
         try:
@@ -89,10 +91,10 @@ async def watch(stubs: Sequence[Stub], name: str, heard: Followed, act: Callable
                 event = reply.event
                 last = event.event_id
                 if event.HasField("item"):
-                    heard.items.append(event.item)
+                    followed.items.append(event.item)
                 if event.progress.service == "denoising":
-                    heard.steps.append(event.progress.step)
-                acted = acted or await act(heard)
+                    followed.steps.append(event.progress.step)
+                acted = acted or await act(followed)
                 if event.state_change.state >= pb.REQUEST_STATE_SUCCEEDED:
                     assert event.state_change.state == pb.REQUEST_STATE_SUCCEEDED, event
                     assert acted, "the request ended before the fault"
@@ -104,23 +106,27 @@ async def watch(stubs: Sequence[Stub], name: str, heard: Followed, act: Callable
             await asyncio.sleep(0.1)
 
 
-async def run(fleet: Served, stubs: Sequence[Stub], act: Callable[[str, Followed], Awaitable[bool]]) -> Followed:
-    """One request, followed in both ways, with a fault."""
-    name, heard = await fleet.submit(stubs[0]), Followed()
-    await asyncio.gather(follow_file(stubs, name, heard), watch(stubs, name, heard, partial(act, name)))
+async def run(
+    fleet: Served, stubs: Sequence[Stub], act: Callable[[str, FollowedRequest], Awaitable[bool]]
+) -> FollowedRequest:
+    """Run one request with a fault; follows both the file and the events."""
+    name, followed = await fleet.submit(stubs[0]), FollowedRequest()
+    await asyncio.gather(follow_file(stubs, name, followed), watch(stubs, name, followed, partial(act, name)))
     assert not await fleet.redis.keys("fleet:checkpoint:*")
-    return heard
+    return followed
 
 
-async def nothing(_: str, __: Followed) -> bool:
+async def nothing(_: str, __: FollowedRequest) -> bool:
     return True
 
 
-def at(step: int, items: int, strike: Callable[[], Awaitable[None]]) -> Callable[[str, Followed], Awaitable[bool]]:
-    """Strike once so many steps are done and so many items are delivered."""
+def at(
+    step: int, items: int, strike: Callable[[], Awaitable[None]]
+) -> Callable[[str, FollowedRequest], Awaitable[bool]]:
+    """Call `strike` once `step` steps are done and `items` items are delivered."""
 
-    async def act(_: str, heard: Followed) -> bool:
-        if max(heard.steps, default=0) < step or len(heard.items) < items:
+    async def act(_: str, followed: FollowedRequest) -> bool:
+        if max(followed.steps, default=0) < step or len(followed.items) < items:
             return False
         await strike()
         return True
@@ -130,23 +136,23 @@ def at(step: int, items: int, strike: Callable[[], Awaitable[None]]) -> Callable
 
 async def undisturbed(fleet: Served) -> bytes:
     """The file of a request without a fault."""
-    heard = await run(fleet, fleet.stubs[:1], nothing)
-    assert heard.data.startswith(CAUSAL.begins_with)
-    heard.check(heard.data)
-    return heard.data
+    followed = await run(fleet, fleet.stubs[:1], nothing)
+    assert followed.data.startswith(CAUSAL.begins_with)
+    followed.check(followed.data)
+    return followed.data
 
 
 async def worker_fault(fleet: Served, whole: bytes, service: str, number: signal.Signals, step: int) -> None:
-    """Strike the worker of a service once so many steps are done. A decoder is struck with an item delivered.
+    """Signal the worker of a service after `step` steps; the decoder also after the first item.
 
-    The case is repeated where the strike came after the work: the events of a busy machine are late.
+    The case is repeated if the signal came too late, as events are delayed on a busy host.
     """
     for _ in range(MOST_REPEATS):
         try:
             return await _worker_fault(fleet, whole, service, number, step)
-        except TooLate:
+        except FaultTooLate:
             continue
-    raise TooLate(f"{service} was never struck during a request in {MOST_REPEATS} tries")
+    raise FaultTooLate(f"{service}: no signal arrived during a request in {MOST_REPEATS} attempts")
 
 
 async def _worker_fault(fleet: Served, whole: bytes, service: str, number: signal.Signals, step: int) -> None:
@@ -155,37 +161,37 @@ async def _worker_fault(fleet: Served, whole: bytes, service: str, number: signa
     async def strike() -> None:
         struck.append(await fleet.signal_worker(service, number))
 
-    heard = await run(fleet, fleet.stubs[:1], at(step, int(service == "decoding"), strike))
-    heard.check(whole)
+    followed = await run(fleet, fleet.stubs[:1], at(step, int(service == "decoding"), strike))
+    followed.check(whole)
     if number is signal.SIGSTOP:
         fleet.fleet.signal(struck[0], signal.SIGCONT)
-    if service == "denoising" and not heard.resumed_steps:
-        raise TooLate("the loop had ended")
-    assert service == "denoising" or not heard.resumed_steps, heard.steps
-    assert not heard.resumed_steps or min(heard.resumed_steps) > step // STEPS * STEPS, heard.steps
+    if service == "denoising" and not followed.resumed_steps:
+        raise FaultTooLate("the loop had ended")
+    assert service == "denoising" or not followed.resumed_steps, followed.steps
+    assert not followed.resumed_steps or min(followed.resumed_steps) > step // STEPS * STEPS, followed.steps
 
 
 async def handed_over(fleet: Served, whole: bytes) -> None:
-    """SIGTERM of the denoiser within its second block: no step is repeated, and no item is delivered twice."""
+    """Send SIGTERM to the denoiser in its second block: no step is repeated, no item is delivered twice."""
     for _ in range(MOST_REPEATS):
 
         async def strike() -> None:
             await fleet.signal_worker("denoising", signal.SIGTERM)
 
         try:
-            heard = await run(fleet, fleet.stubs[:1], at(WITHIN, 0, strike))
-        except TooLate:
+            followed = await run(fleet, fleet.stubs[:1], at(WITHIN, 0, strike))
+        except FaultTooLate:
             continue
-        heard.check(whole)
-        if heard.resumed_steps:
-            done = [step for step in heard.steps if step]
-            assert done == sorted(set(done)), heard.steps
+        followed.check(whole)
+        if followed.resumed_steps:
+            done = [step for step in followed.steps if step]
+            assert done == sorted(set(done)), followed.steps
             return
-    raise TooLate(f"the denoiser never left during a request in {MOST_REPEATS} tries")
+    raise FaultTooLate(f"denoising: no hand-over during a request in {MOST_REPEATS} attempts")
 
 
 async def slow_follower(fleet: Served, whole: bytes) -> None:
-    """A client that follows the file and reads nothing for a while: the request ends without it, and it gets all."""
+    """A follower that stops reading for a while does not block the request, and receives the whole file."""
     stub = fleet.stubs[0]
     name = await fleet.submit(stub)
     follow = aiter(stub.DownloadResult(pb.DownloadResultRequest(request_id=name, index=0, follow=True)))
@@ -198,7 +204,7 @@ async def slow_follower(fleet: Served, whole: bytes) -> None:
 
 
 async def expired(fleet: Served) -> None:
-    """A deadline that passes while the video streams: the request ends as expired, and its workers are free."""
+    """A deadline that passes during the stream ends the request as expired and frees its workers."""
     stub = fleet.stubs[0]
     name = await fleet.submit(stub, seconds=1.0)
     async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
@@ -208,7 +214,7 @@ async def expired(fleet: Served) -> None:
 
 
 async def cancelled(fleet: Served) -> None:
-    """Cancel a request within its second block: both workers are free within a step, and its items expire."""
+    """Cancelling a request in its second block frees both workers within a step; its items expire."""
     stub = fleet.stubs[0]
     name, asked = await fleet.submit(stub), False
     async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
@@ -223,7 +229,7 @@ async def cancelled(fleet: Served) -> None:
 
 
 async def is_forgotten(fleet: Served, name: str) -> None:
-    """Wait until no worker works on a request that has ended; what the store still has of it expires."""
+    """Wait until no worker runs the ended request; asserts that its remaining store keys expire."""
 
     async def remains() -> list[str]:
         slots = {key: await fleet.redis.hgetall(key) for key in await fleet.redis.keys("fleet:slots:*")}
@@ -235,25 +241,25 @@ async def is_forgotten(fleet: Served, name: str) -> None:
 
     try:
         async with asyncio.timeout(5):
-            await until(is_free)
+            await wait_until(is_free)
     except TimeoutError:
-        raise AssertionError(f"request {name} has ended; this remains: {await remains()}") from None
+        raise AssertionError(f"request {name} has ended; remaining: {await remains()}") from None
     for key in await fleet.redis.keys(f"fleet:*{name}*"):
-        assert await fleet.redis.pttl(key) > 0, f"{key!r} stays for ever"
+        assert await fleet.redis.pttl(key) > 0, f"{key!r} has no TTL"
 
 
 async def coordinator_fault(fleet: Served, whole: bytes, number: signal.Signals, step: int) -> None:
-    """Strike the second coordinator, which runs the request, once so many steps are done and an item is delivered."""
+    """Signal the second coordinator, which runs the request, after `step` steps and the first item."""
 
     async def strike() -> None:
         fleet.fleet.signal(fleet.fleet.of(coordinators=True)[1], number)
 
-    heard = await run(fleet, [fleet.stubs[1], fleet.stubs[0]], at(step, 1, strike))
-    heard.check(whole)
-    assert heard.connections > 1
-    if heard.resumed_steps:
-        assert min(heard.resumed_steps) > step // STEPS * STEPS, heard.steps
+    followed = await run(fleet, [fleet.stubs[1], fleet.stubs[0]], at(step, 1, strike))
+    followed.check(whole)
+    assert followed.connections > 1
+    if followed.resumed_steps:
+        assert min(followed.resumed_steps) > step // STEPS * STEPS, followed.steps
 
 
 WITHIN, BETWEEN = STEPS + STEPS // 2, 2 * STEPS
-"""Steps within the second block, and at its end."""
+"""Steps of faults: within the second block, and at its end."""

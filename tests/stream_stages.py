@@ -1,4 +1,4 @@
-"""Two small stages with a stream between them, and a stream as the result: for tests of runners."""
+"""Two small stages connected by a stream, with a stream as the result, for runner tests."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Hook = Callable[[int, Call], None]
 
 
 def do_nothing(_: int, call: Call) -> None:
-    """The hook of a stage that only computes."""
+    """A hook without effect."""
     call.check_cancelled()
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlocksInput:
-    """The first block, and how many there are."""
+    """The first block, and the number of blocks."""
 
     initial_latents: Latents
     sampling: Sampling
@@ -31,14 +31,14 @@ class BlocksInput:
 
 @dataclass(frozen=True, kw_only=True)
 class BlocksOutput:
-    """The blocks."""
+    """A stream of blocks."""
 
     denoised_blocks: Stream[Latents] = EMITTED
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilesInput:
-    """Blocks as they come."""
+    """A stream of blocks as input."""
 
     denoised_blocks: Stream[Latents]
     canvas: Canvas
@@ -46,13 +46,13 @@ class FilesInput:
 
 @dataclass(frozen=True, kw_only=True)
 class FilesOutput:
-    """A part of a file for each block."""
+    """A stream of file parts, one per block."""
 
     media_items: Stream[MediaItem] = EMITTED
 
 
 class BlockStage(PipelineStage[BlocksInput, BlocksOutput]):
-    """Emits the latents plus 0, 1, ...: as many blocks as there are steps, a step checkpoint before each."""
+    """Emits one block per step, latents + 0, latents + 1, ..., with a step checkpoint before each block."""
 
     def __init__(self, before_block: Hook = do_nothing) -> None:
         self._before_block = before_block
@@ -71,7 +71,7 @@ class BlockStage(PipelineStage[BlocksInput, BlocksOutput]):
 
 
 class FileStage(PipelineStage[FilesInput, FilesOutput]):
-    """Makes bytes of a running sum over all blocks so far, so that each part depends on those before."""
+    """Emits bytes of the running sum over all blocks, so that each part depends on all previous blocks."""
 
     def __init__(self, before_item: Hook = do_nothing) -> None:
         self._before_item = before_item
@@ -95,17 +95,17 @@ def latents_of(values: torch.Tensor) -> Latents:
 
 
 def producer(before_block: Hook = do_nothing) -> HostedStages:
-    """The stage that emits blocks, as a denoising service."""
+    """A denoising service with the stage that emits blocks."""
     return HostedStages("denoising", [BlockStage(before_block)])
 
 
 def consumer(before_item: Hook = do_nothing) -> HostedStages:
-    """The stage that reads them, as a decoding service."""
+    """A decoding service with the stage that reads blocks."""
     return HostedStages("decoding", [FileStage(before_item)])
 
 
 def request(blocks: int = 5, count: int = 1 << 18) -> dict[str, Any]:
-    """Inputs for so many blocks of `count` float32 numbers."""
+    """Inputs for `blocks` blocks of `count` float32 values."""
     noise = torch.randn(count, generator=torch.Generator().manual_seed(3))
     return {
         "initial_latents": latents_of(noise),
@@ -115,13 +115,13 @@ def request(blocks: int = 5, count: int = 1 << 18) -> dict[str, Any]:
 
 
 def text_of(items: tuple[MediaItem, ...]) -> bytes:
-    """The bytes of all parts together."""
+    """Concatenate the bytes of all parts."""
     return b"".join(item.data.numpy().tobytes() for item in items)
 
 
 @dataclass
 class Gate:
-    """A hook that stops at an index until it is opened."""
+    """A hook that blocks at an index until it is opened."""
 
     index: int
     entered: threading.Event = field(default_factory=threading.Event)
@@ -131,4 +131,4 @@ class Gate:
         call.check_cancelled()
         if index == self.index:
             self.entered.set()
-            assert self.opened.wait(30), "nobody opened the gate"
+            assert self.opened.wait(30), "the gate was not opened within 30 s"

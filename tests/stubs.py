@@ -1,6 +1,6 @@
-"""Makes the Python stubs of proto/ anew. `python -m tests.stubs` writes them beside the .proto files.
+"""Generates the Python stubs of proto/. `python -m tests.stubs` writes them next to the .proto files.
 
-Only proto/ is a root of imports: generating with the repository as root would name the modules proto.fleet.v1.
+Only proto/ is an import root: with the repository as root, the modules would be named proto.fleet.v1.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
 
 
 def script(name: str) -> str:
-    """Path of a command of this environment, which need not be on PATH."""
+    """Path of a console script of this environment, which may not be on PATH."""
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
 def sources(proto: Path = PROTO) -> list[str]:
-    """The .proto files, relative to their root, in order."""
+    """The sorted .proto files, relative to `proto`."""
     return sorted(path.relative_to(proto).as_posix() for path in proto.rglob("*.proto"))
 
 
 def generate(output: Path, proto: Path = PROTO) -> None:
-    """Write messages, services and their types under `output`. Raises CalledProcessError when protoc refuses."""
+    """Generate messages, services and type stubs in `output`. Raises CalledProcessError if protoc fails."""
     plugins = [f"--plugin={name}={script(name)}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
     targets = [f"--{kind}_out={output}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{proto}", *plugins, *targets, *sources(proto)]

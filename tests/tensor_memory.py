@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors, on the meta device too: what a computation of any size would take, in no time."""
+"""Counts the bytes of live tensors; on the meta device, this gives the peak of a computation without running it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 
 
 class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most bytes that tensors made inside the block held at a time. What is copied to the CPU is not counted."""
+    """`peak`: most bytes that tensors created in the block occupy at one time, without copies to the CPU."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -23,7 +23,7 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the operation, and count what is new in its result."""
+        """Run the operation, and count new storages in its result."""
         del types
         options = dict(kwargs or {})
         if options.get("device") == torch.device("cpu") and args and isinstance(args[0], Tensor) and args[0].is_meta:

@@ -1,7 +1,7 @@
-"""Builds small Flux checkpoints with random weights: genuine Diffusers directories, made here, without a download.
+"""Builds small Flux checkpoints with random weights: valid Diffusers directories, created offline.
 
-The weights are drawn large enough that every module matters: one word of the prompt, one step, one wrong constant
-moves the latents far beyond the tolerances of the parity tests.
+Weights are large enough that one different word of the prompt, step or constant changes the latents far beyond the
+tolerances of the parity tests.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEADS, HEAD_SIZE = 4, 16
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE with a merge chain per word; the end mark has the highest id, as in CLIP's own vocabulary."""
+    """Byte-level BPE with a merge chain per word; the end token has the highest id, as in CLIP's vocabulary."""
     alphabet = sorted(ByteLevel.alphabet())
     tokens = alphabet + [f"{symbol}</w>" for symbol in alphabet]
     merges: list[tuple[str, str]] = []
@@ -76,7 +76,7 @@ def build_tiny_flux(
     for module in modules.values():
         if isinstance(module, nn.Module):
             randomise(module)
-    # The scheduler's shift is ignored when it shifts by size: the value that FLUX.1-dev ships with.
+    # The value of FLUX.1-dev, which the scheduler ignores with dynamic shifting.
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=dynamic_shift, shift=3.0 if dynamic_shift else shift, base_shift=0.5, max_shift=1.15
     )
@@ -85,7 +85,8 @@ def build_tiny_flux(
 
 
 def randomise(module: nn.Module) -> None:
-    """Draw every parameter: matrices scaled by their fan-in, gains around 1, biases around 0; none stays 0 or 1."""
+    """Randomize every parameter: matrices scaled by fan-in, gains around 1, biases around 0; no value is exactly 0 or
+    1."""
     with torch.no_grad():
         for name, value in module.named_parameters():
             noise = torch.randn_like(value)
@@ -99,8 +100,8 @@ def randomise(module: nn.Module) -> None:
 
 
 def clip_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers of width 24."""
-    # eos_token_id 2 is what the published Flux checkpoints say; CLIP then pools at the highest token id.
+    """A CLIP text model with two layers of width 24."""
+    # The published Flux checkpoints have eos_token_id 2, with which CLIP pools at the highest token id.
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -118,7 +119,7 @@ def clip_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def t5_model(tokenizer: T5TokenizerFast) -> T5EncoderModel:
-    """Two layers of width 32."""
+    """A T5 encoder with two layers of width 32."""
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),

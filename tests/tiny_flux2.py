@@ -1,4 +1,4 @@
-"""Builds small FLUX.2 checkpoints with random weights: genuine Diffusers directories, made here, offline."""
+"""Builds small FLUX.2 checkpoints with random weights: valid Diffusers directories, created offline."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ LATENT_CHANNELS = 8
 STATE_SIZE = 16
 TEXT_SIZE = 3 * STATE_SIZE
 TURN = "{{ '<|im_start|>user\n' + messages[0].content + '<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"
-"""The template of a chat of one message, as the published tokenizer renders it without thinking."""
+"""Chat template for one message; renders as the published template does without thinking."""
 MARKS = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "<pad>"),
     *("[IMG_BREAK]", "[IMG_END]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
 )
-"""Special tokens of Mistral's tokenizer, as far as a chat or an image needs them."""
+"""Special tokens of Mistral's tokenizer that chats and images need."""
 CHAT = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}"
     "[SYSTEM_PROMPT]{{ message.content[0].text }}[/SYSTEM_PROMPT]"
     "{% else %}[INST]{{ message.content[0].text }}[/INST]{% endif %}{% endfor %}"
 )
-"""The template of a chat without images, as the published processor renders it."""
+"""Chat template without images; renders as the published processor does."""
 
 
 def build_tiny_flux2_klein(path: Path, *, is_distilled: bool = False, seed: int = 0) -> Path:
-    """Write a checkpoint of the layout of FLUX.2 klein."""
+    """Write a checkpoint with the layout of FLUX.2 klein."""
     torch.manual_seed(seed)
     tokenizer = qwen_tokenizer()
     tokenizer.chat_template = TURN
@@ -69,7 +69,8 @@ def build_tiny_flux2_klein(path: Path, *, is_distilled: bool = False, seed: int 
 
 
 def build_tiny_flux2_dev(path: Path, *, seed: int = 0) -> Path:
-    """Write a checkpoint of the layout of FLUX.2 dev. A whole processor would need torchvision: its parts are saved."""
+    """Write a checkpoint with the layout of FLUX.2 dev; saves the processor's parts, as a processor needs
+    torchvision."""
     torch.manual_seed(seed)
     tokenizer = mistral_tokenizer()
     modules = _modules(guidance_embeds=True)
@@ -86,7 +87,7 @@ def build_tiny_flux2_dev(path: Path, *, seed: int = 0) -> Path:
 
 
 def open_flux2_reference(path: Path) -> Flux2Pipeline:
-    """Diffusers' pipeline. Its processor is put together here: from_pretrained would need torchvision for images."""
+    """Open Diffusers' pipeline. The processor is built here, as from_pretrained() needs torchvision."""
     template = (path / "tokenizer" / "chat_template.jinja").read_text()
     return Flux2Pipeline(
         transformer=Flux2Transformer2DModel.from_pretrained(path / "transformer"),
@@ -98,14 +99,14 @@ def open_flux2_reference(path: Path) -> Flux2Pipeline:
 
 
 class ChatProcessor(ProcessorMixin):  # type: ignore[misc]
-    """The text half of PixtralProcessor, whose chats transformers renders and tokenizes."""
+    """The text half of PixtralProcessor: transformers renders the chat template and tokenizes the text."""
 
     def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
 
 
 def mistral_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that begins a text with a mark, and pads on the left."""
+    """Byte-level BPE that prepends a BOS token and pads on the left."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(

@@ -1,6 +1,6 @@
-"""Builds small GLM-Image checkpoints with random weights: genuine Diffusers directories, made here, offline.
+"""Builds small GLM-Image checkpoints with random weights: valid Diffusers directories, created offline.
 
-The language model samples image codes only: the ids of the marks around images are above its output vocabulary.
+The language model samples image codes only: ids of the image start and end tokens are above its output vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import (
 from tiny_flux import HEAD_SIZE, HEADS, LATENT_CHANNELS, WORDS, randomise
 
 CODES = 64
-"""Image codes of the language model, and prior tokens of the DiT; more than generate() samples from by default."""
+"""Number of image codes of the language model and prior tokens of the DiT; more than generate()'s default top_k."""
 GLYPH_SIZE = 32
 IMAGE_START, IMAGE_END = f"<|dit_token_{CODES}|>", f"<|dit_token_{CODES + 1}|>"
 MARKS = ("<|pad|>", "<|image|>", "<sop>", "<eop>", "<|user|>")
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
 
 
 def glm_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE behind the image codes, whose ids are the codes themselves."""
+    """Byte-level BPE whose first ids are the image codes."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -67,7 +67,7 @@ def glm_tokenizer() -> PreTrainedTokenizerFast:
 def build_tiny_glm_image(
     path: Path, *, codes: int = CODES, generation: dict[str, Any] | None = None, seed: int = 0
 ) -> Path:
-    """Write a checkpoint. The language model samples from the first `codes` ids; `generation` are more settings."""
+    """Write a checkpoint. The language model samples from the first `codes` ids; `generation` updates its config."""
     torch.manual_seed(seed)
     tokenizer = glm_tokenizer()
     modules: dict[str, Any] = {
@@ -102,7 +102,7 @@ def build_tiny_glm_image(
 
 
 def edited(path: Path, copy: Path, folder: str, file: str, entries: dict[str, Any]) -> Path:
-    """A copy of a checkpoint with other entries in one of its JSON files."""
+    """Copy a checkpoint and change entries in one of its JSON files."""
     shutil.copytree(path, copy)
     target = copy / folder / file
     target.write_text(json.dumps(json.loads(target.read_text()) | entries))
@@ -138,13 +138,13 @@ def _glyph_encoder() -> T5EncoderModel:
 
 
 def glm_processor(tokenizer: PreTrainedTokenizerFast) -> GlmImageProcessor:
-    """A processor whose image half fits the tiny vision tower."""
+    """A processor whose image half matches the tiny vision tower."""
     images = GlmImageImageProcessorPil(patch_size=16, merge_size=1, temporal_patch_size=1)
     return GlmImageProcessor(image_processor=images, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def language_model(tokenizer: PreTrainedTokenizerFast, codes: int, **text: Any) -> GlmImageForConditionalGeneration:
-    """A language model that samples from the first `codes` ids; `text` are other sizes of its text half."""
+    """A language model that samples from the first `codes` ids; `text` overrides sizes of its text half."""
     mark, start, end, pad = tokenizer.convert_tokens_to_ids(["<|image|>", IMAGE_START, IMAGE_END, "<|pad|>"])
     config = GlmImageConfig(
         text_config={

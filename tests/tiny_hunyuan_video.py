@@ -1,7 +1,7 @@
-"""Builds small HunyuanVideo checkpoints with random weights: genuine Diffusers directories, made here, offline.
+"""Builds small HunyuanVideo checkpoints with random weights: valid Diffusers directories, created offline.
 
-The tokenizer is trained here on the template, so that its words are tokens of their own and the template is as long as
-with the published tokenizer: 95 tokens stand before the prompt, the begin mark included.
+The tokenizer is trained on the template, so that each word is one token and the template has as many tokens as with the
+published tokenizer: 95 before the prompt, including BOS.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ WORDS_OF_LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
-"""The pattern that splits text into words before they are merged."""
+"""Pre-tokenizer pattern that splits text into words."""
 
 
 def llama_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the template's words; it reads any text."""
+    """Byte-level BPE trained on the template's words; it encodes any text."""
     trained = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(WORDS_OF_LLAMA_3), "isolated")
     trained.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,7 +1,7 @@
-"""Builds small LTX-2 checkpoints with random weights: genuine Diffusers directories, made offline.
+"""Builds small LTX-2 checkpoints with random weights: valid Diffusers directories, created offline.
 
-Scale factors are the published ones: 32 pixels and 8 frames a video latent, 4 spectrogram frames and 4 mel bins an
-audio latent. Audio has 16 kHz and 160 samples a spectrogram frame, as published.
+Scale factors as published: 32 pixels and 8 frames per video latent, 4 spectrogram frames and 4 mel bins per audio
+latent, 160 samples per spectrogram frame at 16 kHz.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def build_tiny_ltx2(
 ) -> Path:
     """Write a checkpoint like LTX-2.0 or LTX-2.3. LTX2Pipeline and LTX2ImageToVideoPipeline both load the directory.
 
-    2.3 has gated attention, modulation of the text, features for each modality, and a vocoder with bandwidth extension.
+    2.3 has gated attention, text modulation, separate features per modality, and a vocoder with bandwidth extension.
     """
     torch.manual_seed(seed)
     is_new = version == "2.3"
@@ -136,7 +136,7 @@ def connector_sizes(is_new: bool, registers: int | None) -> dict[str, Any]:
 
 
 def gemma_tokenizer() -> GemmaTokenizer:
-    """A merge chain for each word, printable ASCII, and bytes for all else."""
+    """A BPE tokenizer with a merge chain per word, printable ASCII, and byte fallback."""
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += ["▁", *sorted(set(string.printable.strip()))]
     merges: list[tuple[str, str]] = []
@@ -220,7 +220,7 @@ def _vocoder(is_new: bool) -> LTX2Vocoder | LTX2VocoderWithBWE:
         return LTX2Vocoder(**small)
     extension = {f"bwe_{name}": value for name, value in small.items()}
     extension["bwe_in_channels"] = 2 * MEL_BINS
-    # 160 samples a spectrogram frame, then three times as many.
+    # 160 samples per spectrogram frame, then three times as many.
     rates: dict[str, Any] = {"upsample_factors": [5, 4, 4, 2], "upsample_kernel_sizes": [11, 8, 8, 4]}
     rates |= {"bwe_upsample_factors": [6, 5, 4, 2], "bwe_upsample_kernel_sizes": [12, 11, 8, 4]}
     return LTX2VocoderWithBWE(
@@ -229,7 +229,7 @@ def _vocoder(is_new: bool) -> LTX2Vocoder | LTX2VocoderWithBWE:
 
 
 def _randomise_statistics(modules: dict[str, Any]) -> None:
-    """Draw what is stored in buffers: normalisations of both latents, and the vocoder's transform to mel bins."""
+    """Randomize buffers: normalization statistics of both latents, and the vocoder's mel transform."""
     with torch.no_grad():
         for name in ("vae", "audio_vae"):
             count = torch.arange(len(modules[name].latents_mean))
@@ -241,7 +241,7 @@ def _randomise_statistics(modules: dict[str, Any]) -> None:
 
 
 def _soften(vocoder: nn.Module) -> None:
-    """Make the sound's amplitude small: with random weights of full size it is clipped nearly everywhere."""
+    """Scale weights down so that the audio amplitude is small; otherwise almost every sample is clipped."""
     with torch.no_grad():
         for name, value in vocoder.named_parameters():
             if "conv_out" in name:

@@ -1,6 +1,6 @@
-"""Builds small LTX-Video checkpoints with random weights: genuine Diffusers directories, made offline.
+"""Builds small LTX-Video checkpoints with random weights: valid Diffusers directories, created offline.
 
-Scale factors are the published ones: 32 pixels a side and 8 frames make a latent.
+Scale factors as published: 32 pixels per side and 8 frames per latent.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def transformer_sizes() -> dict[str, Any]:
 
 
 def vae_sizes(version: str) -> dict[str, Any]:
-    """Arguments of AutoencoderKLLTXVideo; the layers' kinds are those of the published ones."""
+    """Arguments of AutoencoderKLLTXVideo, with the layer types of the published VAEs."""
     if version == "0.9.0":
         return {
             "latent_channels": CHANNELS,

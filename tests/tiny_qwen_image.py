@@ -1,7 +1,7 @@
-"""Builds small Qwen-Image checkpoints with random weights: genuine Diffusers directories, made here, offline.
+"""Builds small Qwen-Image checkpoints with random weights: valid Diffusers directories, created offline.
 
-The tokenizer is trained here on the templates, so that their words are tokens of their own and the templates are as
-long as with the published tokenizer: 34 tokens stand before the prompt, or 64 where a picture comes along.
+The tokenizer is trained on the templates, so that each word is one token and the templates have as many tokens as with
+the published tokenizer: 34 before the prompt, or 64 with an input image.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from tiny_flux import WORDS, randomise
 LATENT_CHANNELS = 16
 HEADS, HEAD_SIZE = 4, 16
 TEXT_SIZE = 32
-# Tokens that the language model sees a picture in: 28x28 pixels each.
-LOOKED_AT = 64
+# Most image tokens of the language model, of 28x28 pixels each.
+VISION_TOKENS = 64
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
-# What the tokenizer must know in whole words: the templates' text, without their marks.
+# Training text of the tokenizer: the templates without special tokens.
 TEMPLATES = (
     "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
     "of the objects and background:\nuser\nassistant\n",
@@ -52,7 +52,7 @@ TEMPLATES = (
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level BPE over the templates' words; it reads any text."""
+    """Byte-level BPE trained on the templates' words; it encodes any text."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(
@@ -69,7 +69,7 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_tiny_qwen_image(path: Path, *, text_size: int = TEXT_SIZE, seed: int = 0, **transformer: bool) -> Path:
-    """Write a text-to-image checkpoint; `transformer` are variants of the DiT."""
+    """Write a text-to-image checkpoint; `transformer` overrides arguments of the DiT."""
     torch.manual_seed(seed)
     modules = _modules(text_size, **transformer)
     QwenImagePipeline(scheduler=_scheduler(), **modules).save_pretrained(str(path))
@@ -77,19 +77,19 @@ def build_tiny_qwen_image(path: Path, *, text_size: int = TEXT_SIZE, seed: int =
 
 
 def build_tiny_qwen_image_edit(path: Path, *, seed: int = 0) -> Path:
-    """Write a checkpoint that edits pictures. Its processor is told from the parts that need no torchvision."""
+    """Write an image-editing checkpoint; its processor is saved in parts, which need no torchvision."""
     build_tiny_qwen_image(path, seed=seed)
     return _with_processor(path, "QwenImageEditPipeline")
 
 
 def build_tiny_qwen_image_edit_plus(path: Path, *, zero_cond_t: bool = True, seed: int = 0) -> Path:
-    """Write a checkpoint that edits several images: 2511, or 2509 without zero_cond_t."""
+    """Write an image-editing checkpoint for several images: like 2511, or like 2509 without zero_cond_t."""
     build_tiny_qwen_image(path, seed=seed, zero_cond_t=zero_cond_t)
     return _with_processor(path, "QwenImageEditPlusPipeline")
 
 
 def build_tiny_qwen_image_layered(path: Path, *, seed: int = 0) -> Path:
-    """Write a checkpoint that takes images apart into layers. Its descriptions of images end after a few tokens."""
+    """Write a layered checkpoint, which splits an image into layers; its image captions end after a few tokens."""
     torch.manual_seed(seed)
     modules = _modules(TEXT_SIZE, use_additional_t_cond=True, use_layer3d_rope=True)
     modules["vae"] = AutoencoderKLQwenImage(base_dim=8, z_dim=LATENT_CHANNELS, num_res_blocks=1, input_channels=4)
@@ -107,8 +107,8 @@ def build_tiny_qwen_image_layered(path: Path, *, seed: int = 0) -> Path:
 
 
 def _with_processor(path: Path, pipeline: str) -> Path:
-    """The checkpoint as that of a pipeline with a processor of images."""
-    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * LOOKED_AT}).save_pretrained(
+    """Add an image processor to a checkpoint, and change its pipeline class."""
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * VISION_TOKENS}).save_pretrained(
         path / "processor"
     )
     qwen_tokenizer().save_pretrained(path / "processor")
@@ -119,33 +119,33 @@ def _with_processor(path: Path, pipeline: str) -> Path:
 
 
 def open_edit_reference(path: Path) -> QwenImageEditPipeline:
-    """Diffusers' pipeline. Its processor is put together here: from_pretrained would need torchvision for videos."""
-    return QwenImageEditPipeline.from_pretrained(path, processor=picture_processor(path))
+    """Open Diffusers' QwenImageEditPipeline. The processor is built here, as from_pretrained() needs torchvision."""
+    return QwenImageEditPipeline.from_pretrained(path, processor=processor_without_video(path))
 
 
 def open_edit_plus_reference(path: Path) -> QwenImageEditPlusPipeline:
-    """The same of QwenImageEditPlusPipeline."""
-    return QwenImageEditPlusPipeline.from_pretrained(path, processor=picture_processor(path))
+    """Open Diffusers' QwenImageEditPlusPipeline, as open_edit_reference() does."""
+    return QwenImageEditPlusPipeline.from_pretrained(path, processor=processor_without_video(path))
 
 
 def open_layered_reference(path: Path) -> QwenImageLayeredPipeline:
-    """The same of QwenImageLayeredPipeline."""
-    return QwenImageLayeredPipeline.from_pretrained(path, processor=picture_processor(path))
+    """Open Diffusers' QwenImageLayeredPipeline, as open_edit_reference() does."""
+    return QwenImageLayeredPipeline.from_pretrained(path, processor=processor_without_video(path))
 
 
-def picture_processor(path: Path) -> Qwen2VLProcessor:
-    """A checkpoint's processor without its video half."""
-    return _PictureProcessor(
+def processor_without_video(path: Path) -> Qwen2VLProcessor:
+    """Build a checkpoint's processor without its video half."""
+    return _ProcessorWithoutVideo(
         Qwen2VLImageProcessorPil.from_pretrained(path / "processor"),
         Qwen2Tokenizer.from_pretrained(path / "processor"),
     )
 
 
-class _PictureProcessor(Qwen2VLProcessor):  # type: ignore[misc]
+class _ProcessorWithoutVideo(Qwen2VLProcessor):  # type: ignore[misc]
     """Qwen2VLProcessor without its video half."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        """Take the video half's absence too."""
+        """Accept a missing video processor."""
         return argument_name, type(argument)
 
 

@@ -1,4 +1,4 @@
-"""Builds small Wan 2.1 and 2.2 checkpoints with random weights: genuine Diffusers directories, made offline."""
+"""Builds small Wan 2.1 and 2.2 checkpoints with random weights: valid Diffusers directories, created offline."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ def build_tiny_wan_ti2v(path: Path, *, seed: int = 0) -> Path:
 
 
 def build_tiny_wan_dmd(path: Path, *, seed: int = 0) -> Path:
-    """Write a few-step checkpoint, as FastVideo publishes them."""
+    """Write a few-step DMD checkpoint with FastVideo's layout."""
     build_tiny_wan(path, seed=seed)
     edit_json(path / "model_index.json", {"_class_name": "WanDMDPipeline"})
     return path
 
 
 def build_tiny_wan_causal(path: Path, *, seed: int = 0, **causal: int) -> Path:
-    """Write a causal few-step checkpoint with blocks of two latent frames; `causal` are further entries."""
+    """Write a causal few-step checkpoint with blocks of two latent frames; `causal` adds config entries."""
     build_tiny_wan(path, seed=seed)
     edit_json(path / "model_index.json", {"_class_name": "WanCausalDMDPipeline"})
     edit_json(path / "transformer" / "config.json", {"num_frames_per_block": 2, **causal})
@@ -107,9 +107,9 @@ def edit_json(file: Path, entries: Mapping[str, Any]) -> None:
 
 
 def residual_vae() -> AutoencoderKLWan:
-    """A VAE like that of Wan 2.2 TI2V-5B: real scale factors, few channels, a mean and a std for each latent channel.
+    """A VAE like that of Wan 2.2 TI2V-5B: published scale factors, few channels, mean and std per latent channel.
 
-    Encoder and decoder have other base widths, as in the published VAE.
+    Encoder and decoder have different base widths, as in the published VAE.
     """
     channels = range(TI2V_LATENT_CHANNELS)
     return AutoencoderKLWan(

@@ -1,4 +1,4 @@
-"""Builds small Z-Image checkpoints with random weights: genuine Diffusers directories, made here, offline."""
+"""Builds small Z-Image checkpoints with random weights: valid Diffusers directories, created offline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny_qwen_image import qwen_tokenizer
 
 TEXT_SIZE = 32
 TURN = "{{ '<|im_start|>user\n' + messages[0].content + '<|im_end|>\n<|im_start|>assistant\n' }}"
-"""The template of a chat of one message, as that of the published tokenizer renders it. Jinja drops a last newline."""
+"""Chat template for one message; renders as the published template does. Jinja drops a final newline."""
 
 
 def build_tiny_z_image(path: Path, *, text_size: int = TEXT_SIZE, shift: float = 3.0, seed: int = 0) -> Path:

@@ -1,4 +1,4 @@
-"""Peers that speak TLS: what a worker is started with, who calls it, and how that ends."""
+"""Workers and clients with mutual TLS: settings, credentials and the outcome of a call."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from services.worker_settings import WorkerSettings
 
 
 def tls_files(authority: Authority, *names: str) -> dict[str, Any]:
-    """The settings of a process that shows a certificate for these names."""
+    """TLS settings of a process with a new certificate for these names."""
     issued = authority.issue(*names)
     return {"tls_ca": authority.ca, "tls_cert": issued.cert, "tls_key": issued.key}
 
 
 def mutual(believed: Authority, shown: Certificate) -> grpc.ChannelCredentials:
-    """What a client believes and shows."""
+    """Credentials of a client: the authority that it trusts, and the certificate that it presents."""
     identity = read_identity(shown.cert, shown.key)
     assert identity is not None
     return Mutual(identity, read_authority(believed.ca)).channel()
 
 
 def worker_settings(store: str, **more: Any) -> WorkerSettings:
-    """Those of a worker of the toy model."""
+    """Settings of a worker of the toy model."""
     given: dict[str, Any] = {"model": "toy", "redis": store, "threads": 1, "device": "cpu"} | more
     return WorkerSettings(**given)
 
 
 async def outcome(address: str, credentials: grpc.ChannelCredentials | None, name: str = "worker") -> FleetError | None:
-    """How a call of a fleet method ends."""
+    """Call GetModelInfo; returns its error, or None on success."""
     async with open_channel(address, credentials, server_name=name) as channel:
         try:
             await get_model_info(channel)

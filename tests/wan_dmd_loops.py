@@ -1,4 +1,4 @@
-"""DMD loops of tiny Wan checkpoints: ours at stage level, and plain reference loops over Diffusers' transformer."""
+"""DMD loops of tiny Wan checkpoints: this project's stages, and reference loops over Diffusers' transformer."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ SIZE: Mapping[str, int] = {"height": 32, "width": 48}
 
 
 @dataclass
-class Heard:
-    """What a stage emitted: step checkpoints, blocks by index in the order of emission, and reported steps."""
+class RecordedCall:
+    """Step checkpoints, blocks and steps that a stage reported, in order."""
 
     states: list[StepCheckpoint] = field(default_factory=list)
     blocks: list[tuple[int, Tensor]] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Heard:
     steps: list[tuple[int, int]] = field(default_factory=list)
 
     def call(self, on_progress: Callable[[int, int], None] | None = None) -> Call:
-        """A call that reports here."""
+        """A Call whose callbacks append to this record."""
 
         def progress(step: int, total: int) -> None:
             self.steps.append((step, total))
@@ -62,14 +62,14 @@ class Heard:
 
     @property
     def video(self) -> Tensor:
-        """The blocks together; each came once, in order."""
+        """All blocks concatenated. Asserts that each block was emitted once, in order."""
         assert [index for index, _ in self.blocks] == list(range(len(self.blocks)))
         return torch.cat([block for _, block in self.blocks], dim=2)
 
 
 @dataclass(frozen=True)
 class DmdLoop:
-    """A checkpoint and the stage of its loop."""
+    """A checkpoint and its denoising stage."""
 
     path: Path
     runtime: Runtime = field(default_factory=lambda: Runtime(step_checkpoint_every=1))
@@ -86,7 +86,7 @@ class DmdLoop:
         return {"transformer": load_module(Checkpoint.open(self.path), "transformer", self.config, self.runtime)}
 
     def inputs(self, num_frames: int, seed: int = 3, outputs: int = 1) -> DenoisingInput:
-        """What the stages before the loop make, with random embeddings."""
+        """Inputs of the loop: outputs of the preceding stages, with random embeddings."""
         given: dict[str, ParamValue] = {
             "prompt": "",
             "seed": seed,
@@ -114,16 +114,16 @@ class DmdLoop:
     def stage(self) -> Any:
         return DmdDenoisingStage(self.config, self.runtime, self.modules)
 
-    def run(self, x: DenoisingInput, heard: Heard | None = None) -> Tensor:
-        """The whole video's latents."""
-        heard = Heard() if heard is None else heard
-        done = DmdDenoisingStage(self.config, self.runtime, self.modules).run(x, heard.call())
+    def run(self, x: DenoisingInput, recorded: RecordedCall | None = None) -> Tensor:
+        """Run the loop; returns the latents of the whole video."""
+        recorded = RecordedCall() if recorded is None else recorded
+        done = DmdDenoisingStage(self.config, self.runtime, self.modules).run(x, recorded.call())
         return done.denoised_latents.parts["video"].latents
 
 
 @dataclass(frozen=True)
 class CausalLoop(DmdLoop):
-    """The same of a causal checkpoint."""
+    """A causal checkpoint and its denoising stage."""
 
     config_class: ClassVar[type[WanDMDPipelineConfig]] = WanCausalDMDPipelineConfig
     params_class: ClassVar[type[WanDMDSamplingParams]] = WanCausalDMDSamplingParams
@@ -133,15 +133,15 @@ class CausalLoop(DmdLoop):
         assert isinstance(config, WanCausalDMDPipelineConfig)
         return CausalDMDDenoisingStage(config, self.runtime, self.modules)
 
-    def run(self, x: DenoisingInput, heard: Heard | None = None) -> Tensor:
-        heard = Heard() if heard is None else heard
-        self.stage().run(x, heard.call())
-        return heard.video
+    def run(self, x: DenoisingInput, recorded: RecordedCall | None = None) -> Tensor:
+        recorded = RecordedCall() if recorded is None else recorded
+        self.stage().run(x, recorded.call())
+        return recorded.video
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request as the reference sees it: no module of ours. `shape` is that of the latents."""
+    """A request for the reference loops, which use no module of this project. `shape` is the latents' shape."""
 
     shape: tuple[int, ...]
     text: Tensor
@@ -155,14 +155,14 @@ class Request:
         return cls(tuple(part.latents.shape), text, x.sampling.seed)
 
     def noise(self, generator: torch.Generator, frames: int) -> Tensor:
-        """Noise of some frames, drawn frame by frame as FastVideo does."""
+        """Noise of `frames` latent frames, drawn frame by frame as in FastVideo."""
         batch, channels, _, *size = self.shape
         return torch.randn((batch, frames, channels, *size), generator=generator).transpose(1, 2)
 
 
 @torch.no_grad()
 def reference_dmd(path: Path, request: Request) -> Tensor:
-    """FastWan's loop: timesteps 1000, 757 and 522 of the flow schedule that is shifted by 8."""
+    """FastWan's loop: timesteps 1000, 757 and 522 of the flow schedule with shift 8."""
     model = WanTransformer3DModel.from_pretrained(path / "transformer")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=8.0)
     steps = (1000.0, 757.0, 522.0)
@@ -181,7 +181,7 @@ def reference_dmd(path: Path, request: Request) -> Tensor:
 
 
 class MaskedSelfAttention(WanAttnProcessor):  # type: ignore[misc]  # Diffusers' class has no types
-    """Diffusers' attention with a mask (queries, keys) for self-attention."""
+    """Diffusers' attention processor with a self-attention mask (queries, keys)."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -197,9 +197,9 @@ class MaskedSelfAttention(WanAttnProcessor):  # type: ignore[misc]  # Diffusers'
 
 
 def block_mask(frames: int, tokens: int, block: int, window: int | None, sink: int) -> Tensor:
-    """Which tokens (queries, keys) attend to each other: those of a frame to all frames up to the end of its block.
+    """Attention mask (queries, keys): tokens of a frame attend to all frames up to the end of its block.
 
-    With a window these are the sink's frames and the latest ones, `window` in all.
+    With a window, they attend to the sink frames and the latest frames, `window` frames in total.
     """
     allowed = torch.zeros(frames, frames, dtype=torch.bool)
     for query in range(frames):
@@ -212,9 +212,9 @@ def block_mask(frames: int, tokens: int, block: int, window: int | None, sink: i
 
 @torch.no_grad()
 def reference_causal(path: Path, request: Request, block: int, window: int | None = None, sink: int = 0) -> Tensor:
-    """Self Forcing's loop without a cache: each step predicts all frames up to the end of its block.
+    """Self Forcing's loop without a KV cache: each step predicts all frames up to the end of its block.
 
-    Finished frames are clean, at timestep 0, and see no later block.
+    Finished frames are clean, at timestep 0, and do not attend to later blocks.
     """
     model = WanTransformer3DModel.from_pretrained(path / "transformer")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)

@@ -1,4 +1,4 @@
-"""Checks of frame-by-frame decoding, for tests of the Wan VAEs."""
+"""Checks of frame-by-frame decoding with the Wan VAEs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from models.vaes.wan import WanVAE
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor, decoding_bytes: int | None = None) -> Tensor:
-    """Frames of WanVAE: (3, frames, H, W)."""
+    """Decode with WanVAE; returns frames of shape (3, frames, H, W)."""
     with torch.inference_mode():
         return torch.stack(list(WanVAE(vae, decoding_bytes).decode(latents)), dim=1)
 
 
 def check_frames_come_early(vae: AutoencoderKLWan, latents: Tensor) -> None:
-    """Assert that frames do not depend on later latents, and that the first frame needs the first latents only.
+    """Assert that frames do not depend on later latents, and the first frame only on the first latent frame.
 
     `latents` have the shape (1, channels, 3, H, W).
     """
@@ -38,7 +38,7 @@ def check_frames_come_early(vae: AutoencoderKLWan, latents: Tensor) -> None:
 def check_sessions(
     vae: AutoencoderKLWan, latents: Tensor, pieces: list[int], decoding_bytes: int | None = None
 ) -> None:
-    """Assert that decoding in pieces gives the bytes of decoding at once, also with two videos decoded alternately.
+    """Assert that decoding in pieces equals decoding at once, byte for byte, also for two interleaved videos.
 
     `latents` have the shape (1, channels, sum of `pieces`, H, W).
     """

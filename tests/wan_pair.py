@@ -1,4 +1,4 @@
-"""A Wan checkpoint opened on both sides, in this process and by Diffusers, and what parity tests ask of both."""
+"""A Wan checkpoint opened by this project and by Diffusers, and the parity check of both results."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Pair = tuple[LocalFleet, Any]
 
 
 def open_pair(path: Path, kind: Any) -> Pair:
-    """The fleet in this process and Diffusers' pipeline."""
+    """Open the fleet in this process and Diffusers' pipeline."""
     torch.set_num_threads(2)
     return open_fleet(str(path)), open_reference(path, kind)
 
 
 def open_reference(path: Path, kind: Any) -> Any:
-    """Diffusers' pipeline of the class `kind`, without a progress bar."""
+    """Open Diffusers' pipeline class `kind`, without a progress bar."""
     pipeline = kind.from_pretrained(path)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def check(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Latents and pixels of the same shape, within the tolerances of float32."""
+    """Assert equal shapes, and float32 tolerances for latents and pixels."""
     assert ours["latents"].shape == theirs["latents"].shape
     assert ours["pixels"].shape == theirs["pixels"].shape
     assert relative_error(ours["latents"], theirs["latents"]) <= LATENTS_WITHIN

@@ -1,9 +1,9 @@
-"""Attention backends by shape, on a GPU: the source of the table in models/kernels/attention_table.py.
+"""Benchmark of attention backends by shape on a GPU; source of models/kernels/attention_table.py.
 
-Queries, keys and values are parts of one tensor, as the models make them, in bfloat16 with heads of 128 channels. Each
-backend runs in every round, in turns, so that all of them meet the same clock; a figure is the median of the rounds,
-with the smallest and the largest. Errors are relative L2 against attention in float32, of results and of the
-log-sum-exp. A backend that is absent, or does not take a shape, shows as "-", with its error below the tables.
+Queries, keys and values are views of one bfloat16 tensor, as in the models; the head size is 128. Backends alternate in
+every round, so that all run at the same clock rate; figures are the median of the rounds with minimum and maximum.
+Errors are relative L2 against float32 attention, for results and log-sum-exp. A backend that is not installed or does
+not support a shape is shown as "-", with its error below the tables.
 
 Run it with: python tests/bench/attention.py
 """
@@ -43,24 +43,24 @@ SHAPES = (
     ("Wan 1.3B, ring 2", 12, 16380, 32760),
     ("Wan 1.3B, to the text", 12, 32760, 512),
 )
-"""Source, heads, query tokens, key tokens."""
+"""(source, heads, query tokens, key tokens)"""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """cuDNN's kernels, by PyTorch."""
+    """cuDNN attention through PyTorch's SDPA."""
     return _sdpa(SDPBackend.CUDNN_ATTENTION, q, k, v)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own kernels of FlashAttention-2."""
+    """PyTorch's SDPA kernels of FlashAttention-2."""
     return _sdpa(SDPBackend.FLASH_ATTENTION, q, k, v)
 
 
-def flash_attention_3_in_shares(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlashAttention-3 as the models call it."""
+def flash_attention_3_split_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-3 with the last heads in a separate call, as the models use it."""
     return backends.flash_attention_3_into(q, k, v, torch.empty_like(q))
 
 
@@ -68,7 +68,7 @@ BACKENDS: Mapping[str, Attend] = {
     "cuDNN": cudnn,
     "SDPA flash": flash,
     "FA3": backends.flash_attention_3,
-    "FA3, heads in shares": flash_attention_3_in_shares,
+    "FA3, last heads apart": flash_attention_3_split_heads,
     "FA4": backends.flash_attention_4,
     "flash-attn 2": backends.flash_attention_2,
 }
@@ -82,7 +82,7 @@ WITH_LSE: Mapping[str, AttendWithLse] = {
 
 @dataclass
 class Measured:
-    """Figures of one backend at one shape, or its error."""
+    """Measurements of one backend at one shape, or its error."""
 
     rounds: list[float] = field(default_factory=list)
     error: float = float("nan")
@@ -90,7 +90,7 @@ class Measured:
     failure: str = ""
 
     def speed(self, flops: int) -> str:
-        """TFLOP/s, as median (smallest to largest)."""
+        """TFLOP/s as median (minimum to maximum)."""
         if self.failure:
             return "-"
         low, middle, high = (
@@ -99,14 +99,14 @@ class Measured:
         return f"{middle:.0f} ({low:.0f} to {high:.0f})"
 
     def errors(self) -> str:
-        """Errors of the result and of the log-sum-exp."""
+        """Format the errors of the result and of the log-sum-exp."""
         if self.failure:
             return "-"
         return f"{self.error:.1e}" + ("" if self.lse_error is None else f", {self.lse_error:.0e}")
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure all shapes and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="rounds in which every backend runs")
     parser.add_argument("--calls", type=int, default=10, help="calls of a backend in one round")
@@ -138,7 +138,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(heads: int, queries: int, keys: int, rounds: int, calls: int) -> dict[str, Measured]:
-    """Speed and error of each backend."""
+    """Measure speed and error of each backend."""
     q = torch.randn(1, queries, heads, HEAD_SIZE, device="cuda", dtype=torch.bfloat16)
     kv = torch.randn(1, keys, 2 * heads, HEAD_SIZE, device="cuda", dtype=torch.bfloat16)
     k, v = kv.chunk(2, dim=2)
@@ -162,7 +162,7 @@ def measure(heads: int, queries: int, keys: int, rounds: int, calls: int) -> dic
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, rows: int = 2048) -> tuple[Tensor, Tensor]:
-    """Attention in float32, and the log-sum-exp (batch, heads, tokens), some rows of queries at a time."""
+    """Attention in float32 and log-sum-exp (batch, heads, tokens), computed in chunks of query rows."""
     k, v = (each.float().transpose(1, 2) for each in (k, v))
     outs, lses = [], []
     for part in torch.split(q, rows, dim=1):
@@ -173,7 +173,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, rows: int = 2048) -> tuple[Tensor
 
 
 def _distance(result: Tensor, exact: Tensor) -> float:
-    """Relative L2, where neither holds what is not a number."""
+    """Relative L2 distance; NaN if either input contains NaN."""
     return float((result.float() - exact).norm() / exact.norm())
 
 

@@ -1,10 +1,10 @@
-"""Autoscaling of stages, simulated: the fleet's policy against queue length and utilisation, on five traces.
+"""Simulation of stage autoscaling: the fleet's policy compared with queue length and utilisation, on five traces.
 
 The fleet's policy is the production code, common.scaling and services.cli.replica_policy; service times are committed
-measurements. Each other policy is tuned for each load time by a grid of equally many settings on the arrivals of
-TUNED_SEEDS: fewest minutes that violate the SLO over all traces, then fewest GPU hours. The fleet's policy is tuned in
-the same way among its settings that need no more GPU hours than the other policy there. Results are from the arrivals
-of REPORTED_SEEDS.
+measurements. Each other policy is tuned per load time by a grid search on the arrivals of TUNED_SEEDS; all grids have
+the same size. The objective is the fewest minutes over the SLO in all traces, then the fewest GPU hours. The fleet's
+policy is tuned in the same way, among the settings that need no more GPU hours than the other policy. Results use the
+arrivals of REPORTED_SEEDS.
 
 Run it with: python tests/bench/autoscale_sim.py
 """
@@ -35,7 +35,7 @@ ALL = "all five"
 
 @dataclass(frozen=True)
 class Score:
-    """Minutes that violate the SLO, and GPU hours. The order is that of the objective."""
+    """Minutes over the SLO, and GPU hours; compared in this order."""
 
     minutes: float
     gpu_hours: float
@@ -51,28 +51,28 @@ class Score:
 
     @property
     def key(self) -> tuple[float, float]:
-        """For comparisons: minutes, then GPU hours."""
+        """Sort key: minutes, then GPU hours."""
         return self.minutes, self.gpu_hours
 
 
 Scores = Mapping[str, Score]
-"""By trace, the mean over seeds."""
+"""Mean score over seeds, by trace."""
 
 
 def score(trace: Trace, policy: Callable[[], Policy], load_seconds: float) -> Score:
-    """One simulation."""
+    """Run one simulation; returns its score."""
     outcome = Simulation(trace, policy, load_seconds).run()
     return Score(outcome.violation_minutes, outcome.gpu_hours)
 
 
 def total(scores: Iterable[Score]) -> Score:
-    """The sum over traces or seeds."""
+    """Sum scores over traces or seeds."""
     return sum(scores, Score(0.0, 0.0))
 
 
 @dataclass
 class Bench:
-    """Simulations of the same traces, by name and seed. No setting is simulated twice."""
+    """Simulations of traces by name and seed; results are cached by setting."""
 
     seeds: Sequence[int]
     _known: dict[tuple[str, str, float], Scores] = field(default_factory=dict)
@@ -83,33 +83,33 @@ class Bench:
         }
 
     def mean_scores(self, policy: Callable[[], Policy], load_seconds: float) -> Scores:
-        """The mean over seeds for each trace."""
+        """Mean score over seeds, for each trace."""
         return {
             name: total(score(trace, policy, load_seconds) for trace in traces) / len(traces)
             for name, traces in self.traces.items()
         }
 
     def of(self, name: str, setting: str, load_seconds: float) -> Scores:
-        """The scores of a policy's setting in GRID."""
+        """Scores of one setting in GRID of a policy."""
         key = (name, setting, load_seconds)
         if key not in self._known:
             self._known[key] = self.mean_scores(GRID[name][setting], load_seconds)
         return self._known[key]
 
     def totals(self, name: str, load_seconds: float) -> dict[str, Score]:
-        """Each setting of a policy, over all traces."""
+        """Total score over all traces of each setting of a policy."""
         return {setting: total(self.of(name, setting, load_seconds).values()) for setting in GRID[name]}
 
 
 def best_setting(settings: Mapping[str, Score], most_gpu_hours: float = float("inf")) -> str | None:
-    """The setting that meets the objective best among those within so many GPU hours; None without any."""
+    """Best setting by the objective that needs at most `most_gpu_hours`; None if there is no such setting."""
     affordable = {setting: each for setting, each in settings.items() if each.gpu_hours <= most_gpu_hours}
     return min(affordable, key=lambda setting: affordable[setting].key) if affordable else None
 
 
 @dataclass(frozen=True)
 class Rival:
-    """A policy to compare with: `policy` names it in GRID. Without a `setting`, the grid chooses it."""
+    """A policy for comparison; `policy` is its key in GRID. Without a `setting`, the grid search selects one."""
 
     title: str
     policy: str
@@ -125,7 +125,7 @@ RIVALS = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A rival, and the fleet's policy within the rival's GPU hours, for one load time. None where it needs more."""
+    """A rival and the fleet's policy within its GPU hours, for one load time; None if no setting qualifies."""
 
     rival: Rival
     load_seconds: float
@@ -134,14 +134,14 @@ class Comparison:
 
 
 class Totals(Protocol):
-    """Scores of all settings, over all traces."""
+    """Total scores of all settings over all traces."""
 
     def totals(self, name: str, load_seconds: float, /) -> Mapping[str, Score]:
-        """By setting of a policy."""
+        """Total scores by setting of a policy."""
 
 
 def compare(tuned: Totals, rival: Rival, load_seconds: float) -> Comparison:
-    """Choose both settings on the arrivals that serve for tuning."""
+    """Select both settings on the tuning arrivals."""
     settings = tuned.totals(rival.policy, load_seconds)
     setting = rival.setting or best_setting(settings)
     assert setting is not None
@@ -150,13 +150,13 @@ def compare(tuned: Totals, rival: Rival, load_seconds: float) -> Comparison:
 
 
 def main() -> None:
-    """Simulate, and print the tables."""
+    """Run all simulations and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--load-seconds", type=float, nargs="+", default=LOAD_SECONDS, metavar="S")
     args = parser.parse_args()
     began = time.process_time()
     tuned, reported = Bench(TUNED_SEEDS), Bench(REPORTED_SEEDS)
-    say("# Autoscaling, simulated: minutes that violate the SLO / GPU hours")
+    say("# Autoscaling, simulated: minutes over the SLO / GPU hours")
     say()
     requests = (f"{name} {sum(len(each.arrivals) for each in traces)}" for name, traces in reported.traces.items())
     say(f"Means over {len(REPORTED_SEEDS)} seeds. Requests of all seeds: {', '.join(requests)}")
@@ -185,7 +185,7 @@ def main() -> None:
 
 
 def _result_rows(reported: Bench, comparisons: Sequence[Comparison]) -> list[Sequence[object]]:
-    """A row a trace, and their sum."""
+    """Table rows: one per trace, and their sum."""
     pairs = [_pair(reported, each) for each in comparisons]
     return [
         (f"{comparisons[0].load_seconds:g} s", trace, *(cell for pair in pairs for cell in _marked(*pair[trace])))
@@ -194,7 +194,7 @@ def _result_rows(reported: Bench, comparisons: Sequence[Comparison]) -> list[Seq
 
 
 def _pair(reported: Bench, comparison: Comparison) -> dict[str, tuple[Score, Score | None]]:
-    """By trace, what the rival and the fleet's policy reach."""
+    """Scores by trace of the rival and of the fleet's policy."""
     theirs = reported.of(comparison.rival.policy, comparison.setting, comparison.load_seconds)
     ours = reported.of(OURS, comparison.ours, comparison.load_seconds) if comparison.ours else None
     pairs = {name: (each, ours[name] if ours else None) for name, each in theirs.items()}
@@ -202,7 +202,7 @@ def _pair(reported: Bench, comparison: Comparison) -> dict[str, tuple[Score, Sco
 
 
 def _marked(theirs: Score, ours: Score | None) -> tuple[str, str]:
-    """Both as text. The fewest minutes are bold, of equally many the fewest GPU hours."""
+    """Format both scores; the better one (fewer minutes, then fewer GPU hours) is bold."""
     if ours is None:
         return f"**{theirs}**", "none"
     return (f"**{theirs}**", str(ours)) if theirs.key < ours.key else (str(theirs), f"**{ours}**")
@@ -217,7 +217,7 @@ def _zero_row(tuned: Bench, reported: Bench, load_seconds: float) -> Sequence[ob
 
 
 def _grid_rows(tuned: Bench, load_seconds: float) -> list[Sequence[object]]:
-    """A row for each target and window, a column for each headroom."""
+    """Table rows: one per target and window, with a column per headroom."""
     totals = tuned.totals(OURS, load_seconds)
     rows = dict.fromkeys((each.target, each.window) for each in WANTED.values())
     return [

@@ -1,7 +1,8 @@
-"""Writes a FLUX.1 of random weights as a Diffusers directory: of full published size, or tiny to try the bench with.
+"""Writes FLUX.1 with random weights as a Diffusers directory, at published size or tiny for a trial run.
 
-Nothing is downloaded: the tokenizers are the emoji model's, whose ids every vocabulary here contains, and the weights
-are what the modules' own initialisation draws, on the device, in the wanted dtype. The DiT is written in shards.
+Nothing is downloaded: the tokenizers are copied from the emoji model, whose ids are valid in every vocabulary here.
+Weights come from the modules' default initialization, on the device and in the requested dtype. The DiT is written in
+shards.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of the modules, and of the picture that suits them."""
+    """Module sizes and a suitable image size."""
 
     dit: dict[str, Any]
     t5: dict[str, int]
@@ -30,7 +31,7 @@ class Scale:
 
 
 SCALES = {
-    # FLUX.1-dev as published: the DiT's defaults with guidance embedded, T5-XXL v1.1, CLIP ViT-L/14, 16-channel VAE.
+    # FLUX.1-dev as published: the DiT's defaults with embedded guidance, T5-XXL v1.1, CLIP ViT-L/14, 16-channel VAE.
     "full": Scale(
         dit={"guidance_embeds": True},
         t5={"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128},
@@ -62,7 +63,7 @@ SCALES = {
 
 
 def build_checkpoint(path: Path, scale: Scale, tokenizers: Path, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Write the directory; `tokenizers` is a Diffusers directory to take the tokenizers from."""
+    """Write the directory; tokenizers are copied from the Diffusers directory `tokenizers`."""
     torch.manual_seed(0)
     clip_tokenizer = CLIPTokenizer.from_pretrained(tokenizers / "tokenizer")
     clip = CLIPTextConfig(
@@ -116,5 +117,5 @@ def _vae(scale: Scale) -> AutoencoderKL:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Give the disk back."""
+    """Delete the directory."""
     shutil.rmtree(path, ignore_errors=True)

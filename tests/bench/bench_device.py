@@ -1,4 +1,4 @@
-"""Time and memory of the device that a bench runs on."""
+"""Device time and device memory, for benchmarks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Synchronize the device; returns the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def milliseconds(run: Callable[[], object], *, calls: int = 5, rounds: int = 1) -> float:
-    """Median time of a call on CUDA, by its own clock: `calls` follow on each other without waiting in a round."""
+    """Median CUDA-event time of a call in ms; a round has `calls` calls without synchronization."""
     spent = []
     for _ in range(rounds):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -33,7 +33,7 @@ def milliseconds(run: Callable[[], object], *, calls: int = 5, rounds: int = 1) 
 
 
 def empty(device: torch.device) -> None:
-    """Give the card's memory back to the other processes."""
+    """Release cached GPU memory to other processes."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -41,7 +41,7 @@ def empty(device: torch.device) -> None:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors are of this type."""
+    """Set torch's default dtype in the block."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,4 +1,4 @@
-"""Divides a call of a Diffusers pipeline into the stages of the fleet, by hooks."""
+"""Divides a Diffusers pipeline call into the fleet's stages, with hooks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PIXELS_ALONE = "decoding, pixels on the device"
 
 
 def shared_stages(services: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Stages that are measured on both sides, each with the services that it consists of.
+    """Stages that are measured on both sides; each maps to its services.
 
-    Diffusers prepares latents and timesteps in pieces between other work, so that they count as denoising, unless the
-    model has one service for all work before it.
+    Diffusers prepares latents and timesteps between other work, so that they count as denoising, unless the model has
+    one service for all work before denoising.
     """
     if PREPARATION not in services:
         return {name: (name,) for name in services}
@@ -36,10 +36,10 @@ def shared_stages(services: Collection[str]) -> dict[str, tuple[str, ...]]:
 def dividing(
     pipeline: Any, meter: StageMeter, services: Collection[str], steps: int, take: Callable[[Tensor], None]
 ) -> Iterator[None]:
-    """End the stages of one call, up to the pixels on the device; `take` gets the latents of the last step.
+    """Mark the ends of the stages in one call, up to the pixels on the device; `take` receives the last step's latents.
 
-    Text encoding ends with encode_prompt(), which a call may run once for each branch. Resizing an image for the VAE
-    and encoding it are image encoding. A stage for all work before denoising ends at the first prediction.
+    Text encoding ends with encode_prompt(), which may run once per branch. Image encoding includes resizing for the
+    VAE. A stage for all work before denoising ends at the first prediction.
     """
     denoising = DENOISING if BEFORE in services else PREPARED_DENOISING
     step, decode = pipeline.scheduler.step, pipeline.vae.decode
@@ -69,7 +69,7 @@ def dividing(
 
 
 def _ending(run: Callable[..., Any], meter: StageMeter, stage: str, *, before: str = "") -> Callable[..., Any]:
-    """The same function, which ends a stage when it returns, and the stage `before` when it is called."""
+    """Wrap a function so that its return ends a stage, and its call ends the stage `before`."""
 
     def ended(*given: Any, **keywords: Any) -> Any:
         if before:
@@ -83,7 +83,7 @@ def _ending(run: Callable[..., Any], meter: StageMeter, stage: str, *, before: s
 
 @contextmanager
 def _ending_before(transformer: Any, meter: StageMeter) -> Iterator[None]:
-    """End BEFORE at the first prediction."""
+    """End the stage BEFORE at the first prediction."""
 
     def end(*_: object) -> None:
         meter.end(BEFORE)

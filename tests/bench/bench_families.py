@@ -1,7 +1,7 @@
-"""Families of models for cuda_stages.py: modules of random weights of published size, and one request.
+"""Model families for cuda_stages.py: modules of published size with random weights, and one request.
 
-Sizes are those of the published checkpoints; what a Diffusers class has as its default is left out. Tokenizers and
-schedulers are those of the small checkpoints, whose vocabularies are smaller than the encoders' embeddings.
+Sizes are the published ones; arguments equal to a Diffusers default are omitted. Tokenizers and schedulers come from
+the small checkpoints, whose vocabularies are smaller than the encoders' embeddings.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-sys.path.append(str(Path(__file__).parents[1]))  # the builders of small checkpoints
+sys.path.append(str(Path(__file__).parents[1]))  # builders of small checkpoints
 
 from tiny_flux2 import build_tiny_flux2_dev, build_tiny_flux2_klein, open_flux2_reference
 from tiny_hunyuan_video import build_tiny_hunyuan_video
@@ -80,11 +80,11 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Family:
-    """A published model: its pipeline, its modules, and a request with parameters that both sides name alike.
+    """A published model: pipeline, modules, and a request whose parameters have the same names on both sides.
 
-    `build_tiny` writes a small checkpoint, and `open_tiny` opens it in bfloat16. `modules` builds the modules of
-    published size. `index` are further entries of model_index.json. `small` are the parameters for a small checkpoint.
-    `image_modes` are Pillow's modes of the images that come with the request.
+    `build_tiny` writes a small checkpoint, `open_tiny` opens it in bfloat16. `modules` builds the modules at published
+    size. `index` adds entries to model_index.json. `small` are the request parameters for the small checkpoint.
+    `image_modes` are Pillow modes, one per input image.
     """
 
     title: str
@@ -99,13 +99,13 @@ class Family:
     image_modes: Sequence[Literal["RGB", "RGBA"]] = ()
 
     def open_small(self, directory: Path) -> Any:
-        """Diffusers' pipeline of the small checkpoint, in bfloat16."""
+        """Open the small checkpoint in bfloat16 as a Diffusers pipeline."""
         if self.open_tiny is not None:
             return self.open_tiny(directory)
         return self.pipeline.from_pretrained(directory, dtype=DTYPE)
 
     def published_modules(self, device: torch.device) -> Modules:
-        """Modules of random weights on the device: bfloat16, but for those that the model keeps in float32."""
+        """Build modules with random weights on the device: bfloat16, or float32 where the model requires it."""
         torch.manual_seed(0)
         with default_dtype(DTYPE), device:
             modules = self.modules()
@@ -115,7 +115,7 @@ class Family:
 
 
 def _keep_float32(module: Any) -> None:
-    """Convert the parameters that from_pretrained() keeps in float32."""
+    """Convert the parameters that from_pretrained() loads in float32."""
     names = (module._keep_in_fp32_modules or ()) if "diffusers" in type(module).__module__ else ()
     for path, parameter in module.named_parameters():
         if set(path.split(".")) & set(names):
@@ -287,7 +287,7 @@ def _wan_a14b() -> Modules:
 
 
 def _qwen_vl() -> nn.Module:
-    """The published encoder, but for the tokens that mark an image: those of the small checkpoints' tokenizer."""
+    """The published encoder, with the image token ids of the small checkpoints' tokenizer."""
     marks = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
     names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
     ids = dict(zip(names, qwen_tokenizer().convert_tokens_to_ids(marks), strict=True))
@@ -304,7 +304,7 @@ def _qwen_image(flags: Mapping[str, bool], channels: int) -> Modules:
 
 
 def _with_published_processor(build: Callable[[Path], Path], directory: Path) -> Path:
-    """A small checkpoint whose encoder sees images in the published number of tokens."""
+    """A small checkpoint whose encoder uses the published number of image tokens."""
     built = build(directory)
     Qwen2VLImageProcessorPil(size=_QWEN_VL_PIXELS).save_pretrained(built / "processor")
     return built
@@ -319,7 +319,7 @@ def _open_in_bfloat16(open_reference: Callable[[Path], Any], directory: Path) ->
 
 _LARGE_IMAGE: Request = {"height": 1024, "width": 1024}
 _SMALL_IMAGE: Request = {"height": 64, "width": 64}
-# The negative prompt of the published examples.
+# Negative prompt of the published examples.
 _TRUE_GUIDANCE: Request = {"negative_prompt": " ", "true_cfg_scale": 4.0}
 FAMILIES = {
     "z-image": Family(
@@ -351,7 +351,7 @@ FAMILIES = {
         {"height": 32, "width": 48, "num_frames": 9},
     ),
     "ltx-video": Family(
-        "LTX-Video 2B 0.9.5: T5-XXL; guidance of two branches, a decoder that removes noise",
+        "LTX-Video 2B 0.9.5: T5-XXL; two guidance branches, a denoising decoder",
         LTXPipeline,
         build_tiny_ltx_video_095,
         _ltx_video,
@@ -360,7 +360,7 @@ FAMILIES = {
         {"height": 64, "width": 96, "num_frames": 9},
     ),
     "wan-a14b": Family(
-        "Wan 2.2 T2V A14B: two experts of 40 layers, UMT5-XXL; guidance of two branches",
+        "Wan 2.2 T2V A14B: two experts of 40 layers, UMT5-XXL; two guidance branches",
         WanPipeline,
         build_tiny_wan_a14b,
         _wan_a14b,
@@ -380,7 +380,7 @@ FAMILIES = {
         open_tiny=partial(_open_in_bfloat16, open_flux2_reference),
     ),
     "qwen-image-edit-plus": Family(
-        "Qwen-Image-Edit-Plus 2511: 20B transformer, Qwen2.5-VL-7B, two given images; guidance of two branches",
+        "Qwen-Image-Edit-Plus 2511: 20B transformer, Qwen2.5-VL-7B, two input images; two guidance branches",
         QwenImageEditPlusPipeline,
         partial(_with_published_processor, build_tiny_qwen_image_edit_plus),
         partial(_qwen_image, {"zero_cond_t": True}, 3),
@@ -391,7 +391,7 @@ FAMILIES = {
         image_modes=("RGB", "RGB"),
     ),
     "qwen-image-layered": Family(
-        "Qwen-Image-Layered: 20B transformer, Qwen2.5-VL-7B, four layers with transparency; guidance of two branches",
+        "Qwen-Image-Layered: 20B transformer, Qwen2.5-VL-7B, four layers with transparency; two guidance branches",
         QwenImageLayeredPipeline,
         partial(_with_published_processor, build_tiny_qwen_image_layered),
         partial(_qwen_image, {"use_additional_t_cond": True, "use_layer3d_rope": True}, 4),

@@ -1,4 +1,4 @@
-"""A fleet of separate processes for the benches, and requests to it."""
+"""A fleet of separate processes for benchmarks, and a client."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class RunningFleet:
-    """A `fleet up` that is ready. `ready_seconds` is from the start of its process to its ready line."""
+    """A ready `fleet up`. `ready_seconds` is the time from process start to its ready line."""
 
     endpoint: str
     ready_seconds: float
@@ -33,12 +33,12 @@ class RunningFleet:
 
 @contextmanager
 def running_fleet(*arguments: str, settings: Mapping[str, str] = NO_SETTINGS) -> Iterator[RunningFleet]:
-    """Run `fleet up --port 0 ARGUMENTS` for as long as the block, with settings by the names of their variables.
+    """Run `fleet up --port 0 ARGUMENTS` during the block; `settings` are environment variables.
 
-    Raises RuntimeError when it does not get ready.
+    Raises RuntimeError if the fleet does not become ready.
     """
     command = [sys.executable, "-m", "services.cli", "up", "--port", "0", *arguments]
-    environ = {**os.environ, "FLEET_REPLY_CACHE_BYTES": "0", **settings}  # every request is to be computed
+    environ = {**os.environ, "FLEET_REPLY_CACHE_BYTES": "0", **settings}  # every request must be computed
     with tempfile.TemporaryFile("w+") as notes:
         began = time.monotonic()
         process = subprocess.Popen(tethered(command), env=environ, stdout=subprocess.PIPE, stderr=notes, text=True)
@@ -47,7 +47,7 @@ def running_fleet(*arguments: str, settings: Mapping[str, str] = NO_SETTINGS) ->
             words = process.stdout.readline().split()
             if words[:1] != ["ready:"]:
                 notes.seek(0)
-                raise RuntimeError("fleet up did not get ready:\n" + "".join(notes.readlines()[-60:]))
+                raise RuntimeError("fleet up did not become ready:\n" + "".join(notes.readlines()[-60:]))
             yield RunningFleet(words[1], time.monotonic() - began, process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
@@ -56,26 +56,26 @@ def running_fleet(*arguments: str, settings: Mapping[str, str] = NO_SETTINGS) ->
 
 @dataclass
 class Timeline:
-    """One request as its client saw it: seconds since the call began."""
+    """Timestamps of one request at its client, in seconds since the call."""
 
     accepted: float = 0.0
     first_progress: float = 0.0
     finished: float = 0.0
     services: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """First and last progress event of each service."""
+    """Times of the first and last progress event, by service."""
     files: list[bytes] = field(default_factory=list)
     failure: str = ""
 
 
 class Caller:
-    """A blocking client with one connection, as a service that uses the fleet would keep."""
+    """A blocking client with one persistent connection."""
 
     def __init__(self, endpoint: str) -> None:
         self._channel = grpc.insecure_channel(endpoint)
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
     def generate(self, parameters: api.GenerationParameters, model: str = "") -> Timeline:
-        """Submit, follow and download in one call. Raises RuntimeError for a request that does not succeed."""
+        """Submit, follow and download in one call. Raises RuntimeError if the request does not succeed."""
         seen = Timeline()
         began = time.perf_counter()
         request = api.SubmitRequest(model=model, parameters=parameters)
@@ -96,7 +96,7 @@ class Caller:
         return seen
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the channel."""
         self._channel.close()
 
 

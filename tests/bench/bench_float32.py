@@ -1,4 +1,4 @@
-"""Modules that compute in float32 for a while, in place: the reference for errors of lower precision."""
+"""Temporary in-place conversion of modules to float32, for reference results."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 
 def float32_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of the modules' weights in float32."""
+    """Size of the modules' weights in float32, in bytes."""
     return sum(4 * tensor.numel() for tensor in _tensors(modules))
 
 
 @contextmanager
 def in_float32(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Convert weights and buffers to float32 while the context is active; the values stay the same.
+    """Convert weights and buffers to float32 in the block; values are unchanged.
 
-    It is entered and left outside inference mode, whose tensors cannot become weights of another module.
+    Enter and exit it outside inference mode, as inference tensors cannot become parameters.
     """
     dtypes = [(tensor, tensor.dtype) for tensor in _tensors(modules)]
     for tensor, _ in dtypes:
@@ -32,7 +32,7 @@ def in_float32(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Weights and buffers of at most 32 bits, each once."""
+    """Weights and buffers of at most 32 bits, without repetition."""
     found = (chain(each.parameters(), each.buffers()) for each in modules)
     narrow = (torch.bfloat16, torch.float16, torch.float32)
     return list({id(tensor): tensor for tensor in chain.from_iterable(found) if tensor.dtype in narrow}.values())

@@ -1,4 +1,4 @@
-"""GEMM shapes of the DiTs, and the methods that compute them: ours, nvmath.linalg.advanced's and torchao's."""
+"""GEMM shapes of the DiTs, and methods that compute them: this project, nvmath.linalg.advanced and torchao."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from models.kernels.cublas_lt import linear_into
 from models.kernels.float8 import float8_linear, quantize_rows
 
 SETS = 2
-"""Sets of inputs and weights, used alternately: together they exceed the L2 cache."""
+"""Number of input and weight sets, used alternately; together they exceed the L2 cache."""
 
 GRAPH_SECONDS = 4e-3
-"""Approximate GPU time of a graph."""
+"""Approximate GPU time of a graph, in seconds."""
 
 ASSUMED_FLOPS = 6e14
-"""GEMM speed from which the calls of a graph are counted, in FLOP/s."""
+"""Assumed GEMM speed in FLOP/s, from which the number of calls in a graph follows."""
 
-CARD: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+ON_GPU: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
 
 Call = Callable[[int], Tensor]
-"""Computes the result (rows, width) of one set."""
+"""Computes the result (rows, width) of one set by its index."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Shape:
 
     @property
     def title(self) -> str:
-        """Name and sizes."""
+        """Name and sizes of the shape."""
         columns = f", after {self.columns} columns" if self.columns else ""
         return f"{self.name}: {self.rows} x {self.size} -> {self.width}{', GELU' if self.gelu else ''}{columns}"
 
     @property
     def calls(self) -> int:
-        """Calls of a graph: a multiple of SETS."""
+        """Number of calls in a graph, a multiple of SETS."""
         return SETS * max(1, round(GRAPH_SECONDS * ASSUMED_FLOPS / (2.0 * SETS * self.rows * self.size * self.width)))
 
 
@@ -84,22 +84,22 @@ COMPILED_SHAPES = (
     Shape("FLUX MLP", 4608, 3072, 12288, compiled=True),
     Shape("FLUX out of a single block", 4608, 15360, 3072, compiled=True),
 )
-"""Few, as compilation takes seconds."""
+"""A short list, as compilation takes seconds."""
 
 
 class Operands:
     """Inputs (SETS, rows, size), weights (SETS, width, size), biases (SETS, width), and a buffer for the result.
 
-    The generator is not the default one, which a failed capture leaves unusable.
+    A separate generator is used, as a failed capture leaves the default one unusable.
     """
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         generator = torch.Generator("cuda").manual_seed(0)
-        self.x = torch.randn(SETS, shape.rows, shape.size, generator=generator, **CARD)
-        self.weight = torch.randn(SETS, shape.width, shape.size, generator=generator, **CARD) / shape.size**0.5
-        self.bias = torch.randn(SETS, shape.width, generator=generator, **CARD)
-        self.wide = torch.zeros(shape.rows, shape.columns + shape.width, **CARD)
+        self.x = torch.randn(SETS, shape.rows, shape.size, generator=generator, **ON_GPU)
+        self.weight = torch.randn(SETS, shape.width, shape.size, generator=generator, **ON_GPU) / shape.size**0.5
+        self.bias = torch.randn(SETS, shape.width, generator=generator, **ON_GPU)
+        self.wide = torch.zeros(shape.rows, shape.columns + shape.width, **ON_GPU)
         self.out = self.wide[:, shape.columns :]
 
     def of(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +112,7 @@ class Operands:
         return gelu(result, approximate="tanh") if self.shape.gelu else result
 
     def error(self, result: Tensor, exact: Tensor) -> float:
-        """Relative L2 distance. Raises ArithmeticError where columns before the result were written."""
+        """Relative L2 distance. Raises ArithmeticError if columns before the result were written."""
         if bool(self.wide[:, : self.shape.columns].any()):
             raise ArithmeticError("columns before the result were written")
         return float((result.float() - exact).norm() / exact.norm())
@@ -133,10 +133,10 @@ def our_gemm(operands: Operands, _stack: ExitStack) -> Call:
 
 
 def planned_matmul(*, checked: bool = False, workspace: bool = False) -> Prepare:
-    """Matmul in place: the transposed result is operand C, the only way for it to write into columns."""
+    """Matmul in place: the transposed result is operand C, the only way to write into columns."""
 
     def prepare(operands: Operands, stack: ExitStack) -> Call:
-        # An optional package for GPUs.
+        # optional GPU package
         from nvmath.linalg.advanced import Matmul
 
         x, weight, bias = operands.of(0)
@@ -158,8 +158,8 @@ def planned_matmul(*, checked: bool = False, workspace: bool = False) -> Prepare
 
 
 def matmul_then_copy(operands: Operands, stack: ExitStack) -> Call:
-    """Matmul with a result of its own, which is copied into the columns."""
-    # An optional package for GPUs.
+    """Matmul with a newly allocated result, which is copied into the columns."""
+    # optional GPU package
     from nvmath.linalg.advanced import Matmul
 
     x, weight, bias = operands.of(0)
@@ -175,7 +175,7 @@ def matmul_then_copy(operands: Operands, stack: ExitStack) -> Call:
 
 
 def _epilog(shape: Shape) -> Any:
-    # An optional package for GPUs.
+    # optional GPU package
     from nvmath.linalg.advanced import MatmulEpilog
 
     return MatmulEpilog.GELU_BIAS if shape.gelu else MatmulEpilog.BIAS
@@ -201,11 +201,11 @@ def torchao_float8(*, per_row: bool, compiled: bool = False) -> Prepare:
     """Linear layers that torchao quantizes, called eagerly or through torch.compile()."""
 
     def prepare(operands: Operands, _stack: ExitStack) -> Call:
-        # An optional package for GPUs.
+        # optional GPU package
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, PerTensor, quantize_
 
         granularity = PerRow() if per_row else PerTensor()
-        # The settings of torch.compile() belong to the process, and tuning kernels takes too long here.
+        # torch.compile() options are process-wide, and autotuning takes too long here.
         config = Float8DynamicActivationFloat8WeightConfig(granularity=granularity, set_inductor_config=False)
         layers = []
         for weight, bias in zip(operands.weight, operands.bias, strict=True):
@@ -230,7 +230,7 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def gemm_methods(shape: Shape) -> Mapping[str, Prepare]:
-    """Methods of the first table, ours first."""
+    """Methods of the first table; this project's first."""
     methods = {
         "ours": our_gemm,
         "Matmul": planned_matmul(),
@@ -241,7 +241,7 @@ def gemm_methods(shape: Shape) -> Mapping[str, Prepare]:
 
 
 def float8_methods(shape: Shape) -> Mapping[str, Prepare]:
-    """Methods of the second table, ours first."""
+    """Methods of the second table; this project's first."""
     methods = {
         "ours": our_float8,
         "torchao, per row": torchao_float8(per_row=True),

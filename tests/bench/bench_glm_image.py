@@ -1,7 +1,7 @@
-"""GLM-Image's modules with random weights: of published size, or tiny to try a bench with.
+"""GLM-Image's modules with random weights, at published size or tiny for a trial run.
 
-Nothing is written or downloaded: the weights are drawn on the device, in bfloat16. The published sizes are those of
-zai-org/GLM-Image, whose config.json files these values come from; the glyph encoder is ByT5's small one.
+Nothing is written or downloaded: weights are drawn on the device, in bfloat16. Published sizes come from the
+config.json files of zai-org/GLM-Image; the glyph encoder is ByT5-small.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImageTr
 from torch import nn
 from transformers import ByT5Tokenizer, GenerationConfig, T5Config, T5EncoderModel
 
-sys.path.append(str(Path(__file__).parents[1]))  # the builders of small checkpoints
+sys.path.append(str(Path(__file__).parents[1]))  # builders of small checkpoints
 
 from configs.models.dits.glm_image import GlmImageTransformerConfig
 from configs.models.vaes.kl import AutoencoderKLConfig
@@ -49,7 +49,7 @@ LATENTS_STD = (
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of the modules, number of image codes, and pixels of a side."""
+    """Module sizes, number of image codes, and image side in pixels."""
 
     dit: Mapping[str, Any]
     text: dict[str, Any]
@@ -60,8 +60,8 @@ class Scale:
 
 
 SCALES = {
-    # zai-org/GLM-Image as published, but for the language model's image encoder, which text to image does not use,
-    # and for the marks among its output codes (128 of 16512), which would end an image.
+    # zai-org/GLM-Image as published, without the language model's image encoder, which text-to-image does not use, and
+    # without the special tokens among its output codes (128 of 16512), which would end an image.
     "full": Scale(
         dit=WORKS["glm-image"].sizes,
         text={
@@ -94,7 +94,7 @@ SCALES = {
 
 
 def build(scale: Scale, device: torch.device) -> dict[str, Any]:
-    """Modules of random weights in bfloat16, drawn on the device."""
+    """Build modules with random bfloat16 weights on the device."""
     torch.manual_seed(0)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -132,7 +132,7 @@ def _vae(sizes: dict[str, Any]) -> AutoencoderKL:
 
 
 def sizes_of(modules: Mapping[str, Any]) -> str:
-    """Parameters of each module, in billions."""
+    """Format the parameter count of each module, in billions."""
     counts = {
         name: sum(each.numel() for each in module.parameters()) / 1e9
         for name, module in modules.items()
@@ -142,7 +142,7 @@ def sizes_of(modules: Mapping[str, Any]) -> str:
 
 
 def config_of(modules: Mapping[str, Any]) -> GlmImagePipelineConfig:
-    """The pipeline's config, from the configs of its modules."""
+    """Build the pipeline config from the module configs."""
     return GlmImagePipelineConfig(
         transformer=GlmImageTransformerConfig.from_dict("transformer", dict(modules["transformer"].config)),
         vae=AutoencoderKLConfig.from_dict("vae", dict(modules["vae"].config)),
@@ -154,7 +154,7 @@ def config_of(modules: Mapping[str, Any]) -> GlmImagePipelineConfig:
 
 
 def same_weights(config: GlmImagePipelineConfig, theirs: nn.Module) -> DiffusionTransformer:
-    """Our transformer over the reference's own tensors, with its projections joined as the loader joins them."""
+    """This project's transformer on the reference's tensors, with projections fused as by the loader."""
     with torch.device("meta"):
         ours = OurTransformer(config.transformer)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)

@@ -1,4 +1,4 @@
-"""Inputs of one step, in Diffusers' form and in ours, by the names of forward(): of published sizes, or tiny."""
+"""Inputs of one step for Diffusers' forward() and for ours, at published size or tiny."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def wan_inputs(tiny: bool, grid: tuple[int, int, int] = (21, 60, 104)) -> tuple[
 
 
 def causal_wan_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """The first block of three latent frames, which depends on no other, of a video of 21 at 480x832."""
+    """The first block of three latent frames of a 480x832 video with 21, which has no previous block."""
     rows, columns = (4, 4) if tiny else (60, 104)
     shared = _wan_shared(tiny, 16, (3, rows, columns))
     return dict(shared), {**shared, "video_grid": torch.zeros(1, 0, 21, rows, columns)}
 
 
 def wan_ti2v_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """Latents of 31 frames at 704x1280, the first of which is a given image at timestep 0.
+    """Latents of 31 frames at 704x1280; the first frame is an input image at timestep 0.
 
-    The reference's timesteps are those of all tokens, ours those of the first frame and of the others.
+    The reference has a timestep per token, ours one for the first frame and one for the other frames.
     """
     frames, rows, columns = grid = (2, 4, 4) if tiny else (31, 44, 80)
     shared = _wan_shared(tiny, 48, grid)
@@ -79,7 +79,7 @@ def _wan_shared(tiny: bool, channels: int, grid: tuple[int, int, int]) -> Inputs
 
 
 def z_image_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """Latents of patches of 2x2, and text tokens in multiples of 32."""
+    """Latents for 2x2 patches, and text tokens padded to a multiple of 32."""
     rows, text, width = (4, 32, 24) if tiny else (64, 224, 2560)
     shared: Inputs = {
         "hidden_states": _normal(1, 16, 2 * rows, 2 * rows),
@@ -94,7 +94,7 @@ def z_image_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
 
 
 def hunyuan_video_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """The reference's text is padded to 256 tokens."""
+    """Latents and text; the reference's text is padded to 256 tokens."""
     sizes, text, width, pooled = ((2, 2, 2), 6, 24, 12) if tiny else ((16, 30, 52), 200, 4096, 768)
     frames, rows, columns = sizes
     shared: Inputs = {
@@ -114,7 +114,7 @@ def hunyuan_video_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
 
 
 def ltx_video_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """The reference's text is padded to 128 tokens."""
+    """Packed latents and text; the reference's text is padded to 128 tokens."""
     sizes, text, width = ((2, 2, 2), 6, 24) if tiny else ((21, 16, 24), 60, 4096)
     frames, rows, columns = sizes
     scale = (8 / 25, 32, 32)
@@ -137,12 +137,12 @@ def ltx_video_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
 
 
 def klein_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """FLUX.2's packed latents and text tokens, without guidance."""
+    """Packed latents and text tokens of FLUX.2 klein, without guidance."""
     return flux2_inputs(tiny, 7680, None)
 
 
 def flux2_inputs(tiny: bool, width: int = 15360, guidance: float | None = 4.0) -> tuple[Inputs, Inputs]:
-    """Packed latents, and text tokens of a width."""
+    """Packed latents, and text tokens of the given width."""
     rows, text = (4, 6) if tiny else (64, 512)
     side = torch.arange(float(rows))
     zero = torch.zeros(1)
@@ -158,12 +158,12 @@ def flux2_inputs(tiny: bool, width: int = 15360, guidance: float | None = 4.0) -
 
 
 def qwen_edit_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """An image and two given images of its size, and their text."""
+    """An image, two input images of the same size, and their text."""
     return _conditioned_inputs(tiny, 4 if tiny else 64, made=(0,), given=(1, 2), first_text=0)
 
 
 def qwen_layered_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """An image and its four layers from a given image. Text positions begin after the layers'."""
+    """An image, its four layers and an input image. Text positions follow the layers' positions."""
     theirs, ours = _conditioned_inputs(tiny, 4 if tiny else 40, made=(0, 1, 2, 3, 4), given=(-1,), first_text=5)
     return {**theirs, "additional_t_cond": torch.zeros(1, dtype=torch.int64)}, ours
 
@@ -171,7 +171,7 @@ def qwen_layered_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
 def _conditioned_inputs(
     tiny: bool, rows: int, *, made: tuple[int, ...], given: tuple[int, ...], first_text: int
 ) -> tuple[Inputs, Inputs]:
-    """Packed latents of square images; `made` and `given` are their positions along the first axis."""
+    """Packed latents of square images; `made` and `given` are the frame positions of generated and input images."""
     text, width = (6, 24) if tiny else (200, 3584)
     down = torch.arange(float(rows)) - rows // 2
     generator = torch.Generator().manual_seed(1)
@@ -190,7 +190,7 @@ def _conditioned_inputs(
 
 
 def glm_image_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """Latents, 64 bytes of glyphs, and a prior token for every image token, none of which is left out."""
+    """Latents, 64 glyph bytes, and a prior token for every image token; none is dropped."""
     rows, text, width = (8, 6, 32) if tiny else (128, 64, 1472)
     tokens = rows * rows // 4
     shared: Inputs = {
@@ -206,7 +206,7 @@ def glm_image_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
 
 
 def ltx2_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """Latents of 121 frames at 512x768 and of their sound, and padded text."""
+    """Latents of 121 frames at 512x768 with audio, and padded text."""
     if tiny:
         return ltx2_step(grid=(2, 2, 3), sound=9, text=32, widths=(24, 24))
     return ltx2_step(grid=(16, 16, 24), sound=126, text=1024, widths=(3840, 3840))
@@ -215,9 +215,9 @@ def ltx2_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
 def ltx2_step(
     *, grid: tuple[int, ...], sound: int, text: int, widths: tuple[int, int], channels: tuple[int, int] = (128, 128)
 ) -> tuple[Inputs, Inputs]:
-    """Inputs of LTX-2 by sizes: latent frames, rows and columns; latents of sound, with one mel bin of all channels.
+    """LTX-2 inputs for (frames, rows, columns) of video latents, and a number of audio latents with one mel bin.
 
-    `text` are tokens; `widths` those of the texts, `channels` those of the latents, of video and of sound. The
+    `text` is the token count; `widths` are text widths and `channels` latent channels, each for (video, audio). The
     reference takes and returns tokens, ours latents: see ltx2_tokens().
     """
     latents: Inputs = {
@@ -245,7 +245,7 @@ def ltx2_step(
 
 
 def ltx2_tokens(latents: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens of video (B, S, C) and audio (B, L, C x bins), as Diffusers' model takes and returns them."""
+    """Convert latents to Diffusers' tokens: video (B, S, C) and audio (B, L, C x bins)."""
     video, audio = latents["hidden_states"], latents["audio_hidden_states"]
     return video.flatten(2).transpose(1, 2), audio.transpose(1, 2).flatten(2)
 

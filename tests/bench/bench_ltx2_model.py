@@ -1,7 +1,7 @@
-"""LTX-2 of random weights in memory, for both sides: of published size, or tiny to try a bench with.
+"""LTX-2 with random weights in memory, shared by both sides, at published size or tiny for a trial run.
 
-Sizes are those of Lightricks/LTX-2 and Lightricks/LTX-2.3 as Diffusers converts them, and of google/gemma-3-12b-it.
-Nothing is downloaded or written: the weights are drawn on the device, in bfloat16.
+Sizes are those of Lightricks/LTX-2 and Lightricks/LTX-2.3 after Diffusers' conversion, and of google/gemma-3-12b-it.
+Nothing is downloaded or written: weights are drawn on the device, in bfloat16.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2Vocode
 from torch import nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-sys.path.append(str(Path(__file__).parents[1]))  # the builders of small checkpoints
+sys.path.append(str(Path(__file__).parents[1]))  # builders of small checkpoints
 
 from common.pipeline import ServiceSpec
 from configs.models.dits.ltx2 import LTX2TransformerConfig
@@ -79,7 +79,7 @@ _GEMMA_3_12B = {
 
 @dataclass(frozen=True)
 class Version:
-    """Arguments of the modules of one published version, beyond the defaults of Diffusers' classes.
+    """Module arguments of one published version that differ from the defaults of Diffusers' classes.
 
     `tiny` is the version of the small checkpoint.
     """
@@ -143,7 +143,7 @@ VERSIONS = {
 
 
 def build(version: Version, device: torch.device, *, tiny: bool) -> Modules:
-    """The modules of a Diffusers pipeline by name, in bfloat16 on the device, ready for inference."""
+    """Build the modules of a Diffusers pipeline by name, in bfloat16 on the device, in eval mode."""
     torch.manual_seed(0)
     modules = _tiny(version, device) if tiny else _published(version, device)
     for module in modules.values():
@@ -161,7 +161,7 @@ def _tiny(version: Version, device: torch.device) -> Modules:
 
 def _published(version: Version, device: torch.device) -> Modules:
     with device:
-        # The vocoder's filters are computed in float32 before they are cast.
+        # The vocoder's filters are computed in float32 and then cast.
         decoders = {
             "vae": AutoencoderKLLTX2Video(**version.vae),
             "audio_vae": AutoencoderKLLTX2Audio(),
@@ -181,14 +181,14 @@ def _published(version: Version, device: torch.device) -> Modules:
 
 
 def _draw_filters(vocoder: nn.Module) -> None:
-    """Draw the transforms to spectrograms, which are zeros until a checkpoint is loaded."""
+    """Randomize the spectrogram transforms, which are zero until a checkpoint is loaded."""
     for name, buffer in vocoder.named_buffers():
         if name.endswith("basis"):
             buffer.normal_(std=buffer.shape[-1] ** -0.5)
 
 
 def config_of(modules: Modules, kind: type[LTX2PipelineConfig]) -> LTX2PipelineConfig:
-    """The config that a checkpoint of these modules would have."""
+    """Pipeline config of a checkpoint with these modules."""
     configs = {
         name: dict(modules[name].config) for name in ("transformer", "connectors", "vae", "audio_vae", "vocoder")
     }
@@ -204,7 +204,7 @@ def config_of(modules: Modules, kind: type[LTX2PipelineConfig]) -> LTX2PipelineC
 
 
 def loaded_of(modules: Modules, transformer: OurTransformer) -> Modules:
-    """The modules as the fleet's loaders return them."""
+    """Convert the modules to the form that the fleet's loaders return."""
     language_model = modules["text_encoder"].model.language_model
     language_model.config.use_cache = False
     language_model.config.output_hidden_states = True
@@ -219,7 +219,7 @@ def loaded_of(modules: Modules, transformer: OurTransformer) -> Modules:
 
 
 def stages_of(spec: ServiceSpec, config: LTX2PipelineConfig, runtime: Runtime, loaded: Modules) -> list[Any]:
-    """The stages of a service."""
+    """Build the stages of a service."""
     return [
         resolve(stage.implementation)(
             config, runtime, {role: loaded[name] for role, name in stage.modules.items()}
@@ -229,7 +229,7 @@ def stages_of(spec: ServiceSpec, config: LTX2PipelineConfig, runtime: Runtime, l
 
 
 def same_weights(theirs: Any) -> OurTransformer:
-    """Our transformer over the reference's own tensors."""
+    """This project's transformer on the reference's tensors."""
     with torch.device("meta"):
         ours = OurTransformer(LTX2TransformerConfig.from_dict("transformer", dict(theirs.config)))
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)

@@ -1,7 +1,7 @@
-"""A checkpoint whose weights are in memory: ours are loaded from the modules of Diffusers' pipeline, without copies.
+"""A checkpoint with weights in memory: our modules are loaded from those of Diffusers' pipeline, without copies.
 
-The directory has every file of a small checkpoint; config.json of each module with weights is that of the module in
-memory. The fleet opens it as any other, and its loaders get the weights of the modules in place of those in the files.
+The directory has every file of a small checkpoint; each config.json with weights describes the module in memory. The
+fleet opens it as a normal checkpoint; its loaders get the modules' weights instead of the files'.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SAFETENSORS_DTYPES = {"torch.bfloat16": "BF16", "torch.float32": "F32"}
 
 
 def write_configs(directory: Path, modules: Mapping[str, nn.Module]) -> None:
-    """Overwrite the modules' config.json in a small checkpoint."""
+    """Overwrite the config.json files of a small checkpoint with the modules' configs."""
     for name, module in modules.items():
         if isinstance(module, ConfigMixin):
             module.save_config(directory / name)
@@ -33,10 +33,10 @@ def write_configs(directory: Path, modules: Mapping[str, nn.Module]) -> None:
 
 @contextmanager
 def weights_in_memory(modules: Modules) -> Iterator[None]:
-    """Load modules from memory, by name, while the context is active.
+    """Make the loaders load modules from memory, by name, in the block.
 
-    Modules of Diffusers and transformers are shared as they are. A module that our own class replaces is removed from
-    `modules`, so that its weights are not held twice where our layers join them.
+    Modules of Diffusers and transformers are shared. A module that this project replaces is removed from `modules`, so
+    that its weights are not stored twice when projections are fused.
     """
     from_files = loader._from_pretrained
 
@@ -56,7 +56,7 @@ def weights_in_memory(modules: Modules) -> Iterator[None]:
 
 
 class _ModuleWeights:
-    """The weights of a module by name, as an open safetensors file returns them."""
+    """Weights of a module by name, with the interface of an open safetensors file."""
 
     def __init__(self, module: nn.Module) -> None:
         self._tensors = module.state_dict()
@@ -69,7 +69,7 @@ class _ModuleWeights:
 
 
 class _Slice:
-    """A tensor as safetensors describes it before it is read."""
+    """A tensor with the interface of a safetensors slice."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor

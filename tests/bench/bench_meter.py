@@ -1,4 +1,4 @@
-"""Time and peak memory of the parts of a computation, and the number of a module's calls."""
+"""Time and peak memory of parts of a computation, and call counts of a module."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import nn
 
 
 class Meter:
-    """Time and peak memory of named parts, which may contain each other.
+    """Measures time and peak memory of named parts, which may be nested.
 
-    `spent` are milliseconds since clear(), summed over a part's runs; `peaks` the most bytes above those in use at
-    rebase(), warm-up included.
+    `spent` is the time in ms since clear(), summed over the runs of a part; `peaks` are peak bytes above the bytes in
+    use at rebase(), including the warm-up.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,12 +27,12 @@ class Meter:
         self.rebase()
 
     def rebase(self) -> None:
-        """What is in use now counts as weights."""
+        """Count the memory in use now as weights."""
         empty(self._device)
         self._base = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
 
     def clear(self) -> None:
-        """Forget the times of the warm-up."""
+        """Reset the times, after a warm-up."""
         self.spent.clear()
 
     @contextmanager
@@ -48,7 +48,7 @@ class Meter:
 
     @contextmanager
     def watching(self, methods: Mapping[tuple[type, str], str]) -> Iterator[None]:
-        """Measure every call of these methods, as parts of those names."""
+        """Measure every call of the methods as a named part, in the block."""
         with ExitStack() as stack:
             for (owner, method), name in methods.items():
                 stack.enter_context(patch.object(owner, method, self._measured(vars(owner)[method], name)))
@@ -81,6 +81,6 @@ class CallCount:
         self._calls += 1
 
     def take(self) -> int:
-        """The calls since the last time."""
+        """Calls since the previous take()."""
         calls, self._calls = self._calls, 0
         return calls

@@ -1,4 +1,4 @@
-"""A fleet of single services whose denoisers only take their time, with latents and solver of a real Wan 2.1."""
+"""A fleet of separate services with sleeping denoisers, and the latents and solver of Wan 2.1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from common.state.embedded import EmbeddedStore
 from fleet.v1 import generation_pb2 as api
 from fleet.v1 import generation_pb2_grpc
 
-sys.path.append(str(Path(__file__).parents[1]))  # the builders of small checkpoints
+sys.path.append(str(Path(__file__).parents[1]))  # builders of small checkpoints
 
 from tiny_wan import build_tiny_wan
 
@@ -24,7 +24,7 @@ PLUGINS = Path(__file__).parent / "paced_family"
 
 
 def build_checkpoint(path: Path, seconds: float) -> Path:
-    """A small Wan directory whose transformer sleeps for so long."""
+    """Write a small Wan directory whose transformer sleeps for `seconds` per step."""
     build_tiny_wan(path)
     index = json.loads((path / "model_index.json").read_text())
     (path / "model_index.json").write_text(json.dumps({**index, "_class_name": "PacedWanPipeline"}))
@@ -37,7 +37,7 @@ def build_checkpoint(path: Path, seconds: float) -> Path:
 def paced_fleet(
     directory: Path, model: Path, *denoisers: Sequence[str]
 ) -> Iterator[tuple[generation_pb2_grpc.GenerationServiceStub, list[Path]]]:
-    """A fleet that never decodes, with a denoiser for each of these options; and the logs of their steps."""
+    """A fleet without decoders, with one denoiser per set of options; yields the step logs, too."""
     with ExitStack() as stack:
         store = stack.enter_context(EmbeddedStore(appendfsync="always"))
         shared = ("--model", f"paced={model}", "--redis", store.url, "--plugins", str(PLUGINS))
@@ -56,7 +56,7 @@ def paced_fleet(
 
 
 def submission(steps: int, **more: Any) -> api.SubmitRequest:
-    """A video of 81 frames of 480x832 in so many steps, without guidance."""
+    """A request for 81 frames of 480x832 in `steps` steps, without guidance."""
     parameters = api.GenerationParameters(
         prompt="a sleeping cat", height=480, width=832, num_frames=81, num_inference_steps=steps, guidance_scale=1.0
     )
@@ -64,7 +64,7 @@ def submission(steps: int, **more: Any) -> api.SubmitRequest:
 
 
 def follow(stub: generation_pb2_grpc.GenerationServiceStub, request_id: str, step: int) -> None:
-    """Until the denoiser has told a step, or the request has ended."""
+    """Wait until the denoiser has reported a step, or the request has ended."""
     call = stub.Watch(api.WatchRequest(request_id=request_id))
     for reply in call:
         if reply.event.progress.service == "denoising" and reply.event.progress.step >= step:
@@ -73,7 +73,7 @@ def follow(stub: generation_pb2_grpc.GenerationServiceStub, request_id: str, ste
 
 
 def denoise(stub: generation_pb2_grpc.GenerationServiceStub, steps: int) -> None:
-    """One request until its last step; then it is cancelled, as there is nobody to decode it."""
+    """Run one request to its last step, then cancel it, as there is no decoder."""
     request_id = stub.Submit(submission(steps)).request.request_id
     follow(stub, request_id, steps)
     stub.CancelRequest(api.CancelRequestRequest(request_id=request_id))

@@ -1,8 +1,8 @@
-"""One checkout's side of step_pairs.py: builds our denoiser of a work and times its step when asked.
+"""One checkout's process of step_pairs.py: builds our denoiser of a workload and times its step on request.
 
-Works and weights are those of step_pairs.py's checkout. DiTs, kernels and bench_steps.py, which calls the denoising
-stage, are those of the measured checkout: step_pairs.py puts them first in PYTHONPATH. Commands are lines of JSON on
-stdin, answers lines of JSON on stdout; all other output is on stderr. An error ends the process.
+Workloads and weights come from step_pairs.py's checkout. DiTs, kernels and bench_steps.py, which calls the denoising
+stage, come from the measured checkout: step_pairs.py puts it first in PYTHONPATH. Commands are JSON lines on stdin,
+replies are JSON lines on stdout; all other output goes to stderr. An error ends the process.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from models.layers.linear import join_all_weights
 
 STEPS = 4
 WARM_UP_STEPS = 3
-"""The third step is the first that only replays a captured graph."""
+"""Steps of the warm-up; the third step is the first one that only replays a captured graph."""
 
 
 def main() -> None:
-    """Answer commands until stdin ends."""
+    """Process commands until the end of stdin."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tree", type=Path, required=True, help="the measured checkout")
     parser.add_argument("--device", required=True, choices=("cuda", "cpu"))
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 class Side:
-    """At most one denoiser, with a prepared request."""
+    """Holds at most one denoiser, with a prepared request."""
 
     def __init__(self, device: torch.device, *, is_tiny: bool) -> None:
         self._device = device
@@ -65,15 +65,15 @@ class Side:
 
     @torch.inference_mode()
     def build(self, name: str) -> dict[str, Any]:
-        """Draw the work's weights, run a few steps, and return a digest of the last one.
+        """Draw the workload's weights, run a few steps, and return a digest of the last one.
 
-        Raises RuntimeError for a prediction that is not finite: its digest would compare nothing.
+        Raises RuntimeError if a prediction is not finite, as its digest would be meaningless.
         """
         self._step = None
         self._resources.close()
         empty(self._device)
         work = WORKS[name]
-        # The reference is freed before weights are joined: both copies on both sides would not fit in a GPU's memory.
+        # The reference is freed before weights are fused: two copies in two processes would exceed the GPU memory.
         ours = same_weights(work, build_reference(work, self._device, tiny=self._is_tiny))
         empty(self._device)
         join_all_weights(ours)
@@ -92,8 +92,8 @@ class Side:
 
     @torch.inference_mode()
     def measure(self, steps: int) -> dict[str, Any]:
-        """Milliseconds of a step, from a burst of steps; on a GPU by its own clock."""
-        assert self._step is not None, "build comes before measure"
+        """Time per step in ms, from a burst of steps; on a GPU by CUDA events."""
+        assert self._step is not None, "measure() needs a previous build()"
         if self._device.type == "cuda":
             return {"milliseconds": milliseconds(self._step, calls=steps)}
         began = now(self._device)
@@ -103,7 +103,7 @@ class Side:
 
 
 def _digest(predictions: Sequence[Tensor]) -> str:
-    """SHA-256 of all bytes."""
+    """SHA-256 of the bytes of all predictions."""
     digest = hashlib.sha256()
     for each in predictions:
         digest.update(each.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())

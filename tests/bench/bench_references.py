@@ -1,4 +1,4 @@
-"""Diffusers' models behind forward() methods that take tensors, with given images apart, for benches."""
+"""Wrappers of Diffusers' models whose forward() takes tensors, with input images as separate arguments."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class StackedZImage(ZImageTransformer2DModel):  # type: ignore[misc]
-    """Diffusers' model, which takes a list of images and one of texts, on tensors."""
+    """Diffusers' Z-Image transformer on batched tensors instead of lists of images and texts."""
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
-        """Predictions (B, C, rows, columns)."""
+        """Predict (B, C, rows, columns)."""
         del return_dict
         images = list(hidden_states[:, :, None])
         (made,) = super().forward(images, timestep, list(encoder_hidden_states), return_dict=False)
@@ -23,7 +23,7 @@ class StackedZImage(ZImageTransformer2DModel):  # type: ignore[misc]
 
 
 class ConditionedQwenImage(QwenImageTransformer2DModel):  # type: ignore[misc]
-    """Diffusers' model with the tokens of given images as an argument of their own."""
+    """Diffusers' Qwen-Image transformer with the tokens of input images as a separate argument."""
 
     def forward(self, hidden_states: Tensor, condition_states: Tensor, **inputs: Any) -> tuple[Tensor]:
         """Velocity (B, I, C) of hidden_states (B, I, C); condition_states are (B, tokens, C)."""

@@ -1,4 +1,4 @@
-"""What every bench prints: the machine it ran on, tables, and verdicts against a stated budget."""
+"""Output of every benchmark: the host, tables, and comparisons with a stated budget."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PACKAGES = ("torch", "diffusers", "transformers", "grpcio", "protobuf", "redis")
 
 
 def say(text: str = "") -> None:
-    """Print a line, at once: benches are watched while they run."""
+    """Print a line and flush, so that progress is visible."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def print_machine(title: str) -> None:
-    """Name the bench, the processor, the versions, and how busy the machine was to begin with."""
+    """Print the title, the processor, package versions and the load average of the host."""
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     say(f"# {title}")
     say()
@@ -30,7 +30,7 @@ def print_machine(title: str) -> None:
 
 
 def processor() -> str:
-    """The processor's name, as the kernel tells it."""
+    """Processor name from /proc/cpuinfo."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -47,7 +47,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 def print_verdict(what: str, measured: float, budget: float, unit: str, *, at_least: bool = False) -> bool:
-    """Print a measured value beside its budget; returns whether it is kept."""
+    """Print a measured value with its budget; returns whether it is within the budget."""
     kept = measured >= budget if at_least else measured <= budget
     relation = "at least" if at_least else "at most"
     say(f"{'ok  ' if kept else 'OVER'}  {what}: {_cell(measured)} {unit} ({relation} {_cell(budget)} {unit})")
@@ -55,13 +55,13 @@ def print_verdict(what: str, measured: float, budget: float, unit: str, *, at_le
 
 
 def median(values: Iterable[float]) -> float:
-    """The median; of nothing, not a number."""
+    """Median; NaN for an empty sequence."""
     found = list(values)
     return statistics.median(found) if found else float("nan")
 
 
 def quantile(values: Iterable[float], share: float) -> float:
-    """The value below which that share of the values lies; no interpolation."""
+    """Quantile `share` (0 to 1) without interpolation."""
     found = sorted(values)
     return found[min(len(found) - 1, int(share * len(found)))]
 

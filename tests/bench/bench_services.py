@@ -1,4 +1,4 @@
-"""Single services as processes, for benches that run them in unusual numbers or settings."""
+"""Single services as processes, for benchmarks with unusual numbers or settings of services."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from common.tether import tethered
 
 @contextmanager
 def service(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Run `fleet serve NAME ARGUMENTS` for as long as the block, from when it says that it serves.
+    """Run `fleet serve NAME ARGUMENTS` in the block, which starts once the service is ready.
 
-    Raises RuntimeError with its last words when it ends before.
+    Raises RuntimeError with the last output if the process exits before.
     """
     command = [sys.executable, "-m", "services.cli", "serve", name, *arguments]
     with tempfile.TemporaryFile("w+") as notes:
@@ -30,7 +30,7 @@ def service(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
                     break
             else:
                 notes.seek(0)
-                raise RuntimeError(f"{name} did not get ready:\n" + "".join(notes.readlines()[-20:]))
+                raise RuntimeError(f"{name} did not become ready:\n" + "".join(notes.readlines()[-20:]))
             yield process
         finally:
             process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Times and peak memory of a pipeline's stages, for two sides of a comparison."""
+"""Times and peak memory of a pipeline's stages, for both sides of a comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NONE = float("nan")
 
 @dataclass
 class Side:
-    """Milliseconds and peak bytes beside the weights by stage, and the final latents by part, on the CPU."""
+    """Time in ms and peak bytes (without weights) by stage, and final latents by part on the CPU."""
 
     spent: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
@@ -29,10 +29,10 @@ class Side:
 
 
 class StageMeter:
-    """Measures consecutive stages. Memory that is allocated at construction counts as weights.
+    """Measures consecutive stages. Memory allocated at construction counts as weights.
 
-    A stage that ends several times in a round has the sum of its times. A stage that is measured in several rounds has
-    the time of the last one and the largest peak: CUDA graphs allocate when they are captured, in the first round.
+    If a stage ends several times in a round, its times are summed. Over several rounds, the last time and the largest
+    peak are kept, as CUDA graphs allocate at capture, in the first round.
     """
 
     def __init__(self, device: torch.device, side: Side) -> None:
@@ -42,12 +42,12 @@ class StageMeter:
         self.restart()
 
     def restart(self) -> None:
-        """Start a round with its first stage."""
+        """Start a round at its first stage."""
         self._spent: dict[str, float] = {}
         self._start_stage()
 
     def end(self, stage: str) -> None:
-        """Record the stage, and start the next one."""
+        """Record the stage and start the next one."""
         self._spent[stage] = self._spent.get(stage, 0.0) + 1e3 * (now(self._device) - self._began)
         self._side.spent[stage] = self._spent[stage]
         if self._device.type == "cuda":
@@ -62,7 +62,7 @@ class StageMeter:
 
 
 def print_sides(ours: Side, theirs: Side) -> None:
-    """Print the tables of times and, on a GPU, of memory: stages of both sides first, then stages of ours alone."""
+    """Print tables of times and, on a GPU, memory: stages of both sides first, then stages of ours only."""
     both = [name for name in ours.spent if name in theirs.spent]
     rows: list[tuple[str, float, float, str]] = [
         (name, ours.spent[name], theirs.spent[name], f"{ours.spent[name] / theirs.spent[name]:.2f}") for name in both
@@ -71,11 +71,11 @@ def print_sides(ours: Side, theirs: Side) -> None:
     print_table(("ms", "fleet's stages", "Diffusers", "ratio"), rows)
     if ours.peaks:
         peaks = [(name, peak / 1e9, theirs.peaks.get(name, _NONE) / 1e9) for name, peak in ours.peaks.items()]
-        print_table(("GB beside the weights", "fleet's stages", "Diffusers"), peaks)
+        print_table(("GB without weights", "fleet's stages", "Diffusers"), peaks)
 
 
 def latents_error(ours: Side, theirs: Side, part: str) -> float:
-    """Relative L2 error of our latents of a part. Raises RuntimeError for latents that are not finite."""
+    """Relative L2 error of our latents of a part. Raises RuntimeError if latents are not finite."""
     own, reference = ours.latents[part].double(), theirs.latents[part].double()
     if not (own.isfinite().all() and reference.isfinite().all()):
         raise RuntimeError(f"{part}: latents are not finite; smaller random weights are needed")

@@ -1,7 +1,7 @@
-"""Discrete-event simulation of the stages of one model, their queues, and the replicas that a policy starts and ends.
+"""Discrete-event simulation of one model's stages, their queues, and replicas controlled by a policy.
 
-A started replica serves after its load time and costs GPU seconds from its start to its end. A replica that is scaled
-in ends at once while it loads or is idle, and otherwise takes no further request and ends with the one it runs.
+A replica serves after its load time and costs GPU seconds from start to end. On scale-in, a loading or idle replica
+ends at once; a busy one finishes its request and accepts no further one.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Protocol
 from common.scaling import StageLoad, StageWork
 
 ROUTE = (("text_encoding", "image_encoding"), ("denoising",), ("decoding",))
-"""Services in order; those of one group run at the same time."""
-ASSUMED_SECONDS = 10.0  # of a request at a stage where nothing was measured yet
+"""Services in order; services of one group run concurrently."""
+ASSUMED_SECONDS = 10.0  # of a request at a stage without measurements
 _PACE_DECAY = 0.8
-_LONGEST = 5  # times the trace that a simulation may take until all requests have ended
+_LONGEST = 5  # longest simulated time, as a multiple of the trace
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Requests of one shape: work and seconds at each stage, and the longest latency that keeps the SLO, in seconds."""
+    """Requests of one shape: work and seconds per stage, and the SLO latency in seconds."""
 
     name: str
     work: Mapping[str, StageWork]
@@ -35,14 +35,14 @@ class Kind:
 
     @cached_property
     def route(self) -> tuple[tuple[str, ...], ...]:
-        """The groups of ROUTE, without services that the kind does not use."""
+        """Groups of ROUTE without services that this kind does not use."""
         groups = (tuple(name for name in group if name in self.seconds) for group in ROUTE)
         return tuple(group for group in groups if group)
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request of a trace. `factor` is by how much its computing takes longer than its kind's."""
+    """A request of a trace. `factor` multiplies the computing time of its kind."""
 
     time: float
     kind: Kind
@@ -51,9 +51,9 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Trace:
-    """Arrivals in order of time, over `seconds`; `replicas` are ready at time 0.
+    """Arrivals in order of time over `seconds`; `replicas` are ready at time 0.
 
-    The first `lead_seconds` let a policy settle, and do not count.
+    The first `lead_seconds` are excluded from the results, to let a policy settle.
     """
 
     name: str
@@ -65,9 +65,10 @@ class Trace:
 
 @dataclass(frozen=True)
 class StageView:
-    """What a policy may know. `replicas` are those that load or take requests; `busy_share` is since the last poll.
+    """Inputs of a policy. `replicas` counts replicas that load or accept requests; `busy_share` covers the last
+    interval.
 
-    `was_active` is whether an open request needed the stage since the last poll, as activity is also pushed.
+    `was_active` is whether an open request needed the stage since the last poll, as activity is pushed, too.
     """
 
     now: float
@@ -78,17 +79,17 @@ class StageView:
 
 
 class Policy(Protocol):
-    """Decides on the replicas of one stage. Polled every `interval` seconds, and when a stage without any is used."""
+    """Decides the replicas of one stage; polled every `interval` seconds, and when a stage at zero is needed."""
 
     interval: float
 
     def desired(self, view: StageView) -> int:
-        """How many replicas there should be."""
+        """Return the desired number of replicas."""
 
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A request on its way. `group` is its place in its kind's route, of which `left` stages are still to end."""
+    """A running request. `group` is its index in the route; `left` stages of that group are unfinished."""
 
     arrival: Arrival
     group: int = -1
@@ -99,7 +100,7 @@ class Request:
 
 @dataclass(eq=False, slots=True)
 class Replica:
-    """A worker. `request` is what it computes since `since`."""
+    """A worker; it has computed `request` since `since`."""
 
     started: float
     is_ready: bool = False
@@ -109,13 +110,13 @@ class Replica:
 
 
 class Paces:
-    """Moving averages of the seconds of a step, by shape, as the store keeps them for one stage."""
+    """Moving averages of seconds per step by shape, as the store has them for one stage."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float, int]] = {}
 
     def note(self, work: StageWork, seconds: float) -> None:
-        """Add a request that has ended."""
+        """Record a finished request."""
         before_seconds, before_steps, _ = self._sums.get(work.shape, (0.0, 0.0, 0))
         self._sums[work.shape] = (
             seconds + _PACE_DECAY * before_seconds,
@@ -124,7 +125,8 @@ class Paces:
         )
 
     def seconds_of(self, work: StageWork) -> float | None:
-        """Seconds of a request; of an unknown shape those of the nearest one, scaled by tokens. None without any."""
+        """Expected seconds of a request; for an unknown shape, scaled by tokens from the nearest one. None without
+        data."""
         if work.shape in self._sums:
             seconds, steps, _ = self._sums[work.shape]
             return work.steps * seconds / steps
@@ -155,21 +157,21 @@ class Stage:
         self._ready = 0
 
     def enqueue(self, request: Request) -> None:
-        """Let a request wait."""
+        """Add a request to the queue."""
         self.queue.append(request)
         kind = request.arrival.kind
         self._kinds[kind.name] = kind
         self._waiting[kind.name] += 1
 
     def begin(self, now: float) -> Replica:
-        """The longest waiting request runs on the replica that has been idle longest."""
+        """Run the longest waiting request on the replica that has been idle longest."""
         replica, request = self.idle.popleft(), self.queue.popleft()
         self._waiting[request.arrival.kind.name] -= 1
         replica.request, replica.since = request, now
         return replica
 
     def end(self, replica: Replica, now: float) -> Request:
-        """A replica has finished its request."""
+        """Handle a replica's finished request."""
         assert replica.request is not None
         request, replica.request = replica.request, None
         self._busy_seconds += now - max(replica.since, self._polled)
@@ -183,7 +185,7 @@ class Stage:
         return request
 
     def become_ready(self, replica: Replica, now: float) -> None:
-        """A replica has loaded its weights."""
+        """Handle the end of a replica's loading."""
         self._note_ready_seconds(now)
         replica.is_ready = True
         self._ready += 1
@@ -191,11 +193,11 @@ class Stage:
 
     @property
     def kept(self) -> list[Replica]:
-        """Replicas that load or take requests, in order of their start."""
+        """Replicas that load or accept requests, in order of their start."""
         return [each for each in self.replicas if not each.is_leaving]
 
     def scale_in(self, count: int, now: float, rng: random.Random) -> None:
-        """End so many replicas: as Kubernetes, those that are not ready first, then any."""
+        """Remove `count` replicas as Kubernetes does: replicas that are not ready first, then random ones."""
         kept = self.kept
         loading = [each for each in reversed(kept) if not each.is_ready]
         ready = [each for each in kept if each.is_ready]
@@ -215,7 +217,7 @@ class Stage:
         self.gpu_seconds += now - replica.started
 
     def view(self, now: float) -> StageView:
-        """The view of a poll, which starts the next interval of `busy_share`."""
+        """Return the view for a poll, and start the next interval of `busy_share`."""
         self._note_ready_seconds(now)
         self._busy_seconds += sum(now - max(each.since, self._polled) for each in self.replicas if each.request)
         share = self._busy_seconds / self._ready_seconds if self._ready_seconds else float(bool(self.queue))
@@ -225,11 +227,11 @@ class Stage:
         return StageView(now, self.load(now), len(self.kept), share, was_active)
 
     def gpu_seconds_until(self, now: float) -> float:
-        """GPU seconds of all replicas so far."""
+        """GPU seconds of all replicas until now."""
         return self.gpu_seconds + sum(now - each.started for each in self.replicas)
 
     def load(self, now: float) -> StageLoad:
-        """What the store would sum up."""
+        """The stage's load as the store would report it."""
         unmeasured = False
 
         def seconds_of(kind: Kind) -> float:
@@ -252,19 +254,19 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy did to a trace: every request with its end, and GPU seconds by stage, both after the lead."""
+    """Result of a trace under a policy: requests with their ends, and GPU seconds by stage, without the lead."""
 
     requests: Sequence[Request]
     gpu_seconds: Mapping[str, float]
 
     @property
     def gpu_hours(self) -> float:
-        """GPU hours of all replicas, loading and draining included."""
+        """GPU hours of all replicas, including loading and draining."""
         return sum(self.gpu_seconds.values()) / 3_600
 
     @property
     def violation_minutes(self) -> int:
-        """Minutes of arrival in which more than 5% of the requests took longer than their SLO."""
+        """Arrival minutes in which more than 5% of the requests exceeded their SLO."""
         late: dict[int, list[bool]] = {}
         for request in self.requests:
             late.setdefault(int(request.arrival.time // 60), []).append(_is_late(request))
@@ -277,7 +279,7 @@ def _is_late(request: Request) -> bool:
 
 
 class Simulation:
-    """Runs one trace under one policy, of which every stage gets its own."""
+    """Simulates one trace under one policy; every stage has its own policy instance."""
 
     def __init__(self, trace: Trace, policy: Callable[[], Policy], load_seconds: float, *, seed: int = 0) -> None:
         self._trace = trace
@@ -292,7 +294,7 @@ class Simulation:
         self.stages = {name: Stage(name, policy()) for name in names}
 
     def run(self) -> Outcome:
-        """Until the trace is over and every request has ended. Raises RuntimeError if that takes too long."""
+        """Run until the trace is over and every request has ended. Raises RuntimeError if this takes too long."""
         for stage in self.stages.values():
             for _ in range(self._trace.replicas.get(stage.name, 0)):
                 self._start(stage, 0.0)
@@ -318,7 +320,7 @@ class Simulation:
         heapq.heappush(self._events, (time, next(self._numbers), action))
 
     def _arrive(self, requests: Iterator[Request]) -> None:
-        """Schedule the next arrival, which schedules the one after it."""
+        """Schedule the next arrival, which schedules its successor."""
         request = next(requests, None)
         if request is None:
             return
@@ -327,7 +329,7 @@ class Simulation:
             for name in request.arrival.kind.seconds:
                 stage = self.stages[name]
                 stage.open_requests += 1
-                if not stage.replicas:  # Activity is pushed.
+                if not stage.replicas:  # activity is pushed, not polled
                     self._poll(stage)
             self._proceed(request)
             self._arrive(requests)
@@ -335,7 +337,7 @@ class Simulation:
         self._at(request.arrival.time, arrive)
 
     def _proceed(self, request: Request) -> None:
-        """Send a request to its next group of stages, or end it."""
+        """Move a request to its next group of stages, or end it."""
         if request.left:
             return
         request.group += 1
@@ -384,7 +386,7 @@ class Simulation:
         self._at(self.now + stage.policy.interval, poll)
 
     def _poll(self, stage: Stage) -> None:
-        """Ask the policy, and start or end replicas."""
+        """Poll the policy, and start or remove replicas."""
         view = stage.view(self.now)
         change = stage.policy.desired(view) - view.replicas
         for _ in range(change):

@@ -15,18 +15,18 @@ from common.scaling import StageLoad
 from services.cli.replica_policy import ReplicaBounds, ReplicaPolicy
 
 MAX_REPLICAS = 64
-HPA_SECONDS = 15.0  # between two polls of the HPA
-HPA_PODS = 4  # that the HPA may start in a poll, or as many as there are
+HPA_SECONDS = 15.0  # interval between polls of the HPA
+HPA_PODS = 4  # replicas that the HPA may add per poll, or 100%
 UTILISATION_SECONDS = 5.0
 UTILISATION_COOLDOWN = 30.0
 
 
 @dataclass
 class HpaPolicy:
-    """KEDA and the HPA on a demand for replicas, with the code of `fleet up --autoscale`: ReplicaPolicy.
+    """KEDA and the HPA on a demand for replicas, with ReplicaPolicy, the code of `fleet up --autoscale`.
 
-    It adds the HPA's default limit on the speed of scaling out. `window` seconds are the stabilization window for
-    scale-in, and with `least` 0 KEDA's cooldown before zero.
+    This class adds the HPA's default scale-out limit. `window` is the stabilization window for scale-in in seconds and,
+    with `least` 0, KEDA's cooldown period.
     """
 
     demand: Callable[[StageLoad], float]
@@ -41,7 +41,7 @@ class HpaPolicy:
         self._policy = ReplicaPolicy(bounds, clock=lambda: self._now, headroom=self.headroom)
 
     def desired(self, view: StageView) -> int:
-        """What the HPA would set."""
+        """Replicas that the HPA would set."""
         self._now = view.now
         wanted = self._policy.decide(view.replicas, is_active=view.was_active, demand=self.demand(view.load))
         return min(wanted, view.replicas + max(view.replicas, HPA_PODS))
@@ -49,17 +49,17 @@ class HpaPolicy:
 
 @dataclass
 class UtilisationPolicy:
-    """More replicas above a share of busy time, one fewer below another, and no change during a cooldown."""
+    """Adds replicas above a share of busy time, removes one below another share, and waits for a cooldown."""
 
     above: float
     below: float
     growth: float
-    """Share of the replicas that is added, at least one."""
+    """Fraction of the replicas to add, at least one."""
     interval: float = UTILISATION_SECONDS
     _changed: float = -UTILISATION_COOLDOWN
 
     def desired(self, view: StageView) -> int:
-        """What it would set: at least one, as nothing is busy where nothing runs."""
+        """Desired replicas: at least one, as a stage without replicas has no utilisation."""
         replicas = max(view.replicas, 1)
         if view.now - self._changed >= UTILISATION_COOLDOWN:
             if view.busy_share > self.above:
@@ -73,7 +73,7 @@ class UtilisationPolicy:
 
 @dataclass(frozen=True)
 class WantedSeconds:
-    """A setting of the fleet's policy, whose demand has the code that coordinators answer KEDA with.
+    """A setting of the fleet's policy; the demand is computed by the coordinators' code for KEDA.
 
     `target` are the trigger's targetSeconds, `headroom` is that of with_headroom(), and `window` the HPA's
     stabilizationWindowSeconds.
@@ -84,7 +84,7 @@ class WantedSeconds:
     window: float
 
     def policy(self, least: int = 1) -> Policy:
-        """A new policy that keeps so many replicas."""
+        """A new policy with a minimum of `least` replicas."""
         return HpaPolicy(lambda load: load.wanted_seconds(self.target) / self.target, self.headroom, self.window, least)
 
     def __str__(self) -> str:
@@ -92,7 +92,7 @@ class WantedSeconds:
 
 
 def queue_length(headroom: float, window: float) -> Policy:
-    """The HPA on the requests of a stage. Running ones count, or they would be scaled away."""
+    """The HPA on a stage's requests, including running ones; otherwise busy replicas would be removed."""
     return HpaPolicy(lambda load: float(load.workers_held + load.waiting_claims), headroom, window)
 
 
@@ -128,4 +128,4 @@ GRID: Mapping[str, Mapping[str, Callable[[], Policy]]] = {
         for growth in _GROWTHS
     },
 }
-"""Policies, each with as many settings to choose from."""
+"""Policies with their settings; every grid has the same size."""

@@ -1,4 +1,4 @@
-"""Five traces for the simulator, with service times from the committed measurements. A seed gives the same arrivals."""
+"""Five traces for the simulator, with committed service times; the arrivals depend only on the seed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from common.scaling import StageWork
 from services.cli.stage_seconds import Measurement, Shape, measurements
 
 MINUTE = 60.0
-LEAD = 30 * MINUTE  # at the first minute's rate, which does not count
-SECONDS = 40 * MINUTE  # that count
-SPREAD = 0.1  # of service times, up and down
-SLO_FIXED, SLO_TIMES = 30.0, 2.0  # a request may take 30 s, and twice its own computing
+LEAD = 30 * MINUTE  # lead at the first minute's rate, excluded from results
+SECONDS = 40 * MINUTE  # measured part
+SPREAD = 0.1  # relative range of service times
+SLO_FIXED, SLO_TIMES = 30.0, 2.0  # SLO: 30 s plus twice the computing time
 ON_CPU = frozenset({"latent_preparation"})
 
 Rate = Callable[[float], float]
 
 
 def kind_of(name: str, measured: Measurement, shape: Shape, *, without: frozenset[str] = ON_CPU) -> Kind:
-    """Requests of a shape on a measured model; services `without` GPUs, or that they do not use, are left out."""
+    """Requests of a shape on a measured model; `without` names services that have no GPU or are unused."""
     seconds = {each: measured.seconds_of(each, shape) for each in measured.seconds if each not in without}
     work = {
         each: StageWork(
@@ -43,7 +43,7 @@ def _flux(steps: int) -> Kind:
 
 
 def _wan(latent_frames: int) -> Kind:
-    """A request of Wan 2.2 without an image, in 50 steps. Work grows with latent frames, of which 121 frames are 31."""
+    """A Wan 2.2 request without an image, in 50 steps. Work scales with latent frames; 121 frames have 31."""
     measured = measurements()["Wan2.2-TI2V-5B"]
     pixels = measured.shape.pixels * latent_frames // 31
     without = ON_CPU | {"image_encoding"}
@@ -52,7 +52,7 @@ def _wan(latent_frames: int) -> Kind:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Requests a second by time, and which share of them is of the second of two kinds."""
+    """Requests per second by time, and the fraction of the second of two kinds."""
 
     rate: Rate
     kinds: tuple[Kind, Kind]
@@ -64,7 +64,7 @@ def _none(_: float) -> float:
 
 
 def _between(start: float, end: float, before: float, after: float) -> Rate:
-    """`before` until `start`, then a line to `after` at `end`."""
+    """`before` until `start`, then linear to `after` at `end`."""
 
     def value(time: float) -> float:
         return before + (after - before) * min(max((time - start) / (end - start), 0.0), 1.0)
@@ -81,7 +81,7 @@ def _ramp(time: float) -> float:
 
 
 def patterns() -> Mapping[str, Pattern]:
-    """The five traces before arrivals are drawn."""
+    """The patterns of the five traces."""
     flux, long, short = _flux(28), _flux(50), _flux(4)
     image, video = _wan(1), _wan(31)
     shift, mix = (10 * MINUTE, 15 * MINUTE), (10 * MINUTE, 15 * MINUTE)
@@ -97,12 +97,12 @@ def patterns() -> Mapping[str, Pattern]:
 
 
 def draw_trace(name: str, pattern: Pattern, seed: int) -> Trace:
-    """Poisson arrivals. Each stage starts with the replicas that the lead needs at 40% utilisation."""
+    """Draw Poisson arrivals. Each stage starts with enough replicas for 40% utilisation during the lead."""
     rng = random.Random(f"{name} {seed}")
     arrivals, time = [], -LEAD
     most = max(pattern.rate(second) for second in range(int(SECONDS)))
     while (time := time + rng.expovariate(most)) < SECONDS:
-        if rng.random() * most < pattern.rate(max(time, 0.0)):  # thinning
+        if rng.random() * most < pattern.rate(max(time, 0.0)):  # thinning of the Poisson process
             kind = pattern.kinds[rng.random() < pattern.share(max(time, 0.0))]
             arrivals.append(Arrival(LEAD + time, kind, 1 + rng.uniform(-SPREAD, SPREAD)))
     return Trace(name, arrivals, LEAD + SECONDS, _replicas(pattern), LEAD)

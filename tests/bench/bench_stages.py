@@ -1,7 +1,7 @@
-"""Two stages that only move bytes, each served by a process of its own as the fleet serves real ones.
+"""Two stages that only move bytes, each served by its own process in the same way as real stages.
 
-The producer makes a payload and notes when it was done; the consumer notes when it begins. The clock is the kernel's
-monotonic one, which all processes of a machine share, so that the difference is the whole way from stage to stage.
+The producer creates a payload and records the time; the consumer records the time of its start. Both use the kernel's
+monotonic clock, which all processes of a host share, so that the difference is the latency between stages.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ ROUTE = "route"
 
 @cache
 def payload_of(size: int) -> Tensor:
-    """A payload of so many bytes, the same in every process; made once, as its making is not measured."""
+    """A payload of `size` bytes, equal in every process; cached, so that its creation is not measured."""
     return torch.arange(size // 4, dtype=torch.int32)
 
 
 class Producer(PipelineStage[TextEncodingInput, TextEncodingOutput]):
-    """Hands out as many bytes as the prompt says."""
+    """A stage that returns as many bytes as the prompt specifies."""
 
     def run(self, x: TextEncodingInput, call: Call) -> TextEncodingOutput:
-        """The payload, and when it was ready."""
+        """Return the payload and its timestamp."""
         del call
         payload = payload_of(int(x.prompt.prompt))
         sent = torch.tensor([time.monotonic_ns()])
@@ -51,16 +51,16 @@ class Producer(PipelineStage[TextEncodingInput, TextEncodingOutput]):
 
 
 class Consumer(PipelineStage[DenoisingInput, DenoisingOutput]):
-    """Takes a payload and looks at it."""
+    """A stage that checks a payload."""
 
     def run(self, x: DenoisingInput, call: Call) -> DenoisingOutput:
-        """When it was sent, and when it was here. Fails unless the payload is what was sent."""
+        """Return send and receive timestamps. Raises an error if the payload has changed."""
         del call
         here = time.monotonic_ns()
         embeds = x.text_conditioning.prompt_embeds
         payload, sent = embeds[PAYLOAD], embeds[SENT]
         if not torch.equal(payload, payload_of(payload.nbytes)):
-            raise ValueError("the payload changed on its way")
+            raise ValueError("the payload changed in transit")
         times = torch.tensor([int(sent), here])
         part = LatentPart(latents=times, raw_latent_shape=tuple(times.shape))
         return DenoisingOutput(denoised_latents=Latents(parts={ROUTE: part}))
@@ -71,12 +71,12 @@ STAGES: dict[str, type[PipelineStage[Any, Any]]] = {"text_encoding": Producer, "
 
 @contextmanager
 def serving(service: str, address: str) -> Iterator[Popen[str]]:
-    """A process that serves the service's stage at the address, for as long as the block."""
+    """Run a process that serves the service's stage at the address, in the block."""
     process = Popen([sys.executable, __file__, service, address], stdout=PIPE, stdin=PIPE, text=True)
     try:
         assert process.stdout is not None
         if process.stdout.readline().strip() != "ready":
-            raise RuntimeError(f"the {service} process did not get ready")
+            raise RuntimeError(f"the {service} process did not become ready")
         yield process
     finally:
         process.terminate()
@@ -103,7 +103,7 @@ async def _serve(service: str, address: str) -> None:
 
 
 def _serve_raw(path: str) -> None:
-    """The yardstick: on a TCP connection, answers each 8-byte size with as many bytes. Its port goes into the file."""
+    """Baseline: a TCP server that replies to each 8-byte size with as many bytes; writes its port to `path`."""
     data = memoryview(bytearray(64 << 20))
     with socket.create_server(("127.0.0.1", 0)) as server:
         with open(path, "w") as file:

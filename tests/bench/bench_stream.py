@@ -1,7 +1,7 @@
-"""Causal Wan of random weights in memory, and runs of its denoising and decoding with the time of each item.
+"""Causal Wan with random weights in memory, and timed runs of its denoising and decoding.
 
-Sizes are those of Self Forcing's Wan2.1-T2V-1.3B. Nothing is downloaded or written: the weights are drawn on the
-devices, and the text embeddings too.
+Sizes are those of Self Forcing's Wan2.1-T2V-1.3B. Nothing is downloaded or written: weights and text embeddings are
+drawn on the devices.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FRAME_RATE = 16.0
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of the modules and of the video."""
+    """Module sizes and video size."""
 
     dit: Mapping[str, Any]
     vae: Mapping[str, Any]
@@ -77,7 +77,7 @@ SCALES = {
 
 
 class TimedStages(HostedStages):
-    """Stages of a device, with the time at which each item was emitted, in seconds of time.perf_counter(), by slot."""
+    """Stages of a device; records emission times by slot, in seconds of time.perf_counter()."""
 
     def __init__(self, name: str, stages: Sequence[PipelineStage[Any, Any]], device: torch.device) -> None:
         super().__init__(name, stages)
@@ -85,7 +85,7 @@ class TimedStages(HostedStages):
         self.times: dict[str, list[float]] = {}
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Run the stages, and record their items."""
+        """Run the stages and record the times of their items."""
         self.times = {BLOCKS: [], FILES: []}
 
         def on_item(slot: str, index: int, item: Any) -> None:
@@ -99,7 +99,7 @@ class TimedStages(HostedStages):
 
 @contextmanager
 def _current(device: torch.device, *, goes_first: bool) -> Iterator[None]:
-    """Make a device that of the thread, where Triton launches kernels; those of a session go before others."""
+    """Select the device of this thread, for Triton; with `goes_first`, use a stream of higher priority."""
     if device.type != "cuda":
         yield
         return
@@ -112,7 +112,7 @@ def _current(device: torch.device, *, goes_first: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CausalWan:
-    """The two services, and what the stages before them make of a request."""
+    """The two services, and their inputs for a request."""
 
     denoising: TimedStages
     decoding: TimedStages
@@ -122,7 +122,7 @@ class CausalWan:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Seconds since the start at which a run emitted blocks and parts of the file, and at which it ended."""
+    """Times of a run in seconds since its start: emitted blocks, emitted file parts, and the end."""
 
     total: float
     blocks: Sequence[float] = ()
@@ -130,13 +130,13 @@ class Timeline:
     frames: Sequence[int] = ()
 
     def seconds_to(self, frames: float) -> float:
-        """Seconds until parts with so many frames were emitted."""
+        """Seconds until parts with `frames` frames were emitted."""
         return next(at for at, done in zip(self.parts, accumulate(self.frames), strict=True) if done >= frames)
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A stream whose items are all there."""
+    """A stream whose items are all available."""
 
     items: list[Latents] = field(default_factory=list)
     given: list[int] = field(default_factory=list)
@@ -147,12 +147,12 @@ class Listed:
             yield item
 
     def has_next(self) -> bool:
-        """Whether an item is left."""
+        """Whether there is a next item."""
         return len(self.given) < len(self.items)
 
 
 def build(scale: Scale, denoiser: torch.device, decoder: torch.device) -> CausalWan:
-    """Draw the weights on the devices of denoising and decoding, and prepare a request."""
+    """Draw weights on the devices of denoising and decoding, and prepare a request."""
     torch.manual_seed(0)
     with decoder, default_dtype(DTYPE):
         vae = AutoencoderKLWan(**scale.vae).eval().requires_grad_(False)
@@ -173,7 +173,7 @@ def build(scale: Scale, denoiser: torch.device, decoder: torch.device) -> Causal
 
 
 def _transformer(config: CausalWanTransformerConfig, device: torch.device) -> CausalWanTransformer3DModel:
-    """A DiT of random weights that keep its outputs finite."""
+    """A DiT with random weights of a scale that gives finite outputs."""
     with torch.device("meta"):
         model = CausalWanTransformer3DModel(config)
     model.to_empty(device=device)
@@ -219,7 +219,7 @@ def _request(scale: Scale, config: WanCausalDMDPipelineConfig, runtime: Runtime)
 
 
 def _kv_bytes(transformer: CausalWanTransformer3DModel, request: Mapping[str, Any]) -> int:
-    """Bytes of the keys and values that one request caches."""
+    """Bytes of the KV cache of one request."""
     latents, text = request["initial_latents"].parts["video"].latents, request["text_conditioning"].prompt_embeds
     parameter = next(transformer.parameters())
     with torch.inference_mode():
@@ -232,7 +232,7 @@ def _kv_bytes(transformer: CausalWanTransformer3DModel, request: Mapping[str, An
 
 
 def denoise(wan: CausalWan) -> tuple[Timeline, list[Latents]]:
-    """Run denoising alone."""
+    """Run only denoising."""
     blocks: list[Latents] = []
 
     def take(slot: str, index: int, item: Any) -> None:
@@ -247,7 +247,7 @@ def denoise(wan: CausalWan) -> tuple[Timeline, list[Latents]]:
 
 
 def decode(wan: CausalWan, blocks: Sequence[Latents]) -> Timeline:
-    """Run decoding alone, with all blocks there."""
+    """Run only decoding, with all blocks available."""
     items: list[MediaItem] = []
     began = time.perf_counter()
     given = {"denoised_blocks": Listed(list(blocks)), "canvas": wan.request["canvas"]}
@@ -256,7 +256,7 @@ def decode(wan: CausalWan, blocks: Sequence[Latents]) -> Timeline:
 
 
 def stream(wan: CausalWan) -> Timeline:
-    """Run both at once, as a pipeline does."""
+    """Run both concurrently, as a pipeline does."""
     with ThreadPoolExecutor(1) as executor:
         runners = [LocalRunner(stages, executor) for stages in (wan.denoising, wan.decoding)]
         began = time.perf_counter()
@@ -278,7 +278,7 @@ def _inputs(stages: HostedStages, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def peak_bytes(device: torch.device, run: Any) -> float:
-    """Most bytes beside the weights that a run allocates; not a number without a GPU."""
+    """Peak bytes of a run without the weights; NaN without a GPU."""
     if device.type != "cuda":
         run()
         return math.nan

@@ -1,4 +1,4 @@
-"""A work's models with random weights: Diffusers', and ours over the same tensors."""
+"""Models of a workload with random weights: Diffusers' and ours, on the same tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.layers.linear import absent_biases
 
 
 def build_reference(work: Work, device: torch.device, *, tiny: bool) -> Any:
-    """Diffusers' model with random weights of a scale that keeps activations in bounds; the same at every call."""
+    """Diffusers' model with seeded random weights of a scale that bounds the activations."""
     torch.manual_seed(0)
     sizes = {**work.sizes, **(TINY[work.reference] if tiny else {})}
     with device, default_dtype(torch.bfloat16):
@@ -30,18 +30,19 @@ def build_reference(work: Work, device: torch.device, *, tiny: bool) -> Any:
 
 
 def same_weights(work: Work, theirs: Any) -> DiffusionTransformer:
-    """Our model over the reference's own tensors, before its weights are joined."""
+    """Our model on the reference's tensors, before projections are fused."""
     return over_weights(on_meta(work, theirs), theirs.state_dict())
 
 
 def on_meta(work: Work, theirs: Any) -> DiffusionTransformer:
-    """Our model of the reference's sizes without weights."""
+    """Our model at the reference's sizes, on the meta device."""
     with torch.device("meta"):
         return work.ours(dict(theirs.config))
 
 
 def over_weights(ours: DiffusionTransformer, state: Mapping[str, Tensor]) -> DiffusionTransformer:
-    """Our model with the tensors of a reference, or with their shards; absent biases are zeros of the first's kind."""
+    """Our model with the reference's tensors or their shards; absent biases become zeros of the first tensor's
+    dtype."""
     like = next(iter(state.values()))
     zeros = {name: torch.zeros(ours.get_parameter(name).shape).to(like) for name in absent_biases(ours)}
     ours.load_state_dict({**state, **zeros}, strict=True, assign=True)
@@ -49,5 +50,5 @@ def over_weights(ours: DiffusionTransformer, state: Mapping[str, Tensor]) -> Dif
 
 
 def on(device: torch.device, given: Inputs) -> Inputs:
-    """The inputs on the device."""
+    """Move the inputs to the device."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}

@@ -1,4 +1,4 @@
-"""Denoisers of published size, each with the inputs of one step: Diffusers' and ours."""
+"""Workloads: denoisers of published size with the inputs of one step, for Diffusers and for this project."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ from models.dits.z_image import ZImageTransformer2DModel
 from models.dits.z_image_plan import Z_IMAGE_PLAN
 
 if TYPE_CHECKING:
-    # Not imported when this runs, for step_pairs.py runs it with checkouts whose parallel plans are elsewhere.
+    # For typing only: step_pairs.py runs this module with checkouts whose parallel plans are in another module.
     from models.parallel.plan import ParallelPlan
 
 
@@ -78,10 +78,10 @@ def _in_order(predictions: Predictions) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Work:
-    """A model of one size, and the inputs of one step: theirs and ours, by the names of forward().
+    """A model of one size, and the inputs of one step for Diffusers' forward() and ours.
 
-    `heads` is the entry of the reference's configuration with the number of heads. `latents` are the names of our
-    inputs that change from step to step. `parts` converts our predictions to the tuple that the reference returns.
+    `heads` is the reference's config entry with the number of heads. `latents` are our inputs that change between
+    steps. `parts` converts our predictions to the tuple that the reference returns.
     """
 
     title: str
@@ -221,7 +221,7 @@ WORKS = {
         FLUX2_PLAN,
     ),
     "qwen-edit-plus": Work(
-        "Qwen-Image-Edit-Plus 2511 1024x1024, two given images, 200 text tokens",
+        "Qwen-Image-Edit-Plus 2511 1024x1024, two input images, 200 text tokens",
         ConditionedQwenImage,
         {"in_channels": 64, "out_channels": 16, "zero_cond_t": True},
         _qwen,
@@ -239,7 +239,7 @@ WORKS = {
         latents=(HIDDEN_STATES, "condition_states"),
     ),
     "wan-ti2v": Work(
-        "Wan2.2-TI2V-5B 704x1280, 121 frames, a given first frame, no guidance",
+        "Wan2.2-TI2V-5B 704x1280, 121 frames, an input first frame, no guidance",
         WanReference,
         {
             "num_attention_heads": 24,
@@ -270,7 +270,7 @@ WORKS = {
         GLM_IMAGE_PLAN,
     ),
     "ltx2": Work(
-        "LTX-2 512x768, 121 frames with sound, 1024 text tokens, no guidance",
+        "LTX-2 512x768, 121 frames with audio, 1024 text tokens, no guidance",
         Ltx2Reference,
         {"rope_type": "split"},
         _ltx2,

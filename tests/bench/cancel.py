@@ -1,8 +1,8 @@
-"""How soon a denoiser that is busy with a request which nobody wants any more works on the next one.
+"""Latency from the cancellation of a request to the first step of the next request on the same denoiser.
 
-A long request is ended by a call, by its caller leaving, and by its deadline, while another one waits for the same
-worker. Told is the time from then until the worker begins the other one's first step, by the log of its steps. Run it
-with: python tests/bench/cancel.py
+A long request is ended by CancelRequest, by a disconnected caller and by its deadline, while another request waits for
+the same worker. The time until the worker starts the other request's first step comes from its step log. Run it with:
+python tests/bench/cancel.py
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from fleet.v1 import generation_pb2 as api
 from fleet.v1 import generation_pb2_grpc
 
 Stub = generation_pb2_grpc.GenerationServiceStub
-LONG, SHORT = 1_000, 3  # steps of the unwanted request and of the next one
+LONG, SHORT = 1_000, 3  # steps of the cancelled request and of the next one
 BEYOND_MS = 100.0
 
-Way = Callable[[Stub], Iterator[str | int]]
-"""Yields the id of a request that it has submitted; then ends it, and yields when, in ns of the monotonic clock."""
+Method = Callable[[Stub], Iterator[str | int]]
+"""Yields the id of a submitted request; then ends the request and yields the time, in ns of the monotonic clock."""
 
 
 def by_call(stub: Stub) -> Iterator[str | int]:
-    """CancelRequest."""
+    """End the request by CancelRequest."""
     request_id = stub.Submit(submission(LONG)).request.request_id
     yield request_id
     yield time.monotonic_ns()
     stub.CancelRequest(api.CancelRequestRequest(request_id=request_id))
 
 
-def by_leaving(stub: Stub) -> Iterator[str | int]:
-    """The caller of Generate goes away."""
+def by_disconnect(stub: Stub) -> Iterator[str | int]:
+    """End the request by disconnecting the caller of Generate."""
     call = stub.Generate(api.GenerateRequest(request=submission(LONG)))
     yield next(iter(call)).accepted.request_id
     yield time.monotonic_ns()
@@ -45,7 +45,7 @@ def by_leaving(stub: Stub) -> Iterator[str | int]:
 
 
 def by_deadline(stub: Stub) -> Iterator[str | int]:
-    """The deadline passes, some seconds after the request began."""
+    """End the request by its deadline, some seconds after its start."""
     request = submission(LONG)
     due = time.time_ns() + 3 * 10**9
     request.deadline.FromNanoseconds(due)
@@ -53,12 +53,16 @@ def by_deadline(stub: Stub) -> Iterator[str | int]:
     yield time.monotonic_ns() + due - time.time_ns()
 
 
-WAYS: Mapping[str, Way] = {"CancelRequest": by_call, "leaving Generate": by_leaving, "deadline": by_deadline}
+METHODS: Mapping[str, Method] = {
+    "CancelRequest": by_call,
+    "disconnect of Generate": by_disconnect,
+    "deadline": by_deadline,
+}
 
 
-def time_to_next(stub: Stub, log: Path, way: Way) -> float:
-    """Milliseconds from a request's end to the first step of the one that waits behind it."""
-    ending = way(stub)
+def time_to_next(stub: Stub, log: Path, method: Method) -> float:
+    """Milliseconds from a request's end to the first step of the waiting request."""
+    ending = method(stub)
     follow(stub, str(next(ending)), 2)
     waiting = stub.Submit(submission(SHORT)).request.request_id
     ended = int(next(ending))
@@ -69,25 +73,25 @@ def time_to_next(stub: Stub, log: Path, way: Way) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure all methods and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--sleep-ms", type=float, default=25.0, help="time of the transformer; UniPC takes some more")
+    parser.add_argument("--sleep-ms", type=float, default=25.0, help="time of the transformer; UniPC adds to it")
     args = parser.parse_args()
-    print_machine(f"Cancelling: {args.rounds} times each way")
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    print_machine(f"Cancelling: {args.rounds} times per method")
+    found: dict[str, list[float]] = {method: [] for method in METHODS}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model = build_checkpoint(directory / "model", args.sleep_ms / 1e3)
         with paced_fleet(directory, model, ("--step-seconds", "0")) as (stub, (log,)):
             for _ in range(args.rounds):
-                for way, end in WAYS.items():
-                    found[way].append(time_to_next(stub, log, end))
+                for method, end in METHODS.items():
+                    found[method].append(time_to_next(stub, log, end))
         begins = [int(line) / 1e6 for line in log.read_text().split()]
     step = median(after - before for before, after in itertools.pairwise(begins))
-    rows = [(way, median(times), max(times)) for way, times in found.items()]
+    rows = [(method, median(times), max(times)) for method, times in found.items()]
     print_table(("ms until the next request's first step", "median", "most"), rows)
-    times = [each for way in found.values() for each in way]
+    times = [each for method in found.values() for each in method]
     print_verdict(f"p90, at {step:.0f} ms a step", quantile(times, 0.9), step + BEYOND_MS, "ms")
 
 

@@ -1,10 +1,10 @@
-"""What step checkpoints cost the denoising loop: Wan 2.1's latents and UniPC history, 34 MB, at about 40 ms a step.
+"""Cost of step checkpoints in the denoising loop: 34 MB of Wan 2.1 latents and UniPC history, 40 ms per step.
 
-Workers denoise in turn, each in a process of its own, behind a coordinator and a Redis that waits for the disk: one
-without checkpoints, one with the default interval, and one that makes one every 25 steps. The transformer sleeps in
-place of a GPU; everything else is real. What a single checkpoint costs is told by the last worker's steps: the 12 from
-a checkpoint on, beside the 12 before the next one, so that a machine that is slow for a while is so for both. Run it
-with: python tests/bench/checkpoint_cost.py
+Three worker processes denoise alternately, with a coordinator and a Redis that syncs every write: without step
+checkpoints, with the default interval, and with one every 25 steps. The transformer sleeps instead of using a GPU;
+everything else is real. The cost of one checkpoint is measured with the last worker: its 12 steps after a checkpoint
+are compared with the 12 steps before the next one, so that a temporarily slow host affects both. Run it with: python
+tests/bench/checkpoint_cost.py
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHARE = 0.01
 EVERY = 25
 WITHOUT = ("--step-checkpoint-seconds", "0")
 NEVER, BY_DEFAULT, OFTEN = "none", "by default", f"every {EVERY} steps"
-WAYS: Mapping[str, tuple[str, ...]] = {
+INTERVALS: Mapping[str, tuple[str, ...]] = {
     NEVER: WITHOUT,
     BY_DEFAULT: (),
     OFTEN: (*WITHOUT, "--step-checkpoint-every", str(EVERY)),
@@ -33,18 +33,18 @@ WAYS: Mapping[str, tuple[str, ...]] = {
 
 
 def steps_of(log: Path, steps: int) -> list[list[float]]:
-    """Milliseconds from each step's beginning to the next one's, by request; a request's last step has no next one."""
+    """Milliseconds between the starts of consecutive steps, by request."""
     begins = [int(line) / 1e6 for line in log.read_text().split()]
     if len(begins) % steps:
-        raise RuntimeError(f"{len(begins)} steps were done, which is not {steps} a request")
+        raise RuntimeError(f"{len(begins)} steps were done, which is not {steps} per request")
     requests = [begins[start : start + steps] for start in range(0, len(begins), steps)]
     return [[after - before for before, after in pairwise(request)] for request in requests]
 
 
 def checkpoint_costs(requests: list[list[float]]) -> list[float]:
-    """Milliseconds by which each checkpoint delayed the steps after it; a step is compared with those before the next.
+    """Milliseconds by which each checkpoint delayed the following steps, compared with those before the next one.
 
-    A checkpoint is made at the end of step 25, 50 ..., so it is in the time from step 25's beginning to step 26's.
+    A checkpoint is taken at the end of step 25, 50 ..., so that its time is included in step 25.
     """
     half = EVERY // 2
     costs = []
@@ -56,32 +56,32 @@ def checkpoint_costs(requests: list[list[float]]) -> list[float]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure all workers and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400, help="steps of a request")
-    parser.add_argument("--rounds", type=int, default=3, help="requests to each worker")
-    parser.add_argument("--sleep-ms", type=float, default=25.0, help="time of the transformer; UniPC takes some more")
+    parser.add_argument("--steps", type=int, default=400, help="steps per request")
+    parser.add_argument("--rounds", type=int, default=3, help="requests per worker")
+    parser.add_argument("--sleep-ms", type=float, default=25.0, help="time of the transformer; UniPC adds to it")
     args = parser.parse_args()
-    print_machine(f"Checkpoints of {STATE_MB:.0f} MB: {args.rounds} requests of {args.steps} steps each way")
+    print_machine(f"Checkpoints of {STATE_MB:.0f} MB: {args.rounds} requests of {args.steps} steps per interval")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model = build_checkpoint(directory / "model", args.sleep_ms / 1e3)
-        with paced_fleet(directory, model, *WAYS.values()) as (stub, logs):
-            for _ in range(args.rounds * len(WAYS)):  # idle workers take turns
+        with paced_fleet(directory, model, *INTERVALS.values()) as (stub, logs):
+            for _ in range(args.rounds * len(INTERVALS)):  # idle workers are used alternately
                 denoise(stub, args.steps)
-        found = {way: steps_of(log, args.steps) for way, log in zip(WAYS, logs, strict=True)}
+        found = {name: steps_of(log, args.steps) for name, log in zip(INTERVALS, logs, strict=True)}
     rows = []
-    for way, requests in found.items():
+    for name, requests in found.items():
         steps = [each for request in requests for each in request]
-        rows.append((way, len(steps), sum(steps) / len(steps), median(steps), quantile(steps, 0.99)))
-    print_table(("checkpoints", "steps", "mean ms a step", "median", "p99"), rows)
+        rows.append((name, len(steps), sum(steps) / len(steps), median(steps), quantile(steps, 0.99)))
+    print_table(("checkpoints", "steps", "mean ms per step", "median", "p99"), rows)
     costs = checkpoint_costs(found[OFTEN])
     print_table(
         ("", "median", "p10", "p90"),
         [(f"ms by which each of {len(costs)} delays", median(costs), quantile(costs, 0.1), quantile(costs, 0.9))],
     )
     interval = 1e3 * LoopSettings.step_checkpoint_seconds
-    print_verdict("a checkpoint in the default interval, share", 100 * median(costs) / interval, 100 * SHARE, "%")
+    print_verdict("a checkpoint in the default interval, fraction", 100 * median(costs) / interval, 100 * SHARE, "%")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Every stage on CUDA, next to Diffusers in the same run: the emoji model, and a full-size FLUX.1 of random weights.
+"""All Flux stages on CUDA compared with Diffusers in one run: the emoji model, and full-size FLUX.1 with random
+weights.
 
-Diffusers draws first and is timed stage by stage (its device is synchronised around each); then it leaves the card,
-the fleet starts as separate processes and draws from the same directory, prompt and seed. Printed are stage times, the
-relative error of the latents, and the error of the pixels. Needs no network: the full checkpoint (34 GB) is drawn on
-the card, written to --directory and removed at the end. Memory: at most about 40 GB on the card.
+Diffusers runs first and is timed per stage, with a device synchronization around each. After it has released the GPU,
+the fleet starts as separate processes and runs the same directory, prompt and seed. The output has stage times, the
+relative error of the latents, and the error of the pixels. No network is needed: the full checkpoint (34 GB) is
+generated on the GPU, written to --directory and removed at the end. GPU memory: at most about 40 GB.
 
-Run it with: python tests/bench/cuda_flux.py; to try its logic without a card: --device cpu --scale tiny
+Run it with: python tests/bench/cuda_flux.py; to try it without a GPU: --device cpu --scale tiny
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ STAGES = ("text encoding", "denoising", "a step", "decoding", "whole request")
 
 @dataclass(frozen=True)
 class Case:
-    """One model in one dtype, and what is asked of it."""
+    """One model in one dtype, and the size of its request."""
 
     name: str
     directory: Path
@@ -51,13 +52,13 @@ class Case:
 
     @property
     def dtype_name(self) -> str:
-        """As the command line calls it."""
+        """Name of the dtype on the command line."""
         return str(self.dtype).removeprefix("torch.")
 
 
 @dataclass
-class Drawn:
-    """What one side drew, and its milliseconds by stage, one entry a repeat."""
+class SideResult:
+    """Results of one side, and times in ms by stage, one entry per repeat."""
 
     latents: Tensor
     pixels: Tensor
@@ -65,11 +66,11 @@ class Drawn:
 
 
 def main() -> None:
-    """Measure every case and print."""
+    """Measure all cases and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=tuple(SCALES))
-    parser.add_argument("--steps", type=int, default=28, help="steps of the large model")
+    parser.add_argument("--steps", type=int, default=28, help="steps of the full-size model")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "flux-random")
     args = parser.parse_args()
@@ -98,7 +99,7 @@ def main() -> None:
 
 
 def measure(case: Case, device: torch.device, repeats: int, exact: Tensor | None = None) -> Tensor:
-    """Draw with both, print times and errors, and return Diffusers' latents; `exact` are its latents in float32."""
+    """Run both sides, print times and errors, and return Diffusers' latents; `exact` are its float32 latents."""
     began = time.perf_counter()
     theirs = draw_with_diffusers(case, device, repeats)
     empty(device)
@@ -119,24 +120,24 @@ def measure(case: Case, device: torch.device, repeats: int, exact: Tensor | None
     if exact is not None:
         apart = f"fleet {_error(ours.latents, exact):.2e}, Diffusers {_error(theirs.latents, exact):.2e}"
         say(f"Latents against Diffusers in float32: {apart}")
-    say(f"Pixels in [0, 1]: greatest difference {float(difference.max()):.4f}, mean {float(difference.mean()):.6f}")
+    say(f"Pixels in [0, 1]: largest difference {float(difference.max()):.4f}, mean {float(difference.mean()):.6f}")
     say(f"Ready in {ready:.1f} s; Diffusers took {loaded - began:.0f} s in all, loading included")
     say()
     return theirs.latents
 
 
 def _error(ours: Tensor, theirs: Tensor) -> float:
-    """L2 norm of the difference over that of the reference."""
+    """L2 norm of the difference divided by the L2 norm of the reference."""
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
-def draw_with_diffusers(case: Case, device: torch.device, repeats: int) -> Drawn:
-    """The reference: the pipeline's own calls, one stage at a time, after a short warm-up."""
+def draw_with_diffusers(case: Case, device: torch.device, repeats: int) -> SideResult:
+    """Run Diffusers' pipeline stage by stage, after a short warm-up."""
     pipeline = FluxPipeline.from_pretrained(case.directory, dtype=case.dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
     _reference(pipeline, case, device, steps=2)
     runs = [_reference(pipeline, case, device, steps=case.steps) for _ in range(repeats)]
-    drawn = Drawn(runs[-1][0], runs[-1][1])
+    drawn = SideResult(runs[-1][0], runs[-1][1])
     for _, _, spent in runs:
         for stage, value in spent.items():
             drawn.spent[stage].append(value)
@@ -182,14 +183,14 @@ def _reference(
     )
 
 
-def draw_with_fleet(case: Case, endpoint: str, repeats: int) -> Drawn:
-    """The same request to the fleet, after a short warm-up. A stage lasts until the next one begins."""
+def draw_with_fleet(case: Case, endpoint: str, repeats: int) -> SideResult:
+    """Run the request on the fleet, after a short warm-up. A stage lasts until the start of the next one."""
     caller = Caller(endpoint)
     caller.generate(_parameters(case, steps=2))
     runs = [caller.generate(_parameters(case, steps=case.steps)) for _ in range(repeats)]
     caller.close()
     tensors = load(runs[-1].files[0])
-    drawn = Drawn(tensors["latents"], tensors["pixels"])
+    drawn = SideResult(tensors["latents"], tensors["pixels"])
     for run in runs:
         for stage, value in _spent(run, case.steps).items():
             drawn.spent[stage].append(value)

@@ -1,12 +1,12 @@
-"""Every stage of GLM-Image on CUDA, next to Diffusers in the same run: random weights of published size, 1024x1024.
+"""All GLM-Image stages on CUDA compared with Diffusers in one run: random weights of published size, 1024x1024.
 
-Both sides compute with the same weights in memory, about 36 GB in bfloat16. Diffusers' pipeline runs first, part by
-part, then the fleet's stages in this process, without hops (cuda_flux.py has those). Printed are times and peak memory
-beside the weights, the share of equal prior tokens, and the relative error of the latents from Diffusers' tokens; then
-time and error of one prediction, against Diffusers' model in float32. The language model never samples the end of an
-image, so that random weights sample as many tokens as trained ones. Needs no network and no disk.
+Both sides share the weights in memory, about 36 GB in bfloat16. Diffusers' pipeline runs first, stage by stage, then
+the fleet's stages in this process, without RPCs (cuda_flux.py includes RPCs). The output has times, peak memory
+without the weights, the fraction of equal prior tokens, and the relative error of latents computed from Diffusers'
+tokens; then time and error of one prediction against Diffusers' model in float32. The language model cannot sample the
+end of an image, so that random weights sample as many tokens as trained ones. No network and no disk space are needed.
 
-Run it with: python tests/bench/cuda_glm_image.py; to try its logic without a GPU: --device cpu --scale tiny
+Run it with: python tests/bench/cuda_glm_image.py; to try it without a GPU: --device cpu --scale tiny
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ SEED = 7
 PROMPT = 'a red apple on a yellow table, with a sign that says "old stone river"'
 GUIDANCE = 1.5
 BRANCHES = 2
-"""Predictions of a step with guidance."""
+"""Branches (predictions) per step with guidance."""
 WARM_UP_PIXELS = 32
-"""Side of the image whose prior tokens warm up: the preview's 256 and one more."""
+"""Side in pixels of the warm-up image, whose prior tokens are the preview's 256 and one more."""
 MOST_ERROR = 0.1
-"""Relative L2 between the latents of both sides from which on they cannot have computed the same."""
+"""Largest relative L2 error between the latents of both sides that rounding can explain."""
 REPEATS = 5
-"""Rounds of five predictions."""
+"""Number of rounds of five predictions."""
 BEFORE, TOKENS, GLYPHS, NOISE = "before_denoising", "prior tokens", "glyph encoder", "noise"
 DENOISING, DECODING = "denoising", "decoding"
 
 
 @dataclass
 class Side:
-    """A side's measurements and results; `sampled` is the number of tokens that its language model sampled."""
+    """Measurements and results of one side; `sampled` is the number of tokens that its language model sampled."""
 
     meter: Meter
     sampled: int = 0
@@ -77,9 +77,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Setup:
-    """What both sides compute with: the same modules, our transformer over the same weights, and the sizes.
+    """Shared inputs of both sides: the modules, our transformer on the same weights, and the sizes.
 
-    `head_calls` counts the calls of the language model's head: one a token.
+    `head_calls` counts calls of the language model's head, one per token.
     """
 
     modules: dict[str, Any]
@@ -92,11 +92,11 @@ class Setup:
 
 
 def main() -> None:
-    """Measure and print. Raises RuntimeError where the sides differ in more than rounding."""
+    """Measure and print the tables. Raises RuntimeError if the sides differ by more than rounding."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=tuple(SCALES))
-    parser.add_argument("--steps", type=int, default=8, help="steps of the loop")
+    parser.add_argument("--steps", type=int, default=8, help="denoising steps")
     args = parser.parse_args()
     device, scale = torch.device(args.device), SCALES[args.scale]
     try_packages(device)
@@ -106,9 +106,9 @@ def main() -> None:
         say()
     setup = set_up(scale, device, args.steps)
     theirs = run_diffusers(setup)
-    say("Diffusers has run")
+    say("Diffusers finished")
     ours, slots = run_stages(setup, theirs.tokens)
-    say("The fleet's stages have run")
+    say("The fleet's stages finished")
     say()
     say(f"## bfloat16, {scale.pixels}x{scale.pixels}, {args.steps} steps, guidance {GUIDANCE} ({BRANCHES} branches)")
     say()
@@ -118,16 +118,16 @@ def main() -> None:
 
 
 def print_stages(ours: Side, theirs: Side, steps: int) -> None:
-    """Tables of times, and of memory where it was measured."""
+    """Print the tables of times and, if measured, of memory."""
     mine, other = ours.meter.spent, theirs.meter.spent
     lines = [
         (BEFORE, mine[BEFORE], other[BEFORE]),
         (f"- prior tokens ({ours.sampled}; Diffusers {theirs.sampled})", mine[TOKENS], other[TOKENS]),
-        ("- prior tokens, ms a token", mine[TOKENS] / ours.sampled, other[TOKENS] / theirs.sampled),
+        ("- prior tokens, ms per token", mine[TOKENS] / ours.sampled, other[TOKENS] / theirs.sampled),
         (f"- glyph encoder ({BRANCHES} branches)", mine[GLYPHS], other[GLYPHS]),
         ("- noise", mine[NOISE], other[NOISE]),
         (f"denoising ({steps} steps of {BRANCHES} branches)", mine[DENOISING], other[DENOISING]),
-        ("- ms a step", mine[DENOISING] / steps, other[DENOISING] / steps),
+        ("- ms per step", mine[DENOISING] / steps, other[DENOISING] / steps),
         (DECODING, mine[DECODING], other[DECODING]),
     ]
     rows = [(name, first, second, f"{first / second:.2f}") for name, first, second in lines]
@@ -138,11 +138,11 @@ def print_stages(ours: Side, theirs: Side, steps: int) -> None:
         if name in ours.meter.peaks
     ]
     if peaks:
-        print_table(("GB beside the weights", "fleet's stages", "Diffusers"), peaks)
+        print_table(("GB without weights", "fleet's stages", "Diffusers"), peaks)
 
 
 def print_differences(ours: Side, theirs: Side) -> None:
-    """Prior tokens and latents. Raises RuntimeError for latents that cannot be of the same computation."""
+    """Print the differences of prior tokens and latents. Raises RuntimeError if the latents exceed MOST_ERROR."""
     equal = float((ours.tokens == theirs.tokens).double().mean())
     difference = error(ours.latents, theirs.latents.double())
     say(f"Prior tokens: {100 * equal:.1f}% equal")
@@ -154,7 +154,7 @@ def print_differences(ours: Side, theirs: Side) -> None:
 
 @torch.inference_mode()
 def print_predictions(setup: Setup, inputs: dict[str, Any]) -> None:
-    """Print time, error and memory of one prediction of each side; the sides run alternately on a warm GPU."""
+    """Print time, error and memory of one prediction; the sides alternate on a warm GPU."""
     theirs, device = setup.modules["transformer"], setup.device
     exact = float32_prediction(theirs, inputs)
     given = dict(inputs)
@@ -168,14 +168,14 @@ def print_predictions(setup: Setup, inputs: dict[str, Any]) -> None:
     peaks = {name: peak_beside(run, device) for name, run in sides.items()}
     spent = in_turns(sides, partial(step_milliseconds, device=device), REPEATS)
     print_table(
-        ("one prediction", "ms", "fastest", "error against float32", "MB beside the weights"),
+        ("one prediction", "ms", "fastest", "error against float32", "MB without weights"),
         [(name, median(spent[name]), min(spent[name]), f"{errors[name]:.2e}", peaks[name]) for name in spent],
     )
     say(f"Ours takes {median(spent['ours']) / median(spent['Diffusers']):.2f} of Diffusers")
 
 
 def prediction_inputs(setup: Setup, slots: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs of a prediction with prior tokens, as the loop makes them, by the names of Diffusers' forward()."""
+    """Inputs of one prediction with prior tokens, by the argument names of Diffusers' forward()."""
     embeds = {name: each.to(setup.device) for name, each in slots["text_conditioning"].prompt_embeds.items()}
     noise = slots["initial_latents"].parts["image"]
     keywords = setup.config.prepare_pos_cond_kwargs(embeds, {"image": noise.raw_latent_shape}, slots["sampling"])
@@ -188,7 +188,7 @@ def prediction_inputs(setup: Setup, slots: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def set_up(scale: Scale, device: torch.device, steps: int) -> Setup:
-    """Draw the weights, and print their number."""
+    """Draw the weights and print their number."""
     modules = build(scale, device)
     config = config_of(modules)
     say(f"Parameters: {sizes_of(modules)}")
@@ -204,7 +204,7 @@ def set_up(scale: Scale, device: torch.device, steps: int) -> Setup:
 
 
 def check_sampled(side: str, sampled: int, expected: int) -> int:
-    """The number of tokens. Raises RuntimeError for another one than expected."""
+    """Return the number of sampled tokens. Raises RuntimeError if it differs from `expected`."""
     if sampled != expected:
         raise RuntimeError(
             f"{side}: {sampled} sampled tokens are not {expected}; the language model must not end early"
@@ -213,13 +213,13 @@ def check_sampled(side: str, sampled: int, expected: int) -> int:
 
 
 def tokens_of(pixels: int) -> int:
-    """Image tokens of a square image, its preview's included."""
+    """Image tokens of a square image, including its preview."""
     return (pixels // 32) ** 2 + 256
 
 
 @torch.inference_mode()
 def run_diffusers(setup: Setup) -> Side:
-    """Diffusers' pipeline, once to warm up and once for the clock. It samples one token more than it uses."""
+    """Run Diffusers' pipeline for warm-up, then timed. It samples one more token than it uses."""
     pipeline = GlmImagePipeline(**setup.modules)
     pipeline.set_progress_bar_config(disable=True)
     side = Side(Meter(setup.device))
@@ -246,7 +246,7 @@ def run_diffusers(setup: Setup) -> Side:
 
 
 def prepare(pipeline: Any, pixels: int, device: torch.device, meter: Meter) -> Tensor:
-    """Diffusers' work before the loop; returns the prior tokens."""
+    """Run Diffusers' work before the loop; returns the prior tokens."""
     generator = torch.Generator("cpu").manual_seed(SEED)
     with meter.part(BEFORE):
         tokens: Tensor = pipeline.generate_prior_tokens(PROMPT, pixels, pixels, device=device, generator=generator)[0]
@@ -257,7 +257,7 @@ def prepare(pipeline: Any, pixels: int, device: torch.device, meter: Meter) -> T
 
 
 def denoise(pipeline: Any, tokens: Tensor, setup: Setup, meter: Meter) -> Tensor:
-    """Diffusers' loop, which encodes the glyphs and draws the noise again: parts of their own."""
+    """Run Diffusers' loop; glyph encoding and noise are measured as separate parts."""
     with meter.part(DENOISING):
         latents: Tensor = pipeline(
             PROMPT,
@@ -273,7 +273,7 @@ def denoise(pipeline: Any, tokens: Tensor, setup: Setup, meter: Meter) -> Tensor
 
 
 def decode(pipeline: Any, latents: Tensor, meter: Meter) -> None:
-    """Diffusers' decoding, to pixels on the CPU."""
+    """Run Diffusers' decoding to pixels on the CPU."""
     with meter.part(DECODING):
         given = latents.to(pipeline.vae.dtype)
         mean, std = (torch.tensor(each).view(1, -1, 1, 1).to(given) for each in (LATENTS_MEAN, LATENTS_STD))
@@ -282,9 +282,9 @@ def decode(pipeline: Any, latents: Tensor, meter: Meter) -> None:
 
 
 def run_stages(setup: Setup, tokens: Tensor) -> tuple[Side, dict[str, Any]]:
-    """The fleet's stages, once to warm up and once for the clock; returns the artifacts by slot, too.
+    """Run the fleet's stages for warm-up, then timed; also returns the artifacts by slot.
 
-    The loop gets these prior tokens, so that its latents can be compared.
+    The loop uses the given prior tokens, so that its latents are comparable.
     """
     canvas = Canvas(height=setup.pixels, width=setup.pixels, output_format="safetensors")
     slots: dict[str, Any] = {
@@ -314,7 +314,7 @@ def run_stages(setup: Setup, tokens: Tensor) -> tuple[Side, dict[str, Any]]:
 
 
 def stages_of(setup: Setup) -> dict[str, PipelineStage[Any, Any]]:
-    """The fleet's stages by service."""
+    """Build the fleet's stages by service."""
     runtime = Runtime(device=setup.device, dtype=torch.bfloat16)
     scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
     given = {**setup.modules, "transformer": setup.transformer, "scheduler": scheduler}
@@ -326,7 +326,7 @@ def stages_of(setup: Setup) -> dict[str, PipelineStage[Any, Any]]:
 
 
 def run_stage(service: str, stage: PipelineStage[Any, Any], slots: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    """Run a stage on the slots that it reads, as a part of its service's name."""
+    """Run a stage on its input slots; measured as a part with its service's name."""
     hosted = HostedStages(service, [stage])
     inputs = {name: slots[name] for name in hosted.contract.inputs if name in slots}
     with meter.part(service):
@@ -334,7 +334,7 @@ def run_stage(service: str, stage: PipelineStage[Any, Any], slots: Mapping[str, 
 
 
 def with_tokens(conditioning: Conditioning, tokens: Tensor) -> Conditioning:
-    """The same glyphs with other prior tokens."""
+    """Replace the prior tokens in the conditioning."""
     prior = {"prior_token_id": tokens}
     return replace(
         conditioning,

@@ -29,7 +29,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fleet.v1 import generation_pb2 as pb
-from group_fleet import Asked, Drawn, GroupFleet, group_fleet
+from group_fleet import Generated, GroupFleet, Workload, group_fleet
 from local_fleet import relative_error
 from models.parallel.mesh import AXES, Degrees
 from parallel_cases import FAMILIES, check, make_case
@@ -83,8 +83,8 @@ def main() -> None:
         if args.no_fleets:
             return
         # Heartbeats have their defaults: a rank that loads CUDA's libraries may be silent for longer than in tests.
-        asked = Asked(args.device, args.steps, args.size, watchful=(), seconds=180)
-        is_right = fleets(Path(folder), layouts, asked)
+        workload = Workload(args.device, args.steps, args.size, liveness_flags=(), seconds=180)
+        is_right = fleets(Path(folder), layouts, workload)
     say("Every request returned its file." if is_right else "A request went wrong: see above.")
     if not is_right:
         sys.exit(1)
@@ -113,7 +113,7 @@ def models(folder: Path, device: str, families: Sequence[str], layouts: Sequence
                 rows.append((f"{name}, {degrees}", *(f"{error:.1e}" for error in errors.values())))
     finally:
         pool.close()
-    print_table(("relative L2 from one rank", "a prediction (1e-5)", "a loop (1e-4)"), rows)
+    print_table(("relative L2 error against one rank", "prediction (1e-5)", "loop (1e-4)"), rows)
 
 
 def on_one_rank(pool: RankPool, function: Any, **keywords: Any) -> object:
@@ -121,57 +121,63 @@ def on_one_rank(pool: RankPool, function: Any, **keywords: Any) -> object:
     return pool.call(f"rank_calls:{function.__name__}", **keywords)
 
 
-def fleets(folder: Path, layouts: Sequence[Degrees], asked: Asked) -> bool:
+def fleets(folder: Path, layouts: Sequence[Degrees], workload: Workload) -> bool:
     """One rank, then every layout, undisturbed and disturbed; whether all results were right."""
-    with group_fleet(new_directory(folder, "alone"), asked=asked) as fleet:
-        alone = fleet.draw()
-    were_right = [layout_is_right(folder, layout, asked, alone) for layout in layouts]
+    with group_fleet(subfolder(folder, "alone"), workload=workload) as fleet:
+        alone = fleet.generate()
+    were_right = [layout_is_right(folder, layout, workload, alone) for layout in layouts]
     return all(were_right)
 
 
-def layout_is_right(folder: Path, degrees: Degrees, asked: Asked, alone: Drawn) -> bool:
+def layout_is_right(folder: Path, degrees: Degrees, workload: Workload, alone: Generated) -> bool:
     """A fleet whose group has that layout, undisturbed and disturbed, against a fleet with one rank."""
     axes = [axis for axis in AXES if degrees.of(axis) > 1]
     flags = [word for axis in axes for word in (f"--{axis}", str(degrees.of(axis)))]
-    directory = new_directory(folder, "-".join(f"{axis}{degrees.of(axis)}" for axis in axes))
-    with group_fleet(directory, *flags, "--warm-up", "64x64", asked=asked) as fleet:
-        undisturbed = fleet.draw()
+    directory = subfolder(folder, "-".join(f"{axis}{degrees.of(axis)}" for axis in axes))
+    with group_fleet(directory, *flags, "--warm-up", "64x64", workload=workload) as fleet:
+        undisturbed = fleet.generate()
         apart = image_error(undisturbed, alone)
         is_right = apart <= MOST_APART
         rows = [(str(degrees), "undisturbed", f"{apart:.1e}", "", "")]
         for number in (signal.SIGKILL, signal.SIGSTOP):
             for rank in (degrees.world_size - 1, 0):
-                seconds, drawn = disturbed(fleet, rank, number)
-                same = drawn.state == pb.REQUEST_STATE_SUCCEEDED and drawn.file == undisturbed.file
-                resumed = drawn.steps.count(0) == 2  # Each group that works on the request reports its step 0.
+                seconds, generated = disturbed(fleet, rank, number)
+                same = generated.state == pb.REQUEST_STATE_SUCCEEDED and generated.file == undisturbed.file
+                resumed = generated.steps.count(0) == 2  # Each group that works on the request reports its step 0.
                 is_right &= same and resumed
                 rows.append(
-                    (str(degrees), f"{number.name} of rank {rank}", said(same), said(resumed), f"{seconds:.1f}")
+                    (
+                        str(degrees),
+                        f"{number.name} of rank {rank}",
+                        yes_or_no(same),
+                        yes_or_no(resumed),
+                        f"{seconds:.1f}",
+                    )
                 )
     print_table(("a fleet's group", "", "from one rank, or the same file", "resumed", "s"), rows)
     return is_right
 
 
-def said(is_so: bool) -> str:
-    """For a table."""
+def yes_or_no(is_so: bool) -> str:
+    """Table cell of a check."""
     return "yes" if is_so else "NO"
 
 
-def new_directory(folder: Path, name: str) -> Path:
+def subfolder(folder: Path, name: str) -> Path:
     """A new directory of a fleet."""
     directory = folder / f"fleet-{name}"
     directory.mkdir()
     return directory
 
 
-def disturbed(fleet: GroupFleet, rank: int, number: signal.Signals) -> tuple[float, Drawn]:
-    """A request whose rank gets a signal halfway, and how long it takes."""
+def disturbed(fleet: GroupFleet, rank: int, number: signal.Signals) -> tuple[float, Generated]:
+    """Run a request and send a signal to a rank at half of the steps; returns seconds and outcome."""
     began = time.perf_counter()
-    drawn = fleet.draw(fleet.asked.steps // 2, partial(fleet.ranks()[rank].send_signal, number))
-    return time.perf_counter() - began, drawn
+    generated = fleet.generate(fleet.workload.steps // 2, partial(fleet.ranks()[rank].send_signal, number))
+    return time.perf_counter() - began, generated
 
 
-def image_error(one: Drawn, other: Drawn) -> float:
+def image_error(one: Generated, other: Generated) -> float:
     """Relative L2 of two requests' images."""
     first, second = (torch.from_numpy(np.array(Image.open(io.BytesIO(each.file)))) for each in (one, other))
     return relative_error(first, second)

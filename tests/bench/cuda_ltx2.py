@@ -1,11 +1,11 @@
-"""Every stage of LTX-2 on CUDA, next to Diffusers in the same run: random weights of published size.
+"""All LTX-2 stages on CUDA compared with Diffusers in one run: random weights of published size.
 
-Both sides compute with the same weights in memory: 68 GB (LTX-2) or 71 GB (LTX-2.3) would not fit twice. Diffusers'
-pipelines run first, divided into stages; then the fleet's stages run in this process, without hops (cuda_flux.py has
-those). Printed are times and peak memory of the stages, the relative error of the latents, and time and error of one
-prediction against Diffusers' model in float32. Needs no network and no disk.
+Both sides share the weights in memory, as two copies of 68 GB (LTX-2) or 71 GB (LTX-2.3) would not fit. Diffusers'
+pipelines run first, divided into stages; then the fleet's stages run in this process, without RPCs (cuda_flux.py
+includes those). The output has times and peak memory of the stages, the relative error of the latents, and time and
+error of one prediction against Diffusers' model in float32. No network and no disk space are needed.
 
-Run it with: python tests/bench/cuda_ltx2.py; to try its logic without a GPU: --device cpu --scale tiny
+Run it with: python tests/bench/cuda_ltx2.py; to try it without a GPU: --device cpu --scale tiny
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ SEED = 7
 DTYPE = torch.bfloat16
 PREPARATION = "latent_preparation"
 IMAGE_PREPARATION = "image_encoding and latent_preparation"
-VIDEO_ALONE = "decoding, video VAE alone"
-SOUND_ALONE = "decoding, audio VAE and vocoder alone"
+VIDEO_ALONE = "decoding, video VAE only"
+SOUND_ALONE = "decoding, audio VAE and vocoder only"
 COPIES = "decoding, copies to the host"
 
 Request = dict[str, Any]
 
 SIZES: dict[str, Request] = {
-    # The defaults of Diffusers' pipelines.
+    # Defaults of Diffusers' pipelines.
     "full": {"height": 512, "width": 768, "num_frames": 121, "max_sequence_length": 1024},
     "tiny": {"height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 32},
 }
@@ -65,26 +65,26 @@ _WITHOUT_ISOLATED: Request = {"modality_scale": 1.0, "audio_modality_scale": 1.0
 
 @dataclass(frozen=True)
 class Case:
-    """A request: parameters that both sides have under one name, and an image where it is from one."""
+    """A request: parameters with equal names on both sides, and an optional image."""
 
     request: Request
     image: Image.Image | None = None
 
     @property
     def title(self) -> str:
-        """Size, steps, source and branches."""
+        """Size, steps, inputs and number of branches."""
         size = "{height}x{width}, {num_frames} frames, {num_inference_steps} steps".format(**self.request)
         branches = LTX2SamplingParams(**self.request).branches
         return f"{size}, {branches} branches, {'from text' if self.image is None else 'from an image'}"
 
 
 def main() -> None:
-    """Measure a version, and print."""
+    """Measure one version and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--model", default="ltx-2", choices=tuple(VERSIONS))
     parser.add_argument("--scale", default="full", choices=tuple(SIZES))
-    parser.add_argument("--steps", type=int, default=4, help="steps of the loop")
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of five predictions")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def print_modules(modules: Modules, seconds: float) -> None:
-    """Print the sizes of the modules."""
+    """Print the parameter counts of the modules."""
     networks = {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
     counts = {name: sum(each.numel() for each in module.parameters()) / 1e9 for name, module in networks.items()}
     print_table(("module", "1e9 parameters"), counts.items())
@@ -114,17 +114,17 @@ def print_modules(modules: Modules, seconds: float) -> None:
 
 
 def cases_of(model: str, size: Request, scale: str) -> list[Case]:
-    """Guidance by a negative prompt from text and from an image, and all branches of the version from text."""
+    """Requests: text and image with a negative prompt, and text with all branches of the version."""
     blocks = (28.0,) if scale == "full" else (1.0,)
     shared: Request = {"prompt": PROMPT, "seed": SEED, "spatio_temporal_guidance_blocks": blocks, **size}
     negative = {**shared, **_WITHOUT_STG, **_WITHOUT_ISOLATED}
-    # LTX-2's model has no perturbed branch: ours leaves it out, and Diffusers would compute the positive one twice.
+    # LTX-2 has no perturbed branch: ours omits it, and Diffusers computes the positive branch twice.
     every = shared if model == "ltx-2.3" else {**shared, **_WITHOUT_STG}
     return [Case(negative), Case(every), Case(negative, smooth_image(size["height"], size["width"]))]
 
 
 def print_case(case: Case, ours: Side, theirs: Side) -> None:
-    """Print the stages of both sides, and the errors of the latents."""
+    """Print the stages of both sides and the errors of the latents."""
     say(f"## {DTYPE}, {case.title}")
     say()
     print_sides(ours, theirs)
@@ -135,7 +135,7 @@ def print_case(case: Case, ours: Side, theirs: Side) -> None:
 
 @torch.inference_mode()
 def run_diffusers(modules: Modules, case: Case, device: torch.device) -> Side:
-    """The reference, once to warm up and once for the clock. Hooks divide its call into stages."""
+    """Run the reference for warm-up, then timed. Hooks divide its call into stages."""
     pipeline: Any = (LTX2Pipeline if case.image is None else LTX2ImageToVideoPipeline)(**modules)
     pipeline.set_progress_bar_config(disable=True)
     request = dict(case.request)
@@ -166,7 +166,7 @@ def run_diffusers(modules: Modules, case: Case, device: torch.device) -> Side:
 
 
 def with_hooks(modules: Modules, meter: StageMeter, preparation: str) -> None:
-    """End stages of one call: the text at the connectors' result, the preparation at the first prediction."""
+    """Mark stage ends in one call: text encoding at the connectors' return, preparation at the first prediction."""
 
     def end_text(*_: object) -> None:
         meter.end("text_encoding")
@@ -181,7 +181,7 @@ def with_hooks(modules: Modules, meter: StageMeter, preparation: str) -> None:
 
 
 def run_stages(modules: Modules, transformer: OurTransformer, case: Case, device: torch.device) -> Side:
-    """The fleet's stages, one service after the other, each once to warm up and once for the clock."""
+    """Run the fleet's services in order, each for warm-up and then timed."""
     is_text = case.image is None
     config = config_of(modules, LTX2PipelineConfig if is_text else LTX2ImageToVideoPipelineConfig)
     services = (pipelines.LTX2Pipeline if is_text else pipelines.LTX2ImagePipeline)(pipelines.MODULES).services
@@ -221,7 +221,7 @@ def run_stages(modules: Modules, transformer: OurTransformer, case: Case, device
 
 @torch.inference_mode()
 def decode_parts(latents: Mapping[str, Tensor], loaded: Modules, side: Side, device: torch.device) -> None:
-    """Measure the decoders' own work: frames and samples on the device, of no file."""
+    """Measure only the decoders: frames and samples on the device, without a file."""
     meter = StageMeter(device, side)
     for _ in range(2):
         meter.restart()
@@ -234,7 +234,7 @@ def decode_parts(latents: Mapping[str, Tensor], loaded: Modules, side: Side, dev
 
 @torch.inference_mode()
 def measure_prediction(theirs: Any, ours: OurTransformer, size: Request, device: torch.device, repeats: int) -> None:
-    """Time one prediction of the positive branch, the sides alternately, and print its error against float32."""
+    """Time one prediction of the positive branch, alternating sides, and print its error against float32."""
     reference, given = (on(device, each) for each in ltx2_step(**step_sizes(ours, size)))
     exact = float32_predictions(theirs, reference)
     latents, timestep = {name: given.pop(name) for name in WORKS["ltx2"].latents}, given.pop("timestep")
@@ -255,7 +255,7 @@ def measure_prediction(theirs: Any, ours: OurTransformer, size: Request, device:
 
 
 def step_sizes(ours: OurTransformer, size: Request) -> Request:
-    """Arguments of ltx2_step() for a request of a size."""
+    """Arguments of ltx2_step() for a request size."""
     config = ours.config
     rows, columns = (size[side] // config.spatial_factor for side in ("height", "width"))
     per_second = config.audio_sampling_rate / config.audio_hop_length / config.audio_factor

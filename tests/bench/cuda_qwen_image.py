@@ -1,10 +1,10 @@
-"""Every stage of Qwen-Image on CUDA, next to Diffusers in the same run: random weights of published size, 1024x1024.
+"""All Qwen-Image stages on CUDA compared with Diffusers in one run: random weights of published size, 1024x1024.
 
-Both sides compute with the very same weights in memory: 58 GB of them would not fit twice. Diffusers' pipeline runs
-first, stage by stage; then the fleet's stages run in this process, without hops (cuda_flux.py has those). Printed are
-stage times and the relative error of the latents. Needs no network and no disk; about 70 GB on the card.
+Both sides share the weights in memory, as two copies of 58 GB would not fit. Diffusers' pipeline runs first, stage by
+stage; then the fleet's stages run in this process, without RPCs (cuda_flux.py includes RPCs). The output has stage
+times and the relative error of the latents. No network and no disk space are needed; GPU memory is about 70 GB.
 
-Run it with: python tests/bench/cuda_qwen_image.py; to try its logic without a card: --device cpu --scale tiny
+Run it with: python tests/bench/cuda_qwen_image.py; to try it without a GPU: --device cpu --scale tiny
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ SCHEDULER = {
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of the modules, and of the picture."""
+    """Module sizes and image size."""
 
     dit: dict[str, Any]
     text: dict[str, Any]
@@ -110,11 +110,11 @@ SCALES = {
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both sides and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=tuple(SCALES))
-    parser.add_argument("--steps", type=int, default=8, help="steps of the loop")
+    parser.add_argument("--steps", type=int, default=8, help="denoising steps")
     args = parser.parse_args()
     device, scale = torch.device(args.device), SCALES[args.scale]
     try_packages(device)
@@ -134,20 +134,20 @@ def main() -> None:
 
 
 def byte_tokenizer() -> Qwen2Tokenizer:
-    """Every byte is a token, and the template's marks are one each."""
+    """A tokenizer with one token per byte and per special token of the template."""
     marks = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     vocab = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
     return Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=131072, extra_special_tokens=list(marks))
 
 
 def prompt_of(tokenizer: Qwen2Tokenizer) -> str:
-    """A prompt that makes TEXT_TOKENS tokens in the template, whose first ones are dropped."""
+    """A prompt with TEXT_TOKENS tokens after the template's prefix is dropped."""
     around = len(tokenizer(TEMPLATE.before + TEMPLATE.after).input_ids)
     return ("a red apple on a yellow table, " * 10)[: TEXT_TOKENS + TEMPLATE.skipped - around]
 
 
 def build(scale: Scale, device: torch.device) -> dict[str, Any]:
-    """Modules of random weights."""
+    """Build modules with random weights."""
     torch.manual_seed(0)
     text = Qwen2_5_VLConfig(text_config=scale.text, vision_config=scale.vision)
     with default_dtype(torch.bfloat16), device:
@@ -167,7 +167,7 @@ def build(scale: Scale, device: torch.device) -> dict[str, Any]:
 def run_diffusers(
     modules: dict[str, Any], scale: Scale, device: torch.device, steps: int
 ) -> tuple[dict[str, float], Tensor]:
-    """Milliseconds by stage, once to warm up and once for the clock, and the latents of the reference."""
+    """Run the reference for warm-up, then timed; returns ms by stage, and the latents."""
     pipeline = QwenImagePipeline(**modules)
     pipeline.set_progress_bar_config(disable=True)
     prompt = prompt_of(modules["tokenizer"])
@@ -200,7 +200,7 @@ def run_diffusers(
 def run_stages(
     modules: dict[str, Any], scale: Scale, device: torch.device, steps: int
 ) -> tuple[dict[str, float], Tensor]:
-    """Milliseconds by stage, once to warm up and once for the clock, and the latents of the fleet's stages."""
+    """Run the fleet's stages for warm-up, then timed; returns ms by stage, and the latents."""
     transformer, vae = modules["transformer"], modules["vae"]
     config = QwenImagePipelineConfig(
         transformer=QwenImageTransformerConfig.from_dict("transformer", dict(transformer.config)),
@@ -244,7 +244,7 @@ def run_stages(
 
 
 def same_weights(config: QwenImagePipelineConfig, theirs: nn.Module) -> nn.Module:
-    """Our transformer over the reference's own tensors."""
+    """This project's transformer on the reference's tensors."""
     with torch.device("meta"):
         ours = OurTransformer(config.transformer)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)

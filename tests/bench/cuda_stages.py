@@ -1,16 +1,15 @@
-"""Every stage of a family on CUDA, next to Diffusers in the same run: random weights of published size.
+"""All stages of a model family on CUDA compared with Diffusers in one run: random weights of published size.
 
-Both sides compute with the same weights in memory. Diffusers' pipeline runs first: hooks divide its call into stages,
-and its denoising contains the preparation of latents and timesteps where the fleet has a stage for it. Then the fleet
-loads its stages from these modules and runs them in this process, without hops (cuda_flux.py has those). Given images
-are noise: Diffusers takes them decoded, and the fleet's stages decode PNG files. Each side runs once to warm up and
-once for the clock. Printed are times, peak memory beside the weights, and the relative error of the latents. Needs no
-network and no disk.
+Both sides share the weights in memory. Diffusers' pipeline runs first: hooks divide its call into stages; its denoising
+includes the preparation of latents and timesteps, for which the fleet has a separate stage. Then the fleet loads its
+stages from these modules and runs them in this process, without RPCs (cuda_flux.py includes RPCs). Input images are
+noise: Diffusers takes them decoded, the fleet's stages decode PNG files. Each side runs once for warm-up and once
+timed. The output has times, peak memory without the weights, and the relative error of the latents. No network and no
+disk space are needed.
 
-Run it with: python tests/bench/cuda_stages.py --family z-image; to try its logic without a GPU: --device cpu
---scale tiny. With --swap-experts a model with two denoisers has one of them on the GPU while the fleet denoises. With
---float32 Diffusers also runs in float32, and the errors of both sides against it are printed; weights then take twice
-the memory.
+Run it with: python tests/bench/cuda_stages.py --family z-image; to try it without a GPU: --device cpu --scale tiny.
+With --swap-experts, the fleet has one of two denoisers on the GPU at a time. With --float32, Diffusers also runs in
+float32 and the errors of both sides against it are printed; weights then take twice the memory.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ from tiny_flux import WORDS
 PROMPT = " ".join(WORDS * 16)
 SEED = 7
 IMAGE_SIDE = 1024
-"""Pixels a side of given images."""
+"""Side of input images in pixels."""
 COPIES = "decoding, copies to the host"
 WHOLE = "all stages"
 _COUNTED = {"num_frames": "frames", "layers": "layers"}
@@ -58,10 +57,10 @@ _COUNTED = {"num_frames": "frames", "layers": "layers"}
 
 @dataclass(frozen=True)
 class Case:
-    """A family's modules in memory, the model with their configs, and the request of both sides.
+    """A family's modules in memory, the model with their configs, and the request for both sides.
 
-    `modules` loses those that the fleet replaces by its own when they are loaded. `validated` is the request as the
-    fleet's stages take it.
+    Modules that the fleet replaces are removed from `modules` when they are loaded. `validated` is the request after
+    validation, for the fleet's stages.
     """
 
     family: Family
@@ -74,17 +73,17 @@ class Case:
 
     @property
     def device(self) -> torch.device:
-        """The device of both sides."""
+        """Device of both sides."""
         return self.runtime.device
 
     @property
     def steps(self) -> int:
-        """Steps of the loop."""
+        """Denoising steps."""
         return int(self.request["num_inference_steps"])
 
     @property
     def services(self) -> list[str]:
-        """Services of the fleet in order."""
+        """The fleet's services in order."""
         return [spec.service for spec in self.validated.variant.services]
 
     @property
@@ -98,17 +97,17 @@ class Case:
         params = self.validated.params
         parts = [str(DTYPE), f"{params.height}x{params.width}"]
         parts += [f"{self.request[name]} {what}" for name, what in _COUNTED.items() if name in self.request]
-        parts += [f"given images: {len(self.images)}"] * bool(self.images) + [f"{self.steps} steps"]
+        parts += [f"input images: {len(self.images)}"] * bool(self.images) + [f"{self.steps} steps"]
         return ", ".join(parts + ["experts swapped"] * self.runtime.swap_experts)
 
 
 def main() -> None:
-    """Measure a family, and print."""
+    """Measure one family and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", required=True, choices=tuple(FAMILIES))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=("full", "tiny"))
-    parser.add_argument("--steps", type=int, default=8, help="steps of the loop")
+    parser.add_argument("--steps", type=int, default=8, help="denoising steps")
     parser.add_argument("--swap-experts", action="store_true", help="swap the experts of wan-a14b")
     parser.add_argument("--float32", action="store_true", help="also print errors against Diffusers in float32")
     args = parser.parse_args()
@@ -143,7 +142,7 @@ def main() -> None:
 
 
 def case_of(family: Family, model: ServedModel, modules: Modules, request: Mapping[str, Any], runtime: Runtime) -> Case:
-    """The request with random images, as the caller gives it and as the fleet's stages take it."""
+    """Build the request with random images, before and after validation."""
     images = [random_image(IMAGE_SIDE, mode, index) for index, mode in enumerate(family.image_modes)]
     files = {f"image_{index}" if index else "image": png(each) for index, each in enumerate(images)}
     given = {"prompt": PROMPT, "seed": SEED, "output_format": "safetensors", **request}
@@ -152,7 +151,8 @@ def case_of(family: Family, model: ServedModel, modules: Modules, request: Mappi
 
 
 def pipeline_of(family: Family, directory: Path, device: torch.device, *, is_tiny: bool) -> Any:
-    """Diffusers' pipeline on the device, over the small checkpoint's tokenizers and schedulers. Prints its sizes."""
+    """Build Diffusers' pipeline on the device, with the small checkpoint's tokenizers and schedulers; prints its
+    sizes."""
     began = now(device)
     pipeline: Any = family.open_small(directory).to(device)
     if not is_tiny:
@@ -170,13 +170,13 @@ def pipeline_of(family: Family, directory: Path, device: torch.device, *, is_tin
 
 
 def print_memory(what: str, device: torch.device) -> None:
-    """Print the memory that is allocated on a GPU."""
+    """Print the allocated GPU memory."""
     if device.type == "cuda":
         say(f"{what}: {torch.cuda.memory_allocated(device) / 1e9:.1f} GB on the GPU")
 
 
 def print_case(case: Case, ours: Side, theirs: Side) -> None:
-    """Print the stages of both sides, and the error of the latents."""
+    """Print the stages of both sides and the error of the latents."""
     say()
     say(f"## {case.title}")
     say()
@@ -186,7 +186,7 @@ def print_case(case: Case, ours: Side, theirs: Side) -> None:
 
 @torch.inference_mode()
 def run_diffusers(pipeline: Any, case: Case) -> Side:
-    """The reference, once to warm up and once for the clock."""
+    """Run the reference for warm-up, then timed."""
     pipeline.set_progress_bar_config(disable=True)
     side = Side()
 
@@ -197,7 +197,7 @@ def run_diffusers(pipeline: Any, case: Case) -> Side:
         meter = StageMeter(case.device, side)
         with dividing(pipeline, meter, case.services, case.steps, take):
             (made,) = pipeline(**call_of(case), output_type="pt", return_dict=False)
-        # One tensor, or a list with one of each output's layers.
+        # One tensor, or a list with one tensor of layers per output.
         for each in made:
             each.float().cpu()
         meter.end(COPIES)
@@ -208,7 +208,7 @@ def run_diffusers(pipeline: Any, case: Case) -> Side:
 
 
 def call_of(case: Case) -> dict[str, Any]:
-    """Keywords of one call of the reference."""
+    """Keyword arguments of one reference call."""
     generator = torch.Generator("cpu").manual_seed(SEED)
     match case.images:
         case []:
@@ -221,15 +221,15 @@ def call_of(case: Case) -> dict[str, Any]:
 
 
 class LastStepTaken(Exception):
-    """Ends a call of the reference whose latents alone are needed: not every pipeline returns them."""
+    """Ends a reference call after its last step, as not every pipeline can return latents."""
 
 
 def run_in_float32(pipeline: Any, case: Case) -> Side:
-    """The latents of the reference with the same weights in float32.
+    """Run the reference with the same weights in float32; returns its latents.
 
-    Raises RuntimeError where a GPU does not have memory for them.
+    Raises RuntimeError if the GPU memory is too small.
     """
-    # A VAE that encodes given images is a part of the reference.
+    # A VAE that encodes input images is a part of the reference.
     networks = [each for name, each in case.modules.items() if name != "vae" or case.images]
     if case.device.type == "cuda":
         needed, total = float32_bytes(networks), torch.cuda.get_device_properties(case.device).total_memory
@@ -249,7 +249,7 @@ def run_in_float32(pipeline: Any, case: Case) -> Side:
 
 
 def run_stages(case: Case) -> Side:
-    """The fleet's stages, one service after the other, each once to warm up and once for the clock."""
+    """Run the fleet's services in order, each for warm-up and then timed."""
     model, validated = case.model, case.validated
     slots: dict[str, Any] = dict(validated.artifacts)
     side = Side()
@@ -279,7 +279,7 @@ def run_stages(case: Case) -> Side:
 def decode_alone(
     model: ServedModel, config: DecodingConfig, part: LatentPart, sampling: Sampling, case: Case, side: Side
 ) -> None:
-    """Measure the VAE's own work: pixels on the device, of no file."""
+    """Measure only the VAE: pixels on the device, without a file."""
     vae = load_module(model.checkpoint, "vae", config, case.runtime)
     raw = config.unpack(case.family.part, part.latents.to(case.device), part.raw_latent_shape)
     given = config.vae_latents(raw.to(DTYPE))

@@ -1,11 +1,11 @@
-"""A video that plays while it is made: causal Wan 1.3B at 480x832 on CUDA, with random weights.
+"""Streaming of a video during its generation: causal Wan 1.3B at 480x832 on CUDA, with random weights.
 
-Denoising and decoding run alone first, then both at once in this process, as the stages of a pipeline without hops.
-Printed are the time until the first part of the MP4, its first second and the whole can be shown, the frames a second
-that are sustained, what the two stages take in turns and at once, and the memory of keys and values. A second GPU
-decodes where there is one: stages that share a GPU overlap only in what the CPU does. Needs no network and no disk.
+Denoising and decoding first run separately, then concurrently in this process as stages of a pipeline, without RPCs.
+The output has the times to the first MP4 fragment, the first second of video and the whole video, the sustained frame
+rate, the times of sequential and concurrent stages, and the memory of the KV cache. With a second GPU, decoding runs
+there; stages that share a GPU overlap only in CPU work. No network and no disk space are needed.
 
-Run it with: python tests/bench/cuda_stream.py; to try its logic without a GPU: --device cpu --scale tiny
+Run it with: python tests/bench/cuda_stream.py; to try it without a GPU: --device cpu --scale tiny
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ TOTAL_WITHIN = 1.05
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Measure all runs and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=tuple(SCALES))
-    parser.add_argument("--repeats", type=int, default=3, help="runs of both stages at once")
+    parser.add_argument("--repeats", type=int, default=3, help="concurrent runs of both stages")
     args = parser.parse_args()
     denoiser, decoder = devices(args.device)
     for device in {denoiser, decoder}:
@@ -51,17 +51,17 @@ def main() -> None:
 
 
 def devices(kind: str) -> tuple[torch.device, torch.device]:
-    """Where to denoise and where to decode."""
+    """Devices of denoising and decoding."""
     if kind == "cpu":
         return torch.device("cpu"), torch.device("cpu")
     return torch.device("cuda", 0), torch.device("cuda", min(1, torch.cuda.device_count() - 1))
 
 
 def print_streams(denoising: Timeline, decoding: Timeline, both: Timeline, *, is_shared: bool) -> None:
-    """Print the times, and the verdicts on the first block and on the overlap."""
+    """Print the times, and whether first block and overlap are within their budgets."""
     frames = sum(both.frames)
     print_table(
-        ("seconds", "first block", "first second of video", "whole", "frames a second"),
+        ("seconds", "first block", "first second of video", "whole", "frames per second"),
         [
             ("denoising alone", denoising.blocks[0], "-", denoising.total, frames / denoising.total),
             (
@@ -87,12 +87,12 @@ def print_streams(denoising: Timeline, decoding: Timeline, both: Timeline, *, is
 
 
 def print_memory(wan: CausalWan, denoiser: torch.device, decoder: torch.device) -> None:
-    """Print bytes beside the weights."""
-    rows: list[tuple[str, float]] = [("keys and values of a request", wan.kv_bytes / 1e9)]
+    """Print memory without the weights."""
+    rows: list[tuple[str, float]] = [("KV cache of a request", wan.kv_bytes / 1e9)]
     blocks = denoise(wan)[1]
-    rows.append(("denoising, all of it", peak_bytes(denoiser, lambda: denoise(wan)) / 1e9))
+    rows.append(("denoising, total", peak_bytes(denoiser, lambda: denoise(wan)) / 1e9))
     rows.append(("decoding", peak_bytes(decoder, lambda: decode(wan, blocks)) / 1e9))
-    print_table(("GB beside the weights", ""), rows)
+    print_table(("GB without weights", ""), rows)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Every stage of Wan on CUDA, next to Diffusers in the same run: random weights of published size.
+"""All Wan stages on CUDA compared with Diffusers in one run: random weights of published size.
 
-Wan 2.1 text to video, or Wan 2.2 TI2V-5B from text and from an image. Diffusers' modules run first and are timed stage
-by stage; then they leave the GPU, and the fleet's stages run in this process, without hops (cuda_flux.py has those).
-Printed are times and peak memory of the stages (beside the weights), and the relative error of the latents. Needs no
-network: the checkpoint (15 or 22 GB, UMT5-XXL included) is drawn on the GPU, written to --directory and removed at the
-end.
+Wan 2.1 text-to-video, or Wan 2.2 TI2V-5B for text and image. Diffusers' modules run first and are timed stage by stage;
+after they are freed, the fleet's stages run in this process, without RPCs (cuda_flux.py includes RPCs). The output has
+times and peak memory of the stages (without the weights), and the relative error of the latents. No network is needed:
+the checkpoint (15 or 22 GB, including UMT5-XXL) is generated on the GPU, written to --directory and removed at the end.
 
-Run it with: python tests/bench/cuda_wan.py; to try its logic without a GPU: --device cpu --scale tiny
+Run it with: python tests/bench/cuda_wan.py; to try it without a GPU: --device cpu --scale tiny
 """
 
 from __future__ import annotations
@@ -48,12 +47,12 @@ from models.validation import InputValidationStage
 
 PROMPT = "a red heart beating on a yellow background"
 SEED = 7
-FRAMES_ALONE = "decoding, frames alone"
+FRAMES_ALONE = "decoding, frames only"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of the modules, and of the video; `index` are entries of model_index.json."""
+    """Module sizes and video size; `index` adds entries to model_index.json."""
 
     dit: dict[str, Any]
     text: dict[str, int]
@@ -119,12 +118,12 @@ SCALES = {
 
 
 def main() -> None:
-    """Measure a model, and print."""
+    """Measure one model and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--model", default="wan2.1", choices=tuple(SCALES))
     parser.add_argument("--scale", default="full", choices=("full", "tiny"))
-    parser.add_argument("--steps", type=int, default=4, help="steps of the loop")
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "wan-random")
     args = parser.parse_args()
     device, scale = torch.device(args.device), SCALES[args.model][args.scale]
@@ -150,7 +149,7 @@ def main() -> None:
 
 
 def build(path: Path, scale: Scale, device: torch.device) -> None:
-    """Write the checkpoint. The tokenizer is the emoji video model's."""
+    """Write the checkpoint, with the emoji video model's tokenizer."""
     torch.manual_seed(0)
     emoji = open_model("emoji-video", load_registry()).checkpoint.path
     text = UMT5Config(**scale.text, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False)
@@ -179,7 +178,7 @@ def build(path: Path, scale: Scale, device: torch.device) -> None:
 def measure(
     path: Path, given: dict[str, Any], device: torch.device, dtype: torch.dtype, image: Image.Image | None
 ) -> None:
-    """Both sides once to warm up and once for the clock."""
+    """Run both sides for warm-up, then timed, and print the tables."""
     theirs = run_diffusers(path, given, device, dtype, image)
     theirs.spent[FRAMES_ALONE] = theirs.spent["decoding"]
     empty(device)
@@ -196,7 +195,7 @@ def measure(
 def run_diffusers(
     path: Path, given: dict[str, Any], device: torch.device, dtype: torch.dtype, image: Image.Image | None
 ) -> Side:
-    """The reference; from an image its loop contains the encoding of the image."""
+    """Run the reference; with an image, its denoising includes image encoding."""
     kind = WanPipeline if image is None else WanImageToVideoPipeline
     pipeline = kind.from_pretrained(path, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -232,7 +231,7 @@ def run_diffusers(
 def run_stages(
     path: Path, given: dict[str, Any], device: torch.device, dtype: torch.dtype, image: Image.Image | None
 ) -> Side:
-    """The fleet's stages, one service after the other."""
+    """Run the fleet's services in order."""
     model = open_model(str(path), load_registry())
     request = {"prompt": PROMPT, "seed": SEED, "output_format": "safetensors", **given}
     images = {} if image is None else {"image": png(image)}
@@ -264,7 +263,7 @@ def run_stages(
 
 @torch.inference_mode()
 def decode_frames(model: ServedModel, latents: Tensor, device: torch.device, dtype: torch.dtype) -> float:
-    """Milliseconds of the VAE's own work: frames on the device, of no file."""
+    """Time in ms of the VAE only: frames on the device, without a file."""
     vae = load_wan_vae(model.checkpoint, "vae", device, dtype)
     given = latents.to(device, dtype)
     spent = 0.0

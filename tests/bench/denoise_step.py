@@ -1,10 +1,10 @@
-"""One denoising step of full published size: ours next to Diffusers, eager and compiled, over the very same weights.
+"""One denoising step at published size: ours compared with Diffusers, eager and compiled, on the same weights.
 
-Weights are random, in bfloat16. Every side is timed with the device's own clock, in turns, so that the card is as hot
-for one as for the other. Ours is what the denoising stage runs: the request's preparation once, which is told apart,
-then a CUDA graph a step. Errors are relative L2 against Diffusers' model in float32. Memory is beside the weights.
+Weights are random bfloat16 values. Sides alternate and are timed with CUDA events, so that both run at the same GPU
+temperature. Ours runs as in the denoising stage: the request is prepared once, which is reported separately, then each
+step replays a CUDA graph. Errors are relative L2 against Diffusers' model in float32. Memory excludes the weights.
 
-Run it with: python tests/bench/denoise_step.py; to try its logic without a card: --device cpu --scale tiny
+Run it with: python tests/bench/denoise_step.py; to try it without a GPU: --device cpu --scale tiny
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ STEPS = 28
 
 
 def main() -> None:
-    """Measure what was asked for, and print."""
+    """Measure the selected workloads and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=("full", "tiny"))
     parser.add_argument("--work", nargs="*", default=list(WORKS), choices=tuple(WORKS))
     parser.add_argument("--repeats", type=int, default=5, help="rounds of five steps")
-    parser.add_argument("--compile", action="store_true", help="time Diffusers compiled by repeated blocks, too")
-    parser.add_argument("--linear-dtype", choices=("same", "float8"), default="same", help="time ours in float8, too")
-    parser.add_argument("--step-cache", type=float, help="run a loop with a step cache of this threshold, too")
-    parser.add_argument("--profile", type=Path, help="folder for a table of our kernels' times")
+    parser.add_argument("--compile", action="store_true", help="also time Diffusers with compiled repeated blocks")
+    parser.add_argument("--linear-dtype", choices=("same", "float8"), default="same", help="also time ours in float8")
+    parser.add_argument("--step-cache", type=float, help="also run a loop with a step cache of this threshold")
+    parser.add_argument("--profile", type=Path, help="folder for tables of our kernel times")
     args = parser.parse_args()
     device = torch.device(args.device)
     try_packages(device)
@@ -83,7 +83,7 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
         quantize_linears(quantised, work.plan.block_linears)
         sides["ours, float8"] = side(quantised)
     if args.step_cache is not None:
-        # The inputs never change: with a threshold above 0 all steps but the first are reused, below it none are.
+        # The inputs never change: a threshold above 0 reuses every step but the first, a negative one reuses none.
         for name, threshold in (("ours, reused", 1.0), ("ours, probed and computed", -1.0)):
             sides[name] = side(ours, StepCaching(threshold))
     errors = {name: largest_error(run(), exact) for name, run in sides.items()}
@@ -99,7 +99,7 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
     say(f"## {work.title}{' (tiny)' if tiny else ''}")
     say()
     print_table(
-        ("", "ms a step", "fastest", "error", "MB beside the weights"),
+        ("", "ms per step", "fastest", "error", "MB without weights"),
         [
             (name, median(spent[name]), min(spent[name]), f"{errors[name]:.2e}", peaks.get(name, float("nan")))
             for name in spent
@@ -127,7 +127,7 @@ def step_of(
     inputs: Inputs,
     caching: StepCaching | None = None,
 ) -> Callable[[], Predictions]:
-    """A step of ours, as the denoising stage runs it."""
+    """One step of ours, as the denoising stage runs it."""
     steps = RequestSteps(new_pool(timesteps.device), ours, timesteps, inputs, latents, caching)
     return lambda: steps.predict_parts(latents, 0)
 
@@ -135,9 +135,9 @@ def step_of(
 def print_cached_loop(
     ours: DiffusionTransformer, noise: Mapping[str, Tensor], timestep: Tensor, inputs: Inputs, threshold: float
 ) -> None:
-    """Euler's loop from noise over evenly spaced steps, with a step cache and without; each is run twice.
+    """Run an Euler loop over evenly spaced steps with and without a step cache, twice each.
 
-    Latents without a prediction, and timesteps of 0, are those of given images and stay as they are.
+    Latents without a prediction, and timesteps of 0, belong to input images and are not updated.
     """
     device = timestep.device
     sigmas = torch.linspace(1, 0, STEPS + 1, device=device)
@@ -165,7 +165,7 @@ def print_cached_loop(
 def print_first_requests(
     ours: DiffusionTransformer, latents: Mapping[str, Tensor], timesteps: Tensor, inputs: Inputs
 ) -> None:
-    """Three requests of three steps each, with what a service does before them: the warm-up, the first, the second."""
+    """Time three requests of three steps, including preparation: the warm-up, the first and the second request."""
 
     pool = new_pool(timesteps.device)
 
@@ -188,7 +188,7 @@ def float32_prediction(model: Any, inputs: Inputs) -> Tensor:
 
 
 def float32_predictions(model: Any, inputs: Inputs) -> tuple[Tensor, ...]:
-    """The reference's predictions in float32. Each module that has weights is widened only while it runs."""
+    """The reference's predictions in float32. Each module's weights are converted only while it runs."""
     handles = []
     kept: dict[nn.Module, dict[str, Tensor]] = {}
 
@@ -218,12 +218,12 @@ def _widened(value: Any) -> Any:
 
 
 def error(prediction: Tensor, exact: Tensor) -> float:
-    """Relative L2."""
+    """Relative L2 error."""
     return float((prediction.double() - exact).norm() / exact.norm())
 
 
 def largest_error(predictions: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Relative L2 of the part with the largest, such as video or sound."""
+    """Largest relative L2 error of the parts, such as video and audio."""
     return max(error(*pair) for pair in zip(predictions, exact, strict=True))
 
 
@@ -235,7 +235,7 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_beside(run: Callable[[], object], device: torch.device) -> float:
-    """Most MB that a call takes beside what is there before; a graph's own memory is counted when it is captured."""
+    """Peak MB of a call above the memory in use before; graph memory is counted at its capture."""
     if device.type != "cuda":
         return float("nan")
     empty(device)
@@ -247,14 +247,14 @@ def peak_beside(run: Callable[[], object], device: torch.device) -> float:
 
 
 def step_milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of a call, by the device's own clock where it has one."""
+    """Time of a call in ms, by CUDA events on a GPU."""
     return milliseconds(run) if device.type == "cuda" else 1e3 * timed(run, device)
 
 
 def in_turns(
     sides: Mapping[str, Callable[[], object]], clock: Callable[[Callable[[], object]], float], repeats: int
 ) -> dict[str, list[float]]:
-    """What `clock` says of each side's calls: one round after the other, the sides in turn."""
+    """Times of each side's calls by `clock`; the sides alternate in every round."""
     spent: dict[str, list[float]] = {name: [] for name in sides}
     for run in sides.values():
         for _ in range(3):
@@ -266,7 +266,7 @@ def in_turns(
 
 
 def profile(run: Callable[[], object], path: Path) -> None:
-    """Write a table of kernels by their time."""
+    """Write a table of kernels sorted by time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         for _ in range(3):
             run()

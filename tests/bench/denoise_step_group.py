@@ -1,4 +1,4 @@
-"""One denoising step of full published size on several GPUs: our worker group next to Diffusers' context parallelism.
+"""One denoising step at published size on several GPUs: our worker group vs Diffusers' context parallelism.
 
 Every rank builds the same random weights, in bfloat16. Our side runs with the given degrees; Diffusers runs with
 Ulysses over all ranks, on one rank without parallelism, and compiled by repeated blocks if requested. Both sides
@@ -168,7 +168,7 @@ def their_step(theirs: Any, inputs: Mapping[str, Any], branches: int) -> tuple[T
 
 
 def sharded_weights(work: Work, theirs: Any, mesh: WorkerMesh) -> DiffusionTransformer:
-    """This rank's part of our model, over the reference's own tensors or copies of their shards."""
+    """This rank's part of our model, on the reference's tensors or copies of their shards."""
     ours = on_meta(work, theirs)
     parallelize(ours, work.plan, mesh, heads=theirs.config[work.heads])
     shards = parameter_shards(ours)

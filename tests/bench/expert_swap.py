@@ -1,9 +1,9 @@
-"""The swap of Wan 2.2 A14B's experts on CUDA, next to one copy of as many bytes from pinned memory.
+"""Swap of Wan 2.2 A14B's experts on CUDA, compared with one copy of as many bytes from pinned memory.
 
-Both experts have random bfloat16 weights of published size, in the host's memory; the device holds one. A request swaps
-once, where its timesteps pass the boundary, and the next request swaps back.
+Both experts have random bfloat16 weights of published size in host memory; one of them is on the device. A request
+swaps once, when its timesteps pass the boundary; the next request swaps back.
 
-Run it with: python tests/bench/expert_swap.py; to try its logic without a GPU: --device cpu --scale tiny
+Run it with: python tests/bench/expert_swap.py; to try it without a GPU: --device cpu --scale tiny
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EXPERTS = ("transformer", "transformer_2")
 
 
 def main() -> None:
-    """Swap alternately with the plain copy, and print."""
+    """Alternate swaps and plain copies, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=("full", "tiny"))
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def random_expert(device: torch.device, *, tiny: bool) -> DiffusionTransformer:
-    """A denoiser with random weights on the device."""
+    """Build a denoiser with random weights on the device."""
     work = WORKS["wan-14b"]
     with torch.device("meta"):
         config = WanTransformer3DModel(**{**work.sizes, **(TINY[WanTransformer3DModel] if tiny else {})}).config
@@ -64,7 +64,7 @@ def measure(experts: list[SwappedExpert], device: torch.device, repeats: int) ->
             began = now(device)
             target.copy_(host, non_blocking=True)
             spent["one copy of as many bytes"].append(now(device) - began)
-    say(f"{size / 1e9:.1f} GB an expert")
+    say(f"{size / 1e9:.1f} GB per expert")
     say()
     print_table(
         ("", "seconds", "fastest", "GB/s"),

@@ -1,13 +1,13 @@
-"""Our cuBLASLt GEMM against nvmath.linalg.advanced, and our float8 linear layer against torchao, on one GPU.
+"""Our cuBLASLt GEMM compared with nvmath.linalg.advanced, and our float8 linear with torchao, on one GPU.
 
-Every method runs eagerly and within a CUDA graph, over GEMM shapes of the DiTs. `error` is the relative L2 distance to
-float32, the larger one of both runs. `host us` is the time in which Python enqueues a call, `graph us` the GPU time of
-a call within a graph: a median of rounds in which the methods alternate, so that all of them meet the same clock.
-Ratios are ours / theirs: above 1, theirs is faster. A method that fails shows "-", with its error below the table.
+Every method runs eagerly and in a CUDA graph, for GEMM shapes of the DiTs. `error` is the larger relative L2 error of
+both runs against float32. `host us` is the time in which Python enqueues a call; `graph us` is the GPU time of a call
+in a graph. Figures are medians of rounds in which the methods alternate, so that all run at the same clock rate. Ratios
+are ours / theirs: above 1, theirs is faster. A method that fails is shown as "-", with its error below the table.
 
-Matmul objects are planned once per shape. They get the operands of each call through reset_operands_unchecked(), or
-reset_operands() where the table says "checked". They have no workspace, as ours; where the table says "workspace",
-they have the library's default.
+Matmul objects are planned once per shape. Each call sets its operands by reset_operands_unchecked(), or by
+reset_operands() in columns named "checked". They have no workspace, as ours; columns named "workspace" have the
+library's default.
 
 Run it with: python tests/bench/gemm_packages.py; it needs nvmath-python with cuda-core, and torchao
 """
@@ -26,10 +26,10 @@ from dataclasses import dataclass, field
 
 import torch
 from bench_gemm import (
-    CARD,
     COMPILED_SHAPES,
     FLOAT8_SHAPES,
     GEMM_SHAPES,
+    ON_GPU,
     SETS,
     Call,
     Operands,
@@ -51,7 +51,7 @@ PACKAGES = ("nvmath-python", "cuda-core", "cuda-bindings", "torchao", "triton")
 WARM_UP_SECONDS = 1.5
 
 HOST_CALLS = 12
-"""Calls of a round of host time: few enough that the launch queue never fills up."""
+"""Calls per round of host timing; few enough that the launch queue does not fill up."""
 
 HOST_ROUNDS = 3
 
@@ -60,7 +60,7 @@ GRAPH_ROUNDS = 21
 
 @dataclass
 class Figures:
-    """Measurements of a method on a shape; NaN where it failed. `same` is equality with the bytes of ours."""
+    """Measurements of a method on a shape; NaN if it failed. `same` is whether the bytes equal ours."""
 
     method: str
     error: float = float("nan")
@@ -71,15 +71,15 @@ class Figures:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Note a failure of the step in place of raising it."""
+        """Record a failure of the step instead of raising it."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001  (code of others: one failure must not end the run)
+        except Exception as error:  # noqa: BLE001  (third-party code: a failure must not end the run)
             self.failures.append(f"{name}: {_causes(error)}")
 
 
 def _causes(error: BaseException) -> str:
-    """The error and those during whose handling it was raised: a failed capture hides its cause."""
+    """Format the error and its chained causes, as a failed capture hides its cause."""
     texts = []
     pending: BaseException | None = error
     while pending is not None:
@@ -111,16 +111,16 @@ class CapturedCalls:
                 for index in reversed(range(calls)):
                     self.result = call(index % SETS)
         finally:
-            # A failed capture leaves its stream as the current one.
+            # A failed capture does not restore the current stream.
             torch.cuda.set_stream(home)
 
     def replay(self) -> None:
-        """Enqueue the graph."""
+        """Launch the graph."""
         self._graph.replay()
 
 
 def host_microseconds(call: Call) -> float:
-    """Median time in which a call is enqueued."""
+    """Median host time of a call in us."""
     spent = []
     for _ in range(HOST_ROUNDS):
         torch.cuda.synchronize()
@@ -133,7 +133,7 @@ def host_microseconds(call: Call) -> float:
 
 
 def graph_microseconds(graphs: Sequence[CapturedCalls], calls: int) -> list[float]:
-    """Median GPU time of a call within each graph; the graphs alternate."""
+    """Median GPU time in us of a call in each graph; the graphs alternate."""
     events = [[(_event(), _event()) for _ in graphs] for _ in range(GRAPH_ROUNDS)]
     for pairs in events:
         for graph, (begin, end) in zip(graphs, pairs, strict=True):
@@ -150,7 +150,7 @@ def _event() -> torch.cuda.Event:
 
 
 def measure(shape: Shape, methods: Mapping[str, Prepare]) -> list[Figures]:
-    """Figures of every method on a shape."""
+    """Measure every method on a shape."""
     operands = Operands(shape)
     exact = operands.exact()
     found, first = [], None
@@ -184,7 +184,7 @@ def measure(shape: Shape, methods: Mapping[str, Prepare]) -> list[Figures]:
 
 
 def _time_graphs(captured: Sequence[tuple[Figures, CapturedCalls]], calls: int) -> None:
-    """Fill in the GPU times. One graph's failure shows at a synchronization of all: it is noted for each."""
+    """Set the GPU times. A failure is raised at the synchronization of all graphs, so that it is recorded for each."""
     timing = Figures("timing")
     with timing.step("timing of graphs"):
         spent = graph_microseconds([graph for _, graph in captured], calls)
@@ -195,13 +195,13 @@ def _time_graphs(captured: Sequence[tuple[Figures, CapturedCalls]], calls: int) 
 
 
 def measure_all(shapes: Sequence[Shape], methods: Callable[[Shape], Mapping[str, Prepare]], until: float) -> None:
-    """Measure shapes until a time of the monotonic clock, and print their table, failures and ratios."""
+    """Measure shapes until the monotonic time `until`, and print their table, failures and ratios."""
     rows: list[tuple[object, ...]] = []
     failures: dict[str, list[str]] = {}
     ratios: dict[str, list[tuple[float, float]]] = {}
     for shape in shapes:
         if time.monotonic() > until:
-            failures.setdefault("not measured, no time left", []).append(shape.title)
+            failures.setdefault("not measured, out of time", []).append(shape.title)
             continue
         case = Figures(shape.title)
         with case.step("shape"):
@@ -220,7 +220,7 @@ def measure_all(shapes: Sequence[Shape], methods: Callable[[Shape], Mapping[str,
             failures.setdefault(failure, []).append(shape.title)
         gc.collect()
         torch.cuda.empty_cache()
-    header = ("GEMM", "method", "error", "bytes of ours", "host us", "graph us", "host, ratio", "graph, ratio")
+    header = ("GEMM", "method", "error", "equals ours", "host us", "graph us", "host, ratio", "graph, ratio")
     print_table(header, rows)
     for failure, titles in failures.items():
         say(f"failed: {failure}")
@@ -232,20 +232,20 @@ def measure_all(shapes: Sequence[Shape], methods: Callable[[Shape], Mapping[str,
 
 
 def _text(value: float, form: str) -> str:
-    """A number; "-" in place of NaN."""
+    """Format a number; NaN becomes "-"."""
     return f"{value:{form}}" if value == value else "-"
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Median, smallest and largest of what was measured."""
+    """Format median, minimum and maximum of the measured values."""
     known = [value for value in values if value == value]
     return f"{statistics.median(known):.3f} ({min(known):.3f} to {max(known):.3f})" if known else "-"
 
 
 def try_planning_within_capture() -> None:
-    """Whether a shape can meet its first call within a capture, where planning must not wait for the GPU.
+    """Print whether the first call of a shape can be captured, where planning must not synchronize.
 
-    It comes last: PyTorch may be left unusable for captures by one that failed.
+    It runs last, as a failed capture may make PyTorch unusable for further captures.
     """
     operands = Operands(Shape("", 1040, 3072, 3072))
     exact = operands.exact()
@@ -263,7 +263,7 @@ def try_planning_within_capture() -> None:
 
 
 def _planned_at_first(prepare: Prepare, operands: Operands, stack: ExitStack) -> Call:
-    """A call that prepares its method when it is first made."""
+    """A call that prepares its method at its first run."""
     prepared: list[Call] = []
 
     def call(index: int) -> Tensor:
@@ -276,16 +276,16 @@ def _planned_at_first(prepare: Prepare, operands: Operands, stack: ExitStack) ->
 
 @torch.no_grad()
 def main() -> None:
-    """Measure and print."""
+    """Measure all tables and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=75.0, help="after which no further shape is begun")
-    parser.add_argument("--only", choices=("gemm", "float8"), help="print one of the tables")
+    parser.add_argument("--seconds", type=float, default=75.0, help="time after which no further shape is started")
+    parser.add_argument("--only", choices=("gemm", "float8"), help="print only one of the tables")
     args = parser.parse_args()
     began = time.monotonic()
     print_machine("GEMM and float8 linear layers, ours against packages")
     say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {', '.join(map(_version, PACKAGES))}")
     say()
-    # Triton quantizes our float8 activations. linear_into() asks for no package.
+    # Our float8 activations are quantized by Triton; linear_into() needs no optional package.
     try_packages(torch.device("cuda", torch.cuda.current_device()), KernelChoice(("triton",)))
     warm_up()
     if args.only != "float8":
@@ -312,8 +312,8 @@ def _version(package: str) -> str:
 
 
 def warm_up() -> None:
-    """Keep the GPU busy until its clock has settled."""
-    x = torch.randn(8192, 8192, generator=torch.Generator("cuda").manual_seed(0), **CARD)
+    """Keep the GPU busy until its clock rate is stable."""
+    x = torch.randn(8192, 8192, generator=torch.Generator("cuda").manual_seed(0), **ON_GPU)
     until = time.perf_counter() + WARM_UP_SECONDS
     while time.perf_counter() < until:
         for _ in range(10):

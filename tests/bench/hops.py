@@ -1,9 +1,9 @@
-"""What a hop from stage to stage costs, by size of the payload: producer, coordinator and consumer in three processes.
+"""Latency of a hop between stages by payload size: producer, coordinator and consumer in three processes.
 
-Printed are the whole hop (the producer's stage has ended, the consumer's begins), its two halves, the parts of it that
-are not transfer (measured alone, on one thread), a raw TCP transfer of as many bytes into a buffer that exists, the
-longest stall of the coordinator's event loop, and the memory that the coordinator took above its idle state. The sizes
-are Flux's latents and embeddings, Wan's latents, and one that is large. Run it with: python tests/bench/hops.py
+The output has the whole hop (from the end of the producer's stage to the start of the consumer's), its two halves, its
+parts other than transfer (measured separately on one thread), a raw TCP transfer of as many bytes into an existing
+buffer, the longest stall of the coordinator's event loop, and the coordinator's memory above its idle state. Sizes are
+Flux's latents and embeddings, Wan's latents, and a large one. Run it with: python tests/bench/hops.py
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ HOP_BUDGET_MS = {4 * MIB: 8.0, 8 * MIB: 14.0}
 LARGE_GB_PER_SECOND = 1.0
 LARGE_TIMES_TCP = 3.0
 STALL_MS = 25.0
-UNDER_WAY_MIB = 32.0  # frames under way, and what malloc keeps of smaller payloads
+UNDER_WAY_MIB = 32.0  # frames in flight, and memory of smaller payloads that malloc retains
 # A FLUX.1-dev request of 28 steps takes about 3.6 s on one H100; its hops are one of embeddings and two of latents.
 REQUEST_MS, REQUEST_SHARE = 3600.0, 0.01
 MALLOC = "glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=268435456:glibc.malloc.arena_max=4"
@@ -59,7 +59,7 @@ MALLOC = "glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=2684
 
 @dataclass
 class Route:
-    """Milliseconds of every measured hop of one size, and what the coordinator felt."""
+    """Times in ms of every measured hop of one size, and the coordinator's stalls and memory."""
 
     hop: list[float] = field(default_factory=list)
     first_half: list[float] = field(default_factory=list)
@@ -67,11 +67,11 @@ class Route:
     stall: float = 0.0
     memory: int = 0
     cpu: float = 0.0
-    """CPU milliseconds of the coordinator's process for a hop, with its checks of the payload."""
+    """CPU time in ms of the coordinator's process per hop, including its checks of the payload."""
 
 
 class Coordinator:
-    """The part of the real one that moves packets: two runners, one after the other."""
+    """The packet-moving part of the coordinator: two runners in sequence."""
 
     def __init__(self, producer: grpc.aio.Channel, consumer: grpc.aio.Channel) -> None:
         encode = compose_contracts("text_encoding", [contracts.TEXT_ENCODING])
@@ -81,7 +81,7 @@ class Coordinator:
         self._given = _small_artifacts()
 
     async def relay(self, size: int) -> tuple[int, int, int]:
-        """Carry a payload from stage to stage: when it was sent, when all of it was here, when the consumer began."""
+        """Move a payload between the stages; returns the times of sending, complete receipt and consumer start."""
         call = Call("bench")
         given = {**self._given, "prompt": pack("prompt", Prompt(prompt=str(size)))}
         encoded = await self._encode({name: given[name] for name in ("prompt", "sampling")}, call)
@@ -94,7 +94,7 @@ class Coordinator:
 
 
 def _small_artifacts() -> dict[str, Packet]:
-    """What a denoiser needs beside the payload; small enough to ride in the header."""
+    """The denoiser's other inputs, small enough to be sent in the header."""
     one = payload_of(64).float()
     artifacts = {
         "sampling": Sampling(num_inference_steps=1, seed=0),
@@ -105,7 +105,7 @@ def _small_artifacts() -> dict[str, Packet]:
 
 
 async def measure(coordinator: Coordinator, size: int, repeats: int, idle: int) -> Route:
-    """Relay a payload again and again; the first few warm the pools. `idle` is the resident memory before any hop."""
+    """Relay a payload repeatedly; the first hops are warm-up. `idle` is the resident memory before any hop."""
     route = Route()
     with _memory(route, idle):
         for _ in range(5):
@@ -123,7 +123,7 @@ async def measure(coordinator: Coordinator, size: int, repeats: int, idle: int) 
 
 @asynccontextmanager
 async def _stalls(route: Route) -> AsyncIterator[None]:
-    """Note how late the event loop wakes a task that sleeps for a millisecond, at worst."""
+    """Record the largest delay with which the event loop wakes a task that sleeps for 1 ms."""
 
     async def tick() -> None:
         while True:
@@ -140,7 +140,7 @@ async def _stalls(route: Route) -> AsyncIterator[None]:
 
 @contextmanager
 def _memory(route: Route, idle: int) -> Iterator[None]:
-    """Note by how much this process's peak resident memory exceeds `idle`."""
+    """Record by how much this process's peak resident memory exceeds `idle`."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
     yield
     status = Path("/proc/self/status").read_text()
@@ -149,7 +149,7 @@ def _memory(route: Route, idle: int) -> Iterator[None]:
 
 
 def parts_of(size: int, repeats: int) -> dict[str, float]:
-    """Milliseconds of packing and serialising, of what the coordinator does, and of unpacking: alone, no transfer."""
+    """Times in ms of packing and serializing, of the coordinator's work, and of unpacking, without transfer."""
     conditioning = Conditioning(prompt_embeds={PAYLOAD: payload_of(size)})
     frame = request_type(stage_method("denoising"))
     pool = BufferPool()
@@ -185,7 +185,7 @@ def _assemble(frame: Any, header: bytes, frames: list[bytes], store: StoreFactor
 
 @contextmanager
 def raw_tcp(directory: Path) -> Iterator[Callable[[int, int], float]]:
-    """The yardstick: a function that gives the median milliseconds of so many transfers of a size."""
+    """Baseline: yields a function for the median time in ms of `repeats` raw TCP transfers of a size."""
     port_file = directory / "port"
     with ExitStack() as stack:
         stack.enter_context(serving("raw", str(port_file)))
@@ -204,11 +204,11 @@ def raw_tcp(directory: Path) -> Iterator[Callable[[int, int], float]]:
 
 
 async def main() -> None:
-    """Measure every size, print, and compare with the budget."""
+    """Measure every size, print the tables, and compare with the budget."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=50)
     args = parser.parse_args()
-    print_machine(f"Hops between processes of one machine, {args.repeats} of each size")
+    print_machine(f"Hops between processes of one host, {args.repeats} of each size")
     routes: dict[int, Route] = {}
     tcp: dict[int, float] = {}
     with ExitStack() as stack:
@@ -230,7 +230,7 @@ async def main() -> None:
 
 
 def report(routes: Mapping[int, Route], parts: Mapping[int, Mapping[str, float]], tcp: Mapping[int, float]) -> None:
-    """Print the tables and the verdicts."""
+    """Print the tables and the comparisons with the budgets."""
     rows = []
     for name, size in SIZES.items():
         route = routes[size]
@@ -286,7 +286,7 @@ def report(routes: Mapping[int, Route], parts: Mapping[int, Mapping[str, float]]
 
 
 if __name__ == "__main__":
-    # The fleet's processes start with these tunables: glibc reads them only at the start of a program.
+    # The fleet's processes start with these tunables, which glibc reads only at process start.
     if "GLIBC_TUNABLES" not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": MALLOC})
     asyncio.run(main())

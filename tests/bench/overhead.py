@@ -1,9 +1,9 @@
-"""What the fleet costs a request: separate processes, gRPC and Redis, against the same stages in one process.
+"""Overhead of the fleet per request: separate processes, gRPC and Redis, compared with the stages in one process.
 
-Both draw the same pictures (the bench checks that the files are equal, byte by byte), turn by turn in one run, so that
-a busy machine is busy for both, and under the same OpenMP policy: the fleet's processes let idle threads sleep, because
-spinning ones take the cores from whoever computes, and so does the one process here. OMP_WAIT_POLICY=ACTIVE gives both
-the other policy. Run it with: python tests/bench/overhead.py
+Both generate the same images (files are checked to be equal byte for byte) and alternate in one run, so that load of
+the host affects both. Both use the same OpenMP policy: idle threads sleep, because spinning threads take cores from
+computing processes. OMP_WAIT_POLICY=ACTIVE selects the other policy for both. Run it with: python
+tests/bench/overhead.py
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from models.validation import InputValidationStage
 FIXED_MS = 15.0
 SHARE = 0.02
 WARM_UP = 3
-PROMPT = "a red apple, picture {}"  # another one for each request: text encoders know a prompt that came before
+PROMPT = "a red apple, image {}"  # a new prompt per request, as replies of text encoders are cached
 
 
 class InProcess:
-    """The model's stages in this process, called one after another; nothing between them."""
+    """The model's stages in this process, called in sequence."""
 
     def __init__(self, model: ServedModel) -> None:
         self._validation = InputValidationStage(model)
@@ -49,7 +49,7 @@ class InProcess:
         ]
 
     def draw(self, seed: int, steps: int) -> tuple[dict[str, float], bytes]:
-        """Milliseconds by service, and of all under "total"; and the file."""
+        """Run one request; returns ms by service with "total", and the file."""
         began = time.perf_counter()
         given: dict[str, ParamValue] = {"prompt": PROMPT.format(seed), "seed": seed, "num_inference_steps": steps}
         slots: dict[str, Any] = dict(self._validation.run(given).artifacts)
@@ -65,13 +65,13 @@ class InProcess:
 
 
 def main() -> None:
-    """Measure, print, and tell whether the budget is kept."""
+    """Measure, print the tables, and compare with the budget."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--requests", type=int, default=30)
     args = parser.parse_args()
-    print_machine(f"Overhead of the fleet: {args.model}, {args.steps} steps, {args.requests} requests each way")
+    print_machine(f"Overhead of the fleet: {args.model}, {args.steps} steps, {args.requests} requests per side")
 
     local = InProcess(open_model(args.model, load_registry()))
     with running_fleet("--model", args.model) as fleet:
@@ -82,14 +82,14 @@ def main() -> None:
 
 
 def _pair(local: InProcess, caller: Caller, seed: int, steps: int) -> tuple[Mapping[str, float], Timeline]:
-    """One request each way, in turn: in-process milliseconds by service, and what the fleet's client saw."""
+    """Run one request on both sides; returns the in-process times in ms by service, and the client's timeline."""
     spent, file = local.draw(seed, steps)
     parameters = api.GenerationParameters(prompt=PROMPT.format(seed), seed=seed, num_inference_steps=steps)
     timeline = caller.generate(parameters)
     if timeline.files != [file]:
         raise RuntimeError(
-            f"seed {seed}: the fleet drew another picture than the same stages in this process, which uses "
-            f"{torch.get_num_threads()} threads; other numbers of threads sum up in another order"
+            f"seed {seed}: the fleet generated another image than the same stages in this process, which uses "
+            f"{torch.get_num_threads()} threads; the summation order depends on the number of threads"
         )
     return spent, timeline
 
@@ -100,24 +100,24 @@ def _report(local: list[Mapping[str, float]], timelines: list[Timeline]) -> None
     differences = [theirs - ours for theirs, ours in zip(fleet, totals, strict=True)]
     rows = (("one process", totals), ("fleet", fleet), ("fleet - one process, paired", differences))
     print_table(
-        ("ms a request", "median", "p10", "p90"),
+        ("ms per request", "median", "p10", "p90"),
         [(name, median(values), quantile(values, 0.1), quantile(values, 0.9)) for name, values in rows],
     )
     stages = ", ".join(f"{name} {median(each[name] for each in local):.1f}" for name in local[0] if name != "total")
     say(f"Stages in one process, ms: {stages}. The files are equal, byte by byte.")
-    say(f"The fleet's way, ms: {_way(timelines)}.")
+    say(f"Intervals of the fleet's events, ms: {_event_intervals(timelines)}.")
     ours, theirs = median(totals), median(fleet)
     say(f"Ratio of the medians: {theirs / ours:.3f}")
     print_verdict("overhead of the median request", theirs - ours, FIXED_MS + SHARE * ours, "ms")
 
 
-def _way(timelines: list[Timeline]) -> str:
-    """Where a request's time goes, as its client sees the events: medians between one event and the next."""
+def _event_intervals(timelines: list[Timeline]) -> str:
+    """Format the median times between consecutive events at the client."""
     moments = {
         "accepted": [each.accepted for each in timelines],
         "first stage begins": [each.first_progress for each in timelines],
         "denoising begins": [each.services["denoising"][0] for each in timelines],
-        "its last step": [each.services["denoising"][1] for each in timelines],
+        "last denoising step": [each.services["denoising"][1] for each in timelines],
         "decoding begins": [each.services["decoding"][0] for each in timelines],
         "decoded": [each.services["decoding"][1] for each in timelines],
         "downloaded": [each.finished for each in timelines],
@@ -128,7 +128,7 @@ def _way(timelines: list[Timeline]) -> str:
 
 
 if __name__ == "__main__":
-    # OpenMP reads its policy when torch is imported, which is long before main().
+    # OpenMP reads its policy when torch is imported, before main() runs.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
     main()

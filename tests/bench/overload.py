@@ -1,9 +1,9 @@
-"""A fleet that is asked for five times what it can do, with its queue bounded to one service time.
+"""A fleet under five times the load that it can serve, with its queue bounded to one service time.
 
-First the service time is measured: what a request takes while there is no other. Then requests come at random moments
-(a Poisson process, so that they come in bunches too), first all from one caller, then from one who wants four times
-too much and one who wants a fifth of the fleet. Told are the times of accepted requests and of rejections, what each
-caller got, and the memory of the coordinator and of Redis. Run it with: python tests/bench/overload.py
+First the service time is measured: the time of a request in an idle fleet. Then requests arrive in a Poisson process,
+first from one caller, then from two callers: one with four times its share and one with a fifth of the fleet. The
+output has the times of accepted requests and rejections, the share of each caller, and the memory of the coordinator
+and Redis. Run it with: python tests/bench/overload.py
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ CALLERS = ("greedy", "modest")
 LOAD = 5.0
 MODEST_LOAD = 0.2
 TIMES_SERVICE = 3.0
-BEYOND = 0.5  # of the bound, that a second caller may add although the first has filled it: its part
+BEYOND = 0.5  # fraction of the bound that a second caller may add after the first has filled it: its fair share
 REJECTION_MS = 50.0
 GROWTH_MIB = 4.0
-KEPT_SECONDS = 5  # of what has ended: so short that the store has as much of it at the end as soon after the start
+KEPT_SECONDS = 5  # retention of ended requests; so short that the store's size is constant soon after the start
 MIB = 1 << 20
 
 
 @dataclass
 class Phase:
-    """What came of the requests of one phase, by caller, in seconds; and memory in bytes, by process, over time."""
+    """Results of one phase: times in seconds by caller, and memory in bytes by process over time."""
 
     accepted: dict[str, list[float]] = field(default_factory=dict)
     rejected: dict[str, list[float]] = field(default_factory=dict)
@@ -50,16 +50,16 @@ class Phase:
 
 
 class Client:
-    """Asks as several callers, over one connection."""
+    """Sends requests as several callers over one connection."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
         self._seed = 0
 
     async def generate(self, caller: str) -> None:
-        """One request to its picture. Raises FleetError."""
+        """Run one request to its image. Raises FleetError."""
         self._seed += 1
-        parameters = api.GenerationParameters(prompt=f"a red apple, picture {self._seed}", seed=self._seed)
+        parameters = api.GenerationParameters(prompt=f"a red apple, image {self._seed}", seed=self._seed)
         request = api.GenerateRequest(request=api.SubmitRequest(parameters=parameters))
         received = 0
         try:
@@ -68,10 +68,10 @@ class Client:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
         if not received:
-            raise RuntimeError("a request ended without a picture")
+            raise RuntimeError("a request ended without an image")
 
     async def note(self, caller: str, phase: Phase) -> None:
-        """One request, accepted or not."""
+        """Run one request and record its acceptance or rejection."""
         began = time.perf_counter()
         try:
             await self.generate(caller)
@@ -83,7 +83,7 @@ class Client:
 
 
 async def run_phase(client: Client, rates: Mapping[str, float], seconds: float, fleet: RunningFleet) -> Phase:
-    """Requests of each caller at so many a second, for so long; ends once the last one has an answer."""
+    """Send requests at `rates` (per second, by caller) for `seconds`; returns once all have ended."""
     phase = Phase()
     async with asyncio.TaskGroup() as group:
         watching = asyncio.create_task(watch_memory(fleet, phase.memory))
@@ -102,7 +102,7 @@ async def run_phase(client: Client, rates: Mapping[str, float], seconds: float, 
 
 
 async def watch_memory(fleet: RunningFleet, memory: dict[str, list[int]]) -> None:
-    """Note the resident memory of the coordinator and of the store, twice a second."""
+    """Record the resident memory of the coordinator and the store twice a second."""
     watched = {name: process_of(fleet, word) for name, word in (("coordinator", "coordinator"), ("Redis", "valkey"))}
     while True:
         for name, process in watched.items():
@@ -111,7 +111,7 @@ async def watch_memory(fleet: RunningFleet, memory: dict[str, list[int]]) -> Non
 
 
 def process_of(fleet: RunningFleet, word: str) -> psutil.Process:
-    """The fleet's process with that word in its command line."""
+    """The fleet's process with `word` in its command line."""
     for process in psutil.Process(fleet.process_id).children(recursive=True):
         if any(word in part for part in process.cmdline()[:6]):
             return process
@@ -119,7 +119,7 @@ def process_of(fleet: RunningFleet, word: str) -> psutil.Process:
 
 
 async def service_time(endpoint: str, requests: int) -> float:
-    """Seconds that a request takes in an idle fleet; the first ones warm it up."""
+    """Measure the seconds of a request in an idle fleet, after a warm-up."""
     async with grpc.aio.insecure_channel(endpoint) as channel:
         client = Client(channel)
         times = []
@@ -131,20 +131,20 @@ async def service_time(endpoint: str, requests: int) -> float:
 
 
 async def overload(fleet: RunningFleet, service: float, seconds: float) -> dict[str, Phase]:
-    """Both phases, each after the fleet has come to rest."""
+    """Run both phases, each on an idle fleet."""
     rates = {
         "one caller": {"greedy": LOAD / service},
         "two callers": {"greedy": (LOAD - MODEST_LOAD) / service, "modest": MODEST_LOAD / service},
     }
     async with grpc.aio.insecure_channel(fleet.endpoint) as channel:
         client = Client(channel)
-        for _ in range(5):  # the fleet learns its pace
+        for _ in range(5):  # the fleet measures its pace
             await client.generate(CALLERS[0])
         return {name: await run_phase(client, each, seconds, fleet) for name, each in rates.items()}
 
 
 def keys_file(directory: Path) -> Path:
-    """Callers whose keys are their names."""
+    """A file of callers, whose API keys are their names."""
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in CALLERS}
     path = directory / "keys.toml"
     path.write_text("".join(f'[callers.{name}]\nkey_sha256 = ["{digest}"]\n' for name, digest in digests.items()))
@@ -152,13 +152,13 @@ def keys_file(directory: Path) -> Path:
 
 
 def growth(sizes: Sequence[int]) -> float:
-    """MiB by which memory grew from the second quarter of a phase to its last one, medians each."""
+    """Growth in MiB between the medians of a phase's second and last quarter."""
     quarter = len(sizes) // 4
     return (median(sizes[-quarter:]) - median(sizes[quarter : 2 * quarter])) / MIB
 
 
 def report(phases: Mapping[str, Phase], service: float, seconds: float) -> None:
-    """Print what happened, and whether the budgets are kept."""
+    """Print the results and the comparisons with the budgets."""
     rows = []
     for name, phase in phases.items():
         for caller in phase.accepted.keys() | phase.rejected.keys():
@@ -172,7 +172,7 @@ def report(phases: Mapping[str, Phase], service: float, seconds: float) -> None:
         refused = [1e3 * each for times in phase.rejected.values() for each in times]
         say(
             f"{name}: {len(done) * service / seconds:.2f} of the fleet was used; rejections took {median(refused):.1f} "
-            f"ms (median) and told to come again after {median(phase.delays):.2f} s (median)."
+            f"ms (median) with a retry delay of {median(phase.delays):.2f} s (median)."
         )
         budget = TIMES_SERVICE + BEYOND * (len(phase.accepted) - 1)
         print_verdict(f"{name}: p95 of accepted requests", quantile(done, 0.95) / service, budget, "times")
@@ -182,13 +182,13 @@ def report(phases: Mapping[str, Phase], service: float, seconds: float) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both phases and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="emoji")
-    parser.add_argument("--seconds", type=float, default=60.0, help="length of a phase")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds per phase")
     args = parser.parse_args()
     random.seed(0)
-    print_machine(f"Overload: {args.model}, {LOAD:g} times the load for {args.seconds:g} s, twice")
+    print_machine(f"Overload: {args.model}, {LOAD:g} times the capacity for {args.seconds:g} s, twice")
     with tempfile.TemporaryDirectory() as directory:
         settings = {"FLEET_API_KEYS": str(keys_file(Path(directory))), "FLEET_API_KEY": CALLERS[0]}
         with running_fleet("--model", args.model, settings=settings) as fleet:

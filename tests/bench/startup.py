@@ -1,7 +1,7 @@
-"""How long until a fleet is ready, and until a request shows its first sign of life.
+"""Start-up latency: time until a fleet is ready, and until a request reports its first progress.
 
-Three questions: `fleet up` to its ready line; Submit to the first progress event of a ready fleet; and `fleet
-generate` from nothing to a picture. Run it with: python tests/bench/startup.py
+Three measurements: `fleet up` to its ready line; Submit to the first progress event in a ready fleet; and `fleet
+generate` without a running fleet, to the image. Run it with: python tests/bench/startup.py
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from bench_report import median, print_machine, print_table, print_verdict, quan
 
 from fleet.v1 import generation_pb2 as api
 
-FIRST_PICTURE_SECONDS = 30.0
+FIRST_IMAGE_SECONDS = 30.0
 GENERATION_SECONDS = 5.0
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure all starts and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="emoji")
-    parser.add_argument("--starts", type=int, default=3, help="how often everything is started")
-    parser.add_argument("--requests", type=int, default=10, help="requests to each fleet that was started")
+    parser.add_argument("--starts", type=int, default=3, help="number of starts")
+    parser.add_argument("--requests", type=int, default=10, help="requests per started fleet")
     args = parser.parse_args()
     print_machine(f"Starting: {args.model}, {args.starts} starts")
 
@@ -45,27 +45,27 @@ def main() -> None:
             caller.close()
         first.append(timelines[0])
         later += timelines[1:]
-    pictures = [_generate(args.model) for _ in range(args.starts)]
+    seconds = [_generate(args.model) for _ in range(args.starts)]
 
     rows = [
         ("`fleet up` to its ready line, s", ready),
         ("first request: Submit to accepted, ms", [1e3 * each.accepted for each in first]),
         ("first request: Submit to the first progress event, ms", [1e3 * each.first_progress for each in first]),
-        ("first request: Submit to the picture, s", [each.finished for each in first]),
+        ("first request: Submit to the image, s", [each.finished for each in first]),
         ("later requests: Submit to accepted, ms", [1e3 * each.accepted for each in later]),
         ("later requests: Submit to the first progress event, ms", [1e3 * each.first_progress for each in later]),
-        ("later requests: Submit to the picture, s", [each.finished for each in later]),
-        ("`fleet generate`, from nothing to a picture, s", pictures),
+        ("later requests: Submit to the image, s", [each.finished for each in later]),
+        ("`fleet generate` without a running fleet, s", seconds),
     ]
     print_table(("", "median", "p90"), [(name, median(found), quantile(found, 0.9)) for name, found in rows])
-    print_verdict("first picture of a fresh process", median(pictures), FIRST_PICTURE_SECONDS, "s")
+    print_verdict("first image of a fresh process", median(seconds), FIRST_IMAGE_SECONDS, "s")
     print_verdict("generation in a ready fleet", median(each.finished for each in first), GENERATION_SECONDS, "s")
 
 
 def _generate(model: str) -> float:
-    """Seconds that one `fleet generate` takes, process start and end included."""
+    """Seconds of one `fleet generate`, including process start and exit."""
     with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "picture.png"
+        output = Path(directory) / "image.png"
         command = [sys.executable, "-m", "services.cli", "generate", "a red apple", "--model", model, "--output"]
         began = time.monotonic()
         subprocess.run([*command, str(output)], check=True, capture_output=True)

@@ -1,11 +1,11 @@
-"""Our denoising step of two checkouts, this one and an older one, in interleaved pairs on one GPU.
+"""Our denoising step in two checkouts, an older one and this one, in interleaved pairs on one GPU.
 
-Each checkout has one process, which builds the work's DiT with the same random weights and captures its CUDA graph.
-Then bursts of steps alternate: before, after, before, after. Printed are both medians, their ratio, the ratios of the
-pairs, and whether both predictions are equal to the bit. The older checkout needs its models/ (without checkpoints),
-configs/, common/ and tests/bench/bench_steps.py; works are those of this checkout.
+Each checkout has one process, which builds the workload's DiT with the same random weights and captures its CUDA graph.
+Then bursts of steps alternate: before, after, before, after. The output has both medians, their ratio, the ratios of
+the pairs, and whether both predictions are bit-identical. The older checkout needs models/ (without checkpoints),
+configs/, common/ and tests/bench/bench_steps.py; workloads come from this checkout.
 
-Run it with: python tests/bench/step_pairs.py --before DIR; to try its logic without a GPU: --device cpu --scale tiny
+Run it with: python tests/bench/step_pairs.py --before DIR; to try it without a GPU: --device cpu --scale tiny
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BURST_MS = 300.0
 LARGEST_RATIO = 1.015
-"""A refactoring must not slow a step by more."""
+"""Largest ratio of step times, after to before, that a refactoring may have."""
 
 
 class SideEnded(RuntimeError):
-    """The process of a checkout ended; its stderr has the error."""
+    """The process of a checkout exited; its stderr has the error."""
 
 
 class Side:
-    """The process of one checkout, which answers lines of JSON."""
+    """The process of one checkout, which replies with JSON lines."""
 
     def __init__(self, tree: Path, overlay: Path, device: str, scale: str) -> None:
-        """`overlay` is an empty folder for the modules of the checkout's tests/bench that precede this checkout's."""
+        """`overlay` is an empty folder for the checkout's tests/bench modules that override this checkout's."""
         (overlay / "bench_steps.py").symlink_to(tree / "tests" / "bench" / "bench_steps.py")
         program = HERE / "bench_pair_side.py"
         self._tree = tree
         path = (str(tree), str(overlay), str(HERE), os.environ.get("PYTHONPATH", ""))
-        # -P leaves the program's own folder out of sys.path, which would otherwise come first.
+        # -P removes the program's folder from sys.path, where it would come first.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(program), "--tree", str(tree), "--device", device, "--scale", scale],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
@@ -63,7 +63,7 @@ class Side:
             raise SideEnded(f"{self._tree}: the process ended") from None
 
     def receive(self) -> dict[str, Any]:
-        """Wait for the next answer. Raises SideEnded."""
+        """Wait for the next reply. Raises SideEnded."""
         assert self._process.stdout is not None, "a pipe"
         line = self._process.stdout.readline()
         if not line:
@@ -72,7 +72,7 @@ class Side:
         return answer
 
     def measure(self, steps: int) -> float:
-        """Milliseconds of a step in a burst. Raises SideEnded."""
+        """Time per step in ms, in a burst. Raises SideEnded."""
         self.send(measure=steps)
         return float(self.receive()["milliseconds"])
 
@@ -86,7 +86,7 @@ class Side:
 
 @dataclass
 class Pairs:
-    """Milliseconds of a step in each burst of both sides, in order, and whether both predictions are equal."""
+    """Times per step in ms of each burst, by side, and whether both predictions are equal."""
 
     is_equal: bool
     before: list[float] = field(default_factory=list)
@@ -94,12 +94,12 @@ class Pairs:
 
     @property
     def ratio(self) -> float:
-        """Of the medians, after to before."""
+        """Ratio of the medians, after to before."""
         return median(self.after) / median(self.before)
 
 
 def main() -> int:
-    """Measure and print; the status is 1 where a work failed or became slower than LARGEST_RATIO."""
+    """Measure and print the table. The exit status is 1 if a workload failed or exceeds LARGEST_RATIO."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--before", type=Path, required=True, help="an older checkout")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -130,16 +130,16 @@ def main() -> int:
                 parser.error(f"--work: {', '.join(sorted(unknown))} is not one of {', '.join(works)}")
             remaining = measure_all(remaining, before, after, args.pairs, found)
     print_table(
-        ("ms a step", "before", "after", "after / before", "ratios of the pairs", "equal to the bit"),
+        ("ms per step", "before", "after", "after / before", "ratios of the pairs", "bit-identical"),
         [row(name, pairs) for name, pairs in found.items()],
     )
     slower = [name for name, pairs in found.items() if not pairs.ratio <= LARGEST_RATIO]
-    say(f"Works that failed or are slower than {LARGEST_RATIO} of before: {', '.join(slower) or 'none'}")
+    say(f"Workloads that failed or exceed {LARGEST_RATIO} of before: {', '.join(slower) or 'none'}")
     return 1 if slower else 0
 
 
 def measure_all(works: list[str], before: Side, after: Side, pairs: int, found: dict[str, Pairs]) -> list[str]:
-    """Measure works until one fails; returns those that remain for new processes."""
+    """Measure workloads until one fails; returns the remaining ones, which need new processes."""
     for index, name in enumerate(works):
         began = time.perf_counter()
         found[name] = Pairs(is_equal=False)
@@ -153,13 +153,13 @@ def measure_all(works: list[str], before: Side, after: Side, pairs: int, found: 
 
 
 def measure(name: str, before: Side, after: Side, count: int) -> Pairs:
-    """Build a work on both sides at once, then alternate bursts. Raises SideEnded."""
+    """Build a workload on both sides concurrently, then alternate bursts. Raises SideEnded."""
     sides = (before, after)
     for side in sides:
         side.send(build=name)
     digests = {side.receive()["digest"] for side in sides}
     pairs = Pairs(is_equal=len(digests) == 1)
-    # Not while the sides are built: they share the GPU then.
+    # After the builds, during which both sides share the GPU.
     steps = max(1, round(BURST_MS / max(side.measure(1) for side in sides)))
     for _ in range(count):
         pairs.before.append(before.measure(steps))
@@ -168,7 +168,7 @@ def measure(name: str, before: Side, after: Side, count: int) -> Pairs:
 
 
 def row(name: str, pairs: Pairs) -> tuple[str, ...]:
-    """Cells of a work's row."""
+    """Table cells of a workload."""
     ratios = [after / before for before, after in zip(pairs.before, pairs.after, strict=True)]
     if not ratios:
         return (name, "failed", "failed", "", "", "")

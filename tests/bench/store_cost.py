@@ -1,10 +1,10 @@
-"""What a request costs the coordinator and Redis: CPU seconds, commands and bytes, by request and by step.
+"""Cost of a request at the coordinator and Redis: CPU seconds, commands and bytes, per request and per step.
 
-Slots are claimed and released at a service with 100 and 1,000 live workers. Then requests of few and of many steps go
-to a fleet of processes, one at a time; the difference is the cost of a step. Redis syncs the writes of one turn of its
-loop together, so that a write costs less the more there are: each figure is given with every write synced alone
-(appendfsync always) and without any sync. From both follows how many coordinators and how large a Redis a number of
-GPUs needs. Run it with: python tests/bench/store_cost.py
+Slots are claimed and released at a service with 100 and 1,000 live workers. Then requests with few and with many steps
+run sequentially on a fleet of processes; the difference is the cost of a step. Redis syncs the writes of one event-loop
+iteration together, so that a write is cheaper under load: each figure is measured with appendfsync always and with
+appendfsync no. The numbers of coordinators and Redis servers for a number of GPUs follow from both. Run it with: python
+tests/bench/store_cost.py
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SYNCS: tuple[Sync, ...] = ("always", "no")
 
 @dataclass(frozen=True)
 class Counters:
-    """CPU seconds of the coordinator and of Redis, scripts that Redis ran, and bytes that it received and sent."""
+    """CPU seconds of the coordinator and Redis, scripts run by Redis, and bytes that Redis received and sent."""
 
     coordinator: float
     redis: float
@@ -50,16 +50,16 @@ class Counters:
     sent: float
 
     def since(self, before: Counters) -> Counters:
-        """What was added."""
+        """Difference to earlier counters."""
         return Counters(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
     def scaled(self, factor: float) -> Counters:
-        """All of them, times a factor."""
+        """All counters multiplied by a factor."""
         return Counters(*(factor * each for each in astuple(self)))
 
 
 async def read_counters(url: str, coordinator: psutil.Process | None = None) -> Counters:
-    """The counters of a server, and of a coordinator's process."""
+    """Read the counters of a Redis server and of a coordinator process."""
     redis = AsyncRedis.from_url(url)
     info = await command(redis, "INFO", "everything")
     await redis.aclose()
@@ -74,14 +74,14 @@ async def read_counters(url: str, coordinator: psutil.Process | None = None) -> 
 
 
 def cost_of_requests(fleet: RunningFleet, url: str, steps: int, requests: int) -> tuple[Counters, float]:
-    """The counters of a request of so many steps, what the idle fleet takes meanwhile included; and its seconds."""
+    """Counters per request of `steps` steps, including the idle fleet's cost meanwhile; and seconds per request."""
     coordinator = process_of(fleet, "coordinator")
     caller = Caller(fleet.endpoint)
     before, began = Counters(0, 0, 0, 0, 0), 0.0
     for number in range(WARM_UP + requests):
         if number == WARM_UP:
             before, began = asyncio.run(read_counters(url, coordinator)), time.perf_counter()
-        prompt = f"a red apple, picture {steps} {number}"
+        prompt = f"a red apple, image {steps} {number}"
         caller.generate(api.GenerationParameters(prompt=prompt, seed=number, num_inference_steps=steps))
     seconds = (time.perf_counter() - began) / requests
     spent = asyncio.run(read_counters(url, coordinator)).since(before).scaled(1 / requests)
@@ -90,7 +90,7 @@ def cost_of_requests(fleet: RunningFleet, url: str, steps: int, requests: int) -
 
 
 def cost_of_idling(fleet: RunningFleet, url: str, seconds: float) -> Counters:
-    """The counters of a second without requests: heartbeats of the coordinator and of four workers."""
+    """Counters of one second without requests: heartbeats of the coordinator and four workers."""
     coordinator = process_of(fleet, "coordinator")
     before = asyncio.run(read_counters(url, coordinator))
     time.sleep(seconds)
@@ -98,7 +98,7 @@ def cost_of_idling(fleet: RunningFleet, url: str, seconds: float) -> Counters:
 
 
 async def cost_of_claims(url: str, workers: int, at_a_time: int, claims: int) -> float:
-    """CPU seconds of Redis for a claim and its release at a service with so many live workers, half of them busy."""
+    """Redis CPU seconds of a claim and its release, at a service with `workers` live workers, half of them busy."""
     redis = connect(url)
     await command(redis, "FLUSHALL")
     registry = WorkerRegistry(redis, heartbeat_seconds=3_600, ttl_seconds=36_000)
@@ -137,13 +137,13 @@ def _worker(number: int) -> worker_pb2.WorkerInfo:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=20)
     parser.add_argument("--claims", type=int, default=400)
     parser.add_argument("--idle-seconds", type=float, default=10.0)
     args = parser.parse_args()
-    print_machine(f"What a request costs coordinator and Redis, {args.requests} requests of each kind")
+    print_machine(f"Cost of a request at coordinator and Redis, {args.requests} requests of each kind")
     report_claims(args.claims)
     for sync in SYNCS:
         say(f"appendfsync {sync}:")
@@ -153,7 +153,7 @@ def main() -> None:
 
 
 def cost_by_part(sync: Sync, requests: int, idle_seconds: float) -> Mapping[str, Counters]:
-    """What the parts of a request cost."""
+    """Measure the cost of the parts of a request."""
     with (
         EmbeddedStore(appendfsync=sync) as store,
         running_fleet("--model", "emoji", "--redis", store.url) as fleet,
@@ -171,7 +171,7 @@ def _whole(few: Counters, step: Counters) -> Counters:
 
 
 def report(costs: Mapping[str, Counters]) -> None:
-    """Print what requests cost."""
+    """Print the costs of requests."""
     header = ("", "coordinator CPU, ms", "Redis CPU, ms", "scripts", "KB to Redis", "KB from Redis")
     rows = [
         (name, 1e3 * each.coordinator, 1e3 * each.redis, each.scripts, each.received / 1e3, each.sent / 1e3)
@@ -181,14 +181,14 @@ def report(costs: Mapping[str, Counters]) -> None:
 
 
 def report_claims(claims: int) -> None:
-    """Measure and print what a claim costs Redis, by the number of workers and of claims at a time."""
+    """Measure and print the Redis cost of a claim, by number of workers and of concurrent claims."""
     rows = []
     for sync in SYNCS:
         with EmbeddedStore(appendfsync=sync) as store:
             for at_a_time in AT_A_TIME:
                 costs = [1e3 * asyncio.run(cost_of_claims(store.url, each, at_a_time, claims)) for each in WORKERS]
                 rows.append((sync, at_a_time, *costs))
-    print_table(("appendfsync", "claims at a time", *(f"{each} workers: Redis CPU, ms" for each in WORKERS)), rows)
+    print_table(("appendfsync", "concurrent claims", *(f"{each} workers: Redis CPU, ms" for each in WORKERS)), rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What traces cost a request: a fleet that exports every span to a receiver, against a fleet that exports none.
+"""Cost of traces per request: a fleet that exports every span, compared with a fleet that exports none.
 
-Both fleets run at once and generate the same images in pairs, one request after the other, and the fleet that is first
-changes from pair to pair. So a busy machine is busy for both. The receiver is in this process. Run it with:
-python tests/bench/trace_cost.py
+Both fleets run concurrently and generate the same images in pairs of sequential requests; the first fleet alternates
+between pairs, so that load of the host affects both. The receiver is in this process. Run it with: python
+tests/bench/trace_cost.py
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from otlp_receiver import receiving
 
 SHARE = 0.01
 WARM_UP = 3
-PROMPT = "a red apple, number {}"  # a new one for each request: text encoders cache replies
+PROMPT = "a red apple, number {}"  # a new prompt per request, as replies of text encoders are cached
 
 
 class Side:
-    """One of the two fleets, with what its requests took."""
+    """One of the two fleets, with the times of its requests."""
 
     def __init__(self, fleet: RunningFleet) -> None:
         self._caller = Caller(fleet.endpoint)
@@ -38,7 +38,7 @@ class Side:
         self.cpu_seconds: list[float] = []
 
     def draw(self, number: int, steps: int, size: int) -> bytes:
-        """One request; returns its file."""
+        """Run one request; returns its file."""
         parameters = api.GenerationParameters(
             prompt=PROMPT.format(number), seed=number, num_inference_steps=steps, height=size, width=size
         )
@@ -53,12 +53,12 @@ class Side:
         return sum(sum(each.cpu_times()[:2]) for each in self._processes)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the channel."""
         self._caller.close()
 
 
 def main() -> None:
-    """Measure, print, and state whether the budget is kept."""
+    """Measure, print the table, and compare with the budget."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--steps", type=int, default=20)
@@ -90,12 +90,12 @@ def _report(without: Side, traced: Side, spans: float) -> None:
         ("with traces", _milliseconds(traced.seconds), _milliseconds(traced.cpu_seconds)),
     ]
     print_table(
-        ("ms a request", "median", "p10", "p90", "CPU of the fleet, median"),
+        ("ms per request", "median", "p10", "p90", "CPU of the fleet, median"),
         [(name, median(each), quantile(each, 0.1), quantile(each, 0.9), median(cpu)) for name, each, cpu in rows],
     )
     differences = [b - a for a, b in zip(rows[0][1], rows[1][1], strict=True)]
     base = median(rows[0][1])
-    say(f"Spans a request: {spans:.1f}. Median difference of a pair: {median(differences):.2f} ms of {base:.1f} ms.")
+    say(f"Spans per request: {spans:.1f}. Median difference of a pair: {median(differences):.2f} ms of {base:.1f} ms.")
     print_verdict("cost of traces, median of the pairs", 100 * median(differences) / base, 100 * SHARE, "%")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import run_autoscale as program
-from autoscaled_fleet import ScaleIn, Story
+from autoscaled_fleet import ScaleIn, ScalingHistory
 from run_autoscale import Image, Load, Report, run_autoscale
 
 LOAD = Load(requests=10, scale_ins=3, steps=3)
@@ -23,11 +23,11 @@ def test_requests_survive_a_burst_from_zero_and_scale_ins(monkeypatch: pytest.Mo
     monkeypatch.setattr(program, "_PUSH_SECONDS", 10.0)
     directory = Path(tempfile.mkdtemp(prefix="scale-"))  # unix sockets want a short path
     report = run_autoscale(LOAD, directory)
-    assert not report.story.findings, "\n".join((*report.story.notes, *report.story.findings, str(directory)))
+    assert not report.history.findings, "\n".join((*report.history.notes, *report.history.findings, str(directory)))
     assert report.answered >= LOAD.requests + len(LOAD.wave)
-    assert report.story.most["denoising"] == 4
-    assert report.story.during_requests >= LOAD.scale_ins
-    assert len(report.story.scale_ins) == report.story.scale_outs
+    assert report.history.most["denoising"] == 4
+    assert report.history.during_requests >= LOAD.scale_ins
+    assert len(report.history.scale_ins) == report.history.scale_outs
     shutil.rmtree(directory)
 
 
@@ -35,7 +35,7 @@ def test_other_bytes_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "make_references", lambda load: dict.fromkeys((*load.burst, *load.wave), b"other"))
     directory = Path(tempfile.mkdtemp(prefix="scale-"))
     report = run_autoscale(replace(LOAD, requests=1), directory)
-    assert any("has other bytes than its reference" in finding for finding in report.story.findings)
+    assert any("has other bytes than its reference" in finding for finding in report.history.findings)
     assert report.answered == 0
     shutil.rmtree(directory)
 
@@ -47,7 +47,7 @@ def test_a_load_repeats_its_images() -> None:
 
 def test_the_table_counts_scale_ins_by_what_ran() -> None:
     ends = [ScaleIn("a", ("r",), 2), ScaleIn("b", (), 1), ScaleIn("c", (), 0)]
-    table = Report(Story(scale_ins=ends), 5, 0, 1.0, 2.0, 0.25).table()
+    table = Report(ScalingHistory(scale_ins=ends), 5, 0, 1.0, 2.0, 0.25).table()
     figures = {line[:60].strip(): line[60:] for line in table.splitlines()}
     assert figures["scale-ins"] == "3"
     assert figures["scale-ins while requests ran"] == "2"

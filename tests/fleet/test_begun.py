@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from async_tests import wait_until
 from common.errors import Unavailable
 from common.rpc import frame_reporter as reporter_module
 from common.rpc.client import RemoteRunner, WorkerLost, header_frame, open_channel
@@ -22,8 +22,7 @@ from common.rpc.stage_servicer import ServicerLimits
 from common.stage import Call
 from common.tensors import TORCH
 from fleet.v1 import artifacts_pb2, denoising_pb2
-from redis_servers import until
-from stage_server import METHOD, SERVICE, Gate, ScriptedStage, Served, packets, served
+from stage_server import METHOD, SERVICE, Gate, ScriptedStage, Served, packets, run_served
 
 BEGUN = denoising_pb2.DenoiseResponse(begun=artifacts_pb2.Begun()).SerializeToString()
 
@@ -41,14 +40,6 @@ asyncio.run(main())
 """
 
 
-def run(test: Callable[[Served], Awaitable[None]], script: Any = None, **options: Any) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(60), served(*([script] if script else []), **options) as stage:
-            await test(stage)
-
-    asyncio.run(main())
-
-
 def test_it_comes_when_the_stages_start_and_not_before() -> None:
     gate = Gate()
 
@@ -61,13 +52,13 @@ def test_it_comes_when_the_stages_start_and_not_before() -> None:
         async def both_are_there() -> bool:
             return stage.servicer.in_flight == 2
 
-        await until(both_are_there)
+        await wait_until(both_are_there)
         assert not begun[1].is_set()
         gate.opened.set()
         await asyncio.gather(first, second)
         assert begun[1].is_set()
 
-    run(test, gate, limits=ServicerLimits(capacity=2))
+    run_served(test, gate, limits=ServicerLimits(capacity=2))
 
 
 def test_only_callers_that_ask_get_it() -> None:
@@ -81,7 +72,7 @@ def test_only_callers_that_ask_get_it() -> None:
         assert replies[0] == BEGUN
         assert BEGUN not in replies[1:]
 
-    run(test)
+    run_served(test)
 
 
 def test_a_reply_from_the_cache_begins_nothing() -> None:
@@ -95,7 +86,7 @@ def test_a_reply_from_the_cache_begins_nothing() -> None:
         assert BEGUN not in frames
 
     cache = ReplyCache(1 << 30, service=SERVICE, model="begun")
-    run(test, cache=cache)
+    run_served(test, cache=cache)
 
 
 def test_the_stage_starts_once_it_is_written() -> None:

@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,12 @@ from common.rpc.client import open_channel
 from common.state.connection import connect
 from coordinator_fleet import FakeFleet, Gate, Script, emoji, error_of, running_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import running_server
 from services.coordinator.callers import Caller, Keys, read_keys
 from services.coordinator.settings import CoordinatorSettings
 from tokens import AUDIENCE, ISSUER, jwk, jwk_set, public_pem, token
 
 ALICE, BOB = "key-of-alice", "key-of-bob"
 UNKNOWN = "00000000deadbeef"
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 @pytest.fixture
@@ -78,7 +71,7 @@ async def code_of(call: Any) -> tuple[str, str]:
     return error_of(caught.value)[0], caught.value.details() or ""
 
 
-def test_every_rpc_needs_a_key_and_health_does_not(url: str, keys: Path) -> None:
+def test_every_rpc_needs_a_key_and_health_does_not(store_url: str, keys: Path) -> None:
     async def story(running: FakeFleet) -> None:
         coordinator, stub = await running.add_coordinator(api_keys=keys)
         calls = (
@@ -96,7 +89,7 @@ def test_every_rpc_needs_a_key_and_health_does_not(url: str, keys: Path) -> None
         for call in calls:
             for metadata in wrong:
                 assert (await code_of(call(metadata)))[0] == "UNAUTHENTICATED"
-        async with connect(url) as redis:
+        async with connect(store_url) as redis:
             assert not await redis.exists("fleet:requests")
         async with open_channel(coordinator.address) as channel:
             check: Any = channel.unary_unary(
@@ -104,10 +97,10 @@ def test_every_rpc_needs_a_key_and_health_does_not(url: str, keys: Path) -> None
             )
             assert (await check(b"")).status == health_pb2.HealthCheckResponse.SERVING
 
-    run(url, story)
+    run(store_url, story)
 
 
-def test_callers_see_their_own_requests_only(url: str, keys: Path) -> None:
+def test_callers_see_their_own_requests_only(store_url: str, keys: Path) -> None:
     async def story(running: FakeFleet) -> None:
         await running.add_workers()
         _, stub = await running.add_coordinator(api_keys=keys)
@@ -142,10 +135,10 @@ def test_callers_see_their_own_requests_only(url: str, keys: Path) -> None:
         _, open_to_all = await running.add_coordinator()
         assert len((await open_to_all.ListRequests(pb.ListRequestsRequest())).requests) == 2
 
-    run(url, story)
+    run(store_url, story)
 
 
-def test_a_caller_has_so_many_requests_open_and_others_do_not_suffer(url: str, keys: Path) -> None:
+def test_a_caller_has_so_many_requests_open_and_others_do_not_suffer(store_url: str, keys: Path) -> None:
     async def story(running: FakeFleet) -> None:
         gate = Gate()
         await running.add_workers(("latent_preparation", "denoising", "decoding"))
@@ -161,13 +154,13 @@ def test_a_caller_has_so_many_requests_open_and_others_do_not_suffer(url: str, k
         for request_id in (first, *ids):
             await terminal(open_to_all, request_id)
         assert (await stub.Submit(submission(), metadata=bearer(ALICE))).request.request_id
-        async with connect(url) as redis:
+        async with connect(store_url) as redis:
             assert not await redis.exists("fleet:open-by:bob@studio")
 
-    run(url, story)
+    run(store_url, story)
 
 
-def test_bounds_on_metadata_and_calls(url: str) -> None:
+def test_bounds_on_metadata_and_calls(store_url: str) -> None:
     async def story(running: FakeFleet) -> None:
         coordinator, stub = await running.add_coordinator(max_calls=2)
         large = (("x", "y" * 20_000),)
@@ -184,7 +177,7 @@ def test_bounds_on_metadata_and_calls(url: str) -> None:
         assert await stub.ListModels(pb.ListModelsRequest())
         watches[1].cancel()
 
-    run(url, story)
+    run(store_url, story)
 
 
 async def command(*words: str, key: str) -> tuple[int | None, bytes, bytes]:
@@ -199,7 +192,7 @@ async def command(*words: str, key: str) -> tuple[int | None, bytes, bytes]:
     return process.returncode, output, errors
 
 
-def test_the_command_line_sends_the_key(url: str, keys: Path) -> None:
+def test_the_command_line_sends_the_key(store_url: str, keys: Path) -> None:
     async def story(running: FakeFleet) -> None:
         coordinator, _ = await running.add_coordinator(api_keys=keys)
         words = ("models", "--endpoint", coordinator.address)
@@ -211,14 +204,14 @@ def test_the_command_line_sends_the_key(url: str, keys: Path) -> None:
         assert code == 0
         assert b"emoji" in output
 
-    run(url, story)
+    run(store_url, story)
 
 
 def token_settings(keys: Path) -> dict[str, Any]:
     return {"jwt_keys": keys, "jwt_audience": AUDIENCE, "jwt_issuer": ISSUER}
 
 
-def test_a_token_says_who_calls_and_may_lower_its_bound(url: str, keys: Path, tmp_path: Path) -> None:
+def test_a_token_says_who_calls_and_may_lower_its_bound(store_url: str, keys: Path, tmp_path: Path) -> None:
     (tmp_path / "jwks.json").write_text(jwk_set(jwk("Ed", kid="one")))
 
     async def story(running: FakeFleet) -> None:
@@ -252,7 +245,7 @@ def test_a_token_says_who_calls_and_may_lower_its_bound(url: str, keys: Path, tm
         assert as_token == as_key
         assert len(as_key.requests) == 1
 
-    run(url, story)
+    run(store_url, story)
 
 
 def replace(files: dict[Path, bytes]) -> None:
@@ -260,7 +253,9 @@ def replace(files: dict[Path, bytes]) -> None:
         path.write_bytes(content)
 
 
-def test_new_keys_count_without_a_restart_and_broken_files_change_nothing(url: str, keys: Path, tmp_path: Path) -> None:
+def test_new_keys_count_without_a_restart_and_broken_files_change_nothing(
+    store_url: str, keys: Path, tmp_path: Path
+) -> None:
     public = tmp_path / "public.pem"
     public.write_bytes(public_pem("Ed"))
 
@@ -282,10 +277,10 @@ def test_new_keys_count_without_a_restart_and_broken_files_change_nothing(url: s
         replace({keys: b"[callers", public: b""})
         assert await served(ALICE, "other", old, new) == [False, True, False, True]
 
-    run(url, story)
+    run(store_url, story)
 
 
-def test_the_command_line_sends_a_token_in_the_same_way(url: str, tmp_path: Path) -> None:
+def test_the_command_line_sends_a_token_in_the_same_way(store_url: str, tmp_path: Path) -> None:
     (tmp_path / "public.pem").write_bytes(public_pem("Ed"))
 
     async def story(running: FakeFleet) -> None:
@@ -297,7 +292,7 @@ def test_the_command_line_sends_a_token_in_the_same_way(url: str, tmp_path: Path
         assert (code, errors.count(b"\n")) == (2, 1)
         assert b"the token has expired" in errors
 
-    run(url, story)
+    run(store_url, story)
 
 
 @pytest.mark.parametrize(

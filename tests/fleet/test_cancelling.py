@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 from prometheus_client import REGISTRY
 
+from async_tests import wait_until
 from common.stage import Call
 from common.state.connection import connect
 from coordinator_fleet import FakeFleet, Gate, Stub, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import running_server, until
 
 STEPS = 8
 DONE = 3
@@ -20,12 +20,6 @@ INPUT_BYTES = 2 << 20
 """The buffers of the denoiser's call: embeddings of 1.2 MB, in grains of a MiB; all else rides in the header."""
 
 Way = Callable[[Stub, pb.SubmitRequest], AsyncIterator[str]]
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 class Steps:
@@ -82,7 +76,7 @@ def metric() -> float:
     ],
 )
 def test_the_worker_takes_the_next_request_and_nothing_is_left(
-    url: str, way: Way, end: pb.RequestState.ValueType
+    store_url: str, way: Way, end: pb.RequestState.ValueType
 ) -> None:
     async def story(fleet: FakeFleet) -> None:
         steps = Steps()
@@ -106,28 +100,28 @@ def test_the_worker_takes_the_next_request_and_nothing_is_left(
         async def is_counted() -> bool:
             return metric() - before == STEPS - DONE
 
-        await until(is_counted)  # the coordinator counts after the store has published the end
+        await wait_until(is_counted)  # the coordinator counts after the store has published the end
         record = (await stub.GetRequest(pb.GetRequestRequest(request_id=name))).request
         assert record.steps_saved == STEPS - DONE
 
         async def nothing_is_left() -> bool:
             gc.collect()
             buffers = worker.servicer.pool.idle_bytes == INPUT_BYTES
-            return buffers and not coordinator.artifact_memory.used_bytes and not await left_in(url)
+            return buffers and not coordinator.artifact_memory.used_bytes and not await left_in(store_url)
 
-        await until(nothing_is_left)
+        await wait_until(nothing_is_left)
         assert worker.servicer.in_flight == 0
         steps.gate.opened.set()
         again = (await stub.Submit(submission())).request.request_id
         change = (await terminal(stub, again))[-1].state_change
         assert (change.state, change.steps_saved) == (pb.REQUEST_STATE_SUCCEEDED, 0)
         assert fleet.scripts["denoising"].calls == [name, again]
-        await until(nothing_is_left)
+        await wait_until(nothing_is_left)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_request_that_waits_is_cancelled_with_all_its_steps(url: str) -> None:
+def test_a_request_that_waits_is_cancelled_with_all_its_steps(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["text_encoding"].work = gate
@@ -144,8 +138,8 @@ def test_a_request_that_waits_is_cancelled_with_all_its_steps(url: str) -> None:
         assert (await terminal(stub, running))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
         async def nothing_is_left() -> bool:
-            return not await left_in(url)
+            return not await left_in(store_url)
 
-        await until(nothing_is_left)
+        await wait_until(nothing_is_left)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from async_tests import poll
 from local_fleet import open_fleet
 from toy_checkpoint import build_toy_checkpoint, copy_toy_family
 
@@ -89,14 +89,9 @@ def started(temporary: Path, *arguments: str, **settings: str) -> Iterator[Runni
             process.kill()
 
 
-def ended(processes: Sequence[psutil.Process]) -> bool:
-    """Whether all of them end soon. One that nobody has reaped has ended too."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if not any(_lives(process) for process in processes):
-            return True
-        time.sleep(0.02)
-    return False
+def wait_ended(processes: Sequence[psutil.Process]) -> None:
+    """Wait until all processes have ended. A zombie has ended too."""
+    poll(lambda: not any(_lives(process) for process in processes), 20, "all processes end")
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -140,7 +135,7 @@ def test_sigint_ends_a_run_without_leftovers(temporary: Path, tmp_path: Path) ->
     assert code == 130
     assert output.splitlines()[-1].endswith("interrupted")
     assert "Traceback" not in output
-    assert ended(children)
+    wait_ended(children)
     assert not list(temporary.glob("fleet-*"))
     assert not list(tmp_path.iterdir())
 
@@ -289,7 +284,7 @@ def test_ctrl_c_ends_every_process_of_a_fleet(up: tuple[str, Running], temporary
     code, output = running.end(signal.SIGINT)
     assert code == 0
     assert "Traceback" not in output
-    assert ended(children)
+    wait_ended(children)
     assert not list(temporary.glob("fleet-*"))
 
 
@@ -322,7 +317,7 @@ def test_nothing_outlives_a_fleet_that_is_killed(temporary: Path) -> None:
         assert len(children) == 6
         running.process.kill()
         running.process.wait()
-        assert ended(children)
+        wait_ended(children)
 
 
 def test_a_store_that_is_away_is_one_line(temporary: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_submitting_again_under_the_same_key_replays(endpoint: str, tmp_path: Pa
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
-def test_both_clients_ask_for_the_same_picture(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
+def test_both_clients_ask_for_the_same_image(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
     python, javascript = tmp_path / "client.py", node_modules / "client.js"
     python.write_text(code_blocks("python")[0])
     javascript.write_text(code_blocks("javascript")[0])

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from common.rpc.client import RemoteRunner, open_channel
-from stage_server import SERVICE, Heard, packets, served
+from stage_server import SERVICE, RecordedCall, packets, served
 
 DELAY_SECONDS = 0.4
 
@@ -46,7 +46,7 @@ def test_a_peer_that_answers_late_is_reached() -> None:
             slow_road_to(stage.server.address) as address,
             open_channel(address) as channel,
         ):
-            outputs = await RemoteRunner(channel, SERVICE, stage.hosted.contract)(packets(8), Heard().call())
+            outputs = await RemoteRunner(channel, SERVICE, stage.hosted.contract)(packets(8), RecordedCall().call())
             assert outputs.keys() == {"denoised_latents"}
 
     asyncio.run(main())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 
@@ -11,16 +11,10 @@ from common.errors import Unavailable
 from common.state.connection import connect
 from common.state.requests import RequestStore
 from fleet.v1 import generation_pb2
-from redis_servers import RedisServer, running_server, server_binaries
+from redis_servers import RedisServer
 from services.coordinator.events import EventLog, EventWriter
 
 LONG = 3_600.0
-
-
-@pytest.fixture(params=sorted(server_binaries()))
-def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
-    with running_server(request.param) as server:
-        yield server
 
 
 def run(server: RedisServer, test: Callable[[RequestStore], Awaitable[None]]) -> None:
@@ -51,7 +45,7 @@ async def _first(store: RequestStore, count: int) -> AsyncIterator[generation_pb
             return
 
 
-def test_steps_that_come_quickly_are_reported_by_the_latest(server: RedisServer) -> None:
+def test_steps_that_come_quickly_are_reported_by_the_latest(each_server: RedisServer) -> None:
     async def story(store: RequestStore) -> None:
         writer = EventWriter(store, "r", EventLog(), lambda: None, step_seconds=LONG)
         writer.progress("denoising", 0, 50)
@@ -66,45 +60,45 @@ def test_steps_that_come_quickly_are_reported_by_the_latest(server: RedisServer)
         await writer.close()
         assert progress_of(await writer.rest()) == [("denoising", 50), ("decoding", 1)]
 
-    run(server, story)
+    run(each_server, story)
 
 
-def test_events_wait_for_a_store_that_is_away(server: RedisServer) -> None:
+def test_events_wait_for_a_store_that_is_away(each_server: RedisServer) -> None:
     async def story(store: RequestStore) -> None:
         writer = EventWriter(store, "r", EventLog(), lambda: None)
-        server.kill()
+        each_server.kill()
         writer.warning("prompt", "cut")
         writer.progress("denoising", 1, 2)
         await asyncio.sleep(0.01)
         writer.progress("denoising", 2, 2)
-        server.start()
+        each_server.start()
         events = await stored(store, 2)
         assert events[0].warning.message == "cut"
         await writer.close()
         rest = progress_of([*events, *await writer.rest()])
         assert rest[-1] == ("denoising", 2) or progress_of(await stored(store, 3))[-1] == ("denoising", 2)
 
-    run(server, story)
+    run(each_server, story)
 
 
-def test_closing_does_not_wait_for_a_store_that_is_away(server: RedisServer) -> None:
+def test_closing_does_not_wait_for_a_store_that_is_away(each_server: RedisServer) -> None:
     async def story(store: RequestStore) -> None:
         writer = EventWriter(store, "r", EventLog(), lambda: None)
-        server.kill()
+        each_server.kill()
         writer.warning("prompt", "cut")
         await asyncio.sleep(0.01)
         async with asyncio.timeout(5):
             await writer.close()
         with pytest.raises(Unavailable):
             await writer.rest()
-        server.start()
+        each_server.start()
         assert not await writer.rest()
         assert [event.warning.message for event in await stored(store, 1)] == ["cut"]
 
-    run(server, story)
+    run(each_server, story)
 
 
-def test_a_request_that_ended_elsewhere_is_noticed(server: RedisServer) -> None:
+def test_a_request_that_ended_elsewhere_is_noticed(each_server: RedisServer) -> None:
     async def story(store: RequestStore) -> None:
         ended = asyncio.Event()
         writer = EventWriter(store, "r", EventLog(), ended.set)
@@ -113,4 +107,4 @@ def test_a_request_that_ended_elsewhere_is_noticed(server: RedisServer) -> None:
         await ended.wait()
         await writer.close()
 
-    run(server, story)
+    run(each_server, story)

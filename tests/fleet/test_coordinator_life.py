@@ -5,31 +5,26 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
-from collections.abc import AsyncIterable, Iterator
+from collections.abc import AsyncIterable
 from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from async_tests import wait_until
 from common.errors import FailedPrecondition, InvalidInput
 from common.rpc.client import open_channel
 from common.state.connection import connect
 from common.state.workers import WorkerRegistry
 from coordinator_fleet import FakeFleet, Gate, Stub, emoji, error_of, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import RedisServer, running_server, server_binaries, until
+from redis_servers import RedisServer
 from services.coordinator.__main__ import main
 from services.coordinator.coordinator import start_coordinator
 from services.coordinator.settings import CoordinatorSettings
 
 MODEL = emoji()
-
-
-@pytest.fixture(params=sorted(server_binaries()))
-def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
-    with running_server(request.param) as server:
-        yield server
 
 
 async def ready(address: str) -> bool:
@@ -43,7 +38,7 @@ async def state_of(stub: Stub, name: str) -> pb.RequestState.ValueType:
     return (await stub.GetRequest(pb.GetRequestRequest(request_id=name))).request.state
 
 
-def test_a_running_request_ends_before_its_coordinator(server: RedisServer) -> None:
+def test_a_running_request_ends_before_its_coordinator(each_server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
@@ -58,7 +53,7 @@ def test_a_running_request_ends_before_its_coordinator(server: RedisServer) -> N
         async def not_ready() -> bool:
             return not await ready(coordinator.address)
 
-        await until(not_ready)
+        await wait_until(not_ready)
         with pytest.raises(grpc.aio.AioRpcError, match="shutting down") as caught:
             await stub.Submit(submission())
         assert error_of(caught.value)[0] == "UNAVAILABLE"
@@ -67,7 +62,7 @@ def test_a_running_request_ends_before_its_coordinator(server: RedisServer) -> N
         assert rest[-1].data == b"\x07" * 100
         await stopping
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)
 
 
 async def _read_warnings(watch: AsyncIterable[pb.WatchResponse]) -> None:
@@ -76,7 +71,7 @@ async def _read_warnings(watch: AsyncIterable[pb.WatchResponse]) -> None:
         assert reply.event.HasField("warning")
 
 
-def test_what_does_not_end_within_the_grace_time_goes_on_elsewhere(server: RedisServer) -> None:
+def test_what_does_not_end_within_the_grace_time_goes_on_elsewhere(each_server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
         leaving, stub = await fleet.add_coordinator()
         _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=2.0)
@@ -95,10 +90,10 @@ def test_what_does_not_end_within_the_grace_time_goes_on_elsewhere(server: Redis
         async with connect(fleet.url) as redis:
             assert len(await redis.keys("fleet:coordinator:*")) == 1
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)
 
 
-def test_the_fleet_waits_for_a_store_that_is_away(server: RedisServer) -> None:
+def test_the_fleet_waits_for_a_store_that_is_away(each_server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
@@ -106,7 +101,7 @@ def test_the_fleet_waits_for_a_store_that_is_away(server: RedisServer) -> None:
         coordinator, stub = await fleet.add_coordinator()
         name = (await stub.Submit(submission())).request.request_id
         await gate.wait_reached()
-        server.kill()
+        each_server.kill()
         with pytest.raises(grpc.aio.AioRpcError, match="store is away") as caught:
             await stub.Submit(submission())
         assert error_of(caught.value)[0] == "UNAVAILABLE"
@@ -117,34 +112,34 @@ def test_the_fleet_waits_for_a_store_that_is_away(server: RedisServer) -> None:
         async def is_ready() -> bool:
             return await ready(coordinator.address)
 
-        await until(not_ready)
+        await wait_until(not_ready)
         gate.opened.set()
-        server.start()
-        await until(is_ready)
+        each_server.start()
+        await wait_until(is_ready)
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)
 
 
-def test_a_coordinator_may_start_before_its_store(server: RedisServer) -> None:
+def test_a_coordinator_may_start_before_its_store(each_server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
-        server.kill()
+        each_server.kill()
         coordinator, stub = await fleet.add_coordinator()
         assert not await ready(coordinator.address)
-        server.start()
+        each_server.start()
 
         async def is_ready() -> bool:
             return await ready(coordinator.address)
 
-        await until(is_ready)
+        await wait_until(is_ready)
         await fleet.add_workers()
         name = (await stub.Submit(submission())).request.request_id
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)
 
 
-def test_artifacts_in_memory_are_bounded_and_forgotten(server: RedisServer) -> None:
+def test_artifacts_in_memory_are_bounded_and_forgotten(each_server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         coordinator, stub = await fleet.add_coordinator()
@@ -157,10 +152,10 @@ def test_artifacts_in_memory_are_bounded_and_forgotten(server: RedisServer) -> N
         name = (await tight.Submit(submission())).request.request_id
         assert (await terminal(tight, name))[-1].state_change.error.code == "RESOURCE_EXHAUSTED"
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)
 
 
-def test_a_process_ends_well_on_sigterm(server: RedisServer) -> None:
+def test_a_process_ends_well_on_sigterm(each_server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
         process = await fleet.start_process(f"unix:{fleet.directory}/c.sock")
         process.send_signal(signal.SIGTERM)
@@ -168,17 +163,17 @@ def test_a_process_ends_well_on_sigterm(server: RedisServer) -> None:
         async with connect(fleet.url) as redis:
             assert not await redis.keys("fleet:coordinator:*")
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)
 
 
-def test_a_coordinator_with_another_checkpoint_is_refused(server: RedisServer) -> None:
+def test_a_coordinator_with_another_checkpoint_is_refused(each_server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
         async with connect(fleet.url) as redis:
             await WorkerRegistry(redis, ttl_seconds=60).declare("emoji", "another")
         with pytest.raises(FailedPrecondition, match="fingerprint another"):
             await fleet.add_coordinator()
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)
 
 
 def test_two_models_of_one_name_are_refused() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
 from prometheus_client import REGISTRY
 
+from async_tests import wait_until
 from common.artifacts import StepCheckpoint
 from common.errors import FleetError, InternalError, NotFound, Unavailable
 from common.rpc.client import open_channel
@@ -19,18 +20,11 @@ from common.state.requests import RequestStore
 from coordinator_fleet import FakeFleet, Gate, Script, Stub, latents_of, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
-from redis_servers import running_server, until
 from services.coordinator.cancellations import Cancellations
 
 _NUMERICS = "equal"
 _MODEL = {"model": "emoji"}
 _DENOISING = {"service": "denoising", **_MODEL}
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 def _value(name: str, labels: Mapping[str, str]) -> float:
@@ -63,7 +57,7 @@ class _Denoiser:
             self.gate(call)
 
 
-def test_a_request_that_loses_its_worker_is_counted(url: str) -> None:
+def test_a_request_that_loses_its_worker_is_counted(store_url: str) -> None:
     counted = _Counted(
         ("fleet_requests_total", {**_MODEL, "state": "SUCCEEDED"}),
         ("fleet_request_duration_seconds_count", {**_MODEL, "state": "SUCCEEDED"}),
@@ -91,7 +85,7 @@ def test_a_request_that_loses_its_worker_is_counted(url: str) -> None:
         async def is_stored() -> bool:
             return stored.grown() == [1]
 
-        await until(is_stored)
+        await wait_until(is_stored)
         await worker.die()
         await fleet.add_worker("denoising", script, numerics=_NUMERICS)
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
@@ -103,12 +97,12 @@ def test_a_request_that_loses_its_worker_is_counted(url: str) -> None:
         async def is_dead() -> bool:
             return (_value("fleet_workers_dead", _DENOISING), _value("fleet_workers_live", _DENOISING)) == (1, 1)
 
-        await until(is_dead)
+        await wait_until(is_dead)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_worker_that_is_full_is_asked_again(url: str) -> None:
+def test_a_worker_that_is_full_is_asked_again(store_url: str) -> None:
     counted = _Counted(("fleet_retried_calls_total", {**_DENOISING, "reason": "full"}))
 
     async def story(fleet: FakeFleet) -> None:
@@ -122,15 +116,15 @@ def test_a_worker_that_is_full_is_asked_again(url: str) -> None:
         async def is_full() -> bool:
             return counted.grown()[0] >= 1
 
-        await until(is_full)
+        await wait_until(is_full)
         gate.opened.set()
         for name in names:
             assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_the_gauges_of_a_service_follow_the_store(url: str) -> None:
+def test_the_gauges_of_a_service_follow_the_store(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
@@ -142,14 +136,14 @@ def test_the_gauges_of_a_service_follow_the_store(url: str) -> None:
             gauges = ("fleet_queue_length", "fleet_open_requests", "fleet_workers_held", "fleet_workers_live")
             return [_value(name, _DENOISING) for name in gauges] == [2, 3, 1, 1]
 
-        await until(is_seen)
+        await wait_until(is_seen)
         assert _value("fleet_queued_seconds", _DENOISING) > 0
         assert _value("fleet_artifact_bytes", {}) == coordinator.artifact_memory.used_bytes > 0
         gate.opened.set()
         for name in names:
             await terminal(stub, name)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
 def _take_overs() -> _Counted:
@@ -158,7 +152,7 @@ def _take_overs() -> _Counted:
     return _Counted(*((series, {**_MODEL, "cause": cause}) for cause in ("left", "lost", "own")))
 
 
-def test_a_request_of_a_coordinator_that_leaves_is_counted(url: str) -> None:
+def test_a_request_of_a_coordinator_that_leaves_is_counted(store_url: str) -> None:
     """As in a rollout."""
     counted = _take_overs()
 
@@ -176,10 +170,10 @@ def test_a_request_of_a_coordinator_that_leaves_is_counted(url: str) -> None:
         await leaving
         assert counted.grown() == [1, 0, 0]
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_request_of_a_coordinator_that_dies_is_counted(url: str) -> None:
+def test_a_request_of_a_coordinator_that_dies_is_counted(store_url: str) -> None:
     counted = _take_overs()
 
     async def story(fleet: FakeFleet) -> None:
@@ -198,10 +192,10 @@ def test_a_request_of_a_coordinator_that_dies_is_counted(url: str) -> None:
         assert (await terminal(other, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         assert counted.grown() == [0, 1, 0]
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_request_that_nobody_told_its_owner_of_is_counted(url: str) -> None:
+def test_a_request_that_nobody_told_its_owner_of_is_counted(store_url: str) -> None:
     counted = _take_overs()
 
     async def story(fleet: FakeFleet) -> None:
@@ -217,12 +211,12 @@ def test_a_request_that_nobody_told_its_owner_of_is_counted(url: str) -> None:
         assert (await terminal(stub, "late"))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         assert counted.grown() == [0, 0, 1]
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
 @pytest.mark.parametrize("is_answer_lost", [False, True])
 def test_a_request_that_is_cancelled_without_an_owner_is_counted_once(
-    url: str, monkeypatch: pytest.MonkeyPatch, is_answer_lost: bool
+    store_url: str, monkeypatch: pytest.MonkeyPatch, is_answer_lost: bool
 ) -> None:
     """It ends in the store. The coordinator that ended it counts it, also where it learns of that end later."""
     series = ("fleet_requests_total", "fleet_request_duration_seconds_count")
@@ -249,17 +243,17 @@ def test_a_request_that_is_cancelled_without_an_owner_is_counted_once(
             async def is_counted() -> bool:
                 return counted.grown() == [1, 1]
 
-            await until(is_counted)
+            await wait_until(is_counted)
             ended = (await stub.CancelRequest(cancel)).request
             assert ended.state == pb.REQUEST_STATE_CANCELLED
             assert counted.grown() == [1, 1]
 
     monkeypatch.setattr(RequestStore, "request_cancel", cancel_in_silence)
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
 def test_a_cancellation_that_the_store_cannot_do_is_given_up(
-    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Housekeeping goes on, and the coordinator stays ready."""
     errors: list[FleetError] = []
@@ -269,7 +263,7 @@ def test_a_cancellation_that_the_store_cannot_do_is_given_up(
         raise errors.pop(0)
 
     async def story() -> None:
-        async with connect(url) as redis:
+        async with connect(store_url) as redis:
             cancellations = Cancellations(RequestStore(redis))
             monkeypatch.setattr(RequestStore, "request_cancel", fail)
             errors[:] = [Unavailable("away"), StoreFull("full"), InternalError("damaged")]
@@ -283,12 +277,12 @@ def test_a_cancellation_that_the_store_cannot_do_is_given_up(
     asyncio.run(story())
 
 
-def test_a_cancellation_whose_caller_gave_up_is_counted(url: str) -> None:
+def test_a_cancellation_whose_caller_gave_up_is_counted(store_url: str) -> None:
     """Housekeeping repeats an attempt without an answer."""
     counted = _Counted(("fleet_requests_total", {**_MODEL, "state": "CANCELLED"}))
 
     async def story() -> None:
-        async with connect(url) as redis:
+        async with connect(store_url) as redis:
             await redis.flushall()
             store = RequestStore(redis)
             cancellations = Cancellations(store)
@@ -306,7 +300,7 @@ def test_a_cancellation_whose_caller_gave_up_is_counted(url: str) -> None:
     asyncio.run(story())
 
 
-def test_series_are_there_before_the_first_event(url: str) -> None:
+def test_series_are_there_before_the_first_event(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         await fleet.add_coordinator()
         async with connect(fleet.url) as redis:
@@ -315,7 +309,7 @@ def test_series_are_there_before_the_first_event(url: str) -> None:
         async def is_read() -> bool:
             return _value("fleet_store_repairs", {"kind": "queue"}) == 2
 
-        await until(is_read)
+        await wait_until(is_read)
         for state in ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED"):
             assert REGISTRY.get_sample_value("fleet_requests_total", {**_MODEL, "state": state}) is not None
         for reason in ("lost", "handed_over", "full"):
@@ -324,4 +318,4 @@ def test_series_are_there_before_the_first_event(url: str) -> None:
         assert REGISTRY.get_sample_value("fleet_store_repairs", {"kind": "slot"}) is not None
         assert REGISTRY.get_sample_value("fleet_store_repairs", {"kind": "made-up"}) is None
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)

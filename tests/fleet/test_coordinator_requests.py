@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterable, Awaitable, Callable
 from typing import Any
 
 import grpc
 import pytest
 
+from async_tests import wait_until
 from common.stage import Call
 from common.state.connection import connect
 from coordinator_fleet import FakeFleet, Gate, Script, emoji, error_of, running_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from models.catalog import ServedModel
-from redis_servers import running_server, server_binaries, until
 
 MODEL = emoji()
-
-
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
 
 
 def run(url: str, test: Callable[[FakeFleet], Awaitable[None]], model: ServedModel = MODEL) -> None:
@@ -43,7 +37,7 @@ def steps(count: int) -> Callable[[Call], None]:
     return work
 
 
-def test_submit_watch_and_download(url: str) -> None:
+def test_submit_watch_and_download(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         fleet.scripts["denoising"].work = steps(4)
         fleet.scripts["decoding"].result_bytes = 2_500_000
@@ -78,10 +72,10 @@ def test_submit_watch_and_download(url: str) -> None:
         rest = [r async for r in stub.Watch(pb.WatchRequest(request_id=record.request_id, after_event_id=later))]
         assert [response.event for response in rest] == events[4:]
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_generate_in_one_call_stored_and_raw(url: str) -> None:
+def test_generate_in_one_call_stored_and_raw(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         fleet.scripts["decoding"].result_bytes = 1_500_000
         await fleet.add_workers()
@@ -104,10 +98,10 @@ def test_generate_in_one_call_stored_and_raw(url: str) -> None:
                     [each async for each in stub.DownloadResult(download)]
                 assert error_of(caught.value)[0] == "FAILED_PRECONDITION"
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_a_raw_result_beyond_the_bound_fails(url: str) -> None:
+def test_a_raw_result_beyond_the_bound_fails(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator(max_raw_result_bytes=99)
@@ -117,10 +111,10 @@ def test_a_raw_result_beyond_the_bound_fails(url: str) -> None:
         error = replies[-1].event.state_change.error
         assert (error.code, error.field) == ("RESOURCE_EXHAUSTED", "output_format")
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_a_key_is_one_request_in_submit_and_generate(url: str) -> None:
+def test_a_key_is_one_request_in_submit_and_generate(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, one = await fleet.add_coordinator()
@@ -137,10 +131,10 @@ def test_a_key_is_one_request_in_submit_and_generate(url: str) -> None:
             assert b"".join(reply.data for reply in replies) == b"\x07" * 100
         assert len(fleet.scripts["decoding"].calls) == 1
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_cancel_ends_a_running_request_within_its_step(url: str) -> None:
+def test_cancel_ends_a_running_request_within_its_step(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
@@ -159,10 +153,10 @@ def test_cancel_ends_a_running_request_within_its_step(url: str) -> None:
         name = (await one.Submit(submission())).request.request_id
         assert (await terminal(one, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_a_queued_request_can_be_cancelled_and_expire(url: str) -> None:
+def test_a_queued_request_can_be_cancelled_and_expire(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         queued = (await stub.Submit(submission())).request
@@ -177,10 +171,10 @@ def test_a_queued_request_can_be_cancelled_and_expire(url: str) -> None:
         listed = await stub.ListModels(pb.ListModelsRequest())
         assert [service.queued for service in listed.models[0].services] == [0, 0, 0, 0]
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_leaving_generate_cancels_only_without_a_key(url: str) -> None:
+def test_leaving_generate_cancels_only_without_a_key(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
@@ -200,10 +194,10 @@ def test_leaving_generate_cancels_only_without_a_key(url: str) -> None:
                 gate.opened.set()
             assert (await terminal(stub, name))[-1].state_change.state == end
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_a_lost_worker_is_replaced_and_a_broken_one_is_reported(url: str) -> None:
+def test_a_lost_worker_is_replaced_and_a_broken_one_is_reported(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         script = Script(fleet.scripts["denoising"].contract, gate)
@@ -228,10 +222,10 @@ def test_a_lost_worker_is_replaced_and_a_broken_one_is_reported(url: str) -> Non
         assert change.error.code == "INTERNAL"
         assert "no such luck" in change.error.message
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_workers_that_cannot_be_reached_cost_no_attempt(url: str) -> None:
+def test_workers_that_cannot_be_reached_cost_no_attempt(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         for _ in range(4):
             await (await fleet.add_worker("text_encoding")).hang_up()
@@ -244,16 +238,16 @@ def test_workers_that_cannot_be_reached_cost_no_attempt(url: str) -> None:
                 keys = await redis.keys("fleet:avoided:*")
                 return bool(keys) and await redis.hlen(keys[0]) == 4
 
-            await until(all_are_avoided)
+            await wait_until(all_are_avoided)
             assert not await redis.hexists(f"fleet:request:{name}", "deaths")
             assert await redis.zcard("fleet:workers:emoji/text_encoding") == 4  # they live, as the others see it
         await fleet.add_worker("text_encoding")
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_patience_ends_where_no_worker_can_be_reached(url: str) -> None:
+def test_patience_ends_where_no_worker_can_be_reached(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         await (await fleet.add_worker("text_encoding")).hang_up()
         await fleet.add_workers(["latent_preparation"])
@@ -263,10 +257,10 @@ def test_patience_ends_where_no_worker_can_be_reached(url: str) -> None:
         assert change.error.code == "UNAVAILABLE"
         assert "no worker of text_encoding was reached for 0.5 s, at last: " in change.error.message
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_a_worker_that_is_fuller_than_it_says_is_tried_again(url: str) -> None:
+def test_a_worker_that_is_fuller_than_it_says_is_tried_again(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(["latent_preparation", "denoising", "decoding"])
@@ -279,10 +273,10 @@ def test_a_worker_that_is_fuller_than_it_says_is_tried_again(url: str) -> None:
         for name in names:
             assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_without_workers_patience_is_an_option(url: str) -> None:
+def test_without_workers_patience_is_an_option(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator(worker_wait_seconds=0.1)
         name = (await stub.Submit(submission())).request.request_id
@@ -290,10 +284,10 @@ def test_without_workers_patience_is_an_option(url: str) -> None:
         assert change.error.code == "UNAVAILABLE"
         assert "no worker serves emoji/" in change.error.message
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_warnings_of_stages_reach_events_and_record(url: str) -> None:
+def test_warnings_of_stages_reach_events_and_record(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         fleet.scripts["text_encoding"].work = lambda call: call.warn("prompt", "cut after 64 tokens")
         await fleet.add_workers()
@@ -308,10 +302,10 @@ def test_warnings_of_stages_reach_events_and_record(url: str) -> None:
         assert [warning.field for warning in record.warnings] == warned
         assert record.parameters.height == 128
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_requests_are_listed(url: str) -> None:
+def test_requests_are_listed(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         names = [(await stub.Submit(submission(str(number)))).request.request_id for number in range(5)]
@@ -321,10 +315,10 @@ def test_requests_are_listed(url: str) -> None:
         assert [each.request_id for each in rest.requests] == names[1::-1]
         assert rest.next_page_token == ""
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_a_full_fleet_refuses_at_the_door(url: str) -> None:
+def test_a_full_fleet_refuses_at_the_door(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator(max_open_requests=2)
         first = (await stub.Submit(submission())).request.request_id
@@ -336,10 +330,10 @@ def test_a_full_fleet_refuses_at_the_door(url: str) -> None:
         await terminal(stub, first)
         await stub.Submit(submission())
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_models_are_listed_with_parameters_and_workers(url: str) -> None:
+def test_models_are_listed_with_parameters_and_workers(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         await fleet.add_worker("denoising", capacity=3)
         _, stub = await fleet.add_coordinator()
@@ -352,7 +346,7 @@ def test_models_are_listed_with_parameters_and_workers(url: str) -> None:
         assert parameters["prompt"].type == "string"
         assert not parameters["prompt"].HasField("default_value")
 
-    run(url, story)
+    run(each_store_url, story)
 
 
 async def _raises(call: Awaitable[Any] | AsyncIterable[Any]) -> tuple[str, str]:
@@ -370,7 +364,7 @@ async def _raises(call: Awaitable[Any] | AsyncIterable[Any]) -> tuple[str, str]:
     return error_of(caught.value)
 
 
-def test_bad_input_is_refused_with_the_name_of_its_field(url: str) -> None:
+def test_bad_input_is_refused_with_the_name_of_its_field(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         nan = submission()
@@ -411,10 +405,10 @@ def test_bad_input_is_refused_with_the_name_of_its_field(url: str) -> None:
         listed = await stub.ListRequests(pb.ListRequestsRequest())
         assert not listed.requests
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_questions_about_nothing_are_answered_so(url: str) -> None:
+def test_questions_about_nothing_are_answered_so(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         name = (await stub.Submit(submission())).request.request_id
@@ -433,10 +427,10 @@ def test_questions_about_nothing_are_answered_so(url: str) -> None:
         page = pb.ListRequestsRequest(page_size=1001)
         assert await _raises(stub.ListRequests(page)) == ("INVALID_ARGUMENT", "page_size")
 
-    run(url, story)
+    run(each_store_url, story)
 
 
-def test_invalid_utf8_and_unknown_fields_are_named(url: str) -> None:
+def test_invalid_utf8_and_unknown_fields_are_named(each_store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
         async with grpc.aio.insecure_channel(coordinator.address) as channel:
@@ -450,4 +444,4 @@ def test_invalid_utf8_and_unknown_fields_are_named(url: str) -> None:
             assert (await _raises(submit(b"\xff")))[0] == "INVALID_ARGUMENT"
             assert (await _raises(submit(b"\x00" * (49 << 20))))[0] == "RESOURCE_EXHAUSTED"
 
-    run(url, story)
+    run(each_store_url, story)

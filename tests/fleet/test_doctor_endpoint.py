@@ -6,7 +6,6 @@ import asyncio
 import copy
 import hashlib
 import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry, start_http_server
 
+from async_tests import wait_until
 from certificates import Authority
 from common.errors import FailedPrecondition, Unavailable
 from common.rpc.fleet_server import FleetServer
@@ -24,7 +24,7 @@ from coordinator_fleet import FakeFleet, Script, run_on_fleet
 from doctor_lines import lines
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
-from redis_servers import fill, running_server, until
+from redis_servers import fill
 from services.cli import doctor
 from services.cli.access import IN_THE_CLEAR, Access
 from services.cli.doctor_endpoint import check_endpoint, contract_result, elements_of, model_results, own_files
@@ -34,18 +34,12 @@ KEY = "key-of-alice"
 SERVICE = "fleet.v1.GenerationService"
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
-
-
 async def found(endpoint: str, access: Access = IN_THE_CLEAR, **own: str) -> list[str]:
     """The lines of the check."""
     return await asyncio.to_thread(lambda: lines(check_endpoint(endpoint, access, own)))
 
 
-def test_a_fleet_that_is_right(url: str) -> None:
+def test_a_fleet_that_is_right(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         coordinator, _ = await fleet.add_coordinator()
@@ -59,10 +53,10 @@ def test_a_fleet_that_is_right(url: str) -> None:
             f"error model emoji: the fleet serves checkpoint {fingerprint[:12]}, and --model is ffffffffffff: "
         )
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_services_without_workers_and_refused_and_broken_ones(url: str) -> None:
+def test_services_without_workers_and_refused_and_broken_ones(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
         worker = await fleet.add_worker("denoising")
@@ -82,10 +76,10 @@ def test_services_without_workers_and_refused_and_broken_ones(url: str) -> None:
             "warning model emoji: workers of denoising: fa3-fwd 0.0.3 is unusable, cuDNN instead: OSError: a -> "
         )
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_an_incompatible_worker_is_a_warning(url: str) -> None:
+def test_an_incompatible_worker_is_a_warning(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
         await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
@@ -97,10 +91,10 @@ def test_an_incompatible_worker_is_a_warning(url: str) -> None:
             f"warning model emoji: worker {odd.info.worker_id} takes no requests: output 'denoised_latents': "
         )
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_full_store_and_a_coordinator_that_is_not_ready(url: str) -> None:
+def test_a_full_store_and_a_coordinator_that_is_not_ready(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
         async with connect(fleet.url) as redis:
@@ -110,7 +104,7 @@ def test_a_full_store_and_a_coordinator_that_is_not_ready(url: str) -> None:
             async def is_seen() -> bool:
                 return "its store is full" in (await found(coordinator.address))[0]
 
-            await until(is_seen)
+            await wait_until(is_seen)
             await redis.delete("filler")
             await redis.config_set("maxmemory", 0)
         coordinator_server: Any = coordinator
@@ -118,10 +112,10 @@ def test_a_full_store_and_a_coordinator_that_is_not_ready(url: str) -> None:
         line = (await found(coordinator.address))[0]
         assert line.startswith(f"error endpoint: {coordinator.address} answers, but is not ready: server NOT_SERVING, ")
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_caller_without_a_key_still_sees_health_and_contract(url: str, tmp_path: Path) -> None:
+def test_a_caller_without_a_key_still_sees_health_and_contract(store_url: str, tmp_path: Path) -> None:
     keys = tmp_path / "keys.toml"
     keys.write_text(f'[callers.alice]\nkey_sha256 = ["{hashlib.sha256(KEY.encode()).hexdigest()}"]\n')
 
@@ -136,11 +130,11 @@ def test_a_caller_without_a_key_still_sees_health_and_contract(url: str, tmp_pat
         assert known[-1].startswith("warning model emoji: no worker serves ")
         assert KEY not in "".join(known)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
 def test_a_fleet_over_tls(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "has_worker_extra", lambda: False)
     fleet_ca, others = Authority(tmp_path / "fleet"), Authority(tmp_path / "others", "others")
@@ -156,7 +150,7 @@ def test_a_fleet_over_tls(
         assert f"ok       endpoint          {coordinator.address} is ready" in out
         assert f"error    endpoint          {coordinator.address} and this command could not agree on TLS" in out
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
 def ports_of(endpoint: str, **values: object) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from async_tests import run_within, wait_until
 from certificates import Authority
 from common.errors import Unauthenticated
 from common.rpc.client import open_channel
@@ -22,7 +23,6 @@ from common.rpc.tls import ServerIdentity, read_authority, read_identity, server
 from coordinator_fleet import FakeFleet, emoji, running_fleet
 from fleet.v1 import generation_pb2 as pb
 from raw_http2 import SETTINGS_TAKEN, RawConnection, call_headers, cancellation, raw_connection
-from redis_servers import running_server
 
 PATH = b"/fleet.v1.TestService/Ask"
 CHECK = b"/grpc.health.v1.Health/Check"
@@ -63,14 +63,6 @@ async def served(
         await server.drain(0)
 
 
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(60):
-            await test()
-
-    asyncio.run(main())
-
-
 async def is_well(server: FleetServer) -> bool:
     """Whether it answers a usual client, on a connection of its own."""
     async with open_channel(server.address) as channel:
@@ -98,11 +90,6 @@ async def greeted(address: str) -> AsyncIterator[RawConnection]:
         yield connection
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 -- nothing tells
-        await asyncio.sleep(0.002)
-
-
 @pytest.mark.parametrize("path", [b"/x/\xff", b"\xff\xfe", b"/fleet.v1.TestService/Ask\xc3", b"/", b"/fleet.v1.X/Y"])
 def test_no_path_ends_a_server(path: bytes) -> None:
     """In grpcio 1.85 a path that is not UTF-8 ends the server: see common.rpc.grpcio_patch."""
@@ -116,7 +103,7 @@ def test_no_path_ends_a_server(path: bytes) -> None:
                     await connection.until(ended(grpc.StatusCode.UNIMPLEMENTED))
             assert await is_well(server)
 
-    run(test)
+    run_within(60, test)
 
 
 @pytest.mark.parametrize(
@@ -139,9 +126,9 @@ def test_no_metadata_ends_a_server(header: tuple[bytes, bytes]) -> None:
                     await connection.greet()
                     await connection.send(call_headers(path, [header]), cancellation(1))
             assert await is_well(server)
-            await until(lambda: not server.gate.in_flight)
+            await wait_until(lambda: not server.gate.in_flight)
 
-    run(test)
+    run_within(60, test)
 
 
 def test_calls_of_unknown_methods_are_refused_in_any_number() -> None:
@@ -152,7 +139,7 @@ def test_calls_of_unknown_methods_are_refused_in_any_number() -> None:
             assert set(codes) == {grpc.StatusCode.UNIMPLEMENTED}
             assert await is_well(server)
 
-    run(test)
+    run_within(60, test)
 
 
 def credentials_of(authority: Authority) -> grpc.ServerCredentials:
@@ -177,7 +164,7 @@ def test_a_handshake_that_never_ends_is_ended(tls: bool, sent: bytes, tmp_path: 
             for half in halves:
                 await half.until_closed()
 
-    run(test)
+    run_within(60, test)
 
 
 def test_a_connection_without_calls_is_closed_and_one_with_a_call_is_not() -> None:
@@ -188,13 +175,13 @@ def test_a_connection_without_calls_is_closed_and_one_with_a_call_is_not() -> No
             answers.gate.clear()
             ask: Any = channel.unary_unary(PATH.decode())
             call = ask(b"hello")
-            await until(lambda: bool(answers.asked))
+            await wait_until(lambda: bool(answers.asked))
             async with greeted(server.address) as idle:
                 await idle.until_closed()
             answers.gate.set()
             assert await call == b"hello"
 
-    run(test)
+    run_within(60, test)
 
 
 def test_there_is_an_end_to_connections() -> None:
@@ -213,7 +200,7 @@ def test_there_is_an_end_to_connections() -> None:
                     continue
                 break
 
-    run(test)
+    run_within(60, test)
 
 
 @pytest.mark.parametrize("path", [PATH, CHECK])
@@ -231,7 +218,7 @@ def test_a_call_without_a_request_is_ended(path: bytes) -> None:
             assert not answers.asked
             assert await is_well(server)
 
-    run(test)
+    run_within(60, test)
 
 
 def test_calls_without_a_request_count() -> None:
@@ -240,15 +227,15 @@ def test_calls_without_a_request_count() -> None:
             async with raw_connection(server.address) as connection:
                 await connection.greet()
                 await connection.send(*(call_headers(PATH, stream=number) for number in range(1, 11, 2)))
-                await until(lambda: server.gate.in_flight == 5)
+                await wait_until(lambda: server.gate.in_flight == 5)
                 async with raw_connection(server.address) as beyond:
                     await beyond.greet()
                     await beyond.send(call_headers(PATH))
                     await beyond.until(ended(grpc.StatusCode.RESOURCE_EXHAUSTED))
-            await until(lambda: not server.gate.in_flight)
+            await wait_until(lambda: not server.gate.in_flight)
             assert await is_well(server)
 
-    run(test)
+    run_within(60, test)
 
 
 def refuse(_: object) -> None:
@@ -270,7 +257,7 @@ def test_a_caller_that_is_refused_is_refused_before_its_request_is_read() -> Non
                     assert await call.details() == "who is calling?"
             assert not answers.asked
 
-    run(test)
+    run_within(60, test)
 
 
 def test_calls_that_are_opened_and_cancelled_leave_nothing() -> None:
@@ -282,18 +269,12 @@ def test_calls_that_are_opened_and_cancelled_leave_nothing() -> None:
                     numbers = range(start, start + 100, 2)
                     await connection.send(*(call_headers(PATH, stream=each) + cancellation(each) for each in numbers))
             assert await is_well(server)
-            await until(lambda: not server.gate.in_flight)
+            await wait_until(lambda: not server.gate.in_flight)
 
-    run(test)
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
+    run_within(60, test)
 
 
-def test_a_coordinator_bounds_its_connections(url: str) -> None:
+def test_a_coordinator_bounds_its_connections(store_url: str) -> None:
     async def story(running: FakeFleet) -> None:
         coordinator, stub = await running.add_coordinator(listen="127.0.0.1:0", max_connections=2)
         assert await stub.ListModels(pb.ListModelsRequest())
@@ -302,7 +283,7 @@ def test_a_coordinator_bounds_its_connections(url: str) -> None:
         assert await stub.ListModels(pb.ListModelsRequest())
 
     async def main() -> None:
-        async with asyncio.timeout(60), running_fleet(url, emoji()) as running:
+        async with asyncio.timeout(60), running_fleet(store_url, emoji()) as running:
             await story(running)
 
     asyncio.run(main())

@@ -9,13 +9,14 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from async_tests import wait_until
 from common.errors import ResourceExhausted
 from common.rpc.client import open_channel
 from common.rpc.status import from_rpc_error
 from common.state.connection import connect
 from coordinator_fleet import FakeFleet, Gate, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import fill, running_server, unfill, until
+from redis_servers import fill, running_server, unfill
 from services.cli.status_cells import store_text
 from services.coordinator.store_watch import SUBMIT_HEALTH
 
@@ -46,7 +47,7 @@ def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, capl
 
             assert await is_submit_served(SERVING)
             await fill(redis, 37 * MIB)
-            await until(lambda: is_submit_served(NOT_SERVING))
+            await wait_until(lambda: is_submit_served(NOT_SERVING))
             with pytest.raises(grpc.aio.AioRpcError, match="the request store is full") as caught:
                 await stub.Submit(submission())
             refusal = from_rpc_error(caught.value)
@@ -61,7 +62,7 @@ def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, capl
             gate.opened.set()
             assert (await terminal(stub, accepted))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
             await unfill(redis)
-            await until(lambda: is_submit_served(SERVING))
+            await wait_until(lambda: is_submit_served(SERVING))
             later = (await stub.Submit(submission())).request.request_id
             assert (await terminal(stub, later))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
             assert store_text((await stub.ListModels(pb.ListModelsRequest())).store).endswith(
@@ -87,6 +88,6 @@ def test_damage_that_was_removed_is_logged_and_counted(url: str, caplog: pytest.
         async def is_logged() -> bool:
             return any("kind=queue count=1" in record.getMessage() for record in caplog.records)
 
-        await until(is_logged)
+        await wait_until(is_logged)
 
     run_on_fleet(url, story)

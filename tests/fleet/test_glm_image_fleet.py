@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.errors import InvalidInput
 from coordinator_fleet import Stub
 from fleet.v1 import generation_pb2 as pb

@@ -13,10 +13,10 @@ import pytest
 from prometheus_client import REGISTRY
 
 from fleet.v1 import generation_pb2 as pb
-from group_fleet import Asked, Drawn, GroupFleet, group_fleet
+from group_fleet import Generated, GroupFleet, Workload, group_fleet
 from toy_checkpoint import copy_toy_family
 
-ASKED = Asked(steps=60, size=64, seconds=180.0)
+WORKLOAD = Workload(steps=60, size=64, seconds=180.0)
 GRACE = 6
 # Its steps take so long, while a file is there, that the request ends neither before it is handed over nor before the
 # grace period ends. There are no checkpoints but those of a hand-over.
@@ -51,15 +51,15 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, slow: Path) -> Iterator[Grou
     with (plugins / "toy_pipeline.py").open("a") as file:
         file.write(_SLOW_FOLLOWER.replace("MARKER", str(slow)))
     directory = tmp_path_factory.mktemp("group")
-    with group_fleet(directory, *_FLAGS, "--plugins", str(plugins), asked=ASKED) as running:
+    with group_fleet(directory, *_FLAGS, "--plugins", str(plugins), workload=WORKLOAD) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def undisturbed(fleet: GroupFleet) -> Drawn:
-    drawn = fleet.draw()
-    assert drawn.state == pb.REQUEST_STATE_SUCCEEDED
-    return drawn
+def undisturbed(fleet: GroupFleet) -> Generated:
+    generated = fleet.generate()
+    assert generated.state == pb.REQUEST_STATE_SUCCEEDED
+    return generated
 
 
 def counted() -> tuple[float, float]:
@@ -73,26 +73,28 @@ def counted() -> tuple[float, float]:
 
 
 @contextmanager
-def drawing(fleet: GroupFleet, slow: Path, agent: Process) -> Iterator[Future[Drawn]]:
+def drawing(fleet: GroupFleet, slow: Path, agent: Process) -> Iterator[Future[Generated]]:
     """A request with slow steps, whose group gets SIGTERM after a few of them."""
     slow.touch()
     with ThreadPoolExecutor(1) as executor:
         try:
-            yield executor.submit(fleet.draw, 3, agent.terminate)
+            yield executor.submit(fleet.generate, 3, agent.terminate)
         finally:
             slow.unlink()
 
 
-def check(drawn: Drawn, undisturbed: Drawn) -> None:
-    assert drawn.state == pb.REQUEST_STATE_SUCCEEDED
-    assert drawn.file == undisturbed.file
-    assert drawn.steps.count(0) == 2, "it did not go on elsewhere"
-    steps = [step for step in drawn.steps if step]
+def check(generated: Generated, undisturbed: Generated) -> None:
+    assert generated.state == pb.REQUEST_STATE_SUCCEEDED
+    assert generated.file == undisturbed.file
+    assert generated.steps.count(0) == 2, "it did not go on elsewhere"
+    steps = [step for step in generated.steps if step]
     assert steps == sorted(set(steps)), "a step was done twice"
-    assert steps[-1] == ASKED.steps
+    assert steps[-1] == WORKLOAD.steps
 
 
-def test_sigterm_hands_the_request_over_to_an_equal_group(fleet: GroupFleet, undisturbed: Drawn, slow: Path) -> None:
+def test_sigterm_hands_the_request_over_to_an_equal_group(
+    fleet: GroupFleet, undisturbed: Generated, slow: Path
+) -> None:
     """The group that has drawn nothing yet gets the request."""
     leaving = fleet.add_group("leaving")
     ranks, before = fleet.ranks_of(leaving), counted()
@@ -106,7 +108,7 @@ def test_sigterm_hands_the_request_over_to_an_equal_group(fleet: GroupFleet, und
 
 
 def test_sigterm_to_the_only_group_hands_the_request_over_before_the_grace_period_ends(
-    fleet: GroupFleet, undisturbed: Drawn, slow: Path
+    fleet: GroupFleet, undisturbed: Generated, slow: Path
 ) -> None:
     """The last test of this fleet's first group. The group that starts afterwards finishes the request."""
     ranks, before, began = fleet.ranks(), counted(), time.monotonic()

@@ -22,24 +22,24 @@ def test_ranks_that_stop_while_they_wait_and_while_they_load(tmp_path: Path) -> 
     with socket.create_server(("127.0.0.1", 0)) as probe:
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
     ports = [free_port(0) for _ in range(2)]
-    machines = [
+    nodes = [
         (*("--nnodes", "2", "--node-rank", str(node), "--rdzv-endpoint", endpoint), "--metrics-port", str(port))
         for node, port in enumerate(ports)
     ]
-    with group_fleet(tmp_path, "--ulysses", "2", machines=machines) as fleet:
-        drawn = fleet.draw()
-        assert drawn.state == pb.REQUEST_STATE_SUCCEEDED
+    with group_fleet(tmp_path, "--ulysses", "2", nodes=nodes) as fleet:
+        generated = fleet.generate()
+        assert generated.state == pb.REQUEST_STATE_SUCCEEDED
         assert 'fleet_step_seconds_count{model="emoji",service="denoising"' in scraped(ports[0])
         assert "process_cpu_seconds_total" in scraped(ports[1]), "the first rank of each machine serves metrics"
         serving = fleet.ranks()
         serving[1].send_signal(signal.SIGSTOP)
-        loading = fleet.started_again(0, serving[0])
+        loading = fleet.restarted(0, serving[0])
         # It imports its libraries, and no rank knows it yet: its agent alone can notice, and then tells the other one.
         loading.send_signal(signal.SIGSTOP)
-        fleet.started_again(0, loading)
-        assert fleet.draw().file == drawn.file
+        fleet.restarted(0, loading)
+        assert fleet.generate().file == generated.file
         ranks = fleet.ranks()
-        again = fleet.draw(2, fleet.agents[1].terminate)
-        assert again.file == drawn.file
+        again = fleet.generate(2, fleet.agents[1].terminate)
+        assert again.file == generated.file
         assert [fleet.run(agent.wait()) for agent in fleet.agents.values()] == [0, 0]
         assert not any(process.is_running() for process in ranks.values())

@@ -13,6 +13,7 @@ import torch
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.artifacts import StepCheckpoint
 from common.errors import HandedOver
 from common.stage import Call
@@ -30,19 +31,12 @@ from coordinator_fleet import (
     terminal,
 )
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import running_server, until
 
 BESIDE = ("text_encoding", "latent_preparation", "decoding")
 STEPS = 8
 HELD_AT = 3
 EQUAL = "abc123"
 GRACE = 30.0
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 @dataclass
@@ -158,7 +152,7 @@ async def asked(worker: FakeWorker) -> None:
     async def is_asked() -> bool:
         return any(call.is_asked for call in worker.servicer.running())
 
-    await until(is_asked)
+    await wait_until(is_asked)
 
 
 def polls_of(worker: FakeWorker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -176,7 +170,7 @@ def polls_of(worker: FakeWorker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("comes_later", [False, True], ids=["free", "comes later"])
 def test_a_request_goes_on_at_the_next_step_on_an_equal_worker(
-    url: str, monkeypatch: pytest.MonkeyPatch, *, comes_later: bool
+    store_url: str, monkeypatch: pytest.MonkeyPatch, *, comes_later: bool
 ) -> None:
     async def story(fleet: FakeFleet) -> None:
         journal, gate = Journal(), Gate()
@@ -195,7 +189,7 @@ def test_a_request_goes_on_at_the_next_step_on_an_equal_worker(
             async def has_polled() -> bool:
                 return polls[:1] == [0]
 
-            await until(has_polled)
+            await wait_until(has_polled)
             await add_loop(fleet, "b", journal)
         await asked(leaving)
         gate.opened.set()
@@ -206,12 +200,12 @@ def test_a_request_goes_on_at_the_next_step_on_an_equal_worker(
         assert torch.equal(journal.results[0], expected())
         assert (lost_calls(), handed_over()) == (before[0], tuple(each + 1 for each in before[1]))
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
 @pytest.mark.parametrize("other", ["", "fff999"], ids=["nobody", "other fingerprint"])
 def test_without_an_equal_worker_the_request_goes_on_and_ends(
-    url: str, monkeypatch: pytest.MonkeyPatch, other: str
+    store_url: str, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
     async def story(fleet: FakeFleet) -> None:
         journal, gate = Journal(), Gate()
@@ -228,7 +222,7 @@ def test_without_an_equal_worker_the_request_goes_on_and_ends(
         async def has_polled() -> bool:
             return len(polls) > 1
 
-        await until(has_polled)
+        await wait_until(has_polled)
         gate.opened.set()
         async with connect(fleet.url) as redis:
             await check_success(stub, redis, name)
@@ -236,10 +230,10 @@ def test_without_an_equal_worker_the_request_goes_on_and_ends(
         assert not any(polls)
         assert journal.of(name) == [("a", step) for step in range(STEPS)]
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_request_is_handed_over_before_the_grace_period_ends_and_goes_first(url: str) -> None:
+def test_a_request_is_handed_over_before_the_grace_period_ends_and_goes_first(store_url: str) -> None:
     """Another request has waited before it. The equal worker comes when the first one has ended."""
     steps, grace = 60, 4.0
 
@@ -263,7 +257,7 @@ def test_a_request_is_handed_over_before_the_grace_period_ends_and_goes_first(ur
             async def waits() -> bool:
                 return await redis.zcard("fleet:queue:emoji/denoising") == 1
 
-            await until(waits)
+            await wait_until(waits)
             began = time.monotonic()
             await leaving.leave(grace)
             assert time.monotonic() - began < grace
@@ -271,7 +265,7 @@ def test_a_request_is_handed_over_before_the_grace_period_ends_and_goes_first(ur
             async def both_wait() -> bool:
                 return await redis.zcard("fleet:queue:emoji/denoising") == 2
 
-            await until(both_wait)
+            await wait_until(both_wait)
             done = len(journal.of(name))
             assert 0 < done < steps
             await add_loop(fleet, "b", journal, steps=steps)
@@ -282,10 +276,10 @@ def test_a_request_is_handed_over_before_the_grace_period_ends_and_goes_first(ur
         assert all(torch.equal(each, expected(steps)) for each in journal.results)
         assert lost_calls() == before
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_request_that_waits_at_the_leaving_worker_goes_to_another_one_at_once(url: str) -> None:
+def test_a_request_that_waits_at_the_leaving_worker_goes_to_another_one_at_once(store_url: str) -> None:
     """Its steps have not begun. The one that runs needs no other worker: it ends meanwhile."""
 
     async def story(fleet: FakeFleet) -> None:
@@ -301,7 +295,7 @@ def test_a_request_that_waits_at_the_leaving_worker_goes_to_another_one_at_once(
         async def has_both() -> bool:
             return len(leaving.servicer.running()) == 2
 
-        await until(has_both)
+        await wait_until(has_both)
         (running,) = [call.request_id for call in leaving.servicer.running() if call.has_begun]
         (waiting,) = {runs, waits} - {running}
         await add_loop(fleet, "b", journal)
@@ -315,10 +309,10 @@ def test_a_request_that_waits_at_the_leaving_worker_goes_to_another_one_at_once(
         assert [step for _, step in journal.of(running)] == list(range(STEPS))
         assert lost_calls() == before
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_both_attempts_of_a_request_that_was_handed_over_count_in_the_pace(url: str) -> None:
+def test_both_attempts_of_a_request_that_was_handed_over_count_in_the_pace(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         journal, gate = Journal(), Gate()
         await fleet.add_workers(BESIDE)
@@ -340,7 +334,7 @@ def test_both_attempts_of_a_request_that_was_handed_over_count_in_the_pace(url: 
             async def is_released() -> bool:
                 return not await command(redis, "HLEN", "fleet:slots:emoji/denoising")
 
-            await until(is_released)
+            await wait_until(is_released)
             (pace,) = await command(redis, "HVALS", "fleet:paces:emoji/denoising")
         seconds, steps, *_ = map(float, pace.split())
         first, second = journal.seconds
@@ -349,10 +343,10 @@ def test_both_attempts_of_a_request_that_was_handed_over_count_in_the_pace(url: 
         assert computed <= seconds + 1e-5
         assert seconds == pytest.approx(computed, abs=0.5), "the worker reads inputs and writes outputs besides"
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_two_workers_that_leave_for_one_free_slot_lose_nothing(url: str) -> None:
+def test_two_workers_that_leave_for_one_free_slot_lose_nothing(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         journal, gates = Journal(), (Gate(), Gate())
         await fleet.add_workers(BESIDE)
@@ -380,4 +374,4 @@ def test_two_workers_that_leave_for_one_free_slot_lose_nothing(url: str) -> None
             assert journal.of(name)[HELD_AT + 1][0] == "c"
         assert lost_calls() == before
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)

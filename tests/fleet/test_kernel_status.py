@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
 from coordinator_fleet import FakeFleet, run_on_fleet
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
-from redis_servers import running_server
 
 
-@pytest.fixture
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
-
-
-def test_outcomes_of_all_workers_are_listed_once(url: str) -> None:
+def test_outcomes_of_all_workers_are_listed_once(store_url: str) -> None:
     works = worker_pb2.KernelPackage(name="triton", version="3.6.0")
     broken = worker_pb2.KernelPackage(name="fa3-fwd", version="0.0.3", error="OSError: a", replacement="cuDNN")
 
@@ -32,4 +21,4 @@ def test_outcomes_of_all_workers_are_listed_once(url: str) -> None:
         found = {each.service: list(each.kernels) for each in model.services if each.kernels}
         assert found == {"denoising": [broken, works]}
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from async_tests import wait_until
 from common.artifacts import StepCheckpoint
 from common.errors import HandedOver, InvalidInput
 from common.logs import get_logger, setup_logging
@@ -21,7 +22,7 @@ from common.stage import Call
 from coordinator_fleet import SERVICES, FakeFleet, Gate, Script, Stub, latents_of, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
-from redis_servers import running_server, until
+from redis_servers import running_server
 
 BESIDE = ("text_encoding", "latent_preparation", "decoding")
 CANARY = "a canary on a branch"
@@ -88,7 +89,7 @@ def test_each_state_of_a_request_is_one_line(url: str, lines: Lines) -> None:
         async def all_ended() -> bool:
             return all(lines.states(name)[-1:] == ["SUCCEEDED"] for name in names)
 
-        await until(all_ended)
+        await wait_until(all_ended)
         assert [lines.states(name) for name in names] == [["QUEUED", "RUNNING", "SUCCEEDED"]] * 4
 
     run_on_fleet(url, story)
@@ -129,7 +130,7 @@ def test_failure_cancellation_and_expiry_are_one_line_each(url: str, lines: Line
             async def has_ended(name: str = name, end: str = end) -> bool:
                 return lines.states(name)[-1:] == [end]
 
-            await until(has_ended)
+            await wait_until(has_ended)
             assert lines.states(name) == ["QUEUED", "RUNNING", end]
 
     run_on_fleet(url, story)
@@ -147,7 +148,7 @@ def test_a_request_that_never_ran_has_no_running_line(url: str, lines: Lines) ->
         async def has_ended() -> bool:
             return lines.states(name) == ["QUEUED", "CANCELLED"]
 
-        await until(has_ended)
+        await wait_until(has_ended)
 
     run_on_fleet(url, story)
 
@@ -173,7 +174,7 @@ def test_a_taken_over_request_has_each_line_once_in_two_processes(url: str, line
                 record = (await stub.GetRequest(pb.GetRequestRequest(request_id=name))).request
                 return record.state == pb.REQUEST_STATE_RUNNING
 
-            await until(is_running)
+            await wait_until(is_running)
             await asyncio.sleep(0.5)  # for the line, which follows the write
         process.kill()
         _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
@@ -181,14 +182,14 @@ def test_a_taken_over_request_has_each_line_once_in_two_processes(url: str, line
         async def is_taken_over() -> bool:
             return bool(lines.states(name))
 
-        await until(is_taken_over)
+        await wait_until(is_taken_over)
         gate.opened.set()
         await terminal(other, name)
 
         async def has_ended() -> bool:
             return lines.states(name)[-1:] == ["SUCCEEDED"]
 
-        await until(has_ended)
+        await wait_until(has_ended)
         assert changes(await _rest(process), name) == ["QUEUED", "RUNNING"]
         assert lines.states(name) == ["request taken over", "SUCCEEDED"]
         (taken,) = [line for line in lines.all() if line["event"] == "request taken over"]
@@ -220,7 +221,7 @@ def test_a_request_that_cannot_be_continued_ends_in_one_line(url: str, lines: Li
         async def has_ended() -> bool:
             return lines.states(name)[-1:] == ["FAILED"]
 
-        await until(has_ended)
+        await wait_until(has_ended)
         assert lines.states(name) == ["request taken over", "FAILED"]
         assert {line["trace_id"] for line in lines.all() if line.get("request_id") == name} == {TRACE_ID}
 
@@ -253,7 +254,7 @@ def test_a_resumed_request_names_step_stage_and_attempt(url: str, lines: Lines) 
         async def has_ended() -> bool:
             return lines.states(name)[-1:] == ["SUCCEEDED"]
 
-        await until(has_ended)
+        await wait_until(has_ended)
         assert lines.states(name) == ["QUEUED", "RUNNING", "request resumed", "SUCCEEDED"]
 
     run_on_fleet(url, story)

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
-import pytest
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.rpc.stage_servicer import StageServicer
 from common.state.connection import command, connect
 from coordinator_fleet import FakeFleet, Gate, Script, Stub, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import running_server, until
 
 BESIDE = ("text_encoding", "latent_preparation", "decoding")
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 async def deaths(redis: Redis, name: str) -> list[str]:
@@ -43,10 +35,10 @@ async def has_in_flight(servicer: StageServicer, number: int) -> None:
     async def so_many() -> bool:
         return servicer.in_flight == number
 
-    await until(so_many)
+    await wait_until(so_many)
 
 
-def test_a_call_that_waits_behind_another_one_is_not_charged(url: str) -> None:
+def test_a_call_that_waits_behind_another_one_is_not_charged(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(BESIDE)
@@ -63,20 +55,20 @@ def test_a_call_that_waits_behind_another_one_is_not_charged(url: str) -> None:
             async def both_are_lost() -> bool:
                 return (lost_calls("yes") - before[0], lost_calls("no") - before[1]) == (1, 1)
 
-            await until(both_are_lost)
+            await wait_until(both_are_lost)
 
             async def is_recorded() -> bool:
                 return await deaths(redis, runs) == ["open"]
 
-            await until(is_recorded)
+            await wait_until(is_recorded)
             assert await deaths(redis, waits) == []
         await fleet.add_worker("denoising")
         await asyncio.gather(succeeds(stub, runs), succeeds(stub, waits))
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_worker_that_does_not_report_when_it_begins_charges_what_it_may_have_begun(url: str) -> None:
+def test_a_worker_that_does_not_report_when_it_begins_charges_what_it_may_have_begun(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(BESIDE)
@@ -91,14 +83,14 @@ def test_a_worker_that_does_not_report_when_it_begins_charges_what_it_may_have_b
             async def both_are_charged() -> bool:
                 return [await deaths(redis, name) for name in names] == [["open"], ["open"]]
 
-            await until(both_are_charged)
+            await wait_until(both_are_charged)
         await fleet.add_workers(["denoising"])
         await asyncio.gather(*(succeeds(stub, name) for name in names))
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_worker_that_leaves_charges_nobody(url: str) -> None:
+def test_a_worker_that_leaves_charges_nobody(store_url: str) -> None:
     """As where its grace time is too short for the call."""
 
     async def story(fleet: FakeFleet) -> None:
@@ -115,21 +107,21 @@ def test_a_worker_that_leaves_charges_nobody(url: str) -> None:
         async def is_lost() -> bool:
             return lost_calls("yes") == before + 1
 
-        await until(is_lost)
+        await wait_until(is_lost)
         async with connect(fleet.url) as redis:
 
             async def waits_again() -> bool:
                 return await redis.zcard("fleet:queue:emoji/denoising") == 1
 
-            await until(waits_again)
+            await wait_until(waits_again)
             assert await deaths(redis, name) == []
         await fleet.add_worker("denoising")
         await succeeds(stub, name)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_worker_that_is_announced_again_charges_nobody(url: str) -> None:
+def test_a_worker_that_is_announced_again_charges_nobody(store_url: str) -> None:
     """Only its connection was lost. The request goes on at once, without waiting for the next heartbeat."""
 
     async def story(fleet: FakeFleet) -> None:
@@ -147,14 +139,14 @@ def test_a_worker_that_is_announced_again_charges_nobody(url: str) -> None:
             async def is_cleared() -> bool:
                 return await deaths(redis, name) == ["cleared"]
 
-            await until(is_cleared)
+            await wait_until(is_cleared)
         second.opened.set()
         await succeeds(stub, name)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_after_a_loss_a_request_has_its_worker_alone(url: str) -> None:
+def test_after_a_loss_a_request_has_its_worker_alone(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         first, second = Gate(), Gate()
         await fleet.add_workers(BESIDE)
@@ -171,7 +163,7 @@ def test_after_a_loss_a_request_has_its_worker_alone(url: str) -> None:
             async def waits() -> bool:
                 return await redis.zcard("fleet:queue:emoji/denoising") == 1
 
-            await until(waits)
+            await wait_until(waits)
             slots: dict[bytes, bytes] = await command(redis, "HGETALL", "fleet:slots:emoji/denoising")
             mine = worker.info.worker_id.encode()
             (alone,) = [ticket for ticket, slot in slots.items() if slot.startswith(mine)]
@@ -180,4 +172,4 @@ def test_after_a_loss_a_request_has_its_worker_alone(url: str) -> None:
         second.opened.set()
         await asyncio.gather(succeeds(stub, name), succeeds(stub, other))
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.errors import InvalidInput
 from local_fleet import NO_IMAGES, LocalFleet
 from models.catalog import ServedModel, open_model
@@ -76,8 +76,8 @@ def test_the_command_line_writes_a_video_with_sound(fleet: ServedFleet, tmp_path
         assert (stream.width, stream.height, float(stream.average_rate or 0)) == (96, 64, 12.5)
         assert (track.codec.canonical_name, track.rate, track.codec_context.channels) == ("aac", 48000, 2)
         assert len(list(container.decode(stream))) == 9
-    heard = decoded_sound((tmp_path / "it.mp4").read_bytes())
-    assert heard.shape[1] / 48000 == pytest.approx(9 / 12.5, abs=0.05)
+    recorded = decoded_sound((tmp_path / "it.mp4").read_bytes())
+    assert recorded.shape[1] / 48000 == pytest.approx(9 / 12.5, abs=0.05)
 
 
 def test_the_command_line_lists_both_variants(fleet: ServedFleet, capsys: pytest.CaptureFixture[str]) -> None:

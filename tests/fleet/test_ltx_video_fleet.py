@@ -10,7 +10,7 @@ import av
 import pytest
 import torch
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.errors import InvalidInput
 from local_fleet import NO_IMAGES, LocalFleet
 from models.catalog import ServedModel, open_model

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
+from async_tests import wait_until
 from common.artifacts import Latents
 from common.codec import unpack
 from common.errors import FleetError, InternalError, InvalidInput, ResourceExhausted, Unavailable
@@ -20,7 +21,7 @@ from common.rpc.status import from_rpc_error
 from common.tensors import TORCH
 from fleet.v1 import artifacts_pb2 as pb
 from fleet.v1 import denoising_pb2
-from stage_server import METHOD, Heard, Served, packets, served
+from stage_server import METHOD, RecordedCall, Served, packets, served
 
 PATH = "initial_latents.parts.image.latents"
 SIZE = 400_000
@@ -102,7 +103,7 @@ def test_each_is_refused_and_the_worker_goes_on() -> None:
                 assert words in error.message, name
                 assert error.field == field, name
             assert len(await stage.raw_call(*frames())) == 2
-            outputs = await stage.runner()(packets(), stage.heard.call())
+            outputs = await stage.runner()(packets(), stage.recorded.call())
             assert unpack("denoised_latents", Latents, outputs["denoised_latents"], TORCH)
             assert not stage.servicer.in_flight
 
@@ -135,8 +136,8 @@ def test_a_caller_that_vanishes_mid_tensor_leaves_nothing() -> None:
             async with open_channel(stage.server.address) as channel:
                 call: Any = channel.stream_stream(METHOD)()
                 await call.write(frames()[0])
-                await until(lambda: stage.servicer.in_flight == 1)
-            await until(lambda: stage.servicer.in_flight == 0)
+                await wait_until(lambda: stage.servicer.in_flight == 1)
+            await wait_until(lambda: stage.servicer.in_flight == 0)
             assert len(await stage.raw_call(*frames())) == 2
 
     asyncio.run(main())
@@ -146,11 +147,6 @@ async def refusal(stage: Served, *sent: bytes) -> FleetError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stage.raw_call(*sent)
     return from_rpc_error(caught.value)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 -- nothing tells
-        await asyncio.sleep(0.005)
 
 
 class Liar:
@@ -201,7 +197,7 @@ def test_a_worker_that_answers_wrongly_is_a_defect_of_ours(
         server.add(Liar(*replies).methods, "fleet.v1.DenoisingService")
         async with served() as stage, open_channel(await server.start()) as channel:
             with pytest.raises(kind, match=words):
-                await RemoteRunner(channel, "denoising", stage.hosted.contract)(packets(8), Heard().call())
+                await RemoteRunner(channel, "denoising", stage.hosted.contract)(packets(8), RecordedCall().call())
         await server.drain(0)
 
     asyncio.run(main())

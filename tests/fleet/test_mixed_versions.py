@@ -13,11 +13,11 @@ import psutil
 from chaos_processes import COORDINATOR, Fleet, Process
 from warm_starter import TREE
 
+from async_tests import wait_until
 from common.rpc.client import open_channel
 from coordinator_fleet import Stub
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
-from redis_servers import until
 from release import unpack_release
 from resume_fleet import is_complete
 from tiny_flux import build_tiny_flux
@@ -47,7 +47,7 @@ def test_each_pair_of_versions_finishes_a_request() -> None:
         async def stub_of(process: Process) -> Stub:
             channel = await stack.enter_async_context(open_channel(process.target))
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
-            await until(partial(is_complete, stub, fleet.workers))
+            await wait_until(partial(is_complete, stub, fleet.workers))
             return stub
 
         kept, replaced = fleet.of(coordinators=True)
@@ -57,7 +57,7 @@ def test_each_pair_of_versions_finishes_a_request() -> None:
         for worker in [each for each in fleet.living if each.role != COORDINATOR]:
             await fleet.replace(worker, TREE)
         for stub in (old, new):
-            await until(partial(is_complete, stub, fleet.workers))
+            await wait_until(partial(is_complete, stub, fleet.workers))
         images |= {"old, new workers": await image_of(old), "new, new workers": await image_of(new)}
         trees = {process.tree: psutil.Process(process.pid).cmdline()[1] for process in fleet.living}
         assert all(Path(program).is_relative_to(tree) for tree, program in trees.items())

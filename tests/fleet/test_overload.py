@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
+from async_tests import wait_until
 from common.errors import ResourceExhausted
 from common.rpc.status import from_rpc_error
 from common.state.connection import connect
 from coordinator_fleet import SERVICES, FakeFleet, Gate, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import running_server, until
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
-
-
-def test_callers_take_turns_at_every_coordinator(url: str, tmp_path: Path) -> None:
+def test_callers_take_turns_at_every_coordinator(store_url: str, tmp_path: Path) -> None:
     names = ("greedy", "modest")
     keys = tmp_path / "keys.toml"
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
@@ -51,17 +44,17 @@ def test_callers_take_turns_at_every_coordinator(url: str, tmp_path: Path) -> No
             await submit("greedy", number)
         for number in range(2):
             await submit("modest", number)
-        await until(all_wait)
+        await wait_until(all_wait)
         gate.opened.set()
         for request_id in owners:
             assert (await terminal(watcher, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         order = [owners[request_id] for request_id in fleet.scripts["text_encoding"].calls]
         assert order == ["greedy", "modest", "greedy", "modest", "greedy", "greedy", "greedy"]
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_bound_in_seconds_reports_when_to_come_again(url: str) -> None:
+def test_a_bound_in_seconds_reports_when_to_come_again(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
@@ -75,14 +68,14 @@ def test_a_bound_in_seconds_reports_when_to_come_again(url: str) -> None:
         assert refusal.retry_seconds == 60.0
         gate.opened.set()
         assert (await terminal(stub, first))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
-        async with connect(url) as redis:
+        async with connect(store_url) as redis:
 
             async def measured() -> bool:
                 return len(await redis.keys("fleet:pace:*")) == len(SERVICES)
 
-            await until(measured)
+            await wait_until(measured)
         accepted = [(await stub.Submit(submission())).request.request_id for _ in range(3)]
         for request_id in accepted:
             assert (await terminal(stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)

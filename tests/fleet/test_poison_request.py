@@ -12,12 +12,12 @@ from pathlib import Path
 from chaos_processes import Fleet, Process
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.rpc.client import open_channel
 from common.state.connection import command, connect
 from coordinator_fleet import Stub
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
-from redis_servers import until
 
 STEPS = 8
 CHECKPOINT = 4
@@ -58,7 +58,7 @@ class Murder:
             reached = await command(self._redis, "HGET", f"fleet:request:{name}", "reached")
             return bool(reached == str(CHECKPOINT).encode())
 
-        await until(is_stored)
+        await wait_until(is_stored)
         slots: dict[bytes, bytes] = await command(self._redis, "HGETALL", "fleet:slots:emoji/denoising")
         for ticket, slot in slots.items():
             pid = int(slot.decode().partition("|")[0].split("-")[-2])
@@ -97,7 +97,7 @@ def test_it_is_given_up_after_three_workers_and_no_other_request_suffers() -> No
                 (model,) = (await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True)).models
                 return all(service.workers == 2 for service in model.services)
 
-            await until(is_complete)
+            await wait_until(is_complete)
             murder = Murder(fleet, redis, stub)
             name = await submit(stub, STEPS)
             watching = asyncio.create_task(murder.watch(name))

@@ -25,7 +25,6 @@ from models import contracts
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
 from models.validation import InputValidationStage
-from redis_servers import running_server
 from services.coordinator.costs import costs_of
 from services.worker import Worker, start_worker
 from services.worker_settings import LoopSettings
@@ -35,12 +34,6 @@ STEPS = 5
 STOPPED_AT = 2
 PAINTING = "toy_painting"
 GIVEN: dict[str, ParamValue] = {"prompt": "red", "seed": 3, "num_inference_steps": STEPS}
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +177,9 @@ def test_costs_follow_what_stages_declare(model: ServedModel) -> None:
     }
 
 
-def test_progress_and_download(url: str, model: ServedModel, picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_and_download(
+    store_url: str, model: ServedModel, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def test(running: Running) -> None:
         name = await running.submit()
         events = await terminal(running.stub, name)
@@ -200,10 +195,12 @@ def test_progress_and_download(url: str, model: ServedModel, picture: bytes, mon
         assert progress == {name: [(0, 1), (1, 1)] for name in ("toy_reading", "toy_mixing", "toy_framing")}
         assert await result_of(running.stub, name) == picture
 
-    run(url, model, monkeypatch, test)
+    run(store_url, model, monkeypatch, test)
 
 
-def test_a_cancelled_request_stops_within_a_step(url: str, model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_request_stops_within_a_step(
+    store_url: str, model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def test(running: Running) -> None:
         running.loop.stops.set()
         name = await running.submit()
@@ -214,11 +211,11 @@ def test_a_cancelled_request_stops_within_a_step(url: str, model: ServedModel, m
         record = (await running.stub.GetRequest(pb.GetRequestRequest(request_id=name))).request
         assert record.steps_saved == STEPS - STOPPED_AT
 
-    run(url, model, monkeypatch, test)
+    run(store_url, model, monkeypatch, test)
 
 
 def test_another_worker_resumes_at_a_checkpoint(
-    url: str, model: ServedModel, picture: bytes, monkeypatch: pytest.MonkeyPatch
+    store_url: str, model: ServedModel, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(running: Running) -> None:
         running.loop.stops.set()
@@ -233,4 +230,4 @@ def test_another_worker_resumes_at_a_checkpoint(
         assert second in range(1, STOPPED_AT + 1)
         assert await result_of(running.stub, name) == picture
 
-    run(url, model, monkeypatch, test)
+    run(store_url, model, monkeypatch, test)

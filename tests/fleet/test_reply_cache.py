@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,18 +25,11 @@ from models.stages.decoding import DecodingStage
 from models.stages.denoising import DenoisingStage
 from models.stages.image_text_encoding import ImageTextEncodingStage
 from models.stages.text_encoding import TextEncodingStage
-from redis_servers import running_server
 from services.worker import start_worker
 from services.worker_settings import CachingSettings
-from stage_server import Heard, Served, StageInput, artifacts, packets, served
+from stage_server import RecordedCall, Served, StageInput, artifacts, packets, served
 
 SEED = "sampling.seed"
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 def cache(max_bytes: int = 1 << 20, *, model: str = "m", indifferent_to: tuple[str, ...] = ()) -> ReplyCache:
@@ -132,18 +125,18 @@ def test_a_call_whose_inputs_came_before_gets_the_same_and_computes_nothing(coun
     async def test(stage: Served, script: Counted) -> None:
         found = []
         for seed in (1, 1, 2):
-            heard = Heard()
+            recorded = RecordedCall()
             outputs = await stage.runner()(
-                packets(count, sampling=Sampling(num_inference_steps=3, seed=seed)), heard.call()
+                packets(count, sampling=Sampling(num_inference_steps=3, seed=seed)), recorded.call()
             )
-            found.append((latents_of(outputs), heard.warnings, heard.progress))
+            found.append((latents_of(outputs), recorded.warnings, recorded.progress))
         assert script.seeds == [0]
         assert torch.equal(found[0][0], artifacts(count)["initial_latents"].parts["image"].latents * 3)
         for latents, warnings, progress in found[1:]:
             assert torch.equal(latents, found[0][0])
             assert (warnings, progress) == ([("prompt", "cut")], [(1, 1)])
         assert (lookups(name, "hit"), lookups(name, "miss")) == (2, 1)
-        await stage.runner()(packets(count, sampling=Sampling(num_inference_steps=4, seed=1)), Heard().call())
+        await stage.runner()(packets(count, sampling=Sampling(num_inference_steps=4, seed=1)), RecordedCall().call())
         assert script.seeds == [0, 0]
 
     serve(test, cache(8 << 20, model=name, indifferent_to=(SEED,)))
@@ -153,8 +146,10 @@ def test_failures_and_what_is_too_large_are_not_kept() -> None:
     async def test(stage: Served, script: Counted) -> None:
         for _ in range(2):
             with pytest.raises(InvalidInput):
-                await stage.runner()(packets(8, sampling=Sampling(num_inference_steps=13, seed=1)), Heard().call())
-            await stage.runner()(packets(300_000), Heard().call())
+                await stage.runner()(
+                    packets(8, sampling=Sampling(num_inference_steps=13, seed=1)), RecordedCall().call()
+                )
+            await stage.runner()(packets(300_000), RecordedCall().call())
         assert len(script.seeds) == 4
 
     serve(test, cache(100_000))
@@ -169,7 +164,7 @@ def test_text_encoding_alone_keeps_replies() -> None:
     assert DenoisingStage.indifferent_to is DecodingStage.indifferent_to is None
 
 
-def test_a_worker_answers_from_its_cache_what_it_would_compute(store: str) -> None:
+def test_a_worker_answers_from_its_cache_what_it_would_compute(store_url: str) -> None:
     model = open_model("emoji", load_registry())
     spec = model.service("text_encoding")
 
@@ -178,17 +173,17 @@ def test_a_worker_answers_from_its_cache_what_it_would_compute(store: str) -> No
         return packed(prompt=prompt, sampling=Sampling(num_inference_steps=seed, seed=seed))
 
     async def encode(runner: RemoteRunner, given: dict[str, Packet]) -> tuple[dict[str, torch.Tensor], list[Any]]:
-        heard = Heard()
-        outputs = await runner(given, heard.call())
+        recorded = RecordedCall()
+        outputs = await runner(given, recorded.call())
         conditioning = unpack("text_conditioning", Conditioning, outputs["text_conditioning"], TORCH)
-        return dict(conditioning.prompt_embeds), heard.warnings
+        return dict(conditioning.prompt_embeds), recorded.warnings
 
     async def main() -> None:
         found = []
         before = {result: lookups("emoji", result, "text_encoding") for result in ("hit", "miss")}
         for reply_cache_bytes in (0, 64 << 20):
             settings = CachingSettings(
-                model="emoji", redis=store, threads=1, device="cpu", reply_cache_bytes=reply_cache_bytes
+                model="emoji", redis=store_url, threads=1, device="cpu", reply_cache_bytes=reply_cache_bytes
             )
             worker = await start_worker("text_encoding", model, settings)
             try:

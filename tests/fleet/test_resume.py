@@ -11,7 +11,7 @@ import asyncio
 
 import pytest
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.state.connection import command
 from fleet.v1 import generation_pb2 as pb
 from resume_fleet import STEPS, Family, resumed_at, served

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,20 +12,13 @@ from common.rpc.client import open_channel
 from coordinator_fleet import SERVICES, FakeFleet, run_on_fleet, submission
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
-from redis_servers import running_server
 from services.cli.access import IN_THE_CLEAR
 from services.cli.status import _status
 
 WAITS = "no worker of {} runs; the request waits for one"
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
-
-
-def test_requests_wait_for_the_first_worker_of_each_service_and_watch_says_so(url: str) -> None:
+def test_requests_wait_for_the_first_worker_of_each_service_and_watch_says_so(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         coordinator, stub = await fleet.add_coordinator(worker_wait_seconds=30.0)
         async with open_channel(coordinator.address) as channel:
@@ -49,10 +41,10 @@ def test_requests_wait_for_the_first_worker_of_each_service_and_watch_says_so(ur
         assert last.state_change.state == pb.REQUEST_STATE_SUCCEEDED
         assert sorted(warned) == sorted(WAITS.format(service) for service in SERVICES), "once for each service"
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_request_that_finds_its_workers_has_no_warning(url: str) -> None:
+def test_a_request_that_finds_its_workers_has_no_warning(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
@@ -61,10 +53,12 @@ def test_a_request_that_finds_its_workers_has_no_warning(url: str) -> None:
         assert events[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         assert not [event for event in events if event.HasField("warning")]
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_worker_of_another_checkpoint_is_refused_and_shown(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_of_another_checkpoint_is_refused_and_shown(
+    store_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     async def story(fleet: FakeFleet) -> None:
         coordinator, stub = await fleet.add_coordinator()
         worker = await fleet.add_worker("denoising")
@@ -86,4 +80,4 @@ def test_a_worker_of_another_checkpoint_is_refused_and_shown(url: str, capsys: p
         assert line.split()[:3] == ["emoji", "denoising", other.worker_id]
         assert f"this one has {other.model_fingerprint}" in line
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)

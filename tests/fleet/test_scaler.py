@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from async_tests import wait_until
 from certificates import Authority
 from common.rpc.client import open_channel
 from common.rpc.tls import channel_credentials, read_authority
@@ -19,17 +19,10 @@ from coordinator_fleet import FakeFleet, Gate, Stub, error_of, run_on_fleet, sub
 from externalscaler import externalscaler_pb2 as pb
 from externalscaler import externalscaler_pb2_grpc
 from fleet.v1 import generation_pb2
-from redis_servers import running_server, until
 from tls_peers import mutual, tls_files
 
 STEPS = 10
 METADATA = {"model": "emoji", "stage": "denoising", "targetSeconds": "4"}
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 def target(**changed: str) -> pb.ScaledObjectRef:
@@ -62,7 +55,7 @@ async def keda(fleet: FakeFleet, **settings: Any) -> tuple[Keda, Any]:
     return Keda(channel), stub
 
 
-def test_a_request_without_workers_activates_its_stages_within_a_second(url: str) -> None:
+def test_a_request_without_workers_activates_its_stages_within_a_second(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         scaler, stub = await keda(fleet)
         activity = aiter(scaler.stub.StreamIsActive(target()))
@@ -82,13 +75,13 @@ def test_a_request_without_workers_activates_its_stages_within_a_second(url: str
             values = [await scaler.value(stage=each, metricName="queued_seconds") for each in ("text_encoding",)]
             return not any(values)
 
-        await until(nothing_is_queued)
+        await wait_until(nothing_is_queued)
         assert time.monotonic() - ended < 1
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_a_stage_that_is_needed_for_a_moment_only_is_pushed_as_active(url: str) -> None:
+def test_a_stage_that_is_needed_for_a_moment_only_is_pushed_as_active(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         scaler, stub = await keda(fleet)
@@ -100,10 +93,10 @@ def test_a_stage_that_is_needed_for_a_moment_only_is_pushed_as_active(url: str) 
             assert not (await anext(activity)).result
             await terminal(stub, name)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_waiting_and_running_requests_count_by_what_the_worker_computed(url: str) -> None:
+def test_waiting_and_running_requests_count_by_what_the_worker_computed(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
 
@@ -130,7 +123,7 @@ def test_waiting_and_running_requests_count_by_what_the_worker_computed(url: str
             queued, wanted = await scaler.value(metricName="queued_seconds"), await scaler.value()
             return queued > 2.4 * whole and wanted - 4 == pytest.approx(queued * 2 / 2.5, rel=0.01)
 
-        await until(half_of_one_and_two_more_are_left)
+        await wait_until(half_of_one_and_two_more_are_left)
         assert await scaler.value(targetSeconds="0.001") == pytest.approx(0.003)
         services = {each.service: each for each in (await _model(stub)).services}
         assert services["denoising"].queued_seconds > 2.4 * whole
@@ -140,7 +133,7 @@ def test_waiting_and_running_requests_count_by_what_the_worker_computed(url: str
             await terminal(stub, name)
         assert await scaler.value() == 0
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
 async def _model(stub: Stub) -> generation_pb2.Model:
@@ -148,7 +141,7 @@ async def _model(stub: Stub) -> generation_pb2.Model:
     return model
 
 
-def test_the_assumed_time_counts_until_something_is_measured(url: str) -> None:
+def test_the_assumed_time_counts_until_something_is_measured(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         scaler, stub = await keda(fleet, assumed_seconds=7.0)
         await stub.Submit(submission())
@@ -156,15 +149,15 @@ def test_the_assumed_time_counts_until_something_is_measured(url: str) -> None:
         async def waits() -> bool:
             return await scaler.value(stage="text_encoding", metricName="queued_seconds") == 7.0
 
-        await until(waits)
+        await wait_until(waits)
         assert await scaler.value(stage="text_encoding") == 4.0
         services = {each.service: each for each in (await _model(stub)).services}
         assert services["text_encoding"].unmeasured
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_the_metric_has_the_seconds_of_one_replica(url: str) -> None:
+def test_the_metric_has_the_seconds_of_one_replica(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         scaler, _ = await keda(fleet)
         (spec,) = (await scaler.stub.GetMetricSpec(target())).metricSpecs
@@ -172,7 +165,7 @@ def test_the_metric_has_the_seconds_of_one_replica(url: str) -> None:
         pushed = await anext(aiter(scaler.stub.StreamMetricSpec(target())))
         assert list(pushed.metricSpecs) == [spec]
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +180,7 @@ def test_the_metric_has_the_seconds_of_one_replica(url: str) -> None:
         ({"metricName": "x"}, "INVALID_ARGUMENT", "is not wanted_seconds or queued_seconds"),
     ],
 )
-def test_wrong_metadata_is_refused_by_every_rpc(url: str, changed: dict[str, str], code: str, words: str) -> None:
+def test_wrong_metadata_is_refused_by_every_rpc(store_url: str, changed: dict[str, str], code: str, words: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         scaler, _ = await keda(fleet)
         reference = target(**changed)
@@ -203,10 +196,10 @@ def test_wrong_metadata_is_refused_by_every_rpc(url: str, changed: dict[str, str
             assert error_of(result)[0] == code
             assert words in (result.details() or "")
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_two_coordinators_report_the_same(url: str) -> None:
+def test_two_coordinators_report_the_same(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         scaler, stub = await keda(fleet)
         other, _ = await fleet.add_coordinator(scaler_listen=f"unix:{fleet.directory}/scaler-2.sock")
@@ -218,13 +211,13 @@ def test_two_coordinators_report_the_same(url: str) -> None:
         async def three_wait() -> bool:
             return await scaler.value(stage="text_encoding", metricName="queued_seconds") == 30.0
 
-        await until(three_wait)
+        await wait_until(three_wait)
         assert await Keda(channel).value(stage="text_encoding") == await scaler.value(stage="text_encoding") == 12.0
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_callers_of_the_scaler_show_a_certificate_of_the_fleet(url: str, tmp_path: Path) -> None:
+def test_callers_of_the_scaler_show_a_certificate_of_the_fleet(store_url: str, tmp_path: Path) -> None:
     authority, others = Authority(tmp_path / "fleet"), Authority(tmp_path / "others", "somebody else")
 
     async def outcome(address: str, credentials: grpc.ChannelCredentials) -> str:
@@ -243,4 +236,4 @@ def test_callers_of_the_scaler_show_a_certificate_of_the_fleet(url: str, tmp_pat
         assert await outcome(address, mutual(authority, others.issue("keda"))) == "UNAVAILABLE"
         assert await outcome(address, channel_credentials(read_authority(authority.ca))) == "UNAVAILABLE"
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)

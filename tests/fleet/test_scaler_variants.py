@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
-from coarse_pictures import png
+from async_tests import wait_until
+from coarse_images import png
 from common.rpc.client import open_channel
 from coordinator_fleet import running_fleet, terminal
 from externalscaler import externalscaler_pb2 as pb
@@ -16,17 +17,10 @@ from externalscaler import externalscaler_pb2_grpc
 from fleet.v1 import generation_pb2
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
-from redis_servers import running_server, until
 from services.cli.parameters import parameters_message
 from toy_checkpoint import build_twin_checkpoint, twin_family
 
 STAGES = ("text_encoding", "image_encoding", "latent_preparation", "denoising", "decoding")
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +38,9 @@ def request(**images: bytes) -> generation_pb2.SubmitRequest:
     )
 
 
-def test_a_stage_that_the_variant_of_a_request_does_not_use_needs_no_worker(url: str, twin: ServedModel) -> None:
+def test_a_stage_that_the_variant_of_a_request_does_not_use_needs_no_worker(store_url: str, twin: ServedModel) -> None:
     async def story() -> None:
-        async with asyncio.timeout(60), running_fleet(url, twin) as fleet:
+        async with asyncio.timeout(60), running_fleet(store_url, twin) as fleet:
             coordinator, stub = await fleet.add_coordinator(scaler_listen=f"unix:{fleet.directory}/scaler.sock")
             async with open_channel(coordinator.scaler_address) as channel:
                 scaler: externalscaler_pb2_grpc.ExternalScalerAsyncStub
@@ -73,6 +67,6 @@ def test_a_stage_that_the_variant_of_a_request_does_not_use_needs_no_worker(url:
                 async def none_is_active() -> bool:
                     return not any((await active()).values())
 
-                await until(none_is_active)
+                await wait_until(none_is_active)
 
     asyncio.run(story())

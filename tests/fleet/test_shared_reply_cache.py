@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from prometheus_client import REGISTRY
 
+from async_tests import wait_until
 from common.artifacts import Conditioning, Prompt, Sampling
 from common.codec import pack, unpack
 from common.rpc.client import RemoteRunner, open_channel
@@ -18,10 +19,10 @@ from common.state.connection import connect
 from common.tensors import TORCH
 from models.catalog import open_model
 from models.registry import load_registry
-from redis_servers import RedisServer, running_server, until
+from redis_servers import RedisServer, running_server
 from services.worker import start_worker
 from services.worker_settings import CachingSettings
-from stage_server import Heard
+from stage_server import RecordedCall
 
 MODEL = open_model("emoji", load_registry())
 LONG = "a red apple " * 90  # is cut, with a warning
@@ -35,14 +36,14 @@ class Encoder:
 
     async def encode(self, text: str) -> tuple[dict[str, torch.Tensor], list[Any]]:
         """Embeddings of a prompt, and the warnings that came with them."""
-        heard = Heard()
+        recorded = RecordedCall()
         given = {
             "prompt": pack("prompt", Prompt(prompt=text, max_sequence_length=64), TORCH),
             "sampling": pack("sampling", Sampling(num_inference_steps=1, seed=1), TORCH),
         }
-        outputs = await self.runner(given, heard.call())
+        outputs = await self.runner(given, recorded.call())
         conditioning = unpack("text_conditioning", Conditioning, outputs["text_conditioning"], TORCH)
-        return dict(conditioning.prompt_embeds), heard.warnings
+        return dict(conditioning.prompt_embeds), recorded.warnings
 
 
 @asynccontextmanager
@@ -96,7 +97,7 @@ async def kept(url: str, count: int) -> None:
         async with connect(url) as redis:
             return len(await redis.keys("fleet:reply:*")) == count
 
-    await until(so_many)
+    await wait_until(so_many)
 
 
 def test_what_one_worker_encoded_another_does_not_encode_again() -> None:

@@ -33,7 +33,7 @@ def _ended(status: str) -> dict[str, float]:
 def test_an_attempt_is_measured_with_its_bytes() -> None:
     async def story() -> None:
         async with served() as stage:
-            await stage.runner()(packets(_NUMBERS), stage.heard.call())
+            await stage.runner()(packets(_NUMBERS), stage.recorded.call())
 
     before = _ended("OK")
     asyncio.run(story())
@@ -50,7 +50,7 @@ def test_an_attempt_that_fails_is_measured_with_its_status() -> None:
     async def story() -> None:
         async with served(fail) as stage:
             with pytest.raises(InvalidInput):
-                await stage.runner()(packets(8), stage.heard.call())
+                await stage.runner()(packets(8), stage.recorded.call())
 
     before = _ended("INVALID_ARGUMENT")["count"]
     asyncio.run(story())
@@ -67,7 +67,7 @@ def test_an_attempt_that_is_cancelled_is_measured() -> None:
             call.check_cancelled()
 
         async with served(wait) as stage:
-            task = asyncio.create_task(stage.runner()(packets(8), stage.heard.call()))
+            task = asyncio.create_task(stage.runner()(packets(8), stage.recorded.call()))
             await entered.wait()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -84,7 +84,7 @@ def test_stages_run_in_the_trace_of_their_call() -> None:
     async def story() -> None:
         async with served(lambda *_: found.append(current_trace_id())) as stage:
             with entered(Span(TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"))):
-                await stage.runner()(packets(8), stage.heard.call())
+                await stage.runner()(packets(8), stage.recorded.call())
 
     asyncio.run(story())
     assert found == ["4bf92f3577b34da6a3ce929d0e0e4736"]
@@ -96,7 +96,7 @@ def test_the_tokens_of_a_step_come_with_the_call(sent: int, tokens: int) -> None
 
     async def story() -> None:
         async with served(lambda _, call: found.append(call.tokens)) as stage:
-            await stage.runner()(packets(8), stage.heard.call(tokens=sent))
+            await stage.runner()(packets(8), stage.recorded.call(tokens=sent))
 
     asyncio.run(story())
     assert found == [tokens]

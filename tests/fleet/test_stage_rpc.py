@@ -17,6 +17,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2
 
+from async_tests import wait_until
 from common.artifacts import Conditioning, Latents, Sampling, StepCheckpoint
 from common.codec import unpack
 from common.errors import (
@@ -47,28 +48,12 @@ from stage_server import (
     StageInput,
     artifacts,
     packets,
-    served,
+    run_served,
     step_checkpoint_of,
 )
 from step_checkpoints import Sink
 
 Test = Callable[[Served], Awaitable[None]]
-
-
-def run(test: Test, script: Any = None, **options: Any) -> None:
-    """Run a test against a served stage."""
-
-    async def main() -> None:
-        async with asyncio.timeout(60), served(*([script] if script else []), **options) as stage:
-            await test(stage)
-
-    asyncio.run(main())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread or process does; the test's own timeout bounds it."""
-    while not condition():  # noqa: ASYNC110 -- nothing tells
-        await asyncio.sleep(0.005)
 
 
 def result(outputs: Any) -> torch.Tensor:
@@ -81,10 +66,10 @@ def test_remote_and_local_runners_are_bit_equal(count: int) -> None:
         more = {"text_conditioning": Conditioning(prompt_embeds={"a": torch.randn(99_999), "b": torch.ones(())})}
         with ThreadPoolExecutor(1) as executor:
             local = await LocalRunner(stage.hosted, executor)(artifacts(count, **more), Call("r"))
-        remote = await stage.runner()(packets(count, **more), stage.heard.call())
+        remote = await stage.runner()(packets(count, **more), stage.recorded.call())
         assert torch.equal(result(remote), local["denoised_latents"].parts["image"].latents)
 
-    run(test)
+    run_served(test)
 
 
 def test_unix_socket_goes_with_its_server(tmp_path: Path) -> None:
@@ -92,11 +77,11 @@ def test_unix_socket_goes_with_its_server(tmp_path: Path) -> None:
 
     async def test(stage: Served) -> None:
         assert stage.server.address == f"unix:{path}"
-        await stage.runner()(packets(), stage.heard.call())
+        await stage.runner()(packets(), stage.recorded.call())
         await stage.server.drain(1)
         assert not path.exists()
 
-    run(test, listen=f"unix:{path}")
+    run_served(test, listen=f"unix:{path}")
 
 
 def test_reports_come_in_order_and_checkpoints_hold_what_was() -> None:
@@ -108,16 +93,16 @@ def test_reports_come_in_order_and_checkpoints_hold_what_was() -> None:
 
     async def test(stage: Served) -> None:
         given = packets()
-        outputs = await stage.runner()(given, stage.heard.call())
-        assert stage.heard.progress == [(1, 2), (2, 2)]
-        assert stage.heard.warnings == [("prompt", "cut “off”")]
-        (checkpoint,) = stage.heard.checkpoints
+        outputs = await stage.runner()(given, stage.recorded.call())
+        assert stage.recorded.progress == [(1, 2), (2, 2)]
+        assert stage.recorded.warnings == [("prompt", "cut “off”")]
+        (checkpoint,) = stage.recorded.checkpoints
         state = unpack("checkpoint", StepCheckpoint, checkpoint, TORCH)
         assert torch.equal(state.latents.parts["image"].latents, artifacts()["initial_latents"].parts["image"].latents)
         unheard = RemoteRunner(stage.channel, "denoising", stage.hosted.contract)
         assert torch.equal(result(await unheard(given, Call("r"))), result(outputs))
 
-    run(test, script)
+    run_served(test, script)
 
 
 def test_both_runners_report_the_same_to_a_call() -> None:
@@ -129,7 +114,7 @@ def test_both_runners_report_the_same_to_a_call() -> None:
         call.checkpoint(step_checkpoint_of(x, 1))
         call.progress(2, 2)
 
-    def heard(reports: list[Any]) -> Call:
+    def recorded(reports: list[Any]) -> Call:
         return Call(
             "r",
             on_progress=lambda step, total: reports.append((step, total)),
@@ -141,9 +126,9 @@ def test_both_runners_report_the_same_to_a_call() -> None:
     async def test(stage: Served) -> None:
         near: list[Any] = []
         with ThreadPoolExecutor(1) as executor:
-            await LocalRunner(stage.hosted, executor)(artifacts(), heard(near))
+            await LocalRunner(stage.hosted, executor)(artifacts(), recorded(near))
         far: list[Any] = []
-        await stage.runner()(packets(), heard(far))
+        await stage.runner()(packets(), recorded(far))
         assert [type(each) for each in near] == [str, tuple, tuple, StepCheckpoint, tuple]
         states = [near.pop(3), unpack("checkpoint", StepCheckpoint, far.pop(3), TORCH)]
         assert near == far == ["begun", ("prompt", "cut"), (1, 2), (2, 2)]
@@ -152,7 +137,7 @@ def test_both_runners_report_the_same_to_a_call() -> None:
         assert torch.equal(ours.latents, theirs.latents)
         assert ours.raw_latent_shape == theirs.raw_latent_shape
 
-    run(test, script)
+    run_served(test, script)
 
 
 def test_of_quick_steps_the_first_and_the_last_are_reported() -> None:
@@ -162,28 +147,28 @@ def test_of_quick_steps_the_first_and_the_last_are_reported() -> None:
             call.progress(step, 5)
 
     async def test(stage: Served) -> None:
-        await stage.runner()(packets(), stage.heard.call())
-        assert stage.heard.progress == [(1, 5), (5, 5)]
+        await stage.runner()(packets(), stage.recorded.call())
+        assert stage.recorded.progress == [(1, 5), (5, 5)]
 
-    run(test, script, limits=ServicerLimits(step_seconds=3_600))
+    run_served(test, script, limits=ServicerLimits(step_seconds=3_600))
 
 
 def test_cancelling_the_task_stops_the_stage_within_a_step() -> None:
     gate = Gate()
 
     async def test(stage: Served) -> None:
-        task = asyncio.create_task(stage.runner()(packets(), stage.heard.call()))
+        task = asyncio.create_task(stage.runner()(packets(), stage.recorded.call()))
         await asyncio.to_thread(gate.entered.wait, 30)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await until(lambda: not stage.servicer.in_flight)
+        await wait_until(lambda: not stage.servicer.in_flight)
         gate.opened.set()
-        await until(lambda: bool(gate.cancelled_within))
+        await wait_until(lambda: bool(gate.cancelled_within))
         assert gate.cancelled_within == [True]
-        await stage.runner()(packets(), stage.heard.call())  # The worker lives.
+        await stage.runner()(packets(), stage.recorded.call())  # The worker lives.
 
-    run(test, gate)
+    run_served(test, gate)
 
 
 def test_a_deadline_stops_the_stage() -> None:
@@ -198,14 +183,14 @@ def test_a_deadline_stops_the_stage() -> None:
 
     async def test(stage: Served) -> None:
         with pytest.raises(DeadlineExceeded):
-            await stage.runner()(packets(), stage.heard.call(deadline=time.monotonic() + 0.3))
+            await stage.runner()(packets(), stage.recorded.call(deadline=time.monotonic() + 0.3))
         await asyncio.to_thread(ended.wait, 30)
         with pytest.raises(DeadlineExceeded, match="past its deadline"):
-            await stage.runner()(packets(), stage.heard.call(deadline=time.monotonic() - 1))
+            await stage.runner()(packets(), stage.recorded.call(deadline=time.monotonic() - 1))
         with pytest.raises(DeadlineExceeded, match="cannot reach denoising"):
-            await stage.runner()(packets(), stage.heard.call(deadline=time.monotonic() + 0.002))
+            await stage.runner()(packets(), stage.recorded.call(deadline=time.monotonic() + 0.002))
 
-    run(test, script)
+    run_served(test, script)
 
 
 @pytest.mark.parametrize(
@@ -228,27 +213,27 @@ def test_what_a_stage_raises_is_what_the_caller_gets(error: Exception, kind: typ
 
     async def test(stage: Served) -> None:
         with pytest.raises(kind, match=words) as caught:
-            await stage.runner()(packets(), stage.heard.call())
+            await stage.runner()(packets(), stage.recorded.call())
         assert caught.value.field == (error.field if isinstance(error, FleetError) else "")
-        await stage.runner()(packets(), stage.heard.call())  # The worker lives.
+        await stage.runner()(packets(), stage.recorded.call())  # The worker lives.
 
-    run(test, script)
+    run_served(test, script)
 
 
 def test_capacity_is_the_servers_truth() -> None:
     gate = Gate()
 
     async def test(stage: Served) -> None:
-        first = asyncio.create_task(stage.runner()(packets(), stage.heard.call()))
+        first = asyncio.create_task(stage.runner()(packets(), stage.recorded.call()))
         await asyncio.to_thread(gate.entered.wait, 30)
         with pytest.raises(ResourceExhausted, match="takes 1 calls at a time"):
-            await stage.runner()(packets(), stage.heard.call())
+            await stage.runner()(packets(), stage.recorded.call())
         gate.opened.set()
         await first
         for _ in range(20):  # The place is free by the time that the answer is there.
-            await stage.runner()(packets(8), stage.heard.call())
+            await stage.runner()(packets(8), stage.recorded.call())
 
-    run(test, gate)
+    run_served(test, gate)
 
 
 def test_buffers_are_used_again_and_never_shared() -> None:
@@ -261,54 +246,54 @@ def test_buffers_are_used_again_and_never_shared() -> None:
 
     async def test(stage: Served) -> None:
         for _ in range(3):
-            await stage.runner()(packets(), stage.heard.call())
+            await stage.runner()(packets(), stage.recorded.call())
         gc.collect()
         assert stage.servicer.pool.idle_bytes == 4 << 20
         assert torch.equal(kept[0], artifacts()["initial_latents"].parts["image"].latents)
 
-    run(test, script)
+    run_served(test, script)
 
 
 def test_a_slot_that_nobody_reads_or_wants_is_refused() -> None:
     async def test(stage: Served) -> None:
         with pytest.raises(InvalidInput, match="canvas is present, but") as caught:
-            await stage.runner()(packets(canvas=CANVAS), stage.heard.call())
+            await stage.runner()(packets(canvas=CANVAS), stage.recorded.call())
         assert caught.value.field == "canvas"
         for slot in ("sampling", "initial_latents"):
             given = packets()
             del given[slot]
             with pytest.raises(InvalidInput, match=f"{slot} is missing") as caught:
-                await stage.runner()(given, stage.heard.call())
+                await stage.runner()(given, stage.recorded.call())
             assert caught.value.field == slot
 
-    run(test)
+    run_served(test)
 
 
 def test_a_call_may_not_carry_more_than_the_limit() -> None:
     async def test(stage: Served) -> None:
         with pytest.raises(ResourceExhausted, match=r"initial_latents\.parts\.image\.latents brings"):
-            await stage.runner()(packets(), stage.heard.call())
-        await stage.runner()(packets(8), stage.heard.call())
+            await stage.runner()(packets(), stage.recorded.call())
+        await stage.runner()(packets(8), stage.recorded.call())
 
-    run(test, limits=ServicerLimits(call=CallLimits(total_bytes=1000)))
+    run_served(test, limits=ServicerLimits(call=CallLimits(total_bytes=1000)))
 
 
 def test_a_reply_may_not_carry_more_than_the_limit() -> None:
     async def test(stage: Served) -> None:
         with pytest.raises(ResourceExhausted, match="denoised_latents"):
-            await stage.runner(limits=CallLimits(total_bytes=1000))(packets(), stage.heard.call())
+            await stage.runner(limits=CallLimits(total_bytes=1000))(packets(), stage.recorded.call())
 
-    run(test)
+    run_served(test)
 
 
 def test_a_header_that_no_worker_takes_is_reported_before_it_is_sent() -> None:
     async def test(stage: Served) -> None:
         sampling = Sampling(num_inference_steps=1, seed=1, params={"text": "x" * (17 << 20)})
         with pytest.raises(ResourceExhausted, match="sampling makes a header of") as caught:
-            await stage.runner()(packets(sampling=sampling), stage.heard.call())
+            await stage.runner()(packets(sampling=sampling), stage.recorded.call())
         assert caught.value.field == "sampling"
 
-    run(test)
+    run_served(test)
 
 
 def test_a_socket_left_behind_is_taken_over(tmp_path: Path) -> None:
@@ -316,9 +301,9 @@ def test_a_socket_left_behind_is_taken_over(tmp_path: Path) -> None:
         dead.bind(str(tmp_path / "x.sock"))
 
     async def test(stage: Served) -> None:
-        await stage.runner()(packets(8), stage.heard.call())
+        await stage.runner()(packets(8), stage.recorded.call())
 
-    run(test, listen=f"unix:{tmp_path}/x.sock")
+    run_served(test, listen=f"unix:{tmp_path}/x.sock")
 
 
 def test_a_silent_caller_is_given_up() -> None:
@@ -326,9 +311,9 @@ def test_a_silent_caller_is_given_up() -> None:
         call: Any = stage.channel.stream_stream("/fleet.v1.DenoisingService/Denoise")()
         with pytest.raises(grpc.aio.AioRpcError, match=r"no frame came for 0\.1 s"):
             await call.read()
-        await until(lambda: not stage.servicer.in_flight)
+        await wait_until(lambda: not stage.servicer.in_flight)
 
-    run(test, limits=ServicerLimits(idle_seconds=0.1))
+    run_served(test, limits=ServicerLimits(idle_seconds=0.1))
 
 
 def test_a_contract_beyond_the_rpc_starts_nothing() -> None:
@@ -351,22 +336,22 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
     gate = Gate()
 
     async def test(stage: Served) -> None:
-        running = asyncio.create_task(stage.runner()(packets(), stage.heard.call()))
+        running = asyncio.create_task(stage.runner()(packets(), stage.recorded.call()))
         await asyncio.to_thread(gate.entered.wait, 30)
         assert await health(stage.channel) == health_pb2.HealthCheckResponse.SERVING
         draining = asyncio.create_task(stage.server.drain(30))
-        await until(lambda: stage.server.gate.closed)
+        await wait_until(lambda: stage.server.gate.closed)
         assert await health(stage.channel) == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(Unavailable, match="shutting down"):
-            await stage.runner()(packets(), stage.heard.call())
+            await stage.runner()(packets(), stage.recorded.call())
         assert not draining.done()
         gate.opened.set()
         assert result(await running).any()
         await draining
         with pytest.raises(Unavailable):
-            await stage.runner()(packets(), stage.heard.call())
+            await stage.runner()(packets(), stage.recorded.call())
 
-    run(test, gate)
+    run_served(test, gate)
 
 
 def test_a_call_that_is_handed_over_ends_as_unavailable_with_its_checkpoint() -> None:
@@ -382,7 +367,7 @@ def test_a_call_that_is_handed_over_ends_as_unavailable_with_its_checkpoint() ->
 
     async def test(stage: Served) -> None:
         computed: list[float] = []
-        running = asyncio.create_task(stage.runner()(packets(), stage.heard.call(on_computed=computed.append)))
+        running = asyncio.create_task(stage.runner()(packets(), stage.recorded.call(on_computed=computed.append)))
         assert await asyncio.to_thread(reached.wait, 20)
         waiting = asyncio.create_task(stage.runner()(packets(), Call("waits", on_computed=computed.append)))
         while len(stage.servicer.running()) < 2:  # noqa: ASYNC110 -- no event to wait for
@@ -400,26 +385,26 @@ def test_a_call_that_is_handed_over_ends_as_unavailable_with_its_checkpoint() ->
         opened.set()
         with pytest.raises(HandedOver, match="after 1 steps"):
             await running
-        assert len(stage.heard.checkpoints) == 1
+        assert len(stage.recorded.checkpoints) == 1
         (seconds,) = computed
         assert 0 < seconds < 60, "of the call that had begun"
         assert not stage.servicer.running()
 
-    run(test, script, limits=ServicerLimits(capacity=2))
+    run_served(test, script, limits=ServicerLimits(capacity=2))
 
 
 def test_draining_ends_at_the_grace_time() -> None:
     gate = Gate()
 
     async def test(stage: Served) -> None:
-        running = asyncio.create_task(stage.runner()(packets(), stage.heard.call()))
+        running = asyncio.create_task(stage.runner()(packets(), stage.recorded.call()))
         await asyncio.to_thread(gate.entered.wait, 30)
         await stage.server.drain(0.1)
         with pytest.raises(Unavailable):
             await running
         gate.opened.set()
 
-    run(test, gate)
+    run_served(test, gate)
 
 
 async def health(channel: grpc.aio.Channel, service: str = "") -> Any:
@@ -442,7 +427,7 @@ def test_closing_the_channel_is_no_cancel_of_the_task() -> None:
             await task
         gate.opened.set()
 
-    run(test, gate)
+    run_served(test, gate)
 
 
 def test_an_address_that_cannot_be_had_is_reported(tmp_path: Path) -> None:

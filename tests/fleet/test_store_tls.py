@@ -17,24 +17,19 @@ from redis_servers import server_binaries
 from tls_store import tls_store
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("fleet"))
-
-
 @pytest.mark.parametrize("name", sorted(server_binaries()))
-def test_a_fleet_lives_on_a_store_that_is_reached_over_tls(name: str, fleet: Authority, tmp_path: Path) -> None:
-    others, client = Authority(tmp_path, "somebody else"), fleet.issue("coordinator")
+def test_a_fleet_lives_on_a_store_that_is_reached_over_tls(name: str, fleet_ca: Authority, tmp_path: Path) -> None:
+    others, client = Authority(tmp_path, "somebody else"), fleet_ca.issue("coordinator")
 
     async def main() -> None:
-        async with asyncio.timeout(60), tls_store(name, fleet) as place:
+        async with asyncio.timeout(60), tls_store(name, fleet_ca) as place:
             url = f"rediss://{place}/0?ssl_certfile={client.cert}&ssl_keyfile={client.key}&ssl_ca_certs="
-            nobody = f"rediss://{place}/0?ssl_ca_certs={fleet.ca}"
+            nobody = f"rediss://{place}/0?ssl_ca_certs={fleet_ca.ca}"
             for wrong in (f"{url}{others.ca}", nobody, f"redis://{place}/0"):
                 async with connect(wrong) as redis:
                     with pytest.raises(Unavailable):
                         await ping(redis)
-            async with running_fleet(f"{url}{fleet.ca}", emoji()) as running:
+            async with running_fleet(f"{url}{fleet_ca.ca}", emoji()) as running:
                 await running.add_workers()
                 _, stub = await running.add_coordinator()
                 made = (await stub.Submit(submission())).request

@@ -14,6 +14,7 @@ import grpc
 import pytest
 import torch
 
+from async_tests import wait_until
 from common.artifacts import MediaItem, StepCheckpoint
 from common.rpc.client import open_channel
 from common.stage import Call
@@ -24,7 +25,7 @@ from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 from models.catalog import open_model
 from models.registry import load_registry
-from redis_servers import RedisServer, running_server, until
+from redis_servers import RedisServer, running_server
 from services.cli import client as cli
 from services.cli.client import RequestFailed
 from services.cli.drawing import draw
@@ -154,7 +155,7 @@ async def until_received(received: list[bytes], size: int) -> None:
     async def is_there() -> bool:
         return sum(map(len, received)) >= size
 
-    await until(is_there)
+    await wait_until(is_there)
 
 
 def delivered_before(stop_before: int) -> int:
@@ -295,7 +296,7 @@ def test_the_command_continues_where_its_coordinator_died(
             async def is_written() -> bool:
                 return stop_before == 0 or (output.exists() and output.stat().st_size == delivered_before(stop_before))
 
-            await until(is_written)
+            await wait_until(is_written)
             process.kill()
             await process.wait()
             await case.start_process()

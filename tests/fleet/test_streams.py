@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -15,6 +15,7 @@ import grpc
 import pytest
 import torch
 
+from async_tests import run_within
 from common.artifacts import MediaItem, StepCheckpoint
 from common.codec import pack, unpack
 from common.errors import Cancelled, InternalError, InvalidInput
@@ -76,14 +77,6 @@ def unpacked(items: tuple[Any, ...]) -> tuple[MediaItem, ...]:
     return tuple(unpack("media_items", MediaItem, packet, TORCH) for packet in items)
 
 
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def timed() -> None:
-        async with asyncio.timeout(60):
-            await test()
-
-    asyncio.run(timed())
-
-
 async def local(values: Mapping[str, Any], call: Call, *hooks: Hook) -> tuple[MediaItem, ...]:
     """The pipeline in this process."""
     before_block, before_item = hooks or (do_nothing, do_nothing)
@@ -118,10 +111,10 @@ def test_both_runners_give_the_same_items_checkpoints_and_progress(count: int) -
     """Small items ride in their frames, large ones follow in one chunk or several."""
 
     async def test() -> None:
-        heard: dict[str, list[Any]] = {"local": [], "remote": []}
+        recorded: dict[str, list[Any]] = {"local": [], "remote": []}
 
         def call(name: str) -> Call:
-            states = Sink(heard[name].append)
+            states = Sink(recorded[name].append)
             return Call("r", sinks={STEP_CHECKPOINTS: states}, on_warning=lambda *_: pytest.fail("a warning"))
 
         values = request(BLOCKS, count)
@@ -130,13 +123,13 @@ def test_both_runners_give_the_same_items_checkpoints_and_progress(count: int) -
             far = text_of(await through(services, values, call("remote")))
         assert near == far
         assert near.count(b"\n") == BLOCKS
-        ours = [state.step for state in heard["local"]]
-        theirs = [unpack("checkpoint", StepCheckpoint, state, TORCH).step for state in heard["remote"]]
+        ours = [state.step for state in recorded["local"]]
+        theirs = [unpack("checkpoint", StepCheckpoint, state, TORCH).step for state in recorded["remote"]]
         assert ours == [*range(1, BLOCKS + 1)]
         assert theirs[-1] == BLOCKS  # Those that were replaced while they waited are not sent.
         assert theirs == sorted(set(theirs))
 
-    run(test)
+    run_within(60, test)
 
 
 @pytest.mark.parametrize("place", ["local", "remote"])
@@ -160,7 +153,7 @@ def test_the_first_item_is_read_before_the_second_is_made(place: str) -> None:
                 items = await through(services, request(), Call("r"))
         assert len(items) == BLOCKS
 
-    run(test)
+    run_within(60, test)
 
 
 def test_a_slow_reader_holds_its_writer_up_within_a_bound() -> None:
@@ -185,7 +178,7 @@ def test_a_slow_reader_holds_its_writer_up_within_a_bound() -> None:
             gate.opened.set()
             assert len(await running) == blocks
 
-    run(test)
+    run_within(60, test)
 
 
 @pytest.mark.parametrize("place", ["local", "remote"])
@@ -209,7 +202,7 @@ def test_an_error_of_the_reader_ends_the_writer(place: str) -> None:
             work.close()
         assert not in_vain, "the writer waited for a cancel that never came"
 
-    run(test)
+    run_within(60, test)
 
 
 def test_a_cancelled_session_leaves_its_place_and_its_thread() -> None:
@@ -231,7 +224,7 @@ def test_a_cancelled_session_leaves_its_place_and_its_thread() -> None:
                     await running
             await service.runner()({**values, "denoised_blocks": _ended()}, Call("r", sinks={"media_items": sink}))
 
-    run(test)
+    run_within(60, test)
 
 
 def _set(event: asyncio.Event, _: object) -> None:
@@ -268,7 +261,7 @@ def test_sessions_share_their_device_item_by_item() -> None:
             waiting.close()
             await slow
 
-    run(test)
+    run_within(60, test)
 
 
 def test_a_watchdog_does_not_judge_a_stage_that_waits_for_its_reader_or_its_writer() -> None:
@@ -288,7 +281,7 @@ def test_a_watchdog_does_not_judge_a_stage_that_waits_for_its_reader_or_its_writ
             stream.close()
             await running
 
-    run(test)
+    run_within(60, test)
 
 
 async def frames_refused(service: Served, *frames: bytes) -> Exception:
@@ -331,7 +324,7 @@ def test_wrong_items_are_named() -> None:
                 assert isinstance(error, InvalidInput), says
                 assert says in str(error)
 
-    run(test)
+    run_within(60, test)
 
 
 def test_a_caller_that_reads_no_items_is_refused_where_the_answer_is_a_stream() -> None:
@@ -344,7 +337,7 @@ def test_a_caller_that_reads_no_items_is_refused_where_the_answer_is_a_stream() 
                 async for _ in open_call(iter([header])):
                     pass
 
-    run(test)
+    run_within(60, test)
 
 
 def test_an_item_buffer_ignores_what_it_has_and_refuses_a_gap() -> None:
@@ -360,7 +353,7 @@ def test_an_item_buffer_ignores_what_it_has_and_refuses_a_gap() -> None:
         assert [item async for item, _ in buffer.read(forgets=True)] == ["a"]
         assert [item async for item, _ in buffer.read()] == [None], "it keeps what nobody will read again"
 
-    run(test)
+    run_within(60, test)
 
 
 def test_a_cancelled_reader_in_this_process_ends() -> None:
@@ -376,4 +369,4 @@ def test_a_cancelled_reader_in_this_process_ends() -> None:
             with pytest.raises(Cancelled):
                 await running
 
-    run(test)
+    run_within(60, test)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import pytest
 
+from async_tests import wait_until
 from common.errors import Unavailable
 from common.rpc.client import open_channel
 from common.stage import Call
@@ -29,15 +29,9 @@ from coordinator_fleet import (
 )
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
-from redis_servers import RedisServer, running_server, server_binaries, until
+from redis_servers import RedisServer
 
 MODEL = emoji()
-
-
-@pytest.fixture(params=sorted(server_binaries()))
-def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
-    with running_server(request.param) as server:
-        yield server
 
 
 class SecondGate(Gate):
@@ -58,7 +52,7 @@ async def download(stub: Stub, name: str) -> bytes:
     return b"".join([reply.data async for reply in stub.DownloadResult(pb.DownloadResultRequest(request_id=name))])
 
 
-def test_a_request_outlives_its_coordinator(server: RedisServer) -> None:
+def test_a_request_outlives_its_coordinator(each_server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = SecondGate()
         fleet.scripts["denoising"].work = gate
@@ -86,10 +80,10 @@ def test_a_request_outlives_its_coordinator(server: RedisServer) -> None:
         assert await download(other, name) == b"\x07" * 100
         assert fleet.scripts["denoising"].calls == [name, name]
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)
 
 
-def test_a_coordinator_that_slept_does_no_harm(server: RedisServer) -> None:
+def test_a_coordinator_that_slept_does_no_harm(each_server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = SecondGate()
         fleet.scripts["decoding"].work = gate
@@ -112,16 +106,16 @@ def test_a_coordinator_that_slept_does_no_harm(server: RedisServer) -> None:
                 async def idle() -> bool:
                     return not await redis.hlen("fleet:slots:emoji/decoding")
 
-                await until(idle)
+                await wait_until(idle)
             assert await terminal(stub, name) == events
             assert await download(stub, name) == b"\x07" * 100
             again = (await stub.Submit(submission())).request.request_id
             assert ends(await terminal(stub, again)) == [pb.REQUEST_STATE_SUCCEEDED]
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)
 
 
-def test_a_request_that_comes_back_is_run_once(server: RedisServer) -> None:
+def test_a_request_that_comes_back_is_run_once(each_server: RedisServer) -> None:
     """Another coordinator took it over and died, while this one was still at it."""
 
     async def story(fleet: FakeFleet) -> None:
@@ -148,11 +142,11 @@ def test_a_request_that_comes_back_is_run_once(server: RedisServer) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: failed_tasks.append(context))
         await story(fleet)
 
-    run_on_fleet(server.url, watched)
+    run_on_fleet(each_server.url, watched)
 
 
-def test_a_request_that_arrives_after_its_coordinator_gave_up_is_run(server: RedisServer) -> None:
-    """A network that comes back delivers an admission whose caller heard long ago that the store is away."""
+def test_a_request_that_arrives_after_its_coordinator_gave_up_is_run(each_server: RedisServer) -> None:
+    """A network that comes back delivers an admission whose caller recorded long ago that the store is away."""
 
     async def story(fleet: FakeFleet) -> None:
         await fleet.add_workers()
@@ -167,10 +161,12 @@ def test_a_request_that_arrives_after_its_coordinator_gave_up_is_run(server: Red
         assert ends(await terminal(stub, "late")) == [pb.REQUEST_STATE_SUCCEEDED]
         assert await download(stub, "late") == b"\x07" * 100
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)
 
 
-def test_an_end_whose_answer_is_lost_keeps_its_result(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_whose_answer_is_lost_keeps_its_result(
+    each_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The coordinator writes the end down again, and must not take its own first attempt for somebody else's."""
     finish = RequestStore.finish
     lost: list[str] = []
@@ -195,10 +191,10 @@ def test_an_end_whose_answer_is_lost_keeps_its_result(server: RedisServer, monke
         _, other = await fleet.add_coordinator()
         assert await download(other, name) == b"\x07" * 100
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)
 
 
-def test_a_raw_result_without_its_caller_ends_as_failed(server: RedisServer) -> None:
+def test_a_raw_result_without_its_caller_ends_as_failed(each_server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
         listen = f"unix:{fleet.directory}/c.sock"
         process = await fleet.start_process(listen)
@@ -216,7 +212,7 @@ def test_a_raw_result_without_its_caller_ends_as_failed(server: RedisServer) -> 
         assert change.error.code == "UNAVAILABLE"
         assert "streamed" in change.error.message
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)
 
 
 class Mortals:
@@ -247,10 +243,10 @@ class Mortals:
         async def so_many() -> bool:
             return len(self.died) == number
 
-        await until(so_many)
+        await wait_until(so_many)
 
 
-def test_a_request_that_kills_workers_is_given_up(server: RedisServer) -> None:
+def test_a_request_that_kills_workers_is_given_up(each_server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
         mortals = Mortals(fleet)
         await fleet.add_workers(["text_encoding", "latent_preparation", "decoding"])
@@ -268,10 +264,10 @@ def test_a_request_that_kills_workers_is_given_up(server: RedisServer) -> None:
         assert ends(await terminal(stub, innocent)) == [pb.REQUEST_STATE_SUCCEEDED]
         await asyncio.gather(*mortals.died)
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)
 
 
-def test_a_take_over_inherits_the_losses(server: RedisServer) -> None:
+def test_a_take_over_inherits_the_losses(each_server: RedisServer) -> None:
     """And is none: only the third loss ends the request."""
 
     async def story(fleet: FakeFleet) -> None:
@@ -291,7 +287,7 @@ def test_a_take_over_inherits_the_losses(server: RedisServer) -> None:
                     deaths = await command(redis, "HGET", f"fleet:request:{mortals.poison}", "deaths")
                     return len((deaths or b"").splitlines()) == 2
 
-                await until(both_are_stored)
+                await wait_until(both_are_stored)
                 process.kill()
                 _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
                 for _ in range(2):
@@ -303,10 +299,10 @@ def test_a_take_over_inherits_the_losses(server: RedisServer) -> None:
                 assert int(await command(redis, "HGET", f"fleet:request:{mortals.poison}", "epoch")) == 2
         await asyncio.gather(*mortals.died)
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)
 
 
-def test_however_many_coordinators_die_the_request_goes_on(server: RedisServer) -> None:
+def test_however_many_coordinators_die_the_request_goes_on(each_server: RedisServer) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["text_encoding"].work = gate
@@ -320,8 +316,8 @@ def test_however_many_coordinators_die_the_request_goes_on(server: RedisServer) 
             async def is_taken_over() -> bool:
                 return bool(await command(redis, "HGET", f"fleet:request:{name}", "epoch") == b"100")
 
-            await until(is_taken_over)
+            await wait_until(is_taken_over)
             gate.opened.set()
             assert ends(await terminal(stub, name)) == [pb.REQUEST_STATE_SUCCEEDED]
 
-    run_on_fleet(server.url, story)
+    run_on_fleet(each_server.url, story)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -13,53 +12,20 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from async_tests import run_within
 from certificates import Authority
 from common.errors import InvalidInput, PermissionDenied, Unavailable
 from common.rpc.client import open_channel
 from common.rpc.probe import main as probe
 from common.rpc.tls import mutual_of
 from fleet.v1 import generation_pb2 as pb
-from models.catalog import ServedModel, open_model
-from models.registry import load_registry
-from redis_servers import running_server
+from models.catalog import ServedModel
 from services.cli.access import Access, access_of
 from services.cli.client import connect as connect_client
 from services.coordinator.coordinator import start_coordinator
 from services.coordinator.settings import CoordinatorSettings
 from services.worker import start_worker
 from tls_peers import mutual, outcome, tls_files, worker_settings
-from toy_checkpoint import build_toy_checkpoint, toy_family
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
-    with toy_family(tmp_path_factory.mktemp("plugins") / "toy") as directory:
-        path = build_toy_checkpoint(tmp_path_factory.mktemp("toy"))
-        yield open_model(f"toy={path}", load_registry([directory]))
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("fleet"))
-
-
-@pytest.fixture(scope="module")
-def others(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("others"), "somebody else")
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(90):
-            await test()
-
-    asyncio.run(main())
 
 
 async def is_serving(address: str, credentials: grpc.ChannelCredentials | None) -> bool:
@@ -72,24 +38,31 @@ async def is_serving(address: str, credentials: grpc.ChannelCredentials | None) 
 
 
 def test_a_worker_serves_the_coordinator_and_nobody_else(
-    toy: ServedModel, store: str, fleet: Authority, others: Authority, monkeypatch: pytest.MonkeyPatch
+    toy_model: ServedModel,
+    store_url: str,
+    fleet_ca: Authority,
+    other_ca: Authority,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def test() -> None:
-        files = tls_files(fleet, "worker")
-        settings = worker_settings(store, health_listen="127.0.0.1:0", **files)
-        worker = await start_worker("decoding", toy, settings)
+        files = tls_files(fleet_ca, "worker")
+        settings = worker_settings(store_url, health_listen="127.0.0.1:0", **files)
+        worker = await start_worker("decoding", toy_model, settings)
         try:
-            coordinator, other = fleet.issue("coordinator"), fleet.issue("decoding")
-            assert await outcome(worker.address, mutual(fleet, coordinator)) is None
-            refused = await outcome(worker.address, mutual(fleet, other))
+            coordinator, other = fleet_ca.issue("coordinator"), fleet_ca.issue("decoding")
+            assert await outcome(worker.address, mutual(fleet_ca, coordinator)) is None
+            refused = await outcome(worker.address, mutual(fleet_ca, other))
             assert isinstance(refused, PermissionDenied)
             assert "decoding may not" in refused.message
-            assert await is_serving(worker.address, mutual(fleet, other))
+            assert await is_serving(worker.address, mutual(fleet_ca, other))
             assert isinstance(await outcome(worker.address, None, ""), Unavailable)
-            assert isinstance(await outcome(worker.address, mutual(fleet, others.issue("coordinator"))), Unavailable)
-            assert isinstance(await outcome(worker.address, mutual(others, coordinator)), Unavailable)
-            assert isinstance(await outcome(worker.address, mutual(fleet, coordinator), "coordinator"), Unavailable)
-            nobody = grpc.ssl_channel_credentials(fleet.ca.read_bytes())
+            assert isinstance(
+                await outcome(worker.address, mutual(fleet_ca, other_ca.issue("coordinator"))),
+                Unavailable,
+            )
+            assert isinstance(await outcome(worker.address, mutual(other_ca, coordinator)), Unavailable)
+            assert isinstance(await outcome(worker.address, mutual(fleet_ca, coordinator), "coordinator"), Unavailable)
+            nobody = grpc.ssl_channel_credentials(fleet_ca.ca.read_bytes())
             assert isinstance(await outcome(worker.address, nobody), Unavailable)
 
             assert await is_serving(worker.health_address, None)
@@ -100,14 +73,14 @@ def test_a_worker_serves_the_coordinator_and_nobody_else(
         finally:
             await worker.stop(5)
 
-    run(test)
+    run_within(90, test)
 
 
 def test_a_request_goes_through_a_fleet_whose_every_hop_is_tls(
-    toy: ServedModel, store: str, fleet: Authority, others: Authority
+    toy_model: ServedModel, store_url: str, fleet_ca: Authority, other_ca: Authority
 ) -> None:
-    clients = others.issue("client")
-    arguments = {"tls": None, "tls_ca": str(fleet.ca), "tls_cert": None, "tls_key": None, "api_key": None}
+    clients = other_ca.issue("client")
+    arguments = {"tls": None, "tls_ca": str(fleet_ca.ca), "tls_cert": None, "tls_key": None, "api_key": None}
     unknown = access_of(argparse.Namespace(**arguments), {})
     environ = {"FLEET_TLS_CERT": str(clients.cert), "FLEET_TLS_KEY": str(clients.key)}
     known = access_of(argparse.Namespace(**arguments), environ)
@@ -119,15 +92,15 @@ def test_a_request_goes_through_a_fleet_whose_every_hop_is_tls(
 
     async def test() -> None:
         async with AsyncExitStack() as stack:
-            files = tls_files(fleet, "worker")
-            for spec in toy.services:
-                worker = await start_worker(spec.service, toy, worker_settings(store, **files))
+            files = tls_files(fleet_ca, "worker")
+            for spec in toy_model.services:
+                worker = await start_worker(spec.service, toy_model, worker_settings(store_url, **files))
                 stack.push_async_callback(worker.stop, 5)
-            files = tls_files(fleet, "coordinator", "127.0.0.1")
+            files = tls_files(fleet_ca, "coordinator", "127.0.0.1")
             settings = CoordinatorSettings(
-                listen="127.0.0.1:0", redis=store, tls_client_ca=others.ca, heartbeat_seconds=0.2, **files
+                listen="127.0.0.1:0", redis=store_url, tls_client_ca=other_ca.ca, heartbeat_seconds=0.2, **files
             )
-            coordinator = await start_coordinator([toy], settings)
+            coordinator = await start_coordinator([toy_model], settings)
             stack.push_async_callback(coordinator.stop, 5)
             assert b"".join(await draw(coordinator.address, known)).startswith(b"\x89PNG")
             with pytest.raises(Unavailable):
@@ -135,24 +108,24 @@ def test_a_request_goes_through_a_fleet_whose_every_hop_is_tls(
             with pytest.raises(Unavailable):
                 await draw(coordinator.address, Access())
 
-    run(test)
+    run_within(90, test)
 
 
 def test_the_public_port_may_show_another_certificate(
-    toy: ServedModel, store: str, fleet: Authority, others: Authority
+    toy_model: ServedModel, store_url: str, fleet_ca: Authority, other_ca: Authority
 ) -> None:
     async def test() -> None:
-        shown = others.issue("127.0.0.1")
+        shown = other_ca.issue("127.0.0.1")
         settings = CoordinatorSettings(
             listen="127.0.0.1:0",
-            redis=store,
+            redis=store_url,
             tls_public_cert=shown.cert,
             tls_public_key=shown.key,
-            **tls_files(fleet, "coordinator"),
+            **tls_files(fleet_ca, "coordinator"),
         )
-        coordinator = await start_coordinator([toy], settings)
+        coordinator = await start_coordinator([toy_model], settings)
         try:
-            for authority, accepted in ((others, True), (fleet, False)):
+            for authority, accepted in ((other_ca, True), (fleet_ca, False)):
                 access = Access(grpc.ssl_channel_credentials(authority.ca.read_bytes()))
                 async with connect_client(coordinator.address, access) as client:
                     if accepted:
@@ -163,10 +136,10 @@ def test_the_public_port_may_show_another_certificate(
         finally:
             await coordinator.stop(0)
 
-    run(test)
+    run_within(90, test)
 
 
-def test_a_handshake_may_take_its_time(toy: ServedModel, store: str, fleet: Authority) -> None:
+def test_a_handshake_may_take_its_time(toy_model: ServedModel, store_url: str, fleet_ca: Authority) -> None:
     """As on a machine whose cores are all loading weights."""
 
     async def serve(address: str) -> asyncio.Server:
@@ -185,15 +158,15 @@ def test_a_handshake_may_take_its_time(toy: ServedModel, store: str, fleet: Auth
         return await asyncio.start_server(delayed, "127.0.0.1", 0)
 
     async def test() -> None:
-        worker = await start_worker("decoding", toy, worker_settings(store, **tls_files(fleet, "worker")))
+        worker = await start_worker("decoding", toy_model, worker_settings(store_url, **tls_files(fleet_ca, "worker")))
         try:
             async with await serve(worker.address) as slow:
                 address = f"127.0.0.1:{slow.sockets[0].getsockname()[1]}"
-                assert await outcome(address, mutual(fleet, fleet.issue("coordinator"))) is None
+                assert await outcome(address, mutual(fleet_ca, fleet_ca.issue("coordinator"))) is None
         finally:
             await worker.stop(5)
 
-    run(test)
+    run_within(90, test)
 
 
 def wrong_files(fleet: Authority, directory: Path) -> dict[str, tuple[dict[str, Any], str]]:
@@ -213,16 +186,16 @@ def wrong_files(fleet: Authority, directory: Path) -> dict[str, tuple[dict[str, 
     }
 
 
-def test_files_that_do_not_fit_are_named(fleet: Authority, tmp_path: Path) -> None:
-    for name, (files, words) in wrong_files(fleet, tmp_path).items():
+def test_files_that_do_not_fit_are_named(fleet_ca: Authority, tmp_path: Path) -> None:
+    for name, (files, words) in wrong_files(fleet_ca, tmp_path).items():
         with pytest.raises(InvalidInput, match=words) as caught:
             mutual_of(worker_settings("redis://x", **files))
         assert caught.value.field.startswith("tls_"), name
         assert "\n" not in caught.value.message
 
 
-def test_a_worker_without_an_authority_does_not_start(toy: ServedModel, fleet: Authority) -> None:
-    issued = fleet.issue("worker")
+def test_a_worker_without_an_authority_does_not_start(toy_model: ServedModel, fleet_ca: Authority) -> None:
+    issued = fleet_ca.issue("worker")
     settings = worker_settings("redis://127.0.0.1:1", tls_cert=issued.cert, tls_key=issued.key)
     with pytest.raises(InvalidInput, match="by which a worker knows coordinators"):
-        asyncio.run(start_worker("decoding", toy, settings))
+        asyncio.run(start_worker("decoding", toy_model, settings))

@@ -5,20 +5,12 @@ from __future__ import annotations
 import asyncio
 import sys
 from asyncio.subprocess import PIPE
-from collections.abc import Iterator
 
 import pytest
 from PIL import Image
 
 from coordinator_fleet import FakeFleet, Gate, Script, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import running_server
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 async def fleet_trace(endpoint: str, *words: str) -> tuple[int, str, str]:
@@ -30,7 +22,7 @@ async def fleet_trace(endpoint: str, *words: str) -> tuple[int, str, str]:
     return process.returncode, output.decode(), error.decode()
 
 
-def test_a_request_that_lost_a_worker(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_lost_a_worker(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
@@ -64,10 +56,10 @@ def test_a_request_that_lost_a_worker(url: str, monkeypatch: pytest.MonkeyPatch)
         assert not answer.timeline
 
     monkeypatch.setenv("COLUMNS", "200")
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
-def test_an_unknown_request(url: str) -> None:
+def test_an_unknown_request(store_url: str) -> None:
     async def story(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator(record_seconds=7_200.0)
         for name in ("0123456789abcdef", "no/id"):
@@ -78,4 +70,4 @@ def test_an_unknown_request(url: str) -> None:
                 "a record is kept for 2 h after the end of its request\n"
             )
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)

@@ -24,7 +24,6 @@ from coordinator_fleet import FakeFleet, Gate, Stub, run_on_fleet, submission, t
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 from otlp_receiver import ReceivedSpan, Receiver, receiving
-from redis_servers import running_server
 
 PARENT = f"00-{'a' * 32}-{'b' * 16}-01"
 NOWHERE = "http://127.0.0.1:1"  # nothing listens there
@@ -35,12 +34,6 @@ def note():
         file.write(" ".join(sys.modules))
 atexit.register(note)
 """
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 @contextmanager
@@ -63,7 +56,7 @@ def roots(receiver: Receiver, count: int) -> list[ReceivedSpan]:
     return sorted((each for each in spans if each.name == "request"), key=lambda each: each.start)
 
 
-def test_ends_and_refusals_are_in_the_root_span(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ends_and_refusals_are_in_the_root_span(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
@@ -92,7 +85,7 @@ def test_ends_and_refusals_are_in_the_root_span(url: str, monkeypatch: pytest.Mo
         assert attempt.error == "InternalError"
 
     with exporting(monkeypatch) as receiver:
-        run_on_fleet(url, story)
+        run_on_fleet(store_url, story)
 
 
 def fails(_: object) -> None:
@@ -152,7 +145,7 @@ def wait_for_exemplar(method: str, series: str, trace_id: str) -> None:
     ],
 )
 def test_the_sampler_decides(
-    url: str, monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str], parent: str, sampled: bool
+    store_url: str, monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str], parent: str, sampled: bool
 ) -> None:
     async def story(fleet: FakeFleet) -> None:
         await fleet.add_workers()
@@ -167,12 +160,12 @@ def test_the_sampler_decides(
             assert root.span_id in record.trace.traceparent
 
     with exporting(monkeypatch, **variables) as receiver:
-        run_on_fleet(url, story)
+        run_on_fleet(store_url, story)
     assert bool(receiver.spans) == sampled
 
 
 def test_certificates_and_names_are_those_of_the_variables(
-    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    store_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     authority = Authority(tmp_path)
     own = authority.issue("127.0.0.1")
@@ -188,7 +181,7 @@ def test_certificates_and_names_are_those_of_the_variables(
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", str(authority.ca))
         monkeypatch.setenv("OTEL_SERVICE_NAME", "drawings")
         with tracing.exporting("test"):
-            run_on_fleet(url, story)
+            run_on_fleet(store_url, story)
         (root,) = roots(receiver, 1)
     assert root.service == "drawings"
 
@@ -230,7 +223,7 @@ def test_traces_can_be_switched_off(
 
 
 def test_without_an_exporter_the_clients_context_reaches_the_next_coordinator(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first coordinator exports nothing. Another one that does takes over, and its root is below the client's."""
 
@@ -260,7 +253,7 @@ def test_without_an_exporter_the_clients_context_reaches_the_next_coordinator(
             assert found[untraced.request_id].parent_id == ""
             assert root.start == traced.created_at.ToNanoseconds()
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, story)
 
 
 async def run_service(words: Sequence[str], is_ready: bytes) -> None:
@@ -283,14 +276,14 @@ SERVICES = {"coordinator": b"listens address=", "latent_preparation": b"serves s
 @pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize("endpoint", ["", NOWHERE])
 def test_nothing_is_imported_without_the_variables(
-    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, service: str, endpoint: str
+    store_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, service: str, endpoint: str
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(_NOTE_MODULES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("NOTED_MODULES", str(tmp_path / "modules"))
     if endpoint:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
-    options = ("--model", "emoji", "--redis", url, "--allow-data-loss", "--listen", f"unix:{tmp_path}/s.sock")
+    options = ("--model", "emoji", "--redis", store_url, "--allow-data-loss", "--listen", f"unix:{tmp_path}/s.sock")
     asyncio.run(run_service(("services.cli", "serve", service, *options), SERVICES[service]))
     modules = (tmp_path / "modules").read_text().split()
     assert "common.tracing" in modules
@@ -334,21 +327,21 @@ def test_no_warning_has_the_password_of_a_collector(
     assert "secret" not in caplog.text
 
 
-def test_an_unreachable_collector_costs_one_warning(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_collector_costs_one_warning(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", NOWHERE)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.3")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
-    (warning,) = warnings_of_a_coordinator(url)
+    (warning,) = warnings_of_a_coordinator(store_url)
     assert f"spans are dropped while the trace collector is unavailable endpoint={NOWHERE}" in warning
 
 
 def test_the_variables_without_the_extra_are_one_warning(
-    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    store_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     missing = "raise ModuleNotFoundError(\"No module named 'opentelemetry'\", name='opentelemetry')\n"
     (tmp_path / "opentelemetry.py").write_text(missing)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", NOWHERE)
-    (warning,) = warnings_of_a_coordinator(url)
+    (warning,) = warnings_of_a_coordinator(store_url)
     assert 'reason="opentelemetry is not installed"' in warning
     assert "pip install 'diffusion-fleet[tracing]', or unset OTEL_EXPORTER_OTLP_ENDPOINT" in warning

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.errors import InvalidInput
 from local_fleet import LocalFleet
 from models.catalog import open_model

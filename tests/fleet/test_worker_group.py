@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from fleet.v1 import generation_pb2 as pb
-from group_fleet import STEPS, Drawn, GroupFleet, group_fleet
+from group_fleet import STEPS, Generated, GroupFleet, group_fleet
 from toy_checkpoint import copy_toy_family
 
 # As a kernel that does not end, the follower's step does not: its process lives and beats, and rank 0 waits for it in
@@ -62,17 +62,17 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, marker: Path) -> Iterator[Gr
 
 
 @pytest.fixture(scope="module")
-def undisturbed(fleet: GroupFleet) -> Drawn:
-    drawn = fleet.draw()
-    assert drawn.state == pb.REQUEST_STATE_SUCCEEDED
-    assert drawn.file.startswith(b"\x89PNG")
-    return drawn
+def undisturbed(fleet: GroupFleet) -> Generated:
+    generated = fleet.generate()
+    assert generated.state == pb.REQUEST_STATE_SUCCEEDED
+    assert generated.file.startswith(b"\x89PNG")
+    return generated
 
 
-def test_it_draws_what_one_process_draws(undisturbed: Drawn, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_it_draws_what_one_process_draws(undisturbed: Generated, tmp_path_factory: pytest.TempPathFactory) -> None:
     with group_fleet(tmp_path_factory.mktemp("single")) as alone:
-        drawn = alone.draw()
-    one, group = (np.asarray(Image.open(io.BytesIO(each.file)), dtype=int) for each in (drawn, undisturbed))
+        generated = alone.generate()
+    one, group = (np.asarray(Image.open(io.BytesIO(each.file)), dtype=int) for each in (generated, undisturbed))
     assert np.abs(one - group).max() <= 1, "sums over ranks may round a pixel's value the other way, and no more"
     assert one.std() > 10, "an empty picture would prove nothing"
 
@@ -82,7 +82,7 @@ def test_coordinators_know_its_degrees(fleet: GroupFleet) -> None:
     assert (worker.degrees.tp, worker.degrees.ulysses, worker.degrees.ring, worker.degrees.cfg) == (2, 1, 1, 1)
 
 
-def test_a_waiting_follower_is_asleep(fleet: GroupFleet, undisturbed: Drawn) -> None:
+def test_a_waiting_follower_is_asleep(fleet: GroupFleet, undisturbed: Generated) -> None:
     assert undisturbed.file
     follower = fleet.ranks()[1]
     began, before = time.monotonic(), follower.cpu_times()
@@ -93,45 +93,45 @@ def test_a_waiting_follower_is_asleep(fleet: GroupFleet, undisturbed: Drawn) -> 
     assert used <= 0.05 * (time.monotonic() - began), "beats alone take far less than one part in twenty"
 
 
-def test_a_cancel_leaves_the_group_serving(fleet: GroupFleet, undisturbed: Drawn) -> None:
+def test_a_cancel_leaves_the_group_serving(fleet: GroupFleet, undisturbed: Generated) -> None:
     before = fleet.ranks()
     assert fleet.cancel_at(2).state == pb.REQUEST_STATE_CANCELLED
-    assert fleet.draw().file == undisturbed.file
+    assert fleet.generate().file == undisturbed.file
     assert {rank: each.pid for rank, each in fleet.ranks().items()} == {rank: each.pid for rank, each in before.items()}
 
 
 @pytest.mark.parametrize("rank", [1, 0])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_is_lost_costs_the_request_nothing(
-    fleet: GroupFleet, undisturbed: Drawn, rank: int, number: signal.Signals
+    fleet: GroupFleet, undisturbed: Generated, rank: int, number: signal.Signals
 ) -> None:
     before = fleet.ranks()
-    drawn = fleet.draw(STEPS // 2, partial(before[rank].send_signal, number))
-    assert drawn.state == pb.REQUEST_STATE_SUCCEEDED
-    assert drawn.file == undisturbed.file
-    assert drawn.steps.count(0) == 2, "it did not begin a second time"
+    generated = fleet.generate(STEPS // 2, partial(before[rank].send_signal, number))
+    assert generated.state == pb.REQUEST_STATE_SUCCEEDED
+    assert generated.file == undisturbed.file
+    assert generated.steps.count(0) == 2, "it did not begin a second time"
     assert not any(process.is_running() for process in before.values())
 
 
 def test_a_rank_whose_device_is_stuck_ends_its_group_and_costs_the_request_nothing(
-    fleet: GroupFleet, undisturbed: Drawn, marker: Path
+    fleet: GroupFleet, undisturbed: Generated, marker: Path
 ) -> None:
     before = fleet.ranks()
     marker.touch()
-    drawn = fleet.draw()
+    generated = fleet.generate()
     assert not marker.exists(), "no rank was stuck"
-    assert drawn.state == pb.REQUEST_STATE_SUCCEEDED
-    assert drawn.file == undisturbed.file
-    assert drawn.steps.count(1) == 1, "it did not resume at a checkpoint"
+    assert generated.state == pb.REQUEST_STATE_SUCCEEDED
+    assert generated.file == undisturbed.file
+    assert generated.steps.count(1) == 1, "it did not resume at a checkpoint"
     assert not any(process.is_running() for process in before.values())
 
 
-def test_sigterm_finishes_what_is_under_way(fleet: GroupFleet, undisturbed: Drawn) -> None:
+def test_sigterm_finishes_what_is_under_way(fleet: GroupFleet, undisturbed: Generated) -> None:
     """The last test of this group: it has ended afterwards."""
     ranks = fleet.ranks()
-    drawn = fleet.draw(2, fleet.agent.terminate)
-    assert drawn.state == pb.REQUEST_STATE_SUCCEEDED
-    assert drawn.file == undisturbed.file
+    generated = fleet.generate(2, fleet.agent.terminate)
+    assert generated.state == pb.REQUEST_STATE_SUCCEEDED
+    assert generated.file == undisturbed.file
     assert fleet.run(fleet.agent.wait()) == 0
     assert not any(process.is_running() for process in ranks.values())
     assert not fleet.workers()

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from importlib.metadata import version
@@ -19,6 +19,7 @@ import torch
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
+from async_tests import run_within, wait_until
 from common.artifacts import Media
 from common.codec import pack, unpack
 from common.errors import FailedPrecondition, FleetError, InvalidInput, Unavailable
@@ -31,25 +32,18 @@ from common.state.connection import connect
 from common.state.workers import WorkerRegistry
 from common.tensors import TORCH
 from fleet.v1 import denoising_pb2
-from kernel_modules import forgotten
+from kernel_modules import fresh_imports
 from models.catalog import ServedModel, open_model
 from models.kernels.packages import PACKAGES, KernelChoice, Outcome, record
 from models.loader import load_stages
 from models.registry import load_registry
 from models.runtime import Runtime
 from models.validation import InputValidationStage
-from redis_servers import running_server
 from services.cli.serve import settings_class
 from services.worker import main_for, start_worker
 from services.worker_settings import KernelSettings, WorkerSettings
 from stage_server import METHOD
 from toy_checkpoint import build_toy_checkpoint, toy_family
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +61,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory, plugins: Path) -> ServedModel:
 def settings_of(store: str, **more: Any) -> WorkerSettings:
     given: dict[str, Any] = {"model": "toy", "redis": store, "threads": 1, "device": "cpu"} | more
     return WorkerSettings(**given)
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(90):
-            await test()
-
-    asyncio.run(main())
-
-
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    while not await condition():  # noqa: ASYNC110 -- nothing tells
-        await asyncio.sleep(0.01)
 
 
 def local_media(model: ServedModel, values: dict[str, Any]) -> Media:
@@ -103,18 +84,18 @@ def local_media(model: ServedModel, values: dict[str, Any]) -> Media:
     return asyncio.run(main())
 
 
-def test_a_family_from_elsewhere_runs_through_workers_as_it_runs_alone(toy: ServedModel, store: str) -> None:
+def test_a_family_from_elsewhere_runs_through_workers_as_it_runs_alone(toy: ServedModel, store_url: str) -> None:
     values = InputValidationStage(toy).run({"prompt": "x" * 80, "seed": 7, "output_format": "safetensors"}).artifacts
     expected = local_media(toy, dict(values))
 
     async def test() -> None:
         async with AsyncExitStack() as stack:
-            stack.enter_context(forgotten())
+            stack.enter_context(fresh_imports())
             record(KernelChoice(), [Outcome(PACKAGES[0], "3.6.0")])
-            registry = WorkerRegistry(await stack.enter_async_context(connect(store)))
+            registry = WorkerRegistry(await stack.enter_async_context(connect(store_url)))
             runners = []
             for spec in toy.services:
-                settings = settings_class(spec.service)(model="toy", redis=store, threads=1, device="cpu")
+                settings = settings_class(spec.service)(model="toy", redis=store_url, threads=1, device="cpu")
                 worker = await start_worker(spec.service, toy, settings)
                 stack.push_async_callback(worker.stop, 5)
                 (live,) = await registry.live("toy", spec.service)
@@ -133,10 +114,10 @@ def test_a_family_from_elsewhere_runs_through_workers_as_it_runs_alone(toy: Serv
             assert [field for field, _ in warnings] == ["prompt"]
             for ours, theirs in zip(media.items, expected.items, strict=True):
                 assert torch.equal(ours.data, theirs.data)
-        async with connect(store) as redis:
+        async with connect(store_url) as redis:
             assert not await WorkerRegistry(redis).live("toy", "denoising")
 
-    run(test)
+    run_within(90, test)
 
 
 def services_name(service: str) -> str:
@@ -151,10 +132,10 @@ async def health(channel: grpc.aio.Channel, service: str) -> int:
     return int(reply.status)
 
 
-def test_what_a_worker_says_about_itself(toy: ServedModel, store: str, tmp_path: Path) -> None:
+def test_what_a_worker_says_about_itself(toy: ServedModel, store_url: str, tmp_path: Path) -> None:
     async def test() -> None:
         options = {"listen": f"unix:{tmp_path}/w.sock", "dtype": "bfloat16", "capacity": 3, "metrics_port": 0}
-        worker = await start_worker("denoising", toy, settings_of(store, **options))
+        worker = await start_worker("denoising", toy, settings_of(store_url, **options))
         info = worker.info
         assert (info.service, info.model, info.pipeline_name) == ("denoising", "toy", "ToyPipeline")
         assert (info.address, info.dtype, info.device, info.capacity) == (options["listen"], "bfloat16", "cpu", 3)
@@ -174,7 +155,7 @@ def test_what_a_worker_says_about_itself(toy: ServedModel, store: str, tmp_path:
                 assert {"fleet.v1.DenoisingService", "fleet.v1.WorkerService", "grpc.health.v1.Health"} <= names
         await worker.stop(5)
 
-    run(test)
+    run_within(90, test)
 
 
 @pytest.mark.parametrize(
@@ -190,27 +171,27 @@ def test_what_a_worker_says_about_itself(toy: ServedModel, store: str, tmp_path:
     ],
 )
 def test_what_does_not_fit_starts_nothing(
-    toy: ServedModel, store: str, service: str, more: dict[str, Any], kind: type[FleetError], words: str
+    toy: ServedModel, store_url: str, service: str, more: dict[str, Any], kind: type[FleetError], words: str
 ) -> None:
     async def test() -> None:
         with pytest.raises(kind, match=words):
-            await start_worker(service, toy, settings_of(store, **more))
+            await start_worker(service, toy, settings_of(store_url, **more))
 
-    run(test)
+    run_within(90, test)
 
 
 def test_another_model_under_the_same_name_is_refused(
-    toy: ServedModel, store: str, plugins: Path, tmp_path: Path
+    toy: ServedModel, store_url: str, plugins: Path, tmp_path: Path
 ) -> None:
     other = open_model(f"toy={build_toy_checkpoint(tmp_path, seed=1)}", load_registry([plugins]))
 
     async def test() -> None:
-        worker = await start_worker("decoding", toy, settings_of(store))
+        worker = await start_worker("decoding", toy, settings_of(store_url))
         with pytest.raises(FailedPrecondition, match="fingerprint"):
-            await start_worker("decoding", other, settings_of(store))
+            await start_worker("decoding", other, settings_of(store_url))
         await worker.stop(5)
 
-    run(test)
+    run_within(90, test)
 
 
 @pytest.mark.parametrize(
@@ -246,10 +227,10 @@ def denoise_inputs(model: ServedModel) -> dict[str, Packet]:
 
 
 def test_sigterm_finishes_what_runs_withdraws_and_exits_with_0(
-    toy: ServedModel, store: str, plugins: Path, tmp_path: Path
+    toy: ServedModel, store_url: str, plugins: Path, tmp_path: Path
 ) -> None:
     socket = tmp_path / "w.sock"
-    flags = {"model": f"toy={toy.checkpoint.path}", "redis": store, "plugins": plugins, "listen": f"unix:{socket}"}
+    flags = {"model": f"toy={toy.checkpoint.path}", "redis": store_url, "plugins": plugins, "listen": f"unix:{socket}"}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     inputs = denoise_inputs(toy)
     header = header_frame(denoising_pb2.DenoiseRequest, inputs)
@@ -260,7 +241,7 @@ def test_sigterm_finishes_what_runs_withdraws_and_exits_with_0(
             sys.executable, "-m", "services.denoising", *words, "--threads", "1", stderr=asyncio.subprocess.PIPE
         )
         try:
-            async with connect(store) as redis, open_channel(f"unix:{socket}") as channel:
+            async with connect(store_url) as redis, open_channel(f"unix:{socket}") as channel:
                 registry = WorkerRegistry(redis)
 
                 async def announced() -> bool:
@@ -277,16 +258,16 @@ def test_sigterm_finishes_what_runs_withdraws_and_exits_with_0(
                         return True
                     return False
 
-                await until(announced)
+                await wait_until(announced)
                 call: Any = channel.stream_stream(METHOD)()
                 await call.write(header)
                 info = await get_model_info(channel)  # Answered after the header has begun the call.
                 process.send_signal(signal.SIGTERM)
-                await until(withdrawn)
+                await wait_until(withdrawn)
                 left = await redis.pttl(f"fleet:leaving:{info.worker_id}")
                 assert 30_000 < left <= 36_000  # its grace time, and a heartbeat's time to live
                 assert info.reports_begun
-                await until(refuses)
+                await wait_until(refuses)
                 for frame in rest:
                     await call.write(frame)
                 await call.done_writing()
@@ -301,7 +282,7 @@ def test_sigterm_finishes_what_runs_withdraws_and_exits_with_0(
                 process.kill()
                 await process.wait()
 
-    run(test)
+    run_within(90, test)
 
 
 def test_sigterm_while_the_store_is_away_exits_with_0(toy: ServedModel, plugins: Path, tmp_path: Path) -> None:
@@ -336,4 +317,4 @@ def test_sigterm_while_the_store_is_away_exits_with_0(toy: ServedModel, plugins:
                 process.kill()
                 await process.wait()
 
-    run(test)
+    run_within(90, test)

@@ -1,8 +1,8 @@
-"""Checks the custom resources of every overlay against the schemas of their CRDs: `python tests/k8s/crds.py DIR`.
+"""Validates the custom resources of every overlay against their CRDs: `python tests/k8s/crds.py DIR`.
 
-DIR holds CustomResourceDefinitions as YAML. Schemas are closed: a key that a schema does not have is refused, which an
-API server would silently drop. Validation rules in CEL are not evaluated. Exit code 1: a line for each error. Exit code
-2: one line that says why DIR cannot be used.
+DIR contains CustomResourceDefinitions as YAML files. Schemas are closed: unknown keys, which an API server would
+silently drop, are errors. CEL validation rules are not evaluated. Exit status 1: validation errors, one per line. Exit
+status 2: DIR is invalid; one line has the reason.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ BUILT_IN_GROUPS = frozenset({"v1", "apps/v1", "autoscaling/v2", "networking.k8s.
 
 
 class BadFolder(Exception):
-    """A folder from which no schemas can be loaded; the message is one line that says what works."""
+    """A folder without loadable schemas; the message is one line."""
 
 
 def load_schemas(folder: Path) -> dict[tuple[str, str], Any]:
-    """Closed schemas by apiVersion and kind, of the CRDs in the YAML files of a folder.
+    """Load the CRDs in a folder's YAML files; returns closed schemas by (apiVersion, kind).
 
-    Raises BadFolder for a folder or a file that cannot be read, and for a folder without CRDs.
+    Raises BadFolder for an unreadable folder or file, and for a folder without CRDs.
     """
     schemas: dict[tuple[str, str], Any] = {}
     for path in _yaml_files(folder):
@@ -68,7 +68,7 @@ def _schemas_of(definition: Any) -> dict[tuple[str, str], Any]:
 
 
 def closed(schema: Any) -> Any:
-    """The schema with unknown keys refused wherever it lists the known ones and does not preserve others."""
+    """Close a schema: forbid unknown keys in objects with `properties` that do not preserve unknown fields."""
     if isinstance(schema, list):
         return [closed(each) for each in schema]
     if not isinstance(schema, dict):
@@ -81,12 +81,12 @@ def closed(schema: Any) -> Any:
 
 
 def custom_resources(manifests: Sequence[Manifest]) -> list[Manifest]:
-    """The objects that are not built into Kubernetes."""
+    """Objects of kinds that are not built into Kubernetes."""
     return [each for each in manifests if each["apiVersion"] not in BUILT_IN_GROUPS]
 
 
 def errors_of(manifest: Manifest, schemas: Schemas) -> Iterator[str]:
-    """A line for each place where an object does not fit its schema."""
+    """Validation errors of an object, one line each."""
     key = (manifest["apiVersion"], manifest["kind"])
     if key not in schemas:
         yield f"{name_of(manifest)}: no CustomResourceDefinition of {key[0]} {key[1]}"
@@ -96,9 +96,9 @@ def errors_of(manifest: Manifest, schemas: Schemas) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check every overlay and print the errors."""
+    """Validate every overlay and print the errors."""
     parser = argparse.ArgumentParser(
-        description="Check the custom resources of every overlay against CRDs, unknown keys refused."
+        description="Validate the custom resources of every overlay against CRDs; unknown keys are errors."
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of CustomResourceDefinitions, *.yaml")
     try:

@@ -1,6 +1,6 @@
-"""Semantic checks of rendered manifests: what schemas cannot find. Each takes an overlay's objects and yields errors.
+"""Semantic checks of rendered manifests, beyond schemas. Each takes an overlay's objects and yields errors.
 
-CHECKS has them by name. Checks of scalers and of the network are in modules of their own.
+CHECKS has all checks by name. Checks of scalers, workers and the network are in separate modules.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ RECOMMENDED_LABELS = frozenset(
 )
 NAME_LABEL = "app.kubernetes.io/name"
 VERSION_LABEL = "app.kubernetes.io/version"
-"""On workloads and pods; other objects are the same for all versions."""
+"""Label of workloads and pods; other objects are equal for all versions."""
 
-_FINISH_SECONDS = 5.0  # until a process has ended after grace_seconds
-_AGENT_SECONDS = 11.0  # that the agent of a worker group waits beyond its ranks' grace_seconds
+_FINISH_SECONDS = 5.0  # from grace_seconds to the exit of a process
+_AGENT_SECONDS = 11.0  # from the ranks' grace_seconds to the exit of a worker group's agent
 _CLUSTER_WIDE = frozenset({"Namespace"})
 
 
 def selectors(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A workload's selector fits its own template; every other selector selects a pod, and none of another service."""
+    """A workload's selector matches its own pods; every other selector matches a pod, but none of another service."""
     for each in of_kind(manifests, "Deployment"):
         if not matches(each["spec"]["selector"], each["spec"]["template"]["metadata"]["labels"]):
             yield f"{name_of(each)}: selector does not match its own pods"
@@ -66,7 +66,7 @@ def selectors(manifests: Sequence[Manifest]) -> Iterator[str]:
     for each in of_kind(manifests, "Service", "PodDisruptionBudget"):
         for pod in [pod for pod in templates if matches(_selector(each), pod.labels)]:
             if pod.labels[NAME_LABEL] != each["metadata"].get("labels", {}).get(NAME_LABEL):
-                yield f"{name_of(each)}: selector matches {pod.owner}, which is of another service"
+                yield f"{name_of(each)}: selector matches {pod.owner}, which belongs to another service"
     for pod in templates:
         for spread in pod.spec.get("topologySpreadConstraints", []):
             if not matches(spread["labelSelector"], pod.labels):
@@ -82,7 +82,7 @@ def _selector(manifest: Manifest) -> Manifest:
 
 
 def ports(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Ports of Services, routes, monitors and probes are container ports."""
+    """Ports of Services and routes are container ports."""
     for service in of_kind(manifests, "Service"):
         for pod in [each for each in pods(manifests) if each.serves and matches(_selector(service), each.labels)]:
             for port in service["spec"]["ports"]:
@@ -97,11 +97,11 @@ def ports(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def scraping(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A ServiceMonitor scrapes each server of the fleet once, and keeps the fleet's own label `service`."""
+    """ServiceMonitors scrape each server of the fleet once, and preserve the fleet's label `service`."""
     for monitor in of_kind(manifests, "ServiceMonitor"):
         for endpoint in monitor["spec"]["endpoints"]:
             if endpoint.get("honorLabels") is not True:
-                yield f"{name_of(monitor)}: without honorLabels the label service would be that of Kubernetes"
+                yield f"{name_of(monitor)}: without honorLabels, Kubernetes overrides the label service"
             services = [
                 each
                 for each in of_kind(manifests, "Service")
@@ -115,7 +115,7 @@ def scraping(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def balancing(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Stages and coordinators have a headless Service, for clients that balance; gRPC ports name their protocol."""
+    """Stages and coordinators have a headless Service, for client-side balancing; gRPC ports have an appProtocol."""
     for pod in [each for each in pods(manifests) if each.serves and each.service]:
         services = [
             each for each in of_kind(manifests, "Service") if matches(_selector(each), pod.labels) and _grpc_port(each)
@@ -134,14 +134,14 @@ def _grpc_port(service: Manifest) -> Manifest:
 
 
 def disruptions(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """One pod of a service may be evicted at a time: none would block the drain of a node."""
+    """maxUnavailable is 1: with 0, a node could not be drained."""
     for each in of_kind(manifests, "PodDisruptionBudget"):
         if each["spec"].get("maxUnavailable") != 1 or "minAvailable" in each["spec"]:
             yield f"{name_of(each)}: maxUnavailable is not 1"
 
 
 def probes(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Every server has three probes, on its ports; gRPC ones name a service that exists, liveness the process alone."""
+    """Every server has three probes on its ports; gRPC probes name an existing service, liveness only the process."""
     for pod in [each for each in pods(manifests) if each.serves]:
         for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
             probe = pod.container.get(kind)
@@ -150,13 +150,13 @@ def probes(manifests: Sequence[Manifest]) -> Iterator[str]:
             elif "grpc" in probe:
                 yield from _grpc_probe(pod, kind, probe["grpc"])
             elif "tcpSocket" in probe and probe["tcpSocket"]["port"] not in {*pod.ports, *pod.ports.values()}:
-                yield f"{pod.owner}: {kind} asks port {probe['tcpSocket']['port']}, which is no container port"
+                yield f"{pod.owner}: {kind} asks port {probe['tcpSocket']['port']}, which is not a container port"
 
 
 def _grpc_probe(pod: Pod, kind: str, probe: Manifest) -> Iterator[str]:
     known = {HEALTH_SERVICE, *(_services_of(pod.service))}
     if probe["port"] not in pod.ports.values():
-        yield f"{pod.owner}: {kind} asks port {probe['port']}, which is no container port"
+        yield f"{pod.owner}: {kind} asks port {probe['port']}, which is not a container port"
     if probe.get("service") not in known:
         yield f"{pod.owner}: {kind} asks for {probe.get('service')!r}; its services are {sorted(known)}"
     if (kind == "livenessProbe") != (probe.get("service") == HEALTH_SERVICE) and kind != "startupProbe":
@@ -164,21 +164,21 @@ def _grpc_probe(pod: Pod, kind: str, probe: Manifest) -> Iterator[str]:
 
 
 def _services_of(service: str) -> list[str]:
-    """Names that the health service of a process knows besides its own, from the protos."""
+    """gRPC services of a process, from the protos, for which its health service has a status."""
     if service == "coordinator":
         return proto_services("generation")
     return proto_services(service) + proto_services("worker")
 
 
 def proto_services(proto: str) -> list[str]:
-    """Full names of the services of a file in proto/fleet/v1; none where it is not there."""
+    """Full names of the services in a file of proto/fleet/v1; empty if the file does not exist."""
     path = ROOT / "proto" / "fleet" / "v1" / f"{proto}.proto"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [f"fleet.v1.{name}" for name in re.findall(r"^service (\w+)", text, re.MULTILINE)]
 
 
 def routes(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Every service that a route names is served by the coordinator, and reflection has a route."""
+    """The coordinator serves every service of a route, and reflection has a route."""
     known = {*proto_services("generation"), *KNOWN_SERVICES}
     named = [
         (route, match["method"]["service"])
@@ -192,7 +192,7 @@ def routes(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def settings(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Flags and variables are settings of the service that gets them, with values that it takes."""
+    """Flags and variables are settings of their service, with valid values."""
     readers: dict[str, list[frozenset[str]]] = {}
     for pod in [each for each in pods(manifests) if each.service]:
         if pod.service not in SERVICES:
@@ -210,18 +210,20 @@ def settings(manifests: Sequence[Manifest]) -> Iterator[str]:
             _load(manifests, pod)
         except InvalidInput as error:
             yield f"{pod.owner}: {error.message}"
-    yield from (f"{name} is read by no service" for name, sets in readers.items() if not any(name in s for s in sets))
+    yield from (
+        f"{name} is not read by any service" for name, sets in readers.items() if not any(name in s for s in sets)
+    )
 
 
 def _load(manifests: Sequence[Manifest], pod: Pod) -> Mapping[str, object]:
-    """The settings with which the pod's process runs, by name. Raises InvalidInput."""
+    """Settings of the pod's process, by name. Raises InvalidInput."""
     flags = arguments(manifests, pod.container)[1:]
     environ = environment(manifests, pod.container)
     return dict(vars(load_settings(settings_class(pod.service), flags, prog=pod.service, environ=environ)))
 
 
 def listening(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """The ports of serving pods are those on which their settings make them listen."""
+    """Container ports of serving pods equal the ports of their settings."""
     for pod in _readable(manifests):
         values = _load(manifests, pod)
         where = {"grpc": values["listen"], "health": values["health_listen"], "metrics": f":{values['metrics_port']}"}
@@ -232,7 +234,7 @@ def listening(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def grace(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A pod gets longer to end than preStop and grace_seconds take together."""
+    """terminationGracePeriodSeconds is longer than preStop plus grace_seconds."""
     for pod in [*_readable(manifests), *[each for each in pods(manifests) if not each.serves]]:
         values = _load(manifests, pod)
         before = pod.container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
@@ -240,11 +242,11 @@ def grace(manifests: Sequence[Manifest]) -> Iterator[str]:
         agent = _AGENT_SECONDS if set(ranks) != {"1"} else 0.0
         needed = before + float(str(values["grace_seconds"])) + agent + _FINISH_SECONDS
         if pod.spec["terminationGracePeriodSeconds"] < needed:
-            yield f"{pod.owner}: terminationGracePeriodSeconds is shorter than the {needed:g} s that its end may take"
+            yield f"{pod.owner}: terminationGracePeriodSeconds is below the {needed:g} s of preStop and grace_seconds"
 
 
 def _readable(manifests: Sequence[Manifest]) -> list[Pod]:
-    """Serving pods of the fleet whose settings can be loaded; `settings` reports the others."""
+    """Serving pods of the fleet with valid settings; settings() reports invalid ones."""
     found = []
     for pod in [each for each in pods(manifests) if each.serves and each.service in SERVICES]:
         try:
@@ -256,7 +258,7 @@ def _readable(manifests: Sequence[Manifest]) -> list[Pod]:
 
 
 def references(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """ConfigMaps, Secrets, claims, ServiceAccounts and mounted volumes that pods name are there."""
+    """ConfigMaps, Secrets, claims, ServiceAccounts and mounted volumes of pods exist."""
     for pod in pods(manifests):
         named = [("ServiceAccount", pod.spec["serviceAccountName"])]
         for volume in pod.spec.get("volumes", []):
@@ -270,15 +272,17 @@ def references(manifests: Sequence[Manifest]) -> Iterator[str]:
             sources = [each.get("valueFrom", {}).get("secretKeyRef") for each in container.get("env", [])]
             named += [("Secret", source["name"]) for source in sources if source]
             mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
-            yield from (f"{pod.owner}: mounts {name}, which is no volume of it" for name in sorted(mounted - volumes))
+            yield from (
+                f"{pod.owner}: mounts {name}, which is not one of its volumes" for name in sorted(mounted - volumes)
+            )
         for kind, name in named:
             users = kind == "Secret" and name in SECRETS_OF_USERS
             if not users and find(manifests, kind, name) is None:
-                yield f"{pod.owner}: {kind} {name} is not there"
+                yield f"{pod.owner}: {kind} {name} does not exist"
 
 
 def paths(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Files and directories that settings name are on a mounted volume."""
+    """Files and directories in settings are on a mounted volume."""
     for pod in [each for each in pods(manifests) if each.service in SERVICES]:
         mounts = [mount["mountPath"] for mount in pod.container["volumeMounts"]]
         for name, value in environment(manifests, pod.container).items():
@@ -286,11 +290,11 @@ def paths(manifests: Sequence[Manifest]) -> Iterator[str]:
             is_read = name.removeprefix("FLEET_").lower() in settings_class(pod.service).__dataclass_fields__
             mounted = any(path == each or path.startswith(f"{each}/") for each in mounts)
             if path.startswith("/") and is_read and not mounted:
-                yield f"{pod.owner}: {name} names {path}, which is on no volume of it"
+                yield f"{pod.owner}: {name} names {path}, which is not on a mounted volume"
 
 
 def security(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Every pod and container has the fields that the Pod Security Standard `restricted` asks for, and more."""
+    """Every pod and container satisfies the Pod Security Standard `restricted` and further rules."""
     for account in of_kind(manifests, "ServiceAccount"):
         if account.get("automountServiceAccountToken") is not False:
             yield f"{name_of(account)}: automountServiceAccountToken is not false"
@@ -319,7 +323,7 @@ def _insecure(container: Manifest) -> Iterator[str]:
 
 
 def labels(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Every object has the recommended labels and is in the fleet's namespace; the version is that of the image."""
+    """Every object has the recommended labels and the fleet's namespace; version labels equal the image's version."""
     found = {name_of(each): each["metadata"].get("labels", {}) for each in manifests}
     found |= {f"pod of {pod.owner}": pod.labels for pod in pods(manifests)}
     for owner, names in found.items():
@@ -336,7 +340,7 @@ def labels(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def _version_of(pod: Pod) -> str:
-    """The version of the project, or that of another image's tag."""
+    """Version of the project, or the tag of a third-party image."""
     if pod.container["name"] != FLEET_CONTAINER:
         return str(pod.container["image"].rpartition(":")[2])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -344,7 +348,7 @@ def _version_of(pod: Pod) -> str:
 
 
 def kinds(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Each service has a Service, a ServiceAccount, a PodDisruptionBudget and a NetworkPolicy of its name."""
+    """Each service has a Service, ServiceAccount, PodDisruptionBudget and NetworkPolicy with its name."""
     for pod in pods(manifests):
         name = pod.labels[NAME_LABEL]
         if pod.spec["serviceAccountName"] != name:
@@ -355,7 +359,7 @@ def kinds(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def stages(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """The fleet has the stages of a shipped model that it serves, and no others."""
+    """The fleet has exactly the stages of the shipped model that it serves."""
     running = {pod.service for pod in pods(manifests) if pod.service} - {"coordinator"}
     references_ = [str(each["data"].get("FLEET_MODEL", "")) for each in of_kind(manifests, "ConfigMap")]
     for model in [each for each in references_ if each in shipped_models()]:

@@ -1,4 +1,4 @@
-"""Checks of NetworkPolicies: they admit what flows between the pods, and nothing else."""
+"""Checks of NetworkPolicies: they allow exactly the fleet's connections."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DNS = {
     "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
 }
 _REDIS_PORTS = frozenset({6379, 6380})
-_OPEN_TO_ALL = {"coordinator": {"grpc", "health"}}  # the public API; other pods only have health checks
+_OPEN_TO_ALL = {"coordinator": {"grpc", "health"}}  # public API; other pods only serve health checks to everyone
 
 
 def admitted_ports(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Ports of policies are container ports; a rule without peers admits health checks and the public API only."""
+    """Ports of policies are container ports; a rule without peers allows only health checks and the public API."""
     for policy in of_kind(manifests, "NetworkPolicy"):
         for pod in _selected(manifests, policy):
             for rule in policy["spec"].get("ingress", []):
@@ -36,23 +36,23 @@ def _ingress_errors(policy: Manifest, pod: Pod, rule: Manifest) -> Iterator[str]
         yield f"{name_of(policy)}: ingress ports {sorted(lacking)} are not ports of {pod.owner}"
     names = {name for name, port in pod.ports.items() if port in numbers or not numbers}
     if not rule.get("from") and (wrong := names - _OPEN_TO_ALL.get(pod.service, {"health"})):
-        yield f"{name_of(policy)}: admits everybody to {sorted(wrong)} of {pod.owner}"
+        yield f"{name_of(policy)}: allows everyone to connect to {sorted(wrong)} of {pod.owner}"
     if "scaler" in names and [peer.get("namespaceSelector", {}).get("matchLabels") for peer in rule["from"]] != [KEDA]:
-        yield f"{name_of(policy)}: admits others than KEDA's namespace to the scaler"
+        yield f"{name_of(policy)}: allows namespaces other than KEDA's to connect to the scaler"
 
 
 def dangling_peers(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A peer in the fleet's own namespace is a pod that is there."""
+    """A peer in the fleet's namespace matches an existing pod."""
     for policy in of_kind(manifests, "NetworkPolicy"):
         rules = [*policy["spec"].get("ingress", []), *policy["spec"].get("egress", [])]
         for peer in [peer for rule in rules for peer in [*rule.get("from", []), *rule.get("to", [])]]:
             own = "podSelector" in peer and "namespaceSelector" not in peer
             if own and not any(matches(peer["podSelector"], pod.labels) for pod in pods(manifests)):
-                yield f"{name_of(policy)}: peer {peer['podSelector']} is no pod"
+                yield f"{name_of(policy)}: peer {peer['podSelector']} matches no pod"
 
 
 def unselected_pods(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Every pod is denied by default, in both directions."""
+    """Every pod is denied by default in both directions."""
     for pod in pods(manifests):
         for direction in ("Ingress", "Egress"):
             if not _policies(manifests, pod, direction):
@@ -60,7 +60,7 @@ def unselected_pods(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def flows(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """The connections that the fleet makes are admitted at both ends, and no others between its pods."""
+    """The fleet's connections are allowed at both ends, and no other connections between its pods."""
     templates = pods(manifests)
     for source in templates:
         for target in templates:
@@ -70,11 +70,11 @@ def flows(manifests: Sequence[Manifest]) -> Iterator[str]:
                 if needed and not admitted:
                     yield f"{source.owner} cannot connect to {target.owner}:{name}"
                 if admitted and not needed:
-                    yield f"{source.owner} can connect to {target.owner}:{name} without a need"
+                    yield f"{source.owner} can connect to {target.owner}:{name} , which is not needed"
 
 
 def outside_flows(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Connections that leave or enter the namespace: to DNS, Redis and a collector, from KEDA and Prometheus."""
+    """Allowed connections across the namespace: to DNS, a managed Redis and a collector, from KEDA and Prometheus."""
     templates = [pod for pod in pods(manifests) if pod.service]
     in_cluster = any(pod.container["name"] == "redis" for pod in pods(manifests))
     for pod in templates:
@@ -86,7 +86,7 @@ def outside_flows(manifests: Sequence[Manifest]) -> Iterator[str]:
             for port in rule.get("ports", [])
         }
         if resolved != {(53, "UDP"), (53, "TCP")}:
-            yield f"{pod.owner}: cannot ask DNS at port 53 of UDP and TCP"
+            yield f"{pod.owner}: cannot connect to DNS at port 53 of UDP and TCP"
         blocks = [rule for rule in out if any("ipBlock" in peer for peer in rule.get("to", []))]
         reached = {port["port"] for rule in blocks for port in rule.get("ports", [])}
         if not in_cluster and not reached & _REDIS_PORTS:
@@ -123,7 +123,7 @@ def _is_needed(source: Pod, target: Pod, port: str) -> bool:
     if target.container["name"] == "redis":
         return bool(source.service)
     if source.labels == target.labels and any("nnodes" in each for each in source.container.get("args", [])):
-        return True  # Ranks of a worker group.
+        return True  # ranks of a worker group
     return source.service == "coordinator" and target.service not in ("coordinator", "") and port == "grpc"
 
 
@@ -148,7 +148,7 @@ def _has_port(rule: Manifest, port: int) -> bool:
 
 
 def _is_peer(peers: Sequence[Manifest], labels: Mapping[str, str]) -> bool:
-    """Whether a pod of the fleet's namespace is among the peers."""
+    """Whether the peers include a pod of the fleet's namespace with these labels."""
     own = [peer["podSelector"] for peer in peers if "podSelector" in peer and "namespaceSelector" not in peer]
     return any(matches(selector, labels) for selector in own)
 

@@ -1,4 +1,4 @@
-"""Checks of autoscalers: their targets, the stages and models that they ask for, and the metrics in their queries."""
+"""Checks of autoscalers: their targets, stages, models, and the metrics in their queries."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _EXTERNAL = ("external", "external-push")
 
 
 def scale_targets(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """The target of each scaler is there and runs the stage whose load scales it."""
+    """The target of each scaler exists and runs the stage whose load scales it."""
     for scaler in of_kind(manifests, *_SCALERS):
         stage = _target_stage(manifests, scaler)
         if stage is None:
-            yield f"{name_of(scaler)}: its target {_target(scaler)} is not there"
+            yield f"{name_of(scaler)}: its target {_target(scaler)} does not exist"
         for asked in _asked_stages(scaler):
             if stage is not None and asked != stage:
-                yield f"{name_of(scaler)}: asks for the load of {asked}, but its target runs {stage}"
+                yield f"{name_of(scaler)}: scales by the load of {asked}, but its target runs {stage}"
 
 
 def _target(scaler: Manifest) -> tuple[str, str]:
@@ -33,7 +33,7 @@ def _target(scaler: Manifest) -> tuple[str, str]:
 
 
 def _target_stage(manifests: Sequence[Manifest], scaler: Manifest) -> str | None:
-    """The service of the pods that it scales; None where there is no such target."""
+    """Service of the scaled pods; None if the target does not exist."""
     kind, name = _target(scaler)
     if kind == "DisaggregatedSetRoleScaler":
         owners = {
@@ -49,7 +49,7 @@ def _target_stage(manifests: Sequence[Manifest], scaler: Manifest) -> str | None
 
 
 def _asked_stages(scaler: Manifest) -> list[str]:
-    """Stages by which it scales: of triggers, of queries, and of an HPA's external metrics."""
+    """Stages whose load scales the target: in triggers, queries and external metrics of an HPA."""
     spec = scaler["spec"]
     triggers_ = [each["metadata"] for each in spec.get("triggers", [])]
     selectors = [each["external"]["metric"]["selector"]["matchLabels"] for each in spec.get("metrics", [])]
@@ -58,17 +58,17 @@ def _asked_stages(scaler: Manifest) -> list[str]:
 
 
 def scaled_once(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A target has one scaler, an HPA or a ScaledObject, and then no replicas in its manifest; KEDA's bounds fit."""
+    """A target has one scaler (HPA or ScaledObject) and no replicas in its manifest; KEDA's limits are consistent."""
     targets = [_target(scaler) for scaler in of_kind(manifests, *_SCALERS)]
     for kind, name in sorted(set(targets)):
         if targets.count((kind, name)) > 1:
             yield f"{kind}/{name}: has {targets.count((kind, name))} scalers"
         target = find(manifests, kind, name)
         if target is not None and "replicas" in target["spec"]:
-            yield f"{kind}/{name}: names replicas, which belong to its scaler"
+            yield f"{kind}/{name}: has replicas, which its scaler sets"
     for each in of_kind(manifests, "Deployment"):
         if "replicas" not in each["spec"] and ("Deployment", each["metadata"]["name"]) not in targets:
-            yield f"{name_of(each)}: names no replicas and has no scaler"
+            yield f"{name_of(each)}: has neither replicas nor a scaler"
     for each in of_kind(manifests, "HorizontalPodAutoscaler"):
         if each["spec"].get("minReplicas", 1) < 1:
             yield f"{name_of(each)}: minReplicas is not at least 1, which an HPA needs without an alpha feature"
@@ -79,7 +79,7 @@ def scaled_once(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def triggers(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A trigger reaches the coordinator's scaler and asks for a model and a stage that are served."""
+    """A trigger connects to the coordinator's scaler and names a served model and stage."""
     for scaler in of_kind(manifests, "ScaledObject"):
         for trigger in [each for each in scaler["spec"]["triggers"] if each["type"] in _EXTERNAL]:
             for error in _trigger_errors(manifests, trigger, trigger["metadata"]):
@@ -91,7 +91,7 @@ def triggers(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def formulas(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A formula of KEDA's scalingModifiers reads named triggers, and its target is the seconds that they ask for."""
+    """A scalingModifiers formula reads named triggers, and its target equals their targetSeconds."""
     for scaler in of_kind(manifests, "ScaledObject"):
         modifiers = scaler["spec"].get("advanced", {}).get("scalingModifiers")
         if modifiers is None:
@@ -115,15 +115,15 @@ def _trigger_errors(manifests: Sequence[Manifest], trigger: Manifest, asked: Map
     if service is None or host != f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc":
         yield f"{asked['scalerAddress']} is not NAME.NAMESPACE.svc of a Service"
     elif not _is_served(manifests, service, int(port)):
-        yield f"{asked['scalerAddress']} is no port on which coordinators serve the scaler"
+        yield f"{asked['scalerAddress']} is not the scaler port of the coordinators"
     if not float(asked["targetSeconds"]) > 0:
         yield f"targetSeconds {asked['targetSeconds']} is not more than 0"
     if asked.get("metricName", "wanted_seconds") not in _METRICS:
-        yield f"metricName {asked['metricName']} is none of {sorted(_METRICS)}"
+        yield f"metricName {asked['metricName']} is not one of {sorted(_METRICS)}"
     yield from _unserved(manifests, asked["model"], asked["stage"])
     authentication = trigger.get("authenticationRef", {}).get("name")
     if authentication and find(manifests, "TriggerAuthentication", authentication) is None:
-        yield f"TriggerAuthentication {authentication} is not there"
+        yield f"TriggerAuthentication {authentication} does not exist"
 
 
 def _is_served(manifests: Sequence[Manifest], service: Manifest, port: int) -> bool:
@@ -139,7 +139,7 @@ def _is_served(manifests: Sequence[Manifest], service: Manifest, port: int) -> b
 
 
 def _unserved(manifests: Sequence[Manifest], model: str, stage: str) -> Iterator[str]:
-    """Errors for a model that the fleet does not serve, and a stage that the model does not have, as far as known."""
+    """Errors for a model that is not served, and for a stage that a shipped model does not have."""
     served: dict[str, str] = {}
     for each in of_kind(manifests, "ConfigMap"):
         for reference in str(each["data"].get("FLEET_MODEL", "")).split(","):
@@ -155,7 +155,7 @@ def _unserved(manifests: Sequence[Manifest], model: str, stage: str) -> Iterator
 
 
 def metric_names(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Metrics of the fleet in rules, queries and HPAs are exported by its processes, with the labels that they name."""
+    """Metrics in rules, queries and HPAs are exported by the fleet's processes, with the used labels."""
     recorded = {
         rule["record"]: rule
         for each in of_kind(manifests, "PrometheusRule")
@@ -169,7 +169,7 @@ def metric_names(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def _expressions(manifest: Manifest) -> Iterator[str]:
-    """The PromQL of rules and of queries, and the selectors of an HPA's external metrics."""
+    """PromQL of rules and queries, and selectors of an HPA's external metrics."""
     spec = manifest["spec"]
     yield from (rule["expr"] for group in spec.get("groups", []) for rule in group["rules"])
     yield from (each["metadata"]["query"] for each in spec.get("triggers", []) if "query" in each["metadata"])

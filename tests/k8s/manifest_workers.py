@@ -1,4 +1,4 @@
-"""Checks of what pods run with: images, devices, ranks, weights, secrets and the time that a start may take."""
+"""Checks of pods: images, devices, ranks, weights, secrets and start-up time."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ SECRETS_OF_USERS = {
     "fleet-tls-stage": TLS_FILES,
     "fleet-tls-keda": TLS_FILES,
 }
-"""Secrets that the runbook describes, with their keys."""
+"""Secrets of the runbook and their keys."""
 
 _DEGREES = ("tp", "ulysses", "ring", "cfg")
-_KEDA_PARAMETERS = frozenset({"caCert", "tlsClientCert", "tlsClientKey"})  # of KEDA's external scalers
+_KEDA_PARAMETERS = frozenset({"caCert", "tlsClientCert", "tlsClientKey"})  # parameters of KEDA's external scalers
 _START_SECONDS = {"coordinator": 60.0}
-_LOADING_SECONDS = 1_800.0  # a worker listens once its weights are loaded
+_LOADING_SECONDS = 1_800.0  # a worker listens after its weights are loaded
 _GPU = "nvidia.com/gpu"
 
 
 def images(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Images are targets of the Dockerfile, and the ones that the service needs: one with CUDA on pods with a GPU."""
+    """Images are Dockerfile targets that suit the service; pods with a GPU have a CUDA image."""
     targets = set(re.findall(r" AS ([\w-]+)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE))
     for pod in [each for each in pods(manifests) if each.container["name"] == FLEET_CONTAINER]:
         wanted = "coordinator" if pod.service == "coordinator" else "gpu" if _gpus(pod) else "cpu"
@@ -48,7 +48,7 @@ def images(manifests: Sequence[Manifest]) -> Iterator[str]:
         for container in pod.containers:
             name, _, target = container["image"].partition(":")
             if name != "diffusion-fleet" or target not in targets:
-                yield f"{pod.owner}: image {container['image']} of {container['name']} is no target of the Dockerfile"
+                yield f"{pod.owner}: image {container['image']} of {container['name']} is not a Dockerfile target"
 
 
 def _gpus(pod: Pod) -> int:
@@ -56,7 +56,7 @@ def _gpus(pod: Pod) -> int:
 
 
 def devices(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A pod with GPUs computes on them, any other does not; a worker group has a rank for each GPU."""
+    """Only pods with GPUs have FLEET_DEVICE=cuda; a worker group has one rank per GPU."""
     for workload in of_kind(manifests, *WORKLOADS):
         nodes = workload["spec"].get("leaderWorkerTemplate", {}).get("size", 1)
         for pod in [each for each in pods([workload]) if each.service]:
@@ -69,14 +69,14 @@ def devices(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def _ranks(flags: Sequence[str]) -> int:
-    """The product of the parallel degrees among flags, given as --NAME N or --NAME=N."""
+    """Product of the parallel degrees in flags of the form --NAME N or --NAME=N."""
     words = [word for flag in flags for word in flag.split("=", 1)]
     given = dict(itertools.pairwise(words))
     return math.prod(int(given.get(f"--{name}", "1")) for name in _DEGREES)
 
 
 def weights(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A pod that serves a directory mounts its claim read-only, and an init container checks it with the script."""
+    """A pod that serves a directory mounts its claim read-only, and an init container runs check_weights.sh."""
     for pod in [each for each in pods(manifests) if each.service]:
         claims = {each["name"] for each in pod.spec.get("volumes", []) if "persistentVolumeClaim" in each}
         if "/" not in environment(manifests, pod.container).get("FLEET_MODEL", ""):
@@ -102,7 +102,7 @@ def _checks_weights(manifests: Sequence[Manifest], pod: Pod, container: Manifest
 
 
 def secret_keys(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Keys of Secrets, which variables, mounted files and KEDA read, are in the Secret or in the runbook's list."""
+    """Keys of Secrets in variables, mounted files and KEDA parameters are in the Secret or in the runbook's list."""
     for pod in pods(manifests):
         for container in pod.containers:
             sources = [each.get("valueFrom", {}).get("secretKeyRef") for each in container.get("env", [])]
@@ -124,7 +124,7 @@ def _secret_files(manifests: Sequence[Manifest], pod: Pod) -> Iterator[str]:
                 yield from _lacks_key(manifests, pod.owner, secrets[mount["name"]], PurePosixPath(value).name)
         wanted = f"fleet-tls-{pod.labels['app.kubernetes.io/component']}"
         if mount["name"] == "tls" and secrets["tls"] != wanted:
-            yield f"{pod.owner}: its certificate is of the Secret {secrets['tls']}, not {wanted}"
+            yield f"{pod.owner}: its certificate comes from the Secret {secrets['tls']}, not {wanted}"
 
 
 def _lacks_key(manifests: Sequence[Manifest], owner: str, name: str, key: str) -> Iterator[str]:
@@ -135,7 +135,7 @@ def _lacks_key(manifests: Sequence[Manifest], owner: str, name: str, key: str) -
 
 
 def start_up(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A start may take as long as weights take to load, before the kubelet restarts the container."""
+    """startupProbe allows for the loading of weights before the kubelet restarts the container."""
     for pod in [each for each in pods(manifests) if each.serves and each.service]:
         probe = pod.container.get("startupProbe", {})
         seconds = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)

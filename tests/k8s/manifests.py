@@ -1,4 +1,4 @@
-"""Rendered Kubernetes manifests: overlays to objects, and the pods, settings and selectors in them."""
+"""Rendered Kubernetes manifests: objects of overlays, and their pods, settings and selectors."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ Manifest = dict[str, Any]
 Labels = Mapping[str, str]
 
 _SET_BY_LWS = {"LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1", "LWS_LEADER_ADDRESS": "denoising-0.denoising"}
-"""Variables that LeaderWorkerSet adds to containers, with example values."""
+"""Variables that LeaderWorkerSet adds to containers, with sample values."""
 
 
 def kustomizations() -> list[Path]:
-    """Every overlay. The base alone serves no model: it has the stages of all models."""
+    """Folders of all overlays. The base is excluded: it has the stages of all models and serves no model."""
     return sorted(path.parent for path in (K8S / "overlays").glob("*/kustomization.yaml"))
 
 
 def render(folder: Path) -> list[Manifest]:
-    """The objects of a kustomization. Raises RuntimeError with kubectl's message."""
+    """Render a kustomization; returns its objects. Raises RuntimeError with kubectl's message."""
     kubectl = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or "kubectl"
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -44,7 +44,7 @@ def render(folder: Path) -> list[Manifest]:
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod template. `serves` is False for the followers of a worker group, which have no server."""
+    """A pod template. `serves` is False for followers of a worker group, which have no server."""
 
     owner: str
     labels: Labels
@@ -53,7 +53,7 @@ class Pod:
 
     @property
     def container(self) -> Manifest:
-        """Its only container that is no init container."""
+        """The only container that is not an init container."""
         (container,) = self.spec["containers"]
         found: Manifest = container
         return found
@@ -65,7 +65,7 @@ class Pod:
 
     @property
     def service(self) -> str:
-        """The fleet's service that it runs; empty for Redis."""
+        """Service of the fleet; empty for Redis."""
         return str(self.container["args"][0]) if self.container["name"] == FLEET_CONTAINER else ""
 
     @property
@@ -75,22 +75,22 @@ class Pod:
 
 
 def name_of(manifest: Manifest) -> str:
-    """KIND/NAME, for messages."""
+    """KIND/NAME of an object, for messages."""
     return f"{manifest['kind']}/{manifest['metadata']['name']}"
 
 
 def of_kind(manifests: Sequence[Manifest], *kinds: str) -> list[Manifest]:
-    """The objects of these kinds."""
+    """Objects of the given kinds."""
     return [each for each in manifests if each["kind"] in kinds]
 
 
 def find(manifests: Sequence[Manifest], kind: str, name: str) -> Manifest | None:
-    """The object of that kind and name, if there is one."""
+    """The object with this kind and name; None if it does not exist."""
     return next((each for each in of_kind(manifests, kind) if each["metadata"]["name"] == name), None)
 
 
 def pods(manifests: Sequence[Manifest]) -> list[Pod]:
-    """The pod templates of all workloads."""
+    """Pod templates of all workloads."""
     return [pod for each in manifests for pod in _pods_of(each)]
 
 
@@ -116,7 +116,7 @@ def _pod(owner: str, template: Manifest, *, serves: bool = True) -> Pod:
 
 
 def matches(selector: Manifest | None, labels: Labels) -> bool:
-    """Whether a label selector, with matchLabels and matchExpressions, selects these labels. An empty one does."""
+    """Whether a label selector (matchLabels, matchExpressions) matches labels. An empty selector matches."""
     selector = selector or {}
     wanted = selector.get("matchLabels", {})
     return all(labels.get(key) == value for key, value in wanted.items()) and all(
@@ -132,7 +132,8 @@ def _meets(expression: Manifest, labels: Labels) -> bool:
 
 
 def environment(manifests: Sequence[Manifest], container: Manifest) -> dict[str, str]:
-    """Variables of a container as the kubelet sets them; a value of a Secret that is not rendered is an example."""
+    """Environment variables of a container, as the kubelet sets them; a Secret that is not rendered has sample
+    values."""
     values = dict(_SET_BY_LWS)
     for source in container.get("envFrom", []):
         values |= shared_variables(manifests, source)
@@ -142,12 +143,12 @@ def environment(manifests: Sequence[Manifest], container: Manifest) -> dict[str,
 
 
 def shared_variables(manifests: Sequence[Manifest], source: Manifest) -> dict[str, str]:
-    """Variables of an envFrom entry; none where its ConfigMap is not there."""
+    """Variables of an envFrom entry; empty if its ConfigMap does not exist."""
     found = find(manifests, "ConfigMap", source["configMapRef"]["name"])
     return dict(found["data"]) if found else {}
 
 
 def arguments(manifests: Sequence[Manifest], container: Manifest) -> list[str]:
-    """Arguments of a container, with $(NAME) replaced by the variable of that name."""
+    """Arguments of a container, with $(NAME) replaced by the variable NAME."""
     values = environment(manifests, container)
     return [re.sub(r"\$\((\w+)\)", lambda match: values.get(match[1], match[0]), each) for each in container["args"]]

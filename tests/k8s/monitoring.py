@@ -1,4 +1,4 @@
-"""The rules and the dashboard of k8s/components/monitoring: their expressions, and the runbook of each alert."""
+"""Rules and dashboard of k8s/components/monitoring: expressions, and the runbook of each alert."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ RULE_TESTS = Path(__file__).parent / "rule_tests.yaml"
 
 
 class Query(NamedTuple):
-    """An expression, and where it stands."""
+    """An expression and its location."""
 
     place: str
     expression: str
 
 
 def rule_groups() -> list[dict[str, Any]]:
-    """The groups of the PrometheusRule, in the form of Prometheus' own rule files."""
+    """Groups of the PrometheusRule, in the format of Prometheus rule files."""
     rule = yaml.safe_load((FOLDER / "rules.yaml").read_text(encoding="utf-8"))
     groups: list[dict[str, Any]] = rule["spec"]["groups"]
     return groups
 
 
 def rules(kind: str) -> list[dict[str, Any]]:
-    """The rules that have a field `kind`: alert or record."""
+    """Rules with a field `kind`: "alert" or "record"."""
     return [rule for group in rule_groups() for rule in group["rules"] if kind in rule]
 
 
 def rule_queries(kind: str) -> list[Query]:
-    """The expressions of rules."""
+    """Expressions of the rules of a kind."""
     return [Query(f"{kind} {rule[kind]}", rule["expr"]) for rule in rules(kind)]
 
 
 def recorded() -> frozenset[str]:
-    """The metrics that rules record."""
+    """Names of recorded metrics."""
     return frozenset(rule["record"] for rule in rules("record"))
 
 
@@ -51,7 +51,7 @@ def dashboard() -> dict[str, Any]:
 
 
 def dashboard_queries(*, service: str, rate_interval: str = "1m") -> list[Query]:
-    """The expressions of all panels with Grafana's variables replaced: all models, and one service."""
+    """Expressions of all panels, with Grafana's variables replaced by all models and one service."""
     values = {"$__rate_interval": rate_interval, "$service": service, "$model": ".+"}
     queries = []
     for panel in dashboard()["panels"]:
@@ -64,19 +64,19 @@ def dashboard_queries(*, service: str, rate_interval: str = "1m") -> list[Query]
 
 
 def variable_metrics() -> Iterator[Query]:
-    """The metrics whose labels fill the dashboard's variables."""
+    """Metrics whose label values fill the dashboard's variables."""
     for variable in dashboard()["templating"]["list"]:
         for metric, label in re.findall(r"label_values\((\w+), (\w+)\)", str(variable["query"])):
             yield Query(f"variable {variable['name']}", f'{metric}{{{label}=~".+"}}')
 
 
 def anchors(document: Path) -> set[str]:
-    """The anchors of a Markdown file's headings, as GitHub makes them."""
+    """Anchors of a Markdown file's headings, as GitHub generates them."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def runbook(rule: dict[str, Any]) -> tuple[Path, str]:
-    """The file and the anchor of an alert's runbook."""
+    """File and anchor of an alert's runbook."""
     path, _, anchor = rule["annotations"]["runbook"].partition("#")
     return ROOT / path, anchor

@@ -1,4 +1,4 @@
-"""Errors planted in rendered manifests, each with the check that must find it. They show that the checks can fail."""
+"""Errors planted in rendered manifests, with the check that must find each; they prove that the checks can fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Plant = Callable[[list[Manifest]], object]
 
 @dataclass(frozen=True)
 class Planted:
-    """A change of an overlay's objects, and a part of the error that `check` must report."""
+    """A change to an overlay's objects, and a part of the error that `check` must report."""
 
     check: str
     overlay: str
@@ -25,8 +25,8 @@ def edit(kind: str, name: str, path: str, value: Any) -> Plant:
     """Set a value; `path` is keys and indices between slashes, with ~ for a slash in a key."""
 
     def plant(manifests: list[Manifest]) -> None:
-        place, last = _at(manifests, kind, name, path)
-        place[last] = value
+        parent, last = _at(manifests, kind, name, path)
+        parent[last] = value
 
     return plant
 
@@ -38,8 +38,8 @@ def drop(kind: str, name: str, path: str = "") -> Plant:
         if not path:
             manifests[:] = [each for each in manifests if (each["kind"], each["metadata"]["name"]) != (kind, name)]
             return
-        place, last = _at(manifests, kind, name, path)
-        del place[last]
+        parent, last = _at(manifests, kind, name, path)
+        del parent[last]
 
     return plant
 
@@ -48,19 +48,19 @@ def append(kind: str, name: str, path: str, value: Any) -> Plant:
     """Add an item to a list."""
 
     def plant(manifests: list[Manifest]) -> None:
-        place, last = _at(manifests, kind, name, path)
-        place[last].append(value)
+        parent, last = _at(manifests, kind, name, path)
+        parent[last].append(value)
 
     return plant
 
 
 def _at(manifests: Sequence[Manifest], kind: str, name: str, path: str) -> tuple[Any, Any]:
-    place: Any = find(manifests, kind, name)
-    assert place is not None, f"{kind}/{name} is not there"
-    *way, last = [int(key) if key.isdecimal() else key.replace("~", "/") for key in path.split("/")]
-    for key in way:
-        place = place[key]
-    return place, last
+    parent: Any = find(manifests, kind, name)
+    assert parent is not None, f"{kind}/{name} does not exist"
+    *keys, last = [int(key) if key.isdecimal() else key.replace("~", "/") for key in path.split("/")]
+    for key in keys:
+        parent = parent[key]
+    return parent, last
 
 
 def set_shared(name: str, value: str) -> Plant:
@@ -75,7 +75,7 @@ def set_shared(name: str, value: str) -> Plant:
 
 
 def add_hpa(manifests: list[Manifest]) -> None:
-    """An HPA beside the ScaledObject of the denoising."""
+    """Add an HPA next to the ScaledObject of denoising."""
     target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "denoising"}
     spec = {"scaleTargetRef": target, "minReplicas": 1, "maxReplicas": 2, "metrics": []}
     manifests.append(
@@ -134,10 +134,10 @@ PLANTED = [
         edit(_D, "denoising", f"{CONTAINER}/readinessProbe/grpc/service", "fleet.v1.Denoising"),
     ),
     Planted(
-        "probes", "dev", "no container port", edit(_D, "denoising", f"{CONTAINER}/readinessProbe/grpc/port", 50055)
+        "probes", "dev", "not a container port", edit(_D, "denoising", f"{CONTAINER}/readinessProbe/grpc/port", 50055)
     ),
     Planted(
-        "probes", "dev", "no container port", edit(_D, "redis", f"{CONTAINER}/livenessProbe/tcpSocket/port", "rdis")
+        "probes", "dev", "not a container port", edit(_D, "redis", f"{CONTAINER}/livenessProbe/tcpSocket/port", "rdis")
     ),
     Planted(
         "probes",
@@ -164,7 +164,7 @@ PLANTED = [
         "FLEET_CAPASITY is not",
         append(_D, "denoising", f"{CONTAINER}/env", {"name": "FLEET_CAPASITY", "value": "2"}),
     ),
-    Planted("settings", "dev", "FLEET_WARMUP is read by no", set_shared("FLEET_WARMUP", "512x512")),
+    Planted("settings", "dev", "FLEET_WARMUP is not read by any", set_shared("FLEET_WARMUP", "512x512")),
     Planted(
         "settings",
         "dev",
@@ -181,13 +181,13 @@ PLANTED = [
     ),
     Planted("listening", "dev", "listens on", set_shared("FLEET_METRICS_PORT", "9091")),
     Planted("listening", "keda", "listens on", edit(_D, "coordinator", f"{CONTAINER}/env/0/value", "0.0.0.0:50054")),
-    Planted("grace", "dev", "shorter", set_shared("FLEET_GRACE_SECONDS", "60")),
-    Planted("grace", "dev", "shorter", edit(_D, "coordinator", f"{CONTAINER}/lifecycle/preStop/sleep/seconds", 20)),
-    Planted("grace", "gpu-group", "shorter", edit(_D, "denoising", f"{POD}/terminationGracePeriodSeconds", 45)),
+    Planted("grace", "dev", "is below", set_shared("FLEET_GRACE_SECONDS", "60")),
+    Planted("grace", "dev", "is below", edit(_D, "coordinator", f"{CONTAINER}/lifecycle/preStop/sleep/seconds", 20)),
+    Planted("grace", "gpu-group", "is below", edit(_D, "denoising", f"{POD}/terminationGracePeriodSeconds", 45)),
     Planted(
         "references",
         "dev",
-        "ConfigMap fleet is not there",
+        "ConfigMap fleet does not exist",
         edit(_D, "denoising", f"{CONTAINER}/envFrom/0/configMapRef/name", "fleet"),
     ),
     Planted("references", "dev", "PersistentVolumeClaim redis", drop("PersistentVolumeClaim", "redis")),
@@ -195,7 +195,7 @@ PLANTED = [
     Planted(
         "references",
         "dev",
-        "no volume",
+        "not one of its volumes",
         append(_D, "decoding", f"{CONTAINER}/volumeMounts", {"name": "kernel", "mountPath": "/k"}),
     ),
     Planted(
@@ -204,8 +204,8 @@ PLANTED = [
         "Secret fleet-tls",
         edit(_D, "decoding", f"{POD}/volumes/0/secret/secretName", "fleet-tls"),
     ),
-    Planted("paths", "gpu", "on no volume", set_shared("FLEET_KERNEL_CACHE", "/var/kernels")),
-    Planted("paths", "gpu", "on no volume", set_shared("FLEET_MODEL", "flux=/weights/FLUX.1-dev")),
+    Planted("paths", "gpu", "not on a mounted volume", set_shared("FLEET_KERNEL_CACHE", "/var/kernels")),
+    Planted("paths", "gpu", "not on a mounted volume", set_shared("FLEET_MODEL", "flux=/weights/FLUX.1-dev")),
     Planted("paths", "production", "FLEET_TLS_CERT names", set_shared("FLEET_TLS_CERT", "/etc/tls/tls.crt")),
     Planted("security", "dev", "runAsNonRoot", edit(_D, "redis", f"{POD}/securityContext/runAsNonRoot", False)),
     Planted(
@@ -256,25 +256,25 @@ PLANTED = [
     Planted("labels", "keda", "namespace", drop(_SO, "denoising", "metadata/namespace")),
     Planted("kinds", "dev", "PodDisruptionBudget decoding", drop("PodDisruptionBudget", "decoding")),
     Planted("stages", "dev", "emoji needs", drop(_D, "decoding")),
-    Planted("scale_targets", "keda", "is not there", edit(_SO, "denoising", "spec/scaleTargetRef/name", "denoise")),
+    Planted("scale_targets", "keda", "does not exist", edit(_SO, "denoising", "spec/scaleTargetRef/name", "denoise")),
     Planted(
         "scale_targets", "keda", "its target runs denoising", edit(_SO, "denoising", f"{_TRIGGER}/stage", "decoding")
     ),
     Planted(
         "scale_targets",
         "disaggregatedset",
-        "is not there",
+        "does not exist",
         edit(_SO, "denoising", "spec/scaleTargetRef/name", "denoising"),
     ),
     Planted(
         "scale_targets",
         "disaggregatedset",
-        "is not there",
+        "does not exist",
         edit("DisaggregatedSet", "fleet", "spec/roles/0/scaling/mode", "Static"),
     ),
     Planted("scaled_once", "keda", "has 2 scalers", add_hpa),
-    Planted("scaled_once", "keda", "names replicas", edit(_D, "decoding", "spec/replicas", 1)),
-    Planted("scaled_once", "keda", "has no scaler", drop(_SO, "decoding")),
+    Planted("scaled_once", "keda", "has replicas", edit(_D, "decoding", "spec/replicas", 1)),
+    Planted("scaled_once", "keda", "nor a scaler", drop(_SO, "decoding")),
     Planted("scaled_once", "keda", "idleReplicaCount", edit(_SO, "decoding", "spec/idleReplicaCount", 0)),
     Planted(
         "triggers",
@@ -285,7 +285,7 @@ PLANTED = [
     Planted(
         "triggers",
         "keda",
-        "no port",
+        "is not the scaler port",
         edit(_SO, "decoding", f"{_TRIGGER}/scalerAddress", "coordinator-scaler.diffusion-fleet.svc:50051"),
     ),
     Planted("triggers", "keda", "model emojis", edit(_SO, "decoding", f"{_TRIGGER}/model", "emojis")),
@@ -326,22 +326,22 @@ PLANTED = [
     ),
     Planted("admitted_ports", "dev", "are not ports", edit(_NP, "decoding", "spec/ingress/0/ports/0/port", 50061)),
     Planted("admitted_ports", "dev", "egress port 6380", edit(_NP, "decoding", "spec/egress/0/ports/0/port", 6380)),
-    Planted("admitted_ports", "dev", "admits everybody", drop(_NP, "decoding", "spec/ingress/0/from")),
+    Planted("admitted_ports", "dev", "allows everyone", drop(_NP, "decoding", "spec/ingress/0/from")),
     Planted(
         "admitted_ports",
         "keda",
-        "others than KEDA",
+        "other than KEDA",
         edit(_NP, "coordinator-scaler", "spec/ingress/0/from/0", {"podSelector": {}}),
     ),
     Planted(
         "dangling_peers",
         "dev",
-        "is no pod",
+        "matches no pod",
         edit(_NP, "redis", "spec/ingress/0/from/0/podSelector", {"matchLabels": {"a": "b"}}),
     ),
     Planted("unselected_pods", "dev", "no NetworkPolicy", drop(_NP, "decoding")),
     Planted("unselected_pods", "dev", "type Egress", edit(_NP, "decoding", "spec/policyTypes", ["Ingress"])),
     Planted("flows", "dev", "cannot connect to Deployment/redis", edit(_NP, "decoding", "spec/egress", [])),
-    Planted("flows", "dev", "without a need", append(_NP, "coordinator", "spec/egress/0/ports", {"port": 50052})),
+    Planted("flows", "dev", "which is not needed", append(_NP, "coordinator", "spec/egress/0/ports", {"port": 50052})),
     Planted("flows", "multi-node", "cannot connect", drop(_NP, "denoising-ranks")),
 ]

@@ -1,4 +1,4 @@
-"""Further planted errors: of what pods run with, and of connections that leave the namespace."""
+"""Further planted errors: of pods, and of connections across the namespace."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ _REDIS = {"name": "FLEET_REDIS", "valueFrom": {"secretKeyRef": {"name": "fleet-r
 _INIT = f"{POD}/initContainers/0"
 
 PLANTED_IN_WORKERS = [
-    Planted("selectors", "dev", "of another service", edit(_PDB, "decoding", "spec/selector", _OTHER)),
-    Planted(
-        "selectors", "dev", "of another service", edit("Service", "decoding", "spec/selector", _OTHER["matchLabels"])
-    ),
+    Planted("selectors", "dev", "another service", edit(_PDB, "decoding", "spec/selector", _OTHER)),
+    Planted("selectors", "dev", "another service", edit("Service", "decoding", "spec/selector", _OTHER["matchLabels"])),
     Planted("kinds", "dev", "runs as", edit(_D, "decoding", f"{POD}/serviceAccountName", "denoising")),
     Planted("balancing", "dev", "decoding: has no headless", drop("Service", "decoding", "spec/clusterIP")),
     Planted("balancing", "dev", "coordinator: has no headless", drop("Service", "coordinators")),
@@ -116,12 +114,14 @@ PLANTED_IN_WORKERS = [
             "decoding",
         ),
     ),
-    Planted("outside_flows", "dev", "decoding: cannot ask DNS", drop(_NP, "decoding", "spec/egress/1")),
-    Planted("outside_flows", "dev", "coordinator: cannot ask DNS", drop(_NP, "coordinator", "spec/egress/2/ports/0")),
+    Planted("outside_flows", "dev", "decoding: cannot connect to DNS", drop(_NP, "decoding", "spec/egress/1")),
+    Planted(
+        "outside_flows", "dev", "coordinator: cannot connect to DNS", drop(_NP, "coordinator", "spec/egress/2/ports/0")
+    ),
     Planted(
         "outside_flows",
         "dev",
-        "decoding: cannot ask DNS",
+        "decoding: cannot connect to DNS",
         edit(_NP, "decoding", "spec/egress/1/to/0/podSelector", {"matchLabels": {"k8s-app": "dns"}}),
     ),
     Planted(

@@ -1,4 +1,4 @@
-"""Reads PromQL: the metrics that an expression selects, and those of them that no process exports."""
+"""Parses PromQL: metrics selected by an expression, and metrics that no process exports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metric_table import series
 from services.cli.serve import service_names
 
 _TARGET_LABELS = frozenset({"instance", "job", "namespace", "pod"})
-"""Labels that Prometheus adds to each series of a target."""
+"""Labels that Prometheus adds to the series of a target."""
 _VALUES = {
     "service": frozenset(service_names()),
     "begun": frozenset({"yes", "no"}),
@@ -22,14 +22,14 @@ _VALUES = {
 
 
 class Selector(NamedTuple):
-    """A selector of an expression: the metric, and its matchers as label, whether it must be equal, and value."""
+    """A selector of an expression: metric, and matchers as (label, is equality, value)."""
 
     metric: str
     matchers: tuple[tuple[str, bool, str], ...]
 
 
 def selectors_of(expression: str) -> list[Selector]:
-    """The selectors of an expression. Raises ValueError for one that Prometheus could not read."""
+    """Selectors of an expression. Raises ValueError if Prometheus could not parse it."""
     found: list[Selector] = []
 
     def visit(node: object) -> bool:
@@ -44,7 +44,7 @@ def selectors_of(expression: str) -> list[Selector]:
 
 
 def errors_of(expression: str, recorded: Collection[str] = ()) -> Iterator[str]:
-    """Metrics that no process exports and no rule records, labels that they do not have, and impossible values."""
+    """Errors of an expression: unknown metrics, unknown labels, and impossible label values."""
     known = series()
     for metric, matchers in selectors_of(expression):
         if metric in recorded:
@@ -62,6 +62,6 @@ def errors_of(expression: str, recorded: Collection[str] = ()) -> Iterator[str]:
 
 
 def recorded_labels(record: str) -> frozenset[str]:
-    """The labels of a recorded metric, which the level of its name lists: service_model:… has service and model."""
+    """Labels of a recorded metric, from the level in its name: service_model:… has service and model."""
     level = f"_{record.partition(':')[0]}_"
     return frozenset(each for each in metrics.LABELS if f"_{each}_" in level)

@@ -1,4 +1,4 @@
-"""What users add to the tree: a further stage service, and TLS for overlays whose pods are not Deployments."""
+"""Extensions by users: a new stage service, and TLS for overlays whose workloads are not Deployments."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ NAME = "up-scaling"
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of k8s/."""
+    """A copy of the folder k8s/."""
     shutil.copytree(K8S, tmp_path / "k8s")
     return tmp_path / "k8s"
 
 
 def add_stage(folder: Path) -> None:
-    """A file for a new stage, as that of denoising, and a line in the kustomization."""
+    """Add a stage to a folder: a copy of denoising's file, and a line in the kustomization."""
     text = (folder / "denoising.yaml").read_text()
     new = text.replace("denoising", NAME).replace("DenoisingService", "UpScalingService")
     for form in ("[{}]", "stage: {}\n", "service: {},"):
@@ -43,7 +43,7 @@ def add_stage(folder: Path) -> None:
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The service is one of the fleet's: it has settings as the denoising, and a proto."""
+    """Register the new service in the fleet, with denoising's settings and a .proto file."""
     protos, classes = manifest_checks.proto_services, settings_class
     for module in (manifest_checks, manifest_scalers):
         monkeypatch.setattr(module, "SERVICES", module.SERVICES | {STAGE})
@@ -57,7 +57,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def objects_of(manifests: Sequence[Manifest], name: str) -> dict[str, Manifest]:
-    """The objects of a stage, by kind."""
+    """Objects of a stage by kind."""
     return {each["kind"]: each for each in manifests if each["metadata"]["name"] == name}
 
 
@@ -67,7 +67,7 @@ def errors(manifests: list[Manifest]) -> list[str]:
 
 @dataclass(frozen=True)
 class Case:
-    """An overlay, the folders that get a file and a line, and the kinds of objects that a stage then has."""
+    """An overlay, the folders to extend, and the resulting kinds of objects of the stage."""
 
     overlay: str
     folders: tuple[str, ...]
@@ -86,7 +86,7 @@ CASES = [
 
 @pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.overlay)
-def test_a_new_stage_is_a_file_and_a_line_in_base_and_in_a_scaler(tree: Path, case: Case) -> None:
+def test_a_new_stage_needs_one_file_and_one_line_per_folder(tree: Path, case: Case) -> None:
     for folder in case.folders:
         add_stage(tree / folder)
     manifests = render(tree / "overlays" / case.overlay)
@@ -95,25 +95,25 @@ def test_a_new_stage_is_a_file_and_a_line_in_base_and_in_a_scaler(tree: Path, ca
     for kind, each in new.items():
         text = json.dumps(each).replace("UpScaling", "Denoising").replace(NAME, "denoising")
         assert json.loads(text.replace(STAGE, "denoising")) == old[kind], kind
-    # The emoji model has no such stage.
+    # The emoji model does not have this stage.
     expected = ("emoji needs", "model emoji has no stage up_scaling")
     assert [each for each in errors(manifests) if not each.startswith(expected) and expected[1] not in each] == []
 
 
 @pytest.mark.usefixtures("known")
-def test_a_new_stage_without_a_role_in_the_set_is_an_error(tree: Path) -> None:
+def test_a_new_stage_without_a_role_in_the_disaggregated_set_is_an_error(tree: Path) -> None:
     for folder in ("base", "components/keda"):
         add_stage(tree / folder)
     found = errors(render(tree / "overlays" / "disaggregatedset"))
-    assert f"ScaledObject/{NAME}: its target ('Deployment', '{NAME}') is not there" in found
+    assert f"ScaledObject/{NAME}: its target ('Deployment', '{NAME}') does not exist" in found
     assert f"Service/{NAME}: selector matches no pod" in found
 
 
 @pytest.mark.parametrize(
     ("scaler", "kind"), [("keda", "ScaledObject"), ("hpa", "HorizontalPodAutoscaler")], ids=["keda", "hpa"]
 )
-def test_the_stage_before_denoising_is_a_file_and_a_line_in_each_folder(tree: Path, scaler: str, kind: str) -> None:
-    """Without them, a fleet of the hybrid style lacks this stage alone, and nothing else refers to it."""
+def test_the_stage_before_denoising_is_one_file_and_one_line_per_folder(tree: Path, scaler: str, kind: str) -> None:
+    """Without these files and lines, only this stage is missing; no other object refers to it."""
     overlay = tree / "overlays" / "hybrid" / "kustomization.yaml"
     overlay.write_text(overlay.read_text().replace("components/keda", f"components/{scaler}"))
     whole = render(overlay.parent)
@@ -135,7 +135,7 @@ def test_the_stage_before_denoising_is_a_file_and_a_line_in_each_folder(tree: Pa
 
 
 @pytest.mark.parametrize("overlay", ["multi-node", "disaggregatedset"])
-def test_tls_goes_with_any_workload(tree: Path, overlay: str) -> None:
+def test_tls_applies_to_any_workload(tree: Path, overlay: str) -> None:
     folder = tree / "overlays" / "with-tls"
     folder.mkdir()
     lines = ["resources:", f"  - ../{overlay}", "components:", "  - ../../components/tls", ""]

@@ -1,4 +1,4 @@
-"""The init container's check of the weights: one line that names the path, and exit code 1."""
+"""The init container's check of weights: an error is one line with the path, and exit status 1."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHOLE = len(HEADER).to_bytes(8, "little") + HEADER + bytes(12)
 
 
 def check(model: str) -> tuple[int, str]:
-    """Exit code and stderr. Where the tests run as root, who may read everything, the script runs as another user."""
+    """Run the script; returns exit status and stderr. As root could read everything, it runs as another user."""
     done = subprocess.run(
         ["sh"],
         input=SCRIPT.read_text(),
@@ -37,7 +37,7 @@ def check(model: str) -> tuple[int, str]:
 
 @pytest.fixture
 def model() -> Iterator[Path]:
-    """A directory that every user may read."""
+    """A model directory that every user may read."""
     parent = Path(tempfile.mkdtemp(prefix="weights-"))
     folder = parent / "a model"
     (folder / "vae").mkdir(parents=True)
@@ -50,7 +50,7 @@ def model() -> Iterator[Path]:
     shutil.rmtree(parent)
 
 
-def test_weights_that_are_there_pass(model: Path) -> None:
+def test_existing_weights_pass(model: Path) -> None:
     assert check(str(model)) == (0, "")
     assert check(f"name={model},emoji") == (0, "")
     assert check("emoji") == (0, "")
@@ -62,7 +62,7 @@ def test_shipped_checkpoints_pass(model: Path, name: str) -> None:
     assert check(str(model.parent / name)) == (0, "")
 
 
-def test_a_missing_directory_is_named(model: Path) -> None:
+def test_a_missing_directory_is_reported(model: Path) -> None:
     code, line = check(f"emoji,other={model}-2")
     assert code == 1
     assert line == f"weights: {model}-2 is not a directory; mount a volume with Diffusers directories there\n"
@@ -89,7 +89,7 @@ def assert_refused(model: Path, path: Path, rule: str) -> None:
         ("vae/model.safetensors", b"version https://git-lfs", "not a safetensors file"),
     ],
 )
-def test_a_file_that_is_not_whole_is_named(model: Path, name: str, content: bytes | None, rule: str) -> None:
+def test_a_damaged_file_is_reported(model: Path, name: str, content: bytes | None, rule: str) -> None:
     path = model / name
     if content is None:
         path.unlink()
@@ -98,7 +98,7 @@ def test_a_file_that_is_not_whole_is_named(model: Path, name: str, content: byte
     assert_refused(model, model if rule.startswith("without") else path, rule)
 
 
-def test_an_empty_directory_is_named(model: Path) -> None:
+def test_an_empty_directory_is_reported(model: Path) -> None:
     shutil.rmtree(model)
     model.mkdir()
     assert_refused(model, model / "model_index.json", "not readable")
@@ -108,11 +108,11 @@ def test_an_empty_directory_is_named(model: Path) -> None:
     ("name", "mode"),
     [("vae/model.safetensors", 0), ("model_index.json", 0), ("vae", 0), ("vae", 0o311), ("vae", 0o644)],
 )
-def test_what_the_pod_may_not_read_is_named(model: Path, name: str, mode: int) -> None:
+def test_an_unreadable_path_is_reported(model: Path, name: str, mode: int) -> None:
     (model / name).chmod(mode)
     assert_refused(model, model / name, "not readable")
 
 
-def test_a_broken_link_is_named(model: Path) -> None:
+def test_a_broken_link_is_reported(model: Path) -> None:
     (model / "vae" / "second.safetensors").symlink_to(model / "nowhere")
     assert_refused(model, model / "vae" / "second.safetensors", "not readable")

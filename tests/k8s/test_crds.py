@@ -1,4 +1,4 @@
-"""The program that checks custom resources against CRDs, on a small made-up CRD."""
+"""Tests of crds.py, on a small artificial CRD."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_fitting_object_has_no_errors(folder: Path) -> None:
+def test_a_valid_object_has_no_errors(folder: Path) -> None:
     assert list(crds.errors_of(WIDGET, crds.load_schemas(folder))) == []
 
 
@@ -78,7 +78,7 @@ def test_a_fitting_object_has_no_errors(folder: Path) -> None:
         ({"labels": {"a": 1}}, "1 is not of type"),
     ],
 )
-def test_what_does_not_fit_is_refused(folder: Path, change: Manifest, error: str) -> None:
+def test_an_invalid_object_has_an_error(folder: Path, change: Manifest, error: str) -> None:
     widget = copy.deepcopy(WIDGET)
     widget["spec"] |= change
     found = list(crds.errors_of(widget, crds.load_schemas(folder)))
@@ -104,7 +104,7 @@ def test_an_object_without_a_crd_is_an_error(folder: Path) -> None:
         ({"a.yaml": b"---"}, "widgets has no CustomResourceDefinition in *.yaml"),
     ],
 )
-def test_a_folder_that_cannot_be_used_is_one_line_and_code_2(
+def test_an_invalid_folder_is_one_line_and_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: dict[str, bytes] | None, words: str
 ) -> None:
     folder = tmp_path / "widgets"
@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_used_is_one_line_and_code_2(
     assert words in err
 
 
-def test_a_file_in_place_of_a_folder_and_one_that_cannot_be_read_are_reported(folder: Path) -> None:
+def test_a_file_instead_of_a_folder_and_an_unreadable_file_are_reported(folder: Path) -> None:
     with pytest.raises(crds.BadFolder, match=r"widgets\.yaml cannot be read: Not a directory"):
         crds.load_schemas(folder / "widgets.yaml")
     (folder / "broken.yaml").symlink_to(folder / "nowhere")
@@ -128,7 +128,7 @@ def test_a_file_in_place_of_a_folder_and_one_that_cannot_be_read_are_reported(fo
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 2), (["one", "two"], 2)])
-def test_the_program_has_a_usage(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program_prints_its_usage(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         crds.main(arguments)
     assert ended.value.code == code

@@ -1,4 +1,4 @@
-"""The formula of components/keda-headroom: KEDA computes from it what the policy of `fleet up --autoscale` computes."""
+"""The formula of components/keda-headroom equals the policy of `fleet up --autoscale`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from manifests import K8S, of_kind, render
 
 from services.cli.replica_policy import with_headroom
 
-# expr-lang, in which KEDA evaluates formulas, has these operators with the precedence that Python gives them.
+# KEDA evaluates formulas in expr-lang, where these operators have Python's precedence.
 _OPERATORS: Mapping[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Mult: operator.mul,
@@ -21,7 +21,7 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[float, float], float]] = {
 
 
 def value(node: ast.expr, wanted: float) -> float:
-    """The value of a formula that reads nothing but `wanted`."""
+    """Evaluate a formula whose only variable is `wanted`."""
     match node:
         case ast.BinOp(left, sign, right):
             return _OPERATORS[type(sign)](value(left, wanted), value(right, wanted))
@@ -33,7 +33,7 @@ def value(node: ast.expr, wanted: float) -> float:
 
 
 @pytest.mark.parametrize("replicas", [0.0, 0.3, 1.0, 7.0, 64.0])
-def test_the_formula_is_the_headroom_of_the_local_policy(replicas: float) -> None:
+def test_the_formula_equals_the_headroom_of_the_local_policy(replicas: float) -> None:
     scalers = list(of_kind(render(K8S / "overlays" / "production"), "ScaledObject"))
     assert scalers
     for each in scalers:

@@ -1,4 +1,4 @@
-"""Every overlay renders, is valid to Kubernetes' schemas, and passes the semantic checks, which planted errors fail."""
+"""Every overlay renders, matches Kubernetes' schemas and passes the semantic checks; planted errors are found."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def rendered(overlay: str) -> list[Manifest]:
 
 @functools.cache
 def validate(text: str) -> None:
-    """Objects that overlays share are validated once."""
+    """Validate objects; cached, as overlays share objects."""
     kubernetes_validate.validate(json.loads(text), KUBERNETES, strict=True)
 
 
-def test_the_overlays_are_there() -> None:
+def test_all_overlays_are_found() -> None:
     assert {
         "dev",
         "gpu",
@@ -51,7 +51,7 @@ def test_the_overlays_are_there() -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_objects_are_valid_to_kubernetes(overlay: str) -> None:
+def test_objects_match_the_kubernetes_schemas(overlay: str) -> None:
     built_in = [each for each in rendered(overlay) if each["apiVersion"] in BUILT_IN_GROUPS]
     assert built_in
     for each in built_in:
@@ -70,7 +70,7 @@ def test_validation_refuses_an_unknown_key() -> None:
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_overlay_passes(overlay: str, check: str) -> None:
+def test_an_overlay_passes_every_check(overlay: str, check: str) -> None:
     assert list(CHECKS[check](rendered(overlay))) == []
 
 
@@ -87,13 +87,13 @@ def test_a_planted_error_is_found(planted: Planted) -> None:
 
 
 def test_the_hybrid_overlay_has_the_stages_of_its_pipeline() -> None:
-    """The stages of modular models would refuse it."""
+    """Stages of modular models would not serve this pipeline."""
     pipeline = load_registry().entry("GlmImagePipeline").pipeline
     wanted = {spec.service for spec in pipeline(pipeline._required_config_modules).services}
     assert {pod.service for pod in pods(rendered("hybrid")) if pod.service} == wanted | {"coordinator"}
 
 
-def test_kubectl_reports_a_kustomization_that_is_wrong(tmp_path: Path) -> None:
+def test_an_invalid_kustomization_is_reported(tmp_path: Path) -> None:
     (tmp_path / "kustomization.yaml").write_text("resources: [nothing.yaml]\n")
     with pytest.raises(RuntimeError, match=r"nothing\.yaml"):
         render(tmp_path)

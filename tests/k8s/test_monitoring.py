@@ -1,4 +1,4 @@
-"""Every expression of rules and dashboard is valid and selects metrics that exist; every alert has a runbook."""
+"""Every expression of rules and dashboard selects existing metrics; every alert has a runbook."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ALL = [
 
 
 @pytest.mark.parametrize("query", _ALL, ids=lambda query: query.place)
-def test_an_expression_selects_metrics_that_exist(query: monitoring.Query) -> None:
+def test_an_expression_selects_existing_metrics(query: monitoring.Query) -> None:
     assert "$" not in query.expression.replace("$labels", "")
     assert selectors_of(query.expression)
     assert not list(errors_of(query.expression, monitoring.recorded()))
@@ -38,12 +38,12 @@ def test_a_wrong_expression_is_found(expression: str, error: str) -> None:
     assert any(error in each for each in errors_of(expression, {"model:fleet:rate5m"}))
 
 
-def test_an_expression_that_cannot_be_read_is_an_error() -> None:
+def test_an_unparsable_expression_is_an_error() -> None:
     with pytest.raises(ValueError, match="unclosed"):
         selectors_of("sum(rate(fleet_requests_total[5m])")
 
 
-def test_a_name_of_a_recorded_metric_lists_its_labels() -> None:
+def test_the_name_of_a_recorded_metric_lists_its_labels() -> None:
     assert recorded_labels("service_model_work:fleet_step_seconds:p50_rate5m") == {"service", "model", "work"}
     assert recorded_labels("grpc_method:grpc_server_call_errors:ratio_rate5m") == {"grpc_method"}
 
@@ -60,8 +60,8 @@ def test_each_alert_has_a_severity_a_summary_and_a_runbook() -> None:
         assert anchor in monitoring.anchors(document), f"{document} has no heading {rule['alert']}"
 
 
-def test_each_runbook_is_that_of_an_alert() -> None:
-    """A renamed alert leaves no runbook behind."""
+def test_each_runbook_belongs_to_an_alert() -> None:
+    """A renamed alert must not leave its old runbook."""
     section = (K8S / "README.md").read_text().partition("\n## Alerts\n")[2].partition("\n## ")[0]
     headings = [line.removeprefix("### ") for line in section.splitlines() if line.startswith("### ")]
     assert headings == [rule["alert"] for rule in monitoring.rules("alert")]
@@ -72,7 +72,7 @@ def test_each_alert_has_a_rule_test() -> None:
     assert not [rule["alert"] for rule in monitoring.rules("alert") if f"alertname: {rule['alert']}\n" not in text]
 
 
-def test_the_dashboard_has_a_row_per_stage_one_for_the_store_and_one_for_gpus() -> None:
+def test_the_dashboard_has_rows_for_stages_store_and_gpus() -> None:
     rows = {panel["title"]: panel for panel in monitoring.dashboard()["panels"] if panel["type"] == "row"}
     assert list(rows) == ["Requests", "Stage $service", "Store", "GPUs"]
     assert rows["Stage $service"]["repeat"] == "service"
@@ -87,7 +87,7 @@ def test_quantiles_of_latencies_show_exemplars() -> None:
     assert shown == [target["expr"] for target in targets if "_seconds_bucket" in target["expr"]]
 
 
-def test_panels_have_a_unit_and_places_of_their_own() -> None:
+def test_panels_have_a_unit_and_do_not_overlap() -> None:
     panels = monitoring.dashboard()["panels"]
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
     assert len(set(places)) == len(places)

@@ -1,4 +1,4 @@
-"""Denoisers that trade exactness for speed, of every family: what is approximated, by how much, who is refused."""
+"""Approximate denoising of every family: float8 linears, step cache, their errors, and refused families."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ Case = tuple[ServedModel, DenoisingInput, tuple[str, ...]]
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_images() -> Iterator[None]:
-    """Given images have fewer tokens than in Diffusers."""
+    """Encode input images at fewer pixels than Diffusers, to save time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QwenImageEditPipelineConfig, "vae_image_area", 96 * 96)
         yield
@@ -78,7 +78,7 @@ def _small_images() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=BUILD)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A family's small model, a request, and the parts of its blocks that hold the large layers."""
+    """A family's small model, the loop's input, and the submodule names of its large block layers."""
     torch.set_num_threads(1)
     build, size, parts = BUILD[request.param]
     model = open_model(str(build(tmp_path_factory.mktemp("model") / request.param)), load_registry())
@@ -87,7 +87,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def stage_of(model: ServedModel, approximation: Approximation, step_checkpoint_every: int = 0) -> DenoisingStage:
-    """The loop of the model's last variant: of several, the one that takes an image."""
+    """The denoising stage of the model's last variant, which takes an image if there are several variants."""
     (stage,) = load_stages(
         model,
         model.service("denoising"),
@@ -101,20 +101,20 @@ def stage_of(model: ServedModel, approximation: Approximation, step_checkpoint_e
 
 
 def latents_of(stage: DenoisingStage, x: DenoisingInput, call: Call | None = None) -> Tensor:
-    """The values of all parts."""
+    """Run the loop; returns the latents of all parts as one vector."""
     parts = stage.run(x, call or Call("test")).denoised_latents.parts.values()
     return torch.cat([part.latents.flatten() for part in parts])
 
 
-def test_float8_linears(case: Case) -> None:
-    """All large layers of the blocks and no others; each weight is held once, in a byte; the result is near."""
+def test_float8_is_applied_to_all_large_layers_and_no_others(case: Case) -> None:
+    """Each large weight of the blocks is stored once, as float8; the result is close to the exact one."""
     model, x, parts = case
     stage = stage_of(model, FLOAT8_LINEARS)
     transformer: Any = stage._predictor.transformers["transformer"]
     quantised = {name for name, value in transformer.named_parameters() if value.dtype == FLOAT8}
     matrices = (name for name, value in transformer.named_parameters() if value.ndim == 2)
     blocks = [name.split(".") for name in matrices if any(part in name for part in ("blocks.", "layers.", "_refiner."))]
-    # A gate for each head is no large layer.
+    # The layer of per-head gates is small.
     assert quantised == {".".join(path) for path in blocks if path[2] in parts and "to_gate_logits" not in path}
     for module in transformer.modules():
         if isinstance(module, JoinsWeights):
@@ -129,16 +129,16 @@ def cached(model: ServedModel, threshold: float) -> DenoisingStage:
     return stage_of(model, Approximation(step_cache_threshold=threshold), step_checkpoint_every=1)
 
 
-def test_a_step_cache_changes_nothing_where_every_step_is_computed(case: Case) -> None:
-    """Probes are made, and no step is so near to the last one."""
+def test_a_step_cache_without_reused_steps_changes_no_bit(case: Case) -> None:
+    """Probes run, but no step is within the threshold of the previous step."""
     model, x, _ = case
     before = reused()
     assert torch.equal(latents_of(cached(model, 1e-9), x), latents_of(stage_of(model, EXACT), x))
     assert reused() == before
 
 
-def test_a_step_cache_reuses_what_changed_little(case: Case, caplog: pytest.LogCaptureFixture) -> None:
-    """A second request does not see what the first one left."""
+def test_a_step_cache_reuses_steps_with_small_changes(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    """A second request does not reuse residuals of the first request."""
     model, x, _ = case
     stage, before = cached(model, 1e9), reused()
     with caplog.at_level(logging.INFO, "models.stages.denoising"):
@@ -148,13 +148,13 @@ def test_a_step_cache_reuses_what_changed_little(case: Case, caplog: pytest.LogC
     assert reused() - before == branches * (STEPS - 1)
     assert f"reused={branches * (STEPS - 1)} steps={STEPS}" in caplog.text
     error = relative_error(first, latents_of(stage_of(model, EXACT), x))
-    # Guidance on clean latents, of three branches, multiplies what a branch gets wrong at high noise levels.
+    # Guidance on clean latents with three branches amplifies each branch's error at high noise levels.
     assert 1e-5 < error < (0.5 if len(x.initial_latents.parts) == 1 else 1.0)
     assert torch.equal(latents_of(stage, x), first)
 
 
-def test_a_reused_step_adds_what_the_other_blocks_added(case: Case) -> None:
-    """Asked again for the step that it computed last, the probe predicts the same."""
+def test_a_reused_step_adds_the_cached_residual(case: Case) -> None:
+    """For the same step as before, the probe path returns the same prediction."""
     model, x, _ = case
     stage = cached(model, 1e-9)
     with torch.inference_mode(), stage._memory.leases() as lease:
@@ -176,7 +176,7 @@ def test_a_loop_with_a_step_cache_has_no_checkpoints(case: Case) -> None:
         stage_of(model, EXACT, step_checkpoint_every=1), x, Call("test", on_item=step_checkpoints_to(states.append))
     )
     assert len(states) == STEPS - 1
-    call = Call("test", on_item=step_checkpoints_to(lambda _: pytest.fail("a checkpoint was told")))
+    call = Call("test", on_item=step_checkpoints_to(lambda _: pytest.fail("a step checkpoint was sent")))
     latents_of(cached(model, 1e-9), x, call)
     with pytest.raises(InvalidInput, match="a loop with a step cache has no checkpoints") as caught:
         latents_of(cached(model, 1e-9), replace(x, resume_from=states[0]))
@@ -192,11 +192,11 @@ def test_a_loop_with_a_step_cache_is_not_handed_over(case: Case) -> None:
 
 
 def reused() -> float:
-    """Of all requests in this process so far."""
+    """Count of reused predictions of all requests in this process."""
     return REGISTRY.get_sample_value("fleet_steps_reused_total") or 0.0
 
 
-def test_a_family_without_such_layers_is_refused(tmp_path: Path) -> None:
+def test_a_family_without_float8_layers_is_refused(tmp_path: Path) -> None:
     with toy_family(tmp_path / "plugins") as plugins:
         model = open_model(str(build_toy_checkpoint(tmp_path / "toy")), load_registry([plugins]))
         spec = model.service("denoising")
@@ -204,16 +204,16 @@ def test_a_family_without_such_layers_is_refused(tmp_path: Path) -> None:
             load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, approximation=FLOAT8_LINEARS))
 
 
-def test_settings_say_what_is_approximated() -> None:
+def test_settings_select_the_approximation() -> None:
     assert DenoisingSettings(model="emoji", redis="unix:///x").approximation == EXACT
     given = DenoisingSettings(model="emoji", redis="unix:///x", linear_dtype="float8", step_cache_threshold=0.1)
     assert given.approximation == Approximation("float8", 0.1)
 
 
-def test_a_negative_threshold_is_refused_before_anything_is_started(
+def test_a_negative_threshold_is_refused_before_the_service_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(denoising, "serve", lambda *_, **__: pytest.fail("something was started"))
+    monkeypatch.setattr(denoising, "serve", lambda *_, **__: pytest.fail("the service started"))
     flags = ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu", "--step-cache-threshold", "-0.1"]
     assert denoising.main(flags) == 2
     assert "step_cache_threshold: -0.1 is not at least 0" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The files that a reader opens from DenoisingStage.run() to a call of attention() are few."""
+"""The call path from DenoisingStage.run() to attention() spans few files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from parallel_cases import FAMILIES, make_case
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# They call what they are given: a reader passes them by.
+# Generic wrappers, which a reader skips.
 PASSED_BY = {"run_blocks", "run_joint_blocks", "run_modulated_blocks", "entered"}
 
 MOST_FILES = {
@@ -26,9 +26,9 @@ MOST_FILES = {
     "ltx-video": 4,
     "z-image": 4,
     "glm-image": 4,
-    # Joint attention is a layer of its own.
+    # Joint attention is a separate layer.
     "qwen-image": 5,
-    # These DiTs have blocks in a second file.
+    # The blocks of these DiTs are in a second file.
     "ltx2": 5,
     "hunyuan-video": 5,
 }
@@ -53,7 +53,9 @@ def files_to_read() -> list[str]:
 
 
 @pytest.mark.parametrize("family", MOST_FILES)
-def test_few_files_lead_to_attention(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_call_path_to_attention_spans_few_files(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.set_num_threads(1)
     found: list[list[str]] = []
 

@@ -1,4 +1,4 @@
-"""The denoising loop with two parts, two experts, four branches, hooks and noise, on a model of a few numbers."""
+"""The denoising loop with two latent parts, two experts, four branches, hooks and noise, on a tiny model."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def checkpoints_of(x: DenoisingInput) -> tuple[dict[str, Tensor], list[StepCheckpoint]]:
-    """The result of a whole loop, and its checkpoints after each step."""
+    """Run a whole loop; returns its result and its step checkpoints."""
     states: list[StepCheckpoint] = []
     stage, _ = loop_stage(Runtime(step_checkpoint_every=1))
     return run(stage, x, Call("test", on_item=step_checkpoints_to(states.append))), states
 
 
 def with_graphs(*, remembers: bool = False, max_bytes: int = 1 << 20) -> tuple[DenoisingStage, FakeCapture]:
-    """A stage whose steps are replayed from fake graphs."""
+    """A stage that replays its steps from fake CUDA graphs."""
     stage, _ = loop_stage(remembers=remembers)
     capture = FakeCapture()
     stage._memory = StepMemoryPool(max_bytes, capture)
     return stage, capture
 
 
-def test_hooks_and_branches_of_each_step() -> None:
+def test_hooks_and_branches_run_in_each_step() -> None:
     stage, config = loop_stage()
     run(stage, loop_input())
     expected: list[str] = []
@@ -60,12 +60,12 @@ def test_hooks_and_branches_of_each_step() -> None:
     assert config.calls == [*expected, "after loop"]
 
 
-def test_every_part_and_every_expert_is_used() -> None:
+def test_every_latent_part_and_expert_is_used() -> None:
     stage, _ = loop_stage()
     result = run(stage, loop_input())
     assert {part: tuple(each.shape) for part, each in result.items()} == dict(SHAPES)
     calls = {role: each.eager_calls for role, each in stage._predictor.transformers.items()}
-    # Noise levels 1, 0.8 and 0.6 are above a half: 4 + 1 + 4 predictions; 0.4 and 0.2 are below: 1 + 4.
+    # Noise levels 1, 0.8 and 0.6 are above 0.5: 4 + 1 + 4 predictions; 0.4 and 0.2 are below: 1 + 4.
     assert calls == {"transformer": 9, "transformer_2": 5}
 
 
@@ -80,8 +80,8 @@ def test_a_stochastic_loop_resumes_to_the_same_bytes_at_every_step() -> None:
         assert equal(run(stage, replace(x, resume_from=state)), whole), f"after step {state.step}"
 
 
-def test_checkpoints_are_the_loops_own_latents() -> None:
-    """after_loop() changes the result, not the checkpoint after the last step but one."""
+def test_step_checkpoints_hold_the_latents_before_after_loop() -> None:
+    """after_loop() changes the result, not the last step checkpoint, which precedes the last step."""
     x = loop_input()
     _, states = checkpoints_of(x)
     stage, config = loop_stage()
@@ -110,19 +110,19 @@ def test_a_checkpoint_of_another_loop_is_refused(change: dict[str, object], fiel
 
 
 def test_graphs_give_the_same_bytes_as_eager_steps() -> None:
-    """Experts and branches have equal shapes: a graph of another one would give other bytes."""
+    """Experts and branches have equal shapes, but different graphs: replaying a wrong graph changes the bytes."""
     stage, capture = with_graphs()
     for seed in range(3):
         x = loop_input(seed)
         eager, _ = loop_stage()
         assert equal(run(stage, x), run(eager, x)), f"request {seed}"
-    # Two experts with four branches, of which "negative" and "isolated" differ in nothing and yet are leased together.
+    # Two experts with four branches; "negative" and "isolated" have equal keys, but are leased at the same time.
     assert len(capture.graphs) == 8
     assert capture.replays > 3 * len(capture.graphs)
 
 
 def test_memory_is_reset_for_every_request() -> None:
-    """Steps add to a tensor in place, which graphs find at its address; the next request starts at zeros."""
+    """Graphs update step memory in place, at a fixed address; the next request starts from zeros."""
     eager, _ = loop_stage(remembers=True)
     stage, capture = with_graphs(remembers=True)
     x = loop_input()
@@ -134,7 +134,7 @@ def test_memory_is_reset_for_every_request() -> None:
 
 
 def test_idle_memory_is_freed_for_other_shapes() -> None:
-    """The bound is in bytes: memory for requests of one output takes the place of idle memory for two."""
+    """The bound is in bytes: memory for one output evicts idle memory for two outputs."""
     measured, _ = with_graphs()
     run(measured, loop_input())
     stage, capture = with_graphs(max_bytes=measured._memory.byte_size)
@@ -143,19 +143,19 @@ def test_idle_memory_is_freed_for_other_shapes() -> None:
         run(stage, x)
         graphs.append(len(capture.graphs))
         assert stage._memory.byte_size <= measured._memory.byte_size
-    # Of the second expert, one branch takes two steps of the first request, and the others one.
+    # With the second expert, one branch runs two steps of the first request, and the other branches one step.
     assert graphs[:3] == [5, 8, 13]
-    assert graphs[3] > 13, "what was freed is captured again"
+    assert graphs[3] > 13, "freed graphs are captured again"
 
 
 def shorter(x: DenoisingInput) -> DenoisingInput:
-    """The same request with one output."""
+    """The request with one output."""
     parts = {part: replace(each, latents=each.latents[:1]) for part, each in x.initial_latents.parts.items()}
     sampling = replace(x.sampling, num_outputs_per_prompt=1)
     return replace(x, initial_latents=Latents(parts=parts), sampling=sampling)
 
 
-def test_steps_that_do_not_fit_are_refused_before_the_loop_starts() -> None:
+def test_steps_that_exceed_memory_are_refused_before_the_loop_starts() -> None:
     stage, capture = with_graphs(max_bytes=100)
     steps: list[int] = []
     with pytest.raises(ResourceExhausted, match=r"needs \d+ bytes, but \d+ of 100 are free") as refused:
@@ -163,12 +163,12 @@ def test_steps_that_do_not_fit_are_refused_before_the_loop_starts() -> None:
     assert refused.value.field == ""
     assert not steps
     assert not capture.graphs
-    assert not stage._memory._leased, "what was leased before is given back"
+    assert not stage._memory._leased, "memory leased before the failure is returned"
 
 
 @pytest.mark.parametrize("failing_call", [1, 5, 8, 12])
 def test_a_loop_that_fails_returns_its_memory(monkeypatch: pytest.MonkeyPatch, failing_call: int) -> None:
-    """In an eager step of the first expert, in two captures, and in an eager step of the second expert."""
+    """Failures in an eager step of the first expert, in two captures, and in an eager step of the second expert."""
     stage, _ = with_graphs(remembers=True)
     eager, _ = loop_stage(remembers=True)
     x, calls = loop_input(), 0
@@ -186,14 +186,16 @@ def test_a_loop_that_fails_returns_its_memory(monkeypatch: pytest.MonkeyPatch, f
         with pytest.raises(ArithmeticError) as failed:
             run(stage, x)
     assert calls == failing_call
-    assert failed.tb is not None, "the frames of the loop are alive: the end of no generator returns its memory"
+    assert failed.tb is not None, (
+        "the traceback keeps the loop's frames alive, so that no generator exit returns the memory"
+    )
     assert not stage._memory._leased
     idle = set(stage._memory._idle.values())
     assert len(idle) == 8
     expected = run(eager, x)
     for _ in range(2):
         assert equal(run(stage, x), expected)
-    assert set(stage._memory._idle.values()) == idle, "later requests have leased what the failed one returned"
+    assert set(stage._memory._idle.values()) == idle, "later requests lease the memory that the failed request returned"
 
 
 def test_a_cancelled_loop_returns_its_memory() -> None:
@@ -207,7 +209,7 @@ def test_a_cancelled_loop_returns_its_memory() -> None:
 
 
 def test_stages_of_one_runtime_share_one_pool() -> None:
-    """Both stages count towards one bound, and neither runs on the denoisers of the other."""
+    """Both stages count towards one bound, and neither uses the other stage's graphs."""
     runtime = Runtime()
     (one, _), (other, _) = loop_stage(runtime), loop_stage(runtime)
     alone, _ = loop_stage()
@@ -223,7 +225,7 @@ def test_stages_of_one_runtime_share_one_pool() -> None:
 
 
 def test_a_loop_that_is_handed_over_ends_at_the_step_boundary_with_its_checkpoint() -> None:
-    """No step is done twice, and the result is that of an undisturbed loop, also where nothing else asks for one."""
+    """No step is repeated and the result is unchanged, also if step checkpoints are otherwise disabled."""
     x = loop_input()
     whole, _ = checkpoints_of(x)
     stage, _ = loop_stage(Runtime(step_checkpoint_every=0, step_checkpoint_seconds=0.0))
@@ -251,7 +253,9 @@ def test_a_loop_that_is_handed_over_before_its_first_step_sends_no_checkpoint() 
     _, states = checkpoints_of(x)
     stage, _ = loop_stage()
     for start in (None, states[1]):
-        call = Call("test", on_item=step_checkpoints_to(lambda _: pytest.fail("the caller has it already")))
+        call = Call(
+            "test", on_item=step_checkpoints_to(lambda _: pytest.fail("the caller has this step checkpoint already"))
+        )
         call.hand_over.set()
         with pytest.raises(HandedOver):
             run(stage, replace(x, resume_from=start), call)

@@ -1,8 +1,8 @@
-"""The emoji video model shows what it is asked for, and it moves as it is told.
+"""The emoji video model shows the prompted object with the prompted motion.
 
-What moves is told from the background by colour: the border of a frame is background, and everything else that
-differs from its median colour is the emoji. Its centre of mass and its area over time are the motion. No learned
-weights judge; a model that made noise would have no steady centre and no flat background.
+The object is separated from the background by colour: pixels that differ from the median colour of the frame's border
+belong to the emoji. The motion is its centre of mass and its area over time. The measure is not learned; noise has no
+steady centre and no uniform background.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Video = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Track:
-    """Of each frame: centre of mass (share of width and of height), and area (share of the frame)."""
+    """Per frame: centre of mass as fractions of width and height, and area as a fraction of the frame."""
 
     x: NDArray[np.float64]
     y: NDArray[np.float64]
@@ -38,7 +38,7 @@ class Track:
 
 
 def track(video: Video) -> Track:
-    """Follow what is not background."""
+    """Track the pixels that are not background."""
     border = np.concatenate([video[:, :, 0], video[:, :, -1], video[..., 0], video[..., -1]], axis=-1)
     background = np.median(border, axis=-1)[..., None, None]
     mass = np.abs(video - background).max(axis=1)
@@ -60,7 +60,7 @@ def fleet() -> Iterator[LocalFleet]:
 
 @pytest.fixture(scope="module")
 def show(fleet: LocalFleet) -> Callable[[str], Video]:
-    """Make a video with the checkpoint's own defaults; the same prompt is made once."""
+    """Generate a video with the checkpoint's defaults; cached by prompt."""
     made: dict[str, Video] = {}
 
     def shown(prompt: str) -> Video:
@@ -83,11 +83,11 @@ def test_the_centre_of_mass_moves_as_prompted(
     steps = direction * np.diff(along)
     assert (steps > 0).mean() >= 0.9, f"{axis} of the centre: {along.round(2)}"
     assert direction * (along[-1] - along[0]) > 0.25
-    assert np.ptp(across) < 0.1, "it moves in the other direction too"
+    assert np.ptp(across) < 0.1, "the object also moves in the other direction"
 
 
-def test_the_area_pulses_when_it_beats(show: Callable[[str], Video]) -> None:
-    """Two beats in a clip: large at a quarter of each, small at three quarters, and in its place."""
+def test_the_area_of_a_beating_heart_pulses(show: Callable[[str], Video]) -> None:
+    """Two beats per clip: the area is large at a quarter of a beat and small at three quarters; the centre is fixed."""
     seen = track(show("a red heart beating"))
     large, small = seen.area[[2, 10]], seen.area[[6, 14]]
     assert large.min() > 1.5 * small.max(), f"area: {seen.area.round(2)}"
@@ -95,7 +95,7 @@ def test_the_area_pulses_when_it_beats(show: Callable[[str], Video]) -> None:
     assert np.ptp(seen.y) < 0.05
 
 
-def test_the_beating_heart_is_red_over_white(show: Callable[[str], Video]) -> None:
+def test_the_beating_heart_is_red_on_white(show: Callable[[str], Video]) -> None:
     video = show("a red heart beating")
     red, green, blue = video[:, :, SIDE // 2, SIDE // 2].mean(axis=0)
     assert red > 0.6
@@ -103,14 +103,14 @@ def test_the_beating_heart_is_red_over_white(show: Callable[[str], Video]) -> No
     assert video[:, :, :2].min() > 0.85, "the background is not white"
 
 
-def test_noise_does_not_pass_for_motion() -> None:
-    """The measure itself."""
+def test_noise_has_no_steady_centre() -> None:
+    """Negative control of the measure."""
     seen = track(np.random.default_rng(0).random((FRAMES, 3, SIDE, SIDE)))
     assert abs(seen.x[-1] - seen.x[0]) < 0.05
     assert seen.area[[2, 10]].min() < 1.5 * seen.area[[6, 14]].max()
 
 
-def test_diffusers_makes_the_same_video_from_the_same_directory(
+def test_diffusers_generates_the_same_video_from_the_same_directory(
     fleet: LocalFleet, show: Callable[[str], Video]
 ) -> None:
     pipeline = WanPipeline.from_pretrained(fleet.model.checkpoint.path, dtype=torch.float32)
@@ -121,7 +121,7 @@ def test_diffusers_makes_the_same_video_from_the_same_directory(
     assert np.abs(theirs["pixels"][0].double().numpy() - show("a red heart beating")).max() < 1e-3
 
 
-def test_the_mp4_shows_the_same_frames_at_the_model_s_rate(fleet: LocalFleet, show: Callable[[str], Video]) -> None:
+def test_the_mp4_has_the_same_frames_at_the_models_frame_rate(fleet: LocalFleet, show: Callable[[str], Video]) -> None:
     (item,) = fleet.media(prompt="a red heart beating", seed=0).items
     assert (item.content_type, item.num_frames, item.height, item.width) == ("video/mp4", FRAMES, SIDE, SIDE)
     with av.open(io.BytesIO(item.data.numpy().tobytes()), "r") as container:

@@ -1,4 +1,4 @@
-"""A tokenizer or image processor that does not fit its encoder is refused when the model loads."""
+"""A tokenizer or image processor that is inconsistent with its encoder is refused when the model loads."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ WHOLE = (clip_tokenizer, qwen_tokenizer, t5_tokenizer)
 
 
 @pytest.mark.parametrize("tokenizer_class", EMPTY)
-def test_a_tokenizer_that_was_built_empty_is_refused(tokenizer_class: type) -> None:
+def test_a_tokenizer_with_an_empty_vocabulary_is_refused(tokenizer_class: type) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer: 'a red apple' is not encoded by any token"):
         check_tokenizer("tokenizer", tokenizer_class(), "text_encoder", 50_000)
 
 
 @pytest.mark.parametrize("build", WHOLE)
-def test_a_tokenizer_fits_as_many_embeddings_as_it_has_tokens(build: type) -> None:
+def test_a_tokenizer_needs_an_embedding_for_each_token(build: type) -> None:
     tokenizer = build()
     check_tokenizer("tokenizer", tokenizer, "text_encoder", len(tokenizer))
     message = f"tokenizer: {len(tokenizer)} tokens are not at most {len(tokenizer) - 1}"
@@ -39,7 +39,7 @@ def test_a_tokenizer_fits_as_many_embeddings_as_it_has_tokens(build: type) -> No
         check_tokenizer("tokenizer", tokenizer, "text_encoder", len(tokenizer) - 1)
 
 
-def test_an_id_beyond_the_embedding_is_refused_however_few_tokens_there_are() -> None:
+def test_a_token_id_beyond_the_embedding_is_refused() -> None:
     tokenizer = CLIPTokenizer(vocab={"a": 0, "<|startoftext|>": 1, "<|endoftext|>": 900}, merges=[])
     with pytest.raises(CheckpointError, match="901 tokens are not at most 100, the embeddings of text_encoder"):
         check_tokenizer("tokenizer", tokenizer, "text_encoder", 100)
@@ -63,7 +63,7 @@ def edit_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_qwen_image_edit(tmp_path_factory.mktemp("edit"))
 
 
-def test_images_of_another_size_than_the_vision_encoder_takes(wan: Path, tmp_path: Path) -> None:
+def test_an_image_size_that_differs_from_the_vision_encoders_is_refused(wan: Path, tmp_path: Path) -> None:
     path = shutil.copytree(wan, tmp_path / "wan")
     file, crop = "image_processor/preprocessor_config.json", {"height": 112, "width": 112}
     with pytest.raises(
@@ -85,7 +85,7 @@ def test_images_of_another_size_than_the_vision_encoder_takes(wan: Path, tmp_pat
         ),
     ],
 )
-def test_patches_that_the_vision_tower_does_not_take(
+def test_patches_that_differ_from_the_vision_towers_are_refused(
     edit_model: Path, tmp_path: Path, entries: dict[str, object], message: str
 ) -> None:
     path = shutil.copytree(edit_model, tmp_path / "edit")

@@ -1,4 +1,4 @@
-"""Steps of every family's denoiser can be captured: replays give the bytes of eager steps."""
+"""Every family's denoiser steps can be captured; replays equal eager steps byte for byte."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rank_calls import denoising_stage, open_with
 
 
 def latents_of(stage: Any, x: DenoisingInput) -> list[Tensor]:
-    """The latents of all parts, or of all blocks of a stream."""
+    """Latents of all parts, or of all blocks of a stream."""
     items: list[Any] = []
     call = Call("test", on_item=lambda slot, _, item: items.append(item) if slot == BLOCKS else None)
     done = stage.run(x, call)
@@ -31,7 +31,7 @@ def latents_of(stage: Any, x: DenoisingInput) -> list[Tensor]:
 
 
 def forget_cached_tensors() -> None:
-    """As other requests do, whose shapes take the places in the denoisers' caches."""
+    """Clear the denoisers' lru_caches, as requests of other shapes evict entries."""
     dits = [module for name, module in sys.modules.items() if name.startswith("models.dits.")]
     for each in {value for module in dits for value in vars(module).values() if type(value) is _lru_cache_wrapper}:
         each.cache_clear()

@@ -1,4 +1,4 @@
-"""Every slot that a pipeline declares is read by the code of a stage: found by a proxy that records each access."""
+"""Every slot that a pipeline declares is read by a stage; a subclass of the inputs records each access."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.artifacts import Canvas, Prompt
 from common.local import HostedStages
 from common.pipeline import StageSpec
@@ -42,17 +42,17 @@ from tiny_wan import (
 from tiny_z_image import build_tiny_z_image
 
 Slot = tuple[str, str]
-"""Name of a stage's contract, and of one of its slots."""
+"""(name of a stage's contract, name of one of its slots)"""
 
 
 @dataclass
 class Recorder:
-    """The slots that stages have read."""
+    """Records the slots that stages read."""
 
     reads: set[Slot] = field(default_factory=set)
 
     def watch(self, stage: PipelineStage[Any, Any]) -> None:
-        """Record what this stage reads of its inputs."""
+        """Record each input slot that this stage reads."""
         contract, reads = stage.contract, self.reads
 
         class Recorded(stage.Input):  # type: ignore[misc, name-defined]
@@ -64,11 +64,11 @@ class Recorder:
         vars(stage)["Input"] = Recorded
 
     def unread_inputs(self, stages: Iterable[StageSpec]) -> set[Slot]:
-        """The declared inputs that no stage has read."""
+        """Declared inputs that no stage has read."""
         return {(each.contract.name, slot) for each in stages for slot in each.contract.inputs} - self.reads
 
     def unread_outputs(self, stages: Iterable[StageSpec]) -> set[Slot]:
-        """The outputs, but for the result, that no stage has read."""
+        """Outputs that no stage has read, except for the result."""
         read = {slot for _, slot in self.reads}
         return {
             (each.contract.name, slot)
@@ -87,7 +87,7 @@ class Build(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """A small request of one variant of a family; a shipped model where nothing is built."""
+    """A small request of one variant of a family; without a builder, the model is a shipped one."""
 
     build: Build | str
     given: Mapping[str, Any]
@@ -127,7 +127,7 @@ CASES = {
     "LTXImageToVideoPipeline@image": Case(build_tiny_ltx_video_095, _LARGER_VIDEO, has_image=True, variant="image"),
     "LTX2ImageToVideoPipeline@image": Case(build_tiny_ltx2_i2v, _LARGER_VIDEO, has_image=True, variant="image"),
 }
-"""By the name of the pipeline, with @VARIANT where the request is that of a named variant."""
+"""Keys are PIPELINE, or PIPELINE@VARIANT for a request of a named variant."""
 
 
 @contextmanager
@@ -139,7 +139,7 @@ def opened(case: Case, directory: Path) -> Iterator[LocalFleet]:
 
 
 def _encode_small_images(request: pytest.FixtureRequest) -> None:
-    """Qwen-Image's pipelines encode images in fewer pixels than in Diffusers: that changes no slot."""
+    """Encode images of Qwen-Image at fewer pixels than Diffusers, to save time; this changes no slot."""
     patch = pytest.MonkeyPatch()
     request.addfinalizer(patch.undo)
     patch.setattr(QwenImageEditPipelineConfig, "vae_image_area", 160 * 160)
@@ -150,7 +150,7 @@ def _encode_small_images(request: pytest.FixtureRequest) -> None:
 def recorded(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[StageSpec], Recorder]]:
-    """The stages of each family's variant, and what they read in one request."""
+    """The stages of a variant, and the slots that they read in one request."""
     found = {}
     _encode_small_images(request)
     for name, case in CASES.items():
@@ -171,7 +171,7 @@ def test_every_family_has_a_case() -> None:
     registry = load_registry()
     assert sorted({name.partition("@")[0] for name in CASES}) == registry.names()
     served = {f"{name}@{variant}" for name in registry.names() for variant in registry.entry(name).configs if variant}
-    # One directory: each pipeline of Wan 2.2 TI2V has the variants of both, and so has each of LTX-Video and LTX-2.
+    # One directory serves both pipelines of Wan 2.2 TI2V, LTX-Video and LTX-2; each pipeline has both variants.
     others = {"WanImageToVideoPipeline@image", "WanImageToVideoPipeline@text"}
     assert served - set(CASES) == others | {"LTXImageToVideoPipeline@text", "LTX2ImageToVideoPipeline@text"}
 
@@ -200,15 +200,15 @@ class CopyOutput:
 
 
 class CopyStage(PipelineStage[CopyInput, CopyOutput]):
-    """Reads one of its inputs."""
+    """A stage that reads only one of its inputs."""
 
     def run(self, x: CopyInput, call: Call) -> CopyOutput:
-        """Copy."""
+        """Copy one input."""
         call.check_cancelled()
         return CopyOutput(copy=x.prompt, size=Canvas(height=1, width=1))
 
 
-def test_slots_that_nothing_reads_are_found() -> None:
+def test_unread_slots_are_found() -> None:
     recorder, stage = Recorder(), CopyStage()
     recorder.watch(stage)
     values = {"prompt": Prompt(prompt="red"), "canvas": Canvas(height=8, width=8)}

@@ -1,4 +1,4 @@
-"""FLUX.2 dev's loop and parameters: byte-equal resume, cancel, warnings, and clear refusals."""
+"""FLUX.2 dev: byte-equal resume, cancellation, warnings, and refused parameters and modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.artifacts import StepCheckpoint
 from common.checkpoint import Checkpoint
 from common.codec import pack, unpack
@@ -48,7 +48,7 @@ def checkpoint(path: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def loop(checkpoint: Checkpoint) -> Callable[[DenoisingInput, Call], Tensor]:
-    """The latents of an input's loop with reference images, which sends a checkpoint at each step."""
+    """Run the loop with reference images and a step checkpoint after each step; returns the latents."""
     config, runtime = Flux2ImagePipelineConfig.from_checkpoint(checkpoint), Runtime(step_checkpoint_every=1)
     modules = {name: load_module(checkpoint, name, config, runtime) for name in ("transformer", "scheduler")}
     stage = DenoisingStage(config, runtime, modules)
@@ -66,7 +66,7 @@ def x(checkpoint: Checkpoint) -> DenoisingInput:
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(
     loop: Callable[[DenoisingInput, Call], Tensor], x: DenoisingInput
 ) -> None:
-    """Through the codec, as a step checkpoint travels."""
+    """Step checkpoints are serialized and parsed, as between workers."""
     states: list[StepCheckpoint] = []
     whole = loop(x, Call("test", on_item=step_checkpoints_to(states.append)))
     assert [state.step for state in states] == [*range(1, STEPS)]
@@ -75,19 +75,19 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(
         assert torch.equal(loop(DenoisingInput(**vars(x) | {"resume_from": sent}), Call("test")), whole), state.step
 
 
-def test_a_cancel_ends_the_loop_after_its_step(
+def test_cancellation_ends_the_loop_after_its_step(
     loop: Callable[[DenoisingInput, Call], Tensor], x: DenoisingInput
 ) -> None:
-    heard: list[int] = []
+    recorded: list[int] = []
 
     def on_progress(step: int, _: int) -> None:
-        heard.append(step)
+        recorded.append(step)
         call.cancelled.set()
 
     call = Call("test", on_progress=on_progress)
     with pytest.raises(Cancelled):
         loop(x, call)
-    assert heard == [1]
+    assert recorded == [1]
 
 
 @pytest.mark.parametrize("kind", [Flux2SamplingParams, Flux2ImageSamplingParams])
@@ -101,7 +101,7 @@ def test_a_cancel_ends_the_loop_after_its_step(
         ({"shift_steps": 9}, ["shift_steps"]),
     ],
 )
-def test_warnings(
+def test_warnings_name_the_affected_parameters(
     checkpoint: Checkpoint, kind: type[Flux2SamplingParams], given: dict[str, Any], fields: list[str]
 ) -> None:
     params, warnings = kind.build({"prompt": "", **given}, checkpoint)
@@ -112,7 +112,7 @@ def test_warnings(
     assert params.num_inference_steps == (2 if "sigmas" in given else 50)
 
 
-def test_only_a_size_that_was_asked_for_is_rounded_with_a_warning(checkpoint: Checkpoint) -> None:
+def test_only_an_explicit_size_is_rounded_with_a_warning(checkpoint: Checkpoint) -> None:
     header = read_image_header("image", png(coarse_image(100, 70)))
     for given, fields in (({}, []), ({"height": 79}, ["height"])):
         params, warnings = Flux2ImageSamplingParams.build({"prompt": "", **given}, checkpoint, {"image": header})
@@ -129,14 +129,14 @@ def test_only_a_size_that_was_asked_for_is_rounded_with_a_warning(checkpoint: Ch
         ({"caption_upsample_temperature": 0.15}, "caption_upsample_temperature"),
     ],
 )
-def test_bad_parameters_are_named(checkpoint: Checkpoint, given: dict[str, Any], field: str) -> None:
+def test_bad_parameters_are_refused(checkpoint: Checkpoint, given: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         Flux2SamplingParams.build({"prompt": "", **given}, checkpoint)
     assert caught.value.field == field
 
 
 def changed(path: Path, to: Path, file: str, change: Callable[[dict[str, Any]], object]) -> Checkpoint:
-    """A copy of the checkpoint with one of its JSON files changed."""
+    """Copy the checkpoint and change one of its JSON files."""
     shutil.copytree(path, to)
     values = json.loads((to / file).read_text())
     change(values)
@@ -165,14 +165,14 @@ def changed(path: Path, to: Path, file: str, change: Callable[[dict[str, Any]], 
         ("vae/config.json", lambda values: values.update(latent_channels=4), "the VAE's 4 latent channels"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(
+def test_inconsistent_modules_are_refused(
     path: Path, tmp_path: Path, file: str, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         Flux2PipelineConfig.from_checkpoint(changed(path, tmp_path / "bad", file, change))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_encoder_knows_is_refused_when_opened(path: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(path: Path, tmp_path: Path) -> None:
     def shrink(values: dict[str, Any]) -> None:
         values["text_config"]["vocab_size"] = 99
 
@@ -180,7 +180,7 @@ def test_a_tokenizer_with_more_tokens_than_the_encoder_knows_is_refused_when_ope
         changed(path, tmp_path / "bad", "text_encoder/config.json", shrink)
 
 
-def test_a_missing_module_is_named(path: Path, tmp_path: Path) -> None:
+def test_a_missing_module_is_refused(path: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(path, tmp_path / "copy")
     shutil.rmtree(copy / "text_encoder")
     with pytest.raises(CheckpointError, match="text_encoder"):

@@ -1,4 +1,4 @@
-"""Our FLUX.2 DiT predicts what Diffusers' does from the same weights."""
+"""Parity of the FLUX.2 DiT with Diffusers' transformer on the same weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
 
 
 def pair(path: Path, dtype: torch.dtype, *, guidance_embeds: bool) -> tuple[Reference, Flux2Transformer2DModel]:
-    """Diffusers' model and ours, from one file of random weights."""
+    """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     made = Reference(**SIZES, guidance_embeds=guidance_embeds)
     randomise(made)
@@ -51,7 +51,7 @@ def image_ids(frame: int, rows: int, columns: int) -> Tensor:
 @pytest.mark.parametrize("guidance_embeds", [True, False], ids=["dev", "klein"])
 @pytest.mark.parametrize("references", [0, 2], ids=["text", "images"])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
-def test_predictions_are_diffusers(
+def test_predictions_match_diffusers(
     tmp_path: Path, guidance_embeds: bool, references: int, dtype: torch.dtype, most: float
 ) -> None:
     reference, ours = pair(tmp_path, dtype, guidance_embeds=guidance_embeds)
@@ -60,7 +60,9 @@ def test_predictions_are_diffusers(
     latents = torch.randn(2, len(img_ids), 16, dtype=dtype)
     given: dict[str, Any] = {
         "encoder_hidden_states": torch.randn(2, 9, 24, dtype=dtype),
-        "timestep": torch.tensor([0.5, 0.5]),  # 500 is exact in bfloat16, which Diffusers rounds timesteps to
+        "timestep": torch.tensor(
+            [0.5, 0.5]
+        ),  # 500 is exact in bfloat16; Diffusers rounds timesteps to the latents' dtype
         "guidance": torch.tensor([4.0, 4.0]) if guidance_embeds else None,
     }
     with torch.inference_mode():
@@ -70,8 +72,8 @@ def test_predictions_are_diffusers(
     assert relative_error(got, expected) <= most
 
 
-def test_parameters_of_the_published_size_are_diffusers() -> None:
-    """Names and shapes, with the defaults of both: FLUX.2-dev's own architecture."""
+def test_parameters_of_the_published_size_match_diffusers() -> None:
+    """Names and shapes with default arguments, which are FLUX.2-dev's architecture."""
     with torch.device("meta"):
         theirs, ours = Reference(), Flux2Transformer2DModel(Flux2TransformerConfig())
     absent = absent_biases(ours)

@@ -1,4 +1,4 @@
-"""Reference images of FLUX.2 are sized and cropped as by Diffusers' processor of images."""
+"""Reference images of FLUX.2 are resized and cropped as by Diffusers' image processor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.artifacts import Canvas
 from common.image_header import read_image_header
 from configs.models.dits.flux2 import Flux2TransformerConfig
@@ -21,7 +21,7 @@ SIZES = [(64, 64), (100, 70), (95, 81), (1024, 1024), (1025, 1024), (1500, 903),
 
 
 def theirs(image: Image.Image) -> Tensor:
-    """What Flux2KleinPipeline gives the VAE."""
+    """Pixels that Flux2KleinPipeline passes to the VAE."""
     processor = Flux2ImageProcessor(vae_scale_factor=16)
     processor.check_image_input(image)
     if image.width * image.height > 1024 * 1024:
@@ -37,7 +37,7 @@ CONFIG = Flux2KleinImagePipelineConfig(
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_pixels_are_diffusers(size: tuple[int, int]) -> None:
+def test_pixels_match_diffusers(size: tuple[int, int]) -> None:
     image = coarse_image(*size)
     resized = CONFIG.image_size((image.height, image.width), Canvas(height=64, width=64))
     ours = center_crop(as_tensor(image, *resized), *CONFIG.image_crop(resized))

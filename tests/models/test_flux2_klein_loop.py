@@ -1,4 +1,4 @@
-"""FLUX.2 klein's loop and parameters: byte-equal resume, cancel, warnings, and clear refusals."""
+"""FLUX.2 klein: byte-equal resume, cancellation, warnings, and refused parameters and modules."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def x(checkpoint: Checkpoint) -> DenoisingInput:
 
 
 def changed(path: Path, to: Path, file: str, **entries: Any) -> Path:
-    """A copy of the checkpoint with other entries in one of its files."""
+    """Copy the checkpoint and change entries in one of its files."""
     shutil.copytree(path, to)
     values = json.loads((to / file).read_text())
     (to / file).write_text(json.dumps(values | entries))
@@ -68,7 +68,7 @@ def loop(checkpoint: Checkpoint, x: DenoisingInput, call: Call) -> Tensor:
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(checkpoint: Checkpoint, x: DenoisingInput) -> None:
-    """Through the codec, as a step checkpoint travels; with two reference images."""
+    """With two reference images; step checkpoints are serialized and parsed, as between workers."""
     assert x.image_latents is not None
     assert x.image_latents.parts.keys() == {"condition", "condition_1"}
     states: list[StepCheckpoint] = []
@@ -80,17 +80,17 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(checkpoint: Checkpoin
         assert torch.equal(resumed, whole), state.step
 
 
-def test_a_cancel_ends_the_loop_after_its_step(checkpoint: Checkpoint, x: DenoisingInput) -> None:
-    heard: list[int] = []
+def test_cancellation_ends_the_loop_after_its_step(checkpoint: Checkpoint, x: DenoisingInput) -> None:
+    recorded: list[int] = []
 
     def on_progress(step: int, _: int) -> None:
-        heard.append(step)
+        recorded.append(step)
         call.cancelled.set()
 
     call = Call("test", on_progress=on_progress)
     with pytest.raises(Cancelled):
         loop(checkpoint, x, call)
-    assert heard == [1]
+    assert recorded == [1]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,9 @@ def test_a_cancel_ends_the_loop_after_its_step(checkpoint: Checkpoint, x: Denois
         ({"shift_steps": 9}, ["shift_steps"]),
     ],
 )
-def test_warnings(checkpoint: Checkpoint, given: dict[str, Any], fields: list[str]) -> None:
+def test_warnings_name_the_affected_parameters(
+    checkpoint: Checkpoint, given: dict[str, Any], fields: list[str]
+) -> None:
     params, warnings = Flux2KleinSamplingParams.build({"prompt": "", **given}, checkpoint)
     assert [warning.field for warning in warnings] == fields
     assert params.negative_prompt is None
@@ -126,7 +128,7 @@ def test_a_distilled_model_has_no_guidance(path: Path, tmp_path: Path) -> None:
         ({"sigmas": (0.5, 1.0)}, "sigmas"),
     ],
 )
-def test_bad_parameters_are_named(checkpoint: Checkpoint, given: dict[str, Any], field: str) -> None:
+def test_bad_parameters_are_refused(checkpoint: Checkpoint, given: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         Flux2KleinSamplingParams.build({"prompt": "", **given}, checkpoint)
     assert caught.value.field == field
@@ -142,7 +144,7 @@ def test_bad_parameters_are_named(checkpoint: Checkpoint, given: dict[str, Any],
         ("vae/config.json", {"latent_channels": 4}, "the VAE's 4 latent channels"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(
+def test_inconsistent_modules_are_refused(
     path: Path, tmp_path: Path, file: str, entries: dict[str, Any], message: str
 ) -> None:
     bad = Checkpoint.open(changed(path, tmp_path / "bad", file, **entries))
@@ -150,7 +152,7 @@ def test_parts_that_do_not_fit_are_refused(
         Flux2KleinPipelineConfig.from_checkpoint(bad)
 
 
-def test_a_missing_module_is_named(path: Path, tmp_path: Path) -> None:
+def test_a_missing_module_is_refused(path: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(path, tmp_path / "copy")
     shutil.rmtree(copy / "vae")
     with pytest.raises(CheckpointError, match="vae"):
@@ -174,10 +176,8 @@ def test_the_shift_of_a_large_image_does_not_depend_on_the_steps(checkpoint: Che
         ({"num_inference_steps": 9, "shift_steps": 7}, 9),
     ],
 )
-def test_the_shift_is_that_of_the_steps_that_were_asked_for(
-    checkpoint: Checkpoint, given: dict[str, Any], steps: int
-) -> None:
-    """And stays so where a recorded request is built again."""
+def test_the_shift_depends_on_the_requested_steps(checkpoint: Checkpoint, given: dict[str, Any], steps: int) -> None:
+    """The shift is the same when the request is rebuilt from its record."""
     config = Flux2KleinPipelineConfig.from_checkpoint(checkpoint)
     expected = config.mu_of_steps(Canvas(height=1024, width=1024), Sampling(num_inference_steps=steps, seed=0))
     params, _ = Flux2KleinSamplingParams.build({"prompt": "", "height": 1024, "width": 1024, **given}, checkpoint)

@@ -1,4 +1,4 @@
-"""FLUX.2 klein through all of its stages, against Diffusers' pipeline with the same weights, seed and arguments."""
+"""Parity of all FLUX.2 klein stages with Diffusers' pipeline: same weights, seed and arguments."""
 
 from __future__ import annotations
 
@@ -39,31 +39,31 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 ONCE = pytest.mark.parametrize("pair", [False], indirect=True, ids=["base"])
-"""Of what does not depend on guidance."""
+"""Cases without guidance."""
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_latents_and_pixels_are_diffusers(pair: Pair, mode: str) -> None:
+def test_latents_and_pixels_match_diffusers(pair: Pair, mode: str) -> None:
     check(pair, BASE | MODES[mode])
 
 
-def test_sigmas_are_shifted_for_the_default_number_of_steps(pair: Pair) -> None:
-    """Not for the number of sigmas: Diffusers takes the argument, whose default is 50."""
+def test_sigmas_are_shifted_for_the_default_step_count(pair: Pair) -> None:
+    """Diffusers ignores the number of sigmas and uses num_inference_steps, whose default is 50."""
     check(pair, {"prompt": "a red apple", "height": 64, "width": 64, "sigmas": (1.0, 0.7, 0.3)})
 
 
 @pytest.mark.parametrize("mode", IMAGE_MODES)
-def test_latents_and_pixels_with_reference_images_are_diffusers(pair: Pair, mode: str) -> None:
+def test_latents_and_pixels_with_reference_images_match_diffusers(pair: Pair, mode: str) -> None:
     count, given = IMAGE_MODES[mode]
     check(pair, given, given_images(count))
 
 
 @ONCE
-def test_every_image_and_their_order_matter(pair: Pair) -> None:
+def test_every_image_and_the_order_change_the_result(pair: Pair) -> None:
     check_every_image_matters(pair[0])
 
 
-def test_guidance_matters_with_images_unless_the_model_is_distilled(pair: Pair) -> None:
+def test_guidance_changes_the_result_unless_the_model_is_distilled(pair: Pair) -> None:
     def latents(scale: float) -> Tensor:
         return pair[0].tensors(images=files(given_images(1)), **BASE, seed=1, guidance_scale=scale)["latents"]
 
@@ -72,5 +72,5 @@ def test_guidance_matters_with_images_unless_the_model_is_distilled(pair: Pair) 
 
 
 @ONCE
-def test_images_that_cannot_be_references_are_refused(pair: Pair) -> None:
+def test_unsupported_reference_images_are_refused(pair: Pair) -> None:
     check_bad_images(pair[0])

@@ -1,4 +1,4 @@
-"""A checkpoint that is not what it says is refused when its modules load, in a sentence that names the place."""
+"""An inconsistent checkpoint is refused when its modules load; the message names the file and the entry."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture
 def checkpoint(dev: Pair, tmp_path: Path) -> Path:
-    """A copy that a test may break."""
+    """A copy of the checkpoint that a test may modify."""
     return shutil.copytree(dev.path, tmp_path / "broken")
 
 
 def load(path: Path, service: str) -> None:
-    """Load one service's stages."""
+    """Load the stages of one service."""
     model = open_model(str(path), load_registry())
     load_stages(model, model.service(service), Runtime(device=torch.device("cpu"), dtype=torch.float32))
 
 
 def rewrite(file: Path, change: Callable[[Tensors], object]) -> None:
-    """Change a weight file's tensors."""
+    """Change the tensors of a weight file."""
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
@@ -73,19 +73,21 @@ def edit(file: Path, **values: object) -> None:
     ],
     ids=["missing", "unexpected", "shape", "float8", "integers"],
 )
-def test_transformer_weights(checkpoint: Path, change: Callable[[Tensors], object], sentence: str) -> None:
+def test_mismatched_transformer_weights_are_refused(
+    checkpoint: Path, change: Callable[[Tensors], object], sentence: str
+) -> None:
     rewrite(checkpoint / TRANSFORMER, change)
     with pytest.raises(CheckpointError, match=sentence):
         load(checkpoint, "denoising")
 
 
-def test_other_architecture_than_the_weights(checkpoint: Path) -> None:
+def test_a_config_that_differs_from_the_weights_is_refused(checkpoint: Path) -> None:
     edit(checkpoint / "transformer" / "config.json", num_layers=1)
     with pytest.raises(CheckpointError, match=r"has unknown weights: transformer_blocks.1.* and \d+ more"):
         load(checkpoint, "denoising")
 
 
-def test_truncated_weights(checkpoint: Path) -> None:
+def test_truncated_weights_are_refused(checkpoint: Path) -> None:
     file = checkpoint / TRANSFORMER
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="diffusion_pytorch_model"):
@@ -99,31 +101,33 @@ def test_truncated_weights(checkpoint: Path) -> None:
         ("vae", "diffusion_pytorch_model.safetensors", "decoding", "decoder.conv_in.weight"),
     ],
 )
-def test_other_modules_with_missing_weights(checkpoint: Path, module: str, file: str, service: str, key: str) -> None:
+def test_missing_weights_of_other_modules_are_refused(
+    checkpoint: Path, module: str, file: str, service: str, key: str
+) -> None:
     rewrite(checkpoint / module / file, lambda tensors: tensors.pop(key))
     with pytest.raises(CheckpointError, match=f"{module}: missing keys: {key}"):
         load(checkpoint, service)
 
 
-def test_vae_with_another_shape(checkpoint: Path) -> None:
+def test_a_vae_of_another_shape_is_refused(checkpoint: Path) -> None:
     edit(checkpoint / "vae" / "config.json", layers_per_block=1, block_out_channels=[8, 8, 16, 32])
     with pytest.raises(CheckpointError, match="vae: "):
         load(checkpoint, "decoding")
 
 
-def test_tokenizer_that_is_no_json(checkpoint: Path) -> None:
+def test_a_tokenizer_that_is_not_json_is_refused(checkpoint: Path) -> None:
     (checkpoint / "tokenizer_2" / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer_2/tokenizer.json is not valid JSON"):
         load(checkpoint, "text_encoding")
 
 
-def test_tokenizer_that_its_library_does_not_read(checkpoint: Path) -> None:
+def test_an_unreadable_tokenizer_is_refused(checkpoint: Path) -> None:
     edit(checkpoint / "tokenizer_2" / "tokenizer.json", normalizer={"type": "Nonsense"})
     with pytest.raises(CheckpointError, match="tokenizer_2: T5Tokenizer cannot be loaded: "):
         load(checkpoint, "text_encoding")
 
 
-def test_tokenizer_with_more_tokens_than_its_encoder(checkpoint: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_its_encoder_is_refused(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / "tokenizer_2")
     shutil.copytree(checkpoint / "tokenizer", checkpoint / "tokenizer_2")
     edit(checkpoint / "model_index.json", tokenizer_2=["transformers", "CLIPTokenizer"])
@@ -131,13 +135,13 @@ def test_tokenizer_with_more_tokens_than_its_encoder(checkpoint: Path) -> None:
         load(checkpoint, "text_encoding")
 
 
-def test_tokenizer_with_longer_texts_than_its_encoder(checkpoint: Path) -> None:
+def test_a_tokenizer_with_longer_texts_than_its_encoder_is_refused(checkpoint: Path) -> None:
     edit(checkpoint / "tokenizer" / "tokenizer_config.json", model_max_length=128)
     with pytest.raises(CheckpointError, match="tokenizer: a length of 128 tokens is not at most 77"):
         load(checkpoint, "text_encoding")
 
 
-def test_module_class_without_a_loader(checkpoint: Path) -> None:
+def test_a_module_class_without_a_loader_is_refused(checkpoint: Path) -> None:
     edit(checkpoint / "model_index.json", text_encoder_2=["transformers", "BertModel"])
     with pytest.raises(CheckpointError, match=r"text_encoder_2: class BertModel is not supported; .*T5EncoderModel"):
         load(checkpoint, "text_encoding")
@@ -152,17 +156,17 @@ def test_an_unsupported_tokenizer_is_refused_with_the_supported_tokenizers(check
     assert all("Tokenizer" in name for name in supported)
 
 
-def test_every_tokenizer_that_is_loaded_is_checked_for_a_vocabulary() -> None:
+def test_every_loaded_tokenizer_has_a_vocabulary_check() -> None:
     assert all(has_vocabulary(name) for name in _LOADERS if kind_of(name) == "Tokenizer")
 
 
-def test_module_of_an_unknown_library(checkpoint: Path) -> None:
+def test_a_module_of_an_unknown_library_is_refused(checkpoint: Path) -> None:
     edit(checkpoint / "model_index.json", vae=["somewhere", "AutoencoderKL"])
     with pytest.raises(CheckpointError, match="vae: library 'somewhere' is not supported"):
         load(checkpoint, "decoding")
 
 
-def test_scheduler_that_draws_noise(checkpoint: Path) -> None:
+def test_a_stochastic_scheduler_is_refused(checkpoint: Path) -> None:
     edit(checkpoint / "scheduler" / "scheduler_config.json", stochastic_sampling=True)
     with pytest.raises(CheckpointError, match="stochastic_sampling: true is not supported"):
         load(checkpoint, "denoising")
@@ -191,7 +195,9 @@ def test_scheduler_that_draws_noise(checkpoint: Path) -> None:
     ],
     ids=str,
 )
-def test_architectures_that_are_not_flux(checkpoint: Path, file: str, values: dict[str, object], sentence: str) -> None:
+def test_architectures_other_than_flux_are_refused(
+    checkpoint: Path, file: str, values: dict[str, object], sentence: str
+) -> None:
     edit(checkpoint / file, **values)
     with pytest.raises(CheckpointError, match=sentence):
         load(checkpoint, "latent_preparation")
@@ -199,7 +205,7 @@ def test_architectures_that_are_not_flux(checkpoint: Path, file: str, values: di
 
 @pytest.mark.parametrize("guidance_embeds", [True, False])
 def test_full_size_parameters_have_the_published_names(guidance_embeds: bool) -> None:
-    """FLUX.1 itself: 12 billion parameters, named and shaped as Diffusers saves them. No memory is taken."""
+    """The 12 billion parameters of FLUX.1 have Diffusers' names and shapes; they are on the meta device."""
     with torch.device("meta"):
         theirs = DiffusersTransformer(guidance_embeds=guidance_embeds).state_dict()
         ours = FluxTransformer2DModel(FluxTransformerConfig(guidance_embeds=guidance_embeds)).state_dict()
@@ -207,14 +213,14 @@ def test_full_size_parameters_have_the_published_names(guidance_embeds: bool) ->
     assert sum(value.numel() for value in ours.values()) > 11_800_000_000
 
 
-def test_each_service_loads_its_own_modules_only(checkpoint: Path) -> None:
-    """Weights of other services may be anything."""
+def test_each_service_loads_only_its_own_modules(checkpoint: Path) -> None:
+    """Invalid weights of other services are not read."""
     rewrite(checkpoint / TRANSFORMER, lambda tensors: tensors.pop(QUERY))
     for service in ("text_encoding", "latent_preparation", "decoding"):
         load(checkpoint, service)
 
 
-def test_shards_equal_one_file(dev: Pair, checkpoint: Path) -> None:
+def test_sharded_weights_equal_a_single_file(dev: Pair, checkpoint: Path) -> None:
     file = checkpoint / TRANSFORMER
     tensors = load_file(file)
     file.unlink()
@@ -232,10 +238,10 @@ def test_shards_equal_one_file(dev: Pair, checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("variant", ["fp16", "ema"])
 @pytest.mark.parametrize("max_shard_size", ["10GB", "100KB"])
-def test_variants_that_diffusers_writes_are_loaded(
+def test_weight_variants_of_diffusers_are_loaded(
     dev: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture, variant: str, max_shard_size: str
 ) -> None:
-    """The file names are those of Diffusers' own save_pretrained()."""
+    """The files are written by Diffusers' save_pretrained()."""
     dev.theirs.save_pretrained(str(tmp_path), variant=variant, max_shard_size=max_shard_size)
     assert not list(tmp_path.glob("*/*model.safetensors"))
     assert bool(list(tmp_path.glob(f"*/*.safetensors.index.{variant}.json"))) == (max_shard_size == "100KB")
@@ -249,11 +255,11 @@ def test_variants_that_diffusers_writes_are_loaded(
 
 
 def draw(fleet: LocalFleet) -> Tensor:
-    """Pixels of a small request."""
+    """Run a small request; returns its pixels."""
     return fleet.tensors(prompt="a red apple", seed=1, height=32, width=32, num_inference_steps=2)["pixels"]
 
 
-def test_weights_are_cast_to_the_asked_type(dev: Pair) -> None:
+def test_weights_are_cast_to_the_requested_dtype(dev: Pair) -> None:
     model = dev.ours.model
     spec = model.service("denoising")
     (stage,) = load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.bfloat16))
@@ -262,7 +268,7 @@ def test_weights_are_cast_to_the_asked_type(dev: Pair) -> None:
     assert not any(parameter.requires_grad for parameter in transformer.parameters())
 
 
-def test_numerics_fingerprint_distinguishes_types() -> None:
+def test_the_numerics_fingerprint_distinguishes_dtypes() -> None:
     cpu = torch.device("cpu")
     assert numerics_fingerprint(cpu, torch.float32) == numerics_fingerprint(cpu, torch.float32)
     assert numerics_fingerprint(cpu, torch.float32) != numerics_fingerprint(cpu, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""FluxSamplingParams against the FluxPipeline of the installed Diffusers: defaults, rounding, limits."""
+"""Parity of FluxSamplingParams with the installed Diffusers' FluxPipeline: defaults, rounding, limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from common.errors import InvalidInput
 from configs.sample.flux import FluxSamplingParams, vae_scale_factor
 
 RENAMED = {"num_images_per_prompt": "num_outputs_per_prompt"}
-# What a request cannot carry: tensors, pictures for adapters, and what belongs to a call in Python.
+# Arguments without a request parameter: tensors, images for adapters, and Python callbacks.
 NOT_SERVED = {
     "latents",
     "prompt_embeds",
@@ -32,14 +32,14 @@ NOT_SERVED = {
     "callback_on_step_end_tensor_inputs",
     "return_dict",
     "self",
-    # Ours are seed and output_format.
+    # seed and output_format are parameters of this project only.
     "generator",
     "output_type",
 }
 
 
 def pipeline_with(vae_blocks: int) -> FluxPipeline:
-    """Diffusers' pipeline with no module but a VAE of so many blocks."""
+    """Diffusers' pipeline whose only module is a VAE with `vae_blocks` blocks."""
     kinds = {
         "down_block_types": ["DownEncoderBlock2D"] * vae_blocks,
         "up_block_types": ["UpDecoderBlock2D"] * vae_blocks,
@@ -66,7 +66,9 @@ def test_every_argument_of_the_call_is_served_with_its_default(flux: Checkpoint)
 
 
 @pytest.mark.parametrize("vae_blocks", [2, 4])
-def test_sizes_default_and_round_as_there(tmp_path: Path, vae_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_default_and_round_as_in_diffusers(
+    tmp_path: Path, vae_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     monkeypatch.setattr(pipeline_flux.logger, "warning", said.append)
     theirs = pipeline_with(vae_blocks)
@@ -86,8 +88,8 @@ def test_sizes_default_and_round_as_there(tmp_path: Path, vae_blocks: int, monke
         assert bool(warnings) == bool(said), height
 
 
-def test_a_size_below_one_patch_is_nothing_there(flux: Checkpoint) -> None:
-    """Diffusers draws no latents at all and fails later; here the caller is told."""
+def test_a_size_below_one_patch_is_refused(flux: Checkpoint) -> None:
+    """Diffusers creates empty latents and fails later; this project raises InvalidInput."""
     theirs = pipeline_with(4)
     latents, _ = theirs.prepare_latents(1, 1, 15, 64, torch.float32, "cpu", torch.Generator().manual_seed(0))
     assert latents.numel() == 0
@@ -96,7 +98,7 @@ def test_a_size_below_one_patch_is_nothing_there(flux: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 512, 513])
-def test_the_limit_of_tokens_is_theirs(flux: Checkpoint, length: int) -> None:
+def test_the_token_limit_equals_diffusers(flux: Checkpoint, length: int) -> None:
     refusals = []
     for check in (
         lambda: pipeline_with(4).check_inputs("", None, 64, 64, max_sequence_length=length),

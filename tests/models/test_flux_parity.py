@@ -1,4 +1,4 @@
-"""The same request gives the same latents and pixels as Diffusers' FluxPipeline, in every mode that it has."""
+"""Parity of latents and pixels with Diffusers' FluxPipeline, in each of its modes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flux_pair import Pair, open_pair
-from local_fleet import Heard, reference_run, relative_error
+from local_fleet import RecordedCall, reference_run, relative_error
 
 BASE: dict[str, Any] = {"prompt": "a red apple", "height": 64, "width": 64, "num_inference_steps": 4}
 LONG = "the old stone river on the moon and the red cat in a blue car " * 12
@@ -41,7 +41,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def compare(pair: Pair, given: dict[str, Any], seed: int = 5) -> dict[str, torch.Tensor]:
-    """Run both; return ours. Latents within 1e-4 relative L2, pixels within 1e-3."""
+    """Run both and return our result. Asserts latents within 1e-4 relative L2 error, pixels within 1e-3."""
     call = {name: value for name, value in given.items() if name not in ("num_outputs_per_prompt", "sigmas")}
     if "sigmas" in given:
         call["sigmas"] = list(given["sigmas"])
@@ -56,16 +56,16 @@ def compare(pair: Pair, given: dict[str, Any], seed: int = 5) -> dict[str, torch
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_like_dev(dev: Pair, mode: str) -> None:
+def test_dev_matches_diffusers(dev: Pair, mode: str) -> None:
     compare(dev, BASE | {"max_sequence_length": 32} | MODES[mode])
 
 
 @pytest.mark.parametrize("mode", ["square", "wide", "one step", "true guidance", "two outputs", "custom sigmas"])
-def test_like_schnell(schnell: Pair, mode: str) -> None:
+def test_schnell_matches_diffusers(schnell: Pair, mode: str) -> None:
     compare(schnell, BASE | {"max_sequence_length": 32} | MODES[mode])
 
 
-def test_all_512_text_tokens(dev: Pair) -> None:
+def test_512_text_tokens_match_diffusers(dev: Pair) -> None:
     compare(dev, BASE | {"prompt": LONG})
 
 
@@ -81,8 +81,8 @@ def test_all_512_text_tokens(dev: Pair) -> None:
     ],
     ids=str,
 )
-def test_every_input_matters(dev: Pair, change: dict[str, Any]) -> None:
-    """The tolerance means something: what the request changes moves the result a hundred times further."""
+def test_every_input_changes_the_result(dev: Pair, change: dict[str, Any]) -> None:
+    """Negative control of the tolerance: each changed input moves the result at least 100 times further."""
     given = BASE | {"seed": 5, "max_sequence_length": 32}
     before, after = dev.ours.tensors(**given)["latents"], dev.ours.tensors(**given | change)["latents"]
     assert relative_error(after, before) > 1e-2
@@ -105,16 +105,16 @@ def test_png_pixels_equal_diffusers(dev: Pair) -> None:
         assert (difference != 0).mean() < 1e-3
 
 
-def test_shipped_model() -> None:
-    """The model that comes along, with its own defaults, as Diffusers draws it from the same directory."""
+def test_the_shipped_model_matches_diffusers() -> None:
+    """The shipped model with its defaults, compared with Diffusers on the same directory."""
     given = {"prompt": "a green apple on a yellow background", "height": 128, "width": 128}
     with open_pair("emoji") as emoji:
         compare(emoji, given | {"num_inference_steps": 20, "max_sequence_length": 64}, seed=7)
 
 
 @pytest.mark.usefixtures("rounded_noise")
-def test_bfloat16_is_near(dev: Pair) -> None:
-    """Not comparable at the tolerances of float32, but the same picture."""
+def test_bfloat16_is_close_to_diffusers(dev: Pair) -> None:
+    """The error exceeds the float32 tolerances, but the image is the same."""
     given = BASE | {"max_sequence_length": 32}
     with open_pair(dev.path, torch.bfloat16) as half:
         ours = half.ours.tensors(seed=5, **given)
@@ -125,7 +125,7 @@ def test_bfloat16_is_near(dev: Pair) -> None:
     assert relative_error(ours["latents"], exact["latents"]) < 1.5 * floor
 
 
-def test_progress_is_reported_step_by_step(dev: Pair) -> None:
-    heard = Heard()
-    dev.ours.tensors(heard, **BASE, seed=1)
-    assert [each for each in heard.progress if each[1] == 4] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+def test_progress_is_reported_for_every_step(dev: Pair) -> None:
+    recorded = RecordedCall()
+    dev.ours.tensors(recorded, **BASE, seed=1)
+    assert [each for each in recorded.progress if each[1] == 4] == [(1, 4), (2, 4), (3, 4), (4, 4)]

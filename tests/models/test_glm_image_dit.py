@@ -1,4 +1,4 @@
-"""Our GLM-Image DiT predicts what Diffusers' does from the same weights."""
+"""Parity of the GLM-Image DiT with Diffusers' transformer on the same weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
 
 
 def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, GlmImageTransformer2DModel]:
-    """Diffusers' model and ours, from one file of random weights."""
+    """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     made = Reference(**SIZES)
     randomise(made)
@@ -44,7 +44,7 @@ def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, GlmImageTransformer
 
 
 def keywords(grid: tuple[int, int], dtype: torch.dtype, *, tokens: int = 9, drop: bool = False) -> dict[str, Tensor]:
-    """A request of two outputs with different prior tokens."""
+    """Inputs of two outputs with different prior tokens."""
     rows, columns = grid
     return {
         "hidden_states": torch.randn(2, 4, 2 * rows, 2 * columns, dtype=dtype),
@@ -60,7 +60,7 @@ def keywords(grid: tuple[int, int], dtype: torch.dtype, *, tokens: int = 9, drop
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 6), (7, 1)], ids=str)
 @pytest.mark.parametrize("drop", [False, True], ids=["prior", "dropped"])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
-def test_predictions_are_diffusers(
+def test_predictions_match_diffusers(
     tmp_path: Path, grid: tuple[int, int], drop: bool, dtype: torch.dtype, most: float
 ) -> None:
     reference, ours = pair(tmp_path, dtype)
@@ -72,7 +72,7 @@ def test_predictions_are_diffusers(
     assert relative_error(got, expected) <= most
 
 
-def test_every_keyword_matters(tmp_path: Path) -> None:
+def test_every_keyword_changes_the_prediction(tmp_path: Path) -> None:
     _, ours = pair(tmp_path, torch.float32)
     given, other = keywords((3, 5), torch.float32), keywords((3, 5), torch.float32, drop=True)
     other |= {"timestep": torch.full((2,), 250.0), "target_size": torch.full((2, 2), 512.0)}
@@ -83,8 +83,8 @@ def test_every_keyword_matters(tmp_path: Path) -> None:
             assert relative_error(ours(**given | {name: value}), expected) > 1e-3, name
 
 
-def test_parameters_of_the_published_size_are_diffusers() -> None:
-    """Names and shapes, with the defaults of both."""
+def test_parameters_of_the_published_size_match_diffusers() -> None:
+    """Names and shapes with default arguments."""
     with torch.device("meta"):
         theirs, ours = Reference(), GlmImageTransformer2DModel(GlmImageTransformerConfig())
     expected = {name: value.shape for name, value in theirs.state_dict().items()}
@@ -103,6 +103,6 @@ def test_parameters_of_the_published_size_are_diffusers() -> None:
     ],
     ids=str,
 )
-def test_other_architectures_are_named(values: dict[str, Any], named: str) -> None:
+def test_other_architectures_are_refused(values: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         GlmImageTransformerConfig.from_dict("transformer", values)

@@ -1,4 +1,4 @@
-"""GLM-Image's own stage and the loop behind it: conditioning, byte-equal resume, and callbacks of the config."""
+"""GLM-Image's model-specific stage and its denoising loop: conditioning, byte-equal resume, config callbacks."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def config(fleet: LocalFleet) -> GlmImagePipelineConfig:
 
 
 def request(fleet: LocalFleet, **given: Any) -> Mapping[str, Any]:
-    """The artifacts that validation makes."""
+    """Artifacts of a validated request."""
     return InputValidationStage(fleet.model).run({**GIVEN, **given}).artifacts
 
 
 def before(fleet: LocalFleet, call: Call, **given: Any) -> dict[str, Any]:
-    """The outputs of the stage before denoising."""
+    """Run the stage before denoising; returns its outputs."""
     return fleet.services["before_denoising"].of("").run(request(fleet, **given), call)
 
 
@@ -66,7 +66,7 @@ def x(fleet: LocalFleet) -> DenoisingInput:
 
 
 def test_conditioning_has_both_branches(x: DenoisingInput) -> None:
-    """Batch 1, whatever the number of outputs; the negative branch has one glyph token, the end mark."""
+    """Batch 1 for any number of outputs; the negative branch has one glyph token, the EOS token."""
     shapes = {name: tuple(value.shape) for name, value in x.text_conditioning.prompt_embeds.items()}
     assert shapes == {"encoder_hidden_states": (1, 10, GLYPH_SIZE), "prior_token_id": (1, 4 * 2 * 3)}
     negative = x.text_conditioning.negative_prompt_embeds
@@ -80,7 +80,7 @@ def test_without_guidance_there_is_no_negative_branch(fleet: LocalFleet) -> None
     assert not outputs["text_conditioning"].negative_prompt_embeds
 
 
-def test_timesteps_are_whole_and_sigmas_are_shifted(x: DenoisingInput) -> None:
+def test_timesteps_are_integers_and_sigmas_are_shifted(x: DenoisingInput) -> None:
     assert x.schedule.timesteps.tolist() == [1000.0, 750.0, 500.0, 250.0]
     sigmas = x.schedule.sigmas.tolist()
     assert sigmas[0] == 1.0
@@ -89,7 +89,7 @@ def test_timesteps_are_whole_and_sigmas_are_shifted(x: DenoisingInput) -> None:
 
 
 def loop(fleet: LocalFleet, x: DenoisingInput, states: list[StepCheckpoint] | None = None) -> Tensor:
-    """The loop's result; its step checkpoints are appended to `states`."""
+    """Run the loop; returns its result and appends step checkpoints to `states`."""
     config = GlmImagePipelineConfig.from_checkpoint(fleet.model.checkpoint)
     runtime = Runtime(step_checkpoint_every=1)
     modules = {
@@ -100,7 +100,7 @@ def loop(fleet: LocalFleet, x: DenoisingInput, states: list[StepCheckpoint] | No
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(fleet: LocalFleet, x: DenoisingInput) -> None:
-    """Through the codec, as a checkpoint travels."""
+    """Step checkpoints are serialized and parsed, as between workers."""
     states: list[StepCheckpoint] = []
     whole = loop(fleet, x, states)
     assert [state.step for state in states] == [*range(1, STEPS)]
@@ -109,11 +109,11 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(fleet: LocalFleet, x:
         assert torch.equal(loop(fleet, DenoisingInput(**vars(x) | {"resume_from": sent})), whole), state.step
 
 
-def test_a_cancel_after_a_token_ends_the_stage(fleet: LocalFleet) -> None:
-    heard: list[int] = []
+def test_cancellation_after_a_token_ends_the_stage(fleet: LocalFleet) -> None:
+    recorded: list[int] = []
 
     def on_progress(token: int, _: int) -> None:
-        heard.append(token)
+        recorded.append(token)
         if token == 7:
             call.cancelled.set()
 
@@ -121,10 +121,10 @@ def test_a_cancel_after_a_token_ends_the_stage(fleet: LocalFleet) -> None:
     for _ in range(2):
         with pytest.raises(Cancelled):
             before(fleet, call)
-        assert heard == [1, 2, 3, 4, 5, 6, 7], "a cancelled call reports nothing more, and does not start again"
+        assert recorded == [1, 2, 3, 4, 5, 6, 7], "a cancelled call reports no further progress and does not restart"
 
 
-def test_conditioning_is_exactly_what_forward_takes(config: GlmImagePipelineConfig, x: DenoisingInput) -> None:
+def test_conditioning_has_exactly_the_inputs_of_forward(config: GlmImagePipelineConfig, x: DenoisingInput) -> None:
     embeds = x.text_conditioning.prompt_embeds
     sampling = Sampling(num_inference_steps=STEPS, seed=0)
     own = config.prepare_pos_cond_kwargs(embeds, {"image": (2, 16, 8, 12)}, sampling)
@@ -135,7 +135,7 @@ def test_conditioning_is_exactly_what_forward_takes(config: GlmImagePipelineConf
     assert embeds.keys() == config.conditioning_shapes().keys() | config.conditioning_id_shapes(canvas).keys()
 
 
-def test_shapes_of_the_published_size(config: GlmImagePipelineConfig) -> None:
+def test_shapes_match_the_published_size(config: GlmImagePipelineConfig) -> None:
     canvas = Canvas(height=1152, width=768)
     assert config.prior_grid(canvas) == (36, 24)
     assert config.raw_latent_shapes(canvas, 2) == {"image": (2, 16, 144, 96)}

@@ -1,4 +1,4 @@
-"""GLM-Image through all of its stages, against Diffusers' pipeline with the same weights, seed and arguments."""
+"""Parity of all GLM-Image stages with Diffusers' pipeline: same weights, seed and arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError, InvalidInput
 from configs.pipeline_configs.glm_image import GlmImagePipelineConfig
-from local_fleet import Heard, LocalFleet, call_of, open_fleet, reference_run, relative_error
+from local_fleet import LocalFleet, RecordedCall, call_of, open_fleet, reference_run, relative_error
 from models.catalog import open_model
 from models.registry import load_registry
 from tiny_glm_image import IMAGE_END, build_tiny_glm_image, edited
@@ -25,7 +25,7 @@ Pair = tuple[LocalFleet, Any]
 SEED = 5
 BASE: dict[str, Any] = {"prompt": "a red apple", "height": 64, "width": 64, "num_inference_steps": 4}
 QUOTED: dict[str, Any] = {"prompt": 'a red car with "old stone" on it'}
-# Two quoted texts: an even number, before each of which Diffusers puts a token.
+# An even number of quoted texts; Diffusers prepends a token to each.
 TWO_QUOTED: dict[str, Any] = {"prompt": "the “river” on 「猫 moon」"}
 
 MODES: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def usual(pair: Pair) -> Tensor:
-    """Our latents of the request with a quoted text."""
+    """This project's latents of the request with a quoted text."""
     return pair[0].tensors(**BASE | QUOTED, seed=SEED)["latents"]
 
 
@@ -67,7 +67,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 @cache
 def their_tokens(pipeline: Any, prompt: str, height: int, width: int) -> Tensor:
-    """The prior tokens that Diffusers' pipeline samples."""
+    """Prior tokens sampled by Diffusers' pipeline."""
     generator = torch.Generator("cpu").manual_seed(SEED)
     with torch.inference_mode():
         tokens: Tensor = pipeline.generate_prior_tokens(prompt, height, width, generator=generator)[0]
@@ -83,8 +83,8 @@ def check(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_latents_and_pixels_are_diffusers(pair: Pair, mode: str) -> None:
-    """Diffusers samples the prior tokens once, for latents and pixels."""
+def test_latents_and_pixels_match_diffusers(pair: Pair, mode: str) -> None:
+    """Diffusers samples the prior tokens once, to compute both latents and pixels."""
     fleet, pipeline = pair
     given = BASE | MODES[mode]
     tokens = their_tokens(pipeline, given["prompt"], given["height"], given["width"])
@@ -92,8 +92,8 @@ def test_latents_and_pixels_are_diffusers(pair: Pair, mode: str) -> None:
     check(fleet.tensors(seed=SEED, **given), theirs)
 
 
-def test_the_whole_call_is_diffusers(pair: Pair) -> None:
-    """Diffusers samples the prior tokens within its call."""
+def test_the_whole_call_matches_diffusers(pair: Pair) -> None:
+    """Diffusers samples the prior tokens during its call."""
     fleet, pipeline = pair
     given = BASE | QUOTED
     check(fleet.tensors(seed=SEED, **given), reference_run(pipeline, seed=SEED, **call_of(given)))
@@ -112,33 +112,33 @@ def test_the_whole_call_is_diffusers(pair: Pair) -> None:
     ],
     ids=str,
 )
-def test_every_input_matters(pair: Pair, usual: Tensor, change: dict[str, Any]) -> None:
-    """The tolerance means something: what the request changes moves the result a hundred times further."""
+def test_every_input_changes_the_result(pair: Pair, usual: Tensor, change: dict[str, Any]) -> None:
+    """Negative control of the tolerance: each changed input moves the result at least 100 times further."""
     after = pair[0].tensors(**BASE | QUOTED | {"seed": SEED} | change)["latents"]
     assert relative_error(after, usual) > 1e-2
 
 
-def test_warnings_name_cut_glyphs_and_an_idle_negative_prompt(pair: Pair) -> None:
-    heard = Heard()
-    pair[0].tensors(heard, **BASE | QUOTED, max_sequence_length=4, seed=1)
-    assert heard.warnings == [
+def test_warnings_name_truncated_glyphs_and_an_unused_negative_prompt(pair: Pair) -> None:
+    recorded = RecordedCall()
+    pair[0].tensors(recorded, **BASE | QUOTED, max_sequence_length=4, seed=1)
+    assert recorded.warnings == [
         ("prompt", "a quoted text of 10 tokens is truncated to 4, the limit of text_encoder: old stone")
     ]
 
 
-def test_prior_tokens_are_reported_one_by_one(pair: Pair) -> None:
-    heard = Heard()
-    pair[0].media(heard, **BASE, seed=1)
+def test_each_prior_token_is_reported(pair: Pair) -> None:
+    recorded = RecordedCall()
+    pair[0].media(recorded, **BASE, seed=1)
     total = 16 * 16 + 4
-    assert heard.progress[:total] == [(token, total) for token in range(1, total + 1)]
-    assert heard.progress[total:] == [*((step, 4) for step in range(1, 5)), (1, 1)]
+    assert recorded.progress[:total] == [(token, total) for token in range(1, total + 1)]
+    assert recorded.progress[total:] == [*((step, 4) for step in range(1, 5)), (1, 1)]
 
 
 @pytest.mark.parametrize(
     ("given", "field", "message"),
     [
         ({"height": 80}, "height", "height: 80 is not a multiple of 32; 64 or 96 works"),
-        # Diffusers takes this width, and fails on the number of its tokens.
+        # Diffusers accepts this width, but fails on its token count.
         ({"width": 68}, "width", "width: 68 is not a multiple of 32; 64 or 96 works"),
         ({"width": 31}, "width", "width: 31 is not a multiple of 32; 32 works"),
         ({"images": {"image": b""}}, "images", "1 is not 0; .* takes no images"),
@@ -155,20 +155,20 @@ def test_prior_tokens_are_reported_one_by_one(pair: Pair) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_drawn_is_refused(pair: Pair, given: dict[str, Any], field: str, message: str) -> None:
+def test_unsupported_requests_are_refused(pair: Pair, given: dict[str, Any], field: str, message: str) -> None:
     with pytest.raises(InvalidInput, match=message) as caught:
         pair[0].media(**BASE | given, seed=1)
     assert caught.value.field == field
 
 
-def test_editing_fails_in_diffusers(pair: Pair) -> None:
-    """The reason why images are refused. A Diffusers that edits fails this test."""
+def test_image_editing_fails_in_diffusers(pair: Pair) -> None:
+    """Images are refused because Diffusers fails on them. The test fails once Diffusers supports editing."""
     with pytest.raises(RuntimeError, match=r"expected input.* to have 32 channels, but got 1 channels instead"):
         pair[1](image=[Image.new("RGB", (64, 64))], **call_of(BASE), generator=torch.Generator().manual_seed(1))
 
 
-def test_a_directory_that_diffusers_wrote_is_served(pair: Pair, tmp_path: Path) -> None:
-    """Diffusers writes the pipeline's own package for the classes of transformers that are imported there."""
+def test_a_directory_saved_by_diffusers_is_served(pair: Pair, tmp_path: Path) -> None:
+    """Diffusers writes the pipeline's package as the library of transformers classes imported by that package."""
     modules = {
         "processor": ["glm_image", "GlmImageProcessor"],
         "vision_language_encoder": ["glm_image", "GlmImageForConditionalGeneration"],
@@ -179,7 +179,7 @@ def test_a_directory_that_diffusers_wrote_is_served(pair: Pair, tmp_path: Path) 
     fleet.close()
 
 
-def test_a_library_that_is_no_package_is_refused(pair: Pair, tmp_path: Path) -> None:
+def test_a_library_that_is_not_a_package_is_refused(pair: Pair, tmp_path: Path) -> None:
     modules = {"processor": ["os.path", "GlmImageProcessor"]}
     path = edited(pair[0].model.checkpoint.path, tmp_path / "copy", "", "model_index.json", modules)
     with pytest.raises(CheckpointError, match=r"library 'os\.path' is not supported"):
@@ -187,8 +187,8 @@ def test_a_library_that_is_no_package_is_refused(pair: Pair, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("rounded_noise")
-def test_bfloat16_is_near(pair: Pair) -> None:
-    """Not comparable at the tolerances of float32; its prior tokens may differ."""
+def test_bfloat16_is_close_to_diffusers(pair: Pair) -> None:
+    """The error exceeds the float32 tolerances; prior tokens may differ."""
     half = open_fleet(str(pair[0].model.checkpoint.path), torch.bfloat16)
     ours = half.tensors(**BASE, seed=SEED)["latents"]
     half.close()
@@ -205,7 +205,7 @@ def test_bfloat16_is_near(pair: Pair) -> None:
         ("vae", "config.json", {"latents_mean": [0.0]}, "latents_mean"),
     ],
 )
-def test_modules_that_do_not_fit_are_refused(
+def test_inconsistent_modules_are_refused(
     tmp_path: Path, pair: Pair, folder: str, file: str, entries: dict[str, Any], message: str
 ) -> None:
     path = edited(pair[0].model.checkpoint.path, tmp_path / "edited", folder, file, entries)

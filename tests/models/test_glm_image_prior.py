@@ -1,4 +1,4 @@
-"""GLM-Image's prior tokens and glyphs, against Diffusers' pipeline with the same weights and seed."""
+"""Parity of GLM-Image's prior tokens and glyph embeddings with Diffusers' pipeline: same weights and seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLAT = {"top_k": 0, "top_p": 1.0, "temperature": 9.0}
 
 
 def ignore(*_: object) -> None:
-    """Ignore a report."""
+    """Ignore a progress report."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def expected(pipeline: Any, prompt: str, grid: Grid, seed: int) -> Tensor:
     [(PROMPT, (2, 2), 0), (PROMPT, (1, 5), 0), ("", (6, 1), 7), ("Zürich\n\t猫 <sop>9 9<eop>", (3, 4), 2**63 - 1)],
     ids=str,
 )
-def test_tokens_are_diffusers(theirs: Any, prompt: str, grid: Grid, seed: int) -> None:
+def test_prior_tokens_match_diffusers(theirs: Any, prompt: str, grid: Grid, seed: int) -> None:
     tokens = sampler(theirs).sample(prompt, grid, seed, ignore)
     assert tokens.shape == (1, 4 * grid[0] * grid[1])
     assert torch.equal(tokens, expected(theirs, prompt, grid, seed))
@@ -77,8 +77,8 @@ def test_tokens_depend_on_prompt_and_seed(theirs: Any) -> None:
     assert not torch.equal(first, tokens.sample("a blue apple on the moon", (3, 3), 1, ignore))
 
 
-def test_requests_at_the_same_time_do_not_share_draws(theirs: Any) -> None:
-    """Draws come from generators of their own, and positions are not stored on the model."""
+def test_concurrent_requests_do_not_share_random_numbers(theirs: Any) -> None:
+    """Each request has its own generator, and position ids are not stored on the model."""
     tokens = sampler(theirs)
     seeds = (1, 2)
     alone = [tokens.sample(PROMPT, (2, 3), seed, ignore) for seed in seeds]
@@ -92,11 +92,11 @@ def test_requests_at_the_same_time_do_not_share_draws(theirs: Any) -> None:
     with ThreadPoolExecutor(len(seeds)) as threads:
         together = list(threads.map(sample, seeds))
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
-    assert torch.equal(torch.get_rng_state(), state), "the generator of the process is left alone"
+    assert torch.equal(torch.get_rng_state(), state), "torch's global generator is unchanged"
 
 
 @pytest.mark.parametrize("last", [1, 2, 200])
-def test_a_cancel_ends_it_within_a_token(theirs: Any, last: int) -> None:
+def test_cancellation_ends_sampling_within_a_token(theirs: Any, last: int) -> None:
     done: list[int] = []
 
     def on_token(token: int, total: int) -> None:
@@ -111,15 +111,15 @@ def test_a_cancel_ends_it_within_a_token(theirs: Any, last: int) -> None:
 
 
 def test_an_early_end_of_the_image_names_the_seed(tmp_path: Path) -> None:
-    """Diffusers fails on the shape of the tokens."""
+    """Diffusers fails with a shape error in this case."""
     early = GlmImagePipeline.from_pretrained(build_tiny_glm_image(tmp_path / "early", codes=CODES + 2, generation=FLAT))
     with pytest.raises(InvalidInput, match=r"seed: 4 is not usable .* an end token after \d+ of 260") as caught:
         sampler(early).sample(PROMPT, (2, 2), 4, ignore)
     assert caught.value.field == "seed"
 
 
-def test_tokens_that_the_transformer_does_not_know_name_the_seed(theirs: Any) -> None:
-    """On a GPU such a token would end the process of the denoiser."""
+def test_tokens_unknown_to_the_transformer_name_the_seed(theirs: Any) -> None:
+    """On a GPU, such a token triggers a device-side assert, which ends the denoiser's process."""
     with pytest.raises(InvalidInput, match=r"seed: 4 is not usable .* the transformer has no embedding") as caught:
         sampler(theirs, codebook_size=2).sample(PROMPT, (3, 3), 4, ignore)
     assert caught.value.field == "seed"
@@ -130,7 +130,7 @@ def test_tokens_that_the_transformer_does_not_know_name_the_seed(theirs: Any) ->
     [{"repetition_penalty": 1.2}, {"num_beams": 2}, {"min_p": 0.1}, {"suppress_tokens": [1]}, {"temperature": -1.0}],
     ids=str,
 )
-def test_other_generation_settings_are_named(theirs: Any, settings: dict[str, Any]) -> None:
+def test_unsupported_generation_settings_are_refused(theirs: Any, settings: dict[str, Any]) -> None:
     model = theirs.vision_language_encoder
     before, model.generation_config = model.generation_config, GenerationConfig(**settings)
     try:
@@ -141,7 +141,7 @@ def test_other_generation_settings_are_named(theirs: Any, settings: dict[str, An
 
 
 @pytest.mark.parametrize("name", ["image_token_id", "image_start_token_id", "image_end_token_id"])
-def test_marks_that_the_tokenizer_does_not_have_are_named(theirs: Any, name: str) -> None:
+def test_special_tokens_missing_in_the_tokenizer_are_refused(theirs: Any, name: str) -> None:
     config = theirs.vision_language_encoder.config
     before = config.to_dict()[name]
     setattr(config, name, 9999)
@@ -156,7 +156,7 @@ def test_marks_that_the_tokenizer_does_not_have_are_named(theirs: Any, name: str
     "prompt",
     ["", "no quotes", "'one'", '"one" and “two”', "“one” 「two」 'three' \"four\"", "it's, isn't", "'' \"\"", "“open"],
 )
-def test_glyphs_are_diffusers(theirs: Any, prompt: str) -> None:
+def test_glyphs_match_diffusers(theirs: Any, prompt: str) -> None:
     assert [quoted_texts(prompt)] == theirs.get_glyph_texts(prompt)
     ours = GlyphEncoder(theirs.tokenizer, theirs.text_encoder, CPU).encode(prompt, 2048, ignore)
     assert torch.equal(ours, theirs.encode_prompt(prompt, do_classifier_free_guidance=False)[0])

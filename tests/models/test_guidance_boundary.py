@@ -1,6 +1,6 @@
-"""Classifier-free guidance of exactly 1 runs one branch, and anything above 1 runs two, in every family but Z-Image.
+"""Classifier-free guidance of 1 runs one branch, above 1 it runs two, in every family except Z-Image.
 
-That one has guidance at any scale above 0: see test_z_image_loop.py.
+Z-Image has guidance at any scale above 0: see test_z_image_loop.py.
 """
 
 from __future__ import annotations

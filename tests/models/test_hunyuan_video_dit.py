@@ -1,4 +1,4 @@
-"""Our HunyuanVideo DiT predicts what Diffusers' does from the same weights, with padded text."""
+"""Parity of the HunyuanVideo DiT with Diffusers' transformer, which pads the text, on the same weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PADDING = 5
 
 
 def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, HunyuanVideoTransformer3DModel]:
-    """Diffusers' model and ours, from one file of random weights."""
+    """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     made = Reference(**SIZES)
     randomise(made)
@@ -47,7 +47,7 @@ def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, HunyuanVideoTransfo
 
 
 def keywords(grid: tuple[int, int, int], tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A request of two outputs with different text."""
+    """Inputs of two outputs with different texts."""
     frames, rows, columns = grid
     return {
         "hidden_states": torch.randn(2, 4, frames, 2 * rows, 2 * columns, dtype=dtype),
@@ -61,7 +61,7 @@ def keywords(grid: tuple[int, int, int], tokens: int, dtype: torch.dtype) -> dic
 
 @pytest.mark.parametrize(("grid", "tokens"), [((3, 2, 5), 9), ((1, 1, 1), 1)], ids=str)
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
-def test_predictions_are_diffusers(
+def test_predictions_match_diffusers(
     tmp_path: Path, grid: tuple[int, int, int], tokens: int, dtype: torch.dtype, most: float
 ) -> None:
     reference, ours = pair(tmp_path, dtype)
@@ -78,7 +78,7 @@ def test_predictions_are_diffusers(
     assert relative_error(got, expected) <= most
 
 
-def test_every_keyword_matters(tmp_path: Path) -> None:
+def test_every_keyword_changes_the_prediction(tmp_path: Path) -> None:
     _, ours = pair(tmp_path, torch.float32)
     given, other = (keywords((2, 2, 3), 9, torch.float32) for _ in range(2))
     other |= {"timestep": torch.full((2,), 250.0), "guidance": torch.ones(2), "video_ids": given["video_ids"] * 3}
@@ -88,8 +88,8 @@ def test_every_keyword_matters(tmp_path: Path) -> None:
             assert relative_error(ours(**given | {name: value}), expected) > 1e-3, name
 
 
-def test_parameters_of_the_published_size_are_diffusers() -> None:
-    """Names and shapes, with the defaults of both."""
+def test_parameters_of_the_published_size_match_diffusers() -> None:
+    """Names and shapes with default arguments."""
     with torch.device("meta"):
         theirs, ours = Reference(), HunyuanVideoTransformer3DModel(HunyuanVideoTransformerConfig())
     expected = {name: value.shape for name, value in theirs.state_dict().items()}
@@ -111,6 +111,6 @@ def test_parameters_of_the_published_size_are_diffusers() -> None:
     ],
     ids=str,
 )
-def test_other_architectures_are_named(values: dict[str, Any], named: str) -> None:
+def test_other_architectures_are_refused(values: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         HunyuanVideoTransformerConfig.from_dict("transformer", values)

@@ -1,4 +1,4 @@
-"""HunyuanVideo's loop: rows of text for each step, byte-equal resume, cancel, warm-up, and callbacks of the config."""
+"""HunyuanVideo's loop: refined text per step, byte-equal resume, cancellation, warm-up, and config callbacks."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def x(fleet: LocalFleet) -> DenoisingInput:
 
 
 def test_conditioning_is_cropped_and_not_padded(x: DenoisingInput) -> None:
-    """Batch 1, whatever the number of outputs: the prompt's tokens and the mark of its end."""
+    """Batch 1 for any number of outputs: the prompt's tokens and the EOS token."""
     for embeds in (x.text_conditioning.prompt_embeds, x.text_conditioning.negative_prompt_embeds):
         shapes = {name: tuple(value.shape) for name, value in embeds.items()}
         assert shapes == {"encoder_hidden_states": (1, 4, TEXT_SIZE), "pooled_projections": (1, POOLED_SIZE)}
     assert x.initial_latents.parts["video"].latents.shape == (2, LATENT_CHANNELS, 2, 4, 6)
 
 
-def test_the_refined_text_is_a_row_of_each_step(fleet: LocalFleet, x: DenoisingInput) -> None:
+def test_refined_text_has_a_row_for_each_step(fleet: LocalFleet, x: DenoisingInput) -> None:
     transformer = denoising_stage(fleet, Runtime())._predictor.transformers["transformer"]
     embeds = {name: each.expand(2, *each.shape[1:]) for name, each in x.text_conditioning.prompt_embeds.items()}
     timesteps = x.schedule.timesteps[:, None].expand(-1, 2)
@@ -73,7 +73,7 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(fleet: LocalFleet, x:
     check_resume(fleet, x)
 
 
-def test_a_cancel_ends_the_loop_within_a_step(fleet: LocalFleet, x: DenoisingInput) -> None:
+def test_cancellation_ends_the_loop_within_a_step(fleet: LocalFleet, x: DenoisingInput) -> None:
     check_cancel(fleet, x)
 
 
@@ -81,7 +81,7 @@ def test_a_warm_up_runs_the_loop(fleet: LocalFleet) -> None:
     check_warm_up(fleet, "32x48x5")
 
 
-def test_conditioning_is_exactly_what_forward_takes(config: HunyuanVideoPipelineConfig, x: DenoisingInput) -> None:
+def test_conditioning_has_exactly_the_inputs_of_forward(config: HunyuanVideoPipelineConfig, x: DenoisingInput) -> None:
     embeds = x.text_conditioning.prompt_embeds
     own = config.prepare_pos_cond_kwargs(embeds, {"video": (2, 4, 2, 4, 6)}, x.sampling)
     taken = inspect.signature(HunyuanVideoTransformer3DModel.forward).parameters.keys() - {"self"}
@@ -89,7 +89,7 @@ def test_conditioning_is_exactly_what_forward_takes(config: HunyuanVideoPipeline
     assert embeds.keys() == config.conditioning_shapes().keys()
 
 
-def test_shapes_of_the_published_size(config: HunyuanVideoPipelineConfig) -> None:
+def test_shapes_match_the_published_size(config: HunyuanVideoPipelineConfig) -> None:
     canvas = Canvas(height=720, width=1280, num_frames=129)
     assert config.raw_latent_shapes(canvas, 2) == {"video": (2, LATENT_CHANNELS, 33, 90, 160)}
     assert config.noise_dtype(torch.bfloat16) == torch.float32

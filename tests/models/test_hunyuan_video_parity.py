@@ -1,4 +1,4 @@
-"""HunyuanVideo through all of its stages, against Diffusers' pipeline with the same weights, seed and arguments."""
+"""Parity of all HunyuanVideo stages with Diffusers' pipeline: same weights, seed and arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers import HunyuanVideoPipeline
 
 from common.errors import CheckpointError, InvalidInput
 from configs.pipeline_configs.hunyuan_video import TEMPLATE, HunyuanVideoPipelineConfig
-from local_fleet import Heard, open_fleet, reference_run, relative_error
+from local_fleet import RecordedCall, open_fleet, reference_run, relative_error
 from models.catalog import open_model
 from models.registry import load_registry
 from tiny_hunyuan_video import build_tiny_hunyuan_video, llama_tokenizer
@@ -43,25 +43,25 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 def reference_call(given: dict[str, Any]) -> dict[str, Any]:
-    """The same request as arguments of Diffusers' call."""
+    """Convert request parameters to arguments of Diffusers' call."""
     call = {**given, "num_videos_per_prompt": given.get("num_outputs_per_prompt", 1)}
     call.pop("num_outputs_per_prompt", None)
     return call | ({"sigmas": list(given["sigmas"])} if "sigmas" in given else {})
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_latents_and_pixels_are_diffusers(pair: Pair, mode: str) -> None:
+def test_latents_and_pixels_match_diffusers(pair: Pair, mode: str) -> None:
     fleet, pipeline = pair
     given = BASE | MODES[mode]
     check(fleet.tensors(seed=5, **given), reference_run(pipeline, seed=5, **reference_call(given)))
 
 
 @pytest.mark.parametrize("asked", [6, 8])
-def test_frames_are_those_that_diffusers_decodes(pair: Pair, asked: int) -> None:
-    """Diffusers says nothing of the frames that it leaves out."""
-    heard = Heard()
+def test_frame_counts_equal_diffusers(pair: Pair, asked: int) -> None:
+    """Diffusers drops the remaining frames without a warning."""
+    recorded = RecordedCall()
     given = BASE | {"num_frames": asked, "num_inference_steps": 1}
-    ours = pair[0].tensors(heard, seed=5, **given)
+    ours = pair[0].tensors(recorded, seed=5, **given)
     check(ours, reference_run(pair[1], seed=5, **reference_call(given)))
     _, warnings = pair[0].model.variants[0].sampling_params.build(given, pair[0].model.checkpoint)
     message = f"{asked} is not one more than a multiple of 4; 5 is used instead"
@@ -82,14 +82,14 @@ def test_frames_are_those_that_diffusers_decodes(pair: Pair, asked: int) -> None
     ],
     ids=str,
 )
-def test_every_input_matters(pair: Pair, change: dict[str, Any]) -> None:
+def test_every_input_changes_the_result(pair: Pair, change: dict[str, Any]) -> None:
     given = BASE | GUIDED | {"seed": 5}
     before, after = (pair[0].tensors(**each)["latents"] for each in (given, given | change))
     assert relative_error(after, before) > 1e-3
 
 
-def test_prompt_2_is_what_clip_reads(pair: Pair) -> None:
-    """Diffusers 0.42 passes over prompt_2; with both encoders' texts given as embeddings it is the same."""
+def test_prompt_2_is_encoded_by_clip(pair: Pair) -> None:
+    """Diffusers 0.42 ignores prompt_2; the reference therefore gets both encoders' embeddings."""
     fleet, pipeline = pair
     with torch.inference_mode():
         _, pooled, _ = pipeline.encode_prompt("a blue cat")
@@ -100,14 +100,14 @@ def test_prompt_2_is_what_clip_reads(pair: Pair) -> None:
     check(fleet.tensors(seed=5, prompt_2="a blue cat", **BASE), theirs)
 
 
-def test_a_prompt_that_is_cut_is_reported(pair: Pair) -> None:
-    heard = Heard()
-    pair[0].tensors(heard, **BASE | {"prompt": "a old stone river", "max_sequence_length": 2}, seed=1)
+def test_a_truncated_prompt_is_reported(pair: Pair) -> None:
+    recorded = RecordedCall()
+    pair[0].tensors(recorded, **BASE | {"prompt": "a old stone river", "max_sequence_length": 2}, seed=1)
     message = "4 tokens are truncated to 2, the limit of text_encoder; removed:  stone river"
-    assert heard.warnings == [("prompt", message)]
+    assert recorded.warnings == [("prompt", message)]
 
 
-def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:
+def test_the_template_has_as_many_tokens_as_published() -> None:
     assert len(llama_tokenizer()(TEMPLATE.before).input_ids) == TEMPLATE.skipped
 
 
@@ -136,13 +136,13 @@ def test_parameters_without_effect_are_reported(pair: Pair) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_drawn_is_refused(pair: Pair, given: dict[str, Any], field: str) -> None:
+def test_unsupported_requests_are_refused(pair: Pair, given: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         pair[0].media(**BASE | given, seed=1)
     assert caught.value.field == field
 
 
-def test_a_model_without_embedded_guidance(tmp_path: Path) -> None:
+def test_a_model_without_embedded_guidance_matches_diffusers(tmp_path: Path) -> None:
     path = build_tiny_hunyuan_video(tmp_path / "m", guidance_embeds=False)
     fleet, pipeline = open_pair(path, HunyuanVideoPipeline)
     check(fleet.tensors(seed=5, **BASE), reference_run(pipeline, seed=5, **BASE))
@@ -151,7 +151,7 @@ def test_a_model_without_embedded_guidance(tmp_path: Path) -> None:
     fleet.close()
 
 
-def test_bfloat16_is_near(pair: Pair) -> None:
+def test_bfloat16_is_close_to_diffusers(pair: Pair) -> None:
     given = BASE | {"seed": 5}
     half = open_fleet(str(pair[0].model.checkpoint.path), torch.bfloat16)
     ours = half.tensors(**given)["latents"]

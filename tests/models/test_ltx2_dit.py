@@ -1,4 +1,4 @@
-"""Our LTX-2 DiT predicts what Diffusers' does from the same weights."""
+"""Parity of the LTX-2 DiT with Diffusers' transformer on the same weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Pair = tuple[Reference, LTX2VideoTransformer3DModel]
 
 
 def pair(path: Path, version: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Pair:
-    """Diffusers' model and ours, from one file of random weights."""
+    """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     made = Reference(**transformer_sizes(version == "2.3") | sizes)
     randomise(made)
@@ -43,7 +43,7 @@ def pair(path: Path, version: str, dtype: torch.dtype = torch.float32, **sizes: 
 
 
 def inputs(version: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Latents and texts by our keywords."""
+    """Random latents and text embeddings, by this project's argument names."""
     torch.manual_seed(1)
     widths = (CAPTION_SIZE, CAPTION_SIZE) if version == "2.0" else (VIDEO_SIZE, AUDIO_SIZE)
     given = {
@@ -56,7 +56,7 @@ def inputs(version: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor
 
 
 def theirs(reference: Reference, given: dict[str, Tensor], timestep: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
-    """Diffusers' predictions in our shapes, for timesteps (B,) or (B, 2)."""
+    """Diffusers' predictions in this project's shapes, for timesteps (B,) or (B, 2)."""
     call: dict[str, Any] = {name: value for name, value in given.items() if name != "fps"}
     call["hidden_states"] = call["hidden_states"].flatten(2).transpose(1, 2)
     call["audio_hidden_states"] = call["audio_hidden_states"].transpose(1, 2).flatten(2)
@@ -95,10 +95,10 @@ def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], most: flo
 @VERSIONS
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
 @pytest.mark.parametrize("has_image", [False, True], ids=["text", "image"])
-def test_predictions_are_diffusers(
+def test_predictions_match_diffusers(
     tmp_path: Path, version: str, dtype: torch.dtype, most: float, has_image: bool
 ) -> None:
-    """Rows of the batch have timesteps of their own; from an image, tokens of the first frame too."""
+    """Each batch row has its own timestep; with an image, the first frame's tokens have another one."""
     reference, ours = pair(tmp_path, version, dtype)
     given = inputs(version, dtype)
     timestep = torch.tensor([[30.0, 900.5], [0.0, 750.25]]) if has_image else torch.tensor([900.5, 750.25])
@@ -108,8 +108,8 @@ def test_predictions_are_diffusers(
 
 
 @VERSIONS
-def test_branches_of_guidance_are_diffusers(tmp_path: Path, version: str) -> None:
-    """Blocks without self-attention, which LTX-2.0 does not have, and streams that do not attend to each other."""
+def test_guidance_branches_match_diffusers(tmp_path: Path, version: str) -> None:
+    """Perturbed branch: blocks without self-attention (not in LTX-2.0). Isolated branch: no video-audio attention."""
     reference, ours = pair(tmp_path, version)
     given, timestep = inputs(version), torch.tensor([900.5, 750.25])
     with torch.inference_mode():
@@ -124,7 +124,7 @@ def test_branches_of_guidance_are_diffusers(tmp_path: Path, version: str) -> Non
 
 
 @VERSIONS
-def test_the_first_frames_own_timestep_may_modulate_its_exchange(tmp_path: Path, version: str) -> None:
+def test_cross_modal_attention_may_use_the_first_frames_timestep(tmp_path: Path, version: str) -> None:
     reference, ours = pair(tmp_path, version)
     given, timestep = inputs(version), torch.tensor([[0.0, 900.5], [0.0, 750.25]])
     results = []
@@ -160,7 +160,7 @@ def test_masked_text_is_not_attended_to(tmp_path: Path) -> None:
     ],
     ids=lambda sizes: ",".join(sizes),
 )
-def test_architectures_are_diffusers(tmp_path: Path, sizes: dict[str, Any]) -> None:
+def test_architectures_match_diffusers(tmp_path: Path, sizes: dict[str, Any]) -> None:
     reference, ours = pair(tmp_path, "2.3", **sizes)
     given, timestep = inputs("2.3"), torch.tensor([[30.0, 900.5], [0.0, 750.25]])
     with torch.inference_mode():
@@ -168,8 +168,8 @@ def test_architectures_are_diffusers(tmp_path: Path, sizes: dict[str, Any]) -> N
     check(got, theirs(reference, given, timestep))
 
 
-def test_steps_are_those_of_single_predictions(tmp_path: Path) -> None:
-    """prepare() takes timesteps (steps, B, 2); a row for each step has both segments."""
+def test_steps_equal_single_predictions(tmp_path: Path) -> None:
+    """prepare() takes timesteps (steps, B, 2): one row per step, with both segments."""
     _, ours = pair(tmp_path, "2.3")
     given = inputs("2.3")
     latents = {name: given.pop(name) for name in ("hidden_states", "audio_hidden_states")}
@@ -206,7 +206,7 @@ def test_a_step_cache_changes_no_bit_of_a_computed_step(tmp_path: Path) -> None:
 
 @VERSIONS
 def test_a_prediction_reads_no_value_on_the_host(tmp_path: Path, version: str) -> None:
-    """A CUDA graph could not capture it: tensors without values are enough."""
+    """CUDA graphs cannot capture host reads, so that a prediction must run on meta tensors."""
     _, ours = pair(tmp_path, version)
     given = inputs(version)
     latents = {name: given.pop(name) for name in ("hidden_states", "audio_hidden_states")}

@@ -1,4 +1,4 @@
-"""The denoising loop of LTX-2 from text and from an image: byte-equal resume, branches, the image's latent frame."""
+"""The denoising loop of LTX-2 for text and image: byte-equal resume, branches, first latent frame."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.artifacts import ImageInputs, ParamValue, Sampling, StepCheckpoint
 from common.checkpoint import Checkpoint
 from common.codec import pack, unpack
@@ -56,7 +56,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
 
 
 class Loop:
-    """The denoising stage of one variant, and what the stages before it make of a request."""
+    """The denoising stage of one variant, and its inputs for a request."""
 
     def __init__(self, model: ServedModel, kind: str, dtype: torch.dtype = torch.float32, **runtime: Any) -> None:
         self.model = model
@@ -92,7 +92,7 @@ def loop(request: pytest.FixtureRequest, model: ServedModel) -> Loop:
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(loop: Loop) -> None:
-    """Both parts, with all branches, through the codec as a checkpoint travels."""
+    """Both latent parts with all branches; step checkpoints are serialized and parsed."""
     x = loop.inputs(num_outputs_per_prompt=2)
     states: list[StepCheckpoint] = []
     whole = loop.run(x, on_item=step_checkpoints_to(states.append))
@@ -104,7 +104,7 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(loop: Loop) -> None:
         assert all(torch.equal(resumed[part], whole[part]) for part in whole), f"after step {state.step}"
 
 
-def test_a_loop_ends_within_the_step_in_which_it_is_cancelled(loop: Loop) -> None:
+def test_cancellation_ends_the_loop_within_a_step(loop: Loop) -> None:
     cancelled, done = threading.Event(), []
 
     def on_progress(step: int, _: int) -> None:
@@ -118,7 +118,7 @@ def test_a_loop_ends_within_the_step_in_which_it_is_cancelled(loop: Loop) -> Non
 
 
 def test_graphs_give_the_same_bytes_as_eager_steps(model: ServedModel) -> None:
-    """Branches have equal shapes: a graph of another branch would skip other blocks."""
+    """Branches have equal shapes, but different graphs, as they skip different blocks."""
     loop = Loop(model, "image")
     eager, capture = loop.run(loop.inputs()), FakeCapture()
     stage = loop.stage
@@ -130,8 +130,8 @@ def test_graphs_give_the_same_bytes_as_eager_steps(model: ServedModel) -> None:
     assert len(capture.graphs) == 4
 
 
-def test_made_up_requests_run(loop: Loop) -> None:
-    """As a denoising service warms up."""
+def test_warm_up_requests_run(loop: Loop) -> None:
+    """Warm-up of the denoising service."""
     stages, seen = HostedStages("denoising", [loop.stage]), []
     warm_up = WarmUp.parse(loop.model, (f"64x96x9@{loop.kind}",))
     warm_up.run(stages.run, torch.float32, Call("warm-up", on_progress=lambda *step: seen.append(step)))
@@ -150,7 +150,7 @@ def test_made_up_requests_run(loop: Loop) -> None:
     ],
     ids=str,
 )
-def test_branches_are_those_whose_guidance_is_on(
+def test_each_enabled_guidance_has_a_branch(
     model: ServedModel, given: dict[str, ParamValue], expected: tuple[str, ...]
 ) -> None:
     config = LTX2PipelineConfig.from_checkpoint(model.checkpoint)
@@ -164,7 +164,7 @@ def test_branches_are_those_whose_guidance_is_on(
 
 
 def test_ltx_2_0_has_no_perturbed_branch(tmp_path: Path) -> None:
-    """Its blocks do not skip self-attention: Diffusers computes a branch that is equal to the positive one."""
+    """LTX-2.0 blocks cannot skip self-attention: Diffusers' perturbed branch equals the positive branch."""
     config = LTX2PipelineConfig.from_checkpoint(Checkpoint.open(build_tiny_ltx2(tmp_path / "m", version="2.0")))
     sampling = Sampling(
         num_inference_steps=1, seed=1, params={"stg_scale": 1.0, "spatio_temporal_guidance_blocks": (1.0,)}
@@ -172,7 +172,7 @@ def test_ltx_2_0_has_no_perturbed_branch(tmp_path: Path) -> None:
     assert config.branches_of(sampling, has_negative=True) == ("positive", "negative")
 
 
-def test_the_first_latent_frame_is_that_of_the_image(model: ServedModel) -> None:
+def test_the_first_latent_frame_equals_the_image(model: ServedModel) -> None:
     loop = Loop(model, "image")
     x = loop.inputs(num_outputs_per_prompt=2)
     assert x.image_latents is not None
@@ -183,7 +183,7 @@ def test_the_first_latent_frame_is_that_of_the_image(model: ServedModel) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_keeps_latents_in_float32(model: ServedModel, kind: str) -> None:
-    """With all branches, and with one, which guidance does not see."""
+    """With all branches, and with one branch, which is not guided."""
     loop = Loop(model, kind, torch.bfloat16)
     off: dict[str, ParamValue] = dict.fromkeys(("guidance_scale", "modality_scale"), 1.0)
     off |= {"audio_guidance_scale": 1.0, "audio_modality_scale": 1.0, "stg_scale": 0.0, "audio_stg_scale": 0.0}
@@ -191,11 +191,11 @@ def test_bfloat16_keeps_latents_in_float32(model: ServedModel, kind: str) -> Non
         result = loop.run(loop.inputs(**given))
         assert all(each.dtype == torch.float32 and bool(each.isfinite().all()) for each in result.values())
         video = result["video"][:, :, 1:]
-        assert not torch.equal(video, video.bfloat16().float()), "no step rounds them to bfloat16"
+        assert not torch.equal(video, video.bfloat16().float()), "no step may round the latents to bfloat16"
 
 
-def test_shapes_are_those_of_the_published_model() -> None:
-    """As in LTX-2: 121 frames of 512x768 at 24 frames a second."""
+def test_shapes_match_the_published_model() -> None:
+    """Default size of LTX-2: 121 frames of 512x768 at 24 frames per second."""
     vae = LTX2VideoVAEConfig.from_dict("vae", {})
     audio_vae = LTX2AudioVAEConfig.from_dict("audio_vae", {})
     assert (vae.latent_channels, vae.spatial_factor, vae.latent_frames(121)) == (128, 32, 16)
@@ -222,7 +222,7 @@ def test_shapes_are_those_of_the_published_model() -> None:
         ("audio_vae", {"base_channels": 128}, "base_channels: 128 is not 8"),
     ],
 )
-def test_modules_that_do_not_fit_are_refused(
+def test_inconsistent_modules_are_refused(
     tmp_path: Path, kind: type[LTX2PipelineConfig], module: str, entry: dict[str, Any], message: str
 ) -> None:
     path = build_tiny_ltx2(tmp_path / "m")

@@ -1,4 +1,4 @@
-"""SamplingParams of LTX-2 against the pipelines of the installed Diffusers: defaults, bounds, and what is refused."""
+"""Parity of LTX-2's SamplingParams with the installed Diffusers: defaults, bounds, refused values."""
 
 from __future__ import annotations
 
@@ -36,20 +36,22 @@ def ltx2(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     ("pipeline", "kind"),
     [(LTX2Pipeline, LTX2SamplingParams), (LTX2ImageToVideoPipeline, LTX2ImageToVideoSamplingParams)],
 )
-def test_defaults_are_those_of_the_call(ltx2: Checkpoint, pipeline: Any, kind: type[SamplingParams]) -> None:
+def test_defaults_equal_those_of_the_diffusers_call(
+    ltx2: Checkpoint, pipeline: Any, kind: type[SamplingParams]
+) -> None:
     arguments = inspect.signature(pipeline.__call__).parameters
     defaults = {spec.name: spec.default for spec in kind.parameters(ltx2)}
     assert {name: defaults[name] for name in SHARED} == {name: arguments[name].default for name in SHARED}
     assert defaults["spatio_temporal_guidance_blocks"] == (28.0,)
     assert arguments["spatio_temporal_guidance_blocks"].default == [28]
-    # What Diffusers takes where its arguments are None: no duration is predicted, and the text encoder is Gemma 3.
+    # Values that Diffusers substitutes for None: no duration is predicted, and the text encoder is Gemma 3.
     assert (arguments["num_frames"].default, defaults["num_frames"]) == (None, 121)
     if kind is LTX2ImageToVideoSamplingParams:
         assert (arguments["image_crf"].default, defaults["image_crf"]) == (None, 33)
 
 
 @KINDS
-def test_scales_of_0_for_the_sound_are_those_of_the_video(ltx2: Checkpoint, kind: type[LTX2SamplingParams]) -> None:
+def test_audio_scales_of_0_default_to_the_video_scales(ltx2: Checkpoint, kind: type[LTX2SamplingParams]) -> None:
     given: dict[str, ParamValue] = {"guidance_scale": 4.0, "stg_scale": 2.0, "modality_scale": 5.0}
     given |= {"guidance_rescale": 0.25}
     given |= {f"audio_{name}": 0.0 for name in given}
@@ -58,7 +60,7 @@ def test_scales_of_0_for_the_sound_are_those_of_the_video(ltx2: Checkpoint, kind
     assert (*found, params.audio_guidance_rescale) == (4.0, 2.0, 5.0, 0.25)
     assert {warning.field for warning in warnings} >= {name for name in given if name.startswith("audio_")}
     again, _ = kind.build(params.as_mapping(), ltx2)
-    assert again == params, "a record of the request is the same request"
+    assert again == params, "the request rebuilt from its record is equal"
 
 
 def test_motion_speed_changes_positions_and_not_the_frame_rate(ltx2: Checkpoint) -> None:
@@ -103,7 +105,7 @@ def test_motion_speed_changes_positions_and_not_the_frame_rate(ltx2: Checkpoint)
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_made_is_refused(
+def test_unsupported_requests_are_refused(
     ltx2: Checkpoint, kind: type[SamplingParams], given: dict[str, ParamValue], field: str, message: str
 ) -> None:
     with pytest.raises(InvalidInput, match=message) as refused:
@@ -111,7 +113,7 @@ def test_what_cannot_be_made_is_refused(
     assert refused.value.field == field
 
 
-def test_the_shortest_sound_is_accepted(ltx2: Checkpoint) -> None:
+def test_the_shortest_audio_is_accepted(ltx2: Checkpoint) -> None:
     params, _ = LTX2SamplingParams.build({"prompt": "x", "num_frames": 5, "frame_rate": 240.0}, ltx2)
     assert params.num_frames == 5
 
@@ -125,7 +127,7 @@ def test_only_the_image_variant_takes_an_image(ltx2: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("name", ["audio_guidance_scale", "audio_stg_scale", "modality_scale"])
-def test_settings_of_sound_are_refused_by_a_model_without_sound(tmp_path: Path, name: str) -> None:
+def test_audio_settings_are_refused_by_a_model_without_audio(tmp_path: Path, name: str) -> None:
     model = open_model(str(build_tiny_wan(tmp_path / "wan")), load_registry())
     with pytest.raises(InvalidInput, match=f"WanPipeline has no parameter '{name}'") as refused:
         model.variants[0].sampling_params.build({"prompt": "x", name: 2.0}, model.checkpoint)
@@ -134,15 +136,15 @@ def test_settings_of_sound_are_refused_by_a_model_without_sound(tmp_path: Path, 
 
 @pytest.mark.parametrize("module", ["vocoder", "audio_vae", "connectors"])
 def test_a_checkpoint_without_one_of_its_modules_is_refused(tmp_path: Path, module: str) -> None:
-    """Diffusers does not load a directory that lacks it, and fails at the end of a run where the entry is null."""
+    """Diffusers does not load a directory without the module; with a null entry, it fails at the end of a run."""
     path = build_tiny_ltx2(tmp_path / "m")
     edit_json(path / "model_index.json", **{module: [None, None]})
     with pytest.raises(CheckpointError, match=f"LTX2Pipeline needs .*{module}"):
         open_model(str(path), load_registry())
 
 
-def test_a_duration_is_not_predicted(tmp_path: Path) -> None:
-    """A later model, of another architecture."""
+def test_a_model_that_predicts_durations_is_refused(tmp_path: Path) -> None:
+    """A later model with another architecture."""
     path = build_tiny_ltx2(tmp_path / "m")
     edit_json(path / "transformer" / "config.json", use_prompt_adaln_single=False)
     with pytest.raises(CheckpointError, match="use_prompt_adaln_single: False is not True"):

@@ -1,7 +1,7 @@
-"""LTX-2 through all of its stages, against both of Diffusers' pipelines over the same directory.
+"""Parity of all LTX-2 stages with both of Diffusers' pipelines on the same directory.
 
-The weights are random, but the scale factors are real. A request with an image is served by the variant of
-LTX2ImageToVideoPipeline, one without an image by that of LTX2Pipeline.
+The weights are random, but the scale factors are the published ones. A request with an image is compared with
+LTX2ImageToVideoPipeline, a request without one with LTX2Pipeline.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from coarse_pictures import coarse_image
+from coarse_images import coarse_image
 from common.errors import InvalidInput
-from local_fleet import Heard, relative_error
+from local_fleet import RecordedCall, relative_error
 from ltx2_pair import Request, Sides, check, given
 from models.validation import InputValidationStage
 from mp4_sound import decoded_sound
@@ -41,15 +41,15 @@ TEXT: dict[str, Request] = {
     "all guidance": {"negative_prompt": "old stone"},
     "without guidance": {**OFF, "negative_prompt": "is not read"},
     "guidance by a negative prompt alone": {**OFF, "guidance_scale": 4.0, "audio_guidance_scale": 2.0},
-    "guidance of the sound alone": {**OFF, "audio_guidance_scale": 5.0},
-    "a scale of 0 for the sound": {**OFF, "guidance_scale": 3.0, "audio_guidance_scale": 0.0},
+    "guidance of the audio alone": {**OFF, "audio_guidance_scale": 5.0},
+    "an audio scale of 0": {**OFF, "guidance_scale": 3.0, "audio_guidance_scale": 0.0},
     "spatio-temporal guidance alone": {**OFF, "stg_scale": 1.5, "spatio_temporal_guidance_blocks": (0.0, 2.0)},
     "modality guidance alone": {**OFF, "modality_scale": 2.0, "audio_modality_scale": 4.0},
     "two branches and rescaling": {**OFF, "stg_scale": 1.0, "guidance_rescale": 0.9, "audio_guidance_rescale": 0.3},
     "rescaling without guidance": {**OFF, "guidance_rescale": 0.7, "audio_guidance_rescale": 0.7},
     "blocks that the model lacks": {**OFF, "stg_scale": 1.0, "spatio_temporal_guidance_blocks": (float(LAYERS), 28.0)},
     "high": {"height": 160, "width": 64},
-    "12 frames, which become 9": {"num_frames": 12},
+    "12 frames, rounded to 9": {"num_frames": 12},
     "one frame": {"num_frames": 1},
     "many frames at an odd rate": {"num_frames": 33, "frame_rate": 29.97, "num_inference_steps": 2},
     "slow motion": {"motion_speed": 0.2},
@@ -65,11 +65,11 @@ IMAGE: dict[str, tuple[Request, tuple[int, int]]] = {
     "all guidance": ({"negative_prompt": "old stone"}, (150, 90)),
     "without guidance": (OFF, (150, 90)),
     "modality guidance and rescaling": ({**OFF, "modality_scale": 3.0, "guidance_rescale": 0.8}, (150, 90)),
-    "high, of another aspect": ({"height": 160, "width": 64}, (40, 300)),
-    "of the video's size, without compression": ({"image_crf": 0}, (96, 64)),
-    "of odd sides, hardly compressed": ({"image_crf": 5}, (97, 63)),
+    "tall, another aspect ratio": ({"height": 160, "width": 64}, (40, 300)),
+    "the video's size, without compression": ({"image_crf": 0}, (96, 64)),
+    "odd sizes, little compression": ({"image_crf": 5}, (97, 63)),
     "one frame": ({"num_frames": 1, "num_inference_steps": 2}, (150, 90)),
-    "12 frames, which become 9": ({"num_frames": 12}, (64, 64)),
+    "12 frames, rounded to 9": ({"num_frames": 12}, (64, 64)),
     "with its own timestep": ({"use_cross_timestep": False}, (150, 90)),
     "many steps": ({"num_inference_steps": 9}, (150, 90)),
     "two outputs": ({"num_outputs_per_prompt": 2}, (150, 90)),
@@ -86,7 +86,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
 
 @pytest.fixture(scope="module")
 def usual(sides: Sides) -> dict[str, Tensor]:
-    """What is made of the usual request."""
+    """Our results of the default request."""
     return sides.ours({})
 
 
@@ -99,12 +99,12 @@ def old_sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
 
 
 @pytest.mark.parametrize("case", TEXT)
-def test_text_to_video_is_diffusers(sides: Sides, case: str) -> None:
+def test_text_to_video_matches_diffusers(sides: Sides, case: str) -> None:
     check(sides.ours(TEXT[case]), sides.theirs(TEXT[case]))
 
 
 @pytest.mark.parametrize("case", IMAGE)
-def test_image_to_video_is_diffusers(sides: Sides, case: str) -> None:
+def test_image_to_video_matches_diffusers(sides: Sides, case: str) -> None:
     request, size = IMAGE[case]
     image = coarse_image(*size, seed=1)
     check(sides.ours(request, image), sides.theirs(request, image))
@@ -118,9 +118,9 @@ def test_the_reference_decodes_as_its_pipeline_does(sides: Sides) -> None:
         assert relative_error(decoded["pixels"], pixels) <= 1e-6
 
 
-@pytest.mark.parametrize("case", ["all guidance", "without guidance", "12 frames, which become 9", "two outputs"])
-def test_ltx_2_0_is_diffusers(old_sides: Sides, case: str) -> None:
-    """Without gates and modulated text, RoPE of neighbouring channels, one projection of the text, another vocoder."""
+@pytest.mark.parametrize("case", ["all guidance", "without guidance", "12 frames, rounded to 9", "two outputs"])
+def test_ltx_2_0_matches_diffusers(old_sides: Sides, case: str) -> None:
+    """LTX-2.0: no gates or text modulation, interleaved RoPE, one text projection, another vocoder."""
     check(old_sides.ours(TEXT[case]), old_sides.theirs(TEXT[case]))
     request, size = IMAGE[case]
     image = coarse_image(*size, seed=1)
@@ -133,8 +133,8 @@ def test_padding_without_registers_is_masked(tmp_path: Path) -> None:
     sides.fleet.close()
 
 
-def test_both_class_names_are_one_model(sides: Sides, tmp_path: Path) -> None:
-    """A directory that LTX2ImageToVideoPipeline saved has both variants too."""
+def test_both_pipeline_class_names_give_one_model(sides: Sides, tmp_path: Path) -> None:
+    """A directory saved by LTX2ImageToVideoPipeline has both variants."""
     sides.image.save_pretrained(str(tmp_path / "m"))
     other = Sides.open(tmp_path / "m")
     assert other.fleet.model.checkpoint.pipeline_name == "LTX2ImageToVideoPipeline"
@@ -144,10 +144,10 @@ def test_both_class_names_are_one_model(sides: Sides, tmp_path: Path) -> None:
     other.fleet.close()
 
 
-def test_several_outputs_are_one_draw(sides: Sides) -> None:
-    """Of the video for all outputs, then of the sound for all: only the first output's video has the noise of one."""
+def test_noise_of_all_outputs_is_drawn_at_once(sides: Sides) -> None:
+    """Video noise of all outputs is drawn before all audio noise: only the first video equals a single output."""
     one, both = (sides.ours({**OFF, "num_outputs_per_prompt": count}) for count in (1, 2))
-    assert relative_error(both["latents"][:1], one["latents"]) > 10 * LATENTS_WITHIN, "its sound is another"
+    assert relative_error(both["latents"][:1], one["latents"]) > 10 * LATENTS_WITHIN, "the audio differs"
     assert relative_error(both["latents"][1:], both["latents"][:1]) > 10 * LATENTS_WITHIN
     assert relative_error(both["audio_latents"][1:], both["audio_latents"][:1]) > 10 * LATENTS_WITHIN
 
@@ -172,15 +172,15 @@ def test_several_outputs_are_one_draw(sides: Sides) -> None:
     ],
     ids=str,
 )
-def test_every_input_matters(sides: Sides, usual: dict[str, Tensor], change: Request) -> None:
-    """The tolerance means something: another input moves both parts at least ten times further."""
+def test_every_input_changes_the_result(sides: Sides, usual: dict[str, Tensor], change: Request) -> None:
+    """Negative control of the tolerance: each changed input moves video and audio at least 10 times further."""
     changed = sides.ours(change)
     for name in ("latents", "audio_latents"):
         assert relative_error(changed[name], usual[name]) > 10 * LATENTS_WITHIN
 
 
-def test_inputs_of_the_image_matter(sides: Sides) -> None:
-    """Also behind the first frame, and to the sound."""
+def test_the_image_changes_later_frames_and_the_audio(sides: Sides) -> None:
+    """The image also affects frames after the first one, and the audio."""
     image, other = (coarse_image(150, 90, seed) for seed in (1, 2))
     usual = sides.ours({}, image)
     for request, given_image in (({}, other), ({"image_crf": 0}, image), ({"use_cross_timestep": False}, image)):
@@ -189,7 +189,7 @@ def test_inputs_of_the_image_matter(sides: Sides) -> None:
         assert relative_error(changed["audio_latents"], usual["audio_latents"]) > 1e-4
 
 
-def test_rounded_frames_and_idle_guidance_are_reported(sides: Sides, old_sides: Sides) -> None:
+def test_rounded_frames_and_unused_guidance_are_reported(sides: Sides, old_sides: Sides) -> None:
     cases = {
         "num_frames": (sides, {"num_frames": 12}),
         "audio_stg_scale": (sides, {**OFF, "audio_stg_scale": 0.0, "stg_scale": 1.0}),
@@ -202,17 +202,17 @@ def test_rounded_frames_and_idle_guidance_are_reported(sides: Sides, old_sides: 
     assert not InputValidationStage(sides.fleet.model).run(given()).warnings
 
 
-def test_a_text_that_is_cut_is_reported(sides: Sides) -> None:
-    heard = Heard()
-    sides.fleet.media(heard, **given(LONG, num_inference_steps=2, output_format="safetensors"))
-    ((field, message),) = [warning for warning in heard.warnings if warning[0] == "prompt"]
+def test_a_truncated_text_is_reported(sides: Sides) -> None:
+    recorded = RecordedCall()
+    sides.fleet.media(recorded, **given(LONG, num_inference_steps=2, output_format="safetensors"))
+    ((field, message),) = [warning for warning in recorded.warnings if warning[0] == "prompt"]
     assert field == "prompt"
     assert "tokens are truncated to 32, the limit of text_encoder" in message
     assert "stone" in message
 
 
-def test_an_mp4_has_the_frames_and_the_sound(sides: Sides) -> None:
-    """Of each output its own; the sound is as long as the frames that were asked for."""
+def test_an_mp4_has_the_frames_and_the_audio(sides: Sides) -> None:
+    """Each output has its own audio, as long as the requested frames."""
     tensors = sides.ours({"num_frames": 12, "num_outputs_per_prompt": 2})
     items = sides.fleet.media(images={}, **given(num_frames=12, num_outputs_per_prompt=2)).items
     assert [(item.content_type, item.num_frames) for item in items] == [("video/mp4", 9)] * 2
@@ -221,20 +221,20 @@ def test_an_mp4_has_the_frames_and_the_sound(sides: Sides) -> None:
             frames = [torch.from_numpy(each.to_ndarray(format="rgb24")) for each in container.decode(video=0)]
             assert container.streams.audio[0].rate == 48000
         video = torch.stack(frames).permute(0, 3, 1, 2) / 255
-        # Random pixels do not survive 4:2:0 and compression; their averages do.
+        # 4:2:0 and compression change random pixels, but preserve their averages.
         differences = [float(avg_pool2d(video - each, 16).abs().mean()) for each in tensors["pixels"]]
         assert 2 * differences[index] < differences[1 - index]
-        heard = decoded_sound(item.data.numpy().tobytes())
+        recorded = decoded_sound(item.data.numpy().tobytes())
         expected = tensors["audio"][index]
-        # A packet of AAC has 1024 samples.
-        assert expected.shape[1] <= heard.shape[1] < expected.shape[1] + 1024
-        errors = [relative_error(heard[:, : expected.shape[1]], each) for each in tensors["audio"]]
+        # An AAC packet has 1024 samples.
+        assert expected.shape[1] <= recorded.shape[1] < expected.shape[1] + 1024
+        errors = [relative_error(recorded[:, : expected.shape[1]], each) for each in tensors["audio"]]
         assert errors[index] < 0.5
         assert 1.5 * errors[index] < errors[1 - index]
 
 
 def test_an_image_that_cannot_be_compressed_is_refused(sides: Sides) -> None:
-    """One row of pixels: H.264's colours have half as many. Uncompressed it is an image as any other."""
+    """H.264 subsamples colours, so that one row of pixels cannot be encoded; without compression, it is accepted."""
     image = coarse_image(40, 1, seed=1)
     with pytest.raises(InvalidInput, match="image: 40 x 1 pixels are not enough to compress") as refused:
         sides.ours({}, image)

@@ -1,4 +1,4 @@
-"""Our LTX-Video DiT predicts what Diffusers' does from the same weights, with padded text."""
+"""Parity of the LTX-Video DiT with Diffusers' transformer, which pads the text, on the same weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PADDING = 5
 
 
 def pair(path: Path, dtype: torch.dtype, **sizes: Any) -> tuple[Reference, LTXVideoTransformer3DModel]:
-    """Diffusers' model and ours, from one file of random weights."""
+    """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     made = Reference(**transformer_sizes() | sizes)
     randomise(made)
@@ -43,7 +43,7 @@ def pair(path: Path, dtype: torch.dtype, **sizes: Any) -> tuple[Reference, LTXVi
 
 
 def inputs(tokens: int, dtype: torch.dtype, *, has_first: bool) -> dict[str, Tensor]:
-    """A request of two outputs with different text."""
+    """Inputs of two outputs with different texts."""
     axes = (torch.arange(size, dtype=torch.float32) * unit for size, unit in zip(GRID, UNITS, strict=True))
     positions = torch.cartesian_prod(*axes)
     given = {
@@ -57,7 +57,7 @@ def inputs(tokens: int, dtype: torch.dtype, *, has_first: bool) -> dict[str, Ten
 
 
 def theirs(reference: Reference, given: dict[str, Tensor]) -> Tensor:
-    """Diffusers' prediction, with a timestep for each token and text that is padded."""
+    """Diffusers' prediction with a timestep per token and padded text."""
     text, timestep = given["encoder_hidden_states"], given["timestep"]
     padding = torch.randn(2, PADDING, CAPTION_SIZE, dtype=text.dtype)
     if timestep.ndim == 2:
@@ -80,10 +80,10 @@ def theirs(reference: Reference, given: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("has_first", [False, True], ids=["one timestep", "a first frame"])
 @pytest.mark.parametrize(("heads", "tokens"), [(4, 9), (5, 1)], ids=str)
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
-def test_predictions_are_diffusers(
+def test_predictions_match_diffusers(
     tmp_path: Path, heads: int, tokens: int, has_first: bool, dtype: torch.dtype, most: float
 ) -> None:
-    """40 channels of 5 heads are no multiple of 6: the first ones do not rotate."""
+    """40 channels in 5 heads are no multiple of 6, so that RoPE does not rotate the first channels."""
     reference, ours = pair(tmp_path, dtype, num_attention_heads=heads, cross_attention_dim=8 * heads)
     given = inputs(tokens, dtype, has_first=has_first)
     with torch.inference_mode():
@@ -92,7 +92,7 @@ def test_predictions_are_diffusers(
     assert relative_error(got, expected) <= most
 
 
-def test_every_keyword_matters(tmp_path: Path) -> None:
+def test_every_keyword_changes_the_prediction(tmp_path: Path) -> None:
     _, ours = pair(tmp_path, torch.float32)
     given, other = (inputs(9, torch.float32, has_first=True) for _ in range(2))
     other |= {"timestep": torch.full((2, 2), 20.0), "positions": given["positions"] * 3}
@@ -104,7 +104,7 @@ def test_every_keyword_matters(tmp_path: Path) -> None:
 
 
 def test_a_prediction_reads_nothing_on_the_host(tmp_path: Path) -> None:
-    """Fake tensors have no values: any read of one would be an error."""
+    """FakeTensors have no values, so that reading a value raises an error."""
     _, ours = pair(tmp_path, torch.float32)
     given = inputs(9, torch.float32, has_first=True)
     latents, timestep = given.pop("hidden_states"), given.pop("timestep")
@@ -116,8 +116,8 @@ def test_a_prediction_reads_nothing_on_the_host(tmp_path: Path) -> None:
     assert predicted.shape == latents.shape
 
 
-def test_parameters_of_the_published_size_are_diffusers() -> None:
-    """Names and shapes, with the defaults of both."""
+def test_parameters_of_the_published_size_match_diffusers() -> None:
+    """Names and shapes with default arguments."""
     with torch.device("meta"):
         theirs, ours = Reference(), LTXVideoTransformer3DModel(LTXVideoTransformerConfig())
     expected = {name: value.shape for name, value in theirs.state_dict().items()}
@@ -139,13 +139,13 @@ def test_parameters_of_the_published_size_are_diffusers() -> None:
     ],
     ids=str,
 )
-def test_other_architectures_are_named(values: dict[str, Any], named: str) -> None:
+def test_other_architectures_are_refused(values: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         LTXVideoTransformerConfig.from_dict("transformer", values)
 
 
 def test_unknown_entries_of_the_config_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Entries of a newer Diffusers; those that Diffusers itself writes are known."""
+    """Entries of a newer Diffusers are logged; entries of the installed Diffusers are known."""
     path = build_tiny_ltx_video(tmp_path / "ltx")
     load_ltx_video_transformer(Checkpoint.open(path), "transformer", torch.device("cpu"), torch.float32)
     assert not caplog.messages

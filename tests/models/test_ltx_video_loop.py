@@ -1,4 +1,4 @@
-"""LTX-Video's loop: byte-equal resume, cancel, warm-up, draws in Diffusers' order, and callbacks of the configs."""
+"""LTX-Video's loop: byte-equal resume, cancellation, warm-up, order of random numbers, config callbacks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.artifacts import Canvas, Sampling
 from common.stage import Call
 from configs.pipeline_configs.base import DecodingNoise
@@ -68,8 +68,8 @@ def test_conditioning_is_not_padded_and_latents_are_packed(inputs: dict[str, Den
 
 
 @VARIANTS
-def test_draws_are_in_diffusers_order(inputs: dict[str, DenoisingInput], variant: str) -> None:
-    """That of the image, the starting noise, and what the decoder draws from the generator after the loop."""
+def test_random_numbers_are_drawn_in_diffusers_order(inputs: dict[str, DenoisingInput], variant: str) -> None:
+    """Order of the draws: image noise, initial noise, and the decoder's noise after the loop."""
     x, generator = inputs[variant], torch.Generator().manual_seed(GIVEN["seed"])
     if variant == "image":
         torch.randn(1, CHANNELS, 1, 2, 3, generator=generator)
@@ -80,7 +80,7 @@ def test_draws_are_in_diffusers_order(inputs: dict[str, DenoisingInput], variant
 
 
 @VARIANTS
-def test_the_generator_passes_the_loop(fleet: LocalFleet, inputs: dict[str, DenoisingInput], variant: str) -> None:
+def test_the_loop_passes_the_generator_on(fleet: LocalFleet, inputs: dict[str, DenoisingInput], variant: str) -> None:
     x = inputs[variant]
     output = denoising_stage(fleet, Runtime(), variant).run(x, Call("test"))
     assert x.latents_generator is not None
@@ -96,7 +96,7 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(
 
 
 @VARIANTS
-def test_a_cancel_ends_the_loop_within_a_step(
+def test_cancellation_ends_the_loop_within_a_step(
     fleet: LocalFleet, inputs: dict[str, DenoisingInput], variant: str
 ) -> None:
     check_cancel(fleet, inputs[variant], variant)
@@ -108,7 +108,7 @@ def test_a_warm_up_runs_the_loop(fleet: LocalFleet, variant: str) -> None:
 
 
 @VARIANTS
-def test_conditioning_is_exactly_what_forward_takes(
+def test_conditioning_has_exactly_the_inputs_of_forward(
     configs: dict[str, LTXVideoPipelineConfig], inputs: dict[str, DenoisingInput], variant: str
 ) -> None:
     config, embeds = configs[variant], inputs[variant].text_conditioning.prompt_embeds
@@ -129,14 +129,14 @@ def test_conditioning_is_exactly_what_forward_takes(
     ],
     ids=str,
 )
-def test_noise_of_the_decoder(
+def test_decoder_noise_is_configurable(
     configs: dict[str, LTXVideoPipelineConfig], params: dict[str, float], expected: DecodingNoise
 ) -> None:
     sampling = Sampling(num_inference_steps=2, seed=0, params=params)
     assert configs["text"].decoding_noise(sampling) == expected
 
 
-def test_shapes_of_the_published_size(configs: dict[str, LTXVideoPipelineConfig]) -> None:
+def test_shapes_match_the_published_size(configs: dict[str, LTXVideoPipelineConfig]) -> None:
     config, canvas = configs["image"], Canvas(height=512, width=704, num_frames=161)
     assert config.raw_latent_shapes(canvas, 2) == {"video": (2, CHANNELS, 21, 16, 22)}
     assert config.posterior_shape(canvas) == (1, CHANNELS, 1, 16, 22)

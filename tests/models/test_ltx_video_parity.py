@@ -1,4 +1,4 @@
-"""LTX-Video through all of its stages, against Diffusers' pipelines with the same weights, seed and arguments."""
+"""Parity of all LTX-Video stages with Diffusers' pipelines: same weights, seed and arguments."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from diffusers import LTXImageToVideoPipeline, LTXPipeline
 from PIL import Image
 from torch import Tensor
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.checkpoint import Checkpoint
 from common.errors import CheckpointError, InvalidInput
 from configs.pipeline_configs.ltx_video import LTXVideoPipelineConfig
-from local_fleet import NO_IMAGES, Heard, LocalFleet, open_fleet, reference_run, relative_error
+from local_fleet import NO_IMAGES, LocalFleet, RecordedCall, open_fleet, reference_run, relative_error
 from tiny_ltx2 import edit_json
 from tiny_ltx_video import build_tiny_ltx_video, build_tiny_ltx_video_095
 from wan_pair import check, open_reference
@@ -26,7 +26,7 @@ BASE: dict[str, Any] = {"prompt": "a red apple", "height": 64, "width": 64, "num
 LONG = "the old stone river on the moon and the red cat in a blue car " * 30
 IMAGE = coarse_image(90, 60)
 
-# Of each version: from text, then (by the image) from text and an image.
+# Requests per version: text only, then text with an image.
 MODES: dict[str, tuple[str, dict[str, Any], Image.Image | None]] = {
     "guided": ("0.9.0", {"negative_prompt": "a blue car"}, None),
     "not guided, one frame": ("0.9.0", {"guidance_scale": 1.0, "num_frames": 1}, None),
@@ -43,16 +43,16 @@ MODES: dict[str, tuple[str, dict[str, Any], Image.Image | None]] = {
         {"num_outputs_per_prompt": 2, "height": 96, "guidance_rescale": 0.5, "num_frames": 17},
         IMAGE,
     ),
-    "noise of the decoder": ("0.9.5", {"decode_timestep": 0.05, "decode_noise_scale": 0.025}, None),
-    "noise of the timestep, two outputs": ("0.9.5", {"decode_timestep": 0.1, "num_outputs_per_prompt": 2}, None),
+    "decoder noise": ("0.9.5", {"decode_timestep": 0.05, "decode_noise_scale": 0.025}, None),
+    "timestep noise, two outputs": ("0.9.5", {"decode_timestep": 0.1, "num_outputs_per_prompt": 2}, None),
     "no noise": ("0.9.5", {"guidance_scale": 1.0}, None),
-    "image, noise of the decoder": ("0.9.5", {"decode_timestep": 0.05, "num_outputs_per_prompt": 2}, IMAGE),
+    "image, decoder noise": ("0.9.5", {"decode_timestep": 0.05, "num_outputs_per_prompt": 2}, IMAGE),
 }
 
 
 @dataclass(frozen=True)
 class Sides:
-    """One checkpoint: our services in this process, and Diffusers' pipelines."""
+    """One checkpoint: `fleet` runs our services in this process, next to Diffusers' pipelines."""
 
     fleet: LocalFleet
     text: Any
@@ -65,12 +65,12 @@ class Sides:
         return cls(open_fleet(str(path)), text, image)
 
     def ours(self, given: Mapping[str, Any], image: Image.Image | None = None) -> dict[str, Tensor]:
-        """latents and pixels of our services. The image chooses the variant."""
+        """Run our services; returns "latents" and "pixels". An image selects the I2V variant."""
         images = NO_IMAGES if image is None else {"image": png(image)}
         return self.fleet.tensors(images=images, seed=5, **given)
 
     def theirs(self, given: Mapping[str, Any], image: Image.Image | None = None) -> dict[str, Tensor]:
-        """The same of Diffusers' pipeline, which needs a timestep for each output."""
+        """Run Diffusers' pipeline, which needs a decoding timestep per output; returns "latents" and "pixels"."""
         call = dict(given)
         outputs = call["num_videos_per_prompt"] = call.pop("num_outputs_per_prompt", 1)
         if "decode_timestep" in call:
@@ -82,7 +82,7 @@ class Sides:
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Sides]]:
-    """By the version of the VAE."""
+    """Sides by VAE version."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("ltx")
     built = {"0.9.0": build_tiny_ltx_video(folder / "090"), "0.9.5": build_tiny_ltx_video_095(folder / "095")}
@@ -93,15 +93,15 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Sides]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_latents_and_pixels_are_diffusers(sides: dict[str, Sides], mode: str) -> None:
+def test_latents_and_pixels_match_diffusers(sides: dict[str, Sides], mode: str) -> None:
     version, change, image = MODES[mode]
     given = BASE | change
     check(sides[version].ours(given, image), sides[version].theirs(given, image))
 
 
 @pytest.mark.parametrize("asked", [10, 16])
-def test_frames_are_those_that_diffusers_decodes(sides: dict[str, Sides], asked: int) -> None:
-    """Diffusers says nothing of the frames that it leaves out."""
+def test_frame_counts_equal_diffusers(sides: dict[str, Sides], asked: int) -> None:
+    """Diffusers drops the remaining frames without a warning."""
     pair, given = sides["0.9.0"], BASE | {"num_frames": asked}
     check(pair.ours(given), pair.theirs(given))
     _, warnings = pair.fleet.model.variants[0].sampling_params.build(given, pair.fleet.model.checkpoint)
@@ -121,21 +121,21 @@ def test_frames_are_those_that_diffusers_decodes(sides: dict[str, Sides], asked:
     ],
     ids=str,
 )
-def test_every_input_matters(sides: dict[str, Sides], change: dict[str, Any]) -> None:
+def test_every_input_changes_the_result(sides: dict[str, Sides], change: dict[str, Any]) -> None:
     given = BASE | {"negative_prompt": "a blue car"}
     before, after = (sides["0.9.0"].ours(each)["latents"] for each in (given, given | change))
     assert relative_error(after, before) > 1e-3
 
 
 @pytest.mark.parametrize("change", [{"decode_timestep": 0.2}, {"decode_noise_scale": 0.3}], ids=str)
-def test_the_decoders_noise_leaves_latents_alone(sides: dict[str, Sides], change: dict[str, Any]) -> None:
+def test_decoder_noise_does_not_change_latents(sides: dict[str, Sides], change: dict[str, Any]) -> None:
     given = BASE | {"decode_timestep": 0.05, "decode_noise_scale": 0.05}
     before, after = (sides["0.9.5"].ours(each) for each in (given, given | change))
     assert torch.equal(before["latents"], after["latents"])
     assert relative_error(after["pixels"], before["pixels"]) > 1e-3
 
 
-def test_the_image_is_the_first_frame_and_matters(sides: dict[str, Sides]) -> None:
+def test_the_image_is_the_first_frame_and_changes_the_others(sides: dict[str, Sides]) -> None:
     first, other = (sides["0.9.0"].ours(BASE, image)["latents"] for image in (IMAGE, coarse_image(90, 60, 3)))
     tokens = 2 * 2
     for rows in (slice(0, tokens), slice(tokens, None)):
@@ -153,11 +153,11 @@ def test_parameters_without_effect_are_reported(sides: dict[str, Sides]) -> None
     assert not model.variants[0].sampling_params.build({**BASE, "decode_timestep": 0.1}, model.checkpoint)[1]
 
 
-def test_a_prompt_that_is_cut_is_reported(sides: dict[str, Sides]) -> None:
-    heard = Heard()
+def test_a_truncated_prompt_is_reported(sides: dict[str, Sides]) -> None:
+    recorded = RecordedCall()
     given = BASE | {"prompt": "a old stone river", "max_sequence_length": 3, "guidance_scale": 1.0}
-    sides["0.9.0"].fleet.tensors(heard, seed=1, **given)
-    assert [(field, "truncated to 3" in message) for field, message in heard.warnings] == [("prompt", True)]
+    sides["0.9.0"].fleet.tensors(recorded, seed=1, **given)
+    assert [(field, "truncated to 3" in message) for field, message in recorded.warnings] == [("prompt", True)]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_prompt_that_is_cut_is_reported(sides: dict[str, Sides]) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_drawn_is_refused(sides: dict[str, Sides], given: dict[str, Any], field: str) -> None:
+def test_unsupported_requests_are_refused(sides: dict[str, Sides], given: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         sides["0.9.0"].fleet.media(**BASE | given, seed=1)
     assert caught.value.field == field
@@ -184,7 +184,7 @@ def test_what_cannot_be_drawn_is_refused(sides: dict[str, Sides], given: dict[st
     ids=str,
 )
 def test_wrong_images_are_refused(sides: dict[str, Sides], roles: tuple[str, ...], frames: int, field: str) -> None:
-    """Frames that are fewer than two latent frames would be the image alone."""
+    """A video of one latent frame would show only the image."""
     images = dict.fromkeys(roles, png(IMAGE))
     with pytest.raises(InvalidInput) as caught:
         sides["0.9.0"].fleet.media(None, images, **BASE | {"num_frames": frames}, seed=1)
@@ -192,7 +192,7 @@ def test_wrong_images_are_refused(sides: dict[str, Sides], roles: tuple[str, ...
 
 
 @pytest.mark.parametrize("image", [None, IMAGE], ids=["text", "image"])
-def test_bfloat16_is_near(sides: dict[str, Sides], image: Image.Image | None) -> None:
+def test_bfloat16_is_close_to_diffusers(sides: dict[str, Sides], image: Image.Image | None) -> None:
     half = open_fleet(str(sides["0.9.5"].fleet.model.checkpoint.path), torch.bfloat16)
     images = NO_IMAGES if image is None else {"image": png(image)}
     ours = half.tensors(images=images, seed=5, **BASE)["latents"]
@@ -200,13 +200,13 @@ def test_bfloat16_is_near(sides: dict[str, Sides], image: Image.Image | None) ->
     assert relative_error(ours, sides["0.9.5"].ours(BASE, image)["latents"]) < 0.1
 
 
-# Counts of latents off the grid of 16, where torch draws other numbers in bfloat16 than in float32.
+# The number of latents is no multiple of 16: torch then draws different numbers in bfloat16 and in float32.
 ODD: dict[str, Any] = {**BASE, "height": 96, "width": 96, "num_frames": 17}
 ODD_SHAPE = (1, 8, 3, 3, 3)
 
 
 def draws(image: Image.Image | None) -> tuple[Tensor | None, Tensor]:
-    """Noise of the image's latents and of the decoder, of a request in bfloat16 with seed 5."""
+    """Noise of the image latents and of the decoder, for a bfloat16 request with seed 5."""
     generator, image_noise = torch.Generator().manual_seed(5), None
     if image is not None:
         image_noise = torch.randn((*ODD_SHAPE[:2], 1, *ODD_SHAPE[3:]), generator=generator, dtype=torch.bfloat16)
@@ -216,10 +216,10 @@ def draws(image: Image.Image | None) -> tuple[Tensor | None, Tensor]:
 
 @pytest.mark.parametrize("image", [None, IMAGE], ids=["text", "image"])
 @pytest.mark.parametrize("version", ["0.9.0", "0.9.5"])
-def test_bfloat16_is_rounded_where_diffusers_rounds(
+def test_bfloat16_is_rounded_at_the_same_points_as_in_diffusers(
     sides: dict[str, Sides], version: str, image: Image.Image | None
 ) -> None:
-    """Draws are of the VAE's dtype; float32 latents are denormalised before they are rounded and mixed with noise."""
+    """Noise has the VAE's dtype; float32 latents are denormalized before they are rounded and mixed with noise."""
     path = str(sides[version].fleet.model.checkpoint.path)
     half, pipeline = open_fleet(path, torch.bfloat16), LTXPipeline.from_pretrained(path, dtype=torch.bfloat16)
     given = ODD | ({"decode_timestep": 0.05, "decode_noise_scale": 0.3} if version == "0.9.5" else {})
@@ -257,7 +257,7 @@ def test_bfloat16_is_rounded_where_diffusers_rounds(
     ],
     ids=str,
 )
-def test_modules_that_do_not_fit_are_refused(
+def test_inconsistent_modules_are_refused(
     tmp_path: Path, sides: dict[str, Sides], module: str, change: dict[str, Any], named: str
 ) -> None:
     whole = sides["0.9.0"].fleet.model.checkpoint.path

@@ -1,4 +1,4 @@
-"""Stages find their modules by role: a checkpoint may name its modules as it likes."""
+"""Stages find their modules by role, so that a checkpoint may use other module names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.artifacts import ParamValue
 from common.errors import CheckpointError
 from local_fleet import NO_IMAGES, LocalFleet, open_fleet
@@ -58,7 +58,7 @@ I2V_STAGES = 'self.add_standard_ti2v_stages(image_processor="feature_extractor",
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    """Wan's pipelines with other names for the scheduler and for the image processor."""
+    """A registry with Wan pipelines whose scheduler and image processor have other names."""
     plugins = tmp_path_factory.mktemp("plugins")
     t2v, i2v = (*VIDEO, "solver"), (*VIDEO, "image_encoder", "feature_extractor", "solver")
     for name, base, modules, stages in (
@@ -73,7 +73,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
 
 
 def renamed(path: Path, target: Path, names: Sequence[tuple[str, str]]) -> Path:
-    """A copy of the checkpoint whose modules have other names."""
+    """Copy a checkpoint and rename its modules."""
     shutil.copytree(path, target)
     index = json.loads((path / "model_index.json").read_text())
     index["_class_name"] = f"Solver{index['_class_name']}"
@@ -86,12 +86,12 @@ def renamed(path: Path, target: Path, names: Sequence[tuple[str, str]]) -> Path:
 
 @pytest.fixture(scope="module")
 def t2v(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint, and its copy whose scheduler is called solver."""
+    """A checkpoint, and a copy whose scheduler is named "solver"."""
     path = build_tiny_wan(tmp_path_factory.mktemp("wan") / "t2v")
     return path, renamed(path, path.with_name("t2v-solver"), [("scheduler", "solver")])
 
 
-def test_a_scheduler_of_another_name_is_served_to_the_same_bytes(t2v: tuple[Path, Path], registry: Registry) -> None:
+def test_a_renamed_scheduler_gives_the_same_bytes(t2v: tuple[Path, Path], registry: Registry) -> None:
     usual, other = open_fleet(str(t2v[0])), LocalFleet(open_model(str(t2v[1]), registry))
     ours, theirs = other.tensors(None, NO_IMAGES, **GIVEN), usual.tensors(None, NO_IMAGES, **GIVEN)
     assert other.model.service("denoising").modules == ("transformer", "solver")
@@ -100,7 +100,7 @@ def test_a_scheduler_of_another_name_is_served_to_the_same_bytes(t2v: tuple[Path
     other.close()
 
 
-def test_an_image_processor_of_another_name_is_served_to_the_same_bytes(tmp_path: Path, registry: Registry) -> None:
+def test_a_renamed_image_processor_gives_the_same_bytes(tmp_path: Path, registry: Registry) -> None:
     path = build_tiny_wan_i2v(tmp_path / "i2v")
     names = [("scheduler", "solver"), ("image_processor", "feature_extractor")]
     usual = open_fleet(str(path))
@@ -112,7 +112,7 @@ def test_an_image_processor_of_another_name_is_served_to_the_same_bytes(tmp_path
     other.close()
 
 
-def test_it_is_warmed_up(t2v: tuple[Path, Path], registry: Registry) -> None:
+def test_renamed_modules_are_warmed_up(t2v: tuple[Path, Path], registry: Registry) -> None:
     model = open_model(str(t2v[1]), registry)
     (inputs,) = WarmUp.parse(model, ["32x32x5"]).inputs(torch.float32)
     contract = model.service("denoising").contract
@@ -126,7 +126,7 @@ def test_it_is_warmed_up(t2v: tuple[Path, Path], registry: Registry) -> None:
         ({"use_dynamic_shifting": True}, r"solver/scheduler_config\.json: UniPCMultistepScheduler cannot run 50 steps"),
     ],
 )
-def test_its_configuration_is_checked(
+def test_the_config_of_a_renamed_scheduler_is_checked(
     t2v: tuple[Path, Path], registry: Registry, tmp_path: Path, entries: dict[str, object], message: str
 ) -> None:
     path = tmp_path / "edited"

@@ -1,4 +1,4 @@
-"""Every way to share a DiT out gives what one rank gives, with lengths that divide by nothing."""
+"""Every parallel layout of a DiT equals one rank, with sequence lengths that no degree divides."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rank_calls import denoise, rank_file
 from rank_pool import RankPool
 
 PAIRS = [layout for layout in LAYOUTS if layout.world_size == 4 and max(map(layout.of, AXES)) == 2]
-# Degree 2 of each axis, and a pair.
+# Degree 2 on each axis, and on one pair of axes.
 FEW = [*(Degrees(**{axis: 2}) for axis in AXES), Degrees(tp=2, ulysses=2)]
 
 
@@ -34,57 +34,69 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 
 
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
-def test_every_layout(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
+def test_every_layout_equals_one_rank(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
+) -> None:
     check(rank_pool, cases["flux"], degrees, tmp_path)
 
 
 @pytest.mark.parametrize("degrees", PAIRS, ids=str)
 @pytest.mark.parametrize("family", ["qwen-image", "qwen-image-edit", "wan", "wan-i2v"])
-def test_pairs(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, family: str, degrees: Degrees) -> None:
+def test_pairs_of_axes_equal_one_rank(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, family: str, degrees: Degrees
+) -> None:
     check(rank_pool, cases[family], degrees, tmp_path)
 
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
-def test_degrees_of_glm_image(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
-    """The positive branch has more glyph tokens than there are ranks, the negative branch fewer."""
+def test_glm_image_layouts_equal_one_rank(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
+) -> None:
+    """The positive branch has more glyph tokens than ranks, the negative branch fewer."""
     check(rank_pool, cases["glm-image"], degrees, tmp_path)
 
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
-def test_three_segments_of_tokens(
+def test_layouts_with_three_token_segments_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
 ) -> None:
-    """Every rank has a chunk of the text, of the image that is made, and of those that are given."""
+    """Every rank has a shard of the text, of the generated image and of the input images."""
     check(rank_pool, cases["qwen-image-edit-plus"], degrees, tmp_path)
 
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
-def test_degrees_of_layers(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
+def test_layered_image_layouts_equal_one_rank(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
+) -> None:
     check(rank_pool, cases["qwen-image-layered"], degrees, tmp_path)
 
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
-def test_degrees_of_hunyuan_video(
+def test_hunyuan_video_layouts_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
 ) -> None:
-    """The refined text is a row of each step; the negative branch has one token of it."""
+    """Refined text has a row per step; the negative branch has one text token."""
     check(rank_pool, cases["hunyuan-video"], degrees, tmp_path)
 
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
-def test_degrees_of_z_image(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
-    """The image attends to itself before it attends to the text; guidance ends at a step."""
+def test_z_image_layouts_equal_one_rank(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
+) -> None:
+    """Image self-attention precedes joint attention with the text; guidance ends at a step."""
     check(rank_pool, cases["z-image"], degrees, tmp_path)
 
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
-def test_degrees_of_flux2(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
-    """Each kind of block joins other projections; ranks share the tokens of the noise and of the reference images."""
+def test_flux2_layouts_equal_one_rank(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
+) -> None:
+    """Each block type fuses different projections; tokens of noise and reference images are sharded."""
     check(rank_pool, cases["flux2-klein"], degrees, tmp_path)
 
 
 @pytest.mark.parametrize("degrees", [Degrees(ring=2), Degrees(tp=2, ulysses=2)], ids=str)
-def test_degrees_of_flux2_with_embedded_guidance(
+def test_flux2_layouts_with_embedded_guidance_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
 ) -> None:
     check(rank_pool, cases["flux2-dev"], degrees, tmp_path)
@@ -92,10 +104,10 @@ def test_degrees_of_flux2_with_embedded_guidance(
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
 @pytest.mark.parametrize("family", ["wan-ti2v", "ltx-video"])
-def test_two_segments_of_tokens(
+def test_layouts_with_two_token_segments_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, family: str, degrees: Degrees
 ) -> None:
-    """Every rank has a chunk of the first frame and a chunk of the others."""
+    """Every rank has a shard of the first frame and a shard of the other frames."""
     check(rank_pool, cases[family], degrees, tmp_path)
 
 
@@ -111,10 +123,10 @@ def test_two_segments_of_tokens(
     ],
     ids=str,
 )
-def test_few_step_loops(
+def test_few_step_layouts_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, family: str, degrees: Degrees
 ) -> None:
-    """All ranks add the same noise. The cache of a causal model is sharded by heads."""
+    """All ranks add the same noise. The KV cache of a causal model is sharded by heads."""
     check(rank_pool, cases[family], degrees, tmp_path)
 
 
@@ -128,16 +140,18 @@ def test_a_causal_model_refuses_a_ring(cases: dict[str, Case]) -> None:
 
 
 @pytest.mark.parametrize("degrees", FEW, ids=str)
-def test_two_experts(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees) -> None:
-    """Each is sharded for itself."""
+def test_layouts_with_two_experts_equal_one_rank(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
+) -> None:
+    """Each expert is sharded separately."""
     check(rank_pool, cases["wan-a14b"], degrees, tmp_path)
 
 
 @pytest.mark.parametrize("degrees", [*FEW, Degrees(ulysses=2, ring=2)], ids=str)
-def test_two_streams_and_four_branches(
+def test_layouts_with_video_audio_and_four_branches_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
 ) -> None:
-    """Video tokens are sharded, and audio tokens are whole on every rank."""
+    """Video tokens are sharded, audio tokens are replicated."""
     check(rank_pool, cases["ltx2"], degrees, tmp_path)
 
 
@@ -147,7 +161,7 @@ def test_two_streams_and_four_branches(
     ids=["float8", "step-cache"],
 )
 @pytest.mark.parametrize("family", ["flux", "wan"])
-def test_ranks_approximate_alike(
+def test_approximations_agree_between_ranks(
     rank_pool: RankPool,
     cases: dict[str, Case],
     tmp_path: Path,
@@ -155,7 +169,7 @@ def test_ranks_approximate_alike(
     approximation: dict[str, Any],
     most: float,
 ) -> None:
-    """All skip the same steps; parts of a weight have scales of their own."""
+    """All ranks reuse the same steps; each shard of a float8 weight has its own scales."""
     loop = str(cases[family].loop)
     given: dict[str, Any] = {"checkpoint": cases[family].checkpoint, "inputs": loop, "approximation": approximation}
     rank_pool.join(Degrees(tp=2, ulysses=2))
@@ -165,7 +179,7 @@ def test_ranks_approximate_alike(
     denoise(0, **given, output=str(tmp_path / "one"))
     alone = load_file(rank_file(str(tmp_path / "one"), 0))["latents"]
     assert relative_error(results[0], alone) <= most
-    assert relative_error(alone, cases[family].latents) > 1e-3, "something was approximated"
+    assert relative_error(alone, cases[family].latents) > 1e-3, "the approximation must change the result"
 
 
 @pytest.mark.parametrize(
@@ -173,10 +187,10 @@ def test_ranks_approximate_alike(
     [("flux", Degrees(tp=2, ulysses=2)), ("wan", Degrees(tp=2, ring=2)), ("ltx2", Degrees(tp=2, ring=2))],
     ids=str,
 )
-def test_a_block_is_one_graph(
+def test_a_block_compiles_to_one_graph(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, family: str, degrees: Degrees
 ) -> None:
-    """torch.compile traces the collectives; a break in the graph would be an error."""
+    """torch.compile traces the collectives; a graph break is an error."""
     case, output = cases[family], str(tmp_path / "single")
     rank_pool.join(degrees)
     rank_pool.call(
@@ -186,7 +200,7 @@ def test_a_block_is_one_graph(
 
 
 @pytest.mark.parametrize("degrees", [Degrees(tp=2), Degrees(ulysses=2), Degrees(ring=2)], ids=str)
-def test_branches_side_by_side_are_the_branches_in_turn(
+def test_cfg_parallel_branches_equal_sequential_branches(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
 ) -> None:
     case, latents = cases["flux"], []
@@ -198,7 +212,7 @@ def test_branches_side_by_side_are_the_branches_in_turn(
     assert all(torch.equal(each, latents[0]) for each in latents)
 
 
-def test_cfg_ranks_agree_where_there_is_one_branch(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path) -> None:
+def test_cfg_ranks_agree_with_a_single_branch(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path) -> None:
     case, inputs, output = cases["flux"], tmp_path / "in", str(tmp_path / "out")
     x = load_input(case.loop)
     save_input(replace(x, text_conditioning=replace(x.text_conditioning, negative_prompt_embeds={})), inputs)
@@ -208,4 +222,4 @@ def test_cfg_ranks_agree_where_there_is_one_branch(rank_pool: RankPool, cases: d
     files = (rank_file(str(tmp_path / "one"), 0), rank_file(output, 0), rank_file(output, 1))
     expected, *got = (load_file(file)["latents"] for file in files)
     assert all(torch.equal(each, expected) for each in got)
-    assert not torch.equal(expected, case.latents), "guidance would make a difference"
+    assert not torch.equal(expected, case.latents), "guidance must change the result"

@@ -1,4 +1,4 @@
-"""The layers between ranks, each against one rank: attention over cut sequences, chunks of any size."""
+"""Parallel layers compared with one rank: attention over sharded sequences, gathers of uneven chunks."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ SEQUENCE_LAYOUTS = [
 
 
 LENGTHS = [(13, 35), (1, 4), (3, 0), (1, 1)]
-"""Tokens of text and image; in the last ones some ranks hold a token and others none."""
+"""(text tokens, image tokens); in the last cases some ranks have one token and others none."""
 
 
 @pytest.mark.parametrize("degrees", SEQUENCE_LAYOUTS, ids=str)
-def test_attention_over_a_cut_sequence(rank_pool: RankPool, tmp_path: Path, degrees: Degrees) -> None:
+def test_attention_over_a_sharded_sequence_equals_one_rank(
+    rank_pool: RankPool, tmp_path: Path, degrees: Degrees
+) -> None:
     torch.manual_seed(0)
     rank_pool.join(degrees)
     for text, image in LENGTHS:
@@ -38,7 +40,7 @@ def test_attention_over_a_cut_sequence(rank_pool: RankPool, tmp_path: Path, degr
         whole = torch.cat(list(streams.values()), dim=2)
         save_file(streams, tmp_path / "in")
         sizes = rank_pool.call("rank_calls:attend", inputs=str(tmp_path / "in"), output=str(tmp_path / "out"))
-        # Ranks that differ on tp or cfg only have the same chunk.
+        # Ranks that differ only on tp or cfg have the same shard.
         ranks = range(0, degrees.sp * degrees.tp, degrees.tp)
         assert [sum(sizes[rank][stream] for rank in ranks) for stream in (0, 1)] == [text, image]
         parts = [load_file(rank_file(str(tmp_path / "out"), rank)) for rank in ranks]
@@ -47,8 +49,8 @@ def test_attention_over_a_cut_sequence(rank_pool: RankPool, tmp_path: Path, degr
 
 
 @pytest.mark.parametrize("degrees", SEQUENCE_LAYOUTS, ids=str)
-def test_attention_of_whole_queries_to_sharded_keys(rank_pool: RankPool, tmp_path: Path, degrees: Degrees) -> None:
-    """The same bytes on every rank, also where some have no keys."""
+def test_attention_of_all_queries_to_sharded_keys(rank_pool: RankPool, tmp_path: Path, degrees: Degrees) -> None:
+    """The result is byte-equal on every rank, also if some ranks have no keys."""
     torch.manual_seed(0)
     rank_pool.join(degrees)
     for keys in (35, 5, 3, 1):
@@ -63,7 +65,7 @@ def test_attention_of_whole_queries_to_sharded_keys(rank_pool: RankPool, tmp_pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_to_some_keys_after_others(dtype: torch.dtype) -> None:
+def test_attention_results_of_two_key_sets_are_merged(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, tokens, 3, 8, dtype=dtype) for tokens in (5, 9, 9))
     parts = [attention_with_lse(q, k[:, rows], v[:, rows]) for rows in (slice(0, 2), slice(2, 5), slice(5, None))]
@@ -77,8 +79,8 @@ def test_attention_to_some_keys_after_others(dtype: torch.dtype) -> None:
     assert relative_error(merged[1], scores.logsumexp(-1)) <= most
 
 
-def test_merging_scores_that_no_exponential_holds() -> None:
-    """Attention to keys that matter, after keys that do not: exp(200) is infinite in float32."""
+def test_merging_scores_that_overflow_the_exponential() -> None:
+    """Merge keys of high scores after keys of low scores: exp(200) is infinite in float32."""
     out, lse = torch.ones(1, 1, 1, 2), torch.full((1, 1, 1), 200.0)
     merged, total = merge_attention(
         (torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1), -200.0)), (out, lse), torch.bfloat16
@@ -87,7 +89,7 @@ def test_merging_scores_that_no_exponential_holds() -> None:
     assert torch.equal(total, lse)
 
 
-def test_chunks_of_any_size_are_joined(rank_pool: RankPool) -> None:
+def test_chunks_of_any_size_are_gathered(rank_pool: RankPool) -> None:
     rank_pool.join(Degrees(tp=4))
     assert rank_pool.call("rank_calls:gather", sizes=[2, 1, 0, 1]) == [[0.0, 0.0, 1.0, 3.0]] * 4
 
@@ -106,7 +108,7 @@ def test_neighbours_on_the_tp_axis_have_consecutive_ranks(
     assert [tuple(place[axis] for axis in AXES) for place in rank_pool.join(degrees)] == places
 
 
-def test_a_rank_that_fails_ends_the_pool_instead_of_hanging_it(tmp_path: Path) -> None:
+def test_a_failed_rank_closes_the_pool(tmp_path: Path) -> None:
     pool = RankPool(tmp_path)
     pool.join(Degrees(tp=2))
     with pytest.raises(RankFailed, match="sizes"):

@@ -1,4 +1,4 @@
-"""The plans beside the models: whole, and refused where they do not fit. No ranks: what one of them would load."""
+"""Parallel plans of all families: completeness, refused plans, and the weights of one rank; no ranks are started."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ PLANS: dict[str, tuple[ParallelPlan, Callable[[Any], DiffusionTransformer], tupl
     "wan": (WAN_PLAN, WanTransformer3DModel, (WanTransformerConfig(), WAN_I2V)),
     "z-image": (Z_IMAGE_PLAN, ZImageTransformer2DModel, (ZImageTransformerConfig(),)),
 }
-"""Plan, model and published configs of each family."""
+"""(plan, model class, published configs) of each family."""
 
 EVERY_PLAN = pytest.mark.parametrize(("plan", "kind", "configs"), PLANS.values(), ids=PLANS)
 
 
 def rank_of(degrees: Degrees, **places: int) -> WorkerMesh:
-    """One rank of a worker group whose others are not there: it can load, and not compute."""
+    """The mesh of one rank without the other ranks: it can load weights, but not compute."""
     return WorkerMesh(degrees, CPU, 0, {axis: Axis(degrees.of(axis), places.get(axis, 0)) for axis in AXES})
 
 
@@ -90,7 +90,7 @@ def on_meta(kind: Callable[[Any], DiffusionTransformer], config: Any) -> Diffusi
 
 
 @EVERY_PLAN
-def test_a_plan_names_nothing_that_is_not_there(
+def test_every_pattern_of_a_plan_matches_a_module(
     plan: ParallelPlan, kind: Callable[[Any], DiffusionTransformer], configs: tuple[Any, ...]
 ) -> None:
     paths = {path for config in configs for path, _ in on_meta(kind, config).named_modules()}
@@ -99,7 +99,7 @@ def test_a_plan_names_nothing_that_is_not_there(
 
 
 @EVERY_PLAN
-def test_no_matrix_of_a_block_is_whole_on_every_rank(
+def test_every_block_matrix_is_sharded(
     plan: ParallelPlan, kind: Callable[[Any], DiffusionTransformer], configs: tuple[Any, ...]
 ) -> None:
     for config in configs:
@@ -108,17 +108,19 @@ def test_no_matrix_of_a_block_is_whole_on_every_rank(
         shards = parameter_shards(model)
         whole = {name: value for name, value in model.named_parameters() if name not in shards}
         blocks = {name: value for name, value in whole.items() if "blocks." in name and value.ndim == 2}
-        assert not [name for name in blocks if not name.endswith("scale_shift_table")], "but for rows of modulations"
+        assert not [name for name in blocks if not name.endswith("scale_shift_table")], (
+            "only modulation tables may be replicated"
+        )
         held = sum(value.numel() for value in model.parameters())
         everything = sum(value.numel() for value in on_meta(kind, config).parameters())
-        assert held / everything < 0.52, "of two ranks each holds half, and what is small besides"
+        assert held / everything < 0.52, "each of two ranks holds half of the weights plus small replicated ones"
 
 
 @EVERY_PLAN
-def test_attention_is_replaced_where_the_plan_says(
+def test_attention_is_replaced_at_the_paths_of_the_plan(
     plan: ParallelPlan, kind: Callable[[Any], DiffusionTransformer], configs: tuple[Any, ...]
 ) -> None:
-    """Without tp no weight is cut, and attention is replaced everywhere that the plan says."""
+    """Without tp no weight is sharded, and attention is replaced at every path of the plan."""
     model = on_meta(kind, configs[0])
     parallelize(model, plan, rank_of(Degrees(ulysses=2, ring=3)), heads=configs[0].num_attention_heads)
     assert not parameter_shards(model)
@@ -131,8 +133,8 @@ def test_attention_is_replaced_where_the_plan_says(
     assert len({module.scope for module in model.modules() if isinstance(module, USPAttention)}) == 1
 
 
-def test_graphs_of_requests_with_chunks_of_equal_size_are_distinguished(dev: Pair) -> None:
-    """Of 13 and of 14 tokens the first of two ranks has 7; the other one does not, and both capture collectives."""
+def test_graphs_differ_between_requests_with_equal_chunk_sizes(dev: Pair) -> None:
+    """With 13 or 14 tokens, rank 0 of 2 has 7 tokens, but rank 1 differs, and graphs include collectives."""
     config = FluxPipelineConfig.from_checkpoint(dev.ours.model.checkpoint)
     runtime = Runtime(mesh=rank_of(Degrees(ulysses=2)))
     transformer = load_module(dev.ours.model.checkpoint, "transformer", config, runtime)
@@ -154,7 +156,7 @@ def test_graphs_of_requests_with_chunks_of_equal_size_are_distinguished(dev: Pai
     assert keys[0] != keys[1]
 
 
-def test_a_plan_for_something_else_is_refused() -> None:
+def test_a_plan_for_another_model_is_refused() -> None:
     model = on_meta(FluxTransformer2DModel, FluxTransformerConfig(num_layers=1, num_single_layers=1))
     plan = replace(FLUX_PLAN, column=("transformer_blocks.*.attn",))
     with pytest.raises(TypeError, match=r"transformer_blocks\.0\.attn is JointAttention, .* for Linear"):
@@ -165,7 +167,7 @@ def test_a_plan_for_something_else_is_refused() -> None:
 
 
 @pytest.mark.parametrize("degrees", [Degrees(), Degrees(tp=2), Degrees(ring=2)], ids=str)
-def test_a_plan_for_a_method_that_is_no_entry_point_is_refused(degrees: Degrees) -> None:
+def test_a_plan_for_a_method_that_is_not_an_entry_point_is_refused(degrees: Degrees) -> None:
     model = on_meta(FluxTransformer2DModel, FluxTransformerConfig(num_layers=1, num_single_layers=1))
     for cuts, message in (
         (
@@ -211,11 +213,11 @@ def test_a_plan_that_contradicts_itself_is_refused(changes: dict[str, Any], mess
         ("", "", True),
     ],
 )
-def test_patterns(path: str, pattern: str, expected: bool) -> None:
+def test_patterns_match_paths(path: str, pattern: str, expected: bool) -> None:
     assert matches(path, pattern) is expected
 
 
-def test_each_rank_reads_what_it_holds(dev: Pair, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_rank_reads_only_its_shards(dev: Pair, caplog: pytest.LogCaptureFixture) -> None:
     model = dev.ours.model
     config = FluxPipelineConfig.from_checkpoint(model.checkpoint)
     caplog.set_level(logging.INFO, "models.weights")
@@ -227,7 +229,7 @@ def test_each_rank_reads_what_it_holds(dev: Pair, caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("degrees", [Degrees(tp=3), Degrees(tp=2, ulysses=4)], ids=str)
-def test_heads_that_do_not_divide(dev: Pair, degrees: Degrees) -> None:
+def test_an_indivisible_head_count_is_refused(dev: Pair, degrees: Degrees) -> None:
     model = dev.ours.model
     spec = model.service("denoising")
     with pytest.raises(InvalidInput, match="the model has 4 attention heads"):
@@ -235,7 +237,7 @@ def test_heads_that_do_not_divide(dev: Pair, degrees: Degrees) -> None:
 
 
 @pytest.mark.parametrize("degrees", [Degrees(ring=2), Degrees(cfg=2)], ids=str)
-def test_a_family_without_a_plan(tmp_path: Path, degrees: Degrees) -> None:
+def test_a_family_without_a_plan_is_refused(tmp_path: Path, degrees: Degrees) -> None:
     with toy_family(tmp_path / "plugins") as plugins:
         model = open_model(str(build_toy_checkpoint(tmp_path / "toy")), load_registry([plugins]))
         spec = model.service("denoising")
@@ -246,7 +248,7 @@ def test_a_family_without_a_plan(tmp_path: Path, degrees: Degrees) -> None:
             load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, mesh=rank_of(degrees)))
 
 
-def test_numerics_differ_between_layouts() -> None:
+def test_the_numerics_fingerprint_differs_between_layouts() -> None:
     prints = {numerics_fingerprint(CPU, torch.float32, degrees) for degrees in (Degrees(tp=2), Degrees(ring=2), None)}
     assert len(prints) == 3
     assert numerics_fingerprint(CPU, torch.float32, Degrees()) == numerics_fingerprint(CPU, torch.float32)

@@ -1,4 +1,4 @@
-"""Our Qwen-Image DiT predicts what Diffusers' does from the same weights."""
+"""Parity of the Qwen-Image DiT with Diffusers' transformer on the same weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SAMPLING = Sampling(num_inference_steps=4, seed=0)
 
 
 def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, QwenImageTransformer2DModel]:
-    """Diffusers' model and ours, from one file of random weights."""
+    """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     made = Reference(**SIZES)
     randomise(made)
@@ -48,7 +48,7 @@ def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, QwenImageTransforme
 
 
 def pipeline_config() -> QwenImagePipelineConfig:
-    """Callbacks for 4 latent channels."""
+    """A pipeline config for 4 latent channels."""
     transformer = QwenImageTransformerConfig.from_dict("transformer", SIZES)
     statistics = {"latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4}
     vae = AutoencoderKLQwenImageConfig(z_dim=4, spatial_factor=8, **statistics)
@@ -57,12 +57,12 @@ def pipeline_config() -> QwenImagePipelineConfig:
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 6), (7, 1)], ids=str)
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
-def test_predictions_are_diffusers(tmp_path: Path, grid: tuple[int, int], dtype: torch.dtype, most: float) -> None:
+def test_predictions_match_diffusers(tmp_path: Path, grid: tuple[int, int], dtype: torch.dtype, most: float) -> None:
     reference, ours = pair(tmp_path, dtype)
     rows, columns = grid
     latents = torch.randn(2, rows * columns, 16, dtype=dtype)
     text = torch.randn(2, 9, 24, dtype=dtype)
-    timestep = torch.tensor([0.75, 0.75])  # exact in bfloat16, which Diffusers rounds timesteps to
+    timestep = torch.tensor([0.75, 0.75])  # exact in bfloat16; Diffusers rounds timesteps to the latents' dtype
     embeds = {"encoder_hidden_states": text}
     own = pipeline_config().prepare_pos_cond_kwargs(embeds, {"image": (2, 1, 4, 2 * rows, 2 * columns)}, SAMPLING)
     with torch.inference_mode():
@@ -73,8 +73,8 @@ def test_predictions_are_diffusers(tmp_path: Path, grid: tuple[int, int], dtype:
     assert relative_error(got, expected) <= most
 
 
-def test_parameters_of_the_published_size_are_diffusers() -> None:
-    """Names and shapes, with the defaults of both: Qwen-Image's own architecture."""
+def test_parameters_of_the_published_size_match_diffusers() -> None:
+    """Names and shapes with default arguments, which are Qwen-Image's architecture."""
     with torch.device("meta"):
         theirs, ours = Reference(), QwenImageTransformer2DModel(QwenImageTransformerConfig())
     expected = {name: value.shape for name, value in theirs.state_dict().items()}
@@ -82,7 +82,7 @@ def test_parameters_of_the_published_size_are_diffusers() -> None:
     assert QwenImageTransformerConfig.from_dict("transformer", dict(theirs.config)) == QwenImageTransformerConfig()
 
 
-def test_conditioning_is_exactly_what_forward_takes() -> None:
+def test_conditioning_has_exactly_the_inputs_of_forward() -> None:
     config = pipeline_config()
     embeds = {"encoder_hidden_states": torch.zeros(1, 5, 24)}
     assert {encoding.keyword for encoding in config.text_encodings} == embeds.keys()
@@ -90,13 +90,13 @@ def test_conditioning_is_exactly_what_forward_takes() -> None:
     own = dict(config.prepare_pos_cond_kwargs(embeds, shapes, SAMPLING))
     assert own.keys() == config.prepare_neg_cond_kwargs(embeds, shapes, SAMPLING).keys()
     taken = inspect.signature(QwenImageTransformer2DModel.forward).parameters.keys() - {"self"}
-    # Of the given images, which this pipeline does not have.
+    # Input images, which this pipeline does not have.
     assert own.pop("condition_ids") is None
     assert own.keys() | embeds.keys() | {"hidden_states", "timestep", "condition_states", "condition_ids"} == taken
 
 
 def test_packing_and_unpacking_move_the_frame_axis() -> None:
-    """Noise is drawn with frames before channels; the VAE reads them after."""
+    """Noise is drawn with frames before channels; the VAE expects channels before frames."""
     config = pipeline_config()
     raw = torch.randn(2, 1, 4, 6, 8)
     packed = config.pack("image", raw)
@@ -105,7 +105,7 @@ def test_packing_and_unpacking_move_the_frame_axis() -> None:
     assert torch.equal(config.unpack("image", packed, tuple(raw.shape)), raw.transpose(1, 2))
 
 
-def test_guidance_keeps_each_tokens_length() -> None:
+def test_guidance_preserves_the_norm_of_each_token() -> None:
     positive, negative = torch.randn(2, 1, 5, 16).unbind(0)
     predictions = {"positive": {"image": positive}, "negative": {"image": negative}}
     step = Step(0, 1000.0, {"image": 1.0}, {"image": 0.75})
@@ -125,13 +125,13 @@ def test_guidance_keeps_each_tokens_length() -> None:
     ],
     ids=str,
 )
-def test_other_architectures_are_named(values: dict[str, Any], named: str) -> None:
+def test_other_architectures_are_refused(values: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         QwenImageTransformerConfig.from_dict("transformer", values)
 
 
 @pytest.mark.parametrize("flag", ["zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"])
-def test_variants_of_other_pipelines_are_named(flag: str) -> None:
+def test_transformers_of_other_pipelines_are_refused(flag: str) -> None:
     transformer = QwenImageTransformerConfig.from_dict("transformer", {flag: True})
     with pytest.raises(CheckpointError, match=f"transformer/config.json: {flag}: True is not False"):
         check_flags(transformer, QwenImagePipelineConfig.transformer_flags)

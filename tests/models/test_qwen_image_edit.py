@@ -1,6 +1,6 @@
-"""Qwen-Image-Edit through all of its stages, against Diffusers' pipeline with the same weights, seed and picture.
+"""Parity of all Qwen-Image-Edit stages with Diffusers' pipeline: same weights, seed and image.
 
-Whatever the size of the result, the given picture has about 4000 tokens: few steps, and few cases.
+The input image has about 4000 tokens at any output size, so that tests use few steps and few cases.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dime
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.errors import CheckpointError, InvalidInput
 from common.image_header import ImageHeader
 from configs.models.vaes.qwen_image import image_size_of_area
 from configs.pipeline_configs.qwen_image_edit import EDIT_TEMPLATE, MAX_POSITIONS, QwenImageEditPipelineConfig
 from configs.sample.qwen_image import QwenImageEditSamplingParams
-from local_fleet import Heard, LocalFleet, open_fleet, reference_run, relative_error
+from local_fleet import LocalFleet, RecordedCall, open_fleet, reference_run, relative_error
 from models.encoder_runners.image_text import ImageTextEncoder
 from models.validation import InputValidationStage
 from tiny_qwen_image import build_tiny_qwen_image_edit, open_edit_reference, qwen_tokenizer
@@ -34,7 +34,7 @@ LONG = "the old stone river on the moon and the red cat in a blue car " * 20
 
 
 def xmp_rotated(data: bytes) -> bytes:
-    """The PNG with an XMP chunk that rotates it by 90 degrees."""
+    """Add an XMP chunk to a PNG that rotates it by 90 degrees."""
     info = PngInfo()
     info.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
     file = io.BytesIO()
@@ -61,7 +61,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     ],
     ids=["wide, guided", "tall, long prompt", "square, two outputs, empty prompt"],
 )
-def test_latents_and_pixels_are_diffusers(pair: Pair, size: tuple[int, int], given: dict[str, Any]) -> None:
+def test_latents_and_pixels_match_diffusers(pair: Pair, size: tuple[int, int], given: dict[str, Any]) -> None:
     fleet, pipeline = pair
     whole = BASE | given
     call = {name: value for name, value in whole.items() if name != "num_outputs_per_prompt"}
@@ -74,11 +74,11 @@ def test_latents_and_pixels_are_diffusers(pair: Pair, size: tuple[int, int], giv
     assert ours["pixels"].shape == theirs["pixels"].shape
     assert relative_error(ours["latents"], theirs["latents"]) <= 1e-4
     assert float((ours["pixels"] - theirs["pixels"]).abs().max()) <= 1e-3
-    assert float(theirs["pixels"].std()) > 0.05, "a flat picture would prove nothing"
+    assert float(theirs["pixels"].std()) > 0.05, "a flat image would prove nothing"
 
 
-def test_prompt_picture_and_negative_prompt_matter(pair: Pair) -> None:
-    """Each moves the result far beyond the tolerance."""
+def test_prompt_image_and_negative_prompt_change_the_result(pair: Pair) -> None:
+    """Negative control of the tolerance: each changed input moves the result far beyond it."""
 
     def latents(image: Image.Image, **change: Any) -> torch.Tensor:
         return pair[0].tensors(images={"image": png(image)}, seed=5, **BASE | GUIDED | change)["latents"]
@@ -92,12 +92,12 @@ def test_prompt_picture_and_negative_prompt_matter(pair: Pair) -> None:
         assert relative_error(after, before) > 1e-3
 
 
-def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:
+def test_the_template_has_as_many_tokens_as_published() -> None:
     head, _ = EDIT_TEMPLATE.before.split("<|vision_start|>")
     assert len(qwen_tokenizer()(head).input_ids) == EDIT_TEMPLATE.skipped
 
 
-def test_a_tokenizer_that_the_encoder_does_not_know_is_refused(pair: Pair) -> None:
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(pair: Pair) -> None:
     encoding = QwenImageEditPipelineConfig.from_checkpoint(pair[0].model.checkpoint).image_text_encoding
     encoder = pair[1].text_encoder.model
     known = encoder.get_input_embeddings().num_embeddings
@@ -111,13 +111,13 @@ def test_a_tokenizer_that_the_encoder_does_not_know_is_refused(pair: Pair) -> No
 @pytest.mark.parametrize(
     "size", [(64, 64), (90, 60), (60, 90), (1, 60), (1999, 1201), (5000, 333), (31, 1023)], ids=str
 )
-def test_pictures_are_edited_in_diffusers_sizes(size: tuple[int, int]) -> None:
+def test_images_are_resized_as_in_diffusers(size: tuple[int, int]) -> None:
     width, height = size
     theirs = calculate_dimensions(1024 * 1024, width / height)
     assert image_size_of_area(height, width) == (theirs[1], theirs[0])
 
 
-def test_the_size_follows_from_the_picture(pair: Pair) -> None:
+def test_the_size_follows_from_the_image(pair: Pair) -> None:
     stage = InputValidationStage(pair[0].model)
     params = stage.run({"prompt": ""}, {"image": png(coarse_image(90, 60))}).params
     assert (params.height, params.width) == image_size_of_area(60, 90) == (832, 1248)
@@ -141,7 +141,7 @@ def test_16_bit_grey_is_accepted_with_a_warning(pair: Pair) -> None:
     assert "above 255 become white" in request.warnings[0].message
 
 
-def test_tokens_are_not_limited_as_diffusers_does_not(pair: Pair) -> None:
+def test_prompt_length_is_unlimited_as_in_diffusers(pair: Pair) -> None:
     stage = InputValidationStage(pair[0].model)
     warnings = stage.run({"prompt": "", "max_sequence_length": 8}, {"image": png(coarse_image(9, 9))}).warnings
     assert [warning.field for warning in warnings] == ["max_sequence_length"]
@@ -151,18 +151,16 @@ def test_tokens_are_not_limited_as_diffusers_does_not(pair: Pair) -> None:
     ("given", "images", "field"),
     [
         ({}, {}, "image"),
-        ({}, {"image": b"no picture"}, "image"),
+        ({}, {"image": b"no image"}, "image"),
         ({}, {"image": png(coarse_image(9, 9)), "image_1": png(coarse_image(9, 9))}, "image_1"),
         ({"num_inference_steps": 1}, {"image": png(coarse_image(9, 9))}, "num_inference_steps"),
         ({"prompt": "put <|image_pad|> there"}, {"image": png(coarse_image(9, 9))}, "prompt"),
         ({"prompt": "猫" * MAX_POSITIONS}, {"image": png(coarse_image(9, 9))}, "prompt"),
         ({**GUIDED, "negative_prompt": "<|image_pad|>"}, {"image": png(coarse_image(9, 9))}, "negative_prompt"),
     ],
-    ids=["none", "no picture", "two", "one step", "mark", "too long", "negative mark"],
+    ids=["none", "no image", "two", "one step", "mark", "too long", "negative mark"],
 )
-def test_what_cannot_be_edited_is_refused(
-    pair: Pair, given: dict[str, Any], images: dict[str, bytes], field: str
-) -> None:
+def test_unsupported_edits_are_refused(pair: Pair, given: dict[str, Any], images: dict[str, bytes], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
-        pair[0].media(Heard(), images, **BASE | given, seed=1)
+        pair[0].media(RecordedCall(), images, **BASE | given, seed=1)
     assert caught.value.field == field

@@ -1,6 +1,6 @@
-"""Qwen-Image-Edit-Plus through all of its stages, against Diffusers' pipeline with the same weights, seed and images.
+"""Parity of all Qwen-Image-Edit-Plus stages with Diffusers' pipeline: same weights, seed and images.
 
-Given images have about 4000 tokens each; here both make them smaller.
+Input images have about 4000 tokens each; the tests reduce this in both implementations.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as refere
 from PIL import Image
 from torch import Tensor
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.artifacts import StepCheckpoint
 from common.codec import pack, unpack
 from common.errors import Cancelled, CheckpointError, InvalidInput
@@ -24,7 +24,7 @@ from common.stage import Call
 from common.tensors import TORCH
 from configs.models.vaes.qwen_image import image_size_of_area
 from configs.pipeline_configs.qwen_image_edit_plus import QwenImageEditPlusPipelineConfig, plus_template
-from local_fleet import Heard, LocalFleet, call_of, open_fleet, reference_run, relative_error
+from local_fleet import LocalFleet, RecordedCall, call_of, open_fleet, reference_run, relative_error
 from models.contracts import DenoisingInput
 from models.loader import load_stages
 from models.runtime import Runtime
@@ -50,7 +50,7 @@ def files(images: list[Image.Image]) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Pair]]:
-    """2511 and 2509, by zero_cond_t."""
+    """Models like 2511 and 2509, by zero_cond_t."""
     torch.set_num_threads(1)
     opened: dict[bool, Pair] = {}
     for zero_cond_t in (True, False):
@@ -65,7 +65,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Pair]
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given images are encoded in fewer pixels."""
+    """Encode input images at fewer pixels in both implementations."""
     monkeypatch.setattr(QwenImageEditPlusPipelineConfig, "vae_image_area", AREA)
     monkeypatch.setattr(reference, "VAE_IMAGE_SIZE", AREA)
 
@@ -95,19 +95,19 @@ CASES: dict[str, tuple[bool, int, dict[str, Any]]] = {
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("case", CASES)
-def test_latents_and_pixels_are_diffusers(pairs: dict[bool, Pair], case: str) -> None:
+def test_latents_and_pixels_match_diffusers(pairs: dict[bool, Pair], case: str) -> None:
     zero_cond_t, count, change = CASES[case]
     check(pairs[zero_cond_t], given(count), BASE | change)
 
 
-def test_images_are_encoded_in_diffusers_sizes() -> None:
+def test_images_are_encoded_at_the_sizes_of_diffusers() -> None:
     assert QwenImageEditPlusPipelineConfig.vae_image_area == reference.VAE_IMAGE_SIZE
     assert QwenImageEditPlusPipelineConfig.encoder_image_area == reference.CONDITION_IMAGE_SIZE
 
 
 @pytest.mark.usefixtures("small")
-def test_every_input_matters(pairs: dict[bool, Pair]) -> None:
-    """Each moves the result far beyond the tolerance, the order of images and zero_cond_t too."""
+def test_every_input_changes_the_result(pairs: dict[bool, Pair]) -> None:
+    """Negative control: each input, the order of images and zero_cond_t move the result far beyond the tolerance."""
 
     def latents(images: list[Image.Image], zero_cond_t: bool = True, **change: Any) -> Tensor:
         return pairs[zero_cond_t][0].tensors(images=files(images), seed=5, **BASE | GUIDED | change)["latents"]
@@ -126,7 +126,7 @@ def test_every_input_matters(pairs: dict[bool, Pair]) -> None:
 
 
 def loop_input(fleet: LocalFleet) -> DenoisingInput:
-    """What the loop reads of a request with two images."""
+    """The loop's input for a request with two images."""
     images = files(given(2))
     validated = InputValidationStage(fleet.model).run({**BASE, **GUIDED, "num_inference_steps": 3, "seed": 3}, images)
     values: dict[str, Any] = dict(validated.artifacts)
@@ -172,7 +172,7 @@ def test_the_size_follows_from_the_last_image(pairs: dict[bool, Pair]) -> None:
     assert (params.height, params.width) == image_size_of_area(200, 50)
 
 
-def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:
+def test_the_template_has_as_many_tokens_as_published() -> None:
     template = plus_template(2)
     head, *_ = template.before.partition("Picture 1:")
     assert len(qwen_tokenizer()(head).input_ids) == template.skipped
@@ -195,11 +195,11 @@ def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:
     ],
     ids=["none", "no first", "no image", "too many", "too large", "one step", "too small", "mark"],
 )
-def test_what_cannot_be_edited_is_refused(
+def test_unsupported_edits_are_refused(
     pairs: dict[bool, Pair], change: dict[str, Any], images: dict[str, bytes], field: str
 ) -> None:
     with pytest.raises(InvalidInput) as caught:
-        pairs[True][0].media(Heard(), images, **BASE | change, seed=1)
+        pairs[True][0].media(RecordedCall(), images, **BASE | change, seed=1)
     assert caught.value.field == field
 
 

@@ -1,6 +1,6 @@
-"""Qwen-Image-Layered through all of its stages, against Diffusers' pipeline with the same weights, seed and image.
+"""Parity of all Qwen-Image-Layered stages with Diffusers' pipeline: same weights, seed and image.
 
-Layers have at least 640 x 640 pixels; here both make them smaller.
+Layers have at least 640 x 640 pixels; the tests reduce this in both implementations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered as referenc
 from PIL import Image
 from torch import Tensor
 
-from coarse_pictures import png
+from coarse_images import png
 from common.artifacts import StepCheckpoint
 from common.codec import pack, unpack
 from common.errors import Cancelled, CheckpointError, InvalidInput
@@ -29,7 +29,7 @@ from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig, image_s
 from configs.pipeline_configs.qwen_image import check_flags
 from configs.pipeline_configs.qwen_image_layered import QwenImageLayeredPipelineConfig
 from configs.sample.qwen_image_layered import QwenImageLayeredSamplingParams
-from local_fleet import Heard, LocalFleet, call_of, open_fleet, relative_error
+from local_fleet import LocalFleet, RecordedCall, call_of, open_fleet, relative_error
 from models.contracts import DenoisingInput
 from models.encoder_runners import captions
 from models.loader import load_stages
@@ -39,7 +39,7 @@ from step_checkpoints import step_checkpoints_to
 from tiny_qwen_image import build_tiny_qwen_image_layered, open_layered_reference
 
 SHRINK = 64
-"""So many times fewer pixels than in Diffusers: 80 x 80 in place of 640 x 640."""
+"""Factor by which pixel counts are reduced: 80 x 80 instead of 640 x 640."""
 BASE: dict[str, Any] = {"prompt": "a red apple", "layers": 2, "num_inference_steps": 2}
 GUIDED: dict[str, Any] = {"negative_prompt": "a blue car"}
 LONG = "the old stone river on the moon and the red cat in a blue car " * 20
@@ -60,7 +60,7 @@ WIDE = transparent(90, 60)
 
 @pytest.fixture(scope="module", autouse=True)
 def _small() -> Iterator[None]:
-    """Both make fewer pixels."""
+    """Reduce the pixel counts of both implementations."""
     sizes = reference.calculate_dimensions
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "calculate_dimensions", lambda area, ratio: sizes(area // SHRINK, ratio))
@@ -84,9 +84,9 @@ def pipeline(fleet: LocalFleet) -> Any:
 
 
 def their_run(pipeline: Any, image: Image.Image, request: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Latents of the last step and pixels: Diffusers fails with output_type="latent".
+    """Run Diffusers; returns latents of the last step, as output_type="latent" fails, and pixels.
 
-    Of several outputs it hands out the layers in wrong groups, but in the right order.
+    With several outputs, Diffusers groups the layers incorrectly, but their order is correct.
     """
     latents: list[Tensor] = []
 
@@ -103,20 +103,20 @@ def their_run(pipeline: Any, image: Image.Image, request: Mapping[str, Any]) -> 
 
 CASES: dict[str, tuple[Image.Image, dict[str, Any]]] = {
     "guided": (WIDE, GUIDED),
-    "guided, normalised, four layers": (WIDE, {**GUIDED, "cfg_normalize": True, "layers": 4}),
+    "guidance with normalization, four layers": (WIDE, {**GUIDED, "cfg_normalize": True, "layers": 4}),
     "tall, long prompt, one layer": (transparent(50, 200), {"prompt": LONG, "layers": 1}),
     "two outputs, sigmas": (
         transparent(64, 64),
         {"num_outputs_per_prompt": 2, "sigmas": (1.0, 0.6, 0.3), "num_inference_steps": 3},
     ),
     "resolution 1024, few tokens": (WIDE, {"resolution": 1024, "max_sequence_length": 4, "layers": 1}),
-    "described in Chinese": (WIDE, {"prompt": ""}),
-    "described in English, guided": (transparent(64, 64, seed=3), {"prompt": " ", "use_en_prompt": True, **GUIDED}),
+    "Chinese caption": (WIDE, {"prompt": ""}),
+    "English caption, guidance": (transparent(64, 64, seed=3), {"prompt": " ", "use_en_prompt": True, **GUIDED}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_latents_and_pixels_are_diffusers(fleet: LocalFleet, pipeline: Any, case: str) -> None:
+def test_latents_and_pixels_match_diffusers(fleet: LocalFleet, pipeline: Any, case: str) -> None:
     image, change = CASES[case]
     request = BASE | change
     theirs = their_run(pipeline, image, request)
@@ -128,7 +128,7 @@ def test_latents_and_pixels_are_diffusers(fleet: LocalFleet, pipeline: Any, case
     assert float(theirs["pixels"].std()) > 0.05, "flat layers would prove nothing"
 
 
-def test_every_input_matters(fleet: LocalFleet) -> None:
+def test_every_input_changes_the_result(fleet: LocalFleet) -> None:
     def latents(image: Image.Image = WIDE, **change: Any) -> Tensor:
         return fleet.tensors(images={"image": png(image)}, seed=5, **BASE | GUIDED | change)["latents"]
 
@@ -157,27 +157,27 @@ def test_each_layer_is_a_png_with_transparency(fleet: LocalFleet) -> None:
         assert np.abs(np.asarray(layer) / 255 - expected.permute(1, 2, 0).numpy()).max() <= 0.5 / 255 + 1e-6
 
 
-def test_a_description_is_diffusers_and_a_warning(fleet: LocalFleet, pipeline: Any) -> None:
-    heard = Heard()
-    fleet.media(heard, {"image": png(WIDE)}, **BASE | {"prompt": ""}, seed=1)
-    ((field, message),) = heard.warnings
+def test_a_caption_matches_diffusers_and_is_reported(fleet: LocalFleet, pipeline: Any) -> None:
+    recorded = RecordedCall()
+    fleet.media(recorded, {"image": png(WIDE)}, **BASE | {"prompt": ""}, seed=1)
+    ((field, message),) = recorded.warnings
     size = InputValidationStage(fleet.model).run({}, {"image": png(WIDE)}).params
     resized = WIDE.resize((size.width, size.height), Image.Resampling.LANCZOS)
     with torch.inference_mode():
         caption = pipeline.get_image_caption(resized, use_en_prompt=False, device="cpu")
     assert caption
     assert (field, message) == ("prompt", f"the prompt is empty; a caption of the image is used instead: {caption}")
-    assert [token for token, total in heard.progress if total == captions.MAX_CAPTION_TOKENS][:2] == [1, 2]
-    assert heard.progress[-3:] == [(1, 2), (2, 2), (1, 1)]
+    assert [token for token, total in recorded.progress if total == captions.MAX_CAPTION_TOKENS][:2] == [1, 2]
+    assert recorded.progress[-3:] == [(1, 2), (2, 2), (1, 1)]
 
 
-def test_questions_for_descriptions_are_diffusers(pipeline: Any) -> None:
+def test_caption_prompts_match_diffusers(pipeline: Any) -> None:
     assert pipeline.image_caption_prompt_en == captions.ENGLISH
     assert pipeline.image_caption_prompt_cn == captions.CHINESE
 
 
 def before(fleet: LocalFleet, call: Call, **change: Any) -> DenoisingInput:
-    """What the loop reads of a request."""
+    """The loop's input for a request."""
     images = {"image": png(WIDE)}
     validated = InputValidationStage(fleet.model).run({**BASE, "num_inference_steps": 3, "seed": 3, **change}, images)
     values: dict[str, Any] = dict(validated.artifacts)
@@ -211,17 +211,17 @@ def test_a_loop_resumes_after_every_step_and_ends_within_one_when_cancelled(flee
     assert steps == [1]
 
 
-def test_a_cancel_after_a_token_ends_the_description(fleet: LocalFleet) -> None:
-    heard: list[int] = []
+def test_cancellation_after_a_token_ends_the_caption(fleet: LocalFleet) -> None:
+    recorded: list[int] = []
 
     def on_progress(token: int, _: int) -> None:
-        heard.append(token)
+        recorded.append(token)
         call.cancelled.set()
 
     call = Call("test", on_progress=on_progress)
     with pytest.raises(Cancelled):
         before(fleet, call, prompt="")
-    assert heard == [1]
+    assert recorded == [1]
 
 
 def test_every_argument_of_the_call_is_served_with_its_default(fleet: LocalFleet) -> None:
@@ -229,7 +229,7 @@ def test_every_argument_of_the_call_is_served_with_its_default(fleet: LocalFleet
     renamed = {"num_images_per_prompt": "num_outputs_per_prompt"}
     specs = {spec.name: spec for spec in QwenImageLayeredSamplingParams.parameters(fleet.model.checkpoint)}
     served = {renamed.get(name, name) for name in arguments.keys() - NOT_SERVED}
-    # A size may be given that is the one which image and resolution give.
+    # height and width must equal the size that follows from image and resolution.
     assert served | {"seed", "output_format", "height", "width"} == specs.keys()
     for name in arguments.keys() - NOT_SERVED - {"guidance_scale", "prompt"}:
         assert specs[renamed.get(name, name)].default == arguments[name].default, name
@@ -267,7 +267,7 @@ IMAGE = {"image": png(WIDE)}
     ],
     ids=map(str, range(12)),
 )
-def test_what_cannot_be_taken_apart_is_refused(
+def test_unsupported_requests_are_refused(
     fleet: LocalFleet, change: dict[str, Any], images: dict[str, bytes], field: str, message: str
 ) -> None:
     with pytest.raises(InvalidInput, match=message) as caught:

@@ -1,4 +1,4 @@
-"""Sampling parameters of Qwen-Image against the calls of the installed Diffusers: names, defaults, rounding, limits."""
+"""Parity of Qwen-Image's sampling parameters with the installed Diffusers: names, defaults, rounding, limits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from configs.sample.qwen_image import (
 from tiny_qwen_image import build_tiny_qwen_image
 
 RENAMED = {"num_images_per_prompt": "num_outputs_per_prompt"}
-# What a request cannot carry as a parameter: tensors, pictures (they travel by themselves), what belongs to Python.
+# Arguments without a request parameter: tensors, images (which are separate inputs), and Python callbacks.
 NOT_SERVED = {
     "image",
     "latents",
@@ -37,11 +37,11 @@ NOT_SERVED = {
     "callback_on_step_end_tensor_inputs",
     "return_dict",
     "self",
-    # Ours are seed and output_format.
+    # seed and output_format are parameters of this project only.
     "generator",
     "output_type",
 }
-# Diffusers has None here, which it does not read either.
+# None in Diffusers, which does not read it.
 UNREAD = {"guidance_scale"}
 
 
@@ -75,14 +75,14 @@ def test_every_argument_of_the_call_is_served_with_its_default(
         assert specs[RENAMED.get(name, name)].default == arguments[name].default, name
 
 
-def test_the_native_size_is_theirs(checkpoint: Checkpoint, theirs: Any) -> None:
+def test_the_native_size_equals_diffusers(checkpoint: Checkpoint, theirs: Any) -> None:
     ours, warnings = QwenImageSamplingParams.build({"prompt": ""}, checkpoint)
     assert ours.height == ours.width == theirs.default_sample_size * theirs.vae_scale_factor == 1024
     assert warnings == ()
 
 
 @pytest.mark.parametrize("height", [16, 17, 31, 32, 120])
-def test_sizes_round_as_there(checkpoint: Checkpoint, theirs: Any, height: int) -> None:
+def test_sizes_round_as_in_diffusers(checkpoint: Checkpoint, theirs: Any, height: int) -> None:
     ours, warnings = QwenImageSamplingParams.build({"prompt": "", "height": height, "width": 48}, checkpoint)
     pixels = theirs("a", height=height, width=48, num_inference_steps=2, output_type="pt").images
     assert tuple(pixels.shape) == (1, 3, ours.height, ours.width)
@@ -101,7 +101,7 @@ def test_sizes_round_as_there(checkpoint: Checkpoint, theirs: Any, height: int) 
     ],
     ids=str,
 )
-def test_what_has_no_effect_is_reported(checkpoint: Checkpoint, given: dict[str, Any], idle: list[str]) -> None:
+def test_parameters_without_effect_are_reported(checkpoint: Checkpoint, given: dict[str, Any], idle: list[str]) -> None:
     _, warnings = QwenImageSamplingParams.build({"prompt": "", **given}, checkpoint)
     assert [warning.field for warning in warnings] == idle
 
@@ -110,10 +110,10 @@ def test_what_has_no_effect_is_reported(checkpoint: Checkpoint, given: dict[str,
 @pytest.mark.parametrize(
     ("sigmas", "finite"), [((1.0,), False), ((1.0, 1.0), False), ((1.0, 0.9999), True), ((0.5,), True)], ids=str
 )
-def test_refused_are_the_schedules_without_an_end(
+def test_schedules_without_an_end_are_refused(
     checkpoint: Checkpoint, theirs: Any, sigmas: tuple[float, ...], finite: bool
 ) -> None:
-    """Diffusers' scheduler makes no numbers of them."""
+    """Diffusers' scheduler computes NaN for these schedules."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(theirs.scheduler.config)
     scheduler.set_timesteps(sigmas=list(sigmas), mu=0.9)
     assert bool(scheduler.sigmas.isfinite().all()) == finite

@@ -1,4 +1,4 @@
-"""Qwen-Image through all of its stages, against Diffusers' pipeline with the same weights, seed and arguments."""
+"""Parity of all Qwen-Image stages with Diffusers' pipeline: same weights, seed and arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers import QwenImagePipeline
 
 from common.errors import CheckpointError, InvalidInput
 from configs.pipeline_configs.qwen_image import TEMPLATE, QwenImagePipelineConfig
-from local_fleet import Heard, LocalFleet, call_of, open_fleet, reference_run, relative_error
+from local_fleet import LocalFleet, RecordedCall, call_of, open_fleet, reference_run, relative_error
 from models.catalog import open_model
 from models.registry import load_registry
 from tiny_qwen_image import build_tiny_qwen_image, qwen_tokenizer
@@ -57,7 +57,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_latents_and_pixels_are_diffusers(pair: Pair, mode: str) -> None:
+def test_latents_and_pixels_match_diffusers(pair: Pair, mode: str) -> None:
     fleet, pipeline = pair
     given = BASE | MODES[mode]
     theirs = reference_run(pipeline, seed=5, **call_of(given))
@@ -66,7 +66,7 @@ def test_latents_and_pixels_are_diffusers(pair: Pair, mode: str) -> None:
     assert ours["pixels"].shape == theirs["pixels"].shape
     assert relative_error(ours["latents"], theirs["latents"]) <= 1e-4
     assert float((ours["pixels"] - theirs["pixels"]).abs().max()) <= 1e-3
-    assert float(theirs["pixels"].std()) > 0.05, "a flat picture would prove nothing"
+    assert float(theirs["pixels"].std()) > 0.05, "a flat image would prove nothing"
 
 
 @pytest.mark.parametrize(
@@ -82,31 +82,31 @@ def test_latents_and_pixels_are_diffusers(pair: Pair, mode: str) -> None:
     ],
     ids=str,
 )
-def test_every_input_matters(pair: Pair, change: dict[str, Any]) -> None:
-    """The tolerance means something: what the request changes moves the result a hundred times further."""
+def test_every_input_changes_the_result(pair: Pair, change: dict[str, Any]) -> None:
+    """Negative control of the tolerance: each changed input moves the result at least 100 times further."""
     given = BASE | GUIDED | {"seed": 5}
     before, after = (pair[0].tensors(**each)["latents"] for each in (given, given | change))
     assert relative_error(after, before) > 1e-2
 
 
-def test_a_prompt_that_is_cut_is_reported(pair: Pair) -> None:
-    heard = Heard()
+def test_a_truncated_prompt_is_reported(pair: Pair) -> None:
+    recorded = RecordedCall()
     given = BASE | {"prompt": "a old stone river", "max_sequence_length": 2, "negative_prompt": "a red cat"}
-    pair[0].tensors(heard, **given, seed=1)
-    assert heard.warnings == [
+    pair[0].tensors(recorded, **given, seed=1)
+    assert recorded.warnings == [
         ("prompt", "4 tokens are truncated to 2, the limit of text_encoder; removed:  stone river"),
         ("negative_prompt", "3 tokens are truncated to 2, the limit of text_encoder; removed:  cat"),
     ]
 
 
 @pytest.mark.parametrize("length", [4, 512])
-def test_a_prompt_that_fits_is_not(pair: Pair, length: int) -> None:
-    heard = Heard()
-    pair[0].tensors(heard, **BASE | {"prompt": "a old stone river", "max_sequence_length": length}, seed=1)
-    assert heard.warnings == []
+def test_a_prompt_that_fits_is_not_reported(pair: Pair, length: int) -> None:
+    recorded = RecordedCall()
+    pair[0].tensors(recorded, **BASE | {"prompt": "a old stone river", "max_sequence_length": length}, seed=1)
+    assert recorded.warnings == []
 
 
-def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:
+def test_the_template_has_as_many_tokens_as_published() -> None:
     assert len(qwen_tokenizer()(TEMPLATE.before).input_ids) == TEMPLATE.skipped
 
 
@@ -126,15 +126,15 @@ def test_the_template_is_as_long_as_with_the_published_tokenizer() -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_drawn_is_refused(pair: Pair, given: dict[str, Any], field: str) -> None:
+def test_unsupported_requests_are_refused(pair: Pair, given: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         pair[0].media(**BASE | given, seed=1)
     assert caught.value.field == field
 
 
 @pytest.mark.usefixtures("rounded_noise")
-def test_bfloat16_is_near(pair: Pair) -> None:
-    """Not comparable at the tolerances of float32, but the same picture."""
+def test_bfloat16_is_close_to_diffusers(pair: Pair) -> None:
+    """The error exceeds the float32 tolerances, but the image is the same."""
     given = BASE | {"seed": 5}
     half = open_fleet(str(pair[0].model.checkpoint.path), torch.bfloat16)
     ours = half.tensors(**given)["latents"]

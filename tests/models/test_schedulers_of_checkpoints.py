@@ -1,4 +1,4 @@
-"""A scheduler that cannot run is refused when the model is opened or loaded, and not at the first request."""
+"""An unsupported scheduler is refused when the model is opened or loaded, not at the first request."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tiny_flux import build_tiny_flux
 from tiny_qwen_image import build_tiny_qwen_image
 from tiny_wan import build_tiny_wan
 
-# NumPy's, of how Diffusers makes arrays of the noise levels of models without flow.
+# NumPy warns about Diffusers' array conversion of noise levels of non-flow models.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 FILE = "scheduler/scheduler_config.json"
@@ -44,7 +44,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
 
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A family's checkpoint with changed entries of its scheduler's file; each family is built once."""
+    """Copies of a family's checkpoint with changed scheduler entries; each family is built once."""
     built: dict[str, Path] = {}
 
     def edit(family: str, **entries: object) -> Path:
@@ -70,7 +70,11 @@ def load(model: ServedModel, service: str) -> list[Any]:
 NOISE: dict[str, object] = {"prediction_type": "epsilon", "use_flow_sigmas": False}
 CANNOT_RUN: dict[str, tuple[str, dict[str, object], str]] = {
     "dynamic shifting without a size": ("wan", {"use_dynamic_shifting": True}, "cannot run 50 steps .*`mu` must be"),
-    "noise prediction of a flow": ("wan", {"predict_x0": False}, "cannot run 50 steps .*flow_prediction must be one"),
+    "noise prediction with flow sigmas": (
+        "wan",
+        {"predict_x0": False},
+        "cannot run 50 steps .*flow_prediction must be one",
+    ),
     "noise prediction down to 0": ("wan", {**NOISE, "predict_x0": False}, "the final latents are not finite"),
     "exponential noise levels": ("wan", {"use_exponential_sigmas": True}, "the final latents are not finite"),
     "unknown spacing": ("wan", {"timestep_spacing": "x"}, "cannot run 50 steps .*x is not supported"),
@@ -129,7 +133,7 @@ def test_other_configurations_that_run_are_served(
         ({"solver_p": {}}, "solver_p is not supported"),
     ],
 )
-def test_what_the_file_alone_shows_is_refused_without_torch(
+def test_invalid_configs_are_refused_without_torch(
     edited: Callable[..., Path], entries: dict[str, object], message: str
 ) -> None:
     path = edited("flux", **entries)
@@ -166,7 +170,7 @@ def test_one_step_is_refused_where_the_schedule_has_two_fixed_ends(edited: Calla
 def test_noise_levels_that_are_not_finite_are_refused_at_the_request(
     edited: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where no parameter check knows of them: the model is served, because its other requests run."""
+    """The parameter checks do not detect this case; the model is served, as other requests run."""
     model = opened(edited("wan"))
     (stage,) = load(model, "latent_preparation")[1:]
     config = WanPipelineConfig.from_checkpoint(model.checkpoint)
@@ -182,7 +186,7 @@ def test_noise_levels_that_are_not_finite_are_refused_at_the_request(
     assert "requests for 1 step will be refused" in caplog.text
 
 
-def test_the_default_number_of_steps_and_the_fewest_are_tried(
+def test_the_default_and_the_fewest_steps_are_tried(
     edited: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[int] = []

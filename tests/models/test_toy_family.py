@@ -1,4 +1,4 @@
-"""A family from plugin files runs through the same catalog, loader and pipeline as the ones that come along."""
+"""A plugin family runs through the same catalog, loader and pipeline as the built-in families."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from common.artifacts import Canvas, ParamValue, Prompt, Sampling, StepCheckpoint
 from common.errors import CheckpointError
 from common.stage import Call
-from local_fleet import NO_IMAGES, Heard, LocalFleet
+from local_fleet import NO_IMAGES, LocalFleet, RecordedCall
 from models.catalog import open_model
 from models.registry import Registry, load_registry
 from step_checkpoints import step_checkpoints_to
@@ -31,7 +31,7 @@ def fleet(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Itera
     fleet.close()
 
 
-def test_draws_what_is_asked_for(fleet: LocalFleet) -> None:
+def test_the_toy_model_generates_the_prompted_colour(fleet: LocalFleet) -> None:
     once = fleet.tensors(prompt="red", seed=1)
     assert torch.equal(fleet.tensors(prompt="red", seed=1)["pixels"], once["pixels"])
     assert once["pixels"].shape == (1, 3, 32, 32)
@@ -44,18 +44,18 @@ def test_draws_what_is_asked_for(fleet: LocalFleet) -> None:
     for change in changes:
         given: dict[str, ParamValue] = {"prompt": "red", "seed": 1, **change}
         assert not torch.equal(fleet.tensors(None, NO_IMAGES, **given)["pixels"], once["pixels"]), change
-    pictures = fleet.images(prompt="red", seed=1, num_outputs_per_prompt=2, width=40)
-    assert [picture.size for picture in pictures] == [(40, 32)] * 2
+    images = fleet.images(prompt="red", seed=1, num_outputs_per_prompt=2, width=40)
+    assert [image.size for image in images] == [(40, 32)] * 2
 
 
-def test_reports_what_it_did(fleet: LocalFleet) -> None:
-    heard = Heard()
-    fleet.media(heard, prompt="x" * 65, seed=1)
-    assert heard.warnings == [("prompt", "only the first 64 of 65 bytes are read")]
-    assert heard.progress[-5:] == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 1)]
+def test_warnings_and_progress_are_reported(fleet: LocalFleet) -> None:
+    recorded = RecordedCall()
+    fleet.media(recorded, prompt="x" * 65, seed=1)
+    assert recorded.warnings == [("prompt", "only the first 64 of 65 bytes are read")]
+    assert recorded.progress[-5:] == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 1)]
 
 
-def test_continues_from_every_step_to_the_same_bytes(fleet: LocalFleet) -> None:
+def test_a_loop_resumes_after_every_step_to_the_same_bytes(fleet: LocalFleet) -> None:
     states: list[StepCheckpoint] = []
     canvas, sampling = Canvas(height=32, width=32), Sampling(num_inference_steps=4, seed=1, params={"contrast": 1.0})
     quiet = Call("toy")
@@ -74,7 +74,7 @@ def test_continues_from_every_step_to_the_same_bytes(fleet: LocalFleet) -> None:
         assert torch.equal(resumed.parts["image"].latents, whole.parts["image"].latents)
 
 
-def test_a_module_class_that_no_loader_knows_is_refused(registry: Registry, tmp_path: Path) -> None:
+def test_a_module_class_without_a_loader_is_refused(registry: Registry, tmp_path: Path) -> None:
     path = build_toy_checkpoint(tmp_path / "checkpoint")
     index = path / "model_index.json"
     index.write_text(index.read_text().replace("ToyTransformer", "OtherTransformer"))

@@ -1,4 +1,4 @@
-"""Stages that decode videos part by part: what they emit, when, and that it is the same bytes each time."""
+"""Stages that decode videos in parts: emitted items, their timing, and byte-equal replays."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Stages:
-    """Both stages over one VAE."""
+    """Both decoding stages with one VAE."""
 
     video: VideoDecodingStage
     block: BlockDecodingStage
@@ -63,7 +63,7 @@ def artifact(latents: Tensor) -> Latents:
 
 @dataclass
 class Blocks:
-    """A stream of blocks. `on_wait` is called before a block that was not there yet is given."""
+    """A stream of blocks. `on_wait` is called before a block that has not arrived yet."""
 
     blocks: Sequence[Latents]
     is_ahead: bool = False
@@ -87,7 +87,7 @@ def blocks_of(latents: Tensor, sizes: Sequence[int], **more: Any) -> Blocks:
 
 @dataclass
 class Emitted:
-    """What a stage emitted and reported."""
+    """Items and progress that a stage reported."""
 
     items: list[MediaItem] = field(default_factory=list)
     progress: list[tuple[int, int]] = field(default_factory=list)
@@ -101,7 +101,7 @@ class Emitted:
 
     @property
     def places(self) -> list[tuple[int, int, int]]:
-        """File, files and frames of each item."""
+        """(file index, file count, frame count) of each item."""
         return [(item.file_index, item.file_count, item.num_frames) for item in self.items]
 
     @property
@@ -124,14 +124,14 @@ def decode_blocks(stages: Stages, blocks: Blocks, canvas: Canvas = CANVAS, emitt
 
 
 def shown(item: MediaItem) -> Tensor:
-    """Frames (frames, 3, height, width) in [0, 1] of a file."""
+    """Decode a file; returns frames (frames, 3, height, width) in [0, 1]."""
     with av.open(io.BytesIO(item.data.numpy().tobytes()), mode="r") as container:
         assert container.streams.video[0].average_rate == CANVAS.frame_rate
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return torch.stack([torch.from_numpy(frame).permute(2, 0, 1).double() / 255 for frame in frames])
 
 
-def test_the_contracts_are_those_of_the_slots() -> None:
+def test_contracts_follow_from_the_slots() -> None:
     assert (VideoDecodingStage.contract, BlockDecodingStage.contract) == (VIDEO_DECODING, BLOCK_DECODING)
     assert VIDEO_DECODING.output_streams == BLOCK_DECODING.output_streams == {"media_items"}
     assert not VIDEO_DECODING.input_streams
@@ -147,11 +147,11 @@ def test_a_video_is_emitted_in_fragments_of_a_few_latent_frames(stages: Stages, 
     for item, expected in zip(joined(emitted.items).items, pixels, strict=True):
         assert (item.content_type, item.num_frames, item.height, item.width) == ("video/mp4", 21, 32, 48)
         assert shown(item).shape == expected.shape
-        # Random latents make colours that 4:2:0 blurs: brightness is compared.
+        # 4:2:0 blurs the colours of random latents, so that brightness is compared.
         assert float((shown(item).mean(1) - expected.mean(1)).abs().mean()) < 0.06
 
 
-def test_blocks_become_a_fragment_of_each_output(stages: Stages, latents: Tensor) -> None:
+def test_a_block_becomes_one_fragment_per_output(stages: Stages, latents: Tensor) -> None:
     emitted = decode_blocks(stages, blocks_of(latents, (1, 3, 2)))
     assert emitted.places == [(0, 2, 1), (1, 2, 1), (0, 2, 12), (1, 2, 12), (0, 2, 8), (1, 2, 8)]
     assert emitted.progress == [(step, 42) for step in range(1, 43)]
@@ -159,7 +159,7 @@ def test_blocks_become_a_fragment_of_each_output(stages: Stages, latents: Tensor
 
 
 def test_items_are_the_same_bytes_on_every_replay(stages: Stages, latents: Tensor) -> None:
-    """Whether blocks are waited for or not, and as often as they are sent."""
+    """Bytes do not depend on the arrival time of blocks or the number of replays."""
     one = decode_blocks(stages, blocks_of(latents, (3, 3)))
     other = decode_blocks(stages, blocks_of(latents, (3, 3), is_ahead=True))
     assert (one.data, one.places) == (other.data, other.places)
@@ -172,7 +172,7 @@ def test_blocks_of_the_size_of_fragments_give_the_same_files(stages: Stages, lat
         assert torch.equal(one.data, other.data)
 
 
-def test_tensors_are_one_item_at_the_end(stages: Stages, latents: Tensor) -> None:
+def test_tensors_are_one_item_after_the_last_block(stages: Stages, latents: Tensor) -> None:
     canvas = replace(CANVAS, output_format="safetensors")
     whole, blocks = decode(stages, latents, canvas), decode_blocks(stages, blocks_of(latents, (1, 2, 3)), canvas)
     assert whole.places == blocks.places == [(0, 1, 21)]
@@ -185,7 +185,7 @@ def test_tensors_are_one_item_at_the_end(stages: Stages, latents: Tensor) -> Non
         assert torch.equal(tensors[0][name], tensors[1][name])
 
 
-def test_a_block_is_emitted_before_the_next_one_is_waited_for(stages: Stages, latents: Tensor) -> None:
+def test_a_block_is_emitted_before_the_next_one_arrives(stages: Stages, latents: Tensor) -> None:
     emitted, before = Emitted(), []
     blocks = blocks_of(latents, (2, 2, 2), on_wait=lambda _: before.append(len(emitted.items)))
     decode_blocks(stages, blocks, emitted=emitted)
@@ -195,32 +195,32 @@ def test_a_block_is_emitted_before_the_next_one_is_waited_for(stages: Stages, la
 def test_a_fragment_is_encoded_while_the_next_frames_are_decoded(
     stages: Stages, latents: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The end of the first fragment waits here for a frame of the second block: it must not be waited for before."""
+    """Encoding of the first fragment blocks until a frame of the second block is decoded, without a deadlock."""
     decoded = threading.Event()
     finish = Mp4Fragment.finish
 
     def finish_late(fragment: Mp4Fragment) -> bytes:
-        assert decoded.wait(20), "no frame was decoded meanwhile"
+        assert decoded.wait(20), "no frame was decoded in the meantime"
         return finish(fragment)
 
-    def heard(step: int, _: int) -> None:
+    def recorded(step: int, _: int) -> None:
         if step == 10:
             decoded.set()
 
     monkeypatch.setattr(Mp4Fragment, "finish", finish_late)
     emitted = Emitted()
-    call = replace(emitted.call(), on_progress=heard)
+    call = replace(emitted.call(), on_progress=recorded)
     blocks = blocks_of(latents[:1], (3, 3), is_ahead=True)
     stages.block.run(stages.block.Input(denoised_blocks=blocks, canvas=CANVAS), call)
     assert emitted.places == [(0, 1, 9), (0, 1, 12)]
 
 
 def test_decoding_ends_within_a_frame_when_cancelled(stages: Stages, latents: Tensor) -> None:
-    heard: list[int] = []
+    recorded: list[int] = []
     cancelled = threading.Event()
 
     def leave(step: int, _: int) -> None:
-        heard.append(step)
+        recorded.append(step)
         if step % 3 == 0:
             cancelled.set()
 
@@ -230,11 +230,11 @@ def test_decoding_ends_within_a_frame_when_cancelled(stages: Stages, latents: Te
     cancelled.clear()
     with pytest.raises(Cancelled):
         stages.block.run(stages.block.Input(denoised_blocks=blocks_of(latents, (3, 3)), canvas=CANVAS), call)
-    assert heard == [1, 2, 3] * 2
+    assert recorded == [1, 2, 3] * 2
 
 
-def test_a_failing_encoder_is_heard(stages: Stages, latents: Tensor) -> None:
-    """libx264 refuses odd sizes, which no request has."""
+def test_an_encoder_error_is_raised(stages: Stages, latents: Tensor) -> None:
+    """libx264 refuses odd sizes, which validation excludes."""
     given = stages.video.Input(denoised_latents=artifact(latents), canvas=replace(CANVAS, width=47))
     with pytest.raises(av.error.FFmpegError, match="libx264"):
         stages.video.run(given, Call("test"))

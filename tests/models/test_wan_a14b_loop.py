@@ -1,4 +1,4 @@
-"""The denoising loop of Wan 2.2 A14B: byte-equal resume, cancelling, and experts that are swapped on the device."""
+"""The denoising loop of Wan 2.2 A14B: byte-equal resume, cancellation, and experts swapped on the device."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def open_stage(model: ServedModel, runtime: Runtime) -> DenoisingStage:
 
 @pytest.fixture(scope="module")
 def stage(model: ServedModel) -> DenoisingStage:
-    """Both experts on the device."""
+    """A stage with both experts on the device."""
     return open_stage(model, Runtime(step_checkpoint_every=1))
 
 
 @pytest.fixture(scope="module")
 def swapping(model: ServedModel) -> DenoisingStage:
-    """One at a time."""
+    """A stage with one expert at a time on the device."""
     return open_stage(model, Runtime(step_checkpoint_every=1, swap_experts=True))
 
 
@@ -75,7 +75,7 @@ def swaps() -> float:
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(
     stage: DenoisingStage, swapping: DenoisingStage, x: DenoisingInput
 ) -> None:
-    """Also behind the boundary, where one expert is enough, and on a worker that swaps."""
+    """Also after the boundary, where one expert suffices, and on a worker that swaps experts."""
     states: list[StepCheckpoint] = []
     whole = run(stage, x, states)
     assert [state.step for state in states] == [*range(1, STEPS)]
@@ -88,7 +88,7 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(
 def test_swapped_experts_give_the_same_bytes(
     stage: DenoisingStage, swapping: DenoisingStage, x: DenoisingInput
 ) -> None:
-    """A request swaps twice: transformer_2, which the last one left on the device, is prepared first."""
+    """A request swaps twice, as the previous request left transformer_2 on the device."""
     expected = run(stage, x)
     run(swapping, x)
     before = swaps()
@@ -102,7 +102,7 @@ def test_swapped_experts_give_the_same_bytes(
 
 
 def test_swapped_experts_have_graphs_of_their_own(model: ServedModel, stage: DenoisingStage, x: DenoisingInput) -> None:
-    """They share one module, whose weights a graph reads at their addresses."""
+    """Experts share one module; graphs read its weights by address."""
     swapping, capture = open_stage(model, Runtime(swap_experts=True)), FakeCapture()
     swapping._memory = StepMemoryPool(1 << 30, capture)
     expected = run(stage, x)
@@ -118,7 +118,7 @@ def test_one_transformer_is_not_swapped() -> None:
         load_stages(emoji, emoji.service("denoising"), Runtime(swap_experts=True))
 
 
-def test_the_denoisers_settings_say_so() -> None:
+def test_swap_experts_is_a_setting_of_the_denoiser() -> None:
     for swap in (False, True):
         settings = DenoisingSettings(redis="unix:///x", swap_experts=swap)
         assert settings.runtime(torch.device("cpu"), torch.float32).swap_experts is swap
@@ -142,7 +142,7 @@ def test_float8_weights_are_swapped_with_their_scales(model: ServedModel, x: Den
 
 @pytest.mark.parametrize("step", [0, 2], ids=["transformer", "transformer_2"])
 def test_a_call_is_cancelled_within_a_step(swapping: DenoisingStage, x: DenoisingInput, step: int) -> None:
-    """By the expert that computes then; the next request is not affected."""
+    """The running expert stops; the next request is not affected."""
     expected, begun, cancelled = run(swapping, x), [], threading.Event()
 
     def begin(*_: object) -> None:
@@ -156,8 +156,8 @@ def test_a_call_is_cancelled_within_a_step(swapping: DenoisingStage, x: Denoisin
     assert torch.equal(run(swapping, x), expected)
 
 
-def test_warm_up_asks_both_experts(model: ServedModel, swapping: DenoisingStage, x: DenoisingInput) -> None:
-    """Each often enough to be captured."""
+def test_warm_up_runs_both_experts(model: ServedModel, swapping: DenoisingStage, x: DenoisingInput) -> None:
+    """Each expert runs often enough to be captured."""
     run(swapping, x)
     warm_up = WarmUp.parse(model, ("32x48x5",))
     (given,) = warm_up.inputs(torch.float32)

@@ -1,4 +1,4 @@
-"""Wan 2.2 A14B through all of its stages, against Diffusers' pipelines: text to video, and from one or two images."""
+"""Parity of all Wan 2.2 A14B stages with Diffusers' pipelines: text to video, and one or two images to video."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.errors import CheckpointError, InvalidInput
 from common.pipeline import MissingModules
 from local_fleet import reference_run, relative_error
@@ -24,13 +24,13 @@ from wan_pair import LATENTS_WITHIN, Pair, check, open_pair
 SEED = 7
 Request = dict[str, Any]
 
-# With three steps transformer denoises the first, transformer_2 the others.
+# Of three steps, transformer runs the first, transformer_2 the others.
 TEXT: dict[str, Request] = {
-    "guided, with a scale for each expert": {"guidance_scale": 5.0, "guidance_scale_2": 2.0, "num_frames": 5},
+    "guidance with a scale per expert": {"guidance_scale": 5.0, "guidance_scale_2": 2.0, "num_frames": 5},
     "one scale for both": {"guidance_scale": 3.0, "negative_prompt": "old stone", "num_outputs_per_prompt": 2},
     "guidance_scale alone turns guidance off": {"guidance_scale": 1.0, "guidance_scale_2": 4.0},
-    "a second scale below 1 guides nevertheless": {"guidance_scale": 4.0, "guidance_scale_2": 0.5},
-    "one expert only, rows that are cut": {"num_inference_steps": 1, "height": 32, "width": 48, "num_frames": 7},
+    "guidance with a second scale below 1": {"guidance_scale": 4.0, "guidance_scale_2": 0.5},
+    "one expert only, cropped rows": {"num_inference_steps": 1, "height": 32, "width": 48, "num_frames": 7},
 }
 IMAGE: dict[str, tuple[Request, bool]] = {
     "first frame": ({"num_frames": 5, "guidance_scale_2": 2.0}, False),
@@ -61,7 +61,7 @@ def given(**others: Any) -> Request:
 
 
 @pytest.mark.parametrize("case", TEXT)
-def test_text_to_video_is_diffusers(text: Pair, case: str) -> None:
+def test_text_to_video_matches_diffusers(text: Pair, case: str) -> None:
     fleet, pipeline = text
     request = given(**TEXT[case])
     outputs = request.get("num_outputs_per_prompt", 1)
@@ -70,23 +70,23 @@ def test_text_to_video_is_diffusers(text: Pair, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", IMAGE)
-def test_image_to_video_is_diffusers(image: Pair, case: str) -> None:
+def test_image_to_video_matches_diffusers(image: Pair, case: str) -> None:
     fleet, pipeline = image
     changes, has_last = IMAGE[case]
-    pictures: dict[str, Any] = {"image": coarse_image(90, 50, seed=1)}
-    pictures |= {"last_image": coarse_image(40, 60, seed=2)} if has_last else {}
-    ours = fleet.tensors(images={role: png(each) for role, each in pictures.items()}, **given(**changes))
-    check(ours, reference_run(pipeline, **pictures, **given(**changes)))
+    images: dict[str, Any] = {"image": coarse_image(90, 50, seed=1)}
+    images |= {"last_image": coarse_image(40, 60, seed=2)} if has_last else {}
+    ours = fleet.tensors(images={role: png(each) for role, each in images.items()}, **given(**changes))
+    check(ours, reference_run(pipeline, **images, **given(**changes)))
 
 
 @pytest.mark.parametrize("change", [{"guidance_scale": 2.0}, {"guidance_scale_2": 2.0}, {"prompt": "a car"}], ids=str)
-def test_every_input_matters(text: Pair, change: Request) -> None:
-    """Either expert has a scale of its own; the tolerance means something."""
+def test_every_input_changes_the_result(text: Pair, change: Request) -> None:
+    """Negative control of the tolerance: each input, including each expert's scale, changes the result."""
     before, after = (text[0].tensors(**given(**request))["latents"] for request in ({"guidance_scale_2": 5.0}, change))
     assert relative_error(after, before) > 10 * LATENTS_WITHIN
 
 
-def test_images_are_those_of_the_model(text: Pair, image: Pair) -> None:
+def test_image_roles_depend_on_the_model(text: Pair, image: Pair) -> None:
     file = png(coarse_image(8, 8, seed=0))
     validate = InputValidationStage(image[0].model)
     for roles, named in (((), "image"), (("image", "last_image", "image_1"), "image_1")):
@@ -107,12 +107,12 @@ def test_images_are_those_of_the_model(text: Pair, image: Pair) -> None:
     ],
     ids=str,
 )
-def test_values_that_cannot_be(text: Pair, change: Request, message: str) -> None:
+def test_invalid_values_are_refused(text: Pair, change: Request, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         InputValidationStage(text[0].model).run(given(**change))
 
 
-def test_sizes_and_frames_that_are_rounded(text: Pair) -> None:
+def test_sizes_and_frames_are_rounded_with_a_warning(text: Pair) -> None:
     validated = InputValidationStage(text[0].model).run(given(num_frames=7))
     assert [warning.field for warning in validated.warnings] == ["num_frames"]
     assert validated.params.extent["num_frames"] == 5
@@ -120,12 +120,12 @@ def test_sizes_and_frames_that_are_rounded(text: Pair) -> None:
 
 @pytest.fixture
 def copied(text: Pair, tmp_path: Path) -> Path:
-    """A checkpoint to spoil."""
+    """A copy of the checkpoint that a test may modify."""
     return Path(shutil.copytree(text[0].model.checkpoint.path, tmp_path / "m"))
 
 
 @pytest.mark.parametrize("name", ["transformer", "transformer_2"])
-def test_a_missing_expert_is_named(copied: Path, name: str) -> None:
+def test_a_missing_expert_is_refused(copied: Path, name: str) -> None:
     index = json.loads((copied / "model_index.json").read_text())
     (copied / "model_index.json").write_text(json.dumps(index | {name: [None, None]}))
     with pytest.raises(MissingModules, match=f"{name}\\b"):
@@ -144,16 +144,14 @@ def test_a_missing_expert_is_named(copied: Path, name: str) -> None:
         ("model_index.json", {"boundary_ratio": True}, "boundary_ratio: True is not a number from 0 to 1"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_together(
-    copied: Path, file: str, entries: dict[str, Any], message: str
-) -> None:
+def test_an_inconsistent_checkpoint_is_refused(copied: Path, file: str, entries: dict[str, Any], message: str) -> None:
     config = json.loads((copied / file).read_text())
     (copied / file).write_text(json.dumps(config | entries))
     with pytest.raises(CheckpointError, match=message):
         opened_config(copied)
 
 
-def test_experts_read_no_tokens_of_images(copied: Path) -> None:
+def test_experts_with_image_tokens_are_refused(copied: Path) -> None:
     for name in ("transformer", "transformer_2"):
         file = copied / name / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"image_dim": 24, "added_kv_proj_dim": 64}))
@@ -162,7 +160,7 @@ def test_experts_read_no_tokens_of_images(copied: Path) -> None:
 
 
 def opened_config(path: Path) -> Any:
-    """Read the model's config, as a service does before it loads weights."""
+    """Read the pipeline config, as a service does before it loads weights."""
     model = open_model(str(path), load_registry())
     assert [variant.name for variant in model.variants] == ["experts"]
     config_class: Any = resolve(model.variants[0].pipeline_config)

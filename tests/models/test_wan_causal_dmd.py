@@ -1,4 +1,4 @@
-"""Causal few-step Wan: latents next to plain loops without a cache, and blocks that resume to the same bytes."""
+"""Causal few-step Wan: parity with reference loops without a KV cache, and byte-equal resume of blocks."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from models.stages.predictor import Predictor
 from models.stages.step_memory import StepMemoryPool
 from models.warm_up import WarmUp
 from tiny_wan import build_tiny_wan, build_tiny_wan_causal, edit_json
-from wan_dmd_loops import SIZE, CausalLoop, Heard, Request, reference_causal
+from wan_dmd_loops import SIZE, CausalLoop, RecordedCall, Request, reference_causal
 
 STEPS, BLOCK = 4, 2
 FRAMES = 21
-"""Six latent frames: three blocks."""
+"""Video frames of three blocks, which are six latent frames."""
 TOTAL = 3 * STEPS
 
 
@@ -56,35 +56,39 @@ def loop(folder: Path) -> CausalLoop:
 
 @pytest.fixture(scope="module")
 def windowed(folder: Path) -> CausalLoop:
-    """Of four frames, the first is always seen; blocks of two wrap around in the three other places of the cache."""
+    """A window of four frames with one sink frame; blocks of two frames wrap around in the other three cache slots."""
     return CausalLoop(build_tiny_wan_causal(folder / "windowed", local_attn_size=4, sink_size=1))
 
 
-def test_several_blocks_are_a_run_that_recomputes_the_context(loop: CausalLoop) -> None:
+def test_several_blocks_match_a_loop_without_a_cache(loop: CausalLoop) -> None:
     x = loop.inputs(FRAMES, seed=5, outputs=2)
     got = loop.run(x)
     assert got.shape[2] == 3 * BLOCK
     assert relative_error(got, reference_causal(loop.path, Request.of(x), BLOCK)) <= 1e-5
 
 
-def test_a_window_with_a_sink_is_a_run_that_recomputes_the_context(windowed: CausalLoop) -> None:
-    """Five blocks: the window moves three times."""
+def test_a_window_with_a_sink_matches_a_loop_without_a_cache(windowed: CausalLoop) -> None:
+    """Five blocks, so that the window moves three times."""
     x = windowed.inputs(37)
     got = windowed.run(x)
     request = Request.of(x)
     assert relative_error(got, reference_causal(windowed.path, request, BLOCK, window=4, sink=1)) <= 1e-5
-    assert relative_error(got, reference_causal(windowed.path, request, BLOCK)) > 1e-3, "the window matters"
-    assert relative_error(got, reference_causal(windowed.path, request, BLOCK, window=4)) > 1e-3, "the sink matters"
+    assert relative_error(got, reference_causal(windowed.path, request, BLOCK)) > 1e-3, (
+        "the window must change the result"
+    )
+    assert relative_error(got, reference_causal(windowed.path, request, BLOCK, window=4)) > 1e-3, (
+        "the sink must change the result"
+    )
 
 
-def test_one_block_of_all_frames_is_the_run_that_is_not_causal(folder: Path) -> None:
+def test_one_block_of_all_frames_equals_the_non_causal_loop(folder: Path) -> None:
     one = CausalLoop(build_tiny_wan_causal(folder / "one", num_frames_per_block=6))
     x = one.inputs(FRAMES, outputs=2)
-    whole = DmdDenoisingStage(one.config, one.runtime, one.modules).run(x, Heard().call()).denoised_latents
+    whole = DmdDenoisingStage(one.config, one.runtime, one.modules).run(x, RecordedCall().call()).denoised_latents
     assert relative_error(one.run(x), whole.parts["video"].latents) <= 1e-5
 
 
-def test_blocks_depend_on_the_blocks_before_them_alone(loop: CausalLoop) -> None:
+def test_blocks_depend_only_on_previous_blocks(loop: CausalLoop) -> None:
     x = loop.inputs(FRAMES)
     part = x.initial_latents.parts["video"]
     noise = part.latents.clone()
@@ -96,23 +100,23 @@ def test_blocks_depend_on_the_blocks_before_them_alone(loop: CausalLoop) -> None
 
 
 def test_a_block_is_emitted_after_its_checkpoint(loop: CausalLoop) -> None:
-    heard = Heard()
-    loop.run(loop.inputs(FRAMES), heard)
-    assert heard.order == ([STEP_CHECKPOINTS] * STEPS + [BLOCKS]) * 3
-    assert [state.step for state in heard.states] == list(range(1, TOTAL + 1))
-    assert heard.steps == [(step, TOTAL) for step in range(1, TOTAL + 1)]
+    recorded = RecordedCall()
+    loop.run(loop.inputs(FRAMES), recorded)
+    assert recorded.order == ([STEP_CHECKPOINTS] * STEPS + [BLOCKS]) * 3
+    assert [state.step for state in recorded.states] == list(range(1, TOTAL + 1))
+    assert recorded.steps == [(step, TOTAL) for step in range(1, TOTAL + 1)]
 
 
 def test_checkpoints_at_the_end_of_a_block_need_no_setting(loop: CausalLoop) -> None:
-    heard = Heard()
-    CausalLoop(loop.path, Runtime()).run(loop.inputs(FRAMES), heard)
-    assert heard.order == [STEP_CHECKPOINTS, BLOCKS] * 3
-    assert [state.step for state in heard.states] == [STEPS, 2 * STEPS, TOTAL]
+    recorded = RecordedCall()
+    CausalLoop(loop.path, Runtime()).run(loop.inputs(FRAMES), recorded)
+    assert recorded.order == [STEP_CHECKPOINTS, BLOCKS] * 3
+    assert [state.step for state in recorded.states] == [STEPS, 2 * STEPS, TOTAL]
 
 
 @pytest.fixture
 def predicted(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, int]]:
-    """How often each (first frame, step) was predicted; the step after the last is the context pass."""
+    """Number of predictions by (first frame, step); the step after the last one is the context pass."""
     counted: Counter[tuple[int, int]] = Counter()
     predict: Callable[..., Any] = Predictor.predict
 
@@ -128,18 +132,18 @@ def predicted(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, int]]:
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(
     request: pytest.FixtureRequest, predicted: Counter[tuple[int, int]], kind: str
 ) -> None:
-    """Also between blocks. No denoising step of a finished block is repeated; its context pass is, once."""
+    """Also between blocks. Of a finished block, only the context pass is repeated, once."""
     loop: CausalLoop = request.getfixturevalue(kind)
-    x, heard = loop.inputs(FRAMES), Heard()
-    whole = loop.run(x, heard)
+    x, recorded = loop.inputs(FRAMES), RecordedCall()
+    whole = loop.run(x, recorded)
     passes = {(block * BLOCK, STEPS): 1 for block in range(2)}
     assert predicted == {(block * BLOCK, step): 1 for block in range(3) for step in range(STEPS)} | passes
-    for state in heard.states:
+    for state in recorded.states:
         predicted.clear()
         sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
-        rest = Heard()
+        rest = RecordedCall()
         assert torch.equal(loop.run(replace(x, resume_from=sent), rest), whole), f"after step {state.step}"
-        # A loop that has nothing left to do still reports that it is at its end.
+        # A loop without remaining steps still reports its last step.
         assert rest.steps == [(step, TOTAL) for step in range(min(state.step + 1, TOTAL), TOTAL + 1)]
         finished = state.step // STEPS
         assert rest.order[:finished] == [BLOCKS] * finished, "finished blocks come first"
@@ -149,51 +153,47 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(
 
 @pytest.mark.parametrize("last", [1, STEPS, STEPS + 1, 2 * STEPS])
 def test_a_cancelled_loop_ends_within_one_step(loop: CausalLoop, last: int) -> None:
-    heard = Heard()
-    call = heard.call(lambda step, _: call.cancelled.set() if step == last else None)
+    recorded = RecordedCall()
+    call = recorded.call(lambda step, _: call.cancelled.set() if step == last else None)
     with pytest.raises(Cancelled):
         loop.stage().run(loop.inputs(FRAMES), call)
-    assert len(heard.steps) == last
-    assert len(heard.blocks) == last // STEPS
+    assert len(recorded.steps) == last
+    assert len(recorded.blocks) == last // STEPS
 
 
-def test_contexts_are_rebuilt_until_the_call_is_cancelled(
-    loop: CausalLoop, predicted: Counter[tuple[int, int]]
-) -> None:
-    x, heard = loop.inputs(FRAMES), Heard()
-    loop.run(x, heard)
+def test_cancellation_ends_the_rebuilding_of_contexts(loop: CausalLoop, predicted: Counter[tuple[int, int]]) -> None:
+    x, recorded = loop.inputs(FRAMES), RecordedCall()
+    loop.run(x, recorded)
     predicted.clear()
-    call = Heard().call()
+    call = RecordedCall().call()
     call.cancelled.set()
     with pytest.raises(Cancelled):
-        loop.stage().run(replace(x, resume_from=heard.states[2 * STEPS]), call)
+        loop.stage().run(replace(x, resume_from=recorded.states[2 * STEPS]), call)
     assert not predicted
 
 
-def test_contexts_are_rebuilt_until_the_call_is_handed_over(
-    loop: CausalLoop, predicted: Counter[tuple[int, int]]
-) -> None:
-    """The receiver has the checkpoint that the loop resumed at, so that none is sent."""
-    x, heard, again = loop.inputs(FRAMES), Heard(), Heard()
-    loop.run(x, heard)
+def test_a_hand_over_ends_the_rebuilding_of_contexts(loop: CausalLoop, predicted: Counter[tuple[int, int]]) -> None:
+    """No step checkpoint is sent, as the receiver has the one from which the loop resumed."""
+    x, recorded, again = loop.inputs(FRAMES), RecordedCall(), RecordedCall()
+    loop.run(x, recorded)
     predicted.clear()
     call = again.call()
     call.hand_over.set()
     with pytest.raises(HandedOver, match=f"after {2 * STEPS + 1} steps"):
-        loop.stage().run(replace(x, resume_from=heard.states[2 * STEPS]), call)
+        loop.stage().run(replace(x, resume_from=recorded.states[2 * STEPS]), call)
     assert not predicted
     assert not again.states
 
 
 @pytest.mark.parametrize("at", [1, STEPS, STEPS + 2])
 def test_a_loop_is_handed_over_at_a_step_boundary(loop: CausalLoop, at: int) -> None:
-    x, heard = loop.inputs(FRAMES), Heard()
+    x, recorded = loop.inputs(FRAMES), RecordedCall()
     whole = loop.run(x)
-    call = heard.call(lambda step, _: call.hand_over.set() if step == at else None)
+    call = recorded.call(lambda step, _: call.hand_over.set() if step == at else None)
     with pytest.raises(HandedOver, match=f"after {at} steps"):
         loop.stage().run(x, call)
-    assert heard.states[-1].step == at
-    assert torch.equal(loop.run(replace(x, resume_from=heard.states[-1])), whole)
+    assert recorded.states[-1].step == at
+    assert torch.equal(loop.run(replace(x, resume_from=recorded.states[-1])), whole)
 
 
 def with_graphs(loop: CausalLoop, max_bytes: int = 1 << 24) -> tuple[Any, FakeCapture]:
@@ -203,31 +203,31 @@ def with_graphs(loop: CausalLoop, max_bytes: int = 1 << 24) -> tuple[Any, FakeCa
 
 
 def video_of(stage: Any, x: Any) -> Tensor:
-    heard = Heard()
-    stage.run(x, heard.call())
-    return heard.video
+    recorded = RecordedCall()
+    stage.run(x, recorded.call())
+    return recorded.video
 
 
 def test_prefixes_of_different_lengths_have_different_graphs(loop: CausalLoop) -> None:
-    """Blocks have equal shapes and share the slab: a graph of another prefix would give other bytes."""
+    """Blocks have equal shapes and share the slab, but graphs depend on the prefix length."""
     stage, capture = with_graphs(loop)
     for seed in (1, 2):
         x = loop.inputs(FRAMES, seed)
         assert torch.equal(video_of(stage, x), loop.run(x)), f"request {seed}"
-    # The second request found the slab of the first with all its graphs.
+    # The second request leases the slab of the first, including its graphs.
     assert len(capture.graphs) == 3
     (memory,) = stage._memory._idle.values()
     assert sorted(memory._graphs) == [(False, (("first_frame", first),)) for first in (0, 2, 4)]
 
 
 def test_live_requests_share_no_memory(loop: CausalLoop) -> None:
-    """A second request runs whole between two blocks of the first one."""
+    """A complete second request runs between two blocks of the first request."""
     stage, _ = with_graphs(loop)
     one, other = loop.inputs(FRAMES, 1), loop.inputs(FRAMES, 2)
     expected = loop.run(one), loop.run(other)
     between: list[Tensor] = []
-    heard = Heard()
-    call = heard.call()
+    recorded = RecordedCall()
+    call = recorded.call()
 
     def interrupt(slot: str, index: int, item: Any) -> None:
         call.on_item(slot, index, item)
@@ -238,14 +238,14 @@ def test_live_requests_share_no_memory(loop: CausalLoop) -> None:
             assert torch.equal(leased._memory["kv_cache"], slab)
 
     stage.run(one, replace(call, on_item=interrupt))
-    assert torch.equal(heard.video, expected[0])
+    assert torch.equal(recorded.video, expected[0])
     assert torch.equal(between[0], expected[1])
     slabs = [memory._memory["kv_cache"].data_ptr() for memory in stage._memory._idle.values()]
     assert len(set(slabs)) == 2
 
 
 def test_the_slab_is_as_long_as_the_video_or_the_window(loop: CausalLoop, windowed: CausalLoop) -> None:
-    """(layers, keys and values, outputs, tokens, heads, channels of a head); a frame has six tokens."""
+    """The shape is (layers, 2 (K, V), outputs, tokens, heads, head size); a frame has six tokens."""
     for each, frames in ((loop, 6), (windowed, 4)):
         model = each.modules["transformer"]
         assert isinstance(model, CausalWanTransformer3DModel)
@@ -253,15 +253,15 @@ def test_the_slab_is_as_long_as_the_video_or_the_window(loop: CausalLoop, window
         assert prepared.memory["kv_cache"].shape == (2, 2, 3, frames * 6, 4, 16)
 
 
-def test_a_slab_that_does_not_fit_is_refused_before_the_first_step(loop: CausalLoop) -> None:
+def test_a_slab_that_exceeds_memory_is_refused_before_the_first_step(loop: CausalLoop) -> None:
     stage, _ = with_graphs(loop, max_bytes=1000)
-    heard = Heard()
+    recorded = RecordedCall()
     with pytest.raises(ResourceExhausted):
-        stage.run(loop.inputs(FRAMES), heard.call())
-    assert not heard.steps
+        stage.run(loop.inputs(FRAMES), recorded.call())
+    assert not recorded.steps
 
 
-def test_frames_that_fill_no_whole_block_are_refused(loop: CausalLoop) -> None:
+def test_frames_that_do_not_fill_whole_blocks_are_refused(loop: CausalLoop) -> None:
     x = loop.inputs(FRAMES)
     part = x.initial_latents.parts["video"]
     odd = {"video": replace(part, latents=part.latents[:, :, :5])}
@@ -281,7 +281,7 @@ def test_a_step_cache_is_refused_at_start(loop: CausalLoop) -> None:
     ("asked", "made"), [(1, 5), (5, 5), (9, 5), (12, 13), (13, 13), (17, 13), (21, 21), (81, 77), (84, 85)]
 )
 def test_frames_are_rounded_to_whole_blocks(folder: Path, asked: int, made: int) -> None:
-    """As frame counts are: 84 frames count as 85."""
+    """First to 4n + 1 frames, as Diffusers does (84 to 85), then to whole blocks."""
     path = build_tiny_wan_causal(folder / f"rounded-{asked}", sliding_window_num_frames=22)
     given: dict[str, Any] = {"prompt": "", "num_frames": asked}
     params, warnings = WanCausalDMDSamplingParams.build(given, Checkpoint.open(path))
@@ -289,7 +289,7 @@ def test_frames_are_rounded_to_whole_blocks(folder: Path, asked: int, made: int)
     assert [each.field for each in warnings] == ([] if asked == made else ["num_frames"])
 
 
-def test_more_frames_than_the_model_makes_are_refused(loop: CausalLoop, windowed: CausalLoop) -> None:
+def test_more_frames_than_the_model_supports_are_refused(loop: CausalLoop, windowed: CausalLoop) -> None:
     given: dict[str, Any] = {"prompt": "", "num_frames": 161}
     with pytest.raises(InvalidInput, match="161 is not at most 77; 77 works") as caught:
         WanCausalDMDSamplingParams.build(given, Checkpoint.open(loop.path))
@@ -298,8 +298,8 @@ def test_more_frames_than_the_model_makes_are_refused(loop: CausalLoop, windowed
     assert params.num_frames == 157
 
 
-def test_the_defaults_are_self_forcings(folder: Path) -> None:
-    """A published directory names the causal class and none of its sizes."""
+def test_the_defaults_equal_self_forcing(folder: Path) -> None:
+    """Published directories name the causal class, but omit its sizes."""
     path = build_tiny_wan(folder / "published")
     edit_json(path / "model_index.json", {"_class_name": "WanCausalDMDPipeline"})
     edit_json(path / "transformer" / "config.json", {"_class_name": "CausalWanTransformer3DModel"})
@@ -329,13 +329,13 @@ def test_a_checkpoint_without_the_causal_configuration_is_refused(folder: Path) 
         ({"num_frames_per_block": 0}, "num_frames_per_block: 0 is not a whole number"),
     ],
 )
-def test_configurations_that_cannot_be_are_refused(entries: dict[str, Any], message: str) -> None:
+def test_invalid_causal_configs_are_refused(entries: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         CausalWanTransformerConfig.from_dict("transformer", {"num_frames_per_block": 2, **entries})
 
 
-def test_a_video_is_made_by_the_services(loop: CausalLoop) -> None:
-    """Blocks go from the loop to the decoder while it runs; the latents are those of the loop."""
+def test_the_services_generate_a_video(loop: CausalLoop) -> None:
+    """The running loop streams blocks to the decoder; the latents equal the loop's."""
     fleet = open_fleet(str(loop.path))
     given: dict[str, ParamValue] = {"seed": 3, "prompt": "a red apple", "num_frames": FRAMES, **SIZE}
     made = fleet.tensors(None, NO_IMAGES, **given)
@@ -345,10 +345,10 @@ def test_a_video_is_made_by_the_services(loop: CausalLoop) -> None:
     assert bool(made["pixels"].isfinite().all())
 
 
-def test_made_up_requests_run_the_loop(loop: CausalLoop) -> None:
-    """For warm-up: all blocks of a video of the size."""
+def test_warm_up_requests_run_the_loop(loop: CausalLoop) -> None:
+    """A warm-up request has all blocks of a video of its size."""
     model = open_model(str(loop.path), load_registry())
     (inputs,) = WarmUp.parse(model, ("32x48x13",)).inputs(torch.float32)
-    heard = Heard()
-    loop.stage().run(loop.stage().Input(**inputs), heard.call())
-    assert len(heard.blocks) == 2
+    recorded = RecordedCall()
+    loop.stage().run(loop.stage().Input(**inputs), recorded.call())
+    assert len(recorded.blocks) == 2

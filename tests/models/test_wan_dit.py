@@ -1,4 +1,4 @@
-"""Our Wan DiT predicts what Diffusers' does from the same weights."""
+"""Parity of the Wan DiT with Diffusers' transformer on the same weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 
 def pair(path: Path, given: dict[str, Any], dtype: torch.dtype) -> tuple[Reference, WanTransformer3DModel]:
-    """Diffusers' model and ours, from one file of random weights."""
+    """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     made = Reference(**BLOCKS, **given)
     randomise(made)
@@ -53,12 +53,12 @@ def pair(path: Path, given: dict[str, Any], dtype: torch.dtype) -> tuple[Referen
 
 @pytest.mark.parametrize("given", [TEXT, IMAGE, TWO_IMAGES], ids=["text", "image", "two-images"])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
-def test_predictions_are_diffusers(tmp_path: Path, given: dict[str, Any], dtype: torch.dtype, most: float) -> None:
+def test_predictions_match_diffusers(tmp_path: Path, given: dict[str, Any], dtype: torch.dtype, most: float) -> None:
     reference, ours = pair(tmp_path, given, dtype)
     video = torch.randn(2, given["in_channels"], 3, 8, 6, dtype=dtype)
     text = torch.randn(2, 512, 16, dtype=dtype)
     tokens = torch.randn(2, 10, 24, dtype=dtype) if "image_dim" in given else None
-    # Diffusers wants the tokens of two pictures as two rows of a batch.
+    # Diffusers expects the tokens of two images as two batch rows.
     theirs = tokens.reshape(4, 5, 24) if tokens is not None and "pos_embed_seq_len" in given else tokens
     timestep = torch.tensor([900, 900])
     with torch.inference_mode():
@@ -68,8 +68,8 @@ def test_predictions_are_diffusers(tmp_path: Path, given: dict[str, Any], dtype:
     assert relative_error(got, expected) <= most
 
 
-def test_text_of_any_length_is_distinguished_from_the_picture(tmp_path: Path) -> None:
-    """Diffusers takes the last 512 tokens for text, however many there are; ours keeps text and picture apart."""
+def test_text_of_any_length_is_separate_from_the_image(tmp_path: Path) -> None:
+    """Diffusers treats the last 512 tokens as text; this project has separate inputs for text and image."""
     _, ours = pair(tmp_path, IMAGE, torch.float32)
     video, tokens = torch.randn(1, 36, 1, 4, 4), torch.randn(1, 10, 24)
     text = torch.randn(1, 6, 16)
@@ -78,11 +78,11 @@ def test_text_of_any_length_is_distinguished_from_the_picture(tmp_path: Path) ->
         short = ours(video, timestep, text, tokens)
         other = ours(video, timestep, text, tokens.flip(1))
         changed = ours(video, timestep, text.flip(2), tokens)
-    assert relative_error(other, short) < 1e-5, "attention to a picture's tokens has no order of its own"
+    assert relative_error(other, short) < 1e-5, "attention is invariant to the order of image tokens"
     assert relative_error(changed, short) > 1e-2
 
 
-def test_weights_that_nobody_reads_may_be_there(tmp_path: Path) -> None:
+def test_unused_weights_are_accepted(tmp_path: Path) -> None:
     pair(tmp_path, IMAGE, torch.float32)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
@@ -107,13 +107,13 @@ def test_weights_that_nobody_reads_may_be_there(tmp_path: Path) -> None:
         ({"num_layers": -1}, "num_layers"),
     ],
 )
-def test_architectures_that_are_not_wan_2_1_are_named(values: dict[str, Any], named: str) -> None:
+def test_architectures_other_than_wan_2_1_are_refused(values: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         WanTransformerConfig.from_dict("transformer", values)
 
 
 @pytest.mark.parametrize("i2v", [False, True], ids=["t2v", "i2v"])
-def test_conditioning_is_exactly_what_forward_takes(tmp_path: Path, i2v: bool) -> None:
+def test_conditioning_has_exactly_the_inputs_of_forward(tmp_path: Path, i2v: bool) -> None:
     path = build_tiny_wan_i2v(tmp_path / "m") if i2v else build_tiny_wan(tmp_path / "m")
     kind = WanImageToVideoPipelineConfig if i2v else WanPipelineConfig
     config = kind.from_checkpoint(open_model(str(path), load_registry()).checkpoint)

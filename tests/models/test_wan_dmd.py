@@ -1,4 +1,4 @@
-"""Few-step Wan: latents next to a plain loop over Diffusers' transformer, byte-equal resume, and its parameters."""
+"""Few-step Wan: parity with a reference loop over Diffusers' transformer, byte-equal resume, parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from local_fleet import NO_IMAGES, open_fleet, relative_error
 from models.catalog import open_model
 from models.registry import load_registry
 from tiny_wan import build_tiny_wan_dmd, build_tiny_wan_ti2v, edit_json
-from wan_dmd_loops import SIZE, DmdLoop, Heard, Request, reference_dmd
+from wan_dmd_loops import SIZE, DmdLoop, RecordedCall, Request, reference_dmd
 
 STEPS = 3
 FRAMES = 9
@@ -38,7 +38,7 @@ def loop(path: Path) -> DmdLoop:
 
 
 @pytest.mark.parametrize(("num_frames", "outputs"), [(FRAMES, 1), (5, 2)])
-def test_latents_are_those_of_a_plain_loop(loop: DmdLoop, num_frames: int, outputs: int) -> None:
+def test_latents_match_a_reference_loop(loop: DmdLoop, num_frames: int, outputs: int) -> None:
     x = loop.inputs(num_frames, seed=5, outputs=outputs)
     got = loop.run(x)
     expected = reference_dmd(loop.path, Request.of(x))
@@ -47,7 +47,7 @@ def test_latents_are_those_of_a_plain_loop(loop: DmdLoop, num_frames: int, outpu
 
 
 def test_wan_2_2_from_text_is_served(tmp_path: Path) -> None:
-    """FastWan2.2-TI2V with full attention: `expand_timesteps` gives all tokens of a text's video one timestep."""
+    """FastWan2.2-TI2V with full attention; without an image, `expand_timesteps` gives all tokens one timestep."""
     path = build_tiny_wan_ti2v(tmp_path / "ti2v")
     edit_json(path / "model_index.json", {"_class_name": "WanDMDPipeline"})
     (variant,) = open_model(str(path), load_registry()).variants
@@ -58,7 +58,7 @@ def test_wan_2_2_from_text_is_served(tmp_path: Path) -> None:
 
 
 def test_weights_of_sparse_attention_are_refused(tmp_path: Path) -> None:
-    """FastWan's sparse attention has gates; full attention with these weights would be another model."""
+    """FastWan's sparse attention has gates; full attention with its weights would give wrong results."""
     path = build_tiny_wan_dmd(tmp_path / "sparse")
     (file,) = (path / "transformer").glob("*.safetensors")
     weights = load_file(file)
@@ -69,24 +69,24 @@ def test_weights_of_sparse_attention_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(loop: DmdLoop) -> None:
-    """Through the codec, as a checkpoint travels; the generator's state is part of it."""
-    x, heard = loop.inputs(FRAMES), Heard()
-    whole = loop.run(x, heard)
-    assert [state.step for state in heard.states] == list(range(1, STEPS))
-    for state in heard.states:
+    """Step checkpoints, which include the generator's state, are serialized and parsed."""
+    x, recorded = loop.inputs(FRAMES), RecordedCall()
+    whole = loop.run(x, recorded)
+    assert [state.step for state in recorded.states] == list(range(1, STEPS))
+    for state in recorded.states:
         assert state.generator is not None
         sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
-        rest = Heard()
+        rest = RecordedCall()
         assert torch.equal(loop.run(replace(x, resume_from=sent), rest), whole), f"after step {state.step}"
         assert rest.steps == [(step, STEPS) for step in range(state.step + 1, STEPS + 1)]
 
 
-def test_the_noise_of_each_step_is_the_requests_own(loop: DmdLoop) -> None:
-    x, heard = loop.inputs(FRAMES), Heard()
-    loop.run(x, heard)
+def test_the_noise_of_each_step_comes_from_the_requests_generator(loop: DmdLoop) -> None:
+    x, recorded = loop.inputs(FRAMES), RecordedCall()
+    loop.run(x, recorded)
     other = loop.inputs(FRAMES, seed=4)
     assert not torch.equal(loop.run(replace(x, latents_generator=other.latents_generator)), loop.run(x))
-    first, second = (state.generator for state in heard.states)
+    first, second = (state.generator for state in recorded.states)
     assert first is not None
     assert second is not None
     assert not torch.equal(first.state, second.state)
@@ -99,23 +99,23 @@ def test_a_loop_without_a_generator_is_refused(loop: DmdLoop) -> None:
 
 
 def test_a_cancelled_loop_ends_within_one_step(loop: DmdLoop) -> None:
-    heard = Heard()
-    call = heard.call(lambda *_: call.cancelled.set())
+    recorded = RecordedCall()
+    call = recorded.call(lambda *_: call.cancelled.set())
     with pytest.raises(Cancelled):
         loop.stage().run(loop.inputs(FRAMES), call)
-    assert heard.steps == [(1, STEPS)]
+    assert recorded.steps == [(1, STEPS)]
 
 
-def test_a_loop_is_handed_over_with_its_generator(loop: DmdLoop) -> None:
-    x, heard = loop.inputs(FRAMES), Heard()
-    whole, call = loop.run(x), heard.call(lambda *_: call.hand_over.set())
+def test_a_hand_over_includes_the_generator(loop: DmdLoop) -> None:
+    x, recorded = loop.inputs(FRAMES), RecordedCall()
+    whole, call = loop.run(x), recorded.call(lambda *_: call.hand_over.set())
     with pytest.raises(HandedOver):
         loop.stage().run(x, call)
-    assert torch.equal(loop.run(replace(x, resume_from=heard.states[-1])), whole)
+    assert torch.equal(loop.run(replace(x, resume_from=recorded.states[-1])), whole)
 
 
-def test_levels_are_those_of_diffusers_flow_schedule() -> None:
-    """FastWan's timesteps are of the shifted schedule; Self Forcing's are shifted with it."""
+def test_noise_levels_match_diffusers_flow_schedule() -> None:
+    """FastWan's timesteps belong to the shifted schedule; Self Forcing's are shifted by it."""
     levels = dict(nearest_levels((1000.0, 757.0, 522.0), 8.0))
     assert levels[1000.0] == 1.0
     assert all(abs(level - timestep / 1000) < 1e-3 for timestep, level in levels.items())
@@ -123,8 +123,8 @@ def test_levels_are_those_of_diffusers_flow_schedule() -> None:
     assert warped_levels((1000.0, 750.0, 500.0, 250.0), 5.0) == [pytest.approx(each) for each in expected]
 
 
-def test_a_video_is_made_by_the_services(path: Path) -> None:
-    """With the published defaults, which record the timesteps; the scheduler of the directory is not read."""
+def test_the_services_generate_a_video(path: Path) -> None:
+    """The published defaults contain the timesteps; the directory's scheduler config is not read."""
     model = open_model(str(path), load_registry())
     assert "scheduler" not in {name for service in model.services for name in service.modules}
     edit_json(path / "scheduler" / "scheduler_config.json", {"_class_name": "SelfForcingFlowMatchScheduler"})
@@ -136,7 +136,7 @@ def test_a_video_is_made_by_the_services(path: Path) -> None:
     fleet.close()
 
 
-def test_the_defaults_are_fastwans(path: Path) -> None:
+def test_the_defaults_equal_fastwan(path: Path) -> None:
     params, warnings = WanDMDSamplingParams.build({"prompt": "", "seed": 0}, Checkpoint.open(path))
     assert (params.dmd_denoising_steps, params.flow_shift) == ((1000.0, 757.0, 522.0), 8.0)
     assert (params.num_inference_steps, params.guidance_scale, params.branches) == (3, 1.0, 1)
@@ -164,7 +164,7 @@ def test_steps_follow_from_the_timesteps(path: Path) -> None:
         ({"flow_shift": 0.0}, "flow_shift"),
     ],
 )
-def test_bad_parameters_are_named(path: Path, given: dict[str, object], field: str) -> None:
+def test_bad_parameters_are_refused(path: Path, given: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         WanDMDSamplingParams.build({"prompt": "", **given}, Checkpoint.open(path))  # type: ignore[dict-item]
     assert caught.value.field == field

@@ -1,4 +1,4 @@
-"""Wan's SamplingParams against the pipelines of the installed Diffusers: defaults, rounding, limits."""
+"""Parity of Wan's SamplingParams with the installed Diffusers: defaults, rounding, limits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from models.validation import InputValidationStage
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
 
 RENAMED = {"num_videos_per_prompt": "num_outputs_per_prompt"}
-# What a request cannot carry, what travels apart, and what only Wan 2.2 has.
+# Arguments without a request parameter, separate inputs, and arguments of Wan 2.2 only.
 NOT_SERVED = {
     *("self", "generator", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
     *("latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds", "attention_kwargs"),
@@ -66,7 +66,9 @@ def test_every_argument_of_the_call_is_served_with_its_default(
         ({"output_format": "png"}, "output_format", "output_format: 'png' is not mp4 or safetensors"),
     ],
 )
-def test_what_no_rounding_makes_right(wan: Checkpoint, given: dict[str, Any], field: str, message: str) -> None:
+def test_sizes_that_cannot_be_rounded_are_refused(
+    wan: Checkpoint, given: dict[str, Any], field: str, message: str
+) -> None:
     with pytest.raises(InvalidInput, match=message) as caught:
         WanSamplingParams.build({"prompt": "x", **given}, wan)
     assert caught.value.field == field
@@ -91,7 +93,7 @@ def test_each_16_bit_grey_image_gets_a_warning(tmp_path: Path) -> None:
 
 
 def test_sizes_are_floored_to_whole_patches(tmp_path: Path) -> None:
-    """A patch of 4 latents is 32 pixels: a multiple of 16 need not be one of these."""
+    """A patch of 4 latents is 32 pixels, so that a multiple of 16 may need rounding."""
     path = build_tiny_wan(tmp_path / "m")
     config = json.loads((path / "transformer" / "config.json").read_text())
     (path / "transformer" / "config.json").write_text(json.dumps(config | {"patch_size": [1, 4, 4]}))
@@ -108,7 +110,7 @@ def test_sizes_are_floored_to_whole_patches(tmp_path: Path) -> None:
         (build_tiny_wan_i2v, {"boundary_ratio": 0.9}, "transformer_2"),
     ],
 )
-def test_wan_of_mixed_versions_is_refused_by_name(
+def test_wan_of_mixed_versions_is_refused(
     tmp_path: Path, build: Callable[[Path], Path], entries: dict[str, float], message: str
 ) -> None:
     path = build(tmp_path / "m")
@@ -119,8 +121,8 @@ def test_wan_of_mixed_versions_is_refused_by_name(
 
 
 @pytest.mark.parametrize("pipeline_name", ["WanPipeline", "WanImageToVideoPipeline"])
-def test_timesteps_for_each_token_make_two_variants(tmp_path: Path, pipeline_name: str) -> None:
-    """Diffusers' two pipelines save the same modules; that for images names a vision encoder, which is absent."""
+def test_a_timestep_per_token_gives_two_variants(tmp_path: Path, pipeline_name: str) -> None:
+    """Diffusers' two pipelines save the same modules; the image pipeline also lists an absent vision encoder."""
     path = build_tiny_wan_ti2v(tmp_path / "m")
     index = json.loads((path / "model_index.json").read_text())
     absent = {key: [None, None] for key in ("image_encoder", "image_processor", "transformer_2")}
@@ -139,7 +141,7 @@ def test_roles_follow_from_the_checkpoint(tmp_path: Path, wan: Checkpoint) -> No
     assert WanImageToVideoSamplingParams.image_roles(two).required == ("image", "last_image")
 
 
-def test_the_frame_rate_travels_with_the_canvas(wan: Checkpoint) -> None:
+def test_the_canvas_has_the_frame_rate(wan: Checkpoint) -> None:
     params, _ = WanSamplingParams.build({"prompt": "x", "frame_rate": 24}, wan)
     canvas = params.artifacts()["canvas"]
     assert vars(canvas) == {

@@ -1,4 +1,4 @@
-"""Wan 2.1 through all of its stages, against Diffusers' pipelines with the same weights, seed and arguments."""
+"""Parity of all Wan 2.1 stages with Diffusers' pipelines: same weights, seed and arguments."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from common.errors import InvalidInput
-from local_fleet import Heard, reference_run, relative_error
+from local_fleet import RecordedCall, reference_run, relative_error
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
 from wan_pair import LATENTS_WITHIN, Pair, check, open_pair
 
@@ -61,12 +61,12 @@ def given(prompt: str = "a red apple on the moon", **others: Any) -> dict[str, A
     ],
     ids=["wide", "high-unguided", "empty", "one-frame", "long", "few-tokens", "many-steps"],
 )
-def test_text_to_video_is_diffusers(t2v: Pair, request_: dict[str, Any]) -> None:
+def test_text_to_video_matches_diffusers(t2v: Pair, request_: dict[str, Any]) -> None:
     fleet, pipeline = t2v
     check(fleet.tensors(seed=SEED, **request_), reference_run(pipeline, seed=SEED, **request_))
 
 
-def test_several_videos_are_one_draw(t2v: Pair) -> None:
+def test_noise_of_all_videos_is_drawn_at_once(t2v: Pair) -> None:
     fleet, pipeline = t2v
     ours = fleet.tensors(seed=SEED, num_outputs_per_prompt=2, **given())
     check(ours, reference_run(pipeline, seed=SEED, num_videos_per_prompt=2, **given()))
@@ -74,7 +74,7 @@ def test_several_videos_are_one_draw(t2v: Pair) -> None:
 
 
 @pytest.mark.parametrize(("asked", "used"), [(6, 5), (7, 5), (8, 9), (2, 1)])
-def test_frames_are_rounded_as_diffusers_rounds_them(t2v: Pair, asked: int, used: int) -> None:
+def test_frames_are_rounded_as_in_diffusers(t2v: Pair, asked: int, used: int) -> None:
     fleet, pipeline = t2v
     request = given(num_frames=asked, num_inference_steps=1)
     ours = fleet.tensors(seed=SEED, **request)
@@ -82,16 +82,16 @@ def test_frames_are_rounded_as_diffusers_rounds_them(t2v: Pair, asked: int, used
     check(ours, reference_run(pipeline, seed=SEED, **request))
 
 
-def test_the_prompt_matters(t2v: Pair) -> None:
+def test_the_prompt_changes_the_video(t2v: Pair) -> None:
     fleet, _ = t2v
     one, other = (fleet.tensors(seed=SEED, **given(prompt))["latents"] for prompt in ("a red car", "a blue car"))
     assert relative_error(other, one) > 10 * LATENTS_WITHIN
 
 
-def test_a_long_prompt_is_cut_with_a_warning(t2v: Pair) -> None:
-    heard = Heard()
-    t2v[0].tensors(heard, seed=SEED, **given("cat " * 30 + "moon", max_sequence_length=8, num_inference_steps=1))
-    ((field, message),) = heard.warnings
+def test_a_long_prompt_is_truncated_with_a_warning(t2v: Pair) -> None:
+    recorded = RecordedCall()
+    t2v[0].tensors(recorded, seed=SEED, **given("cat " * 30 + "moon", max_sequence_length=8, num_inference_steps=1))
+    ((field, message),) = recorded.warnings
     assert field == "prompt"
     assert "truncated to 8" in message
     assert message.endswith("moon")
@@ -106,14 +106,14 @@ def test_a_long_prompt_is_cut_with_a_warning(t2v: Pair) -> None:
     ],
     ids=["wide", "high-empty-unguided", "one-frame-long"],
 )
-def test_image_to_video_is_diffusers(i2v: Pair, request_: dict[str, Any]) -> None:
+def test_image_to_video_matches_diffusers(i2v: Pair, request_: dict[str, Any]) -> None:
     fleet, pipeline = i2v
     image = coarse_image(150, 90, seed=1)
     theirs = reference_run(pipeline, seed=SEED, image=image, **request_)
     check(fleet.tensors(images={"image": png(image)}, seed=SEED, **request_), theirs)
 
 
-def test_a_picture_is_turned_as_its_exif_says(i2v: Pair) -> None:
+def test_an_image_is_rotated_by_its_exif_orientation(i2v: Pair) -> None:
     fleet, pipeline = i2v
     image = coarse_image(60, 200, seed=2)
     file, exif = io.BytesIO(), Image.Exif()
@@ -124,7 +124,7 @@ def test_a_picture_is_turned_as_its_exif_says(i2v: Pair) -> None:
     check(fleet.tensors(images={"image": file.getvalue()}, seed=SEED, **request), theirs)
 
 
-def test_the_picture_matters(i2v: Pair) -> None:
+def test_the_image_changes_the_video(i2v: Pair) -> None:
     fleet, _ = i2v
     one, other = (
         fleet.tensors(images={"image": png(coarse_image(64, 64, seed))}, seed=SEED, **given())["latents"]
@@ -133,8 +133,8 @@ def test_the_picture_matters(i2v: Pair) -> None:
     assert relative_error(other, one) > 10 * LATENTS_WITHIN
 
 
-def test_several_videos_of_one_picture(i2v: Pair) -> None:
-    """Diffusers raises here; each of ours begins with the picture, and the first is the one that comes alone."""
+def test_several_videos_of_one_image_start_with_the_image(i2v: Pair) -> None:
+    """Diffusers raises an error; here each video starts with the image, and the first equals a single output."""
     fleet, _ = i2v
     images = {"image": png(coarse_image(64, 64, seed=1))}
     both = fleet.tensors(images=images, seed=SEED, num_outputs_per_prompt=2, **given())["latents"]
@@ -144,7 +144,7 @@ def test_several_videos_of_one_picture(i2v: Pair) -> None:
 
 
 @pytest.mark.parametrize("request_", [given(width=48, num_frames=9), given("", guidance_scale=1.0)])
-def test_first_and_last_frame_is_diffusers(flf2v: Pair, request_: dict[str, Any]) -> None:
+def test_first_and_last_frame_matches_diffusers(flf2v: Pair, request_: dict[str, Any]) -> None:
     fleet, pipeline = flf2v
     first, last = coarse_image(150, 90, seed=1), coarse_image(64, 200, seed=2)
     theirs = reference_run(pipeline, seed=SEED, image=first, last_image=last, **request_)
@@ -155,7 +155,7 @@ def test_first_and_last_frame_is_diffusers(flf2v: Pair, request_: dict[str, Any]
 @pytest.mark.parametrize(
     ("roles", "named"), [((), "image"), (("image",), "last_image"), (("image", "last_image", "image_1"), "image_1")]
 )
-def test_pictures_that_the_model_does_not_take_are_named(flf2v: Pair, roles: tuple[str, ...], named: str) -> None:
+def test_unsupported_image_roles_are_refused(flf2v: Pair, roles: tuple[str, ...], named: str) -> None:
     images = {role: png(coarse_image(8, 8, seed=0)) for role in roles}
     with pytest.raises(InvalidInput) as caught:
         flf2v[0].tensors(images=images, seed=SEED, **given())

@@ -1,4 +1,4 @@
-"""The VAE of Wan 2.2 TI2V-5B against Diffusers' module: residual up blocks, patches of pixels, bounded memory."""
+"""Parity of the Wan 2.2 TI2V-5B VAE with Diffusers: residual up blocks, pixel patches, bounded memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PUBLISHED: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def reference() -> AutoencoderKLWan:
-    """Diffusers' module, which no WanVAE shares."""
+    """Diffusers' VAE, used only as the reference."""
     torch.manual_seed(0)
     model = residual_vae().eval().requires_grad_(False)
     randomise(model)
@@ -50,7 +50,7 @@ def reference() -> AutoencoderKLWan:
 
 @pytest.fixture(scope="module")
 def vae(reference: AutoencoderKLWan) -> AutoencoderKLWan:
-    """A copy with equal weights, for ours."""
+    """WanVAE with a copy of the reference's weights."""
     return copy.deepcopy(reference)
 
 
@@ -59,16 +59,16 @@ def noise(*shape: int, seed: int = 1) -> Tensor:
 
 
 def reference_frames(reference: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Frames of Diffusers: (3, frames, H, W). Asserts that they are neither constant nor mostly clamped."""
+    """Decode with Diffusers; returns (3, frames, H, W). Asserts that frames are neither constant nor mostly clamped."""
     with torch.inference_mode():
         video: Tensor = reference.decode(latents, return_dict=False)[0][0]
     assert 0.1 < float(video.std()) < 0.9
-    assert 0 < float((video.abs() == 1).double().mean()) < 0.5, "both kinds of pixels: clamped and not"
+    assert 0 < float((video.abs() == 1).double().mean()) < 0.5, "some pixels must be clamped and others not"
     return video
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 6), (2, 6, 4), (3, 2, 5), (5, 3, 3)])
-def test_decoded_frames_are_those_of_diffusers(
+def test_decoded_frames_match_diffusers(
     reference: AutoencoderKLWan, vae: AutoencoderKLWan, shape: tuple[int, int, int]
 ) -> None:
     latents = noise(1, 48, *shape)
@@ -80,7 +80,7 @@ def test_decoded_frames_are_those_of_diffusers(
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 96), (5, 96, 64), (9, 32, 80)])
-def test_encoded_videos_are_those_of_diffusers(
+def test_encoded_videos_match_diffusers(
     reference: AutoencoderKLWan, vae: AutoencoderKLWan, shape: tuple[int, int, int]
 ) -> None:
     video = noise(1, 3, *shape, seed=4).clamp(-1, 1)
@@ -104,7 +104,7 @@ def test_strips_join_without_a_seam(
     assert float((ours - theirs).abs().max()) <= SAME
 
 
-def test_a_frame_comes_before_the_next_latents_are_read(vae: AutoencoderKLWan) -> None:
+def test_a_frame_is_returned_before_the_next_latents_are_read(vae: AutoencoderKLWan) -> None:
     check_frames_come_early(vae, noise(1, 48, 3, 3, 3, seed=3))
 
 
@@ -113,12 +113,12 @@ def test_latents_may_arrive_in_pieces(vae: AutoencoderKLWan, pieces: list[int]) 
     check_sessions(vae, noise(1, 48, 4, 2, 3, seed=5), pieces)
 
 
-def test_pieces_of_a_large_video_give_its_frames_at_the_end(vae: AutoencoderKLWan) -> None:
+def test_pieces_of_a_large_video_are_decoded_at_the_end(vae: AutoencoderKLWan) -> None:
     check_sessions(vae, noise(1, 48, 3, 2, 60, seed=6), [1, 2], LITTLE)
 
 
 def published_peak(shape: tuple[int, int, int], dtype: torch.dtype, decoding_bytes: int | None = None) -> int:
-    """Bytes that decoding takes beside weights and latents at the published width, counted on the meta device."""
+    """Peak bytes of decoding at the published width, without weights and latents, counted on the meta device."""
     with torch.device("meta"):
         published = WanVAE(AutoencoderKLWan(**PUBLISHED).to(dtype), decoding_bytes)
         latents = torch.empty(1, 48, *shape, dtype=dtype)
@@ -128,7 +128,7 @@ def published_peak(shape: tuple[int, int, int], dtype: torch.dtype, decoding_byt
     return int(memory.peak - latents.nbytes)
 
 
-def test_704x1280_decodes_in_five_gigabytes_whatever_the_length() -> None:
+def test_704x1280_decodes_in_five_gigabytes_at_any_length() -> None:
     short, long = (published_peak((frames, 44, 80), torch.bfloat16) for frames in (3, 6))
     assert short == long <= 5_000_000_000
 
@@ -147,7 +147,7 @@ def test_the_published_config_is_read() -> None:
     assert [config.latent_frames(frames) for frames in (1, 5, 121)] == [1, 2, 31]
 
 
-def test_an_empty_config_is_that_of_wan_21() -> None:
+def test_an_empty_config_equals_wan_2_1() -> None:
     config = AutoencoderKLWanConfig.from_dict("vae", {})
     assert (config.z_dim, config.spatial_factor, config.temporal_factor) == (16, 8, 4)
 

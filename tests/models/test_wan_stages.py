@@ -1,4 +1,4 @@
-"""What each stage of Wan 2.1 promises by itself: resuming, refusing, and telling what was done."""
+"""Each Wan 2.1 stage alone: resume, refused inputs, dtypes, and image preprocessing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from common.local import HostedStages
 from common.stage import Call
 from common.tensors import TORCH
 from configs.pipeline_configs.wan import WanImageToVideoPipelineConfig
-from local_fleet import Heard
+from local_fleet import RecordedCall
 from models.catalog import ServedModel, open_model
 from models.images import as_tensor, open_image, open_images
 from models.loader import load_stages
@@ -65,7 +65,7 @@ def services(model: ServedModel) -> dict[str, HostedStages]:
 
 @pytest.fixture(scope="module")
 def prepared(services: dict[str, HostedStages]) -> Slots:
-    """All that the loop reads."""
+    """All input slots of the loop."""
     slots: Slots = {
         "prompt": Prompt(prompt="a red apple"),
         "canvas": CANVAS,
@@ -80,11 +80,11 @@ def prepared(services: dict[str, HostedStages]) -> Slots:
 def run(services: dict[str, HostedStages], name: str, slots: Slots, call: Call | None = None) -> Slots:
     stages = services[name]
     given = {slot: slots[slot] for slot in stages.contract.inputs if slot in slots}
-    return stages.run(given, call or Heard().call())
+    return stages.run(given, call or RecordedCall().call())
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(services: dict[str, HostedStages], prepared: Slots) -> None:
-    """Through the codec, as a checkpoint travels: the solver's history is part of it."""
+    """Step checkpoints, which include the solver's history, are serialized and parsed."""
     states: list[StepCheckpoint] = []
     call = Call("test", on_item=step_checkpoints_to(states.append))
     whole = run(services, "denoising", prepared, call)["denoised_latents"]
@@ -95,7 +95,7 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(services: dict[str, H
         assert torch.equal(again.parts["video"].latents, whole.parts["video"].latents), f"after step {state.step}"
 
 
-def test_noise_and_latents_are_float32_whatever_the_weights_are(model: ServedModel) -> None:
+def test_noise_and_latents_are_float32_for_any_weight_dtype(model: ServedModel) -> None:
     config = WanImageToVideoPipelineConfig.from_checkpoint(model.checkpoint)
     assert config.noise_dtype(torch.bfloat16) is torch.float32
     latents, condition = torch.zeros(1, 16, 1, 2, 2), torch.zeros(1, 20, 1, 2, 2)
@@ -103,7 +103,7 @@ def test_noise_and_latents_are_float32_whatever_the_weights_are(model: ServedMod
     assert (given.dtype, given.shape[1]) == (torch.float32, 36)
 
 
-def test_bfloat16_runs_from_picture_to_video(model: ServedModel) -> None:
+def test_bfloat16_runs_from_image_to_video(model: ServedModel) -> None:
     services = {
         spec.service: HostedStages(spec.service, load_stages(model, spec, Runtime(device=CPU, dtype=torch.bfloat16)))
         for spec in model.services
@@ -114,16 +114,16 @@ def test_bfloat16_runs_from_picture_to_video(model: ServedModel) -> None:
         "sampling": SAMPLING,
         "image_inputs": inputs(image=png()),
     }
-    heard = Heard()
+    recorded = RecordedCall()
     for name in services:
-        slots |= run(services, name, slots, heard.call())
+        slots |= run(services, name, slots, recorded.call())
     assert slots["denoised_latents"].parts["video"].latents.dtype == torch.float32
     assert slots["image_latents"].parts["condition"].latents.shape == (1, 20, 2, 4, 6)
-    (item,) = heard.items["media_items"]
+    (item,) = recorded.items["media_items"]
     assert (item.content_type, item.num_frames) == ("video/mp4", 5)
 
 
-def test_the_mask_marks_what_is_given(services: dict[str, HostedStages], prepared: Slots) -> None:
+def test_the_mask_marks_the_input_frames(services: dict[str, HostedStages], prepared: Slots) -> None:
     condition = prepared["image_latents"].parts["condition"].latents
     mask = condition[0, :4, :, 0, 0]
     assert mask[:, 0].tolist() == [1, 1, 1, 1]
@@ -132,18 +132,18 @@ def test_the_mask_marks_what_is_given(services: dict[str, HostedStages], prepare
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
-def test_pictures_become_rgb(mode: str) -> None:
-    picture = open_image("image", png(mode=mode))
-    assert (picture.mode, picture.size) == ("RGB", (40, 30))
+def test_images_are_converted_to_rgb(mode: str) -> None:
+    image = open_image("image", png(mode=mode))
+    assert (image.mode, image.size) == ("RGB", (40, 30))
 
 
-def test_pictures_are_stretched_to_the_canvas() -> None:
+def test_images_are_stretched_to_the_canvas() -> None:
     pixels = as_tensor(open_image("image", png((200, 20))), 32, 48)
     assert pixels.shape == (1, 3, 32, 48)
     assert -1 <= float(pixels.min()) < -0.5 < 0.5 < float(pixels.max()) <= 1
 
 
-def test_pictures_come_in_the_order_of_their_numbers() -> None:
+def test_images_are_ordered_by_their_numbers() -> None:
     roles = ["last_image", *(f"image_{number}" for number in (10, 2, 1)), "image"]
     opened = open_images(inputs(**{role: png() for role in roles}))
     assert list(opened) == ["image", "image_1", "image_2", "image_10", "last_image"]

@@ -1,4 +1,4 @@
-"""The Wan DiT with a timestep of its own for the first latent frame predicts what Diffusers' does."""
+"""Parity of the Wan DiT with Diffusers, with a separate timestep for the first latent frame."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FRAME_TOKENS = ROWS // 2 * COLUMNS // 2
 
 
 def pair(path: Path, dtype: torch.dtype = torch.float32, **sizes: Any) -> tuple[Reference, WanTransformer3DModel]:
-    """Diffusers' model and ours, from one file of random weights."""
+    """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     made = Reference(**SIZES | sizes)
     randomise(made)
@@ -52,14 +52,14 @@ def pair(path: Path, dtype: torch.dtype = torch.float32, **sizes: Any) -> tuple[
 
 
 def inputs(frames: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Latents and text."""
+    """Random latents and text embeddings."""
     torch.manual_seed(1)
     video = torch.randn(BATCH, SIZES["in_channels"], frames, ROWS, COLUMNS)
     return video.to(dtype), torch.randn(BATCH, 20, SIZES["text_dim"]).to(dtype)
 
 
 def of_tokens(timestep: Tensor, frames: int) -> Tensor:
-    """Timesteps (B, 2) of two segments as Diffusers takes them, (B, tokens)."""
+    """Expand timesteps (B, 2) of two segments to Diffusers' shape (B, tokens)."""
     first, rest = timestep[:, :1], timestep[:, 1:]
     return torch.cat((first.expand(-1, FRAME_TOKENS), rest.expand(-1, (frames - 1) * FRAME_TOKENS)), dim=1).float()
 
@@ -67,10 +67,10 @@ def of_tokens(timestep: Tensor, frames: int) -> Tensor:
 @pytest.mark.parametrize("frames", [3, 1], ids=["3-frames", "1-frame"])
 @pytest.mark.parametrize("cross_attn_norm", [True, False])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
-def test_predictions_are_diffusers(
+def test_predictions_match_diffusers(
     tmp_path: Path, frames: int, cross_attn_norm: bool, dtype: torch.dtype, most: float
 ) -> None:
-    """Rows of the batch have timesteps of their own."""
+    """Each batch row has its own timestep."""
     reference, ours = pair(tmp_path, dtype, cross_attn_norm=cross_attn_norm)
     video, text = inputs(frames, dtype)
     timestep = torch.tensor([[0, 900], [30, 750]])
@@ -81,8 +81,8 @@ def test_predictions_are_diffusers(
     assert relative_error(got, expected) <= most
 
 
-def test_one_timestep_is_that_of_all_tokens(tmp_path: Path) -> None:
-    """As Diffusers computes from text alone, with (B, tokens) timesteps that are all equal."""
+def test_one_timestep_equals_one_timestep_for_all_tokens(tmp_path: Path) -> None:
+    """Without an image, Diffusers passes (B, tokens) timesteps that are all equal."""
     reference, ours = pair(tmp_path)
     video, text = inputs(3)
     timestep = torch.tensor([900, 750])
@@ -94,7 +94,7 @@ def test_one_timestep_is_that_of_all_tokens(tmp_path: Path) -> None:
     assert relative_error(two, one) <= 1e-6
 
 
-def test_segments_are_not_exchanged(tmp_path: Path) -> None:
+def test_segments_are_not_interchangeable(tmp_path: Path) -> None:
     _, ours = pair(tmp_path)
     video, text = inputs(3)
     timestep = torch.tensor([[0, 900], [0, 900]])
@@ -102,8 +102,8 @@ def test_segments_are_not_exchanged(tmp_path: Path) -> None:
         assert relative_error(ours(video, timestep.flip(1), text), ours(video, timestep, text)) > 1e-2
 
 
-def test_steps_are_those_of_single_predictions(tmp_path: Path) -> None:
-    """prepare() takes timesteps (steps, B, 2); a row for each step has both segments."""
+def test_steps_equal_single_predictions(tmp_path: Path) -> None:
+    """prepare() takes timesteps (steps, B, 2): one row per step, with both segments."""
     _, ours = pair(tmp_path)
     video, text = inputs(3)
     timesteps = torch.tensor([[[0, 900], [0, 900]], [[0, 750], [0, 750]]])
@@ -139,8 +139,8 @@ def test_a_step_cache_changes_no_bit_of_a_computed_step(tmp_path: Path) -> None:
         assert cache.change() == 0
 
 
-def test_a_request_of_one_segment_after_one_of_two_has_all_tokens_in_one(tmp_path: Path) -> None:
-    """One transformer serves text and images in turn: the lengths of segments are those of the prediction."""
+def test_segment_lengths_do_not_persist_between_requests(tmp_path: Path) -> None:
+    """One transformer serves requests with and without images; segment lengths belong to the prediction."""
     _, ours = pair(tmp_path)
     video, text = inputs(3)
     requests = [torch.tensor([9, 9]), torch.tensor([[0, 9], [0, 9]])]

@@ -1,4 +1,4 @@
-"""The denoising loop of Wan 2.2 TI2V from text and from an image: parity with Diffusers, and byte-equal resume."""
+"""The denoising loop of Wan 2.2 TI2V for text and image: parity with Diffusers, and byte-equal resume."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ WIDE = Canvas(height=64, width=96, num_frames=9, output_format="mp4")
 TALL = Canvas(height=128, width=64, num_frames=5, output_format="mp4")
 FRAME = Canvas(height=64, width=64, num_frames=1, output_format="mp4")
 SAMPLING = Sampling(num_inference_steps=STEPS, seed=3, guidance_scale=4.0)
-# Larger than WIDE, and of another shape.
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8))
+# Larger than WIDE, with another aspect ratio.
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8))
 
 
 @dataclass(frozen=True)
 class Loop:
-    """One kind of request on a checkpoint: the stages of ours, and the same request of Diffusers."""
+    """One variant of a checkpoint: this project's stages, and Diffusers' loop for the same request."""
 
     path: Path
     kind: type[WanTI2VPipelineConfig]
@@ -70,16 +70,16 @@ class Loop:
         return {name: load_module(checkpoint, name, self.config, runtime) for name in names}
 
     def condition(self, canvas: Canvas) -> Tensor | None:
-        """The image's latents."""
+        """Latents of the input image."""
         if not isinstance(self.config, WanTI2VImagePipelineConfig):
             return None
-        pixels = as_tensor(PICTURE, *self.config.image_size((PICTURE.height, PICTURE.width), canvas))
+        pixels = as_tensor(IMAGE, *self.config.image_size((IMAGE.height, IMAGE.width), canvas))
         with torch.inference_mode():
             (condition,) = self.config.image_latents(self.modules["vae"].encode, {"image": pixels}, canvas).values()
         return condition
 
     def inputs(self, canvas: Canvas = WIDE, sampling: Sampling = SAMPLING) -> DenoisingInput:
-        """What the stages before the loop make, with random embeddings."""
+        """Inputs of the loop: outputs of the preceding stages, with random embeddings."""
         runtime, call = Runtime(dtype=self.dtype), Call("test")
         drawing = LatentPreparationInput(canvas=canvas, sampling=sampling)
         drawn = LatentPreparationStage(self.config, runtime, {}).run(drawing, call)
@@ -101,14 +101,14 @@ class Loop:
         )
 
     def run(self, x: DenoisingInput, states: list[StepCheckpoint] | None = None) -> Tensor:
-        """The loop's result; its step checkpoints are appended to `states`."""
+        """Run the loop; returns its result and appends step checkpoints to `states`."""
         modules = {name: self.modules[name] for name in ("transformer", "scheduler")}
         stage = DenoisingStage(self.config, Runtime(dtype=self.dtype, step_checkpoint_every=1), modules)
         call = Call("test") if states is None else Call("test", on_item=step_checkpoints_to(states.append))
         return stage.run(x, call).denoised_latents.parts["video"].latents
 
     def reference(self, x: DenoisingInput, canvas: Canvas) -> tuple[Tensor, list[Tensor]]:
-        """Diffusers' latents at the end, and after each step."""
+        """Run Diffusers' loop; returns the final latents, and the latents after each step."""
         pipeline_class: Any = WanPipeline if x.image_latents is None else WanImageToVideoPipeline
         pipeline = pipeline_class(
             tokenizer=None,
@@ -129,7 +129,7 @@ class Loop:
         with torch.inference_mode():
             (latents,) = pipeline(
                 **embeds,
-                **({} if x.image_latents is None else {"image": PICTURE}),
+                **({} if x.image_latents is None else {"image": IMAGE}),
                 height=canvas.height,
                 width=canvas.width,
                 num_frames=canvas.num_frames,
@@ -183,8 +183,8 @@ def request(loop: Loop, canvas: Canvas, guidance_scale: float, outputs: int) -> 
 
 @CASES
 @pytest.mark.parametrize("kind", ["text", "image"])
-def test_latents_are_diffusers(path: Path, kind: str, canvas: Canvas, guidance_scale: float, outputs: int) -> None:
-    """At the end, and after each step: the loop's own first frame goes on being denoised."""
+def test_latents_match_diffusers(path: Path, kind: str, canvas: Canvas, guidance_scale: float, outputs: int) -> None:
+    """At the end and after each step; the loop also denoises its own first frame."""
     loop = Loop(path, WanTI2VPipelineConfig if kind == "text" else WanTI2VImagePipelineConfig)
     x = request(loop, canvas, guidance_scale, outputs)
     states: list[StepCheckpoint] = []
@@ -196,7 +196,7 @@ def test_latents_are_diffusers(path: Path, kind: str, canvas: Canvas, guidance_s
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(text: Loop, image: Loop) -> None:
-    """Through the codec, as a checkpoint travels: the solver's history is part of it."""
+    """Step checkpoints, which include the solver's history, are serialized and parsed."""
     for loop in (text, image):
         x = loop.inputs()
         states: list[StepCheckpoint] = []
@@ -208,7 +208,7 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(text: Loop, image: Lo
             assert torch.equal(loop.run(resumed), whole), f"after step {state.step}"
 
 
-def test_the_first_frame_is_the_image_in_the_result_only(image: Loop) -> None:
+def test_the_image_replaces_the_first_frame_only_in_the_result(image: Loop) -> None:
     x = image.inputs()
     states: list[StepCheckpoint] = []
     got = image.run(x, states)
@@ -220,7 +220,7 @@ def test_the_first_frame_is_the_image_in_the_result_only(image: Loop) -> None:
         assert relative_error(state.latents.parts["video"].latents[:, :, :1], condition) > 0.1, "the loop's own"
 
 
-def test_the_denoiser_never_sees_the_loops_own_first_frame(image: Loop) -> None:
+def test_the_loops_first_frame_is_not_an_input_of_the_denoiser(image: Loop) -> None:
     x = image.inputs()
     part = x.initial_latents.parts["video"]
     other = part.latents.clone()
@@ -229,7 +229,7 @@ def test_the_denoiser_never_sees_the_loops_own_first_frame(image: Loop) -> None:
     assert torch.equal(image.run(DenoisingInput(**vars(x) | {"initial_latents": changed})), image.run(x))
 
 
-def test_the_image_matters_to_the_other_frames(image: Loop) -> None:
+def test_the_image_changes_the_other_frames(image: Loop) -> None:
     x = image.inputs()
     assert x.image_latents is not None
     part = x.image_latents.parts["condition"]
@@ -249,14 +249,14 @@ def test_bfloat16_keeps_latents_and_image_in_float32(path: Path) -> None:
 
 
 @pytest.mark.parametrize("canvas", [WIDE, TALL, FRAME])
-def test_made_up_images_for_warm_up_have_the_shapes_of_real_ones(image: Loop, canvas: Canvas) -> None:
+def test_warm_up_images_have_the_shapes_of_real_ones(image: Loop, canvas: Canvas) -> None:
     condition = image.condition(canvas)
     assert condition is not None
     assert image.config.condition_shapes(canvas) == {"condition": tuple(condition.shape)}
 
 
 def test_shapes_follow_from_the_vae(image: Loop) -> None:
-    """As in the published checkpoint: 16 pixels a latent."""
+    """16 pixels per latent, as in the published checkpoint."""
     config = image.config
     canvas = Canvas(height=704, width=1280, num_frames=121)
     assert config.raw_latent_shapes(canvas, 2) == {"video": (2, 48, 31, 44, 80)}

@@ -1,4 +1,4 @@
-"""SamplingParams of Wan 2.2 TI2V against the pipelines of the installed Diffusers: defaults, rounding, image roles."""
+"""Parity of Wan 2.2 TI2V's SamplingParams with the installed Diffusers: defaults, rounding, image roles."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def ti2v(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     ("pipeline", "kind"),
     [(WanPipeline, WanTI2VSamplingParams), (WanImageToVideoPipeline, WanTI2VImageSamplingParams)],
 )
-def test_defaults_are_those_of_the_call(ti2v: Checkpoint, pipeline: Any, kind: type[SamplingParams]) -> None:
+def test_defaults_equal_those_of_the_diffusers_call(
+    ti2v: Checkpoint, pipeline: Any, kind: type[SamplingParams]
+) -> None:
     arguments = inspect.signature(pipeline.__call__).parameters
     defaults = {spec.name: spec.default for spec in kind.parameters(ti2v)}
     assert {name: defaults[name] for name in SHARED} == {name: arguments[name].default for name in SHARED}
@@ -42,7 +44,7 @@ def test_defaults_are_those_of_the_call(ti2v: Checkpoint, pipeline: Any, kind: t
 
 
 @KINDS
-def test_defaults_of_the_checkpoint_win(tmp_path: Path, kind: type[SamplingParams]) -> None:
+def test_checkpoint_defaults_take_precedence(tmp_path: Path, kind: type[SamplingParams]) -> None:
     path = build_tiny_wan_ti2v(tmp_path / "m")
     published = {"height": 704, "width": 1280, "num_frames": 121}
     (path / "sampling_defaults.json").write_text(json.dumps(published))
@@ -54,7 +56,7 @@ def test_defaults_of_the_checkpoint_win(tmp_path: Path, kind: type[SamplingParam
 @KINDS
 @pytest.mark.parametrize("asked", [32, 48, 64, 80, 496])
 def test_sizes_are_multiples_of_32(ti2v: Checkpoint, kind: type[SamplingParams], asked: int) -> None:
-    """As Diffusers does: 16 pixels a latent, 2 latents a patch; a multiple of 16 is floored with a warning."""
+    """16 pixels per latent and 2 latents per patch, as in Diffusers; a multiple of 16 is floored with a warning."""
     params, warnings = kind.build({"prompt": "x", "height": asked, "width": 64, "num_frames": 5}, ti2v)
     assert (params.height, params.width) == (asked // 32 * 32, 64)
     assert [warning.field for warning in warnings] == (["height"] if asked % 32 else [])
@@ -68,7 +70,7 @@ def test_sizes_are_multiples_of_32(ti2v: Checkpoint, kind: type[SamplingParams],
         ({"width": 40}, "width: 40 is not a multiple of 16; 32 or 48 works"),
     ],
 )
-def test_sizes_that_no_rounding_makes_right(
+def test_sizes_that_cannot_be_rounded_are_refused(
     ti2v: Checkpoint, kind: type[SamplingParams], given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InvalidInput, match=message):
@@ -96,6 +98,6 @@ def test_two_transformers_are_refused(tmp_path: Path, kind: type[SamplingParams]
         kind.build({"prompt": "x"}, Checkpoint.open(path))
 
 
-def test_wan_2_1_refuses_it(ti2v: Checkpoint) -> None:
+def test_wan_2_1_refuses_a_timestep_per_token(ti2v: Checkpoint) -> None:
     with pytest.raises(CheckpointError, match=r"a timestep for each token .* supported is Wan 2\.1"):
         WanSamplingParams.build({"prompt": "x"}, ti2v)

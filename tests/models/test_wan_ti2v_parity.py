@@ -1,7 +1,7 @@
-"""Wan 2.2 TI2V-5B through all of its stages, against both of Diffusers' pipelines over the same directory.
+"""Parity of all Wan 2.2 TI2V-5B stages with both of Diffusers' pipelines on the same directory.
 
-The weights are random, but the scale factors are real: a latent stands for 16x16 pixels and 4 frames. A request with
-an image is served by the variant of WanImageToVideoPipeline, one without an image by that of WanPipeline.
+The weights are random, but the scale factors are the published ones: 16x16 pixels and 4 frames per latent. A request
+with an image is compared with WanImageToVideoPipeline, a request without one with WanPipeline.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from torch import Tensor
 
-from coarse_pictures import coarse_image, png
+from coarse_images import coarse_image, png
 from local_fleet import NO_IMAGES, LocalFleet, open_fleet, reference_run, relative_error
 from models.validation import InputValidationStage
 from tiny_wan import build_tiny_wan_ti2v
@@ -30,11 +30,11 @@ Request = dict[str, Any]
 
 TEXT: dict[str, Request] = {
     "wide": {"num_frames": 9, "negative_prompt": "old stone"},
-    "high, without guidance": {"height": 96, "width": 64, "guidance_scale": 1.0, "negative_prompt": "is not read"},
+    "tall, without guidance": {"height": 96, "width": 64, "guidance_scale": 1.0, "negative_prompt": "is not read"},
     "square, 13 frames": {"width": 64, "num_frames": 13, "guidance_scale": 2.0},
     "one frame": {"num_frames": 1},
-    "7 frames become 5": {"num_frames": 7},
-    "rows and columns that are cut": {"height": 80, "width": 112},
+    "7 frames, rounded to 5": {"num_frames": 7},
+    "cropped rows and columns": {"height": 80, "width": 112},
     "empty prompt": {"prompt": "", "num_frames": 9},
     "very long prompt": {"prompt": LONG, "negative_prompt": LONG[4:], "num_inference_steps": 2},
     "few tokens": {"prompt": LONG, "max_sequence_length": 12, "num_inference_steps": 2},
@@ -45,12 +45,12 @@ TEXT: dict[str, Request] = {
 
 IMAGE: dict[str, tuple[Request, tuple[int, int]]] = {
     "wide": ({"num_frames": 9, "negative_prompt": "old stone"}, (150, 90)),
-    "high, without guidance": ({"height": 96, "width": 64, "guidance_scale": 1.0}, (150, 90)),
-    "of another aspect": ({"width": 64, "num_frames": 9}, (40, 300)),
-    "of the video's size": ({}, (96, 64)),
+    "tall, without guidance": ({"height": 96, "width": 64, "guidance_scale": 1.0}, (150, 90)),
+    "another aspect ratio": ({"width": 64, "num_frames": 9}, (40, 300)),
+    "the video's size": ({}, (96, 64)),
     "one frame": ({"num_frames": 1, "num_inference_steps": 2}, (150, 90)),
-    "7 frames become 5": ({"num_frames": 7}, (64, 64)),
-    "rows and columns that are cut": ({"height": 80, "width": 112}, (150, 90)),
+    "7 frames, rounded to 5": ({"num_frames": 7}, (64, 64)),
+    "cropped rows and columns": ({"height": 80, "width": 112}, (150, 90)),
     "empty prompt": ({"prompt": "", "num_frames": 13}, (150, 90)),
     "very long prompt": ({"prompt": LONG, "num_inference_steps": 2}, (150, 90)),
     "many steps": ({"num_inference_steps": 16}, (150, 90)),
@@ -60,19 +60,19 @@ IMAGE: dict[str, tuple[Request, tuple[int, int]]] = {
 
 @dataclass(frozen=True)
 class Sides:
-    """One checkpoint: our services in this process, and Diffusers' pipelines."""
+    """One checkpoint: `fleet` runs our services in this process, next to Diffusers' pipelines."""
 
     fleet: LocalFleet
     text: Any
     image: Any
 
     def ours(self, request: Request, image: Image.Image | None = None) -> dict[str, Tensor]:
-        """latents and pixels of our services. The image chooses the variant."""
+        """Run our services; returns "latents" and "pixels". An image selects the I2V variant."""
         images: Mapping[str, bytes] = NO_IMAGES if image is None else {"image": png(image)}
         return self.fleet.tensors(images=images, **given(**request))
 
     def theirs(self, request: Request, image: Image.Image | None = None) -> dict[str, Tensor]:
-        """latents and pixels of the pipeline that Diffusers has for it."""
+        """Run the corresponding Diffusers pipeline; returns "latents" and "pixels"."""
         call = given(**request)
         call["num_videos_per_prompt"] = call.pop("num_outputs_per_prompt", 1)
         return reference_run(self.text, **call) if image is None else reference_run(self.image, image=image, **call)
@@ -95,18 +95,18 @@ def given(prompt: str = "a red apple on the moon", **others: Any) -> Request:
 
 
 @pytest.mark.parametrize("case", TEXT)
-def test_text_to_video_is_diffusers(sides: Sides, case: str) -> None:
+def test_text_to_video_matches_diffusers(sides: Sides, case: str) -> None:
     check(sides.ours(TEXT[case]), sides.theirs(TEXT[case]))
 
 
 @pytest.mark.parametrize("case", IMAGE)
-def test_image_to_video_is_diffusers(sides: Sides, case: str) -> None:
+def test_image_to_video_matches_diffusers(sides: Sides, case: str) -> None:
     request, size = IMAGE[case]
     image = coarse_image(*size, seed=1)
     check(sides.ours(request, image), sides.theirs(request, image))
 
 
-def test_a_picture_is_turned_as_its_exif_says(sides: Sides) -> None:
+def test_an_image_is_rotated_by_its_exif_orientation(sides: Sides) -> None:
     image, file, exif = coarse_image(60, 200, seed=2), io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     image.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
@@ -114,8 +114,8 @@ def test_a_picture_is_turned_as_its_exif_says(sides: Sides) -> None:
     check(ours, sides.theirs({"num_inference_steps": 1}, image))
 
 
-def test_the_first_latent_frame_is_that_of_the_image(sides: Sides) -> None:
-    """It is not denoised, and what the solver makes of it does not reach the result."""
+def test_the_first_latent_frame_equals_the_image(sides: Sides) -> None:
+    """The result has the image's own latents, not the solver's output for this frame."""
     image = coarse_image(150, 90, seed=1)
     config = sides.image.vae.config
     pixels = sides.image.video_processor.preprocess(image, height=64, width=96)
@@ -129,7 +129,7 @@ def test_the_first_latent_frame_is_that_of_the_image(sides: Sides) -> None:
         assert not torch.equal(latents[0, :, 1:], latents[1, :, 1:])
 
 
-def test_several_outputs_are_one_draw(sides: Sides) -> None:
+def test_noise_of_all_outputs_is_drawn_at_once(sides: Sides) -> None:
     for image in (None, coarse_image(150, 90, seed=1)):
         alone, both = (sides.ours({"num_outputs_per_prompt": count}, image)["latents"] for count in (1, 2))
         assert relative_error(both[:1], alone) <= LATENTS_WITHIN
@@ -148,15 +148,15 @@ def test_several_outputs_are_one_draw(sides: Sides) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("has_image", [False, True], ids=["text", "image"])
-def test_every_input_matters(sides: Sides, has_image: bool, change: Request) -> None:
-    """The tolerance means something: another input moves the result ten times further."""
+def test_every_input_changes_the_result(sides: Sides, has_image: bool, change: Request) -> None:
+    """Negative control of the tolerance: each changed input moves the result at least 10 times further."""
     image = coarse_image(150, 90, seed=1) if has_image else None
     before, after = (sides.ours(request, image)["latents"] for request in ({}, change))
     assert relative_error(after, before) > 10 * LATENTS_WITHIN
 
 
-def test_the_image_matters(sides: Sides) -> None:
-    """Also behind the first frame, which only shows it."""
+def test_the_image_changes_all_frames(sides: Sides) -> None:
+    """The image also affects the frames after the first one."""
     latents = [sides.ours({}, image)["latents"] for image in (None, *(coarse_image(64, 64, seed) for seed in (1, 2)))]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert relative_error(latents[one][:, :, 1:], latents[other][:, :, 1:]) > 10 * LATENTS_WITHIN
@@ -164,7 +164,7 @@ def test_the_image_matters(sides: Sides) -> None:
 
 @pytest.mark.parametrize("has_image", [False, True], ids=["text", "image"])
 def test_rounded_frames_and_sizes_are_reported(sides: Sides, has_image: bool) -> None:
-    """32 pixels a patch: height and width are rounded down to it, frames to one more than a multiple of 4."""
+    """Height and width are rounded down to patches of 32 pixels, frames to 4n + 1."""
     request = given(height=80, width=112, num_frames=7, num_inference_steps=1)
     images = {"image": png(coarse_image(64, 64, seed=1))} if has_image else {}
     validated = InputValidationStage(sides.fleet.model).run(request, images)

@@ -1,4 +1,4 @@
-"""Frames that are decoded one by one are those of Diffusers' decoder, in memory that is bounded."""
+"""Frame-by-frame decoding with the Wan VAE: parity with Diffusers' decoder, in bounded memory."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def vae() -> AutoencoderKLWan:
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 8), (2, 8, 6), (5, 4, 4)])
-def test_frames_are_those_of_decoding_at_once(vae: AutoencoderKLWan, shape: tuple[int, int, int]) -> None:
+def test_frames_equal_decoding_at_once(vae: AutoencoderKLWan, shape: tuple[int, int, int]) -> None:
     latents = torch.randn(1, 16, *shape, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         at_once = vae.decode(latents, return_dict=False)[0]
     frames = decode(vae, latents)
     assert frames.shape == at_once[0].shape
     assert float((frames - at_once[0]).abs().max()) <= SAME
-    assert float(at_once.std()) > 0.1, "an empty picture would prove nothing"
+    assert float(at_once.std()) > 0.1, "a flat image would prove nothing"
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 60), (2, 60, 4)])
@@ -43,7 +43,7 @@ def test_strips_join_without_a_seam(vae: AutoencoderKLWan, shape: tuple[int, int
     assert float((decode(vae, latents, LITTLE) - at_once[0]).abs().max()) <= SAME
 
 
-def test_a_frame_comes_before_the_next_latents_are_read(vae: AutoencoderKLWan) -> None:
+def test_a_frame_is_returned_before_the_next_latents_are_read(vae: AutoencoderKLWan) -> None:
     check_frames_come_early(vae, torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(3)))
 
 
@@ -52,7 +52,7 @@ def test_latents_may_arrive_in_pieces(vae: AutoencoderKLWan, pieces: list[int]) 
     check_sessions(vae, torch.randn(1, 16, 5, 4, 6, generator=torch.Generator().manual_seed(4)), pieces)
 
 
-def test_pieces_of_a_large_video_give_its_frames_at_the_end(vae: AutoencoderKLWan) -> None:
+def test_pieces_of_a_large_video_are_decoded_at_the_end(vae: AutoencoderKLWan) -> None:
     latents = torch.randn(1, 16, 3, 4, 60, generator=torch.Generator().manual_seed(5))
     check_sessions(vae, latents, [2, 1], LITTLE)
     session = WanVAE(vae, LITTLE).session(3, 4, 60)
@@ -67,8 +67,8 @@ def published_session(frames: int, concurrent: int) -> DecodingSession:
 
 
 @pytest.mark.parametrize("concurrent", [1, 2])
-def test_sessions_in_turns_decode_within_the_bound(concurrent: int) -> None:
-    """One video of 480x832 is decoded as it comes; caches of two would exceed the bound, so they come at the end."""
+def test_interleaved_sessions_decode_within_the_bound(concurrent: int) -> None:
+    """One 480x832 video is decoded incrementally; two caches exceed the bound, so that both are decoded at the end."""
     sessions = [published_session(6, concurrent) for _ in range(concurrent)]
     latents = torch.empty(1, 16, 3, 60, 104, dtype=torch.bfloat16, device="meta")
     with torch.inference_mode(), PeakBytes() as memory:
@@ -79,7 +79,7 @@ def test_sessions_in_turns_decode_within_the_bound(concurrent: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_long_wide_video_decodes_within_four_gigabytes(dtype: torch.dtype) -> None:
-    """81 frames of 480x832 at the published size: the tensors of the whole decoding, counted on the meta device."""
+    """81 frames of 480x832 with the published VAE; peak bytes are counted on the meta device."""
     with torch.device("meta"):
         published = WanVAE(AutoencoderKLWan().to(dtype))
         latents = torch.empty(1, 16, 21, 60, 104, dtype=dtype)
@@ -89,7 +89,7 @@ def test_a_long_wide_video_decodes_within_four_gigabytes(dtype: torch.dtype) -> 
     assert memory.peak <= DECODING_BYTES
 
 
-def test_the_measure_sees_what_decoding_at_once_takes() -> None:
+def test_peak_bytes_measures_decoding_at_once() -> None:
     with torch.device("meta"):
         published = AutoencoderKLWan()
         latents = torch.empty(1, 16, 3, 60, 104)

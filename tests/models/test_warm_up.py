@@ -1,4 +1,4 @@
-"""Made-up requests have the shapes of real ones, run through the denoising stage, and run before a worker is known."""
+"""Warm-up requests have the shapes of real ones, and run before a worker is announced."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def opened(reference: object) -> ServedModel:
 
 
 def shapes_of(values: Mapping[str, Any]) -> Shapes:
-    """Of everything that a loop's graphs depend on: conditioning of both branches, and latents by part."""
+    """Shapes of all graph inputs: conditioning of both branches, and latents by part."""
     found: Shapes = {"positive": {}, "negative": {}, "latents": {}}
     both = merge_conditioning(values["text_conditioning"], values.get("image_conditioning"))
     found["positive"] = {name: tuple(value.shape) for name, value in both.prompt_embeds.items()}
@@ -58,20 +58,20 @@ def shapes_of(values: Mapping[str, Any]) -> Shapes:
     return found
 
 
-def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, int] | None) -> dict[str, Any]:
-    """What real encoders and preparation make of a request, with an image of that width and height."""
+def encoded(model: ServedModel, params: Mapping[str, Any], image_size: tuple[int, int] | None) -> dict[str, Any]:
+    """Run the real stages before denoising; `image_size` is (width, height) of the input image."""
     values: dict[str, Any] = {
         "prompt": Prompt(prompt="a red apple", negative_prompt=""),
         "canvas": Canvas(**{name: params[name] for name in ("height", "width", "num_frames") if name in params}),
         "sampling": Sampling(num_inference_steps=STEPS, seed=0, guidance_scale=5.0, true_cfg_scale=1.0),
     }
-    if picture is not None:
-        pixels = np.random.default_rng(0).integers(0, 256, (picture[1], picture[0], 3), np.uint8)
+    if image_size is not None:
+        pixels = np.random.default_rng(0).integers(0, 256, (image_size[1], image_size[0], 3), np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         data = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
         values["image_inputs"] = ImageInputs(images={"image": data})
-    variant = InputValidationStage(model).choose((), () if picture is None else ("image",))
+    variant = InputValidationStage(model).choose((), () if image_size is None else ("image",))
     for spec in variant.services:
         if spec.service in ("denoising", "decoding"):
             break
@@ -83,7 +83,7 @@ def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, i
 
 
 @pytest.mark.parametrize(
-    ("build", "size", "picture"),
+    ("build", "size", "image_size"),
     [
         (None, "32x48", None),
         (build_tiny_flux2_klein, "32x64@text", None),
@@ -111,27 +111,27 @@ def encoded(model: ServedModel, params: Mapping[str, Any], picture: tuple[int, i
         "ltx2-image",
     ],
 )
-def test_made_up_requests_have_the_shapes_of_real_ones(
-    tmp_path: Path, build: Callable[[Path], Path] | None, size: str, picture: tuple[int, int] | None
+def test_warm_up_requests_have_the_shapes_of_real_ones(
+    tmp_path: Path, build: Callable[[Path], Path] | None, size: str, image_size: tuple[int, int] | None
 ) -> None:
     model = opened("emoji" if build is None else build(tmp_path / "model"))
     warm_up = WarmUp.parse(model, (size,))
     (made_up,) = warm_up.inputs(torch.float32)
-    assert shapes_of(made_up) == shapes_of(encoded(model, warm_up.sizes[0][1].as_mapping(), picture))
+    assert shapes_of(made_up) == shapes_of(encoded(model, warm_up.sizes[0][1].as_mapping(), image_size))
 
 
-def test_an_edit_is_given_a_picture_of_its_own_size(tmp_path: Path) -> None:
+def test_warm_up_of_an_edit_has_an_image_of_the_edited_size(tmp_path: Path) -> None:
     (made_up,) = WarmUp.parse(opened(build_tiny_qwen_image_edit(tmp_path / "edit")), ("32x48",)).inputs(torch.bfloat16)
     found = shapes_of(made_up)
     assert found["latents"]["image"] == (1, 6, 64, 1, 1, 16, 4, 6)
-    # As Diffusers sizes a picture of these proportions: 832 x 1248 pixels.
+    # Diffusers resizes an image with this aspect ratio to 832 x 1248 pixels.
     assert found["latents"]["condition"] == (1, 52 * 78, 64, 1, 1, 16, 104, 156)
     assert found["positive"] == found["negative"], "guidance is on by default"
     assert made_up["text_conditioning"].prompt_embeds["encoder_hidden_states"].dtype == torch.bfloat16
 
 
-def test_a_service_before_denoising_is_given_a_request(tmp_path: Path) -> None:
-    """And the loop real ids of prior tokens."""
+def test_warm_up_of_before_denoising_has_a_request(tmp_path: Path) -> None:
+    """The denoising service gets valid prior token ids."""
     model = opened(build_tiny_glm_image(tmp_path / "glm"))
     (request,) = WarmUp.parse(model, ("32x64",), service="before_denoising").inputs(torch.float32)
     assert request.keys() == {"prompt", "canvas", "sampling"}
@@ -144,8 +144,8 @@ def test_a_service_before_denoising_is_given_a_request(tmp_path: Path) -> None:
     }
 
 
-def test_a_service_before_denoising_is_given_an_image(tmp_path: Path) -> None:
-    """And describes it, since the prompt is empty; the loop gets latents of the shapes that this service makes."""
+def test_warm_up_of_before_denoising_has_an_image(tmp_path: Path) -> None:
+    """The prompt is empty, so that the image is captioned; the loop gets latents of the service's shapes."""
     model = opened(build_tiny_qwen_image_layered(tmp_path / "layered"))
     warm_up = WarmUp.parse(model, ("32x64",), service="before_denoising")
     (request,) = warm_up.inputs(torch.float32)
@@ -160,7 +160,7 @@ def test_a_service_before_denoising_is_given_an_image(tmp_path: Path) -> None:
     assert made_up["text_conditioning"].prompt_embeds.keys() == real["text_conditioning"].prompt_embeds.keys()
 
 
-def test_a_service_before_denoising_samples_every_token(tmp_path: Path) -> None:
+def test_warm_up_of_before_denoising_samples_every_token(tmp_path: Path) -> None:
     model = opened(build_tiny_glm_image(tmp_path / "glm"))
     spec = model.service("before_denoising")
     stages = HostedStages("before_denoising", load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32)))
@@ -202,11 +202,11 @@ def test_a_size_that_is_rounded_is_reported(caplog: pytest.LogCaptureFixture) ->
         ("64x9999", "warm_up: 64x9999: width: 9999 is not a whole number from 1 to 8192"),
     ],
 )
-def test_a_bad_size_is_refused_before_anything_is_loaded(
+def test_an_invalid_warm_up_size_is_refused_before_weights_are_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, words: str
 ) -> None:
     def start(*_: object, **__: object) -> None:
-        raise AssertionError("something was started")
+        raise AssertionError("the service started")
 
     monkeypatch.setattr(denoising, "serve", start)
     flags = ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu", "--warm-up", "64x64", "--warm-up", text]
@@ -214,7 +214,7 @@ def test_a_bad_size_is_refused_before_anything_is_loaded(
     assert words in capsys.readouterr().err
 
 
-def test_a_family_with_a_loop_of_its_own_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_family_with_a_custom_loop_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     with toy_family(tmp_path_factory.mktemp("plugins") / "toy") as plugins:
         toy = open_model(f"toy={build_toy_checkpoint(tmp_path_factory.mktemp('toy'))}", load_registry([plugins]))
         assert WarmUp.parse(toy, ()).sizes == ()
@@ -222,8 +222,8 @@ def test_a_family_with_a_loop_of_its_own_is_refused(tmp_path_factory: pytest.Tem
             WarmUp.parse(toy, ("64x64",))
 
 
-def test_a_worker_is_warm_before_it_is_known() -> None:
-    """The stages that it announces are those that the made-up requests ran through."""
+def test_a_worker_warms_up_before_it_is_announced() -> None:
+    """The warm-up requests run through the stages that the worker announces."""
     model = opened("emoji")
 
     async def live(url: str) -> int:

@@ -1,6 +1,6 @@
-"""Every file of a checkpoint, damaged in turn: the model is refused with the file's name, or the damage is harmless.
+"""Damage to each file of a checkpoint: the model is refused with the file's name, or the damage is harmless.
 
-The families are the `build_tiny_*` functions of tests/tiny_*.py and the shipped models: a new family is covered too.
+Families are the `build_tiny_*` functions of tests/tiny_*.py and the shipped models, so that new families are covered.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TEXTS = ["a red apple", "Two old stones, in the river!", ""]
 
 
 def _families() -> dict[str, Callable[[Path], Path]]:
-    """A function a family that writes its checkpoint to a directory and returns it."""
+    """Functions by family that write a checkpoint to a directory and return it."""
     families: dict[str, Callable[[Path], Path]] = {}
     for file in sorted(TESTS.glob("tiny_*.py")):
         for name, function in inspect.getmembers(importlib.import_module(file.stem), inspect.isfunction):
@@ -45,7 +45,7 @@ def _families() -> dict[str, Callable[[Path], Path]]:
 
 
 def _without_tokenizer_json(path: Path) -> Path:
-    """Tokenizers in the files of their own classes: vocab.json with merges.txt, and spiece.model."""
+    """The emoji model with slow tokenizer files only: vocab.json with merges.txt, and spiece.model."""
     shutil.copytree(SHIPPED / "emoji", path)
     for name in ("tokenizer", "tokenizer_2"):
         (path / name / "tokenizer.json").unlink()
@@ -59,18 +59,18 @@ DAMAGES: dict[str, Callable[[Path, bytes], object]] = {
     "emptied": lambda path, _: path.write_bytes(b""),
     "empty object": lambda path, _: path.write_bytes(b"{}"),
     "no object": lambda path, _: path.write_bytes(b"[]"),
-    "cut in half": lambda path, data: path.write_bytes(data[: len(data) // 2]),
+    "truncated to half": lambda path, data: path.write_bytes(data[: len(data) // 2]),
     "dangling link": lambda path, _: path.symlink_to("../../blobs/0123"),
 }
 
 HARMLESS = {
-    # (family, file, damage), each a pattern: why the model is the same.
-    ("*", "README.md", "*"): "is text for people",
-    ("*", "sheet.png", "*"): "is an image for people",
-    ("*", "sampling_defaults.json", "removed"): "is optional: a request then has the family's defaults",
+    # (family, file, damage) as glob patterns: why the damage does not change the model.
+    ("*", "README.md", "*"): "is documentation",
+    ("*", "sheet.png", "*"): "is documentation",
+    ("*", "sampling_defaults.json", "removed"): "is optional; the family's defaults apply",
     ("*", "sampling_defaults.json", "empty object"): "sets no default, as without the file",
-    ("tiny_[!gq]*", "*/generation_config.json", "*"): "is about generating text, which an encoder does not do",
-    ("tiny_qwen*[!d]", "*/generation_config.json", "*"): "is about generating text, which an encoder does not do",
+    ("tiny_[!gq]*", "*/generation_config.json", "*"): "configures text generation, which an encoder does not use",
+    ("tiny_qwen*[!d]", "*/generation_config.json", "*"): "configures text generation, which an encoder does not use",
     ("tiny_qwen*layered", "*/generation_config.json", "removed"): "leaves all settings at their defaults",
     ("tiny_qwen*layered", "*/generation_config.json", "empty object"): "leaves all settings at their defaults",
     ("tiny_glm*", "*/generation_config.json", "empty object"): "leaves all settings at their defaults, as in Diffusers",
@@ -87,20 +87,24 @@ HARMLESS = {
         "tiny_flux2_dev",
         "tokenizer/*processor_config.json",
         "removed",
-    ): "is about images, which the encoder does not see",
-    ("tiny_flux2_dev", "tokenizer/*processor_config.json", "empty object"): "is about images, as if it were removed",
+    ): "configures images, which the encoder does not get",
+    (
+        "tiny_flux2_dev",
+        "tokenizer/*processor_config.json",
+        "empty object",
+    ): "configures images, which the encoder does not get",
     ("emoji*", "tokenizer/tokenizer.json", "removed"): "vocab.json and merges.txt hold the same vocabulary",
     ("emoji*", "tokenizer_2/tokenizer.json", "removed"): "spiece.model holds the same vocabulary",
     ("emoji-video", "tokenizer/tokenizer.json", "removed"): "spiece.model holds the same vocabulary",
-    ("emoji*", "tokenizer/vocab.json", "*"): "is not read beside tokenizer.json",
-    ("emoji*", "tokenizer/merges.txt", "*"): "is not read beside tokenizer.json",
-    ("emoji*", "tokenizer*/spiece.model", "*"): "is not read beside tokenizer.json",
+    ("emoji*", "tokenizer/vocab.json", "*"): "is not read if tokenizer.json exists",
+    ("emoji*", "tokenizer/merges.txt", "*"): "is not read if tokenizer.json exists",
+    ("emoji*", "tokenizer*/spiece.model", "*"): "is not read if tokenizer.json exists",
 }
 
 
 @pytest.fixture(scope="module")
 def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """A family's checkpoint, and hard links to its files in another directory, each built once."""
+    """A family's checkpoint and a copy of hard links; both are built once."""
     built: dict[str, tuple[Path, Path]] = {}
 
     def build(family: str) -> tuple[Path, Path]:
@@ -115,7 +119,7 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], t
 
 @contextmanager
 def damaged(whole: Path, copy: Path, file: Path, damage: str) -> Iterator[None]:
-    """The copy with one damaged file; the file is a new one, so that the whole checkpoint stays whole."""
+    """Damage one file of the copy. The hard link is replaced, so that the original stays intact."""
     path = copy / file
     path.unlink()
     DAMAGES[damage](path, (whole / file).read_bytes())
@@ -127,7 +131,7 @@ def damaged(whole: Path, copy: Path, file: Path, damage: str) -> Iterator[None]:
 
 
 def refusal(path: Path, folder: str) -> str:
-    """The message that refuses the model when it is opened, or when a service loads the module; "" for neither.
+    """The error message when the model is opened or a service loads the module; "" without an error.
 
     A service loads the module for every variant of the model that uses the service.
     """
@@ -166,7 +170,7 @@ def test_damage_is_refused_or_harmless(
     assert not wrong
 
 
-def test_every_harmless_file_is_there(checkpoint_of: Callable[[str], tuple[Path, Path]]) -> None:
+def test_every_harmless_entry_matches_a_file(checkpoint_of: Callable[[str], tuple[Path, Path]]) -> None:
     files = [
         (family, path.relative_to(whole))
         for family in FAMILIES
@@ -189,7 +193,7 @@ def test_tokenizers_without_tokenizer_json_give_the_same_tokens(tmp_path: Path, 
 
 
 def to_slow_form(tokenizer: Path) -> None:
-    """Write the vocabulary and the merges of tokenizer.json to the files of byte-level BPE, in its place."""
+    """Replace tokenizer.json by the slow files of byte-level BPE: vocabulary and merges."""
     model = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
     merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
     (tokenizer / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -197,10 +201,10 @@ def to_slow_form(tokenizer: Path) -> None:
     (tokenizer / "tokenizer.json").unlink()
 
 
-def test_tokenizers_of_byte_level_bpe_have_a_slow_form(
+def test_byte_level_bpe_without_tokenizer_json_gives_the_same_tokens(
     checkpoint_of: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    """As Qwen-Image, Z-Image, FLUX.2 klein and HunyuanVideo are published; CLIP's and T5's are the shipped models'."""
+    """Qwen-Image, Z-Image, FLUX.2 klein and HunyuanVideo have such files; the shipped models cover CLIP and T5."""
     checked: set[str] = set()
     for family in FAMILIES:
         whole, _ = checkpoint_of(family)
@@ -223,7 +227,7 @@ def test_tokenizers_of_byte_level_bpe_have_a_slow_form(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_whole_checkpoint_is_accepted(
+def test_an_undamaged_checkpoint_is_accepted(
     checkpoint_of: Callable[[str], tuple[Path, Path]], family: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, _ = checkpoint_of(family)

@@ -1,4 +1,4 @@
-"""Our Z-Image DiT predicts what Diffusers' does from the same weights."""
+"""Parity of the Z-Image DiT with Diffusers' transformer on the same weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
 
 
 def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, ZImageTransformer2DModel]:
-    """Diffusers' model and ours, from one file of random weights."""
+    """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     made = Reference(**SIZES)
     randomise(made)
@@ -44,7 +44,7 @@ def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, ZImageTransformer2D
 
 
 def keywords(grid: tuple[int, int], tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A request of two outputs. Positions are those of the reference: text from 1, then the image, its padding at 0."""
+    """Inputs of two outputs. Position ids as in Diffusers: text from 1, then the image; padding is 0."""
     rows, columns = grid
     text, image = (-(-length // 32) * 32 for length in (tokens, rows * columns))
     text_ids = torch.tensor([(1 + index, 0, 0) for index in range(text)])
@@ -64,7 +64,7 @@ def keywords(grid: tuple[int, int], tokens: int, dtype: torch.dtype) -> dict[str
     ids=["unpadded", "odd", "1", "one token"],
 )
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
-def test_predictions_are_diffusers(
+def test_predictions_match_diffusers(
     tmp_path: Path, grid: tuple[int, int], tokens: int, dtype: torch.dtype, most: float
 ) -> None:
     reference, ours = pair(tmp_path, dtype)
@@ -77,7 +77,7 @@ def test_predictions_are_diffusers(
     assert relative_error(got, torch.stack(rows)[:, :, 0]) <= most
 
 
-def test_every_keyword_matters(tmp_path: Path) -> None:
+def test_every_keyword_changes_the_prediction(tmp_path: Path) -> None:
     _, ours = pair(tmp_path, torch.float32)
     given, other = (keywords((3, 5), 9, torch.float32) for _ in range(2))
     other |= {"timestep": torch.full((2,), 0.8), "text_ids": given["text_ids"] + 5, "image_ids": given["image_ids"] * 2}
@@ -87,8 +87,8 @@ def test_every_keyword_matters(tmp_path: Path) -> None:
             assert relative_error(ours(**given | {name: value}), expected) > 1e-3, name
 
 
-def test_parameters_of_the_published_size_are_diffusers() -> None:
-    """Names and shapes, with the defaults of both; layers without bias have zeros of our own."""
+def test_parameters_of_the_published_size_match_diffusers() -> None:
+    """Names and shapes with default arguments; this project adds zero biases to layers without bias."""
     with torch.device("meta"):
         theirs, ours = Reference(), ZImageTransformer2DModel(ZImageTransformerConfig())
     expected = {name: value.shape for name, value in theirs.state_dict().items()}
@@ -111,6 +111,6 @@ def test_parameters_of_the_published_size_are_diffusers() -> None:
     ],
     ids=str,
 )
-def test_other_architectures_are_named(values: dict[str, Any], named: str) -> None:
+def test_other_architectures_are_refused(values: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         ZImageTransformerConfig.from_dict("transformer", values)

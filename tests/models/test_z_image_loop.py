@@ -1,4 +1,4 @@
-"""Z-Image's loop: guidance that ends, byte-equal resume, cancel, warm-up, and callbacks of the config."""
+"""Z-Image's loop: truncated guidance, byte-equal resume, cancellation, warm-up, and config callbacks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def x(fleet: LocalFleet) -> DenoisingInput:
 
 
 def test_conditioning_is_not_padded(x: DenoisingInput) -> None:
-    """Batch 1, whatever the number of outputs: the prompt's tokens and 8 of the template."""
+    """Batch 1 for any number of outputs: the prompt's tokens and 8 template tokens."""
     both = (x.text_conditioning.prompt_embeds, x.text_conditioning.negative_prompt_embeds)
     assert [tuple(embeds["encoder_hidden_states"].shape) for embeds in both] == [(1, 11, TEXT_SIZE)] * 2
     assert x.initial_latents.parts["image"].latents.shape == (2, 16, 4, 6)
@@ -75,7 +75,7 @@ def test_guidance_ends_at_a_step(fleet: LocalFleet, x: DenoisingInput, monkeypat
 
 
 @pytest.mark.parametrize(("scale", "branches"), [(0.0, 1), (0.25, 2), (1.0, 2)])
-def test_any_scale_above_zero_is_guidance(fleet: LocalFleet, scale: float, branches: int) -> None:
+def test_any_scale_above_zero_enables_guidance(fleet: LocalFleet, scale: float, branches: int) -> None:
     params, _ = fleet.model.variants[0].sampling_params.build(
         {**GIVEN, "guidance_scale": scale}, fleet.model.checkpoint
     )
@@ -83,7 +83,7 @@ def test_any_scale_above_zero_is_guidance(fleet: LocalFleet, scale: float, branc
 
 
 def test_truncation_is_compared_in_float32(config: ZImagePipelineConfig, x: DenoisingInput) -> None:
-    """1 - sigma of exactly the request's number still has guidance."""
+    """A step with 1 - sigma equal to the truncation value still has guidance."""
     level = float(torch.tensor(1000.0 - 900.0) / 1000)
     for truncation, expected in ((level, (POSITIVE, NEGATIVE)), (level - 1e-8, (POSITIVE,))):
         sampling = replace(x.sampling, params={"cfg_truncation": truncation})
@@ -95,7 +95,7 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(fleet: LocalFleet, x:
     check_resume(fleet, x)
 
 
-def test_a_cancel_ends_the_loop_within_a_step(fleet: LocalFleet, x: DenoisingInput) -> None:
+def test_cancellation_ends_the_loop_within_a_step(fleet: LocalFleet, x: DenoisingInput) -> None:
     check_cancel(fleet, x)
 
 
@@ -103,7 +103,7 @@ def test_a_warm_up_runs_the_loop(fleet: LocalFleet) -> None:
     check_warm_up(fleet, "32x48")
 
 
-def test_conditioning_is_exactly_what_forward_takes(config: ZImagePipelineConfig, x: DenoisingInput) -> None:
+def test_conditioning_has_exactly_the_inputs_of_forward(config: ZImagePipelineConfig, x: DenoisingInput) -> None:
     embeds = x.text_conditioning.prompt_embeds
     own = config.prepare_pos_cond_kwargs(embeds, {"image": (2, 16, 4, 6)}, x.sampling)
     taken = inspect.signature(ZImageTransformer2DModel.forward).parameters.keys() - {"self"}
@@ -111,7 +111,7 @@ def test_conditioning_is_exactly_what_forward_takes(config: ZImagePipelineConfig
     assert embeds.keys() == config.conditioning_shapes().keys()
 
 
-def test_shapes_of_the_published_size(config: ZImagePipelineConfig) -> None:
+def test_shapes_match_the_published_size(config: ZImagePipelineConfig) -> None:
     canvas = Canvas(height=1024, width=768)
     assert config.raw_latent_shapes(canvas, 2) == {"image": (2, 16, 128, 96)}
     assert config.noise_dtype(torch.bfloat16) == torch.float32

@@ -1,4 +1,4 @@
-"""Z-Image through all of its stages, against Diffusers' pipeline with the same weights, seed and arguments."""
+"""Parity of all Z-Image stages with Diffusers' pipeline: same weights, seed and arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers import ZImagePipeline
 
 from common.errors import CheckpointError, InvalidInput
 from configs.pipeline_configs.z_image import ZImagePipelineConfig
-from local_fleet import Heard, LocalFleet, call_of, open_fleet, reference_run, relative_error
+from local_fleet import LocalFleet, RecordedCall, call_of, open_fleet, reference_run, relative_error
 from models.catalog import open_model
 from models.registry import load_registry
 from tiny_z_image import build_tiny_z_image
@@ -27,9 +27,9 @@ MODES: dict[str, dict[str, Any]] = {
     "guided": GUIDED,
     "without guidance": {"guidance_scale": 0.0, "height": 48, "width": 80},
     "scale of 1, negative prompt unset": {"guidance_scale": 1.0, "num_inference_steps": 1},
-    "two outputs, norm limited": {"num_outputs_per_prompt": 2, "cfg_normalization": True, **GUIDED},
-    "norm limited to half": {"cfg_normalization": 0.5, **GUIDED},
-    "guidance that ends": {"cfg_truncation": 0.15, "num_inference_steps": 4, **GUIDED},
+    "two outputs, limited norm": {"num_outputs_per_prompt": 2, "cfg_normalization": True, **GUIDED},
+    "norm limited to one half": {"cfg_normalization": 0.5, **GUIDED},
+    "truncated guidance": {"cfg_truncation": 0.15, "num_inference_steps": 4, **GUIDED},
     "long prompt and short negative": {"prompt": LONG, "negative_prompt": ""},
     "few tokens": {"prompt": LONG, "max_sequence_length": 33, "guidance_scale": 0.0},
     "odd text": {"prompt": "\n\nZürich \t 42 <|endoftext|>\n '; 猫 \u200b {}", "guidance_scale": 0.0},
@@ -48,7 +48,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_latents_and_pixels_are_diffusers(pair: Pair, mode: str) -> None:
+def test_latents_and_pixels_match_diffusers(pair: Pair, mode: str) -> None:
     fleet, pipeline = pair
     given = BASE | MODES[mode]
     theirs = reference_run(pipeline, seed=5, **call_of(given))
@@ -74,19 +74,19 @@ def test_latents_and_pixels_are_diffusers(pair: Pair, mode: str) -> None:
     ],
     ids=str,
 )
-def test_every_input_matters(pair: Pair, change: dict[str, Any]) -> None:
+def test_every_input_changes_the_result(pair: Pair, change: dict[str, Any]) -> None:
     given = BASE | GUIDED | {"seed": 5}
     before, after = (pair[0].tensors(**each)["latents"] for each in (given, given | change))
     assert relative_error(after, before) > 1e-2
 
 
 def test_a_truncated_prompt_and_parameters_without_effect_are_reported(pair: Pair) -> None:
-    heard = Heard()
+    recorded = RecordedCall()
     pair[0].tensors(
-        heard, **BASE | {"prompt": "a old stone river", "max_sequence_length": 5}, guidance_scale=0.0, seed=1
+        recorded, **BASE | {"prompt": "a old stone river", "max_sequence_length": 5}, guidance_scale=0.0, seed=1
     )
     message = "7 tokens are truncated to 5, the limit of text_encoder; removed:  stone river"
-    assert heard.warnings == [("prompt", message)]
+    assert recorded.warnings == [("prompt", message)]
     _, warnings = (
         pair[0]
         .model.variants[0]
@@ -112,18 +112,18 @@ def test_a_truncated_prompt_and_parameters_without_effect_are_reported(pair: Pai
     ],
     ids=str,
 )
-def test_what_cannot_be_drawn_is_refused(pair: Pair, given: dict[str, Any], field: str) -> None:
+def test_unsupported_requests_are_refused(pair: Pair, given: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         pair[0].media(**BASE | given, seed=1)
     assert caught.value.field == field
 
 
-def test_the_sizes_that_work_are_named(pair: Pair) -> None:
+def test_a_refused_size_names_the_nearest_valid_sizes(pair: Pair) -> None:
     with pytest.raises(InvalidInput, match="height: 40 is not a multiple of 16; 32 or 48 works"):
         pair[0].media(**BASE | {"height": 40}, seed=1)
 
 
-def test_bfloat16_is_near(pair: Pair) -> None:
+def test_bfloat16_is_close_to_diffusers(pair: Pair) -> None:
     """Noise and latents are float32 in every precision."""
     given = BASE | {"seed": 5, "guidance_scale": 0.0}
     half = open_fleet(str(pair[0].model.checkpoint.path), torch.bfloat16)

@@ -12,7 +12,7 @@ from models.registry import Registry
 
 
 class RenamedToyPipeline(ComposedPipeline):
-    """Stages of its own in slots and services of its own."""
+    """A pipeline whose stages, slots and services all have their own names."""
 
     pipeline_name = "RenamedToyPipeline"
     _required_config_modules = ("palette", "transformer")
@@ -38,7 +38,7 @@ class RenamedToyPipeline(ComposedPipeline):
 
 
 def register_configs(registry: Registry) -> None:
-    """Name the family's configs, which are those of the toy family."""
+    """Register the toy family's configs for this pipeline."""
     registry.register_configs(
         RenamedToyPipeline.pipeline_name,
         sampling_params="toy_sample:ToySamplingParams",

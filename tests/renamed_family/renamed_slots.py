@@ -38,7 +38,7 @@ class ReadingOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class SprinklingInput:
-    """Inputs of the draw."""
+    """Inputs of the noise stage."""
 
     page: Canvas
     rules: Sampling
@@ -46,7 +46,7 @@ class SprinklingInput:
 
 @dataclass(frozen=True, kw_only=True)
 class SprinklingOutput:
-    """The noise. No stage reads the dice, which the RPC could not carry."""
+    """Outputs of the noise stage. No stage reads the dice, which the RPC has no field for."""
 
     speckles: Latents
     dice: Generator | None = None
@@ -62,14 +62,14 @@ class ClimbingInput:
 
 @dataclass(frozen=True, kw_only=True)
 class ClimbingOutput:
-    """The schedule."""
+    """Outputs of the schedule stage."""
 
     ladder: Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaintingInput:
-    """Inputs of the loop, which continues from `unfinished`."""
+    """Inputs of the loop, which resumes from `unfinished`."""
 
     speckles: Latents
     ladder: Schedule
@@ -95,7 +95,7 @@ class FramingInput:
 
 @dataclass(frozen=True, kw_only=True)
 class FramingOutput:
-    """The files."""
+    """Output files."""
 
     exhibits: Media
 

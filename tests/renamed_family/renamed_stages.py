@@ -1,4 +1,4 @@
-"""Stages of the renamed toy family: those of the toy family behind other slots and roles."""
+"""Stages of the renamed toy family: the toy family's stages with other slots and roles."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ReadingStage(PipelineStage[slots.ReadingInput, slots.ReadingOutput]):
 
 
 class SprinklingStage(PipelineStage[slots.SprinklingInput, slots.SprinklingOutput]):
-    """Draws the noise, and raises where the dice are asked for."""
+    """Draws the noise; raises an error if the dice are requested."""
 
     def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._stage = toy_stages.ToyLatentPreparationStage(config, runtime, modules)
@@ -41,13 +41,13 @@ class SprinklingStage(PipelineStage[slots.SprinklingInput, slots.SprinklingOutpu
 
 
 class ClimbingStage(PipelineStage[slots.ClimbingInput, slots.ClimbingOutput]):
-    """Lays out the steps."""
+    """Computes the schedule."""
 
     def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._stage = toy_stages.ToyTimestepPreparationStage(config, runtime, modules)
 
     def run(self, x: slots.ClimbingInput, call: Call) -> slots.ClimbingOutput:
-        """Lay out."""
+        """Compute the schedule."""
         done = self._stage.run(contracts.TimestepPreparationInput(canvas=x.page, sampling=x.rules), call)
         return slots.ClimbingOutput(ladder=done.schedule)
 
@@ -59,7 +59,7 @@ class PaintingStage(PipelineStage[slots.PaintingInput, slots.PaintingOutput]):
         self._stage = toy_stages.ToyDenoisingStage(config, runtime, {"gain": modules["brush"]})
 
     def run(self, x: slots.PaintingInput, call: Call) -> slots.PaintingOutput:
-        """Step until the ladder ends."""
+        """Run all steps of the schedule."""
         inputs = contracts.DenoisingInput(
             initial_latents=x.speckles,
             schedule=x.ladder,

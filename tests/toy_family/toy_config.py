@@ -1,4 +1,4 @@
-"""Architecture of the toy family, and how its modules are loaded."""
+"""Pipeline config of the toy family, and the loader of its modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ToyPipelineConfig(PipelineConfig):
-    """cell: pixels a side that one latent becomes."""
+    """`cell` is the side in pixels of the square that one latent becomes."""
 
     cell: int
     module_loaders: ClassVar[Mapping[str, str]] = {
@@ -33,7 +33,7 @@ class ToyPipelineConfig(PipelineConfig):
 
 
 def load_weight(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Each module is one tensor."""
+    """Load a module, which is one tensor."""
     (file,) = checkpoint.weight_files(name)
     weight: Tensor = load_file(file)["weight"]
     return weight.to(device, dtype)

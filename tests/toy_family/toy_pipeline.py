@@ -1,4 +1,4 @@
-"""A whole second family as plugin files: it paints a speckled plane in a colour that the prompt decides.
+"""A complete family as plugin files: it generates noise around a colour that the prompt determines.
 
 Tests copy this folder to a temporary directory and serve it from there, to show that a new family needs no edit in
 common/, models/ or services/. Like every pipeline file it is read by the coordinator, so it imports no torch.
@@ -14,7 +14,7 @@ from models.registry import Registry
 
 
 class ToyPipeline(ComposedPipeline):
-    """Stages of its own in the standard slots and services."""
+    """A pipeline with its own stages in the standard slots and services."""
 
     pipeline_name = "ToyPipeline"
     _required_config_modules: ClassVar[tuple[str, ...]] = ("palette", "transformer")
@@ -44,7 +44,7 @@ class ToyPipeline(ComposedPipeline):
 
 
 def register_configs(registry: Registry) -> None:
-    """Name the family's configs."""
+    """Register the family's configs."""
     registry.register_configs(
         ToyPipeline.pipeline_name,
         sampling_params="toy_sample:ToySamplingParams",

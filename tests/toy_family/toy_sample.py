@@ -1,4 +1,4 @@
-"""Sampling parameters of the toy family: its own defaults, a parameter that no other family has, its own rounding."""
+"""Sampling parameters of the toy family: own defaults, an additional parameter, and own rounding."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class ToySamplingParams(SamplingParams):
 
     @classmethod
     def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
-        """Four cells a side."""
+        """Four cells per side."""
         side = 4 * _cell(checkpoint)
         return {"height": side, "width": side}
 
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Whole cells only."""
+        """Round to whole cells."""
         del given
         return self.floored_size(_cell(checkpoint))
 

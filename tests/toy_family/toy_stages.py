@@ -1,6 +1,6 @@
-"""The toy family's stages: simple arithmetic, but every artifact, callback and format of a real family."""
+"""Stages of the toy family: simple arithmetic, with every artifact, callback and format of a real family."""
 
-# ruff: noqa: ARG002  (a stage's signatures are given, whatever it makes of them)
+# ruff: noqa: ARG002  (the signatures of stages are fixed)
 from __future__ import annotations
 
 import io
@@ -22,13 +22,13 @@ _MAX_BYTES = 64
 
 
 class ToyTextEncodingStage(PipelineStage[contracts.TextEncodingInput, contracts.TextEncodingOutput]):
-    """The mean palette entry of the prompt's first 64 bytes: colour (1, 3)."""
+    """Computes the mean palette entry of the prompt's first 64 bytes: colour (1, 3)."""
 
     def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._palette: Tensor = modules["palette"]
 
     def run(self, x: contracts.TextEncodingInput, call: Call) -> contracts.TextEncodingOutput:
-        """Encode; says so when it reads only a part."""
+        """Encode the prompt; warns if it is truncated."""
         data = x.prompt.prompt.encode()
         if len(data) > _MAX_BYTES:
             call.warn("prompt", f"only the first {_MAX_BYTES} of {len(data)} bytes are read")
@@ -38,7 +38,7 @@ class ToyTextEncodingStage(PipelineStage[contracts.TextEncodingInput, contracts.
 
 
 class ToyLatentPreparationStage(PipelineStage[contracts.LatentPreparationInput, contracts.LatentPreparationOutput]):
-    """Noise (outputs, 3, height / cell, width / cell)."""
+    """Draws noise of shape (outputs, 3, height / cell, width / cell)."""
 
     def __init__(self, config: Any, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._cell: int = config.cell
@@ -55,13 +55,13 @@ class ToyLatentPreparationStage(PipelineStage[contracts.LatentPreparationInput, 
 class ToyTimestepPreparationStage(
     PipelineStage[contracts.TimestepPreparationInput, contracts.TimestepPreparationOutput]
 ):
-    """Even steps from 1 to 0."""
+    """Computes evenly spaced steps from 1 to 0."""
 
     def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         pass
 
     def run(self, x: contracts.TimestepPreparationInput, call: Call) -> contracts.TimestepPreparationOutput:
-        """Lay out the steps."""
+        """Compute the schedule."""
         steps = x.sampling.num_inference_steps
         sigmas = torch.linspace(1, 0, steps + 1)
         schedule = Schedule(timesteps=sigmas[:-1] * 1000, sigmas=sigmas, num_inference_steps=steps)
@@ -69,13 +69,13 @@ class ToyTimestepPreparationStage(
 
 
 class ToyDenoisingStage(PipelineStage[contracts.DenoisingInput, contracts.DenoisingOutput]):
-    """Pulls the noise towards the colour, a step at a time, with a checkpoint after each."""
+    """Moves the noise towards the colour step by step, with a step checkpoint after each step."""
 
     def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._gain: Tensor = modules["gain"]
 
     def run(self, x: contracts.DenoisingInput, call: Call) -> contracts.DenoisingOutput:
-        """Step until the schedule ends; params' contrast keeps more of the noise."""
+        """Run all steps of the schedule; the parameter "contrast" preserves more of the noise."""
         start = 0 if x.resume_from is None else x.resume_from.step
         before = x.initial_latents if x.resume_from is None else x.resume_from.latents
         latents = before.parts["image"].latents
@@ -93,13 +93,13 @@ class ToyDenoisingStage(PipelineStage[contracts.DenoisingInput, contracts.Denois
 
 
 class ToyDecodingStage(PipelineStage[contracts.DecodingInput, contracts.DecodingOutput]):
-    """Every latent becomes a square of one colour."""
+    """Converts every latent to a square of one colour."""
 
     def __init__(self, config: Any, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._cell: int = config.cell
 
     def run(self, x: contracts.DecodingInput, call: Call) -> contracts.DecodingOutput:
-        """PNGs, or one safetensors file."""
+        """Encode PNG files, or one safetensors file."""
         latents = x.denoised_latents.parts["image"].latents
         cells = (latents / 4 + 0.5).clamp(0, 1)
         pixels = cells.repeat_interleave(self._cell, 2).repeat_interleave(self._cell, 3).contiguous()

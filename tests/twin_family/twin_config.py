@@ -1,4 +1,4 @@
-"""Architecture of the twin family's variants, whose loader notes what it loads."""
+"""Pipeline configs of the twin family's variants; the loader records the loaded modules."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class TwinPipelineConfig(toy_config.ToyPipelineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TwinImagePipelineConfig(TwinPipelineConfig):
-    """The variant with an image, whose mean colour counts `tint`."""
+    """The variant with an image, whose mean colour has the weight `tint`."""
 
     brightness: float = 0.75
     tint: float = 0.5
 
 
 def load_weight(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Each module is one tensor."""
+    """Load a module, which is one tensor."""
     LOADED.append(name)
     return toy_config.load_weight(checkpoint, name, device, dtype)

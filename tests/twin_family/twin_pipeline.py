@@ -1,4 +1,4 @@
-"""A family with two variants over one directory, as plugin files: the toy family, and the same tinted by an image."""
+"""A family with two variants of one checkpoint, as plugin files: the toy family, and one tinted by an image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TwinPipeline(ToyPipeline):
     pipeline_name = "TwinPipeline"
 
     def add_stage(self, stage: StageSpec) -> None:
-        """Append a stage, with the family's own text encoder in place of the toy family's."""
+        """Append a stage; replaces the toy family's text encoder."""
         if stage.service == "text_encoding":
             stage = replace(stage, implementation=_TEXT_ENCODER)
         super().add_stage(stage)
@@ -45,7 +45,7 @@ class TwinImagePipeline(ToyPipeline):
     given: ClassVar[Mapping[str, str]] = {**ToyPipeline.given, "image_inputs": "ImageInputs"}
 
     def add_stage(self, stage: StageSpec) -> None:
-        """Append a stage, with the encoding of the image before the preparation, and a loop that reads it."""
+        """Append a stage; adds image encoding before latent preparation, and a loop that reads the image."""
         match stage.service:
             case "text_encoding":
                 super().add_stage(replace(stage, implementation=_TEXT_ENCODER))
@@ -65,7 +65,7 @@ class TwinImagePipeline(ToyPipeline):
 
 
 def register_configs(registry: Registry) -> None:
-    """Name the configs of both variants."""
+    """Register the configs of both variants."""
     registry.register_configs(
         TwinPipeline.pipeline_name,
         variant="text",

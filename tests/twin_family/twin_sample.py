@@ -1,4 +1,4 @@
-"""Sampling parameters of the twin family's variant with an image: a role, a default and a parameter of its own."""
+"""Sampling parameters of the twin family's variant with an image: image roles, a default and a parameter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from configs.sample.base import ImageRoles, parameter
 
 @dataclass(frozen=True, kw_only=True)
 class TwinImageSamplingParams(ToySamplingParams):
-    """One image is needed; another one may come."""
+    """One image is required, a second one is optional."""
 
     num_inference_steps: int = 6
     strength: float = parameter("How much the image counts.", 1.0, minimum=0.0, maximum=4.0)

@@ -1,6 +1,6 @@
-"""Stages of the twin family: a text encoder whose replies are cached, and those of the variant with an image."""
+"""Stages of the twin family: a text encoder with cached replies, and the stages of the variant with an image."""
 
-# ruff: noqa: ARG002  (a stage's signatures are given, whatever it makes of them)
+# ruff: noqa: ARG002  (the signatures of stages are fixed)
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from models.runtime import Runtime
 
 
 class TwinTextEncodingStage(ToyTextEncodingStage):
-    """The toy family's colour, as bright as the variant has it."""
+    """Computes the toy family's colour with the variant's brightness."""
 
     indifferent_to = frozenset({"sampling.seed"})
 
@@ -34,7 +34,7 @@ class TwinTextEncodingStage(ToyTextEncodingStage):
 
 
 class TwinImageEncodingStage(PipelineStage[contracts.ImageVAEEncodingInput, contracts.ImageVAEEncodingOutput]):
-    """The mean colour of all images through the lens: the part "condition", (1, 3)."""
+    """Computes the mean colour of all images through the lens: the part "condition", (1, 3)."""
 
     def __init__(self, config: Any, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._lens: Tensor = modules["lens"]
@@ -48,14 +48,14 @@ class TwinImageEncodingStage(PipelineStage[contracts.ImageVAEEncodingInput, cont
 
 
 class TwinDenoisingStage(ToyDenoisingStage):
-    """The toy family's loop towards a colour that the image tints."""
+    """The toy family's loop, towards a colour tinted by the image."""
 
     def __init__(self, config: Any, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         super().__init__(config, runtime, modules)
         self._tint: float = config.tint
 
     def run(self, x: contracts.DenoisingInput, call: Call) -> contracts.DenoisingOutput:
-        """Step until the schedule ends; params' strength is how much the image counts."""
+        """Run all steps of the schedule; the parameter "strength" is the weight of the image."""
         assert x.image_latents is not None, "the variant with an image"
         strength = x.sampling.params["strength"]
         assert isinstance(strength, float)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fake_kernel_packages import FLASH_ATTN_2, FLASH_ATTN_4, install
-from kernel_modules import forgotten
+from kernel_modules import fresh_imports
 from models.kernels import attention as entry
 from models.kernels.attention_table import choose_backend
 from models.kernels.packages import (
@@ -43,7 +43,7 @@ def backend(
     install(tmp_path, ATTENTION_PACKAGES[name], "1", module, source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(entry, "_backend_for", lambda *_: name)
-    with forgotten("flash_attn"):
+    with fresh_imports("flash_attn"):
         yield name
 
 
@@ -102,7 +102,7 @@ def test_the_entry_point_asks_table_outcomes_and_setting(
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     q = cast(Tensor, SimpleNamespace(is_cuda=True, shape=(1, 4608, 24, 128), dtype=torch.bfloat16, device="cuda:0"))
     (package,) = (each for each in PACKAGES if each.name == "fa3-fwd")
-    with forgotten():
+    with fresh_imports():
         record(KernelChoice(attention=choice), [Outcome(package, "1", broken)])
         assert entry._backend_for(q, q) == expected
 

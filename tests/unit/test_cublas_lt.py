@@ -1,6 +1,6 @@
 """Products with bias and GELU into columns of a wider tensor, against a library that reads memory as cuBLASLt does.
 
-The library itself needs a GPU: tests/bench/products.py runs it there.
+The library itself needs a GPU: tests/bench/kernel_energy.py runs it there.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from certificates import Authority
 from common.state.connection import command
 from common.state.store_server import StoreSettings
 from doctor_lines import lines
-from redis_servers import fill, run_on_empty_store, running_server, server_binaries, unfill
+from redis_servers import fill, run_on_empty_store, server_binaries, unfill
 from sentinel_servers import replicated_servers
 from services.cli import doctor, doctor_redis
 from services.cli.__main__ import main
@@ -28,12 +28,6 @@ from tls_store import tls_store
 MIB = 1 << 20
 DEFAULTS = {"maxmemory": "0", "maxmemory-policy": "noeviction", "appendonly": "yes", "appendfsync": "always"}
 STRICT = StoreSettings()
-
-
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
 
 
 def found(url: str, store: StoreSettings = STRICT, **values: Any) -> list[str]:
@@ -52,10 +46,10 @@ def configure(url: str, **values: str) -> None:
     run_on_empty_store(url, story)
 
 
-def test_a_durable_primary_is_right(url: str) -> None:
-    configure(url)
-    server, policy, durability, scripts, memory, replicas, clock = found(url)
-    assert server.startswith(f"ok redis: {url} answers in ")
+def test_a_durable_primary_is_right(each_store_url: str) -> None:
+    configure(each_store_url)
+    server, policy, durability, scripts, memory, replicas, clock = found(each_store_url)
+    assert server.startswith(f"ok redis: {each_store_url} answers in ")
     assert "ms: Valkey 9." in server or "ms: Redis 7." in server or "ms: Redis 8." in server
     assert policy == "ok redis policy: role master, no cluster, maxmemory-policy noeviction"
     assert durability == "ok redis durability: appendonly yes, appendfsync always"
@@ -66,23 +60,23 @@ def test_a_durable_primary_is_right(url: str) -> None:
     assert clock.startswith("ok clock: this host is 0.0")
 
 
-def test_the_check_of_scripts_leaves_no_key(url: str) -> None:
-    configure(url)
+def test_the_check_of_scripts_leaves_no_key(each_store_url: str) -> None:
+    configure(each_store_url)
 
     async def story(redis: Redis) -> None:
-        assert len(await asyncio.to_thread(found, url)) == 7
+        assert len(await asyncio.to_thread(found, each_store_url)) == 7
         assert not await command(redis, "KEYS", "*")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_an_evicting_server_is_an_error_unless_allowed(url: str) -> None:
-    configure(url, maxmemory_policy="allkeys-lru")
-    line = found(url)[1]
+def test_an_evicting_server_is_an_error_unless_allowed(each_store_url: str) -> None:
+    configure(each_store_url, maxmemory_policy="allkeys-lru")
+    line = found(each_store_url)[1]
     assert line.startswith("error redis policy: redis: maxmemory-policy allkeys-lru is not noeviction; ")
-    line = found(url, StoreSettings(allow_eviction=True))[1]
+    line = found(each_store_url, StoreSettings(allow_eviction=True))[1]
     assert line.startswith("warning redis policy: maxmemory-policy allkeys-lru deletes accepted requests when memory ")
-    configure(url)
+    configure(each_store_url)
 
 
 @pytest.mark.parametrize(
@@ -92,39 +86,41 @@ def test_an_evicting_server_is_an_error_unless_allowed(url: str) -> None:
         ({"appendfsync": "everysec"}, "appendonly yes, appendfsync everysec: a crash of the server loses accepted"),
     ],
 )
-def test_a_server_that_is_not_durable_is_a_warning(url: str, values: Mapping[str, str], expected: str) -> None:
-    configure(url, **values)
-    line = found(url)[2]
+def test_a_server_that_is_not_durable_is_a_warning(
+    each_store_url: str, values: Mapping[str, str], expected: str
+) -> None:
+    configure(each_store_url, **values)
+    line = found(each_store_url)[2]
     assert line.startswith(f"warning redis durability: {expected}")
     assert "-> set appendonly yes and appendfsync always" in line
-    assert found(url, StoreSettings(allow_data_loss=True))[2].startswith("ok redis durability: ")
-    configure(url)
+    assert found(each_store_url, StoreSettings(allow_data_loss=True))[2].startswith("ok redis durability: ")
+    configure(each_store_url)
 
 
-def test_a_server_without_memory_for_requests(url: str) -> None:
-    configure(url, maxmemory=str(8 * MIB))
+def test_a_server_without_memory_for_requests(each_store_url: str) -> None:
+    configure(each_store_url, maxmemory=str(8 * MIB))
 
     async def story(redis: Redis) -> None:
         await fill(redis, 6 * MIB)
-        assert " of 8.0 MiB are in use" in (await asyncio.to_thread(found, url))[4]
-        full = (await asyncio.to_thread(lambda: found(url, max_store_memory=0.5)))[4]
+        assert " of 8.0 MiB are in use" in (await asyncio.to_thread(found, each_store_url))[4]
+        full = (await asyncio.to_thread(lambda: found(each_store_url, max_store_memory=0.5)))[4]
         assert full.startswith("error redis memory: ")
         assert " of 8.0 MiB are in use, so new requests are refused -> raise maxmemory" in full
         await unfill(redis)
 
-    run_on_empty_store(url, story)
-    configure(url)
+    run_on_empty_store(each_store_url, story)
+    configure(each_store_url)
 
 
-def test_a_login_that_may_run_no_scripts_and_read_no_configuration(url: str) -> None:
-    configure(url)
+def test_a_login_that_may_run_no_scripts_and_read_no_configuration(each_store_url: str) -> None:
+    configure(each_store_url)
 
     async def story(redis: Redis) -> None:
         await command(redis, "ACL", "SETUSER", "me", "on", ">secret", "~*", "&*", "+@all", "-eval", "-config", "-info")
         await command(redis, "ACL", "SETUSER", "me", "-role")
 
-    run_on_empty_store(url, story)
-    path = url.removeprefix("unix://")
+    run_on_empty_store(each_store_url, story)
+    path = each_store_url.removeprefix("unix://")
     listed = found(f"unix://me:secret@{path}")
     assert "secret" not in "".join(listed)
     assert listed[0].startswith(f"warning redis: unix://***@{path} answers in ")
@@ -135,9 +131,9 @@ def test_a_login_that_may_run_no_scripts_and_read_no_configuration(url: str) -> 
     assert listed[3].endswith(" -> let the login run scripts on keys fleet:*")
 
 
-def test_a_wrong_password_is_one_line(url: str) -> None:
-    configure(url)
-    (line,) = found(f"unix://me:wrongsecret@{url.removeprefix('unix://')}")
+def test_a_wrong_password_is_one_line(each_store_url: str) -> None:
+    configure(each_store_url)
+    (line,) = found(f"unix://me:wrongsecret@{each_store_url.removeprefix('unix://')}")
     assert "invalid username-password pair or user is disabled" in line
     assert "wrongsecret" not in line
 
@@ -164,13 +160,15 @@ def test_a_store_that_cannot_be_reached_is_one_line(url: str, words: str) -> Non
     ("version", "expected"),
     [("4.0.14", "error redis: "), ("6.2.7", "warning redis: "), ("7.0.15", "ok redis: "), ("8.2.1", "ok redis: ")],
 )
-def test_old_servers_are_named(url: str, version: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_servers_are_named(
+    each_store_url: str, version: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def info(*_: object) -> Mapping[str, Any]:
         return {"redis_version": version}
 
-    configure(url)
+    configure(each_store_url)
     monkeypatch.setattr(doctor_redis, "_info", info)
-    line = found(url)[0]
+    line = found(each_store_url)[0]
     assert line.startswith(expected)
     assert f"Redis {version}" in line
 
@@ -200,13 +198,13 @@ def test_clocks_that_differ(skew: float, tolerance: float, expected: str) -> Non
     assert lines([skew_result(skew, tolerance, 30.0)])[0].startswith(expected)
 
 
-def test_a_clock_that_is_ahead_is_measured(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    configure(url)
+def test_a_clock_that_is_ahead_is_measured(each_store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(each_store_url)
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 10)
-    (line,) = [line for line in found(url) if " clock: " in line]
+    (line,) = [line for line in found(each_store_url) if " clock: " in line]
     assert line.startswith(("warning clock: this host is 10.0", "warning clock: this host is 9.9"))
-    (line,) = [line for line in found(url, jwt_leeway_seconds=5.0) if " clock: " in line]
+    (line,) = [line for line in found(each_store_url, jwt_leeway_seconds=5.0) if " clock: " in line]
     assert line.startswith("error clock: ")
 
 
@@ -228,17 +226,17 @@ def test_a_store_over_tls(name: str, tmp_path: Path) -> None:
 
 
 def test_the_command_reports_the_store(
-    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    each_store_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    configure(url, appendonly="no")
+    configure(each_store_url, appendonly="no")
     monkeypatch.setattr(doctor, "has_worker_extra", lambda: False)
     monkeypatch.setenv("FLEET_ALLOW_DATA_LOSS", "true")
     monkeypatch.setenv("FLEET_STORE_REPLICAS", "1")
     monkeypatch.setattr("common.state.replication._ACKNOWLEDGE_SECONDS", 0.1)
-    assert main(["doctor", "--json", "--redis", url]) == 2
+    assert main(["doctor", "--json", "--redis", each_store_url]) == 2
     captured = capsys.readouterr()
     results = {each["check"]: each["status"] for each in json.loads(captured.out)["results"]}
     assert results["redis durability"] == "ok"
     assert results["redis replicas"] == "error"
     assert not captured.err, "what is logged of the store is in the report"
-    configure(url)
+    configure(each_store_url)

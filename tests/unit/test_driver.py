@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 from common.errors import InvalidInput, ResourceExhausted, Unavailable
 from common.state.leases import Inherited
 from common.state.records import State
-from driver_case import CANCELLED, FAILED, Case, Gate, Store, restore, story, submission
+from driver_case import CANCELLED, FAILED, Case, Gate, Store, restore, run_case, submission
 from fleet.v1 import generation_pb2 as pb
 from services.coordinator import persistence
 from services.coordinator.request_life import Phase, Submission
@@ -34,11 +34,11 @@ def test_a_request_that_is_cancelled_while_it_is_admitted_ends_without_a_claim()
         admission, execution = await accepting
         assert execution is not None
         assert not admission.replayed
-        await case.until()
+        await case.wait_until()
         assert execution.phase is Phase.CLOSED
         assert [event async for event in execution.log.follow()] == []
 
-    case = story(test)
+    case = run_case(test)
     assert case.store.ends == [(1, CANCELLED, "")]
     assert not case.queue.claims
 
@@ -54,9 +54,9 @@ def test_a_request_that_is_cancelled_while_its_admission_is_settled_ends_without
         assert not case.driver.runs("r")
         case.driver.cancel("r")
         gate.opened.set()
-        await case.until()
+        await case.wait_until()
 
-    case = story(test)
+    case = run_case(test)
     assert case.store.ends == [(1, CANCELLED, "")]
     assert not case.queue.claims
 
@@ -70,9 +70,9 @@ def test_a_request_that_is_cancelled_while_it_is_taken_over_ends_under_its_new_e
         assert case.phases == [Phase.RUNNING, Phase.INHERITED]
         case.driver.cancel("r")
         gate.opened.set()
-        await case.until()
+        await case.wait_until()
 
-    case = story(test)
+    case = run_case(test)
     assert case.store.ends == [(2, CANCELLED, "")]
     assert case.queue.claims == ["r"]
 
@@ -83,12 +83,12 @@ def test_a_request_that_is_cancelled_while_it_runs_ends_once() -> None:
         assert case.driver.runs("r")
         case.driver.cancel("r")
         case.driver.cancel("r")
-        await case.until()
+        await case.wait_until()
         assert not case.driver.runs("r")
         case.driver.cancel("r")  # has ended
         case.driver.cancel("other")  # was never here
 
-    case = story(test)
+    case = run_case(test)
     assert case.store.ends == [(1, CANCELLED, "")]
 
 
@@ -97,11 +97,11 @@ def test_cancels_that_a_take_over_reports_reach_their_requests() -> None:
         await case.run()
         case.owners.cancelled = ["r"]
         await case.driver.take_over("emoji", restore)
-        await case.until()
+        await case.wait_until()
         await case.inherit(cancel=True)
-        await case.until()
+        await case.wait_until()
 
-    case = story(test)
+    case = run_case(test)
     assert case.store.ends == [(1, CANCELLED, ""), (2, CANCELLED, "")]
 
 
@@ -111,11 +111,11 @@ def test_a_request_whose_admission_had_no_answer_runs_for_callers_that_ask_again
         case.store.admit_error = Unavailable("the answer is lost")
         with pytest.raises(Unavailable):
             await case.driver.accept(submission(key=key))
-        await case.until(*phases)
+        await case.wait_until(*phases)
         assert case.store.ends == ([] if key else [(1, CANCELLED, "")])
         await case.driver.drain(0)
 
-    story(test)
+    run_case(test)
 
 
 def test_the_wait_for_the_store_counts_against_the_deadline() -> None:
@@ -130,9 +130,9 @@ def test_the_wait_for_the_store_counts_against_the_deadline() -> None:
         await asyncio.sleep(1)
         gate.opened.set()
         async with asyncio.timeout(0.8):
-            await case.until()
+            await case.wait_until()
 
-    assert story(test).store.ends == [(1, State.REQUEST_STATE_EXPIRED, "")]
+    assert run_case(test).store.ends == [(1, State.REQUEST_STATE_EXPIRED, "")]
 
 
 def test_a_request_that_was_not_stored_leaves_nothing() -> None:
@@ -140,9 +140,9 @@ def test_a_request_that_was_not_stored_leaves_nothing() -> None:
         case.store.admit_error, case.store.is_stored = Unavailable("is away"), False
         with pytest.raises(Unavailable):
             await case.driver.accept(submission())
-        await case.until()
+        await case.wait_until()
 
-    assert not story(test).store.ends
+    assert not run_case(test).store.ends
 
 
 def test_a_refused_and_a_replayed_request_leave_nothing() -> None:
@@ -154,9 +154,9 @@ def test_a_refused_and_a_replayed_request_leave_nothing() -> None:
         admission, execution = await case.driver.accept(submission())
         assert admission.replayed
         assert execution is None
-        await case.until()
+        await case.wait_until()
 
-    case = story(test)
+    case = run_case(test)
     assert not case.store.ends
     assert not case.queue.claims
 
@@ -169,10 +169,10 @@ def test_a_caller_that_disconnects_while_it_is_admitted_stops_nothing() -> None:
         accepting.cancel()
         await asyncio.gather(accepting, return_exceptions=True)
         gate.opened.set()
-        await case.until(Phase.RUNNING)
+        await case.wait_until(Phase.RUNNING)
         await case.driver.drain(0)
 
-    story(test)
+    run_case(test)
 
 
 def test_a_request_in_any_phase_is_not_taken_over_again() -> None:
@@ -186,13 +186,13 @@ def test_a_request_in_any_phase_is_not_taken_over_again() -> None:
         assert case.phases == [Phase.ADMITTING, Phase.INHERITED]
         gate.opened.set()
         await accepting
-        await case.until(Phase.RUNNING)
+        await case.wait_until(Phase.RUNNING)
         await case.claimed(1)
         await case.driver.take_over("emoji", restore)
         case.driver.cancel("r")
-        await case.until()
+        await case.wait_until()
 
-    case = story(test)
+    case = run_case(test)
     assert case.owners.running == [["r"], ["r"], ["r"]]
     assert case.store.ends == [(2, CANCELLED, "")]
     assert case.queue.most_at_once == 1
@@ -203,12 +203,12 @@ def test_one_execution_of_a_request_runs_at_a_time_whatever_its_epochs() -> None
         await case.run()
         for epoch in (2, 3, 4):
             await case.inherit(epoch)
-        await case.until(Phase.RUNNING)
+        await case.wait_until(Phase.RUNNING)
         await case.claimed(2)
         case.driver.cancel("r")
-        await case.until()
+        await case.wait_until()
 
-    case = story(test)
+    case = run_case(test)
     assert case.store.ends == [(4, CANCELLED, "")]
     assert case.queue.most_at_once == 1
 
@@ -240,10 +240,10 @@ def test_a_request_that_cannot_be_run_here_ends_as_failed(stored: bytes, reason:
         record = pb.RequestRecord(request_id="r", model="emoji")
         case.owners.given.append([Inherited(record, 2, stored, False, None, "lost")])
         await case.driver.take_over("emoji", refuse)
-        await case.until()
+        await case.wait_until()
 
     before = failed_requests()
-    case = story(test)
+    case = run_case(test)
     ((epoch, state, message),) = case.store.ends
     assert (epoch, state) == (2, FAILED)
     assert failed_requests() - before == 1
@@ -257,7 +257,7 @@ def test_a_drain_leaves_a_stored_request_for_another_coordinator() -> None:
         await case.driver.drain(0)
         assert case.phases == []
 
-    assert not story(test).store.ends
+    assert not run_case(test).store.ends
 
 
 def test_a_drain_ends_a_raw_request_and_one_that_is_cancelled() -> None:
@@ -265,7 +265,7 @@ def test_a_drain_ends_a_raw_request_and_one_that_is_cancelled() -> None:
         await case.run(raw=True)
         await case.driver.drain(0)
 
-    ((_, state, message),) = story(test).store.ends
+    ((_, state, message),) = run_case(test).store.ends
     assert state == FAILED
     assert message == "the coordinator that ran it was shut down; submit it again"
 
@@ -274,7 +274,7 @@ def test_a_drain_ends_a_raw_request_and_one_that_is_cancelled() -> None:
         case.driver.cancel("r")
         await case.driver.drain(0)
 
-    assert story(cancelled).store.ends == [(1, CANCELLED, "")]
+    assert run_case(cancelled).store.ends == [(1, CANCELLED, "")]
 
 
 def test_a_drain_waits_for_no_answer_of_the_store() -> None:
@@ -295,18 +295,18 @@ def test_a_drain_waits_for_no_answer_of_the_store() -> None:
         await case.driver.drain(10)
         assert case.phases == []
 
-    assert not story(test).store.ends
+    assert not run_case(test).store.ends
 
 
 def test_a_request_that_is_admitted_during_a_drain_is_left_for_another_coordinator() -> None:
     async def test(case: Case) -> None:
         await case.driver.drain(0)
         _, execution = await case.driver.accept(submission())
-        await case.until()
+        await case.wait_until()
         assert execution is not None
         assert execution.files is None
 
-    case = story(test)
+    case = run_case(test)
     assert not case.store.ends
     assert not case.queue.claims
 
@@ -324,8 +324,8 @@ def test_an_end_is_stored_again_while_the_store_is_unavailable(monkeypatch: pyte
         monkeypatch.setattr(Store, "finish", unavailable_once)
         await case.run()
         case.driver.cancel("r")
-        await case.until()
+        await case.wait_until()
 
-    assert story(test).store.ends == [(1, CANCELLED, "")]
+    assert run_case(test).store.ends == [(1, CANCELLED, "")]
     assert len(attempts) == 2
     assert attempts[0] == attempts[1]

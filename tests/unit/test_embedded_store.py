@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from redis import Redis
 
+from async_tests import poll
 from common.errors import Unavailable
 from common.state import embedded
 from common.state.embedded import EmbeddedStore
@@ -72,7 +72,7 @@ def _kill_a_parent(number: signal.Signals, environ: dict[str, str]) -> None:
         assert server.is_running()
         parent.send_signal(number)
         parent.wait(10)
-        assert _gone(server)
+        _wait_ended(server)
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
@@ -102,14 +102,13 @@ def test_sockets_have_short_paths_under_a_long_temporary_directory(
         path.rmdir()
 
 
-def _gone(process: psutil.Process) -> bool:
-    """Whether it ends soon. One that has ended but that nobody has reaped yet still has a process id."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
+def _wait_ended(process: psutil.Process) -> None:
+    """Wait until the process has ended. A zombie has ended too."""
+
+    def has_ended() -> bool:
         try:
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return True
+            return process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
-        time.sleep(0.01)
-    return False
+
+    poll(has_ended, 10, f"{process} ends")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.errors import FailedPrecondition, FleetError, InvalidInput
 from fake_kernel_packages import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4, LAUNCH_FAILS, WRONG_RESULTS, install
-from kernel_modules import forgotten
+from kernel_modules import fresh_imports
 from models import kernels
 from models.kernels import cublas_lt, quack_gemm, trials
 from models.kernels.backends import BACKENDS, Operation, facts
@@ -57,7 +57,7 @@ Install = Callable[[str], None]
 def flash_attn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Installs a flash-attn 2 with a source."""
     monkeypatch.syspath_prepend(tmp_path)
-    with forgotten("flash_attn"):
+    with fresh_imports("flash_attn"):
         yield lambda source: install(tmp_path, "flash-attn", "2.8.3", "flash_attn", source)
 
 
@@ -103,7 +103,7 @@ def test_flash_attn_4_alone_is_no_flash_attn_2(tmp_path: Path, monkeypatch: pyte
     """Both are below flash_attn."""
     monkeypatch.syspath_prepend(tmp_path)
     install(tmp_path, "flash-attn-4", "4.0.0b36", "flash_attn.cute", FLASH_ATTN_4)
-    with forgotten("flash_attn"):
+    with fresh_imports("flash_attn"):
         assert try_package(BY_NAME["flash-attn-4"], CPU) == Outcome(BY_NAME["flash-attn-4"], "4.0.0b36")
         assert try_package(FLASH_ATTN, CPU) is None
 
@@ -128,7 +128,7 @@ def test_flash_attn_3_passes_its_trial(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132), raising=True
     )
-    with forgotten("fa3_fwd_interface"):
+    with fresh_imports("fa3_fwd_interface"):
         attend = importlib.import_module("fa3_fwd_interface").flash_attn_func
 
         def forward(q: Tensor, k: Tensor, v: Tensor, *, out: Tensor, num_splits: int) -> None:
@@ -246,7 +246,7 @@ def test_a_named_broken_package_ends_the_service_with_exit_code_2(
 
 def test_on_a_cpu_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "try_package", lambda *_: pytest.fail("a package was tried"))
-    with forgotten():
+    with fresh_imports():
         try_packages(CPU)
         with pytest.raises(RuntimeError, match="have not been tried; call models"):
             is_usable("triton")
@@ -264,7 +264,7 @@ def test_a_gpu_is_tried_once_for_each_choice(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "device", lambda _: threading.Lock())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: HOPPER)
     none = KernelChoice(("none",))
-    with forgotten():
+    with fresh_imports():
         for choice in (None, None, none, none):
             try_packages(torch.device("cuda", 0), choice)
         assert tried == [KernelChoice(), none]
@@ -278,7 +278,7 @@ def fingerprint(*, uses_kernels: bool = True) -> str:
 def test_outcomes_are_part_of_the_numerics_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
     quack = BY_NAME["quack-kernels"]
-    with forgotten():
+    with fresh_imports():
         found = []
         for choice, outcomes in (
             (KernelChoice(), []),
@@ -332,7 +332,7 @@ def test_layers_leave_unusable_packages_alone(monkeypatch: pytest.MonkeyPatch) -
         ]
 
     names: tuple[PackageName, ...] = ("triton", "nvmath-python", "quack-kernels", "cuda-bindings")
-    with forgotten():
+    with fresh_imports():
         record(KernelChoice(), [Outcome(BY_NAME[name], "1") for name in names])
         assert uses() == [True] * 4
         for name in names:
@@ -426,7 +426,7 @@ def test_every_package_of_the_gpu_extras_is_tried() -> None:
 
 
 def test_every_backend_of_every_operation_is_a_fact() -> None:
-    with forgotten():
+    with fresh_imports():
         record(KernelChoice(), [Outcome(package, "1") for package in PACKAGES])
         lines = facts()
         for operation, backends in BACKENDS.items():

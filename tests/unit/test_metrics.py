@@ -170,13 +170,13 @@ def test_steps_and_times_of_the_device_are_measured(monkeypatch: pytest.MonkeyPa
     clock = _Clock(monkeypatch)
     stages = MeasuredStages(_Loop(clock, [(1, 103.0), (2, 104.0), (4, 110.0)], 111.0), "denoising", "measured")
     place = {"service": "denoising", "model": "measured"}
-    heard: list[tuple[int, float]] = []
+    recorded: list[tuple[int, float]] = []
 
-    def hear(step: int, _: int) -> None:
-        heard.append((step, _sample("fleet_device_busy_seconds_total", **place)))
+    def record(step: int, _: int) -> None:
+        recorded.append((step, _sample("fleet_device_busy_seconds_total", **place)))
 
-    stages.run({}, Call("r", on_progress=hear, tokens=70_000))
-    assert heard == [(1, 3.0), (2, 4.0), (4, 10.0)], "steps and busy seconds: a video takes longer than a rate's window"
+    stages.run({}, Call("r", on_progress=record, tokens=70_000))
+    assert recorded == [(1, 3.0), (2, 4.0), (4, 10.0)], "steps and busy seconds"
     steps = {**place, "work": "262144"}
     assert _sample("fleet_step_seconds_count", **steps) == 2, "the first one includes the preparation"
     assert _sample("fleet_step_seconds_sum", **steps) == 1.0 + 3.0

@@ -51,11 +51,11 @@ def test_the_sound_is_an_aac_track(rate: int, channels: int, seconds: float) -> 
         track = container.streams.audio[0]
         assert (track.codec.canonical_name, track.rate, track.codec_context.channels) == ("aac", rate, channels)
         assert len(list(container.decode(video=0))) == 24
-    heard = decoded_sound(file)
+    recorded = decoded_sound(file)
     length = sound.samples.shape[1]
-    assert length <= heard.shape[1] < length + 1024
+    assert length <= recorded.shape[1] < length + 1024
     if seconds >= 1:
-        assert float((heard[:, :length] - sound.samples).norm() / sound.samples.norm()) < 0.05
+        assert float((recorded[:, :length] - sound.samples).norm() / sound.samples.norm()) < 0.05
 
 
 def test_sound_lies_among_the_frames_of_its_time() -> None:

@@ -1,6 +1,6 @@
 """Layers whose GEMM has an epilogue, against the same in several passes.
 
-The GEMM itself needs a GPU: tests/bench/products.py checks and times them there.
+The GEMM itself needs a GPU: tests/bench/kernel_energy.py checks and times them there.
 """
 
 from __future__ import annotations

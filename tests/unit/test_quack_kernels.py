@@ -1,4 +1,4 @@
-"""The fused products' kernels are such as QuACK compiles; that needs no GPU. What they compute, products.py checks."""
+"""Compile the fused GEMM kernels with QuACK, without a GPU; kernel_energy.py checks their results."""
 
 from __future__ import annotations
 

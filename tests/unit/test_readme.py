@@ -11,7 +11,15 @@ import pytest
 from readme import ROOT, code_blocks
 from release import VERSION as RELEASED
 
-DOCUMENTS = ("README.md", "CHANGELOG.md", "k8s/README.md", "services/README.md", "models/checkpoints/emoji/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CHANGELOG.md",
+    "k8s/README.md",
+    "services/README.md",
+    "models/checkpoints/emoji/README.md",
+    "tests/README.md",
+    "tests/bench/README.md",
+)
 
 CHANGES = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 """The kinds of changes of Keep a Changelog."""
@@ -68,3 +76,13 @@ def test_every_bench_is_described() -> None:
     benches = [path.name for path in (ROOT / "tests" / "bench").glob("*.py") if not path.name.startswith("bench_")]
     assert benches
     assert all(f"tests/bench/{name}" in text for name in benches)
+
+
+def test_folders_fixtures_and_helpers_of_the_tests_readme_exist() -> None:
+    tests = ROOT / "tests"
+    cells = re.findall(r"^\| (`.*?) \|", (tests / "README.md").read_text(), re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"`([\w*/]+)`", cell)]
+    fixtures = re.findall(r"^def (\w+)", (tests / "conftest.py").read_text(), re.MULTILINE)
+    found = [name for name in names if name in fixtures or [*tests.glob(name), *tests.glob(f"{name}.py")]]
+    assert len(names) > 30
+    assert found == names

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from redis import Redis
 
 import script_calls
+from async_tests import poll
 from common.state.connection import script_call, script_source
-from redis_servers import running_server, server_binaries, wait_until
+from redis_servers import running_server, server_binaries
 from release import release_call, release_script, script_calls_of, unpack_release
 from script_calls import LASTS, MODEL, PLACE
 
@@ -239,7 +240,7 @@ class Mixed:
             free = sum(worker.capacity - taken[worker.name] for worker in self.workers)
             return free == 0 or all(held)
 
-        wait_until(are_all_served)
+        poll(are_all_served, 3.0, "every claim is granted, or no slot is free")
         self.check()
 
     def end_all(self) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterator
 
 import pytest
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.errors import NotFound, Unavailable
 from common.state.connection import StoreFull, connect, script_sha
 from common.state.leases import Leases
@@ -17,16 +17,10 @@ from common.state.records import ResultFile
 from common.state.requests import RequestStore, Retention
 from common.state.result_items import StoredItem
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import run_on_empty_store, running_server, server_binaries, until
+from redis_servers import run_on_empty_store, running_server
 
 MIB = 1 << 20
 SUCCEEDED, FAILED = pb.REQUEST_STATE_SUCCEEDED, pb.REQUEST_STATE_FAILED
-
-
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
 
 
 def stored_item(number: int, size: int, epoch: int = 1) -> StoredItem:
@@ -52,7 +46,7 @@ async def deliver(store: RequestStore, request_id: str, stored: StoredItem, data
     return await store.append(request_id, [event_of(stored)], number=number, epoch=stored.epoch) is not None
 
 
-def test_an_item_is_read_from_any_byte(url: str) -> None:
+def test_an_item_is_read_from_any_byte(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name, data = await admit(store), secrets.token_bytes(2 * MIB + 5)
@@ -64,10 +58,10 @@ def test_an_item_is_read_from_any_byte(url: str) -> None:
         sizes = [len(chunk) async for chunk in store.items.chunks(name, stored)]
         assert sizes == [MIB, MIB, 5]
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_bytes_without_an_event_are_no_item(url: str) -> None:
+def test_bytes_without_an_event_are_no_item(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name = await admit(store)
@@ -77,10 +71,10 @@ def test_bytes_without_an_event_are_no_item(url: str) -> None:
         kinds = [event.WhichOneof("kind") async for event in store.events(name)]
         assert kinds == ["state_change", "state_change"]
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_an_event_that_is_written_again_delivers_its_item_once(url: str) -> None:
+def test_an_event_that_is_written_again_delivers_its_item_once(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, 3)
@@ -88,10 +82,10 @@ def test_an_event_that_is_written_again_delivers_its_item_once(url: str) -> None
         assert await deliver(store, name, stored, b"abc", 0)
         assert await store.delivered_items(name) == [stored]
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_former_owner_neither_adds_nor_changes_nor_ends_an_item(url: str) -> None:
+def test_a_former_owner_neither_adds_nor_changes_nor_ends_an_item(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         former = RequestStore(redis, owner="former", retention=Retention(result_seconds=0.02))
         name = await admit(former)
@@ -113,11 +107,13 @@ def test_a_former_owner_neither_adds_nor_changes_nor_ends_an_item(url: str) -> N
         assert await store.finish(name, SUCCEEDED, epoch=epoch, items=[first, second])
         await presence.stop()
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
 @pytest.mark.parametrize(("end", "most"), [(SUCCEEDED, 3_600_000), (FAILED, 60_000)])
-def test_items_last_until_some_time_after_the_end(url: str, end: pb.RequestState.ValueType, most: int) -> None:
+def test_items_last_until_some_time_after_the_end(
+    each_store_url: str, end: pb.RequestState.ValueType, most: int
+) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, MIB + 1)
@@ -128,10 +124,10 @@ def test_items_last_until_some_time_after_the_end(url: str, end: pb.RequestState
         assert await store.finish(name, end, items=[stored])
         assert all([most - 20_000 < await redis.pttl(key) <= most for key in keys])
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_an_item_that_has_expired_is_not_found(url: str) -> None:
+def test_an_item_that_has_expired_is_not_found(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis, retention=Retention(record_seconds=60, result_seconds=0.02))
         name, stored = await admit(store), stored_item(0, 3)
@@ -141,14 +137,14 @@ def test_an_item_that_has_expired_is_not_found(url: str) -> None:
         async def is_gone() -> bool:
             return not await redis.keys("fleet:item:*")
 
-        await until(is_gone)
+        await wait_until(is_gone)
         with pytest.raises(NotFound, match="has expired"):
             await read(store, name, stored)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_an_end_whose_answer_is_lost_still_ends_the_items(url: str) -> None:
+def test_an_end_whose_answer_is_lost_still_ends_the_items(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, 3)
@@ -158,10 +154,10 @@ def test_an_end_whose_answer_is_lost_still_ends_the_items(url: str) -> None:
         (key,) = await redis.keys("fleet:item:*")
         assert await redis.pttl(key) <= 3_600_000
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_store_without_the_script_takes_an_event_of_an_item(url: str) -> None:
+def test_a_store_without_the_script_takes_an_event_of_an_item(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, 3)
@@ -169,7 +165,7 @@ def test_a_store_without_the_script_takes_an_event_of_an_item(url: str) -> None:
         assert await redis.script_exists(script_sha()) == [False]
         assert await deliver(store, name, stored, b"abc", 0)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
 def test_a_full_store_takes_no_item_and_a_lost_store_is_unavailable() -> None:
@@ -195,7 +191,7 @@ def test_a_full_store_takes_no_item_and_a_lost_store_is_unavailable() -> None:
         asyncio.run(story())
 
 
-def test_a_streamed_file_of_a_record_has_no_bytes_of_its_own(url: str) -> None:
+def test_a_streamed_file_of_a_record_has_no_bytes_of_its_own(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, 3)
@@ -205,4 +201,4 @@ def test_a_streamed_file_of_a_record_has_no_bytes_of_its_own(url: str) -> None:
         assert list((await store.get(name)).files) == [header]
         assert not await redis.keys("fleet:result:*")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.errors import Aborted, InternalError, ResourceExhausted
 from common.rpc.framing import Packet, Piece, checksum
 from common.state.connection import connect
@@ -20,7 +21,7 @@ from common.state.requests import RequestStore
 from common.state.result_items import StoredItem
 from fleet.v1 import artifacts_pb2
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import RedisServer, fill, running_server, unfill, until
+from redis_servers import RedisServer, fill, running_server, unfill
 from services.coordinator.events import EventLog, EventWriter
 from services.coordinator.result_stream import ResultStream
 
@@ -312,7 +313,7 @@ def test_closing_ends_the_storing_and_leaves_the_event_for_the_end() -> None:
             async def is_back() -> bool:
                 return len(await case.delivered()) == 1
 
-            await until(is_back)
+            await wait_until(is_back)
             assert [stored.item.item_index for stored in stream.items] == [0]
 
         story(server, test)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,16 +10,10 @@ from redis.asyncio import Redis
 
 from common.state.connection import connect
 from common.state.shared_replies import SharedReplies
-from redis_servers import run_on_empty_store, running_server, server_binaries
+from redis_servers import run_on_empty_store
 
 FRAMES = (b"header", b"\x01" * 700_000, b"\x02" * 1_000_000)
 SIZE = sum(map(len, FRAMES))
-
-
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
 
 
 def shared(redis: Redis, **more: Any) -> SharedReplies:
@@ -44,7 +37,7 @@ async def stored(replies: SharedReplies, key: bytes, frames: tuple[bytes, ...] =
     await replies.settle()
 
 
-def test_what_one_worker_computed_another_fetches(url: str) -> None:
+def test_what_one_worker_computed_another_fetches(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         one, other = shared(redis), shared(redis)
         await stored(one, b"apple")
@@ -59,10 +52,10 @@ def test_what_one_worker_computed_another_fetches(url: str) -> None:
         for key in await redis.keys("fleet:repl*"):
             assert 0 < await redis.pttl(key) <= 3_600_000
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_other_weights_numerics_and_services_are_others(url: str) -> None:
+def test_other_weights_numerics_and_services_are_others(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         await stored(shared(redis), b"apple")
         for more in ({"origin": "weights others"}, {"origin": "others numerics"}, {"service": "image_encoding"}):
@@ -71,13 +64,13 @@ def test_other_weights_numerics_and_services_are_others(url: str) -> None:
             assert await stranger.find(b"apple") is None
             assert await stranger.find(b"pear") == (b"p",)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
 @pytest.mark.parametrize(
     ("seconds", "size", "pays"), [(0.029, 4 << 20, True), (0.23, 8 << 20, True), (0.005, 4 << 20, False)]
 )
-def test_what_is_quick_to_compute_is_not_shared(url: str, seconds: float, size: int, pays: bool) -> None:
+def test_what_is_quick_to_compute_is_not_shared(each_store_url: str, seconds: float, size: int, pays: bool) -> None:
     """T5-XXL's 29 ms and a vision language model's 230 ms pay; an encoder of 5 ms does not."""
 
     async def story(redis: Redis) -> None:
@@ -87,10 +80,10 @@ def test_what_is_quick_to_compute_is_not_shared(url: str, seconds: float, size: 
         assert replies.pays == pays
         assert bool(await redis.keys("fleet:reply:*")) == pays
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_the_latest_used_stay_within_the_bound(url: str) -> None:
+def test_the_latest_used_stay_within_the_bound(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         replies = shared(redis, max_bytes=3 * SIZE)
         for key in (b"a", b"b", b"c", b"a"):
@@ -107,10 +100,10 @@ def test_the_latest_used_stay_within_the_bound(url: str) -> None:
         assert await replies.find(b"huge") is None
         assert await redis.keys("fleet:reply-parts:*") == []
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_spoiled_reply_is_none(url: str) -> None:
+def test_a_spoiled_reply_is_none(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         replies = shared(redis)
         await stored(replies, b"apple")
@@ -122,10 +115,10 @@ def test_a_spoiled_reply_is_none(url: str) -> None:
         assert await replies.find(b"apple") is None  # not asked for
         assert lookups("failed") == failed + 1
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_store_that_is_away_is_left_alone(url: str) -> None:
+def test_a_store_that_is_away_is_left_alone(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with connect("unix:///nowhere/at/all.sock") as nowhere:
             replies = shared(nowhere, gain=0.0)
@@ -136,4 +129,4 @@ def test_a_store_that_is_away_is_left_alone(url: str) -> None:
             assert lookups("failed") == failed
         assert await redis.dbsize() == 0
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)

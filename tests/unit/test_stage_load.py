@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.scaling import StageLoad, StageWork
 from common.state.connection import command
 from common.state.presence import Presence
@@ -22,16 +23,10 @@ from common.state.worker_slots import Computed, WorkerSlot, WorkerSlots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
-from redis_servers import run_on_empty_store, running_server, until
+from redis_servers import run_on_empty_store
 
 ASSUMED = 10.0
 LIMITS = AdmissionLimits(services=("denoising",), max_open=1_000, queue_limit=1_000)
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
 
 
 @dataclass
@@ -120,11 +115,11 @@ async def has_slots(fleet: Fleet, number: int) -> None:
     async def so_many() -> bool:
         return (await fleet.load()).workers_held == number
 
-    await until(so_many)
+    await wait_until(so_many)
 
 
 @pytest.mark.parametrize("requests", [1, 40, 500])
-def test_the_sum_is_that_of_remaining_steps_times_pace(url: str, requests: int) -> None:
+def test_the_sum_is_that_of_remaining_steps_times_pace(store_url: str, requests: int) -> None:
     async def story(fleet: Fleet) -> None:
         chance = random.Random(requests)
         shapes = {f"s{number}": (chance.uniform(0.05, 2.0), 1 << (10 + number)) for number in range(5)}
@@ -139,7 +134,7 @@ def test_the_sum_is_that_of_remaining_steps_times_pace(url: str, requests: int) 
             works[f"r{number}"] = StageWork(chance.randint(1, 50), shapes[shape][1], shape)
             await fleet.owners[number % 3].submit(f"r{number}", works[f"r{number}"])
         await has_slots(fleet, workers)
-        await until(has_waiting(fleet, requests - workers))
+        await wait_until(has_waiting(fleet, requests - workers))
         done = dict.fromkeys(works, 0)
         runs = [name for owner in fleet.owners for name, task in owner.claims.items() if task.done()]
         for name in runs:
@@ -158,19 +153,19 @@ def test_the_sum_is_that_of_remaining_steps_times_pace(url: str, requests: int) 
         assert (load.waiting_claims, load.open_requests) == (requests - len(runs), requests)
         assert not load.unmeasured
 
-    run(url, story)
+    run(store_url, story)
 
 
-def test_nothing_is_left_at_the_end(url: str) -> None:
+def test_nothing_is_left_at_the_end(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker(0)
         await fleet.measure("r", StageWork(4, 64, "s"), Computed(2.0))
         assert await fleet.load() == StageLoad(0, 0.0, 0, 0.0, 0)
 
-    run(url, story)
+    run(store_url, story)
 
 
-def test_an_unknown_shape_has_the_pace_of_the_nearest_one_scaled_by_tokens(url: str) -> None:
+def test_an_unknown_shape_has_the_pace_of_the_nearest_one_scaled_by_tokens(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker(0)
         await fleet.measure("small", StageWork(10, 100, "small"), Computed(1.0))
@@ -178,12 +173,12 @@ def test_an_unknown_shape_has_the_pace_of_the_nearest_one_scaled_by_tokens(url: 
         await fleet.registry.withdraw("w0")
         await fleet.owners[0].submit("r", StageWork(10, 150, "other"))
         await fleet.owners[1].submit("l", StageWork(10, 5_000, "another"))
-        await until(has_waiting(fleet, 2))
+        await wait_until(has_waiting(fleet, 2))
         load = await fleet.load()
         assert load.waiting_seconds == pytest.approx(10 * 0.1 * 1.5 + 10 * 20.0 * 0.5)
         assert not load.unmeasured
 
-    run(url, story)
+    run(store_url, story)
 
 
 def has_waiting(fleet: Fleet, claims: int) -> Callable[[], Awaitable[bool]]:
@@ -193,18 +188,18 @@ def has_waiting(fleet: Fleet, claims: int) -> Callable[[], Awaitable[bool]]:
     return waits
 
 
-def test_without_any_measurement_the_assumed_time_counts_and_is_marked(url: str) -> None:
+def test_without_any_measurement_the_assumed_time_counts_and_is_marked(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.owners[0].submit("r", StageWork(10, 100, "s"))
         await fleet.owners[0].submit("older", None)
-        await until(has_waiting(fleet, 2))
+        await wait_until(has_waiting(fleet, 2))
         load = await fleet.load()
         assert (load.waiting_seconds, load.unmeasured) == (2 * ASSUMED, True)
 
-    run(url, story)
+    run(store_url, story)
 
 
-def test_a_resumed_attempt_is_measured_by_its_own_steps(url: str) -> None:
+def test_a_resumed_attempt_is_measured_by_its_own_steps(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker(0)
         await fleet.measure("r", StageWork(10, 64, "s"), Computed(4.0, steps_before=8))
@@ -212,10 +207,10 @@ def test_a_resumed_attempt_is_measured_by_its_own_steps(url: str) -> None:
         await has_slots(fleet, 1)
         assert (await fleet.load()).running_seconds == pytest.approx(20.0)
 
-    run(url, story)
+    run(store_url, story)
 
 
-def test_the_steps_of_an_attempt_that_was_handed_over_count_in_the_pace(url: str) -> None:
+def test_the_steps_of_an_attempt_that_was_handed_over_count_in_the_pace(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         """Three attempts at 10 steps. The second ends before its first step, and counts nothing."""
         await fleet.add_worker(0)
@@ -233,10 +228,10 @@ def test_the_steps_of_an_attempt_that_was_handed_over_count_in_the_pace(url: str
         assert (await fleet.load()).running_seconds == pytest.approx(10 * pace)
         assert not (await fleet.load()).unmeasured
 
-    run(url, story)
+    run(store_url, story)
 
 
-def test_the_newest_64_shapes_are_kept(url: str) -> None:
+def test_the_newest_64_shapes_are_kept(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker(0)
         for number in range(70):
@@ -245,21 +240,21 @@ def test_the_newest_64_shapes_are_kept(url: str) -> None:
         assert len(kept) == 64
         assert b"s69" in kept
 
-    run(url, story)
+    run(store_url, story)
 
 
-def test_claims_of_a_dead_coordinator_do_not_count_until_another_one_claims(url: str) -> None:
+def test_claims_of_a_dead_coordinator_do_not_count_until_another_one_claims(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.owners[0].submit("r", StageWork(10, 100, "s"))
-        await until(has_waiting(fleet, 1))
+        await wait_until(has_waiting(fleet, 1))
         await command(fleet.redis, "DEL", "fleet:coordinator:c1")
         load = await fleet.load()
         assert (load.waiting_claims, load.open_requests, load.is_active) == (0, 1, True)
 
-    run(url, story)
+    run(store_url, story)
 
 
-def test_a_request_counts_only_at_the_services_of_its_variant(url: str) -> None:
+def test_a_request_counts_only_at_the_services_of_its_variant(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         store, record = fleet.owners[0].store, pb.RequestRecord(request_id="r", model="emoji")
         limits = AdmissionLimits(services=("text_encoding", "denoising"))
@@ -268,10 +263,10 @@ def test_a_request_counts_only_at_the_services_of_its_variant(url: str) -> None:
         needed = {service: (await loads.read("emoji", service)).is_active for service in (*limits.services, "decoding")}
         assert needed == {"text_encoding": True, "denoising": True, "decoding": False}
 
-    run(url, story)
+    run(store_url, story)
 
 
-def test_a_pace_is_a_moving_average(url: str) -> None:
+def test_a_pace_is_a_moving_average(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker(0)
         for number in range(40):
@@ -282,10 +277,10 @@ def test_a_pace_is_a_moving_average(url: str) -> None:
         assert 2.9 < pace < 3.0
         assert math.isclose(pace, 3.0 - 2.0 * 0.8**20, rel_tol=1e-3)
 
-    run(url, story)
+    run(store_url, story)
 
 
-def test_an_event_of_state_leaves_the_progress_as_it_is(url: str) -> None:
+def test_an_event_of_state_leaves_the_progress_as_it_is(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker(0)
         await fleet.measure("r", StageWork(10, 64, "s"), Computed(10.0))
@@ -296,4 +291,4 @@ def test_an_event_of_state_leaves_the_progress_as_it_is(url: str) -> None:
         assert await owner.store.append("next", [state_event(State.REQUEST_STATE_RUNNING)], number=1) is not None
         assert (await fleet.load()).running_seconds == pytest.approx(6.0)
 
-    run(url, story)
+    run(store_url, story)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.scaling import StageLoad, StageWork
 from common.state.activity import Activities, read_activities
 from common.state.connection import command
@@ -22,7 +23,7 @@ from common.state.worker_slots import Computed, QueuePriority, WorkerSlot, Worke
 from common.state.workers import WorkerRegistry
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
-from redis_servers import run_on_empty_store, running_server, until
+from redis_servers import run_on_empty_store, running_server
 from services.coordinator.activity import RequestActivities
 
 SERVICES = ("text_encoding", "denoising")
@@ -64,7 +65,7 @@ class Fleet:
         """Claim a slot, and wait until the store knows of it."""
         claim = self.slots.claim("emoji", "denoising", name, QueuePriority(priority, caller=caller))
         self.claims[name] = asyncio.create_task(claim)
-        await until(lambda: self._is_known(name))
+        await wait_until(lambda: self._is_known(name))
 
     async def _is_known(self, name: str) -> bool:
         return await command(self.redis, "HGET", f"fleet:request:{name}", "ticket:denoising") is not None
@@ -149,7 +150,7 @@ def test_an_attempt_that_ended_waits_for_the_next_one(url: str) -> None:
         await fleet.add_worker("w1")
         await fleet.slots.avoid("w1")
         await fleet.claim("r1")
-        await until(lambda: _is(fleet, "QUEUED", "RUNNING", "RETRY"))
+        await wait_until(lambda: _is(fleet, "QUEUED", "RUNNING", "RETRY"))
         assert await fleet.kinds() == {"r1": ["RETRY"]}  # the only free worker is avoided for 200 ms
 
     run(url, story)
@@ -328,7 +329,7 @@ def test_a_load_is_recent_for_fifty_times_its_read(url: str, monkeypatch: pytest
         async def is_read_again() -> bool:
             return await loads.recent("emoji", "denoising") is not first
 
-        await until(is_read_again)
+        await wait_until(is_read_again)
         assert len(durations) == 2
         assert time.monotonic() - since > 40 * durations[0]
 

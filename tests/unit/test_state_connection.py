@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from redis.exceptions import ConnectionError
 
+from async_tests import wait_until
 from common.errors import Unavailable
 from common.state.connection import command, connect, store_errors
-from redis_servers import running_server, until
+from redis_servers import running_server
 
 
 def test_a_cancellation_at_the_moment_of_the_reply_is_not_lost() -> None:
@@ -88,7 +89,7 @@ def test_many_readers_may_wait_at_once() -> None:
             assert not [each for each in readers if each.done()]
             return bool((await command(redis, "INFO", "clients"))["blocked_clients"] == len(readers))
 
-        await until(all_wait)
+        await wait_until(all_wait)
         for each in readers:
             each.cancel()
         await asyncio.gather(*readers, return_exceptions=True)

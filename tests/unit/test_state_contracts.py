@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.errors import ResourceExhausted
 from common.stage import Contract
 from common.state.connection import Arguments, command, script_call, script_source
@@ -21,7 +22,7 @@ from common.state.workers import WorkerRegistry
 from common.wiring import Wiring, contract_text, fault_of, older_text
 from contracts import FAULT, NEEDING, READ, SUPPLIED, WIRING, contract, worker_with
 from fleet.v1 import generation_pb2, worker_pb2
-from redis_servers import run_on_empty_store, running_server, server_binaries, until
+from redis_servers import run_on_empty_store, running_server, server_binaries
 from slot_claims import queued, slots_of
 
 PLACE = "emoji/denoising"
@@ -253,7 +254,7 @@ def test_a_grant_of_a_process_of_the_last_release_is_given_back_where_it_does_no
                 tickets = list(await hash_of(redis, "waiting"))
                 return bool(tickets) and ticket not in tickets and "/first/" in tickets[0]
 
-            await until(claims_again)
+            await wait_until(claims_again)
             await slots.settle()
             assert not await redis.hexists(f"fleet:slots:{PLACE}", ticket)
             await registry.announce(worker_with(contract(), "older"))

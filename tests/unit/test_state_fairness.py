@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import pytest
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.state.presence import Presence
 from common.state.worker_slots import QueuePriority, WorkerSlots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
-from redis_servers import run_on_empty_store, running_server, server_binaries, until
+from redis_servers import run_on_empty_store
 
 SLOW = 3_600.0
-
-
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
 
 
 class Line:
@@ -44,7 +38,7 @@ class Line:
         async def waits() -> bool:
             return (await self._registry.load("emoji", "denoising")).queued == count
 
-        await until(waits)
+        await wait_until(waits)
 
     async def _take(self, slots: WorkerSlots, name: str, queue_priority: QueuePriority) -> None:
         slot = await slots.claim("emoji", "denoising", name, queue_priority)
@@ -78,7 +72,7 @@ async def line(redis: Redis) -> AsyncIterator[tuple[Line, WorkerSlots]]:
     await registry.withdraw("w")
 
 
-def test_a_caller_with_much_waiting_does_not_hold_up_one_with_little(url: str) -> None:
+def test_a_caller_with_much_waiting_does_not_hold_up_one_with_little(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with line(redis) as (queue, slots):
             held = await slots.claim("emoji", "denoising", "g0", QueuePriority(caller="greedy"))
@@ -92,10 +86,10 @@ def test_a_caller_with_much_waiting_does_not_hold_up_one_with_little(url: str) -
             (shares,) = await redis.keys("fleet:shares:*")
             assert await redis.pttl(shares) > 0
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_shares_are_of_work_and_not_of_requests(url: str) -> None:
+def test_shares_are_of_work_and_not_of_requests(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with line(redis) as (queue, slots):
             held = await slots.claim("emoji", "denoising", "x", QueuePriority(caller="x"))
@@ -109,10 +103,10 @@ def test_shares_are_of_work_and_not_of_requests(url: str) -> None:
             between = [order.index(f"video {number}") for number in range(3)]
             assert [after - before - 1 for before, after in itertools.pairwise(between)] == [4, 4]
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_who_stays_away_saves_nothing_up(url: str) -> None:
+def test_who_stays_away_saves_nothing_up(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with line(redis) as (queue, slots):
             for number in range(20):
@@ -126,10 +120,10 @@ def test_who_stays_away_saves_nothing_up(url: str) -> None:
             order = await queue.finish()
             assert order == [f"{name} {number}" for number in range(3) for name in ("seldom", "always")]
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_priority_is_before_shares_and_deadlines_are_within_them(url: str) -> None:
+def test_priority_is_before_shares_and_deadlines_are_within_them(each_store_url: str) -> None:
     """A deadline moves a request before its caller's others, and takes nobody else's turn."""
 
     async def story(redis: Redis) -> None:
@@ -148,10 +142,10 @@ def test_priority_is_before_shares_and_deadlines_are_within_them(url: str) -> No
             slots.release(held)
             assert await queue.finish() == ["a first", "ab", "b", "a soon", "a late", "b last"]
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_hundred_waiting_callers_take_turns(url: str) -> None:
+def test_a_hundred_waiting_callers_take_turns(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with line(redis) as (queue, slots):
             held = await slots.claim("emoji", "denoising", "x", QueuePriority(caller="x"))
@@ -161,4 +155,4 @@ def test_a_hundred_waiting_callers_take_turns(url: str) -> None:
             slots.release(held)
             assert await queue.finish() == [f"{turn} of {number}" for turn in range(2) for number in range(100)]
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)

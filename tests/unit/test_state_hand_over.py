@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 from redis.asyncio import Redis
@@ -11,17 +10,11 @@ from redis.asyncio import Redis
 from common.errors import FailedPrecondition
 from common.state.worker_slots import QueuePriority
 from common.state.workers import WorkerRegistry
-from redis_servers import run_on_empty_store, running_server, server_binaries
+from redis_servers import run_on_empty_store
 from slot_claims import queued, slots_of, worker
 
 
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
-
-
-def test_free_slots_of_equal_workers_are_counted(url: str) -> None:
+def test_free_slots_of_equal_workers_are_counted(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         leaving = worker("a", numerics="n1")
@@ -41,10 +34,10 @@ def test_free_slots_of_equal_workers_are_counted(url: str) -> None:
         for name in "bcd":
             await registry.withdraw(name)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_request_that_was_handed_over_goes_first_of_its_priority(url: str) -> None:
+def test_a_request_that_was_handed_over_goes_first_of_its_priority(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
@@ -72,10 +65,10 @@ def test_a_request_that_was_handed_over_goes_first_of_its_priority(url: str) -> 
             assert order == ["urgent", "handed over", "due", "idle caller"]
         await registry.withdraw("w")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_claim_waits_for_a_worker_that_fits_its_checkpoint_while_one_lives(url: str) -> None:
+def test_a_claim_waits_for_a_worker_that_fits_its_checkpoint_while_one_lives(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("busy", numerics="n1"))
@@ -97,10 +90,10 @@ def test_a_claim_waits_for_a_worker_that_fits_its_checkpoint_while_one_lives(url
             assert (await waiting).worker.worker_id == "other"
         await registry.withdraw("other")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_refusals_are_bounded_in_number_and_time(url: str) -> None:
+def test_refusals_are_bounded_in_number_and_time(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.declare("emoji", "f")
@@ -118,4 +111,4 @@ def test_refusals_are_bounded_in_number_and_time(url: str) -> None:
         assert "old" not in [each.model_fingerprint for each in await registry.refusals("emoji")]
         assert await redis.hlen("fleet:refused:emoji") == 16
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)

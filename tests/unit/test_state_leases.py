@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 from redis.asyncio import Redis
@@ -15,15 +15,9 @@ from common.state.leases import Inherited, Leases
 from common.state.records import ResultFile, state_event
 from common.state.requests import RequestStore
 from fleet.v1 import generation_pb2
-from redis_servers import run_on_empty_store, running_server, server_binaries
+from redis_servers import run_on_empty_store
 
 State = generation_pb2.RequestState
-
-
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
 
 
 def record(name: str) -> generation_pb2.RequestRecord:
@@ -38,7 +32,7 @@ async def taken(leases: Leases, *running: str, beyond_own: bool = True) -> list[
     return (await leases.take_over("emoji", running=running, beyond_own=beyond_own))[0]
 
 
-def test_a_late_write_of_the_owner_before_is_refused(url: str) -> None:
+def test_a_late_write_of_the_owner_before_is_refused(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         old = RequestStore(redis, owner="old")
         await old.admit(record("r"), submission=b"how to run it", idempotency_key="k")
@@ -70,10 +64,10 @@ def test_a_late_write_of_the_owner_before_is_refused(url: str) -> None:
         for key in await redis.keys("fleet:re*:*"):
             assert await redis.pttl(key) > 0, key
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_cancel_is_inherited(url: str) -> None:
+def test_a_cancel_is_inherited(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis, owner="old")
         await store.admit(record("r"))
@@ -84,10 +78,10 @@ def test_a_cancel_is_inherited(url: str) -> None:
         (inherited,) = await taken(Leases(redis, "heir"))
         assert inherited.cancel_requested
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_one_takes_its_own_requests_that_it_does_not_run(url: str) -> None:
+def test_one_takes_its_own_requests_that_it_does_not_run(each_store_url: str) -> None:
     """It has lost the answer that told of them: of their admission, or of a take-over."""
 
     async def story(redis: Redis) -> None:
@@ -104,10 +98,10 @@ def test_one_takes_its_own_requests_that_it_does_not_run(url: str) -> None:
         await store.finish("lost", State.REQUEST_STATE_SUCCEEDED, epoch=3)
         assert await taken(me, "runs") == []
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_who_has_no_heartbeat_takes_nothing(url: str) -> None:
+def test_who_has_no_heartbeat_takes_nothing(each_store_url: str) -> None:
     """Or two of them, once the store is back, would take the same requests from each other in turn."""
 
     async def story(redis: Redis) -> None:
@@ -116,10 +110,10 @@ def test_who_has_no_heartbeat_takes_nothing(url: str) -> None:
         await redis.set("fleet:coordinator:heir", "1")
         assert len(await taken(Leases(redis, "heir"))) == 1
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_cancel_that_no_channel_carried_is_found(url: str) -> None:
+def test_a_cancel_that_no_channel_carried_is_found(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis, owner="me")
         await redis.set("fleet:coordinator:me", "1")
@@ -131,10 +125,10 @@ def test_a_cancel_that_no_channel_carried_is_found(url: str) -> None:
         await store.finish("r", State.REQUEST_STATE_CANCELLED)
         assert await Leases(redis, "me").take_over("emoji", running=("other",)) == ([], [])
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_events_of_the_next_owner_are_numbered_anew(url: str) -> None:
+def test_events_of_the_next_owner_are_numbered_anew(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         old, new = RequestStore(redis, owner="old"), RequestStore(redis, owner="heir")
         await old.admit(record("r"))
@@ -145,10 +139,10 @@ def test_events_of_the_next_owner_are_numbered_anew(url: str) -> None:
         assert await old.append("r", running, number=0) is None
         assert len(await new.append("r", running, number=0, epoch=2) or ()) == 1
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_the_newest_checkpoint_stays_until_the_request_ends(url: str) -> None:
+def test_the_newest_checkpoint_stays_until_the_request_ends(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis, owner="old")
         await store.admit(record("r"))
@@ -169,13 +163,13 @@ def test_the_newest_checkpoint_stays_until_the_request_ends(url: str) -> None:
         await store.finish("r", State.REQUEST_STATE_FAILED)
         assert not await redis.keys("fleet:checkpoint:*")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
 @pytest.mark.parametrize("has_ended", [False, True], ids=["running", "ended"])
 @pytest.mark.parametrize("phase", ["writing", "entering"])
 def test_a_cancelled_checkpoint_leaves_no_key_behind(
-    url: str, monkeypatch: pytest.MonkeyPatch, phase: str, has_ended: bool
+    each_store_url: str, monkeypatch: pytest.MonkeyPatch, phase: str, has_ended: bool
 ) -> None:
     """A checkpoint that is written is entered, where its request still runs; any other key is deleted."""
 
@@ -210,4 +204,4 @@ def test_a_cancelled_checkpoint_leaves_no_key_behind(
         newest = f"fleet:checkpoint:r:1-{int(phase == 'entering')}".encode()
         assert await redis.keys("fleet:checkpoint:*") == ([] if has_ended else [newest])
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.state.connection import run_script
 from common.state.leases import Leases, Loss
 from common.state.requests import RequestStore
 from common.state.workers import WorkerRegistry
 from fleet.v1 import generation_pb2, worker_pb2
-from redis_servers import run_on_empty_store, running_server, server_binaries, until
+from redis_servers import run_on_empty_store
 
 SLOW = 3_600.0
 TTL = 0.15
 State = generation_pb2.RequestState
-
-
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
 
 
 class Case:
@@ -54,11 +47,11 @@ class Case:
         async def all_are() -> bool:
             return all(loss.suspect for loss in await self.leases.losses(name, epoch))
 
-        await until(all_are)
+        await wait_until(all_are)
         return await self.leases.losses(name, epoch)
 
 
-def test_a_loss_is_suspect_once_the_heartbeat_has_run_out(url: str) -> None:
+def test_a_loss_is_suspect_once_the_heartbeat_has_run_out(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         case = Case(redis)
         await case.admit()
@@ -77,10 +70,10 @@ def test_a_loss_is_suspect_once_the_heartbeat_has_run_out(url: str) -> None:
         assert (first.worker_id, second.worker_id, second.suspect) == ("w", "unknown", False)
         assert [loss.suspect for loss in await case.decided()] == [True, True]
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_worker_that_is_announced_again_is_no_loss(url: str) -> None:
+def test_a_worker_that_is_announced_again_is_no_loss(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         case = Case(redis, ttl_seconds=SLOW)
         await case.admit()
@@ -95,10 +88,10 @@ def test_a_worker_that_is_announced_again_is_no_loss(url: str) -> None:
         assert await redis.zrange("fleet:lost:emoji/denoising", 0, -1) == []
         assert [loss.worker_id for loss in await case.lose("w")] == ["w"]  # later it is lost again
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_worker_that_leaves_is_no_loss(url: str) -> None:
+def test_a_worker_that_leaves_is_no_loss(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         case = Case(redis, ttl_seconds=60)
         await case.admit()
@@ -115,10 +108,10 @@ def test_a_worker_that_leaves_is_no_loss(url: str) -> None:
         await case.announce("before")  # a heartbeat that was held up on its way
         assert await case.registry.live("emoji", "denoising") == []
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_loss_reports_the_step_of_the_checkpoint_and_is_inherited(url: str) -> None:
+def test_a_loss_reports_the_step_of_the_checkpoint_and_is_inherited(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         case = Case(redis)
         await case.admit()
@@ -140,11 +133,13 @@ def test_a_loss_reports_the_step_of_the_checkpoint_and_is_inherited(url: str) ->
         for key in await redis.keys("fleet:*lost:*") + await redis.keys("fleet:accused:*"):
             assert await redis.pttl(key) > 0, key
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
 @pytest.mark.parametrize("seen_by", ["heartbeat", "coordinator"])
-def test_a_loss_is_in_churn_where_a_worker_that_did_not_run_the_request_was_lost(url: str, seen_by: str) -> None:
+def test_a_loss_is_in_churn_where_a_worker_that_did_not_run_the_request_was_lost(
+    each_store_url: str, seen_by: str
+) -> None:
     async def story(redis: Redis) -> None:
         case = Case(redis)
         for name in ("r", "other"):
@@ -167,10 +162,10 @@ def test_a_loss_is_in_churn_where_a_worker_that_did_not_run_the_request_was_lost
         await redis.delete("fleet:lost:emoji/denoising")  # 10 minutes later
         assert all(loss.in_churn for loss in await case.decided())
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_losses_of_more_than_ten_minutes_ago_are_no_churn(url: str) -> None:
+def test_losses_of_more_than_ten_minutes_ago_are_no_churn(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         case = Case(redis)
         await case.admit()
@@ -182,10 +177,10 @@ def test_losses_of_more_than_ten_minutes_ago_are_no_churn(url: str) -> None:
         await redis.zadd("fleet:lost:emoji/denoising", {"just now": seconds * 1_000 - 590_000})
         assert [loss.in_churn for loss in await case.decided()] == [True]
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_worker_that_runs_an_older_script_is_cleared_by_its_heartbeat(url: str) -> None:
+def test_a_worker_that_runs_an_older_script_is_cleared_by_its_heartbeat(each_store_url: str) -> None:
     """Its heartbeats store no time to live, and clear nobody."""
 
     async def story(redis: Redis) -> None:
@@ -200,4 +195,4 @@ def test_a_worker_that_runs_an_older_script_is_cleared_by_its_heartbeat(url: str
         assert [loss.worker_id for loss in await case.decided()] == ["old-2"]
         await run_script(redis, "leaving", {"worker": "old-1", "lasts": 1})
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)

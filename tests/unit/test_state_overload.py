@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -16,16 +16,10 @@ from common.state.requests import AdmissionLimits, RequestStore
 from common.state.worker_slots import QueuePriority, WorkerSlot, WorkerSlots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import generation_pb2, worker_pb2
-from redis_servers import run_on_empty_store, running_server, server_binaries
+from redis_servers import run_on_empty_store
 
 State = generation_pb2.RequestState
 LIMITS = AdmissionLimits(services=("text_encoding", "denoising"), queue_seconds=5.0)
-
-
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
 
 
 class Door:
@@ -84,7 +78,7 @@ async def nothing_is_open(redis: Redis) -> bool:
     return await redis.keys("fleet:work:*") + await redis.keys("fleet:open*") == []
 
 
-def test_work_beyond_the_bound_is_refused_with_the_time_to_wait(url: str) -> None:
+def test_work_beyond_the_bound_is_refused_with_the_time_to_wait(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with door(redis) as fleet:
             await fleet.took(4.0)
@@ -99,10 +93,10 @@ def test_work_beyond_the_bound_is_refused_with_the_time_to_wait(url: str) -> Non
                 await fleet.store.finish(name, State.REQUEST_STATE_CANCELLED)
             assert await nothing_is_open(redis)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_unlike_requests_count_by_their_cost(url: str) -> None:
+def test_unlike_requests_count_by_their_cost(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with door(redis) as fleet:
             await fleet.took(8.0, cost=80)
@@ -116,10 +110,10 @@ def test_unlike_requests_count_by_their_cost(url: str) -> None:
             for _ in range(10):  # 0.5 s each
                 await fleet.admit(cost=10)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_what_a_service_has_done_is_its_work_no_more(url: str) -> None:
+def test_what_a_service_has_done_is_its_work_no_more(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with door(redis) as fleet:
             await fleet.took(4.0)
@@ -136,10 +130,10 @@ def test_what_a_service_has_done_is_its_work_no_more(url: str) -> None:
                 await fleet.store.finish(f"r{number}", State.REQUEST_STATE_SUCCEEDED)
             assert await nothing_is_open(redis)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_the_work_that_is_under_way_gets_less_with_time(url: str) -> None:
+def test_the_work_that_is_under_way_gets_less_with_time(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with door(redis) as fleet:
             await fleet.took(60.0)
@@ -156,10 +150,10 @@ def test_the_work_that_is_under_way_gets_less_with_time(url: str) -> None:
             await fleet.admit()
             fleet.slots.release(slot)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_before_there_is_a_pace_only_what_begins_at_once_is_taken(url: str) -> None:
+def test_before_there_is_a_pace_only_what_begins_at_once_is_taken(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with door(redis) as fleet:
             await fleet.took(0.1, service="text_encoding")
@@ -172,10 +166,10 @@ def test_before_there_is_a_pace_only_what_begins_at_once_is_taken(url: str) -> N
             await fleet.took(1.0, name=first)
             await fleet.admit()
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_caller_has_room_for_its_part_whatever_the_others_have(url: str) -> None:
+def test_a_caller_has_room_for_its_part_whatever_the_others_have(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with door(redis) as fleet:
             await fleet.took(2.0)
@@ -188,10 +182,10 @@ def test_a_caller_has_room_for_its_part_whatever_the_others_have(url: str) -> No
             assert await fleet.refused("9.0 s of work", caller="modest") == pytest.approx(4.0)
             await fleet.admit(caller="third")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_each_variant_has_a_pace_of_its_own(url: str) -> None:
+def test_each_variant_has_a_pace_of_its_own(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with door(redis) as fleet:
             await fleet.took(0.1, service="text_encoding")
@@ -209,10 +203,10 @@ def test_each_variant_has_a_pace_of_its_own(url: str) -> None:
             assert await fleet.refused("4 requests", limits=crowded, variant="image") == pytest.approx(4.0)
             assert await fleet.refused("4 requests", limits=crowded, variant="text") == pytest.approx(0.5)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_variant_without_a_pace_takes_that_of_the_others(url: str) -> None:
+def test_a_variant_without_a_pace_takes_that_of_the_others(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with door(redis) as fleet:
             await fleet.took(0.1, service="text_encoding")
@@ -223,10 +217,10 @@ def test_a_variant_without_a_pace_takes_that_of_the_others(url: str) -> None:
                 await fleet.admit(variant="image")
             assert await fleet.refused(r"6\.0 s of work", variant="image") == pytest.approx(1.0)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_work_of_a_callers_variants_is_one_part(url: str) -> None:
+def test_work_of_a_callers_variants_is_one_part(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with door(redis) as fleet:
             await fleet.took(4.0)
@@ -249,4 +243,4 @@ def test_work_of_a_callers_variants_is_one_part(url: str) -> None:
                 await fleet.store.finish(name, State.REQUEST_STATE_CANCELLED)
             assert await nothing_is_open(redis)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)

@@ -13,6 +13,7 @@ import pytest
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.errors import Unavailable
 from common.settings import SettingsError
 from common.state import replication
@@ -22,7 +23,7 @@ from common.state.replication import Replication
 from common.state.requests import RequestStore
 from common.state.result_items import StoredItem
 from fleet.v1 import generation_pb2
-from redis_servers import running_server, until
+from redis_servers import running_server
 from sentinel_servers import Replicated, replicated_servers
 from services.coordinator.settings import CoordinatorSettings
 
@@ -68,7 +69,7 @@ def test_what_was_accepted_is_there_after_a_failover() -> None:
             except Unavailable:
                 return False
 
-        await until(is_promoted)
+        await wait_until(is_promoted)
         for number in range(1, 20):
             assert (await store.get(f"r{number}")).state == generation_pb2.REQUEST_STATE_QUEUED
         assert (await store.get("r0")).state == SUCCEEDED

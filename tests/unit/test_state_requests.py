@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterator
 
 import pytest
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.errors import InvalidInput, NotFound, ResourceExhausted, Unavailable
 from common.state.connection import connect
 from common.state.presence import Presence
 from common.state.records import ResultFile, state_event
 from common.state.requests import AdmissionLimits, RequestStore, Retention
 from fleet.v1 import artifacts_pb2, generation_pb2
-from redis_servers import run_on_empty_store, running_server, server_binaries, until
+from redis_servers import run_on_empty_store, running_server, server_binaries
 
 State = generation_pb2.RequestState
-
-
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
 
 
 def record(model: str = "emoji", **parameters: str) -> generation_pb2.RequestRecord:
@@ -47,7 +41,7 @@ def picture(data: bytes) -> ResultFile:
     return ResultFile(header, [data])
 
 
-def test_a_request_from_admission_to_its_end(url: str) -> None:
+def test_a_request_from_admission_to_its_end(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         given = record(prompt="a red apple")
@@ -75,10 +69,10 @@ def test_a_request_from_admission_to_its_end(url: str) -> None:
         assert b"".join(chunks) == data
         assert max(map(len, chunks)) == 1 << 20
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_an_end_happens_once_and_nothing_follows_it(url: str) -> None:
+def test_an_end_happens_once_and_nothing_follows_it(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name = (await store.admit(record())).record.request_id
@@ -95,10 +89,10 @@ def test_an_end_happens_once_and_nothing_follows_it(url: str) -> None:
         events = [event async for event in store.events(name)]
         assert [event.state_change.state for event in events] == [State.REQUEST_STATE_QUEUED, stored.state]
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_file_of_a_late_end_does_not_stay(url: str) -> None:
+def test_a_file_of_a_late_end_does_not_stay(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name = (await store.admit(record())).record.request_id
@@ -106,10 +100,10 @@ def test_a_file_of_a_late_end_does_not_stay(url: str) -> None:
         assert await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[picture(b"x" * 9)]) is None
         assert not await redis.keys("fleet:result:*")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_every_key_of_an_ended_request_expires(url: str) -> None:
+def test_every_key_of_an_ended_request_expires(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis, retention=Retention(record_seconds=0.05, result_seconds=0.05))
         name = (await store.admit(record(), idempotency_key="k")).record.request_id
@@ -121,7 +115,7 @@ def test_every_key_of_an_ended_request_expires(url: str) -> None:
         async def gone() -> bool:
             return not keys or not await redis.exists(*keys)
 
-        await until(gone)
+        await wait_until(gone)
         with pytest.raises(NotFound, match="may have expired"):
             await store.get(name)
         with pytest.raises(NotFound, match="result"):
@@ -130,10 +124,10 @@ def test_every_key_of_an_ended_request_expires(url: str) -> None:
         assert await redis.zrange("fleet:requests", 0, -1) == [other.encode()]
         assert [each.request_id for each in (await store.page())[0]] == [other]
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_an_end_that_is_written_again_keeps_its_files(url: str) -> None:
+def test_an_end_that_is_written_again_keeps_its_files(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name = (await store.admit(record())).record.request_id
@@ -142,10 +136,10 @@ def test_an_end_that_is_written_again_keeps_its_files(url: str) -> None:
         assert [chunk async for chunk in store.result_chunks(name, 0, 1)] == [b"x"]
         assert await store.finish(name, State.REQUEST_STATE_FAILED, token="other") is None
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_key_replays_one_request_to_all_who_come_at_once(url: str) -> None:
+def test_a_key_replays_one_request_to_all_who_come_at_once(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         answers = await asyncio.gather(*(store.admit(record(), idempotency_key="order-7") for _ in range(20)))
@@ -157,10 +151,10 @@ def test_a_key_replays_one_request_to_all_who_come_at_once(url: str) -> None:
         assert again.record.state == State.REQUEST_STATE_SUCCEEDED
         assert not (await store.admit(record(), idempotency_key="order-8")).replayed
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_watching_goes_on_after_an_event_and_wakes_up_at_once(url: str) -> None:
+def test_watching_goes_on_after_an_event_and_wakes_up_at_once(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name = (await store.admit(record())).record.request_id
@@ -184,11 +178,11 @@ def test_watching_goes_on_after_an_event_and_wakes_up_at_once(url: str) -> None:
         await second
         assert [event async for event in store.events(name, last.event_id)] == []
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
 @pytest.mark.parametrize("after", ["x", "1-", "99999999999999999999999-1", "(1-1"])
-def test_a_watch_from_no_event_is_refused(url: str, after: str) -> None:
+def test_a_watch_from_no_event_is_refused(each_store_url: str, after: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name = (await store.admit(record())).record.request_id
@@ -198,10 +192,10 @@ def test_a_watch_from_no_event_is_refused(url: str, after: str) -> None:
         with pytest.raises(NotFound):
             await anext(aiter(store.events("nothing")))
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_admission_is_bounded_and_knows_the_time(url: str) -> None:
+def test_admission_is_bounded_and_knows_the_time(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         limits = AdmissionLimits(services=["text_encoding", "denoising"], max_open=2, queue_limit=1)
@@ -225,10 +219,10 @@ def test_admission_is_bounded_and_knows_the_time(url: str) -> None:
         assert left is not None
         assert 3_500 < left <= 3_600
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_pages_are_newest_first_and_filtered(url: str) -> None:
+def test_pages_are_newest_first_and_filtered(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         names = [(await store.admit(record("even" if i % 2 == 0 else "odd"))).record.request_id for i in range(450)]
@@ -252,10 +246,10 @@ def test_pages_are_newest_first_and_filtered(url: str) -> None:
             with pytest.raises(InvalidInput, match="page_"):
                 await store.page(page_size=size, page_token=bad)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_cancel_reaches_the_owner_or_ends_what_nobody_owns(url: str) -> None:
+def test_a_cancel_reaches_the_owner_or_ends_what_nobody_owns(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         presence = Presence(redis, "me")
         asked: asyncio.Queue[str] = asyncio.Queue()
@@ -274,10 +268,10 @@ def test_a_cancel_reaches_the_owner_or_ends_what_nobody_owns(url: str) -> None:
         with pytest.raises(NotFound):
             await stranger.request_cancel("nothing")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_events_that_are_written_again_are_there_once(url: str) -> None:
+def test_events_that_are_written_again_are_there_once(each_store_url: str) -> None:
     """A writer repeats itself when an answer is lost; a slow network repeats it once more, later."""
 
     async def story(redis: Redis) -> None:
@@ -294,7 +288,7 @@ def test_events_that_are_written_again_are_there_once(url: str) -> None:
         assert [each.message for each in (await store.get(name)).warnings] == ["cut"]
         assert not await redis.hexists(f"fleet:request:{name}", "told")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
 @pytest.mark.parametrize("name", sorted(server_binaries()))

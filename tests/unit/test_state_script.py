@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,11 @@ from redis.asyncio import Redis
 from common.errors import InternalError
 from common.state import connection
 from common.state.connection import SCRIPT_FILES, Arguments, command, run_script, script_call, script_source
-from redis_servers import run_on_empty_store, running_server, server_binaries
+from redis_servers import run_on_empty_store
 from script_calls import OPERATIONS
 
 NUL_AND_NEWLINE = b"\0\n\xff\r\nfleet"
 LISTS = {"work", "done", "computed", "costs", "events", "running", "contracts", "places"}
-
-
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
 
 
 def refusal(url: str, operation: str, arguments: Arguments) -> str:
@@ -75,21 +68,21 @@ def test_arguments_are_sent_in_pairs() -> None:
 
 
 @pytest.mark.parametrize("operation", sorted(OPERATIONS))
-def test_a_missing_an_unknown_and_a_repeated_argument_are_named(url: str, operation: str) -> None:
+def test_a_missing_an_unknown_and_a_repeated_argument_are_named(each_store_url: str, operation: str) -> None:
     arguments: dict[str, Any] = dict(OPERATIONS[operation][0])
     wrong = f"an operation of the request store was called wrongly: {operation}: "
     for name in arguments.keys() - LISTS:
         left = {each: value for each, value in arguments.items() if each != name}
-        assert refusal(url, operation, left).startswith(f"{wrong}{name} is missing; it takes ")
-        assert refusal(url, operation, {**left, name: ["1", "2"]}).startswith(
+        assert refusal(each_store_url, operation, left).startswith(f"{wrong}{name} is missing; it takes ")
+        assert refusal(each_store_url, operation, {**left, name: ["1", "2"]}).startswith(
             f"{wrong}{name} is given twice; it takes "
         )
-    message = refusal(url, operation, {**arguments, "colour": "red"})
+    message = refusal(each_store_url, operation, {**arguments, "colour": "red"})
     assert message.startswith(f"{wrong}colour is not an argument; it takes ")
     assert set(arguments) <= set(message.partition("it takes ")[2].replace("*", "").split(", "))
 
 
-def test_a_name_without_a_value_and_an_unknown_operation_are_refused(url: str) -> None:
+def test_a_name_without_a_value_and_an_unknown_operation_are_refused(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         with pytest.raises(InternalError, match="called wrongly: no_such is not an operation"):
             await run_script(redis, "no_such", {})
@@ -97,10 +90,10 @@ def test_a_name_without_a_value_and_an_unknown_operation_are_refused(url: str) -
         with pytest.raises(InternalError, match="called wrongly: resign: owner has no value; it takes owner"):
             await command(redis, *words[:-1])
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_values_are_bytes_and_lists_may_be_empty(url: str) -> None:
+def test_values_are_bytes_and_lists_may_be_empty(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         admission: dict[str, Any] = dict(OPERATIONS["admit"][0])
         admission |= {"record": NUL_AND_NEWLINE, "submission": b"id", "events": [NUL_AND_NEWLINE, b"", b"events"]}
@@ -113,4 +106,4 @@ def test_values_are_bytes_and_lists_may_be_empty(url: str) -> None:
         more: Arguments = {"id": "new", "epoch": 1, "number": 0, "state": "", "extra": "", "events": []}
         assert await run_script(redis, "append", more) == [b"appended", []]
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from async_tests import wait_until
 from common.errors import InvalidInput, Unavailable
 from common.state.connection import command, connect
 from common.state.requests import RequestStore
 from fleet.v1 import generation_pb2
-from redis_servers import until
 from sentinel_servers import Replicated, replicated_servers
 
 
@@ -26,7 +26,7 @@ def test_a_replica_takes_the_place_of_a_killed_primary() -> None:
                 return int(await command(redis, "WAIT", 1, 1_000)) == 1
 
             await store.admit(generation_pb2.RequestRecord(request_id="r", model="emoji"))
-            await until(replicated)
+            await wait_until(replicated)
             servers.primary.kill()
 
             async def ends() -> bool:
@@ -35,7 +35,7 @@ def test_a_replica_takes_the_place_of_a_killed_primary() -> None:
                 except Unavailable:
                     return False
 
-            await until(ends)
+            await wait_until(ends)
             assert (await store.get("r")).state == generation_pb2.REQUEST_STATE_CANCELLED
 
     async def whole() -> None:

@@ -7,11 +7,11 @@ import logging
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.errors import FailedPrecondition, InternalError, InvalidInput, ResourceExhausted, Unavailable
 from common.state.connection import Arguments, StoreFull, command, connect, run_script
 from common.state.presence import Presence
@@ -19,7 +19,7 @@ from common.state.records import ResultFile, State
 from common.state.requests import RequestStore
 from common.state.store_server import StoreMemory, check_server, read_repairs
 from fleet.v1 import generation_pb2
-from redis_servers import fill, run_on_empty_store, running_server, server_binaries, unfill, until
+from redis_servers import fill, run_on_empty_store, running_server, unfill
 from services import stage_services
 from services.cli.store import check_store
 
@@ -37,12 +37,6 @@ CLAIM: Arguments = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
-
-
 async def configure(redis: Redis, **values: str) -> None:
     """Set configuration values; those that are not given get the defaults of this file."""
     for name, value in {**DEFAULTS, **{name.replace("_", "-"): value for name, value in values.items()}}.items():
@@ -56,14 +50,14 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     return found
 
 
-def test_a_durable_primary_is_said_to_be_one(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_durable_primary_is_said_to_be_one(each_store_url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, LOGGER)
 
     async def story(redis: Redis) -> None:
         await configure(redis)
         await check_server(redis)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
     [(level, text)] = lines(caplog)
     assert level == "INFO"
     assert text.startswith("request store is durable: ")
@@ -74,7 +68,7 @@ def test_a_durable_primary_is_said_to_be_one(url: str, caplog: pytest.LogCapture
     ("policy", "lost"), [("allkeys-lru", "accepted requests"), ("volatile-ttl", "heartbeats, queues of workers")]
 )
 def test_an_evicting_server_is_refused_unless_allowed(
-    url: str, policy: str, lost: str, caplog: pytest.LogCaptureFixture
+    each_store_url: str, policy: str, lost: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def story(redis: Redis) -> None:
         await configure(redis, maxmemory_policy=policy)
@@ -84,7 +78,7 @@ def test_an_evicting_server_is_refused_unless_allowed(
         await check_server(redis, allow_eviction=True)
         await configure(redis)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
     [(level, text)] = lines(caplog)
     assert level == "WARNING"
     assert "evicts keys, as allow_eviction permits" in text
@@ -99,7 +93,7 @@ def test_an_evicting_server_is_refused_unless_allowed(
     ],
 )
 def test_a_store_that_is_not_durable_gets_a_warning(
-    url: str, values: dict[str, str], loss: str, caplog: pytest.LogCaptureFixture
+    each_store_url: str, values: dict[str, str], loss: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def story(redis: Redis) -> None:
         await configure(redis, **values)
@@ -107,29 +101,31 @@ def test_a_store_that_is_not_durable_gets_a_warning(
         await check_server(redis, allow_data_loss=True)
         await configure(redis)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
     [(level, text)] = lines(caplog)
     assert level == "WARNING"
     assert loss in text
 
 
-def test_a_login_that_may_not_look_is_reported_what_was_not_checked(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_login_that_may_not_look_is_reported_what_was_not_checked(
+    each_store_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async def story(redis: Redis) -> None:
         await configure(redis, maxmemory_policy="allkeys-lru")
         await command(redis, "ACL", "SETUSER", "blind", "on", ">word", "~*", "&*", "+@all", "-config", "-info", "-role")
         await command(redis, "ACL", "SETUSER", "managed", "on", ">word", "~*", "&*", "+@all", "-config")
-        blind = Redis.from_url(url, username="blind", password="word", protocol=2)
+        blind = Redis.from_url(each_store_url, username="blind", password="word", protocol=2)
         await check_server(blind)
         assert not (await StoreMemory(blind).use()).limit
         await blind.aclose()
-        managed = Redis.from_url(url, username="managed", password="word", protocol=2)
+        managed = Redis.from_url(each_store_url, username="managed", password="word", protocol=2)
         with pytest.raises(FailedPrecondition, match="allkeys-lru"):  # INFO has it where CONFIG is forbidden
             await check_server(managed)
         await configure(redis)
         await check_server(managed)
         await managed.aclose()
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
     (level, first), (_, second) = lines(caplog)
     assert level == "WARNING"
     assert (
@@ -139,7 +135,7 @@ def test_a_login_that_may_not_look_is_reported_what_was_not_checked(url: str, ca
     assert "its login may not run INFO or CONFIG unknown=appendfsync needed=" in second
 
 
-def test_a_replica_is_refused(url: str) -> None:
+def test_a_replica_is_refused(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         await command(redis, "REPLICAOF", "127.0.0.1", "1")
         try:
@@ -150,40 +146,42 @@ def test_a_replica_is_refused(url: str) -> None:
         finally:
             await command(redis, "REPLICAOF", "NO", "ONE")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_every_process_refuses_an_evicting_store_with_exit_code_2(url: str) -> None:
+def test_every_process_refuses_an_evicting_store_with_exit_code_2(each_store_url: str) -> None:
     async def evicting(redis: Redis) -> None:
         await configure(redis, maxmemory_policy="allkeys-random")
 
     async def fine(redis: Redis) -> None:
         await configure(redis)
 
-    run_on_empty_store(url, evicting)
+    run_on_empty_store(each_store_url, evicting)
     with pytest.raises(InvalidInput, match="maxmemory-policy allkeys-random") as caught:
-        check_store(url, {})
+        check_store(each_store_url, {})
     assert caught.value.field == "redis"
-    check_store(url, {"FLEET_ALLOW_EVICTION": "1"})
-    words = [sys.executable, "-m", "services.coordinator", "--redis", url, "--listen", "127.0.0.1:0"]
+    check_store(each_store_url, {"FLEET_ALLOW_EVICTION": "1"})
+    words = [sys.executable, "-m", "services.coordinator", "--redis", each_store_url, "--listen", "127.0.0.1:0"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "coordinator: redis: maxmemory-policy allkeys-random is not noeviction; " in done.stderr
     assert "Traceback" not in done.stderr
-    run_on_empty_store(url, fine)
+    run_on_empty_store(each_store_url, fine)
 
 
-def test_a_worker_refuses_an_evicting_store_before_it_loads(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_refuses_an_evicting_store_before_it_loads(
+    each_store_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     async def evicting(redis: Redis) -> None:
         await configure(redis, maxmemory_policy="allkeys-random")
 
     async def fine(redis: Redis) -> None:
         await configure(redis)
 
-    run_on_empty_store(url, evicting)
-    assert stage_services.main("text_encoding", ["--model", "emoji", "--redis", url, "--device", "cpu"]) == 2
+    run_on_empty_store(each_store_url, evicting)
+    assert stage_services.main("text_encoding", ["--model", "emoji", "--redis", each_store_url, "--device", "cpu"]) == 2
     assert "redis: maxmemory-policy allkeys-random is not noeviction; " in capsys.readouterr().err
-    run_on_empty_store(url, fine)
+    run_on_empty_store(each_store_url, fine)
 
 
 def free_port() -> int:
@@ -209,7 +207,7 @@ def test_a_redis_cluster_of_two_nodes_is_named_and_refused() -> None:
                 states = [await command(each, "CLUSTER", "INFO") for each in (redis, other)]
                 return all(b"cluster_state:ok" in state for state in states)
 
-            await until(formed)
+            await wait_until(formed)
             works = "is part of a Redis Cluster.*one primary.*Sentinel.*managed service with cluster mode disabled"
             with pytest.raises(FailedPrecondition, match=works):
                 await check_server(redis)
@@ -230,7 +228,7 @@ def picture(size: int) -> ResultFile:
     return ResultFile(generation_pb2.FileHeader(byte_size=size), [bytes(size)])
 
 
-def test_a_nearly_full_store_refuses_new_requests_and_ends_accepted_ones(url: str) -> None:
+def test_a_nearly_full_store_refuses_new_requests_and_ends_accepted_ones(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         await configure(redis, maxmemory=str(60 * MIB))
         store = RequestStore(redis, owner="me", memory=StoreMemory(redis, 0.9, read_seconds=0))
@@ -246,10 +244,10 @@ def test_a_nearly_full_store_refuses_new_requests_and_ends_accepted_ones(url: st
         await store.admit(record("later"))
         await configure(redis)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_what_was_accepted_since_the_last_look_counts(url: str) -> None:
+def test_what_was_accepted_since_the_last_look_counts(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         await configure(redis, maxmemory=str(60 * MIB))
         store = RequestStore(redis, owner="me", memory=StoreMemory(redis, 0.3, read_seconds=3_600))
@@ -259,10 +257,10 @@ def test_what_was_accepted_since_the_last_look_counts(url: str) -> None:
             await store.admit(record("r3"))
         await configure(redis)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_full_store_is_not_said_to_be_away_and_keeps_its_heartbeats(url: str) -> None:
+def test_a_full_store_is_not_said_to_be_away_and_keeps_its_heartbeats(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         unbounded = RequestStore(redis, owner="me")
         presence = Presence(redis, "me")
@@ -285,10 +283,10 @@ def test_a_full_store_is_not_said_to_be_away_and_keeps_its_heartbeats(url: str) 
         await presence.stop()
         await configure(redis)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_repairs_are_read_by_kind(url: str) -> None:
+def test_repairs_are_read_by_kind(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         assert await read_repairs(redis) == {}
         await redis.zadd("fleet:queue:emoji/denoising", {"malformed": 0})
@@ -299,10 +297,10 @@ def test_repairs_are_read_by_kind(url: str) -> None:
         await redis.set("fleet:repairs", "another type")
         assert await read_repairs(redis) == {}
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_record_of_another_type_is_named_and_hides_no_other(url: str) -> None:
+def test_a_record_of_another_type_is_named_and_hides_no_other(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis, owner="me")
         for name in ("a", "b", "c"):
@@ -317,4 +315,4 @@ def test_a_record_of_another_type_is_named_and_hides_no_other(url: str) -> None:
         with pytest.raises(InternalError, match=damaged):
             await store.request_cancel("b")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)

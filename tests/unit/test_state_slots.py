@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.errors import FailedPrecondition, InvalidInput
 from common.state import worker_slots
 from common.state.connection import Arguments, run_script
 from common.state.store_server import read_repairs
 from common.state.worker_slots import NoWorkers, QueuePriority, WorkerSlot, WorkerSlots
 from common.state.workers import WorkerRegistry
-from redis_servers import run_on_empty_store, running_server, server_binaries, until
+from redis_servers import run_on_empty_store, running_server
 from slot_claims import SLOW, queued, slots_of, worker
 
 LATE: Arguments = {"place": "emoji/denoising", "priority": 0, "cost": 1, "deadline": 0, "caller": "", "wiring": ""}
 
 
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
-
-
-def test_slots_go_by_priority_then_deadline_then_arrival(url: str) -> None:
+def test_slots_go_by_priority_then_deadline_then_arrival(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
@@ -63,10 +57,10 @@ def test_slots_go_by_priority_then_deadline_then_arrival(url: str) -> None:
             assert await redis.keys("fleet:waiting:*") == []
         await registry.withdraw("w")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_slots_spread_over_workers_up_to_their_capacity(url: str) -> None:
+def test_slots_spread_over_workers_up_to_their_capacity(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         for info in (worker("one"), worker("two", capacity=2)):
@@ -84,10 +78,10 @@ def test_slots_spread_over_workers_up_to_their_capacity(url: str) -> None:
             await registry.withdraw(name)
         assert await registry.live("emoji", "denoising") == []
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_idle_workers_take_turns(url: str) -> None:
+def test_idle_workers_take_turns(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         for name in ("one", "two", "three"):
@@ -103,10 +97,10 @@ def test_idle_workers_take_turns(url: str) -> None:
         for name in ("one", "two", "three"):
             await registry.withdraw(name)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_worker_that_comes_serves_who_waits(url: str) -> None:
+def test_a_worker_that_comes_serves_who_waits(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         async with slots_of(redis, "a") as slots:
@@ -116,10 +110,10 @@ def test_a_worker_that_comes_serves_who_waits(url: str) -> None:
             assert (await waiting).worker == worker("w")
         await registry.withdraw("w")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_an_abandoned_claim_leaves_queue_and_slot(url: str) -> None:
+def test_an_abandoned_claim_leaves_queue_and_slot(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
@@ -137,10 +131,10 @@ def test_an_abandoned_claim_leaves_queue_and_slot(url: str) -> None:
             assert (await registry.load("emoji", "denoising")).busy == 0
         await registry.withdraw("w")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_slots_and_places_of_a_dead_coordinator_are_free(url: str) -> None:
+def test_slots_and_places_of_a_dead_coordinator_are_free(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
@@ -156,7 +150,7 @@ def test_slots_and_places_of_a_dead_coordinator_are_free(url: str) -> None:
             await asyncio.gather(first, return_exceptions=True)
         await registry.withdraw("w")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
 def test_a_claim_waits_for_a_store_that_is_away(caplog: pytest.LogCaptureFixture) -> None:
@@ -173,7 +167,7 @@ def test_a_claim_waits_for_a_store_that_is_away(caplog: pytest.LogCaptureFixture
             async with slots_of(redis, "a") as slots:
                 server.kill()
                 claim = asyncio.create_task(slots.claim("emoji", "denoising", "r"))
-                await until(asked_twice)
+                await wait_until(asked_twice)
                 server.start()
                 slot = await claim
                 assert slot.worker.worker_id == "w"
@@ -184,7 +178,7 @@ def test_a_claim_waits_for_a_store_that_is_away(caplog: pytest.LogCaptureFixture
     assert not [record for record in caplog.records if "release of a worker slot waits" in record.message]
 
 
-def test_the_slots_of_a_dead_worker_go_to_another(url: str) -> None:
+def test_the_slots_of_a_dead_worker_go_to_another(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         fast = WorkerRegistry(redis, heartbeat_seconds=0.01, ttl_seconds=0.1)
         mortal = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=0.1)
@@ -195,17 +189,17 @@ def test_the_slots_of_a_dead_worker_go_to_another(url: str) -> None:
         async def one_is_left() -> bool:
             return len(await fast.live("emoji", "denoising")) == 1
 
-        await until(one_is_left)
+        await wait_until(one_is_left)
         assert [each.worker_id for each in await fast.live("emoji", "denoising")] == ["alive"]
         assert 0 <= await redis.pttl("fleet:workers:emoji/denoising") <= 600_100
         assert await redis.zrange("fleet:lost:emoji/denoising", 0, -1) == [b"dead"]
         await fast.withdraw("alive")
         await mortal.withdraw("dead")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_worker_is_avoided_by_the_coordinator_that_cannot_reach_it_only(url: str) -> None:
+def test_a_worker_is_avoided_by_the_coordinator_that_cannot_reach_it_only(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w", capacity=3))
@@ -225,10 +219,10 @@ def test_a_worker_is_avoided_by_the_coordinator_that_cannot_reach_it_only(url: s
             slots.release(kept)
         await registry.withdraw("w")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_the_pause_doubles_and_a_success_ends_it(url: str) -> None:
+def test_the_pause_doubles_and_a_success_ends_it(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=SLOW)  # its heartbeats hand slots out too
         await registry.announce(worker("w"))
@@ -254,10 +248,10 @@ def test_the_pause_doubles_and_a_success_ends_it(url: str) -> None:
         assert not await redis.exists("fleet:avoided:a")
         await registry.withdraw("w")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_claim_goes_to_a_worker_that_is_not_avoided(url: str) -> None:
+def test_a_claim_goes_to_a_worker_that_is_not_avoided(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         for name in ("one", "two"):
@@ -269,10 +263,10 @@ def test_a_claim_goes_to_a_worker_that_is_not_avoided(url: str) -> None:
         for name in ("one", "two"):
             await registry.withdraw(name)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_claim_for_a_whole_worker_waits_for_an_idle_one_and_takes_all_of_it(url: str) -> None:
+def test_a_claim_for_a_whole_worker_waits_for_an_idle_one_and_takes_all_of_it(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w", capacity=3))
@@ -294,10 +288,10 @@ def test_a_claim_for_a_whole_worker_waits_for_an_idle_one_and_takes_all_of_it(ur
             assert (await registry.load("emoji", "denoising")).busy == 1
         await registry.withdraw("w")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_claim_for_a_whole_worker_reserves_one_worker_and_no_more(url: str) -> None:
+def test_a_claim_for_a_whole_worker_reserves_one_worker_and_no_more(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         for name in ("one", "two"):
@@ -324,10 +318,10 @@ def test_a_claim_for_a_whole_worker_reserves_one_worker_and_no_more(url: str) ->
         for name in ("one", "two"):
             await registry.withdraw(name)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_reservation_goes_with_its_claim(url: str) -> None:
+def test_a_reservation_goes_with_its_claim(each_store_url: str) -> None:
     """Whether it is given up, or its coordinator dies."""
 
     async def story(redis: Redis) -> None:
@@ -352,10 +346,10 @@ def test_a_reservation_goes_with_its_claim(url: str) -> None:
             slots.release(held)
         await registry.withdraw("w")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_claim_that_arrives_after_it_was_given_up_is_given_back(url: str) -> None:
+def test_a_claim_that_arrives_after_it_was_given_up_is_given_back(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
@@ -380,10 +374,10 @@ def test_a_claim_that_arrives_after_it_was_given_up_is_given_back(url: str) -> N
             slots.release(kept)
         await registry.withdraw("w")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_worker_that_died_before_its_slot_was_heard_of_is_no_damage(url: str) -> None:
+def test_a_worker_that_died_before_its_slot_was_heard_of_is_no_damage(each_store_url: str) -> None:
     """The store was away: its message of the grant is lost, and the worker's heartbeats are too."""
 
     async def story(redis: Redis) -> None:
@@ -395,18 +389,18 @@ def test_a_worker_that_died_before_its_slot_was_heard_of_is_no_damage(url: str) 
         async def is_dead() -> bool:
             return not await redis.exists("fleet:worker:w")
 
-        await until(is_dead)
+        await wait_until(is_dead)
         assert (await run_script(redis, "claim", claim))[0] == b"waiting"
         assert not await redis.hlen("fleet:slots:emoji/denoising")
         await WorkerRegistry(redis).announce(worker("v"))
         assert (await run_script(redis, "claim", claim))[0] == b"granted"
         assert await read_repairs(redis) == {}
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
 def test_a_slot_that_is_given_back_while_unknown_ones_are_read_is_known(
-    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    each_store_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
@@ -426,11 +420,11 @@ def test_a_slot_that_is_given_back_while_unknown_ones_are_read_is_known(
             await slots.give_back_unknown("emoji", "denoising")
         await registry.withdraw("w")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
     assert not caplog.messages
 
 
-def test_patience_ends_only_without_workers(url: str) -> None:
+def test_patience_ends_only_without_workers(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with slots_of(redis, "a", ask_again_seconds=0.01) as slots:
             with pytest.raises(NoWorkers, match="no worker serves emoji/denoising, and none came"):
@@ -446,10 +440,10 @@ def test_patience_ends_only_without_workers(url: str) -> None:
             assert isinstance(await waiting, WorkerSlot)
             await registry.withdraw("w")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_model_is_one_checkpoint(url: str) -> None:
+def test_a_model_is_one_checkpoint(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.declare("emoji", "f")
@@ -463,4 +457,4 @@ def test_a_model_is_one_checkpoint(url: str) -> None:
             await registry.announce(worker("a|b"))
         await registry.withdraw("w")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from redis.asyncio import Redis
 
@@ -15,17 +13,11 @@ from common.state.worker_slots import Computed, WorkerSlots
 from common.state.workers import WorkerRegistry
 from fleet.v1 import generation_pb2
 from fleet.v1.generation_pb2 import TimelineEntry, TimelineKind
-from redis_servers import run_on_empty_store, running_server, server_binaries
+from redis_servers import run_on_empty_store
 from slot_claims import slots_of, worker
 
 MOST = 256
 SECONDS = 60.0
-
-
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
 
 
 class Case:
@@ -65,7 +57,7 @@ def progress(step: int) -> generation_pb2.Event:
     return generation_pb2.Event(progress=generation_pb2.StageProgress(service="denoising", step=step, total_steps=9))
 
 
-def test_a_life_with_a_lost_worker_and_a_take_over(url: str) -> None:
+def test_a_life_with_a_lost_worker_and_a_take_over(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
@@ -96,10 +88,10 @@ def test_a_life_with_a_lost_worker_and_a_take_over(url: str) -> None:
             # Of one millisecond they may come in another order.
             assert sorted(map(text_of, entries)) == sorted([*first, *others, *states])
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_claim_that_is_given_up_ends_its_wait(url: str) -> None:
+def test_a_claim_that_is_given_up_ends_its_wait(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
@@ -110,10 +102,10 @@ def test_a_claim_that_is_given_up_ends_its_wait(url: str) -> None:
             await slots.settle()
             assert await case.read() == ["state QUEUED", "queued denoising", "ended denoising"]
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_timeline_is_bounded_and_checkpoints_leave_the_rest_its_place(url: str) -> None:
+def test_a_timeline_is_bounded_and_checkpoints_leave_the_rest_its_place(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
@@ -130,10 +122,10 @@ def test_a_timeline_is_bounded_and_checkpoints_leave_the_rest_its_place(url: str
             assert await redis.llen("fleet:timeline:r") == MOST
             assert (await case.read())[-1] == "ended denoising w1"
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_timeline_expires_with_the_record(url: str) -> None:
+def test_a_timeline_expires_with_the_record(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
@@ -154,10 +146,10 @@ def test_a_timeline_expires_with_the_record(url: str) -> None:
             ):
                 await case.store.get("r")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_request_that_the_store_does_not_know_gets_no_timeline(url: str) -> None:
+def test_a_request_that_the_store_does_not_know_gets_no_timeline(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
@@ -166,10 +158,10 @@ def test_a_request_that_the_store_does_not_know_gets_no_timeline(url: str) -> No
             await slots.settle()
             assert not await redis.exists("fleet:timeline:unknown")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_line_of_a_later_version_is_left_out(url: str) -> None:
+def test_a_line_of_a_later_version_is_left_out(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
@@ -177,7 +169,7 @@ def test_a_line_of_a_later_version_is_left_out(url: str) -> None:
             await redis.rpush("fleet:timeline:r", "1|dreamt|denoising|w1|0", "1|queued", "x")
             assert await case.read() == ["state QUEUED"]
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
 @pytest.mark.parametrize(

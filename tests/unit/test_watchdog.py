@@ -11,13 +11,14 @@ from collections.abc import Iterator
 import pytest
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.errors import InvalidInput, Unavailable
 from common.logs import setup_logging
 from common.rpc.watchdog import HangLimits, StepWatch, Verdict, Watchdog
 from common.stage import Call
 from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
-from redis_servers import run_on_empty_store, running_server, until
+from redis_servers import run_on_empty_store, running_server
 from stage_server import StageInput, packets, served
 
 LIMITS = HangLimits(seconds=60, mean_steps=20, exit_seconds=30)
@@ -112,12 +113,12 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_is_lost(
     async def story() -> None:
         async with asyncio.timeout(30), served(stage, watchdog=watchdog) as fleet:
             with pytest.raises(Unavailable, match=r"no step for \d+\.\d s: its device is stuck"):
-                await fleet.runner()(packets(8), fleet.heard.call())
-            assert fleet.heard.progress == [(1, 3), (2, 3)]
+                await fleet.runner()(packets(8), fleet.recorded.call())
+            assert fleet.recorded.progress == [(1, 3), (2, 3)]
             assert stage.calls[0].cancelled.is_set()
             assert watchdog.is_stuck
             with pytest.raises(Unavailable, match="another worker can take this one"):
-                await fleet.runner()(packets(8), fleet.heard.call())
+                await fleet.runner()(packets(8), fleet.recorded.call())
             assert len(stage.calls) == 1
             assert await asyncio.to_thread(is_lost.wait, 20)
             stage.freed.set()
@@ -125,8 +126,8 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_is_lost(
             async def is_free() -> bool:
                 return not watchdog.is_stuck
 
-            await until(is_free)
-            assert await fleet.runner()(packets(8), fleet.heard.call())
+            await wait_until(is_free)
+            assert await fleet.runner()(packets(8), fleet.recorded.call())
 
     asyncio.run(story())
     assert "after request r1 was cancelled; this process ends" in lost[0]
@@ -153,9 +154,9 @@ def test_a_worker_whose_device_is_stuck_sends_no_heartbeats() -> None:
         await asyncio.sleep(0.3)
         assert await is_live()
         able = False
-        await until(is_gone)
+        await wait_until(is_gone)
         able = True
-        await until(is_live)
+        await wait_until(is_live)
         await registry.withdraw("w")
 
     with running_server("valkey") as server:

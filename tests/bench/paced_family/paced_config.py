@@ -1,4 +1,4 @@
-"""The transformer that takes its time, and the config that names it."""
+"""A transformer that only sleeps, and its pipeline config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PacedWanPipelineConfig(WanPipelineConfig):
-    """Wan's, with another transformer."""
+    """Wan's pipeline config with another transformer class."""
 
     module_loaders: ClassVar[Mapping[str, str]] = MappingProxyType(
         {**WanPipelineConfig.module_loaders, "WanTransformer3DModel": "paced_config:load_paced"}
@@ -31,10 +31,10 @@ class PacedWanPipelineConfig(WanPipelineConfig):
 
 
 class PacedTransformer(DiffusionTransformer):
-    """Predicts no change after `seconds`, during which the processor is free, as it is while a GPU computes.
+    """Sleeps for `seconds` and predicts zeros; the CPU is idle meanwhile, as while a GPU computes.
 
-    It writes into `log` when each step begins, in ns of the monotonic clock, a line a step. For the CPU: a CUDA graph
-    would sleep only once.
+    It appends the start time of each step to `log`, one line per step, in ns of the monotonic clock. It runs on the CPU
+    only, as a CUDA graph would sleep only at its capture.
     """
 
     def __init__(self, seconds: float, log: Path) -> None:
@@ -43,19 +43,19 @@ class PacedTransformer(DiffusionTransformer):
         self._log = log.open("w", buffering=1)
 
     def prepare(self, timesteps: Tensor, **conditioning: Any) -> Prepared:
-        """Nothing that a step needs; the timesteps have the right number of rows."""
+        """Prepare rows of timesteps; steps need no other inputs."""
         del conditioning
         return Prepared({"timestep": timesteps}, {})
 
     def predict(self, hidden_states: Tensor, **inputs: Any) -> Predictions:  # type: ignore[override]
-        """Zeros in the shape of the latents."""
+        """Sleep and return zeros in the shape of the latents."""
         del inputs
         self._log.write(f"{time.monotonic_ns()}\n")
         time.sleep(self._seconds)
         return {"hidden_states": torch.zeros_like(hidden_states)}
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """None: there are no blocks."""
+        """0, as there are no blocks to cache."""
         del latents, constants
         return 0
 
@@ -63,7 +63,7 @@ class PacedTransformer(DiffusionTransformer):
 def load_paced(
     checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None
 ) -> PacedTransformer:
-    """Of the module, only its config is read: `paced_seconds`. The log is `steps-PID` in the checkpoint's folder."""
+    """Read only `paced_seconds` of the module's config. The log is `steps-PID` in the checkpoint's folder."""
     del device, dtype, mesh
     return PacedTransformer(
         float(checkpoint.module_config(name)["paced_seconds"]), checkpoint.path / f"steps-{os.getpid()}"

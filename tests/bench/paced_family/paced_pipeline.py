@@ -1,6 +1,6 @@
-"""Wan 2.1 with a transformer that only takes its time: for benches of all that is around it.
+"""Wan 2.1 with a sleeping transformer, to benchmark everything except the transformer.
 
-Latents, UniPC and its history are those of the real model, so a checkpoint has the size that it has there.
+Latents, UniPC and its history are the real ones, so that step checkpoints have their real size.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from models.registry import Registry
 
 
 class PacedWanPipeline(WanPipeline):
-    """WanPipeline, but for what its transformer does."""
+    """WanPipeline with a sleeping transformer."""
 
     pipeline_name = "PacedWanPipeline"
 
 
 def register_configs(registry: Registry) -> None:
-    """Name the family's configs."""
+    """Register the family's configs."""
     registry.register_configs(
         PacedWanPipeline.pipeline_name,
         sampling_params="configs.sample.wan:WanSamplingParams",

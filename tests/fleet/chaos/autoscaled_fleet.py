@@ -1,4 +1,4 @@
-"""A fleet of real processes whose workers an autoscaler starts and ends: a coordinator, and pools of workers."""
+"""A fleet of real processes: a coordinator, and pools of workers that autoscalers resize."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ _EVERY_STEP = {"denoising": ("--step-checkpoint-every", "1", "--step-seconds", "
 
 @dataclass(eq=False)
 class ScaledWorker:
-    """A worker process. It `left_early` if it got SIGTERM before it listened, and perhaps before it caught signals."""
+    """A worker process. `left_early`: it received SIGTERM before it listened, perhaps before its signal handlers
+    ran."""
 
     name: str
     socket: Path
@@ -45,7 +46,7 @@ class ScaledWorker:
 
 @dataclass(frozen=True)
 class ScaleIn:
-    """The end of a worker by an autoscaler: the requests that it ran, and those that ran anywhere, at the SIGTERM."""
+    """A scale-in of a worker: requests that ran on it, and on any worker, when it received SIGTERM."""
 
     worker: str
     own_requests: tuple[str, ...]
@@ -53,10 +54,10 @@ class ScaleIn:
 
 
 @dataclass
-class Story:
-    """What happened. `started` has the time.monotonic() of the first worker of each service.
+class ScalingHistory:
+    """Recorded scaling events. `started` has the time.monotonic() of the first start, by service.
 
-    `most` has the largest number of its workers, and `notes` are those of the autoscalers.
+    `most` is the largest number of workers by service; `notes` are the autoscalers' messages.
     """
 
     started: dict[str, float] = field(default_factory=dict)
@@ -68,17 +69,17 @@ class Story:
 
     @property
     def during_requests(self) -> int:
-        """Scale-ins while requests ran."""
+        """Number of scale-ins while requests ran."""
         return sum(each.requests > 0 for each in self.scale_ins)
 
     @property
     def of_busy_workers(self) -> int:
-        """Scale-ins of workers that ran a request."""
+        """Number of scale-ins of workers that ran a request."""
         return sum(bool(each.own_requests) for each in self.scale_ins)
 
 
 class ProcessPool:
-    """The workers of one service as processes. Scale-in sends SIGTERM to the newest, and nothing ever sends SIGKILL."""
+    """Worker processes of one service. Scale-in sends SIGTERM to the newest worker; SIGKILL is never sent."""
 
     def __init__(self, fleet: AutoscaledFleet, service: str) -> None:
         self._fleet = fleet
@@ -88,24 +89,24 @@ class ProcessPool:
 
     @property
     def size(self) -> int:
-        """Workers that run or start, and are not ending."""
+        """Number of workers that run or start, without ending ones."""
         return len(self._workers)
 
     @property
     def most(self) -> int:
-        """Workers that can run: the autoscaler's own bound is lower."""
+        """Largest number of workers, above the autoscaler's own limit."""
         return sys.maxsize
 
     def resize(self, count: int) -> None:
-        """Start or end workers. Returns at once."""
-        story = self._fleet.story
-        story.started.setdefault(self._service, time.monotonic())
+        """Start or end workers, without waiting for them."""
+        history = self._fleet.history
+        history.started.setdefault(self._service, time.monotonic())
         while len(self._workers) < count:
             worker = self._fleet.new_worker(self._service)
             self._workers.append(worker)
-            story.scale_outs += 1
+            history.scale_outs += 1
             self._fleet.spawn(self._run(worker))
-        story.most[self._service] = max(story.most[self._service], len(self._workers))
+        history.most[self._service] = max(history.most[self._service], len(self._workers))
         while len(self._workers) > count:
             self.ending += 1
             self._fleet.spawn(self._end(self._workers.pop()))
@@ -115,34 +116,34 @@ class ProcessPool:
         code = await (await worker.started).ended
         if worker in self._workers:
             self._workers.remove(worker)
-            self._fleet.story.findings.append(f"{worker.name} ended by itself with {code}; see {worker.log}")
+            self._fleet.history.findings.append(f"{worker.name} exited unexpectedly with {code}; see {worker.log}")
             return
         self.ending -= 1
         if code != 0 and not (worker.left_early and code == -signal.SIGTERM):
-            self._fleet.story.findings.append(f"{worker.name} was told to end, and ended with {code}")
+            self._fleet.history.findings.append(f"{worker.name} received SIGTERM and exited with {code}")
 
     async def _end(self, worker: ScaledWorker) -> None:
         forked = await worker.started
         runs = await runs_by_pid(self._fleet.redis)
         own = runs.get(forked.pid, ())
-        self._fleet.story.scale_ins.append(ScaleIn(worker.name, own, sum(map(len, runs.values()))))
+        self._fleet.history.scale_ins.append(ScaleIn(worker.name, own, sum(map(len, runs.values()))))
         worker.left_early = not worker.socket.exists()
         with suppress(ProcessLookupError):
             os.kill(forked.pid, signal.SIGTERM)
         _, late = await asyncio.wait((forked.ended,), timeout=_GRACE_SECONDS + 10)
         if late:
-            self._fleet.story.findings.append(f"{worker.name} did not end within its grace time; see {worker.log}")
+            self._fleet.history.findings.append(f"{worker.name} did not exit within its grace period; see {worker.log}")
 
 
 class AutoscaledFleet:
-    """A coordinator, which always runs, and a pool of workers for each service of one model."""
+    """A permanent coordinator, and a pool of workers for each service of one model."""
 
     def __init__(
         self, model: ServedModel, directory: Path, redis: Redis, redis_url: str, bounds: Mapping[str, ReplicaBounds]
     ) -> None:
         self.model = model
         self.redis = redis
-        self.story = Story()
+        self.history = ScalingHistory()
         self.endpoint = f"unix:{directory}/coordinator.sock"
         self.pools = {spec.service: ProcessPool(self, spec.service) for spec in model.services}
         self._reference = f"{model.name}={model.checkpoint.path.resolve()}"
@@ -158,7 +159,7 @@ class AutoscaledFleet:
         self._channel: grpc.aio.Channel = open_channel(self._scaler)
 
     async def start(self, target_seconds: float) -> None:
-        """Start the coordinator and the autoscaler of each service; no worker runs."""
+        """Start the coordinator and the autoscaler of each service, without workers."""
         await self._starter.start([self._reference])
         self._logs["coordinator"] = self._directory / "coordinator.log"
         words = ("--listen", self.endpoint, "--scaler-listen", self._scaler, "--step-seconds", "0")
@@ -169,22 +170,22 @@ class AutoscaledFleet:
             client = ScalerClient(self._channel, StageTarget(self.model.name, service, target_seconds))
             policy = ReplicaPolicy(self._bounds[service])
             scaler = StageAutoscaler(
-                client, pool, policy, name=service, poll_seconds=_POLL_SECONDS, note=self.story.notes.append
+                client, pool, policy, name=service, poll_seconds=_POLL_SECONDS, note=self.history.notes.append
             )
             self.spawn(scaler.run())
 
     @property
     def is_at_zero(self) -> bool:
-        """Whether no worker runs, nor is ending."""
+        """Whether no worker runs or is ending."""
         return not any(pool.size or pool.ending for pool in self.pools.values())
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run it in the background; an error that it raises is raised by close()."""
+        """Run a coroutine in the background; close() raises its error."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
 
     def new_worker(self, service: str) -> ScaledWorker:
-        """A worker with a name, a socket and a log of its own."""
+        """A worker with a new name, socket and log."""
         number = next(self._numbers)
         name = f"{number}-{service}"
         self._logs[name] = self._directory / f"{name}.log"
@@ -200,7 +201,7 @@ class AutoscaledFleet:
         return (*words, "--redis", self._redis_url, "--model", self._reference)
 
     async def close(self) -> None:
-        """End everything. Raises an error of the background."""
+        """Stop all processes. Raises errors of background tasks."""
         if self._coordinator is not None:
             os.kill(self._coordinator.pid, signal.SIGTERM)
             await self._coordinator.ended
@@ -209,7 +210,7 @@ class AutoscaledFleet:
         ends = await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._channel.close()
         await self._starter.close()
-        self.story.findings += check_logs(self._logs)
+        self.history.findings += check_logs(self._logs)
         for end in ends:
             if isinstance(end, Exception):
                 raise end

@@ -1,4 +1,4 @@
-"""What must hold once a chaos run is over. Each check returns findings: sentences that name what is wrong."""
+"""Invariants after a chaos run. Each check returns findings, which are messages about violated invariants."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import psutil
 from chaos_clients import Outcome
-from chaos_plan import Manner, Picture
+from chaos_plan import Behaviour, MediaRequest
 from chaos_processes import COORDINATOR, Fleet, Process, Role
 from redis.asyncio import Redis
 
@@ -21,11 +21,11 @@ from fleet.v1 import generation_pb2 as pb
 
 State = pb.RequestState
 
-# What stays in the store without a time to live, and why.
+# Store keys without a TTL, and the reason.
 PERMANENT = {
-    "fleet:requests": "the index of requests; an entry goes when its record has expired",
-    "fleet:ended": "when which record expires, by which the index is pruned",
-    "fleet:sequence": "the last number that was given to a request or a claim",
+    "fleet:requests": "index of requests; entries are removed after their record has expired",
+    "fleet:ended": "expiry times of records, by which the index is pruned",
+    "fleet:sequence": "last sequence number of a request or a claim",
 }
 _TAKEN = ("fleet:slots:", "fleet:waiting:", "fleet:queue:", "fleet:open", "fleet:work:")
 _LASTING_FIELDS = {*SNAPSHOT, "model", "owner", "epoch", "cancel", "key", "caller", "variant", "token"}
@@ -35,7 +35,7 @@ _SETTLE_SECONDS = 30.0
 
 @dataclass
 class Stored:
-    """A request as the store has it at the end."""
+    """A request in the store at the end of the run."""
 
     record: pb.RequestRecord
     events: list[pb.Event]
@@ -43,7 +43,7 @@ class Stored:
 
 
 async def read_store(redis: Redis) -> dict[str, Stored]:
-    """Every request that was ever accepted, by its id."""
+    """Read every accepted request, by id."""
     found: dict[str, Stored] = {}
     for name in await command(redis, "ZRANGE", "fleet:requests", 0, -1):
         request_id = name.decode()
@@ -55,9 +55,9 @@ async def read_store(redis: Redis) -> dict[str, Stored]:
 
 
 def check_requests(stored: Mapping[str, Stored], outcomes: Sequence[Outcome], known: Collection[str]) -> list[str]:
-    """Every request has ended once, as its order allows, and its client has heard all that there was to hear.
+    """Check that every request ended once, as its order allows, and that its client received all events.
 
-    `known` are the ids of requests that were no client's.
+    `known` are ids of requests that no client submitted.
     """
     findings: list[str] = []
     for name, each in stored.items():
@@ -66,11 +66,11 @@ def check_requests(stored: Mapping[str, Stored], outcomes: Sequence[Outcome], kn
         if ends != [each.record.state] or last != each.record.state:
             recorded = [State.Name(state) for state in ends]
             findings.append(
-                f"request {name} is {State.Name(each.record.state)}, but its events tell the ends {recorded}"
+                f"request {name} is {State.Name(each.record.state)}, but its events have the ends {recorded}"
             )
         begun = [event for event in each.events if event.state_change.state == State.REQUEST_STATE_RUNNING]
         if len(begun) > 1:
-            findings.append(f"request {name} is told to be RUNNING {len(begun)} times")
+            findings.append(f"request {name} has the state RUNNING {len(begun)} times")
     for outcome in outcomes:
         findings += _check_outcome(stored, outcome)
     return findings + _check_strays(stored, outcomes, known)
@@ -81,59 +81,59 @@ def _check_outcome(stored: Mapping[str, Stored], outcome: Outcome) -> list[str]:
     if not name:
         return [] if outcome.gave_up else [f"order {order.number} was never accepted"]
     if name not in stored:
-        return [f"request {name} of order {order.number} was accepted and is lost"]
+        return [f"request {name} of order {order.number} was accepted, but is not in the store"]
     each = stored[name]
     if each.record.caller != order.caller:
         return [f"request {name} of order {order.number} is {each.record.caller}'s, and not {order.caller}'s"]
     may_end = {State.REQUEST_STATE_SUCCEEDED}
-    if outcome.gave_up and order.manner in (Manner.CANCEL, Manner.LEAVE):
+    if outcome.gave_up and order.behaviour in (Behaviour.CANCEL, Behaviour.LEAVE):
         may_end.add(State.REQUEST_STATE_CANCELLED)
-    if order.manner is Manner.POISON:
+    if order.behaviour is Behaviour.POISON:
         may_end = {State.REQUEST_STATE_FAILED}
-    if order.manner is Manner.HURRY:
+    if order.behaviour is Behaviour.HURRY:
         may_end.add(State.REQUEST_STATE_EXPIRED)
     if each.record.state not in may_end:
         why = each.record.error.message
         return [f"request {name} of order {order.number} is {State.Name(each.record.state)}, unexplained: {why}"]
-    if order.manner is Manner.LEAVE:
+    if order.behaviour is Behaviour.LEAVE:
         return []
-    heard, recorded = [event.event_id for event in outcome.heard], [event.event_id for event in each.events]
-    if heard != recorded:
-        return [f"the client of request {name} has heard the events {heard}, of which the store has {recorded}"]
+    received, recorded = [event.event_id for event in outcome.received], [event.event_id for event in each.events]
+    if received != recorded:
+        return [f"the client of request {name} received the events {received}, but the store has {recorded}"]
     return []
 
 
 def _check_strays(stored: Mapping[str, Stored], outcomes: Sequence[Outcome], known: Collection[str]) -> list[str]:
-    """A request that no client knows of is one whose answer a client without a key has lost."""
+    """Check that unknown requests are explained by lost replies to clients without an idempotency key."""
     lost = sum(outcome.lost_answers for outcome in outcomes)
     strays = stored.keys() - {outcome.request_id for outcome in outcomes} - set(known)
     findings = [
-        f"request {name}, which no client knows of, is {State.Name(stored[name].record.state)}"
+        f"request {name}, which no client submitted, is {State.Name(stored[name].record.state)}"
         for name in sorted(strays)
         if stored[name].record.state not in (State.REQUEST_STATE_SUCCEEDED, State.REQUEST_STATE_CANCELLED)
     ]
     if len(strays) > lost:
-        findings.append(f"{sorted(strays)} were accepted, but clients lost the answers to {lost} submissions only")
+        findings.append(f"{sorted(strays)} were accepted, but clients lost only {lost} replies to submissions")
     return findings
 
 
 def check_files(
-    name: str, record: pb.RequestRecord, files: Sequence[bytes], references: Mapping[Picture, Sequence[bytes]]
+    name: str, record: pb.RequestRecord, files: Sequence[bytes], references: Mapping[MediaRequest, Sequence[bytes]]
 ) -> list[str]:
-    """A result is what one process makes of the same request, byte for byte."""
+    """Check that a result equals the reference of the same request byte for byte."""
     given = record.parameters
-    (picture,) = [each for each in references if (each.model, each.seed) == (record.model, given.seed)]
-    if list(files) == list(references[picture]):
+    (media_request,) = [each for each in references if (each.model, each.seed) == (record.model, given.seed)]
+    if list(files) == list(references[media_request]):
         return []
     sizes = [len(file) for file in files]
-    return [f"the result of request {name} ({picture}) has other bytes than its reference; sizes are {sizes}"]
+    return [f"the result of request {name} ({media_request}) has other bytes than its reference; sizes are {sizes}"]
 
 
 async def check_store(redis: Redis) -> list[str]:
-    """Nothing is taken, nothing waits, nothing is open, and everything but the index expires by itself.
+    """Check that no slot, claim or open request is left, and that every key but the index has a TTL.
 
-    Redis deletes what becomes empty: sets of what is taken, waits or is open, and counts of the work that is open, are
-    not there at all. A record keeps nothing of what only an open request needs.
+    Redis deletes empty keys, so that the sets of slots, claims and open requests, and the counters of open work, must
+    not exist. A record must not have fields that only an open request needs.
     """
     findings: list[str] = []
     for key in sorted(each.decode() for each in await command(redis, "KEYS", "*")):
@@ -143,16 +143,16 @@ async def check_store(redis: Redis) -> list[str]:
         if key.startswith(_TAKEN):
             findings.append(f"the store has {key} left")
         elif key not in PERMANENT and await command(redis, "PTTL", key) == -1:
-            findings.append(f"the store keeps {key} for ever")
+            findings.append(f"the store has {key} without a TTL")
         elif key.startswith("fleet:checkpoint:"):
             step_checkpoint_key = await command(redis, "HGET", f"fleet:request:{key.split(':')[2]}", "point")
             if step_checkpoint_key is not None:
-                findings.append(f"the store still has {key} as the point to go on from")
+                findings.append(f"the store still has {key} as a step checkpoint")
     return findings
 
 
 class Descriptors(NamedTuple):
-    """The file descriptors of a process by what they are; `own` is all the rest."""
+    """Number of open file descriptors of a process by type; `own` counts all other types."""
 
     to_store: int
     to_workers: int
@@ -161,30 +161,31 @@ class Descriptors(NamedTuple):
 
 
 def descriptors(process: Process) -> Descriptors:
-    """Count them."""
+    """Count the file descriptors of a process."""
     view = psutil.Process(process.pid)
     total = view.num_fds()
     remote = [each.raddr.port for each in view.net_connections("tcp") if each.raddr]
     to_store = remote.count(process.store.port)
     local = [each for each in view.net_connections("unix") if str(each.laddr) == str(process.socket)]
-    accepted = len(local) - 1  # one of them listens
+    accepted = len(local) - 1  # one of the sockets listens
     return Descriptors(to_store, len(remote) - to_store, accepted, total - len(remote) - accepted)
 
 
 @dataclass
 class Baseline:
-    """What processes of a role have open by themselves, before anything was done to them."""
+    """File descriptors per role before the first fault."""
 
     own: dict[Role, int] = field(default_factory=dict)
 
     def measure(self, fleet: Fleet) -> None:
-        """Take what there is."""
+        """Measure all processes of the fleet."""
         for process in fleet.living:
             own = descriptors(process).own
             self.own[process.role] = max(own, self.own.get(process.role, 0))
 
     def exceeded(self, fleet: Fleet) -> list[str]:
-        """Processes with more open than that, or with connections that nobody uses."""
+        """Return findings for processes with more descriptors than the baseline explains, or with unused
+        connections."""
         workers = len([each for each in fleet.living if each.role != COORDINATOR])
         coordinators = len([each for each in fleet.living if each.role == COORDINATOR])
         findings: list[str] = []
@@ -198,9 +199,9 @@ class Baseline:
 
 
 async def settled(fleet: Fleet, redis: Redis, baseline: Baseline | None) -> list[str]:
-    """Wait until nothing is left over; what still is after a while are findings.
+    """Poll until the store and processes are clean; returns the findings that remain after a timeout.
 
-    Without a baseline, file descriptors do not count.
+    Without a baseline, file descriptors are not compared.
     """
     loop = asyncio.get_running_loop()
     give_up = loop.time() + _SETTLE_SECONDS
@@ -212,7 +213,7 @@ async def settled(fleet: Fleet, redis: Redis, baseline: Baseline | None) -> list
 
 
 def check_logs(logs: Mapping[str, Path]) -> list[str]:
-    """No process has met an error that it did not expect. gRPC logs one where a client left while it was written to."""
+    """Check logs for unexpected errors. gRPC logs an expected one if a client disconnects during a write."""
     findings: list[str] = []
     for name, log in logs.items():
         text = log.read_text(errors="replace").splitlines() if log.exists() else []
@@ -222,7 +223,7 @@ def check_logs(logs: Mapping[str, Path]) -> list[str]:
 
 
 def lines_about(fleet: Fleet, names: Sequence[str]) -> list[str]:
-    """What the logs of all processes say of requests or processes, and every error."""
+    """Log lines of all processes that contain one of `names` or an error."""
     wanted = re.compile("|".join([*map(re.escape, names), "Traceback", " ERROR ", " CRITICAL "]))
     lines: list[str] = []
     for process in fleet.all:

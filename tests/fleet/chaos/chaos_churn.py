@@ -1,4 +1,4 @@
-"""Deaths by the clock: every process of the fleet is killed again and again, and some requests kill their workers."""
+"""Timed churn: every process of the fleet is killed repeatedly, and poison requests kill their workers."""
 
 from __future__ import annotations
 
@@ -7,45 +7,45 @@ import itertools
 import random
 from collections.abc import Sequence
 
-from chaos_clients import Client, Pulse
+from chaos_clients import Client, RunProgress
 from chaos_faults import Chaos
-from chaos_plan import Fault, Kind, Manner, Plan
+from chaos_plan import Behaviour, Fault, Kind, Plan
 from chaos_processes import COORDINATOR, Fleet, Process, Role
 
 from common.state.records import is_terminal
 
 _KILLED_SHARE = 0.8
-"""The part of the strikes that are SIGKILLs; the others are SIGSTOPs, each with a SIGCONT some time later."""
-_LOOK_SECONDS = 0.05
+"""Fraction of SIGKILL faults; the others are SIGSTOP with a later SIGCONT."""
+_POLL_SECONDS = 0.05
 _BEGIN_SECONDS = 0.3
-"""How long a poison request computes before its worker dies: a part of its loop, so that the call has begun."""
+"""Seconds that a poison request computes before its worker is killed; long enough that the call has started."""
 
 
 class Churn:
-    """Kills processes at random moments, drawn for each from the plan's seed, until the run is over."""
+    """Kills processes at random times, drawn from the plan's seed, until the run is over."""
 
     def __init__(self, plan: Plan, fleet: Fleet, chaos: Chaos, clients: Sequence[Client]) -> None:
         self._plan = plan
         self._fleet = fleet
         self._chaos = chaos
-        self._poison = [client for client in clients if client.outcome.order.manner is Manner.POISON]
+        self._poison = [client for client in clients if client.outcome.order.behaviour is Behaviour.POISON]
         self._numbers = itertools.count(len(plan.faults))
 
-    async def run(self, pulse: Pulse) -> None:
-        """Strike until the pulse ends. What is stopped then stays so until the fleet is healed."""
+    async def run(self, run_progress: RunProgress) -> None:
+        """Inject faults until the run ends. Processes stopped at that time stay stopped until Fleet.heal()."""
         works = [self._kill_workers_of(client) for client in self._poison]
         if self._plan.death_seconds:
-            works += [self._strike(role, number) for number, role in enumerate(self._fleet.roles)]
+            works += [self._kill_repeatedly(role, number) for number, role in enumerate(self._fleet.roles)]
         tasks = [asyncio.create_task(work) for work in works]
-        await pulse.over()
+        await run_progress.over()
         for task in tasks:
             task.cancel()
         for failure in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(failure, Exception):
                 raise failure
 
-    async def _strike(self, role: Role, number: int) -> None:
-        """One process of a role dies every `death_seconds` on average; which one of several is drawn."""
+    async def _kill_repeatedly(self, role: Role, number: int) -> None:
+        """Kill or stop a random process of a role every `death_seconds` on average."""
         rng = random.Random(f"deaths of {self._plan.seed}, {number}")
         while True:
             await asyncio.sleep(rng.expovariate(_KILLED_SHARE / self._plan.death_seconds))
@@ -54,19 +54,19 @@ class Churn:
             living = [each for each in self._fleet.living if each.role == role and not each.is_ending]
             if living:
                 fault = Fault(next(self._numbers), _kind(role, is_kill=is_kill), 0, 0, seconds, draw)
-                await self._chaos.strike(fault, living[int(draw * len(living))])
+                await self._chaos.inject(fault, living[int(draw * len(living))])
 
     async def _kill_workers_of(self, client: Client) -> None:
-        """Kill each worker that denoises a request, once it has begun."""
+        """Kill each worker that denoises the client's request, after the denoising has started."""
         outcome = client.outcome
         while not is_terminal(outcome.state):
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
             worker = await self._denoiser_of(outcome.request_id)
             if worker is None:
                 continue
             await asyncio.sleep(_BEGIN_SECONDS)
             if await self._denoiser_of(outcome.request_id) is worker:
-                await self._chaos.strike(Fault(next(self._numbers), Kind.KILL_DENOISER, 0, 0, 0.0, 0.0), worker)
+                await self._chaos.inject(Fault(next(self._numbers), Kind.KILL_DENOISER, 0, 0, 0.0, 0.0), worker)
                 await worker.ended.wait()
 
     async def _denoiser_of(self, request_id: str) -> Process | None:

@@ -1,4 +1,4 @@
-"""The clients of a chaos run: each wants one picture, and asks coordinator after coordinator until it has it."""
+"""Clients of a chaos run: each sends one request, and retries at other coordinators until it is complete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
-from chaos_plan import Manner, Order
+from chaos_plan import Behaviour, Order
 from chaos_processes import Fleet, credentials
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -28,7 +28,7 @@ Stub: TypeAlias = "generation_pb2_grpc.GenerationServiceAsyncStub"
 _CALL_SECONDS = 6.0
 _SILENCE_SECONDS = 6.0
 _PAUSE_SECONDS = 0.1
-# A frozen coordinator is noticed sooner than a client of the command line needs to.
+# Detects a stopped coordinator sooner than the command-line client does.
 _OPTIONS = (
     *(option for option in CHANNEL_OPTIONS if "keepalive_t" not in option[0]),
     ("grpc.keepalive_time_ms", 1_500),
@@ -37,66 +37,66 @@ _OPTIONS = (
 _AGAIN = (Unavailable, DeadlineExceeded, Cancelled)
 
 
-class Wrong(Exception):
-    """A client was answered with what no fault explains."""
+class UnexpectedReply(Exception):
+    """A client received a reply that no fault explains."""
 
 
 class Channels:
-    """A channel to each coordinator that was ever asked."""
+    """Channels to coordinators, opened on first use."""
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     def stub(self, target: str) -> Stub:
-        """The public API at a target."""
+        """A stub of the public API at a target."""
         if target not in self._channels:
             self._channels[target] = grpc.aio.insecure_channel(target, options=_OPTIONS)
         return generation_pb2_grpc.GenerationServiceStub(self._channels[target])
 
     async def close(self) -> None:
-        """Close all."""
+        """Close all channels."""
         for channel in self._channels.values():
             await channel.close()
         self._channels.clear()
 
 
-class Pulse:
-    """How far the run has come: orders that have ended, events that were heard. Faults strike by it, never by time."""
+class RunProgress:
+    """Progress of the run: ended orders and received events. Faults are triggered by it, never by time."""
 
     def __init__(self) -> None:
         self.orders = 0
         self.events = 0
-        self.beaten = time.monotonic()
+        self.last_moved = time.monotonic()
         self._moved = asyncio.Event()
         self._is_over = False
 
     def event(self) -> None:
-        """A client has heard an event."""
+        """Count a received event."""
         self.events += 1
         self._move()
 
     def order(self) -> None:
-        """A client has what it wanted."""
+        """Count a completed order."""
         self.orders += 1
         self._move()
 
     def end(self) -> None:
-        """There is nothing more to wait for."""
+        """End the run."""
         self._is_over = True
         self._move()
 
     async def over(self) -> None:
-        """Wait until there is nothing more to wait for."""
+        """Wait for the end of the run."""
         while not self._is_over:
             await self._moved.wait()
 
     def _move(self) -> None:
-        self.beaten = time.monotonic()
+        self.last_moved = time.monotonic()
         self._moved.set()
         self._moved = asyncio.Event()
 
     async def reach(self, orders: int, events: int) -> None:
-        """Wait for so many orders, and then for so many more events."""
+        """Wait for `orders` orders, and then for `events` further events."""
         while self.orders < orders and not self._is_over:
             await self._moved.wait()
         until = self.events + events
@@ -106,11 +106,11 @@ class Pulse:
 
 @dataclass
 class Outcome:
-    """What a client has been through. `lost_answers` are submissions without a key that it knows nothing of."""
+    """Result of one client. `lost_answers` counts submissions without an idempotency key whose reply was lost."""
 
     order: Order
     request_id: str = ""
-    heard: list[pb.Event] = field(default_factory=list)
+    received: list[pb.Event] = field(default_factory=list)
     files: list[bytes] = field(default_factory=list)
     state: pb.RequestState.ValueType = pb.REQUEST_STATE_UNSPECIFIED
     gave_up: bool = False
@@ -119,45 +119,47 @@ class Outcome:
 
 
 class Client:
-    """Sees one order through."""
+    """Completes one order."""
 
-    def __init__(self, order: Order, fleet: Fleet, channels: Channels, pulse: Pulse, seed: int) -> None:
+    def __init__(self, order: Order, fleet: Fleet, channels: Channels, run_progress: RunProgress, seed: int) -> None:
         self.outcome = Outcome(order)
         self._order = order
         self._fleet = fleet
         self._channels = channels
-        self._pulse = pulse
+        self._run_progress = run_progress
         self._key = credentials(order.caller)
         self._deadline: Timestamp | None = None
         self._rng = random.Random(f"client {order.number} of {seed}")
 
     async def run(self) -> None:
-        """Submit, follow, download, as the order says. Raises Wrong."""
+        """Submit, follow and download as the order specifies. Raises UnexpectedReply."""
         if self._order.deadline_seconds is not None:
             self._deadline = Timestamp()
             self._deadline.FromMilliseconds(int((time.time() + self._order.deadline_seconds) * 1_000))
-        if self._order.manner in (Manner.GENERATE, Manner.LEAVE):
+        if self._order.behaviour in (Behaviour.GENERATE, Behaviour.LEAVE):
             await self._generate()
             if self.outcome.gave_up or is_terminal(self.outcome.state):
                 return
         if not self.outcome.request_id:
             self.outcome.request_id = await self._submit()
         if self.outcome.request_id:
-            await self._see_through()
+            await self._complete()
 
-    async def _see_through(self) -> None:
-        """Follow and download what was accepted."""
+    async def _complete(self) -> None:
+        """Follow and download the accepted request."""
         await self._follow()
         if self.outcome.state == pb.REQUEST_STATE_SUCCEEDED:
-            await self._again("downloads", self._download)
-        if self._order.manner is Manner.TWICE and (again := await self._submit()) != self.outcome.request_id:
-            raise Wrong(f"request {self.outcome.request_id} has ended, and its idempotency key became {again}")
+            await self._retry("downloads", self._download)
+        if self._order.behaviour is Behaviour.TWICE and (again := await self._submit()) != self.outcome.request_id:
+            raise UnexpectedReply(
+                f"request {self.outcome.request_id} has ended, and its idempotency key became {again}"
+            )
 
     def _request(self) -> pb.SubmitRequest:
-        keyless = self._order.manner in (Manner.SUBMIT, Manner.LEAVE)
+        keyless = self._order.behaviour in (Behaviour.SUBMIT, Behaviour.LEAVE)
         return pb.SubmitRequest(
-            model=self._order.picture.model,
-            parameters=self._order.picture.parameters,
+            model=self._order.media_request.model,
+            parameters=self._order.media_request.parameters,
             idempotency_key="" if keyless else f"order {self._order.number}",
             priority=self._order.priority,
             deadline=self._deadline,
@@ -166,32 +168,34 @@ class Client:
     def _any_stub(self) -> Stub:
         coordinators = self._fleet.of(coordinators=True)
         if not coordinators:
-            raise Unavailable("there is no coordinator at the moment")
+            raise Unavailable("no coordinator is running")
         return self._channels.stub(self._rng.choice(coordinators).target)
 
-    async def _again(self, what: str, attempt: Callable[[Stub], Awaitable[T]]) -> T:
-        """Ask one coordinator after the other until one answers. Raises Wrong for an error that is none of theirs."""
+    async def _retry(self, what: str, attempt: Callable[[Stub], Awaitable[T]]) -> T:
+        """Retry a call at one coordinator after another. Raises UnexpectedReply for an error that no fault explains."""
         while True:
             try:
                 return await attempt(self._any_stub())
             except grpc.aio.AioRpcError as error:
                 reason = from_rpc_error(error)
                 if not isinstance(reason, _AGAIN):
-                    raise self._wrong(what, reason) from error
+                    raise self._unexpected(what, reason) from error
             except Unavailable:
                 pass
             self.outcome.asked_again += 1
             await asyncio.sleep(_PAUSE_SECONDS)
 
-    def _wrong(self, what: str, error: FleetError) -> Wrong:
+    def _unexpected(self, what: str, error: FleetError) -> UnexpectedReply:
         name = self.outcome.request_id or "not accepted yet"
         kind = type(error).__name__
-        return Wrong(f"order {self._order.number} (request {name}) {what} and is told {kind}: {error.message}")
+        return UnexpectedReply(
+            f"order {self._order.number} (request {name}) {what} and received {kind}: {error.message}"
+        )
 
     async def _submit(self) -> str:
-        """The request's id; empty where its deadline has passed before it was accepted."""
+        """Submit; returns the request id, or "" if the deadline passed before acceptance."""
         request = self._request()
-        times = 3 if self._order.manner is Manner.TWICE else 1
+        times = 3 if self._order.behaviour is Behaviour.TWICE else 1
 
         async def once(stub: Stub) -> str:
             try:
@@ -203,18 +207,18 @@ class Client:
                 self.outcome.lost_answers += not request.idempotency_key
                 raise
 
-        names = set(await asyncio.gather(*(self._again("submits", once) for _ in range(times))))
+        names = set(await asyncio.gather(*(self._retry("submits", once) for _ in range(times))))
         if len(names) != 1:
-            raise Wrong(f"order {self._order.number} has one idempotency key and became {sorted(names)}")
+            raise UnexpectedReply(f"order {self._order.number} has one idempotency key and became {sorted(names)}")
         return names.pop()
 
     def _is_late(self, error: grpc.aio.AioRpcError) -> bool:
         reason = from_rpc_error(error)
-        is_hurried = self._order.manner is Manner.HURRY
+        is_hurried = self._order.behaviour is Behaviour.HURRY
         return is_hurried and isinstance(reason, InvalidInput) and reason.field == "deadline"
 
     async def _generate(self) -> None:
-        """All in one stream; what is missing when it breaks off is left to the other calls."""
+        """Submit, follow and download in one stream; after a disconnect, the other calls continue."""
         outcome = self.outcome
         with suppress(Unavailable, grpc.aio.AioRpcError):
             call = self._any_stub().Generate(pb.GenerateRequest(request=self._request()), metadata=self._key)
@@ -224,7 +228,7 @@ class Client:
                         case "accepted":
                             outcome.request_id = reply.accepted.request_id
                         case "event":
-                            self._hear(reply.event)
+                            self._record(reply.event)
                             if outcome.gave_up:
                                 return
                         case "file":
@@ -234,40 +238,44 @@ class Client:
                 return
             finally:
                 call.cancel()
-        outcome.lost_answers += self._order.manner is Manner.LEAVE
-        outcome.gave_up = self._order.manner is Manner.LEAVE
+        outcome.lost_answers += self._order.behaviour is Behaviour.LEAVE
+        outcome.gave_up = self._order.behaviour is Behaviour.LEAVE
         outcome.files.clear()
         if not outcome.gave_up and is_terminal(outcome.state):
-            await self._again("downloads", self._download)
+            await self._retry("downloads", self._download)
 
-    def _hear(self, event: pb.Event) -> None:
-        self._pulse.event()
-        self.outcome.heard.append(event)
+    def _record(self, event: pb.Event) -> None:
+        self._run_progress.event()
+        self.outcome.received.append(event)
         self.outcome.state = event.state_change.state or self.outcome.state
         is_there = event.progress.service == "denoising" and event.progress.step >= self._order.at_step
-        self.outcome.gave_up |= is_there and self._order.manner is Manner.LEAVE
+        self.outcome.gave_up |= is_there and self._order.behaviour is Behaviour.LEAVE
 
     async def _follow(self) -> None:
-        """Hear every event once, to the last, whichever coordinator tells it; cancel on the way if that is wanted."""
+        """Receive every event once, to the last, from any coordinator; cancel meanwhile if the order says so."""
 
         async def watch(stub: Stub) -> None:
-            heard = self.outcome.heard
-            after = heard[-1].event_id if heard else ""
+            received = self.outcome.received
+            after = received[-1].event_id if received else ""
             wanted = pb.WatchRequest(request_id=self.outcome.request_id, after_event_id=after)
             call = stub.Watch(wanted, metadata=self._key)
             try:
                 async for reply in _unless_silent(call):
-                    self._hear(reply.event)
+                    self._record(reply.event)
                     step = reply.event.progress.step
-                    if self._order.manner is Manner.CANCEL and not self.outcome.gave_up and step >= self._order.at_step:
+                    if (
+                        self._order.behaviour is Behaviour.CANCEL
+                        and not self.outcome.gave_up
+                        and step >= self._order.at_step
+                    ):
                         self.outcome.gave_up = True
-                        await self._again("cancels", self._cancel)
+                        await self._retry("cancels", self._cancel)
             finally:
                 call.cancel()
             if not is_terminal(self.outcome.state):
-                raise Wrong(f"the watch of request {self.outcome.request_id} ends before the request")
+                raise UnexpectedReply(f"the watch of request {self.outcome.request_id} ends before the request")
 
-        await self._again("watches", watch)
+        await self._retry("watches", watch)
 
     async def _cancel(self, stub: Stub) -> None:
         unwanted = pb.CancelRequestRequest(request_id=self.outcome.request_id)
@@ -278,7 +286,7 @@ class Client:
 
 
 async def download(stub: Stub, caller: str, request_id: str) -> list[bytes]:
-    """The stored files of a request of a caller's."""
+    """Download the stored files of a caller's request."""
     files: list[bytes] = []
     call = stub.DownloadResult(pb.DownloadResultRequest(request_id=request_id), metadata=credentials(caller))
     try:
@@ -293,14 +301,14 @@ async def download(stub: Stub, caller: str, request_id: str) -> list[bytes]:
 
 
 async def _unless_silent(call: Any) -> AsyncIterator[Any]:
-    """The replies of a call. Raises Unavailable after a silence, so that another coordinator is asked."""
+    """Iterate over the replies of a call. Raises Unavailable after a silence, so that the call is retried elsewhere."""
     async with aclosing(aiter(call)) as replies:
         while True:
             try:
                 async with asyncio.timeout(_SILENCE_SECONDS):
                     reply = await anext(replies, None)
             except TimeoutError:
-                raise Unavailable("nothing was heard for a while") from None
+                raise Unavailable("no message was received for a while") from None
             if reply is None:
                 return
             yield reply

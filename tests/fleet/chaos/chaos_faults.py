@@ -1,4 +1,4 @@
-"""Lets the faults of a plan strike, each at its moment, and notes whom they hit."""
+"""Injects the faults of a plan at their positions in the run, and records their targets."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from chaos_clients import Channels, Client, Pulse
+from chaos_clients import Channels, Client, RunProgress
 from chaos_links import Link
 from chaos_peers import Peers
 from chaos_plan import Fault, Kind
 from chaos_processes import Fleet, Process
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from common.errors import Unavailable
 from common.state.connection import command
 from common.state.records import is_terminal
-from redis_servers import until
 
 T = TypeVar("T")
 
 
 @dataclass
-class Strike:
-    """A fault that has struck: when, in milliseconds since the epoch, whom, and the requests that ran there."""
+class InjectedFault:
+    """An injected fault: time in ms since the epoch, target process, and requests that ran there."""
 
     fault: Fault
     target: str
@@ -36,10 +36,10 @@ class Strike:
 
 
 class Chaos:
-    """Applies faults to a fleet. `redis` is a client that no link keeps from the store."""
+    """Injects faults into a fleet. `redis` is a client that bypasses the links."""
 
     def __init__(self, fleet: Fleet, redis: Redis, clients: Sequence[Client], channels: Channels) -> None:
-        self.strikes: list[Strike] = []
+        self.injected: list[InjectedFault] = []
         self.peers = Peers()
         self._fleet = fleet
         self._redis = redis
@@ -48,55 +48,55 @@ class Chaos:
         self._store_lock = asyncio.Lock()
         self._lasting: list[asyncio.Task[None]] = []
 
-    async def run(self, faults: Sequence[Fault], pulse: Pulse) -> None:
-        """All faults, in order; a fault that lasts does so beside the next ones."""
+    async def run(self, faults: Sequence[Fault], run_progress: RunProgress) -> None:
+        """Inject all faults in order; a lasting fault overlaps with the next ones."""
         for fault in faults:
-            await pulse.reach(fault.after_orders, fault.after_events)
-            self._lasting.append(asyncio.create_task(self._strike(fault)))
+            await run_progress.reach(fault.after_orders, fault.after_events)
+            self._lasting.append(asyncio.create_task(self._inject(fault)))
         await asyncio.gather(*self._lasting)
 
     async def stop(self) -> None:
-        """Strike no more, and let malformed peers and slow readers leave."""
+        """Stop injecting faults, and disconnect malformed peers and slow readers."""
         for task in self._lasting:
             task.cancel()
         await asyncio.gather(*self._lasting, return_exceptions=True)
         await self.peers.close()
 
-    async def _strike(self, fault: Fault) -> None:
-        """Let a fault strike, as soon as there is somebody to strike, and last."""
-        await until(partial(self._struck, fault))
+    async def _inject(self, fault: Fault) -> None:
+        """Inject a fault as soon as there is a target, for its duration."""
+        await wait_until(partial(self._try_inject, fault))
 
-    async def _struck(self, fault: Fault) -> bool:
-        """Try it; False where nobody is there at the moment."""
+    async def _try_inject(self, fault: Fault) -> bool:
+        """Try to inject a fault; returns False if there is no target at present."""
         match fault.kind:
             case Kind.KILL_DENOISER | Kind.KILL_WORKER | Kind.LEAVE_WORKER | Kind.STOP_WORKER | Kind.FREEZE_WORKER:
-                return await self._strike_worker(fault)
+                return await self._inject_in_worker(fault)
             case Kind.KILL_COORDINATOR | Kind.LEAVE_COORDINATOR | Kind.STOP_COORDINATOR | Kind.FREEZE_COORDINATOR:
-                return await self._strike_coordinator(fault)
+                return await self._inject_in_coordinator(fault)
             case Kind.KILL_BOTH:
                 return await self._kill_both(fault)
             case Kind.RESTART_STORE:
                 return await self._restart_store(fault)
             case Kind.HOLD_STORE | Kind.CUT_STORE | Kind.HOLD_WORKER | Kind.CUT_WORKER:
-                return await self._part(fault)
+                return await self._partition(fault)
             case Kind.SLOW_WATCH | Kind.SLOW_DOWNLOAD:
                 return self._read_slowly(fault)
             case Kind.MALFORMED_COORDINATOR | Kind.MALFORMED_WORKER:
-                return await self._malform(fault)
+                return await self._send_malformed(fault)
 
     def _note(self, fault: Fault, target: str, requests: Sequence[str] = ()) -> None:
-        self.strikes.append(Strike(fault, target, requests))
+        self.injected.append(InjectedFault(fault, target, requests))
         hit = f", which runs {', '.join(requests)}" if requests else ""
-        self._fleet.tell(f"{fault.kind.value} ({fault.number}): {target}{hit}")
+        self._fleet.note(f"{fault.kind.value} ({fault.number}): {target}{hit}")
 
-    async def strike(self, fault: Fault, target: Process) -> None:
-        """Let a fault strike this process, and last."""
+    async def inject(self, fault: Fault, target: Process) -> None:
+        """Inject a fault into this process, for its duration."""
         if target.access is None:
             await self._signal(fault, target, await self._runs_of(target))
         else:
             await self._signal(fault, target, (await self.runs_by_worker()).get(target.pid, ()))
 
-    async def _strike_worker(self, fault: Fault) -> bool:
+    async def _inject_in_worker(self, fault: Fault) -> bool:
         running = await self.runs_by_worker()
         workers = self._fleet.of(coordinators=False)
         denoising = [each for each in workers if each.role.program == "denoising"]
@@ -108,7 +108,7 @@ class Chaos:
         await self._signal(fault, target, running.get(target.pid, ()))
         return True
 
-    async def _strike_coordinator(self, fault: Fault) -> bool:
+    async def _inject_in_coordinator(self, fault: Fault) -> bool:
         target = _drawn(self._fleet.of(coordinators=True), fault.draw)
         if target is None:
             return False
@@ -129,7 +129,7 @@ class Chaos:
                 self._fleet.signal(target, signal.SIGKILL)
 
     async def _kill_both(self, fault: Fault) -> bool:
-        """A denoiser at work, and the coordinator of its request, at the same moment."""
+        """Kill a busy denoiser and the coordinator of its request at the same time."""
         running = await self.runs_by_worker()
         by_pid = {each.pid: each for each in self._fleet.of(coordinators=False)}
         busy = [pid for pid in running if pid in by_pid and by_pid[pid].role.program == "denoising"]
@@ -152,11 +152,11 @@ class Chaos:
             await asyncio.to_thread(self._fleet.server.kill)
             await asyncio.sleep(fault.seconds)
             await asyncio.to_thread(self._fleet.server.start)
-            self._fleet.tell(f"Redis is back ({fault.number})")
+            self._fleet.note(f"Redis is available again ({fault.number})")
         return True
 
-    async def _part(self, fault: Fault) -> bool:
-        """Cut a process off, from the store or, if it is a worker, from the coordinators."""
+    async def _partition(self, fault: Fault) -> bool:
+        """Partition a process from the store or, if it is a worker, from the coordinators."""
         from_store = fault.kind in (Kind.HOLD_STORE, Kind.CUT_STORE)
         workers = list(self._fleet.of(coordinators=False))
         candidates = [*self._fleet.of(coordinators=True), *workers[::3]] if from_store else workers
@@ -170,7 +170,7 @@ class Chaos:
         (link.hold if fault.kind in (Kind.HOLD_STORE, Kind.HOLD_WORKER) else link.cut)()
         await asyncio.sleep(fault.seconds)
         link.heal()
-        self._fleet.tell(f"{target.name} is connected again ({fault.number})")
+        self._fleet.note(f"{target.name} is connected again ({fault.number})")
         return True
 
     def _read_slowly(self, fault: Fault) -> bool:
@@ -185,24 +185,24 @@ class Chaos:
         ask(target, outcome.order.caller, outcome.request_id)
         return True
 
-    async def _malform(self, fault: Fault) -> bool:
+    async def _send_malformed(self, fault: Fault) -> bool:
         candidates = self._fleet.of(coordinators=fault.kind is Kind.MALFORMED_COORDINATOR)
         target = _drawn(candidates, fault.draw)
         if target is None:
             return False
         self._note(fault, target.name)
-        self._fleet.tell(f"{await self.peers.bother(target, fault.draw)} ({fault.number})")
+        self._fleet.note(f"{await self.peers.send_malformed(target, fault.draw)} ({fault.number})")
         return True
 
     async def runs_by_worker(self) -> dict[int, tuple[str, ...]]:
-        """As runs_by_pid(); empty while the store is unavailable: whom it hits is not known then."""
+        """Like runs_by_pid(); empty while the store is unavailable, when the affected requests are unknown."""
         try:
             return await runs_by_pid(self._redis)
         except Unavailable:
             return {}
 
     async def _runs_of(self, coordinator: Process) -> tuple[str, ...]:
-        """The open requests that a coordinator owns."""
+        """Open requests that a coordinator owns."""
         owner, known = coordinator.owner, [client.outcome for client in self._clients if client.outcome.request_id]
         open_ones = [outcome.request_id for outcome in known if not is_terminal(outcome.state)]
         return tuple([name for name in open_ones if owner and await self._owner_of(name) == owner])
@@ -220,7 +220,7 @@ def _drawn(candidates: Sequence[T], draw: float) -> T | None:
 
 
 async def runs_by_pid(redis: Redis) -> dict[int, tuple[str, ...]]:
-    """The requests that have a slot, by the process of the worker, which is in its id."""
+    """Requests that hold a slot, by the worker's process id, which is a part of the worker id."""
     runs: dict[int, tuple[str, ...]] = {}
     for key in await command(redis, "KEYS", "fleet:slots:*"):
         for ticket, slot in (await command(redis, "HGETALL", key)).items():

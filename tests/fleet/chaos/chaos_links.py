@@ -1,4 +1,4 @@
-"""The network between two processes, which can be made to fail: a TCP port whose connections lead to a unix socket."""
+"""A network link between two processes that can fail: a TCP port that forwards to a Unix socket."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 _PIECE_BYTES = 1 << 16
 
 _ACCEPTING_ITERATIONS = 3
-"""Of the event loop, between the acceptance of a connection and its writer: transport, protocol, callback."""
+"""Event-loop iterations between accepting a connection and its callback: transport, protocol, callback."""
 
 
 async def end(writer: asyncio.StreamWriter) -> None:
-    """Reset a connection, and wait until its socket is closed: the event loop may end next."""
+    """Reset a connection and wait until its socket is closed, as the event loop may end next."""
     writer.transport.abort()
     with suppress(OSError):
         await writer.wait_closed()
 
 
 class Link:
-    """Passes bytes on between whoever connects to `port` and the server at a socket.
+    """Forwards bytes between connections to `port` and the server at a Unix socket.
 
-    Held, it takes bytes and delivers them only once it is released, as a network does that comes back: what a peer has
-    sent arrives, although that one gave up long ago. Cut, it ends its connections and refuses new ones.
+    A held link buffers bytes and delivers them after heal(), as a recovering network does, even if the sender has given
+    up. A cut link resets its connections and refuses new ones.
     """
 
     def __init__(self, target: Path) -> None:
@@ -43,30 +43,30 @@ class Link:
 
     @property
     def address(self) -> str:
-        """Where to connect: HOST:PORT."""
+        """HOST:PORT of the link."""
         return f"127.0.0.1:{self.port}"
 
     def hold(self) -> None:
-        """Deliver nothing for now."""
+        """Buffer all bytes until heal()."""
         self._flows.clear()
 
     def cut(self) -> None:
-        """End all connections, and each new one at once."""
+        """Reset all connections, and each new one."""
         self._is_cut = True
         for writer in self._writers:
             writer.transport.abort()
 
     def heal(self) -> None:
-        """Work again, and deliver what was held."""
+        """Forward again, and deliver buffered bytes."""
         self._is_cut = False
         self._flows.set()
 
     async def close(self) -> None:
-        """End, with all connections; returns once they are closed."""
+        """Close the link and all connections; returns once they are closed."""
         writers = set(self._writers)
         self.cut()
         if self._server is not None:
-            # asyncio leaks the socket of a connection that it accepts while the server closes: accept no more first.
+            # asyncio leaks the socket of a connection accepted while the server closes: stop accepting first.
             for listening in self._server.sockets:
                 asyncio.get_running_loop().remove_reader(listening.fileno())
             for _ in range(_ACCEPTING_ITERATIONS):
@@ -80,13 +80,13 @@ class Link:
             await end(writer)
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)  # here: a task that is cancelled before it begins does nothing at all
+        self._writers.add(writer)  # here, as a task that is cancelled before its start runs no code
         task = asyncio.get_running_loop().create_task(self._join(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection until both sides have ended it."""
+        """Serve one connection until both sides have closed it."""
         onward: asyncio.StreamWriter | None = None
         try:
             await self._flows.wait()
@@ -96,7 +96,7 @@ class Link:
             self._writers.add(onward)
             await asyncio.gather(self._pass_on(reader, onward), self._pass_on(back, writer))
         except OSError:
-            return  # Nobody listens behind, or one side has reset the connection: so does the other.
+            return  # The server does not listen, or one side has reset the connection: reset the other side, too.
         finally:
             for each in (writer, onward):
                 if each is not None:
@@ -109,5 +109,5 @@ class Link:
             writer.write(data)
             await writer.drain()
         await self._flows.wait()
-        with suppress(OSError):  # the other direction may have been reset by now
+        with suppress(OSError):  # the other direction may have been reset
             writer.write_eof()

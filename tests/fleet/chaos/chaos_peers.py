@@ -1,4 +1,4 @@
-"""Peers that do not keep to the protocol, and clients that do not read: they must cost nobody else anything."""
+"""Peers that violate the protocol, and clients that do not read: they must not affect other clients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0),
 
 
 class Peers:
-    """Half-open connections, and calls that nobody reads, which stay until close(). `findings` are wrong answers."""
+    """Half-open connections and unread calls, which stay open until close(). `findings` are unexpected replies."""
 
     def __init__(self) -> None:
         self.findings: list[str] = []
@@ -36,21 +36,21 @@ class Peers:
         self._calls: list[Any] = []
         self._channels: list[grpc.aio.Channel] = []
 
-    async def bother(self, process: Process, draw: float) -> str:
-        """Be malformed towards a process in one of several ways; returns which."""
+    async def send_malformed(self, process: Process, draw: float) -> str:
+        """Send malformed data to a process by a random method; returns the method's description."""
         rng = random.Random(draw)
         ways = (self._send_bytes, self._send_frames, self._stay_half_open, self._call_with_bytes, self._call_in_silence)
         way = rng.choice(ways)
-        with suppress(OSError):  # the process may be gone by now
+        with suppress(OSError):  # the process may have exited
             await way(process, rng)
         return way.__name__.strip("_").replace("_", " ")
 
     async def _send_bytes(self, process: Process, rng: random.Random) -> None:
-        """Noise of no protocol."""
+        """Send random bytes."""
         await _talk(process.socket, [rng.randbytes(rng.randrange(1, 20_000))])
 
     async def _send_frames(self, process: Process, rng: random.Random) -> None:
-        """HTTP/2 up to its first frames, which are of random types, streams and lengths."""
+        """Send the HTTP/2 preface and frames of random types, streams and lengths."""
         frames = [
             rng.choice((0, 9, 16_384, 0xFFFFFF)).to_bytes(3, "big") + rng.randbytes(6) + rng.randbytes(9)
             for _ in range(20)
@@ -58,13 +58,13 @@ class Peers:
         await _talk(process.socket, [_PREFACE, _EMPTY_SETTINGS, *frames])
 
     async def _stay_half_open(self, process: Process, rng: random.Random) -> None:
-        """Connect, say the beginning or nothing, and stay."""
+        """Connect, send a part of the preface or nothing, and stay connected."""
         _, writer = await asyncio.open_unix_connection(str(process.socket))
         writer.write(_PREFACE[: rng.choice((0, 10, len(_PREFACE)))])
         self._writers.append(writer)
 
     async def _call_with_bytes(self, process: Process, rng: random.Random) -> None:
-        """A right call of a method that is there, with messages that are none."""
+        """Call an existing method with malformed messages."""
         frames = [rng.randbytes(rng.randrange(1, 3_000)) for _ in range(3)]
         async with grpc.aio.insecure_channel(process.target, options=CHANNEL_OPTIONS) as channel:
             try:
@@ -76,10 +76,12 @@ class Peers:
                     await stage(iter(frames), timeout=_ANSWER_SECONDS).read()
             except grpc.aio.AioRpcError as error:
                 if is_sent_by_peer(error) and isinstance(from_rpc_error(error), InternalError):
-                    self.findings.append(f"{process.name} takes a malformed message for a defect: {error.details()}")
+                    self.findings.append(
+                        f"{process.name} reports a malformed message as an internal error: {error.details()}"
+                    )
 
     async def _call_in_silence(self, process: Process, _: random.Random) -> None:
-        """Begin a call and send nothing, neither a message nor its end: a worker's place is taken for a while."""
+        """Start a call without sending a message or half-closing it; it occupies a worker for a while."""
         if process.role == COORDINATOR:
             await self._stay_half_open(process, random.Random(0))
             return
@@ -94,18 +96,18 @@ class Peers:
         return channel
 
     def watch_without_reading(self, process: Process, caller: str, request_id: str) -> None:
-        """Ask a coordinator for the events of a request of a caller's, and read none."""
+        """Start a Watch call for a caller's request and read no event."""
         stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel(process.target, _SMALL_WINDOW))
         self._calls.append(stub.Watch(pb.WatchRequest(request_id=request_id), metadata=credentials(caller)))
 
     def download_without_reading(self, process: Process, caller: str, request_id: str) -> None:
-        """Ask a coordinator for a result of a caller's, and read none of it."""
+        """Start a DownloadResult call for a caller's request and read no data."""
         stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel(process.target, _SMALL_WINDOW))
         wanted = pb.DownloadResultRequest(request_id=request_id)
         self._calls.append(stub.DownloadResult(wanted, metadata=credentials(caller)))
 
     async def close(self) -> None:
-        """Leave."""
+        """Close all connections and calls."""
         for call in self._calls:
             call.cancel()
         for channel in self._channels:
@@ -113,11 +115,11 @@ class Peers:
         for writer in self._writers:
             await end(writer)
         for each in (self._calls, self._channels, self._writers):
-            each.clear()  # a call that is still known keeps its connection
+            each.clear()  # a referenced call keeps its connection open
 
 
 async def _talk(socket: Path, pieces: Sequence[bytes]) -> None:
-    """Send pieces over a new connection, and hear what is said until the other side has enough."""
+    """Send pieces over a new connection, and read until the peer closes it."""
     reader, writer = await asyncio.open_unix_connection(str(socket))
     try:
         for piece in pieces:

@@ -1,4 +1,4 @@
-"""What a chaos run does, all of it drawn from a seed: which requests its clients send, and which faults strike when."""
+"""Plan of a chaos run, drawn from a seed: the clients' requests, and the faults with their positions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS = 12
 _FLUX_GIVEN = {"height": 192, "width": 192, "num_inference_steps": STEPS}
 _LARGE_GIVEN = {"height": 384, "width": 384, "num_inference_steps": STEPS}  # a loop of about a second
 _WAN_GIVEN = {"height": 48, "width": 64, "num_frames": 5, "num_inference_steps": STEPS}
-# Three blocks of four steps, which stream.
+# A streamed video of three blocks with four steps each.
 _CAUSAL_GIVEN = {"height": 64, "width": 96, "num_frames": 21}
 _SHARES: Mapping[str, float] = MappingProxyType({FLUX: 0.6, WAN: 0.2, CAUSAL: 0.2})
 _FAR_DEADLINE_SECONDS = 1_800.0
@@ -26,39 +26,39 @@ CALLERS = ("studio", "press")
 _PROMPTS = ("a red apple", "a blue car", "the old stone on the moon", "a cat on the river")
 
 
-class Manner(Enum):
-    """How a client asks for a picture."""
+class Behaviour(Enum):
+    """How a client sends its request."""
 
     SUBMIT = "submits without a key"
     KEYED = "submits with an idempotency key"
     TWICE = "submits with one key to several coordinators at once, and again after the end"
     GENERATE = "generates with an idempotency key"
     CANCEL = "submits with a key, and cancels once it denoises"
-    LEAVE = "generates without a key, and leaves once it denoises"
+    LEAVE = "generates without a key, and disconnects once it denoises"
     HURRY = "submits with an idempotency key and a deadline that may pass"
-    POISON = "submits with an idempotency key what kills each worker that denoises it"
+    POISON = "submits a request that kills each worker that denoises it, with an idempotency key"
 
 
-_MANNERS: Mapping[Manner, int] = MappingProxyType(
+_BEHAVIOURS: Mapping[Behaviour, int] = MappingProxyType(
     {
-        Manner.SUBMIT: 5,
-        Manner.KEYED: 7,
-        Manner.TWICE: 3,
-        Manner.GENERATE: 3,
-        Manner.CANCEL: 2,
-        Manner.LEAVE: 1,
-        Manner.HURRY: 2,
+        Behaviour.SUBMIT: 5,
+        Behaviour.KEYED: 7,
+        Behaviour.TWICE: 3,
+        Behaviour.GENERATE: 3,
+        Behaviour.CANCEL: 2,
+        Behaviour.LEAVE: 1,
+        Behaviour.HURRY: 2,
     }
 )
 
 
-INNOCENT = (Manner.SUBMIT, Manner.KEYED, Manner.TWICE, Manner.GENERATE)
+INNOCENT = (Behaviour.SUBMIT, Behaviour.KEYED, Behaviour.TWICE, Behaviour.GENERATE)
 
 
 class Kind(Enum):
     """A kind of fault."""
 
-    KILL_DENOISER = "SIGKILL of a denoiser at work"
+    KILL_DENOISER = "SIGKILL of a busy denoiser"
     KILL_WORKER = "SIGKILL of a worker"
     STOP_WORKER = "SIGSTOP of a worker, then SIGCONT"
     FREEZE_WORKER = "SIGSTOP of a worker, then SIGKILL"
@@ -105,8 +105,8 @@ _FAULTS: Mapping[Kind, int] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What is asked for. Equal ones have equal results, byte for byte."""
+class MediaRequest:
+    """Model and parameters of a request. Equal requests have byte-equal results."""
 
     model: str
     prompt: str
@@ -121,26 +121,26 @@ class Picture:
 
     @property
     def parameters(self) -> pb.GenerationParameters:
-        """The same as a message."""
+        """The sampling parameters as a message."""
         return pb.GenerationParameters(**self.given)
 
 
-PICTURES = tuple(
-    Picture(model, _PROMPTS[number % len(_PROMPTS)], number) for model in _SHARES for number in range(_VARIANTS)
+MEDIA_REQUESTS = tuple(
+    MediaRequest(model, _PROMPTS[number % len(_PROMPTS)], number) for model in _SHARES for number in range(_VARIANTS)
 )
-LARGE_PICTURES = tuple(
-    Picture(FLUX, prompt, _VARIANTS + number, is_large=True) for number, prompt in enumerate(_PROMPTS)
+LARGE_REQUESTS = tuple(
+    MediaRequest(FLUX, prompt, _VARIANTS + number, is_large=True) for number, prompt in enumerate(_PROMPTS)
 )
 
 
 @dataclass(frozen=True)
 class Order:
-    """What one client wants, on whose behalf, and how it behaves. `at_step` is when it cancels or leaves."""
+    """Request, caller and behaviour of one client, which cancels or disconnects at step `at_step`."""
 
     number: int
     caller: str
-    picture: Picture
-    manner: Manner
+    media_request: MediaRequest
+    behaviour: Behaviour
     priority: int
     deadline_seconds: float | None
     at_step: int
@@ -148,9 +148,9 @@ class Order:
 
 @dataclass(frozen=True)
 class Fault:
-    """Strikes once so many orders have ended and, from then on, so many events have been heard.
+    """A fault that is injected after `after_orders` ended orders and then `after_events` further events.
 
-    `seconds` is how long it lasts, where it lasts; `draw` in [0, 1) chooses among what can be struck by then.
+    `seconds` is the duration of lasting faults; `draw` in [0, 1) selects among the possible targets.
     """
 
     number: int
@@ -167,9 +167,10 @@ class Fault:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run. `skews` are the errors of the processes' clocks in seconds, in the order of their starts.
+    """Plan of a whole run. `skews` yields clock errors in seconds, one per started process.
 
-    `faults` strike by the progress of the run. With `death_seconds`, each process also dies that often on average.
+    `faults` are triggered by the run's progress. With `death_seconds`, each process is also killed once per that
+    interval on average.
     """
 
     seed: int
@@ -177,17 +178,17 @@ class Plan:
     orders: Sequence[Order]
     faults: Sequence[Fault]
     longest_seconds: float
-    pictures: Sequence[Picture] = PICTURES
+    media_requests: Sequence[MediaRequest] = MEDIA_REQUESTS
     is_churn: bool = False
     death_seconds: float = 0.0
 
     def skews(self) -> random.Random:
-        """Where the errors of the clocks come from."""
+        """Random generator of the clock errors."""
         return random.Random(f"skews of {self.seed}")
 
 
 def make_plan(seed: int, requests: int, *, clients: int, faults: int, longest_seconds: float) -> Plan:
-    """Draw a run. There are at least as many faults as kinds; each lasts at most `longest_seconds`."""
+    """Draw a plan with at least one fault of each kind; faults last at most `longest_seconds`."""
     rng = random.Random(seed)
     orders = [_order(number, rng) for number in range(requests)]
     kinds = list(Kind) + rng.choices(list(_FAULTS), list(_FAULTS.values()), k=max(0, faults - len(Kind)))
@@ -210,23 +211,25 @@ def make_plan(seed: int, requests: int, *, clients: int, faults: int, longest_se
 def make_churn_plan(
     seed: int, requests: int, *, clients: int, death_seconds: float, longest_seconds: float, poison: int
 ) -> Plan:
-    """Draw a run of deaths by the clock. Of the requests `poison` kill their workers; all others are innocent."""
+    """Draw a plan of timed kills. `poison` is the number of requests that kill their workers."""
     rng = random.Random(seed)
     kill = set(rng.sample(range(requests), poison))
     orders = [
-        make_order(number, rng, LARGE_PICTURES, (Manner.POISON,) if number in kill else INNOCENT)
+        make_order(number, rng, LARGE_REQUESTS, (Behaviour.POISON,) if number in kill else INNOCENT)
         for number in range(requests)
     ]
-    return Plan(seed, clients, orders, (), longest_seconds, LARGE_PICTURES, is_churn=True, death_seconds=death_seconds)
+    return Plan(seed, clients, orders, (), longest_seconds, LARGE_REQUESTS, is_churn=True, death_seconds=death_seconds)
 
 
-def make_order(number: int, rng: random.Random, pictures: Sequence[Picture], manners: Sequence[Manner]) -> Order:
+def make_order(
+    number: int, rng: random.Random, media_requests: Sequence[MediaRequest], behaviours: Sequence[Behaviour]
+) -> Order:
     """Draw an order without a deadline and without a priority."""
     return Order(
         number=number,
         caller=rng.choice(CALLERS),
-        picture=rng.choice(pictures),
-        manner=rng.choice(manners),
+        media_request=rng.choice(media_requests),
+        behaviour=rng.choice(behaviours),
         priority=0,
         deadline_seconds=None,
         at_step=0,
@@ -235,14 +238,14 @@ def make_order(number: int, rng: random.Random, pictures: Sequence[Picture], man
 
 def _order(number: int, rng: random.Random) -> Order:
     (model,) = rng.choices(list(_SHARES), list(_SHARES.values()))
-    manner = rng.choices(list(_MANNERS), list(_MANNERS.values()))[0]
+    behaviour = rng.choices(list(_BEHAVIOURS), list(_BEHAVIOURS.values()))[0]
     far = rng.choice((None, None, _FAR_DEADLINE_SECONDS))
     return Order(
         number=number,
         caller=rng.choice(CALLERS),
-        picture=rng.choice([picture for picture in PICTURES if picture.model == model]),
-        manner=manner,
+        media_request=rng.choice([media_request for media_request in MEDIA_REQUESTS if media_request.model == model]),
+        behaviour=behaviour,
         priority=rng.randrange(-2, 3),
-        deadline_seconds=rng.uniform(0.5, 3.0) if manner is Manner.HURRY else far,
+        deadline_seconds=rng.uniform(0.5, 3.0) if behaviour is Behaviour.HURRY else far,
         at_step=rng.randrange(1, STEPS - 2),
     )

@@ -1,4 +1,4 @@
-"""The fleet that a chaos run torments: a store, a warm parent, and the services that it forks, each behind links."""
+"""The fleet of a chaos run: a store, and services that a warm parent forks, each behind links."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from chaos_links import Link
 from warm_starter import TREE, WarmStarter
 
-from redis_servers import RedisServer, server_binaries, until
+from async_tests import wait_until
+from redis_servers import RedisServer, server_binaries
 
 SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
 _LARGEST_SKEW_SECONDS = 7_200.0
@@ -25,7 +26,7 @@ _IDLE_SECONDS = 2.0
 _KILLED_SECONDS = 10.0
 _OWNER = re.compile(r"coordinator-[0-9a-f]{12}")
 
-# Quick heartbeats, as a take-over waits for a few.
+# Short heartbeat intervals, as a take-over waits for several of them.
 QUICK_COORDINATOR = (
     *("--heartbeat-seconds", "0.3", "--heartbeat-ttl-seconds", "1.5", "--step-seconds", "0", "--grace-seconds", "2"),
 )
@@ -37,12 +38,12 @@ _EVERY_STEP = {
 
 
 def quick_worker(service: str) -> tuple[str, ...]:
-    """Flags of a worker that reports every step, and waits for nothing long."""
+    """Flags of a worker that reports every step and has short timeouts."""
     return (*_QUICK_WORKER, *_EVERY_STEP.get(service, ()))
 
 
 def credentials(caller: str) -> tuple[tuple[str, str]]:
-    """The metadata of the calls of a caller that the fleet knows."""
+    """Call metadata with the API key of a caller."""
     return (("authorization", f"Bearer key-of-{caller}"),)
 
 
@@ -53,7 +54,7 @@ def write_keys(path: Path, callers: Sequence[str]) -> None:
 
 
 class Role(NamedTuple):
-    """What a process is: a service of a model, or a coordinator, which serves all models."""
+    """Role of a process: a service of a model, or a coordinator for all models."""
 
     program: str
     model: str = ""
@@ -64,11 +65,11 @@ COORDINATOR = Role("coordinator")
 
 @dataclass(eq=False)
 class Process:
-    """A process of the fleet. `store` is its way to Redis, `access` that of coordinators to it, if it is a worker.
+    """A process of the fleet. `store` is its link to Redis; `access` is the coordinators' link to a worker.
 
+    `left_early`: it received SIGTERM before it listened. No request can have been lost then; before its signal handlers
+    are installed, SIGTERM ends the process with its default action.
     `tree` is the source tree that it runs.
-    It `left_early` when it was told to leave before it listened: nobody can have lost anything then, and where it had
-    not come to its signal handlers yet, SIGTERM ends it as it ends any process.
     """
 
     name: str
@@ -87,22 +88,22 @@ class Process:
 
     @property
     def target(self) -> str:
-        """Where gRPC clients reach it without a link between."""
+        """gRPC target without a link."""
         return f"unix:{self.socket}"
 
     @property
     def owner(self) -> str:
-        """A coordinator's name in the store; empty until it has told it in its log."""
+        """A coordinator's owner name in the store; empty until it appears in its log."""
         found = _OWNER.search(self.log.read_text(errors="replace")) if self.log.exists() else None
         return found[0] if found else ""
 
 
 class Fleet:
-    """Starts processes, and another of the same role for each that ends. `findings` are ends that nobody caused.
+    """Starts processes, and replaces each one that ends. `findings` are unexpected exits.
 
-    There are so many `workers` of each of the `services`, and `denoisers` where that is set. With `callers`, its
-    coordinators serve only them; without, anybody. The words are the settings of coordinators and workers.
-    A process runs one of the source `trees`: that which `tree` is when the process starts, at first the first one.
+    Each of the `services` has `workers` workers, denoising has `denoisers` if it is set. With `callers`, coordinators
+    serve only them. `coordinator_flags` and `worker_flags` are settings of the processes.
+    A process runs one of the source `trees`: the value of `tree` when the process starts, initially the first.
     """
 
     def __init__(
@@ -116,8 +117,8 @@ class Fleet:
         denoisers: int = 0,
         services: Sequence[str] = SERVICES,
         callers: Sequence[str] = (),
-        coordinator_words: Sequence[str] = QUICK_COORDINATOR,
-        worker_words: Callable[[str], Sequence[str]] = quick_worker,
+        coordinator_flags: Sequence[str] = QUICK_COORDINATOR,
+        worker_flags: Callable[[str], Sequence[str]] = quick_worker,
         trees: Sequence[Path] = (TREE,),
     ) -> None:
         self.models = models
@@ -126,11 +127,11 @@ class Fleet:
         self.living: list[Process] = []
         self.all: list[Process] = []
         self.findings: list[str] = []
-        self.story: list[str] = []
+        self.history: list[str] = []
         self._skews = skews
         self._callers = callers
-        self._coordinator_words = coordinator_words
-        self._worker_words = worker_words
+        self._coordinator_flags = coordinator_flags
+        self._worker_flags = worker_flags
         self.workers = dict.fromkeys(services, workers) | {"denoising": denoisers or workers}
         roles = [Role(service, model) for model in models for service in services]
         self.roles = [COORDINATOR] * coordinators + [role for role in roles for _ in range(self.workers[role.program])]
@@ -140,9 +141,9 @@ class Fleet:
         self._closing = False
         self._began = time.monotonic()
 
-    def tell(self, what: str) -> None:
-        """Note what happens, with the time since the start."""
-        self.story.append(f"{time.monotonic() - self._began:8.3f} s  {what}")
+    def note(self, what: str) -> None:
+        """Append a message with the time since the start to the history."""
+        self.history.append(f"{time.monotonic() - self._began:8.3f} s  {what}")
 
     async def start(self) -> None:
         """Start everything; returns once every process has been forked."""
@@ -154,7 +155,7 @@ class Fleet:
 
     @property
     def logs(self) -> dict[str, Path]:
-        """The log of every process that ever ran, by its name."""
+        """Log files of all processes, including ended ones, by name."""
         return {process.name: process.log for process in self.all}
 
     @property
@@ -181,7 +182,7 @@ class Fleet:
         process.pid = forked.pid
         self.living.append(process)
         forked.ended.add_done_callback(lambda ended: self._ended(process, ended.result()))
-        self.tell(f"{name} starts as process {process.pid}, its clock {skew:+.0f} s")
+        self.note(f"{name} starts as process {process.pid}, its clock {skew:+.0f} s")
         return process
 
     def _arguments(self, process: Process) -> list[str]:
@@ -189,7 +190,7 @@ class Fleet:
         if process.access is None:
             references = [word for reference in self._references() for word in ("--model", reference)]
             keys = ("--api-keys", str(self._keys)) if self._callers else ()
-            return [*words, *references, *keys, *self._coordinator_words]
+            return [*words, *references, *keys, *self._coordinator_flags]
         model = process.role.model
         return [
             *words,
@@ -197,18 +198,18 @@ class Fleet:
             f"{model}={self.models[model]}",
             "--advertise",
             process.access.address,
-            *self._worker_words(process.role.program),
+            *self._worker_flags(process.role.program),
         ]
 
     def _ended(self, process: Process, code: int) -> None:
         process.code = code
         self.living.remove(process)
         process.ended.set()
-        self.tell(f"{process.name} ends with {code}")
+        self.note(f"{process.name} ends with {code}")
         if not process.is_ending:
-            self.findings.append(f"{process.name} ended by itself, with {code}; see {process.log}")
+            self.findings.append(f"{process.name} exited unexpectedly with {code}; see {process.log}")
         elif code not in (0, -signal.SIGKILL) and not (process.left_early and code == -signal.SIGTERM):
-            self.findings.append(f"{process.name} was told to leave and ended with {code}; see {process.log}")
+            self.findings.append(f"{process.name} received SIGTERM and exited with {code}; see {process.log}")
         if not self._closing:
             self._do(self._replace(process))
 
@@ -227,24 +228,24 @@ class Fleet:
             await process.access.close()
 
     def of(self, *, coordinators: bool) -> Sequence[Process]:
-        """The living coordinators, or the living workers, that are not about to end."""
+        """Running coordinators, or running workers, that are not ending."""
         return [each for each in self.living if (each.role == COORDINATOR) == coordinators and not each.is_ending]
 
     def signal(self, process: Process, number: signal.Signals) -> None:
-        """Send a signal to a process that lives."""
+        """Send a signal to a running process."""
         if process.ended.is_set():
             return
         listened = process.socket.exists()
         try:
             os.kill(process.pid, number)
-        except ProcessLookupError:  # It has ended, which its parent has yet to tell; this did not end it.
+        except ProcessLookupError:  # It has exited already, which its parent has not reported yet.
             return
         process.is_ending |= number in (signal.SIGKILL, signal.SIGTERM)
         process.is_stopped = number == signal.SIGSTOP
         process.left_early |= number == signal.SIGTERM and not listened
 
     def heal(self) -> None:
-        """Let every process run and reach everything."""
+        """Resume every process and heal every link."""
         for process in self.living:
             if process.is_stopped and not process.is_ending:
                 self.signal(process, signal.SIGCONT)
@@ -253,7 +254,7 @@ class Fleet:
                 process.access.heal()
 
     async def is_complete(self) -> bool:
-        """Whether every role has as many processes as it should."""
+        """Whether every role has its number of processes."""
         roles = [process.role for process in self.living if not process.is_ending]
         return sorted(roles) == sorted(self.roles) and not self._tasks
 
@@ -263,17 +264,18 @@ class Fleet:
         before = len(self.all)
         self.signal(process, signal.SIGTERM)
         await process.ended.wait()
-        await until(self.is_complete)
+        await wait_until(self.is_complete)
         (successor,) = (each for each in self.all[before:] if each.role == process.role)
 
         async def listens() -> bool:
             return successor.socket.exists() or successor.ended.is_set()
 
-        await until(listens)
+        await wait_until(listens)
         return successor
 
     async def stop(self, seconds: float = 30.0) -> None:
-        """End everything gracefully, coordinators first; what does not end is a finding, and killed."""
+        """Send SIGTERM to all processes, coordinators first; a process that does not exit is a finding and is
+        killed."""
         self._closing = True
         self.heal()
         for coordinators in (True, False):
@@ -282,7 +284,7 @@ class Fleet:
                 self.signal(process, signal.SIGTERM)
             await self._wait_ended(leaving, seconds)
         for process in list(self.living):
-            self.findings.append(f"{process.name} did not end within {seconds:g} s of SIGTERM; see {process.log}")
+            self.findings.append(f"{process.name} did not exit within {seconds:g} s of SIGTERM; see {process.log}")
             self.signal(process, signal.SIGKILL)
         await self._wait_ended(self.living, seconds)
 
@@ -302,7 +304,7 @@ class Fleet:
                 each.cancel()
 
     async def close(self) -> None:
-        """End the rest: links, warm parent, store."""
+        """Close the links, the warm parent and the store."""
         self._closing = True
         for task in list(self._tasks):
             task.cancel()

@@ -1,4 +1,4 @@
-"""What a chaos run has shown: a table by kind of fault, and what requests went through."""
+"""Report of a chaos run: a table by kind of fault, and statistics of requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from chaos_checks import Stored
 from chaos_clients import Outcome
-from chaos_faults import Strike
+from chaos_faults import InjectedFault
 from chaos_plan import Kind, Plan
 
 from common.state.records import is_terminal
@@ -18,24 +18,24 @@ from fleet.v1 import generation_pb2 as pb
 
 @dataclass
 class Denoising:
-    """How often a request's denoising went on, or began anew, after steps were done, as its events tell."""
+    """Number of times that a request's denoising resumed or restarted after completed steps, from its events."""
 
     resumed: int = 0
-    anew: int = 0
+    restarted: int = 0
     redone: int = 0
 
     @classmethod
     def of(cls, events: Sequence[pb.Event]) -> Denoising:
-        """Read it from the events. A step 0 is a beginning; what comes next tells where it went on."""
+        """Count from events. Step 0 marks a start; the next step is where the loop resumed."""
         found, last, is_new = cls(), 0, False
         for progress in (event.progress for event in events if event.progress.service == "denoising"):
             if progress.step == 0:
                 is_new = True
                 continue
             if is_new and last:
-                # Quick steps may be told together: of what was told, the first is at least the first that was done.
+                # Quick steps may be reported together: the first reported step is at least the first completed one.
                 found.resumed += progress.step > 1
-                found.anew += progress.step == 1
+                found.restarted += progress.step == 1
                 found.redone += max(0, last - progress.step + 1)
             is_new, last = False, progress.step
         return found
@@ -43,13 +43,13 @@ class Denoising:
 
 @dataclass
 class Latency:
-    """How long faults of one kind took, in seconds, over the requests that they hit."""
+    """Detection and recovery times of one kind of fault in seconds, over the affected requests."""
 
     detect: list[float] = field(default_factory=list)
     recover: list[float] = field(default_factory=list)
 
     def add(self, at_ms: float, events: Sequence[pb.Event]) -> None:
-        """One request: until it is begun anew somewhere, and until it goes on from there."""
+        """Add a request: time until it is restarted on a worker, and until its next progress."""
         began: float | None = None
         for event in events:
             moment = event.time.ToMilliseconds()
@@ -66,18 +66,18 @@ class Latency:
 
 @dataclass
 class Report:
-    """All of it. Without findings, everything that was promised has held."""
+    """Results of a run. Without findings, all invariants hold."""
 
     plan: Plan
     seconds: float
     outcomes: Sequence[Outcome]
     stored: Mapping[str, Stored]
-    strikes: Sequence[Strike]
+    injected: Sequence[InjectedFault]
     findings: Sequence[str]
     details: Sequence[str] = ()
 
     def table(self) -> str:
-        """For people to read."""
+        """Format the report."""
         return "\n".join([*self._requests(), "", *self._faults()])
 
     def _requests(self) -> list[str]:
@@ -91,10 +91,10 @@ class Report:
             "orders, clients, seconds": f"{len(self.plan.orders)}, {self.plan.clients}, {self.seconds:.1f}",
             "requests accepted": ", ".join([str(len(self.stored)), *(f"{n} {name}" for name, n in states.items())]),
             "calls that clients repeated": sum(outcome.asked_again for outcome in self.outcomes),
-            "stages begun again": again,
+            "stages restarted": again,
             "requests taken over": sum(each.epoch > 1 for each in self.stored.values()),
-            "denoisings resumed, begun anew": f"{sum(each.resumed for each in denoised)}, "
-            f"{sum(each.anew for each in denoised)}",
+            "denoisings resumed, restarted": f"{sum(each.resumed for each in denoised)}, "
+            f"{sum(each.restarted for each in denoised)}",
             "steps redone": sum(each.redone for each in denoised),
         }
         return [f"{name:34} {value}" for name, value in rows.items()]
@@ -103,17 +103,17 @@ class Report:
         lines = [f"{'fault':48} {'times':>5} {'hit':>4}  {'detect, median/max s':>20}  {'recover, median/max s':>21}"]
         whole = Latency()
         for kind in Kind:
-            strikes = [strike for strike in self.strikes if strike.fault.kind is kind]
+            hits = [each for each in self.injected if each.fault.kind is kind]
             latency = Latency()
-            for strike in strikes:
-                for name in strike.requests:
+            for each in hits:
+                for name in each.requests:
                     if name in self.stored:
-                        latency.add(strike.at_ms, self.stored[name].events)
+                        latency.add(each.at_ms, self.stored[name].events)
             whole.detect += latency.detect
             whole.recover += latency.recover
-            lines.append(_row(kind.value, len(strikes), sum(len(strike.requests) for strike in strikes), latency))
-        hit = sum(len(strike.requests) for strike in self.strikes)
-        lines.append(_row("all (each process's clock is wrong throughout)", len(self.strikes), hit, whole))
+            lines.append(_row(kind.value, len(hits), sum(len(each.requests) for each in hits), latency))
+        hit = sum(len(each.requests) for each in self.injected)
+        lines.append(_row("all (with a skewed clock in each process)", len(self.injected), hit, whole))
         return lines
 
 

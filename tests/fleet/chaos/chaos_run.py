@@ -1,4 +1,4 @@
-"""What runs of a fleet under load share: checkpoints and references, warm-up, clients, and the checks at the end."""
+"""Runs of a fleet under load: checkpoints and references, warm-up, clients, and the checks at the end."""
 
 from __future__ import annotations
 
@@ -11,52 +11,54 @@ from pathlib import Path
 import grpc
 import torch
 from chaos_checks import Baseline, Stored, check_files, check_requests, lines_about, read_store, settled
-from chaos_clients import Channels, Client, Pulse, Stub, Wrong, download
-from chaos_plan import CALLERS, CAUSAL, FLUX, WAN, Order, Picture, Plan
+from chaos_clients import Channels, Client, RunProgress, Stub, UnexpectedReply, download
+from chaos_plan import CALLERS, CAUSAL, FLUX, WAN, MediaRequest, Order, Plan
 from chaos_processes import Fleet, credentials
 from redis.asyncio import Redis
 
+from async_tests import wait_until
 from fleet.v1 import generation_pb2 as pb
 from local_fleet import open_fleet
-from redis_servers import until
 from tiny_flux import build_tiny_flux
 from tiny_wan import build_tiny_wan, build_tiny_wan_causal
 
 SILENT_SECONDS = 60.0
-"""Seconds after which a run without any event is given up."""
+"""Timeout in seconds of a run without any event."""
 
-References = Mapping[Picture, Sequence[bytes]]
+References = Mapping[MediaRequest, Sequence[bytes]]
 
 
 def build_models(directory: Path, plan: Plan) -> dict[str, Path]:
-    """The checkpoints that are served, by name."""
+    """Build the checkpoints, by model name."""
     build = {FLUX: build_tiny_flux, WAN: build_tiny_wan, CAUSAL: build_tiny_wan_causal}
-    return {name: build[name](directory / name) for name in dict.fromkeys(each.model for each in plan.pictures)}
+    return {name: build[name](directory / name) for name in dict.fromkeys(each.model for each in plan.media_requests)}
 
 
-def make_references(models: Mapping[str, Path], pictures: Sequence[Picture]) -> References:
-    """What each picture's files are, computed in this process by the same stages, with as many threads as there."""
+def make_references(models: Mapping[str, Path], media_requests: Sequence[MediaRequest]) -> References:
+    """Generate the files of each request in this process, with the same stages and number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    references: dict[Picture, Sequence[bytes]] = {}
+    references: dict[MediaRequest, Sequence[bytes]] = {}
     for name, path in models.items():
         local = open_fleet(f"{name}={path}")
-        for picture in (each for each in pictures if each.model == name):
-            references[picture] = [item.data.numpy().tobytes() for item in local.media(**picture.given).items]
+        for media_request in (each for each in media_requests if each.model == name):
+            references[media_request] = [
+                item.data.numpy().tobytes() for item in local.media(**media_request.given).items
+            ]
         local.close()
     torch.set_num_threads(threads)
     return references
 
 
 class FleetRun:
-    """A fleet and its clients. `findings` are sentences that name what is wrong; `stored` is what the store had."""
+    """A fleet and its clients. `findings` are failed checks; `stored` is the content of the store."""
 
     def __init__(self, plan: Plan, fleet: Fleet, redis: Redis, references: References) -> None:
         self.plan = plan
         self.fleet = fleet
         self.redis = redis
         self.channels = Channels()
-        self.pulse = Pulse()
+        self.run_progress = RunProgress()
         self.clients: list[Client] = []
         self.findings: list[str] = []
         self.stored: dict[str, Stored] = {}
@@ -64,30 +66,30 @@ class FleetRun:
         self._warmed: list[str] = []
 
     def new_client(self, order: Order) -> Client:
-        """A client that sees an order through."""
-        return Client(order, self.fleet, self.channels, self.pulse, self.plan.seed)
+        """A client that runs an order to its end."""
+        return Client(order, self.fleet, self.channels, self.run_progress, self.plan.seed)
 
     async def warm_up(self) -> None:
-        """Wait for all workers, and let every coordinator and every stage serve once."""
+        """Wait for all workers, and run one request on every coordinator and stage."""
         coordinators = self.fleet.of(coordinators=True)
         await asyncio.gather(*(self._warm(self.channels.stub(each.target)) for each in coordinators))
 
-    async def see_everybody(self, stub: Stub) -> None:
-        """Wait until a coordinator knows all workers that should be there."""
+    async def list_all_workers(self, stub: Stub) -> None:
+        """Wait until a coordinator lists all workers of the fleet."""
         key = credentials(CALLERS[0])
 
-        async def sees_everybody() -> bool:
+        async def lists_all_workers() -> bool:
             reply = await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True, metadata=key)
             wanted = self.fleet.workers
             return all(each.workers == wanted[each.service] for model in reply.models for each in model.services)
 
-        await until(sees_everybody)
+        await wait_until(lists_all_workers)
 
     async def _warm(self, stub: Stub) -> None:
-        await self.see_everybody(stub)
+        await self.list_all_workers(stub)
         key = credentials(CALLERS[0])
-        for picture in {each.model: each for each in self.plan.pictures}.values():
-            request = pb.SubmitRequest(model=picture.model, parameters=picture.parameters)
+        for media_request in {each.model: each for each in self.plan.media_requests}.values():
+            request = pb.SubmitRequest(model=media_request.model, parameters=media_request.parameters)
             accepted = await stub.Submit(request, metadata=key)
             self._warmed.append(accepted.request.request_id)
             watch = stub.Watch(pb.WatchRequest(request_id=self._warmed[-1]), metadata=key)
@@ -95,21 +97,21 @@ class FleetRun:
             assert last.state_change.state == pb.REQUEST_STATE_SUCCEEDED, last
 
     async def serve(self, clients: Iterator[Client]) -> None:
-        """So many clients at a time, each with its orders one after the other."""
+        """Run all clients, `plan.clients` of them concurrently."""
 
         async def work() -> None:
             for client in clients:
                 try:
                     await client.run()
-                except Wrong as wrong:
-                    self.findings.append(str(wrong))
-                self.pulse.order()
+                except UnexpectedReply as error:
+                    self.findings.append(str(error))
+                self.run_progress.order()
 
         workers = [asyncio.create_task(work()) for _ in range(self.plan.clients)]
         while not all(worker.done() for worker in workers):
             await asyncio.wait(workers, timeout=1)
-            if time.monotonic() - self.pulse.beaten > SILENT_SECONDS:
-                self.findings.append(f"nothing has happened for {SILENT_SECONDS:g} s: {self._unfinished()}")
+            if time.monotonic() - self.run_progress.last_moved > SILENT_SECONDS:
+                self.findings.append(f"no event for {SILENT_SECONDS:g} s: {self._unfinished()}")
                 break
         for worker in workers:
             worker.cancel()
@@ -119,33 +121,33 @@ class FleetRun:
 
     def _unfinished(self) -> str:
         outcomes = [client.outcome for client in self.clients]
-        open_ones = [each for each in outcomes if each.heard and each.heard[-1].state_change.state < 3]
+        open_ones = [each for each in outcomes if each.received and each.received[-1].state_change.state < 3]
         return ", ".join(f"order {each.order.number} is request {each.request_id}" for each in open_ones)
 
     async def check(self, baseline: Baseline | None = None) -> None:
-        """Every request has ended as its order allows, every result has its bytes, and nothing is left over."""
+        """Check that requests ended as their orders allow, with the expected bytes, and that the fleet is clean."""
         outcomes = [client.outcome for client in self.clients]
         await self.channels.close()
-        gc.collect()  # calls that broke off live on in the tracebacks of their errors, and keep their connections
+        gc.collect()  # tracebacks of failed calls reference them and keep their connections open
         self.findings += await settled(self.fleet, self.redis, baseline)
         self.stored = await read_store(self.redis)
         self.findings += check_requests(self.stored, outcomes, self._warmed)
-        heard = {outcome.request_id: outcome.files for outcome in outcomes if outcome.files}
+        received = {outcome.request_id: outcome.files for outcome in outcomes if outcome.files}
         stub = self.channels.stub(self.fleet.of(coordinators=True)[0].target)
         for name, each in self.stored.items():
             if each.record.state == pb.REQUEST_STATE_SUCCEEDED:
                 try:
                     files = await download(stub, each.record.caller, name)
                 except grpc.aio.AioRpcError as error:
-                    self.findings.append(f"the result of request {name} cannot be had: {error.details()}")
+                    self.findings.append(f"the result of request {name} cannot be downloaded: {error.details()}")
                     continue
                 self.findings += check_files(name, each.record, files, self._references)
-                if heard.get(name, files) != files:
-                    self.findings.append(f"the client of request {name} got other bytes than are stored")
+                if received.get(name, files) != files:
+                    self.findings.append(f"the client of request {name} received other bytes than the stored ones")
 
     def details(self) -> list[str]:
-        """The story of the run, and events and log lines of the requests that findings name."""
+        """The history of the run, and events and log lines of the requests that findings name."""
         text = "\n".join(self.findings)
         names = [name for name in self.stored if name in text]
         streams = [f"{name}: {event}".replace("\n", " ") for name in names for event in self.stored[name].events]
-        return ["what happened:", *self.fleet.story, "events:", *streams, "logs:", *lines_about(self.fleet, names)]
+        return ["history:", *self.fleet.history, "events:", *streams, "logs:", *lines_about(self.fleet, names)]

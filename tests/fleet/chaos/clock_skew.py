@@ -1,4 +1,4 @@
-"""Gives a process a wrong wall clock, as a host has whose clock nobody sets."""
+"""Skews the wall clock of a process, as on a host without clock synchronization."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Self
 
 
 def skew_clock(seconds: float) -> None:
-    """Move what this process reads as the time of day; the monotonic clock stays.
+    """Skew the time of day in this process; the monotonic clock is unchanged.
 
-    gRPC's Python half keeps the true clock: it hands deadlines to its core, which asks the kernel. On a host whose
-    clock is wrong both would be, and differ by nothing.
+    gRPC's Python code reads the true clock, as it passes deadlines to gRPC's core, which reads the kernel's clock. On a
+    host with a skewed clock, both clocks would be equal.
     """
-    importlib.import_module("grpc._channel")  # which a first synchronous channel would load later
+    importlib.import_module("grpc._channel")  # otherwise loaded later, by the first synchronous channel
     true = types.ModuleType("time")
     vars(true).update(vars(time))
     for name, module in list(sys.modules.items()):
@@ -30,7 +30,7 @@ def skew_clock(seconds: float) -> None:
 
 def _skewed_datetime(seconds: float) -> type[datetime]:
     class SkewedDatetime(datetime):
-        """datetime whose now is elsewhere."""
+        """datetime with a skewed now()."""
 
         @classmethod
         def now(cls, tz: tzinfo | None = None) -> Self:
@@ -48,7 +48,7 @@ def _skewed_datetime(seconds: float) -> type[datetime]:
 
 
 def _replace_datetime(skewed: type[datetime]) -> None:
-    """In every module that has imported the class, by whatever name, and for those to come."""
+    """Replace datetime in every module that has imported it by any name, and for later imports."""
     for module in list(sys.modules.values()):
         if isinstance(module, types.ModuleType) and module is not sys.modules[__name__]:
             for name in [name for name, value in vars(module).items() if value is datetime]:

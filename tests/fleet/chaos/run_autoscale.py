@@ -1,13 +1,13 @@
-"""Scales a fleet of real processes from zero and back while clients use it, and ends workers during their requests.
+"""Scales a fleet of real processes from zero and back under load, and scales in busy workers.
 
     python tests/fleet/chaos/run_autoscale.py --requests 200 --scale-ins 100
 
-One coordinator, and for each service of the emoji model the autoscaler of `fleet up --autoscale`, which starts and ends
-worker processes. First all requests come at once to a fleet without workers. Then waves of requests follow, so that
-the load rises and falls, until there were so many scale-ins while requests ran. At the end every request has
-succeeded, every image has the bytes that one process draws, and no worker is left.
+The fleet has one coordinator and, for each service of the emoji model, the autoscaler of `fleet up --autoscale`, which
+starts and ends worker processes. First, all requests arrive at once at a fleet without workers. Then waves of requests
+raise and lower the load, until the number of scale-ins during requests is reached. At the end, every request must have
+succeeded, every image must have the bytes of a single process, and no worker may be left.
 
-Ends with 1 and prints what did not hold.
+The exit status is 1 if a check failed; findings are printed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(Path(__file__).parent)]
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # grpc reads it when it is imported
 
 import torch  # noqa: E402
-from autoscaled_fleet import AutoscaledFleet, Story  # noqa: E402
+from autoscaled_fleet import AutoscaledFleet, ScalingHistory  # noqa: E402
 
 from common.errors import FleetError, Unavailable  # noqa: E402
 from common.state.connection import connect as connect_store  # noqa: E402
@@ -51,9 +51,9 @@ _IDLE_SECONDS = 0.4
 _IMAGES = 8
 _WAVE = 2 * _DENOISERS
 _LONG = 2
-"""Requests of a wave that take longer."""
+"""Number of longer requests per wave."""
 _LONG_STEPS = 12
-"""How many times as many steps they have."""
+"""Factor of steps of the longer requests."""
 _BOUNDS = {
     service: ReplicaBounds(0, most, _IDLE_SECONDS)
     for service, most in {"text_encoding": 2, "latent_preparation": 1, "denoising": _DENOISERS, "decoding": 2}.items()
@@ -61,27 +61,27 @@ _BOUNDS = {
 _SETTLE_SECONDS = 60.0
 _RETRY_SECONDS = 0.2
 _PUSH_SECONDS = 1.0
-"""Most seconds from the first request to the start of the first worker."""
+"""Longest time in seconds from the first request to the start of the first worker."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """What a client asks for. Equal ones have equal bytes."""
+    """A client's request. Equal requests have byte-equal images."""
 
     seed: int
     steps: int
 
     @property
     def given(self) -> dict[str, Any]:
-        """The parameters of its request."""
+        """The request's parameters."""
         return {"prompt": "a red apple", "seed": self.seed, "num_inference_steps": self.steps}
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a run does: `requests` that come at once, then waves until `scale_ins` came while requests ran.
+    """Load of a run: `requests` at once, then waves until `scale_ins` scale-ins happened during requests.
 
-    Most requests have `steps` steps. The first two of each wave have more, so that they still run when workers end.
+    Requests have `steps` steps; the first two of each wave have more, so that they still run at the scale-in.
     """
 
     requests: int
@@ -102,12 +102,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run found. Seconds are those of the burst, of the waves, and of the push.
+    """Results of a run. `burst_seconds`, `wave_seconds` and `push_seconds` are durations.
 
-    `answered` counts requests, `refused` the submissions that were answered UNAVAILABLE and sent again.
+    `answered` counts requests; `refused` counts submissions that were rejected with UNAVAILABLE and retried.
     """
 
-    story: Story
+    history: ScalingHistory
     answered: int
     refused: int
     burst_seconds: float
@@ -115,25 +115,25 @@ class Report:
     push_seconds: float
 
     def table(self) -> str:
-        """A line a figure."""
-        most = ", ".join(f"{service} {count}" for service, count in self.story.most.items())
+        """Format one line per figure."""
+        most = ", ".join(f"{service} {count}" for service, count in self.history.most.items())
         rows = {
-            "requests, each with the right bytes": f"{self.answered}",
-            "submissions that were refused and sent again": f"{self.refused}",
+            "requests with the expected bytes": f"{self.answered}",
+            "submissions rejected and retried": f"{self.refused}",
             "seconds from the first request to the first worker's start": f"{self.push_seconds:.2f}",
             "seconds of the burst from zero": f"{self.burst_seconds:.1f}",
             "seconds of the waves": f"{self.wave_seconds:.1f}",
             "most workers": most,
-            "scale-outs": f"{self.story.scale_outs}",
-            "scale-ins": f"{len(self.story.scale_ins)}",
-            "scale-ins while requests ran": f"{self.story.during_requests}",
-            "scale-ins of workers that ran a request": f"{self.story.of_busy_workers}",
+            "scale-outs": f"{self.history.scale_outs}",
+            "scale-ins": f"{len(self.history.scale_ins)}",
+            "scale-ins while requests ran": f"{self.history.during_requests}",
+            "scale-ins of workers that ran a request": f"{self.history.of_busy_workers}",
         }
         return "\n".join(f"{name:60}{value}" for name, value in rows.items())
 
 
 def make_references(load: Load) -> dict[Image, bytes]:
-    """The files of all images, drawn in this process by the same stages on one thread, as workers have it."""
+    """Generate the files of all images in this process, with the same stages on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     local = open_fleet(_MODEL)
@@ -147,39 +147,39 @@ def make_references(load: Load) -> dict[Image, bytes]:
 
 
 class Run:
-    """One run: a burst from zero, and waves."""
+    """A run: a burst from zero, then waves."""
 
     def __init__(self, load: Load, fleet: AutoscaledFleet, references: Mapping[Image, bytes]) -> None:
         self._load = load
         self._fleet = fleet
         self._references = references
-        self._findings = fleet.story.findings
+        self._findings = fleet.history.findings
         self._answered = 0
         self._refused = 0
 
     async def run(self) -> Report:
-        """Start at zero, go up, come back, twice."""
+        """Scale from zero and back twice: for the burst and for the waves."""
         await self._fleet.start(_TARGET_SECONDS)
         async with connect(self._fleet.endpoint) as client:
             began = time.monotonic()
             await self._send(client, self._load.burst)
             burst_seconds = time.monotonic() - began
-            push_seconds = min(self._fleet.story.started.values()) - began
-            await self._come_back()
-            began, before = time.monotonic(), self._fleet.story.during_requests
-            while self._fleet.story.during_requests - before < self._load.scale_ins and not self._findings:
+            push_seconds = min(self._fleet.history.started.values()) - began
+            await self._scale_to_zero()
+            began, before = time.monotonic(), self._fleet.history.during_requests
+            while self._fleet.history.during_requests - before < self._load.scale_ins and not self._findings:
                 await self._send(client, self._load.wave)
             wave_seconds = time.monotonic() - began
-            await self._come_back()
-        self._check_story(push_seconds)
-        return Report(self._fleet.story, self._answered, self._refused, burst_seconds, wave_seconds, push_seconds)
+            await self._scale_to_zero()
+        self._check_history(push_seconds)
+        return Report(self._fleet.history, self._answered, self._refused, burst_seconds, wave_seconds, push_seconds)
 
     async def _send(self, client: FleetClient, images: Sequence[Image]) -> None:
-        """Ask for all images at once, and check each."""
+        """Request all images concurrently and check each."""
         await asyncio.gather(*(self._ask(client, image) for image in images))
 
     async def _ask(self, client: FleetClient, image: Image) -> None:
-        """Ask for an image, and compare it."""
+        """Request an image and compare it with its reference."""
         parameters = parameters_message(image.given, (), ".png")
         request = pb.SubmitRequest(model=_MODEL, parameters=parameters, idempotency_key=secrets.token_hex(8))
         answer = Answer(pb.RequestRecord(), [], [])
@@ -194,7 +194,7 @@ class Run:
         self._answered += 1
 
     async def _collect(self, client: FleetClient, request: pb.SubmitRequest, answer: Answer) -> None:
-        """Submit until the request is accepted, as UNAVAILABLE asks for. From then on, every error is raised."""
+        """Submit, with retries on UNAVAILABLE, until the request is accepted; after that, raise every error."""
         while True:
             try:
                 return await collect(client, request, answer)
@@ -204,24 +204,24 @@ class Run:
             self._refused += 1
             await asyncio.sleep(_RETRY_SECONDS)
 
-    async def _come_back(self) -> None:
+    async def _scale_to_zero(self) -> None:
         """Wait until no worker runs."""
         give_up = time.monotonic() + _SETTLE_SECONDS
         while not self._fleet.is_at_zero:
             if time.monotonic() > give_up:
                 sizes = {service: (pool.size, pool.ending) for service, pool in self._fleet.pools.items()}
-                self._findings.append(f"workers are left {_SETTLE_SECONDS:g} s after the last request: {sizes}")
+                self._findings.append(f"workers still run {_SETTLE_SECONDS:g} s after the last request: {sizes}")
                 return
             await asyncio.sleep(0.05)
 
-    def _check_story(self, push_seconds: float) -> None:
+    def _check_history(self, push_seconds: float) -> None:
         if push_seconds > _PUSH_SECONDS:
             self._findings.append(f"the first worker was started {push_seconds:.2f} s after the first request")
-        for service, most in self._fleet.story.most.items():
+        for service, most in self._fleet.history.most.items():
             if most > _BOUNDS[service].most:
                 self._findings.append(f"{service} had {most} workers, of at most {_BOUNDS[service].most}")
-        if self._fleet.story.most["denoising"] < _BOUNDS["denoising"].most:
-            self._findings.append(f"denoising had {self._fleet.story.most['denoising']} workers at most")
+        if self._fleet.history.most["denoising"] < _BOUNDS["denoising"].most:
+            self._findings.append(f"denoising had {self._fleet.history.most['denoising']} workers at most")
 
 
 async def _run(load: Load, directory: Path, references: Mapping[Image, bytes], url: str) -> Report:
@@ -242,7 +242,7 @@ def run_autoscale(load: Load, directory: Path) -> Report:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run once, print the table."""
+    """Run once and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -253,8 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = Path(tempfile.mkdtemp(prefix="scale-"))
     report = run_autoscale(Load(args.requests, args.scale_ins, args.steps), directory)
     sys.stdout.write(f"{report.table()}\n")
-    if report.story.findings:
-        lines = "\n".join((*report.story.notes, f"findings (logs are in {directory}):", *report.story.findings))
+    if report.history.findings:
+        lines = "\n".join((*report.history.notes, f"findings (logs are in {directory}):", *report.history.findings))
         sys.stdout.write(f"{lines}\n")
         return 1
     shutil.rmtree(directory)

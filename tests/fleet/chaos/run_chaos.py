@@ -1,19 +1,20 @@
-"""Torments a fleet of real processes while clients use it.
+"""Injects faults into a fleet of real processes while clients use it.
 
     python tests/fleet/chaos/run_chaos.py --requests 1000 --seed 1
     python tests/fleet/chaos/run_chaos.py --churn --requests 1000 --poison 3
 
-Several coordinators, and several workers for each stage of a Flux and a Wan checkpoint, on a real Redis that writes to
-its disk before it answers. Processes are killed, stopped, told to leave and cut off; Redis is killed and started again;
-clients do not read, send twice, cancel, leave; peers speak nonsense; and every process has a wrong clock. At the end
-every accepted request has ended once, every result has the bytes that one process makes, and nothing is left over.
+The fleet has several coordinators, and several workers for each stage of a Flux and a Wan checkpoint; Redis syncs every
+write. Processes are killed, stopped, terminated and partitioned; Redis is killed and restarted; clients do not read,
+submit twice, cancel and disconnect; peers send malformed data; and every process has a skewed clock. At the end, every
+accepted request must have ended once, every result must have the bytes of a single process, and no resources may be
+left.
 
-With --churn it is two coordinators, two denoisers and one worker of each other stage of the Flux checkpoint, with all
-settings at their defaults, and each process is killed every 8 seconds on average. Requests that kill their workers must
-be FAILED, and no other may be.
+With --churn, the fleet has two coordinators, two denoisers and one worker of each other stage of the Flux checkpoint,
+with default settings, and each process is killed every 8 seconds on average. Exactly the requests that kill their
+workers must be FAILED.
 
-Ends with 1 and tells all that is needed to look into it, if anything did not hold. The same seed draws the same
-requests and faults; how they meet depends on the machine.
+The exit status is 1 if a check failed; the output then has all details for an analysis. The seed determines requests
+and faults, but not their timing, which depends on the host.
 """
 
 from __future__ import annotations
@@ -35,22 +36,22 @@ import psutil  # noqa: E402
 from chaos_checks import Baseline, check_logs  # noqa: E402
 from chaos_churn import Churn  # noqa: E402
 from chaos_faults import Chaos  # noqa: E402
-from chaos_plan import CALLERS, Manner, Plan, make_churn_plan, make_plan  # noqa: E402
+from chaos_plan import CALLERS, Behaviour, Plan, make_churn_plan, make_plan  # noqa: E402
 from chaos_processes import Fleet  # noqa: E402
 from chaos_report import Report  # noqa: E402
 from chaos_run import SILENT_SECONDS, FleetRun, References, build_models, make_references  # noqa: E402
 from redis.asyncio import Redis  # noqa: E402
 
+from async_tests import wait_until  # noqa: E402
 from common.state.connection import connect  # noqa: E402
-from redis_servers import until  # noqa: E402
 
 COORDINATORS, WORKERS = 3, 2
 CHURN_COORDINATORS, CHURN_WORKERS, CHURN_DENOISERS = 2, 1, 2
-_ON_CPU = ("--device", "cpu", "--threads", "1")  # where and how it computes; all else is at its defaults
+_ON_CPU = ("--device", "cpu", "--threads", "1")  # device and threads; all other settings are defaults
 
 
 class Run(FleetRun):
-    """One run: a fleet, its clients, and the chaos."""
+    """A run: a fleet, its clients, and fault injection."""
 
     def __init__(self, plan: Plan, fleet: Fleet, redis: Redis, references: References) -> None:
         super().__init__(plan, fleet, redis, references)
@@ -60,15 +61,15 @@ class Run(FleetRun):
         self._baseline = Baseline()
 
     async def run(self) -> Report:
-        """Start, torment, check, stop."""
+        """Start the fleet, inject faults, check, and stop."""
         began = time.monotonic()
         try:
             await self.fleet.start()
             await self.warm_up()
             self._baseline.measure(self.fleet)
-            striking = asyncio.create_task(self._strike())
+            injecting = asyncio.create_task(self._inject_faults())
             await self.serve(iter(self.clients))
-            await self._end_faults(striking)
+            await self._end_faults(injecting)
             await self.check(self._baseline)
         finally:
             await self._chaos.stop()
@@ -78,22 +79,22 @@ class Run(FleetRun):
         outcomes = [client.outcome for client in self.clients]
         seconds = time.monotonic() - began
         details = self._details() if self.findings else ()
-        return Report(self.plan, seconds, outcomes, self.stored, self._chaos.strikes, self.findings, details)
+        return Report(self.plan, seconds, outcomes, self.stored, self._chaos.injected, self.findings, details)
 
-    async def _strike(self) -> None:
-        await asyncio.gather(self._chaos.run(self.plan.faults, self.pulse), self._churn.run(self.pulse))
+    async def _inject_faults(self) -> None:
+        await asyncio.gather(self._chaos.run(self.plan.faults, self.run_progress), self._churn.run(self.run_progress))
 
-    async def _end_faults(self, striking: asyncio.Task[None]) -> None:
-        """Let what still lasts come to its end, heal everything, and wait for the fleet to be whole."""
+    async def _end_faults(self, injecting: asyncio.Task[None]) -> None:
+        """Wait for lasting faults, heal the fleet, and wait until it is complete."""
         async with asyncio.timeout(self.plan.longest_seconds + SILENT_SECONDS):
-            self.pulse.end()
-            await striking
+            self.run_progress.end()
+            await injecting
             await self._chaos.stop()
             self.fleet.heal()
-            await until(self.fleet.is_complete)
+            await wait_until(self.fleet.is_complete)
 
     def _details(self) -> list[str]:
-        """What tells how it came to the findings."""
+        """Details for the analysis of findings."""
         return ["schedule:", *map(str, self.plan.faults), *self.details()]
 
 
@@ -108,8 +109,8 @@ def _fleet_of(plan: Plan, models: Mapping[str, Path], directory: Path) -> Fleet:
         workers=CHURN_WORKERS,
         denoisers=CHURN_DENOISERS,
         callers=CALLERS,
-        coordinator_words=(),
-        worker_words=lambda _: _ON_CPU,
+        coordinator_flags=(),
+        worker_flags=lambda _: _ON_CPU,
     )
 
 
@@ -123,21 +124,21 @@ async def _run(plan: Plan, models: Mapping[str, Path], references: References, d
         await fleet.close()
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
     if left:
-        report.findings = [*report.findings, f"processes are left over: {left}"]
+        report.findings = [*report.findings, f"processes still run: {left}"]
     return report
 
 
 def run_chaos(plan: Plan, directory: Path) -> Report:
     """Run a plan; the logs of its processes go to `directory`, whose path must be short enough for unix sockets."""
     models = build_models(directory / "models", plan)
-    return asyncio.run(_run(plan, models, make_references(models, plan.pictures), directory))
+    return asyncio.run(_run(plan, models, make_references(models, plan.media_requests), directory))
 
 
 def explain(report: Report, directory: Path) -> str:
-    """The findings, and all that helps to find their cause."""
+    """Format the findings and the details of their causes."""
     again = f"--requests {len(report.plan.orders)} --seed {report.plan.seed}"
     if report.plan.is_churn:
-        poison = sum(order.manner is Manner.POISON for order in report.plan.orders)
+        poison = sum(order.behaviour is Behaviour.POISON for order in report.plan.orders)
         again += f" --churn --death-seconds {report.plan.death_seconds:g} --poison {poison}"
     lines = [*report.details, f"findings of {again} (logs are in {directory}):", *report.findings]
     return "\n".join(lines)
@@ -159,23 +160,25 @@ def _plan_of(args: argparse.Namespace) -> Plan:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run once, print the table."""
+    """Run once and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--requests", type=int, default=60, help="pictures that the clients want (default: 60)")
-    parser.add_argument("--seed", type=int, help="of requests and faults (default: another one each time)")
-    parser.add_argument("--clients", type=int, default=6, help="clients at a time (default: 6)")
-    parser.add_argument("--faults", type=int, help="how many strike (default: one for two requests, 19 at least)")
-    parser.add_argument("--longest-seconds", type=float, default=3.0, help="that a fault lasts (default: 3)")
+    parser.add_argument("--requests", type=int, default=60, help="number of requests (default: 60)")
+    parser.add_argument("--seed", type=int, help="seed of requests and faults (default: random)")
+    parser.add_argument("--clients", type=int, default=6, help="concurrent clients (default: 6)")
+    parser.add_argument("--faults", type=int, help="number of faults (default: one per two requests, at least 19)")
+    parser.add_argument("--longest-seconds", type=float, default=3.0, help="longest duration of a fault (default: 3)")
     churn = parser.add_argument_group(
-        "churn", "a small fleet at its default settings, whose processes die all the time"
+        "churn", "a small fleet with default settings, whose processes are killed continuously"
     )
-    churn.add_argument("--churn", action="store_true", help="this in place of faults of all kinds")
     churn.add_argument(
-        "--death-seconds", type=float, default=8.0, help="mean life of a process (default: 8; 0: no end)"
+        "--churn", action="store_true", help="kill processes continuously instead of injecting faults of all kinds"
     )
-    churn.add_argument("--poison", type=int, default=0, help="requests that kill their workers (default: none)")
+    churn.add_argument(
+        "--death-seconds", type=float, default=8.0, help="mean lifetime of a process (default: 8; 0: unlimited)"
+    )
+    churn.add_argument("--poison", type=int, default=0, help="number of requests that kill their workers (default: 0)")
     args = parser.parse_args(argv)
     plan = _plan_of(args)
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))

@@ -1,7 +1,8 @@
-"""Kills and stops each process of a streamed video, within and between blocks: `python run_stream_faults.py`.
+"""Kills and stops each process that serves a streamed video, within and between blocks.
 
-Each case is one request of causal Wan on real processes, whose file and events a client follows. The exit code is 0
-only if every file has the bytes of an undisturbed run, delivered once.
+Each case is one request of causal Wan on real processes; a client follows its file and events. The exit status is 0
+only if every file has the bytes of a run without faults, each delivered once. Run it with: python
+tests/fleet/chaos/run_stream_faults.py
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ PLACES = {"within a block": WITHIN, "between blocks": BETWEEN}
 
 def say(what: str, began: float) -> None:
     """Print a case and its seconds."""
-    sys.stdout.write(f"{what}: the same bytes, once, in {time.monotonic() - began:.1f} s\n")
+    sys.stdout.write(f"{what}: same bytes, delivered once, in {time.monotonic() - began:.1f} s\n")
     sys.stdout.flush()
 
 
 async def main() -> None:
-    """Run all cases. A coordinator that is struck is not started again, so that it gets a fleet of its own."""
+    """Run all cases. A signalled coordinator is not restarted, so that each such case has its own fleet."""
     async with served(CAUSAL) as fleet:
         whole = await undisturbed(fleet)
         for service in ("denoising", "decoding"):

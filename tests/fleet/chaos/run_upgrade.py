@@ -1,15 +1,13 @@
-"""Replaces a fleet of the latest release by the present code and back, process after process, while clients use it.
+"""Rolling update and rollback: replace a fleet of the latest release by the present code under load.
 
     python tests/fleet/chaos/run_upgrade.py
 
-Two coordinators, and workers of each service of a Flux checkpoint and of a causal Wan one, whose result streams. First
-all of them run the release. Each pass ends every process by SIGTERM and starts the other version in its place, in an
-order of its own: workers first, coordinators first, or interleaved. Every second pass is a rollback. At the end every
-accepted request has succeeded once, its client has heard each event once, and its files have the bytes that one process
-makes.
+Two coordinators, and workers of each service of a Flux checkpoint and of a causal Wan checkpoint with a streamed
+result. All processes first run the release. Each pass ends every process by SIGTERM and starts the other version in its
+place: workers first, coordinators first, or interleaved. Every second pass is a rollback. At the end every accepted
+request has succeeded once, its client has received each event once, and its files have the bytes of a single process.
 
-Ends with 1 and prints what did not hold. The source of the release comes from tests/golden, so that no history of git
-is needed.
+Exit code 1 with the failed checks. The source of the release is in tests/golden, so that no git history is needed.
 """
 
 from __future__ import annotations
@@ -33,14 +31,14 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(
 import psutil  # noqa: E402
 from chaos_checks import check_logs  # noqa: E402
 from chaos_clients import Client  # noqa: E402
-from chaos_plan import CALLERS, CAUSAL, FLUX, INNOCENT, PICTURES, Plan, make_order  # noqa: E402
+from chaos_plan import CALLERS, CAUSAL, FLUX, INNOCENT, MEDIA_REQUESTS, Plan, make_order  # noqa: E402
 from chaos_processes import COORDINATOR, Fleet, Process  # noqa: E402
 from chaos_run import FleetRun, References, build_models, make_references  # noqa: E402
 from redis.asyncio import Redis  # noqa: E402
 from warm_starter import TREE  # noqa: E402
 
+from async_tests import wait_until  # noqa: E402
 from common.state.connection import command, connect  # noqa: E402
-from redis_servers import until  # noqa: E402
 from release import VERSION, unpack_release  # noqa: E402
 
 COORDINATORS, WORKERS, DENOISERS = 2, 1, 2
@@ -75,7 +73,7 @@ PASSES = (Order.WORKERS_FIRST, Order.INTERLEAVED, Order.COORDINATORS_FIRST)
 
 @dataclass
 class Summary:
-    """What a run has shown. `replaced` counts processes that ended while requests were open."""
+    """Result of a run. `replaced` counts processes that ended while requests were open."""
 
     passes: Sequence[str]
     replaced: int
@@ -88,13 +86,13 @@ class Summary:
         """The figures in one line."""
         return (
             f"v{VERSION} and the present code: {self.replaced} processes replaced under load in {len(self.passes)} "
-            f"passes ({', '.join(self.passes)}); {self.succeeded} requests succeeded with their bytes, "
+            f"passes ({', '.join(self.passes)}); {self.succeeded} requests succeeded with the expected bytes, "
             f"{len(self.findings)} findings, {self.seconds:.0f} s"
         )
 
 
 class Upgrade(FleetRun):
-    """One run. Its clients have orders until the last pass is over."""
+    """A run. Its clients send requests until the last pass ends."""
 
     def __init__(self, plan: Plan, fleet: Fleet, redis: Redis, references: References, trees: Sequence[Path]) -> None:
         super().__init__(plan, fleet, redis, references)
@@ -132,18 +130,18 @@ class Upgrade(FleetRun):
         for number in itertools.count():
             if self._is_over:
                 return
-            self.clients.append(self.new_client(make_order(number, self._rng, self.plan.pictures, INNOCENT)))
+            self.clients.append(self.new_client(make_order(number, self._rng, self.plan.media_requests, INNOCENT)))
             yield self.clients[-1]
 
     async def _replace_all(self, order: Order, tree: Path) -> None:
-        """Replace every process, one after the other, each while requests are open."""
+        """Replace every process in turn, each while requests are open."""
         for process in order.of(list(self.fleet.living), self._rng):
-            await self.pulse.reach(0, 1)
-            await until(self._is_loaded)
+            await self.run_progress.reach(0, 1)
+            await wait_until(self._is_loaded)
             await self.fleet.replace(process, tree)
             self._replaced += 1
             stub = self.channels.stub(self.fleet.of(coordinators=True)[-1].target)
-            await self.see_everybody(stub)
+            await self.list_all_workers(stub)
         for process in self.fleet.living:
             program = psutil.Process(process.pid).cmdline()[1]
             if not Path(program).is_relative_to(tree):
@@ -177,10 +175,10 @@ async def _run(
 
 def run_upgrade(seed: int, clients: int, passes: Sequence[Order], directory: Path) -> Summary:
     """Run passes; the logs of processes go to `directory`, whose path must be short enough for unix sockets."""
-    pictures = [picture for picture in PICTURES if picture.model in _MODELS]
-    plan = Plan(seed, clients, (), (), 0.0, pictures)
+    media_requests = [each for each in MEDIA_REQUESTS if each.model in _MODELS]
+    plan = Plan(seed, clients, (), (), 0.0, media_requests)
     models = build_models(directory / "models", plan)
-    return asyncio.run(_run(plan, models, make_references(models, pictures), directory, passes))
+    return asyncio.run(_run(plan, models, make_references(models, media_requests), directory, passes))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

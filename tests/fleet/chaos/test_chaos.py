@@ -1,6 +1,6 @@
-"""A short chaos with one seed, and what shows that the long one would find something.
+"""A short chaos run with one seed, and tests that its checks find violations.
 
-The long ones are a program: python tests/fleet/chaos/run_chaos.py --requests 1000, and --churn
+Longer runs: python tests/fleet/chaos/run_chaos.py --requests 1000, with --churn for timed kills.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from typing import Any, cast
 import pytest
 from chaos_checks import Stored, check_files, check_requests, check_store, read_store
 from chaos_churn import Churn
-from chaos_clients import Outcome, Pulse
+from chaos_clients import Outcome, RunProgress
 from chaos_links import Link
-from chaos_plan import PICTURES, Fault, Kind, Manner, Plan, make_churn_plan, make_plan
+from chaos_plan import MEDIA_REQUESTS, Behaviour, Fault, Kind, Plan, make_churn_plan, make_plan
 from chaos_processes import COORDINATOR, Process, Role
 from chaos_report import Denoising, Latency
 from redis.asyncio import Redis
 from run_chaos import explain, run_chaos
 
+from async_tests import wait_until
 from common.state.connection import command
 from common.state.records import ResultFile, state_event
 from common.state.requests import RequestStore
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import run_on_empty_store, running_server, until
+from redis_servers import run_on_empty_store, running_server
 
 SEED, REQUESTS, FAULTS = 1, 60, 24
 LONGEST_SECONDS = 2.0
@@ -45,23 +46,23 @@ def plan(seed: int = SEED, requests: int = REQUESTS) -> Plan:
     return make_plan(seed, requests, clients=6, faults=FAULTS, longest_seconds=LONGEST_SECONDS)
 
 
-def test_a_short_chaos_breaks_no_promise() -> None:
-    directory = Path(tempfile.mkdtemp(prefix="chaos-"))  # unix sockets want a short path
+def test_a_short_chaos_run_has_no_findings() -> None:
+    directory = Path(tempfile.mkdtemp(prefix="chaos-"))  # paths of Unix sockets must be short
     report = run_chaos(plan(), directory)
     assert not report.findings, explain(report, directory)
-    assert {strike.fault.kind for strike in report.strikes} == set(Kind)
-    assert len(report.strikes) == FAULTS
+    assert {injected.fault.kind for injected in report.injected} == set(Kind)
+    assert len(report.injected) == FAULTS
     assert len(report.stored) >= REQUESTS - sum(outcome.gave_up for outcome in report.outcomes)
     assert "SIGKILL of a denoiser and its coordinator" in report.table()
     shutil.rmtree(directory)
 
 
-def test_a_seed_draws_the_same_run_again() -> None:
+def test_a_seed_determines_the_plan() -> None:
     assert plan(7) == plan(7)
     assert plan(7).faults != plan(8).faults
     assert plan(7).orders != plan(8).orders
     assert {fault.kind for fault in plan(7).faults} == set(Kind)
-    assert {order.manner for order in plan(7).orders} == set(Manner) - {Manner.POISON}
+    assert {order.behaviour for order in plan(7).orders} == set(Behaviour) - {Behaviour.POISON}
 
 
 def churn_plan(poison: int = 2, death_seconds: float = 8.0) -> Plan:
@@ -70,25 +71,25 @@ def churn_plan(poison: int = 2, death_seconds: float = 8.0) -> Plan:
     )
 
 
-def test_a_churn_plan_is_innocent_but_for_its_poison() -> None:
+def test_only_poison_requests_of_a_churn_plan_may_fail() -> None:
     drawn = churn_plan()
-    manners = Counter(order.manner for order in drawn.orders)
-    assert manners.pop(Manner.POISON) == 2
-    assert set(manners) == {Manner.SUBMIT, Manner.KEYED, Manner.TWICE, Manner.GENERATE}
+    behaviours = Counter(order.behaviour for order in drawn.orders)
+    assert behaviours.pop(Behaviour.POISON) == 2
+    assert set(behaviours) == {Behaviour.SUBMIT, Behaviour.KEYED, Behaviour.TWICE, Behaviour.GENERATE}
     assert drawn == churn_plan()
     failed, succeeded = state_event(pb.REQUEST_STATE_FAILED), state_event(pb.REQUEST_STATE_SUCCEEDED)
     for order, end, explained in (
-        (next(each for each in drawn.orders if each.manner is Manner.POISON), failed, True),
-        (next(each for each in drawn.orders if each.manner is Manner.POISON), succeeded, False),
-        (next(each for each in drawn.orders if each.manner is Manner.KEYED), failed, False),
+        (next(each for each in drawn.orders if each.behaviour is Behaviour.POISON), failed, True),
+        (next(each for each in drawn.orders if each.behaviour is Behaviour.POISON), succeeded, False),
+        (next(each for each in drawn.orders if each.behaviour is Behaviour.KEYED), failed, False),
     ):
         record = pb.RequestRecord(state=end.state_change.state, caller=order.caller)
-        found = check_requests({"c": Stored(record, [end], 1)}, [Outcome(order, request_id="c", heard=[end])], ())
+        found = check_requests({"c": Stored(record, [end], 1)}, [Outcome(order, request_id="c", received=[end])], ())
         assert bool(found) != explained
 
 
-class _Struck:
-    """A fleet of processes that exist in name only, and the chaos that strikes them."""
+class _FakeFleet:
+    """A fake fleet without processes; records the faults that are injected into it."""
 
     def __init__(self, poisoned: str) -> None:
         self.roles = [COORDINATOR, Role("denoising", "flux"), Role("denoising", "flux"), Role("decoding", "flux")]
@@ -97,7 +98,7 @@ class _Struck:
             Process(str(pid), role, nowhere, nowhere, nowhere, nowhere, None, pid=pid)
             for pid, role in enumerate(self.roles)
         ]
-        self.struck: list[tuple[Kind, int]] = []
+        self.injected: list[tuple[Kind, int]] = []
         self._poisoned = poisoned
 
     def of(self, *, coordinators: bool) -> list[Process]:
@@ -106,91 +107,96 @@ class _Struck:
     async def runs_by_worker(self) -> dict[int, tuple[str, ...]]:
         return {2: (self._poisoned,)}
 
-    async def strike(self, fault: Fault, target: Process) -> None:
-        self.struck.append((fault.kind, target.pid))
+    async def inject(self, fault: Fault, target: Process) -> None:
+        self.injected.append((fault.kind, target.pid))
         target.ended.set()
 
 
-def test_churn_strikes_every_process_again_and_again() -> None:
-    async def story() -> None:
-        drawn, fleet, pulse = churn_plan(poison=0, death_seconds=0.01), _Struck(""), Pulse()
-        running = asyncio.create_task(Churn(drawn, cast(Any, fleet), cast(Any, fleet), ()).run(pulse))
+def test_churn_kills_every_process_repeatedly() -> None:
+    async def scenario() -> None:
+        drawn, fleet, run_progress = churn_plan(poison=0, death_seconds=0.01), _FakeFleet(""), RunProgress()
+        running = asyncio.create_task(Churn(drawn, cast(Any, fleet), cast(Any, fleet), ()).run(run_progress))
 
-        async def all_are_struck() -> bool:
-            return min(Counter(pid for _, pid in fleet.struck).get(pid, 0) for pid in range(4)) >= 3
+        async def all_are_hit() -> bool:
+            return min(Counter(pid for _, pid in fleet.injected).get(pid, 0) for pid in range(4)) >= 3
 
-        await until(all_are_struck)
-        pulse.end()
+        await wait_until(all_are_hit)
+        run_progress.end()
         await running
-        assert {kind for kind, pid in fleet.struck if pid == 0} <= {Kind.KILL_COORDINATOR, Kind.STOP_COORDINATOR}
-        assert {kind for kind, pid in fleet.struck if pid in (1, 2)} <= {Kind.KILL_DENOISER, Kind.STOP_WORKER}
+        assert {kind for kind, pid in fleet.injected if pid == 0} <= {Kind.KILL_COORDINATOR, Kind.STOP_COORDINATOR}
+        assert {kind for kind, pid in fleet.injected if pid in (1, 2)} <= {Kind.KILL_DENOISER, Kind.STOP_WORKER}
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_a_poison_request_kills_the_worker_that_denoises_it() -> None:
-    async def story() -> None:
-        drawn, fleet, pulse = churn_plan(poison=1, death_seconds=0.0), _Struck("p"), Pulse()
+    async def scenario() -> None:
+        drawn, fleet, run_progress = churn_plan(poison=1, death_seconds=0.0), _FakeFleet("p"), RunProgress()
         clients = [
-            cast(Any, SimpleNamespace(outcome=Outcome(order, request_id="p" if order.manner is Manner.POISON else "")))
+            cast(
+                Any,
+                SimpleNamespace(outcome=Outcome(order, request_id="p" if order.behaviour is Behaviour.POISON else "")),
+            )
             for order in drawn.orders
         ]
-        running = asyncio.create_task(Churn(drawn, cast(Any, fleet), cast(Any, fleet), clients).run(pulse))
+        running = asyncio.create_task(Churn(drawn, cast(Any, fleet), cast(Any, fleet), clients).run(run_progress))
 
-        async def is_struck() -> bool:
-            return bool(fleet.struck)
+        async def is_hit() -> bool:
+            return bool(fleet.injected)
 
-        await until(is_struck)
-        pulse.end()
+        await wait_until(is_hit)
+        run_progress.end()
         await running
-        assert set(fleet.struck) == {(Kind.KILL_DENOISER, 2)}
+        assert set(fleet.injected) == {(Kind.KILL_DENOISER, 2)}
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def outcome(name: str, manner: Manner = Manner.KEYED, **more: Any) -> Outcome:
-    order = next(order for order in plan().orders if order.manner is manner)
+def outcome(name: str, behaviour: Behaviour = Behaviour.KEYED, **more: Any) -> Outcome:
+    order = next(order for order in plan().orders if order.behaviour is behaviour)
     return Outcome(order, request_id=name, **more)
 
 
-def on_store(story: Callable[[Redis, RequestStore], Awaitable[None]]) -> None:
+def on_store(scenario: Callable[[Redis, RequestStore], Awaitable[None]]) -> None:
     async def test(redis: Redis) -> None:
-        await story(redis, RequestStore(redis))
+        await scenario(redis, RequestStore(redis))
 
     with running_server("valkey") as server:
         run_on_empty_store(server.url, test)
 
 
 async def accepted(store: RequestStore, name: str) -> Outcome:
-    picture = PICTURES[0]
+    media_request = MEDIA_REQUESTS[0]
     order = outcome(name).order
-    record = pb.RequestRecord(request_id=name, model=picture.model, parameters=picture.parameters, caller=order.caller)
+    record = pb.RequestRecord(
+        request_id=name, model=media_request.model, parameters=media_request.parameters, caller=order.caller
+    )
     admission = await store.admit(record)
-    return Outcome(order, request_id=name, heard=list(admission.events))
+    return Outcome(order, request_id=name, received=list(admission.events))
 
 
 def test_a_lost_or_unfinished_request_is_a_finding() -> None:
-    async def story(redis: Redis, store: RequestStore) -> None:
+    async def scenario(redis: Redis, store: RequestStore) -> None:
         good, open_one = await accepted(store, "good"), await accepted(store, "open")
-        good.heard += await store.finish("good", pb.REQUEST_STATE_SUCCEEDED) or ()
+        good.received += await store.finish("good", pb.REQUEST_STATE_SUCCEEDED) or ()
         stored = await read_store(redis)
         assert not check_requests({"good": stored["good"]}, [good], ())
         (finding,) = check_requests(stored, [good, outcome("gone")], ["open"])[1:]
         assert "gone" in finding
-        assert "is lost" in finding
-        assert any("its events tell the ends []" in each for each in check_requests(stored, [good, open_one], ()))
-        good.heard.pop()
+        assert "is not in the store" in finding
+        assert any("its events have the ends []" in each for each in check_requests(stored, [good, open_one], ()))
+        good.received.pop()
         (finding,) = check_requests({"good": stored["good"]}, [good], ())
-        assert "has heard" in finding
+        assert "received the events" in finding
         stored["good"].record.caller = "somebody"
         (finding,) = check_requests({"good": stored["good"]}, [good], ())
         assert "is somebody's, and not" in finding
 
-    on_store(story)
+    on_store(scenario)
 
 
-def test_an_end_twice_or_unexplained_is_a_finding() -> None:
-    async def story(redis: Redis, store: RequestStore) -> None:
+def test_a_second_or_unexplained_end_is_a_finding() -> None:
+    async def scenario(redis: Redis, store: RequestStore) -> None:
         for name in ("twice", "failed", "stray"):
             await accepted(store, name)
             await store.finish(name, pb.REQUEST_STATE_FAILED, error=pb.Error(message="by chance"))
@@ -198,14 +204,14 @@ def test_an_end_twice_or_unexplained_is_a_finding() -> None:
         stored["twice"].events.append(state_event(pb.REQUEST_STATE_FAILED))
         found = check_requests({"twice": stored["twice"]}, [], ["twice"])
         assert len(found) == 1
-        assert "its events tell the ends" in found[0]
+        assert "its events have the ends" in found[0]
         (finding,) = check_requests({"failed": stored["failed"]}, [outcome("failed")], ())
         assert "unexplained: by chance" in finding
         found = check_requests({"stray": stored["stray"]}, [], ())
-        assert len(found) == 2  # nobody knows of it, and it has not even succeeded
+        assert len(found) == 2  # no client submitted it, and it has not succeeded
         cancelled, expired = state_event(pb.REQUEST_STATE_CANCELLED), state_event(pb.REQUEST_STATE_EXPIRED)
-        hurry = outcome("c", Manner.HURRY, heard=[expired])
-        explained = ((outcome("c", Manner.LEAVE, gave_up=True), cancelled), (hurry, expired))
+        hurry = outcome("c", Behaviour.HURRY, received=[expired])
+        explained = ((outcome("c", Behaviour.LEAVE, gave_up=True), cancelled), (hurry, expired))
         unexplained = ((outcome("c"), cancelled), (outcome("c"), expired), (hurry, cancelled))
         for each, end in (*explained, *unexplained):
             record = pb.RequestRecord(state=end.state_change.state, caller=each.order.caller)
@@ -213,11 +219,11 @@ def test_an_end_twice_or_unexplained_is_a_finding() -> None:
             assert [finding for finding in found if "unexplained" in finding] == found
             assert bool(found) == ((each, end) in unexplained)
 
-    on_store(story)
+    on_store(scenario)
 
 
-def test_what_is_left_in_the_store_is_a_finding() -> None:
-    async def story(redis: Redis, store: RequestStore) -> None:
+def test_keys_left_in_the_store_are_findings() -> None:
+    async def scenario(redis: Redis, store: RequestStore) -> None:
         await accepted(store, "r")
         assert any("fleet:open:flux left" in finding for finding in await check_store(redis))
         file = ResultFile(pb.FileHeader(count=1, byte_size=1), [b"x"])
@@ -229,28 +235,28 @@ def test_what_is_left_in_the_store_is_a_finding() -> None:
         await command(redis, "HSET", "fleet:work:flux/denoising", "caller", "1")
         await command(redis, "HSET", "fleet:request:r", "left:denoising", "1")
         assert await check_store(redis) == [
-            "the store keeps fleet:pace:flux/denoising for ever",
+            "the store has fleet:pace:flux/denoising without a TTL",
             "the store has left:denoising left in fleet:request:r",
-            "the store keeps fleet:shares:flux/denoising|100 for ever",
+            "the store has fleet:shares:flux/denoising|100 without a TTL",
             "the store has fleet:slots:flux/denoising left",
             "the store has fleet:work:flux/denoising left",
         ]
 
-    on_store(story)
+    on_store(scenario)
 
 
 def test_other_bytes_are_a_finding() -> None:
-    picture = PICTURES[0]
-    record = pb.RequestRecord(model=picture.model, parameters=picture.parameters)
-    assert not check_files("r", record, [b"png"], {picture: [b"png"]})
-    assert "other bytes" in check_files("r", record, [b"pnG"], {picture: [b"png"]})[0]
+    media_request = MEDIA_REQUESTS[0]
+    record = pb.RequestRecord(model=media_request.model, parameters=media_request.parameters)
+    assert not check_files("r", record, [b"png"], {media_request: [b"png"]})
+    assert "other bytes" in check_files("r", record, [b"pnG"], {media_request: [b"png"]})[0]
 
 
 @pytest.mark.parametrize("iterations", range(5))
 def test_a_link_that_closes_while_it_accepts_leaks_no_socket(tmp_path: Path, iterations: int) -> None:
-    """The event loop accepts the connection within the first iterations; a socket that is left is a warning."""
+    """The event loop accepts the connection in its first iterations; a leaked socket raises a warning."""
 
-    async def story() -> None:
+    async def scenario() -> None:
         link = Link(tmp_path / "s")
         await link.start()
         with socket.create_connection(("127.0.0.1", link.port)):
@@ -260,17 +266,17 @@ def test_a_link_that_closes_while_it_accepts_leaks_no_socket(tmp_path: Path, ite
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        asyncio.run(story())
+        asyncio.run(scenario())
         gc.collect()
     assert not [str(each.message) for each in caught]
 
 
-def test_a_held_link_delivers_late_and_a_cut_one_never(tmp_path: Path) -> None:
-    async def story() -> None:
-        heard: asyncio.Queue[bytes] = asyncio.Queue()
+def test_a_held_link_delivers_late_and_a_cut_link_never(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        received: asyncio.Queue[bytes] = asyncio.Queue()
 
         async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            heard.put_nowait(await reader.read())
+            received.put_nowait(await reader.read())
             writer.close()
 
         server = await asyncio.start_unix_server(listen, tmp_path / "s")
@@ -281,9 +287,9 @@ def test_a_held_link_delivers_late_and_a_cut_one_never(tmp_path: Path) -> None:
         writer.write(b"late")
         writer.close()  # the sender gives up
         await asyncio.sleep(0)
-        assert heard.empty()
+        assert received.empty()
         link.heal()
-        assert await heard.get() == b"late"
+        assert await received.get() == b"late"
         link.cut()
         reader, writer = await asyncio.open_connection("127.0.0.1", link.port)
         writer.write(b"never")
@@ -292,12 +298,12 @@ def test_a_held_link_delivers_late_and_a_cut_one_never(tmp_path: Path) -> None:
         link.heal()
         await link.close()
         server.close()
-        assert heard.empty()
+        assert received.empty()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_skewed_clock_shows_in_every_way_to_read_it() -> None:
+def test_a_skewed_clock_affects_every_clock_function() -> None:
     script = (
         "import time, datetime; from datetime import datetime as d; true = time.time(); before = time.monotonic()\n"
         "import clock_skew; clock_skew.skew_clock(3600)\n"
@@ -315,9 +321,9 @@ def progress(service: str, step: int, milliseconds: int = 0) -> pb.Event:
     return event
 
 
-def test_the_table_counts_what_events_tell() -> None:
+def test_the_table_counts_resumed_and_restarted_denoisings() -> None:
     steps = [progress("denoising", step) for step in (0, 0, 1, 2, 3, 0, 0, 3, 4, 0, 1, 2)]
-    assert Denoising.of(steps) == Denoising(resumed=1, anew=1, redone=1 + 4)
+    assert Denoising.of(steps) == Denoising(resumed=1, restarted=1, redone=1 + 4)
     latency = Latency()
     latency.add(1_000, [progress("a", 0, 500), progress("a", 2, 900), progress("a", 0, 1_500), progress("a", 3, 1_700)])
     assert (latency.detect, latency.recover) == ([0.5], [0.7])

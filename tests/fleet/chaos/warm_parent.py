@@ -1,11 +1,11 @@
-"""Starts services in a moment: a process that has imported all they need, and forks for each.
+"""Starts services quickly: a process that has imported all dependencies forks for each service.
 
     python warm_parent.py MODEL...
 
-It loads the models once and drops them, for the imports that this brings, and tells {"ready": PID}. Then it reads a
-JSON object a line from stdin, {"program", "arguments", "log", "skew"}, and answers {"started": PID} in order; it tells
-{"ended": PID, "code": N} of each that ends (N below 0 is a signal). At the end of stdin it kills those that are left.
-It has one thread only: a fork inherits locks, and of a pool of threads only the memory.
+It loads and discards the models once, for their imports, and writes {"ready": PID}. Then it reads JSON lines from
+stdin, {"program", "arguments", "log", "skew"}, and replies {"started": PID} in order; it writes {"ended": PID, "code":
+N} for each process that exits (N below 0 is a signal). At the end of stdin, it kills the remaining processes. It has a
+single thread, as a fork inherits locks, but no other threads.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def _run_child(order: dict[str, Any], parent: int) -> int:
-    """Become the program; returns its exit code."""
+    """Run the program in the forked child; returns its exit code."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         return 1
@@ -64,7 +64,7 @@ def _run_child(order: dict[str, Any], parent: int) -> int:
 
 
 class WarmParent:
-    """Takes orders until there are no more."""
+    """Processes start commands until the end of stdin."""
 
     def __init__(self) -> None:
         self._children: set[int] = set()
@@ -79,7 +79,7 @@ class WarmParent:
         self._selector.register(self._woken, selectors.EVENT_READ)
 
     def serve(self) -> None:
-        """Fork as ordered, tell who ended."""
+        """Fork on command, and report exited processes."""
         rest = b""
         while True:
             ready = [key.fileobj for key, _ in self._selector.select()]
@@ -106,7 +106,7 @@ class WarmParent:
         pid = os.fork()
         if pid:
             self._children.add(pid)
-            _tell({"started": pid})
+            _reply({"started": pid})
             return
         code = 1
         try:
@@ -117,7 +117,7 @@ class WarmParent:
             code = _run_child(order, parent)
         except SystemExit as ending:
             code = ending.code if isinstance(ending.code, int) else 1
-        except BaseException:  # noqa: BLE001 -- the end of a process; its log tells why
+        except BaseException:  # noqa: BLE001 -- ends the process; the error is in its log
             traceback.print_exc()
         finally:
             sys.stderr.flush()
@@ -128,23 +128,23 @@ class WarmParent:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 self._children.remove(pid)
-                _tell({"ended": pid, "code": os.waitstatus_to_exitcode(status)})
+                _reply({"ended": pid, "code": os.waitstatus_to_exitcode(status)})
 
 
-def _tell(answer: dict[str, int]) -> None:
+def _reply(answer: dict[str, int]) -> None:
     os.write(1, json.dumps(answer).encode() + b"\n")
 
 
 def main(references: Sequence[str]) -> None:
-    """Import what the models need, say so, serve."""
+    """Import the models' dependencies, report readiness, and serve."""
     torch.set_num_threads(1)
     for reference in references:
         model = open_model(reference, load_registry())
         for spec in model.services:
             load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.float32))
     gc.collect()
-    gc.freeze()  # or the first collection in a child would copy every page
-    _tell({"ready": os.getpid()})
+    gc.freeze()  # otherwise the first garbage collection in a child copies every page
+    _reply({"ready": os.getpid()})
     WarmParent().serve()
 
 

@@ -1,4 +1,4 @@
-"""Starts services by a warm parent: real processes of their own, which have imported all they need when they start."""
+"""Starts services as processes forked by a warm parent, which has imported all dependencies."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _WARM_PARENT = Path(__file__).resolve().relative_to(TREE).with_name("warm_parent
 
 @dataclass(frozen=True)
 class Forked:
-    """A process that the warm parent forked. `ended` gets its exit code, below 0 for a signal."""
+    """A process that the warm parent forked. `ended` resolves to its exit code, below 0 for a signal."""
 
     pid: int
     ended: asyncio.Future[int]
 
 
 class WarmStarter:
-    """Forks processes of one source tree; those that run at close() are killed."""
+    """Forks processes of one source tree; close() kills the ones that still run."""
 
     def __init__(self, tree: Path = TREE) -> None:
         self._tree = tree
@@ -44,7 +44,7 @@ class WarmStarter:
         self._listener = asyncio.create_task(self._listen(self._parent.stdout))
 
     async def fork(self, program: str, arguments: Sequence[str], log: Path, *, skew: float = 0.0) -> Forked:
-        """Start a program, with its output in a file and its clock wrong by `skew` seconds."""
+        """Start a program with its output in `log` and its clock skewed by `skew` seconds."""
         order = {"program": program, "arguments": arguments, "log": str(log), "skew": skew}
         started: asyncio.Future[Forked] = asyncio.get_running_loop().create_future()
         self._starting.append(started)
@@ -54,7 +54,7 @@ class WarmStarter:
         return await started
 
     async def close(self) -> None:
-        """End the warm parent, and all that it has forked."""
+        """Stop the warm parent and all its processes."""
         if self._parent is not None and self._parent.stdin is not None:
             self._parent.stdin.close()
             await self._parent.wait()
@@ -62,7 +62,7 @@ class WarmStarter:
             await self._listener
 
     async def _listen(self, answers: asyncio.StreamReader) -> None:
-        """Read the warm parent's answers, which come in the order of the calls."""
+        """Read the warm parent's replies, which are in the order of the calls."""
         while line := await answers.readline():
             answer = json.loads(line)
             if "started" in answer:

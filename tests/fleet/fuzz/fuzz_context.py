@@ -1,4 +1,4 @@
-"""Both sides of a call, of which the frames are given."""
+"""Fake server and client sides of a call with given frames."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fuzz_inputs import Frames
 
 
 class Context:
-    """A server's side of a call that sends these frames."""
+    """Server side of a call; the client sends these frames."""
 
     def __init__(self, frames: Frames) -> None:
         self._frames = iter(frames)
@@ -32,7 +32,7 @@ class Context:
 
 
 class Answer:
-    """A client's side of a call whose reply has these frames."""
+    """Client side of a call; the server replies with these frames."""
 
     def __init__(self, frames: Frames) -> None:
         self._frames = frames
@@ -42,7 +42,7 @@ class Answer:
             yield frame
 
     def cancel(self) -> None:
-        """It ends by itself."""
+        """Do nothing, as the frames are finite."""
 
     async def code(self) -> grpc.StatusCode:
         return grpc.StatusCode.OK

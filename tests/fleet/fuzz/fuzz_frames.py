@@ -1,4 +1,4 @@
-"""Seeds of stage calls and replies: frames with every slot, and items of streams."""
+"""Seeds of stage calls and replies: frames with every slot, and stream items."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fleet.v1 import artifacts_pb2 as pb
 
 
 def framed_seeds(kind: type[Message]) -> list[Frames]:
-    """A call with every slot, one whose tensors come in chunks, and an empty one."""
+    """Seeds: a call with every slot, a call with chunked tensors, and an empty call."""
     inline, chunked = cast(Any, kind)(), cast(Any, kind)()
     chunks: list[bytes] = []
     items: list[bytes] = []
@@ -35,7 +35,7 @@ def framed_seeds(kind: type[Message]) -> list[Frames]:
 
 
 def _fill_tensors(slot: str, near: Any, far: Any) -> list[bytes]:
-    """Give two artifacts tensors, one inline and one described; the chunks of the latter."""
+    """Add an inline tensor to one artifact and a chunked tensor to another; returns the chunks."""
     chunks: list[bytes] = []
     data = bytes(range(120))
     for (path, tensor), (_, described) in zip(_sample_tensors(slot, near), _sample_tensors(slot, far), strict=True):
@@ -46,8 +46,8 @@ def _fill_tensors(slot: str, near: Any, far: Any) -> list[bytes]:
 
 
 def _sample_items(kind: type[Message], slot: FieldDescriptor) -> list[bytes]:
-    """Two items of a stream: one whose tensors are inline, and one whose tensors follow in chunks."""
-    assert slot.message_type is not None, "a stream is one of artifacts"
+    """Two stream items: one with inline tensors, and one with chunked tensors."""
+    assert slot.message_type is not None, "a stream consists of artifacts"
     near, far = cast(Any, kind)(), cast(Any, kind)()
     artifacts = []
     for index, frame in enumerate((near, far)):
@@ -64,7 +64,7 @@ def _sample_items(kind: type[Message], slot: FieldDescriptor) -> list[bytes]:
 
 
 def _sample_tensors(slot: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Give an artifact one tensor where it has a place for one; the place, and the tensor."""
+    """Add a tensor to each tensor field of an artifact; yields its path and the tensor."""
     match value:
         case pb.Latents():
             value.parts["image"].raw_latent_shape.append(30)

@@ -1,4 +1,4 @@
-"""Strategies for what may arrive: right input bent out of shape, whole messages of odd values, and plain noise."""
+"""Hypothesis strategies for untrusted input: mutated valid input, messages with unusual values, and noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
 
 Frames = tuple[bytes, ...]
-"""One input: the frames of a call, or a single one."""
+"""One input: the frames of a call, or a single frame."""
 
 _DEPTH = 4
 _TEXT = (
@@ -71,7 +71,7 @@ def _scalar(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 @st.composite
 def messages(draw: st.DrawFn, descriptor: Descriptor, depth: int = _DEPTH) -> Message:
-    """A well-formed message of that type, with any fields and odd values."""
+    """A well-formed message of a type, with arbitrary fields and unusual values."""
     message: Any = GetMessageClass(descriptor)()
     for field in descriptor.fields:
         if draw(st.booleans()):
@@ -102,8 +102,8 @@ def _fill(draw: st.DrawFn, message: Any, field: FieldDescriptor, depth: int) -> 
 
 
 @st.composite
-def bent(draw: st.DrawFn, frame: bytes, others: Sequence[bytes]) -> bytes:
-    """The frame after a few changes."""
+def mutated(draw: st.DrawFn, frame: bytes, others: Sequence[bytes]) -> bytes:
+    """A frame with a few mutations."""
     data = bytearray(frame)
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, len(data)))
@@ -126,16 +126,16 @@ def bent(draw: st.DrawFn, frame: bytes, others: Sequence[bytes]) -> bytes:
 
 @st.composite
 def inputs(draw: st.DrawFn, seeds: Sequence[Frames], types: Sequence[Descriptor]) -> Frames:
-    """Frames for a target: a seed whose frames are bent, merged with odd fields, dropped, doubled; or noise."""
+    """Frames for a target: a seed with frames mutated, merged with unusual fields, dropped or duplicated; or noise."""
     pieces = [frame for seed in seeds for frame in seed] or [b""]
     if not seeds or draw(st.integers(0, 9)) == 0:
         return tuple(draw(st.lists(st.binary(max_size=64), max_size=3)))
     frames = list(draw(st.sampled_from(seeds)))
     for index in range(min(len(frames), 8)):
         if draw(st.booleans()):
-            frames[index] = draw(bent(frames[index], pieces))
+            frames[index] = draw(mutated(frames[index], pieces))
         if types and draw(st.integers(0, 2)) == 0:
-            # Two messages after each other are their merge, so this sets fields and leaves the rest as it was.
+            # Concatenated messages are merged by protobuf, so that this sets only the given fields.
             frames[index] += draw(messages(draw(st.sampled_from(types)))).SerializeToString()
     match draw(st.integers(0, 9)):
         case 0 if frames:
@@ -163,9 +163,9 @@ _MORE_TOKENS = (
 
 
 def any_input(rng: random.Random, seeds: Sequence[Frames]) -> Frames:
-    """The same without a way to make it small again, and many times as quick."""
+    """Like inputs(), without shrinking, and many times faster."""
     pieces = [frame for seed in seeds for frame in seed] or [b""]
-    frames = [_bent_by(rng, frame, pieces) if rng.random() < 0.6 else frame for frame in rng.choice(seeds)]
+    frames = [_mutate(rng, frame, pieces) if rng.random() < 0.6 else frame for frame in rng.choice(seeds)]
     match rng.randint(0, 12):
         case 0 if frames:
             del frames[rng.randrange(len(frames))]
@@ -176,7 +176,7 @@ def any_input(rng: random.Random, seeds: Sequence[Frames]) -> Frames:
     return tuple(frames)
 
 
-def _bent_by(rng: random.Random, frame: bytes, others: Sequence[bytes]) -> bytes:
+def _mutate(rng: random.Random, frame: bytes, others: Sequence[bytes]) -> bytes:
     data = bytearray(frame)
     for _ in range(rng.choice((0, 1, 1, 2, 4, 8))):
         at, size = rng.randint(0, len(data)), rng.choice((1, 1, 2, 8, 64))

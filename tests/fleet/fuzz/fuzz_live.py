@@ -1,4 +1,4 @@
-"""What is fuzzed behind a real server: every RPC of the fleet, health, reflection, and the connection itself."""
+"""Fuzz targets behind a real server: every RPC of the fleet, health, reflection, and the connection."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ WORKER = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"]
 
 _SECONDS = 4.0
 _WATCH = "/grpc.health.v1.Health/Watch"
-# How no call may end, whatever it sent; the last is for what the server did not answer in time.
+# Status codes with which no call may end; the last one stands for a timeout of the server.
 _DEFECTS = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED}
 
 
 @contextlib.contextmanager
 def all_targets(directory: Path) -> Iterator[list[Target]]:
-    """Those of fuzz_targets, those between ranks, and all that need a server."""
+    """All targets: of fuzz_targets, between ranks, and behind a server."""
     with targets(directory) as without, live_targets() as live:
         yield [*without, *rank_targets(), *live]
 
 
 @contextlib.contextmanager
 def live_targets() -> Iterator[list[Target]]:
-    """One server with every service of the fleet, for as long as the block."""
+    """Run a server with every service of the fleet in the block; yields its targets."""
     loop = asyncio.new_event_loop()
     with contextlib.closing(loop), ThreadPoolExecutor(1) as device, tempfile.TemporaryDirectory() as directory:
         live = loop.run_until_complete(_Live.start(f"unix:{directory}/fuzz.sock", device))
@@ -84,12 +84,12 @@ class _Live:
         await self.server.drain(0)
 
     async def call(self, path: str, frames: Frames) -> None:
-        """Send the frames; a stream of one message is what a single message is, on the wire."""
+        """Send the frames; on the wire, a unary request equals a stream of one message."""
         send: Any = self.channel.stream_stream(path)
         call = send(iter(frames), timeout=_SECONDS)
         code, details = grpc.StatusCode.OK, ""
         try:
-            if path == _WATCH:  # goes on for as long as somebody watches
+            if path == _WATCH:  # runs until the client cancels it
                 await call.read()
                 call.cancel()
                 return
@@ -101,7 +101,7 @@ class _Live:
         assert await self.is_well()
 
     async def is_well(self) -> bool:
-        """Whether it answers somebody else."""
+        """Whether the server replies to another client."""
         check: Any = self.channel.unary_unary(
             "/grpc.health.v1.Health/Check", response_deserializer=health_pb2.HealthCheckResponse.FromString
         )
@@ -116,7 +116,7 @@ def _call_targets(live: _Live, loop: asyncio.AbstractEventLoop) -> Iterator[Targ
 
 
 def _methods() -> Iterator[tuple[Any, list[Frames]]]:
-    """The descriptor of every RPC, with right inputs."""
+    """Descriptors of all RPCs, with valid inputs."""
     for method in PUBLIC.methods:
         yield method, [(each.SerializeToString(),) for each in PUBLIC_SEEDS[method.name]]
     for service in SERVICES:
@@ -144,7 +144,7 @@ def _calling(live: _Live, loop: asyncio.AbstractEventLoop, method: Any) -> Calla
 
 
 def _connection_target(live: _Live, loop: asyncio.AbstractEventLoop) -> Target:
-    """Bytes that come before there is a call: of HTTP/2, and of headers."""
+    """Target of bytes before a call: HTTP/2 frames and headers."""
     ask = call_headers(b"/fleet.v1.GenerationService/ListModels", [(b"authorization", b"Bearer x"), (b"a-bin", b"AA")])
     body = frame(0, 1, 1, b"\0\0\0\0\0")
     odd = call_headers(b"/x/\xff", [(b"grpc-timeout", b"1S")], ended=True)

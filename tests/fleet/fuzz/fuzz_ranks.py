@@ -1,7 +1,7 @@
-"""What is fuzzed between the ranks of a worker group: calls, outcomes, the first words of a connection, beats.
+"""Fuzz targets between the ranks of a worker group: calls, outcomes, hello messages, heartbeats.
 
-Ranks trust each other more than anybody, but one that is out of step, or a stranger at rank 0's port, must leave the
-others with an answer all the same: OutOfStep, after which the group starts again, or no attention at all.
+Ranks trust each other, but a rank that is out of step must raise OutOfStep, after which the group restarts, and an
+unknown client at rank 0's port must be ignored.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from services.denoising.messages import Kind, Link
 
 _SERVICE = "denoising"
 _PLACE = Place(0, 0, world_size=2, num_nodes=1, store_host="127.0.0.1", store_port=0, token="a" * 32)
-_MOST_HELLO_BYTES = 4096  # fits into a socket's buffer, so that nobody needs to read for it to be sent
+_MOST_HELLO_BYTES = 4096  # fits into a socket buffer, so that sending does not block
 _CANCELLED = outcome(Cancelled("request 1 was cancelled"))
 
 
 def rank_targets() -> Iterator[Target]:
-    """All of them; none needs anything that must be closed."""
+    """Yield all targets; no target has resources to close."""
     request = request_type(stage_method(_SERVICE))
     calls = list(_calls())
     yield Target("rank.call", _follow_messages, calls, [header_type(request)])
@@ -44,7 +44,7 @@ def rank_targets() -> Iterator[Target]:
 
 
 class _Connection:
-    """A connection on which these bytes come, and then its end; what is sent is not kept."""
+    """A connection that delivers these bytes and then its end; sent bytes are discarded."""
 
     def __init__(self, data: bytes) -> None:
         self._data = io.BytesIO(data)
@@ -53,10 +53,10 @@ class _Connection:
         return self._data.readinto(view)
 
     def sendall(self, _: bytes) -> None:
-        """Nobody listens."""
+        """Discard the data."""
 
     def settimeout(self, _: float | None) -> None:
-        """It never waits."""
+        """Ignore the timeout, as no call blocks."""
 
 
 def _link(data: bytes) -> Link:
@@ -64,7 +64,7 @@ def _link(data: bytes) -> Link:
 
 
 def _message(kind: Kind, payload: bytes = b"") -> bytes:
-    """As targets get it, without its length: what is bent may change it."""
+    """A message without its length prefix, as mutations may change its length."""
     return bytes((kind,)) + payload
 
 
@@ -73,7 +73,7 @@ def _on_the_wire(message: bytes) -> bytes:
 
 
 def _calls() -> Iterator[Frames]:
-    """What rank 0 sends for right calls: one that ends well, one that it cancels; then END."""
+    """Messages of rank 0 for valid calls: one that succeeds, one that is cancelled; then END."""
     for frames in framed_seeds(request_type(stage_method(_SERVICE)))[:2]:
         for answer, end in ((GO_ON, b""), (_CANCELLED, _CANCELLED)):
             yield (
@@ -104,7 +104,7 @@ def _hello(purpose: Purpose, rank: int = 1) -> bytes:
 
 
 class _Store:
-    """The agents' store; once rank 0 tells where it listens, a stranger comes for each frame, then its follower."""
+    """A fake store: when rank 0 publishes its address, each frame connects as an unknown client, then the follower."""
 
     def __init__(self, strangers: Frames) -> None:
         self._strangers = strangers
@@ -112,16 +112,16 @@ class _Store:
 
     def set(self, _: str, value: str) -> None:
         host, port = value.split()
-        for words in self._strangers:
+        for message in self._strangers:
             with socket.create_connection((host, int(port))) as stranger:
-                stranger.sendall(words[:_MOST_HELLO_BYTES])
+                stranger.sendall(message[:_MOST_HELLO_BYTES])
         for purpose in Purpose:
             self.follower.append(socket.create_connection((host, int(port))))
             self.follower[-1].sendall(_hello(purpose))
 
 
 def _join(frames: Frames) -> None:
-    """Whoever comes first, rank 0 finds its follower."""
+    """Rank 0 must find its follower after any number of unknown clients."""
     store = _Store(frames[:8])
     joined = join(_PLACE, cast(Any, store), 4.0)
     assert {rank: set(each) for rank, each in joined.items()} == {1: set(Purpose)}
@@ -130,12 +130,12 @@ def _join(frames: Frames) -> None:
 
 
 def _beat(frames: Frames) -> None:
-    """The side channel takes whatever a peer says, and ends when it is told to."""
+    """The heartbeat connection must accept any data, and end() must return."""
     here, peer = socket.socketpair()
     with peer:
         peer.sendall(b"".join(frames)[:_MOST_HELLO_BYTES])
         peer.shutdown(socket.SHUT_WR)
         liveness = Liveness({1: here}, rank_heartbeat_seconds=60.0, rank_lost_seconds=60.0)
         liveness.start(on_lost=lambda _: None)
-        assert peer.recv(1) == b"."  # It has begun, and looks at what lies there before it can be told to end.
+        assert peer.recv(1) == b"."  # The thread has started, and reads the data before end() takes effect.
         liveness.end()

@@ -1,4 +1,4 @@
-"""What is fuzzed: everything that reads bytes of others, each as a function that must return or raise a FleetError."""
+"""Fuzz targets: all code that parses untrusted bytes; each must return or raise a FleetError."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ LIMITS = CallLimits(total_bytes=64 << 20)
 
 @dataclass(frozen=True)
 class Target:
-    """`run` takes an input; `seeds` are right ones, `types` the messages that a frame may be.
+    """A fuzz target. `run` takes an input; `seeds` are valid inputs, `types` are message types of frames.
 
-    An input may make the process larger by `most_bytes`.
+    `most_bytes` is the largest memory growth of the process per input.
     """
 
     name: str
@@ -80,9 +80,9 @@ class Target:
 
 
 def check(target: Target, frames: Frames) -> None:
-    """Run a target. A FleetError is an answer, if it can be told to a caller; everything else is a finding.
+    """Run a target. A FleetError is accepted if it can be sent to a caller; any other error is a finding.
 
-    Between ranks, so is OutOfStep: the group starts again.
+    Between ranks, OutOfStep is accepted, too, as the group restarts.
     """
     try:
         target.run(frames)
@@ -96,7 +96,7 @@ def check(target: Target, frames: Frames) -> None:
 
 @contextlib.contextmanager
 def targets(directory: Path) -> Iterator[list[Target]]:
-    """All that need no server, for as long as the block; `directory` is for the files that some read."""
+    """Yield all targets without a server, valid in the block; `directory` is for files of some targets."""
     torch.set_num_threads(1)
     model = open_model("emoji", load_registry())
     loop = asyncio.new_event_loop()
@@ -108,14 +108,14 @@ def targets(directory: Path) -> Iterator[list[Target]]:
             *_parser_targets(),
             Target("chunk", _chunk, [(chunk_frame("a.b", 5, b"data"),), (chunk_frame("a", 0, b""),)]),
             Target("status", _status, [(b"InvalidInput", b"details", b"prompt"), (b"", b"", b"%ff%")]),
-            Target("picture", _picture, list(_picture_seeds()), most_bytes=4 * MAX_PIXELS * 4),
+            Target("image", _image, list(_image_seeds()), most_bytes=4 * MAX_PIXELS * 4),
             *_file_targets(directory),
         ]
         loop.run_until_complete(loop.shutdown_asyncgens())
 
 
 class Reader:
-    """Stages that read every slot that their service's messages can carry, and write none."""
+    """Stages that read every slot of their service's messages and write none."""
 
     def __init__(self, service: str) -> None:
         widest = contract_of(stage_method(service))
@@ -126,7 +126,7 @@ class Reader:
         return self.contract
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Touch every byte of every tensor, by packing what was unpacked."""
+        """Read every byte of every tensor by packing the unpacked artifacts."""
         call.check_cancelled()
         for slot, value in values.items():
             for each in value if slot in self.contract.input_streams else [value]:
@@ -135,14 +135,14 @@ class Reader:
 
 
 def stage_servicer(service: str, device: ThreadPoolExecutor) -> StageServicer:
-    """What serves a stage's RPC, down to the artifacts."""
+    """A servicer for a stage's RPC, with stages that only read artifacts."""
     limits = ServicerLimits(capacity=1, call=LIMITS)
     cache = ReplyCache(1 << 20, service=service, model="fuzz") if service == "text_encoding" else None
     return StageServicer(service, Reader(service), device, TORCH, limits=limits, cache=cache)
 
 
 def _stage_target(service: str, loop: asyncio.AbstractEventLoop, device: ThreadPoolExecutor) -> Target:
-    """The whole of a stage service's RPC, from frames to artifacts."""
+    """Target of a stage service's RPC, from frames to artifacts."""
     method = stage_method(service)
     servicer = stage_servicer(service, device)
     handler: Any = servicer.methods[method.name]
@@ -151,7 +151,7 @@ def _stage_target(service: str, loop: asyncio.AbstractEventLoop, device: ThreadP
         try:
             loop.run_until_complete(handler.stream_stream(None, Context(frames)))
         except InternalError as error:
-            raise AssertionError(f"a wrong input is no defect: {error}") from error
+            raise AssertionError(f"invalid input raised an internal error: {error}") from error
         finally:
             assert not servicer.in_flight
             assert servicer.pool.idle_bytes <= 256 << 20
@@ -161,7 +161,7 @@ def _stage_target(service: str, loop: asyncio.AbstractEventLoop, device: ThreadP
 
 
 def _reply_target(service: str, loop: asyncio.AbstractEventLoop) -> Target:
-    """What a coordinator makes of a worker's answer."""
+    """Target of a coordinator's parsing of worker replies."""
     method = stage_method(service)
     kind = response_type(method)
     outputs = contract_of(method).outputs
@@ -175,7 +175,7 @@ def _reply_target(service: str, loop: asyncio.AbstractEventLoop) -> Target:
 
 
 class _Channel:
-    """A channel to a worker that answers every call with `frames`."""
+    """A channel to a fake worker that replies to every call with `frames`."""
 
     frames: Frames = ()
 
@@ -184,7 +184,7 @@ class _Channel:
 
 
 def header_type(frame: type[Message]) -> Descriptor:
-    """A frame's type; every other one is reached through it."""
+    """Message type of a frame, through which all other types are reached."""
     return cast(Descriptor, frame.DESCRIPTOR)
 
 
@@ -195,8 +195,8 @@ def _chunk(frames: Frames) -> None:
             assert read_chunk(again) == (chunk.path, chunk.offset, chunk.data, again)
 
 
-def _picture_seeds() -> Iterator[Frames]:
-    """One of each kind, and some with what has parsers of its own: EXIF, texts, colour profiles, more pictures."""
+def _image_seeds() -> Iterator[Frames]:
+    """Images of each format, some with separately parsed data: EXIF, texts, colour profiles, several frames."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
     text = PngImagePlugin.PngInfo()
@@ -218,8 +218,8 @@ def _encoded(form: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def _picture(frames: Frames) -> None:
-    """Warnings of Pillow's, such as of broken EXIF, are for a log."""
+def _image(frames: Frames) -> None:
+    """Open an image. Pillow's warnings, such as for broken EXIF, are ignored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         open_image("image", b"".join(frames))
@@ -232,7 +232,7 @@ def _status(frames: Frames) -> None:
 
 
 class _NoRedis:
-    """A store that is away."""
+    """A store that is unavailable."""
 
     async def execute_command(self, *_: Any) -> NoReturn:
         raise Away("away")
@@ -248,7 +248,7 @@ class _NoRedis:
 
 
 class _Registry:
-    """No workers."""
+    """A registry without workers."""
 
     async def load(self, *_: Any) -> NoReturn:
         raise Unavailable("no workers")
@@ -262,7 +262,7 @@ class _Activities:
 
 
 class _Driver:
-    """Accepts a request as far as the store lets it."""
+    """A driver that accepts a request up to the first store access."""
 
     def __init__(self, store: RequestStore) -> None:
         self._store = store
@@ -282,7 +282,7 @@ class _Driver:
 
 
 def public_service(model: ServedModel) -> ServiceHandler:
-    """The public RPCs, up to the store."""
+    """The public RPCs up to the first store access."""
     store = RequestStore(cast(Any, _NoRedis()))
     driver = cast(Driver, _Driver(store))
     offered = {"emoji": OfferedModel.of(model)}
@@ -352,7 +352,7 @@ PUBLIC_SEEDS: Mapping[str, Sequence[Message]] = {
 
 
 def _token(frames: Frames) -> None:
-    """The parts of a token; only what nobody bent may be taken."""
+    """Verify a token from its parts; only the unchanged token may be accepted."""
     text = b".".join(frames).decode("latin-1")
     try:
         claimed = _VERIFIER.verify(text)
@@ -368,7 +368,7 @@ _VERIFIER = TokenVerifier(
 
 
 def _file_targets(directory: Path) -> Iterator[Target]:
-    """Files that operators give: weights, configs, settings, keys."""
+    """Targets of operators' files: weights, configs, settings, keys."""
     file = directory / secrets.token_hex(4)
 
     def reading(read: Callable[[Path], object]) -> Callable[[Frames], None]:
@@ -413,10 +413,10 @@ def _from_toml(path: Path) -> None:
 
 
 def _flags(frames: Frames) -> None:
-    """Flags, and last a variable."""
+    """Parse flags and, from the last frame, an environment variable."""
     *words, capacity = (*(frame.decode("utf-8", "surrogateescape") for frame in frames), "")[: max(len(frames), 1)]
     if "--config" in words:
-        return  # Which file it reads is the caller's choice.
+        return  # The user chooses the file that is read.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         load_settings(WorkerSettings, words, prog="fuzz", environ={"FLEET_CAPACITY": capacity})
 
@@ -435,7 +435,7 @@ def _checkpoint_run(path: Path) -> Callable[[Frames], None]:
 
 
 def _parser_targets() -> Iterator[Target]:
-    """The parser alone, on every message of the public API and of the stages."""
+    """Targets of the protobuf parser alone, for every message of the public API and the stages."""
     kinds = [request_type(stage_method(service)) for service in SERVICES]
     kinds += [response_type(stage_method(service)) for service in SERVICES]
     for kind in kinds:

@@ -1,7 +1,7 @@
-"""Fuzzes everything that reads bytes of others: python tests/fleet/fuzz/run_fuzz.py --seconds 600 [--target NAME]
+"""Fuzzes all code that parses untrusted bytes: python tests/fleet/fuzz/run_fuzz.py --seconds 600 [--target NAME]
 
-Ends with 1 at the first finding, whose smallest form is then a file of the corpus, which the tests run ever after.
-The table tells, for each target, how many inputs it took, the slowest of them, and what memory the process has gained.
+Exits with 1 at the first finding, whose minimal input is added to the corpus as a regression test. The table has, for
+each target, the number of inputs, the slowest input, and the memory growth of the process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from types import FrameType
 TESTS = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(Path(__file__).parent)]
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it tells of every wrong byte; before grpc is imported
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC would log every malformed byte; set before grpc is imported
 
 from fuzz_inputs import Frames, any_input, inputs  # noqa: E402
 from fuzz_live import all_targets  # noqa: E402
@@ -35,19 +35,19 @@ from process_memory import measured_growth, resident_bytes  # noqa: E402
 
 CORPUS = Path(__file__).parent / "corpus"
 HANG_SECONDS = 5.0
-FAST_TURNS = 20  # inputs of the fast kind for one of the other
+FAST_TURNS = 20  # ratio of fast inputs to Hypothesis inputs
 MOST_SEEDS = 60
 NEW_SEED = 0.01
 MOST_GAINED_BYTES = 512 << 20
 
 
 class Hang(BaseException):
-    """An input took too long. Not an Exception, so that nothing under test takes it for its own."""
+    """An input timed out. A BaseException, so that the code under test does not catch it."""
 
 
 @dataclass
 class Tally:
-    """What a target has been through."""
+    """Statistics of a target."""
 
     inputs: int = 0
     slowest_seconds: float = 0.0
@@ -56,10 +56,10 @@ class Tally:
 
 @contextmanager
 def limited(seconds: float = HANG_SECONDS) -> Iterator[None]:
-    """Raise Hang within, after so long."""
+    """Raise Hang in the block after `seconds`."""
 
     def ring(_: int, __: FrameType | None) -> None:
-        raise Hang(f"no answer after {seconds:g} s")
+        raise Hang(f"no result after {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -71,7 +71,7 @@ def limited(seconds: float = HANG_SECONDS) -> Iterator[None]:
 
 
 class Finding(Exception):
-    """An input that a target did not take as it should."""
+    """An input on which a target failed."""
 
     def __init__(self, target: Target, frames: Frames, error: BaseException) -> None:
         super().__init__(f"{target.name}: {type(error).__name__}: {error}")
@@ -79,7 +79,7 @@ class Finding(Exception):
 
 
 def fuzz(target: Target, examples: int, number: int, tally: Tally) -> None:
-    """Put so many inputs to a target; `number` decides which. Raises Finding with the smallest that fails."""
+    """Run `examples` Hypothesis inputs, seeded by `number`. Raises Finding with the minimal failing input."""
     last: list[Frames] = []
 
     @seed(number)
@@ -100,7 +100,7 @@ def fuzz(target: Target, examples: int, number: int, tally: Tally) -> None:
 
 
 def fuzz_fast(target: Target, examples: int, number: int, tally: Tally) -> None:
-    """The same with inputs that are quicker to make. Inputs that get through serve as seeds for others."""
+    """Run fast random inputs, seeded by `number`. Accepted inputs become seeds of further inputs."""
     last: list[Frames] = []
     rng = random.Random(number)
     seeds = list(target.seeds)
@@ -124,7 +124,7 @@ def _put(target: Target, frames: Frames, tally: Tally) -> None:
 
 @contextmanager
 def _watching(target: Target, last: Sequence[Frames], tally: Tally) -> Iterator[None]:
-    """Make a Finding of what is raised within, and of too much memory."""
+    """Convert errors in the block, and excessive memory growth, to a Finding."""
     before = resident_bytes()
     try:
         yield
@@ -134,17 +134,17 @@ def _watching(target: Target, last: Sequence[Frames], tally: Tally) -> Iterator[
         raise Finding(target, last[0], error) from error
     tally.gained_bytes += resident_bytes() - before
     if tally.gained_bytes > MOST_GAINED_BYTES:
-        raise Finding(target, last[0], MemoryError(f"{tally.gained_bytes >> 20} MiB in all"))
+        raise Finding(target, last[0], MemoryError(f"{tally.gained_bytes >> 20} MiB in total"))
 
 
 def read_corpus() -> Iterator[tuple[str, str, Frames]]:
-    """Target, file name and frames of every input that was kept: a line of hex digits a frame."""
+    """Read the corpus: target, file name and frames of every input; a frame is a line of hex digits."""
     for path in sorted(CORPUS.glob("*/*.hex")):
         yield path.parent.name, path.name, tuple(bytes.fromhex(line) for line in path.read_text().splitlines())
 
 
-def keep(target: str, frames: Frames) -> Path:
-    """Write an input into the corpus."""
+def add_to_corpus(target: str, frames: Frames) -> Path:
+    """Write an input to the corpus."""
     path = CORPUS / target / f"{secrets.token_hex(4)}.hex"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{frame.hex()}\n" for frame in frames))
@@ -152,15 +152,15 @@ def keep(target: str, frames: Frames) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Fuzz for so long, one target after the other, in turns."""
+    """Fuzz all targets in rounds, for the given time."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="of the first turn")
-    parser.add_argument("--target", action="append", help="only these")
-    parser.add_argument("--examples", type=int, default=50, help="inputs a turn")
+    parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="seed of the first round")
+    parser.add_argument("--target", action="append", help="fuzz only these targets")
+    parser.add_argument("--examples", type=int, default=50, help="inputs per round")
     args = parser.parse_args(argv)
     print(f"seed {args.seed}")  # noqa: T201
-    logging.disable()  # Ranks log every call that fails, and most do here.
+    logging.disable()  # Ranks log every failed call, and most calls fail here.
     with tempfile.TemporaryDirectory() as directory, all_targets(Path(directory)) as every:
         chosen = [each for each in every if not args.target or each.name in args.target]
         tallies = {target.name: Tally() for target in chosen}
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     fuzz_fast(target, FAST_TURNS * args.examples, args.seed + turn, tallies[target.name])
                 turn += 1
         except Finding as finding:
-            print(f"{finding}\nkept as {keep(str(finding).partition(':')[0], finding.frames)}")  # noqa: T201
+            print(f"{finding}\nadded to the corpus as {add_to_corpus(str(finding).partition(':')[0], finding.frames)}")  # noqa: T201
             raise
     for name, tally in tallies.items():
         slowest, gained = tally.slowest_seconds * 1e3, tally.gained_bytes / 2**20

@@ -1,6 +1,6 @@
-"""A short fuzz of everything that reads bytes of others, the same inputs each time, and all that was ever found.
+"""A short deterministic fuzz of all code that parses untrusted bytes, and the corpus of earlier findings.
 
-The long one is a program: python tests/fleet/fuzz/run_fuzz.py --seconds 600
+Longer runs: python tests/fleet/fuzz/run_fuzz.py --seconds 600
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def all_targets() -> Iterator[dict[str, Target]]:
         yield {target.name: target for target in every}
 
 
-def test_what_was_once_found_is_refused(all_targets: dict[str, Target]) -> None:
+def test_inputs_of_the_corpus_are_refused(all_targets: dict[str, Target]) -> None:
     kept = list(read_corpus())
     assert {path.suffix for path in CORPUS.glob("*/*")} <= {".hex"}
     for target, name, frames in kept:
@@ -37,14 +37,14 @@ def test_what_was_once_found_is_refused(all_targets: dict[str, Target]) -> None:
         assert target in all_targets, name
 
 
-def test_right_inputs_get_through(all_targets: dict[str, Target]) -> None:
-    """Or the fuzz would scratch at the door only."""
+def test_valid_inputs_are_accepted(all_targets: dict[str, Target]) -> None:
+    """Valid seeds must reach the code behind the parsers."""
     for name, target in all_targets.items():
         if name.startswith(("rpc.", "reply.", "parse.", "rank.")):
             for frames in target.seeds[:2]:
                 target.run(frames)
         elif name.startswith("public.") and name != "public.ListModels":
-            with pytest.raises(Unavailable):  # the store is away, which is the last thing that they ask
+            with pytest.raises(Unavailable):  # the store, which they access last, is unavailable
                 target.run(target.seeds[0])
         elif name.startswith("live."):
             target.run(target.seeds[0])
@@ -76,10 +76,10 @@ def test_a_short_fuzz_finds_nothing(all_targets: dict[str, Target]) -> None:
         assert tally.gained_bytes < MOST_GAINED_BYTES
 
 
-def test_the_fuzz_finds_what_is_there_and_makes_it_small() -> None:
+def test_a_finding_is_reported_with_a_minimal_input() -> None:
     def run(frames: tuple[bytes, ...]) -> None:
         if any(b"!" in frame for frame in frames):
-            raise ValueError("no error of ours")
+            raise ValueError("not a FleetError")
         raise InvalidInput("an answer")
 
     with pytest.raises(Finding, match="trap: ValueError") as caught:

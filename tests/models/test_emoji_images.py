@@ -1,14 +1,14 @@
-"""The emoji model draws what it is asked for, also where it never saw noun and colour together.
+"""The emoji model follows its prompts, including colour-noun pairs that training left out.
 
-Twenty prompts, each under a seed of its own (its position), against 64 candidate pictures: the twenty prompts' own and
-44 others, mostly the same nouns in other colours. Similarity has nothing learned in it: both pictures are reduced to
-the mean colours of a grid of 16x16 tiles, and the smaller squared distance is the more similar. Guessing scores 1/64.
+Twenty prompts, each with its position as seed, are compared with 64 candidate images: one for each prompt, and 44
+others, mostly the same nouns in other colours. The similarity measure is not learned: both images are reduced to the
+mean colours of a 16x16 grid; the candidate with the smallest squared distance is the match. Chance level is 1/64.
 
-tests/golden/emoji_references.png was rendered once from the emoji images that the model was trained on (see the model
-card), by code that shares nothing with training's: the emoji over white, at 84% of a 128-pixel square; for a colour,
-each pixel within some 50 degrees of the emoji's dominant hue (or each pale pixel, where the emoji has no vivid colour)
-is turned to the named hue; then averaged down to 32 pixels. The .json beside it names the tiles row by row; its
-"held_out" names are the first ten colour-noun pairs of the list that training left out.
+tests/golden/emoji_references.png was rendered from the training images (see the model card) by code independent of the
+training code: the emoji on white, at 84% of a 128-pixel square; for a colour, the hue of each pixel within about 50
+degrees of the emoji's dominant hue (or of each pale pixel, if the emoji has no vivid colour) is replaced by the named
+hue; then the image is averaged down to 32 pixels. The .json file next to it names the tiles row by row; "held_out"
+lists the first ten colour-noun pairs that training left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Draw = Callable[[str, int], Image.Image]
 
 
 class References:
-    """The candidate pictures by name, and which of them are the fixed prompts."""
+    """Candidate images by name, and the names that are prompts."""
 
     def __init__(self) -> None:
         about: dict[str, Any] = json.loads((GOLDEN / "emoji_references.json").read_text())
@@ -50,29 +50,29 @@ class References:
 
     @property
     def prompts(self) -> list[str]:
-        """The twenty fixed prompts; their positions are their seeds."""
+        """The twenty prompts; the position of a prompt is its seed."""
         return [*self.trained, *self.held_out]
 
-    def nearest(self, picture: Image.Image) -> str:
-        """The name of the candidate that is most like the picture."""
-        distances = ((self._tiles - tiles(picture)) ** 2).sum(axis=(1, 2, 3))
+    def nearest(self, image: Image.Image) -> str:
+        """Name of the candidate that is most similar to the image."""
+        distances = ((self._tiles - tiles(image)) ** 2).sum(axis=(1, 2, 3))
         return self.names[int(distances.argmin())]
 
 
-def tiles(picture: Image.Image) -> NDArray[np.float64]:
-    """Mean colours of a grid over the picture, (GRID, GRID, 3) in [0, 1]."""
-    return np.asarray(picture.convert("RGB").resize((GRID, GRID), Image.Resampling.BOX), dtype=np.float64) / 255
+def tiles(image: Image.Image) -> NDArray[np.float64]:
+    """Mean colours of a grid over the image, (GRID, GRID, 3) in [0, 1]."""
+    return np.asarray(image.convert("RGB").resize((GRID, GRID), Image.Resampling.BOX), dtype=np.float64) / 255
 
 
 @pytest.fixture(scope="module")
 def references() -> References:
-    """Read the committed sheet once."""
+    """The committed reference sheet."""
     return References()
 
 
 @pytest.fixture(scope="module")
 def draw() -> Iterator[Draw]:
-    """Draw with the fleet's stages, in this process, with the checkpoint's own defaults."""
+    """Generate an image with the stages in this process and the checkpoint's defaults."""
     torch.set_num_threads(2)
     fleet = open_fleet(DEFAULT_MODEL)
     yield lambda prompt, seed: fleet.images(prompt=prompt, seed=seed)[0]
@@ -80,50 +80,50 @@ def draw() -> Iterator[Draw]:
 
 
 @pytest.fixture(scope="module")
-def pictures(draw: Draw, references: References) -> dict[str, Image.Image]:
-    """One picture for each of the fixed prompts."""
+def images(draw: Draw, references: References) -> dict[str, Image.Image]:
+    """One image for each prompt."""
     return {prompt: draw(prompt, seed) for seed, prompt in enumerate(references.prompts)}
 
 
-def test_fixed_prompts_are_twenty_of_at_least_fifty_candidates_half_of_them_never_trained(
+def test_half_of_the_twenty_prompts_were_never_trained(
     references: References,
 ) -> None:
     assert len(references.trained) == len(references.held_out) == 10
     assert len(set(references.names)) == len(references.names) >= 50
 
 
-def test_pictures_are_recognised(pictures: dict[str, Image.Image], references: References) -> None:
-    seen = {prompt: references.nearest(picture) for prompt, picture in pictures.items()}
+def test_images_are_recognised(images: dict[str, Image.Image], references: References) -> None:
+    seen = {prompt: references.nearest(image) for prompt, image in images.items()}
     missed = {prompt: name for prompt, name in seen.items() if prompt != name}
     assert len(missed) <= 0.3 * len(seen), missed
     missed_new = {prompt: name for prompt, name in missed.items() if prompt in references.held_out}
     assert len(missed_new) <= 0.3 * len(references.held_out), missed_new
 
 
-def test_pictures_are_not_recognised_under_shuffled_prompts(
-    pictures: dict[str, Image.Image], references: References
+def test_images_are_not_recognised_under_shuffled_prompts(
+    images: dict[str, Image.Image], references: References
 ) -> None:
     shuffled = random.Random(0).sample(references.prompts, len(references.prompts))
-    hits = [references.nearest(pictures[drawn]) == named for drawn, named in zip(pictures, shuffled, strict=True)]
+    hits = [references.nearest(images[drawn]) == named for drawn, named in zip(images, shuffled, strict=True)]
     assert sum(hits) <= 0.1 * len(hits)
 
 
 def test_noise_is_not_recognised(references: References) -> None:
-    """The measure itself: what an untrained model draws must not pass."""
+    """Negative control of the measure: random images must fail."""
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (128, 128, 3), np.uint8)) for _ in references.prompts]
-    hits = [references.nearest(picture) == prompt for picture, prompt in zip(noise, references.prompts, strict=True)]
+    hits = [references.nearest(image) == prompt for image, prompt in zip(noise, references.prompts, strict=True)]
     assert sum(hits) <= 0.1 * len(hits)
 
 
-def test_the_seed_decides_the_picture(draw: Draw, pictures: dict[str, Image.Image]) -> None:
+def test_the_seed_determines_the_image(draw: Draw, images: dict[str, Image.Image]) -> None:
     again, other = draw("a cat", 0), draw("a cat", 1)
-    assert again.tobytes() == pictures["a cat"].tobytes()
+    assert again.tobytes() == images["a cat"].tobytes()
     assert other.tobytes() != again.tobytes()
 
 
-def test_diffusers_draws_the_same_pictures_from_the_same_directory(
-    pictures: dict[str, Image.Image], references: References
+def test_diffusers_generates_the_same_images_from_the_same_directory(
+    images: dict[str, Image.Image], references: References
 ) -> None:
     model = open_model(DEFAULT_MODEL, load_registry())
     pipeline = FluxPipeline.from_pretrained(model.checkpoint.path, dtype=torch.float32)
@@ -137,5 +137,5 @@ def test_diffusers_draws_the_same_pictures_from_the_same_directory(
             max_sequence_length=64,
             generator=torch.Generator("cpu").manual_seed(references.prompts.index(prompt)),
         ).images[0]
-        difference = np.abs(np.asarray(theirs, dtype=int) - np.asarray(pictures[prompt], dtype=int))
+        difference = np.abs(np.asarray(theirs, dtype=int) - np.asarray(images[prompt], dtype=int))
         assert difference.max() <= 1, f"{prompt}: pixels differ by up to {difference.max()} of 255"

@@ -1,10 +1,10 @@
-"""What a step's matrix products and attention cost a GPU, in time and in joules, once it is as hot as it gets.
+"""Time and energy of a step's GEMMs and attention on a GPU at its power limit.
 
-A card at its power limit slows down until it keeps to it: a step then takes the joules of its kernels divided by that
-limit, and no launch gap or idle multiprocessor matters much. Products are of random bfloat16 numbers, at the sizes of
-a Flux step, and where it is told of others. Errors are relative L2 against float32.
+A GPU at its power limit lowers its clock rate: the time of a step is then the energy of its kernels divided by the
+limit, and launch gaps or idle multiprocessors hardly matter. Operands are random bfloat16 values at the sizes of a Flux
+step, if not stated otherwise. Errors are relative L2 against float32.
 
-Run it with: python tests/bench/products.py; it needs a GPU whose driver counts energy
+Run it with: python tests/bench/kernel_energy.py; it needs a GPU with an NVML energy counter
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from models.layers.qk_norm import QKNormModules, apply_qk_norm
 from models.layers.rotary import rotary_embedding
 
 ROWS, SIZE = 4608, 3072
-"""Tokens and hidden size."""
+"""Number of tokens, and hidden size."""
 
 HEAD = HEAD_SIZE
 
 SETS = 4
-"""Of inputs and weights, in turn: none stays in the L2 cache."""
+"""Number of input and weight sets, used alternately so that none stays in the L2 cache."""
 
 WARM_UP_SECONDS = 6.0
 
-CARD: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+ON_GPU: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Work:
-    """Calls that do the same with one set each, and what they should give for the first in float32."""
+    """One operation: `run` takes the index of a set, `exact` returns the float32 result of the first set."""
 
     name: str
     flops: float
@@ -55,13 +55,13 @@ class Work:
     exact: Callable[[], Tensor]
 
     def error(self) -> float:
-        """Relative L2 of the first set's result."""
+        """Relative L2 error of the first set's result."""
         result, exact = self.run(0).float(), self.exact()
         return float((result.view_as(exact) - exact).norm() / exact.norm())
 
 
 class EnergyCounter:
-    """The joules that the first GPU has used since its driver was loaded."""
+    """Reads the energy that the first GPU has used since its driver was loaded."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libnvidia-ml.so.1")
@@ -70,7 +70,7 @@ class EnergyCounter:
         self._check(self._library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._device)))
 
     def joules(self) -> float:
-        """Its present value, which moves about ten times a second."""
+        """Energy in J; the counter is updated about ten times a second."""
         value = ctypes.c_ulonglong()
         self._check(self._library.nvmlDeviceGetTotalEnergyConsumption(self._device, ctypes.byref(value)))
         return value.value / 1e3
@@ -78,16 +78,16 @@ class EnergyCounter:
     @staticmethod
     def _check(status: int) -> None:
         if status:
-            raise RuntimeError(f"the driver does not tell its energy: NVML status {status}")
+            raise RuntimeError(f"the driver does not report energy: NVML status {status}")
 
 
 @torch.inference_mode()
 def main() -> None:
-    """Measure and print."""
+    """Measure all operations and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0, help="that each is run for")
+    parser.add_argument("--seconds", type=float, default=2.0, help="run time of each operation")
     args = parser.parse_args()
-    print_machine("Products and attention of a Flux step, hot")
+    print_machine("GEMMs and attention of a Flux step at the power limit")
     say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
     say()
     try_packages(torch.device("cuda", torch.cuda.current_device()))
@@ -106,17 +106,17 @@ def main() -> None:
             rows.append((work.name, 1e6 * seconds, *cells, f"{work.error():.1e}"))
         del works, work
         torch.cuda.empty_cache()
-    print_table(("", "us", "TFLOP/s", "W", "mJ a call", "pJ/FLOP", "error"), rows)
+    print_table(("", "us", "TFLOP/s", "W", "mJ per call", "pJ/FLOP", "error"), rows)
 
 
 class Operands:
-    """Inputs (SETS, rows, size), weights (SETS, width, size), a bias (width,), and room for a result."""
+    """Inputs (SETS, rows, size), weights (SETS, width, size), a bias (width,), and a result buffer."""
 
     def __init__(self, rows: int, width: int, size: int) -> None:
-        self.x = torch.randn(SETS, rows, size, **CARD)
-        self.weight = torch.randn(SETS, width, size, **CARD) / size**0.5
-        self.bias = torch.randn(width, **CARD)
-        self.out = torch.empty(rows, width, **CARD)
+        self.x = torch.randn(SETS, rows, size, **ON_GPU)
+        self.weight = torch.randn(SETS, width, size, **ON_GPU) / size**0.5
+        self.bias = torch.randn(width, **ON_GPU)
+        self.out = torch.empty(rows, width, **ON_GPU)
         self.flops = 2.0 * rows * width * size
 
     def of(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,18 +124,18 @@ class Operands:
         return self.x[index], self.weight[index], self.bias
 
     def by_torch(self, index: int) -> Tensor:
-        """PyTorch's product."""
+        """PyTorch's GEMM."""
         return linear(*self.of(index))
 
     def exact(self) -> Tensor:
-        """Of the first set, in float32."""
+        """Float32 result of the first set."""
         return linear(*(each.float() for each in self.of(0)))
 
 
 def feed_forward() -> list[Work]:
-    """A single block's, with its GELU, into the columns behind attention's."""
+    """Feed-forward GEMM of a single block with GELU, written into the columns after attention's."""
     given = Operands(ROWS, 4 * SIZE, SIZE)
-    columns = torch.empty(1, ROWS, 5 * SIZE, **CARD)[..., SIZE:]
+    columns = torch.empty(1, ROWS, 5 * SIZE, **ON_GPU)[..., SIZE:]
 
     def in_two_passes(index: int) -> Tensor:
         x, weight, bias = given.of(index)
@@ -163,13 +163,13 @@ def feed_forward() -> list[Work]:
 
 
 def heads() -> list[Work]:
-    """Queries and keys, normalised and turned, and values."""
+    """Query, key and value GEMMs with norms and RoPE."""
     given = Operands(ROWS, 3 * SIZE, SIZE)
-    norms = (RMSNorm(HEAD).to(**CARD), RMSNorm(HEAD).to(**CARD))
+    norms = (RMSNorm(HEAD).to(**ON_GPU), RMSNorm(HEAD).to(**ON_GPU))
     qk_norms = QKNormModules(norms, HEAD)
     rotation = rotary_embedding(torch.arange(ROWS, device="cuda")[:, None], (HEAD,))
     out, normed = given.out, 2 * SIZE
-    scale = torch.ones(normed, **CARD)
+    scale = torch.ones(normed, **ON_GPU)
 
     def in_two_passes(index: int) -> Tensor:
         linear_into(*given.of(index), out)
@@ -189,13 +189,13 @@ def heads() -> list[Work]:
 
     return [
         Work("queries, keys, values", given.flops, given.by_torch, given.exact),
-        Work("queries, keys, values, then norms and rotation", given.flops, in_two_passes, exact),
-        Work("the same in products' epilogue, QuACK", given.flops, fused, exact),
+        Work("queries, keys, values, then norms and RoPE", given.flops, in_two_passes, exact),
+        Work("the same in the GEMM epilogue, QuACK", given.flops, fused, exact),
     ]
 
 
 def out() -> list[Work]:
-    """A single block's last product, by PyTorch and by cuBLASLt without a workspace."""
+    """Output GEMM of a single block, by PyTorch and by cuBLASLt without a workspace."""
     given = Operands(ROWS, SIZE, 5 * SIZE)
 
     def by_cublas(index: int) -> Tensor:
@@ -209,9 +209,9 @@ def out() -> list[Work]:
 
 
 def gated() -> list[Work]:
-    """An update of Wan2.1-1.3B's stream, added with its gate to what is zero at first: each way has a pass for that."""
+    """Gated update of Wan2.1-1.3B's residual stream, added to zeros; both methods include the pass that clears them."""
     given = Operands(32760, 1536, 1536)
-    gate = torch.randn(1536, **CARD)
+    gate = torch.randn(1536, **ON_GPU)
 
     def in_two_passes(index: int) -> Tensor:
         return given.out.zero_().addcmul_(given.by_torch(index), gate)
@@ -230,52 +230,52 @@ def gated() -> list[Work]:
 
 
 def attending() -> list[Work]:
-    """Among all tokens on one GPU, and from half of them on one of two; whole, and with heads shared out."""
+    """Attention of all tokens, and of half of the queries (one of two GPUs); in one call, and with heads split."""
     works = []
     for queries in (ROWS, ROWS // 2):
-        q, k, v = (torch.randn(SETS, 1, tokens, 24, 128, **CARD) for tokens in (queries, ROWS, ROWS))
+        q, k, v = (torch.randn(SETS, 1, tokens, 24, 128, **ON_GPU) for tokens in (queries, ROWS, ROWS))
         whole = partial(attend, flash_attention_3, q, k, v)
         into = partial(attend_into, torch.empty_like(q[0]), q, k, v)
         exact = partial(attend_exactly, q[0], k[0], v[0])
         flops = 4.0 * queries * ROWS * SIZE
         works.append(Work(f"attention, {queries} queries", flops, whole, exact))
-        works.append(Work(f"attention, {queries} queries, heads shared out", flops, into, exact))
+        works.append(Work(f"attention, {queries} queries, heads split", flops, into, exact))
     return works
 
 
 def attend(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, index: int) -> Tensor:
-    """To one set."""
+    """Attend to one set of keys and values."""
     return function(q[index], k[index], v[index])
 
 
 def attend_into(out: Tensor, q: Tensor, k: Tensor, v: Tensor, index: int) -> Tensor:
-    """The same, into a tensor that is there."""
+    """Attend to one set, into an existing tensor."""
     flash_attention_3_into(q[index], k[index], v[index], out=out)
     return out
 
 
 def attend_exactly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """In float32."""
+    """Attention in float32."""
     q, k, v = (each.float().transpose(1, 2) for each in (q, k, v))
     return scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def heat(work: Work, seconds: float) -> None:
-    """Keep the card busy."""
+    """Run the operation for `seconds`, to reach the power limit."""
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
         some_calls(work, 100)
 
 
 def some_calls(work: Work, calls: int) -> None:
-    """Make them, and wait for them."""
+    """Run `calls` calls and synchronize."""
     for index in range(calls):
         work.run(index % SETS)
     torch.cuda.synchronize()
 
 
 def measure(work: Work, counter: EnergyCounter, seconds: float) -> tuple[float, float]:
-    """Seconds a call, and watts meanwhile. The counter's steps of 0.1 s are a few hundredths of what it tells."""
+    """Seconds per call, and average power in W. The counter's 0.1 s resolution adds a few percent of error."""
     some_calls(work, 100)
     calls, began, joules = 0, time.perf_counter(), counter.joules()
     while (elapsed := time.perf_counter() - began) < seconds:

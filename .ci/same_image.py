@@ -1,7 +1,7 @@
-"""Compares two picture files: `python .ci/same_picture.py ONE OTHER`. Exit code 1 unless they show the same.
+"""Compares two image files: `python .ci/same_image.py ONE OTHER`. Exit status 1 if they differ.
 
-The same, since images may be built with another build of torch than the machine's: sizes are equal and the mean
-difference is below one level of 255. A picture of fewer than 50 colours is refused, as empty ones are equal too.
+Images are the same if their sizes are equal and the mean difference is below one level of 255, as the containers may
+have another torch build than the host. An image with fewer than 50 colours is rejected, as empty images are equal, too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from PIL import Image, ImageChops, ImageStat
 
 
 def main(one: str, other: str) -> int:
-    """Print what was found."""
+    """Print sizes, colours and the mean difference; returns the exit status."""
     left, right = (Image.open(path).convert("RGB") for path in (one, other))
     if left.size != right.size:
         sys.stderr.write(f"{one} is {left.size}, {other} is {right.size}\n")

@@ -9,13 +9,13 @@ from PIL import Image
 
 
 def coarse_image(width: int, height: int, seed: int = 1) -> Image.Image:
-    """An image of coarse random colours."""
+    """A random image of few, large colour patches."""
     tiles = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     return Image.fromarray(tiles).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def png(image: Image.Image) -> bytes:
-    """The image as a PNG file."""
+    """Encode the image as a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()

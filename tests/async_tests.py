@@ -1,0 +1,37 @@
+"""Time limits for asyncio tests, and polling for conditions that trigger no event."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+_POLL_SECONDS = 0.005
+
+
+def run_within(seconds: float, test: Callable[[], Awaitable[None]]) -> None:
+    """Run a test on an event loop of its own. Raises TimeoutError after `seconds`."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(seconds):
+            await test()
+
+    asyncio.run(bounded())
+
+
+async def wait_until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
+    """Poll until the condition holds; the caller sets the time limit."""
+    while True:
+        result = condition()
+        if result if isinstance(result, bool) else await result:
+            return
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+def poll(condition: Callable[[], bool], seconds: float, name: str) -> None:
+    """Poll without an event loop. Raises TimeoutError, with the condition's `name`, after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{name} within {seconds:g} s")
+        time.sleep(_POLL_SECONDS)
