@@ -82,7 +82,7 @@ def check_bad_images(fleet: LocalFleet) -> None:
         (
             {"image": good, "image_1": png(coarse_image(63, 64))},
             "image_1",
-            "63 x 64 is not at least 64 pixels along each side",
+            "63 x 64 is not at least 64 pixels",
         ),
         ({"image": png(coarse_image(64, 513))}, "image", "64 x 513 has an aspect ratio that is not at most 8"),
         ({"image": png(Image.new("RGB", (9000, 8000)))}, "image", "must have at most"),

@@ -108,8 +108,8 @@ def check_reference(role: str, header: ImageHeader) -> None:
     shorter, longer = sorted((header.height, header.width))
     size = f"{role}: {header.width} x {header.height}"
     if shorter < MIN_IMAGE_SIDE:
-        message = f"{size} is not at least {MIN_IMAGE_SIDE} pixels a side; a larger image works"
+        message = f"{size} is not at least {MIN_IMAGE_SIDE} pixels along each side; a larger image works"
         raise InvalidInput(message, field=role)
     if longer > MAX_ASPECT_RATIO * shorter:
-        message = f"{size} is not at most {MAX_ASPECT_RATIO} times as long as it is wide; a crop of it works"
+        message = f"{size} has an aspect ratio that is not at most {MAX_ASPECT_RATIO}; a crop works"
         raise InvalidInput(message, field=role)

@@ -108,7 +108,7 @@ def test_the_command_line_lists_both_variants(fleet: ServedFleet, capsys: pytest
 def test_inputs_that_fit_no_variant_are_refused(fleet: ServedFleet, roles: list[str], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         fleet.generate("ti2v", images=dict.fromkeys(roles, IMAGE), num_inference_steps=STEPS, **GIVEN)
-    assert caught.value.message == f"{', '.join(roles)} came; {TAKES}"
+    assert caught.value.message == f"images: {', '.join(roles)} is not a set of images of {TAKES}"
     assert caught.value.field == field
 
 
