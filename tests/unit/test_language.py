@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LIST = "tests/unit/language.toml"
 FOLDERS = (".ci", "common", "configs", "k8s", "models", "proto", "services", "tests")
 SUFFIXES = frozenset({".py", ".md", ".proto", ".lua", ".yaml", ".toml", ".sh"})
+SKIPPED = frozenset({"golden", "node_modules"})
+"""Directories of files of a release and of installed packages."""
 EXCLUDED = frozenset({LIST, "tests/unit/test_language.py"})
 
 REPLACEMENTS = {
@@ -85,11 +87,11 @@ def _files() -> Iterator[Path]:
 
 @cache
 def found() -> Sequence[Finding]:
-    """All findings of the tree, without generated stubs and installed packages."""
+    """All findings of the tree, without generated stubs, files of a release and installed packages."""
     findings: list[Finding] = []
     for path in _files():
         name = path.relative_to(ROOT).as_posix()
-        if path.is_file() and name not in EXCLUDED and "_pb2" not in path.name and "node_modules" not in path.parts:
+        if path.is_file() and name not in EXCLUDED and not SKIPPED.intersection(path.parts) and "_pb2" not in path.name:
             findings += findings_of(name, path.read_text(encoding="utf-8"))
     return findings
 
