@@ -17,22 +17,41 @@ from services.cli.generate import plugin_directories
 from services.cli.measured_requests import measure_request
 from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint_of, run_async
 from services.cli.parameters import number, whole_number
-from services.cli.stage_seconds import Measurement, Shape, Transport, measurements, transport
+from services.cli.stage_seconds import (
+    GroupSpeed,
+    Measurement,
+    Shape,
+    Transport,
+    group_device,
+    group_speeds,
+    measurements,
+    transport,
+)
 from services.cli.status_cells import table
 
 _LITTLE = 0.2  # of one worker: a service that needs less can share a device with another one
 _TRANSPORT_SHARE = 0.02  # of a request: above it, splitting costs noticeably
+_DENOISING = "denoising"
 _ON_CPU = frozenset({"latent_preparation"})
 _AXES = ("height", "width", "num_frames")
+_GROUP_AXES = ("tp", "ulysses", "ring", "cfg")
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a fleet. `seconds` are those of one request, by service in the order of the pipeline."""
+    """Requests that a fleet must serve. `seconds` are those of one request, by service in the order of the pipeline.
+
+    Each denoising worker is a group of `ranks` GPUs.
+    """
 
     requests_per_second: float
     utilisation: float
     seconds: Mapping[str, float]
+    ranks: int = 1
+
+    def devices(self, size: ServiceSize) -> int:
+        """Devices of a service's workers."""
+        return size.replicas * (self.ranks if size.service == _DENOISING else 1)
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,9 @@ def main(argv: Sequence[str]) -> int:
             field="stage-seconds",
         )
     seconds = {service: given.get(service, each or 0.0) for service, each in measured.items()}
-    load = Load(args.requests_per_second, args.utilisation, seconds)
+    load = Load(
+        args.requests_per_second, args.utilisation, seconds, 1 if args.degrees is None else _ranks(args.degrees)
+    )
     sys.stdout.write("".join(f"{line}\n" for line in _report(load, source, transport())))
     return SUCCESS
 
@@ -89,6 +110,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="SERVICE=SECONDS",
         help="what a request of this size takes at a service, instead of the committed measurement; repeatable",
     )
+    parser.add_argument(
+        "--degrees",
+        metavar="AXIS=N[,...]",
+        help="degrees of each denoising worker group, such as ring=2 or tp=2,cfg=2 (default: one GPU)",
+    )
     add_endpoint(parser)
     args = parser.parse_args(argv)
     for name, most in (("requests_per_second", math.inf), ("utilisation", 1.0)):
@@ -99,7 +125,27 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.steps is not None and args.steps < 1:
         raise SettingsError(f"--steps: {args.steps} is not at least 1; 28 works", field="steps")
     args.size = _size(args.size) if args.size is not None else None
+    args.degrees = _degrees(args.degrees) if args.degrees is not None else None
     return args
+
+
+def _degrees(text: str) -> str:
+    """Degrees in the order of the worker group's axes, without those that are 1."""
+    degrees: dict[str, int] = {}
+    for pair in text.split(","):
+        axis, _, degree = pair.partition("=")
+        if axis not in _GROUP_AXES or axis in degrees or not (degree.isascii() and degree.isdecimal() and int(degree)):
+            raise SettingsError(
+                f"--degrees: {text!r} is not AXIS=N[,...] with axes of {', '.join(_GROUP_AXES)}; ring=2 works",
+                field="degrees",
+            )
+        degrees[axis] = int(degree)
+    return ",".join(f"{axis}={degrees[axis]}" for axis in _GROUP_AXES if degrees.get(axis, 1) > 1)
+
+
+def _ranks(degrees: str) -> int:
+    """GPUs of a worker group."""
+    return math.prod(int(pair.partition("=")[2]) for pair in degrees.split(",") if pair)
 
 
 def _size(text: str) -> tuple[int, ...]:
@@ -158,13 +204,13 @@ def _committed(args: argparse.Namespace, given: Mapping[str, float]) -> tuple[Se
                 f"--size: {'x'.join(map(str, size))} is not a size of {args.model}; {example} works", field="size"
             )
         shape = Shape(math.prod(size), steps, measurement.shape.branches)
-        return _scaled(measurement, measurement.seconds, shape, given), _source(measurement)
+        return _scaled_to(measurement, measurement.seconds, shape, given, args.degrees)
     model = open_model(args.model, load_registry(plugin_directories()))
     services, shape = _request(model, args)
     transformer = _transformer(model)
     for measurement in measurements().values():
         if measurement.fits(model.checkpoint.pipeline_name, transformer):
-            return _scaled(measurement, services, shape, given), _source(measurement)
+            return _scaled_to(measurement, services, shape, given, args.degrees)
     return dict.fromkeys(services), "given by --stage-seconds"
 
 
@@ -185,22 +231,45 @@ def _request(model: ServedModel, args: argparse.Namespace) -> tuple[tuple[str, .
     return services, Shape(pixels, params.num_inference_steps, params.branches)
 
 
-def _scaled(
-    measurement: Measurement, services: Sequence[str] | Mapping[str, float], shape: Shape, given: Mapping[str, float]
-) -> Seconds:
-    return {
+def _scaled_to(
+    measurement: Measurement,
+    services: Sequence[str] | Mapping[str, float],
+    shape: Shape,
+    given: Mapping[str, float],
+    degrees: str | None,
+) -> tuple[Seconds, str]:
+    """The seconds of a request of this shape, denoised by a worker group of these degrees, and their source."""
+    seconds: dict[str, float | None] = {
         service: measurement.seconds_of(service, shape)
         if service in measurement.seconds and service not in given
         else None
         for service in services
     }
-
-
-def _source(measurement: Measurement) -> str:
     size = "x".join(map(str, measurement.size))
-    return (
+    source = (
         f"{measurement.model} on {measurement.device}, {size}, {measurement.steps} steps, scaled by pixels, steps and "
         "guidance where the request differs"
+    )
+    denoising = seconds.get(_DENOISING)
+    if not degrees or denoising is None:
+        return seconds, source
+    speed = _group_speed(measurement.model, degrees, shape.pixels)
+    seconds[_DENOISING] = denoising / speed.speedup
+    size = "x".join(map(str, speed.size))
+    group = f"a group with {degrees} is {speed.speedup:g} times as fast as one {group_device()} at {size}"
+    return seconds, f"{source}; {group}"
+
+
+def _group_speed(model: str, degrees: str, pixels: int) -> GroupSpeed:
+    """The speed-up of a worker group at the nearest measured size. Raises SettingsError without a measurement."""
+    of_model = [each for each in group_speeds() if each.model == model]
+    if fitting := [each for each in of_model if each.degrees == degrees]:
+        return min(fitting, key=lambda each: abs(math.log(math.prod(each.size) / pixels)))
+    known = ", ".join(dict.fromkeys(each.degrees for each in of_model))
+    raise SettingsError(
+        f"--degrees: {degrees} is not measured for {model}; {f'{known} work, or ' if known else ''}give "
+        f"--stage-seconds {_DENOISING}=SECONDS of such a group",
+        field="degrees",
     )
 
 
@@ -215,11 +284,14 @@ def sizes_of(load: Load) -> list[ServiceSize]:
 
 
 def _report(load: Load, source: str, costs: Transport) -> Iterator[str]:
-    sizes = sizes_of(load)
-    rows = [
-        (each.service, _three_digits(each.seconds), str(each.replicas), f"{each.utilisation:.0%}") for each in sizes
-    ]
-    yield table(("SERVICE", "SECONDS", "REPLICAS", "BUSY"), rows).rstrip("\n")
+    columns: dict[str, list[str]] = {"SERVICE": [], "SECONDS": [], "REPLICAS": [], "BUSY": [], "DEVICES": []}
+    for each in sizes_of(load):
+        cells = (each.service, _three_digits(each.seconds), str(each.replicas), f"{each.utilisation:.0%}")
+        for column, cell in zip(columns.values(), (*cells, str(load.devices(each))), strict=True):
+            column.append(cell)
+    if load.ranks == 1:
+        del columns["DEVICES"]
+    yield table([*columns], [*zip(*columns.values(), strict=True)]).rstrip("\n")
     yield f"Stage seconds: {source}."
     yield from remarks(load, costs)
 
@@ -232,9 +304,9 @@ def remarks(load: Load, costs: Transport) -> Iterator[str]:
     """Where a service of its own does not pay."""
     sizes = [each for each in sizes_of(load) if each.service not in _ON_CPU]
     total = sum(load.seconds.values())
-    split = sum(each.replicas for each in sizes)
+    split = sum(map(load.devices, sizes))
     whole = max(1, math.ceil(load.requests_per_second * sum(each.seconds for each in sizes) / load.utilisation - 1e-9))
-    if split > whole:
+    if load.ranks == 1 and split > whole:
         yield (
             f"Splitting takes {split} devices; {whole} would do if each ran the whole pipeline. It pays here only "
             "where a device cannot hold all weights, or for restarts and scaling of each service by itself."

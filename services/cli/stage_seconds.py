@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -61,6 +61,27 @@ class Transport:
 
     request_seconds: float
     hop_seconds: float
+
+
+@dataclass(frozen=True)
+class GroupSpeed:
+    """Speed-up of a model's denoising step over one GPU, by a worker group of these degrees, at one size."""
+
+    model: str
+    size: tuple[int, ...]
+    degrees: str
+    speedup: float
+
+
+@cache
+def group_speeds() -> Sequence[GroupSpeed]:
+    """The committed speed-ups of worker groups."""
+    return [GroupSpeed(**{**each, "size": tuple(each["size"])}) for each in _content()["groups"]["measured"]]
+
+
+def group_device() -> str:
+    """GPU of the speed-ups."""
+    return str(_content()["groups"]["device"])
 
 
 @cache

@@ -10,7 +10,7 @@ import pytest
 from services.cli import size
 from services.cli.__main__ import main
 from services.cli.size import Load, ServiceSize, remarks, sizes_of
-from services.cli.stage_seconds import Shape, measurements, transport
+from services.cli.stage_seconds import Shape, group_speeds, measurements, transport
 from tiny_wan import build_tiny_wan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,3 +151,46 @@ def test_the_committed_seconds_are_those_of_the_bench_readme() -> None:
         cells = [cell.strip() for cell in row.group().split("|")]
         assert "x".join(map(str, measurement.size)) in cells
         assert set(cells) >= {f"{seconds:.3f}" for seconds in measurement.seconds.values()}
+
+
+def test_a_worker_group_needs_fewer_replicas_and_counts_its_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(f"{FLUX} --degrees ring=2", capsys)
+    assert lines[0].split() == ["SERVICE", "SECONDS", "REPLICAS", "BUSY", "DEVICES"]
+    (denoising,) = (line.split() for line in lines if line.startswith("denoising "))
+    assert denoising == ["denoising", "1.795", "13", "69%", "26"]
+    assert lines[5].endswith("; a group with ring=2 is 1.91 times as fast as one NVIDIA H200 at 1024x1024.")
+    assert "1.93 times" in run(f"{FLUX} --size 2048x2048 --degrees ring=2", capsys)[5]
+
+
+def test_seconds_of_a_group_are_taken_as_given(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(f"{FLUX} --degrees cfg=2,tp=4 --stage-seconds denoising=0.7", capsys)
+    (denoising,) = (line.split() for line in lines if line.startswith("denoising "))
+    assert denoising == ["denoising", "0.700", "5", "70%", "40"]
+
+
+@pytest.mark.parametrize(
+    ("degrees", "message"),
+    [
+        ("ring=4", "--degrees: ring=4 is not measured for FLUX.1-dev; ring=2, ulysses=2, tp=2 work, or give "),
+        ("rings=2", "--degrees: 'rings=2' is not AXIS=N"),
+        ("ring=0", "--degrees: 'ring=0' is not AXIS=N"),
+        ("ring=2,ring=2", "--degrees: 'ring=2,ring=2' is not AXIS=N"),
+    ],
+)
+def test_wrong_degrees_are_one_line(degrees: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["size", *FLUX.split(), "--degrees", degrees]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_committed_speed_ups_are_those_of_the_bench_readme() -> None:
+    text = (ROOT / "tests/bench/README.md").read_text(encoding="utf-8").partition("## Worker groups on two GPUs")[2]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    heads, *rows = table[:5]
+    found = set()
+    for name, *cells in rows:
+        model, size = re.fullmatch(r"(\S+) (\d+x\d+)\S*.*", name).groups()  # type: ignore[union-attr]
+        for head, cell in zip(heads[1:], cells, strict=True):
+            if speedup := re.search(r"\(\**([\d.]+)\**\)", cell):
+                found.add((model, size, head.replace(" ", "="), float(speedup[1])))
+    committed = {(each.model, "x".join(map(str, each.size)), each.degrees, each.speedup) for each in group_speeds()}
+    assert committed == {row for row in found if row[0] in measurements()}
