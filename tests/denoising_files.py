@@ -20,11 +20,14 @@ def save_input(x: DenoisingInput, path: Path) -> None:
     """Write every field except resume_from to `path`."""
     shapes: dict[str, tuple[int, ...]] = {}
     tensors = {"schedule.timesteps": x.schedule.timesteps, "schedule.sigmas": x.schedule.sigmas}
-    for slot, latents in (("initial", x.initial_latents), ("image", x.image_latents)):
+    for slot, latents in (("initial_latents", x.initial_latents), ("image_latents", x.image_latents)):
         for name, part in latents.parts.items() if latents else ():
             tensors[f"{slot}.{name}"] = part.latents
             shapes[f"{slot}.{name}"] = part.raw_latent_shape
-    for slot, conditioning in (("text", x.text_conditioning), ("image", x.image_conditioning)):
+    for slot, conditioning in (
+        ("text_conditioning", x.text_conditioning),
+        ("image_conditioning", x.image_conditioning),
+    ):
         if conditioning:
             tensors |= {f"{slot}.positive.{name}": value for name, value in conditioning.prompt_embeds.items()}
             tensors |= {f"{slot}.negative.{name}": value for name, value in conditioning.negative_prompt_embeds.items()}
@@ -41,11 +44,15 @@ def load_input(path: str | Path) -> DenoisingInput:
         numbers = json.loads(file.metadata()["numbers"])
     timesteps = tensors["schedule.timesteps"]
     return DenoisingInput(
-        initial_latents=_latents(tensors, "initial", numbers["shapes"]),
-        image_latents=_latents(tensors, "image", numbers["shapes"]) if _below(tensors, "image") else None,
+        initial_latents=_latents(tensors, "initial_latents", numbers["shapes"]),
+        image_latents=_latents(tensors, "image_latents", numbers["shapes"])
+        if _below(tensors, "image_latents")
+        else None,
         schedule=Schedule(timesteps=timesteps, sigmas=tensors["schedule.sigmas"], num_inference_steps=len(timesteps)),
-        text_conditioning=_conditioning(tensors, "text"),
-        image_conditioning=_conditioning(tensors, "image") if _below(tensors, "image") else None,
+        text_conditioning=_conditioning(tensors, "text_conditioning"),
+        image_conditioning=_conditioning(tensors, "image_conditioning")
+        if _below(tensors, "image_conditioning")
+        else None,
         sampling=_sampling(numbers["sampling"]),
         latents_generator=_generator(tensors, numbers["sampling"]["seed"]),
     )
