@@ -43,7 +43,9 @@ DENOISE = stage(
 )
 IMAGE = stage("encode_image", {"prompt": "Prompt"}, {"image": "Conditioning"})
 DECODE = stage("decode", {"latents": "Latents"}, {"media": "Media"}, result="media")
-DRAW = stage("draw", {"prompt": "Prompt"}, {"noise": "Latents", "dice": "Generator"}, optional_outputs=("dice",))
+DRAW = stage(
+    "draw", {"prompt": "Prompt"}, {"noise": "Latents", "generator": "Generator"}, optional_outputs=("generator",)
+)
 
 
 def problems(*stages: StageSpec, wanted: tuple[str, ...] = ("media",)) -> str:
@@ -211,12 +213,12 @@ def test_an_optional_output_is_omitted_unless_a_later_stage_reads_it() -> None:
     denoise = stage("denoise", {"noise": "Latents"}, {"latents": "Latents"})
     draw, *_ = build(DRAW, denoise, DECODE).services
     assert (draw.contract.outputs, draw.stages[0].contract.outputs) == ({"noise": "Latents"}, {"noise": "Latents"})
-    random_denoise = stage("denoise", {"noise": "Latents", "dice": "Generator"}, {"latents": "Latents"})
+    random_denoise = stage("denoise", {"noise": "Latents", "generator": "Generator"}, {"latents": "Latents"})
     draw, *_ = build(DRAW, random_denoise, DECODE).services
-    assert draw.contract.outputs == {"noise": "Latents", "dice": "Generator"}
+    assert draw.contract.outputs == {"noise": "Latents", "generator": "Generator"}
     assert not draw.contract.optional_outputs
-    before = stage("encode_image", {"dice": "Generator"}, {"text": "Conditioning"})
-    with pytest.raises(PipelineError, match="encode_image reads 'dice', which no earlier stage writes"):
+    before = stage("encode_image", {"generator": "Generator"}, {"text": "Conditioning"})
+    with pytest.raises(PipelineError, match="encode_image reads 'generator', which no earlier stage writes"):
         build(
             before, DRAW, stage("denoise", {"noise": "Latents", "text": "Conditioning"}, {"latents": "Latents"}), DECODE
         )

@@ -265,8 +265,8 @@ def test_ports_of_settings_are_free_or_in_use(used_port: int, monkeypatch: pytes
     monkeypatch.setenv("FLEET_LISTEN", f"127.0.0.1:{used_port}")
     monkeypatch.setenv("FLEET_HEALTH_LISTEN", "127.0.0.1:0")
     assert lines(check_ports(ServiceSource())) == [
-        f"warning ports: listen: cannot listen on 127.0.0.1:{used_port}: Address already in use -> stop the process that "
-        "listens there, or set listen to an address that is free on this host"
+        f"warning ports: listen: cannot listen on 127.0.0.1:{used_port}: Address already in use -> stop the "
+        "process that listens there, or set listen to an address that is free on this host"
     ]
     in_use = f"ok ports: listen 127.0.0.1:{used_port} is in use, by the fleet of --endpoint"
     assert lines(check_ports(ServiceSource(), f"localhost:{used_port}")) == [in_use]
