@@ -82,7 +82,7 @@ def test_connections_on_this_host_use_no_proxy(monkeypatch: pytest.MonkeyPatch, 
     asyncio.run(test())
 
 
-def test_only_two_modules_open_channels() -> None:
+def test_channels_are_opened_by_known_modules_only() -> None:
     opening = {
         str(path.relative_to(ROOT))
         for package in ("common", "models", "services")

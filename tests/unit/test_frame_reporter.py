@@ -33,8 +33,8 @@ def block(value: int) -> Latents:
 class BlockedTensors(TorchTensors):
     """Reads the tensors of a checkpoint only after the stage has continued."""
 
-    def __init__(self, gone_on: threading.Event) -> None:
-        self._continued = gone_on
+    def __init__(self, continued: threading.Event) -> None:
+        self._continued = continued
 
     def view(self, path: str, value: Any) -> Any:
         assert self._continued.wait(20), "the stage must not wait for the frames of its checkpoint"
@@ -147,14 +147,14 @@ def test_a_cancelled_stage_does_not_wait_for_its_caller() -> None:
 
 def test_a_checkpoint_does_not_block_the_denoising_loop() -> None:
     async def main() -> list[bytes]:
-        gone_on = threading.Event()
-        reporter = FrameReporter(denoising_pb2.DenoiseResponse, BlockedTensors(gone_on))
+        continued = threading.Event()
+        reporter = FrameReporter(denoising_pb2.DenoiseResponse, BlockedTensors(continued))
         call = reporter.listen(Call("r"))
 
         def stage() -> None:
             call.checkpoint(state(1))
             call.checkpoint(state(2))  # replaces the pending checkpoint
-            gone_on.set()
+            continued.set()
             call.progress(2, 2)
 
         await asyncio.to_thread(stage)

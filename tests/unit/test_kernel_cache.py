@@ -1,4 +1,4 @@
-"""Compiled kernels are kept where the setting says, or the service says in a line why it cannot."""
+"""The setting kernel_cache: cache directories of kernel compilers, or an error in one line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FLASH_ATTENTION_4 = "FLASH_ATTENTION_CUTE_DSL_CACHE"
 FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--kernel-cache")
 
 
-def test_compilers_keep_their_kernels_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilers_use_the_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = ("TRITON_CACHE_DIR", "QUACK_CACHE_DIR", f"{FLASH_ATTENTION_4}_ENABLED", f"{FLASH_ATTENTION_4}_DIR")
     for name in ours:
-        monkeypatch.setenv(name, "elsewhere")  # Put back afterwards.
+        monkeypatch.setenv(name, "elsewhere")  # monkeypatch restores the variables after the test
     kept: list[str] = []
 
     def run(*_: object) -> int:
@@ -34,7 +34,7 @@ def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path, capsys
     (tmp_path / "file").write_text("")
 
     def run(*_: object) -> int:
-        raise AssertionError("something was started")
+        raise AssertionError("the service was started")
 
     assert run_service("decoding", DecodingSettings, run, [*FLAGS, str(tmp_path / "file")]) == 2
     assert f"fleet serve decoding: kernel_cache {tmp_path / 'file'} cannot be written to" in capsys.readouterr().err
