@@ -170,13 +170,13 @@ def test_all_ranks_stop_at_the_same_step_after_cancellation() -> None:
 def test_all_ranks_stop_at_the_same_item_after_cancellation() -> None:
     """Rank 0 waits for a slow reader until cancellation; step checkpoints do not synchronise the ranks."""
     call, items = Call("r1"), {0: 0, 1: 0}
-    taken: list[tuple[str, int]] = []
+    received: list[tuple[str, int]] = []
 
     def receive_item(slot: str, index: int, _: object) -> None:
         if (slot, index) == ("denoised_blocks", 3):
             call.cancelled.set()
             call.check_cancelled()
-        taken.append((slot, index))
+        received.append((slot, index))
 
     def loop(rank: int, call_of_rank: Call) -> None:
         for number in range(10):
@@ -191,7 +191,7 @@ def test_all_ranks_stop_at_the_same_item_after_cancellation() -> None:
             ranks.run(replace(call, on_item=receive_item))
         assert items == {0: 3, 1: 3}
         pairs = [(slot, number) for number in range(4) for slot in (STEP_CHECKPOINTS, "denoised_blocks")]
-        assert taken == pairs[:-1], "only rank 0 emits; the last block is not received"
+        assert received == pairs[:-1], "only rank 0 emits; the last block is not received"
         call.cancelled.clear()
         ranks.run(Call("r2"))
         assert items == {0: 10, 1: 10}

@@ -37,7 +37,7 @@ def exif(orientation: int) -> Image.Exif:
         encoded("WEBP"),
         encoded("WEBP", lossless=True),
         encoded("WEBP", "RGBA", size=(40, 17)),
-        *(encoded(kind, exif=exif(turn)) for kind in ("PNG", "JPEG", "WEBP") for turn in range(1, 9)),
+        *(encoded(kind, exif=exif(value)) for kind in ("PNG", "JPEG", "WEBP") for value in range(1, 9)),
     ],
 )
 def test_format_and_size_equal_those_of_pillow(data: bytes) -> None:

@@ -19,15 +19,15 @@ def test_compilers_use_the_cache_directory(tmp_path: Path, monkeypatch: pytest.M
     ours = ("TRITON_CACHE_DIR", "QUACK_CACHE_DIR", f"{FLASH_ATTENTION_4}_ENABLED", f"{FLASH_ATTENTION_4}_DIR")
     for name in ours:
         monkeypatch.setenv(name, "elsewhere")  # monkeypatch restores the variables after the test
-    kept: list[str] = []
+    directories: list[str] = []
 
     def run(*_: object) -> int:
-        kept.extend((triton.knobs.cache.dir, *(os.environ[name] for name in ours[1:])))
+        directories.extend((triton.knobs.cache.dir, *(os.environ[name] for name in ours[1:])))
         return 0
 
     directory = tmp_path / "new" / "kernels"
     assert run_service("decoding", DecodingSettings, run, [*FLAGS, str(directory)]) == 0
-    assert kept == [str(directory), str(directory / "quack"), "1", str(directory / "flash_attn")]
+    assert directories == [str(directory), str(directory / "quack"), "1", str(directory / "flash_attn")]
 
 
 def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
