@@ -173,9 +173,7 @@ def view(replicas: int, *, held: int = 0, claims: int = 0, waiting: float = 0.0,
 
 def test_the_hpa_rounds_up_within_its_tolerance() -> None:
     policy = WantedSeconds(30.0, 0.0, 0.0).policy()
-    assert (
-        policy.desired(view(10, held=10, claims=1, waiting=27.0)) == 10
-    )  # a demand of 9% above the target is tolerated
+    assert policy.desired(view(10, held=10, claims=1, waiting=27.0)) == 10  # 9% above the target is tolerated
     assert policy.desired(view(10, held=10, claims=2, waiting=60.0)) == 12
     assert policy.desired(view(2, held=2, claims=50, waiting=3_000.0)) == 6  # at most four more replicas per poll
     assert policy.desired(view(10, held=3, now=1.0)) == 3

@@ -1,4 +1,4 @@
-"""`Call.progress()` is a cancellation point: it ends a cancelled stage or one past its deadline."""
+"""`Call.progress()` is a cancellation point: it raises after cancellation and after the deadline."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def test_validation_creates_the_given_artifacts_of_the_pipeline(registry: Regist
     assert request.warnings == ()
 
 
-def test_images_are_refused_by_a_model_that_takes_none(registry: Registry) -> None:
+def test_images_are_refused_by_a_model_without_image_inputs(registry: Registry) -> None:
     stage = InputValidationStage(open_model(DEFAULT_MODEL, registry))
     with pytest.raises(InvalidInput, match=r"images: 1 is not 0; emoji \(FluxPipeline\) takes no images") as refused:
         stage.run({"prompt": "x"}, images={"image": b"an image"})

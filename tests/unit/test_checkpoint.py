@@ -51,7 +51,7 @@ def test_open_reads_modules_configs_and_weight_headers(flux: Path) -> None:
     assert checkpoint.sampling_defaults == {}
 
 
-def test_null_modules_and_plain_settings_are_no_modules(flux: Path) -> None:
+def test_null_entries_and_settings_are_not_modules(flux: Path) -> None:
     edit_json(flux / "model_index.json", image_encoder=[None, None], boundary_ratio=0.9, expand_timesteps=False)
     checkpoint = Checkpoint.open(flux)
     assert "image_encoder" not in checkpoint.modules
@@ -63,7 +63,7 @@ def test_an_unknown_module_is_refused_with_the_known_names(flux: Path) -> None:
         Checkpoint.open(flux).module_config("unet")
 
 
-def test_sampling_defaults_keep_their_types(tmp_path: Path) -> None:
+def test_sampling_defaults_retain_their_types(tmp_path: Path) -> None:
     defaults = {"height": 64, "guidance_scale": 2.5, "prompt_2": "x", "flag": True, "sigmas": [1, 0.5]}
     checkpoint = Checkpoint.open(build_bare_flux(tmp_path / "flux", sampling_defaults=defaults))
     assert checkpoint.sampling_defaults == {**defaults, "sigmas": (1.0, 0.5)}

@@ -197,20 +197,20 @@ def test_generate_writes_the_files_and_reports_their_paths(
 
 
 @pytest.mark.parametrize(
-    ("ending", "words"),
+    ("ending", "message"),
     [(FAILED, "request r1 failed: INTERNAL: out of memory"), (CANCELLED, "request r1 was cancelled")],
 )
 def test_generate_exits_1_if_the_request_fails(
     coordinator: FakeCoordinator,
     ending: generation_pb2.RequestState.ValueType,
-    words: str,
+    message: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     coordinator.ending = ending
     assert main(["generate", "p", "--output", str(tmp_path / "x.png"), *endpoint()]) == 1
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[-1] == f"fleet generate: {words}"
+    assert captured.err.splitlines()[-1] == f"fleet generate: {message}"
     assert captured.out == ""
     assert not list(tmp_path.iterdir())
 

@@ -38,7 +38,7 @@ def _no_store_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ("", "no command given"),
         ("draw", "unknown command 'draw'; commands are generate, up,"),
@@ -112,12 +112,12 @@ def _no_store_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_invalid_input_prints_one_line_and_exits_2(
-    arguments: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [word.replace("X", str(tmp_path / "x")) for word in arguments.split()]
     assert main(argv) == 2
     captured = capsys.readouterr()
-    assert words in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert not list(tmp_path.iterdir())
@@ -260,7 +260,7 @@ def test_param_accepts_field_names_and_diffusers_names(tmp_path: Path) -> None:
     assert [(image.role, image.data) for image in message.images] == [("last_image", b"png")]
 
 
-def test_outputs_are_numbered_only_when_there_are_several() -> None:
+def test_only_multiple_outputs_are_numbered() -> None:
     assert numbered(Path("a/b.png"), 0, 1) == Path("a/b.png")
     assert [str(numbered(Path("a/b.png"), index, 2)) for index in (0, 1)] == ["a/b-0.png", "a/b-1.png"]
 
@@ -285,15 +285,15 @@ def test_a_file_is_replaced_only_when_complete(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize(("byte_size", "words"), [(4, "2 bytes early"), (1, "more bytes")])
-def test_a_file_of_the_wrong_size_is_deleted(byte_size: int, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("byte_size", "message"), [(4, "2 bytes early"), (1, "more bytes")])
+def test_a_file_of_the_wrong_size_is_deleted(byte_size: int, message: str, tmp_path: Path) -> None:
     def receive() -> None:
         with ResultFiles(tmp_path / "x.png") as files:
             files.begin(0, 2, byte_size)
             files.write(b"ab")
             files.begin(1, 2, byte_size)
 
-    with pytest.raises(InternalError, match=words):
+    with pytest.raises(InternalError, match=message):
         receive()
     assert not list(tmp_path.iterdir())
 

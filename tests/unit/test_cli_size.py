@@ -107,7 +107,7 @@ def test_a_directory_is_recognised_by_its_architecture(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ("", "required: --model, --requests-per-second"),
         ("--model nowhere --requests-per-second 1", "'nowhere' is neither a directory nor"),
@@ -128,11 +128,11 @@ def test_a_directory_is_recognised_by_its_architecture(
     ],
 )
 def test_invalid_input_prints_one_line_and_exits_2(
-    arguments: str, words: str, capsys: pytest.CaptureFixture[str]
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["size", *arguments.split()]) == 2
     captured = capsys.readouterr()
-    assert words in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
 

@@ -127,7 +127,7 @@ def _stream(call: Any, request: Any) -> grpc.RpcMethodHandler[Any, Any]:
 
 @pytest.fixture
 def coordinator(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCoordinator]:
-    """A fake coordinator on a free port; FLEET_ENDPOINT has its address, and attempts follow without a pause."""
+    """A fake coordinator on a free port; FLEET_ENDPOINT has its address. Retries follow without a pause."""
 
     async def no_pause(_: int) -> None:
         return None

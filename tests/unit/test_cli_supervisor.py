@@ -104,12 +104,12 @@ def test_exit_code_2_ends_a_running_fleet_without_a_restart() -> None:
 
 def test_a_program_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "_GRACE_SECONDS", 0.05)
-    stubborn = (
+    source = (
         "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ignoring', flush=True); signal.pause()"
     )
 
     async def start(_: Program) -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(sys.executable, "-c", stubborn, stdout=asyncio.subprocess.PIPE)
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", source, stdout=asyncio.subprocess.PIPE)
         assert process.stdout is not None
         await process.stdout.readline()
         return process

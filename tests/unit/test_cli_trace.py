@@ -110,7 +110,7 @@ def test_open_attempts_of_an_ended_request_have_ended() -> None:
     assert timeline.attempts[1].ended == 10.0
 
 
-def test_a_request_of_an_earlier_version_is_drawn_from_events_alone() -> None:
+def test_a_request_of_an_earlier_version_is_drawn_from_events_only() -> None:
     entries = [
         entry for entry in ENTRIES if entry.kind in (TimelineKind.TIMELINE_KIND_BEGUN, TimelineKind.TIMELINE_KIND_STEP)
     ]

@@ -117,7 +117,7 @@ def test_dtypes_and_shapes_round_trip(dtype: torch.dtype, shape: tuple[int, ...]
     assert found.dtype == dtype
     assert found.shape == tensor.shape
     assert torch.equal(found, tensor)
-    found.zero_()  # raises unless the memory is writable
+    found.zero_()  # The tensor owns writable memory.
 
 
 def test_bit_patterns_round_trip() -> None:

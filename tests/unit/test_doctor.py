@@ -75,7 +75,7 @@ def test_a_failed_check_is_one_line_and_later_checks_run() -> None:
     assert last == "ok last: fine"
 
 
-def test_a_traceback_is_written_only_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_traceback_is_written_only_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     checks = [Check("bad", lambda: [ok("bad", str(1 / 0))], "x")]
     list(run_checks(checks))
     assert not capsys.readouterr().err
@@ -144,16 +144,16 @@ def test_lines_are_not_wrapped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         (["--endpoint", "nowhere"], "--endpoint must be HOST:PORT"),
         (["--service", "cli"], "--service: 'cli' is not a service; services are before_denoising, coordinator,"),
     ],
 )
-def test_a_wrong_flag_is_refused(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_flag_is_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", *flags]) == 2
     captured = capsys.readouterr()
-    assert words in captured.err
+    assert message in captured.err
     assert not captured.out
 
 

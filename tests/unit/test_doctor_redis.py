@@ -131,7 +131,7 @@ def test_missing_permissions_of_a_login_are_reported(each_store_url: str) -> Non
     assert listed[3].endswith(" -> let the login run scripts on keys fleet:*")
 
 
-def test_a_wrong_password_is_one_line(each_store_url: str) -> None:
+def test_a_wrong_password_is_reported_in_one_line(each_store_url: str) -> None:
     configure(each_store_url)
     (line,) = found(f"unix://me:wrongsecret@{each_store_url.removeprefix('unix://')}")
     assert "invalid username-password pair or user is disabled" in line
@@ -139,7 +139,7 @@ def test_a_wrong_password_is_one_line(each_store_url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "message"),
     [
         (
             "redis://:secret@127.0.0.1:1/0",
@@ -149,9 +149,9 @@ def test_a_wrong_password_is_one_line(each_store_url: str) -> None:
         ("redis://:sec#ret@host", "error redis: redis: '***' is no Redis URL"),
     ],
 )
-def test_an_unreachable_store_is_one_line(url: str, words: str) -> None:
+def test_an_unreachable_store_is_reported_in_one_line(url: str, message: str) -> None:
     (line,) = found(url)
-    assert line.startswith(words)
+    assert line.startswith(message)
     assert "-> check host, port, login and TLS of --redis" in line
     assert "secret" not in line
 
@@ -209,16 +209,15 @@ def test_a_fast_clock_is_measured(each_store_url: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", sorted(server_binaries()))
-def test_a_store_over_tls_is_checked(name: str, tmp_path: Path) -> None:
-    fleet, others = Authority(tmp_path / "fleet"), Authority(tmp_path / "others", "others")
-    client = fleet.issue("coordinator")
+def test_a_store_over_tls_is_checked(name: str, fleet_ca: Authority, other_ca: Authority) -> None:
+    client = fleet_ca.issue("coordinator")
 
     async def scenario() -> None:
-        async with asyncio.timeout(60), tls_store(name, fleet) as address:
+        async with asyncio.timeout(60), tls_store(name, fleet_ca) as address:
             url = f"rediss://{address}/0?ssl_certfile={client.cert}&ssl_keyfile={client.key}&ssl_ca_certs="
-            listed = await asyncio.to_thread(found, f"{url}{fleet.ca}")
+            listed = await asyncio.to_thread(found, f"{url}{fleet_ca.ca}")
             assert [line.split()[0] for line in listed] == ["ok"] * 7
-            (line,) = await asyncio.to_thread(found, f"{url}{others.ca}")
+            (line,) = await asyncio.to_thread(found, f"{url}{other_ca.ca}")
             assert line.startswith("error redis: ")
             assert "certificate verify failed" in line
 

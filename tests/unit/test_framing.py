@@ -127,7 +127,7 @@ def tensor(**fields: Any) -> pb.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "message"),
     [
         (tensor(dtype=pb.DTYPE_UNSPECIFIED), "not a Dtype"),
         (tensor(dtype=99), "not a Dtype"),
@@ -141,9 +141,9 @@ def tensor(**fields: Any) -> pb.Tensor:
         (tensor(shape=[0], byte_size=0), "must be inline"),
     ],
 )
-def test_an_inconsistent_tensor_description_is_refused(wrong: pb.Tensor, words: str) -> None:
+def test_an_inconsistent_tensor_description_is_refused(wrong: pb.Tensor, message: str) -> None:
     header = denoising_pb2.DenoiseInputs(text_conditioning=pb.Conditioning(prompt_embeds={"x": wrong}))
-    with pytest.raises(InvalidInput, match=words) as caught:
+    with pytest.raises(InvalidInput, match=message) as caught:
         described_tensors("", header, CallLimits())
     assert caught.value.field == PATH
 
@@ -163,7 +163,7 @@ def view(offset: int, size: int, path: str = PATH) -> ChunkView:
 
 
 @pytest.mark.parametrize(
-    ("chunks", "words"),
+    ("chunks", "message"),
     [
         ([view(0, 9, "elsewhere")], "does not announce"),
         ([view(5, 9)], "begins at 5; 0 is next"),
@@ -177,9 +177,9 @@ def view(offset: int, size: int, path: str = PATH) -> ChunkView:
         ([view(0, CHUNK_BYTES), view(CHUNK_BYTES, SIZE - CHUNK_BYTES)], "has checksum"),
     ],
 )
-def test_chunks_that_do_not_match_the_payload_are_refused(chunks: list[ChunkView], words: str) -> None:
+def test_chunks_that_do_not_match_the_payload_are_refused(chunks: list[ChunkView], message: str) -> None:
     assembler = Assembler({PATH: tensor(checksum=checksum((b"other",)))}, KeptFrames)
-    with pytest.raises(InvalidInput, match=words):  # noqa: PT012 -- the step that raises differs
+    with pytest.raises(InvalidInput, match=message):  # noqa: PT012 -- the step that raises differs
         for chunk in chunks:
             assembler.add(chunk)
         assembler.finish()

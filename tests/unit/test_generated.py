@@ -67,7 +67,7 @@ def test_removing_a_field_is_a_breaking_change(tmp_path: Path) -> None:
     assert "request_id" in result.stdout
 
 
-def test_adding_a_field_is_no_breaking_change(tmp_path: Path) -> None:
+def test_adding_a_field_is_not_a_breaking_change(tmp_path: Path) -> None:
     new = "string request_id = 1;\n  // New.\n  string added_later = 1000;"
     result = _buf("breaking", _edited(tmp_path, "string request_id = 1;", new), "--against", PROTOS)
     assert result.returncode == 0, result.stdout

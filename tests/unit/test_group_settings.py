@@ -35,7 +35,7 @@ def settings_of(**given: Any) -> DenoisingSettings:
 
 
 @pytest.mark.parametrize(
-    ("given", "kind", "field", "words"),
+    ("given", "kind", "field", "message"),
     [
         ({"tp": 3}, InvalidInput, "tp", "4 attention heads; the product must be one of 1, 2, 4"),
         ({"tp": 2, "ulysses": 4}, InvalidInput, "ulysses", "2 x 4"),
@@ -62,10 +62,10 @@ def test_invalid_groups_are_refused(
     given: dict[str, Any],
     kind: type[FleetError],
     field: str,
-    words: str,
+    message: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(kind, match=words) as caught:
+    with pytest.raises(kind, match=message) as caught:
         check_group(emoji, settings_of(**given))
     assert caught.value.field == field
 

@@ -99,7 +99,7 @@ def test_an_absent_package_is_not_logged(caplog: pytest.LogCaptureFixture) -> No
     assert not caplog.messages
 
 
-def test_flash_attn_4_alone_is_no_flash_attn_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attn_4_does_not_count_as_flash_attn_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both packages install modules below `flash_attn`."""
     monkeypatch.syspath_prepend(tmp_path)
     install(tmp_path, "flash-attn-4", "4.0.0b36", "flash_attn.cute", FLASH_ATTN_4)
@@ -173,7 +173,7 @@ def test_only_usable_packages_are_tried(
 
 
 @pytest.mark.parametrize(
-    ("source", "capability", "choice", "words"),
+    ("source", "capability", "choice", "message"),
     [
         (
             LAUNCH_FAILS,
@@ -202,11 +202,11 @@ def test_a_named_package_must_work(
     source: str,
     capability: Capability,
     choice: KernelChoice,
-    words: str,
+    message: str,
 ) -> None:
     attention_only(monkeypatch)
     flash_attn(source)
-    with pytest.raises(FailedPrecondition, match=words):
+    with pytest.raises(FailedPrecondition, match=message):
         outcomes_on(CPU, capability, choice)
 
 
@@ -219,7 +219,7 @@ FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--device", "cpu")
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         (("--kernels", "flash-attn"), "kernels: flash-attn needs a GPU, and the device is cpu"),
         (("--attention-backend", "cudnn"), "attention_backend: cudnn needs a GPU, and the device is cpu"),
@@ -228,10 +228,10 @@ FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--device", "cpu")
     ],
 )
 def test_an_invalid_setting_prints_one_line_and_exits_2(
-    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: str
+    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str
 ) -> None:
     assert denoising([*FLAGS, *flags]) == 2
-    assert f"fleet serve denoising: {words}" in capsys.readouterr().err
+    assert f"fleet serve denoising: {message}" in capsys.readouterr().err
 
 
 def test_a_named_broken_package_ends_the_service_with_exit_code_2(

@@ -271,7 +271,7 @@ warnings.warn("python")
 """
 
 
-def test_records_of_libraries_with_own_handlers_are_written_once_in_our_format() -> None:
+def test_records_of_libraries_with_own_handlers_are_written_once_in_the_fleet_format() -> None:
     """torch is imported before `setup_logging()`, transformers and diffusers after it."""
     done = subprocess.run([sys.executable, "-c", _LIBRARIES], capture_output=True, text=True, check=True)
     assert not done.stdout
