@@ -88,7 +88,7 @@ def test_a_model_without_a_plan_is_refused(tmp_path_factory: pytest.TempPathFact
 
 def test_a_ring_of_a_causal_model_is_refused(tmp_path: Path) -> None:
     causal = open_model(f"causal={build_tiny_wan_causal(tmp_path)}", load_registry())
-    with pytest.raises(InvalidInput, match=r"ring: 2 is not 1, which .* tp, ulysses") as caught:
+    with pytest.raises(InvalidInput, match=r"ring: 2 is not 1; .* axes tp, ulysses") as caught:
         check_group(causal, settings_of(ring=2))
     assert caught.value.field == "ring"
     check_group(causal, settings_of(tp=2))
@@ -119,7 +119,7 @@ def test_the_service_prints_one_line_and_starts_no_group(
     causal = ["--model", f"causal={build_tiny_wan_causal(tmp_path)}", *flags[2:]]
     capsys.readouterr()  # discards the progress bars of the checkpoint writer
     assert denoising.main([*causal, "--tp", "2", "--step-cache-threshold", "0.1"]) == 2
-    assert capsys.readouterr().err.startswith("fleet serve denoising: step_cache_threshold: 0.1 is not 0, which Wan")
+    assert capsys.readouterr().err.startswith("fleet serve denoising: step_cache_threshold: 0.1 is not 0; Wan")
     assert not started
     assert denoising.main([*flags, "--tp", "2"]) == 0
     assert len(started) == 1
