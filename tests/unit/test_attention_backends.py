@@ -51,7 +51,7 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.bfloat16)
 
 
-def expected_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def reference_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention outputs (B, L, H, K) and log-sum-exp (B, L, H), in float32."""
     scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * q.shape[-1] ** -0.5
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.float()), scores.logsumexp(-1).transpose(1, 2)
@@ -65,7 +65,7 @@ BOTH = pytest.mark.parametrize("backend", ["flash_attn_2", "flash_attn_4"], indi
 def test_an_adapter_matches_reference_attention() -> None:
     q, keys_and_values = random(2, 5, 3, 16), random(2, 7, 6, 16)
     k, v = keys_and_values.chunk(2, dim=2)
-    expected, _ = expected_of(q, k, v)
+    expected, _ = reference_attention(q, k, v)
     torch.testing.assert_close(entry.attention(q, k, v).float(), expected, rtol=1e-2, atol=1e-2)
     wide = torch.zeros(2, 5, 6, 16, dtype=torch.bfloat16)
     entry.attention(q, k, v, out=wide[:, :, 3:])
@@ -77,7 +77,7 @@ def test_an_adapter_matches_reference_attention() -> None:
 @pytest.mark.usefixtures("backend")
 def test_an_adapter_returns_the_log_sum_exp_for_ring_merges() -> None:
     q, k, v = random(2, 5, 3, 16), random(2, 8, 3, 16), random(2, 8, 3, 16)
-    expected, lse = expected_of(q, k, v)
+    expected, lse = reference_attention(q, k, v)
     one, other = (entry.attention_with_lse(q, k[:, rows], v[:, rows]) for rows in (slice(0, 3), slice(3, None)))
     assert all(part[1].shape == (2, 5, 3) and part[1].dtype == torch.float32 for part in (one, other))
     out, merged = entry.merge_attention(one, other, torch.float32)

@@ -70,7 +70,7 @@ class FakeVae:
         self.made = 0
 
     def decode(self, _: object) -> Any:
-        """Yield frames; the caller cancels while the third one is decoded."""
+        """Yield frames; the caller cancels while the third frame is decoded."""
         for _ in range(10):
             self.made += 1
             if self.made == 3:

@@ -90,7 +90,7 @@ def test_less_than_half_a_millisecond_is_not_printed_as_zero(capsys: pytest.Capt
     assert rows(run(f"{FLUX} --stage-seconds text_encoding=0.0004", capsys))["text_encoding"][0] == "<0.001"
 
 
-def test_a_well_used_fleet_gets_no_remark() -> None:
+def test_a_well_utilised_fleet_gets_no_remark() -> None:
     assert list(remarks(Load(10.0, 0.7, {"denoising": 7.0, "decoding": 0.7}), transport())) == []
 
 

@@ -261,7 +261,7 @@ def test_a_signal_runs_cleanup_before_exit(number: signal.Signals, code: int) ->
     assert cleaned == [True]
 
 
-def test_openmp_threads_sleep_unless_set_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openmp_wait_policy_defaults_to_passive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     let_threads_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"

@@ -250,21 +250,21 @@ def test_a_hybrid_pipeline_has_one_service_before_denoising() -> None:
 
 
 def test_the_wiring_of_a_hybrid_pipeline_is_checked() -> None:
-    class Twice(FakeHybridPipeline):
+    class DuplicateWriter(FakeHybridPipeline):
         def create_pipeline_stages(self) -> None:
             self._add_text_encoding(("language_model",))
             super().create_pipeline_stages()
 
     with pytest.raises(PipelineError, match="BeforeDenoisingStage writes 'text_conditioning', which is already"):
-        Twice(FakeHybridPipeline._required_config_modules)
+        DuplicateWriter(FakeHybridPipeline._required_config_modules)
 
-    class Lacking(FakeHybridPipeline):
+    class MissingStage(FakeHybridPipeline):
         def add_stage(self, stage: StageSpec) -> None:
             if stage.service != "before_denoising":
                 super().add_stage(stage)
 
     with pytest.raises(PipelineError, match="DenoisingStage reads 'schedule', which no earlier stage writes"):
-        Lacking(FakeHybridPipeline._required_config_modules)
+        MissingStage(FakeHybridPipeline._required_config_modules)
     with pytest.raises(MissingModules, match=r"Hybrid needs .* lacks language_model"):
         FakeHybridPipeline(("transformer", "scheduler", "vae"))
 

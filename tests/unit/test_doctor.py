@@ -205,7 +205,9 @@ def test_an_unsupported_python_is_an_error(tmp_path: Path, monkeypatch: pytest.M
     assert line.endswith(" is not >=4 -> use Python >=4")
 
 
-def test_packages_out_of_bounds_and_missing_ones_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_and_versions_out_of_bounds_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     install(tmp_path, "xxhash", "1.0", "nothing", "")
     install(tmp_path, "diffusers", "0.1", "nothing", "")

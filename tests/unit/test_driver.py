@@ -198,7 +198,7 @@ def test_a_request_in_any_phase_is_not_taken_over_again() -> None:
     assert case.queue.most_at_once == 1
 
 
-def test_one_execution_of_a_request_runs_at_a_time_across_epochs() -> None:
+def test_executions_of_different_epochs_do_not_overlap() -> None:
     async def test(case: Case) -> None:
         await case.run()
         for epoch in (2, 3, 4):

@@ -114,7 +114,7 @@ def test_ranks_connect_with_rank_0() -> None:
 def test_unknown_peers_are_rejected_and_missing_ranks_are_named() -> None:
     meeting = Meeting(1, 0, "")
     (place, _) = places(2, meeting)
-    store, strangers = place.store(20), place.store(20)  # a store client is not thread-safe
+    store, strangers = place.store(20), place.store(20)  # a store client runs one operation at a time
 
     def intrude() -> bytes:
         strangers.wait(["rank0"])

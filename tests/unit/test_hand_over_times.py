@@ -67,7 +67,7 @@ class FakeCall:
 Scenario = Callable[[Clock], Coroutine[Any, Any, None]]
 
 
-def play(monkeypatch: pytest.MonkeyPatch, scenario: Scenario) -> None:
+def run_scenario(monkeypatch: pytest.MonkeyPatch, scenario: Scenario) -> None:
     """Run a scenario on the jumping clock."""
     selector = JumpingSelector()
 
@@ -107,7 +107,7 @@ def test_a_call_is_handed_over_at_once_if_an_equal_worker_has_a_free_slot(monkey
         await leave([call], FreeSlots(clock, {0: 1}))
         assert call.asked_at == pytest.approx(0, abs=ROUNDING)
 
-    play(monkeypatch, scenario)
+    run_scenario(monkeypatch, scenario)
 
 
 def test_a_slot_that_becomes_free_later_is_used_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_a_slot_that_becomes_free_later_is_used_within_a_second(monkeypatch: pyt
         await leave([call], FreeSlots(clock, {0: 0, 7.5: 1}))
         assert call.asked_at == pytest.approx(8, abs=10 * ROUNDING)
 
-    play(monkeypatch, scenario)
+    run_scenario(monkeypatch, scenario)
 
 
 @pytest.mark.parametrize(("grace", "margin"), [(30.0, 1.0), (4.0, 0.4)])
@@ -131,7 +131,7 @@ def test_without_a_free_slot_a_call_is_handed_over_before_the_grace_period_ends(
         for call in calls:
             assert call.asked_at == pytest.approx(grace - margin - 2 * call.step_times.longest, abs=ROUNDING)
 
-    play(monkeypatch, scenario)
+    run_scenario(monkeypatch, scenario)
 
 
 def test_free_slots_bound_the_hand_overs_and_waiting_calls_go_first(
@@ -151,7 +151,7 @@ def test_free_slots_bound_the_hand_overs_and_waiting_calls_go_first(
         assert handed_over == [[False, True, False], [True, True, False], [True, True, True]]
         await leaving
 
-    play(monkeypatch, scenario)
+    run_scenario(monkeypatch, scenario)
 
 
 def test_an_unavailable_or_slow_store_does_not_delay_the_last_hand_overs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_an_unavailable_or_slow_store_does_not_delay_the_last_hand_overs(monkeyp
             await leave([call], free_slots)
             assert call.asked_at == pytest.approx(began + GRACE - 1.0 - 2 * 1.0, abs=ROUNDING)
 
-    play(monkeypatch, scenario)
+    run_scenario(monkeypatch, scenario)
 
 
 def test_a_call_that_starts_while_the_worker_leaves_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,10 +179,10 @@ def test_a_call_that_starts_while_the_worker_leaves_is_handed_over(monkeypatch: 
         assert calls[0].is_asked
         await leaving
 
-    play(monkeypatch, scenario)
+    run_scenario(monkeypatch, scenario)
 
 
-def test_the_longest_of_the_newest_four_steps_counts() -> None:
+def test_longest_is_the_maximum_of_the_newest_four_steps() -> None:
     times = StepTimes()
     assert times.longest == 0
     times.begin(0.0)

@@ -89,7 +89,7 @@ def test_a_traceback_is_one_field(out: io.StringIO, form: LogFormat) -> None:
         assert text.endswith("ValueError: two\nlines")
 
 
-def test_a_pair_cannot_take_the_name_of_a_fixed_field(out: io.StringIO) -> None:
+def test_a_pair_cannot_replace_a_fixed_field(out: io.StringIO) -> None:
     _set_up(out, "json")
     _log.info("e", **dict.fromkeys(RESERVED, "mine"))
     line = _json(out)
