@@ -1,4 +1,4 @@
-"""Pictures before a request is accepted: their pixels together; and their rotation by EXIF once they are opened."""
+"""Validation of a request's images: total pixel count and EXIF orientation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from models.validation import InputValidationStage
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG of this size by its header, with an end and no pixels."""
+    """PNG bytes whose header states this size; they hold no pixel data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -30,7 +30,7 @@ def png(width: int, height: int) -> bytes:
 
 
 class Params:
-    """Sampling parameters of a model that takes three images; build() comes after the checks of images."""
+    """Sampling parameters of a model with three image roles. `build()` runs after the checks of images."""
 
     @staticmethod
     def image_roles(_: object) -> ImageRoles:
@@ -38,7 +38,7 @@ class Params:
 
     @staticmethod
     def build(*_: object) -> Any:
-        raise LookupError("the pictures were accepted")
+        raise LookupError("the images were accepted")
 
 
 def validation() -> InputValidationStage:
@@ -50,7 +50,7 @@ def validation() -> InputValidationStage:
     return InputValidationStage(cast(ServedModel, model))
 
 
-def test_pictures_of_one_request_have_a_bound_together() -> None:
+def test_total_pixels_of_a_request_are_bounded() -> None:
     side = int(MAX_PIXELS**0.5)
     each = png(side, side)
     with pytest.raises(LookupError):
@@ -61,8 +61,8 @@ def test_pictures_of_one_request_have_a_bound_together() -> None:
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_a_picture_is_rotated_as_exif_says(form: str) -> None:
-    """Orientation 6: the top of the image is at the right of the stored pixels."""
+def test_an_image_is_rotated_by_its_exif_orientation(form: str) -> None:
+    """With orientation 6, the left column of the stored pixels is the top row of the image."""
     stored = Image.new("RGB", (32, 16), "blue")
     stored.paste("red", (0, 0, 16, 16))
     exif = Image.Exif()

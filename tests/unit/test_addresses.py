@@ -1,4 +1,4 @@
-"""Addresses as gRPC targets and store URLs, whatever characters their paths have, and connections past a proxy."""
+"""gRPC targets and store URLs with any characters in their paths, and connections without a proxy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from common.state.embedded import EmbeddedStore
 from services.cli.__main__ import main
 
 ROOT = Path(__file__).parents[2]
-NOBODY = "http://127.0.0.1:9"
+DEAD_PROXY = "http://127.0.0.1:9"
 ODD_NAMES = ("a b", "50%", "%41", "a#b", "a?b=c", "a'b", 'a"b', "a@b:c", "prüfung", "文")
 
 
@@ -54,17 +54,17 @@ def test_servers_listen_on_sockets_of_any_name(name: str) -> None:
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_the_embedded_store_runs_in_directories_of_any_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
-        place = Path(directory) / name
-        place.mkdir()
-        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        parent = Path(directory) / name
+        parent.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(parent))
         with EmbeddedStore(appendfsync="no") as store, Redis.from_url(store.url) as client:
             assert client.ping()
-            assert list(place.iterdir())
+            assert list(parent.iterdir())
 
 
 @pytest.mark.parametrize("variable", ["grpc_proxy", "https_proxy", "http_proxy"])
 def test_connections_on_this_host_use_no_proxy(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    monkeypatch.setenv(variable, NOBODY)
+    monkeypatch.setenv(variable, DEAD_PROXY)
 
     async def test() -> None:
         server = FleetServer("127.0.0.1:0")
@@ -74,15 +74,15 @@ def test_connections_on_this_host_use_no_proxy(monkeypatch: pytest.MonkeyPatch, 
             async with channel:
                 assert await is_serving(channel)
         assert await asyncio.to_thread(probe.main, [address]) == 0
-        async with grpc.aio.insecure_channel(address) as captured:
+        async with grpc.aio.insecure_channel(address) as proxied:
             with pytest.raises(grpc.aio.AioRpcError):
-                await is_serving(captured)
+                await is_serving(proxied)
         await server.drain(0)
 
     asyncio.run(test())
 
 
-def test_only_one_function_opens_channels_of_services() -> None:
+def test_channels_are_opened_by_known_modules_only() -> None:
     opening = {
         str(path.relative_to(ROOT))
         for package in ("common", "models", "services")
@@ -104,7 +104,7 @@ def test_only_one_function_opens_channels_of_services() -> None:
         ("[2001:db8::1]:1", False),
     ],
 )
-def test_local_addresses(address: str, local: bool) -> None:
+def test_is_local_recognises_addresses_of_this_host(address: str, local: bool) -> None:
     assert is_local(address) is local
 
 
@@ -112,26 +112,26 @@ def test_local_addresses(address: str, local: bool) -> None:
     ("environ", "variable"),
     [
         ({}, ""),
-        ({"http_proxy": NOBODY}, "http_proxy"),
-        ({"http_proxy": NOBODY, "https_proxy": NOBODY}, "https_proxy"),
-        ({"http_proxy": NOBODY, "grpc_proxy": NOBODY}, "grpc_proxy"),
-        ({"http_proxy": NOBODY, "no_proxy": "other.example"}, "http_proxy"),
-        ({"http_proxy": NOBODY, "no_proxy": "other.example, .example"}, ""),
-        ({"http_proxy": NOBODY, "no_grpc_proxy": "fleet.example"}, ""),
-        ({"HTTP_PROXY": NOBODY}, ""),
+        ({"http_proxy": DEAD_PROXY}, "http_proxy"),
+        ({"http_proxy": DEAD_PROXY, "https_proxy": DEAD_PROXY}, "https_proxy"),
+        ({"http_proxy": DEAD_PROXY, "grpc_proxy": DEAD_PROXY}, "grpc_proxy"),
+        ({"http_proxy": DEAD_PROXY, "no_proxy": "other.example"}, "http_proxy"),
+        ({"http_proxy": DEAD_PROXY, "no_proxy": "other.example, .example"}, ""),
+        ({"http_proxy": DEAD_PROXY, "no_grpc_proxy": "fleet.example"}, ""),
+        ({"HTTP_PROXY": DEAD_PROXY}, ""),
     ],
 )
-def test_the_proxy_variable_in_force(environ: dict[str, str], variable: str) -> None:
+def test_proxy_variable_follows_precedence_and_no_proxy(environ: dict[str, str], variable: str) -> None:
     assert proxy_variable("fleet.example:50051", environ) == variable
     assert proxy_variable("127.0.0.1:50051", environ) == ""
 
 
-def test_targets_of_hosts_are_left_alone() -> None:
+def test_target_of_leaves_host_addresses_unchanged() -> None:
     assert target_of("fleet.example:50051") == "fleet.example:50051"
     assert target_of("unix:///run/fleet/a.sock") == target_of("unix:/run/fleet/a.sock") == "unix:/run/fleet/a.sock"
 
 
-def test_the_command_line_names_the_proxy_that_it_failed_through(
+def test_the_connection_error_names_the_proxy_variable_and_no_password(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("grpc_proxy", "https_proxy", "no_proxy", "no_grpc_proxy"):

@@ -1,4 +1,4 @@
-"""The table of attention backends, and the adapters of packages against modules with their documented signatures."""
+"""The table of attention backends, and adapters against fake packages with the documented signatures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KEYS = 77
 def backend(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[AttentionBackend]:
-    """A backend that the entry point takes for everything, by a package that is installed for the test."""
+    """Name of the backend that the entry point selects for all inputs; its fake package is installed."""
     name: AttentionBackend = request.param
     module, source = {"flash_attn_2": ("flash_attn", FLASH_ATTN_2), "flash_attn_4": ("flash_attn.cute", FLASH_ATTN_4)}[
         name
@@ -51,8 +51,8 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.bfloat16)
 
 
-def expected_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Results (B, L, H, K) and log-sum-exp (B, L, H), in float32."""
+def reference_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention outputs (B, L, H, K) and log-sum-exp (B, L, H), in float32."""
     scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * q.shape[-1] ** -0.5
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.float()), scores.logsumexp(-1).transpose(1, 2)
 
@@ -62,10 +62,10 @@ BOTH = pytest.mark.parametrize("backend", ["flash_attn_2", "flash_attn_4"], indi
 
 @BOTH
 @pytest.mark.usefixtures("backend")
-def test_an_adapter_attends() -> None:
+def test_an_adapter_matches_reference_attention() -> None:
     q, keys_and_values = random(2, 5, 3, 16), random(2, 7, 6, 16)
     k, v = keys_and_values.chunk(2, dim=2)
-    expected, _ = expected_of(q, k, v)
+    expected, _ = reference_attention(q, k, v)
     torch.testing.assert_close(entry.attention(q, k, v).float(), expected, rtol=1e-2, atol=1e-2)
     wide = torch.zeros(2, 5, 6, 16, dtype=torch.bfloat16)
     entry.attention(q, k, v, out=wide[:, :, 3:])
@@ -75,9 +75,9 @@ def test_an_adapter_attends() -> None:
 
 @BOTH
 @pytest.mark.usefixtures("backend")
-def test_an_adapter_returns_the_log_sum_exp_that_a_ring_merges() -> None:
+def test_an_adapter_returns_the_log_sum_exp_for_ring_merges() -> None:
     q, k, v = random(2, 5, 3, 16), random(2, 8, 3, 16), random(2, 8, 3, 16)
-    expected, lse = expected_of(q, k, v)
+    expected, lse = reference_attention(q, k, v)
     one, other = (entry.attention_with_lse(q, k[:, rows], v[:, rows]) for rows in (slice(0, 3), slice(3, None)))
     assert all(part[1].shape == (2, 5, 3) and part[1].dtype == torch.float32 for part in (one, other))
     out, merged = entry.merge_attention(one, other, torch.float32)
@@ -95,7 +95,7 @@ def test_an_adapter_returns_the_log_sum_exp_that_a_ring_merges() -> None:
         ("cudnn", "", False, "cudnn"),
     ],
 )
-def test_the_entry_point_asks_table_outcomes_and_setting(
+def test_the_entry_point_combines_setting_package_outcomes_and_table(
     monkeypatch: pytest.MonkeyPatch, choice: AttentionChoice, broken: str, compiling: bool, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: HOPPER)
@@ -142,15 +142,15 @@ def test_blackwell_prefers_flash_attn_4(capability: Capability) -> None:
 
 
 @pytest.mark.parametrize("choice", ["sdpa", "cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4"])
-def test_a_setting_takes_the_place_of_the_table(choice: AttentionChoice) -> None:
+def test_a_setting_overrides_the_table(choice: AttentionChoice) -> None:
     assert choose_backend(HOPPER, torch.bfloat16, 1, KEYS, 128, only("fa3-fwd"), choice) == choice
     assert choose_backend((7, 5), torch.bfloat16, LARGE, KEYS, 128, only(), choice) == choice
     assert choose_backend(HOPPER, torch.float32, LARGE, KEYS, 128, only("fa3-fwd"), choice) == "sdpa"
 
 
 @pytest.mark.parametrize("choice", ["auto", "cudnn"])
-def test_a_single_key_is_left_to_a_backend_that_takes_it(choice: AttentionChoice) -> None:
-    """An empty prompt of LTX-Video is one token, and cuDNN takes no single key."""
+def test_a_single_key_falls_back_to_sdpa(choice: AttentionChoice) -> None:
+    """An empty prompt of LTX-Video is one token, and cuDNN does not support a single key."""
     assert choose_backend(HOPPER, torch.bfloat16, 24, 1, 128, only("fa3-fwd"), choice) == "sdpa"
     assert choose_backend(HOPPER, torch.bfloat16, 24, 2, 128, only("fa3-fwd"), choice) == "cudnn"
 
@@ -164,5 +164,5 @@ def test_a_single_key_is_left_to_a_backend_that_takes_it(choice: AttentionChoice
         ((9, 0), torch.bfloat16, 12),
     ],
 )
-def test_what_no_row_is_for_is_left_to_torch(capability: Capability, dtype: torch.dtype, head_size: int) -> None:
+def test_inputs_without_a_table_row_use_sdpa(capability: Capability, dtype: torch.dtype, head_size: int) -> None:
     assert choose_backend(capability, dtype, 10**6, KEYS, head_size, lambda _: True) == "sdpa"

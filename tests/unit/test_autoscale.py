@@ -1,4 +1,4 @@
-"""The autoscaling loop against an external scaler in this process that answers what a test says."""
+"""The autoscaling loop against a fake external scaler in the same process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Context = grpc.aio.ServicerContext[object, object]
 class FakeScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
     """Answers with `active` and `seconds`, or refuses every call with `refusal`.
 
-    `is_active_when_polled` is what IsActive answers, where that differs from the stream.
+    `is_active_when_polled`, unless None, replaces `active` in the replies of IsActive.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class FakeScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
         self.is_active_when_polled: bool | None = None
         self.seconds = 0.0
         self.refusal: grpc.StatusCode | None = None
-        self.asked: list[pb.ScaledObjectRef] = []
+        self.received: list[pb.ScaledObjectRef] = []
         self._changed = asyncio.Event()
 
     def push(self, active: bool) -> None:
@@ -41,7 +41,7 @@ class FakeScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
         self._changed = asyncio.Event()
 
     async def _take(self, target: pb.ScaledObjectRef, context: Context) -> None:
-        self.asked.append(target)
+        self.received.append(target)
         if self.refusal is not None:
             await context.abort(self.refusal, "no stage of that name")
 
@@ -79,7 +79,7 @@ class FakeScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
 
 @dataclass
 class FakePool:
-    """Replicas that are only counted."""
+    """A pool that counts replicas and starts no process."""
 
     size: int = 0
     most: int = 64
@@ -91,8 +91,8 @@ class FakePool:
 
 
 @dataclass
-class Scene:
-    """A loop that runs, and what it works on."""
+class Harness:
+    """The fake scaler, the fake pool, the collected notes, and the gRPC channel and server of a test."""
 
     scaler: FakeScaler
     pool: FakePool
@@ -101,20 +101,20 @@ class Scene:
     server: grpc.aio.Server
 
     async def until(self, condition: Callable[[], bool]) -> float:
-        """Wait until it holds; the seconds that it took."""
+        """Wait until `condition` holds and return the elapsed seconds."""
         began = time.monotonic()
-        while not condition():  # noqa: ASYNC110 -- a state of fakes, which send no event
+        while not condition():  # noqa: ASYNC110 -- fakes send no event
             await asyncio.sleep(0.005)
         return time.monotonic() - began
 
 
 def run(
-    test: Callable[[Scene, StageAutoscaler], Awaitable[None]],
+    test: Callable[[Harness, StageAutoscaler], Awaitable[None]],
     *,
     poll_seconds: float = 0.02,
     policy: ReplicaPolicy | None = None,
 ) -> None:
-    """Run a test with a loop that it starts."""
+    """Run a test with a StageAutoscaler, whose run() the test calls."""
 
     async def main(directory: str) -> None:
         scaler, server = FakeScaler(), grpc.aio.server()
@@ -124,7 +124,7 @@ def run(
         await server.start()
         async with asyncio.timeout(30), grpc.aio.insecure_channel(address) as channel:
             pool, notes = FakePool(), list[str]()
-            scene = Scene(scaler, pool, notes, channel, server)
+            harness = Harness(scaler, pool, notes, channel, server)
             loop = StageAutoscaler(
                 ScalerClient(channel, TARGET),
                 pool,
@@ -133,70 +133,70 @@ def run(
                 poll_seconds=poll_seconds,
                 note=notes.append,
             )
-            await test(scene, loop)
+            await test(harness, loop)
         await server.stop(None)
 
     with tempfile.TemporaryDirectory(prefix="s-") as directory:
         asyncio.run(main(directory))
 
 
-async def ended(task: asyncio.Task[None]) -> None:
+async def cancel_and_wait(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
 
-def test_from_zero_to_the_most_and_back() -> None:
-    async def story(scene: Scene, loop: StageAutoscaler) -> None:
+def test_workers_scale_from_zero_to_the_maximum_and_back() -> None:
+    async def scenario(harness: Harness, loop: StageAutoscaler) -> None:
         running = asyncio.create_task(loop.run())
-        await scene.until(lambda: len(scene.scaler.asked) > 6)
-        assert scene.pool.sizes == []
-        scene.scaler.seconds = 30.0
-        scene.scaler.push(True)
-        await scene.until(lambda: scene.pool.size == 4)
-        assert scene.pool.sizes == [1, 4]
-        scene.scaler.seconds = 2.4
-        await scene.until(lambda: scene.pool.size == 1)
-        scene.scaler.seconds = 0.0
-        scene.scaler.push(False)
-        await scene.until(lambda: scene.pool.size == 0)
-        assert scene.pool.sizes == [1, 4, 1, 0]
-        assert scene.notes[0] == "autoscaler: d: 0 -> 1 workers"
-        assert {each.scalerMetadata["stage"] for each in scene.scaler.asked} == {"denoising"}
-        assert {each.scalerMetadata["model"] for each in scene.scaler.asked} == {"emoji"}
-        await ended(running)
+        await harness.until(lambda: len(harness.scaler.received) > 6)
+        assert harness.pool.sizes == []
+        harness.scaler.seconds = 30.0
+        harness.scaler.push(True)
+        await harness.until(lambda: harness.pool.size == 4)
+        assert harness.pool.sizes == [1, 4]
+        harness.scaler.seconds = 2.4
+        await harness.until(lambda: harness.pool.size == 1)
+        harness.scaler.seconds = 0.0
+        harness.scaler.push(False)
+        await harness.until(lambda: harness.pool.size == 0)
+        assert harness.pool.sizes == [1, 4, 1, 0]
+        assert harness.notes[0] == "autoscaler: d: 0 -> 1 workers"
+        assert {each.scalerMetadata["stage"] for each in harness.scaler.received} == {"denoising"}
+        assert {each.scalerMetadata["model"] for each in harness.scaler.received} == {"emoji"}
+        await cancel_and_wait(running)
 
-    run(story)
+    run(scenario)
 
 
-def test_no_more_workers_are_started_than_can_run() -> None:
-    async def story(scene: Scene, loop: StageAutoscaler) -> None:
-        scene.pool.most, scene.scaler.seconds = 2, 30.0
+def test_the_pool_limit_bounds_started_workers() -> None:
+    async def scenario(harness: Harness, loop: StageAutoscaler) -> None:
+        harness.pool.most, harness.scaler.seconds = 2, 30.0
         running = asyncio.create_task(loop.run())
-        scene.scaler.push(True)
-        await scene.until(lambda: scene.pool.size == 2)
-        polls = len(scene.scaler.asked)
-        await scene.until(lambda: len(scene.scaler.asked) > polls + 6)
-        assert scene.pool.sizes == [1, 2]
-        assert len(scene.notes) == 2
-        await ended(running)
+        harness.scaler.push(True)
+        await harness.until(lambda: harness.pool.size == 2)
+        polls = len(harness.scaler.received)
+        await harness.until(lambda: len(harness.scaler.received) > polls + 6)
+        assert harness.pool.sizes == [1, 2]
+        assert len(harness.notes) == 2
+        await cancel_and_wait(running)
 
-    run(story)
+    run(scenario)
 
 
 def test_a_push_starts_a_worker_long_before_the_next_poll() -> None:
-    async def story(scene: Scene, loop: StageAutoscaler) -> None:
+    async def scenario(harness: Harness, loop: StageAutoscaler) -> None:
         running = asyncio.create_task(loop.run())
-        await scene.until(lambda: len(scene.scaler.asked) >= 4)  # the first poll, and the stream
-        scene.scaler.push(True)
-        assert await scene.until(lambda: scene.pool.size == 1) < 5
-        await ended(running)
+        await harness.until(lambda: len(harness.scaler.received) >= 4)  # three calls of the first poll, and the stream
+        harness.scaler.push(True)
+        assert await harness.until(lambda: harness.pool.size == 1) < 5
+        await cancel_and_wait(running)
 
-    run(story, poll_seconds=1_000.0)
+    run(scenario, poll_seconds=1_000.0)
 
 
 @dataclass
-class NotedPolicy(ReplicaPolicy):
-    """A policy that notes the activity of each decision."""
+class RecordingPolicy(ReplicaPolicy):
+    """A policy that records `is_active` of each decision."""
 
     activity: list[bool] = field(default_factory=list)
 
@@ -206,48 +206,48 @@ class NotedPolicy(ReplicaPolicy):
 
 
 def test_a_push_between_two_polls_counts_as_activity_once() -> None:
-    policy = NotedPolicy(ReplicaBounds(1, 4, 0.1))
+    policy = RecordingPolicy(ReplicaBounds(1, 4, 0.1))
 
-    async def story(scene: Scene, loop: StageAutoscaler) -> None:
-        scene.scaler.is_active_when_polled = False
+    async def scenario(harness: Harness, loop: StageAutoscaler) -> None:
+        harness.scaler.is_active_when_polled = False
         running = asyncio.create_task(loop.run())
-        await scene.until(lambda: len(policy.activity) >= 2)
+        await harness.until(lambda: len(policy.activity) >= 2)
         assert not any(policy.activity)
-        scene.scaler.push(True)
-        await scene.until(lambda: any(policy.activity))
-        await scene.until(lambda: len(policy.activity) > policy.activity.index(True) + 2)
+        harness.scaler.push(True)
+        await harness.until(lambda: any(policy.activity))
+        await harness.until(lambda: len(policy.activity) > policy.activity.index(True) + 2)
         assert policy.activity.count(True) == 1
-        await ended(running)
+        await cancel_and_wait(running)
 
-    run(story, policy=policy)
+    run(scenario, policy=policy)
 
 
-def test_a_scaler_that_is_away_changes_nothing_and_is_noted_once() -> None:
-    async def story(scene: Scene, loop: StageAutoscaler) -> None:
+def test_an_unavailable_scaler_changes_nothing_and_is_logged_once() -> None:
+    async def scenario(harness: Harness, loop: StageAutoscaler) -> None:
         running = asyncio.create_task(loop.run())
-        scene.scaler.seconds = 5.0
-        scene.scaler.push(True)
-        await scene.until(lambda: scene.pool.size == 2)
-        del scene.notes[:], scene.scaler.asked[:]
-        scene.scaler.refusal = grpc.StatusCode.UNAVAILABLE
-        scene.scaler.seconds = 0.0
-        await scene.until(lambda: len(scene.scaler.asked) >= 5)
-        assert scene.pool.size == 2
-        assert len(scene.notes) == 1
-        assert scene.notes[0].startswith("autoscaler: d: no answer")
-        scene.scaler.refusal, scene.scaler.seconds = None, 9.0
-        await scene.until(lambda: scene.pool.size == 4)
-        await ended(running)
+        harness.scaler.seconds = 5.0
+        harness.scaler.push(True)
+        await harness.until(lambda: harness.pool.size == 2)
+        del harness.notes[:], harness.scaler.received[:]
+        harness.scaler.refusal = grpc.StatusCode.UNAVAILABLE
+        harness.scaler.seconds = 0.0
+        await harness.until(lambda: len(harness.scaler.received) >= 5)
+        assert harness.pool.size == 2
+        assert len(harness.notes) == 1
+        assert harness.notes[0].startswith("autoscaler: d: no answer")
+        harness.scaler.refusal, harness.scaler.seconds = None, 9.0
+        await harness.until(lambda: harness.pool.size == 4)
+        await cancel_and_wait(running)
 
-    run(story)
+    run(scenario)
 
 
-def test_a_stage_that_the_scaler_does_not_know_ends_the_loop() -> None:
-    async def story(scene: Scene, loop: StageAutoscaler) -> None:
-        scene.scaler.refusal = grpc.StatusCode.NOT_FOUND
+def test_an_unknown_stage_ends_the_loop() -> None:
+    async def scenario(harness: Harness, loop: StageAutoscaler) -> None:
+        harness.scaler.refusal = grpc.StatusCode.NOT_FOUND
         with pytest.raises(ExceptionGroup) as caught:
             await loop.run()
         assert {type(each) for each in caught.value.exceptions} == {NotFound}
-        assert scene.pool.sizes == []
+        assert harness.pool.sizes == []
 
-    run(story)
+    run(scenario)

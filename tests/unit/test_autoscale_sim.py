@@ -1,4 +1,4 @@
-"""The simulator of autoscaling: each request is served once, load times and running work are respected."""
+"""The autoscaling simulator: completions, load times, draining, policies and traces."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ONE = Kind("one", {"denoising": StageWork(10, 100, "a")}, {"denoising": 10.0}, s
 
 @dataclass
 class Fixed:
-    """As many replicas as a list says, poll after poll; then the last number."""
+    """Policy with one number of replicas per poll; the last number repeats."""
 
     replicas: list[int]
     interval: float = 5.0
@@ -52,11 +52,11 @@ def ends(simulation: Simulation) -> list[float | None]:
     return [request.ended for request in simulation.run().requests]
 
 
-def test_a_trace_computed_by_hand() -> None:
+def test_a_short_trace_matches_times_computed_by_hand() -> None:
     run = simulation([1.0, 2.0, 3.0], lambda: Fixed([1]), ready=1)
     outcome = run.run()
     assert [request.ended for request in outcome.requests] == [11.0, 21.0, 31.0]
-    assert outcome.violation_minutes == 1  # 19 and 28 of at most 15 seconds
+    assert outcome.violation_minutes == 1  # latencies of 19 and 28 s exceed the SLO of 15 s
     assert outcome.gpu_seconds == {"denoising": 60.0}
     assert outcome.gpu_hours == pytest.approx(1 / 60)
 
@@ -69,11 +69,11 @@ def test_a_started_replica_serves_after_its_load_time() -> None:
 
 def test_load_time_and_draining_cost_gpu_seconds() -> None:
     run = simulation([4.0], lambda: Fixed([2, 2, 0, 0, 0, 0]), ready=1, load_seconds=20.0)
-    # One runs from 4 to 14 s; the other one loads from 5 s on, and both are scaled in at 15 s.
+    # One replica is busy from 4 to 14 s, the other loads from 5 s; both are scaled in at 15 s.
     assert run.run().gpu_seconds == {"denoising": 15.0 + 10.0}
 
 
-def test_running_work_is_never_scaled_away() -> None:
+def test_scaling_in_never_interrupts_running_work() -> None:
     run = simulation([1.0, 4.0], lambda: Fixed([0, 0, 0, 1]), ready=2)
     outcome = run.run()
     assert [request.ended for request in outcome.requests] == [11.0, 14.0]
@@ -89,13 +89,13 @@ def test_the_first_request_starts_a_replica_at_once() -> None:
     assert ends(run) == [37.0]
 
 
-def test_a_view_is_the_load_of_the_stage() -> None:
+def test_a_view_reports_the_load_of_the_stage() -> None:
     policy = Fixed([1], interval=6.0)
     simulation([1.0, 2.0, 3.0], lambda: policy, ready=1).run()
     first, second = policy.views[:2]
     assert (first.load.workers_held, first.load.waiting_claims, first.load.open_requests) == (1, 2, 3)
     assert first.load.unmeasured
-    assert first.load.queued_seconds == 25.0  # 10 assumed seconds for each, of which 5 have passed
+    assert first.load.queued_seconds == 25.0  # three requests of 10 assumed seconds, minus 5 elapsed seconds
     assert first.busy_share == pytest.approx(5 / 6)
     assert (second.load.workers_held, second.load.waiting_claims, second.load.open_requests) == (1, 1, 2)
     assert not second.load.unmeasured
@@ -103,7 +103,7 @@ def test_a_view_is_the_load_of_the_stage() -> None:
     assert second.load.waiting_seconds == pytest.approx(10.0)
 
 
-def test_paces_take_the_nearest_shape_by_tokens() -> None:
+def test_paces_use_the_shape_with_the_nearest_token_count() -> None:
     paces = Paces()
     assert paces.seconds_of(StageWork(10, 100, "a")) is None
     paces.note(StageWork(10, 100, "a"), 20.0)
@@ -127,14 +127,14 @@ def test_every_request_is_served_once_at_every_stage(name: str, trace: str) -> N
         assert request.ended - request.arrival.time >= computing - 1e-6
 
 
-def test_it_is_deterministic() -> None:
+def test_traces_and_scores_are_deterministic() -> None:
     drawn = draw_trace("bursts of 8 times", patterns()["bursts of 8 times"], seed=3)
     scores = [autoscale_sim.score(drawn, WantedSeconds(15.0, 0.0, 60.0).policy, 30.0) for _ in range(2)]
     assert scores[0] == scores[1]
     assert drawn == draw_trace("bursts of 8 times", patterns()["bursts of 8 times"], seed=3)
 
 
-def test_the_scaler_value_is_the_code_of_production(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_simulator_computes_demand_with_production_code(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = draw_trace("step to 4 times", patterns()["step to 4 times"], seed=3)
 
     def gpu_hours() -> float:
@@ -151,10 +151,10 @@ def test_the_scaler_value_is_the_code_of_production(monkeypatch: pytest.MonkeyPa
     st.sampled_from(sorted(WANTED)),
     st.integers(0, 2),
 )
-def test_the_decision_is_the_code_of_production(
+def test_simulated_decisions_equal_those_of_replica_policy(
     polls: list[tuple[int, int, float, float]], name: str, least: int
 ) -> None:
-    """ReplicaPolicy with a clock, bounds and headroom of its own agrees, but for the HPA's limit on scaling out."""
+    """The simulated policy returns ReplicaPolicy's decision, limited by the HPA's bound on scaling out."""
     setting, now, replicas = WANTED[name], 0.0, 3
     simulated = setting.policy(least)
     policy = ReplicaPolicy(ReplicaBounds(least, 64, setting.window), lambda: now, setting.headroom)
@@ -173,20 +173,20 @@ def view(replicas: int, *, held: int = 0, claims: int = 0, waiting: float = 0.0,
 
 def test_the_hpa_rounds_up_within_its_tolerance() -> None:
     policy = WantedSeconds(30.0, 0.0, 0.0).policy()
-    assert policy.desired(view(10, held=10, claims=1, waiting=27.0)) == 10  # 9% more is tolerated
+    assert policy.desired(view(10, held=10, claims=1, waiting=27.0)) == 10  # 9% above the target is tolerated
     assert policy.desired(view(10, held=10, claims=2, waiting=60.0)) == 12
-    assert policy.desired(view(2, held=2, claims=50, waiting=3_000.0)) == 6  # four more at once
+    assert policy.desired(view(2, held=2, claims=50, waiting=3_000.0)) == 6  # at most four more replicas per poll
     assert policy.desired(view(10, held=3, now=1.0)) == 3
 
 
-def test_the_hpa_waits_before_it_scales_in() -> None:
+def test_the_hpa_scales_in_after_its_stabilisation_window() -> None:
     policy = queue_length(0.0, 60.0)
     assert policy.desired(view(8, held=8, now=0.0)) == 8
     assert policy.desired(view(8, held=2, now=45.0)) == 8
     assert policy.desired(view(8, held=2, now=61.0)) == 2
 
 
-def test_only_an_unused_stage_goes_to_zero() -> None:
+def test_only_an_unused_stage_scales_to_zero() -> None:
     for least, after in ((0, 0), (1, 1)):
         policy = HpaPolicy(lambda load: float(load.open_requests), 0.0, 60.0, least)
         load = StageLoad(0, 0.0, 0, 0.0, 0)
@@ -203,7 +203,7 @@ def test_a_request_between_two_polls_counts_as_activity() -> None:
     assert not any(each.load.is_active for each in policy.views)
 
 
-def test_fixed_utilisation_is_80_to_20_percent_every_5_s_with_a_cooldown_of_30_s() -> None:
+def test_fixed_utilisation_scales_at_80_and_20_percent_with_a_cooldown_of_30_s() -> None:
     policy = GRID["utilisation"][FIXED_UTILISATION]()
     assert isinstance(policy, UtilisationPolicy)
     assert policy.interval == 5.0
@@ -213,15 +213,15 @@ def test_fixed_utilisation_is_80_to_20_percent_every_5_s_with_a_cooldown_of_30_s
         return policy.desired(StageView(now, load, replicas, busy_share, was_active=True))
 
     assert desired(0.0, 4, 0.8) == 4  # not above 80%
-    assert desired(5.0, 4, 0.81) == 5  # out by one
+    assert desired(5.0, 4, 0.81) == 5  # scale out by one
     assert desired(30.0, 5, 0.9) == 5  # 25 s later: the cooldown
     assert desired(35.0, 5, 0.9) == 6
     assert desired(65.0, 6, 0.5) == 6
     assert desired(70.0, 6, 0.2) == 6  # not below 20%
-    assert desired(75.0, 6, 0.19) == 5  # in by one
+    assert desired(75.0, 6, 0.19) == 5  # scale in by one
     assert desired(100.0, 5, 0.1) == 5
     assert desired(105.0, 5, 0.1) == 4
-    assert desired(140.0, 1, 0.0) == 1  # never zero: nothing would be busy
+    assert desired(140.0, 1, 0.0) == 1  # never zero: zero replicas have no utilisation
 
 
 def test_fixed_utilisation_is_reported_beside_the_tuned_policies() -> None:
@@ -232,13 +232,13 @@ def test_fixed_utilisation_is_reported_beside_the_tuned_policies() -> None:
     ]
 
 
-def test_no_seed_serves_for_tuning_and_for_the_report() -> None:
+def test_tuning_and_report_use_disjoint_seeds() -> None:
     assert not set(TUNED_SEEDS) & set(REPORTED_SEEDS)
 
 
 @dataclass
 class Known:
-    """Totals that a test states, in the place of simulations."""
+    """Fixed totals in place of simulation results."""
 
     known: dict[str, dict[str, Score]]
 
@@ -246,7 +246,7 @@ class Known:
         return self.known[name]
 
 
-def test_ours_is_chosen_within_the_gpu_hours_of_the_other_policy() -> None:
+def test_our_setting_is_chosen_within_the_gpu_hours_of_the_rival() -> None:
     ours = {"dear": Score(0, 9.0), "fair": Score(2, 5.0), "cheap": Score(4, 4.0)}
     utilisation = {FIXED_UTILISATION: Score(8, 5.0), "better": Score(1, 8.0), "none fit": Score(3, 1.0)}
     tuned = Known({OURS: ours, "utilisation": utilisation})
@@ -257,7 +257,7 @@ def test_ours_is_chosen_within_the_gpu_hours_of_the_other_policy() -> None:
     assert compare(tuned, Rival("least", "utilisation", "none fit"), 60.0).ours is None
 
 
-def test_the_grids_are_equally_large_and_the_objective_is_minutes_then_gpu_hours() -> None:
+def test_grids_have_equal_sizes_and_minimise_violation_minutes_then_gpu_hours() -> None:
     assert len({len(settings) for settings in GRID.values()}) == 1
     settings = {"a": Score(3, 1.0), "b": Score(1, 9.0), "c": Score(1, 8.0)}
     assert best_setting(settings) == "c"

@@ -1,4 +1,4 @@
-"""Branches shared between the ranks of the cfg axis: which rank computes what, and what every rank gets."""
+"""Guidance branches sharded over the cfg axis: the branches that each rank computes and receives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LATENTS = {"video": torch.zeros(2, 3), "audio": torch.zeros(2, 5)}
 
 
 class Exchange:
-    """all_gather() between threads, each of which is a rank; counts the gathers of each rank."""
+    """all_gather() between threads, one thread per rank; `counts` has the number of gathers per rank."""
 
     def __init__(self, ranks: int) -> None:
         self.sent: list[Tensor | None] = [None] * ranks
@@ -42,14 +42,14 @@ def value_of(name: str) -> float:
 
 
 def predict(name: Any) -> Parts:
-    """The fake branch is its own name."""
+    """Prediction of a fake branch, which is only a name: all elements equal `value_of(name)`."""
     return {part: torch.full_like(each, value_of(name)) for part, each in LATENTS.items()}
 
 
 def run_ranks(
     monkeypatch: pytest.MonkeyPatch, ranks: int, names: Sequence[str], active: Sequence[str]
 ) -> tuple[list[dict[str, Parts]], list[list[str]], Exchange]:
-    """What each rank gets of the active branches, which branches it made, and the exchange."""
+    """Predictions per rank, names of the branches that each rank created, and the exchange."""
     exchange = Exchange(ranks)
     monkeypatch.setattr(module, "all_gather", exchange.gather)
     made: list[list[str]] = [[] for _ in range(ranks)]
@@ -79,7 +79,7 @@ def test_every_rank_gets_every_active_branch(
         for name, parts in result.items():
             assert parts.keys() == LATENTS.keys()
             assert all(bool((each == value_of(name)).all()) for each in parts.values())
-    assert len(set(exchange.counts)) == 1, "ranks with fewer branches send padding"
+    assert len(set(exchange.counts)) == 1, "ranks with fewer branches must send padding"
 
 
 def test_a_single_branch_is_computed_by_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,8 +95,8 @@ def test_one_rank_computes_all_branches_in_order(monkeypatch: pytest.MonkeyPatch
     assert list(results[0]) == list(NAMES[1:])
 
 
-def test_the_change_of_a_step_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums are added over the axes that share a branch; an axis with one rank has no group to add over."""
+def test_step_cache_change_is_reduced_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are reduced over the axes that share a branch; an axis with one rank has no process group."""
     added: list[str] = []
 
     def all_reduce(sums: Tensor, axis: Axis) -> Tensor:

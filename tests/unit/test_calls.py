@@ -1,4 +1,4 @@
-"""A Call's own promises: a finished step is a point at which a cancelled or late stage ends."""
+"""`Call.progress()` is a cancellation point: it raises after cancellation and after the deadline."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from common.stage import Call
 from models.stages.decoding import DecodingStage
 
 
-def stopped(**more: Any) -> tuple[Call, list[int]]:
-    """A call and the steps that it reported."""
+def recorded_call(**more: Any) -> tuple[Call, list[int]]:
+    """A call and the list of its reported steps."""
     steps: list[int] = []
     return Call("r", on_progress=lambda step, _: steps.append(step), **more), steps
 
@@ -31,21 +31,23 @@ def cancelled() -> threading.Event:
     ("more", "error"),
     [({"cancelled": cancelled()}, Cancelled), ({"deadline": time.monotonic() - 1}, DeadlineExceeded)],
 )
-def test_a_finished_step_ends_a_call_and_is_not_reported(more: dict[str, Any], error: type[FleetError]) -> None:
-    call, steps = stopped(**more)
+def test_progress_after_cancellation_or_deadline_raises_and_reports_nothing(
+    more: dict[str, Any], error: type[FleetError]
+) -> None:
+    call, steps = recorded_call(**more)
     with pytest.raises(error, match="request r "):
         call.progress(1, 4)
     assert steps == []
 
 
 def report_steps(call: Call, total: int) -> None:
-    """A loop without a check of its own."""
+    """Report steps without any other cancellation check."""
     for step in range(1, total + 1):
         call.progress(step, total)
 
 
-def test_a_stage_that_only_reports_steps_ends_within_one_of_its_cancel() -> None:
-    """A plugin's stage may have no other check."""
+def test_a_stage_that_only_reports_steps_ends_within_one_step_of_cancellation() -> None:
+    """Stages of plugins may have no other cancellation check."""
     steps: list[int] = []
     event = threading.Event()
 
@@ -60,15 +62,15 @@ def test_a_stage_that_only_reports_steps_ends_within_one_of_its_cancel() -> None
     assert steps == [1, 2, 3]
 
 
-class Frames:
-    """A VAE of a video model that makes ten black frames, and counts them."""
+class FakeVae:
+    """VAE of a video model: decodes ten black frames and counts them in `made`."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self.made = 0
 
     def decode(self, _: object) -> Any:
-        """Yield frames; the caller cancels while the third one is decoded."""
+        """Yield frames; the caller cancels while the third frame is decoded."""
         for _ in range(10):
             self.made += 1
             if self.made == 3:
@@ -76,8 +78,8 @@ class Frames:
             yield torch.zeros(1, 3, 2, 2)
 
 
-class Plain:
-    """The callbacks that decoding needs of a pipeline config."""
+class FakeConfig:
+    """The members of a pipeline config that DecodingStage uses."""
 
     visual_part = "video"
 
@@ -92,11 +94,11 @@ class Plain:
         return canvas.num_frames
 
 
-def test_decoding_a_video_ends_within_a_frame_of_its_cancel() -> None:
-    """The loop over frames has no other check than that of the finished frame."""
-    call, steps = stopped()
-    stage, vae = object.__new__(DecodingStage), Frames(call)
-    stage._config, stage._vae = Plain(), vae  # type: ignore[assignment]
+def test_video_decoding_ends_within_one_frame_of_cancellation() -> None:
+    """The loop over frames checks for cancellation only in `Call.progress()`."""
+    call, steps = recorded_call()
+    stage, vae = object.__new__(DecodingStage), FakeVae(call)
+    stage._config, stage._vae = FakeConfig(), vae  # type: ignore[assignment]
     stage._device, stage._dtype = torch.device("cpu"), torch.float32
     part = LatentPart(latents=torch.zeros(1, 1), raw_latent_shape=(1, 1))
     x = stage.Input(

@@ -1,4 +1,4 @@
-"""References open models, and requests are validated against them; neither needs torch."""
+"""Opening models by reference and validating requests, both without torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def registry() -> Registry:
     return load_registry()
 
 
-def test_the_default_model_comes_along(registry: Registry) -> None:
+def test_the_default_model_is_shipped(registry: Registry) -> None:
     assert DEFAULT_MODEL in shipped_models()
     model = open_model(DEFAULT_MODEL, registry)
     assert model.name == "emoji"
@@ -56,7 +56,7 @@ def test_the_default_model_comes_along(registry: Registry) -> None:
         ("x" * 99, "{}", "x" * 64),
     ],
 )
-def test_a_directory_has_a_name(
+def test_a_directory_gets_a_valid_model_name(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, reference: str, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -65,7 +65,7 @@ def test_a_directory_has_a_name(
     assert (model.name, model.checkpoint.path) == (name, path)
 
 
-def test_a_shipped_name_means_the_shipped_model(
+def test_a_shipped_name_takes_precedence_over_a_directory(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -74,20 +74,20 @@ def test_a_shipped_name_means_the_shipped_model(
 
 
 @pytest.mark.parametrize("reference", ["nonesuch", "", "./nonesuch", "/nonesuch/emoji"])
-def test_what_is_not_there_is_refused_with_what_is(registry: Registry, reference: str) -> None:
+def test_an_unknown_reference_is_refused_with_the_shipped_names(registry: Registry, reference: str) -> None:
     with pytest.raises(CheckpointError, match=r"neither a directory nor a shipped model; shipped are emoji"):
         open_model(reference, registry)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "-x", "x" * 65, "a:b"])
-def test_a_name_that_is_none_is_refused(registry: Registry, tmp_path: Path, name: str) -> None:
+def test_an_invalid_model_name_is_refused(registry: Registry, tmp_path: Path, name: str) -> None:
     path = build_bare_flux(tmp_path / "flux")
     with pytest.raises(InvalidInput, match="is not a model name") as refused:
         open_model(f"{name}={path}", registry)
     assert refused.value.field == "model"
 
 
-def test_another_pipeline_is_refused_with_the_supported_ones(registry: Registry, tmp_path: Path) -> None:
+def test_an_unsupported_pipeline_is_refused_with_the_supported_names(registry: Registry, tmp_path: Path) -> None:
     path = build_toy_checkpoint(tmp_path / "toy")
     with pytest.raises(CheckpointError, match=r"'ToyPipeline' is not supported; supported are .*FluxPipeline"):
         open_model(str(path), registry)
@@ -110,7 +110,7 @@ def test_a_missing_module_is_refused(registry: Registry, tmp_path: Path) -> None
         ({"guidance_scale": float("nan")}, "guidance_scale: nan is not a finite number"),
     ],
 )
-def test_defaults_that_no_request_could_run_with_are_refused(
+def test_invalid_sampling_defaults_are_refused(
     registry: Registry, tmp_path: Path, defaults: dict[str, object], message: str
 ) -> None:
     path = build_bare_flux(tmp_path / "flux", sampling_defaults=defaults)
@@ -141,7 +141,7 @@ def test_a_plugin_family_is_opened_and_validated(tmp_path: Path) -> None:
 
 
 class GivenPipeline(FluxPipeline):
-    """Flux's stages, given an artifact that no request has."""
+    """Flux's stages with a given artifact that validation cannot create."""
 
     given: ClassVar[Mapping[str, str]] = {**FluxPipeline.given, "noise": "Generator"}
 
@@ -150,11 +150,11 @@ class UnscheduledPipeline(FluxPipeline):
     """Flux's stages without the scheduler's role."""
 
     def add_stage(self, stage: StageSpec) -> None:
-        """Add it under another role."""
+        """Add the stage with all roles renamed."""
         super().add_stage(replace(stage, modules={f"my_{role}": name for role, name in stage.modules.items()}))
 
 
-def test_a_pipeline_that_no_request_can_start_is_refused(registry: Registry) -> None:
+def test_a_pipeline_with_an_unknown_given_artifact_is_refused(registry: Registry) -> None:
     model = open_model(DEFAULT_MODEL, registry)
     variant = replace(model.variants[0], pipeline=GivenPipeline(model.checkpoint.modules))
     given = replace(model, variants=(variant,))
@@ -169,21 +169,21 @@ def test_the_denoising_stage_needs_a_scheduler_by_role(monkeypatch: pytest.Monke
         open_model(DEFAULT_MODEL, registry)
 
 
-def test_validation_makes_what_the_pipeline_is_given(registry: Registry) -> None:
+def test_validation_creates_the_given_artifacts_of_the_pipeline(registry: Registry) -> None:
     model = open_model(DEFAULT_MODEL, registry)
     request = InputValidationStage(model).run({"prompt": "a red apple"})
     assert {slot: type(value).__name__ for slot, value in request.artifacts.items()} == request.variant.pipeline.given
     assert request.warnings == ()
 
 
-def test_images_are_refused_by_a_model_that_takes_none(registry: Registry) -> None:
+def test_images_are_refused_by_a_model_without_image_inputs(registry: Registry) -> None:
     stage = InputValidationStage(open_model(DEFAULT_MODEL, registry))
     with pytest.raises(InvalidInput, match=r"images: 1 is not 0; emoji \(FluxPipeline\) takes no images") as refused:
-        stage.run({"prompt": "x"}, images={"image": b"a picture"})
+        stage.run({"prompt": "x"}, images={"image": b"an image"})
     assert refused.value.field == "images"
 
 
-def test_opening_and_validating_needs_no_torch(tmp_path: Path) -> None:
+def test_opening_and_validation_import_no_torch(tmp_path: Path) -> None:
     path = build_toy_checkpoint(tmp_path / "checkpoint")
     program = f"""
 import sys

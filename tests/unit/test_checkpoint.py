@@ -1,4 +1,4 @@
-"""A checkpoint is read without torch, and a broken one is refused with the place where it is broken."""
+"""Reading a checkpoint without torch; the errors of a broken checkpoint name the file and the defect."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tensor(dtype: str = "F32", shape: object = (1,), begin: int = 0, end: int = 
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def test_reports_what_the_directory_holds(flux: Path) -> None:
+def test_open_reads_modules_configs_and_weight_headers(flux: Path) -> None:
     checkpoint = Checkpoint.open(flux)
     assert checkpoint.name == "flux"
     assert checkpoint.path == flux
@@ -51,19 +51,19 @@ def test_reports_what_the_directory_holds(flux: Path) -> None:
     assert checkpoint.sampling_defaults == {}
 
 
-def test_null_modules_and_plain_settings_are_no_modules(flux: Path) -> None:
+def test_null_entries_and_settings_are_not_modules(flux: Path) -> None:
     edit_json(flux / "model_index.json", image_encoder=[None, None], boundary_ratio=0.9, expand_timesteps=False)
     checkpoint = Checkpoint.open(flux)
     assert "image_encoder" not in checkpoint.modules
     assert checkpoint.index["boundary_ratio"] == 0.9
 
 
-def test_a_module_that_is_not_there_is_named_with_those_that_are(flux: Path) -> None:
+def test_an_unknown_module_is_refused_with_the_known_names(flux: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no module 'unet'; it has scheduler, text_encoder"):
         Checkpoint.open(flux).module_config("unet")
 
 
-def test_sampling_defaults_keep_their_types(tmp_path: Path) -> None:
+def test_sampling_defaults_retain_their_types(tmp_path: Path) -> None:
     defaults = {"height": 64, "guidance_scale": 2.5, "prompt_2": "x", "flag": True, "sigmas": [1, 0.5]}
     checkpoint = Checkpoint.open(build_bare_flux(tmp_path / "flux", sampling_defaults=defaults))
     assert checkpoint.sampling_defaults == {**defaults, "sigmas": (1.0, 0.5)}
@@ -98,21 +98,24 @@ def test_shards_are_found_through_their_index(flux: Path) -> None:
 BROKEN_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such directory": (shutil.rmtree, "is not a directory"),
     "no index": (lambda path: (path / "model_index.json").unlink(), "has no model_index.json"),
-    "index is no JSON": (lambda path: (path / "model_index.json").write_text("{"), "is not valid JSON"),
-    "index is no UTF-8": (lambda path: (path / "model_index.json").write_bytes(b'{"a": "\xff"}'), "is not valid JSON"),
+    "index is not JSON": (lambda path: (path / "model_index.json").write_text("{"), "is not valid JSON"),
+    "index is not UTF-8": (lambda path: (path / "model_index.json").write_bytes(b'{"a": "\xff"}'), "is not valid JSON"),
     "index is a list": (lambda path: (path / "model_index.json").write_text("[]"), "must hold a JSON object"),
-    "endless nesting": (lambda path: (path / "model_index.json").write_text("[" * 100_000), "is not valid JSON"),
+    "deep nesting": (lambda path: (path / "model_index.json").write_text("[" * 100_000), "is not valid JSON"),
     "no class": (lambda path: (path / "model_index.json").write_text("{}"), "has no _class_name"),
     "module without folder": (lambda path: shutil.rmtree(path / "vae"), "lacks the folder vae/"),
-    "module entry of one": (lambda path: edit_json(path / "model_index.json", vae=["diffusers"]), "library, class"),
-    "module elsewhere": (
+    "module entry without a class": (
+        lambda path: edit_json(path / "model_index.json", vae=["diffusers"]),
+        "library, class",
+    ),
+    "module outside the checkpoint": (
         lambda path: edit_json(path / "model_index.json", **{"../vae": ["diffusers", "AutoencoderKL"]}),
         r"module '\.\./vae' cannot be",
     ),
     "no config": (lambda path: (path / "vae/config.json").unlink(), r"vae lacks config\.json"),
     "broken config": (lambda path: (path / "vae/config.json").write_text("nul"), r"vae/config\.json is not valid JSON"),
     "no weights": (lambda path: (path / WEIGHTS).unlink(), "holds no weights"),
-    "defaults are no JSON": (lambda path: (path / "sampling_defaults.json").write_text("x"), "is not valid JSON"),
+    "defaults are not JSON": (lambda path: (path / "sampling_defaults.json").write_text("x"), "is not valid JSON"),
     "default of null": (
         lambda path: (path / "sampling_defaults.json").write_text('{"height": null}'),
         "height must be a number",
@@ -121,7 +124,7 @@ BROKEN_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN_DIRECTORIES)
-def test_refuses_a_broken_directory(flux: Path, case: str) -> None:
+def test_a_broken_directory_is_refused(flux: Path, case: str) -> None:
     spoil, message = BROKEN_DIRECTORIES[case]
     spoil(flux)
     with pytest.raises(CheckpointError, match=message):
@@ -132,7 +135,7 @@ BROKEN_WEIGHTS = {
     "empty": (b"", "is not a whole safetensors file"),
     "header longer than the file": ((2**40).to_bytes(8, "little") + b"{}", "is not a whole safetensors file"),
     "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
-    "header is no JSON": ((2).to_bytes(8, "little") + b"{x", "header that is not JSON"),
+    "header is not JSON": ((2).to_bytes(8, "little") + b"{x", "header that is not JSON"),
     "header is a list": (with_header([]), "not a JSON object"),
     "entry without offsets": (with_header({"w": {"dtype": "F32", "shape": []}}), "entry of w lacks"),
     "unknown dtype": (with_header({"w": tensor(dtype="F33")}, bytes(4)), "w has the unknown dtype 'F33'; known are"),
@@ -149,7 +152,7 @@ BROKEN_WEIGHTS = {
 
 
 @pytest.mark.parametrize("case", BROKEN_WEIGHTS)
-def test_refuses_broken_weights(flux: Path, case: str) -> None:
+def test_broken_weights_are_refused(flux: Path, case: str) -> None:
     data, message = BROKEN_WEIGHTS[case]
     (flux / WEIGHTS).write_bytes(data)
     with pytest.raises(CheckpointError, match=message) as refusal:
@@ -157,7 +160,7 @@ def test_refuses_broken_weights(flux: Path, case: str) -> None:
     assert WEIGHTS in str(refusal.value)
 
 
-def test_the_fingerprint_follows_what_is_computed(flux: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_weights_and_configs_only(flux: Path, tmp_path: Path) -> None:
     original = Checkpoint.open(flux).fingerprint
     copy = tmp_path / "elsewhere"
     shutil.copytree(flux, copy)
@@ -174,7 +177,7 @@ def test_the_fingerprint_follows_what_is_computed(flux: Path, tmp_path: Path) ->
         assert Checkpoint.open(copy).fingerprint != original, file
 
 
-def test_the_fingerprint_sees_every_tensor_of_a_large_file(flux: Path) -> None:
+def test_the_fingerprint_depends_on_every_tensor_of_a_large_file(flux: Path) -> None:
     sizes = {f"block.{i}": [0.0] * 4096 for i in range(8)}
     data = bytearray(safetensors_bytes(sizes))
     start = len(data) - 8 * 4 * 4096
@@ -189,25 +192,25 @@ def test_the_fingerprint_sees_every_tensor_of_a_large_file(flux: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def victim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_bare_flux(tmp_path_factory.mktemp("victim") / "flux")
+def module_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_bare_flux(tmp_path_factory.mktemp("module_flux") / "flux")
 
 
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
-def test_damage_is_refused_or_harmless(victim: Path, data: st.DataObject) -> None:
-    """Whatever a disk or a download does to one file, the answer is a checkpoint or a CheckpointError."""
-    file = victim / data.draw(st.sampled_from(["model_index.json", WEIGHTS, "vae/config.json"]))
+def test_damage_is_refused_or_harmless(module_flux: Path, data: st.DataObject) -> None:
+    """Damage to one file gives a readable checkpoint or a CheckpointError that names the directory."""
+    file = module_flux / data.draw(st.sampled_from(["model_index.json", WEIGHTS, "vae/config.json"]))
     whole = file.read_bytes()
     position = data.draw(st.integers(0, len(whole) - 1))
-    kept = data.draw(st.sampled_from([whole[:position], whole[position + 1 :]]))
-    file.write_bytes(kept + data.draw(st.binary(max_size=12)))
+    rest = data.draw(st.sampled_from([whole[:position], whole[position + 1 :]]))
+    file.write_bytes(rest + data.draw(st.binary(max_size=12)))
     try:
-        assert Checkpoint.open(victim).fingerprint
+        assert Checkpoint.open(module_flux).fingerprint
     except CheckpointError as error:
         problem = error.message
     else:
         problem = ""
     finally:
         file.write_bytes(whole)
-    assert not problem or str(victim) in problem
+    assert not problem or str(module_flux) in problem

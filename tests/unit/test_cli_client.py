@@ -1,4 +1,4 @@
-"""The commands that talk to a running fleet, against a coordinator that only pretends."""
+"""Client commands of a running fleet, against a fake coordinator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Context = grpc.ServicerContext
 
 
 def changed(event_id: str, state: generation_pb2.RequestState.ValueType, error: str = "") -> generation_pb2.Event:
-    """A change of state."""
+    """An event with a state change."""
     change = generation_pb2.StateChange(state=state)
     if error:
         change.error.MergeFrom(generation_pb2.Error(code="INTERNAL", message=error))
@@ -34,13 +34,13 @@ def changed(event_id: str, state: generation_pb2.RequestState.ValueType, error: 
 
 
 def stepped(event_id: str, step: int) -> generation_pb2.Event:
-    """A step of the denoising loop."""
+    """An event of a denoising step."""
     progress = generation_pb2.StageProgress(service="denoising", step=step, total_steps=2)
     return generation_pb2.Event(event_id=event_id, progress=progress)
 
 
-class Pretender:
-    """Answers from a script; remembers what it was asked."""
+class FakeCoordinator:
+    """Replies according to its attributes and records the requests."""
 
     def __init__(self) -> None:
         self.requests: list[generation_pb2.SubmitRequest] = []
@@ -52,11 +52,11 @@ class Pretender:
     def generate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> Iterator[generation_pb2.GenerateResponse]:
-        """Two files, one of them in two parts."""
+        """Send the accepted record, events, and each file in two parts."""
         self.requests.append(request.request)
         if request.request.model == "unknown":
             context.abort(grpc.StatusCode.NOT_FOUND, "model 'unknown' is not served; served are emoji")
-        warning = artifacts_pb2.Warning(field="prompt", message="the end was left out")
+        warning = artifacts_pb2.Warning(field="prompt", message="the prompt was truncated")
         record = generation_pb2.RequestRecord(request_id="r1", warnings=[warning])
         record.parameters.seed = 7
         yield generation_pb2.GenerateResponse(accepted=record)
@@ -71,7 +71,7 @@ class Pretender:
             yield generation_pb2.GenerateResponse(data=data[2:])
 
     def watch(self, request: generation_pb2.WatchRequest, context: Context) -> Iterator[generation_pb2.WatchResponse]:
-        """Three events, resumable."""
+        """Send the events after `after_event_id`; there are three events."""
         if request.request_id != "r1":
             context.abort(grpc.StatusCode.NOT_FOUND, f"there is no request {request.request_id!r}")
         self.watched_after.append(request.after_event_id)
@@ -82,10 +82,10 @@ class Pretender:
                 yield generation_pb2.WatchResponse(event=event)
                 if self.break_after_first_event:
                     self.break_after_first_event = False
-                    context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator is leaving")
+                    context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator is shutting down")
 
     def get_request(self, request: generation_pb2.GetRequestRequest, _: Context) -> generation_pb2.GetRequestResponse:
-        """A record with a file."""
+        """Return a record with one file."""
         header = generation_pb2.FileHeader(content_type="image/png", byte_size=5)
         record = generation_pb2.RequestRecord(request_id=request.request_id, files=[header])
         return generation_pb2.GetRequestResponse(request=record)
@@ -93,18 +93,18 @@ class Pretender:
     def cancel_request(
         self, request: generation_pb2.CancelRequestRequest, _: Context
     ) -> generation_pb2.CancelRequestResponse:
-        """The scripted ending."""
+        """Return a record in the state `ending`."""
         record = generation_pb2.RequestRecord(request_id=request.request_id, state=self.ending)
         return generation_pb2.CancelRequestResponse(request=record)
 
     def list_requests(self, _: generation_pb2.ListRequestsRequest, __: Context) -> generation_pb2.ListRequestsResponse:
-        """One request."""
+        """Return one request."""
         record = generation_pb2.RequestRecord(request_id="r1", state=RUNNING, model="emoji")
         record.parameters.prompt = "a\nred apple " + "very " * 30
         return generation_pb2.ListRequestsResponse(requests=[record])
 
     def list_models(self, _: generation_pb2.ListModelsRequest, __: Context) -> generation_pb2.ListModelsResponse:
-        """One model."""
+        """Return one model."""
         steps = generation_pb2.Parameter(name="num_inference_steps", type="int", description="Steps.")
         steps.default_value.int_value = 20
         groups = [worker_pb2.Degrees(tp=2, ulysses=1, ring=1, cfg=2)] * 2
@@ -133,21 +133,21 @@ class Pretender:
 
 
 def serialize(message: Message) -> bytes:
-    """As generated servers do it."""
+    """Serialise a message, as generated servicers do."""
     return message.SerializeToString()
 
 
-def handlers(pretender: Pretender) -> grpc.GenericRpcHandler:
-    """The pretender's methods under the names of the API."""
+def handlers(coordinator: FakeCoordinator) -> grpc.GenericRpcHandler:
+    """Handlers of GenerationService that call the fake coordinator."""
     unary: dict[str, tuple[Callable[..., Any], Any]] = {
-        "GetRequest": (pretender.get_request, generation_pb2.GetRequestRequest),
-        "CancelRequest": (pretender.cancel_request, generation_pb2.CancelRequestRequest),
-        "ListRequests": (pretender.list_requests, generation_pb2.ListRequestsRequest),
-        "ListModels": (pretender.list_models, generation_pb2.ListModelsRequest),
+        "GetRequest": (coordinator.get_request, generation_pb2.GetRequestRequest),
+        "CancelRequest": (coordinator.cancel_request, generation_pb2.CancelRequestRequest),
+        "ListRequests": (coordinator.list_requests, generation_pb2.ListRequestsRequest),
+        "ListModels": (coordinator.list_models, generation_pb2.ListModelsRequest),
     }
     streams: dict[str, tuple[Callable[..., Any], Any]] = {
-        "Generate": (pretender.generate, generation_pb2.GenerateRequest),
-        "Watch": (pretender.watch, generation_pb2.WatchRequest),
+        "Generate": (coordinator.generate, generation_pb2.GenerateRequest),
+        "Watch": (coordinator.watch, generation_pb2.WatchRequest),
     }
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         name: grpc.unary_unary_rpc_method_handler(call, kind.FromString, serialize)
@@ -159,10 +159,10 @@ def handlers(pretender: Pretender) -> grpc.GenericRpcHandler:
 
 
 @pytest.fixture
-def pretender(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretender]:
-    """A coordinator on a free port; FLEET_ENDPOINT names it."""
+def coordinator(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCoordinator]:
+    """A fake coordinator on a free port; FLEET_ENDPOINT has its address."""
     before = signal.getsignal(signal.SIGTERM)
-    servicer = Pretender()
+    servicer = FakeCoordinator()
     server = grpc.server(ThreadPoolExecutor(4))
     server.add_generic_rpc_handlers((handlers(servicer),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -174,12 +174,12 @@ def pretender(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretender]:
 
 
 def endpoint() -> list[str]:
-    """The flag that names the pretender."""
+    """Command line flag with the address of the fake coordinator."""
     return ["--endpoint", os.environ["FLEET_ENDPOINT"]]
 
 
 def test_generate_writes_the_files_and_reports_their_paths(
-    pretender: Pretender, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    coordinator: FakeCoordinator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["generate", "p", "--seed", "7", "--model", "emoji", "--output", str(tmp_path / "x.png"), *endpoint()]
     assert main(argv) == 0
@@ -188,56 +188,58 @@ def test_generate_writes_the_files_and_reports_their_paths(
     assert captured.out == "".join(f"{path}\n" for path in paths)
     assert [path.read_bytes() for path in paths] == [b"first", b"second"]
     assert "denoising 1/2" in captured.err
-    assert captured.err.count("warning: prompt: the end was left out") == 1
+    assert captured.err.count("warning: prompt: the prompt was truncated") == 1
     assert "request r1, seed 7" in captured.err
-    (sent,) = pretender.requests
+    (sent,) = coordinator.requests
     assert sent.model == "emoji"
     assert sent.parameters.seed == 7
     assert not sent.idempotency_key
 
 
 @pytest.mark.parametrize(
-    ("ending", "words"),
+    ("ending", "message"),
     [(FAILED, "request r1 failed: INTERNAL: out of memory"), (CANCELLED, "request r1 was cancelled")],
 )
-def test_generate_fails_with_the_request(
-    pretender: Pretender,
+def test_generate_exits_1_if_the_request_fails(
+    coordinator: FakeCoordinator,
     ending: generation_pb2.RequestState.ValueType,
-    words: str,
+    message: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pretender.ending = ending
+    coordinator.ending = ending
     assert main(["generate", "p", "--output", str(tmp_path / "x.png"), *endpoint()]) == 1
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[-1] == f"fleet generate: {words}"
+    assert captured.err.splitlines()[-1] == f"fleet generate: {message}"
     assert captured.out == ""
     assert not list(tmp_path.iterdir())
 
 
-def test_generate_without_a_file_is_a_failure(
-    pretender: Pretender, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_generate_exits_1_without_a_result(
+    coordinator: FakeCoordinator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretender.files = []
+    coordinator.files = []
     assert main(["generate", "p", "--output", str(tmp_path / "x.png"), *endpoint()]) == 1
     assert "ended without a result" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("pretender")
-def test_generate_with_an_unknown_model_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("coordinator")
+def test_generate_exits_2_for_an_unknown_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "p", "--model", "unknown", "--output", str(tmp_path / "x.png"), *endpoint()]) == 2
     assert capsys.readouterr().err == "fleet generate: model 'unknown' is not served; served are emoji\n"
 
 
-def test_nobody_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    monkeypatch.setenv("FLEET_ENDPOINT", f"unix:{tmp_path}/nobody.sock")
+def test_status_reports_an_unreachable_fleet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FLEET_ENDPOINT", f"unix:{tmp_path}/missing.sock")
     assert main(["status"]) == 1
     error = capsys.readouterr().err
-    assert f"no fleet answers at unix:{tmp_path}/nobody.sock" in error
+    assert f"no fleet answers at unix:{tmp_path}/missing.sock" in error
     assert error.count("\n") == 1
 
 
-@pytest.mark.usefixtures("pretender")
+@pytest.mark.usefixtures("coordinator")
 def test_status_shows_services_and_requests(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -251,7 +253,7 @@ def test_status_shows_services_and_requests(capsys: pytest.CaptureFixture[str]) 
     assert lines[-1].endswith("…")
 
 
-@pytest.mark.usefixtures("pretender")
+@pytest.mark.usefixtures("coordinator")
 def test_models_shows_parameters_with_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
     head, parameter = capsys.readouterr().out.splitlines()
@@ -259,27 +261,29 @@ def test_models_shows_parameters_with_defaults(capsys: pytest.CaptureFixture[str
     assert parameter.split() == ["num_inference_steps:", "int", "=", "20", "Steps."]
 
 
-def test_watch_follows_to_the_end_across_a_coordinator_that_leaves(
-    pretender: Pretender, capsys: pytest.CaptureFixture[str]
+def test_watch_resumes_after_a_shutdown_of_the_coordinator(
+    coordinator: FakeCoordinator, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretender.break_after_first_event = True
+    coordinator.break_after_first_event = True
     assert main(["watch", "r1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ", 1)[1] for line in lines[:3]] == ["RUNNING", "denoising 1/2", "SUCCEEDED"]
     assert lines[3] == "  file 0: image/png, 5 bytes"
-    assert pretender.watched_after == ["", "1"]
+    assert coordinator.watched_after == ["", "1"]
 
 
-def test_watch_of_a_request_that_fails(pretender: Pretender, capsys: pytest.CaptureFixture[str]) -> None:
-    pretender.ending = CANCELLED
+def test_watch_exits_1_for_a_cancelled_request(
+    coordinator: FakeCoordinator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coordinator.ending = CANCELLED
     assert main(["watch", "r1"]) == 1
     written = capsys.readouterr()
     assert written.err == "fleet watch: request r1 was cancelled\n"
     assert written.out.splitlines()[-1].endswith(" CANCELLED, steps saved: 1")
 
 
-@pytest.mark.usefixtures("pretender")
-def test_watch_of_an_unknown_request(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("coordinator")
+def test_watch_exits_2_for_an_unknown_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", "r2"]) == 2
     assert capsys.readouterr().err == "fleet watch: there is no request 'r2'\n"
     assert main(["watch", "\udcff"]) == 2
@@ -288,11 +292,11 @@ def test_watch_of_an_unknown_request(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(("ending", "code"), [(CANCELLED, 0), (RUNNING, 0), (SUCCEEDED, 1)])
 def test_cancel_reports_the_state(
-    pretender: Pretender,
+    coordinator: FakeCoordinator,
     ending: generation_pb2.RequestState.ValueType,
     code: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pretender.ending = ending
+    coordinator.ending = ending
     assert main(["cancel", "r1"]) == code
     assert capsys.readouterr().out.startswith("r1 ")

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a command line is one line on stderr and exit code 2, and nothing has been started."""
+"""Invalid command lines exit with code 2 and one line on stderr before a store is started."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from services.start_up import one_line
 
 
 @pytest.fixture(autouse=True)
-def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_store_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def start(_: EmbeddedStore) -> None:
         raise AssertionError("a store was started")
 
@@ -38,7 +38,7 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ("", "no command given"),
         ("draw", "unknown command 'draw'; commands are generate, up,"),
@@ -111,46 +111,46 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("cancel ID --endpoint a:b", "--endpoint must be HOST:PORT"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(
-    arguments: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_invalid_input_prints_one_line_and_exits_2(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [word.replace("X", str(tmp_path / "x")) for word in arguments.split()]
     assert main(argv) == 2
     captured = capsys.readouterr()
-    assert words in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_for_a_model_that_takes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "in.png"
-    picture.write_bytes(b"png")
-    assert main(["generate", "p", "--output", str(tmp_path / "x.png"), "--image", str(picture)]) == 2
+def test_an_image_is_refused_for_a_model_without_image_inputs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image_file = tmp_path / "in.png"
+    image_file.write_bytes(b"png")
+    assert main(["generate", "p", "--output", str(tmp_path / "x.png"), "--image", str(image_file)]) == 2
     assert "takes no images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--negative-prompt", "--param=prompt_2"])
-def test_text_that_is_not_utf8(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_that_is_not_utf8_is_refused(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"{flag}=\udcff"] if "=" in flag else [flag, "\udcff"]
     assert main(["generate", "p", "--output", str(tmp_path / "x.png"), *words]) == 2
     assert "must be valid UTF-8" in capsys.readouterr().err
 
 
-def test_a_prompt_beyond_64_kib(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_above_64_kib_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "x" * (64 * 1024 + 1), "--output", str(tmp_path / "x.png")]) == 2
     assert "prompt" in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["up", "--port", str(taken.getsockname()[1])]) == 2
     assert "cannot listen on 127.0.0.1:" in capsys.readouterr().err
 
 
-def test_a_fleet_of_one_machine_refuses_tls(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fleet_up_refuses_tls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FLEET_TLS_CERT", "x.pem")
     assert main(["up"]) == 2
     assert "FLEET_TLS_CERT is set, but `fleet up` serves this machine alone" in capsys.readouterr().err
@@ -173,12 +173,12 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in text for command in COMMANDS)
 
 
-def test_services_are_found_by_themselves() -> None:
+def test_service_names_are_read_from_the_packages() -> None:
     assert {"coordinator", "text_encoding", "latent_preparation", "denoising", "decoding"} <= set(service_names())
     assert "cli" not in service_names()
 
 
-def test_the_endpoint_is_the_flag_then_the_variable_then_the_usual_one() -> None:
+def test_the_endpoint_is_the_flag_then_the_variable_then_the_default() -> None:
     environ = {"FLEET_ENDPOINT": "b:2"}
     assert endpoint_of("a:1", environ) == "a:1"
     assert endpoint_of(None, environ) == "b:2"
@@ -189,7 +189,7 @@ def test_the_endpoint_is_the_flag_then_the_variable_then_the_usual_one() -> None
         endpoint_of("host:70000", {})
 
 
-def test_exit_codes_and_lines_of_errors() -> None:
+def test_errors_have_exit_codes_and_one_line() -> None:
     bad = (InvalidInput("m"), NotFound("m"), CheckpointError("m"), SettingsError("m"))
     assert [exit_code(error) for error in bad] == [2, 2, 2, 2]
     assert [exit_code(error) for error in (Unavailable("m"), InternalError("m"))] == [1, 1]
@@ -200,23 +200,23 @@ def test_exit_codes_and_lines_of_errors() -> None:
 
 
 def parse(*argv: str) -> generation_pb2.GenerationParameters:
-    """The message of a command line."""
+    """GenerationParameters of a `fleet generate` command line."""
     parser = FlagParser()
     add_parameters(parser)
     args = parser.parse_args(["p", *argv])
     return parameters_message(given_parameters(args), given_images(args), ".png")
 
 
-def test_flags_that_are_not_given_stay_unset() -> None:
+def test_absent_flags_leave_fields_unset() -> None:
     expected = generation_pb2.GenerationParameters(prompt="p", output_format=generation_pb2.OUTPUT_FORMAT_PNG)
     assert parse() == expected
 
 
-def test_flags_reach_the_fields_of_their_names(tmp_path: Path) -> None:
-    picture = tmp_path / "in.png"
-    picture.write_bytes(b"png")
+def test_flags_set_the_fields_of_the_same_names(tmp_path: Path) -> None:
+    image_file = tmp_path / "in.png"
+    image_file.write_bytes(b"png")
     flags = "--negative-prompt=n --seed=1 --num-inference-steps=2 --guidance-scale=3 --true-cfg-scale=4 --height=5"
-    message = parse(*flags.split(), "--width=6", "--num-frames=7", "--num-outputs=8", "--image", str(picture))
+    message = parse(*flags.split(), "--width=6", "--num-frames=7", "--num-outputs=8", "--image", str(image_file))
     assert message == generation_pb2.GenerationParameters(
         prompt="p",
         negative_prompt="n",
@@ -233,7 +233,7 @@ def test_flags_reach_the_fields_of_their_names(tmp_path: Path) -> None:
     )
 
 
-def test_param_values_are_json_else_text() -> None:
+def test_param_values_are_parsed_as_json_or_text() -> None:
     texts = {"a": "1", "b": "1.5", "c": "true", "d": "red apple", "e": '"7"', "f": "[1, 0.5]", "g": ""}
     message = parse(*(f"--param={name}={text}" for name, text in texts.items()))
     assert message.params["a"].int_value == 1
@@ -245,14 +245,14 @@ def test_param_values_are_json_else_text() -> None:
     assert message.params["g"].WhichOneof("kind") == "string_value"
 
 
-def test_param_knows_named_fields_and_diffusers_own_names(tmp_path: Path) -> None:
-    picture = tmp_path / "last.png"
-    picture.write_bytes(b"png")
+def test_param_accepts_field_names_and_diffusers_names(tmp_path: Path) -> None:
+    image_file = tmp_path / "last.png"
+    image_file.write_bytes(b"png")
     message = parse(
         "--param=num_images_per_prompt=3",
         "--param=true_cfg_scale=2",
         "--param=prompt_2=a=b",
-        f"--param=last_image={picture}",
+        f"--param=last_image={image_file}",
     )
     assert message.num_outputs_per_prompt == 3
     assert message.true_cfg_scale == 2.0
@@ -260,19 +260,19 @@ def test_param_knows_named_fields_and_diffusers_own_names(tmp_path: Path) -> Non
     assert [(image.role, image.data) for image in message.images] == [("last_image", b"png")]
 
 
-def test_outputs_are_numbered_only_when_there_are_several() -> None:
+def test_only_multiple_outputs_are_numbered() -> None:
     assert numbered(Path("a/b.png"), 0, 1) == Path("a/b.png")
     assert [str(numbered(Path("a/b.png"), index, 2)) for index in (0, 1)] == ["a/b-0.png", "a/b-1.png"]
 
 
-def test_a_directory_is_no_output(tmp_path: Path) -> None:
+def test_a_directory_is_refused_as_output(tmp_path: Path) -> None:
     (tmp_path / "x.png").mkdir()
     with pytest.raises(InvalidInput, match="is a directory"):
         check_output(tmp_path / "x.png")
     assert check_output(tmp_path / "X.PNG") == tmp_path / "X.PNG"
 
 
-def test_files_appear_complete(tmp_path: Path) -> None:
+def test_a_file_is_replaced_only_when_complete(tmp_path: Path) -> None:
     target = tmp_path / "x.png"
     target.write_bytes(b"old")
     with ResultFiles(target) as files:
@@ -285,22 +285,22 @@ def test_files_appear_complete(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize(("byte_size", "words"), [(4, "2 bytes early"), (1, "more bytes")])
-def test_a_file_of_another_size_leaves_nothing(byte_size: int, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("byte_size", "message"), [(4, "2 bytes early"), (1, "more bytes")])
+def test_a_file_of_the_wrong_size_is_deleted(byte_size: int, message: str, tmp_path: Path) -> None:
     def receive() -> None:
         with ResultFiles(tmp_path / "x.png") as files:
             files.begin(0, 2, byte_size)
             files.write(b"ab")
             files.begin(1, 2, byte_size)
 
-    with pytest.raises(InternalError, match=words):
+    with pytest.raises(InternalError, match=message):
         receive()
     assert not list(tmp_path.iterdir())
 
 
 @contextmanager
-def files_of_at_most(byte_size: int) -> Iterator[None]:
-    """Makes every file of this process full at that size, as a full disk does."""
+def file_size_limit(byte_size: int) -> Iterator[None]:
+    """Limit the size of files that this process writes, to imitate a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (byte_size, before[1]))
     try:
@@ -309,12 +309,12 @@ def files_of_at_most(byte_size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("byte_size", [20, 100_000])  # refused when the buffer is emptied, and at once
-def test_a_full_disk_is_an_error_that_leaves_nothing(byte_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("byte_size", [20, 100_000])  # fails in flush() and in write()
+def test_a_full_disk_is_an_error_and_leaves_no_file(byte_size: int, tmp_path: Path) -> None:
     def receive() -> None:
         with ResultFiles(tmp_path / "x.png") as files:
             files.begin(0, 1, byte_size)
-            with files_of_at_most(10):
+            with file_size_limit(10):
                 files.write(bytes(byte_size))
 
     with pytest.raises(OutputError, match=r"cannot write .*x\.png: File too large"):
@@ -322,7 +322,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(byte_size: int, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_a_directory_that_has_gone_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_directory_is_an_error(tmp_path: Path) -> None:
     with (
         ResultFiles(tmp_path / "gone" / "x.png") as files,
         pytest.raises(OutputError, match=r"x\.png: No such file or directory"),
@@ -330,6 +330,6 @@ def test_a_directory_that_has_gone_is_an_error(tmp_path: Path) -> None:
         files.begin(0, 1, 4)
 
 
-def test_prompts_of_others_do_not_steer_the_terminal() -> None:
+def test_shortened_replaces_control_characters() -> None:
     assert shortened("a \x1b]0;title\x07 cat\r\n\x9b31m") == "a \ufffd]0;title\ufffd cat \ufffd31m"
     assert shortened("ü" * 60) == "ü" * 47 + "…"

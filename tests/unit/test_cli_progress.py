@@ -1,4 +1,4 @@
-"""What the user sees while a request runs: lines for logs, bars for terminals."""
+"""Progress output of commands: lines without a terminal, bars on a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 class _Terminal(io.StringIO):
     def isatty(self) -> bool:
-        """It says so."""
         return True
 
 
@@ -25,7 +24,7 @@ def step(service: str, done: int, total: int) -> generation_pb2.StageProgress:
     return generation_pb2.StageProgress(service=service, step=done, total_steps=total)
 
 
-def test_lines_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_prints_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with terminal_reporter() as report:
         assert isinstance(report, LineReporter)
         report.progress(step("denoising", 2, 20))
@@ -41,7 +40,7 @@ def test_lines_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_draws_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")

@@ -1,4 +1,4 @@
-"""`fleet size`: replicas from measured seconds, remarks on what does not pay, and one line for wrong input."""
+"""`fleet size`: replicas from measured seconds, remarks on inefficient splits, and input errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_replicas_follow_from_rate_seconds_and_utilisation() -> None:
     ]
 
 
-def test_a_published_model_needs_no_directory(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_published_model_is_sized_without_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows(run(FLUX, capsys)) == {
         "SERVICE": ["SECONDS", "REPLICAS", "BUSY"],
         "text_encoding": ["0.061", "1", "30%"],
@@ -49,14 +49,14 @@ def test_a_published_model_needs_no_directory(capsys: pytest.CaptureFixture[str]
     }
 
 
-def test_size_and_steps_scale_what_they_bear_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_size_and_steps_scale_denoising_and_decoding(capsys: pytest.CaptureFixture[str]) -> None:
     scaled = rows(run(f"{FLUX} --size 512x1024 --steps 14", capsys))
     assert scaled["text_encoding"][0] == "0.061"
     assert scaled["denoising"][0] == "0.857"
     assert scaled["decoding"][0] == "0.081"
 
 
-def test_a_flag_wins_over_the_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+def test_stage_seconds_override_the_measurement(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows(run(f"{FLUX} --utilisation 1 --stage-seconds denoising=2", capsys))["denoising"] == [
         "2.000",
         "10",
@@ -64,7 +64,7 @@ def test_a_flag_wins_over_the_measurement(capsys: pytest.CaptureFixture[str]) ->
     ]
 
 
-def test_the_default_model_needs_neither_seconds_nor_a_fleet(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_default_model_needs_no_stage_seconds_and_no_fleet(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run("--model emoji --requests-per-second 5", capsys)
     assert [words[0] for words in map(str.split, lines[1:5])] == [
         "text_encoding",
@@ -78,7 +78,7 @@ def test_the_default_model_needs_neither_seconds_nor_a_fleet(capsys: pytest.Capt
     assert (halved["text_encoding"][0], halved["denoising"][0], halved["decoding"][0]) == ("0.017", "0.204", "0.050")
 
 
-def test_a_shipped_model_with_given_seconds_says_what_does_not_pay(capsys: pytest.CaptureFixture[str]) -> None:
+def test_remarks_name_inefficient_services(capsys: pytest.CaptureFixture[str]) -> None:
     text = "\n".join(run(EMOJI_VIDEO, capsys))
     assert "Splitting takes 5 devices; 4 would do" in text
     assert "text_encoding computes for 4.0 ms, less than a hop of 4 MB takes (6.9 ms)" in text
@@ -86,11 +86,11 @@ def test_a_shipped_model_with_given_seconds_says_what_does_not_pay(capsys: pytes
     assert "Transport takes 13 ms a request, 3% of its computing" in text
 
 
-def test_less_than_half_a_millisecond_is_not_shown_as_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_less_than_half_a_millisecond_is_not_printed_as_zero(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows(run(f"{FLUX} --stage-seconds text_encoding=0.0004", capsys))["text_encoding"][0] == "<0.001"
 
 
-def test_a_well_used_fleet_gets_no_remark() -> None:
+def test_a_well_utilised_fleet_gets_no_remark() -> None:
     assert list(remarks(Load(10.0, 0.7, {"denoising": 7.0, "decoding": 0.7}), transport())) == []
 
 
@@ -107,7 +107,7 @@ def test_a_directory_is_recognised_by_its_architecture(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ("", "required: --model, --requests-per-second"),
         ("--model nowhere --requests-per-second 1", "'nowhere' is neither a directory nor"),
@@ -127,10 +127,12 @@ def test_a_directory_is_recognised_by_its_architecture(
         (f"{FLUX} --endpoint nonsense", "--endpoint must be HOST:PORT"),
     ],
 )
-def test_wrong_input_is_one_line_and_code_2(arguments: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_input_prints_one_line_and_exits_2(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["size", *arguments.split()]) == 2
     captured = capsys.readouterr()
-    assert words in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
 
@@ -143,7 +145,7 @@ def test_other_shapes_scale_by_pixels_steps_and_branches() -> None:
     assert wan.seconds_of("text_encoding", Shape(pixels // 3, 8, 1)) == 0.135
 
 
-def test_the_committed_seconds_are_those_of_the_bench_readme() -> None:
+def test_committed_stage_seconds_equal_the_bench_readme() -> None:
     text = (ROOT / "tests/bench/README.md").read_text(encoding="utf-8").partition("## Stage seconds")[2]
     for measurement in measurements().values():
         row = re.search(rf"^\| {re.escape(measurement.model)} \|.*$", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""`fleet generate` of a video that grows, across lost connections, and `fleet watch` of its items."""
+"""`fleet generate` of growing files across lost connections, and `fleet watch` of result items."""
 
 from __future__ import annotations
 
@@ -31,8 +31,12 @@ def header(index: int, *, is_growing: bool) -> pb.FileHeader:
     )
 
 
-class Pretender:
-    """A coordinator whose request grows two files; it breaks calls where `breaks` says, and shows what it was asked."""
+class FakeCoordinator:
+    """A fake coordinator that serves one request with two growing files and records the calls.
+
+    It aborts Generate after `breaks_after` parts and Watch and DownloadResult while `broken_calls` is above 0.
+    With `is_silent`, Watch and DownloadResult abort before they send anything.
+    """
 
     def __init__(self) -> None:
         self.keys: list[str] = []
@@ -46,27 +50,27 @@ class Pretender:
         self.after_part: Callable[[], None] = lambda: None
 
     def _break(self, context: Context) -> None:
-        """As a coordinator that shuts down."""
+        """Abort a call with the status of a coordinator that shuts down."""
         code, details, metadata = to_status(Unavailable("this coordinator is shutting down"))
         context.set_trailing_metadata(metadata)
         context.abort(code, details)
 
     def generate(self, request: pb.GenerateRequest, context: Context) -> Iterator[pb.GenerateResponse]:
-        """Interleave two files with the events of their items."""
+        """Send the parts of two files, interleaved with item events."""
         self.follows.append(request.follow)
         self.keys.append(request.request.idempotency_key)
         yield pb.GenerateResponse(accepted=pb.RequestRecord(request_id="r1"))
         sent, offsets = 0, [0, 0]
-        for turn in range(3):
+        for number in range(3):
             for index in (0, 1):
-                if turn >= len(PARTS[index]):
+                if number >= len(PARTS[index]):
                     continue
                 if sent == self.breaks_after:
                     self._break(context)
-                data = PARTS[index][turn]
+                data = PARTS[index][number]
                 item = pb.ResultItem(item_index=sent, file_index=index, num_frames=4)
                 yield pb.GenerateResponse(event=pb.Event(event_id=f"{sent + 1}-0", item=item))
-                if not turn:
+                if not number:
                     yield pb.GenerateResponse(file=header(index, is_growing=True))
                 yield pb.GenerateResponse(file_data=pb.FileData(index=index, offset=offsets[index], data=data))
                 offsets[index] += len(data)
@@ -83,7 +87,7 @@ class Pretender:
         return pb.Event(event_id="9-0", state_change=pb.StateChange(state=self.ending))
 
     def watch(self, request: pb.WatchRequest, context: Context) -> Iterator[pb.WatchResponse]:
-        """The last event, once the connections that shall be lost are lost."""
+        """Send an item event, and the last event if `broken_calls` is 0."""
         self.watches.append(request.after_event_id)
         if self.is_silent:
             self._break(context)
@@ -93,7 +97,7 @@ class Pretender:
         yield pb.WatchResponse(event=self._last())
 
     def download(self, request: pb.DownloadResultRequest, context: Context) -> Iterator[pb.DownloadResultResponse]:
-        """One file from an offset, two bytes a call while calls are broken."""
+        """Send a file from an offset; only two bytes per call while `broken_calls` is above 0."""
         assert request.follow
         self.downloads.append((request.index, request.offset))
         if self.is_silent:
@@ -113,7 +117,7 @@ class Pretender:
         yield pb.DownloadResultResponse(file=header(request.index, is_growing=False))
 
     def record(self, request: pb.GetRequestRequest, _: Context) -> pb.GetRequestResponse:
-        """The request."""
+        """Return the record of the request."""
         return pb.GetRequestResponse(request=pb.RequestRecord(request_id=request.request_id))
 
 
@@ -122,15 +126,15 @@ def _stream(call: Any, request: Any) -> grpc.RpcMethodHandler[Any, Any]:
 
 
 @pytest.fixture
-def pretender(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretender]:
-    """A coordinator on a free port; FLEET_ENDPOINT names it, and pauses between attempts are short."""
+def coordinator(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCoordinator]:
+    """A fake coordinator on a free port; FLEET_ENDPOINT has its address. Retries follow without a pause."""
 
-    async def at_once(_: int) -> None:
+    async def no_pause(_: int) -> None:
         return None
 
-    monkeypatch.setattr("services.cli.drawing.pause", at_once)
+    monkeypatch.setattr("services.cli.drawing.pause", no_pause)
     before = signal.getsignal(signal.SIGTERM)
-    servicer = Pretender()
+    servicer = FakeCoordinator()
     server = grpc.server(ThreadPoolExecutor(4))
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Generate": _stream(servicer.generate, pb.GenerateRequest),
@@ -153,14 +157,14 @@ def generate(output: Path, *more: str) -> int:
     return main(["generate", "p", "--output", str(output), "--endpoint", os.environ["FLEET_ENDPOINT"], *more])
 
 
-def test_a_video_is_written_under_its_name_as_it_comes(
-    pretender: Pretender, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_growing_video_is_written_to_its_final_path(
+    coordinator: FakeCoordinator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[bytes] = []
     paths = [tmp_path / "x-0.mp4", tmp_path / "x-1.mp4"]
     paths[0].write_bytes(b"an older file")
 
-    def look() -> None:
+    def wait_for_part() -> None:
         expected = b"".join(PARTS[0][: len(seen) // 2 + 1])
         for _ in range(2_000):
             if paths[0].read_bytes() == expected:
@@ -168,7 +172,7 @@ def test_a_video_is_written_under_its_name_as_it_comes(
             threading.Event().wait(0.005)
         seen.append(paths[0].read_bytes())
 
-    pretender.after_part = look
+    coordinator.after_part = wait_for_part
     assert generate(tmp_path / "x.mp4") == 0
     assert seen == [b"first", b"first", b"firstsecond", b"firstsecond", b"firstsecondthird"]
     assert [path.read_bytes() for path in paths] == [b"firstsecondthird", b"otherlast"]
@@ -176,60 +180,64 @@ def test_a_video_is_written_under_its_name_as_it_comes(
     assert written.out == "".join(f"{path}\n" for path in paths)
     assert "20 frames after" in written.err
     assert sorted(tmp_path.iterdir()) == paths
-    assert (pretender.follows, pretender.keys, pretender.downloads) == ([True], [""], [])
+    assert (coordinator.follows, coordinator.keys, coordinator.downloads) == ([True], [""], [])
 
 
 @pytest.mark.parametrize("breaks_after", range(6))
 @pytest.mark.parametrize("broken_calls", [0, 3])
-def test_each_byte_comes_once_across_lost_connections(
-    pretender: Pretender, breaks_after: int, broken_calls: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_each_byte_is_written_once_across_lost_connections(
+    coordinator: FakeCoordinator,
+    breaks_after: int,
+    broken_calls: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pretender.breaks_after, pretender.broken_calls = breaks_after, broken_calls
+    coordinator.breaks_after, coordinator.broken_calls = breaks_after, broken_calls
     assert generate(tmp_path / "x.mp4", "--idempotency-key", "k") == 0
     paths = [tmp_path / "x-0.mp4", tmp_path / "x-1.mp4"]
     assert [path.read_bytes() for path in paths] == [b"firstsecondthird", b"otherlast"]
     assert sorted(tmp_path.iterdir()) == paths
-    assert pretender.keys == ["k"]
+    assert coordinator.keys == ["k"]
     written = capsys.readouterr()
     assert "request r1 goes on; the connection was lost" in written.err
     received = [len(b"".join(PARTS[0][: (breaks_after + 1) // 2])), len(b"".join(PARTS[1][: breaks_after // 2]))]
-    assert pretender.downloads[0] == (0, 16 if breaks_after == 5 else received[0])
-    assert pretender.downloads[-1][0] == 1
-    assert pretender.watches[0] == (f"{breaks_after}-0" if breaks_after else "")
+    assert coordinator.downloads[0] == (0, 16 if breaks_after == 5 else received[0])
+    assert coordinator.downloads[-1][0] == 1
+    assert coordinator.watches[0] == (f"{breaks_after}-0" if breaks_after else "")
 
 
-@pytest.mark.usefixtures("pretender")
-def test_an_output_that_is_no_video_is_asked_for_as_before(pretender: Pretender, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("coordinator")
+def test_an_image_is_requested_without_follow(coordinator: FakeCoordinator, tmp_path: Path) -> None:
     generate(tmp_path / "x.png")
-    assert pretender.follows == [False]
+    assert coordinator.follows == [False]
 
 
-def test_a_request_that_fails_after_the_connection_was_lost_leaves_nothing(
-    pretender: Pretender, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_request_that_fails_after_a_lost_connection_leaves_no_file(
+    coordinator: FakeCoordinator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretender.breaks_after, pretender.ending = 3, pb.REQUEST_STATE_FAILED
+    coordinator.breaks_after, coordinator.ending = 3, pb.REQUEST_STATE_FAILED
     assert generate(tmp_path / "x.mp4") == 1
     assert capsys.readouterr().err.splitlines()[-1] == "fleet generate: request r1 failed"
     assert not list(tmp_path.iterdir())
 
 
-def test_a_request_that_fails_leaves_no_growing_file(pretender: Pretender, tmp_path: Path) -> None:
-    pretender.ending = pb.REQUEST_STATE_CANCELLED
+def test_a_request_that_fails_leaves_no_growing_file(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    coordinator.ending = pb.REQUEST_STATE_CANCELLED
     assert generate(tmp_path / "x.mp4") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_attempts_end_where_no_coordinator_sends_anything(
-    pretender: Pretender, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_attempts_without_progress_are_bounded(
+    coordinator: FakeCoordinator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretender.breaks_after, pretender.is_silent = 3, True
+    coordinator.breaks_after, coordinator.is_silent = 3, True
     assert generate(tmp_path / "x.mp4") == 1
-    assert pretender.downloads == [(0, 11)] * (ATTEMPTS + 1)
+    assert coordinator.downloads == [(0, 11)] * (ATTEMPTS + 1)
     assert capsys.readouterr().err.endswith("this coordinator is shutting down\n")
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupt_leaves_no_growing_file(pretender: Pretender, tmp_path: Path) -> None:
+def test_an_interrupt_leaves_no_growing_file(coordinator: FakeCoordinator, tmp_path: Path) -> None:
     shown: list[bool] = []
 
     def interrupt() -> None:
@@ -243,24 +251,24 @@ def test_an_interrupt_leaves_no_growing_file(pretender: Pretender, tmp_path: Pat
             os.kill(os.getpid(), signal.SIGINT)
             threading.Event().wait(0.2)
 
-    pretender.after_part = interrupt
+    coordinator.after_part = interrupt
     assert generate(tmp_path / "x.mp4") == 130
     assert shown == [True]
     assert not list(tmp_path.iterdir())
 
 
-def test_a_key_needs_an_endpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_idempotency_key_needs_an_endpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "p", "--output", str(tmp_path / "x.mp4"), "--idempotency-key", "k"]) == 2
     assert "--idempotency-key needs --endpoint" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("pretender")
+@pytest.mark.usefixtures("coordinator")
 def test_watch_prints_items(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", "r1"]) == 0
     assert "item 0: 4 frames, bytes 0 to 5 of file 0" in capsys.readouterr().out
 
 
-def test_growing_files_refuse_bytes_that_do_not_fit(tmp_path: Path) -> None:
+def test_growing_files_refuse_inconsistent_offsets_and_sizes(tmp_path: Path) -> None:
     with ResultFiles(tmp_path / "x.mp4") as files:
         with pytest.raises(InternalError, match="before a file's header"):
             files.write(b"x")

@@ -1,4 +1,4 @@
-"""What `fleet up` does about processes that end, and how programs end on a signal."""
+"""Supervision of processes by `fleet up`, and shutdown of commands on a signal."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from services.cli.options import INTERRUPTED, let_threads_sleep, run_async
 from services.cli.supervisor import Program, ServiceEnded, Supervisor
 from services.cli.worker_pool import WorkerPool
 
-# Ends at once with exit code 2, as a service whose settings are wrong does.
+# Exits at once with code 2, as a service with invalid settings does.
 WRONG = Program("wrong", ("serve", "nothing"))
 DYING = Program("dying", ())
 
 
-def test_a_program_that_ends_before_the_fleet_is_ready_ends_the_fleet() -> None:
+def test_an_exit_before_readiness_ends_the_fleet() -> None:
     notes: list[str] = []
     with pytest.raises(ServiceEnded, match=r"wrong .* ended with exit code 2 before the fleet was ready") as caught:
         asyncio.run(Supervisor(notes.append).keep(WRONG))
@@ -29,10 +29,10 @@ def test_a_program_that_ends_before_the_fleet_is_ready_ends_the_fleet() -> None:
 
 
 class Processes:
-    """Starts programs that wait for a signal, in place of services.
+    """Starts Python processes that wait for a signal, in place of services.
 
-    A program with "deaf" in its name ignores SIGTERM; "dying" ends with exit code 1, "wrong" with exit code 2, and
-    "killed" by SIGKILL.
+    A program with "ignoring" in its name ignores SIGTERM. "dying" exits with code 1, "wrong" with code 2, and "killed"
+    sends itself SIGKILL.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,7 @@ class Processes:
         monkeypatch.setattr(supervisor, "_start", self._start)
 
     async def _start(self, program: Program) -> asyncio.subprocess.Process:
-        handler = "SIG_IGN" if "deaf" in program.name else "SIG_DFL"
+        handler = "SIG_IGN" if "ignoring" in program.name else "SIG_DFL"
         ends = {
             "dying": "raise SystemExit(1)",
             "wrong": "raise SystemExit(2)",
@@ -55,59 +55,61 @@ class Processes:
         return process
 
     async def have_started(self, count: int) -> None:
-        """Wait until so many programs have been started in all."""
+        """Wait until `count` programs in total have started."""
         async with asyncio.timeout(20):
-            while len(self.started) < count:  # noqa: ASYNC110 -- other processes, which send no event
+            while len(self.started) < count:  # noqa: ASYNC110 -- the processes send no event
                 await asyncio.sleep(0.005)
 
 
-def test_a_program_that_always_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restarts_end_after_the_maximum_number_of_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "_FIRST_DELAY", 0.001)
     monkeypatch.setattr(supervisor, "_MOST_DEATHS", 3)
     processes, notes = Processes(monkeypatch), list[str]()
-    keeper = Supervisor(notes.append)
-    keeper.ready = True
+    parent = Supervisor(notes.append)
+    parent.ready = True
     with pytest.raises(ServiceEnded, match="exit code 1, 3 times in a row"):
-        asyncio.run(keeper.keep(DYING))
+        asyncio.run(parent.keep(DYING))
     assert processes.started == ["dying"] * 3
     assert [note.rpartition(" in ")[2] for note in notes if "starting it again" in note] == ["0.001 s", "0.002 s"]
 
 
-def test_a_program_that_is_killed_is_started_again_however_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_program_is_restarted_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "_FIRST_DELAY", 0.001)
     monkeypatch.setattr(supervisor, "_LONGEST_DELAY", 0.002)
     monkeypatch.setattr(supervisor, "_MOST_DEATHS", 2)
     processes, notes = Processes(monkeypatch), list[str]()
 
     async def run() -> None:
-        keeper, program = Supervisor(notes.append), Program("killed", ())
-        keeper.ready = True
-        keeping = asyncio.create_task(keeper.keep(program))
+        parent, program = Supervisor(notes.append), Program("killed", ())
+        parent.ready = True
+        task = asyncio.create_task(parent.keep(program))
         await processes.have_started(5)
-        keeper.retire(program)
-        await asyncio.wait_for(keeping, 20)
+        parent.retire(program)
+        await asyncio.wait_for(task, 20)
 
     asyncio.run(run())
     delays = [note.rpartition(" in ")[2] for note in notes if "starting it again" in note]
     assert delays[:4] == ["0.001 s", "0.002 s", "0.002 s", "0.002 s"]
 
 
-def test_a_program_that_another_start_would_not_change_ends_a_running_fleet_at_once() -> None:
+def test_exit_code_2_ends_a_running_fleet_without_a_restart() -> None:
     notes: list[str] = []
-    keeper = Supervisor(notes.append)
-    keeper.ready = True
+    parent = Supervisor(notes.append)
+    parent.ready = True
     with pytest.raises(ServiceEnded, match=r"wrong .* exit code 2, which another start does not change") as caught:
-        asyncio.run(keeper.keep(WRONG))
+        asyncio.run(parent.keep(WRONG))
     assert caught.value.code == 2
     assert len(notes) == 1
 
 
 def test_a_program_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "_GRACE_SECONDS", 0.05)
-    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
+    source = (
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ignoring', flush=True); signal.pause()"
+    )
 
     async def start(_: Program) -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(sys.executable, "-c", stubborn, stdout=asyncio.subprocess.PIPE)
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", source, stdout=asyncio.subprocess.PIPE)
         assert process.stdout is not None
         await process.stdout.readline()
         return process
@@ -120,29 +122,29 @@ def test_a_program_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatc
             pids.append(int(text.rpartition(" ")[2]))
             started.set()
 
-        keeper = Supervisor(note)
-        keeping = asyncio.create_task(keeper.keep(Program("deaf", ())))
+        parent = Supervisor(note)
+        task = asyncio.create_task(parent.keep(Program("ignoring", ())))
         await started.wait()
-        keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)
-        await keeper.stop(["deaf", "unknown"])
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await parent.stop(["ignoring", "unknown"])
         return pids[0]
 
     monkeypatch.setattr(supervisor, "_start", start)
     assert not psutil.pid_exists(asyncio.run(run()))
 
 
-def test_a_retired_program_ends_for_good_and_its_end_is_no_death(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retired_program_is_not_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
     processes, notes = Processes(monkeypatch), list[str]()
 
     async def run() -> None:
-        keeper, program = Supervisor(notes.append), Program("w-0", ())
-        keeping = asyncio.create_task(keeper.keep(program))
+        parent, program = Supervisor(notes.append), Program("w-0", ())
+        task = asyncio.create_task(parent.keep(program))
         await processes.have_started(1)
         await asyncio.sleep(0.05)
-        keeper.retire(program)
-        await asyncio.wait_for(keeping, 20)
-        assert keeper.running == []
+        parent.retire(program)
+        await asyncio.wait_for(task, 20)
+        assert parent.running == []
 
     asyncio.run(run())
     assert processes.started == ["w-0"]
@@ -156,17 +158,17 @@ def test_a_retired_program_that_ignores_sigterm_is_killed_after_the_grace_time(
     processes, notes = Processes(monkeypatch), list[str]()
 
     async def run() -> None:
-        keeper, program = Supervisor(notes.append), Program("deaf-0", ())
-        keeping = asyncio.create_task(keeper.keep(program))
+        parent, program = Supervisor(notes.append), Program("ignoring-0", ())
+        task = asyncio.create_task(parent.keep(program))
         await processes.have_started(1)
-        keeper.retire(program)
-        await asyncio.wait_for(keeping, 20)
+        parent.retire(program)
+        await asyncio.wait_for(task, 20)
 
     asyncio.run(run())
     assert notes[-1].endswith("ended with signal SIGKILL, as it was not needed")
 
 
-def test_a_program_that_is_retired_before_it_is_started_or_between_deaths_is_left(
+def test_a_program_retired_before_its_start_or_restart_is_not_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(supervisor, "_FIRST_DELAY", 1_000.0)
@@ -174,59 +176,59 @@ def test_a_program_that_is_retired_before_it_is_started_or_between_deaths_is_lef
     Processes(monkeypatch)
 
     async def run() -> None:
-        keeper = Supervisor(notes.append)
-        keeper.ready = True
-        keeper.retire(DYING)
-        await asyncio.wait_for(keeper.keep(DYING), 20)
+        parent = Supervisor(notes.append)
+        parent.ready = True
+        parent.retire(DYING)
+        await asyncio.wait_for(parent.keep(DYING), 20)
         assert notes == []
-        keeping = asyncio.create_task(keeper.keep(DYING))
+        task = asyncio.create_task(parent.keep(DYING))
         async with asyncio.timeout(20):
             while not notes or "starting it again" not in notes[-1]:  # noqa: ASYNC110 -- another process
                 await asyncio.sleep(0.005)
-        keeper.retire(DYING)
-        await asyncio.wait_for(keeping, 20)
+        parent.retire(DYING)
+        await asyncio.wait_for(task, 20)
 
     asyncio.run(run())
 
 
-def test_a_pool_ends_its_newest_workers_and_uses_their_numbers_again_once_they_have_ended(
+def test_a_pool_stops_its_newest_workers_and_reuses_their_numbers_after_exit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     processes = Processes(monkeypatch)
 
     async def run() -> None:
-        keeper = Supervisor(lambda _: None)
+        parent = Supervisor(lambda _: None)
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
-            names = ("w-0", "w-1", "deaf-2", "w-3")
-            pool = WorkerPool(keeper, group.create_task, lambda number: Program(names[number], ()), print)
+            names = ("w-0", "w-1", "ignoring-2", "w-3")
+            pool = WorkerPool(parent, group.create_task, lambda number: Program(names[number], ()), print)
             pool.resize(3)
             await processes.have_started(3)
             pool.resize(1)
             assert pool.size == 1
-            while sorted(keeper.running) != ["deaf-2", "w-0"]:  # noqa: ASYNC110 -- another process
+            while sorted(parent.running) != ["ignoring-2", "w-0"]:  # noqa: ASYNC110 -- another process
                 await asyncio.sleep(0.005)
-            pool.resize(3)  # 2 is still ending
+            pool.resize(3)  # worker 2 has not exited yet
             await processes.have_started(5)
             assert processes.started[3:] == ["w-1", "w-3"] or processes.started[3:] == ["w-3", "w-1"]
             pool.resize(0)
             assert pool.size == 0
             monkeypatch.setattr(supervisor, "_GRACE_SECONDS", 0.1)
-            await keeper.stop(keeper.running)
+            await parent.stop(parent.running)
 
     asyncio.run(run())
-    assert sorted(processes.started) == ["deaf-2", "w-0", "w-1", "w-1", "w-3"]
+    assert sorted(processes.started) == ["ignoring-2", "w-0", "w-1", "w-1", "w-3"]
 
 
-def test_a_pool_goes_on_without_a_worker_that_cannot_run_as_long_as_it_has_others(
+def test_a_pool_continues_without_a_broken_worker_while_others_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     processes, notes = Processes(monkeypatch), list[str]()
 
     async def run(*names: str) -> None:
-        keeper = Supervisor(lambda _: None)
-        keeper.ready = True
+        parent = Supervisor(lambda _: None)
+        parent.ready = True
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
-            pool = WorkerPool(keeper, group.create_task, lambda number: Program(names[number], ()), notes.append)
+            pool = WorkerPool(parent, group.create_task, lambda number: Program(names[number], ()), notes.append)
             pool.resize(len(names))
             while pool.size == len(names):  # noqa: ASYNC110 -- another process
                 await asyncio.sleep(0.005)
@@ -244,7 +246,7 @@ def test_a_pool_goes_on_without_a_worker_that_cannot_run_as_long_as_it_has_other
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, 143)])
-def test_a_signal_lets_the_program_clean_up(number: signal.Signals, code: int) -> None:
+def test_a_signal_runs_cleanup_before_exit(number: signal.Signals, code: int) -> None:
     cleaned: list[bool] = []
 
     async def program() -> int:
@@ -259,7 +261,7 @@ def test_a_signal_lets_the_program_clean_up(number: signal.Signals, code: int) -
     assert cleaned == [True]
 
 
-def test_openmp_threads_sleep_unless_set_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openmp_wait_policy_defaults_to_passive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     let_threads_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"

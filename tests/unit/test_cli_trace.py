@@ -1,4 +1,4 @@
-"""`fleet trace` draws what the store recorded: waits, attempts, checkpoints, lost workers and take-overs."""
+"""`fleet trace` draws a stored timeline: waits, attempts, checkpoints, lost workers, take-overs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def record(state: str = "SUCCEEDED", seconds: float = 10.0) -> pb.RequestRecord:
     )
 
 
-LIFE = [
+ENTRIES = [
     at(0.0, "QUEUED", "text"),
     at(0.5, "GRANTED", "text", "t1"),
     at(0.5, "BEGUN", "text", total_steps=1),
@@ -78,8 +78,8 @@ def drawn(timeline: Timeline, width: int = 150) -> list[str]:
     return stream.getvalue().splitlines()
 
 
-def test_entries_become_attempts() -> None:
-    timeline = read_timeline(record(), LIFE)
+def test_read_timeline_groups_entries_into_attempts() -> None:
+    timeline = read_timeline(record(), ENTRIES)
     assert [(each.service, each.number, each.worker, each.state) for each in timeline.attempts] == [
         ("text", 1, "t1", COMPLETED),
         ("denoising", 1, "d1", LOST),
@@ -96,23 +96,23 @@ def test_entries_become_attempts() -> None:
     assert timeline.seconds == 10.0
 
 
-def test_a_request_that_goes_on_ends_at_its_latest_entry() -> None:
-    timeline = read_timeline(record("RUNNING"), LIFE[:9])
+def test_a_running_request_ends_at_its_latest_entry() -> None:
+    timeline = read_timeline(record("RUNNING"), ENTRIES[:9])
     assert [each.state for each in timeline.attempts] == [COMPLETED, RUNNING]
     assert timeline.seconds == 3.0
     assert "RUNNING for 3.00 s so far" in timeline.title
-    assert read_timeline(record("QUEUED"), LIFE[:1]).attempts[0].state == WAITING
+    assert read_timeline(record("QUEUED"), ENTRIES[:1]).attempts[0].state == WAITING
 
 
-def test_what_an_ended_request_left_open_has_ended() -> None:
-    timeline = read_timeline(record("CANCELLED"), LIFE[:9])
+def test_open_attempts_of_an_ended_request_have_ended() -> None:
+    timeline = read_timeline(record("CANCELLED"), ENTRIES[:9])
     assert [each.state for each in timeline.attempts] == [COMPLETED, ENDED]
     assert timeline.attempts[1].ended == 10.0
 
 
-def test_a_request_of_an_earlier_version_has_its_events_alone() -> None:
+def test_a_request_of_an_earlier_version_is_drawn_from_events_only() -> None:
     entries = [
-        entry for entry in LIFE if entry.kind in (TimelineKind.TIMELINE_KIND_BEGUN, TimelineKind.TIMELINE_KIND_STEP)
+        entry for entry in ENTRIES if entry.kind in (TimelineKind.TIMELINE_KIND_BEGUN, TimelineKind.TIMELINE_KIND_STEP)
     ]
     timeline = read_timeline(record(), entries)
     assert [(each.service, each.step) for each in timeline.attempts] == [
@@ -126,7 +126,7 @@ def test_a_request_of_an_earlier_version_has_its_events_alone() -> None:
 
 
 def test_bars_are_to_scale() -> None:
-    timeline = read_timeline(record(), LIFE)
+    timeline = read_timeline(record(), ENTRIES)
     bars = [trace.bar_of(each, timeline.seconds, WIDTH) for each in timeline.attempts]
     assert bars[0] == "··███".ljust(WIDTH)
     assert bars[1] == "    ····████◆█████✗".ljust(WIDTH)
@@ -135,7 +135,7 @@ def test_bars_are_to_scale() -> None:
 
 
 def test_the_text_has_a_row_for_each_attempt() -> None:
-    title, head, *rows = (line.rstrip() for line in drawn(read_timeline(record(), LIFE)))
+    title, head, *rows = (line.rstrip() for line in drawn(read_timeline(record(), ENTRIES)))
     assert title == f"request r1 of emoji: SUCCEEDED after 10.00 s, trace {'a' * 32}"
     assert head.split()[:4] == ["SERVICE", "#", "0", "s"]
     assert "10.00 s" in head
@@ -146,34 +146,34 @@ def test_the_text_has_a_row_for_each_attempt() -> None:
     assert "✗ worker lost" in rows[6]
 
 
-def test_what_others_wrote_cannot_steer_the_terminal() -> None:
+def test_control_characters_of_names_are_not_printed() -> None:
     timeline = read_timeline(record(), [at(0, "QUEUED", "x\x1b[31m"), at(1, "GRANTED", "x\x1b[31m", "\x1b[2J")])
     assert "\x1b" not in "".join(drawn(timeline))
 
 
-def colours(picture: Image.Image) -> set[str]:
-    return {"#%02x%02x%02x" % colour for _, colour in (picture.getcolors(1 << 24) or ()) if isinstance(colour, tuple)}  # noqa: UP031
+def colours(image: Image.Image) -> set[str]:
+    return {"#%02x%02x%02x" % colour for _, colour in (image.getcolors(1 << 24) or ()) if isinstance(colour, tuple)}  # noqa: UP031
 
 
 def test_the_png_has_a_colour_for_each_kind() -> None:
-    whole = draw_timeline(read_timeline(record(), LIFE))
+    whole = draw_timeline(read_timeline(record(), ENTRIES))
     assert {"#2da44e", "#d4a72c", "#cf222e", "#c8d1da", "#8250df", "#82071e", "#bf3989", "#0969da"} <= colours(whole)
-    calm = draw_timeline(read_timeline(record(), LIFE[:5]))
-    assert {"#2da44e", "#c8d1da"} <= colours(calm)
-    assert not {"#cf222e", "#82071e", "#8250df", "#bf3989"} & colours(calm)
-    assert whole.height - calm.height == 4 * 44
+    short = draw_timeline(read_timeline(record(), ENTRIES[:5]))
+    assert {"#2da44e", "#c8d1da"} <= colours(short)
+    assert not {"#cf222e", "#82071e", "#8250df", "#bf3989"} & colours(short)
+    assert whole.height - short.height == 4 * 44
 
 
 def test_a_png_is_written(tmp_path: Path) -> None:
     path = tmp_path / "trace.png"
-    write_png(read_timeline(record(), LIFE), path)
-    with Image.open(path) as picture:
-        assert (picture.format, picture.width) == ("PNG", 1_200)
+    write_png(read_timeline(record(), ENTRIES), path)
+    with Image.open(path) as image:
+        assert (image.format, image.width) == ("PNG", 1_200)
     with pytest.raises(InvalidInput, match="cannot be written: No such file"):
-        write_png(read_timeline(record(), LIFE), tmp_path / "none" / "trace.png")
+        write_png(read_timeline(record(), ENTRIES), tmp_path / "none" / "trace.png")
 
 
-def test_an_output_that_cannot_be_drawn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_output_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidInput, match=r"output: 'trace\.jpg' is not a \.png file; trace\.png is one"):
         trace.main(["r1", "--output", "trace.jpg"])
     monkeypatch.setitem(sys.modules, "PIL", None)

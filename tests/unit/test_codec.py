@@ -1,4 +1,4 @@
-"""Every artifact and every dtype survives the codec; what does not fit is refused by name."""
+"""Round trips of all artifacts and dtypes through the codec; errors name the field."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ EVERY_ARTIFACT = (
 
 
 def equal(left: Any, right: Any) -> bool:
-    """Equality that looks into tensors."""
+    """Recursive equality; tensors are compared by dtype and value."""
     if isinstance(left, torch.Tensor):
         return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
     if dataclasses.is_dataclass(left):
@@ -94,7 +94,7 @@ def equal(left: Any, right: Any) -> bool:
 
 
 @pytest.mark.parametrize("artifact", EVERY_ARTIFACT, ids=lambda each: type(each).__name__)
-def test_artifact_survives(artifact: Any) -> None:
+def test_artifacts_round_trip(artifact: Any) -> None:
     packet = pack("slot", artifact, TORCH)
     assert described_tensors("slot", packet.message, CallLimits()).keys() == packet.chunks.keys()
     assert equal(unpack("slot", type(artifact), packet, TORCH), artifact)
@@ -109,7 +109,7 @@ def test_every_artifact_is_covered() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (7,), (3, 40_000)], ids=str)
-def test_dtype_and_shape_survive(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_dtypes_and_shapes_round_trip(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = torch.randint(0, 2, shape).to(dtype)
     packet = pack("c", Conditioning(prompt_embeds={"x": tensor}), TORCH)
     assert bool(packet.chunks) == (tensor.numel() * tensor.element_size() > INLINE_BYTES)
@@ -117,16 +117,16 @@ def test_dtype_and_shape_survive(dtype: torch.dtype, shape: tuple[int, ...]) -> 
     assert found.dtype == dtype
     assert found.shape == tensor.shape
     assert torch.equal(found, tensor)
-    found.zero_()  # Writable, and memory of its own.
+    found.zero_()  # The tensor owns writable memory.
 
 
-def test_bits_survive() -> None:
+def test_bit_patterns_round_trip() -> None:
     bits = torch.tensor([0x7FC00001, 0x7F800000, -0x80000000, 1], dtype=torch.int32).view(torch.float32)
     found = unpack("c", Conditioning, pack("c", Conditioning(prompt_embeds={"x": bits}), TORCH), TORCH)
     assert torch.equal(found.prompt_embeds["x"].view(torch.int32), bits.view(torch.int32))
 
 
-def test_strided_and_tracked_tensors_travel_as_what_they_show() -> None:
+def test_strided_tensors_that_require_grad_round_trip() -> None:
     strided = torch.arange(40_000.0, requires_grad=True).reshape(200, 200).t()
     found = unpack("c", Conditioning, pack("c", Conditioning(prompt_embeds={"x": strided}), TORCH), TORCH)
     assert torch.equal(found.prompt_embeds["x"], strided.detach())
@@ -139,7 +139,7 @@ def test_packing_a_large_tensor_copies_nothing() -> None:
     assert piece.data[0] == 7
 
 
-def test_many_small_tensors_do_not_make_a_header_that_no_server_takes() -> None:
+def test_many_small_tensors_do_not_exceed_the_header_limit() -> None:
     media = Media(
         items=tuple(
             MediaItem(data=torch.full((60_000,), index, dtype=torch.uint8), content_type="x", height=1, width=1)
@@ -152,7 +152,7 @@ def test_many_small_tensors_do_not_make_a_header_that_no_server_takes() -> None:
     assert equal(unpack("media", Media, packet, TORCH), media)
 
 
-def test_maps_come_back_sorted() -> None:
+def test_maps_are_unpacked_in_sorted_order() -> None:
     given = Conditioning(prompt_embeds={key: torch.zeros(1) for key in ("b", "c", "a")})
     assert list(unpack("c", Conditioning, pack("c", given, TORCH), TORCH).prompt_embeds) == ["a", "b", "c"]
 
@@ -173,13 +173,13 @@ def test_maps_come_back_sorted() -> None:
         (StepCheckpoint(step=1, latents=GENERATOR), "slot.latents"),  # type: ignore[arg-type]
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(artifact: Any, field: str) -> None:
+def test_unrepresentable_values_are_refused_by_field(artifact: Any, field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         pack("slot", artifact, TORCH)
     assert caught.value.field == field
 
 
-def test_a_missing_field_is_refused_by_name() -> None:
+def test_a_missing_field_is_refused_by_path() -> None:
     packet = pack("slot", StepCheckpoint(step=1, latents=LATENTS), TORCH)
     packet.message.ClearField("latents")
     with pytest.raises(InvalidInput, match=r"slot\.latents is missing"):
@@ -192,7 +192,7 @@ def test_a_parameter_without_a_value_is_refused() -> None:
     assert read_param("p", write_param("p", True)) is True
 
 
-def test_a_byte_that_no_bool_has_is_refused() -> None:
+def test_an_invalid_bool_byte_is_refused() -> None:
     packet = pack("c", Conditioning(prompt_embeds={"x": torch.tensor([True])}), TORCH)
     message: Any = packet.message
     message.prompt_embeds["x"].data = b"\x02"
@@ -200,7 +200,7 @@ def test_a_byte_that_no_bool_has_is_refused() -> None:
         unpack("c", Conditioning, packet, TORCH)
 
 
-def test_defects_are_type_errors() -> None:
+def test_programming_errors_raise_type_error() -> None:
     with pytest.raises(TypeError, match="not an artifact"):
         pack("slot", object())
     with pytest.raises(TypeError, match="not an artifact"):

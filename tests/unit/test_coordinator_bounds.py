@@ -1,4 +1,4 @@
-"""Bounds of the coordinator: settings that must be more than 0, and the parts of a request beside its parameters."""
+"""Bounds of coordinator settings, and of request fields other than generation parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POSITIVE = (
 
 @pytest.mark.parametrize("name", POSITIVE)
 @pytest.mark.parametrize("value", [0, -1])
-def test_a_bound_is_more_than_0(name: str, value: int) -> None:
+def test_bounds_must_be_positive(name: str, value: int) -> None:
     given: dict[str, Any] = {name: value}
     with pytest.raises(SettingsError, match=f"{name} must be more than 0, not {value}") as caught:
         CoordinatorSettings(**given)
@@ -42,7 +42,7 @@ def test_a_bound_is_more_than_0(name: str, value: int) -> None:
         ({"jwt_leeway_seconds": 301.0}, "jwt_leeway_seconds"),
     ],
 )
-def test_settings_that_contradict_are_refused(given: dict[str, Any], field: str) -> None:
+def test_invalid_or_contradictory_settings_are_refused(given: dict[str, Any], field: str) -> None:
     with pytest.raises(SettingsError) as caught:
         CoordinatorSettings(**given)
     assert caught.value.field == field
@@ -52,7 +52,7 @@ def request(**fields: Any) -> pb.SubmitRequest:
     return pb.SubmitRequest(**fields)
 
 
-def due(seconds: int, nanos: int = 0) -> pb.SubmitRequest:
+def with_deadline(seconds: int, nanos: int = 0) -> pb.SubmitRequest:
     message = pb.SubmitRequest()
     message.deadline.seconds, message.deadline.nanos = seconds, nanos
     return message
@@ -64,27 +64,27 @@ def due(seconds: int, nanos: int = 0) -> pb.SubmitRequest:
         (request(idempotency_key="k" * 129), "idempotency_key"),
         (request(priority=101), "priority"),
         (request(priority=-101), "priority"),
-        (due(0), "deadline"),
-        (due(-1), "deadline"),
-        (due(1 << 62), "deadline"),
-        (due(1, 1_000_000_000), "deadline"),
-        (due(1, -1), "deadline"),
+        (with_deadline(0), "deadline"),
+        (with_deadline(-1), "deadline"),
+        (with_deadline(1 << 62), "deadline"),
+        (with_deadline(1, 1_000_000_000), "deadline"),
+        (with_deadline(1, -1), "deadline"),
     ],
 )
-def test_a_wrong_envelope_is_refused(wrong: pb.SubmitRequest, field: str) -> None:
+def test_submit_fields_beyond_their_bounds_are_refused(wrong: pb.SubmitRequest, field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         _check_envelope(wrong)
     assert caught.value.field == field
 
 
-def test_the_largest_envelope_is_taken() -> None:
+def test_submit_fields_at_their_bounds_are_accepted() -> None:
     _check_envelope(request(idempotency_key="k" * 128, priority=100))
     _check_envelope(request(priority=-100))
-    _check_envelope(due(253_402_214_400))
+    _check_envelope(with_deadline(253_402_214_400))
 
 
-def test_another_coordinator_gets_the_seed_that_was_drawn() -> None:
-    """Else a request that is taken over would be another image."""
+def test_the_stored_request_has_the_drawn_seed() -> None:
+    """Otherwise a coordinator that takes the request over would generate another image."""
     submitted = request(parameters=pb.GenerationParameters(prompt="a cat"), idempotency_key="k")
     record = pb.RequestRecord(model="emoji", parameters=pb.GenerationParameters(prompt="a cat", seed=41))
     stored = pb.SubmitRequest.FromString(_stored(submitted, record))
@@ -92,7 +92,7 @@ def test_another_coordinator_gets_the_seed_that_was_drawn() -> None:
     assert not submitted.parameters.HasField("seed")
 
 
-def test_a_queue_place_has_the_requests_priority_deadline_caller_and_cost() -> None:
+def test_queue_priority_has_priority_deadline_caller_and_cost() -> None:
     record = pb.RequestRecord(priority=7, caller="alice")
     record.deadline.seconds = 90
     submission = Submission.__new__(Submission)

@@ -1,4 +1,4 @@
-"""What a request costs each service, beside other requests of its model."""
+"""Cost of a request per service, relative to other requests of its model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def costs(name: str, **given: ParamValue) -> dict[str, int]:
     return costs_of(validated.variant.services, validated.params)
 
 
-def test_pictures_count_by_pixels_outputs_and_steps() -> None:
+def test_image_costs_scale_with_pixels_outputs_and_steps() -> None:
     given = {"height": 64, "width": 128, "num_inference_steps": 7, "num_outputs_per_prompt": 3}
     pixels = 64 * 128 * 3
     assert costs("emoji", **given) == {
@@ -56,7 +56,7 @@ def test_pictures_count_by_pixels_outputs_and_steps() -> None:
         WanExpertsImagePipeline,
     ],
 )
-def test_encoded_images_count_by_pixels(pipeline: type[ComposedPipeline]) -> None:
+def test_image_encoding_costs_scale_with_pixels(pipeline: type[ComposedPipeline]) -> None:
     services = pipeline(pipeline._required_config_modules).services
     assert {spec.service: spec.cost for spec in services} == {
         "text_encoding": Cost.REQUEST,
@@ -77,28 +77,28 @@ def test_a_hybrid_model_has_three_services(pipeline: type[ComposedPipeline]) -> 
         "denoising": Cost.PIXEL_STEP,
         "decoding": Cost.PIXEL,
     }
-    # The tokens of its language model are no steps of the loop.
+    # The tokens of the language model are not denoising steps.
     assert [spec.service for spec in services if spec.reports_steps] == ["denoising"]
     assert [spec.resume_slot for spec in services] == [None, "resume_from", None]
 
 
-def test_videos_count_by_frames_too() -> None:
+def test_video_costs_scale_with_frames() -> None:
     short, long = (costs("emoji-video", num_frames=frames) for frames in (5, 9))
     assert long["denoising"] * 5 == short["denoising"] * 9
     assert long["decoding"] * 5 == short["decoding"] * 9
     assert long["text_encoding"] == short["text_encoding"] == 1
 
 
-def works(name: str, **given: ParamValue) -> dict[str, StageWork]:
+def stage_work(name: str, **given: ParamValue) -> dict[str, StageWork]:
     model = open_model(name, load_registry())
     validated = InputValidationStage(model).run({"prompt": "a red apple", **given})
     return work_of(validated.variant.services, validated.params, validated.variant.name)
 
 
-def test_work_counts_steps_where_a_service_reports_them() -> None:
+def test_work_counts_steps_of_services_that_report_them() -> None:
     given = {"height": 64, "width": 128, "num_inference_steps": 7, "num_outputs_per_prompt": 3}
     pixels, shape = 64 * 128 * 3, "64x128 outputs=3 branches=1"
-    assert works("emoji", **given) == {
+    assert stage_work("emoji", **given) == {
         "text_encoding": StageWork(1, 1, shape),
         "latent_preparation": StageWork(1, pixels, shape),
         "denoising": StageWork(7, pixels, shape),
@@ -106,9 +106,9 @@ def test_work_counts_steps_where_a_service_reports_them() -> None:
     }
 
 
-def test_guidance_doubles_the_tokens_of_a_step_and_is_another_shape() -> None:
-    plain = works("emoji")["denoising"]
-    guided = works("emoji", negative_prompt="green", true_cfg_scale=4.0)["denoising"]
+def test_guidance_doubles_the_tokens_of_a_step_and_changes_the_shape() -> None:
+    plain = stage_work("emoji")["denoising"]
+    guided = stage_work("emoji", negative_prompt="green", true_cfg_scale=4.0)["denoising"]
     assert guided.tokens == 2 * plain.tokens
     assert guided.shape == plain.shape.replace("branches=1", "branches=2")
 
@@ -116,7 +116,7 @@ def test_guidance_doubles_the_tokens_of_a_step_and_is_another_shape() -> None:
 @pytest.mark.parametrize("negative", [None, "", "green"])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1.5])
 @pytest.mark.parametrize("config", [PackedPipelineConfig, WanPipelineConfig])
-def test_branches_are_two_where_a_negative_prompt_is_encoded(
+def test_there_are_two_branches_if_a_negative_prompt_is_encoded(
     config: type[NegativePromptConfig], scale: float, negative: str | None
 ) -> None:
     given: dict[str, Any] = {"prompt": "x", "height": 16, "width": 16, "num_inference_steps": 1, "seed": 0}

@@ -1,6 +1,6 @@
-"""Products with bias and GELU into columns of a wider tensor, against a library that reads memory as cuBLASLt does.
+"""GEMMs with bias and GELU into a slice of columns, against a fake cuBLASLt with column-major layouts.
 
-The library itself needs a GPU: tests/bench/kernel_energy.py runs it there.
+tests/bench/kernel_energy.py runs the real library, which needs a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DESCRIPTION = SimpleNamespace(TRANSA=3, EPILOGUE=7, BIAS_POINTER=8, BIAS_DATA_TY
 
 
 class ColumnMajorLibrary:
-    """What linear_into() uses of nvmath.bindings.cublasLt, on the memory of this process."""
+    """The functions of nvmath.bindings.cublasLt that linear_into() calls, on host memory."""
 
     MatmulDescAttribute = DESCRIPTION
     MatmulPreferenceAttribute = SimpleNamespace(MAX_WORKSPACE_BYTES=1)
@@ -50,8 +50,8 @@ class ColumnMajorLibrary:
         return operation
 
     def matmul_desc_set_attribute(self, operation: int, attribute: int, address: int, size: int) -> None:
-        held = ctypes.string_at(address, size)
-        self.operations[operation][attribute] = int.from_bytes(held, "little")
+        raw = ctypes.string_at(address, size)
+        self.operations[operation][attribute] = int.from_bytes(raw, "little")
 
     def matmul_desc_destroy(self, operation: int) -> None:
         del self.operations[operation]
@@ -82,19 +82,19 @@ class ColumnMajorLibrary:
 
     def matmul(self, *args: Any) -> None:
         _, operation, alpha, a, a_layout, b, b_layout, beta, c, c_layout, d, d_layout, _, _, workspace, _ = args
-        asked = self.operations[operation]
-        assert asked[DESCRIPTION.TRANSA] == CUBLAS_OP_T
-        assert asked[DESCRIPTION.BIAS_DATA_TYPE] == CUDA_R_16BF
+        attributes = self.operations[operation]
+        assert attributes[DESCRIPTION.TRANSA] == CUBLAS_OP_T
+        assert attributes[DESCRIPTION.BIAS_DATA_TYPE] == CUDA_R_16BF
         assert (c, c_layout, workspace) == (d, d_layout, 0)
         assert [ctypes.c_float.from_address(each).value for each in (alpha, beta)] == [1.0, 0.0]
         weight, x, out = (self._stored(*each) for each in ((a, a_layout), (b, b_layout), (d, d_layout)))
-        bias = _memory(asked[DESCRIPTION.BIAS_POINTER], len(weight))
+        bias = _memory(attributes[DESCRIPTION.BIAS_POINTER], len(weight))
         result = x.float() @ weight.float().T + bias.float()
-        is_gelu = asked[DESCRIPTION.EPILOGUE] == self.Epilogue.GELU_BIAS
+        is_gelu = attributes[DESCRIPTION.EPILOGUE] == self.Epilogue.GELU_BIAS
         out.copy_(gelu(result, approximate="tanh") if is_gelu else result)
 
     def _stored(self, address: int, layout: int) -> Tensor:
-        """A matrix that is stored column by column, as its transpose: (columns, rows)."""
+        """Transposed view (columns, rows) of the column-major matrix at `address`."""
         kind, rows, columns, distance = self.layouts[layout]
         assert kind == CUDA_R_16BF
         return _memory(address, (columns - 1) * distance + rows).as_strided((columns, rows), (distance, 1))
@@ -119,7 +119,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> ColumnMajorLibrary:
 
 
 @pytest.mark.parametrize("is_gelu", [False, True])
-def test_a_product_into_columns(library: ColumnMajorLibrary, is_gelu: bool) -> None:
+def test_linear_into_writes_a_slice_of_columns(library: ColumnMajorLibrary, is_gelu: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 24, dtype=torch.bfloat16)[:, :16]
     weight, bias = torch.randn(8, 16, dtype=torch.bfloat16), torch.randn(8, dtype=torch.bfloat16)
@@ -131,17 +131,17 @@ def test_a_product_into_columns(library: ColumnMajorLibrary, is_gelu: bool) -> N
     torch.testing.assert_close(out[:, 8:16].float(), expected, rtol=1e-2, atol=1e-2)
     assert not out[:, :8].any()
     assert not out[:, 16:].any()
-    assert library.choices == 1, "the kernel of a shape is chosen once"
+    assert library.choices == 1, "the kernel of a shape must be chosen once"
     assert not library.operations
 
 
 @pytest.mark.usefixtures("library")
-def test_the_trial_at_a_workers_start() -> None:
+def test_the_start_up_trial_passes() -> None:
     (pair,) = trials._try_nvmath(torch.device("cpu"))
     trials._compare(*pair)
 
 
-def test_no_kernel_for_a_shape(library: ColumnMajorLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_without_a_kernel_raises(library: ColumnMajorLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "matmul_algo_get_heuristic", lambda *_: None)
     x, weight, bias = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((5, 16), (8, 16), (8,)))
     with pytest.raises(RuntimeError, match="no GEMM of 5 x 16 by 16 x 8"):
@@ -149,16 +149,14 @@ def test_no_kernel_for_a_shape(library: ColumnMajorLibrary, monkeypatch: pytest.
     assert not library.operations
 
 
-def test_on_a_cpu_torch_multiplies() -> None:
+def test_cpu_tensors_are_not_supported() -> None:
     x = torch.zeros(2048, 16, dtype=torch.bfloat16)
     assert not cublas_lt.can_multiply(x, x[:8])
 
 
 @pytest.mark.parametrize(("offset", "expected"), [(0, True), (128, True), (8, False), (64, False)])
-def test_matrices_are_aligned_as_the_heuristics_assume(
-    monkeypatch: pytest.MonkeyPatch, offset: int, expected: bool
-) -> None:
-    """To 256 bytes, 128 elements: a column of a wider tensor may begin elsewhere."""
+def test_matrices_must_be_aligned_to_256_bytes(monkeypatch: pytest.MonkeyPatch, offset: int, expected: bool) -> None:
+    """256 bytes are 128 elements; a slice of columns may begin at another offset."""
     monkeypatch.setattr(cublas_lt, "can_load", lambda *_: True)
     monkeypatch.setattr(cublas_lt, "is_usable", lambda _: True)
     buffer = torch.zeros(2048 * 256 + 256, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What the containers run with: names agree everywhere, and every setting is one that its service reads."""
+"""Deployment files of containers: service names agree, and each setting exists in its service."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SERVICES = service_names()
 
 
 def _compose(name: str) -> dict[str, Any]:
-    """The services of a compose file, with its variables at their defaults."""
+    """The services of a compose file, with variables replaced by their defaults."""
     text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / name).read_text())
     services: dict[str, Any] = yaml.safe_load(text)["services"]
     return services
@@ -39,14 +39,14 @@ def _seconds(duration: str) -> float:
     return float(duration.removesuffix("s"))
 
 
-def test_kubernetes_gets_logs_that_a_collector_reads() -> None:
+def test_services_log_json_in_kubernetes() -> None:
     base = yaml.safe_load((ROOT / "k8s" / "base" / "kustomization.yaml").read_text())
     (of_fleet,) = [each for each in base["configMapGenerator"] if each["name"] == "fleet"]
     environ = {"FLEET_REDIS": "redis://redis", **dict(each.split("=", 1) for each in of_fleet["literals"])}
     assert {_settings(service, environ).log_format for service in SERVICES} == {"json"}
 
 
-def test_a_service_has_one_name() -> None:
+def test_service_names_agree() -> None:
     assert set(COMPOSE) - {"redis"} == set(SERVICES)
     assert {path.stem for path in DEPLOY.glob("*.toml")} == set(SERVICES)
     protos = {path.stem for path in (ROOT / "proto" / "fleet" / "v1").glob("*.proto")}
@@ -55,7 +55,7 @@ def test_a_service_has_one_name() -> None:
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_compose_starts_it_with_settings_that_it_reads(service: str) -> None:
+def test_compose_passes_settings_that_the_service_reads(service: str) -> None:
     spec = COMPOSE[service]
     assert spec["command"] == [service, "--config", f"/etc/fleet/{service}.toml"]
     given = {name: value for name, value in spec["environment"].items() if value is not None}
@@ -69,8 +69,8 @@ def test_compose_starts_it_with_settings_that_it_reads(service: str) -> None:
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_compose_passes_variables_of_traces_on(service: str) -> None:
-    """A variable with a value here could not be set from a shell."""
+def test_compose_passes_trace_variables_from_the_shell(service: str) -> None:
+    """The shell cannot set a variable that has a value in compose.yaml."""
     passed = {name for name, value in COMPOSE[service]["environment"].items() if value is None}
     assert {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG"} <= passed
     assert passed <= set(environment_variables.__dict__)
@@ -92,7 +92,7 @@ def test_images_are_targets_of_the_dockerfile() -> None:
             assert spec["image"] == f"diffusion-fleet:{spec['build']['target']}"
 
 
-def test_everything_starts_after_redis_is_healthy() -> None:
+def test_services_start_after_redis_is_healthy() -> None:
     assert "healthcheck" in COMPOSE["redis"]
     assert all(COMPOSE[name]["depends_on"] == {"redis": {"condition": "service_healthy"}} for name in SERVICES)
     command = " ".join(COMPOSE["redis"]["command"])

@@ -1,4 +1,4 @@
-"""`fleet doctor`: the runner of its checks, its output, and the checks of packages, settings, ports and proxies."""
+"""`fleet doctor`: running of checks, output, and checks of packages, settings, ports and proxies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from services.cli.doctor_packages import check_packages, check_python
 from services.cli.doctor_results import Check, Result, Status, error, ok, run_checks, warning
 from services.cli.doctor_settings import ServiceSource, check_ports, check_settings
 
-# Run before the command: hides torch, as in an installation without the worker extra.
+# Hides torch, as in an installation without the worker extra, and runs the command.
 WITHOUT_TORCH = """
 import importlib.metadata, sys
 real = importlib.metadata.Distribution.from_name.__func__
@@ -42,21 +42,21 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No settings and no proxies from the environment of the tests."""
+    """Remove settings and proxies from the environment."""
     for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_proxy", "no_grpc_proxy", "FLEET_LOG_LEVEL"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
-def taken() -> Iterator[int]:
-    """A port of the loopback interface that somebody listens on."""
+def used_port() -> Iterator[int]:
+    """A loopback port with a listening socket."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         yield listener.getsockname()[1]
 
 
-def test_a_check_that_fails_is_a_line_and_the_next_one_runs() -> None:
+def test_a_failed_check_is_one_line_and_later_checks_run() -> None:
     def half() -> Iterator[Result]:
         yield ok("half", "began")
         raise RuntimeError("no   way\x1b[1m")
@@ -64,18 +64,18 @@ def test_a_check_that_fails_is_a_line_and_the_next_one_runs() -> None:
     checks = [
         Check("half", half, "x"),
         Check("exit", lambda: sys.exit(3), "x"),
-        Check("known", lambda: (_ for _ in ()).throw(Unavailable("the store is away")), "start it"),
+        Check("known", lambda: (_ for _ in ()).throw(Unavailable("the store is unavailable")), "start it"),
         Check("last", lambda: [ok("last", "fine")], "x"),
     ]
     began, failed, left, known, last = lines(run_checks(checks))
     assert began == "ok half: began"
     assert failed.startswith("error half: the check failed: RuntimeError: no way\N{REPLACEMENT CHARACTER}[1m (")
     assert left.startswith("error exit: the check failed: SystemExit: 3")
-    assert known == "error known: the store is away -> start it"
+    assert known == "error known: the store is unavailable -> start it"
     assert last == "ok last: fine"
 
 
-def test_a_traceback_is_written_only_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_traceback_is_written_only_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     checks = [Check("bad", lambda: [ok("bad", str(1 / 0))], "x")]
     list(run_checks(checks))
     assert not capsys.readouterr().err
@@ -83,21 +83,21 @@ def test_a_traceback_is_written_only_when_asked_for(capsys: pytest.CaptureFixtur
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_check_that_never_returns_ends_with_its_results_so_far() -> None:
-    go_on = threading.Event()
+def test_a_check_that_times_out_reports_its_results_so_far() -> None:
+    release = threading.Event()
 
     def stuck() -> Iterator[Result]:
         yield ok("stuck", "began")
-        go_on.wait()
+        release.wait()
 
     try:
         found = lines(run_checks([Check("stuck", stuck, "check the disk", seconds=0.05)]))
     finally:
-        go_on.set()
+        release.set()
     assert found == ["ok stuck: began", "error stuck: no result within 0.05 s -> check the disk"]
 
 
-def test_a_check_is_left_out_after_an_error_of_the_check_that_it_needs() -> None:
+def test_a_check_is_skipped_after_an_error_of_its_prerequisite() -> None:
     checks = [
         Check("a", lambda: [error("a", "wrong", "do")], "x"),
         Check("b", lambda: [ok("b", "never")], "x", needs="a"),
@@ -144,16 +144,16 @@ def test_lines_are_not_wrapped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         (["--endpoint", "nowhere"], "--endpoint must be HOST:PORT"),
         (["--service", "cli"], "--service: 'cli' is not a service; services are before_denoising, coordinator,"),
     ],
 )
-def test_a_wrong_flag_is_refused(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_flag_is_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", *flags]) == 2
     captured = capsys.readouterr()
-    assert words in captured.err
+    assert message in captured.err
     assert not captured.out
 
 
@@ -170,10 +170,10 @@ def test_checks_without_their_argument_print_no_line(monkeypatch: pytest.MonkeyP
     assert more[-3:] == ["clock", "endpoint", "endpoint ports"]
     monkeypatch.setenv("FLEET_LISTEN", "127.0.0.1:0")
     worker = [check.name for check in doctor.checks_of(doctor._arguments(["--service", "decoding"]))]
-    assert worker[-1] == "endpoint", "the fleet's coordinator has other ports than a worker's settings name"
+    assert worker[-1] == "endpoint", "the settings of a worker do not name the ports of the coordinator"
 
 
-def test_it_works_without_the_worker_extra() -> None:
+def test_doctor_runs_without_the_worker_extra() -> None:
     command = [sys.executable, "-c", WITHOUT_TORCH, "doctor", "--model", "emoji", "--service", "denoising"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
@@ -188,14 +188,14 @@ def test_it_works_without_the_worker_extra() -> None:
     assert not any(line.startswith("error") for line in found)
 
 
-def test_packages_of_this_environment_are_right() -> None:
+def test_packages_of_this_environment_are_accepted() -> None:
     assert lines(check_python())[0].startswith("ok python: 3.")
     base, worker = lines(check_packages())
     assert base.endswith("packages are within their bounds")
     assert worker.startswith("ok worker packages: 1")
 
 
-def test_another_python_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_python_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     install(tmp_path, "diffusion-fleet", "9", "nothing", "")
     metadata = tmp_path / "diffusion_fleet-9.dist-info" / "METADATA"
@@ -205,7 +205,9 @@ def test_another_python_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert line.endswith(" is not >=4 -> use Python >=4")
 
 
-def test_packages_out_of_bounds_and_missing_ones_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_and_versions_out_of_bounds_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     install(tmp_path, "xxhash", "1.0", "nothing", "")
     install(tmp_path, "diffusers", "0.1", "nothing", "")
@@ -234,8 +236,8 @@ def test_packages_out_of_bounds_and_missing_ones_are_errors(tmp_path: Path, monk
     ) in found
 
 
-def test_the_guard_of_processes_and_the_doctor_compare_versions_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One function decides for both."""
+def test_package_guard_and_doctor_share_the_version_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both call `package_versions.is_within()`."""
     monkeypatch.setattr(package_versions, "is_within", lambda *_: False)
     version = importlib.metadata.version("grpcio")
     assert f"error packages: grpcio: {version} is not <2,>=1.85.1 -> pip install 'grpcio<2,>=1.85.1'" in lines(
@@ -245,7 +247,7 @@ def test_the_guard_of_processes_and_the_doctor_compare_versions_alike(monkeypatc
         check_versions("grpcio")
 
 
-def test_settings_are_those_of_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_checked_for_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines(check_settings(ServiceSource())) == [
         "ok settings: coordinator accepts its defaults: no FLEET_* variable is set"
     ]
@@ -261,34 +263,34 @@ def test_settings_are_those_of_the_service(tmp_path: Path, monkeypatch: pytest.M
     assert source.values["sessions"] == 2
 
 
-def test_ports_that_settings_name_are_free_or_in_use(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLEET_LISTEN", f"127.0.0.1:{taken}")
+def test_ports_of_settings_are_free_or_in_use(used_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEET_LISTEN", f"127.0.0.1:{used_port}")
     monkeypatch.setenv("FLEET_HEALTH_LISTEN", "127.0.0.1:0")
     assert lines(check_ports(ServiceSource())) == [
-        f"warning ports: listen: cannot listen on 127.0.0.1:{taken}: Address already in use -> stop the process that "
-        "listens there, or set listen to an address that is free on this host"
+        f"warning ports: listen: cannot listen on 127.0.0.1:{used_port}: Address already in use -> stop the "
+        "process that listens there, or set listen to an address that is free on this host"
     ]
-    in_use = f"ok ports: listen 127.0.0.1:{taken} is in use, by the fleet of --endpoint"
-    assert lines(check_ports(ServiceSource(), f"localhost:{taken}")) == [in_use]
-    assert lines(check_ports(ServiceSource(), f"far.example:{taken}")) != [in_use]
+    in_use = f"ok ports: listen 127.0.0.1:{used_port} is in use, by the fleet of --endpoint"
+    assert lines(check_ports(ServiceSource(), f"localhost:{used_port}")) == [in_use]
+    assert lines(check_ports(ServiceSource(), f"far.example:{used_port}")) != [in_use]
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         scaler = f"127.0.0.1:{other.getsockname()[1]}"
         monkeypatch.setenv("FLEET_SCALER_LISTEN", scaler)
-        assert lines(check_ports(ServiceSource(), f"localhost:{taken}")) == [
+        assert lines(check_ports(ServiceSource(), f"localhost:{used_port}")) == [
             in_use,
             f"ok ports: scaler_listen {scaler} is in use, by the fleet of --endpoint",
         ]
         assert lines(check_ports(ServiceSource(), "localhost:1"))[1].startswith("warning ports: scaler_listen: cannot ")
     monkeypatch.delenv("FLEET_SCALER_LISTEN")
-    monkeypatch.setenv("FLEET_METRICS_PORT", str(taken))
+    monkeypatch.setenv("FLEET_METRICS_PORT", str(used_port))
     assert lines(check_ports(ServiceSource()))[1] == (
-        f"error ports: metrics_port 0.0.0.0:{taken} has the port of listen -> set metrics_port to another port"
+        f"error ports: metrics_port 0.0.0.0:{used_port} has the port of listen -> set metrics_port to another port"
     )
 
 
-def test_a_free_port_is_right(taken: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_free_port_is_accepted(used_port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         free = probe.getsockname()[1]
@@ -298,11 +300,13 @@ def test_a_free_port_is_right(taken: int, monkeypatch: pytest.MonkeyPatch, tmp_p
         f"ok ports: listen 127.0.0.1:{free} is free",
         f"ok ports: health_listen unix:{tmp_path}/health.sock is free",
     ]
-    meeting = {"nnodes": 2, "node_rank": 0, "rdzv_endpoint": f"127.0.0.1:{taken}", "listen": "127.0.0.1:0"}
+    rendezvous = {"nnodes": 2, "node_rank": 0, "rdzv_endpoint": f"127.0.0.1:{used_port}", "listen": "127.0.0.1:0"}
     source = ServiceSource()
     vars(source)["settings"] = type("Settings", (), {})()
-    vars(source.settings).update(meeting)
-    assert lines(check_ports(source))[0].startswith(f"warning ports: rdzv_endpoint: cannot listen on 127.0.0.1:{taken}")
+    vars(source.settings).update(rendezvous)
+    assert lines(check_ports(source))[0].startswith(
+        f"warning ports: rdzv_endpoint: cannot listen on 127.0.0.1:{used_port}"
+    )
 
 
 @pytest.mark.parametrize(

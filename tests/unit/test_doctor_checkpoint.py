@@ -1,4 +1,4 @@
-"""`fleet doctor`: the files of a checkpoint, and their sizes against a memory."""
+"""`fleet doctor`: checks of checkpoint files, and of weight sizes against memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = GpuFacts("2.13.0+cpu", "", Driver())
 
 @pytest.fixture
 def flux(tmp_path: Path) -> Path:
-    """A checkpoint whose transformer has two shards, of 24 and 40 bytes of tensors."""
+    """A checkpoint whose transformer has two shards with 24 and 40 bytes of tensors."""
     path = build_bare_flux(tmp_path / "flux")
     folder = path / "transformer"
     (folder / "diffusion_pytorch_model.safetensors").unlink()
@@ -43,12 +43,12 @@ def write_index(path: Path, size: int) -> None:
 
 
 def gpu_facts(*sizes: int) -> GpuFacts:
-    """Facts of GPUs with so many bytes, half of which are free."""
+    """GpuFacts of GPUs with these memory sizes in bytes; half of each is free."""
     gpus = [Gpu("GPU", "9.0", size, size // 2) for size in sizes]
     return GpuFacts("2.13.0+cu130", "13.0", Driver("580", "13.0"), gpus)
 
 
-def test_a_whole_checkpoint_is_right_module_by_module(flux: Path) -> None:
+def test_a_complete_checkpoint_is_accepted_per_module(flux: Path) -> None:
     found = lines(check_model(str(flux)))
     assert found[:4] == [
         "ok checkpoint: text_encoder: 1 file of 0.0 MiB in all, whole",
@@ -72,16 +72,18 @@ def test_every_faulty_file_of_every_module_is_named(flux: Path) -> None:
     assert "index.json names diffusion_pytorch_model-00001-of-00002.safetensors, which is missing -> down" in found[0]
     assert f"{second} is truncated: its header describes " in found[1]
     assert f"{vae} is too long: its header describes " in found[2]
-    assert not [line for line in lines(check_model(str(flux))) if " model:" in line], "it was not opened"
+    assert not [line for line in lines(check_model(str(flux))) if " model:" in line], (
+        "a faulty checkpoint must not be opened"
+    )
 
 
-def test_an_index_with_another_size_is_a_warning(flux: Path) -> None:
+def test_an_index_with_a_wrong_total_size_is_a_warning(flux: Path) -> None:
     write_index(flux, 65)
     (line,) = [line for line in lines(check_model(str(flux))) if line.startswith("warning")]
     assert "index.json states total_size 65, and its files hold 64 bytes of tensors -> download index and files" in line
 
 
-def test_a_folder_and_a_directory_that_are_missing(flux: Path, tmp_path: Path) -> None:
+def test_missing_directories_and_invalid_indices_are_errors(flux: Path, tmp_path: Path) -> None:
     (flux / "vae").rename(tmp_path / "elsewhere")
     (line,) = [line for line in lines(check_model(str(flux))) if line.startswith("error")]
     assert f"{flux}/vae is missing, a module that model_index.json names" in line
@@ -92,7 +94,7 @@ def test_a_folder_and_a_directory_that_are_missing(flux: Path, tmp_path: Path) -
     assert "model_index.json is not valid JSON" in line
 
 
-def test_settings_and_tokenizers_are_checked_too(flux: Path) -> None:
+def test_a_broken_tokenizer_is_an_error(flux: Path) -> None:
     (flux / "tokenizer" / "tokenizer.json").write_text("{}")
     found = lines(check_model(str(flux)))
     assert found[-1].startswith("error model: ")
@@ -100,7 +102,7 @@ def test_settings_and_tokenizers_are_checked_too(flux: Path) -> None:
     assert len(found) == 5
 
 
-def test_references_are_those_of_other_commands(flux: Path) -> None:
+def test_directory_of_accepts_model_references(flux: Path) -> None:
     assert directory_of(str(flux)) == flux
     assert directory_of(f"name={flux}") == flux
     assert (directory_of("emoji") / "model_index.json").is_file()
@@ -118,7 +120,7 @@ def test_the_command_reports_a_truncated_shard(
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
-    """A checkpoint with 64 MiB of float32 in its transformer and 4 MiB in each of the others."""
+    """A checkpoint with 64 MiB of float32 in its transformer and 4 MiB in each other module."""
     path = build_bare_flux(tmp_path / "large")
     for module, mib in (("transformer", 64), ("vae", 4), ("text_encoder", 4), ("text_encoder_2", 4)):
         (file,) = (path / module).glob("*.safetensors")
@@ -156,11 +158,13 @@ def test_weights_are_compared_with_the_largest_gpu_in_bfloat16(large: Path) -> N
         (63 * MIB, {"dtype": "float32"}, "error memory: denoising of large takes 64.0 MiB for weights, and cuda:0"),
     ],
 )
-def test_weights_that_do_not_fit(size: int, settings: dict[str, object], expected: str, large: Path) -> None:
+def test_weights_are_compared_with_total_and_free_memory(
+    size: int, settings: dict[str, object], expected: str, large: Path
+) -> None:
     assert lines(check_memory(str(large), gpu_facts(size), settings))[1].startswith(expected)
 
 
-def test_one_expert_at_a_time_takes_less(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapped_experts_need_less_memory(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = doctor_checkpoint._loaded_bytes
     monkeypatch.setattr(doctor_checkpoint, "_loaded_bytes", lambda model, _, size: real(model, "vae", size))
     monkeypatch.setattr("common.pipeline.ServiceSpec.modules", ("transformer", "transformer_2"))
@@ -169,13 +173,13 @@ def test_one_expert_at_a_time_takes_less(large: Path, monkeypatch: pytest.Monkey
     assert "denoising of large takes 4.0 MiB" in one
 
 
-def test_without_gpu_the_host_s_memory_counts_in_float32(large: Path) -> None:
+def test_without_a_gpu_float32_weights_are_compared_with_host_memory(large: Path) -> None:
     found = lines(check_memory(str(large), CPU, {}))
     assert found[1].startswith("ok memory: denoising of large takes 64.0 MiB for weights, and this host has ")
-    assert not lines(check_memory(str(large / "nowhere"), CPU, {})), "the check of the model reports it"
+    assert not lines(check_memory(str(large / "nowhere"), CPU, {})), "check_model() reports a missing directory"
 
 
-def test_memory_of_a_container_is_its_limit(tmp_path: Path) -> None:
+def test_host_memory_respects_the_container_limit(tmp_path: Path) -> None:
     meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
     whole = host_memory(meminfo, limit)
     assert whole[0] == whole[1] > 64 * MIB

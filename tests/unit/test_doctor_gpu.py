@@ -1,4 +1,4 @@
-"""`fleet doctor`: driver, GPUs, kernel packages and attention, from facts that stand for a GPU host."""
+"""`fleet doctor`: driver, GPUs, kernel packages and attention, from fake facts of a GPU host."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from services.cli.doctor_results import run_checks
 GIB = 1 << 30
 HOPPER: Capability = (9, 0)
 H200 = Gpu("NVIDIA H200", "9.0", 140 * GIB, 139 * GIB)
-RIGHT = GpuFacts(
+HEALTHY = GpuFacts(
     torch="2.13.0+cu130",
     torch_cuda="13.0",
     driver=Driver("580.65.06", "13.0"),
@@ -44,16 +44,16 @@ RIGHT = GpuFacts(
 BROKEN = KernelTrial("fa3-fwd", "0.0.3", "cuDNN or PyTorch attention", "OSError: libcudart.so.12")
 
 
-def test_a_gpu_host_that_is_right() -> None:
-    assert lines(check_gpus(RIGHT)) == [
+def test_a_healthy_gpu_host_is_reported() -> None:
+    assert lines(check_gpus(HEALTHY)) == [
         "ok gpu: driver 580.65.06, which runs CUDA 13.0; torch 2.13.0+cu130 is built for CUDA 13.0",
         "ok gpu: cuda:0 is NVIDIA H200, compute capability 9.0, 140.0 GiB, 139.0 GiB free",
     ]
-    assert lines(check_kernels(RIGHT))[0] == "ok kernels: triton 3.6.0 was loaded and computes right"
-    assert lines(check_attention(RIGHT)) == ["ok attention: on compute capability 9.0: cudnn, else sdpa"]
+    assert lines(check_kernels(HEALTHY))[0] == "ok kernels: triton 3.6.0 was loaded and computes right"
+    assert lines(check_attention(HEALTHY)) == ["ok attention: on compute capability 9.0: cudnn, else sdpa"]
 
 
-def test_a_host_without_gpu_is_right_unless_the_setting_names_one() -> None:
+def test_a_host_without_a_gpu_is_accepted_unless_the_device_is_cuda() -> None:
     facts = GpuFacts("2.13.0+cpu", "", Driver())
     right = "ok gpu: no NVIDIA driver and no GPU: workers compute on the CPU in float32"
     assert lines(check_gpus(facts)) == [right]
@@ -81,27 +81,27 @@ def test_a_host_without_gpu_is_right_unless_the_setting_names_one() -> None:
         ),
     ],
 )
-def test_a_driver_that_torch_cannot_use(
+def test_a_driver_that_torch_cannot_use_is_reported(
     changes: dict[str, object], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (line,) = lines(check_gpus(dataclasses.replace(RIGHT, **changes)))  # type: ignore[arg-type]
+    (line,) = lines(check_gpus(dataclasses.replace(HEALTHY, **changes)))  # type: ignore[arg-type]
     assert line.startswith(expected)
 
 
 def test_broken_and_absent_kernel_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_gpu, "installed_version", lambda name: None if name.startswith("flash") else "1")
-    facts = dataclasses.replace(RIGHT, trials=[BROKEN])
+    facts = dataclasses.replace(HEALTHY, trials=[BROKEN])
     assert lines(check_kernels(facts)) == [
         "warning kernels: fa3-fwd 0.0.3 is unusable, cuDNN or PyTorch attention instead: OSError: libcudart.so.12 -> "
         "reinstall fa3-fwd for torch 2.13.0+cu130, or uninstall it",
         "ok kernels: not installed, which only costs speed: flash-attn-4, flash-attn",
     ]
-    required = dataclasses.replace(RIGHT, trials=[], required_error="kernels: triton is not usable here")
+    required = dataclasses.replace(HEALTHY, trials=[], required_error="kernels: triton is not usable here")
     assert lines(check_kernels(required))[0].startswith("error kernels: kernels: triton is not usable here -> repair")
 
 
-def test_the_driver_is_that_of_the_kernel_module(tmp_path: Path) -> None:
+def test_the_driver_version_is_that_of_the_kernel_module(tmp_path: Path) -> None:
     file = tmp_path / "version"
     assert read_driver(file) == Driver()
     file.write_text(
@@ -111,7 +111,7 @@ def test_the_driver_is_that_of_the_kernel_module(tmp_path: Path) -> None:
     assert read_driver(file).version == "580.65.06"
 
 
-def test_facts_are_read_in_a_process_of_its_own() -> None:
+def test_facts_are_read_in_a_subprocess() -> None:
     facts = read_gpu_facts()
     assert facts.torch == torch.__version__
     assert not facts.gpus
@@ -121,7 +121,7 @@ def test_facts_are_read_in_a_process_of_its_own() -> None:
         read_gpu_facts(["--kernels", "unknown"])
 
 
-def test_a_process_that_dies_or_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_subprocess_that_aborts_or_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import os; os.abort()"
     monkeypatch.setattr(doctor_gpu, "tethered", lambda _: [sys.executable, "-c", code])
     with pytest.raises(FailedPrecondition, match="failed: exit code -6"):
@@ -132,8 +132,8 @@ def test_a_process_that_dies_or_hangs_is_an_error(monkeypatch: pytest.MonkeyPatc
         read_gpu_facts()
 
 
-def test_packages_are_tried_once_for_each_kind_of_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On this host's CPU, which stands for two Hopper GPUs and an Ampere one."""
+def test_packages_are_tried_once_per_compute_capability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU of this host stands for two Hopper GPUs and one Ampere GPU."""
     monkeypatch.syspath_prepend(tmp_path)
     install(tmp_path, "flash-attn", "2.8.3", "flash_attn", FLASH_ATTN_2)
     install(tmp_path, "fa3-fwd", "0.0.3", "fa3_fwd_interface", "raise OSError('libcudart.so.12')")
@@ -173,18 +173,18 @@ def test_packages_are_tried_once_for_each_kind_of_gpu(tmp_path: Path, monkeypatc
         ("", KernelChoice(attention="sdpa"), "sdpa, which attention_backend names; else sdpa"),
     ],
 )
-def test_the_attention_table_in_force(error: str, choice: KernelChoice, expected: str) -> None:
+def test_attention_rows_report_the_backends_in_use(error: str, choice: KernelChoice, expected: str) -> None:
     (package,) = [each for each in PACKAGES if each.name == "fa3-fwd"]
     assert doctor_gpu_facts.attention_rows(HOPPER, choice, [Outcome(package, "0.0.3", error)]) == expected
     assert doctor_gpu_facts.attention_rows((12, 0), KernelChoice(), []) == "sdpa"
 
 
-def test_a_worker_s_settings_decide_what_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
+def test_worker_settings_select_the_tried_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    flag_lists: list[list[str]] = []
 
     def read(flags: object) -> GpuFacts:
-        asked.append(list(flags))  # type: ignore[call-overload]
-        return RIGHT
+        flag_lists.append(list(flags))  # type: ignore[call-overload]
+        return HEALTHY
 
     monkeypatch.setenv("FLEET_KERNELS", "triton,fa3-fwd")
     monkeypatch.setenv("FLEET_REDIS", "unix:///nowhere")
@@ -194,4 +194,4 @@ def test_a_worker_s_settings_decide_what_is_tried(monkeypatch: pytest.MonkeyPatc
         checks = [each for each in doctor.checks_of(args, read) if each.name in ("gpu", "kernels", "attention")]
         assert len(lines(run_checks(checks))) >= 4
     flags = ["--kernels", "triton", "--kernels", "fa3-fwd", "--attention-backend", "auto"]
-    assert asked == [flags, []], "once for all checks; a service without such settings gives none"
+    assert flag_lists == [flags, []], "facts are read once per service; services without kernel settings pass no flags"

@@ -1,4 +1,4 @@
-"""`fleet doctor`: the checks of the request store, on real servers."""
+"""`fleet doctor`: checks of the request store, on real servers."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ STRICT = StoreSettings()
 
 
 def found(url: str, store: StoreSettings = STRICT, **values: Any) -> list[str]:
-    """The lines of all checks."""
+    """Output lines of all checks of the store."""
     return lines(run_checks(redis_checks(url, lambda: store, lambda: values)))
 
 
 def configure(url: str, **values: str) -> None:
-    """Set configuration values; the others get the defaults of this file."""
+    """Set `values`; configuration values that are not given get DEFAULTS."""
 
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         await command(redis, "ACL", "SETUSER", "default", "on", "nopass", "~*", "&*", "+@all")
         for name, value in {**DEFAULTS, **{name.replace("_", "-"): value for name, value in values.items()}}.items():
             await command(redis, "CONFIG", "SET", name, value)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(url, scenario)
 
 
-def test_a_durable_primary_is_right(each_store_url: str) -> None:
+def test_a_durable_primary_is_accepted(each_store_url: str) -> None:
     configure(each_store_url)
     server, policy, durability, scripts, memory, replicas, clock = found(each_store_url)
     assert server.startswith(f"ok redis: {each_store_url} answers in ")
@@ -63,11 +63,11 @@ def test_a_durable_primary_is_right(each_store_url: str) -> None:
 def test_the_check_of_scripts_leaves_no_key(each_store_url: str) -> None:
     configure(each_store_url)
 
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         assert len(await asyncio.to_thread(found, each_store_url)) == 7
         assert not await command(redis, "KEYS", "*")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_an_evicting_server_is_an_error_unless_allowed(each_store_url: str) -> None:
@@ -97,10 +97,10 @@ def test_a_server_that_is_not_durable_is_a_warning(
     configure(each_store_url)
 
 
-def test_a_server_without_memory_for_requests(each_store_url: str) -> None:
+def test_a_full_server_is_an_error(each_store_url: str) -> None:
     configure(each_store_url, maxmemory=str(8 * MIB))
 
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         await fill(redis, 6 * MIB)
         assert " of 8.0 MiB are in use" in (await asyncio.to_thread(found, each_store_url))[4]
         full = (await asyncio.to_thread(lambda: found(each_store_url, max_store_memory=0.5)))[4]
@@ -108,18 +108,18 @@ def test_a_server_without_memory_for_requests(each_store_url: str) -> None:
         assert " of 8.0 MiB are in use, so new requests are refused -> raise maxmemory" in full
         await unfill(redis)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
     configure(each_store_url)
 
 
-def test_a_login_that_may_run_no_scripts_and_read_no_configuration(each_store_url: str) -> None:
+def test_missing_permissions_of_a_login_are_reported(each_store_url: str) -> None:
     configure(each_store_url)
 
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         await command(redis, "ACL", "SETUSER", "me", "on", ">secret", "~*", "&*", "+@all", "-eval", "-config", "-info")
         await command(redis, "ACL", "SETUSER", "me", "-role")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
     path = each_store_url.removeprefix("unix://")
     listed = found(f"unix://me:secret@{path}")
     assert "secret" not in "".join(listed)
@@ -131,7 +131,7 @@ def test_a_login_that_may_run_no_scripts_and_read_no_configuration(each_store_ur
     assert listed[3].endswith(" -> let the login run scripts on keys fleet:*")
 
 
-def test_a_wrong_password_is_one_line(each_store_url: str) -> None:
+def test_a_wrong_password_is_reported_in_one_line(each_store_url: str) -> None:
     configure(each_store_url)
     (line,) = found(f"unix://me:wrongsecret@{each_store_url.removeprefix('unix://')}")
     assert "invalid username-password pair or user is disabled" in line
@@ -139,7 +139,7 @@ def test_a_wrong_password_is_one_line(each_store_url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "message"),
     [
         (
             "redis://:secret@127.0.0.1:1/0",
@@ -149,9 +149,9 @@ def test_a_wrong_password_is_one_line(each_store_url: str) -> None:
         ("redis://:sec#ret@host", "error redis: redis: '***' is no Redis URL"),
     ],
 )
-def test_a_store_that_cannot_be_reached_is_one_line(url: str, words: str) -> None:
+def test_an_unreachable_store_is_reported_in_one_line(url: str, message: str) -> None:
     (line,) = found(url)
-    assert line.startswith(words)
+    assert line.startswith(message)
     assert "-> check host, port, login and TLS of --redis" in line
     assert "secret" not in line
 
@@ -160,7 +160,7 @@ def test_a_store_that_cannot_be_reached_is_one_line(url: str, words: str) -> Non
     ("version", "expected"),
     [("4.0.14", "error redis: "), ("6.2.7", "warning redis: "), ("7.0.15", "ok redis: "), ("8.2.1", "ok redis: ")],
 )
-def test_old_servers_are_named(
+def test_old_server_versions_are_reported(
     each_store_url: str, version: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def info(*_: object) -> Mapping[str, Any]:
@@ -173,7 +173,7 @@ def test_old_servers_are_named(
     assert f"Redis {version}" in line
 
 
-def test_replicas_that_store_replicas_demands() -> None:
+def test_connected_replicas_are_compared_with_store_replicas() -> None:
     with (
         tempfile.TemporaryDirectory(prefix="fleet-replicas-") as directory,
         replicated_servers(Path(directory)) as servers,
@@ -194,11 +194,11 @@ def test_replicas_that_store_replicas_demands() -> None:
         (31.0, 0.1, "error clock: this host is 31.000 s ahead of the Redis server, so tokens and certificates are "),
     ],
 )
-def test_clocks_that_differ(skew: float, tolerance: float, expected: str) -> None:
+def test_clock_skew_has_three_severities(skew: float, tolerance: float, expected: str) -> None:
     assert lines([skew_result(skew, tolerance, 30.0)])[0].startswith(expected)
 
 
-def test_a_clock_that_is_ahead_is_measured(each_store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fast_clock_is_measured(each_store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(each_store_url)
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 10)
@@ -209,20 +209,19 @@ def test_a_clock_that_is_ahead_is_measured(each_store_url: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", sorted(server_binaries()))
-def test_a_store_over_tls(name: str, tmp_path: Path) -> None:
-    fleet, others = Authority(tmp_path / "fleet"), Authority(tmp_path / "others", "others")
-    client = fleet.issue("coordinator")
+def test_a_store_over_tls_is_checked(name: str, fleet_ca: Authority, other_ca: Authority) -> None:
+    client = fleet_ca.issue("coordinator")
 
-    async def story() -> None:
-        async with asyncio.timeout(60), tls_store(name, fleet) as place:
-            url = f"rediss://{place}/0?ssl_certfile={client.cert}&ssl_keyfile={client.key}&ssl_ca_certs="
-            listed = await asyncio.to_thread(found, f"{url}{fleet.ca}")
+    async def scenario() -> None:
+        async with asyncio.timeout(60), tls_store(name, fleet_ca) as address:
+            url = f"rediss://{address}/0?ssl_certfile={client.cert}&ssl_keyfile={client.key}&ssl_ca_certs="
+            listed = await asyncio.to_thread(found, f"{url}{fleet_ca.ca}")
             assert [line.split()[0] for line in listed] == ["ok"] * 7
-            (line,) = await asyncio.to_thread(found, f"{url}{others.ca}")
+            (line,) = await asyncio.to_thread(found, f"{url}{other_ca.ca}")
             assert line.startswith("error redis: ")
             assert "certificate verify failed" in line
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_the_command_reports_the_store(
@@ -238,5 +237,5 @@ def test_the_command_reports_the_store(
     results = {each["check"]: each["status"] for each in json.loads(captured.out)["results"]}
     assert results["redis durability"] == "ok"
     assert results["redis replicas"] == "error"
-    assert not captured.err, "what is logged of the store is in the report"
+    assert not captured.err, "log lines about the store must be part of the report"
     configure(each_store_url)

@@ -1,4 +1,4 @@
-"""`fleet doctor`: certificates, keys and authorities that settings name."""
+"""`fleet doctor`: certificates, keys and authorities of settings."""
 
 from __future__ import annotations
 
@@ -18,21 +18,16 @@ from services.cli.doctor_tls import TlsFiles, check_service_tls, check_tls, file
 DAY = datetime.timedelta(days=1)
 
 
-@pytest.fixture
-def fleet(tmp_path: Path) -> Authority:
-    return Authority(tmp_path / "fleet")
-
-
-def test_files_of_a_fleet_are_right(fleet: Authority) -> None:
-    shown = fleet.issue("coordinator", "fleet.example", "10.0.0.1")
-    files = files_of({"tls_cert": shown.cert, "tls_key": shown.key, "tls_ca": fleet.ca}, "coordinator")
+def test_valid_files_are_reported_with_names_and_expiry(fleet_ca: Authority) -> None:
+    issued = fleet_ca.issue("coordinator", "fleet.example", "10.0.0.1")
+    files = files_of({"tls_cert": issued.cert, "tls_key": issued.key, "tls_ca": fleet_ca.ca}, "coordinator")
     authority, certificate = lines(check_tls(files))
-    assert authority.startswith(f"ok tls: tls_ca {fleet.ca} (authority) is valid until 20")
-    named = f"ok tls: tls_cert {shown.cert} (for coordinator, fleet.example, 10.0.0.1; its key fits) is valid until 20"
+    assert authority.startswith(f"ok tls: tls_ca {fleet_ca.ca} (authority) is valid until 20")
+    named = f"ok tls: tls_cert {issued.cert} (for coordinator, fleet.example, 10.0.0.1; its key fits) is valid until 20"
     assert certificate.startswith(named)
 
 
-def test_without_files_there_is_no_line() -> None:
+def test_no_line_is_printed_without_files() -> None:
     assert not lines(check_tls(files_of(ServiceSource().values, "coordinator")))
 
 
@@ -45,30 +40,32 @@ def test_without_files_there_is_no_line() -> None:
         (400 * DAY, "ok tls: tls_cert"),
     ],
 )
-def test_certificates_end(valid: datetime.timedelta, expected: str, fleet: Authority) -> None:
-    shown = fleet.issue("worker", valid=valid)
-    (line,) = lines(check_tls([TlsFiles("tls", shown.cert, shown.key)]))
+def test_expired_and_expiring_certificates_are_reported(
+    valid: datetime.timedelta, expected: str, fleet_ca: Authority
+) -> None:
+    issued = fleet_ca.issue("worker", valid=valid)
+    (line,) = lines(check_tls([TlsFiles("tls", issued.cert, issued.key)]))
     assert re.match(expected, line)
 
 
-def test_long_certificates_are_announced_two_weeks_before_their_end(fleet: Authority) -> None:
-    shown = fleet.issue("worker", valid=400 * DAY)
+def test_long_lived_certificates_are_a_warning_two_weeks_before_expiry(fleet_ca: Authority) -> None:
+    issued = fleet_ca.issue("worker", valid=400 * DAY)
     now = datetime.datetime.now(datetime.UTC)
     states = [
-        lines(check_tls([TlsFiles("tls", shown.cert, shown.key)], now + days * DAY))[0].split()[0]
+        lines(check_tls([TlsFiles("tls", issued.cert, issued.key)], now + days * DAY))[0].split()[0]
         for days in (-3, 0, 385, 387, 401)
     ]
     assert states == ["error", "ok", "ok", "warning", "error"]
 
 
-def test_an_authority_that_has_expired(fleet: Authority) -> None:
+def test_an_expired_authority_is_an_error(fleet_ca: Authority) -> None:
     later = datetime.datetime.now(datetime.UTC) + 2 * DAY
-    (line,) = lines(check_tls([TlsFiles("tls_client", ca=fleet.ca)], later))
-    assert line.startswith(f"error tls: tls_client_ca {fleet.ca} (authority) expired on ")
+    (line,) = lines(check_tls([TlsFiles("tls_client", ca=fleet_ca.ca)], later))
+    assert line.startswith(f"error tls: tls_client_ca {fleet_ca.ca} (authority) expired on ")
 
 
-def test_keys_of_other_certificates_and_files_that_are_none(fleet: Authority, tmp_path: Path) -> None:
-    one, other = fleet.issue("one"), fleet.issue("other")
+def test_mismatched_keys_and_missing_files_are_errors(fleet_ca: Authority, tmp_path: Path) -> None:
+    one, other = fleet_ca.issue("one"), fleet_ca.issue("other")
     (line,) = lines(check_tls([TlsFiles("tls", one.cert, other.key)]))
     assert f"{one.cert} and {other.key} cannot be used: the key is of another certificate -> set tls_cert" in line
     (line,) = lines(check_tls([TlsFiles("tls_public", one.cert)]))
@@ -77,56 +74,63 @@ def test_keys_of_other_certificates_and_files_that_are_none(fleet: Authority, tm
     assert "nowhere.pem cannot be read: No such file" in line
 
 
-def test_a_certificate_of_another_authority(fleet: Authority, tmp_path: Path) -> None:
-    others = Authority(tmp_path / "others", "others")
-    shown = others.issue("worker")
-    found = lines(check_tls([TlsFiles("tls", shown.cert, shown.key, fleet.ca)]))
-    assert found[-1].startswith(f"error tls: tls_cert {shown.cert} is not signed by tls_ca {fleet.ca}, so peers refuse")
+def test_a_certificate_of_another_authority_is_an_error(
+    fleet_ca: Authority, other_ca: Authority, tmp_path: Path
+) -> None:
+    issued = other_ca.issue("worker")
+    found = lines(check_tls([TlsFiles("tls", issued.cert, issued.key, fleet_ca.ca)]))
+    assert found[-1].startswith(
+        f"error tls: tls_cert {issued.cert} is not signed by tls_ca {fleet_ca.ca}, so peers refuse"
+    )
     bundle = tmp_path / "both.pem"
-    bundle.write_bytes(fleet.ca.read_bytes() + others.ca.read_bytes())
-    found = lines(check_tls([TlsFiles("tls", shown.cert, shown.key, bundle)]))
+    bundle.write_bytes(fleet_ca.ca.read_bytes() + other_ca.ca.read_bytes())
+    found = lines(check_tls([TlsFiles("tls", issued.cert, issued.key, bundle)]))
     assert [line.split()[0] for line in found] == ["ok", "ok", "ok"]
 
 
 @pytest.mark.parametrize(("service", "name"), [("coordinator", "coordinator"), ("decoding", "worker")])
-def test_the_name_that_peers_look_for(service: str, name: str, fleet: Authority) -> None:
-    shown = fleet.issue("somebody")
-    values = {"tls_cert": shown.cert, "tls_key": shown.key, "tls_ca": fleet.ca}
+def test_a_certificate_without_the_name_that_peers_expect_is_a_warning(
+    service: str, name: str, fleet_ca: Authority
+) -> None:
+    issued = fleet_ca.issue("unrelated")
+    values = {"tls_cert": issued.cert, "tls_key": issued.key, "tls_ca": fleet_ca.ca}
     assert lines(check_tls(files_of(values, service)))[-1].startswith(
-        f"warning tls: tls_cert {shown.cert} is not for {name}, the name that "
+        f"warning tls: tls_cert {issued.cert} is not for {name}, the name that "
     )
-    assert len(lines(check_tls(files_of({**values, "tls_ca": None}, service)))) == 1, "clients look for the host"
+    assert len(lines(check_tls(files_of({**values, "tls_ca": None}, service)))) == 1, (
+        "without tls_ca, clients verify the host name"
+    )
 
 
 @pytest.mark.parametrize(
     ("valid", "expected"),
     [(DAY, ["ok", "ok", "ok"]), (-DAY, ["ok", "ok", "error"])],
 )
-def test_a_chain_of_issuers_leads_to_the_authority(
+def test_a_certificate_chain_is_verified_up_to_the_authority(
     valid: datetime.timedelta, expected: list[str], tmp_path: Path
 ) -> None:
     root = Authority(tmp_path / "root", path_length=1)
-    between = root.subordinate("between", valid)
-    shown = between.issue("worker")
-    files = [TlsFiles("tls", shown.cert, shown.key, root.ca)]
+    intermediate = root.subordinate("intermediate", valid)
+    issued = intermediate.issue("worker")
+    files = [TlsFiles("tls", issued.cert, issued.key, root.ca)]
     assert "is not signed by tls_ca" in lines(check_tls(files))[-1]
-    shown.cert.write_bytes(shown.cert.read_bytes() + between.ca.read_bytes())
+    issued.cert.write_bytes(issued.cert.read_bytes() + intermediate.ca.read_bytes())
     found = lines(check_tls(files))
     assert [line.split()[0] for line in found] == expected
-    assert f"tls_cert {shown.cert}, issuer between " in found[-1]
+    assert f"tls_cert {issued.cert}, issuer intermediate " in found[-1]
 
 
-def test_a_certificate_that_is_not_valid_yet(fleet: Authority) -> None:
-    shown = fleet.issue("worker")
+def test_a_certificate_before_its_validity_is_an_error(fleet_ca: Authority) -> None:
+    issued = fleet_ca.issue("worker")
     earlier = datetime.datetime.now(datetime.UTC) - 3 * DAY
-    (line,) = lines(check_tls([TlsFiles("tls", shown.cert, shown.key)], earlier))
+    (line,) = lines(check_tls([TlsFiles("tls", issued.cert, issued.key)], earlier))
     assert "(for worker; its key fits) is valid only from 20" in line
     assert line.startswith("error tls: ")
 
 
-def test_a_client_s_certificate_may_have_any_name(fleet: Authority) -> None:
-    shown = fleet.issue("somebody")
-    values = {"tls_cert": shown.cert, "tls_key": shown.key, "tls_ca": fleet.ca}
+def test_a_client_certificate_may_have_any_name(fleet_ca: Authority) -> None:
+    issued = fleet_ca.issue("unrelated")
+    values = {"tls_cert": issued.cert, "tls_key": issued.key, "tls_ca": fleet_ca.ca}
     assert [line.split()[0] for line in lines(check_service_tls(values, ""))] == ["ok", "ok"]
 
 
@@ -149,18 +153,20 @@ def test_a_client_s_certificate_may_have_any_name(fleet: Authority) -> None:
         ("coordinator", ["tls_client_ca", "tls_public_cert", "tls_public_key"], ""),
     ],
 )
-def test_files_that_need_others(service: str, names: list[str], expected: str, fleet: Authority) -> None:
-    shown = fleet.issue("coordinator", "worker")
-    files = {"ca": fleet.ca, "cert": shown.cert, "key": shown.key}
+def test_incomplete_sets_of_files_are_errors(
+    service: str, names: list[str], expected: str, fleet_ca: Authority
+) -> None:
+    issued = fleet_ca.issue("coordinator", "worker")
+    files = {"ca": fleet_ca.ca, "cert": issued.cert, "key": issued.key}
     values = {name: files[name.rpartition("_")[2]] for name in names}
     wrong = [line for line in lines(check_service_tls(values, service)) if not line.startswith("ok ")]
     assert wrong[0].startswith(expected) if expected else not wrong
 
 
 def test_variables_and_flags_name_the_files(
-    fleet: Authority, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fleet_ca: Authority, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expired, own = fleet.issue("expired", valid=-DAY), fleet.issue("own")
+    expired, own = fleet_ca.issue("expired", valid=-DAY), fleet_ca.issue("own")
     monkeypatch.setenv("FLEET_TLS_PUBLIC_CERT", str(expired.cert))
     monkeypatch.setenv("FLEET_TLS_PUBLIC_KEY", str(expired.key))
     monkeypatch.setattr(doctor, "has_worker_extra", lambda: False)

@@ -1,4 +1,4 @@
-"""`fleet doctor` and the OTEL_ variables: traces that are off, that cannot be exported, and collectors that answer."""
+"""`fleet doctor`: checks of OTEL_ variables, trace export and the collector."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from doctor_lines import lines
 from otlp_receiver import receiving
 from services.cli.doctor_traces import check_traces
 
-NOWHERE = "127.0.0.1:1"  # nothing listens there
+CLOSED_PORT = "127.0.0.1:1"  # no process listens on this port
 
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No OTEL_ variables from the environment of the tests."""
+    """Remove OTEL_ variables from the environment."""
     for name in os.environ:
         if name.startswith("OTEL_"):
             monkeypatch.delenv(name)
 
 
 def found(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
-    """The line for these variables, which the SDK reads from the environment."""
+    """Output line of the check with these variables, given without the prefix OTEL_."""
     for name, value in variables.items():
         monkeypatch.setenv(f"OTEL_{name}", value)
     (line,) = lines(check_traces())
@@ -35,13 +35,13 @@ def found(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
     [
         ({}, "none of OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_EXPORTER is set"),
         (
-            {"EXPORTER_OTLP_ENDPOINT": f"http://{NOWHERE}", "SDK_DISABLED": "true"},
+            {"EXPORTER_OTLP_ENDPOINT": f"http://{CLOSED_PORT}", "SDK_DISABLED": "true"},
             "OTEL_SDK_DISABLED switches them off",
         ),
         ({"TRACES_EXPORTER": "none"}, "OTEL_TRACES_EXPORTER switches them off"),
     ],
 )
-def test_traces_that_are_off_are_right(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], reason: str) -> None:
+def test_disabled_traces_are_accepted(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], reason: str) -> None:
     assert found(monkeypatch, **variables) == f"ok traces: not exported: {reason}"
 
 
@@ -53,28 +53,30 @@ def test_traces_that_are_off_are_right(monkeypatch: pytest.MonkeyPatch, variable
         ({"EXPORTER_OTLP_CERTIFICATE": "/none.pem"}, "an OTEL_ variable is wrong: OTEL_EXPORTER_OTLP_CERTIFICATE: /no"),
     ],
 )
-def test_wrong_variables_are_warnings(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], text: str) -> None:
-    line = found(monkeypatch, EXPORTER_OTLP_ENDPOINT=f"http://{NOWHERE}", **variables)
+def test_invalid_variables_are_warnings(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], text: str) -> None:
+    line = found(monkeypatch, EXPORTER_OTLP_ENDPOINT=f"http://{CLOSED_PORT}", **variables)
     assert line.startswith(f"warning traces: not exported: {text}")
 
 
-def test_the_variables_without_the_extra_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_without_the_tracing_extra_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "common.otlp", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.context", None)
-    assert found(monkeypatch, EXPORTER_OTLP_ENDPOINT=f"http://{NOWHERE}") == (
+    assert found(monkeypatch, EXPORTER_OTLP_ENDPOINT=f"http://{CLOSED_PORT}") == (
         "warning traces: not exported: opentelemetry.context is not installed -> "
         "pip install 'diffusion-fleet[tracing]', or unset OTEL_EXPORTER_OTLP_ENDPOINT"
     )
 
 
-def test_a_collector_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reachable_collector_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     with receiving() as receiver:
         line = found(monkeypatch, EXPORTER_OTLP_ENDPOINT=receiver.endpoint)
         assert line == f"ok traces: the collector at {receiver.endpoint} takes spans"
-        assert receiver.raw == [b""], "no span was sent"
+        assert receiver.raw == [b""], "the request must have no spans"
 
 
-def test_a_collector_that_is_away_is_a_warning_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_collector_is_a_warning_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.cli.doctor_traces.COLLECTOR_SECONDS", 1)
-    line = found(monkeypatch, EXPORTER_OTLP_TRACES_ENDPOINT=f"http://me:secret@{NOWHERE}")
-    assert line.startswith(f"warning traces: the collector at http://***@{NOWHERE} takes no spans: services run, and ")
+    line = found(monkeypatch, EXPORTER_OTLP_TRACES_ENDPOINT=f"http://me:secret@{CLOSED_PORT}")
+    assert line.startswith(
+        f"warning traces: the collector at http://***@{CLOSED_PORT} takes no spans: services run, and "
+    )

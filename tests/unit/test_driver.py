@@ -1,4 +1,4 @@
-"""The registry of requests in a coordinator: cancel, take-over and drain in each phase of a request's life."""
+"""The coordinator's registry of requests: cancel, take-over and drain in each phase of a request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(persistence, "_RETRY_SECONDS", 0.001)
 
 
-def test_a_request_that_is_cancelled_while_it_is_admitted_ends_without_a_claim() -> None:
+def test_cancel_during_admission_ends_a_request_without_a_claim() -> None:
     async def test(case: Case) -> None:
         gate = case.store.admit_gate = Gate()
         accepting = asyncio.create_task(case.driver.accept(submission()))
@@ -43,7 +43,7 @@ def test_a_request_that_is_cancelled_while_it_is_admitted_ends_without_a_claim()
     assert not case.queue.claims
 
 
-def test_a_request_that_is_cancelled_while_its_admission_is_settled_ends_without_a_claim() -> None:
+def test_cancel_while_admission_settles_ends_a_request_without_a_claim() -> None:
     async def test(case: Case) -> None:
         gate = case.store.get_gate = Gate()
         case.store.admit_error = Unavailable("the answer is lost")
@@ -61,7 +61,7 @@ def test_a_request_that_is_cancelled_while_its_admission_is_settled_ends_without
     assert not case.queue.claims
 
 
-def test_a_request_that_is_cancelled_while_it_is_taken_over_ends_under_its_new_epoch() -> None:
+def test_cancel_during_take_over_ends_a_request_under_the_new_epoch() -> None:
     async def test(case: Case) -> None:
         await case.run()
         gate = case.store.finish_gate = Gate()
@@ -77,7 +77,7 @@ def test_a_request_that_is_cancelled_while_it_is_taken_over_ends_under_its_new_e
     assert case.queue.claims == ["r"]
 
 
-def test_a_request_that_is_cancelled_while_it_runs_ends_once() -> None:
+def test_repeated_cancels_end_a_running_request_once() -> None:
     async def test(case: Case) -> None:
         await case.run()
         assert case.driver.runs("r")
@@ -85,14 +85,14 @@ def test_a_request_that_is_cancelled_while_it_runs_ends_once() -> None:
         case.driver.cancel("r")
         await case.wait_until()
         assert not case.driver.runs("r")
-        case.driver.cancel("r")  # has ended
-        case.driver.cancel("other")  # was never here
+        case.driver.cancel("r")  # after the end
+        case.driver.cancel("other")  # an unknown request
 
     case = run_case(test)
     assert case.store.ends == [(1, CANCELLED, "")]
 
 
-def test_cancels_that_a_take_over_reports_reach_their_requests() -> None:
+def test_cancels_reported_by_a_take_over_reach_their_requests() -> None:
     async def test(case: Case) -> None:
         await case.run()
         case.owners.cancelled = ["r"]
@@ -106,7 +106,7 @@ def test_cancels_that_a_take_over_reports_reach_their_requests() -> None:
 
 
 @pytest.mark.parametrize(("key", "phases"), [("k", [Phase.RUNNING]), ("", [])])
-def test_a_request_whose_admission_had_no_answer_runs_for_callers_that_ask_again(key: str, phases: list[Phase]) -> None:
+def test_after_a_lost_admission_reply_only_a_request_with_a_key_runs(key: str, phases: list[Phase]) -> None:
     async def test(case: Case) -> None:
         case.store.admit_error = Unavailable("the answer is lost")
         with pytest.raises(Unavailable):
@@ -119,7 +119,7 @@ def test_a_request_whose_admission_had_no_answer_runs_for_callers_that_ask_again
 
 
 def test_the_wait_for_the_store_counts_against_the_deadline() -> None:
-    """The store answers after the deadline of a request whose admission had no answer."""
+    """The admission reply is lost, and the store answers the next read after the deadline."""
 
     async def test(case: Case) -> None:
         gate = case.store.get_gate = Gate()
@@ -135,9 +135,9 @@ def test_the_wait_for_the_store_counts_against_the_deadline() -> None:
     assert run_case(test).store.ends == [(1, State.REQUEST_STATE_EXPIRED, "")]
 
 
-def test_a_request_that_was_not_stored_leaves_nothing() -> None:
+def test_a_request_that_was_not_stored_is_forgotten() -> None:
     async def test(case: Case) -> None:
-        case.store.admit_error, case.store.is_stored = Unavailable("is away"), False
+        case.store.admit_error, case.store.is_stored = Unavailable("the store is unavailable"), False
         with pytest.raises(Unavailable):
             await case.driver.accept(submission())
         await case.wait_until()
@@ -145,7 +145,7 @@ def test_a_request_that_was_not_stored_leaves_nothing() -> None:
     assert not run_case(test).store.ends
 
 
-def test_a_refused_and_a_replayed_request_leave_nothing() -> None:
+def test_refused_and_replayed_requests_are_not_executed() -> None:
     async def test(case: Case) -> None:
         case.store.admit_error = ResourceExhausted("the bound")
         with pytest.raises(ResourceExhausted, match="the bound"):
@@ -161,7 +161,7 @@ def test_a_refused_and_a_replayed_request_leave_nothing() -> None:
     assert not case.queue.claims
 
 
-def test_a_caller_that_disconnects_while_it_is_admitted_stops_nothing() -> None:
+def test_a_caller_that_disconnects_during_admission_does_not_stop_the_request() -> None:
     async def test(case: Case) -> None:
         gate = case.store.admit_gate = Gate()
         accepting = asyncio.create_task(case.driver.accept(submission()))
@@ -176,7 +176,7 @@ def test_a_caller_that_disconnects_while_it_is_admitted_stops_nothing() -> None:
 
 
 def test_a_request_in_any_phase_is_not_taken_over_again() -> None:
-    """A request counts as running from the moment that it is given away, or the loop would not end."""
+    """An inherited request counts as running at once; otherwise the take-over loop would not end."""
 
     async def test(case: Case) -> None:
         gate = case.store.admit_gate = Gate()
@@ -198,7 +198,7 @@ def test_a_request_in_any_phase_is_not_taken_over_again() -> None:
     assert case.queue.most_at_once == 1
 
 
-def test_one_execution_of_a_request_runs_at_a_time_whatever_its_epochs() -> None:
+def test_executions_of_different_epochs_do_not_overlap() -> None:
     async def test(case: Case) -> None:
         await case.run()
         for epoch in (2, 3, 4):
@@ -225,7 +225,7 @@ def failed_requests() -> float:
         (b"raw", "the coordinator that streamed it is gone"),
     ],
 )
-def test_a_request_that_cannot_be_run_here_ends_as_failed(stored: bytes, reason: str) -> None:
+def test_an_inherited_request_that_cannot_run_fails(stored: bytes, reason: str) -> None:
     def refuse(record: pb.RequestRecord, stored: bytes) -> Submission:
         del record
         if stored == b"unfit":
@@ -233,7 +233,7 @@ def test_a_request_that_cannot_be_run_here_ends_as_failed(stored: bytes, reason:
         if stored == b"raw":
             return submission(raw=True)
         pb.SubmitRequest.FromString(stored)
-        raise AssertionError("it can be read")
+        raise AssertionError("the submission is readable")
 
     async def test(case: Case) -> None:
         case.store.epoch = 2
@@ -260,7 +260,7 @@ def test_a_drain_leaves_a_stored_request_for_another_coordinator() -> None:
     assert not run_case(test).store.ends
 
 
-def test_a_drain_ends_a_raw_request_and_one_that_is_cancelled() -> None:
+def test_a_drain_ends_raw_and_cancelled_requests() -> None:
     async def test(case: Case) -> None:
         await case.run(raw=True)
         await case.driver.drain(0)
@@ -277,7 +277,7 @@ def test_a_drain_ends_a_raw_request_and_one_that_is_cancelled() -> None:
     assert run_case(cancelled).store.ends == [(1, CANCELLED, "")]
 
 
-def test_a_drain_waits_for_no_answer_of_the_store() -> None:
+def test_a_drain_does_not_wait_for_the_store() -> None:
     async def test(case: Case) -> None:
         case.store.admit_gate = Gate()
         accepting = asyncio.create_task(case.driver.accept(submission()))
@@ -298,7 +298,7 @@ def test_a_drain_waits_for_no_answer_of_the_store() -> None:
     assert not run_case(test).store.ends
 
 
-def test_a_request_that_is_admitted_during_a_drain_is_left_for_another_coordinator() -> None:
+def test_a_request_admitted_during_a_drain_is_left_for_another_coordinator() -> None:
     async def test(case: Case) -> None:
         await case.driver.drain(0)
         _, execution = await case.driver.accept(submission())
@@ -311,13 +311,13 @@ def test_a_request_that_is_admitted_during_a_drain_is_left_for_another_coordinat
     assert not case.queue.claims
 
 
-def test_an_end_is_stored_again_while_the_store_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storing_an_end_is_retried_with_the_same_token(monkeypatch: pytest.MonkeyPatch) -> None:
     finish, attempts = Store.finish, []
 
     async def unavailable_once(store: Store, *arguments: Any, **named: Any) -> list[pb.Event] | None:
         attempts.append(named["token"])
         if len(attempts) == 1:
-            raise Unavailable("is away")
+            raise Unavailable("the store is unavailable")
         return await finish(store, *arguments, **named)
 
     async def test(case: Case) -> None:

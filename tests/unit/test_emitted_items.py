@@ -1,4 +1,4 @@
-"""Items that a worker emits: a reader gets them after their checkpoint is stored, and a retry continues after them."""
+"""Items emitted by workers: delivery after their checkpoint is stored, and retries after items."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LOOP = ServiceSpec(
 
 
 class Store(WorkerSlots):
-    """Slots of workers that all have different numerics."""
+    """Worker slots; each claim returns a worker with another numerics fingerprint."""
 
     def __init__(self) -> None:
         self.claimed = 0
@@ -53,7 +53,7 @@ class Store(WorkerSlots):
 
 
 class DyingWorkers(Connections):
-    """The first worker sends a checkpoint of step 3, emits so many items and is lost; the second one ends the call."""
+    """The first worker sends a checkpoint of step 3 and `items` items, and fails; the second succeeds."""
 
     def __init__(self, items: int) -> None:
         self.items = items
@@ -77,7 +77,7 @@ class DyingWorkers(Connections):
 
 
 class SlowLeases(Leases):
-    """Takes a while to store a checkpoint, and appends to `log` once it has."""
+    """Stores a checkpoint after 50 ms, then appends an entry to `log`."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -89,7 +89,7 @@ class SlowLeases(Leases):
 
 
 class LoggedSink:
-    """A reader that appends each item's index to a log."""
+    """A sink that appends the index of each item to a log."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -100,11 +100,11 @@ class LoggedSink:
 
 
 def run(items: int, max_bytes: int = 1 << 20) -> tuple[list[int], list[str]]:
-    """The steps at which the workers began, and what was stored and delivered, in order."""
+    """First steps of the workers, and the log of stored checkpoints and delivered items."""
     log: list[str] = []
     network = DyingWorkers(items)
 
-    async def story() -> None:
+    async def scenario() -> None:
         workers = Workers(Store(), network, ArtifactMemory(max_bytes))
         recovery = Recovery(SlowLeases(log), "r")
         wiring = Wiring("", LOOP.contract.inputs, LOOP.contract.outputs)
@@ -112,7 +112,7 @@ def run(items: int, max_bytes: int = 1 << 20) -> tuple[list[int], list[str]]:
         assert await runner({}, Call("r", sinks={BLOCKS: LoggedSink(log)})) == {}
         await recovery.step_checkpoint.close()
 
-    asyncio.run(asyncio.wait_for(story(), 20))
+    asyncio.run(asyncio.wait_for(scenario(), 20))
     return network.resumed_at, log
 
 
@@ -120,15 +120,15 @@ def test_an_item_is_delivered_after_its_checkpoint_is_stored() -> None:
     assert run(items=2)[1] == ["checkpoint 3", "item 0", "item 1"]
 
 
-def test_after_an_item_a_worker_of_other_numerics_continues() -> None:
+def test_a_retry_after_an_item_continues_despite_other_numerics() -> None:
     assert run(items=1)[0] == [0, 3]
 
 
-def test_before_the_first_item_a_worker_of_other_numerics_starts_from_step_0() -> None:
+def test_a_retry_before_the_first_item_restarts_if_numerics_differ() -> None:
     assert run(items=0)[0] == [0, 0]
 
 
-def test_items_beyond_the_memory_end_the_request_with_their_slot() -> None:
+def test_items_beyond_the_memory_limit_raise_an_error_with_their_slot() -> None:
     with pytest.raises(ResourceExhausted) as raised:
         run(items=1, max_bytes=-1)
     assert raised.value.field == BLOCKS

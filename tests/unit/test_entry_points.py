@@ -1,4 +1,4 @@
-"""Entry points of a DiT: sharded arguments, gathered results, and the lengths that are known during a call."""
+"""Entry points of a DiT: sharded arguments, gathered results, and segment lengths during a call."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ PLAN = ParallelPlan(
 )
 
 
-class Halves(DiffusionTransformer):
-    """Adds the sum of this rank's text to its image; records what it was called with."""
+class FakeDit(DiffusionTransformer):
+    """A fake DiT that adds the sum of this rank's text to its image and records its calls."""
 
     def __init__(self, scope: SegmentScope) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Halves(DiffusionTransformer):
 
     @entry_point
     def prepare(self, timesteps: Tensor, text: Tensor) -> Prepared:  # type: ignore[override]
-        """The text is a constant."""
+        """Return the text as a constant."""
         self._record("prepare", text)
         return Prepared({"time": timesteps}, {"text": text})
 
@@ -49,7 +49,7 @@ class Halves(DiffusionTransformer):
     def predict(  # type: ignore[override]
         self, image: Tensor, time: Tensor, text: Tensor, *, fails: bool = False
     ) -> Predictions:
-        """The image with the text and the time."""
+        """Return the image plus the time and the sum of the text."""
         self._record("predict", image)
         made = self.tokens(image + time, torch.arange(image.shape[1]), text, fails=fails)
         self._record("predict", image)
@@ -57,7 +57,7 @@ class Halves(DiffusionTransformer):
 
     @entry_point
     def tokens(self, image: Tensor, positions: Tensor, text: Tensor, *, fails: bool) -> dict[str, Tensor]:
-        """All tokens with the text."""
+        """Return the tokens plus the sum of the text."""
         self._record("tokens", image)
         assert len(positions) == image.shape[1]
         if fails:
@@ -65,7 +65,7 @@ class Halves(DiffusionTransformer):
         return {"image": image + text.sum()}
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """Of the latents alone."""
+        """Return the number of elements of the latents."""
         del constants
         return latents["image"].numel()
 
@@ -73,17 +73,17 @@ class Halves(DiffusionTransformer):
         self.calls.append((method, tensor.shape[1], dict(self.scope.current.lengths)))
 
 
-class Doubled(Halves):
-    """Prepares as the class that it derives from, twice as much text."""
+class DoubledText(FakeDit):
+    """A subclass whose prepare() passes twice the text to its base class."""
 
     @entry_point
     def prepare(self, timesteps: Tensor, text: Tensor) -> Prepared:  # type: ignore[override]
-        """The doubled text."""
+        """Prepare the text twice."""
         return super().prepare(timesteps, torch.cat((text, text), dim=1))
 
 
-class Unrecorded(Halves):
-    """What a compiler can trace."""
+class Unrecorded(FakeDit):
+    """A FakeDit without records, which torch.compile() can trace."""
 
     def _record(self, method: str, tensor: Tensor) -> None:
         pass
@@ -94,12 +94,12 @@ def mesh_of(degrees: Degrees) -> WorkerMesh:
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Halves:
-    """The first of two ranks; the other one has what this one has."""
-    return sharded(monkeypatch, Halves)
+def model(monkeypatch: pytest.MonkeyPatch) -> FakeDit:
+    """The model of the first of two ranks; the fake gather repeats its chunk for the second rank."""
+    return sharded(monkeypatch, FakeDit)
 
 
-def sharded(monkeypatch: pytest.MonkeyPatch, kind: type[Halves]) -> Halves:
+def sharded(monkeypatch: pytest.MonkeyPatch, kind: type[FakeDit]) -> FakeDit:
     def gather(chunk: Tensor, dim: int, sizes: list[int], axis: Axis) -> Tensor:
         assert axis.size == 2
         return torch.cat([chunk.narrow(dim, 0, min(size, chunk.shape[dim])) for size in sizes], dim=dim)
@@ -111,13 +111,13 @@ def sharded(monkeypatch: pytest.MonkeyPatch, kind: type[Halves]) -> Halves:
     return made
 
 
-def predict(model: Halves, tokens: int = 7, text: int = 3, **flags: Any) -> Tensor:
+def predict(model: FakeDit, tokens: int = 7, text: int = 3, **flags: Any) -> Tensor:
     prepared = model.prepare(torch.ones(1, 1), torch.ones(1, text))
     return model.predict(torch.zeros(1, tokens), **prepared.inputs(0), **flags)["image"]
 
 
-def test_calls_get_chunks_and_give_whole_results(model: Halves) -> None:
-    assert predict(model).tolist() == [[3.0] * 7], "time 1 and two of three text tokens"
+def test_calls_get_chunks_and_return_gathered_results(model: FakeDit) -> None:
+    assert predict(model).tolist() == [[3.0] * 7], "1 for the time, 2 for two of three text tokens"
     assert model.calls == [
         ("prepare", 2, {"text": 3}),
         ("predict", 7, {"text": 3}),
@@ -126,8 +126,8 @@ def test_calls_get_chunks_and_give_whole_results(model: Halves) -> None:
     ]
 
 
-def test_requests_that_were_prepared_in_turn_keep_their_lengths(model: Halves) -> None:
-    """As those of two branches of guidance, and of two requests."""
+def test_interleaved_requests_retain_their_segment_lengths(model: FakeDit) -> None:
+    """Calls of guidance branches and of concurrent requests are interleaved."""
     prepared = [model.prepare(torch.ones(1, 1), torch.ones(1, text)) for text in (3, 4)]
     assert [each.lengths for each in prepared] == [{"text": 3}, {"text": 4}]
     assert [each.constants["text"].shape[1] for each in prepared] == [2, 2]
@@ -137,7 +137,7 @@ def test_requests_that_were_prepared_in_turn_keep_their_lengths(model: Halves) -
     assert [lengths["text"] for method, _, lengths in model.calls if method == "tokens"] == [3, 4, 3]
 
 
-def test_lengths_are_forgotten_after_an_exception(model: Halves) -> None:
+def test_lengths_are_reset_after_an_exception(model: FakeDit) -> None:
     with pytest.raises(KeyError, match="no tokens"):
         predict(model, fails=True)
     with pytest.raises(RuntimeError, match="outside a call of an entry point"):
@@ -146,34 +146,34 @@ def test_lengths_are_forgotten_after_an_exception(model: Halves) -> None:
     assert model.calls[-1] == ("predict", 2, {"text": 5})
 
 
-def test_lengths_that_were_prepared_belong_to_a_prediction(model: Halves) -> None:
+def test_a_prediction_requires_the_prepared_lengths(model: FakeDit) -> None:
     prepared = model.prepare(torch.ones(1, 1), torch.ones(1, 3))
     given: dict[str, Any] = {**prepared.row(0), **prepared.constants}
     with pytest.raises(TypeError, match=r"predict\(\) lacks text_length"):
         model.predict(torch.zeros(1, 7), **given)
 
 
-def test_arguments_of_a_segment_have_one_length(model: Halves) -> None:
+def test_arguments_of_a_segment_must_have_one_length(model: FakeDit) -> None:
     with pytest.raises(ValueError, match=r"tokens\(\): positions has 6 tokens, and other arguments of image have 7"):
         model.tokens(torch.zeros(1, 7), torch.arange(6), torch.ones(1, 1), fails=False)
 
 
 def test_a_method_of_a_base_class_is_not_sharded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = sharded(monkeypatch, Doubled)
+    model = sharded(monkeypatch, DoubledText)
     prepared = model.prepare(torch.ones(1, 1), torch.ones(1, 3))
     assert (prepared.lengths, prepared.constants["text"].shape) == ({"text": 3}, (1, 4))
 
 
-def test_one_device_calls_entry_points_as_they_are() -> None:
+def test_entry_points_on_one_device_get_whole_arguments() -> None:
     scope = SegmentScope(1, 0)
-    model = Halves(scope)
+    model = FakeDit(scope)
     with scope.entered({}):
         assert predict(model).tolist() == [[4.0] * 7]
     assert model.calls[2] == ("tokens", 7, {})
 
 
-def test_a_compiler_traces_entry_points() -> None:
-    """On one device, and sharded: predict() is one graph. An error is a break of the graph."""
+def test_entry_points_compile_to_one_graph() -> None:
+    """predict() compiles with `fullgraph=True`, unsharded and with sharded entry points."""
     scope = SegmentScope(1, 0)
     plain, ranks = Unrecorded(scope), Unrecorded(scope)
     shard_entry_points(ranks, PLAN, mesh_of(Degrees()), scope)

@@ -1,4 +1,4 @@
-"""The line of a state follows the write that makes it the request's state, and comes once."""
+"""A state is logged once, after the write that stores it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ RUNNING = "request running state=RUNNING"
 
 
 class Store:
-    """Takes events as the test says: each outcome is an answer or an error. It answers once the test lets it."""
+    """A store whose append() waits for `answers`, then returns or raises the next outcome."""
 
     def __init__(self, *outcomes: Exception | None) -> None:
         self._outcomes = list(outcomes)
-        self.asked = asyncio.Event()
+        self.called = asyncio.Event()
         self.answers = asyncio.Event()
 
     async def append(
         self, request_id: str, events: Sequence[generation_pb2.Event], **_: Any
     ) -> list[generation_pb2.Event] | None:
         del request_id
-        self.asked.set()
+        self.called.set()
         await self.answers.wait()
         outcome = self._outcomes.pop(0) if self._outcomes else None
         if isinstance(outcome, Unavailable):
@@ -50,44 +50,44 @@ def at_info(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "services.coordinator")
 
 
-def test_a_state_that_is_written_again_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    async def story() -> None:
-        store = Store(Unavailable("away"))
+def test_a_retried_state_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        store = Store(Unavailable("unavailable"))
         events = writer_of(store)
         events.add(state_event(State.REQUEST_STATE_RUNNING))
-        await store.asked.wait()
-        assert running_lines(caplog) == 0, "it is not stored yet"
+        await store.called.wait()
+        assert running_lines(caplog) == 0, "the state is not stored yet"
         store.answers.set()
         await events.close()
         assert running_lines(caplog) == 0
         assert await events.rest() == []
         assert running_lines(caplog) == 1
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_state_that_is_refused_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """The request goes on at another coordinator, which logs it."""
+def test_a_refused_state_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Another coordinator runs the request and logs its state."""
 
-    async def story() -> None:
+    async def scenario() -> None:
         store = Store(ValueError("refused"))
         events = writer_of(store)
         events.add(state_event(State.REQUEST_STATE_RUNNING))
-        await store.asked.wait()
+        await store.called.wait()
         store.answers.set()
         await events.close()
         await events.rest()
         assert running_lines(caplog) == 0
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_state_that_is_written_with_the_end_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    async def story() -> None:
+def test_a_state_stored_with_the_end_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
         store = Store()
         events = writer_of(store)
         events.progress("text_encoding", 0, 1)
-        await store.asked.wait()
+        await store.called.wait()
         events.add(state_event(State.REQUEST_STATE_RUNNING))
         closing = asyncio.create_task(events.close())
         await asyncio.sleep(0)
@@ -98,4 +98,4 @@ def test_a_state_that_is_written_with_the_end_is_logged(caplog: pytest.LogCaptur
         events.report_written_with_end()
         assert running_lines(caplog) == 1
 
-    asyncio.run(story())
+    asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""The fake CUDA graphs of tests behave as CUDA's do, where a test of step memory depends on it."""
+"""The fake CUDA graphs behave as CUDA graphs where tests of step memory depend on it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_capture_computes_nothing() -> None:
 
 
 def test_a_replay_reads_addresses_and_runs_no_python() -> None:
-    """A tensor that is put in the place of another is not read; one that is overwritten is, also through a view."""
+    """A replay reads tensors that were overwritten in place, also through views, but no replacements."""
     given = {"x": torch.ones(2, 3), "row": torch.ones(2)}
     calls: list[int] = []
 
@@ -48,7 +48,7 @@ def test_a_replay_reads_addresses_and_runs_no_python() -> None:
     assert calls == [0]
 
 
-def test_a_graph_does_not_own_memory_from_outside() -> None:
+def test_a_graph_does_not_own_its_input_memory() -> None:
     given = [torch.ones(3)]
     made, _ = captured(FakeCapture(), lambda: given[0] * 2)
     made.graph.replay()

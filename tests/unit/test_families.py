@@ -1,4 +1,4 @@
-"""The README's table of families is that of the registry."""
+"""The README's table of families equals the table of the registry."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def test_the_readme_has_the_table_of_the_registry(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("cell", ["`WanDMDPipeline`", "| hybrid |", "tp, ulysses |", "`image_15`", "PNG with alpha"])
-def test_an_edit_of_the_table_is_found(registry: Registry, cell: str) -> None:
+def test_an_edit_of_the_table_is_detected(registry: Registry, cell: str) -> None:
     text = families.README.read_text()
     edited = text.replace(cell, "edited")
     assert edited != text
     assert families.PART.replaced(edited, families.table(registry)) == text
 
 
-def test_facts_of_a_family_are_read_and_not_written(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_computed_from_the_configs(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     before = families.table(registry)
     monkeypatch.setattr(FluxPipelineConfig, "branches", ("positive",))
     monkeypatch.setattr(FluxPipelineConfig, "deviations", "")
@@ -39,7 +39,7 @@ def test_facts_of_a_family_are_read_and_not_written(registry: Registry, monkeypa
     assert "| tp, ulysses, ring | each step | nothing |" in row
 
 
-def test_a_config_without_a_title_is_a_defect(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_without_a_title_is_refused(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FluxPipelineConfig, "title", "")
     with pytest.raises(ValueError, match="title: FluxPipelineConfig has none"):
         families.table(registry)
@@ -51,7 +51,7 @@ def test_configs_that_differ_cannot_share_a_row(registry: Registry, monkeypatch:
         families.table(registry)
 
 
-def test_a_variant_that_no_checkpoint_has_is_a_defect() -> None:
+def test_a_variant_without_a_checkpoint_is_refused() -> None:
     registry = load_registry()
     registry.register_configs("FluxPipeline", variant="other", sampling_params="a:A", pipeline_config="b:B")
     with pytest.raises(LookupError, match="variant: 'other' of FluxPipeline"):

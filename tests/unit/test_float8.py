@@ -1,4 +1,4 @@
-"""Linear layers in 8-bit floats: how far values may be off, which layers can, and who is refused."""
+"""Linear layers in float8: rounding errors, supported layers, and refused devices and dtypes."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
-def widened(values: Tensor, scale: Tensor) -> Tensor:
+def dequantized(values: Tensor, scale: Tensor) -> Tensor:
     return values.float() * scale.view(-1, 1)
 
 
-def by_definition(x: Tensor, layer: Linear) -> Tensor:
-    """The product that a quantised layer stands for, written out."""
+def reference_linear(x: Tensor, layer: Linear) -> Tensor:
+    """Reference result of a quantised layer: GEMM of dequantised rows and dequantised weight."""
     assert layer.scale is not None
-    rows = widened(*quantize_rows(x.flatten(0, -2))).view(x.shape)
-    return linear(rows, widened(layer.weight, layer.scale), layer.bias)
+    rows = dequantized(*quantize_rows(x.flatten(0, -2))).view(x.shape)
+    return linear(rows, dequantized(layer.weight, layer.scale), layer.bias)
 
 
-def test_a_value_is_off_by_a_sixteenth_of_itself_at_most() -> None:
-    """Three bits of mantissa; below the normal numbers the step is 2**-9 of the row's scale."""
+def test_rounding_errors_are_at_most_one_sixteenth_of_the_value() -> None:
+    """The mantissa has three bits; subnormal numbers have steps of 2**-9 times the row's scale."""
     x = torch.randn(32, 256) * torch.logspace(-3, 3, 32)[:, None]
     values, scale = quantize_rows(x)
     assert (values.dtype, scale.dtype, scale.shape) == (FLOAT8, torch.float32, (32, 1))
     bound = torch.maximum(x.abs() / 16, scale * 2**-10) * (1 + 1e-6)
-    assert bool(((widened(values, scale) - x).abs() <= bound).all())
-    assert torch.equal(values.float().abs().amax(-1), torch.full((32,), LARGEST)), "rows use the whole range"
+    assert bool(((dequantized(values, scale) - x).abs() <= bound).all())
+    assert torch.equal(values.float().abs().amax(-1), torch.full((32,), LARGEST)), "each row must use the whole range"
 
 
-def test_rows_do_not_see_each_other() -> None:
+def test_rows_are_quantised_independently() -> None:
     x = torch.randn(4, 64)
     values, scale = quantize_rows(x)
     alone, own = quantize_rows(x[2:3] * 1024)
@@ -70,22 +70,22 @@ def test_rows_do_not_see_each_other() -> None:
     torch.testing.assert_close(own, scale[2:3] * 1024)
 
 
-def test_rows_of_zeros_stay_zeros() -> None:
+def test_zero_rows_stay_zero() -> None:
     values, scale = quantize_rows(torch.zeros(2, 8))
-    assert not widened(values, scale).any()
+    assert not dequantized(values, scale).any()
 
 
-def product_by_rows(
+def scaled_mm_by_rows(
     x: Tensor, weight: Tensor, *, scale_a: Tensor, scale_b: Tensor, bias: Tensor, out: Tensor, **_: object
 ) -> None:
-    """What torch has of its product with scales of rows, for CPUs before torch 2.13, which have it for CUDA alone."""
+    """torch._scaled_mm() with row-wise scales for CPUs; torch before 2.13 has it only for CUDA."""
     out.copy_((x.float() @ weight.float()) * scale_a * scale_b + bias)
 
 
-def test_the_librarys_product_is_the_one_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call that CUDA gets, on the CPU: layouts, scales and bias are as it wants them."""
+def test_scaled_multiply_matches_float8_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU gets the same `_scaled_mm()` call as CUDA: layouts, scales and bias."""
     if TorchVersion(torch.__version__) < "2.13":
-        monkeypatch.setattr(torch, "_scaled_mm", product_by_rows)
+        monkeypatch.setattr(torch, "_scaled_mm", scaled_mm_by_rows)
     x, weight = torch.randn(5, IN).bfloat16(), torch.randn(OUT, IN).bfloat16()
     bias = torch.randn(OUT).bfloat16()
     values, scale = quantize_rows(weight)
@@ -94,7 +94,7 @@ def test_the_librarys_product_is_the_one_that_is_meant(monkeypatch: pytest.Monke
 
 
 def layers() -> dict[str, Callable[[], Linear]]:
-    """Every kind of linear layer, as one rank has it."""
+    """Constructors of all kinds of linear layers, on one rank."""
     return {
         "linear": lambda: Linear(IN, OUT),
         "column": lambda: ColumnParallelLinear(IN, (OUT,), Axis()),
@@ -103,13 +103,13 @@ def layers() -> dict[str, Callable[[], Linear]]:
 
 
 @pytest.mark.parametrize("kind", layers())
-def test_a_layer_keeps_its_methods(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_parallel, "all_reduce", lambda x, _: x)  # One rank's sum needs no group.
+def test_methods_of_a_quantised_layer_match_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_parallel, "all_reduce", lambda x, _: x)  # One rank needs no process group.
     layer, x = layers()[kind](), torch.randn(2, 5, IN)
     exact = layer(x)
     layer.quantize()
     assert (layer.weight.dtype, layer.weight.shape) == (FLOAT8, (OUT, IN))
-    expected = by_definition(x, layer)
+    expected = reference_linear(x, layer)
     assert 1e-3 < relative_error(expected, exact) < 5e-2
     torch.testing.assert_close(layer(x), expected)
     out = torch.zeros(2, 7, OUT)
@@ -122,7 +122,7 @@ def test_a_layer_keeps_its_methods(kind: str, monkeypatch: pytest.MonkeyPatch) -
     assert layer(x[:, :0]).shape == (2, 0, OUT)
 
 
-def test_joined_layers_make_what_each_of_them_makes() -> None:
+def test_joined_layers_match_their_parts() -> None:
     each, x = [Linear(IN, OUT) for _ in range(2)], torch.randn(2, 3, IN)
     for layer in each:
         layer.quantize()
@@ -136,21 +136,21 @@ def test_joined_layers_make_what_each_of_them_makes() -> None:
         torch.testing.assert_close(out, expected)
 
 
-def test_layers_of_two_kinds_are_not_joined() -> None:
+def test_float8_and_float32_layers_are_not_joined() -> None:
     one, other = Linear(IN, OUT), Linear(IN, OUT)
     one.quantize()
     with pytest.raises(ValueError, match="cannot be joined"):
         JoinedLinear((one, other))
 
 
-def test_only_the_layers_that_are_named_are_quantised() -> None:
+def test_only_named_layers_are_quantised() -> None:
     model = nn.ModuleDict({"a": Linear(IN, OUT), "b": Linear(IN, OUT)})
     quantize_linears(model, ("a",))
     assert (model["a"].weight.dtype, model["b"].weight.dtype) == (FLOAT8, torch.float32)
     assert list(model.state_dict()) == ["a.weight", "a.bias", "b.weight", "b.bias"]
 
 
-def test_a_device_without_8_bit_floats_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_float8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
     with pytest.raises(FailedPrecondition, match=r"compute capability 8\.9 or higher; A100 has 8\.0") as caught:
@@ -159,24 +159,24 @@ def test_a_device_without_8_bit_floats_is_refused(monkeypatch: pytest.MonkeyPatc
     check_float8(CPU, torch.float32)
 
 
-def test_other_types_beside_it_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_with_float8_layers_is_refused_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     check_float8(CUDA, torch.bfloat16)
     with pytest.raises(InvalidInput, match="does not support dtype float32 on CUDA; use dtype bfloat16"):
         check_float8(CUDA, torch.float32)
 
 
-def test_layers_that_do_not_divide_are_refused() -> None:
+def test_layer_sizes_must_be_multiples_of_16_on_cuda() -> None:
     check_sizes("a", (32, 48), CUDA)
     check_sizes("a", (32, 50), CPU)
     with pytest.raises(InvalidInput, match=r"multiples of 16; blocks\.0\.a is 32 x 50"):
         check_sizes("blocks.0.a", (32, 50), CUDA)
 
 
-def test_numerics_differ() -> None:
-    prints = {
+def test_numerics_fingerprints_depend_on_the_approximation() -> None:
+    fingerprints = {
         numerics_fingerprint(CPU, torch.bfloat16, approximation=approximation)
         for approximation in (Approximation(), Approximation("float8"), Approximation(step_cache_threshold=0.1))
     }
-    assert len(prints) == 3
-    assert numerics_fingerprint(CPU, torch.bfloat16) in prints
+    assert len(fingerprints) == 3
+    assert numerics_fingerprint(CPU, torch.bfloat16) in fingerprints

@@ -1,4 +1,4 @@
-"""What a stage tells while it runs becomes frames without holding the stage up."""
+"""Reports of a running stage become frames without blocking the stage."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def block(value: int) -> Latents:
     return state(value).latents
 
 
-class Withheld(TorchTensors):
-    """Reads a checkpoint's tensors only once the stage has gone on."""
+class BlockedTensors(TorchTensors):
+    """Reads the tensors of a checkpoint only after the stage has continued."""
 
-    def __init__(self, gone_on: threading.Event) -> None:
-        self._gone_on = gone_on
+    def __init__(self, continued: threading.Event) -> None:
+        self._continued = continued
 
     def view(self, path: str, value: Any) -> Any:
-        assert self._gone_on.wait(20), "the stage waits for its checkpoint to be made into frames"
+        assert self._continued.wait(20), "the stage must not wait for the frames of its checkpoint"
         return super().view(path, value)
 
 
 def kinds(frames: list[bytes]) -> list[str]:
-    """What each frame is: a chunk, or the other kind with its index or step."""
+    """Kind of each frame, with the index of an item or the step of a checkpoint."""
     found = []
     for raw in frames:
         if read_chunk(raw) is not None:
@@ -60,7 +60,7 @@ def kinds(frames: list[bytes]) -> list[str]:
 
 
 def frames_of(stage: Callable[[Call], None], **more: Any) -> list[str]:
-    """The frames that a stage's reports become, read once the stage has ended."""
+    """Kinds of the frames of a stage, read after the stage has ended."""
 
     async def main() -> list[bytes]:
         reporter = FrameReporter(denoising_pb2.DenoiseResponse, TorchTensors(), **more)
@@ -71,8 +71,8 @@ def frames_of(stage: Callable[[Call], None], **more: Any) -> list[str]:
     return kinds(asyncio.run(main()))
 
 
-def test_the_newest_checkpoint_replaces_the_one_that_waits() -> None:
-    """So that an item is never ahead of the checkpoint that came before it, and one checkpoint waits at most."""
+def test_the_newest_checkpoint_replaces_a_pending_one() -> None:
+    """The newest checkpoint takes the position of the pending one, so no item precedes its checkpoint."""
 
     def stage(call: Call) -> None:
         call.checkpoint(state(1))
@@ -84,7 +84,7 @@ def test_the_newest_checkpoint_replaces_the_one_that_waits() -> None:
     assert frames_of(stage) == ["checkpoint 1", *three, "denoised_blocks 0", *three, "denoised_blocks 1", *three]
 
 
-def test_a_caller_that_reads_no_items_gets_checkpoints_in_the_frames_that_it_knows() -> None:
+def test_a_caller_without_item_support_gets_legacy_checkpoint_frames() -> None:
     def stage(call: Call) -> None:
         call.checkpoint(state(1))
         call.emit("denoised_blocks", block(1))
@@ -92,8 +92,8 @@ def test_a_caller_that_reads_no_items_gets_checkpoints_in_the_frames_that_it_kno
     assert frames_of(stage, sends_items=False) == ["old checkpoint 1", *["chunk"] * 3]
 
 
-def test_a_stage_waits_for_a_slow_caller_within_a_bound_in_bytes() -> None:
-    """One item within the bound has been emitted beside the one that is sent, and the stage waits with the next."""
+def test_a_stage_waits_for_a_slow_caller_at_the_byte_limit() -> None:
+    """At most one item is pending besides the item being sent; the stage waits before the next item."""
 
     async def main() -> None:
         emitted: list[int] = []
@@ -107,12 +107,12 @@ def test_a_stage_waits_for_a_slow_caller_within_a_bound_in_bytes() -> None:
 
         running = asyncio.create_task(asyncio.to_thread(stage))
         running.add_done_callback(lambda _: reporter.end())
-        taken = 0
+        received = 0
         async for frame in reporter.frames():
             await asyncio.sleep(0.05)
-            taken += kinds([frame])[0].startswith("denoised_blocks")
-            assert len(emitted) <= taken + 1
-        assert taken == 5
+            received += kinds([frame])[0].startswith("denoised_blocks")
+            assert len(emitted) <= received + 1
+        assert received == 5
         await running
 
     async def timed() -> None:
@@ -133,7 +133,7 @@ def test_a_cancelled_stage_does_not_wait_for_its_caller() -> None:
 
         running = asyncio.create_task(asyncio.to_thread(stage))
         await asyncio.sleep(0.1)
-        assert not running.done(), "there is no room for the item"
+        assert not running.done(), "the item exceeds the byte limit"
         call.cancelled.set()
         with pytest.raises(Cancelled):
             await running
@@ -145,16 +145,16 @@ def test_a_cancelled_stage_does_not_wait_for_its_caller() -> None:
     asyncio.run(timed())
 
 
-def test_a_checkpoint_does_not_hold_its_loop_up() -> None:
+def test_a_checkpoint_does_not_block_the_denoising_loop() -> None:
     async def main() -> list[bytes]:
-        gone_on = threading.Event()
-        reporter = FrameReporter(denoising_pb2.DenoiseResponse, Withheld(gone_on))
+        continued = threading.Event()
+        reporter = FrameReporter(denoising_pb2.DenoiseResponse, BlockedTensors(continued))
         call = reporter.listen(Call("r"))
 
         def stage() -> None:
             call.checkpoint(state(1))
-            call.checkpoint(state(2))  # in the place of the one before, which still waits
-            gone_on.set()
+            call.checkpoint(state(2))  # replaces the pending checkpoint
+            continued.set()
             call.progress(2, 2)
 
         await asyncio.to_thread(stage)

@@ -1,4 +1,4 @@
-"""Frames are the bytes that protobuf would write, and nothing that contradicts itself gets past the door."""
+"""Frames equal protobuf's serialisation; inconsistent headers and chunks are refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FRAMES = (
     data=st.binary(max_size=300),
     kind=st.sampled_from(FRAMES),
 )
-def test_chunk_frames_are_protobufs(path: str, offset: int, data: bytes, kind: Any) -> None:
+def test_chunk_frames_equal_protobuf_serialisation(path: str, offset: int, data: bytes, kind: Any) -> None:
     raw = chunk_frame(path, offset, memoryview(data))
     chunk = kind.FromString(raw).chunk
     assert (chunk.path, chunk.offset, chunk.data) == (path, offset, data)
@@ -62,7 +62,7 @@ def test_chunk_frames_are_protobufs(path: str, offset: int, data: bytes, kind: A
 
 @settings(max_examples=300)
 @given(raw=st.binary(max_size=60), tail=st.binary(max_size=8), cut=st.integers(0, 40))
-def test_reading_a_chunk_never_disagrees_with_protobuf(raw: bytes, tail: bytes, cut: int) -> None:
+def test_read_chunk_agrees_with_protobuf(raw: bytes, tail: bytes, cut: int) -> None:
     for mangled in (raw, b"\x12" + raw, chunk_frame("a.b", 5, raw)[:cut] + tail):
         view = read_chunk(mangled)
         if view is not None:
@@ -70,7 +70,7 @@ def test_reading_a_chunk_never_disagrees_with_protobuf(raw: bytes, tail: bytes, 
             assert (chunk.path, chunk.offset, chunk.data) == (view.path, view.offset, bytes(view.data))
 
 
-def test_other_layouts_are_left_to_protobuf() -> None:
+def test_read_chunk_returns_none_for_other_layouts() -> None:
     reordered = b"\x12\x08" + b"\x1a\x01z" + b"\x10\x05" + b"\x0a\x01p"
     assert denoising_pb2.DenoiseRequest.FromString(reordered).chunk.path == "p"
     assert read_chunk(reordered) is None
@@ -84,7 +84,7 @@ def conditioning_packet() -> tuple[torch.Tensor, Packet]:
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-def test_packet_survives_its_frames(pooled: bool) -> None:
+def test_a_packet_round_trips_through_its_frames(pooled: bool) -> None:
     tensor, packet = conditioning_packet()
     frames = list(chunk_frames(packet.chunks))
     assert len(frames) == 2
@@ -108,7 +108,7 @@ def test_packet_survives_its_frames(pooled: bool) -> None:
     lease.close()
 
 
-def test_renamed_packet_travels_under_its_new_path() -> None:
+def test_a_renamed_packet_uses_its_new_path() -> None:
     state = StepCheckpoint(
         step=2, latents=Latents(parts={"image": LatentPart(latents=torch.rand(1 << 16), raw_latent_shape=(1 << 16,))})
     )
@@ -127,7 +127,7 @@ def tensor(**fields: Any) -> pb.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "message"),
     [
         (tensor(dtype=pb.DTYPE_UNSPECIFIED), "not a Dtype"),
         (tensor(dtype=99), "not a Dtype"),
@@ -141,14 +141,14 @@ def tensor(**fields: Any) -> pb.Tensor:
         (tensor(shape=[0], byte_size=0), "must be inline"),
     ],
 )
-def test_a_tensor_that_contradicts_itself_is_refused(wrong: pb.Tensor, words: str) -> None:
+def test_an_inconsistent_tensor_description_is_refused(wrong: pb.Tensor, message: str) -> None:
     header = denoising_pb2.DenoiseInputs(text_conditioning=pb.Conditioning(prompt_embeds={"x": wrong}))
-    with pytest.raises(InvalidInput, match=words) as caught:
+    with pytest.raises(InvalidInput, match=message) as caught:
         described_tensors("", header, CallLimits())
     assert caught.value.field == PATH
 
 
-def test_limits_are_kept() -> None:
+def test_limits_of_a_call_are_enforced() -> None:
     header = pb.Conditioning(prompt_embeds={"x": tensor(), "y": tensor()})
     with pytest.raises(ResourceExhausted, match=r"c\.prompt_embeds\.y brings"):
         described_tensors("c", header, CallLimits(total_bytes=SIZE))
@@ -163,7 +163,7 @@ def view(offset: int, size: int, path: str = PATH) -> ChunkView:
 
 
 @pytest.mark.parametrize(
-    ("chunks", "words"),
+    ("chunks", "message"),
     [
         ([view(0, 9, "elsewhere")], "does not announce"),
         ([view(5, 9)], "begins at 5; 0 is next"),
@@ -177,15 +177,15 @@ def view(offset: int, size: int, path: str = PATH) -> ChunkView:
         ([view(0, CHUNK_BYTES), view(CHUNK_BYTES, SIZE - CHUNK_BYTES)], "has checksum"),
     ],
 )
-def test_chunks_that_do_not_make_the_payload_are_refused(chunks: list[ChunkView], words: str) -> None:
+def test_chunks_that_do_not_match_the_payload_are_refused(chunks: list[ChunkView], message: str) -> None:
     assembler = Assembler({PATH: tensor(checksum=checksum((b"other",)))}, KeptFrames)
-    with pytest.raises(InvalidInput, match=words):  # noqa: PT012 -- which step refuses differs
+    with pytest.raises(InvalidInput, match=message):  # noqa: PT012 -- the step that raises differs
         for chunk in chunks:
             assembler.add(chunk)
         assembler.finish()
 
 
-def test_buffers_are_used_again_once_nothing_refers_to_them() -> None:
+def test_unreferenced_buffers_are_reused() -> None:
     pool = BufferPool(idle_bytes=8 << 20)
     lease = pool.lease()
     buffer, window = lease.take(SIZE)
@@ -199,16 +199,16 @@ def test_buffers_are_used_again_once_nothing_refers_to_them() -> None:
     again = pool.lease()
     buffer, _ = again.take(SIZE)
     assert id(buffer) == first
-    kept = torch.frombuffer(buffer, dtype=torch.uint8)
+    alias = torch.frombuffer(buffer, dtype=torch.uint8)
     del buffer
     again.close()
-    assert pool.idle_bytes == 0  # The tensor still lies over it.
-    kept.fill_(3)
+    assert pool.idle_bytes == 0  # The tensor still refers to the buffer.
+    alias.fill_(3)
     gc.collect()
 
 
 @pytest.mark.parametrize(("wanted", "reused"), [(4 << 20, True), ((2 << 20) + 1, True), (1 << 20, False)])
-def test_a_buffer_is_not_wasted_on_little(wanted: int, reused: bool) -> None:
+def test_large_buffers_are_not_reused_for_small_sizes(wanted: int, reused: bool) -> None:
     pool = BufferPool()
     lease = pool.lease()
     lease.take(4 << 20)

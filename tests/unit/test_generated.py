@@ -1,4 +1,4 @@
-"""The committed stubs are those of the protos, and a breaking change of the public contract is refused."""
+"""Committed stubs match the protos; buf refuses breaking changes of the public API."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import stubs
 from release import PROTOS
 
 FIRST = stubs.ROOT / "tests" / "golden" / "fleet-v1.binpb"
-"""Protos of before the first release."""
+"""Descriptors of the protos before the first release."""
 BASELINES = {"first": FIRST, "release": PROTOS}
 
 
@@ -40,7 +40,7 @@ def _edited(folder: Path, old: str, new: str) -> Path:
     return copy
 
 
-def test_stubs_are_those_of_the_protos(tmp_path: Path) -> None:
+def test_committed_stubs_match_the_protos(tmp_path: Path) -> None:
     stubs.generate(tmp_path)
     made, committed = _files(tmp_path), _files(stubs.PROTO)
     assert made.keys() == committed.keys()
@@ -49,25 +49,25 @@ def test_stubs_are_those_of_the_protos(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("baseline", BASELINES.values(), ids=BASELINES)
-def test_the_contract_has_not_been_broken(baseline: Path) -> None:
+def test_protos_have_no_breaking_change(baseline: Path) -> None:
     result = _buf("breaking", stubs.PROTO, "--against", baseline)
     assert result.returncode == 0, result.stdout
 
 
-def test_lint_compares_with_the_latest_release() -> None:
+def test_lint_compares_with_all_baselines() -> None:
     tasks = tomllib.loads((stubs.ROOT / "pyproject.toml").read_text())["tool"]["poe"]["tasks"]
     against = [path for path in BASELINES.values() if str(path.relative_to(stubs.ROOT)) in str(tasks["lint"])]
     assert against == list(BASELINES.values())
 
 
-def test_removing_a_field_is_a_break(tmp_path: Path) -> None:
+def test_removing_a_field_is_a_breaking_change(tmp_path: Path) -> None:
     proto = _edited(tmp_path, "string request_id = 1;", "string request_key = 1;")
     result = _buf("breaking", proto, "--against", PROTOS)
     assert result.returncode != 0
     assert "request_id" in result.stdout
 
 
-def test_adding_a_field_is_none(tmp_path: Path) -> None:
+def test_adding_a_field_is_not_a_breaking_change(tmp_path: Path) -> None:
     new = "string request_id = 1;\n  // New.\n  string added_later = 1000;"
     result = _buf("breaking", _edited(tmp_path, "string request_id = 1;", new), "--against", PROTOS)
     assert result.returncode == 0, result.stdout

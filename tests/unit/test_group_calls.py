@@ -1,4 +1,4 @@
-"""Calls of a worker group, with a follower in a thread: all ranks run the same, and stop at the same place."""
+"""Calls of a worker group with a follower thread: ranks run the same calls and stop at the same step."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ TOTAL_BYTES = 1 << 28
 
 
 class Abandoned(BaseException):
-    """In place of the end of the process."""
+    """Raised in place of the exit of the process."""
 
 
 @dataclass
 class Ranks:
-    """Rank 0, and what became of the follower's thread."""
+    """Rank 0, its link to the follower, and the end and the errors of the follower thread."""
 
     leading: LeadingStages
     link: Link
@@ -42,7 +42,7 @@ class Ranks:
     errors: list[OutOfStep] = field(default_factory=list)
 
     def run(self, call: Call | None = None, count: int = 100_000) -> torch.Tensor:
-        """One call; returns the latents."""
+        """Run one call and return its latents."""
         outputs = self.leading.run(artifacts(count), call or Call("r1"))
         latents: torch.Tensor = outputs["denoised_latents"].parts["image"].latents
         return latents
@@ -55,7 +55,7 @@ def hosted(script: Script) -> HostedVariants:
 
 @contextmanager
 def two_ranks(leads: Script, follows: Script | None = None) -> Iterator[Ranks]:
-    """A group of two whose stages run these scripts; by default the same one."""
+    """A group of two ranks that run these scripts; `follows` defaults to `leads`."""
     left, right = socket.socketpair()
 
     def abandon(reason: str) -> NoReturn:
@@ -78,7 +78,7 @@ def two_ranks(leads: Script, follows: Script | None = None) -> Iterator[Ranks]:
     thread.start()
     try:
         yield ranks
-        with suppress(OutOfStep):  # It has ended already.
+        with suppress(OutOfStep):  # the follower may have ended
             ranks.link.send(Kind.END)
     finally:
         left.close()
@@ -86,7 +86,7 @@ def two_ranks(leads: Script, follows: Script | None = None) -> Iterator[Ranks]:
     assert not thread.is_alive()
 
 
-def test_a_follower_gets_the_same_inputs_and_id() -> None:
+def test_a_follower_gets_the_same_inputs_and_request_id() -> None:
     seen: list[tuple[str, StageInput]] = []
     with two_ranks(lambda x, call: seen.append((call.request_id, x))) as ranks:
         for _ in range(2):
@@ -100,7 +100,7 @@ def test_a_follower_gets_the_same_inputs_and_id() -> None:
     assert torch.equal(result, one.initial_latents.parts["image"].latents * 3)
 
 
-def test_all_ranks_name_the_call_in_their_logs() -> None:
+def test_log_records_of_all_ranks_have_the_fields_of_the_call() -> None:
     seen: list[dict[str, str | int]] = []
     trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
     named = log_scope(request_id="r1", model="emoji", stage=SERVICE, attempt=2)
@@ -111,7 +111,7 @@ def test_all_ranks_name_the_call_in_their_logs() -> None:
     whole = {"request_id": "r1", "trace_id": trace_id, "model": "emoji", "stage": SERVICE, "attempt": 2}
     assert seen[:2] == [whole, whole]
     assert sorted(seen[2:], key=len) == [{}, {"request_id": "r2", "stage": SERVICE}], (
-        "nothing is left of the call before"
+        "fields of the previous call must be removed"
     )
 
 
@@ -124,7 +124,7 @@ def test_all_ranks_run_the_variant_of_the_call() -> None:
     assert seen == [("r1", "image"), ("r1", "image"), ("r2", ""), ("r2", "")]
 
 
-def test_a_variant_that_is_not_served_leaves_the_ranks_in_step() -> None:
+def test_an_unknown_variant_leaves_the_ranks_in_step() -> None:
     with two_ranks(do_nothing) as ranks:
         with pytest.raises(InvalidInput, match="'video' is not a variant that denoising serves"):
             ranks.run(Call("r1", variant="video"))
@@ -133,7 +133,7 @@ def test_a_variant_that_is_not_served_leaves_the_ranks_in_step() -> None:
     assert not ranks.errors
 
 
-def test_only_rank_0_reports() -> None:
+def test_only_rank_0_sends_progress_and_warnings() -> None:
     def report(_: StageInput, call: Call) -> None:
         call.warn("prompt", "too long")
         call.progress(1, 3)
@@ -145,8 +145,8 @@ def test_only_rank_0_reports() -> None:
     assert reports == [("prompt", "too long"), (1, 3)]
 
 
-def test_all_ranks_stop_at_the_same_step_when_the_caller_goes() -> None:
-    """The follower runs ahead, and asks before rank 0 has been cancelled."""
+def test_all_ranks_stop_at_the_same_step_after_cancellation() -> None:
+    """The follower runs ahead and checks for cancellation before rank 0 is cancelled."""
     call, steps = Call("r1"), {0: 0, 1: 0}
 
     def loop(rank: int, call_of_rank: Call) -> None:
@@ -167,16 +167,16 @@ def test_all_ranks_stop_at_the_same_step_when_the_caller_goes() -> None:
         assert not ranks.ended.is_set()
 
 
-def test_all_ranks_stop_at_the_item_that_no_reader_takes() -> None:
-    """Rank 0 waits for a slow reader until it is cancelled; step checkpoints are no question, at whatever step."""
+def test_all_ranks_stop_at_the_same_item_after_cancellation() -> None:
+    """Rank 0 waits for a slow reader until cancellation; step checkpoints do not synchronise the ranks."""
     call, items = Call("r1"), {0: 0, 1: 0}
-    taken: list[tuple[str, int]] = []
+    received: list[tuple[str, int]] = []
 
-    def take(slot: str, index: int, _: object) -> None:
+    def receive_item(slot: str, index: int, _: object) -> None:
         if (slot, index) == ("denoised_blocks", 3):
             call.cancelled.set()
             call.check_cancelled()
-        taken.append((slot, index))
+        received.append((slot, index))
 
     def loop(rank: int, call_of_rank: Call) -> None:
         for number in range(10):
@@ -188,10 +188,10 @@ def test_all_ranks_stop_at_the_item_that_no_reader_takes() -> None:
 
     with two_ranks(lambda _, each: loop(0, each), lambda _, each: loop(1, each)) as ranks:
         with pytest.raises(Cancelled, match="request r1 was cancelled"):
-            ranks.run(replace(call, on_item=take))
+            ranks.run(replace(call, on_item=receive_item))
         assert items == {0: 3, 1: 3}
         pairs = [(slot, number) for number in range(4) for slot in (STEP_CHECKPOINTS, "denoised_blocks")]
-        assert taken == pairs[:-1], "rank 0 alone emits; the last block was not taken"
+        assert received == pairs[:-1], "only rank 0 emits; the last block is not received"
         call.cancelled.clear()
         ranks.run(Call("r2"))
         assert items == {0: 10, 1: 10}
@@ -199,7 +199,7 @@ def test_all_ranks_stop_at_the_item_that_no_reader_takes() -> None:
 
 
 def test_all_ranks_hand_over_at_the_same_step() -> None:
-    """The follower runs ahead. Afterwards the group takes the next call."""
+    """The follower runs ahead; after the hand-over, the group runs the next call."""
     call, steps = Call("r1"), {0: 0, 1: 0}
 
     def loop(rank: int, call_of_rank: Call) -> None:
@@ -228,19 +228,19 @@ def refuse_otherwise(*_: object) -> NoReturn:
     raise InvalidInput("no such latents", field="resume_from.latents")
 
 
-def break_down(*_: object) -> NoReturn:
+def crash(*_: object) -> NoReturn:
     raise RuntimeError("out of memory")
 
 
-def test_an_error_that_all_ranks_raise_alike_is_an_answer() -> None:
+def test_an_error_that_all_ranks_raise_is_returned_to_the_caller() -> None:
     calls: list[str] = []
 
-    def at_first(_: StageInput, call: Call) -> None:
+    def refuse_bad_request(_: StageInput, call: Call) -> None:
         calls.append(call.request_id)
         if call.request_id == "bad":
             refuse()
 
-    with two_ranks(at_first) as ranks:
+    with two_ranks(refuse_bad_request) as ranks:
         with pytest.raises(InvalidInput, match="no such step") as caught:
             ranks.run(Call("bad"))
         assert caught.value.field == "resume_from.step"
@@ -248,15 +248,15 @@ def test_an_error_that_all_ranks_raise_alike_is_an_answer() -> None:
     assert sorted(calls) == ["bad", "bad", "good", "good"]
 
 
-def test_an_error_on_one_rank_alone_ends_the_group() -> None:
+def test_an_error_on_one_rank_only_ends_the_group() -> None:
     for leads, follows in ((do_nothing, refuse), (refuse, do_nothing), (refuse, refuse_otherwise)):
         with two_ranks(leads, follows) as ranks, pytest.raises(Abandoned):
             ranks.run()
         assert len(ranks.errors) == 1
 
 
-@pytest.mark.parametrize(("leads", "follows"), [(break_down, do_nothing), (do_nothing, break_down)])
-def test_a_rank_that_breaks_down_ends_the_group(leads: Script, follows: Script) -> None:
+@pytest.mark.parametrize(("leads", "follows"), [(crash, do_nothing), (do_nothing, crash)])
+def test_an_unexpected_error_of_a_rank_ends_the_group(leads: Script, follows: Script) -> None:
     with two_ranks(leads, follows) as ranks, pytest.raises(Abandoned):
         ranks.run()
     assert len(ranks.errors) == 1
@@ -266,7 +266,7 @@ def _sleep_until(opened: threading.Event) -> None:
     opened.wait(20)
 
 
-def test_a_rank_that_never_ends_a_call_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_for_an_outcome_has_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "SETTLE_SECONDS", 0.05)
     opened = threading.Event()
     with two_ranks(do_nothing, lambda *_: _sleep_until(opened)) as ranks:
@@ -275,18 +275,18 @@ def test_a_rank_that_never_ends_a_call_is_not_waited_for(monkeypatch: pytest.Mon
         opened.set()
 
 
-def test_ranks_that_ask_unequally_often_end_the_group() -> None:
-    with two_ranks(ask_twice, do_nothing) as ranks:
-        with suppress(Abandoned):  # Or the result, which is right, if rank 0 was faster.
+def test_unequal_numbers_of_checks_end_the_group() -> None:
+    with two_ranks(check_twice, do_nothing) as ranks:
+        with suppress(Abandoned):  # rank 0 may return its result first
             ranks.run()
         assert ranks.ended.wait(20)
     assert "sent message 4 where OUTCOME should come" in str(ranks.errors[0])
-    with two_ranks(do_nothing, ask_twice) as ranks, pytest.raises(Abandoned):
+    with two_ranks(do_nothing, check_twice) as ranks, pytest.raises(Abandoned):
         ranks.run()
     assert "sent message 5 where CHECK should come" in str(ranks.errors[0])
 
 
-def test_what_is_no_text_leaves_a_group_out_of_step_and_nothing_else() -> None:
+def test_invalid_utf8_in_messages_raises_out_of_step() -> None:
     with two_ranks(do_nothing) as ranks:
         ranks.link.send(Kind.CALL, b"\xff")
         ranks.link.send(Kind.END)
@@ -299,20 +299,20 @@ def test_what_is_no_text_leaves_a_group_out_of_step_and_nothing_else() -> None:
             group.compare(Link(1, here), b"")
 
 
-def ask_twice(_: StageInput, call: Call) -> None:
+def check_twice(_: StageInput, call: Call) -> None:
     call.check_cancelled()
     call.check_cancelled()
 
 
-def test_errors_travel_as_what_they_are() -> None:
+def test_errors_round_trip_between_ranks() -> None:
     for error in (Cancelled("request ä was cancelled"), DeadlineExceeded("late\nvery")):
-        again = stop_of(outcome(error))
-        assert (type(again), again.message) == (type(error), error.message)
+        restored = stop_of(outcome(error))
+        assert (type(restored), restored.message) == (type(error), error.message)
     with pytest.raises(ValueError, match="does not stop a call"):
         stop_of(outcome(FleetError("x")))
 
 
-def test_calls_agree_by_what_they_receive() -> None:
+def test_leading_and_following_calls_stop_at_the_same_check() -> None:
     answers: list[bytes] = []
     leading = LeadingCall("r1", tell=answers.append)
     leading.check_cancelled()

@@ -1,4 +1,4 @@
-"""The side channel between ranks: what it takes for a loss, and what it does not."""
+"""The side channel between ranks: detection of lost ranks, and events that are not a loss."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pytest
 from services.denoising.launcher import _is_stopped
 from services.denoising.liveness import LOST, Liveness, Watch
 
-WAIT = 20  # seconds, for what must come
+WAIT = 20  # timeout of expected events, in seconds
 
 
 @dataclass
-class Seen:
-    """What a side channel called back with."""
+class Callbacks:
+    """Recorded callbacks of a side channel."""
 
     reasons: list[str] = field(default_factory=list)
     lost: threading.Event = field(default_factory=threading.Event)
@@ -32,7 +32,7 @@ class Seen:
         self.lost.set()
 
     def start(self, liveness: Liveness) -> Liveness:
-        """Start it, calling back here."""
+        """Start `liveness` with these callbacks."""
         liveness.start(on_lost=self.on_lost, on_leaving=self.leaving.set)
         return liveness
 
@@ -49,7 +49,7 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
     right.close()
 
 
-def test_silence_is_counted_from_the_last_sign_of_life() -> None:
+def test_silence_is_counted_from_the_last_heartbeat() -> None:
     watch = Watch([1, 2], 8.0, 0.0)
     for now in range(1, 9):
         watch.hear(1, float(now))
@@ -61,7 +61,7 @@ def test_silence_is_counted_from_the_last_sign_of_life() -> None:
     assert watch.silent(16.1) == 1
 
 
-def test_a_watcher_that_slept_blames_nobody() -> None:
+def test_a_suspended_watcher_reports_no_loss() -> None:
     watch = Watch([1], 8.0, 0.0)
     assert watch.silent(100.0) is None
     assert watch.silent(103.0) is None
@@ -69,8 +69,8 @@ def test_a_watcher_that_slept_blames_nobody() -> None:
     assert watch.silent(108.1) == 1
 
 
-def test_a_connection_that_ends_is_a_loss(ends: tuple[socket.socket, socket.socket]) -> None:
-    seen = Seen()
+def test_a_closed_connection_is_a_loss(ends: tuple[socket.socket, socket.socket]) -> None:
+    seen = Callbacks()
     liveness = seen.start(channel(3, ends[0]))
     ends[1].close()
     assert seen.lost.wait(WAIT)
@@ -78,16 +78,16 @@ def test_a_connection_that_ends_is_a_loss(ends: tuple[socket.socket, socket.sock
     liveness.end()
 
 
-def test_a_peer_that_says_nothing_is_a_loss(ends: tuple[socket.socket, socket.socket]) -> None:
-    seen = Seen()
+def test_a_silent_peer_is_a_loss(ends: tuple[socket.socket, socket.socket]) -> None:
+    seen = Callbacks()
     liveness = seen.start(channel(0, ends[0], rank_lost_seconds=0.05))
     assert seen.lost.wait(WAIT)
     assert seen.reasons == ["rank 0 has been silent for 0.05 s"]
     liveness.end()
 
 
-def test_peers_that_beat_and_take_their_leave_are_no_loss(ends: tuple[socket.socket, socket.socket]) -> None:
-    left, right = Seen(), Seen()
+def test_heartbeats_and_orderly_leaving_are_not_a_loss(ends: tuple[socket.socket, socket.socket]) -> None:
+    left, right = Callbacks(), Callbacks()
     one, other = left.start(channel(1, ends[0])), right.start(channel(0, ends[1]))
     other.leave()
     assert left.leaving.wait(WAIT)
@@ -98,14 +98,14 @@ def test_peers_that_beat_and_take_their_leave_are_no_loss(ends: tuple[socket.soc
     assert not right.reasons
 
 
-def test_whoever_notices_a_loss_ends_at_once_and_says_why() -> None:
+def test_abandon_logs_the_reason_and_exits() -> None:
     code = "from services.denoising.liveness import abandon; abandon('rank 1 has ended')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == LOST
     assert "rank 1 has ended; this rank ends, so that the group can start again" in ended.stderr
 
 
-def test_a_rank_that_cannot_even_say_why_ends_nevertheless() -> None:
+def test_abandon_exits_although_logging_is_blocked() -> None:
     code = (
         "import logging, threading; from common import process_exit; process_exit._LAST_LINE_SECONDS = 0.1;"
         "from services.denoising import liveness;"
@@ -115,7 +115,7 @@ def test_a_rank_that_cannot_even_say_why_ends_nevertheless() -> None:
     assert ended.returncode == -signal.SIGALRM
 
 
-def test_an_agent_sees_whether_its_child_is_stopped() -> None:
+def test_is_stopped_follows_sigstop_and_sigcont() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
     try:
         assert not _is_stopped(child.pid)

@@ -1,4 +1,4 @@
-"""How the machines of a worker group meet before each start, and how its ranks find each other after it."""
+"""Rendezvous of the hosts of a worker group before each start, and connections of its ranks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from services.denoising.messages import Kind, Link
 T = TypeVar("T")
 
 
-def at_once(*works: Callable[[], T]) -> list[T]:
-    """What they return, each in a thread of its own."""
-    with ThreadPoolExecutor(len(works)) as executor:
-        return [future.result(timeout=30) for future in [executor.submit(work) for work in works]]
+def run_parallel(*functions: Callable[[], T]) -> list[T]:
+    """Results of functions, each of which runs in its own thread."""
+    with ThreadPoolExecutor(len(functions)) as executor:
+        return [future.result(timeout=30) for future in [executor.submit(function) for function in functions]]
 
 
 def place_of(info: RendezvousInfo) -> RendezvousStoreInfo:
-    """Where the ranks of a start find each other."""
+    """Address of the bootstrap store of a rendezvous."""
     place: RendezvousStoreInfo | None = info.bootstrap_store_info
     assert place is not None
     return place
@@ -38,7 +38,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_one_machine_meets_itself_where_nobody_else_can() -> None:
+def test_a_single_host_uses_a_loopback_store() -> None:
     meeting = Meeting(1, 0, "")
     first = meeting.next_rendezvous()
     place = place_of(first)
@@ -47,43 +47,43 @@ def test_one_machine_meets_itself_where_nobody_else_can() -> None:
     token = meeting.token
     second = meeting.next_rendezvous()
     assert meeting.token != token
-    assert not second.store.check(["key"]), "a key of an earlier start counts"
+    assert not second.store.check(["key"]), "keys of an earlier start must not exist"
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.2", place.master_port), 5).close()
 
 
-def test_machines_meet_for_each_start_and_one_that_comes_back_waits_for_the_next() -> None:
+def test_hosts_meet_before_each_start_and_a_restarted_host_waits_for_the_next() -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     meetings = [Meeting(2, node, endpoint) for node in range(2)]
 
     def tokens(of: Sequence[Meeting]) -> set[str]:
-        met: list[RendezvousInfo] = at_once(*(each.next_rendezvous for each in of))
+        met: list[RendezvousInfo] = run_parallel(*(each.next_rendezvous for each in of))
         assert [info.rank for info in met] == [0, 1]
         return {each.token for each in of}
 
     (first,) = tokens(meetings)
     assert [each.num_nodes_waiting() for each in meetings] == [0, 0]
-    # Another process takes the place of machine 1, and finds the offer of the start that it was not there for.
-    gone, meetings[1] = meetings[1], Meeting(2, 1, endpoint)
+    # A new process replaces that of node 1. It must not join the start that was offered before.
+    replaced, meetings[1] = meetings[1], Meeting(2, 1, endpoint)
     with ThreadPoolExecutor(1) as executor:
-        coming = executor.submit(meetings[1].next_rendezvous)
+        pending = executor.submit(meetings[1].next_rendezvous)
         while not meetings[0].num_nodes_waiting():
-            assert not coming.done()
+            assert not pending.done()
         meetings[0].next_rendezvous()
-        coming.result(timeout=30)
+        pending.result(timeout=30)
     assert first != meetings[0].token == meetings[1].token
-    assert gone.num_nodes_waiting() == 1
+    assert replaced.num_nodes_waiting() == 1
     assert [each.num_nodes_waiting() for each in meetings] == [0, 0]
     for each in meetings:
         each.shutdown()
 
 
-def test_a_port_that_is_taken_is_said() -> None:
+def test_a_port_in_use_is_refused() -> None:
     with (
-        socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken,
+        socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener,
         pytest.raises(FailedPrecondition, match="cannot listen for the other machines on port"),
     ):
-        Meeting(2, 0, f"127.0.0.1:{taken.getsockname()[1]}")
+        Meeting(2, 0, f"127.0.0.1:{listener.getsockname()[1]}")
 
 
 def places(world_size: int, meeting: Meeting) -> list[Place]:
@@ -99,8 +99,8 @@ def test_ranks_connect_with_rank_0() -> None:
         return join(place, place.store(20), 20)
 
     meeting = Meeting(1, 0, "")
-    everybody = places(3, meeting)
-    connections: list[Connections] = at_once(*((lambda place=place: joined(place)) for place in everybody))
+    each_place = places(3, meeting)
+    connections: list[Connections] = run_parallel(*((lambda place=place: joined(place)) for place in each_place))
     assert connections[0].keys() == {1, 2}
     for rank in (1, 2):
         Link(rank, connections[0][rank][Purpose.CONTROL]).send(Kind.CALL, b"%d" % rank)
@@ -111,10 +111,10 @@ def test_ranks_connect_with_rank_0() -> None:
                 connection.close()
 
 
-def test_strangers_are_turned_away_and_a_rank_that_does_not_come_is_named() -> None:
+def test_unknown_peers_are_rejected_and_missing_ranks_are_named() -> None:
     meeting = Meeting(1, 0, "")
     (place, _) = places(2, meeting)
-    store, strangers = place.store(20), place.store(20)  # a client of a store does one thing at a time
+    store, strangers = place.store(20), place.store(20)  # a store client runs one operation at a time
 
     def intrude() -> bytes:
         strangers.wait(["rank0"])
@@ -130,12 +130,12 @@ def test_strangers_are_turned_away_and_a_rank_that_does_not_come_is_named() -> N
             join(place, store, 0.5)
         return b""
 
-    assert at_once(wait, intrude) == [b"", b""]
+    assert run_parallel(wait, intrude) == [b"", b""]
 
 
-def test_a_process_is_a_rank_only_by_the_word_of_an_agent() -> None:
-    words = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}
-    words |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert Place.from_environment(os.environ | words) is None
-    place = Place.from_environment(words | {GROUP_TOKEN: "t"})
+def test_a_process_is_a_rank_only_with_the_token_of_an_agent() -> None:
+    variables = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}
+    variables |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert Place.from_environment(os.environ | variables) is None
+    place = Place.from_environment(variables | {GROUP_TOKEN: "t"})
     assert place == Place(3, 1, 4, 2, "10.0.0.1", 29500, "t")

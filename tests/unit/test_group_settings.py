@@ -1,4 +1,4 @@
-"""Worker groups that cannot be are refused in a sentence, with exit code 2, before anything is started."""
+"""Invalid settings of worker groups are refused with exit code 2 before any process starts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def settings_of(**given: Any) -> DenoisingSettings:
 
 
 @pytest.mark.parametrize(
-    ("given", "kind", "field", "words"),
+    ("given", "kind", "field", "message"),
     [
         ({"tp": 3}, InvalidInput, "tp", "4 attention heads; the product must be one of 1, 2, 4"),
         ({"tp": 2, "ulysses": 4}, InvalidInput, "ulysses", "2 x 4"),
@@ -56,21 +56,21 @@ def settings_of(**given: Any) -> DenoisingSettings:
         ({"tp": 2, "device": "cuda"}, FailedPrecondition, "device", "2 ranks .* need a GPU each, but .* has 1"),
     ],
 )
-def test_what_cannot_be_is_refused(
+def test_invalid_groups_are_refused(
     emoji: ServedModel,
     monkeypatch: pytest.MonkeyPatch,
     given: dict[str, Any],
     kind: type[FleetError],
     field: str,
-    words: str,
+    message: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(kind, match=words) as caught:
+    with pytest.raises(kind, match=message) as caught:
         check_group(emoji, settings_of(**given))
     assert caught.value.field == field
 
 
-def test_what_can_be_is_not_refused(emoji: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_groups_are_accepted(emoji: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_group(emoji, settings_of(tp=2, ulysses=2, ring=3, cfg=2))
     check_group(emoji, settings_of(tp=2, device="cuda"))
@@ -88,7 +88,7 @@ def test_a_model_without_a_plan_is_refused(tmp_path_factory: pytest.TempPathFact
 
 def test_a_ring_of_a_causal_model_is_refused(tmp_path: Path) -> None:
     causal = open_model(f"causal={build_tiny_wan_causal(tmp_path)}", load_registry())
-    with pytest.raises(InvalidInput, match=r"ring: 2 is not 1, which .* tp, ulysses") as caught:
+    with pytest.raises(InvalidInput, match=r"ring: 2 is not 1; .* axes tp, ulysses") as caught:
         check_group(causal, settings_of(ring=2))
     assert caught.value.field == "ring"
     check_group(causal, settings_of(tp=2))
@@ -99,7 +99,7 @@ def test_a_ring_of_a_causal_model_is_refused(tmp_path: Path) -> None:
         assert caught.value.field == field
 
 
-def test_the_service_says_it_in_a_line_and_starts_nothing(
+def test_the_service_prints_one_line_and_starts_no_group(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in [name for name in os.environ if name.startswith("FLEET_")]:
@@ -117,9 +117,9 @@ def test_the_service_says_it_in_a_line_and_starts_nothing(
     assert capsys.readouterr().err.startswith("fleet serve denoising: tp x ulysses is 3 x 1, but the model has 4")
     assert not started
     causal = ["--model", f"causal={build_tiny_wan_causal(tmp_path)}", *flags[2:]]
-    capsys.readouterr()  # progress bars of writing the checkpoint
+    capsys.readouterr()  # discards the progress bars of the checkpoint writer
     assert denoising.main([*causal, "--tp", "2", "--step-cache-threshold", "0.1"]) == 2
-    assert capsys.readouterr().err.startswith("fleet serve denoising: step_cache_threshold: 0.1 is not 0, which Wan")
+    assert capsys.readouterr().err.startswith("fleet serve denoising: step_cache_threshold: 0.1 is not 0; Wan")
     assert not started
     assert denoising.main([*flags, "--tp", "2"]) == 0
     assert len(started) == 1
@@ -133,13 +133,13 @@ def test_the_service_says_it_in_a_line_and_starts_nothing(
         (build_tiny_ltx2, {VIDEO_HEAD_SIZE, AUDIO_HEAD_SIZE}),
     ],
 )
-def test_head_sizes_are_those_of_the_config(tmp_path: Path, build: Callable[[Path], Path], expected: set[int]) -> None:
+def test_head_sizes_are_read_from_the_config(tmp_path: Path, build: Callable[[Path], Path], expected: set[int]) -> None:
     model = open_model(f"m={build(tmp_path)}", load_registry())
     assert set(head_sizes(model, "transformer")) == expected
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4"])
-def test_an_attention_backend_that_cannot_take_the_model_is_refused(
+def test_an_unsupported_attention_backend_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: AttentionChoice
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -154,5 +154,5 @@ def test_an_attention_backend_that_cannot_take_the_model_is_refused(
         InvalidInput, match=f"attention_backend: {backend} supports bfloat16, and dtype is float32; use auto"
     ):
         check_attention(odd, settings_of(device="cuda", dtype="float32", attention_backend=backend))
-    for fine in ("auto", "sdpa"):
-        check_attention(odd, settings_of(device="cuda", attention_backend=fine))
+    for supported in ("auto", "sdpa"):
+        check_attention(odd, settings_of(device="cuda", attention_backend=supported))

@@ -1,4 +1,4 @@
-"""Health checks of a server: readiness by the names of its services, liveness by the name of the health service."""
+"""Health checks: readiness by service names, liveness by the name of the health service."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def _statuses(address: str, *names: str) -> list[int]:
     return [reply.status for reply in replies]
 
 
-def test_a_server_that_is_not_ready_is_alive(tmp_path: Path) -> None:
+def test_a_server_that_is_not_ready_is_live(tmp_path: Path) -> None:
     async def run() -> None:
         server = FleetServer(f"unix:{tmp_path}/s", health_listen=f"unix:{tmp_path}/h")
         server.add(None, "fleet.v1.WorkerService")

@@ -1,4 +1,4 @@
-"""Pictures that say one size and hold another, or hold far more than their file: refused, and at no cost."""
+"""Images with contradictory sizes or expanding data are refused within a memory bound."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from process_memory import measured_growth
 MOST_BYTES = 64 << 20
 BIG = 9_000
 EXPANDED = 256 << 20
-"""What a chunk of a few hundred KiB would become."""
+"""Size in bytes of the decompressed data of a chunk."""
 
 
 def encoded(kind: str, size: tuple[int, int] = (16, 16), **options: object) -> bytes:
@@ -33,7 +33,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(*extra: bytes, before: bytes = b"IDAT", size: tuple[int, int] = (16, 16)) -> bytes:
-    """A PNG with more chunks, which stand before the one of that name."""
+    """A PNG with extra chunks before the chunk named `before`."""
     data = encoded("PNG", size)
     at = data.index(before) - 4
     return data[:at] + b"".join(extra) + data[at:]
@@ -49,7 +49,7 @@ def expanding() -> bytes:
 
 
 def with_second_frame_header(width: int, height: int) -> bytes:
-    """A JPEG with one more start of frame, of another size."""
+    """A JPEG with a second SOF segment of another size."""
     data = encoded("JPEG")
     at = data.index(b"\xff\xc0")
     size = struct.unpack(">H", data[at + 2 : at + 4])[0] + 2
@@ -59,28 +59,28 @@ def with_second_frame_header(width: int, height: int) -> bytes:
 
 
 def with_canvas(width: int, height: int) -> bytes:
-    """A WebP whose canvas has another size than its one frame."""
+    """A WebP whose canvas size differs from its frame size."""
     frame = encoded("WEBP", lossless=True)[12:]
     canvas = bytes(4) + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
     body = b"WEBP" + b"VP8X" + struct.pack("<I", len(canvas)) + canvas + frame
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-LIARS: dict[str, Callable[[], bytes]] = {
-    "PNG, then larger": lambda: png(header_chunk(BIG, BIG)),
-    "PNG, then smaller": lambda: png(header_chunk(1, 1), before=b"IEND", size=(64, 64)),
+CONTRADICTORY_FILES: dict[str, Callable[[], bytes]] = {
+    "PNG, second size larger": lambda: png(header_chunk(BIG, BIG)),
+    "PNG, second size smaller": lambda: png(header_chunk(1, 1), before=b"IEND", size=(64, 64)),
     "PNG, header not first": lambda: encoded("PNG")[:8] + chunk(b"tEXt", b"a\0b") + encoded("PNG")[8:],
-    "JPEG, then larger": lambda: with_second_frame_header(BIG, BIG),
-    "JPEG, then smaller": lambda: with_second_frame_header(8, 8),
+    "JPEG, second size larger": lambda: with_second_frame_header(BIG, BIG),
+    "JPEG, second size smaller": lambda: with_second_frame_header(8, 8),
     "WebP, larger canvas": lambda: with_canvas(8_000, 8_000),
     "WebP, smaller canvas": lambda: with_canvas(8, 8),
 }
 
 
-@pytest.mark.parametrize("name", LIARS)
-def test_a_picture_that_says_two_sizes_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", CONTRADICTORY_FILES)
+def test_an_image_with_two_sizes_is_refused(name: str) -> None:
     words = {"PNG": "must come first, and once", "JPE": "the header states", "Web": "cannot be decoded"}[name[:3]]
-    data = LIARS[name]()
+    data = CONTRADICTORY_FILES[name]()
     with measured_growth() as growth, pytest.raises(InvalidInput, match=words) as caught:
         open_image("image", data)
     assert caught.value.field == "image"
@@ -88,10 +88,12 @@ def test_a_picture_that_says_two_sizes_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("bound", [None, 16, 1 << 40])
-def test_the_bound_is_not_the_one_of_the_whole_process(bound: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pixel_bound_is_independent_of_pillows_global_bound(
+    bound: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", bound)
     with pytest.raises(InvalidInput, match="image"):
-        open_image("image", LIARS["JPEG, then larger"]())
+        open_image("image", CONTRADICTORY_FILES["JPEG, second size larger"]())
     if bound != 16:
         assert open_image("image", encoded("PNG")).size == (16, 16)
     else:
@@ -100,7 +102,7 @@ def test_the_bound_is_not_the_one_of_the_whole_process(bound: int | None, monkey
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt"])
-def test_text_and_profiles_that_expand_are_not_expanded(kind: bytes) -> None:
+def test_compressed_text_and_profiles_are_not_expanded(kind: bytes) -> None:
     packed = expanding()
     data = png(chunk(kind, b"a\0\1\0\0\0" + packed if kind == b"iTXt" else b"a\0\0" + packed))
     assert len(data) < 2 << 20
@@ -109,7 +111,7 @@ def test_text_and_profiles_that_expand_are_not_expanded(kind: bytes) -> None:
     assert growth.peak_bytes < MOST_BYTES
 
 
-def test_many_texts_that_expand_a_little_are_not_kept() -> None:
+def test_total_expanded_text_is_bounded() -> None:
     packed = zlib.compress(bytes((1 << 20) - 1))
     data = png(*(chunk(b"zTXt", f"key{number}".encode() + b"\0\0" + packed) for number in range(500)))
     with measured_growth() as growth, pytest.raises(InvalidInput, match="cannot be decoded"):
@@ -117,8 +119,8 @@ def test_many_texts_that_expand_a_little_are_not_kept() -> None:
     assert growth.peak_bytes < 3 * MOST_BYTES
 
 
-def test_nothing_loosens_pillows_own_bounds() -> None:
-    """What stages import, this test has imported."""
+def test_imports_do_not_relax_pillows_bounds() -> None:
+    """This test module imports the modules that stages import."""
     assert Image.MAX_IMAGE_PIXELS is not None
     assert Image.MAX_IMAGE_PIXELS >= MAX_PIXELS
     assert PngImagePlugin.MAX_TEXT_CHUNK <= 1 << 20
@@ -126,7 +128,7 @@ def test_nothing_loosens_pillows_own_bounds() -> None:
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-def test_there_is_an_end_to_pixels_of_all_pictures_together() -> None:
+def test_total_pixels_of_all_images_are_bounded() -> None:
     side = 2**13
     headers = {f"image_{number}": ImageHeader("PNG", side, side) for number in range(MAX_TOTAL_PIXELS // side**2)}
     check_total_size(headers)

@@ -1,4 +1,4 @@
-"""Header reader, decoder and Pillow's exif_transpose agree on size and orientation, whatever metadata a file has."""
+"""Header reader, decoder and Pillow's exif_transpose() agree on size and orientation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ WEBPS = (encoded("WEBP"), encoded("WEBP", lossless=True))
 
 
 def tiff(order: str, kind: int, value: int, count: int = 1) -> bytes:
-    """A TIFF file with one orientation entry, behind an entry whose value lies outside the directory."""
+    """A TIFF file whose orientation entry follows an entry with a value outside the directory."""
     layout = NUMBERS.get(kind, "B")
     one = struct.pack(order + layout, value, *((1,) if len(layout) == 2 else ()))
     data = one * count
@@ -80,22 +80,22 @@ def international(key: bytes, value: bytes, packed: bool = False) -> Piece:
     return b"iTXt", key + (b"\0\1\0\0\0" + zlib.compress(value) if packed else b"\0\0\0\0\0" + value)
 
 
-def png(before: Sequence[Piece], behind: Sequence[Piece] = ()) -> bytes:
+def png(before: Sequence[Piece], after: Sequence[Piece] = ()) -> bytes:
     start, end = PNG.index(b"IDAT") - 4, PNG.index(b"IEND") - 4
     first, last = (
         b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in pieces)
-        for pieces in (before, behind)
+        for pieces in (before, after)
     )
     return PNG[:start] + first + PNG[start:end] + last + PNG[end:]
 
 
-def jpeg(before: Sequence[Piece], behind: Sequence[Piece] = ()) -> bytes:
-    """A JPEG with APP1 segments at its start, and behind its frame header."""
+def jpeg(before: Sequence[Piece], after: Sequence[Piece] = ()) -> bytes:
+    """A JPEG with APP1 segments at its start and after its frame header."""
     frame = JPEG.index(b"\xff\xc0")
     frame += 2 + struct.unpack(">H", JPEG[frame + 2 : frame + 4])[0]
     first, last = (
         b"".join(b"\xff\xe1" + struct.pack(">H", len(data) + 2) + data for _, data in pieces)
-        for pieces in (before, behind)
+        for pieces in (before, after)
     )
     return JPEG[:2] + first + JPEG[2:frame] + last + JPEG[frame:]
 
@@ -111,7 +111,7 @@ def app1(exif: bytes) -> Piece:
     return b"APP1", b"Exif\0\0" + exif
 
 
-def pillows(data: bytes) -> Image.Image | None:
+def decoded_by_pillow(data: bytes) -> Image.Image | None:
     """The image as Diffusers loads it; None where Pillow raises an error."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:
@@ -121,10 +121,10 @@ def pillows(data: bytes) -> Image.Image | None:
 
 
 def check(data: bytes, *, refusable: bool = False) -> None:
-    """Compare header, decoder and Pillow. `refusable`: the header reader may refuse what Pillow reads."""
+    """Compare header, decoder and Pillow. With `refusable`, the header reader may refuse files that Pillow reads."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = pillows(data)
+        expected = decoded_by_pillow(data)
         try:
             header = read_image_header("image", data)
         except InvalidInput:
@@ -168,14 +168,14 @@ def with_xmp(data: bytes) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", [*NUMBERS, *TEXTS, 14])
-def test_exif_of_every_type_and_place_is_read_as_pillow_reads_it(order: str, kind: int) -> None:
+def test_exif_of_any_type_at_any_position_is_read_as_by_pillow(order: str, kind: int) -> None:
     for value, count in itertools.product((0, 1, 2, 5, 6, 8, 9), (1, 3)):
         for data in with_exif(tiff(order, kind, value, count)):
             check(data)
 
 
 @pytest.mark.parametrize("element", [False, True])
-def test_xmp_in_every_place_is_read_as_pillow_reads_it(element: bool) -> None:
+def test_xmp_at_any_position_is_read_as_by_pillow(element: bool) -> None:
     for value in (*range(10), 68, "", "x"):
         for data in with_xmp(xmp(value, element)):
             check(data)
@@ -191,7 +191,7 @@ def test_xmp_in_every_place_is_read_as_pillow_reads_it(element: bool) -> None:
         webp([(b"XMP ", xmp(6, element=True))]),
     ],
 )
-def test_a_rotated_portrait_is_a_portrait(data: bytes) -> None:
+def test_orientation_6_swaps_width_and_height(data: bytes) -> None:
     header = read_image_header("image", data)
     assert (header.orientation, header.width, header.height) == (6, 4, 6)
     assert open_image("image", data).size == (4, 6)
@@ -206,13 +206,13 @@ def test_conflicting_metadata_has_pillows_precedence() -> None:
         segments = [app1(each) for each in (exif, other) if each is not None]
         chunks = [(b"EXIF", each) for each in (exif, other) if each is not None]
         blocks = [(b"eXIf", exif)] if exif is not None else []
-        behind = [text(RAW, raw(other))] if other is not None else []
+        after = [text(RAW, raw(other))] if other is not None else []
         again = [(b"eXIf", other)] if other is not None else []
         if sidecar is not None:
             segments.insert(1, (b"APP1", XMP_START + sidecar))
             chunks.append((b"XMP ", sidecar))
             blocks.append(international(XMP_KEY, sidecar))
-        for data in (jpeg(segments), webp(chunks), png(blocks, behind), png(blocks, again), png(behind, blocks)):
+        for data in (jpeg(segments), webp(chunks), png(blocks, after), png(blocks, again), png(after, blocks)):
             check(data)
 
 
@@ -232,7 +232,7 @@ WEBP_PIECES = [
 
 @st.composite
 def mutated(draw: st.DrawFn, piece: Piece) -> Piece:
-    """The piece, cut off or with a few bytes changed."""
+    """A piece that may be truncated and have changed bytes."""
     kind, data = piece
     changed = bytearray(data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data)
     for at, value in draw(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4)):
@@ -254,7 +254,7 @@ FILES = st.one_of(
 
 @settings(max_examples=600, deadline=None)
 @given(data=FILES)
-def test_any_metadata_is_read_as_pillow_reads_it(data: bytes) -> None:
+def test_any_metadata_is_read_as_by_pillow(data: bytes) -> None:
     check(data)
 
 
@@ -264,9 +264,7 @@ def test_any_metadata_is_read_as_pillow_reads_it(data: bytes) -> None:
     cut=st.one_of(st.just(0), st.integers(0, 600)),
     changes=st.lists(st.tuples(st.integers(0, 600), st.integers(0, 255))),
 )
-def test_damaged_files_are_refused_or_read_as_pillow_reads_them(
-    data: bytes, cut: int, changes: list[tuple[int, int]]
-) -> None:
+def test_damaged_files_are_refused_or_read_as_by_pillow(data: bytes, cut: int, changes: list[tuple[int, int]]) -> None:
     damaged = bytearray(data[: max(1, len(data) - cut)])
     for at, value in changes:
         damaged[at % len(damaged)] = value
@@ -274,7 +272,7 @@ def test_damaged_files_are_refused_or_read_as_pillow_reads_them(
 
 
 @pytest.mark.parametrize("mode", ["I;16", "L", "1", "LA", "RGB"])
-def test_16_bit_grey_is_known_and_becomes_what_pillow_makes_of_it(mode: str) -> None:
+def test_16_bit_grey_is_detected_and_converted_as_by_pillow(mode: str) -> None:
     file = io.BytesIO()
     Image.new(mode, (5, 3), 1).save(file, "PNG")
     assert read_image_header("image", file.getvalue()).is_16_bit_grey == (mode == "I;16")
@@ -283,7 +281,7 @@ def test_16_bit_grey_is_known_and_becomes_what_pillow_makes_of_it(mode: str) -> 
 
 @pytest.mark.parametrize("key", [RAW, XMP_KEY])
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt"])
-def test_metadata_that_expands_is_refused_from_the_header(kind: bytes, key: bytes) -> None:
+def test_expanding_metadata_is_refused_by_the_header_reader(kind: bytes, key: bytes) -> None:
     flags = b"\0\0" if kind == b"zTXt" else b"\0\1\0\0\0"
     bomb, chunk = zlib.compress(bytes(64 << 20)), zlib.compress(bytes((1 << 20) - 1))
     for data in (png([(kind, key + flags + bomb)]), png([], [(kind, key + flags + chunk)] * 9)):

@@ -1,4 +1,4 @@
-"""Compiled kernels are kept where the setting says, or the service says in a line why it cannot."""
+"""The setting kernel_cache: cache directories of kernel compilers, or an error in one line."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ FLASH_ATTENTION_4 = "FLASH_ATTENTION_CUTE_DSL_CACHE"
 FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--kernel-cache")
 
 
-def test_compilers_keep_their_kernels_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilers_use_the_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = ("TRITON_CACHE_DIR", "QUACK_CACHE_DIR", f"{FLASH_ATTENTION_4}_ENABLED", f"{FLASH_ATTENTION_4}_DIR")
     for name in ours:
-        monkeypatch.setenv(name, "elsewhere")  # Put back afterwards.
-    kept: list[str] = []
+        monkeypatch.setenv(name, "elsewhere")  # monkeypatch restores the variables after the test
+    directories: list[str] = []
 
     def run(*_: object) -> int:
-        kept.extend((triton.knobs.cache.dir, *(os.environ[name] for name in ours[1:])))
+        directories.extend((triton.knobs.cache.dir, *(os.environ[name] for name in ours[1:])))
         return 0
 
     directory = tmp_path / "new" / "kernels"
     assert run_service("decoding", DecodingSettings, run, [*FLAGS, str(directory)]) == 0
-    assert kept == [str(directory), str(directory / "quack"), "1", str(directory / "flash_attn")]
+    assert directories == [str(directory), str(directory / "quack"), "1", str(directory / "flash_attn")]
 
 
 def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
 
     def run(*_: object) -> int:
-        raise AssertionError("something was started")
+        raise AssertionError("the service was started")
 
     assert run_service("decoding", DecodingSettings, run, [*FLAGS, str(tmp_path / "file")]) == 2
     assert f"fleet serve decoding: kernel_cache {tmp_path / 'file'} cannot be written to" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Optional kernel packages: tried once at a GPU worker's start; broken ones are named, replaced, or refused."""
+"""Optional kernel packages: trials at the start of a GPU worker, fallbacks, and refused settings."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ Install = Callable[[str], None]
 
 @pytest.fixture
 def flash_attn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Installs a flash-attn 2 with a source."""
+    """A function that installs flash-attn 2 with the given source."""
     monkeypatch.syspath_prepend(tmp_path)
     with fresh_imports("flash_attn"):
         yield lambda source: install(tmp_path, "flash-attn", "2.8.3", "flash_attn", source)
 
 
 def attention_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the packages that really are installed here and need a GPU."""
+    """Restrict trials to attention packages; the other packages are installed and need a GPU."""
     packages = tuple(each for each in PACKAGES if each.module.startswith(("fa3", "flash")))
     monkeypatch.setattr(trials, "PACKAGES", packages)
 
@@ -84,7 +84,7 @@ def test_a_broken_package_is_named_with_its_fallback(
     assert not is_usable("flash-attn")
 
 
-def test_a_good_package_is_used_without_a_word(flash_attn: Install, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_working_package_is_used_without_a_log_line(flash_attn: Install, caplog: pytest.LogCaptureFixture) -> None:
     flash_attn(FLASH_ATTN_2)
     outcome = try_package(FLASH_ATTN, CPU)
     assert outcome == Outcome(FLASH_ATTN, "2.8.3")
@@ -94,13 +94,13 @@ def test_a_good_package_is_used_without_a_word(flash_attn: Install, caplog: pyte
     assert not caplog.messages
 
 
-def test_an_absent_package_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_absent_package_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert try_package(FLASH_ATTN, CPU) is None
     assert not caplog.messages
 
 
-def test_flash_attn_4_alone_is_no_flash_attn_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both are below flash_attn."""
+def test_flash_attn_4_does_not_count_as_flash_attn_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both packages install modules below `flash_attn`."""
     monkeypatch.syspath_prepend(tmp_path)
     install(tmp_path, "flash-attn-4", "4.0.0b36", "flash_attn.cute", FLASH_ATTN_4)
     with fresh_imports("flash_attn"):
@@ -108,15 +108,15 @@ def test_flash_attn_4_alone_is_no_flash_attn_2(tmp_path: Path, monkeypatch: pyte
         assert try_package(FLASH_ATTN, CPU) is None
 
 
-def test_triton_passes_its_trial_here() -> None:
-    """Its kernels are interpreted, as in the other tests."""
+def test_triton_passes_its_trial() -> None:
+    """Triton kernels run in the interpreter."""
     outcome = try_package(BY_NAME["triton"], CPU)
     assert outcome is not None
     assert not outcome.error
 
 
 @pytest.mark.parametrize("name", ["quack-kernels", "cuda-bindings"])
-def test_other_packages_of_this_environment_fail_theirs_without_a_gpu(name: PackageName) -> None:
+def test_gpu_packages_fail_their_trial_without_a_gpu(name: PackageName) -> None:
     outcome = try_package(BY_NAME[name], CPU)
     assert outcome is not None
     assert outcome.error
@@ -141,7 +141,7 @@ def test_flash_attn_3_passes_its_trial(tmp_path: Path, monkeypatch: pytest.Monke
         assert not outcome.error
 
 
-def test_a_failure_that_breaks_the_device_ends_the_start(flash_attn: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_breaks_the_device_raises(flash_attn: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> Tensor:
         raise RuntimeError("an illegal memory access was encountered")
 
@@ -165,7 +165,7 @@ def test_a_failure_that_breaks_the_device_ends_the_start(flash_attn: Install, mo
                                                         "fa3-fwd", "flash-attn"]),
     ],
 )  # fmt: skip
-def test_only_what_may_be_used_is_tried(
+def test_only_usable_packages_are_tried(
     monkeypatch: pytest.MonkeyPatch, capability: Capability, choice: KernelChoice, tried: list[str]
 ) -> None:
     monkeypatch.setattr(trials, "try_package", lambda package, _: Outcome(package, "1"))
@@ -173,7 +173,7 @@ def test_only_what_may_be_used_is_tried(
 
 
 @pytest.mark.parametrize(
-    ("source", "capability", "choice", "words"),
+    ("source", "capability", "choice", "message"),
     [
         (
             LAUNCH_FAILS,
@@ -202,15 +202,15 @@ def test_a_named_package_must_work(
     source: str,
     capability: Capability,
     choice: KernelChoice,
-    words: str,
+    message: str,
 ) -> None:
     attention_only(monkeypatch)
     flash_attn(source)
-    with pytest.raises(FailedPrecondition, match=words):
+    with pytest.raises(FailedPrecondition, match=message):
         outcomes_on(CPU, capability, choice)
 
 
-def test_choices_that_contradict_each_other_are_refused() -> None:
+def test_contradictory_choices_are_refused() -> None:
     with pytest.raises(InvalidInput, match="kernels: none,triton is not one choice"):
         KernelChoice(("none", "triton"))
 
@@ -219,7 +219,7 @@ FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--device", "cpu")
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         (("--kernels", "flash-attn"), "kernels: flash-attn needs a GPU, and the device is cpu"),
         (("--attention-backend", "cudnn"), "attention_backend: cudnn needs a GPU, and the device is cpu"),
@@ -227,11 +227,11 @@ FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--device", "cpu")
         (("--kernels", "cutlass"), "--kernels must be one of auto, none, triton,"),
     ],
 )
-def test_a_wrong_setting_is_a_line_and_exit_code_2(
-    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: str
+def test_an_invalid_setting_prints_one_line_and_exits_2(
+    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str
 ) -> None:
     assert denoising([*FLAGS, *flags]) == 2
-    assert f"fleet serve denoising: {words}" in capsys.readouterr().err
+    assert f"fleet serve denoising: {message}" in capsys.readouterr().err
 
 
 def test_a_named_broken_package_ends_the_service_with_exit_code_2(
@@ -244,7 +244,7 @@ def test_a_named_broken_package_ends_the_service_with_exit_code_2(
     assert "2.8.3 is broken: OSError: libcudart.so.12" in capsys.readouterr().err
 
 
-def test_on_a_cpu_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_package_is_tried_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "try_package", lambda *_: pytest.fail("a package was tried"))
     with fresh_imports():
         try_packages(CPU)
@@ -252,7 +252,7 @@ def test_on_a_cpu_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
             is_usable("triton")
 
 
-def test_a_gpu_is_tried_once_for_each_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_tried_once_per_gpu_and_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[KernelChoice] = []
     monkeypatch.setattr(trials._Latest, "key", None)
 
@@ -297,16 +297,16 @@ def test_outcomes_are_part_of_the_numerics_fingerprint(monkeypatch: pytest.Monke
             fingerprint()
         alone = fingerprint(uses_kernels=False)
         record(KernelChoice(), [Outcome(quack, "0.6.5")])
-        assert fingerprint(uses_kernels=False) == alone, "a service without kernels depends on none, tried or not"
+        assert fingerprint(uses_kernels=False) == alone, "a service without kernels must not depend on packages"
 
 
-def test_workers_announce_their_packages() -> None:
+def test_kernel_messages_have_version_error_and_replacement() -> None:
     triton, quack = kernel_messages([Outcome(BY_NAME["triton"], "3.6.0"), Outcome(BY_NAME["quack-kernels"], "1", "E")])
     assert (triton.name, triton.version, triton.error, triton.replacement) == ("triton", "3.6.0", "", "")
     assert (quack.error, quack.replacement) == ("E", "cuBLASLt or PyTorch GEMM and separate passes")
 
 
-def test_layers_leave_unusable_packages_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_do_not_call_unusable_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu = cast(Tensor, SimpleNamespace(is_cuda=True))
     operation: Operation[Callable[[Tensor], str]] = Operation("gelu")
 
@@ -340,8 +340,8 @@ def test_layers_leave_unusable_packages_alone(monkeypatch: pytest.MonkeyPatch) -
             assert uses() == [each != name for each in names]
 
 
-def test_ranks_with_other_facts_end_the_group() -> None:
-    """Both ranks raise, and each names the difference."""
+def test_ranks_with_different_facts_raise() -> None:
+    """Both ranks raise an error that names the difference."""
     left, right = map(Link, (1, 0), socket.socketpair())
     found: list[FleetError] = []
 
@@ -362,7 +362,7 @@ def test_ranks_with_other_facts_end_the_group() -> None:
     right.close()
 
 
-def test_a_rank_compares_facts_before_it_connects_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_compares_facts_before_it_creates_its_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     mine, theirs = map(Link, (1, 0), socket.socketpair())
     monkeypatch.setattr(rank, "facts_of", lambda *_: ["a"])
 
@@ -381,7 +381,7 @@ def test_a_rank_compares_facts_before_it_connects_its_device(monkeypatch: pytest
     theirs.close()
 
 
-def test_a_follower_tries_its_packages_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_follower_tries_its_packages_before_it_loads_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def tried(device: torch.device, choice: KernelChoice) -> None:
         raise InvalidInput(f"{device} {choice.packages}")
 
@@ -395,9 +395,9 @@ def test_a_follower_tries_its_packages_before_it_loads(monkeypatch: pytest.Monke
         follower.run(cast(Any, None))
 
 
-def test_a_contradiction_is_refused_before_anything_is_started(capsys: pytest.CaptureFixture[str]) -> None:
+def test_contradictory_kernels_are_refused_before_the_service_starts(capsys: pytest.CaptureFixture[str]) -> None:
     def run(*_: object) -> int:
-        raise AssertionError("something was started")
+        raise AssertionError("the service was started")
 
     flags = [*FLAGS, "--kernels", "none", "--kernels", "auto"]
     assert worker.run_service("decoding", DecodingSettings, run, flags) == 2
@@ -405,7 +405,7 @@ def test_a_contradiction_is_refused_before_anything_is_started(capsys: pytest.Ca
 
 
 def _requirements() -> Iterator[tuple[str, Requirement]]:
-    """Every requirement of every extra."""
+    """Requirements of all extras, each with the name of its extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for extra, requirements in project["optional-dependencies"].items():
         for requirement in map(Requirement, requirements):
@@ -425,7 +425,7 @@ def test_every_package_of_the_gpu_extras_is_tried() -> None:
     assert set(trials._TRIALS) == set(BY_NAME)
 
 
-def test_every_backend_of_every_operation_is_a_fact() -> None:
+def test_facts_list_all_backends_of_all_operations() -> None:
     with fresh_imports():
         record(KernelChoice(), [Outcome(package, "1") for package in PACKAGES])
         lines = facts()
@@ -442,9 +442,9 @@ def test_an_unknown_backend_cannot_be_registered() -> None:
 
 
 def test_every_backend_has_an_implementation() -> None:
-    """BACKENDS lists nothing that no module registers."""
+    """BACKENDS lists only backends that a module registers."""
     folder = Path(kernels.__file__).parent
-    optional = {"triton_kernels", "quack_epilogues"}  # import packages for GPUs
+    optional = {"triton_kernels", "quack_epilogues"}  # these modules import GPU packages
     found: dict[str, frozenset[str]] = {}
     for file in sorted(folder.glob("[a-z]*.py")):
         if file.stem in optional:

@@ -1,4 +1,4 @@
-"""Times of communication and of gaps between kernels, from the events of a trace."""
+"""Durations of communication and of gaps between kernels, from trace events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_union_counts_overlapping_intervals_once() -> None:
     assert union([]) == 0.0
 
 
-def test_communication_behind_a_kernel_is_not_exposed() -> None:
+def test_communication_overlapped_by_a_kernel_is_not_exposed() -> None:
     events = [
         event("gemm", 0, 6000),
         event("ncclDevKernel_SendRecv", 4000, 8000),

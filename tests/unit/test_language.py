@@ -1,4 +1,4 @@
-"""Documents, comments, docstrings, strings and names of definitions avoid words that have a precise replacement.
+"""Documents, comments, strings and names of definitions avoid words that have a precise replacement.
 
 language.toml lists directories that still contain such words, and permitted lines. Each of its entries must match.
 """

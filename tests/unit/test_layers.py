@@ -1,4 +1,4 @@
-"""The layers of DiTs against their definitions, written out."""
+"""Layers of DiTs against reference implementations."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def test_attention() -> None:
+def test_attention_matches_its_definition() -> None:
     q, k, v = torch.randn(2, 5, 3, 8), torch.randn(2, 7, 3, 8), torch.randn(2, 7, 3, 8)
     weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(8)).softmax(-1)
     torch.testing.assert_close(attention(q, k, v), torch.einsum("bhqk,bkhd->bqhd", weights, v))
 
 
-def test_attention_mask() -> None:
+def test_a_mask_excludes_keys() -> None:
     q, k, v = (torch.randn(1, 6, 2, 4) for _ in range(3))
     mask = torch.tensor([True] * 4 + [False] * 2)[None, None, None]
     torch.testing.assert_close(attention(q, k, v, mask), attention(q, k[:, :4], v[:, :4]))
 
 
-def test_rotation_depends_on_distance_only() -> None:
-    """The score of a query and a key is the same wherever the two are, on every axis."""
+def test_rope_scores_depend_on_distance_only() -> None:
+    """Equal offsets of query and key positions leave the score unchanged on every axis."""
     x = torch.randn(2, 1, 1, 16)
     scores = []
     for offset in (0, 1000):
         ids = torch.tensor([[offset, 3 + offset, 5.0], [2 + offset, offset, 9.0]])
-        turned = apply_rotary(x.transpose(0, 1), rotary_embedding(ids, (4, 6, 6)))[0, :, 0]
-        scores.append(turned[0] @ turned[1])
+        rotated = apply_rotary(x.transpose(0, 1), rotary_embedding(ids, (4, 6, 6)))[0, :, 0]
+        scores.append(rotated[0] @ rotated[1])
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-5)
 
 
-def test_rotation_turns_neighbouring_channels() -> None:
+def test_rope_rotates_adjacent_channels() -> None:
     rotation = rotary_embedding(torch.tensor([[math.pi / 2]]), (2,))
-    turned = apply_rotary(torch.tensor([[[[1.0, 0.0]]]]), rotation)
-    torch.testing.assert_close(turned.flatten(), torch.tensor([0.0, 1.0]), rtol=0, atol=1e-6)
+    rotated = apply_rotary(torch.tensor([[[[1.0, 0.0]]]]), rotation)
+    torch.testing.assert_close(rotated.flatten(), torch.tensor([0.0, 1.0]), rtol=0, atol=1e-6)
 
 
-def test_rotation_keeps_its_type_and_position_zero() -> None:
+def test_rope_preserves_dtype_and_position_zero() -> None:
     x = torch.randn(1, 4, 2, 8, dtype=torch.bfloat16)
     assert torch.equal(apply_rotary(x, rotary_embedding(torch.zeros(4, 1), (8,))), x)
 
 
-def test_layer_norm_scale_shift() -> None:
+def test_layer_norm_scale_shift_matches_its_definition() -> None:
     x, scale, shift = torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8)
     normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     expected = normed * (1 + scale[:, None]) + shift[:, None]
@@ -71,27 +71,27 @@ def test_layer_norm_scale_shift() -> None:
     )
 
 
-def test_each_stream_has_its_own_modulation_and_gate() -> None:
+def test_each_segment_has_its_own_modulation_and_gate() -> None:
     norm, segments = LayerNormScaleShift(8), TokenSegments((2, 3))
     x, update = torch.randn(2, 2, 5, 8).unbind(0)
     vectors = torch.randn(3, 2, 2, 8)
     scale, shift, gate = vectors
     pairs = [segments.vectors(text, image) for text, image in vectors]
     added, normed = norm.after(Residual(x, update, pairs[2]), pairs[0], pairs[1])
-    for stream, rows in enumerate(segments.slices()):
-        expected = x[:, rows] + gate[stream][:, None] * update[:, rows]
+    for segment, rows in enumerate(segments.slices()):
+        expected = x[:, rows] + gate[segment][:, None] * update[:, rows]
         torch.testing.assert_close(added[:, rows], expected)
-        alone = norm(expected, SegmentVectors.same(scale[stream]), SegmentVectors.same(shift[stream]))
+        alone = norm(expected, SegmentVectors.same(scale[segment]), SegmentVectors.same(shift[segment]))
         torch.testing.assert_close(normed[:, rows], alone)
 
 
 @pytest.mark.parametrize("smallest", [1, 3, 9], ids=["all", "other-tokens", "none"])
 @pytest.mark.parametrize("boundary", [0, 2, 5])
 @pytest.mark.parametrize("are_equal", [False, True])
-def test_an_update_with_two_gates(
+def test_a_gated_update_of_two_segments_matches_the_reference(
     monkeypatch: pytest.MonkeyPatch, smallest: int, boundary: int, are_equal: bool
 ) -> None:
-    """Fused where the GEMM of a segment has `smallest` rows or more, as it would be on a GPU."""
+    """The fake fuses GEMMs of segments with at least `smallest` rows, as a GPU does."""
     fused: list[int] = []
 
     def add_gated(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, onto: Tensor) -> None:
@@ -116,15 +116,15 @@ def test_an_update_with_two_gates(
 @pytest.mark.parametrize(
     ("tiles", "heads", "shares"),
     [
-        pytest.param(36, 24, [(0, 24, 1)], id="flux: 6.5 turns are 7, and 6.6 would not be much better"),
-        pytest.param(18, 24, [(0, 22, 1), (22, 24, 3)], id="flux on two gpus: 3.3 turns instead of 4"),
-        pytest.param(34, 24, [(0, 23, 1), (23, 24, 3)], id="qwen-image: 6.3 instead of 7"),
-        pytest.param(256, 12, [(0, 12, 1)], id="wan: a head is more than a turn"),
-        pytest.param(3, 12, [(0, 12, 1)], id="all heads in one turn"),
-        pytest.param(11, 24, [(0, 24, 1)], id="two turns, full"),
+        pytest.param(36, 24, [(0, 24, 1)], id="flux: 6.5 waves take 7, and a split would take 6.6"),
+        pytest.param(18, 24, [(0, 22, 1), (22, 24, 3)], id="flux on two gpus: 3.3 waves instead of 4"),
+        pytest.param(34, 24, [(0, 23, 1), (23, 24, 3)], id="qwen-image: 6.3 waves instead of 7"),
+        pytest.param(256, 12, [(0, 12, 1)], id="wan: a head takes more than one wave"),
+        pytest.param(3, 12, [(0, 12, 1)], id="all heads in one wave"),
+        pytest.param(11, 24, [(0, 24, 1)], id="two full waves"),
     ],
 )
-def test_heads_that_would_leave_processors_idle_are_shared_out(
+def test_head_shares_split_the_heads_of_an_incomplete_wave(
     tiles: int, heads: int, shares: list[tuple[int, int, int]]
 ) -> None:
     found = [(part.start, part.stop, splits) for part, splits in head_shares(tiles, heads, processors=132)]
@@ -132,7 +132,7 @@ def test_heads_that_would_leave_processors_idle_are_shared_out(
 
 
 @pytest.mark.parametrize("rotated", [False, True])
-def test_qk_norm_is_per_head_and_per_stream(rotated: bool) -> None:
+def test_qk_norm_is_per_head_and_per_segment(rotated: bool) -> None:
     norms = [RMSNorm(8) for _ in range(4)]
     for norm in norms:
         torch.nn.init.normal_(norm.weight)
@@ -150,7 +150,7 @@ def test_qk_norm_is_per_head_and_per_stream(rotated: bool) -> None:
     torch.testing.assert_close(qk, torch.stack(expected, dim=2).flatten(2))
 
 
-def test_qk_norm_over_all_heads() -> None:
+def test_qk_norm_covers_all_heads() -> None:
     norm = RMSNorm(16)
     q = torch.randn(1, 4, 16)
     expected = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -159,22 +159,22 @@ def test_qk_norm_over_all_heads() -> None:
     torch.testing.assert_close(q, expected)
 
 
-def test_qk_norm_writes_elsewhere_and_takes_values_along() -> None:
+def test_qk_norm_with_out_normalises_keys_and_copies_values() -> None:
     norm = RMSNorm(8)
     torch.nn.init.normal_(norm.weight)
-    kv, room = torch.randn(2, 4, 32), torch.zeros(2, 2, 9, 2, 8)
+    kv, buffer = torch.randn(2, 4, 32), torch.zeros(2, 2, 9, 2, 8)
     before = kv.clone()
     with torch.inference_mode():
         expected = norm(kv[..., :16].view(2, 4, 2, 8))
-        apply_qk_norm(kv, QKNormModules((norm,), 8), out=tuple(room[:, :, 3:7]))
-    torch.testing.assert_close(room[0, :, 3:7], expected)
-    assert torch.equal(room[1, :, 3:7], before[..., 16:].view(2, 4, 2, 8))
+        apply_qk_norm(kv, QKNormModules((norm,), 8), out=tuple(buffer[:, :, 3:7]))
+    torch.testing.assert_close(buffer[0, :, 3:7], expected)
+    assert torch.equal(buffer[1, :, 3:7], before[..., 16:].view(2, 4, 2, 8))
     assert torch.equal(kv, before)
-    assert not room[:, :, :3].any()
-    assert not room[:, :, 7:].any()
+    assert not buffer[:, :, :3].any()
+    assert not buffer[:, :, 7:].any()
 
 
-def test_joined_layers_make_what_each_of_them_makes() -> None:
+def test_joined_layers_match_their_parts() -> None:
     layers = [Linear(6, 4), Linear(6, 4)]
     x, out = torch.randn(2, 3, 6), torch.empty(2, 3, 8)
     expected = torch.cat([layer(x) for layer in layers], dim=-1)
@@ -193,7 +193,7 @@ def test_joined_layers_make_what_each_of_them_makes() -> None:
     assert joined.weight.values.untyped_storage().data_ptr() == layers[1].weight.untyped_storage().data_ptr()
 
 
-def test_a_layer_writes_into_a_part_of_a_batch() -> None:
+def test_a_layer_writes_into_a_slice_of_tokens() -> None:
     layer = Linear(6, 4)
     x, out = torch.randn(2, 5, 6), torch.zeros(2, 5, 4)
     with torch.inference_mode():
@@ -204,14 +204,14 @@ def test_a_layer_writes_into_a_part_of_a_batch() -> None:
     assert not out[:, :1].any()
 
 
-def test_gelu_into_columns() -> None:
+def test_write_gelu_writes_a_slice_of_columns() -> None:
     hidden, out = torch.randn(2, 3, 16), torch.zeros(2, 3, 20)
     write_gelu(hidden, out[..., 4:])
     torch.testing.assert_close(out[..., 4:], gelu(hidden, approximate="tanh"))
     assert not out[..., :4].any()
 
 
-def test_sinusoidal_embedding() -> None:
+def test_sinusoidal_embedding_matches_its_definition() -> None:
     embedding = sinusoidal_embedding(torch.tensor([0.0, 250.0]), 256)
     assert torch.equal(embedding[0], torch.cat((torch.ones(128), torch.zeros(128))))
     angle = 250.0 * 10000 ** (-5 / 128)
@@ -219,9 +219,9 @@ def test_sinusoidal_embedding() -> None:
     assert embedding[1, 133].item() == pytest.approx(math.sin(angle), abs=1e-4)
 
 
-def test_embedding_is_computed_in_the_weights_type() -> None:
+def test_embedding_is_computed_in_the_dtype_of_the_weights() -> None:
     assert EmbeddingMLP(4, 8).bfloat16()(torch.randn(1, 4)).dtype == torch.bfloat16
 
 
-def test_feed_forward_names_are_the_checkpoints() -> None:
+def test_feed_forward_parameter_names_equal_those_of_checkpoints() -> None:
     assert list(FeedForward(4).state_dict()) == ["net.0.proj.weight", "net.0.proj.bias", "net.2.weight", "net.2.bias"]

@@ -1,4 +1,4 @@
-"""Interleaved requests on one pool of step memory: each computes what it would compute alone, without graphs."""
+"""Interleaved requests on one pool of step memory: results equal those of separate eager runs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from models.dits.base import Predictions
 from models.stages.step_memory import NO_FLAGS, Flags, StepInputs, StepMemory, StepMemoryPool
 
 EXPERTS = {"transformer": 1.0, "transformer_2": -0.5}
-"""Gains of experts of equal shapes."""
+"""Gain of each expert; the experts have equal shapes."""
 LIVE_BRANCHES = 4
-"""Branches of two outputs for which the pool has bytes."""
+"""Capacity of the pool, in branches with two outputs."""
 GRAPH_BYTES = 100
 FLAGS: st.SearchStrategy[Flags] = st.sampled_from([NO_FLAGS, (("skipped", 2),)])
 SEEDS = st.integers(0, 1 << 16)
 
 
 class Form(NamedTuple):
-    """A branch of a request, by its expert, the number of its outputs, and whether a block is skipped."""
+    """Kind of a branch: expert, number of outputs, and whether a block is skipped."""
 
     role: str
     batch: int
@@ -40,7 +40,7 @@ FORMS = st.builds(Form, st.sampled_from(sorted(EXPERTS)), st.sampled_from([1, 2,
 
 
 class LiveBranch(NamedTuple):
-    """Leased memory, the eager reference, and the example inputs."""
+    """Form, leased memory and eager reference of a branch."""
 
     form: Form
     memory: StepMemory
@@ -49,7 +49,7 @@ class LiveBranch(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """A live request; `results` are those of its latest steps, with the expected bytes."""
+    """A live request. `results` pairs predictions of its latest steps with expected predictions."""
 
     ends: ExitStack
     branches: list[LiveBranch] = field(default_factory=list)
@@ -72,18 +72,18 @@ class LiveRequests(RuleBasedStateMachine):
         self.predicted: set[tuple[StepMemory, Flags]] = set()
 
     def step(self, form: Form, seed: int) -> StepInputs:
-        """A step of a branch."""
+        """Inputs of a step of a branch."""
         flags = {"skipped": 1} if form.is_perturbed else {}
         return loop_step(self.experts[form.role], seed, batch=form.batch, flags=flags)
 
     @initialize(target=requests, forms=st.lists(FORMS, min_size=1, max_size=3), seed=SEEDS)
     def start_first(self, forms: list[Form], seed: int) -> object:
-        """Begin with a request."""
+        """Start the first request."""
         return self.start(forms, seed)
 
     @rule(target=requests, forms=st.lists(FORMS, min_size=1, max_size=3), seed=SEEDS)
     def start(self, forms: list[Form], seed: int) -> object:
-        """Lease all branches, or none where their memory does not fit."""
+        """Lease all branches of a request, or no branch if their memory exceeds the bound."""
         request = Request(ExitStack())
         lease = request.ends.enter_context(self.pool.leases())
         leased = self.leased_bytes()
@@ -104,26 +104,26 @@ class LiveRequests(RuleBasedStateMachine):
 
     @rule(request=requests, numbers=st.lists(st.integers(0, 2), min_size=1, max_size=6), seed=SEEDS, flags=FLAGS)
     def predict(self, request: Request, numbers: list[int], seed: int, flags: Flags) -> None:
-        """Take a few steps of the branches."""
+        """Run a few steps of the branches."""
         for index, number in enumerate(numbers):
             branch = request.branches[number % len(request.branches)]
             step = self.step(branch.form, seed + index)
             replays, is_captured = self.capture.replays, (branch.memory, flags) in self.predicted
             got, expected = predict(branch.memory, step, flags), branch.reference.predict(step, flags)
             assert equal(got, expected)
-            assert self.capture.replays == replays + is_captured, "the first step alone runs eagerly"
+            assert self.capture.replays == replays + is_captured, "only the first step runs eagerly"
             self.predicted.add((branch.memory, flags))
             request.results = [*request.results[-3:], (got, expected)]
 
     @rule(request=consumes(requests))
     def end(self, request: Request) -> None:
-        """Return the memory."""
+        """End a request, which returns its memory."""
         self.live.remove(request)
         request.ends.close()
 
     @rule(request=consumes(requests))
     def fail(self, request: Request) -> None:
-        """Return the memory after an error, which goes on."""
+        """Fail a request, which returns its memory and propagates the error."""
         self.live.remove(request)
         with pytest.raises(KeyError), request.ends:
             raise KeyError
@@ -134,12 +134,12 @@ class LiveRequests(RuleBasedStateMachine):
 
     @invariant()
     def results_are_unchanged(self) -> None:
-        """Neither later steps nor other requests overwrite them."""
+        """Neither later steps nor other requests overwrite results."""
         assert all(equal(got, expected) for request in self.live for got, expected in request.results)
 
     @invariant()
-    def live_branches_share_nothing(self) -> None:
-        """Each has memory of its own, and the pool counts no other as leased."""
+    def live_branches_share_no_memory(self) -> None:
+        """Each live branch has its own memory, and the pool counts only this memory as leased."""
         memories = [branch.memory for request in self.live for branch in request.branches]
         assert len(set(memories)) == len(memories)
         assert set(self.pool._leased.values()) == set(memories)
@@ -158,7 +158,7 @@ class LiveRequests(RuleBasedStateMachine):
 
     @invariant()
     def graphs_belong_to_one_memory(self) -> None:
-        """No two memories have a graph in common, and the bytes of each graph count."""
+        """No two memories share a graph, and the bytes of each graph are counted."""
         memories = [*self.pool._leased.values(), *self.pool._idle.values()]
         graphs = [id(graph.graph) for memory in memories for graph in memory._graphs.values()]
         assert len(set(graphs)) == len(graphs)

@@ -1,4 +1,4 @@
-"""Every log call names an event that is a constant, and gives values as pairs."""
+"""Log calls have a constant event and pass values as keyword arguments."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from common.log_format import RESERVED
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("common", "configs", "models", "services")
 LEVELS = ("debug", "info", "warning", "error", "exception", "critical", "announce")
-# Pairs that the log context adds. Some lines are about a model or a stage without a request.
+# Fields that the log context adds. Lines outside of requests may pass `model` and `stage`.
 FROM_CONTEXT = ("request_id", "trace_id", "attempt")
-# Modules that set up or end logging itself.
+# Modules that configure logging.
 OWN = ("common/logs.py", "common/log_repeats.py", "common/log_format.py")
 
 
 def wrong_calls(path: str, source: str) -> Iterator[str]:
-    """Calls that break the rule, each with its place."""
+    """Invalid calls, each with path and line number."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and (fault := _fault(node, path)):
             yield f"{path}:{node.lineno}: {fault}"
@@ -33,15 +33,15 @@ def _fault(node: ast.Call, path: str) -> str:
         case ast.Attribute(ast.Name("_log" | "log" | "logger"), level) if level in LEVELS:
             names = [each.arg for each in node.keywords if each.arg is not None]
             if len(node.args) != 1 or not isinstance(node.args[0], ast.Constant):
-                return "the event is not one constant text; values are pairs"
+                return "the event is not one constant string; pass values as keyword arguments"
             if "%" in str(node.args[0].value):
-                return "the event has a place for a value; values are pairs"
-            if taken := {*RESERVED, *FROM_CONTEXT}.intersection(names):
-                return f"{', '.join(sorted(taken))}: a field of every line"
+                return "the event has a placeholder; pass values as keyword arguments"
+            if reserved := {*RESERVED, *FROM_CONTEXT}.intersection(names):
+                return f"{', '.join(sorted(reserved))}: a field of every line"
     return ""
 
 
-def test_log_calls_have_a_constant_event_and_pairs() -> None:
+def test_log_calls_have_a_constant_event_and_keyword_arguments() -> None:
     paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     sources = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
     assert sum("get_logger(__name__)" in source for source in sources.values()) > 30
@@ -60,5 +60,5 @@ def test_log_calls_have_a_constant_event_and_pairs() -> None:
         "_log.warning('lost', service=name)",
     ],
 )
-def test_another_call_is_found(line: str) -> None:
+def test_an_invalid_log_call_is_found(line: str) -> None:
     assert list(wrong_calls("services/x.py", line))

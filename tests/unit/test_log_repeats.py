@@ -1,4 +1,4 @@
-"""Repeats of a warning are collapsed into a line with their number; other lines never are."""
+"""Repeated warnings are collapsed into a summary with their number; lower levels are not."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def _logger(out: io.StringIO, clock: Callable[[], float], *, seconds: float = 60
 
 
 def _events(out: io.StringIO) -> list[str]:
-    """The lines from their level on."""
+    """Written lines without their timestamps."""
     return [line.split(" ", 1)[1] for line in out.getvalue().splitlines()]
 
 
-def test_repeats_become_a_summary_once_the_window_has_ended() -> None:
+def test_repeats_become_a_summary_after_the_window() -> None:
     out, clock = io.StringIO(), Clock()
     logger = _logger(out, clock)
     for number in range(60):
@@ -49,14 +49,14 @@ def test_repeats_become_a_summary_once_the_window_has_ended() -> None:
     assert written[3:] == [
         "WARNING coordinator store is unavailable repeated=57",
         "WARNING coordinator something else request_id=another",
-    ], "the summary is about no single request"
+    ], "the summary must not name a request"
     logger.warning("store is unavailable")
     assert len(_events(out)) == 6, "a new window begins"
     logger.handlers[0].close()
-    assert len(_events(out)) == 6, "nothing was collapsed since"
+    assert len(_events(out)) == 6, "no line was collapsed in the new window"
 
 
-def test_only_one_event_of_one_call_site_is_a_repeat() -> None:
+def test_repeats_have_the_same_event_and_call_site() -> None:
     out, clock = io.StringIO(), Clock()
     logger = _logger(out, clock)
     for number in range(5):
@@ -79,7 +79,7 @@ def test_lines_below_warning_are_always_written() -> None:
     assert len(_events(out)) == 500
 
 
-def test_the_summary_comes_without_another_line() -> None:
+def test_the_summary_is_written_without_a_later_record() -> None:
     out = io.StringIO()
     logger = _logger(out, time.monotonic, seconds=0.2)
     for _ in range(10):
@@ -94,7 +94,7 @@ def test_the_summary_comes_without_another_line() -> None:
     assert re.findall(r"repeated=\d+", out.getvalue()) == ["repeated=7", "repeated=2"]
 
 
-def test_the_end_of_the_process_writes_what_was_counted() -> None:
+def test_close_writes_the_summary() -> None:
     out, clock = io.StringIO(), Clock()
     logger = _logger(out, clock, most=MOST_REPEATS)
     for _ in range(MOST_REPEATS + 4):
@@ -103,7 +103,7 @@ def test_the_end_of_the_process_writes_what_was_counted() -> None:
     assert _events(out)[-1] == "CRITICAL coordinator failed repeated=4"
 
 
-def test_a_summary_hides_what_its_records_hid() -> None:
+def test_a_summary_hides_the_private_texts_of_its_records() -> None:
     out, clock = io.StringIO(), Clock()
     logger = _logger(out, clock)
     with log_scope(private=["a canary on a branch"]):
@@ -113,7 +113,7 @@ def test_a_summary_hides_what_its_records_hid() -> None:
     assert _events(out)[-1] == "WARNING coordinator cannot read: [hidden] repeated=2"
 
 
-def test_messages_that_differ_each_time_take_bounded_memory() -> None:
+def test_distinct_messages_take_bounded_memory() -> None:
     handler = RepeatLimitingHandler(io.StringIO(), clock=Clock())
     handler.setFormatter(LogFormatter("coordinator", "text"))
     logger = logging.Logger("library")

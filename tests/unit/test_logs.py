@@ -1,4 +1,4 @@
-"""Log lines: their formats, what is escaped, what is hidden, and the context that they name."""
+"""Log lines: formats, escaping, hidden texts, and fields of the log context."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_traceback_is_one_field(out: io.StringIO, form: LogFormat) -> None:
         assert text.endswith("ValueError: two\nlines")
 
 
-def test_a_pair_cannot_take_the_name_of_a_fixed_field(out: io.StringIO) -> None:
+def test_a_pair_cannot_replace_a_fixed_field(out: io.StringIO) -> None:
     _set_up(out, "json")
     _log.info("e", **dict.fromkeys(RESERVED, "mine"))
     line = _json(out)
@@ -103,8 +103,8 @@ HOSTILE = '\x1b[2J\r\n2026-11-30T01:02:03.456Z INFO coordinator forged\u2028\x85
 @given(text=st.text(st.characters()), form=st.sampled_from(["text", "json"]))
 @example(text=HOSTILE, form="text")
 @example(text=HOSTILE, form="json")
-def test_no_value_ends_its_line_or_steers_a_terminal(text: str, form: LogFormat) -> None:
-    """Also as the message of a library, in an exception, as a key of a table, and as an id that a caller sends."""
+def test_no_value_writes_newlines_or_control_characters(text: str, form: LogFormat) -> None:
+    """The text is a field, a key of a table, an ID, an exception and a message of a library."""
     out = io.StringIO()
     _set_up(out, form)
     error = ValueError(text)
@@ -121,7 +121,7 @@ def test_no_value_ends_its_line_or_steers_a_terminal(text: str, form: LogFormat)
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @example(text=HOSTILE.replace("\ud800", ""))
-def test_an_escaped_value_is_the_same_value(text: str) -> None:
+def test_escaped_values_round_trip(text: str) -> None:
     for form in ("json", "text"):
         out = io.StringIO()
         _set_up(out, form)
@@ -144,11 +144,11 @@ def test_a_password_in_a_url_is_not_written(out: io.StringIO, form: LogFormat) -
     except ValueError:
         _log.exception(f"no {url}")
     assert "canary" not in out.getvalue()
-    assert "test_logs.py" in out.getvalue(), "a traceback keeps its other lines"
+    assert "test_logs.py" in out.getvalue(), "other lines of the traceback must remain"
 
 
 def test_hidden_texts_are_not_written(out: io.StringIO) -> None:
-    """Whatever quotes them: a value, an error, a library, the traceback."""
+    """Texts are hidden in values, errors, messages of libraries and tracebacks."""
     prompt = 'a "canary"\non a branch'
     _set_up(out, level="DEBUG")
     with log_scope(private=[prompt, "cat"]):
@@ -159,12 +159,12 @@ def test_hidden_texts_are_not_written(out: io.StringIO) -> None:
         except ValueError:
             _log.exception("failed")
     assert "canary" not in out.getvalue()
-    assert "cat=cat" in out.getvalue(), "a text of a few letters is part of other words"
+    assert "cat=cat" in out.getvalue(), "short texts are not hidden, since other words contain them"
     _log.info("e", value=prompt)
-    assert "canary" in out.getvalue(), "the scope has ended"
+    assert "canary" in out.getvalue(), "texts are hidden only within the scope"
 
 
-def test_a_stage_call_has_the_context_of_its_metadata(out: io.StringIO) -> None:
+def test_log_lines_of_a_stage_call_have_the_context_of_its_metadata(out: io.StringIO) -> None:
     _set_up(out, "json")
 
     async def call() -> None:
@@ -192,7 +192,7 @@ def test_a_stage_call_has_the_context_of_its_metadata(out: io.StringIO) -> None:
 
 
 @pytest.mark.parametrize("attempt", ["", "x", "-1", "²", "9" * 5_000])
-def test_an_attempt_that_is_no_number_is_left_out(out: io.StringIO, attempt: str) -> None:
+def test_an_invalid_attempt_is_omitted(out: io.StringIO, attempt: str) -> None:
     _set_up(out, "json")
 
     async def call() -> None:
@@ -203,12 +203,12 @@ def test_an_attempt_that_is_no_number_is_left_out(out: io.StringIO, attempt: str
     assert "attempt" not in _json(out)
 
 
-def test_interleaved_requests_do_not_mix(out: io.StringIO) -> None:
+def test_contexts_of_interleaved_requests_do_not_mix(out: io.StringIO) -> None:
     _set_up(out, "json")
 
-    async def request(name: str, turns: int) -> None:
+    async def request(name: str, steps: int) -> None:
         with log_scope(request_id=name):
-            for number in range(1, turns):
+            for number in range(1, steps):
                 with log_scope(stage=f"stage-of-{name}", attempt=number):
                     await asyncio.sleep(0)
                     _log.info("e", of=name, number=number)
@@ -222,7 +222,9 @@ def test_interleaved_requests_do_not_mix(out: io.StringIO) -> None:
     asyncio.run(both())
     *lines, after = map(json.loads, out.getvalue().splitlines())
     assert len(lines) == 12
-    assert [line["request_id"] for line in lines[:4]] == ["r-1", "r-2", "r-1", "r-2"], "they alternate"
+    assert [line["request_id"] for line in lines[:4]] == ["r-1", "r-2", "r-1", "r-2"], (
+        "lines of the requests must alternate"
+    )
     for line in lines:
         assert line["request_id"] == line["of"]
         assert line.get("attempt") == line.get("number")
@@ -269,8 +271,8 @@ warnings.warn("python")
 """
 
 
-def test_libraries_with_handlers_of_their_own_log_in_our_format_and_once() -> None:
-    """torch is imported before the log is set up; transformers and diffusers afterwards, in the middle of loading."""
+def test_records_of_libraries_with_own_handlers_are_written_once_in_the_fleet_format() -> None:
+    """torch is imported before `setup_logging()`, transformers and diffusers after it."""
     done = subprocess.run([sys.executable, "-c", _LIBRARIES], capture_output=True, text=True, check=True)
     assert not done.stdout
     events = [json.loads(line)["event"] for line in done.stderr.splitlines()]

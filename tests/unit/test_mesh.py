@@ -1,4 +1,4 @@
-"""Degrees of a worker group: which there are, which a model allows, and what one rank alone is."""
+"""Degrees of a worker group: world size, limits of a model, and the mesh of a single rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from models.parallel.mesh import AXES, Axis, Degrees, WorkerMesh, get_sp_world_s
 CPU = torch.device("cpu")
 
 
-def test_products() -> None:
+def test_world_size_is_the_product_of_the_degrees() -> None:
     degrees = Degrees(tp=2, ulysses=3, ring=5, cfg=2)
     assert degrees.sp == 15
     assert degrees.world_size == 60
@@ -20,7 +20,7 @@ def test_products() -> None:
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_less_than_one_rank(axis: str) -> None:
+def test_degrees_below_one_are_refused(axis: str) -> None:
     with pytest.raises(InvalidInput, match=f"{axis} is 0; it must be at least 1") as caught:
         Degrees(**{axis: 0})
     assert caught.value.field == axis
@@ -30,13 +30,13 @@ def test_less_than_one_rank(axis: str) -> None:
     ("degrees", "field"),
     [(Degrees(tp=5), "tp"), (Degrees(ulysses=5), "ulysses"), (Degrees(tp=4, ulysses=4), "ulysses")],
 )
-def test_heads_that_do_not_divide(degrees: Degrees, field: str) -> None:
+def test_tp_and_ulysses_must_divide_the_attention_heads(degrees: Degrees, field: str) -> None:
     with pytest.raises(InvalidInput, match=r"24 attention heads; .* one of 1, 2, 3, 4, 6, 8, 12, 24\.") as caught:
         degrees.check_model(heads=24)
     assert caught.value.field == field
 
 
-def test_feed_forward_that_does_not_divide() -> None:
+def test_tp_must_divide_the_feed_forward_width() -> None:
     Degrees(tp=4, ulysses=3, ring=7, cfg=2).check_model(heads=12, feed_forward=8960)
     with pytest.raises(InvalidInput, match=r"8960 wide; it must be one of 1, 2, 4$"):
         Degrees(tp=3).check_model(heads=12, feed_forward=8960)
@@ -48,13 +48,13 @@ def test_one_rank_needs_no_process_group() -> None:
     assert [(mesh.size(axis), mesh.index(axis)) for axis in AXES] == [(1, 0)] * 4
 
 
-def test_ranks_that_are_not_there() -> None:
+def test_a_mesh_larger_than_the_group_is_refused() -> None:
     with pytest.raises(InvalidInput, match="tp=2 ulysses=1 ring=1 cfg=1 takes 2 ranks, but the worker group has 1"):
         make_mesh(Degrees(tp=2), CPU)
 
 
 @pytest.mark.parametrize(
-    ("device", "cards", "unreachable", "expected"),
+    ("device", "gpus", "unreachable", "expected"),
     [
         ("cuda", 4, None, True),
         ("cuda", 3, None, True),
@@ -64,27 +64,27 @@ def test_ranks_that_are_not_there() -> None:
         ("cpu", 4, None, False),
     ],
 )
-def test_cards_that_have_peer_access(
-    monkeypatch: pytest.MonkeyPatch, device: str, cards: int, unreachable: tuple[int, int] | None, expected: bool
+def test_peer_access_is_required_between_all_gpus_of_a_group(
+    monkeypatch: pytest.MonkeyPatch, device: str, gpus: int, unreachable: tuple[int, int] | None, expected: bool
 ) -> None:
-    """Of three ranks, in both directions of all pairs."""
+    """Three ranks need peer access in both directions of all pairs."""
     monkeypatch.setattr(mesh_module, "is_usable", lambda name: name == "cuda-bindings")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *pair: pair != unreachable)
     assert mesh_module._have_peer_access(torch.device(device), 3) is expected
 
 
-def test_shards_of_a_ulysses_group_lie_behind_each_other() -> None:
+def test_sp_index_orders_ulysses_ranks_within_ring_ranks() -> None:
     degrees = Degrees(ulysses=2, ring=3)
-    places = {}
+    indices = {}
     for ring in range(3):
         for ulysses in range(2):
             axes = {axis: Axis() for axis in AXES} | {"ring": Axis(3, ring), "ulysses": Axis(2, ulysses)}
-            places[ring, ulysses] = WorkerMesh(degrees, CPU, 0, axes).sp_index
-    assert [places[key] for key in sorted(places)] == [0, 1, 2, 3, 4, 5]
+            indices[ring, ulysses] = WorkerMesh(degrees, CPU, 0, axes).sp_index
+    assert [indices[key] for key in sorted(indices)] == [0, 1, 2, 3, 4, 5]
 
 
-def test_shards_of_the_sequence() -> None:
+def test_sp_world_size_is_ulysses_times_ring() -> None:
     assert get_sp_world_size(None) == 1
     axes = {axis: Axis() for axis in AXES}
     assert get_sp_world_size(WorkerMesh(Degrees(tp=2, ulysses=2, ring=3, cfg=2), CPU, 0, axes)) == 6

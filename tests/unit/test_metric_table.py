@@ -1,4 +1,4 @@
-"""services/README.md has the table of the metrics that the code defines."""
+"""services/README.md contains the generated tables of metrics."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import metric_table
 from common import metrics
 
 
-def test_the_readme_has_the_tables_of_the_code() -> None:
+def test_the_readme_has_the_generated_tables() -> None:
     text = metric_table.README.read_text()
     assert metric_table.PART.replaced(text, metric_table.table()) == text, "run `poe metrics`"
 
 
 @pytest.mark.parametrize("cell", ["`fleet_queued_seconds`", "| histogram |", "`grpc_method`", "Calls being served"])
-def test_an_edit_of_the_tables_is_found(cell: str) -> None:
+def test_an_edit_of_the_tables_is_detected(cell: str) -> None:
     text = metric_table.README.read_text()
     edited = text.replace(cell, "edited")
     assert edited != text

@@ -1,4 +1,4 @@
-"""Metrics are defined in one module, with labels that have a rule; stages, the store and GPUs are measured."""
+"""Metrics: one module, a rule for each label, units, and measurements of stages, store and GPUs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from common.state.connection import command, connect, run_script
 from common.state.leases import Leases
 from fleet.v1 import artifacts_pb2
 from metric_table import all_metrics, labels_of
-from redis_servers import running_server
 from services import gpu_metrics
 from services.coordinator.resume import NewestStepCheckpoint
 from services.measured_stages import MeasuredStages
@@ -48,7 +47,7 @@ _COUNTS = frozenset(
         "fleet_store_repairs",
     }
 )
-"""Gauges that count things: Prometheus has no unit for them."""
+"""Gauges without a unit, since they count objects."""
 
 
 def _sample(name: str, **labels: str) -> float:
@@ -56,7 +55,7 @@ def _sample(name: str, **labels: str) -> float:
 
 
 def metric_definitions(source: str) -> Iterator[str]:
-    """Calls that define a metric of prometheus_client, however the class was imported."""
+    """Calls of metric classes of prometheus_client, also through import aliases."""
     kinds = {"Counter", "Gauge", "Histogram", "Summary", "Info", "Enum"}
     tree = ast.parse(source)
     imported = {
@@ -92,7 +91,7 @@ def test_metrics_are_defined_in_one_module() -> None:
         "import prometheus_client\nX = prometheus_client.Gauge('a', 'b')",
     ],
 )
-def test_a_metric_elsewhere_is_found(source: str) -> None:
+def test_a_metric_definition_is_found(source: str) -> None:
     assert list(metric_definitions(source))
 
 
@@ -107,7 +106,7 @@ def test_names_end_with_their_base_unit() -> None:
         assert family.documentation
         if family.type == "gauge":
             assert _UNITS.match(family.name) or family.name in _COUNTS, family.name
-        elif family.type != "counter":  # whose name ends with _total
+        elif family.type != "counter":  # the name of a counter ends with _total
             assert _UNITS.match(family.name), family.name
 
 
@@ -115,7 +114,7 @@ def test_names_end_with_their_base_unit() -> None:
     ("tokens", "label"),
     [(0, "unknown"), (1, "65536"), (65_536, "65536"), (65_537, "262144"), (1 << 30, "1073741824"), (1 << 31, "more")],
 )
-def test_work_has_a_few_labels(tokens: int, label: str) -> None:
+def test_the_work_label_has_few_values(tokens: int, label: str) -> None:
     assert work_label(tokens) == label
     assert label in metrics.LABELS["work"]
 
@@ -135,7 +134,7 @@ def test_tokens_are_read_from_metadata(metadata: Mapping[str, str], tokens: int)
 
 
 class _Clock:
-    """time.monotonic() of a test."""
+    """A settable replacement of time.monotonic()."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -143,7 +142,7 @@ class _Clock:
 
 
 class _Loop:
-    """Stages that report steps at given times, each the number of the step and the time."""
+    """Stages that report `steps`, pairs of step number and time in seconds, and end at `ends`."""
 
     contract = Contract("loop", {}, {})
 
@@ -169,28 +168,30 @@ class _Loop:
 def test_steps_and_times_of_the_device_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = _Clock(monkeypatch)
     stages = MeasuredStages(_Loop(clock, [(1, 103.0), (2, 104.0), (4, 110.0)], 111.0), "denoising", "measured")
-    place = {"service": "denoising", "model": "measured"}
+    labels = {"service": "denoising", "model": "measured"}
     recorded: list[tuple[int, float]] = []
 
     def record(step: int, _: int) -> None:
-        recorded.append((step, _sample("fleet_device_busy_seconds_total", **place)))
+        recorded.append((step, _sample("fleet_device_busy_seconds_total", **labels)))
 
     stages.run({}, Call("r", on_progress=record, tokens=70_000))
-    assert recorded == [(1, 3.0), (2, 4.0), (4, 10.0)], "steps and busy seconds"
-    steps = {**place, "work": "262144"}
-    assert _sample("fleet_step_seconds_count", **steps) == 2, "the first one includes the preparation"
+    assert recorded == [(1, 3.0), (2, 4.0), (4, 10.0)], "pairs of step and busy seconds"
+    steps = {**labels, "work": "262144"}
+    assert _sample("fleet_step_seconds_count", **steps) == 2, (
+        "the first reported step includes the preparation and must not count"
+    )
     assert _sample("fleet_step_seconds_sum", **steps) == 1.0 + 3.0
-    assert _sample("fleet_device_busy_seconds_total", **place) == 11.0
-    assert _sample("fleet_device_idle_seconds_count", **place) == 0, "no call came before"
+    assert _sample("fleet_device_busy_seconds_total", **labels) == 11.0
+    assert _sample("fleet_device_idle_seconds_count", **labels) == 0, "idle time needs an earlier call"
     clock.now = 115.0
     with pytest.raises(ValueError, match="fail"):
         stages.run({"x": 1}, Call("r"))
-    assert _sample("fleet_device_idle_seconds_sum", **place) == 4.0
-    assert _sample("fleet_device_idle_seconds_count", **place) == 1
+    assert _sample("fleet_device_idle_seconds_sum", **labels) == 4.0
+    assert _sample("fleet_device_idle_seconds_count", **labels) == 1
 
 
 class _Overlapping:
-    """Stages whose first call runs while a second one comes and goes."""
+    """Stages whose first call waits for `ends`, so that a second call overlaps it."""
 
     contract = Contract("sessions", {}, {})
 
@@ -209,20 +210,20 @@ class _Overlapping:
         return {}
 
 
-def test_a_call_within_another_leaves_no_idle_time() -> None:
+def test_overlapping_calls_have_no_idle_time() -> None:
     inner = _Overlapping()
     stages = MeasuredStages(inner, "decoding", "overlapping")
-    place = {"service": "decoding", "model": "overlapping"}
+    labels = {"service": "decoding", "model": "overlapping"}
     thread = threading.Thread(target=stages.run, args=({}, Call("first")))
     thread.start()
     assert inner.began.wait(20)
     stages.run({}, Call("second"))
     inner.ends.set()
     thread.join()
-    assert _sample("fleet_device_idle_seconds_count", **place) == 0
-    assert _sample("fleet_device_busy_seconds_total", **place) > 0
+    assert _sample("fleet_device_idle_seconds_count", **labels) == 0
+    assert _sample("fleet_device_busy_seconds_total", **labels) > 0
     stages.run({}, Call("third"))
-    assert _sample("fleet_device_idle_seconds_count", **place) == 1
+    assert _sample("fleet_device_idle_seconds_count", **labels) == 1
 
 
 def test_round_trips_of_the_store_are_measured_by_operation() -> None:
@@ -243,10 +244,10 @@ def test_round_trips_of_the_store_are_measured_by_operation() -> None:
     assert [new - old for new, old in zip(after, before, strict=True)] == [1, 1, 1]
 
 
-def test_a_command_of_a_pipeline_that_fails_is_an_error() -> None:
-    """Also where the pipeline raises nothing, as where a result is stored."""
+def test_a_failed_command_of_a_pipeline_counts_as_an_error(store_url: str) -> None:
+    """The error counts although `raise_on_error=False` suppresses the exception."""
 
-    async def story(url: str) -> None:
+    async def scenario(url: str) -> None:
         async with connect(url) as redis:
             for transaction in (False, True):
                 pipeline = redis.pipeline(transaction=transaction)
@@ -263,18 +264,17 @@ def test_a_command_of_a_pipeline_that_fails_is_an_error() -> None:
 
     results = ("error", "ok")
     before = [_sample("fleet_store_operation_seconds_count", operation="pipeline", result=each) for each in results]
-    with running_server("valkey") as server:
-        asyncio.run(story(server.url))
+    asyncio.run(scenario(store_url))
     after = [_sample("fleet_store_operation_seconds_count", operation="pipeline", result=each) for each in results]
     assert [new - old for new, old in zip(after, before, strict=True)] == [3, 1]
 
 
-def test_a_round_trip_that_is_cancelled_is_no_error() -> None:
-    """As that of a Watch whose caller has left."""
+def test_a_cancelled_round_trip_is_not_counted_as_an_error() -> None:
+    """A Watch cancels its round trip when its caller disconnects."""
     label = {"operation": "PING", "result": "cancelled"}
     before = _sample("fleet_store_operation_seconds_count", **label)
 
-    async def left() -> None:
+    async def cancelled_ping() -> None:
         async with connect("redis://127.0.0.1:1") as redis:
             task = asyncio.create_task(command(redis, "PING"))
             await asyncio.sleep(0)
@@ -282,11 +282,11 @@ def test_a_round_trip_that_is_cancelled_is_no_error() -> None:
             await asyncio.wait({task})
             assert task.cancelled()
 
-    asyncio.run(left())
+    asyncio.run(cancelled_ping())
     assert _sample("fleet_store_operation_seconds_count", **label) == before + 1
 
 
-def test_a_checkpoint_that_is_not_stored_is_counted() -> None:
+def test_a_failed_checkpoint_save_is_counted() -> None:
     labels = {"result": "failed"}
     before = _sample("fleet_step_checkpoint_saves_total", **labels)
 
@@ -306,7 +306,7 @@ class _Properties:
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPUs whose NVML reads the memory of both, and the utilization of the first alone."""
+    """Two GPUs; NVML reads the memory of both, but only the utilization of the first."""
 
     def utilization(index: int) -> int:
         if index:
@@ -334,13 +334,13 @@ def test_gpus_are_read_at_each_scrape(monkeypatch: pytest.MonkeyPatch, caplog: p
 
     monkeypatch.setattr(torch.cuda, "device_memory_used", lost)
     value = REGISTRY.get_sample_value("fleet_gpu_memory_used_bytes", {"device": "0"})
-    assert value != value, "no number, and the scrape goes on"
+    assert value != value, "a failed read must give NaN and must not fail the scrape"
 
 
 def test_a_worker_on_a_cpu_exports_no_gpu() -> None:
     assert not gpu_metrics.gpu_indices(torch.device("cpu"), 1)
 
 
-def test_the_module_has_nothing_but_metrics_with_help() -> None:
+def test_the_metrics_module_defines_prometheus_metrics() -> None:
     assert all(isinstance(each, MetricWrapperBase) for each in all_metrics())
     assert len(all_metrics()) > 40

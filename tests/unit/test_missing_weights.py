@@ -1,4 +1,4 @@
-"""A weights volume that is missing or unreadable ends a service's process with one line that names the path."""
+"""A missing or unreadable weights volume ends a service with one line that names the path."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from services.worker_settings import WorkerSettings
 
 EMOJI = Path(__file__).resolve().parents[2] / "models" / "checkpoints" / "emoji"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-NOBODY = 65534
+NOBODY_UID = 65534
 
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """Without root's right to read every file."""
+    """Run without root's permission to read every file."""
     if os.geteuid():
         yield
         return
-    os.seteuid(NOBODY)
+    os.seteuid(NOBODY_UID)
     try:
         yield
     finally:
@@ -34,7 +34,7 @@ def unprivileged() -> Iterator[None]:
 
 @pytest.fixture
 def volume() -> Iterator[Path]:
-    """A directory with a copy of a model, which everybody may read."""
+    """A world-readable directory with a copy of a model."""
     with tempfile.TemporaryDirectory(prefix="volume-") as directory:
         path = Path(directory)
         path.chmod(0o755)
@@ -70,17 +70,17 @@ def remove_weights(model: Path) -> str:
     return f"{model / 'transformer'} holds no weights"
 
 
-def cut_link(model: Path) -> str:
+def break_link(model: Path) -> str:
     (model / WEIGHTS).unlink()
     (model / WEIGHTS).symlink_to(model / "blob")
     return f"{model / WEIGHTS}"
 
 
-DAMAGE = (remove_volume, empty_volume, forbid_volume, forbid_weights, remove_weights, cut_link)
+DAMAGE = (remove_volume, empty_volume, forbid_volume, forbid_weights, remove_weights, break_link)
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_the_line_names_the_path(
+def test_the_error_line_names_the_path(
     volume: Path,
     damage: Callable[[Path], str],
     capsys: pytest.CaptureFixture[str],

@@ -1,4 +1,4 @@
-"""MP4 files with sound: playable from the first bytes, and the same bytes each time."""
+"""MP4 files with sound: `moov` before `mdat`, interleaved tracks, and reproducible bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def frames(count: int, size: int) -> Iterator[Tensor]:
 
 
 def tone(seconds: float, rate: int, channels: int) -> Audio:
-    """Another pitch in each channel."""
+    """Sine tones with another frequency in each channel."""
     time = torch.arange(round(seconds * rate)) / rate
     return Audio(
         torch.stack([0.5 * torch.sin(2 * torch.pi * 440 * (each + 1) * time) for each in range(channels)]), rate
@@ -31,7 +31,7 @@ def tone(seconds: float, rate: int, channels: int) -> Audio:
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 16), (25, 128)])
-def test_the_index_stands_before_the_frames(count: int, size: int) -> None:
+def test_moov_precedes_mdat(count: int, size: int) -> None:
     file, again = (mp4_bytes(frames(count, size), size, size, 8.0, tone(1.0, 24000, 1)) for _ in range(2))
     assert box_types(file).index("moov") < box_types(file).index("mdat")
     assert file == again
@@ -42,7 +42,7 @@ def test_the_index_stands_before_the_frames(count: int, size: int) -> None:
 @pytest.mark.parametrize(("rate", "channels"), [(24000, 2), (48000, 2), (16000, 1)])
 @pytest.mark.parametrize("seconds", [0.01, 1.0, 4.0])
 def test_the_sound_is_an_aac_track(rate: int, channels: int, seconds: float) -> None:
-    """From the first sample on, whether it is shorter or longer than the video of 3 seconds."""
+    """The track has all samples, whether it is shorter or longer than the video of 3 seconds."""
     sound = tone(seconds, rate, channels)
     file = mp4_bytes(frames(24, 16), 16, 16, 8.0, sound)
     assert box_types(file).index("moov") < box_types(file).index("mdat")
@@ -58,8 +58,8 @@ def test_the_sound_is_an_aac_track(rate: int, channels: int, seconds: float) -> 
         assert float((recorded[:, :length] - sound.samples).norm() / sound.samples.norm()) < 0.05
 
 
-def test_sound_lies_among_the_frames_of_its_time() -> None:
-    """A player that reads on needs no more than a second of one track before the other."""
+def test_sound_and_frames_are_interleaved() -> None:
+    """At each file position, the times of both tracks differ by less than 1.5 seconds."""
     file = mp4_bytes(frames(96, 16), 16, 16, 8.0, tone(12.0, 24000, 2))
     latest = {"video": 0.0, "audio": 0.0}
     with av.open(io.BytesIO(file), mode="r") as container:
@@ -75,15 +75,15 @@ def test_the_encoder_is_configured_for_reproducible_bytes() -> None:
     assert {"mbtree=0", "threads=4"} <= x264_options(file)
 
 
-def test_a_frame_is_encoded_while_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The encoder waits here for the next frame; were it to run between two frames, it would wait for ever."""
+def test_a_frame_is_encoded_while_the_next_frame_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patched encoder waits for the next frame; sequential execution would time out."""
     made = [threading.Event() for _ in range(4)]
     encoded: list[int] = []
     encode = Mp4File.add
 
     def add(file: Mp4File, pixels: Tensor) -> None:
         following = len(encoded) + 1
-        assert following == len(made) or made[following].wait(10), "the next frame was not made meanwhile"
+        assert following == len(made) or made[following].wait(10), "the next frame was not computed during encoding"
         encoded.append(following)
         encode(file, pixels)
 
@@ -97,7 +97,7 @@ def test_a_frame_is_encoded_while_the_next_one_is_made(monkeypatch: pytest.Monke
     assert encoded == [1, 2, 3, 4]
 
 
-def test_a_failing_encoder_is_heard() -> None:
+def test_an_encoder_error_is_raised() -> None:
     frames = (torch.zeros(3, size, 16) for size in (16, 16, 20))
     with pytest.raises(av.error.ExternalError, match="libx264"):
         mp4_bytes(frames, 16, 17, 8.0, tone(0.5, 24000, 2))

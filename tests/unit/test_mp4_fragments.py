@@ -1,4 +1,4 @@
-"""Fragments of MP4 files: together one playable file, each the same bytes whichever encoder made the others."""
+"""MP4 fragments: concatenated they are one playable file, and each has reproducible bytes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mp4_boxes import box, box_types, boxes, x264_options
 
 HEIGHT, WIDTH = 48, 80
 COUNTS = (9, 12, 1, 3, 30)
-"""Frames of the fragments; the last one has more than the encoder works on at a time."""
+"""Number of frames per fragment; the last fragment exceeds the encoder's frames in flight."""
 TOTAL = sum(COUNTS)
 FIRSTS = [sum(COUNTS[:index]) for index in range(len(COUNTS))]
 
 
-def picture(index: int) -> Tensor:
-    """A frame of a smooth video (3, HEIGHT, WIDTH), whose blue states the index."""
+def video_frame(index: int) -> Tensor:
+    """Frame of a smooth video (3, HEIGHT, WIDTH); the blue channel encodes the index."""
     rows, columns = torch.meshgrid(torch.linspace(0, 6, HEIGHT), torch.linspace(0, 9, WIDTH), indexing="ij")
     red, green = (0.5 + 0.5 * torch.sin(each + index / 7) for each in (rows, columns))
     return torch.stack([red, green, torch.full_like(red, index / TOTAL)])
@@ -34,7 +34,7 @@ def picture(index: int) -> Tensor:
 def fragment(first: int, count: int, frame_rate: float = 16.0) -> bytes:
     encoder = Mp4Fragment(HEIGHT, WIDTH, frame_rate, first)
     for index in range(first, first + count):
-        encoder.add(picture(index))
+        encoder.add(video_frame(index))
     return encoder.finish()
 
 
@@ -44,7 +44,7 @@ def fragments() -> list[bytes]:
 
 
 def check_playable(file: bytes, count: int, frame_rate: Fraction) -> None:
-    """Assert that all frames are shown in order, each for the same time, in the colours that were encoded."""
+    """Assert that all frames are decoded in order, with equal durations and the encoded colours."""
     with av.open(io.BytesIO(file), mode="r", options={"err_detect": "explode"}) as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264"
@@ -62,7 +62,7 @@ def check_playable(file: bytes, count: int, frame_rate: Fraction) -> None:
         assert times == [index / frame_rate for index in range(count)]
         for index in (0, count // 2, count - 1):
             seen = shown[index].to_ndarray(format="rgb24").astype(np.float64) / 255
-            assert np.abs(seen.transpose(2, 0, 1) - picture(index).double().numpy()).mean() < 0.02
+            assert np.abs(seen.transpose(2, 0, 1) - video_frame(index).double().numpy()).mean() < 0.02
 
 
 def test_the_concatenated_fragments_are_one_file(fragments: list[bytes]) -> None:
@@ -77,7 +77,7 @@ def test_the_concatenated_fragments_are_one_file(fragments: list[bytes]) -> None
     assert times == [Fraction(first, 16) for first in FIRSTS]
 
 
-def test_what_has_come_of_a_file_is_playable(fragments: list[bytes]) -> None:
+def test_each_prefix_of_fragments_is_playable(fragments: list[bytes]) -> None:
     for index, first in enumerate(FIRSTS):
         check_playable(b"".join(fragments[: index + 1]), first + COUNTS[index], Fraction(16))
 
@@ -94,7 +94,7 @@ def test_a_player_can_seek_to_each_fragment(fragments: list[bytes]) -> None:
 
 
 def test_a_fragment_begins_with_an_idr_frame(fragments: list[bytes]) -> None:
-    """A decoder can start at each: with the parameters of the index and the first slice, of NAL type 5."""
+    """A decoder can start at each fragment, since its first slice has NAL type 5."""
     for data in fragments:
         payload, kinds = box(data, "mdat"), []
         while payload:
@@ -104,8 +104,8 @@ def test_a_fragment_begins_with_an_idr_frame(fragments: list[bytes]) -> None:
         assert next(kind for kind in kinds if kind in (1, 5)) == 5
 
 
-def test_a_fragment_is_the_same_bytes_without_those_before_it(fragments: list[bytes]) -> None:
-    """In a process of its own, which has encoded nothing before."""
+def test_a_fragment_does_not_depend_on_earlier_fragments(fragments: list[bytes]) -> None:
+    """A new process, which has encoded no other fragment, gives the same bytes."""
     index = 3
     program = (
         "import sys\n"
@@ -122,13 +122,13 @@ def test_a_fragment_is_the_same_bytes_without_those_before_it(fragments: list[by
 
 
 def test_the_encoder_is_configured_for_reproducible_bytes() -> None:
-    """As the options say that x264 writes into the stream; _X264_OPTIONS says why."""
+    """x264 writes its options into the stream; `_X264_OPTIONS` documents their reasons."""
     encoder = Mp4Fragment(320, 32, 16.0, 0)
     encoder.add(torch.zeros(3, 320, 32))
     assert {"mbtree=0", "threads=4", "bframes=0"} <= x264_options(encoder.finish())
 
 
-def test_frames_place_size_and_rate_make_the_bytes(fragments: list[bytes]) -> None:
+def test_bytes_depend_on_position_length_and_frame_rate(fragments: list[bytes]) -> None:
     assert fragment(FIRSTS[1], COUNTS[1] - 1) != fragments[1]
     assert fragment(FIRSTS[1] + 1, COUNTS[1]) != fragments[1]
     assert fragment(FIRSTS[1], COUNTS[1], frame_rate=8.0) != fragments[1]
@@ -143,12 +143,12 @@ def test_times_are_exact_at_any_rate(frame_rate: float, exact: Fraction) -> None
     check_playable(file, 13, exact)
 
 
-def test_cuts_within_a_fragment_keep_one_file() -> None:
+def test_scene_cuts_within_a_fragment_give_one_playable_file() -> None:
     """The encoder may insert an IDR frame at a scene cut, which adds a moof box to the same item."""
     encoder = Mp4Fragment(HEIGHT, WIDTH, 16.0, 0)
     other = torch.rand(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
     for index in range(50):
-        encoder.add(picture(index) if index < 40 else other)
+        encoder.add(video_frame(index) if index < 40 else other)
     file = encoder.finish() + fragment(50, 1)
     assert box_types(file).count("moof") == 3
     numbers = [int.from_bytes(box(content, "mfhd")[4:]) for kind, content in boxes(file) if kind == "moof"]
