@@ -7,7 +7,8 @@ import importlib
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from common.settings import FlagParser, SettingsError, load_settings
 from readme import DOCUMENTS, ROOT
 from services.cli.__main__ import COMMANDS
+from services.cli.options import DEGREES
 from services.cli.serve import service_names, settings_class
 from services.setting_readers import READERS
 
@@ -26,7 +28,7 @@ _INLINE = re.compile(r"`([^`\n]+)`")
 _FLAG = re.compile(r"--[a-z][\w-]*")
 
 
-class Parsed(Exception):  # noqa: N818  It ends a command after its parser has succeeded.
+class Parsed(Exception):
     """The parser of a command has accepted the arguments."""
 
 
@@ -89,18 +91,16 @@ def parse_fleet(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def flags_of(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> set[str]:
     """Flags of a `fleet` command, from its help; of all services for `serve`."""
+    calls: list[Callable[[Sequence[str]], object]]
     if words[0] == "serve":
         services = [name for name in words[1:2] if name in service_names()] or service_names()
-        calls = [("serve", service) for service in services]
+        calls = [partial(load_settings, settings_class(name), prog="fleet serve", environ={}) for name in services]
     else:
         assert words[0] in COMMANDS, f"fleet {words[0]}: unknown command"
-        calls = [(words[0],)]
-    for name, *service in calls:
+        calls = [importlib.import_module(f"services.cli.{words[0]}").main]
+    for call in calls:
         with pytest.raises(SystemExit):
-            if service:
-                load_settings(settings_class(service[0]), ["--help"], prog="fleet serve", environ={})
-            else:
-                importlib.import_module(f"services.cli.{name}").main(["--help"])
+            call(["--help"])
     return set(_FLAG.findall(capsys.readouterr().out))
 
 
@@ -117,10 +117,10 @@ def faults(words: Sequence[str]) -> list[str]:
     wrong = [path for path in paths if not (ROOT / path.partition("::")[0]).exists()]
     scripts = [ROOT / path for path in paths if path.endswith(".py")]
     if program in ("python", "torchrun") and scripts and not wrong:
-        # A script's flags are in its source, or in a module beside it.
+        # A script's flags are in its source, or in a module beside it; those of degrees are formed from their names.
         source = "".join(path.read_text(encoding="utf-8") for path in scripts[0].parent.glob("*.py"))
         flags = [word.partition("=")[0] for word in rest[rest.index(paths[0]) :] if word.startswith("--")]
-        wrong += [flag for flag in flags if f'"{flag}"' not in source]
+        wrong += [flag for flag in flags if f'"{flag}"' not in source and flag.removeprefix("--") not in DEGREES]
     return wrong
 
 
