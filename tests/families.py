@@ -1,4 +1,4 @@
-"""Generates the README's table of model families from the registry. `python tests/families.py` updates it.
+"""Generates the tables of model families in README files from the registry. `python tests/families.py` updates them.
 
 Values come from pipelines, sampling parameters and pipeline configs; only `title` and `deviations` are prose.
 """
@@ -20,10 +20,17 @@ from generated_part import GeneratedPart, markdown
 from models.registry import PipelineEntry, Registry, load_registry, resolve
 from readme import ROOT
 
-README = ROOT / "README.md"
-PART = GeneratedPart(README, "<!-- families: `poe families` writes this table -->\n", "<!-- end of families -->\n")
+PART = GeneratedPart(
+    ROOT / "README.md", "<!-- families: `poe families` writes this table -->\n", "<!-- end of families -->\n"
+)
+DETAILS = GeneratedPart(
+    ROOT / "models" / "README.md",
+    "<!-- family details: `poe families` writes this table -->\n",
+    "<!-- end of family details -->\n",
+)
 
-_HEADINGS = ("Family", "Directories", "Variants", "Style", "From", "To", "Parallel", "Resume", "Differs from Diffusers")
+_HEADINGS = ("Family", "Class", "Style", "Inputs", "Outputs")
+_DETAILS_HEADINGS = ("Family", "Variants", "Parallel", "Resume", "Differs from Diffusers")
 _CHOICES: tuple[Mapping[str, object], ...] = ({}, {"expand_timesteps": True}, {"boundary_ratio": 0.9})
 """Entries of model_index.json that choose the variants of a pipeline."""
 _TRANSFORMERS: tuple[Mapping[str, object], ...] = (
@@ -136,8 +143,23 @@ def all_served(registry: Registry) -> list[Served]:
         ]
 
 
-def _row(title: str, members: list[Served]) -> tuple[str, ...]:
-    """Table cells of the variants with one title. Raises ValueError if they differ in a value that the row has once."""
+@dataclass(frozen=True)
+class Family:
+    """Facts of the variants with one title, as cells of the tables. Resume is the position after a worker is lost."""
+
+    title: str
+    classes: str
+    variants: str
+    style: str
+    inputs: str
+    outputs: str
+    parallel: str
+    resume: str
+    deviations: str
+
+
+def _family(title: str, members: list[Served]) -> Family:
+    """The family of the variants with one title. Raises ValueError if they differ in a fact that a family has once."""
     once = {
         "style": {each.style() for each in members},
         "outputs": {each.outputs() for each in members},
@@ -149,22 +171,44 @@ def _row(title: str, members: list[Served]) -> tuple[str, ...]:
         if len(values) > 1:
             raise ValueError(f"title: {title!r} is that of configs with different {fact}; give each its own title")
     style, outputs, parallel, resume, deviations = (values.pop() for values in once.values())
-    directories = ", ".join(dict.fromkeys(f"`{each.name}`" for each in members))
     variants = ", ".join(dict.fromkeys(f"`{each.variant}`" for each in members if each.variant))
-    inputs = "; or ".join(dict.fromkeys(each.inputs() for each in sorted(members, key=lambda each: len(each.inputs()))))
-    return title, directories, variants or "one", style, inputs, outputs, parallel, resume, deviations or "nothing"
+    inputs = dict.fromkeys(each.inputs() for each in sorted(members, key=lambda each: len(each.inputs())))
+    return Family(
+        title=title,
+        classes=", ".join(dict.fromkeys(f"`{each.name}`" for each in members)),
+        variants=variants or "one",
+        style=style,
+        inputs="; or ".join(inputs),
+        outputs=outputs,
+        parallel=parallel,
+        resume=resume,
+        deviations=deviations or "nothing",
+    )
 
 
-def table(registry: Registry) -> str:
-    """The Markdown table, sorted by title. Raises ValueError for a config without a title."""
+def all_families(registry: Registry) -> list[Family]:
+    """Every family, sorted by title. Raises ValueError for a config without a title."""
     families: dict[str, list[Served]] = {}
     for each in all_served(registry):
         if not each.config.title:
             raise ValueError(f"title: {each.config.__name__} has none; the table of families needs it")
         families.setdefault(each.config.title, []).append(each)
-    rows = [_row(title, families[title]) for title in sorted(families, key=str.casefold)]
+    return [_family(title, families[title]) for title in sorted(families, key=str.casefold)]
+
+
+def table(families: Iterable[Family]) -> str:
+    """The Markdown table of the root README."""
+    rows = [(each.title, each.classes, each.style, each.inputs, each.outputs) for each in families]
     return markdown((_HEADINGS, ("---",) * len(_HEADINGS), *rows))
 
 
+def details(families: Iterable[Family]) -> str:
+    """The Markdown table of models/README.md."""
+    rows = [(each.title, each.variants, each.parallel, each.resume, each.deviations) for each in families]
+    return markdown((_DETAILS_HEADINGS, ("---",) * len(_DETAILS_HEADINGS), *rows))
+
+
 if __name__ == "__main__":
-    PART.write(table(load_registry()))
+    FAMILIES = all_families(load_registry())
+    PART.write(table(FAMILIES))
+    DETAILS.write(details(FAMILIES))

