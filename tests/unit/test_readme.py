@@ -1,4 +1,4 @@
-"""What the README names is there."""
+"""Links and names in the README files exist, and the changelog has the released version."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHANGES = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_local_links_lead_somewhere(document: str) -> None:
+def test_targets_of_local_links_exist(document: str) -> None:
     path = ROOT / document
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text())
     missing = [target for target in targets if not (path.parent / target).exists()]
@@ -40,13 +40,13 @@ def test_anchors_are_headings_of_the_readme() -> None:
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
 
 
-def test_the_first_block_is_the_two_commands_of_a_fresh_machine() -> None:
+def test_the_first_block_has_the_two_commands_for_a_new_host() -> None:
     draw, check = code_blocks("bash")[0].strip().splitlines()
     assert "fleet generate" in draw
     assert "poe check" in check
 
 
-def test_the_tree_names_what_is_there() -> None:
+def test_the_paths_of_the_tree_exist() -> None:
     section = (ROOT / "README.md").read_text().partition("## The tree")[2].partition("\n## ")[0]
     named: list[Path] = []
     top = Path()
@@ -71,7 +71,7 @@ def test_the_changelog_has_the_version_of_the_package_and_its_release() -> None:
     assert text.count("\n") <= 60
 
 
-def test_every_bench_is_described() -> None:
+def test_every_benchmark_is_described() -> None:
     text = (ROOT / "README.md").read_text()
     benches = [path.name for path in (ROOT / "tests" / "bench").glob("*.py") if not path.name.startswith("bench_")]
     assert benches
