@@ -1,4 +1,4 @@
-"""The store scripts of the latest release and of this version on one store, with processes of both versions.
+"""The store scripts of the latest release and of this version on one store, called by both versions.
 
 Each process calls the script of its own version. In any order of operations, no worker exceeds its capacity, no claim
 or request is lost or granted twice, and neither script reports damage in data of the other one.
