@@ -1,4 +1,4 @@
-"""Timelines of requests against real servers: the script records them, bounded, and they expire with the record."""
+"""Timelines of requests against real servers: entries, their bound, and expiry with the record."""
 
 from __future__ import annotations
 
