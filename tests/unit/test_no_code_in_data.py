@@ -106,7 +106,7 @@ def test_no_module_executes_data() -> None:
     assert not [f"{path}:{found}" for path, source in sources() for found in code_from_data(source)]
 
 
-def test_only_modules_of_the_start_access_files() -> None:
+def test_only_start_up_modules_access_files() -> None:
     found = {path for path, source in sources() if list(files_of(source)) and not path.startswith(COMMAND_LINE)}
     assert not found - FILE_READERS
     assert not FILE_READERS - found, "remove modules from FILE_READERS that access no files"

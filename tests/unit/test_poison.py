@@ -1,4 +1,4 @@
-"""When a request is given up after losses of workers, and how a request waits for that decision."""
+"""The rule for giving up a request after losses of workers, and the wait for its decision."""
 
 from __future__ import annotations
 

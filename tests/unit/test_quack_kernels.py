@@ -11,7 +11,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def test_the_fused_gemm_kernels_compile_for_hopper(tmp_path: Path) -> None:
-    """The compilers run in their own process, because they read the environment at import and no GPU exists."""
+    """Compile in another process: the compilers read the environment, which simulates a GPU, at import."""
     environment = os.environ | {
         "CUTE_DSL_ARCH": "sm_90a",
         "QUACK_ARCH": "90",

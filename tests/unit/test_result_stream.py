@@ -71,7 +71,7 @@ class Case:
         return ResultStream(self.store, events, self.request_id, epoch=epoch, max_bytes=max_bytes, raw=raw)
 
     async def take_over(self) -> int:
-        """Take the request over by another coordinator. Returns the new epoch."""
+        """Take over the request with another coordinator. Returns the new epoch."""
         presence = Presence(self.redis, "second")
         await presence.start()
         taken, _ = await Leases(self.redis, "second").take_over("emoji")

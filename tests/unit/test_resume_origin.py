@@ -86,9 +86,8 @@ def test_while_the_store_is_slow_only_the_newest_checkpoint_is_saved() -> None:
 def test_the_next_owner_loads_the_stored_checkpoint() -> None:
     async def story() -> None:
         stored = [b"here", artifacts_pb2.DenoiseState(step=7).SerializeToString()]
-        assert (
-            await NewestStepCheckpoint(FakeLeases(stored), "r", 1).find("here", "resume_from") is None
-        )  # This owner stored no checkpoint.
+        # The first owner has stored no checkpoint.
+        assert await NewestStepCheckpoint(FakeLeases(stored), "r", 1).find("here", "resume_from") is None
         assert (
             await NewestStepCheckpoint(FakeLeases(stored), "r", 2, inherited=True).find("elsewhere", "resume_from")
             is None

@@ -123,7 +123,7 @@ def test_a_value_is_dropped_after_its_last_reader() -> None:
     assert isinstance(outputs["media"], Value)
 
 
-async def _for_ever(_: Mapping[str, Any]) -> Mapping[str, Any]:
+async def _wait_forever(_: Mapping[str, Any]) -> Mapping[str, Any]:
     await asyncio.Event().wait()
     return {}
 
@@ -136,7 +136,7 @@ def test_the_first_error_is_raised_unchanged_and_ends_the_other_stages() -> None
 
     async def fail_at_the_end(_: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
-            return await _for_ever({})
+            return await _wait_forever({})
         finally:
             ended.append("prepare")
             raise Unavailable("gone")
@@ -181,11 +181,11 @@ def test_a_runner_that_cancels_itself_ends_the_pipeline() -> None:
 
 
 def test_a_runner_that_omits_an_output_is_named() -> None:
-    async def forget(_: Mapping[str, Any]) -> Mapping[str, Any]:
+    async def omit_schedule(_: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"noise": 1}
 
     with pytest.raises(InternalError, match="prepare did not return schedule"):
-        run(FakeRunner("prepare", (), ("noise", "schedule"), forget), wanted=("noise",))
+        run(FakeRunner("prepare", (), ("noise", "schedule"), omit_schedule), wanted=("noise",))
 
 
 @pytest.mark.parametrize("reply", [asyncio.CancelledError(), Unavailable("the channel closed")])
@@ -198,7 +198,7 @@ def test_a_cancelled_caller_sees_its_own_cancellation(reply: BaseException) -> N
         async def work(_: Mapping[str, Any]) -> Mapping[str, Any]:
             began.set()
             try:
-                return await _for_ever({})
+                return await _wait_forever({})
             except asyncio.CancelledError:
                 raise reply from None
 

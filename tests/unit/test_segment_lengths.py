@@ -26,7 +26,7 @@ def test_each_segment_is_sharded_separately() -> None:
     assert lengths.sizes == (4 + 9, 3 + 9, 3 + 9, 3 + 8)
 
 
-def test_a_call_adds_to_the_lengths_of_the_calls_around_it() -> None:
+def test_a_nested_call_adds_segment_lengths() -> None:
     scope = SegmentScope(2, 0)
     with scope.entered({"text": 13}):
         with scope.entered({"image": 35, "text": 13}) as inner:

@@ -57,7 +57,7 @@ def test_a_tuple_is_a_repeated_flag_or_a_comma_list() -> None:
 
 
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("0", False), ("No", False), ("YES", True)])
-def test_truth_values_of_the_environment(text: str, value: bool) -> None:
+def test_booleans_are_read_from_the_environment(text: str, value: bool) -> None:
     assert load("--model", "m", environ={"FLEET_REFLECTION": text}).reflection is value
 
 
@@ -140,7 +140,7 @@ def test_a_field_of_another_type_is_a_defect() -> None:
         load_settings(Wrong, [], prog="wrong", environ={})
 
 
-def test_floats_may_be_whole_in_toml(tmp_path: Path) -> None:
+def test_a_float_may_be_an_integer_in_toml(tmp_path: Path) -> None:
     config = tmp_path / "example.toml"
     config.write_text('model = "m"\ngrace_seconds = 2')
     assert math.isclose(load("--config", str(config)).grace_seconds, 2.0)

@@ -79,7 +79,7 @@ def test_ranks_read_only_their_shards(file: Path, caplog: pytest.LogCaptureFixtu
     assert [gigabytes in line for line in caplog.messages] == [True] * 4
 
 
-def test_a_file_is_checked_for_whole_tensors(file: Path) -> None:
+def test_shapes_of_whole_tensors_are_checked(file: Path) -> None:
     with torch.device("meta"):
         part = Layers(Axis(2, 0))
     part.up = ColumnParallelLinear(4, (16,), Axis(2, 0))

@@ -51,7 +51,7 @@ class Case:
         return await self.leases.losses(name, epoch)
 
 
-def test_a_loss_is_suspect_once_the_heartbeat_has_run_out(each_store_url: str) -> None:
+def test_a_loss_is_suspect_once_the_heartbeat_has_expired(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         case = Case(redis)
         await case.admit()
@@ -138,9 +138,7 @@ def test_a_loss_reports_the_step_of_the_checkpoint_and_is_inherited(each_store_u
 
 
 @pytest.mark.parametrize("seen_by", ["heartbeat", "coordinator"])
-def test_a_loss_is_in_churn_where_a_worker_that_did_not_run_the_request_was_lost(
-    each_store_url: str, seen_by: str
-) -> None:
+def test_a_loss_is_in_churn_if_a_worker_of_other_requests_was_lost(each_store_url: str, seen_by: str) -> None:
     async def story(redis: Redis) -> None:
         case = Case(redis)
         for name in ("r", "other"):

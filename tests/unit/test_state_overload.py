@@ -1,4 +1,4 @@
-"""The bound on open work: seconds by cost and measured pace, with a share for each caller."""
+"""The bound on open work in seconds, by cost and measured pace, with a share for each caller."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def image_file(data: bytes) -> ResultFile:
     return ResultFile(header, [data])
 
 
-def test_a_request_from_admission_to_its_end(each_store_url: str) -> None:
+def test_a_request_has_its_events_and_files_from_admission_to_end(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         given = record(prompt="a red apple")

@@ -276,9 +276,8 @@ def test_a_full_store_is_not_unavailable_and_accepts_heartbeats(each_store_url: 
         with pytest.raises(StoreFull, match="request store is full") as failed:
             await unbounded.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[image_file(MIB)], token="t")
         assert "away" not in str(failed.value)
-        assert (
-            await unbounded.get("accepted")
-        ).state == State.REQUEST_STATE_QUEUED  # a request does not end without its files
+        # A request does not end without its files.
+        assert (await unbounded.get("accepted")).state == State.REQUEST_STATE_QUEUED
         await unfill(redis)
         assert await unbounded.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[image_file(MIB)], token="t")
         await presence.stop()

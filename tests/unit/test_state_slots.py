@@ -144,7 +144,7 @@ def test_slots_and_queue_entries_of_a_dead_coordinator_are_freed(each_store_url:
             await queued(registry, 1)
             second = asyncio.create_task(living.claim("emoji", "denoising", "second"))
             await queued(registry, 2)
-            await run_script(redis, "resign", {"owner": "dying"})  # as the expiry of its heartbeat
+            await run_script(redis, "resign", {"owner": "dying"})  # as when its heartbeat expires
             assert (await second).worker.worker_id == "w"
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
@@ -212,7 +212,7 @@ def test_only_the_coordinator_that_cannot_reach_a_worker_avoids_it(each_store_ur
             theirs = await others.claim("emoji", "denoising", "s")  # of lower priority than the waiting claim
             assert theirs.worker.worker_id == "w"
             load = await registry.load("emoji", "denoising")
-            assert (len(load.workers), load.busy, load.queued) == (1, 2, 1)  # the worker is listed with both slots
+            assert (len(load.workers), load.busy, load.queued) == (1, 2, 1)  # both slots are counted
             await redis.hset("fleet:avoided:a", "w", "1|200")
             others.release(theirs)  # the slot is granted to the waiting claim
             assert (await waiting).worker.worker_id == "w"

@@ -48,7 +48,7 @@ def test_all_documents_have_the_same_top_level_fields(shown: Snapshot | None) ->
     assert "\n" not in json.dumps(found)
 
 
-def test_units_and_values() -> None:
+def test_values_have_the_documented_units() -> None:
     found = document("fleet:1", snapshot())
     (model,) = found["models"]
     denoising = model["services"][1]

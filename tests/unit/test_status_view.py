@@ -87,7 +87,7 @@ def test_requests_fill_the_remaining_lines() -> None:
     assert len(drawn(snapshot(), 60, 24)) == 24
 
 
-def test_a_fleet_without_data() -> None:
+def test_a_fleet_without_data_is_shown() -> None:
     lines = drawn(NOTHING, 60)
     assert "STORE  0.0 MiB" in lines
     assert not any("REQUEST" in line or "STAGE" in line or "replica" in line for line in lines)
@@ -214,14 +214,14 @@ def test_a_call_that_hangs_is_a_failure_and_a_wrong_key_ends_the_view(monkeypatc
         ("--interval 2", "--interval: the output is not a terminal; leave it out, or add --json"),
     ],
 )
-def test_a_wrong_interval_is_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_interval_gives_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", *words.split()]) == 2
     output, error = capsys.readouterr()
     assert (output, error.count("\n")) == ("", 1)
     assert message in error
 
 
-def test_the_age_of_a_request_is_by_the_clock_of_the_store() -> None:
+def test_ages_of_requests_use_the_clock_of_the_store() -> None:
     shown = snapshot()
     (age,) = {shown.age(each) for each in shown.listing.requests if each.state < pb.REQUEST_STATE_SUCCEEDED}
     assert age == 75.0

@@ -159,7 +159,7 @@ def test_an_error_in_the_loop_returns_all_memory(error: Callable[[str], BaseExce
         assert equal(predict(found[0], step), reference.predict(step)), "failed requests leave no state behind"
 
 
-def test_an_ended_request_returns_its_own_memory_alone(pool: StepMemoryPool) -> None:
+def test_an_ended_request_returns_only_its_own_memory(pool: StepMemoryPool) -> None:
     with pool.leases() as lease:
         running = lease("transformer", TRANSFORMER, inputs())
         with pool.leases() as other:
@@ -248,7 +248,7 @@ def test_graphs_that_exceed_the_bound_are_freed_when_their_request_ends() -> Non
         for memory in found * 2:
             run(memory, step)
         assert pool.byte_size == 4 * size_of(step)
-        # Measured sizes of graphs differ between ranks, which must agree, so they refuse no lease.
+        # Ranks must agree on refusals but measure different graph sizes, so graphs alone refuse no lease.
         with pool.leases() as other:
             other("transformer", TRANSFORMER, step)
     assert list(pool._idle.values()) == found[1:]

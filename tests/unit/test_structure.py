@@ -1,4 +1,4 @@
-"""Bounds on size, imports and patterns that linters do not check. Each check is tested itself."""
+"""Bounds on size, imports and patterns that linters do not check. Each check has its own test."""
 
 from __future__ import annotations
 

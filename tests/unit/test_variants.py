@@ -49,7 +49,7 @@ def png() -> bytes:
 
 
 class DoublePipeline(FluxPipeline):
-    """Standard stages in two variants that differ in name alone."""
+    """Standard stages in two variants that differ only in name."""
 
     pipeline_name = "DoublePipeline"
     names = ("small", "large")
@@ -118,7 +118,7 @@ def test_names_of_variants_are_identifiers(
         open_model(str(double_path), double_registry(*names))
 
 
-def test_a_model_of_one_variant_has_one_unnamed_variant() -> None:
+def test_a_pipeline_without_variants_has_one_unnamed_variant() -> None:
     model = open_model("emoji", load_registry())
     (variant,) = model.variants
     assert variant.name == ""
@@ -215,10 +215,10 @@ def test_modules_are_loaded_once_by_one_loader(
 
 def test_slots_that_a_variant_lacks_are_optional() -> None:
     text = Contract("d", {"noise": "Latents", "hint": "Latents"}, {"result": "Latents"}, frozenset({"hint"}))
-    image = Contract("d", {"noise": "Latents", "picture": "Latents"}, {"result": "Latents", "more": "Generator"})
+    image = Contract("d", {"noise": "Latents", "image": "Latents"}, {"result": "Latents", "more": "Generator"})
     united = unite_contracts("d", [text, image])
-    assert dict(united.inputs) == {"noise": "Latents", "hint": "Latents", "picture": "Latents"}
-    assert united.optional == {"hint", "picture"}
+    assert dict(united.inputs) == {"noise": "Latents", "hint": "Latents", "image": "Latents"}
+    assert united.optional == {"hint", "image"}
     assert dict(united.outputs) == {"result": "Latents", "more": "Generator"}
     assert united.optional_outputs == {"more"}
     assert unite_contracts("d", [text]) == text
@@ -260,7 +260,7 @@ def test_replies_of_variants_have_separate_keys() -> None:
     assert keys == [cache.key(inputs, variant) for variant in ("", "text", "image")]
 
 
-def test_warm_up_of_every_variant_or_of_one(double: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_warm_up_runs_every_variant_or_a_named_one(double: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
     warm_up = WarmUp.parse(double, ("32x32", "48x32@large"))
     assert [(variant.name, params.height) for variant, params in warm_up.sizes] == [
         ("small", 32),
@@ -294,7 +294,7 @@ def test_a_model_without_variants_is_warmed_up_without_a_name() -> None:
         WarmUp.parse(open_model("emoji", load_registry()), ("32x32@text",))
 
 
-def test_cfg_is_at_most_the_branches_of_the_variant_with_most(
+def test_cfg_is_at_most_the_largest_number_of_branches_of_a_variant(
     double: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(

@@ -80,7 +80,7 @@ def test_two_files_of_a_pair_take_effect_together(tmp_path: Path) -> None:
 
 
 def test_a_link_that_points_elsewhere_is_a_change(tmp_path: Path) -> None:
-    """Kubernetes mounts secrets as such links."""
+    """Kubernetes mounts secrets through such links."""
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "keys").write_text(name)

@@ -94,7 +94,7 @@ def test_beside_shards_the_files_that_each_library_prefers_are_read(flux: Path) 
     assert found(flux, "text_encoder")[1] == ["model.safetensors"]
 
 
-def test_a_link_without_target_is_named_with_it(flux: Path) -> None:
+def test_a_dangling_link_is_named_with_its_target(flux: Path) -> None:
     link = flux / f"transformer/{STEM}.safetensors"
     put(flux / "transformer", f"{STEM}.fp16.safetensors")
     link.symlink_to("../../../blobs/abc")
@@ -102,7 +102,7 @@ def test_a_link_without_target_is_named_with_it(flux: Path) -> None:
         Checkpoint.open(flux)
 
 
-def test_a_shard_that_is_a_link_without_target_is_named_with_it(flux: Path) -> None:
+def test_a_shard_that_is_a_dangling_link_is_named_with_its_target(flux: Path) -> None:
     shard = flux / f"transformer/{STEM}-00001-of-00001.safetensors"
     put_index(flux / "transformer", f"{STEM}.safetensors.index.json", shard.name)
     shard.unlink()
@@ -111,7 +111,7 @@ def test_a_shard_that_is_a_link_without_target_is_named_with_it(flux: Path) -> N
         Checkpoint.open(flux)
 
 
-def test_a_link_of_an_unread_variant_may_have_no_target(flux: Path) -> None:
+def test_a_dangling_link_of_an_unread_variant_is_ignored(flux: Path) -> None:
     put(flux / "transformer", f"{STEM}.safetensors")
     (flux / f"transformer/{STEM}.fp16.safetensors").symlink_to("/nonesuch/blob")
     assert found(flux) == (None, [f"{STEM}.safetensors"])

@@ -232,7 +232,7 @@ def test_a_request_that_reaches_no_worker_ends_after_its_patience() -> None:
 
 
 class _Events(Span):
-    """Records events."""
+    """A span that records its events."""
 
     def __init__(self) -> None:
         super().__init__()
