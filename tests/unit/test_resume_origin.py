@@ -71,14 +71,14 @@ def test_a_checkpoint_of_another_origin_is_not_resumed() -> None:
 
 def test_while_the_store_is_slow_only_the_newest_checkpoint_is_saved() -> None:
     async def story() -> None:
-        book = FakeLeases()
-        newest = NewestStepCheckpoint(book, "r", 1)
+        leases = FakeLeases()
+        newest = NewestStepCheckpoint(leases, "r", 1)
         newest.remember("here", state(1))
         await asyncio.sleep(0)
         for step in range(2, 9):
             newest.remember("here", state(step))
         await newest.settle()
-        assert book.saved == [(0, 1), (1, 8)]
+        assert leases.saved == [(0, 1), (1, 8)]
 
     asyncio.run(story())
 
