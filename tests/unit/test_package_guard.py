@@ -128,8 +128,8 @@ def test_every_fact_is_checked(private: PrivateApi, monkeypatch: pytest.MonkeyPa
         path = f"torch:ops.{fact.name}" if isinstance(fact, Operator) else vars(fact)["path"]
         real = package_guard.find
 
-        def find(each: str, gone: str = path, real: Callable[[str], Any] = real) -> Any:
-            if each == gone:
+        def find(each: str, missing: str = path, real: Callable[[str], Any] = real) -> Any:
+            if each == missing:
                 raise Missing(each.replace(":", "."))
             return real(each)
 

@@ -131,12 +131,12 @@ def test_a_loss_is_recorded_after_the_checkpoint_before_it() -> None:
 def test_a_request_waits_for_a_decision_that_can_end_it() -> None:
     async def story() -> None:
         undecided = [QUIET, QUIET, loss(suspect=False, left=0.001)]
-        innocent, guilty = FakeLeases(undecided, [QUIET, QUIET]), FakeLeases(undecided, [QUIET, QUIET, loss()])
-        assert await recovery(innocent, epoch=2).wait_until_claimable()
-        assert innocent.asked == 2
+        cleared, suspected = FakeLeases(undecided, [QUIET, QUIET]), FakeLeases(undecided, [QUIET, QUIET, loss()])
+        assert await recovery(cleared, epoch=2).wait_until_claimable()
+        assert cleared.asked == 2
         with pytest.raises(InternalError, match=r"3 workers were lost .* the last one in denoising"):
-            await recovery(guilty, epoch=2).wait_until_claimable()
-        assert guilty.asked == 2
+            await recovery(suspected, epoch=2).wait_until_claimable()
+        assert suspected.asked == 2
 
     asyncio.run(story())
 

@@ -352,9 +352,9 @@ def test_a_write_under_an_epoch_ended_by_the_other_version_is_refused(
     fleet = Mixed(redis, versions)
     first, second = (versions[name] for name in names)
     fleet.add_coordinator(first)
-    zombie = fleet.coordinators[0]
-    fleet.admit(zombie)
-    fleet.end_coordinator(zombie, second, is_killed=True)
+    former = fleet.coordinators[0]
+    fleet.admit(former)
+    fleet.end_coordinator(former, second, is_killed=True)
     (request,) = fleet.coordinators[0].requests
     assert request.epoch == 2
     assert fleet.run(first, "finish", first.calls.end(request.id))[0] == b"lost"

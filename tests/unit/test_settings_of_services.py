@@ -95,10 +95,10 @@ def test_an_unread_setting_is_found() -> None:
 
 
 def test_errors_name_the_services_that_read_a_setting() -> None:
-    everything = set().union(*map(fields_of, SERVICES))
+    names = set().union(*map(fields_of, SERVICES))
     expected = {
         name: services
-        for name in everything
+        for name in names
         if len(services := {service for service in SERVICES if name in fields_of(service)}) < len(SERVICES)
     }
     assert {name: set(services) for name, services in READERS.items()} == expected

@@ -60,10 +60,10 @@ def test_replies_are_separate_for_each_origin_and_service(each_store_url: str) -
     async def story(redis: Redis) -> None:
         await stored(shared(redis), b"apple")
         for more in ({"origin": "weights others"}, {"origin": "others numerics"}, {"service": "image_encoding"}):
-            stranger = shared(redis, **more)
-            await stored(stranger, b"pear", (b"p",))
-            assert await stranger.find(b"apple") is None
-            assert await stranger.find(b"pear") == (b"p",)
+            separate = shared(redis, **more)
+            await stored(separate, b"pear", (b"p",))
+            assert await separate.find(b"apple") is None
+            assert await separate.find(b"pear") == (b"p",)
 
     run_on_empty_store(each_store_url, story)
 

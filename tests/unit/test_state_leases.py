@@ -37,12 +37,12 @@ def test_a_late_write_of_a_former_owner_is_refused(each_store_url: str) -> None:
         old = RequestStore(redis, owner="old")
         await old.admit(record("r"), submission=b"how to run it", idempotency_key="k")
         await redis.set("fleet:coordinator:old", "1")
-        heir = Leases(redis, "heir")
-        await redis.set("fleet:coordinator:heir", "1")
-        assert await taken(heir) == []  # the owner lives
+        successor = Leases(redis, "successor")
+        await redis.set("fleet:coordinator:successor", "1")
+        assert await taken(successor) == []  # the owner lives
         await redis.delete("fleet:coordinator:old")
-        assert await taken(heir, beyond_own=False) == []
-        (inherited,) = await taken(heir)
+        assert await taken(successor, beyond_own=False) == []
+        (inherited,) = await taken(successor)
         assert (inherited.record.request_id, inherited.epoch, inherited.submission) == ("r", 2, b"how to run it")
         assert not inherited.cancel_requested
         await redis.set("fleet:coordinator:third", "1")
@@ -55,12 +55,12 @@ def test_a_late_write_of_a_former_owner_is_refused(each_store_url: str) -> None:
         assert not await Leases(redis, "old").save_step_checkpoint("r", 1, 0, [b"x"], step=1)
         assert (await old.get("r")).state == State.REQUEST_STATE_QUEUED
 
-        new = RequestStore(redis, owner="heir")
+        new = RequestStore(redis, owner="successor")
         assert await new.finish("r", State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"new")], epoch=2)
         assert await old.finish("r", State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"old")]) is None
         assert b"".join([chunk async for chunk in new.result_chunks("r", 0, 3)]) == b"new"
         assert not await redis.hexists("fleet:request:r", "submission")
-        assert await taken(heir) == []
+        assert await taken(successor) == []
         for key in await redis.keys("fleet:re*:*"):
             assert await redis.pttl(key) > 0, key
 
@@ -74,8 +74,8 @@ def test_a_cancel_is_inherited(each_store_url: str) -> None:
         await redis.set("fleet:coordinator:old", "1")
         await store.request_cancel("r")
         await redis.delete("fleet:coordinator:old")
-        await redis.set("fleet:coordinator:heir", "1")
-        (inherited,) = await taken(Leases(redis, "heir"))
+        await redis.set("fleet:coordinator:successor", "1")
+        (inherited,) = await taken(Leases(redis, "successor"))
         assert inherited.cancel_requested
 
     run_on_empty_store(each_store_url, story)
@@ -106,9 +106,9 @@ def test_a_coordinator_without_a_heartbeat_takes_over_nothing(each_store_url: st
 
     async def story(redis: Redis) -> None:
         await RequestStore(redis, owner="dead").admit(record("r"))
-        assert await taken(Leases(redis, "heir")) == []
-        await redis.set("fleet:coordinator:heir", "1")
-        assert len(await taken(Leases(redis, "heir"))) == 1
+        assert await taken(Leases(redis, "successor")) == []
+        await redis.set("fleet:coordinator:successor", "1")
+        assert len(await taken(Leases(redis, "successor"))) == 1
 
     run_on_empty_store(each_store_url, story)
 
@@ -130,12 +130,12 @@ def test_a_cancel_whose_message_was_lost_is_found(each_store_url: str) -> None:
 
 def test_event_numbers_of_the_next_owner_start_at_zero(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        old, new = RequestStore(redis, owner="old"), RequestStore(redis, owner="heir")
+        old, new = RequestStore(redis, owner="old"), RequestStore(redis, owner="successor")
         await old.admit(record("r"))
         running = [state_event(State.REQUEST_STATE_RUNNING)]
         assert await old.append("r", running, number=0)
-        await redis.set("fleet:coordinator:heir", "1")
-        assert len(await taken(Leases(redis, "heir"))) == 1
+        await redis.set("fleet:coordinator:successor", "1")
+        assert len(await taken(Leases(redis, "successor"))) == 1
         assert await old.append("r", running, number=0) is None
         assert len(await new.append("r", running, number=0, epoch=2) or ()) == 1
 
@@ -152,7 +152,7 @@ def test_the_newest_checkpoint_stays_until_the_request_ends(each_store_url: str)
         parts = [b"head", *(bytes([n]) * 1_000_000 for n in range(20))]
         assert await old.save_step_checkpoint("r", 1, 0, [b"first"], step=1)
         assert await old.save_step_checkpoint("r", 1, 1, iter(parts), step=2)
-        assert await Leases(redis, "heir").load_step_checkpoint("r") == parts
+        assert await Leases(redis, "successor").load_step_checkpoint("r") == parts
         (key,) = await redis.keys("fleet:checkpoint:*")
         assert await redis.pttl(key) > 0
         # Delivered late, after its caller stopped waiting for the reply.

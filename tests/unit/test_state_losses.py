@@ -121,15 +121,15 @@ def test_a_loss_reports_the_step_of_the_checkpoint_and_is_inherited(each_store_u
         await case.lose("w-2")
         assert await case.leases.save_step_checkpoint("r", 1, 1, [b"x"], step=6)
         assert not await case.leases.save_step_checkpoint("r", 1, 0, [b"x"], step=4)  # a late write
-        await redis.set("fleet:coordinator:heir", "1")
-        heir = Leases(redis, "heir")
-        ((inherited,), _) = await heir.take_over("emoji")
+        await redis.set("fleet:coordinator:successor", "1")
+        successor = Leases(redis, "successor")
+        ((inherited,), _) = await successor.take_over("emoji")
         assert await case.leases.losses("r", 1) == []  # no longer the owner
         assert await case.lose("w-3") == []
-        await heir.add_death("r", inherited.epoch, "w-3", service="denoising", stage=2, ttl_seconds=TTL)
+        await successor.add_death("r", inherited.epoch, "w-3", service="denoising", stage=2, ttl_seconds=TTL)
         found = await case.decided(epoch=inherited.epoch)
         assert [(loss.worker_id, loss.reached) for loss in found] == [("w-1", 0), ("w-2", 4), ("w-3", 6)]
-        assert await RequestStore(redis, owner="heir").finish("r", State.REQUEST_STATE_FAILED, epoch=2) is not None
+        assert await RequestStore(redis, owner="successor").finish("r", State.REQUEST_STATE_FAILED, epoch=2) is not None
         assert not {b"deaths", b"reached"} & set(await redis.hkeys("fleet:request:r"))
         for key in await redis.keys("fleet:*lost:*") + await redis.keys("fleet:accused:*"):
             assert await redis.pttl(key) > 0, key
@@ -154,9 +154,9 @@ def test_a_loss_is_in_churn_if_a_worker_of_other_requests_was_lost(each_store_ur
         await redis.zadd("fleet:workers:emoji/denoising", {"leaves": seconds * 1_000})  # as by a late heartbeat
         assert not any(loss.in_churn for loss in await case.leases.losses("r", 1))
         if seen_by == "heartbeat":
-            await redis.zadd("fleet:workers:emoji/denoising", {"innocent": seconds * 1_000})
+            await redis.zadd("fleet:workers:emoji/denoising", {"unrelated": seconds * 1_000})
         else:
-            await case.lose("innocent", name="other")
+            await case.lose("unrelated", name="other")
         assert all(loss.in_churn for loss in await case.decided())
         await redis.delete("fleet:lost:emoji/denoising")  # as after 10 minutes
         assert all(loss.in_churn for loss in await case.decided())

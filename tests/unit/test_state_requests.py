@@ -257,16 +257,16 @@ def test_a_cancel_reaches_the_owner_or_ends_a_request_without_an_owner(each_stor
         await presence.start()
         store = RequestStore(redis, owner="me")
         name = (await store.admit(record())).record.request_id
-        stranger = RequestStore(redis)
-        cancelled, ended_here = await stranger.request_cancel(name)
+        other = RequestStore(redis)
+        cancelled, ended_here = await other.request_cancel(name)
         assert (cancelled.state, ended_here) == (State.REQUEST_STATE_QUEUED, False)
         assert await asked.get() == name
         await presence.stop()
         for token, expected in (("first", True), ("first", True), ("second", False), ("", False)):
-            cancelled, ended_here = await stranger.request_cancel(name, token=token)
+            cancelled, ended_here = await other.request_cancel(name, token=token)
             assert (cancelled.state, ended_here) == (State.REQUEST_STATE_CANCELLED, expected)
         with pytest.raises(NotFound):
-            await stranger.request_cancel("nothing")
+            await other.request_cancel("nothing")
 
     run_on_empty_store(each_store_url, story)
 

@@ -181,9 +181,9 @@ def test_a_claim_waits_for_an_unavailable_store(caplog: pytest.LogCaptureFixture
 def test_a_dead_worker_is_not_live_and_is_recorded_as_lost(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         fast = WorkerRegistry(redis, heartbeat_seconds=0.01, ttl_seconds=0.1)
-        mortal = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=0.1)
+        expiring = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=0.1)
         await fast.announce(worker("alive"))
-        await mortal.announce(worker("dead"))
+        await expiring.announce(worker("dead"))
         assert len(await fast.live("emoji", "denoising")) == 2
 
         async def one_is_left() -> bool:
@@ -194,7 +194,7 @@ def test_a_dead_worker_is_not_live_and_is_recorded_as_lost(each_store_url: str) 
         assert 0 <= await redis.pttl("fleet:workers:emoji/denoising") <= 600_100
         assert await redis.zrange("fleet:lost:emoji/denoising", 0, -1) == [b"dead"]
         await fast.withdraw("alive")
-        await mortal.withdraw("dead")
+        await expiring.withdraw("dead")
 
     run_on_empty_store(each_store_url, story)
 
@@ -209,12 +209,12 @@ def test_only_the_coordinator_that_cannot_reach_a_worker_avoids_it(each_store_ur
             await redis.hset("fleet:avoided:a", "w", f"{2**42}|200")  # a pause that outlasts the test
             waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r", QueuePriority(priority=9)))
             await queued(registry, 1)
-            theirs = await others.claim("emoji", "denoising", "s")  # of lower priority than the waiting claim
-            assert theirs.worker.worker_id == "w"
+            granted = await others.claim("emoji", "denoising", "s")  # of lower priority than the waiting claim
+            assert granted.worker.worker_id == "w"
             load = await registry.load("emoji", "denoising")
             assert (len(load.workers), load.busy, load.queued) == (1, 2, 1)  # both slots are counted
             await redis.hset("fleet:avoided:a", "w", "1|200")
-            others.release(theirs)  # the slot is granted to the waiting claim
+            others.release(granted)  # the slot is granted to the waiting claim
             assert (await waiting).worker.worker_id == "w"
             slots.release(kept)
         await registry.withdraw("w")

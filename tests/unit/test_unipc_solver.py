@@ -55,8 +55,8 @@ def test_steps_equal_those_of_the_scheduler(kind: dict[str, Any], steps: int) ->
     noise = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     ours = run(UniPCSolver(scheduler, schedule).step, schedule, noise)
     scheduler.set_begin_index(0)
-    theirs = run(lambda *given: scheduler.step(*given, return_dict=False)[0], schedule, noise)
-    assert torch.equal(ours, theirs)
+    expected = run(lambda *given: scheduler.step(*given, return_dict=False)[0], schedule, noise)
+    assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
