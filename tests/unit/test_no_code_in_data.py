@@ -1,4 +1,4 @@
-"""Nothing that comes from outside runs as code or names a file: no evaluation, no pickle, no files for requests."""
+"""Data from outside a process is never executed, and requests never name files to open."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("common", "configs", "models", "services")
 
-# Whoever starts a process says which files it reads: settings, checkpoints, plugins, keys, the store's binary.
-FILES_BELONG_TO = {
+# Modules that open files named at start: settings, checkpoints, plugins, keys and the store's binary.
+FILE_READERS = {
     "common/checkpoint.py",
     "common/json_file.py",
     "common/otlp.py",
@@ -59,7 +59,7 @@ _PICKLED = {
 
 
 def code_from_data(source: str) -> Iterator[str]:
-    """Calls that run what they are given, with their lines."""
+    """Calls that execute their arguments, each with its line."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and (what := _runs(node)):
             yield f"{node.lineno}: {what}"
@@ -86,7 +86,7 @@ def _is_false(value: ast.expr) -> bool:
 
 
 def files_of(source: str) -> Iterator[str]:
-    """Ways to the file system: modules that are imported, and open()."""
+    """Uses of the file system: imported modules, and calls of open()."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] in _FILES)
@@ -102,14 +102,14 @@ def sources() -> Iterator[tuple[str, str]]:
             yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
 
 
-def test_nothing_runs_what_it_is_given() -> None:
+def test_no_module_executes_data() -> None:
     assert not [f"{path}:{found}" for path, source in sources() for found in code_from_data(source)]
 
 
-def test_files_are_read_where_processes_start_and_not_where_requests_go() -> None:
+def test_only_start_up_modules_access_files() -> None:
     found = {path for path, source in sources() if list(files_of(source)) and not path.startswith(COMMAND_LINE)}
-    assert not found - FILES_BELONG_TO
-    assert not FILES_BELONG_TO - found, "these read no files any more: take them off the list"
+    assert not found - FILE_READERS
+    assert not FILE_READERS - found, "remove modules from FILE_READERS that access no files"
 
 
 @pytest.mark.parametrize(
@@ -128,15 +128,15 @@ def test_files_are_read_where_processes_start_and_not_where_requests_go() -> Non
         "all_gather_object(values, value)",
     ],
 )
-def test_code_from_data_is_found(source: str) -> None:
+def test_a_call_that_executes_data_is_found(source: str) -> None:
     assert list(code_from_data(source))
 
 
 @pytest.mark.parametrize("source", ["import os.path", "from pathlib import Path", "open(name)", "import shutil as s"])
-def test_ways_to_files_are_found(source: str) -> None:
+def test_an_access_to_files_is_found(source: str) -> None:
     assert list(files_of(source))
 
 
 @pytest.mark.parametrize("source", ["re.compile(text)", "json.load(file)", "model.eval()", "run(x, shell=False)"])
-def test_what_is_fine_is_left_alone(source: str) -> None:
+def test_a_harmless_call_is_not_reported(source: str) -> None:
     assert not list(code_from_data(source))

@@ -1,4 +1,4 @@
-"""A parameter without bounds takes finite numbers only, and a Wan model for two images needs two latent frames."""
+"""Numbers without bounds must be finite, and a Wan model for two images needs two latent frames."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ REAL = ParameterSpec("scale", "float", None, "")
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "1", None])
 @pytest.mark.parametrize("spec", [WHOLE, REAL])
-def test_what_is_no_finite_number_is_refused(spec: ParameterSpec, value: object) -> None:
+def test_a_value_that_is_not_a_finite_number_is_refused(spec: ParameterSpec, value: object) -> None:
     with pytest.raises(InvalidInput) as caught:
         _checked_number(spec, value)
     assert caught.value.field == spec.name
 
 
-def test_an_int_is_taken_for_a_float_and_not_the_reverse() -> None:
+def test_a_float_parameter_accepts_an_int_and_not_the_reverse() -> None:
     assert isinstance(_checked_number(REAL, 3), float)
     with pytest.raises(InvalidInput):
         _checked_number(WHOLE, 3.0)
@@ -45,7 +45,7 @@ def wan(positions: int | None) -> Checkpoint:
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
-def test_a_first_and_a_last_frame_are_two(frames: int) -> None:
+def test_a_first_and_a_last_frame_need_two_latent_frames(frames: int) -> None:
     given: dict[str, Any] = {"prompt": "a boat", "num_frames": frames}
     with pytest.raises(InvalidInput, match=f"num_frames: {frames} is not at least 5") as caught:
         WanImageToVideoSamplingParams.build(given, wan(514))

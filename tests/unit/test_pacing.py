@@ -1,4 +1,4 @@
-"""A loop on an asynchronous device, simulated on a clock of its own: it neither runs away nor lets the device idle."""
+"""Pacing of a loop on a simulated asynchronous device: the queue stays short, and the device never idles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.stages.pacing import LEAD_SECONDS, event_paced_steps, paced_steps
 
 @dataclass
 class Clock:
-    """Time that passes only when somebody waits, or enqueues."""
+    """Simulated time, which advances only during waits and while a step is enqueued."""
 
     now: float = 0.0
 
@@ -28,7 +28,7 @@ class Clock:
 
 @dataclass
 class Device:
-    """Computes steps one after the other, each of the seconds that it takes, from when they were enqueued."""
+    """Executes enqueued steps in order. `seconds` has the duration of each step, `ends` its end time."""
 
     clock: Clock
     seconds: list[float]
@@ -36,7 +36,7 @@ class Device:
     idle: float = 0.0
 
     def enqueue(self) -> None:
-        """The next step; telling it to the device takes the host 3 ms."""
+        """Enqueue the next step, which takes the host 3 ms."""
         self.clock.now += 0.003
         free = self.ends[-1] if self.ends else self.clock.now
         self.idle += max(0.0, self.clock.now - free)
@@ -58,8 +58,8 @@ class Mark:
         self.clock.now = max(self.clock.now, self.end)
 
 
-class Waited(threading.Event):
-    """An event on whose time the clock moves."""
+class ClockedEvent(threading.Event):
+    """An event whose wait() advances the clock."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -79,16 +79,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def enqueue_all(steps: Iterator[int], device: Device) -> None:
-    """What a denoising loop comes to."""
+    """Enqueue every step, as a denoising loop does."""
     for _ in steps:
         device.enqueue()
 
 
 def run(clock: Clock, seconds: list[float]) -> tuple[Device, list[float], list[tuple[int, float]]]:
-    """Run steps that take so long; returns the device, when each was enqueued, and when each was told as done."""
+    """Run steps of these durations. Returns the device, the enqueue times, and the step and time of each report."""
     device, enqueued = Device(clock, seconds), []
     reported: list[tuple[int, float]] = []
-    call = Call("r", on_progress=lambda step, _: reported.append((step, clock.now)), cancelled=Waited(clock))
+    call = Call("r", on_progress=lambda step, _: reported.append((step, clock.now)), cancelled=ClockedEvent(clock))
     for _ in event_paced_steps(0, len(seconds), call, device.mark):
         enqueued.append(clock.now)
         device.enqueue()
@@ -96,23 +96,23 @@ def run(clock: Clock, seconds: list[float]) -> tuple[Device, list[float], list[t
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.04, 0.3, 20.0])
-def test_a_device_never_waits_and_never_has_more_than_a_step_before_it(clock: Clock, seconds: float) -> None:
+def test_the_device_never_idles_and_steps_are_enqueued_at_most_the_lead_early(clock: Clock, seconds: float) -> None:
     device, enqueued, reported = run(clock, [seconds] * 12)
-    assert device.idle <= 0.003 * 3  # the first two steps are waited for, and the first enqueueing finds it idle
+    assert device.idle <= 0.003 * 3  # the host waits for two steps, and the device is idle before the first one
     for step in range(2, 12):
         assert device.ends[step - 1] - enqueued[step] <= min(LEAD_SECONDS, seconds) + 1e-6
     assert [step for step, _ in reported] == list(range(1, 13))
     assert all(when >= end for (_, when), end in zip(reported, device.ends, strict=True))
 
 
-def test_steps_that_become_shorter_are_noticed(clock: Clock) -> None:
+def test_pacing_adapts_to_shorter_steps(clock: Clock) -> None:
     device, _, _ = run(clock, [10.0] * 4 + [1.0] * 20)
     assert device.idle < 0.05
 
 
 @pytest.mark.parametrize("moment", [5.0, 29.0, 33.3, 39.97, 39.999, 47.0])
-def test_a_cancel_leaves_the_device_a_step_and_the_lead(clock: Clock, moment: float) -> None:
-    device, cancelled = Device(clock, [10.0] * 50), Waited(clock)
+def test_after_a_cancel_the_device_runs_at_most_a_step_and_the_lead(clock: Clock, moment: float) -> None:
+    device, cancelled = Device(clock, [10.0] * 50), ClockedEvent(clock)
     reported: list[int] = []
 
     def monotonic() -> float:
@@ -129,19 +129,19 @@ def test_a_cancel_leaves_the_device_a_step_and_the_lead(clock: Clock, moment: fl
     assert len(reported) < 6
 
 
-def test_a_resumed_loop_reports_the_steps_that_it_has(clock: Clock) -> None:
+def test_a_resumed_loop_reports_its_own_steps(clock: Clock) -> None:
     device, reported = Device(clock, [1.0] * 9), []
-    call = Call("r", on_progress=lambda step, total: reported.append((step, total)), cancelled=Waited(clock))
+    call = Call("r", on_progress=lambda step, total: reported.append((step, total)), cancelled=ClockedEvent(clock))
     enqueue_all(event_paced_steps(6, 9, call, device.mark), device)
     assert reported == [(7, 9), (8, 9), (9, 9)]
 
 
-def test_on_a_cpu_a_step_is_finished_when_the_next_begins() -> None:
+def test_on_a_cpu_a_step_is_reported_before_the_next_one_begins() -> None:
     seen: list[str] = []
-    call = Call("r", on_progress=lambda step, _: seen.append(f"told {step}"))
+    call = Call("r", on_progress=lambda step, _: seen.append(f"reported {step}"))
     for step in paced_steps(1, 4, call, torch.device("cpu")):
         seen.append(f"step {step}")
-    assert seen == list(itertools.chain(*((f"step {step}", f"told {step + 1}") for step in range(1, 4))))
+    assert seen == list(itertools.chain(*((f"step {step}", f"reported {step + 1}") for step in range(1, 4))))
 
 
 def test_on_a_cpu_no_step_begins_after_a_cancel() -> None:

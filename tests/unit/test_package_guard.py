@@ -1,4 +1,4 @@
-"""A package whose private API changed is refused at the start of a process, with an error that says what to install."""
+"""Checks at start of the private API of packages; errors name the version to install."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ WORKER = ["--model", "emoji", "--redis", URL, "--device", "cpu", "--listen", "un
 
 
 def _versions(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
-    """Let importlib.metadata report these versions; None is a package that is not installed."""
+    """Make importlib.metadata report these versions; None stands for a package that is not installed."""
     real = importlib.metadata.version
 
     def version(name: str) -> str:
@@ -82,7 +82,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return made
 
 
-def test_ranges_are_those_of_pyproject() -> None:
+def test_version_ranges_equal_those_of_pyproject() -> None:
     lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["worker"]]
     declared = {each.name: each.specifier for each in map(Requirement, lines)}
     for name, supported in SUPPORTED.items():
@@ -118,7 +118,7 @@ def test_a_package_without_a_version_is_named(version: str | None, words: str, m
 
 
 @pytest.mark.parametrize("private", APIS, ids=lambda each: each.user)
-def test_the_installed_packages_have_what_is_relied_on(private: PrivateApi) -> None:
+def test_the_installed_packages_have_the_private_api(private: PrivateApi) -> None:
     check_private_api(private)
 
 
@@ -128,8 +128,8 @@ def test_every_fact_is_checked(private: PrivateApi, monkeypatch: pytest.MonkeyPa
         path = f"torch:ops.{fact.name}" if isinstance(fact, Operator) else vars(fact)["path"]
         real = package_guard.find
 
-        def find(each: str, gone: str = path, real: Callable[[str], Any] = real) -> Any:
-            if each == gone:
+        def find(each: str, missing: str = path, real: Callable[[str], Any] = real) -> Any:
+            if each == missing:
                 raise Missing(each.replace(":", "."))
             return real(each)
 
@@ -153,7 +153,7 @@ class _Base(abc.ABC):
         self.stored = 1
 
     @abc.abstractmethod
-    def told(self) -> None: ...
+    def listed(self) -> None: ...
 
 
 class _Changed(_Base):
@@ -176,7 +176,7 @@ HOLD: list[Fact] = [
     Parameters("changing:Kind.method", ("self", "a"), ("b", "c")),
     Parameters("changing:Kind.method", ("self", "x|a"), overridden=False),
     Attributes("changing:Kind", ("stored", "own", "wide", "shown", "method")),
-    Abstract("changing:Kind", ("told", "more")),
+    Abstract("changing:Kind", ("listed", "more")),
 ]
 BREAK: list[tuple[Fact, str]] = [
     (Called("changing:Kind.method", 4), "changing.Kind.method with other parameters (too many positional arguments)"),
@@ -193,18 +193,18 @@ BREAK: list[tuple[Fact, str]] = [
     (Parameters("changing:Kind.method", ("self", "a", "b", "c")), "changing.Kind.method with other parameters"),
     (Parameters("changing:Kind.method", ("self", "b"), overridden=False), "changing.Kind.method with other"),
     (Attributes("changing:Kind", ("stored", "moved")), "changing.Kind.moved"),
-    (Abstract("changing:Kind", ("more",)), "changing.Kind without the abstract method told"),
+    (Abstract("changing:Kind", ("more",)), "changing.Kind without the abstract method listed"),
 ]
 
 
 @pytest.mark.parametrize("fact", HOLD)
-def test_facts_that_hold(fact: Fact, module: ModuleType) -> None:
+def test_a_fact_that_holds_passes(fact: Fact, module: ModuleType) -> None:
     vars(module).update(Kind=_Changed, number=3)
     fact.check()
 
 
 @pytest.mark.parametrize(("fact", "words"), BREAK)
-def test_facts_that_do_not_hold(fact: Fact, words: str, module: ModuleType) -> None:
+def test_a_fact_that_does_not_hold_is_an_error(fact: Fact, words: str, module: ModuleType) -> None:
     vars(module).update(Kind=_Changed, number=3)
     with pytest.raises(Missing) as caught:
         fact.check()
@@ -215,7 +215,7 @@ def test_facts_that_do_not_hold(fact: Fact, words: str, module: ModuleType) -> N
     ("arguments", "keywords"),
     [(("self", "mat1"), ()), (("mat1", "self"), ()), (("self", "mat2"), ("use_gelu",)), (("self",), ("gone",))],
 )
-def test_operators_with_other_arguments(arguments: tuple[str, ...], keywords: tuple[str, ...]) -> None:
+def test_an_operator_with_other_arguments_is_an_error(arguments: tuple[str, ...], keywords: tuple[str, ...]) -> None:
     fact = Operator("aten._addmm_activation.out", arguments, keywords)
     if arguments == ("self", "mat1"):
         return fact.check()
@@ -225,12 +225,12 @@ def test_operators_with_other_arguments(arguments: tuple[str, ...], keywords: tu
 
 
 def _overridden(cls: type, base: type) -> set[str]:
-    """Methods of a class that its base, which belongs to a package, has too."""
+    """Methods of `cls` that override methods of `base`, a class of a package."""
     return {name for name in vars(cls) if not name.startswith("__") and name in dir(base)} - {"_abc_impl"}
 
 
 def _checked(private: PrivateApi, cls: str) -> set[str]:
-    """Methods of a class with a fact about the parameters of their overrides."""
+    """Methods of the class `cls` that have a Parameters fact."""
     paths = [each.path for each in private.facts if isinstance(each, Parameters)]
     return {path.rpartition(".")[2] for path in paths if f":{cls}." in path}
 
@@ -262,7 +262,7 @@ def _self_names(source: str) -> set[str]:
 
 
 def _must_not_run(*_: object, **__: object) -> NoReturn:
-    raise AssertionError("the process went on")
+    raise AssertionError("the process continued after the check")
 
 
 def _one_line(capsys: pytest.CaptureFixture[str], start: str) -> str:
@@ -299,7 +299,7 @@ def _other_shutdown(patch: pytest.MonkeyPatch) -> None:
         (_other_shutdown, "_shutdown with other "),
     ],
 )
-def test_a_changed_elastic_agent_ends_the_group_before_it_starts(
+def test_a_changed_elastic_agent_ends_a_group_before_its_ranks_start(
     change: Change, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launcher, "launch", _must_not_run)

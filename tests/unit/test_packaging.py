@@ -1,4 +1,4 @@
-"""The wheel holds everything that a service needs at run time, and nothing of the tests."""
+"""The wheel holds everything that a service needs at run time, and no tests."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_nothing_else_is_in_the_wheel(wheel_names: set[str]) -> None:
 
 
 def _lowest(package: str) -> str:
-    """The lower bound that pyproject.toml sets."""
+    """The lower bound of a dependency in pyproject.toml."""
     for requirement in map(Requirement, PROJECT["dependencies"]):
         if requirement.name == package:
             return next(bound.version for bound in requirement.specifier if bound.operator == ">=")
     raise AssertionError(f"{package} is not a dependency")
 
 
-def test_bounds_are_those_of_the_committed_stubs() -> None:
+def test_lower_bounds_equal_the_versions_of_the_committed_stubs() -> None:
     assert _lowest("grpcio") == generation_pb2_grpc.GRPC_GENERATED_VERSION
     source = Path(worker_pb2.__file__).read_text()
     version = re.search(r"Protobuf Python Version: (\S+)", source)
@@ -65,6 +65,6 @@ def test_bounds_are_those_of_the_committed_stubs() -> None:
     assert grpc.__version__ >= "1.85"
 
 
-def test_torch_is_of_a_line_that_was_tried() -> None:
+def test_torch_is_limited_to_tested_releases() -> None:
     (torch,) = [each for each in map(Requirement, PROJECT["optional-dependencies"]["worker"]) if each.name == "torch"]
     assert str(torch.specifier) == "<2.14,>=2.11"

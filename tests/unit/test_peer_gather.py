@@ -1,7 +1,7 @@
-"""Keys and values that ranks write into each other's memory, with streams that run in any order that is allowed.
+"""Gather of keys and values in peer memory, with the streams of all ranks interleaved at random.
 
-A rank's program is recorded first, as a GPU's queues are filled; then the operations of all ranks' streams are run in a
-random order, each as soon as it may.
+The program of each rank is recorded first, as operations enqueued on streams. The operations of all ranks then run in a
+random order, which respects the order within each stream, stream waits and flags.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ HEADS, SIZE = 2, 3
 
 
 class Queue:
-    """A stream: operations that run in order, each once it may."""
+    """A stream: operations that run in order, each once it is ready."""
 
     def __init__(self) -> None:
         self.operations: deque[tuple[Callable[[], bool], Callable[[], object]]] = deque()
-        self.given = 0
+        self.enqueued = 0
         self.done = 0
 
-    def give(self, run: Callable[[], object], may: Callable[[], bool] = lambda: True) -> None:
-        self.operations.append((may, run))
-        self.given += 1
+    def enqueue(self, run: Callable[[], object], is_ready: Callable[[], bool] = lambda: True) -> None:
+        self.operations.append((is_ready, run))
+        self.enqueued += 1
 
     def step(self) -> bool:
-        """Run the first operation if it may; whether it did."""
+        """Run the first operation if it is ready. Returns whether it ran."""
         if not self.operations or not self.operations[0][0]():
             return False
         self.operations.popleft()[1]()
@@ -50,33 +50,33 @@ class Queue:
 
 
 class RecordedStreams:
-    """models.kernels.copy_streams.CopyStreams, on queues and the memory of this process."""
+    """A CopyStreams that records operations, on the memory of this process."""
 
     def __init__(self) -> None:
         self.current, self.side = Queue(), Queue()
 
     def await_stream(self, waiting: Queue, other: Queue) -> None:
-        given = other.given
-        waiting.give(lambda: None, lambda: other.done >= given)
+        enqueued = other.enqueued
+        waiting.enqueue(lambda: None, lambda: other.done >= enqueued)
 
     def copy_rows(self, stream: Queue, to: int, source: int, pitch: int, width: int, rows: int) -> None:
-        # One row at a time: a copy is nothing that happens at once.
+        # One operation per row, because a copy is not atomic.
         for row in range(rows):
             at = row * pitch
-            stream.give(partial(ctypes.memmove, to + at, source + at, width))
+            stream.enqueue(partial(ctypes.memmove, to + at, source + at, width))
 
     def write_flag(self, stream: Queue, address: int, value: int) -> None:
         def write() -> None:
             ctypes.c_uint32.from_address(address).value = value
 
-        stream.give(write)
+        stream.enqueue(write)
 
     def await_flag(self, stream: Queue, address: int) -> None:
-        stream.give(lambda: None, lambda: ctypes.c_uint32.from_address(address).value == 1)
+        stream.enqueue(lambda: None, lambda: ctypes.c_uint32.from_address(address).value == 1)
 
 
 class Memory:
-    """The memories of all ranks, by the order in which they are asked for."""
+    """Peer memory of all ranks. The n-th allocations of all ranks form one symmetric buffer."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
@@ -102,65 +102,65 @@ def value_of(forward: int, layer: int, rank: int) -> float:
 
 
 def record(
-    rank: int, memory: Memory, forwards: Sequence[tuple[int, Sequence[int]]], joined: list[int], attended: list[str]
+    rank: int, memory: Memory, forwards: Sequence[tuple[int, Sequence[int]]], arrived: list[int], attended: list[str]
 ) -> RecordedStreams:
-    """A rank's whole program: forwards of some layers each, which end with a join of all ranks."""
+    """Record the program of a rank: forwards of several layers each, which end with a barrier of all ranks."""
     streams = RecordedStreams()
     axis = Axis(memory.ranks, rank)
     gather = PeerGather(axis, CPU, cast("CopyStreams", streams), memory.of(rank))
     for forward, (layers, sizes) in enumerate(forwards):
         for layer in range(layers):
             sent = gather.key_values((2, sizes[rank], 2, HEADS, SIZE), torch.float32, sizes)
-            streams.current.give(partial(sent.buffer.fill_, value_of(forward, layer, rank)))
+            streams.current.enqueue(partial(sent.buffer.fill_, value_of(forward, layer, rank)))
             sent.send()
             expected = torch.cat([
                 torch.full((2, tokens, HEADS, SIZE), value_of(forward, layer, other))
                 for other, tokens in enumerate(sizes)
             ], dim=1)  # fmt: skip
-            CHECK[:] = [partial(look_twice, streams.current, expected, f"{forward}.{layer}", attended)]
+            CHECK[:] = [partial(check_twice, streams.current, expected, f"{forward}.{layer}", attended)]
             sent.attend(torch.empty(2, 1, HEADS, SIZE))
-        join(streams.current, rank, forward, memory.ranks, joined)
+        barrier(streams.current, rank, forward, memory.ranks, arrived)
     return streams
 
 
 CHECK: list[Callable[[Tensor, Tensor], None]] = []
-"""What attention is, for the layer that is being recorded."""
+"""The replacement of attention() for the layer that is being recorded."""
 
 
-def look_twice(stream: Queue, expected: Tensor, at: str, attended: list[str], k: Tensor, v: Tensor) -> None:
-    """Have a stream look at keys and values when it begins to attend, and when it ends."""
+def check_twice(stream: Queue, expected: Tensor, at: str, attended: list[str], k: Tensor, v: Tensor) -> None:
+    """Enqueue checks of keys and values at the start and at the end of attention."""
     heads = k.shape[2]
 
-    def look() -> None:
+    def check() -> None:
         assert torch.equal(k, expected[:, :, :heads]), at
         assert torch.equal(v, expected[:, :, :heads]), at
         attended.append(at)
 
-    stream.give(look)
-    stream.give(look)
+    stream.enqueue(check)
+    stream.enqueue(check)
 
 
-def join(stream: Queue, rank: int, forward: int, ranks: int, joined: list[int]) -> None:
-    """As a collective: a rank goes on when all have come."""
+def barrier(stream: Queue, rank: int, forward: int, ranks: int, arrived: list[int]) -> None:
+    """Enqueue a barrier: a rank continues once all ranks have arrived."""
 
-    def come() -> None:
-        joined[rank] = forward + 1
+    def arrive() -> None:
+        arrived[rank] = forward + 1
 
-    stream.give(come)
-    stream.give(lambda: None, lambda: all(joined[other] > forward for other in range(ranks)))
+    stream.enqueue(arrive)
+    stream.enqueue(lambda: None, lambda: all(arrived[other] > forward for other in range(ranks)))
 
 
-def run_in_random_order(everyone: Sequence[RecordedStreams], seed: int) -> None:
+def run_in_random_order(programs: Sequence[RecordedStreams], seed: int) -> None:
     chance = random.Random(seed)
-    # Some streams are slow throughout: ranks drift apart as far as they can.
-    queues = [queue for streams in everyone for queue in (streams.current, streams.side)]
+    # Some streams are slow throughout, so that ranks drift apart as far as possible.
+    queues = [queue for streams in programs for queue in (streams.current, streams.side)]
     weights = [chance.choice((1, 1, 10, 100)) for _ in queues]
     stuck = 0
     while any(queue.operations for queue in queues):
         (queue,) = chance.choices(queues, weights)
         stuck = 0 if queue.step() else stuck + 1
         if stuck > 10_000 and not any(queue.step() for queue in queues):
-            raise AssertionError("no stream can go on")
+            raise AssertionError("deadlock: no stream can continue")
 
 
 @pytest.fixture(autouse=True)
@@ -174,27 +174,29 @@ def _attending(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("least", [peer_gather.MIN_GROUPED_WORK, 0], ids=["whole", "in-groups"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_every_rank_attends_to_what_all_ranks_sent(monkeypatch: pytest.MonkeyPatch, ranks: int, least: int) -> None:
-    """Forwards of odd and even numbers of layers, of lengths that outgrow the memory, with chunks of no tokens."""
+def test_every_rank_attends_to_the_keys_and_values_of_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, least: int
+) -> None:
+    """Forwards of odd and even numbers of layers, lengths that outgrow the buffers, and chunks without tokens."""
     monkeypatch.setattr(peer_gather, "MIN_GROUPED_WORK", least)
     forwards = [(3, [2] * ranks), (1, [1, *[0] * (ranks - 1)]), (1, [5, *[4] * (ranks - 1)]), (4, [2] * ranks)]
     groups = 1 if least else peer_gather.MAX_GROUPS
     for seed in range(8):
-        memory, joined, attended = Memory(ranks), [0] * ranks, list[str]()
-        everyone = [record(rank, memory, forwards, joined, attended) for rank in range(ranks)]
-        run_in_random_order(everyone, seed)
+        memory, arrived, attended = Memory(ranks), [0] * ranks, list[str]()
+        programs = [record(rank, memory, forwards, arrived, attended) for rank in range(ranks)]
+        run_in_random_order(programs, seed)
         assert len(attended) == 2 * groups * ranks * sum(layers for layers, _ in forwards)
 
 
-def test_fewer_places_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That the test above would find what it is for: with one place, a rank overwrites what another one still reads."""
+def test_with_a_single_buffer_a_rank_overwrites_data_that_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above detects the race that the second buffer prevents."""
     monkeypatch.setattr(peer_gather, "NUM_BUFFERS", 1)
 
     def all_runs() -> None:
         for seed in range(30):
-            memory, joined = Memory(2), [0, 0]
-            everyone = [record(rank, memory, [(4, [2, 2])], joined, []) for rank in range(2)]
-            run_in_random_order(everyone, seed)
+            memory, arrived = Memory(2), [0, 0]
+            programs = [record(rank, memory, [(4, [2, 2])], arrived, []) for rank in range(2)]
+            run_in_random_order(programs, seed)
 
     with pytest.raises(AssertionError):
         all_runs()

@@ -1,4 +1,4 @@
-"""The rule by which a request is given up, and how a request waits for it."""
+"""The rule for giving up a request after losses of workers, and the wait for its decision."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ QUIET, CHURN = loss(), loss(churn=True)
     ("losses", "given_up_after"),
     [
         ([loss(4)] * 5, 3),  # kills its worker at step 5, after a checkpoint at step 4
-        ([loss(0), loss(4), loss(4), loss(4)], 4),  # the first death came before the first checkpoint
+        ([loss(0), loss(4), loss(4), loss(4)], 4),  # the first worker died before the first checkpoint
         ([loss(4), loss(4), loss(5), loss(5), loss(5)], 5),
-        ([loss(step) for step in range(20)], 10),  # kills at ever later steps
-        ([loss(4), loss(4), loss(3), loss(4)], 3),  # began again at step 0: that is no progress
-        ([loss(4), loss(4), loss(4, stage=3), loss(4, stage=3), loss(4, stage=3)], 5),  # a later service
-        ([loss(4), loss(4), loss(4, stage=0)], 3),  # an earlier one, after a take-over
+        ([loss(step) for step in range(20)], 10),  # kills its worker at a later step each time
+        ([loss(4), loss(4), loss(3), loss(4)], 3),  # restarted at step 0, which is no progress
+        ([loss(4), loss(4), loss(4, stage=3), loss(4, stage=3), loss(4, stage=3)], 5),  # progress to a later service
+        ([loss(4), loss(4), loss(4, stage=0)], 3),  # an earlier service, after a take-over
         ([QUIET, QUIET, CHURN] + [QUIET] * 10, 10),
         ([CHURN] * 12, 10),
-        ([loss(step, churn=True) for step in range(100)], None),  # progress, in churn: innocent however often
+        ([loss(step, churn=True) for step in range(100)], None),  # losses in churn do not count while there is progress
         ([loss(step // 9, churn=True) for step in range(100)], None),
         ([CHURN] * 9 + [loss(1)] * 2, None),
         ([CHURN] * 9 + [loss(1)] * 3, 12),
-        ([loss(step, churn=step % 2 == 0) for step in range(40)], 20),  # 10 of them outside churn
+        ([loss(step, churn=step % 2 == 0) for step in range(40)], 20),  # 10 losses outside churn
     ],
 )
-def test_a_request_is_given_up_after(losses: list[Loss], given_up_after: int | None) -> None:
+def test_a_request_is_given_up_after_a_number_of_losses(losses: list[Loss], given_up_after: int | None) -> None:
     counts = range(len(losses) + 1)
     first = next((count for count in counts if reason_to_give_up(losses[:count])), None)
     assert first == given_up_after
@@ -58,8 +58,8 @@ def test_the_reason_names_the_count() -> None:
     assert reason_to_give_up([loss(step) for step in range(10)]).startswith("10 workers were lost")
 
 
-class Book(Leases):
-    """Losses as a test wants them: one list each time that it is asked, the last one for ever."""
+class FakeLeases(Leases):
+    """Leases that return the given answers in order; the last answer repeats."""
 
     def __init__(self, *answers: list[Loss] | Exception) -> None:
         self.answers = list(answers)
@@ -90,59 +90,59 @@ class Book(Leases):
         return True
 
 
-def recovery(book: Book, epoch: int = 1) -> Recovery:
-    return Recovery(book, "r", epoch=epoch)
+def recovery(leases: FakeLeases, epoch: int = 1) -> Recovery:
+    return Recovery(leases, "r", epoch=epoch)
 
 
-def test_a_request_without_losses_asks_nothing() -> None:
-    book = Book([QUIET])
-    assert not asyncio.run(recovery(book).wait_until_claimable())
-    assert book.asked == 0
+def test_a_request_without_losses_does_not_read_them() -> None:
+    leases = FakeLeases([QUIET])
+    assert not asyncio.run(recovery(leases).wait_until_claimable())
+    assert leases.asked == 0
 
 
-def test_after_a_loss_a_request_is_claimed_alone_until_the_loss_is_cleared() -> None:
+def test_after_a_loss_a_request_claims_a_whole_worker_until_the_loss_is_cleared() -> None:
     async def story() -> None:
-        book = Book([loss(suspect=False, left=5.0)], [])
-        mine = recovery(book)
+        leases = FakeLeases([loss(suspect=False, left=5.0)], [])
+        mine = recovery(leases)
         await mine.worker_lost("w", "denoising", 2)
-        assert book.deaths == [("w", "denoising", 2)]
-        assert await mine.wait_until_claimable()  # undecided: it goes on at once, and alone
+        assert leases.deaths == [("w", "denoising", 2)]
+        assert await mine.wait_until_claimable()  # undecided: the request continues at once, and claims a whole worker
         assert not await mine.wait_until_claimable()
         assert not await mine.wait_until_claimable()
-        assert book.asked == 2
+        assert leases.asked == 2
 
     asyncio.run(story())
 
 
 def test_a_loss_is_recorded_after_the_checkpoint_before_it() -> None:
-    """Or it would look as if the request had come less far, and the next loss as if it had made progress."""
+    """Otherwise the loss would have too early a step, and the next loss would look like progress."""
 
     async def story() -> None:
-        book = Book([])
-        mine = recovery(book)
+        leases = FakeLeases([])
+        mine = recovery(leases)
         mine.step_checkpoint.remember("origin", Packet(artifacts_pb2.DenoiseState(step=4), {}))
         await mine.worker_lost("w", "denoising", 2)
-        assert book.saved == [4]
-        assert len(book.deaths) == 1
+        assert leases.saved == [4]
+        assert len(leases.deaths) == 1
 
     asyncio.run(story())
 
 
-def test_a_request_waits_for_the_decision_that_would_end_it() -> None:
+def test_a_request_waits_for_a_decision_that_can_end_it() -> None:
     async def story() -> None:
         undecided = [QUIET, QUIET, loss(suspect=False, left=0.001)]
-        innocent, guilty = Book(undecided, [QUIET, QUIET]), Book(undecided, [QUIET, QUIET, loss()])
-        assert await recovery(innocent, epoch=2).wait_until_claimable()
-        assert innocent.asked == 2
+        cleared, suspected = FakeLeases(undecided, [QUIET, QUIET]), FakeLeases(undecided, [QUIET, QUIET, loss()])
+        assert await recovery(cleared, epoch=2).wait_until_claimable()
+        assert cleared.asked == 2
         with pytest.raises(InternalError, match=r"3 workers were lost .* the last one in denoising"):
-            await recovery(guilty, epoch=2).wait_until_claimable()
-        assert guilty.asked == 2
+            await recovery(suspected, epoch=2).wait_until_claimable()
+        assert suspected.asked == 2
 
     asyncio.run(story())
 
 
-def test_losses_are_asked_for_until_the_store_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_are_reread_until_the_store_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(persistence, "_RETRY_SECONDS", 0.001)
-    book = Book(Unavailable("away"), Unavailable("away"), [QUIET])
-    assert asyncio.run(recovery(book, epoch=2).wait_until_claimable())
-    assert book.asked == 3
+    leases = FakeLeases(Unavailable("away"), Unavailable("away"), [QUIET])
+    assert asyncio.run(recovery(leases, epoch=2).wait_until_claimable())
+    assert leases.asked == 3

@@ -1,4 +1,4 @@
-"""The health probe of the containers tells a serving process from any other."""
+"""Exit codes of the containers' health probe."""
 
 from __future__ import annotations
 
@@ -27,24 +27,26 @@ def servicer(tmp_path: Path) -> Iterator[tuple[str, health.HealthServicer]]:
     server.stop(None).wait()
 
 
-def test_serving_is_0(servicer: tuple[str, health.HealthServicer]) -> None:
+def test_a_serving_process_gives_exit_code_0(servicer: tuple[str, health.HealthServicer]) -> None:
     address, health_servicer = servicer
     health_servicer.set("", Status.SERVING)
     assert main([address]) == 0
 
 
-def test_draining_is_1(servicer: tuple[str, health.HealthServicer], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_draining_process_gives_exit_code_1(
+    servicer: tuple[str, health.HealthServicer], capsys: pytest.CaptureFixture[str]
+) -> None:
     address, health_servicer = servicer
     health_servicer.set("", Status.NOT_SERVING)
     assert main([address]) == 1
     assert "not serving" in capsys.readouterr().err
 
 
-def test_nobody_there_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_without_a_server_gives_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"unix:{tmp_path}/none"]) == 1
     assert "UNAVAILABLE" in capsys.readouterr().err
 
 
-def test_no_address_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_address_gives_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "usage" in capsys.readouterr().err

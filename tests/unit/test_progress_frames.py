@@ -1,4 +1,4 @@
-"""Which steps a call reports: at most one per `step_seconds`, fewer to a slow reader, and always the last one."""
+"""Steps that a call reports: at most one per `step_seconds`, fewer to a slow reader, and always the last."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fleet.v1 import denoising_pb2
 
 
 def reported(total: int, *, step_seconds: float = 0.0) -> list[int]:
-    """The steps that arrive of a stage that makes `total` before anything is read."""
+    """Steps that are received from a stage that makes `total` steps before the reader reads."""
 
     async def main() -> list[int]:
         reporter = FrameReporter(denoising_pb2.DenoiseResponse, TORCH, step_seconds=step_seconds)
@@ -29,7 +29,7 @@ def reported(total: int, *, step_seconds: float = 0.0) -> list[int]:
     return asyncio.run(main())
 
 
-def test_steps_within_step_seconds_are_left_out_except_the_last() -> None:
+def test_steps_within_step_seconds_are_omitted_except_the_last() -> None:
     assert reported(8, step_seconds=3_600.0) == [1, 8]
 
 
@@ -37,6 +37,6 @@ def test_without_step_seconds_each_step_is_reported() -> None:
     assert reported(8) == list(range(1, 9))
 
 
-def test_a_reader_that_is_slow_gets_fewer_steps_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_reader_gets_fewer_steps_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_WAITING", 4)
     assert reported(100) == [1, 2, 3, 4, 100]

@@ -1,4 +1,4 @@
-"""The public message's parameters: each in one place, a format that is known; and exit codes of all errors."""
+"""Parameters of the public message, exit codes of all errors, and calls that miss their deadline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from services.coordinator.parameters import given_parameters
 
 
 @pytest.mark.parametrize("name", ["prompt", "seed", "images", "params", "output_format"])
-def test_a_parameter_with_a_field_of_its_own_cannot_come_in_params(name: str) -> None:
+def test_a_parameter_with_its_own_field_is_refused_in_params(name: str) -> None:
     message = pb.GenerationParameters()
     message.params[name].CopyFrom(write_param(name, 1))
     with pytest.raises(InvalidInput, match=f"{name} has a field of its own") as caught:
@@ -39,12 +39,12 @@ KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and is
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_exit_code_is_2_for_the_callers_fault_and_1_for_the_rest(kind: type[FleetError]) -> None:
+def test_exit_codes_are_2_for_errors_of_the_caller_and_1_for_others(kind: type[FleetError]) -> None:
     assert exit_code(kind("wrong")) == (BAD_INPUT if kind.__name__ in CALLERS_FAULT else FAILED)
 
 
 class NoChannel:
-    """A channel on which no call may be opened."""
+    """A channel that fails the test if a call is opened."""
 
     def stream_stream(self, *_: object) -> Any:
         return self._refuse
@@ -53,7 +53,7 @@ class NoChannel:
         raise AssertionError("a call was opened")
 
 
-def test_a_call_that_cannot_arrive_before_its_deadline_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_call_is_opened_that_cannot_arrive_before_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_HOP_SECONDS", 3_600.0)
     contract = Contract("t", {"prompt": "Prompt"}, {"text_conditioning": "Conditioning"})
     runner = RemoteRunner(cast(Any, NoChannel()), "text_encoding", contract)

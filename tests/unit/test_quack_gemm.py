@@ -1,6 +1,6 @@
-"""Layers whose GEMM has an epilogue, against the same in several passes.
+"""Layers with fused GEMM epilogues, compared with the same layers without fusion.
 
-The GEMM itself needs a GPU: tests/bench/kernel_energy.py checks and times them there.
+The kernels need a GPU; tests/bench/kernel_energy.py checks and times them there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SEGMENTS = TokenSegments((2, 5))
 
 
 class Kernels:
-    """The epilogues by PyTorch, and how often each was called."""
+    """The fused GEMMs in PyTorch, with the number of calls of each."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
@@ -74,7 +74,7 @@ def _inference() -> Iterator[None]:
 
 
 def fuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From FEWEST rows on."""
+    """Fuse GEMMs of FEWEST rows or more."""
     for name in ("can_fuse", "can_add"):
         monkeypatch.setattr(quack_gemm, name, lambda x, _, __: len(x) >= FEWEST)
 
@@ -87,7 +87,7 @@ def random_weights(module: nn.Module) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Of two streams, with modulations of its own."""
+    """A block of two streams with its own modulations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,17 +103,19 @@ class Block(nn.Module):
         return joint_block(residual, self.norm, self.attn, (text, image), self.modulations, rotation, SEGMENTS)
 
 
-def test_a_block_of_two_streams(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fused_block_of_two_streams_equals_the_unfused_block(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     block, x = random_weights(Block()), torch.randn(1, TOKENS, SIZE)
     expected = block(Residual(x)).added()
     fuse(monkeypatch)
     torch.testing.assert_close(block(Residual(x)).added(), expected)
-    # Those of the picture: the text has too few rows.
+    # Only the image stream is fused: the text stream has too few rows.
     assert kernels.calls == {"normed_heads_into": 1, "gelu_into": 1}
 
 
 class AddingBlock(nn.Module):
-    """Of one stream, to which a product is added."""
+    """A block of one stream that adds the gated output of a linear layer."""
 
     def __init__(self, batch: int) -> None:
         super().__init__()
@@ -126,7 +128,7 @@ class AddingBlock(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_an_update_is_added_in_place(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+def test_a_fused_update_is_added_in_place(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     block, x = random_weights(AddingBlock(batch)), torch.randn(batch, TOKENS, SIZE)
     expected = block(Residual(x)).added()
     fuse(monkeypatch)
@@ -137,7 +139,7 @@ def test_an_update_is_added_in_place(kernels: Kernels, monkeypatch: pytest.Monke
     assert kernels.calls == {"add_gated": batch}
 
 
-def test_the_step_cache_sees_what_blocks_were_given(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_cache_works_with_updates_in_place(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, x = [random_weights(AddingBlock(1)) for _ in range(3)], torch.randn(1, TOKENS, SIZE)
     expected = run_blocks(Residual(x), blocks, None).added()
     fuse(monkeypatch)
@@ -150,7 +152,7 @@ def test_the_step_cache_sees_what_blocks_were_given(kernels: Kernels, monkeypatc
     assert kernels.calls == {"add_gated": 3 + 1}
 
 
-def test_one_stream(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_self_attention_equals_unfused_self_attention(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     attention, x = random_weights(SelfAttention(SIZE, HEAD)), torch.randn(2, TOKENS, SIZE)
     assert isinstance(attention, SelfAttention)
     rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
@@ -163,7 +165,7 @@ def test_one_stream(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "made", [partial(SelfAttention, SIZE, HEAD, SIZE), partial(SelfAttention, SIZE, 64)], ids=["all heads", "narrow"]
 )
-def test_norms_of_another_form_are_a_pass_of_their_own(
+def test_norms_of_another_form_are_not_fused(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch, made: partial[SelfAttention]
 ) -> None:
     attention = random_weights(made())
@@ -179,8 +181,8 @@ def test_interleaved_angles_are_cos_and_sin_of_each_pair() -> None:
     x = torch.randn(1, TOKENS, 1, HEAD)
     pairs = torch.view_as_complex(x.view(1, TOKENS, 1, -1, 2))
     angles = torch.view_as_complex(rotation.interleaved.view(TOKENS, -1, 2))
-    turned = torch.view_as_real(pairs * angles[None, :, None]).flatten(-2)
-    torch.testing.assert_close(turned, apply_rotary(x, rotation))
+    rotated = torch.view_as_real(pairs * angles[None, :, None]).flatten(-2)
+    torch.testing.assert_close(rotated, apply_rotary(x, rotation))
 
 
 def test_on_a_cpu_nothing_is_fused() -> None:
@@ -189,7 +191,7 @@ def test_on_a_cpu_nothing_is_fused() -> None:
 
 
 @pytest.mark.parametrize(("size", "expected"), [(1536, True), (8960, False)])
-def test_an_update_is_fused_where_a_product_is_short(
+def test_an_update_is_fused_only_for_a_small_inner_dimension(
     monkeypatch: pytest.MonkeyPatch, size: int, expected: bool
 ) -> None:
     monkeypatch.setattr(quack_gemm, "can_fuse", lambda *_: True)

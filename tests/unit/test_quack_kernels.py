@@ -10,8 +10,8 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def test_they_compile_for_hopper(tmp_path: Path) -> None:
-    """In a process of its own: it pretends to have a card, and compilers read the environment when imported."""
+def test_the_fused_gemm_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    """Compile in another process: the compilers read the environment, which simulates a GPU, at import."""
     environment = os.environ | {
         "CUTE_DSL_ARCH": "sm_90a",
         "QUACK_ARCH": "90",
@@ -24,4 +24,4 @@ def test_they_compile_for_hopper(tmp_path: Path) -> None:
     assert ran.stdout.split("\n")[:-1] == [
         f"{name} GemmEpiPlan" for name in ("_gelu", "_gelu", "_gated", "_gated", "_normed_heads")
     ]
-    assert len(list(tmp_path.rglob("*.o"))) == 5, "each has tiles or types of its own"
+    assert len(list(tmp_path.rglob("*.o"))) == 5, "each kernel has different tiles or dtypes"

@@ -130,7 +130,7 @@ def test_lengths_are_bounded() -> None:
     assert all(text_of(document).count("\n") <= most for document, most in MOST_LINES.items())
 
 
-def test_the_first_block_is_the_two_commands_of_a_fresh_machine() -> None:
+def test_the_first_block_has_the_two_commands_for_a_new_host() -> None:
     draw, check = code_blocks("bash")[0].strip().splitlines()
     assert "fleet generate" in draw
     assert "poe check" in check

@@ -1,4 +1,4 @@
-"""The registry finds pipelines by itself, and refuses what it would have to guess about."""
+"""Discovery of pipelines by the registry, and refusal of ambiguous or incomplete registrations."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ EntryClass = {name}
 
 @pytest.fixture
 def plugins(tmp_path: Path) -> Iterator[Path]:
-    """An empty plugin directory, whose modules are forgotten afterwards."""
+    """An empty plugin directory, whose modules are unloaded after the test."""
     directory = tmp_path / "plugins"
     directory.mkdir()
     before = list(sys.path)
@@ -65,7 +65,7 @@ def plugins(tmp_path: Path) -> Iterator[Path]:
             del sys.modules[path.stem]
 
 
-def test_the_families_here_are_found_by_themselves() -> None:
+def test_the_built_in_families_are_discovered() -> None:
     registry = load_registry()
     assert registry.names() == FAMILIES
     entry = registry.entry("FluxPipeline")
@@ -74,7 +74,7 @@ def test_the_families_here_are_found_by_themselves() -> None:
     assert resolve(entry.configs_of("").pipeline_config).__name__ == "FluxPipelineConfig"
 
 
-def test_plugins_are_added_without_importing_their_stages(tmp_path: Path) -> None:
+def test_plugins_are_registered_without_importing_their_stages(tmp_path: Path) -> None:
     with toy_family(tmp_path / "plugins") as directory:
         registry = load_registry([directory])
         assert registry.names() == sorted([*FAMILIES, "ToyPipeline"])
@@ -126,7 +126,7 @@ def test_a_pipeline_file_registers_its_configs(plugins: Path) -> None:
         load_registry([plugins])
 
 
-def test_a_plugins_own_error_is_not_swallowed(plugins: Path) -> None:
+def test_an_import_error_of_a_plugin_is_raised(plugins: Path) -> None:
     (plugins / "broken_family.py").write_text("import nonesuch_package\n\nEntryClass = None\n")
     with pytest.raises(ModuleNotFoundError, match="nonesuch_package"):
         load_registry([plugins])
@@ -139,13 +139,13 @@ def test_a_plugin_cannot_take_the_name_of_another_module(plugins: Path) -> None:
 
 
 @pytest.mark.parametrize(("directory", "message"), [("absent", "does not exist"), ("plugins", "defines EntryClass")])
-def test_a_plugin_directory_holds_plugins(plugins: Path, directory: str, message: str) -> None:
-    (plugins / "helper.py").write_text("raise RuntimeError('this file is nobody\\'s entry')\n")
+def test_a_plugin_directory_without_plugins_is_refused(plugins: Path, directory: str, message: str) -> None:
+    (plugins / "helper.py").write_text("raise RuntimeError('this file is not a plugin')\n")
     with pytest.raises(CheckpointError, match=message):
         load_registry([plugins.parent / directory])
 
 
-def test_plugins_of_two_directories_are_both_found(plugins: Path, tmp_path: Path) -> None:
+def test_plugins_of_two_directories_are_discovered(plugins: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (plugins / "first_family.py").write_text(PLUGIN.format(name="FirstPipeline"))
@@ -156,6 +156,6 @@ def test_plugins_of_two_directories_are_both_found(plugins: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("reference", ["json:nonesuch", "json", "nonesuch_package:Name"])
-def test_a_reference_to_nothing_is_an_import_error(reference: str) -> None:
+def test_an_unresolvable_reference_is_an_import_error(reference: str) -> None:
     with pytest.raises(ImportError):
         resolve(reference)

@@ -1,4 +1,4 @@
-"""The release in tests/golden is that of its tag, and its protos are those that `buf breaking` guards."""
+"""The release in tests/golden equals its tag, and `buf breaking` compares with its protos."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return release.unpack_release(tmp_path_factory.mktemp("release") / "tree")
 
 
-def test_the_source_is_that_of_the_commit(tree: Path) -> None:
-    """The digest was taken from git's own object ids, which a checkout with this history compares itself."""
+def test_the_source_equals_that_of_the_commit(tree: Path) -> None:
+    """The digest covers git's object IDs. A checkout that has the commit compares the IDs themselves."""
     lines = release.file_lines(tree)
     assert release.digest_of(lines) == release.facts()["files_sha256"]
     history = write_release.source_lines(release.facts()["commit"])
@@ -33,12 +33,12 @@ def test_another_source_has_another_digest(tree: Path) -> None:
     assert release.digest_of(lines[1:]) != release.facts()["files_sha256"]
 
 
-def test_the_protos_are_those_of_the_source(tree: Path, tmp_path: Path) -> None:
+def test_the_protos_equal_those_of_the_source(tree: Path, tmp_path: Path) -> None:
     write_release.build_image(tree / "proto", tmp_path / "protos.binpb")
     assert (tmp_path / "protos.binpb").read_bytes() == release.PROTOS.read_bytes()
 
 
-def test_the_script_is_that_of_the_source(tree: Path) -> None:
+def test_the_script_equals_that_of_the_source(tree: Path) -> None:
     assert {path.stem for path in (tree / release.LUA_FOLDER).iterdir()} == set(release.facts()["script_files"])
     operations = re.findall(r"^function ops\.(\w+)\(a\)$", release.release_script(), re.MULTILINE)
     assert sorted(operations) == sorted(release.script_calls_of(tree).OPERATIONS)
@@ -49,10 +49,10 @@ def test_a_request_of_each_state_is_stored() -> None:
     dump = read_dump(release.REQUESTS)
     assert dump.keys() == RECORDED
     sizes = [path.stat().st_size for path in release.REQUESTS.iterdir()]
-    assert sum(sizes) < 300_000, "the golden files are read by people"
+    assert sum(sizes) < 300_000, "golden files stay small enough for a review"
 
 
-def test_a_checkout_without_the_tag_says_how_to_get_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkout_without_the_tag_names_the_command_to_fetch_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(LookupError, match=r"^v9\.9\.9: this checkout lacks it; git fetch --unshallow --tags$"):
         write_release.commit_of("v9.9.9")
     assert write_release.source_lines("0" * 40) is None

@@ -1,8 +1,7 @@
-"""The script of the latest release beside the present one, on one store: coordinators and workers of both versions.
+"""The store scripts of the latest release and of this version on one store, called by both versions.
 
-Each process calls the script of its own version. Whatever they do in whatever order: no worker has more slots taken
-than its capacity, no claim and no request is lost, none is had twice, and neither script finds damage in what the other
-one wrote.
+Each process calls the script of its own version. In any order of operations, no worker exceeds its capacity, no claim
+or request is lost or granted twice, and neither script reports damage in data of the other one.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ MOST_WORKERS = 4
 FINGERPRINT = "fingerprint"
 CONTRACTS = {"denoising": script_calls.CONTRACT}
 TAKEN = ("slots", "waiting", "queue", "open", "work")
-"""Kinds of keys that are gone once every request has ended."""
+"""Kinds of keys that no longer exist once every request has ended."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """A version of the code, as the store sees it: how it calls its script, and with which arguments."""
+    """A version of the code: the calls of its script, and their arguments."""
 
     name: str
     calls: ModuleType
@@ -53,7 +52,7 @@ class Worker:
 
 @dataclass
 class Request:
-    """An open request, its owner's epoch, and the ticket of the claim that the owner has made for it."""
+    """An open request, its owner's epoch, and the ticket of the owner's claim."""
 
     id: str
     epoch: int = 1
@@ -72,9 +71,9 @@ class Coordinator:
 
 @dataclass
 class Mixed:
-    """A fleet of both versions, and what it knows: the checks compare it with what the store does."""
+    """A fleet of both versions with its expected state, which the checks compare with the store."""
 
-    redis: Any  # redis-py's own types are those of both of its clients
+    redis: Any  # redis-py annotates replies with the types of both of its clients
     versions: Mapping[str, Version]
     coordinators: list[Coordinator] = field(default_factory=list)
     workers: list[Worker] = field(default_factory=list)
@@ -82,22 +81,22 @@ class Mixed:
     numbers: Counter[str] = field(default_factory=Counter)
 
     def start(self) -> None:
-        """One coordinator and one worker of each version."""
+        """Start one coordinator and one worker of each version."""
         for version in self.versions.values():
             self.add_coordinator(version)
             self.add_worker(version, 1)
 
     def run(self, version: Version, operation: str, arguments: Mapping[str, Any]) -> Any:
-        """Run an operation as a process of that version does."""
+        """Run an operation of that version's script."""
         return self.redis.execute_command(*version.command(operation, arguments))
 
     def new_name(self, kind: str) -> str:
-        """A name that nothing had before."""
+        """A name that was not used before."""
         self.numbers[kind] += 1
         return f"{kind}-{self.numbers[kind]}"
 
     def add_coordinator(self, version: Version) -> None:
-        """Start a coordinator; it takes over what dead ones have left."""
+        """Start a coordinator, which takes over the requests of dead coordinators."""
         coordinator = Coordinator(self.new_name("c"), version)
         self.coordinators.append(coordinator)
         self.beat(coordinator)
@@ -108,23 +107,23 @@ class Mixed:
         self.run(coordinator.version, "beat", {"owner": coordinator.name, "lasts": LASTS})
 
     def take_over(self, coordinator: Coordinator) -> None:
-        """Own what dead coordinators have left."""
+        """Take over the requests of dead coordinators."""
         running = [request.id for request in coordinator.requests]
         arguments = coordinator.version.calls.take_over(coordinator.name, 1, *running)
         rows, _ = self.run(coordinator.version, "take_over", arguments)
         for row in rows:
             name, submission = row[0].decode(), row[2]
-            assert name not in self.owned(), f"{name} has an owner, and was given to another one"
+            assert name not in self.owned(), f"{name} was taken over although its owner is live"
             assert name not in self.ended
             assert submission == b"submission"
             coordinator.requests.append(Request(name, int(row[1])))
 
     def owned(self) -> list[str]:
-        """The ids of the requests of all live coordinators."""
+        """The IDs of the requests of all live coordinators."""
         return [request.id for each in self.coordinators for request in each.requests]
 
     def add_worker(self, version: Version, capacity: int) -> None:
-        """Start a worker: it declares its model, and announces itself."""
+        """Start a worker, which declares its model and sends a heartbeat."""
         worker = Worker(self.new_name("w"), version, capacity)
         arguments = {"model": MODEL, "fingerprint": FINGERPRINT, "lasts": LASTS}
         if version.name == OLD:
@@ -139,15 +138,15 @@ class Mixed:
         self.run(worker.version, "announce", {**announcement, "info": worker.name})
 
     def leave(self, worker: Worker) -> None:
-        """A worker ends at SIGTERM; the calls that it runs come to their end."""
+        """End a worker as SIGTERM does; its running calls complete."""
         self.workers.remove(worker)
         self.run(worker.version, "leaving", {"worker": worker.name, "lasts": LASTS})
 
     def end_coordinator(self, coordinator: Coordinator, successor: Version, *, is_killed: bool) -> None:
-        """A coordinator ends, and another one takes its place and its requests."""
+        """End a coordinator, and start another one that takes over its requests."""
         self.coordinators.remove(coordinator)
         if is_killed:
-            self.redis.delete(f"fleet:coordinator:{coordinator.name}")  # as when its heartbeat runs out
+            self.redis.delete(f"fleet:coordinator:{coordinator.name}")  # as when its heartbeat expires
         else:
             self.run(coordinator.version, "resign", {"owner": coordinator.name})
         before = [request.id for request in coordinator.requests]
@@ -163,7 +162,7 @@ class Mixed:
         self.claim(coordinator, request)
 
     def claim(self, coordinator: Coordinator, request: Request) -> None:
-        """Ask for a slot, or ask again."""
+        """Claim a slot, or poll a waiting claim."""
         if request.worker:
             return
         request.ticket = request.ticket or f"{request.id}/{coordinator.name}/{self.numbers['t']}"
@@ -177,7 +176,7 @@ class Mixed:
             assert reply[0] == b"waiting"
 
     def release(self, coordinator: Coordinator, request: Request, used: int) -> None:
-        """Give back a slot, or a place in the queue."""
+        """Release a slot or an entry of the queue."""
         arguments = {"ticket": request.ticket, "place": PLACE, "used": used}
         if request.ticket:
             self.run(coordinator.version, "release", arguments)
@@ -207,7 +206,7 @@ class Mixed:
         assert self.redis.keys(f"fleet:checkpoint:{request.id}:*") == [key.encode()]
 
     def finish(self, coordinator: Coordinator, request: Request) -> None:
-        """End a request, which counts once."""
+        """End a request; a second end has no effect."""
         self.release(coordinator, request, 40)
         end = {**coordinator.version.calls.end(request.id), "epoch": request.epoch}
         assert self.run(coordinator.version, "finish", end)[0] == b"finished"
@@ -215,14 +214,14 @@ class Mixed:
         coordinator.requests.remove(request)
         self.ended.append(request.id)
 
-    def ask_again(self) -> None:
-        """Each claim that waits asks again, as coordinators do. It may have been granted by another process's call."""
+    def poll_claims(self) -> None:
+        """Poll each waiting claim, as coordinators do. A call of another process may have granted it."""
         for coordinator in self.coordinators:
             for request in coordinator.requests:
                 self.claim(coordinator, request)
 
     def check(self) -> None:
-        """No worker is granted more often than it has slots, nothing is lost, nothing is damaged."""
+        """Check that no worker exceeds its capacity, no request is lost, and nothing is damaged."""
         taken = Counter(request.worker for each in self.coordinators for request in each.requests if request.worker)
         for worker in self.workers:
             assert taken[worker.name] <= worker.capacity, f"{worker.name} has {taken[worker.name]} slots taken"
@@ -231,10 +230,10 @@ class Mixed:
         assert not self.redis.hgetall("fleet:repairs")
 
     def check_all_are_served(self) -> None:
-        """Free slots go to claims that wait, whichever version made them."""
+        """Check that free slots are granted to waiting claims of both versions."""
 
         def are_all_served() -> bool:
-            self.ask_again()
+            self.poll_claims()
             held = [request.worker for each in self.coordinators for request in each.requests]
             taken = Counter(name for name in held if name)
             free = sum(worker.capacity - taken[worker.name] for worker in self.workers)
@@ -244,7 +243,7 @@ class Mixed:
         self.check()
 
     def end_all(self) -> None:
-        """End every request; nothing is left over once a worker comes, as places in queues of the dead go then."""
+        """End every request. A new worker then removes queue entries of dead coordinators, so that no key is left."""
         for coordinator in self.coordinators:
             for request in list(coordinator.requests):
                 self.finish(coordinator, request)
@@ -255,7 +254,7 @@ class Mixed:
 
 
 Step = tuple[str, int, str]
-"""What happens, which of the candidates it happens to, and the version of a process that starts."""
+"""Kind of operation, number of its candidate, and version of the process that it starts."""
 KINDS = (
     *("admit", "admit", "admit", "claim", "append", "release", "finish", "finish", "beat", "announce"),
     *("add_worker", "leave", "kill", "resign", "take_over"),
@@ -263,7 +262,7 @@ KINDS = (
 
 
 def apply(fleet: Mixed, step: Step) -> None:
-    """Do a step, if there is a candidate for it."""
+    """Apply a step if it has a candidate."""
     kind, draw, name = step
     version = fleet.versions[name]
     coordinator = fleet.coordinators[draw % len(fleet.coordinators)]
@@ -314,14 +313,14 @@ def test_both_versions_share_a_store(redis: Any, versions: Mapping[str, Version]
     fleet.start()
     for step in steps:
         apply(fleet, step)
-        fleet.ask_again()
+        fleet.poll_claims()
         fleet.check()
     fleet.check_all_are_served()
     fleet.end_all()
 
 
 @pytest.mark.parametrize("names", [(OLD, NEW), (NEW, OLD)], ids="-".join)
-def test_a_slot_that_one_version_gives_back_goes_to_a_claim_of_the_other(
+def test_a_slot_released_by_one_version_goes_to_a_claim_of_the_other(
     redis: Any, versions: Mapping[str, Version], names: tuple[str, str]
 ) -> None:
     redis.flushall()
@@ -340,22 +339,22 @@ def test_a_slot_that_one_version_gives_back_goes_to_a_claim_of_the_other(
         fleet.finish(holder, holder.requests[0])
         message = channel.get_message(timeout=5)
     assert message["data"].split(b"\n") == [b"grant", waiter.requests[0].ticket.encode(), b"w-1"]
-    fleet.ask_again()
+    fleet.poll_claims()
     assert waiter.requests[0].worker == "w-1"
     fleet.end_all()
 
 
 @pytest.mark.parametrize("names", [(OLD, NEW), (NEW, OLD)], ids="-".join)
-def test_a_write_under_an_epoch_that_the_other_version_has_ended_is_refused(
+def test_a_write_under_an_epoch_ended_by_the_other_version_is_refused(
     redis: Any, versions: Mapping[str, Version], names: tuple[str, str]
 ) -> None:
     redis.flushall()
     fleet = Mixed(redis, versions)
     first, second = (versions[name] for name in names)
     fleet.add_coordinator(first)
-    zombie = fleet.coordinators[0]
-    fleet.admit(zombie)
-    fleet.end_coordinator(zombie, second, is_killed=True)
+    former = fleet.coordinators[0]
+    fleet.admit(former)
+    fleet.end_coordinator(former, second, is_killed=True)
     (request,) = fleet.coordinators[0].requests
     assert request.epoch == 2
     assert fleet.run(first, "finish", first.calls.end(request.id))[0] == b"lost"

@@ -1,4 +1,4 @@
-"""How many workers an autoscaler decides on: worked examples of KEDA's and the HPA's rules, and what always holds."""
+"""Decisions of the replica policy: worked examples of KEDA's and the HPA's rules, and properties."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from services.cli.replica_policy import ReplicaBounds, ReplicaPolicy, with_headr
 
 
 class Clock:
-    """A clock that a test sets."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -28,14 +28,14 @@ def policy(least: int = 0, most: int = 8, idle_seconds: float = 30.0) -> tuple[R
     return ReplicaPolicy(ReplicaBounds(least, most, idle_seconds), clock), clock
 
 
-def test_the_first_request_starts_one_worker_and_no_metric_is_asked() -> None:
+def test_the_first_request_starts_one_worker_whatever_the_metric() -> None:
     scaled, _ = policy()
     assert scaled.decide(0, is_active=False, demand=7.0) == 0
     assert scaled.decide(0, is_active=True, demand=None) == 1
     assert scaled.decide(0, is_active=True, demand=7.0) == 1
 
 
-def test_the_metric_decides_from_one_on() -> None:
+def test_the_metric_decides_once_a_worker_runs() -> None:
     scaled, _ = policy()
     assert scaled.decide(1, is_active=True, demand=2.4) == 3
     assert scaled.decide(3, is_active=True, demand=6.01) == 7
@@ -50,11 +50,11 @@ def test_a_demand_within_a_tenth_of_the_target_changes_nothing() -> None:
     assert policy(idle_seconds=0)[0].decide(8, is_active=True, demand=6.9) == 7
 
 
-def test_an_error_of_rounding_starts_no_worker() -> None:
+def test_a_rounding_error_starts_no_worker() -> None:
     assert policy()[0].decide(1, is_active=True, demand=3 + 1e-9) == 3
 
 
-def test_headroom_is_a_multiple_of_the_square_root_and_nothing_for_nothing() -> None:
+def test_headroom_is_a_multiple_of_the_square_root_of_the_demand() -> None:
     assert with_headroom(0.0, 2.0) == 0.0
     assert with_headroom(1.0, 2.0) == 3.0
     assert with_headroom(16.0, 0.5) == 18.0
@@ -73,9 +73,7 @@ def test_headroom_adds_workers_within_the_bounds() -> None:
 
 
 @given(st.floats(0, 1e4), st.floats(0, 1e4), st.floats(0, 8))
-def test_headroom_keeps_the_order_of_demands_and_a_smaller_share_of_larger_ones(
-    one: float, other: float, headroom: float
-) -> None:
+def test_headroom_preserves_the_order_of_demands(one: float, other: float, headroom: float) -> None:
     less, more = sorted((one, other))
     assert less <= with_headroom(less, headroom) <= with_headroom(more, headroom)
     assert with_headroom(more, headroom) - more == pytest.approx(headroom * math.sqrt(more), abs=1e-6)
@@ -90,18 +88,18 @@ def test_scale_in_takes_the_largest_recommendation_of_the_window() -> None:
     assert scaled.decide(6, is_active=True, demand=2.0) == 6
     clock.now += 1  # 30 s after the recommendation of 6
     assert scaled.decide(6, is_active=True, demand=2.0) == 4
-    clock.now += 10  # 30 s after that of 4
+    clock.now += 10  # 30 s after the recommendation of 4
     assert scaled.decide(4, is_active=True, demand=2.0) == 2
 
 
-def test_scale_in_waits_for_the_window_also_at_the_start() -> None:
+def test_scale_in_waits_for_a_full_window_after_the_start() -> None:
     scaled, clock = policy(idle_seconds=30.0)
     assert scaled.decide(5, is_active=True, demand=1.0) == 5
     clock.now += 30
     assert scaled.decide(5, is_active=True, demand=1.0) == 1
 
 
-def test_zero_comes_a_cooldown_after_the_last_activity() -> None:
+def test_scale_to_zero_waits_for_the_cooldown_after_the_last_activity() -> None:
     scaled, clock = policy(idle_seconds=30.0)
     assert scaled.decide(1, is_active=True, demand=1.0) == 1
     clock.now += 29
@@ -113,7 +111,7 @@ def test_zero_comes_a_cooldown_after_the_last_activity() -> None:
     assert scaled.decide(1, is_active=False, demand=0.0) == 0
 
 
-def test_workers_that_always_run_are_kept() -> None:
+def test_the_minimum_number_of_workers_always_runs() -> None:
     scaled, clock = policy(least=2, idle_seconds=5.0)
     assert scaled.decide(0, is_active=False, demand=0.0) == 2
     assert scaled.decide(2, is_active=False, demand=0.0) == 2
@@ -122,14 +120,14 @@ def test_workers_that_always_run_are_kept() -> None:
     assert scaled.decide(1, is_active=False, demand=0.0) == 2
 
 
-def test_without_a_metric_the_number_stays() -> None:
+def test_without_a_metric_the_number_of_workers_stays() -> None:
     scaled, clock = policy(idle_seconds=5.0)
     assert scaled.decide(3, is_active=True, demand=None) == 3
     clock.now += 100
     assert scaled.decide(3, is_active=True, demand=None) == 3
 
 
-def test_more_workers_than_may_be_are_ended_at_once() -> None:
+def test_workers_above_the_maximum_are_ended_at_once() -> None:
     assert policy(most=4)[0].decide(9, is_active=True, demand=9.0) == 4
 
 
@@ -156,10 +154,10 @@ LOADS = st.builds(
     st.floats(0, 60),
     st.floats(0.5, 300),
 )
-def test_a_whole_life_keeps_to_the_rules(
+def test_decisions_respect_the_bounds_for_any_sequence_of_loads(
     polls: list[tuple[StageLoad, float]], least: int, most: int, idle_seconds: float, target: float
 ) -> None:
-    """Never above the most, never below the least, never below the held workers, zero only when inactive so long."""
+    """Never outside the bounds or below the held workers; 0 only after `idle_seconds` without activity."""
     scaled, clock = policy(least, most, idle_seconds)
     current, active_at = scaled.decide(0, is_active=False, demand=0.0), clock.now
     for load, passed in polls:

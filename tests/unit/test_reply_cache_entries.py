@@ -1,4 +1,4 @@
-"""The reply cache's key covers slots and not only values, and its count of bytes is exact."""
+"""The reply cache's key covers slot names as well as values, and its byte count is exact."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def prompt(text: str) -> Packet:
     return Packet(artifacts_pb2.Prompt(prompt=text), {})
 
 
-def test_values_that_change_their_slots_have_another_key() -> None:
+def test_equal_values_in_other_slots_have_another_key() -> None:
     kept = cache()
     keys = [
         kept.key({"prompt": prompt("a"), "other": prompt("b")}),
@@ -29,8 +29,8 @@ def test_values_that_change_their_slots_have_another_key() -> None:
     assert len(set(keys)) == len(keys)
 
 
-def test_a_reply_that_is_put_twice_counts_once() -> None:
-    """Two calls with equal inputs may both have missed."""
+def test_a_reply_stored_twice_counts_once() -> None:
+    """Two concurrent calls with equal inputs may both miss."""
     kept = cache()
     kept.put(b"k", (b"x" * 1_000,))
     used = kept.used_bytes
@@ -47,7 +47,7 @@ def test_a_reply_larger_than_the_cache_displaces_nothing() -> None:
     assert kept.get(b"large") is None
 
 
-def test_a_recorder_forgets_a_reply_that_outgrows_it() -> None:
+def test_a_recorder_drops_a_reply_that_exceeds_its_bound() -> None:
     sent: list[bytes] = []
 
     async def write(frame: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Items of streamed results in the store: delivered by their event, once, whichever coordinator writes them."""
+"""Stored items of streamed results: an event delivers each item once, whichever coordinator writes it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def read(store: RequestStore, request_id: str, stored: StoredItem, skipped
 
 
 async def deliver(store: RequestStore, request_id: str, stored: StoredItem, data: bytes, number: int) -> bool:
-    """Store an item's bytes, then its event; whether the event was accepted."""
+    """Store an item's bytes, then its event. Returns whether the event was accepted."""
     await store.items.save(request_id, stored, [data])
     return await store.append(request_id, [event_of(stored)], number=number, epoch=stored.epoch) is not None
 
@@ -61,7 +61,7 @@ def test_an_item_is_read_from_any_byte(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_bytes_without_an_event_are_no_item(each_store_url: str) -> None:
+def test_bytes_without_an_event_are_not_an_item(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name = await admit(store)
@@ -74,7 +74,7 @@ def test_bytes_without_an_event_are_no_item(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_an_event_that_is_written_again_delivers_its_item_once(each_store_url: str) -> None:
+def test_a_repeated_event_delivers_its_item_once(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, 3)
@@ -101,7 +101,7 @@ def test_a_former_owner_neither_adds_nor_changes_nor_ends_an_item(each_store_url
         assert await deliver(store, name, second, b"good", 0)
         assert not await deliver(former, name, late, b"LATE", 1)
         assert await former.finish(name, FAILED, items=[first, late]) is None
-        await asyncio.sleep(0.05)  # longer than a result of the former owner's lasts
+        await asyncio.sleep(0.05)  # longer than the former owner retains results
         assert await store.delivered_items(name) == [first, second]
         assert [await read(store, name, each) for each in (first, second)] == [b"abc", b"good"]
         assert await store.finish(name, SUCCEEDED, epoch=epoch, items=[first, second])
@@ -111,9 +111,7 @@ def test_a_former_owner_neither_adds_nor_changes_nor_ends_an_item(each_store_url
 
 
 @pytest.mark.parametrize(("end", "most"), [(SUCCEEDED, 3_600_000), (FAILED, 60_000)])
-def test_items_last_until_some_time_after_the_end(
-    each_store_url: str, end: pb.RequestState.ValueType, most: int
-) -> None:
+def test_items_expire_some_time_after_the_end(each_store_url: str, end: pb.RequestState.ValueType, most: int) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, MIB + 1)
@@ -134,17 +132,17 @@ def test_an_item_that_has_expired_is_not_found(each_store_url: str) -> None:
         assert await deliver(store, name, stored, b"abc", 0)
         assert await store.finish(name, SUCCEEDED, items=[stored])
 
-        async def is_gone() -> bool:
+        async def is_expired() -> bool:
             return not await redis.keys("fleet:item:*")
 
-        await wait_until(is_gone)
+        await wait_until(is_expired)
         with pytest.raises(NotFound, match="has expired"):
             await read(store, name, stored)
 
     run_on_empty_store(each_store_url, story)
 
 
-def test_an_end_whose_answer_is_lost_still_ends_the_items(each_store_url: str) -> None:
+def test_an_end_repeated_after_a_lost_reply_ends_the_items(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, 3)
@@ -157,7 +155,7 @@ def test_an_end_whose_answer_is_lost_still_ends_the_items(each_store_url: str) -
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_store_without_the_script_takes_an_event_of_an_item(each_store_url: str) -> None:
+def test_an_event_of_an_item_reloads_a_missing_script(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, 3)
@@ -168,7 +166,7 @@ def test_a_store_without_the_script_takes_an_event_of_an_item(each_store_url: st
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_full_store_takes_no_item_and_a_lost_store_is_unavailable() -> None:
+def test_a_full_store_refuses_items_and_a_killed_store_is_unavailable() -> None:
     with running_server("valkey", "--maxmemory", str(8 * MIB)) as server:
 
         async def story() -> None:
@@ -191,7 +189,7 @@ def test_a_full_store_takes_no_item_and_a_lost_store_is_unavailable() -> None:
         asyncio.run(story())
 
 
-def test_a_streamed_file_of_a_record_has_no_bytes_of_its_own(each_store_url: str) -> None:
+def test_a_record_stores_no_bytes_of_a_streamed_file(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, 3)

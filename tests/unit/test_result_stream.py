@@ -1,4 +1,4 @@
-"""A streamed result becomes stored items with an event each, once, whatever dies or is lost on the way."""
+"""A streamed result is stored as items, and each item has one event, whatever fails."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def server() -> Iterator[RedisServer]:
 
 
 def packet(data: bytes, file: int = 0, files: int = 1, frames: int = 4) -> Packet:
-    """An item as a worker sends it: large bytes in chunks."""
+    """An item as a worker sends it, with more than 64 KiB of data in chunks."""
     message = artifacts_pb2.MediaItem(
         content_type="video/mp4", height=16, width=32, num_frames=frames, file_index=file, file_count=files
     )
@@ -52,7 +52,7 @@ def packet(data: bytes, file: int = 0, files: int = 1, frames: int = 4) -> Packe
 
 
 class Case:
-    """One request in a store, with streams of its owners."""
+    """A request in a store, with the result streams of its owners."""
 
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
@@ -71,7 +71,7 @@ class Case:
         return ResultStream(self.store, events, self.request_id, epoch=epoch, max_bytes=max_bytes, raw=raw)
 
     async def take_over(self) -> int:
-        """Another coordinator takes the request; its epoch."""
+        """Take over the request with another coordinator. Returns the new epoch."""
         presence = Presence(self.redis, "second")
         await presence.start()
         taken, _ = await Leases(self.redis, "second").take_over("emoji")
@@ -139,7 +139,7 @@ def test_items_of_several_files_are_stored_and_described(server: RedisServer) ->
     story(server, test)
 
 
-def test_an_item_is_taken_only_when_the_one_before_is_stored(server: RedisServer) -> None:
+def test_an_item_is_read_only_once_the_previous_item_is_stored(server: RedisServer) -> None:
     async def test(case: Case) -> None:
         async def items() -> AsyncIterator[tuple[int, Packet]]:
             for index in range(3):
@@ -152,8 +152,8 @@ def test_an_item_is_taken_only_when_the_one_before_is_stored(server: RedisServer
     story(server, test)
 
 
-def test_an_item_that_is_given_again_is_delivered_once(server: RedisServer) -> None:
-    """Another decoder begins with the first item again."""
+def test_a_repeated_item_is_delivered_once(server: RedisServer) -> None:
+    """A decoder that replaces another one starts with the first item."""
 
     async def test(case: Case) -> None:
         stream = case.stream()
@@ -164,7 +164,7 @@ def test_an_item_that_is_given_again_is_delivered_once(server: RedisServer) -> N
     story(server, test)
 
 
-def test_a_cancelled_caller_does_not_lose_or_double_the_item(server: RedisServer) -> None:
+def test_cancelling_the_caller_neither_loses_nor_repeats_the_item(server: RedisServer) -> None:
     async def test(case: Case) -> None:
         stream = case.stream()
         for attempt in range(20):
@@ -180,7 +180,7 @@ def test_a_cancelled_caller_does_not_lose_or_double_the_item(server: RedisServer
 
 
 @pytest.mark.parametrize("delivered", range(4))
-def test_the_next_owner_delivers_only_what_is_missing(
+def test_the_next_owner_delivers_only_the_missing_items(
     server: RedisServer, delivered: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test(case: Case) -> None:
@@ -188,7 +188,7 @@ def test_the_next_owner_delivers_only_what_is_missing(
         for index in range(delivered):
             await first.put(index, packet(parts[index]), 3)
         orphan = StoredItem(pb.ResultItem(item_index=delivered, byte_size=1), 1)
-        await case.store.items.save(case.request_id, orphan, [b"x"])  # the first owner died before the event
+        await case.store.items.save(case.request_id, orphan, [b"x"])  # the first owner died before it wrote the event
         epoch = await case.take_over()
         second = case.stream(epoch)
         again = [b"ONE", b"TWO!!", b"THREE"]  # other numerics: the second item is longer
@@ -207,7 +207,7 @@ def test_the_next_owner_delivers_only_what_is_missing(
     assert ("index=1 delivered_bytes=3 computed_bytes=5" in caplog.text) == (delivered > 1)
 
 
-def test_the_next_owner_may_compute_nothing_more(server: RedisServer) -> None:
+def test_the_next_owner_of_a_complete_result_delivers_nothing_more(server: RedisServer) -> None:
     async def test(case: Case) -> None:
         await case.stream().take(indexed([packet(b"one"), packet(b"two")]))
         epoch = await case.take_over()
@@ -233,7 +233,7 @@ def test_a_result_is_bounded(server: RedisServer, raw: bool, field: str) -> None
     story(server, test)
 
 
-def test_a_raw_result_is_kept_in_memory_and_never_stored(server: RedisServer) -> None:
+def test_a_raw_result_stays_in_memory_and_is_never_stored(server: RedisServer) -> None:
     async def test(case: Case) -> None:
         files = await case.stream(raw=True).take(indexed([packet(b"abc"), packet(b"d" * 70_000)]))
         assert b"".join(bytes(piece) for piece in files[0].pieces) == b"abc" + b"d" * 70_000
@@ -296,7 +296,7 @@ def test_an_item_waits_for_a_full_store() -> None:
         story(server, test)
 
 
-def test_closing_ends_the_storing_and_leaves_the_event_for_the_end() -> None:
+def test_close_abandons_an_item_that_the_store_has_not_accepted() -> None:
     with running_server("valkey") as server:
 
         async def test(case: Case) -> None:
@@ -319,7 +319,7 @@ def test_closing_ends_the_storing_and_leaves_the_event_for_the_end() -> None:
         story(server, test)
 
 
-def test_a_damaged_store_is_an_error_and_no_endless_wait(server: RedisServer) -> None:
+def test_a_damaged_store_is_an_error_instead_of_a_wait(server: RedisServer) -> None:
     async def test(case: Case) -> None:
         stream = case.stream()
         key = f"fleet:request:{case.request_id}"
@@ -337,7 +337,7 @@ def test_a_damaged_store_is_an_error_and_no_endless_wait(server: RedisServer) ->
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(st.just("take over"), st.tuples(st.integers(0, 3), st.integers(0, 5))), max_size=24))
 def test_owners_in_any_order_deliver_each_item_once(server: RedisServer, actions: list[str | tuple[int, int]]) -> None:
-    """Former owners go on as if they had not lost the request; each owner computes other bytes."""
+    """Former owners continue as if they still owned the request; each owner computes different bytes."""
 
     async def test(case: Case) -> None:
         owners = [(1, case.stream(), 0)]
@@ -349,7 +349,7 @@ def test_owners_in_any_order_deliver_each_item_once(server: RedisServer, actions
                 continue
             number = min(action[0], len(owners) - 1)
             epoch, stream, computed = owners[number]
-            index = min(action[1], computed)  # the next item, or one of before: its decoder was replaced
+            index = min(action[1], computed)  # the next item, or an earlier one after its decoder was replaced
             data = b"%d of epoch %d" % (index, epoch)
             is_owner = number == len(owners) - 1
             try:

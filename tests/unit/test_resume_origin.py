@@ -35,8 +35,8 @@ def test_an_origin_depends_on_numerics_slots_and_values() -> None:
     assert origin_of("a", dict(reversed(both.items()))) == origins[-1]
 
 
-class Book(Leases):
-    """Stores checkpoints in a list, and loads what it is given."""
+class FakeLeases(Leases):
+    """Leases that append saved checkpoints to a list, and load `stored`."""
 
     def __init__(self, stored: list[bytes] | Exception | None = None) -> None:
         self.stored = stored
@@ -58,7 +58,7 @@ class Book(Leases):
 
 def test_a_checkpoint_of_another_origin_is_not_resumed() -> None:
     async def story() -> None:
-        newest = NewestStepCheckpoint(Book(), "r", 1)
+        newest = NewestStepCheckpoint(FakeLeases(), "r", 1)
         newest.remember("here", state(4))
         assert await newest.find("elsewhere", "resume_from") is None
         found = await newest.find("here", "resume_from")
@@ -71,14 +71,14 @@ def test_a_checkpoint_of_another_origin_is_not_resumed() -> None:
 
 def test_while_the_store_is_slow_only_the_newest_checkpoint_is_saved() -> None:
     async def story() -> None:
-        book = Book()
-        newest = NewestStepCheckpoint(book, "r", 1)
+        leases = FakeLeases()
+        newest = NewestStepCheckpoint(leases, "r", 1)
         newest.remember("here", state(1))
         await asyncio.sleep(0)
         for step in range(2, 9):
             newest.remember("here", state(step))
         await newest.settle()
-        assert book.saved == [(0, 1), (1, 8)]
+        assert leases.saved == [(0, 1), (1, 8)]
 
     asyncio.run(story())
 
@@ -86,9 +86,13 @@ def test_while_the_store_is_slow_only_the_newest_checkpoint_is_saved() -> None:
 def test_the_next_owner_loads_the_stored_checkpoint() -> None:
     async def story() -> None:
         stored = [b"here", artifacts_pb2.DenoiseState(step=7).SerializeToString()]
-        assert await NewestStepCheckpoint(Book(stored), "r", 1).find("here", "resume_from") is None  # It stored none.
-        assert await NewestStepCheckpoint(Book(stored), "r", 2, inherited=True).find("elsewhere", "resume_from") is None
-        found = await NewestStepCheckpoint(Book(stored), "r", 2, inherited=True).find("here", "resume_from")
+        # The first owner has stored no checkpoint.
+        assert await NewestStepCheckpoint(FakeLeases(stored), "r", 1).find("here", "resume_from") is None
+        assert (
+            await NewestStepCheckpoint(FakeLeases(stored), "r", 2, inherited=True).find("elsewhere", "resume_from")
+            is None
+        )
+        found = await NewestStepCheckpoint(FakeLeases(stored), "r", 2, inherited=True).find("here", "resume_from")
         assert found is not None
         assert found.message == artifacts_pb2.DenoiseState(step=7)
 
@@ -96,5 +100,8 @@ def test_the_next_owner_loads_the_stored_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("stored", [None, Unavailable("away"), [b"here", b"\xff"], [b"only one part"]])
-def test_a_checkpoint_that_cannot_be_read_starts_the_loop_anew(stored: list[bytes] | Exception | None) -> None:
-    assert asyncio.run(NewestStepCheckpoint(Book(stored), "r", 2, inherited=True).find("here", "resume_from")) is None
+def test_an_unreadable_checkpoint_restarts_the_loop(stored: list[bytes] | Exception | None) -> None:
+    assert (
+        asyncio.run(NewestStepCheckpoint(FakeLeases(stored), "r", 2, inherited=True).find("here", "resume_from"))
+        is None
+    )

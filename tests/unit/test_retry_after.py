@@ -1,4 +1,4 @@
-"""The time after which to try again travels in `retry-after-ms`, rounded up."""
+"""The seconds after which to retry are sent as `retry-after-ms`, rounded up."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from common.rpc.status import RETRY_KEY, from_status, to_status
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(5.0, "5000"), (0.0001, "1"), (1.2341, "1235"), (0.0, "0")])
-def test_a_full_fleet_states_when_to_try_again(seconds: float, shown: str) -> None:
-    """Rounded up: a caller that is early is refused again."""
+def test_a_full_fleet_states_when_to_retry(seconds: float, shown: str) -> None:
+    """The time is rounded up, because an early retry is refused."""
     status = to_status(ResourceExhausted("full", retry_seconds=seconds))
     assert dict(status.metadata)[RETRY_KEY] == shown
     error = from_status(*status)
@@ -19,7 +19,7 @@ def test_a_full_fleet_states_when_to_try_again(seconds: float, shown: str) -> No
     assert error.retry_seconds == int(shown) / 1_000
 
 
-def test_without_a_time_there_is_none() -> None:
+def test_an_error_without_a_retry_time_has_no_retry_metadata() -> None:
     status = to_status(ResourceExhausted("full"))
     assert RETRY_KEY not in dict(status.metadata)
     assert RETRY_KEY not in dict(to_status(Unavailable("away")).metadata)
@@ -29,7 +29,7 @@ def test_without_a_time_there_is_none() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5", "soon", "\u0661"])
-def test_a_time_that_is_no_number_is_ignored(text: str) -> None:
+def test_an_invalid_retry_time_is_ignored(text: str) -> None:
     metadata = (("fleet-error", "ResourceExhausted"), (RETRY_KEY, text))
     error = from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", metadata)
     assert isinstance(error, ResourceExhausted)

@@ -1,4 +1,4 @@
-"""What is not a message, or holds a text that is none, is refused with the field's name."""
+"""Malformed messages and invalid text are refused with the field's name."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_invalid_text_is_named(request_: gen.SubmitRequest, field: str) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"\xff", b"\x0a\x05ab", b"\x0a", b"\x12\x02\x0a\x05"])
-def test_other_bytes_are_no_message(raw: bytes) -> None:
+def test_bytes_that_are_not_a_message_are_refused(raw: bytes) -> None:
     with pytest.raises(InvalidInput, match=r"not a fleet\.v1\.SubmitRequest") as caught:
         parse(gen.SubmitRequest, raw)
     assert caught.value.field == ""
@@ -79,7 +79,7 @@ def test_known_fields_pass() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "worker", "artifacts", "generation", "nonsense", "../x", "os"])
-def test_what_is_no_stage_service_is_refused(name: str) -> None:
+def test_an_unknown_stage_service_is_refused(name: str) -> None:
     with pytest.raises(FailedPrecondition, match="stage service"):
         stage_method(name)
 
@@ -112,6 +112,6 @@ def test_standard_stages_fit_their_rpcs() -> None:
         (Contract("S", {}, {"canvas": "Canvas"}), "writes 'canvas' as Canvas, but Decode carries nothing there"),
     ],
 )
-def test_a_contract_beyond_the_rpc_is_refused(contract: Contract, words: str) -> None:
+def test_a_contract_that_exceeds_its_rpc_is_refused(contract: Contract, words: str) -> None:
     with pytest.raises(PipelineError, match=words):
         check_contract(contract, stage_method("decoding"))

@@ -1,4 +1,4 @@
-"""Errors cross a call unchanged; what gRPC itself reports becomes the error a caller can act on."""
+"""A FleetError crosses a call unchanged; each status of gRPC itself becomes a FleetError."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVERY_ERROR = [
 
 @pytest.mark.parametrize("kind", EVERY_ERROR)
 @pytest.mark.parametrize("field", ["", "params.sigmas", "params.größe %[0]", "a\nb"])
-def test_error_survives(kind: type[FleetError], field: str) -> None:
+def test_an_error_crosses_a_call_unchanged(kind: type[FleetError], field: str) -> None:
     error = kind("height is 7; 16 is right — näher", field=field)
     found = from_status(*to_status(error))
     assert type(found) is kind
@@ -31,15 +31,15 @@ def test_metadata_is_ascii_and_bounded() -> None:
     assert all(value.isascii() and len(value) < 4096 for _, value in status.metadata)
 
 
-def test_lone_surrogates_do_not_break_the_answer() -> None:
+def test_lone_surrogates_are_escaped() -> None:
     found = from_status(*to_status(errors.InvalidInput("bad \ud800", field="\udfff")))
     assert found.message == "bad \\ud800"
     assert found.field == "\\udfff"
 
 
-def test_an_unlisted_subclass_is_answered_as_its_ancestor() -> None:
+def test_an_unlisted_subclass_is_sent_as_its_base_class() -> None:
     class Special(errors.CheckpointError):
-        """Of some module of its own."""
+        """A subclass that no table of statuses lists."""
 
     assert type(from_status(*to_status(Special("x")))) is errors.CheckpointError
 
@@ -61,11 +61,11 @@ def test_every_transport_status_is_an_error(code: grpc.StatusCode) -> None:
         (grpc.StatusCode.UNIMPLEMENTED, errors.FailedPrecondition),
     ],
 )
-def test_a_broken_connection_is_worth_another_try(code: grpc.StatusCode, kind: type[FleetError]) -> None:
+def test_a_status_of_grpc_becomes_the_error_of_its_cause(code: grpc.StatusCode, kind: type[FleetError]) -> None:
     found = from_status(code, "", (("other", "x"), ("binary-bin", b"x")))
     assert type(found) is kind
     assert found.message == code.name
 
 
-def test_field_key_is_documented_spelling() -> None:
+def test_the_field_is_sent_under_its_documented_key() -> None:
     assert (FIELD_KEY, "a.b") in to_status(errors.InvalidInput("x", field="a.b")).metadata

@@ -1,6 +1,6 @@
-"""Stages run as soon as they can, hold nothing longer than needed, and end together. No test here sleeps."""
+"""Stages start as soon as their inputs exist, free values early, and end together. No test sleeps."""
 
-# ruff: noqa: ARG001, ARG002  (runners and stages are called with what they may ignore)
+# ruff: noqa: ARG001, ARG002  (runners and stages ignore some of their arguments)
 from __future__ import annotations
 
 import asyncio
@@ -24,12 +24,12 @@ Work = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 
 
 class Value:
-    """Something whose end can be seen."""
+    """A value whose deallocation the test can observe."""
 
 
 @dataclass
 class FakeRunner:
-    """Reads and writes slots by name, as `work` says."""
+    """A runner that reads and writes slots of these names; `work` computes the outputs."""
 
     name: str
     reads: tuple[str, ...]
@@ -42,19 +42,19 @@ class FakeRunner:
         return Contract(self.name, dict.fromkeys(self.reads, "Prompt"), dict.fromkeys(self.writes, "Prompt"))
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
-        """Without work: each output tells which inputs there were."""
+        """Run `work`; without it, each output is a text that lists the inputs."""
         if self.work is not None:
             return await self.work(values)
         return {name: f"{self.name}({','.join(map(str, values.values()))})" for name in self.writes}
 
 
 def run(*runners: FakeRunner, wanted: tuple[str, ...] = ("media",), **values: Any) -> dict[str, Any]:
-    outputs: dict[str, Any] = in_time(run_pipeline(runners, values, Call("test"), wanted=wanted))
+    outputs: dict[str, Any] = run_in_time(run_pipeline(runners, values, Call("test"), wanted=wanted))
     return outputs
 
 
-def in_time(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """A pipeline that hangs fails its test."""
+def run_in_time(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine with a timeout, so that a pipeline that hangs fails its test."""
 
     async def bounded() -> Any:
         async with asyncio.timeout(20):
@@ -63,7 +63,7 @@ def in_time(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(bounded())
 
 
-def test_values_flow_from_writer_to_reader_whatever_the_order_of_runners() -> None:
+def test_values_reach_their_readers_in_any_order_of_runners() -> None:
     encode, decode = FakeRunner("encode", ("prompt",), ("text",)), FakeRunner("decode", ("text", "canvas"), ("media",))
     for runners in ((encode, decode), (decode, encode)):
         assert run(*runners, prompt="p", canvas="c") == {"media": "decode(encode(p),c)"}
@@ -74,12 +74,12 @@ def test_a_given_value_may_be_wanted_and_an_output_unread() -> None:
     assert run(runner, wanted=("prompt", "text"), prompt="p") == {"prompt": "p", "text": "encode(p)"}
 
 
-def test_an_optional_slot_that_nobody_writes_is_left_out() -> None:
+def test_an_optional_slot_without_a_writer_is_omitted() -> None:
     assert run(FakeRunner("decode", ("image", "latents"), ("media",)), latents="l") == {"media": "decode(l)"}
 
 
 def test_independent_stages_overlap() -> None:
-    """Each waits until the other has begun: one after the other, they would wait for ever."""
+    """Each stage waits until the other one has started; sequential execution would deadlock."""
     began = {"text": asyncio.Event(), "noise": asyncio.Event()}
 
     def meeting(own: str, other: str) -> Work:
@@ -123,12 +123,12 @@ def test_a_value_is_dropped_after_its_last_reader() -> None:
     assert isinstance(outputs["media"], Value)
 
 
-async def _for_ever(_: Mapping[str, Any]) -> Mapping[str, Any]:
+async def _wait_forever(_: Mapping[str, Any]) -> Mapping[str, Any]:
     await asyncio.Event().wait()
     return {}
 
 
-def test_the_first_error_is_raised_as_it_is_and_ends_the_others() -> None:
+def test_the_first_error_is_raised_unchanged_and_ends_the_other_stages() -> None:
     ended = []
 
     async def fail(_: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -136,7 +136,7 @@ def test_the_first_error_is_raised_as_it_is_and_ends_the_others() -> None:
 
     async def fail_at_the_end(_: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
-            return await _for_ever({})
+            return await _wait_forever({})
         finally:
             ended.append("prepare")
             raise Unavailable("gone")
@@ -152,8 +152,8 @@ def test_the_first_error_is_raised_as_it_is_and_ends_the_others() -> None:
     assert ended == ["prepare"]
 
 
-def test_a_failure_leaves_the_callers_task_as_it_was() -> None:
-    """So that it can try again, under a timeout for instance."""
+def test_a_failure_does_not_cancel_the_callers_task() -> None:
+    """The caller can retry, for instance under a timeout."""
 
     async def fail(_: Mapping[str, Any]) -> Mapping[str, Any]:
         raise Unavailable("gone")
@@ -165,7 +165,7 @@ def test_a_failure_leaves_the_callers_task_as_it_was() -> None:
         assert task is not None
         assert task.cancelling() == 0
 
-    in_time(scenario())
+    run_in_time(scenario())
 
 
 def test_a_runner_that_cancels_itself_ends_the_pipeline() -> None:
@@ -180,17 +180,17 @@ def test_a_runner_that_cancels_itself_ends_the_pipeline() -> None:
         )
 
 
-def test_a_runner_that_leaves_an_output_out_is_named() -> None:
-    async def forget(_: Mapping[str, Any]) -> Mapping[str, Any]:
+def test_a_runner_that_omits_an_output_is_named() -> None:
+    async def omit_schedule(_: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"noise": 1}
 
     with pytest.raises(InternalError, match="prepare did not return schedule"):
-        run(FakeRunner("prepare", (), ("noise", "schedule"), forget), wanted=("noise",))
+        run(FakeRunner("prepare", (), ("noise", "schedule"), omit_schedule), wanted=("noise",))
 
 
-@pytest.mark.parametrize("farewell", [asyncio.CancelledError(), Unavailable("the channel closed")])
-def test_a_cancelled_caller_sees_its_own_cancellation(farewell: BaseException) -> None:
-    """Also where a runner answers with an error of its own."""
+@pytest.mark.parametrize("reply", [asyncio.CancelledError(), Unavailable("the channel closed")])
+def test_a_cancelled_caller_sees_its_own_cancellation(reply: BaseException) -> None:
+    """Even if the runner replies to the cancellation with another error."""
 
     async def scenario() -> None:
         began = asyncio.Event()
@@ -198,9 +198,9 @@ def test_a_cancelled_caller_sees_its_own_cancellation(farewell: BaseException) -
         async def work(_: Mapping[str, Any]) -> Mapping[str, Any]:
             began.set()
             try:
-                return await _for_ever({})
+                return await _wait_forever({})
             except asyncio.CancelledError:
-                raise farewell from None
+                raise reply from None
 
         runner = FakeRunner("denoise", (), ("media",), work)
         task = asyncio.create_task(run_pipeline([runner], {}, Call("test"), wanted=("media",)))
@@ -210,7 +210,7 @@ def test_a_cancelled_caller_sees_its_own_cancellation(farewell: BaseException) -
             await task
         assert task.cancelled()
 
-    in_time(scenario())
+    run_in_time(scenario())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +225,7 @@ class WaitOutput:
 
 
 class WaitStage(PipelineStage[WaitInput, WaitOutput]):
-    """Waits to be cancelled; says `began` on its way, and sets `stopped` when it is stopped by that."""
+    """Calls `began`, waits for cancellation, and then sets `stopped`."""
 
     def __init__(self, began: Callable[[], object], stopped: threading.Event) -> None:
         self._began = began
@@ -240,7 +240,7 @@ class WaitStage(PipelineStage[WaitInput, WaitOutput]):
         except Cancelled:
             self._stopped.set()
             raise
-        raise AssertionError("nobody cancelled the stage")
+        raise AssertionError("the stage was not cancelled")
 
 
 def test_cancelling_reaches_a_stage_on_its_thread() -> None:
@@ -258,4 +258,4 @@ def test_cancelling_reaches_a_stage_on_its_thread() -> None:
                 await task
             assert await asyncio.to_thread(stopped.wait, 10)
 
-    in_time(scenario())
+    run_in_time(scenario())

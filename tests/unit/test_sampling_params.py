@@ -36,7 +36,7 @@ def refusal(checkpoint: Checkpoint, given: dict[str, Any]) -> InvalidInput:
     return refused.value
 
 
-def test_unset_means_the_models_default(flux: Checkpoint) -> None:
+def test_unset_parameters_have_the_models_defaults(flux: Checkpoint) -> None:
     params, warnings = build(flux, seed=7)
     assert not warnings
     assert params.as_mapping() == {
@@ -71,15 +71,15 @@ def test_the_native_size_follows_the_vae(tmp_path: Path) -> None:
     assert warnings == {"width": "30 is not a multiple of 4; 28 is used instead"}
 
 
-def test_a_vae_that_does_not_tell_its_factor_is_refused(tmp_path: Path) -> None:
+def test_a_vae_without_a_scale_factor_is_refused(tmp_path: Path) -> None:
     path = build_bare_flux(tmp_path / "flux")
     (path / "vae/config.json").write_text('{"latent_channels": 16}')
     with pytest.raises(CheckpointError, match="block_out_channels"):
         FluxSamplingParams.build({"prompt": ""}, Checkpoint.open(path))
 
 
-def test_what_was_completed_is_complete(flux: Checkpoint) -> None:
-    """A record's parameters give the same request again, without warnings."""
+def test_completed_parameters_stay_unchanged(flux: Checkpoint) -> None:
+    """The parameters of a stored record give the same request, without warnings."""
     params, warnings = build(flux, height=100, negative_prompt="", true_cfg_scale=2, sigmas=[1, 0.5], seed=2**63 - 1)
     assert warnings.keys() == {"height"}
     assert FluxSamplingParams.build(params.as_mapping(), flux) == (params, ())
@@ -91,7 +91,7 @@ def test_an_unset_seed_is_drawn(flux: Checkpoint) -> None:
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
-def test_every_value_travels_in_one_artifact(flux: Checkpoint) -> None:
+def test_every_value_is_sent_in_one_artifact(flux: Checkpoint) -> None:
     params, _ = build(flux, seed=1, negative_prompt="", prompt_2="two", true_cfg_scale=2.0, sigmas=(1.0, 0.25))
     assert params.artifacts() == {
         "prompt": Prompt(prompt="a red apple", negative_prompt="", prompt_2="two", max_sequence_length=512),
@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "steps as a truth value": ({"num_inference_steps": True}, "True is not a whole number from 1 to 1000"),
     "steps as a text": ({"num_inference_steps": "4"}, "'4' is not a whole number from 1 to 1000"),
     "zero height": ({"height": 0}, "0 is not a whole number from 1 to 8192"),
-    "a size that rounds to nothing": ({"width": 15}, "width: 15 is not at least 16"),
+    "a size that rounds to 0": ({"width": 15}, "width: 15 is not at least 16"),
     "a huge size": ({"height": 2**62}, "from 1 to 8192"),
     "a huge area": ({"height": 8192, "width": 8192}, "8192 x 8192 pixels are not at most 16777216"),
     "too many outputs": ({"num_outputs_per_prompt": 17}, "17 is not at most 16 at 1024 x 1024"),
@@ -122,14 +122,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "seed over 63 bits": ({"seed": 2**63}, "from 0 to 9223372036854775807"),
     "prompt of another type": ({"prompt": 3}, "prompt: 3 is not a text"),
     "prompt too long": ({"prompt": "é" * 32769}, "65538 bytes of UTF-8 are not at most 65536"),
-    "prompt that is no Unicode": ({"prompt": "\udcff"}, "not valid Unicode"),
+    "prompt that is not Unicode": ({"prompt": "\udcff"}, "not valid Unicode"),
     "second prompt too long": ({"negative_prompt_2": "x" * 65537}, "65537 bytes of UTF-8 are not at most 65536"),
     "too many tokens": ({"max_sequence_length": 513}, "513 is not a whole number from 1 to 512"),
     "no tokens": ({"max_sequence_length": 0}, "0 is not a whole number from 1 to 512"),
     "rising sigmas": ({"sigmas": (0.5, 1.0)}, "sigmas: 1.0 after 0.5 is not in descending order"),
     "a sigma of zero": ({"sigmas": (1.0, 0.0)}, "0.0 is not a list of finite numbers from 1e-06 to 1.0"),
     "a sigma of NaN": ({"sigmas": (math.nan,)}, "nan is not a list"),
-    "a sigma of a text": ({"sigmas": ("1",)}, "'1' is not a list"),
+    "a sigma as a text": ({"sigmas": ("1",)}, "'1' is not a list"),
     "a single sigma": ({"sigmas": 1.0}, "a list of finite numbers"),
     "too many sigmas": ({"sigmas": (0.5,) * 1001}, "1001 values are not at most 1000"),
     "video": ({"output_format": "mp4"}, "'mp4' is not png or safetensors"),
@@ -139,7 +139,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refuses(flux: Checkpoint, case: str) -> None:
+def test_an_invalid_value_is_refused(flux: Checkpoint, case: str) -> None:
     given, message = REFUSED[case]
     error = refusal(flux, given)
     assert error.field == next(iter(given))
@@ -148,7 +148,7 @@ def test_refuses(flux: Checkpoint, case: str) -> None:
     assert len(error.message) < 400
 
 
-def test_a_prompt_is_needed_but_may_be_empty(flux: Checkpoint) -> None:
+def test_a_prompt_is_required_and_may_be_empty(flux: Checkpoint) -> None:
     with pytest.raises(InvalidInput, match="prompt: the value is missing") as refused:
         FluxSamplingParams.build({}, flux)
     assert refused.value.field == "prompt"
@@ -177,7 +177,7 @@ def test_sigmas_decide_the_number_of_steps(flux: Checkpoint) -> None:
         ({"guidance_scale": 5.0}, set()),
     ],
 )
-def test_what_has_no_effect_is_said(flux: Checkpoint, given: dict[str, Any], warned: set[str]) -> None:
+def test_a_parameter_without_effect_gives_a_warning(flux: Checkpoint, given: dict[str, Any], warned: set[str]) -> None:
     assert build(flux, **given)[1].keys() == warned
 
 
@@ -187,7 +187,7 @@ def test_guidance_without_an_embedding_has_no_effect(tmp_path: Path) -> None:
     assert build(schnell, guidance_scale=5.0)[1].keys() == {"guidance_scale"}
 
 
-def test_reports_its_parameters(flux: Checkpoint) -> None:
+def test_a_family_reports_its_parameters(flux: Checkpoint) -> None:
     specs = {spec.name: spec for spec in FluxSamplingParams.parameters(flux)}
     assert specs["height"] == ParameterSpec("height", "int", 1024, "Height in pixels.", 1, 8192)
     assert (specs["prompt"].default, specs["seed"].default, specs["sigmas"].default) == (None, None, None)
@@ -210,7 +210,7 @@ class ClipParams(SamplingParams):
     looped: bool = parameter("Whether the end meets the beginning.", False)
 
 
-def test_another_family_states_only_what_differs(flux: Checkpoint) -> None:
+def test_another_family_declares_only_its_own_parameters(flux: Checkpoint) -> None:
     params, _ = ClipParams.build({"prompt": "x", "seed": 1, "looped": True, "frame_rate": 12}, flux)
     assert params.artifacts()["canvas"] == Canvas(
         height=32, width=32, num_frames=9, frame_rate=12.0, output_format="mp4"
@@ -246,7 +246,7 @@ VALUES = st.one_of(
 
 @settings(deadline=None, max_examples=200)
 @given(given=st.dictionaries(st.sampled_from([spec.name for spec in FluxSamplingParams.parameters()]), VALUES))
-def test_any_value_is_right_or_refused_by_name(flux: Checkpoint, given: dict[str, ParamValue]) -> None:
+def test_any_value_is_accepted_or_refused_with_its_field(flux: Checkpoint, given: dict[str, ParamValue]) -> None:
     try:
         params, _ = FluxSamplingParams.build({"prompt": "x", **given}, flux)
     except InvalidInput as error:

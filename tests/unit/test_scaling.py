@@ -1,4 +1,4 @@
-"""The value that autoscalers divide by the seconds of one replica."""
+"""The metric that autoscalers divide by the target seconds of one replica."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load(held: int = 0, claims: int = 0, waiting: float = 0.0, running: float = 
     return StageLoad(held, running, claims, waiting, held + claims)
 
 
-def test_one_long_request_wants_one_replica() -> None:
+def test_one_long_request_needs_one_replica() -> None:
     assert load(claims=1, waiting=900.0).wanted_seconds(30.0) == 30.0
 
 
@@ -36,7 +36,7 @@ def test_a_worker_that_runs_a_request_counts_as_one() -> None:
     assert load(held=2, claims=2, waiting=45.0, running=500.0).wanted_seconds(30.0) == 105.0
 
 
-def test_queued_seconds_are_what_waits_and_what_runs() -> None:
+def test_queued_seconds_are_the_sum_of_waiting_and_running_seconds() -> None:
     assert load(held=1, claims=1, waiting=5.0, running=2.5).queued_seconds == 7.5
 
 

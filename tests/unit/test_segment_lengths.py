@@ -1,4 +1,4 @@
-"""Token segments between ranks: chunks of any length, and the lengths of the call in progress."""
+"""Token segments of ranks: chunks of any length, and the segment lengths of the current call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from models.parallel.segment_lengths import SegmentLengths, SegmentScope, chunk_
 
 @pytest.mark.parametrize("parts", range(1, 6))
 @pytest.mark.parametrize("length", [0, 1, 4, 13, 35])
-def test_chunks_are_those_of_tensor_split(length: int, parts: int) -> None:
+def test_chunk_lengths_equal_those_of_tensor_split(length: int, parts: int) -> None:
     whole = torch.arange(length)
     chunks = torch.tensor_split(whole, parts)
     assert chunk_sizes(length, parts) == tuple(len(chunk) for chunk in chunks)
@@ -18,7 +18,7 @@ def test_chunks_are_those_of_tensor_split(length: int, parts: int) -> None:
         assert torch.equal(SegmentLengths(parts, index, {"image": length}).local(whole, 0, "image"), chunk)
 
 
-def test_segments_are_sharded_each_by_itself() -> None:
+def test_each_segment_is_sharded_separately() -> None:
     lengths = SegmentLengths(4, 1, {"text": 13, "image": 35})
     assert lengths.local(torch.zeros(2, 13), 1, "text").shape == (2, 3)
     assert lengths.local(torch.zeros(35, 1), 0, "image").shape == (9, 1)
@@ -26,7 +26,7 @@ def test_segments_are_sharded_each_by_itself() -> None:
     assert lengths.sizes == (4 + 9, 3 + 9, 3 + 9, 3 + 8)
 
 
-def test_a_call_adds_to_the_lengths_of_the_calls_around_it() -> None:
+def test_a_nested_call_adds_segment_lengths() -> None:
     scope = SegmentScope(2, 0)
     with scope.entered({"text": 13}):
         with scope.entered({"image": 35, "text": 13}) as inner:
@@ -34,7 +34,7 @@ def test_a_call_adds_to_the_lengths_of_the_calls_around_it() -> None:
             assert inner == SegmentLengths(2, 0, {"text": 13, "image": 35})
         assert scope.current.lengths == {"text": 13}
     with scope.entered({"text": 6}):
-        assert scope.current.sizes == (3, 3), "the other branch of guidance has a text of its own"
+        assert scope.current.sizes == (3, 3), "the other guidance branch has another text length"
 
 
 def test_lengths_are_restored_after_an_exception() -> None:

@@ -1,4 +1,4 @@
-"""Self-attention with keys and values written where other ranks' are gathered, against attention where they are."""
+"""Self-attention that writes keys and values into gather buffers, compared with attention without a gather."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ SIZE, HEAD, TOKENS, BOUNDARY = 32, 8, 6, 2
 
 
 class NoStreams:
-    """Of a rank that has no peers: all happens at once."""
+    """Copy streams of a rank without peers, on which every operation is synchronous."""
 
     side = current = None
 
     def await_stream(self, waiting: object, other: object) -> None:
-        """Nothing is late."""
+        """Return at once."""
 
 
 def gathering() -> USPAttention:
-    """The parallel form that gathers keys and values in peer memory, on one rank. It attends to TOKENS tokens."""
+    """Attention of one rank that gathers the keys and values of TOKENS tokens in peer memory."""
     axes = {axis: Axis() for axis in AXES}
     scope = SegmentScope(1, 0)
     gather = PeerGather(Axis(), CPU, cast("CopyStreams", NoStreams()), _allocate)
@@ -59,7 +59,7 @@ def random_weights(module: nn.Module) -> None:
 @pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.inference_mode()
-def test_one_stream(joined: bool, batch: int) -> None:
+def test_gathered_self_attention_equals_plain_self_attention(joined: bool, batch: int) -> None:
     torch.manual_seed(0)
     attention = SelfAttention(SIZE, HEAD)
     random_weights(attention)
@@ -80,7 +80,7 @@ def test_one_stream(joined: bool, batch: int) -> None:
 
 
 @torch.inference_mode()
-def test_two_streams() -> None:
+def test_gathered_joint_attention_equals_plain_joint_attention() -> None:
     torch.manual_seed(0)
     attention = JointAttention(SIZE, HEAD)
     random_weights(attention)
@@ -94,8 +94,8 @@ def test_two_streams() -> None:
 
 
 @torch.inference_mode()
-def test_attention_beside_a_feed_forward() -> None:
-    """One GEMM projects the inputs of both."""
+def test_gathered_attention_parallel_to_a_feed_forward_equals_plain_attention() -> None:
+    """One GEMM projects the inputs of attention and feed-forward."""
     torch.manual_seed(0)
     attention = Flux2ParallelSelfAttention(SIZE, HEAD)
     random_weights(attention)
@@ -107,7 +107,7 @@ def test_attention_beside_a_feed_forward() -> None:
 
 
 @torch.inference_mode()
-def test_a_call_sends_what_it_is_given() -> None:
+def test_a_call_sends_its_keys_and_values() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, TOKENS, 4, HEAD).unbind()
     parallel = gathering()
@@ -122,7 +122,7 @@ PEER, NCCL, SINGLE = "peer memory", "messages", "one device"
 @pytest.mark.parametrize("form", [SINGLE, PEER, NCCL])
 @torch.inference_mode()
 def test_the_order_of_projections_and_messages(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    """With nothing else to compute, ranks send keys and values while they project queries: two GEMMs, else one."""
+    """Without other work, ranks send keys and values while they project queries: two GEMMs instead of one."""
     order: list[tuple[int, ...] | str] = []
 
     def project_some(
@@ -132,7 +132,7 @@ def test_the_order_of_projections_and_messages(monkeypatch: pytest.MonkeyPatch, 
         project(x, out, joined, layers, which)
 
     class Recording(KeyValues):
-        """Is sent when it is made."""
+        """Records the message that its construction sends."""
 
         def __init__(self, k: Tensor, v: Tensor) -> None:
             super().__init__(k, v)

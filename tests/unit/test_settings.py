@@ -1,4 +1,4 @@
-"""Settings come from flags over the environment over TOML, and whatever is wrong with them is one line."""
+"""Settings come from flags, then environment variables, then TOML; every error is one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.settings import SettingsError, load_settings, setting
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One field of every kind."""
+    """Settings with one field of each type."""
 
     model: str = setting(help="what to serve, 100% of it")
     capacity: int = setting(1, help="requests at a time")
@@ -23,19 +23,19 @@ class Example:
     metrics_port: int | None = setting(None, help="port of the metrics")
     plugins: tuple[Path, ...] = setting((), help="directories")
     dtype: Literal["float32", "bfloat16"] = setting("float32", help="precision")
-    reflection: bool = setting(True, help="tell the methods")
+    reflection: bool = setting(True, help="list the methods")
 
 
 def load(*argv: str, environ: Mapping[str, str] | None = None) -> Example:
-    """The example, from nothing but the arguments."""
+    """The example settings from these arguments and this environment only."""
     return load_settings(Example, argv, prog="example", environ=environ or {})
 
 
-def test_defaults_hold_where_nothing_is_given() -> None:
+def test_unset_settings_have_their_defaults() -> None:
     assert load("--model", "m") == Example(model="m")
 
 
-def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+def test_a_flag_overrides_the_environment_which_overrides_the_file(tmp_path: Path) -> None:
     config = tmp_path / "example.toml"
     config.write_text('model = "file"\ncapacity = 2\ngrace_seconds = 3\nplugins = ["a"]\nreflection = false\n')
     environ = {"FLEET_CONFIG": str(config), "FLEET_MODEL": "variable", "FLEET_CAPACITY": "4", "FLEET_DTYPE": ""}
@@ -44,20 +44,20 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path)
     assert isinstance(loaded.grace_seconds, float)
 
 
-def test_the_config_flag_wins_over_its_variable(tmp_path: Path) -> None:
+def test_the_config_flag_overrides_its_variable(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).write_text(f'model = "{name}"')
     environ = {"FLEET_CONFIG": str(tmp_path / "one")}
     assert load("--config", str(tmp_path / "two"), environ=environ).model == "two"
 
 
-def test_tuples_are_repeated_flags_and_comma_lists() -> None:
+def test_a_tuple_is_a_repeated_flag_or_a_comma_list() -> None:
     assert load("--model", "m", "--plugins", "a", "--plugins", "b,c").plugins == (Path("a"), Path("b,c"))
     assert load("--model", "m", environ={"FLEET_PLUGINS": "a, b,"}).plugins == (Path("a"), Path("b"))
 
 
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("0", False), ("No", False), ("YES", True)])
-def test_truth_values_of_the_environment(text: str, value: bool) -> None:
+def test_booleans_are_read_from_the_environment(text: str, value: bool) -> None:
     assert load("--model", "m", environ={"FLEET_REFLECTION": text}).reflection is value
 
 
@@ -77,7 +77,7 @@ def test_a_bool_is_a_pair_of_flags() -> None:
         (["--model", "m", "--config", "/nowhere.toml"], "config", "/nowhere.toml"),
     ],
 )
-def test_what_is_wrong_with_flags(argv: list[str], field: str, words: str) -> None:
+def test_an_invalid_flag_is_refused(argv: list[str], field: str, words: str) -> None:
     with pytest.raises(SettingsError) as caught:
         load(*argv)
     assert caught.value.field == field
@@ -100,7 +100,7 @@ def test_what_is_wrong_with_flags(argv: list[str], field: str, words: str) -> No
         ("model = ", "not TOML"),
     ],
 )
-def test_what_is_wrong_with_a_file(tmp_path: Path, text: str, words: str) -> None:
+def test_an_invalid_file_is_refused(tmp_path: Path, text: str, words: str) -> None:
     config = tmp_path / "example.toml"
     config.write_text(text)
     with pytest.raises(SettingsError, match=r"example\.toml") as caught:
@@ -108,7 +108,7 @@ def test_what_is_wrong_with_a_file(tmp_path: Path, text: str, words: str) -> Non
     assert words in caught.value.message
 
 
-def test_a_wrong_variable_is_named() -> None:
+def test_an_invalid_variable_is_named() -> None:
     with pytest.raises(SettingsError, match="FLEET_CAPACITY must be a whole number, not 'x'") as caught:
         load("--model", "m", environ={"FLEET_CAPACITY": "x"})
     assert caught.value.field == "capacity"
@@ -140,7 +140,7 @@ def test_a_field_of_another_type_is_a_defect() -> None:
         load_settings(Wrong, [], prog="wrong", environ={})
 
 
-def test_floats_may_be_whole_in_toml(tmp_path: Path) -> None:
+def test_a_float_may_be_an_integer_in_toml(tmp_path: Path) -> None:
     config = tmp_path / "example.toml"
     config.write_text('model = "m"\ngrace_seconds = 2')
     assert math.isclose(load("--config", str(config)).grace_seconds, 2.0)

@@ -1,4 +1,4 @@
-"""Each service has only the settings that it reads, and says which services read the others."""
+"""Each service has only the settings that it reads, and errors name the services that read a setting."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fields_of(service: str) -> set[str]:
 
 
 def _path(module: str) -> Path | None:
-    """The file of a module of this tree."""
+    """The file of a module of this tree, or None for another module."""
     base = ROOT / module.replace(".", "/")
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
@@ -50,7 +50,7 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def modules_of(*roots: str) -> set[str]:
-    """The modules of this tree that these modules import, and they themselves."""
+    """These modules, and the modules of this tree that they import, directly or not."""
     found: set[str] = set()
     waiting = list(roots)
     while waiting:
@@ -62,7 +62,7 @@ def modules_of(*roots: str) -> set[str]:
 
 
 def reads(tree: ast.AST, settings: tuple[str, ...] = ("settings",)) -> set[str]:
-    """Attributes that the code reads of objects named settings or _settings, and a settings class of itself."""
+    """Attributes read from objects named settings or _settings, and from `self` in a settings class."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and node.name.endswith("Settings") and "self" not in settings:
@@ -83,29 +83,29 @@ def test_stage_services_without_own_code_are_those_of_the_table() -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_every_setting_is_read(service: str) -> None:
-    """By a module that the service imports."""
+    """Each setting is read by a module that the service imports."""
     found = {name for module in modules_of(module_of(service)) for name in reads(_tree(module))}
     assert not fields_of(service) - found
 
 
-def test_a_setting_that_nothing_reads_is_found() -> None:
+def test_an_unread_setting_is_found() -> None:
     source = "class ASettings:\n    b: int = 1\n    @property\n    def c(self): return self.d\n"
     assert reads(ast.parse(source)) == {"d"}
     assert reads(ast.parse("x.b\nsettings.e\nself._settings.f\n")) == {"e", "f"}
 
 
 def test_errors_name_the_services_that_read_a_setting() -> None:
-    everything = set().union(*map(fields_of, SERVICES))
+    names = set().union(*map(fields_of, SERVICES))
     expected = {
         name: services
-        for name in everything
+        for name in names
         if len(services := {service for service in SERVICES if name in fields_of(service)}) < len(SERVICES)
     }
     assert {name: set(services) for name, services in READERS.items()} == expected
 
 
 def _stages(service: str) -> Iterator[StageSpec]:
-    """What all families run in the service."""
+    """Stages of all families that run in the service."""
     registry = load_registry()
     for name in registry.names():
         pipeline = registry.entry(name).pipeline
@@ -115,7 +115,7 @@ def _stages(service: str) -> Iterator[StageSpec]:
 
 
 def _reports_steps(stage: StageSpec) -> bool:
-    """Whether the stage calls Call.progress(), itself or by the pacing of steps."""
+    """Whether the stage calls Call.progress(), directly or through paced steps."""
     module = stage.implementation.partition(":")[0]
     modules = {module, "models.stages.pacing"} & modules_of(module)
     nodes = (node for each in modules for node in ast.walk(_tree(each)))
@@ -123,7 +123,7 @@ def _reports_steps(stage: StageSpec) -> bool:
 
 
 @pytest.mark.parametrize("service", WORKERS)
-def test_classes_follow_from_the_stages(service: str) -> None:
+def test_settings_classes_follow_from_the_stages(service: str) -> None:
     stages = list(_stages(service))
     assert stages
     is_cached = any(resolve(stage.implementation).indifferent_to is not None for stage in stages)

@@ -1,4 +1,4 @@
-"""Shares of weights: together they are the whole, whichever way it is sharded."""
+"""Shards of weights: all shards of a tensor together hold the whole tensor."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from models.weights import load_module
 CPU = torch.device("cpu")
 
 
-def test_a_share_of_each_part() -> None:
+def test_a_shard_has_a_slice_of_each_part() -> None:
     whole = torch.arange(10.0)
     parts = [Shard(0, 2, index, (4, 6)).select(whole).tolist() for index in range(2)]
     assert parts == [[0, 1, 4, 5, 6], [2, 3, 7, 8, 9]]
     assert Shard(0, 2, 0, (4, 6)).whole_shape((5,)) == (10,)
 
 
-def test_columns_of_a_matrix() -> None:
+def test_a_shard_of_columns_has_a_slice_of_each_part() -> None:
     whole = torch.arange(24.0).reshape(2, 12)
     shard = Shard(1, 3, 1, (3, 9))
     assert torch.equal(shard.select(whole), whole[:, [1, 6, 7, 8]])
     assert shard.whole_shape((2, 4)) == (2, 12)
 
 
-def test_parts_that_do_not_divide() -> None:
+def test_parts_that_are_not_divisible_are_refused() -> None:
     with pytest.raises(ValueError, match="parts: \\[3\\] are not multiples of 2"):
         Shard(0, 2, 0, (4, 3))
 
 
 class Layers(nn.Module):
-    """One of each parallel layer, or the single-device layers that they stand for."""
+    """One of each parallel layer, or the single-device layers that they replace."""
 
     def __init__(self, axis: Axis | None) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def load_part(file: Path, index: int, ranks: int) -> Layers:
     return part
 
 
-def test_ranks_read_their_parts_and_no_more(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ranks_read_only_their_shards(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = Layers(None)
     load_module(whole, "dit", [file], CPU, torch.float32)
     caplog.set_level(logging.INFO)
@@ -74,12 +74,12 @@ def test_ranks_read_their_parts_and_no_more(file: Path, caplog: pytest.LogCaptur
         for name, value in whole.state_dict().items():
             expected = shards[name].select(value) if name in shards else value
             assert torch.equal(part.state_dict()[name], expected), name
-    # 8 x 4 + 8, 4 x 24 and 8 numbers are cut in four, 4 are whole.
+    # 8 x 4 + 8, 4 x 24 and 8 elements are sharded over four ranks; 4 elements are replicated.
     gigabytes = f"gigabytes={(144 / 4 + 4) * 4 / 1e9:g} "
     assert [gigabytes in line for line in caplog.messages] == [True] * 4
 
 
-def test_a_file_is_checked_for_whole_tensors(file: Path) -> None:
+def test_shapes_of_whole_tensors_are_checked(file: Path) -> None:
     with torch.device("meta"):
         part = Layers(Axis(2, 0))
     part.up = ColumnParallelLinear(4, (16,), Axis(2, 0))

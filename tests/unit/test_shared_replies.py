@@ -1,4 +1,4 @@
-"""Replies in Redis: only where that pays, within a bound, whole or not at all, and never in anybody's way."""
+"""Replies cached in Redis: only where fetching saves time, within a bound, and never in part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZE = sum(map(len, FRAMES))
 
 
 def shared(redis: Redis, **more: Any) -> SharedReplies:
-    """One worker's view; computing a reply takes a second unless the test says otherwise."""
+    """The shared replies of one worker."""
     given: dict[str, Any] = {
         "service": "text_encoding",
         "model": "m",
@@ -33,15 +33,16 @@ def lookups(result: str) -> float:
 
 
 async def stored(replies: SharedReplies, key: bytes, frames: tuple[bytes, ...] = FRAMES) -> None:
+    """Offer a reply that took one second to compute, and wait until it is stored."""
     replies.offer(key, frames, 1.0)
     await replies.settle()
 
 
-def test_what_one_worker_computed_another_fetches(each_store_url: str) -> None:
+def test_a_worker_fetches_a_reply_that_another_worker_computed(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         one, other = shared(redis), shared(redis)
         await stored(one, b"apple")
-        assert await other.find(b"apple") is None  # it does not know yet what computing takes
+        assert await other.find(b"apple") is None  # this worker has not measured yet how long computing takes
         await stored(other, b"pear", (b"p",))
         assert await other.find(b"apple") == FRAMES
         assert await one.find(b"pear") == (b"p",)
@@ -55,14 +56,14 @@ def test_what_one_worker_computed_another_fetches(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_other_weights_numerics_and_services_are_others(each_store_url: str) -> None:
+def test_replies_are_separate_for_each_origin_and_service(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         await stored(shared(redis), b"apple")
         for more in ({"origin": "weights others"}, {"origin": "others numerics"}, {"service": "image_encoding"}):
-            stranger = shared(redis, **more)
-            await stored(stranger, b"pear", (b"p",))
-            assert await stranger.find(b"apple") is None
-            assert await stranger.find(b"pear") == (b"p",)
+            separate = shared(redis, **more)
+            await stored(separate, b"pear", (b"p",))
+            assert await separate.find(b"apple") is None
+            assert await separate.find(b"pear") == (b"p",)
 
     run_on_empty_store(each_store_url, story)
 
@@ -70,8 +71,10 @@ def test_other_weights_numerics_and_services_are_others(each_store_url: str) -> 
 @pytest.mark.parametrize(
     ("seconds", "size", "pays"), [(0.029, 4 << 20, True), (0.23, 8 << 20, True), (0.005, 4 << 20, False)]
 )
-def test_what_is_quick_to_compute_is_not_shared(each_store_url: str, seconds: float, size: int, pays: bool) -> None:
-    """T5-XXL's 29 ms and a vision language model's 230 ms pay; an encoder of 5 ms does not."""
+def test_a_reply_that_is_fast_to_compute_is_not_shared(
+    each_store_url: str, seconds: float, size: int, pays: bool
+) -> None:
+    """Sharing pays off for 29 ms of T5-XXL and 230 ms of a vision language model, not for an encoder of 5 ms."""
 
     async def story(redis: Redis) -> None:
         replies = shared(redis)
@@ -83,7 +86,7 @@ def test_what_is_quick_to_compute_is_not_shared(each_store_url: str, seconds: fl
     run_on_empty_store(each_store_url, story)
 
 
-def test_the_latest_used_stay_within_the_bound(each_store_url: str) -> None:
+def test_the_most_recently_used_replies_stay_within_the_bound(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         replies = shared(redis, max_bytes=3 * SIZE)
         for key in (b"a", b"b", b"c", b"a"):
@@ -103,7 +106,7 @@ def test_the_latest_used_stay_within_the_bound(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_spoiled_reply_is_none(each_store_url: str) -> None:
+def test_a_damaged_reply_is_a_miss(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         replies = shared(redis)
         await stored(replies, b"apple")
@@ -112,13 +115,13 @@ def test_a_spoiled_reply_is_none(each_store_url: str) -> None:
         failed = lookups("failed")
         assert await replies.find(b"apple") is None
         assert lookups("failed") == failed + 1
-        assert await replies.find(b"apple") is None  # not asked for
+        assert await replies.find(b"apple") is None  # the store is not queried
         assert lookups("failed") == failed + 1
 
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_store_that_is_away_is_left_alone(each_store_url: str) -> None:
+def test_an_unavailable_store_is_not_queried_again(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with connect("unix:///nowhere/at/all.sock") as nowhere:
             replies = shared(nowhere, gain=0.0)

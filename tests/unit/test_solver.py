@@ -1,4 +1,4 @@
-"""The solver steps as the scheduler does, and a request's state is its own."""
+"""The solver computes the scheduler's steps, and each request has its own state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_euler_integrates_the_velocity() -> None:
     torch.testing.assert_close(latents, torch.full((1, 2), -1.0))
 
 
-def test_two_requests_at_once() -> None:
+def test_concurrent_requests_have_separate_states() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     first, second = (solver_class(scheduler)(scheduler, SCHEDULE) for _ in range(2))
     one, velocity, t = torch.ones(1), torch.ones(1), SCHEDULE.timesteps[0]
@@ -32,8 +32,8 @@ def test_two_requests_at_once() -> None:
     assert not torch.equal(first.step(velocity, t, one), stepped)
 
 
-def test_equal_timesteps_are_still_two_steps() -> None:
-    """A custom schedule may repeat a level; steps are counted, not looked up."""
+def test_equal_timesteps_are_separate_steps() -> None:
+    """A custom schedule may repeat a noise level, so steps are identified by index and not by timestep."""
     sigmas = torch.tensor([0.5, 0.5, 0.25, 0.0])
     scheduler = FlowMatchEulerDiscreteScheduler()
     schedule = Schedule(timesteps=sigmas[:-1] * 1000, sigmas=sigmas, num_inference_steps=3)
@@ -44,6 +44,6 @@ def test_equal_timesteps_are_still_two_steps() -> None:
     torch.testing.assert_close(latents, torch.tensor([-0.5]))
 
 
-def test_scheduler_without_a_solver() -> None:
+def test_a_scheduler_without_a_solver_is_refused() -> None:
     with pytest.raises(CheckpointError, match="DDIMScheduler is not supported; supported are Flow"):
         solver_class(DDIMScheduler())

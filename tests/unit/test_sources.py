@@ -1,4 +1,4 @@
-"""Workers count as equal only with equal code, and a checkpoint is resumed only in the format that it is written in."""
+"""Workers are equal only with equal sources, and a checkpoint is resumed only in its own format."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ PACKAGE = Path(next(iter(models.__path__))) / "stages"
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of a package of sources, elsewhere and with new times of writing."""
+    """A copy of a source package in another directory, with new modification times."""
     return Path(shutil.copytree(PACKAGE, tmp_path / "copy", copy_function=shutil.copyfile))
 
 
-def test_equal_sources_have_equal_digests_wherever_they_are(copy: Path) -> None:
+def test_equal_sources_have_equal_digests_in_any_directory(copy: Path) -> None:
     (copy / "__pycache__").mkdir(exist_ok=True)
     (copy / "__pycache__" / "denoising.cpython-311.pyc").write_bytes(b"compiled")
     (copy / "notes.md").write_text("no code")
@@ -52,7 +52,7 @@ def test_each_change_of_a_file_changes_the_digest(copy: Path) -> None:
         seen.add(digest)
 
 
-def test_the_numerics_fingerprint_depends_on_our_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_numerics_fingerprint_depends_on_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     before = numerics_fingerprint(CPU, torch.float32)
     assert before == numerics_fingerprint(CPU, torch.float32)
     monkeypatch.setattr(loader, "own_digest", lambda: "of another version")

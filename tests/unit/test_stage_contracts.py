@@ -1,4 +1,4 @@
-"""A stage's contract is read off its input and output types; what a call tells reaches its caller."""
+"""Contracts of stages are derived from their input and output types, and progress reaches the caller."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class DrawInput:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawOutput:
-    # Never imported at run time: the annotation is enough.
+    # Latents is imported for type checking only: a contract needs no more than the annotation.
     latents: Latents
 
 
 class DrawStage(PipelineStage[DrawInput, DrawOutput]):
-    """Writes down what it was given."""
+    """Returns its inputs as latents."""
 
     def run(self, x: DrawInput, call: Call) -> DrawOutput:
-        """Tell one step."""
+        """Report one step."""
         call.progress(1, 1)
         words: Any = (x.prompt.prompt, x.canvas)
         return DrawOutput(latents=words)
 
 
 class RedrawStage(DrawStage):
-    """A stage may refine another one."""
+    """A stage that derives from another stage."""
 
 
 def test_a_contract_is_derived_from_the_types() -> None:
@@ -52,7 +52,7 @@ def test_a_contract_is_derived_from_the_types() -> None:
     assert RedrawStage.contract is DrawStage.contract
 
 
-def test_annotations_that_are_evaluated_count_the_same() -> None:
+def test_evaluated_annotations_give_the_same_contract() -> None:
     inputs = make_dataclass("Inputs", [("prompt", Prompt)])
     outputs = make_dataclass("Outputs", [("media", Media)])
     assert derive_contract("stage", inputs, outputs) == Contract("stage", {"prompt": "Prompt"}, {"media": "Media"})
@@ -74,7 +74,7 @@ def test_annotations_that_are_evaluated_count_the_same() -> None:
         (int, DrawOutput, "int must be a dataclass of artifacts"),
     ],
 )
-def test_types_that_are_no_slots_are_defects(inputs: type[Any], outputs: type[Any], message: str) -> None:
+def test_types_that_are_not_slots_are_refused(inputs: type[Any], outputs: type[Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         derive_contract("stage", inputs, outputs)
 
@@ -98,7 +98,7 @@ class RollOutput:
 
 
 class RollStage(PipelineStage[DrawInput, RollOutput]):
-    """Writes the dice where its pipeline reads them."""
+    """Writes the slot `dice` if its pipeline reads it."""
 
     def run(self, x: DrawInput, call: Call) -> RollOutput:
         """Report nothing."""
@@ -118,17 +118,17 @@ def test_a_stage_writes_the_optional_outputs_that_its_contract_has() -> None:
     assert RollStage.contract.outputs.keys() == {"latents", "dice"}
 
 
-class ForgetfulStage(RollStage):
-    """Does not write what its pipeline reads."""
+class IncompleteStage(RollStage):
+    """Omits an output that its pipeline reads."""
 
     def writes(self, slot: str) -> bool:
-        """Never."""
+        """Return False for every slot."""
         return not slot
 
 
 def test_an_output_that_is_read_must_be_written() -> None:
     with pytest.raises(InternalError, match="RollStage did not return dice"):
-        HostedStages("roll", [ForgetfulStage()]).run({"prompt": Prompt(prompt="red")}, Call("test"))
+        HostedStages("roll", [IncompleteStage()]).run({"prompt": Prompt(prompt="red")}, Call("test"))
 
 
 def test_a_contract_reads_the_optional_inputs_that_are_named() -> None:
@@ -141,7 +141,7 @@ def test_a_contract_reads_the_optional_inputs_that_are_named() -> None:
         whole.reading("canvas")
 
 
-def test_a_stage_is_bound_to_a_part_of_its_contract_only() -> None:
+def test_a_stage_is_bound_only_to_a_part_of_its_contract() -> None:
     part = RollStage.contract.reading("canvas").writing(())
     assert RollStage().bind(part).contract is part
     for other in (
@@ -154,7 +154,7 @@ def test_a_stage_is_bound_to_a_part_of_its_contract_only() -> None:
             RollStage().bind(other)
 
 
-def test_hosted_stages_leave_out_what_is_absent_and_end_when_cancelled() -> None:
+def test_hosted_stages_omit_absent_inputs_and_end_when_cancelled() -> None:
     hosted = HostedStages("draw", [DrawStage()])
     steps: list[tuple[int, int]] = []
     call = Call("test", on_progress=lambda step, total: steps.append((step, total)))

@@ -1,4 +1,4 @@
-"""The load of a service in the store, beside the same sum in Python."""
+"""The load of a service in the store, compared with the same sum in Python."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LIMITS = AdmissionLimits(services=("denoising",), max_open=1_000, queue_limit=1_
 
 @dataclass
 class Owner:
-    """A coordinator's view of the store."""
+    """The store clients of one coordinator."""
 
     store: RequestStore
     slots: WorkerSlots
@@ -50,14 +50,14 @@ class Owner:
         assert await self.store.append(name, [pb.Event(progress=progress)], number=number) is not None
 
     async def end(self, name: str, computed: Computed | None) -> None:
-        """Give the slot back after success, and end the request."""
+        """Release the slot after success, and end the request."""
         self.slots.release(await self.claims.pop(name), 1.0, computed)
         await self.slots.settle()
         assert await self.store.finish(name, State.REQUEST_STATE_SUCCEEDED, events=[]) is not None
 
 
 class Fleet:
-    """Three coordinators, workers of one service, and the loads as the store sums them up."""
+    """Three coordinators, workers of one service, and the load that the store reports."""
 
     def __init__(self, redis: Redis, owners: list[Owner]) -> None:
         self.redis = redis
@@ -71,11 +71,11 @@ class Fleet:
         )
 
     async def load(self) -> StageLoad:
-        """The load."""
+        """Read the load of the service."""
         return await StageLoads(self.redis, ASSUMED).read("emoji", "denoising")
 
     async def measure(self, name: str, work: StageWork, computed: Computed) -> None:
-        """Run one request from admission to its end, on a worker that is free."""
+        """Run one request from admission to its end, on a free worker."""
         await self.owners[0].submit(name, work)
         await self.owners[0].end(name, computed)
 
@@ -112,14 +112,14 @@ def run(url: str, test: Callable[[Fleet], Awaitable[None]]) -> None:
 
 
 async def has_slots(fleet: Fleet, number: int) -> None:
-    async def so_many() -> bool:
+    async def are_held() -> bool:
         return (await fleet.load()).workers_held == number
 
-    await wait_until(so_many)
+    await wait_until(are_held)
 
 
 @pytest.mark.parametrize("requests", [1, 40, 500])
-def test_the_sum_is_that_of_remaining_steps_times_pace(store_url: str, requests: int) -> None:
+def test_the_load_is_the_sum_of_remaining_steps_times_pace(store_url: str, requests: int) -> None:
     async def story(fleet: Fleet) -> None:
         chance = random.Random(requests)
         shapes = {f"s{number}": (chance.uniform(0.05, 2.0), 1 << (10 + number)) for number in range(5)}
@@ -156,7 +156,7 @@ def test_the_sum_is_that_of_remaining_steps_times_pace(store_url: str, requests:
     run(store_url, story)
 
 
-def test_nothing_is_left_at_the_end(store_url: str) -> None:
+def test_the_load_is_zero_once_all_requests_have_ended(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker(0)
         await fleet.measure("r", StageWork(4, 64, "s"), Computed(2.0))
@@ -165,7 +165,7 @@ def test_nothing_is_left_at_the_end(store_url: str) -> None:
     run(store_url, story)
 
 
-def test_an_unknown_shape_has_the_pace_of_the_nearest_one_scaled_by_tokens(store_url: str) -> None:
+def test_an_unknown_shape_has_the_pace_of_the_nearest_shape_scaled_by_tokens(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker(0)
         await fleet.measure("small", StageWork(10, 100, "small"), Computed(1.0))
@@ -188,7 +188,7 @@ def has_waiting(fleet: Fleet, claims: int) -> Callable[[], Awaitable[bool]]:
     return waits
 
 
-def test_without_any_measurement_the_assumed_time_counts_and_is_marked(store_url: str) -> None:
+def test_without_measurements_the_assumed_time_counts_and_is_marked(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.owners[0].submit("r", StageWork(10, 100, "s"))
         await fleet.owners[0].submit("older", None)
@@ -210,9 +210,9 @@ def test_a_resumed_attempt_is_measured_by_its_own_steps(store_url: str) -> None:
     run(store_url, story)
 
 
-def test_the_steps_of_an_attempt_that_was_handed_over_count_in_the_pace(store_url: str) -> None:
+def test_steps_of_a_handed_over_attempt_count_in_the_pace(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
-        """Three attempts at 10 steps. The second ends before its first step, and counts nothing."""
+        """Three attempts at 10 steps. The second attempt ends before its first step and is not measured."""
         await fleet.add_worker(0)
         attempts = [Computed(6.0, 0, 3), Computed(0.2, 3, 0), Computed(28.0, 3)]
         owner = fleet.owners[0]
@@ -231,7 +231,7 @@ def test_the_steps_of_an_attempt_that_was_handed_over_count_in_the_pace(store_ur
     run(store_url, story)
 
 
-def test_the_newest_64_shapes_are_kept(store_url: str) -> None:
+def test_the_newest_64_shapes_are_stored(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker(0)
         for number in range(70):
@@ -280,7 +280,7 @@ def test_a_pace_is_a_moving_average(store_url: str) -> None:
     run(store_url, story)
 
 
-def test_an_event_of_state_leaves_the_progress_as_it_is(store_url: str) -> None:
+def test_a_state_event_does_not_change_the_progress(store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker(0)
         await fleet.measure("r", StageWork(10, 64, "s"), Computed(10.0))

@@ -1,4 +1,4 @@
-"""Any failure at start is one line on stderr and an exit code; the traceback appears at log level DEBUG only."""
+"""Any failure at start is one line on stderr and an exit code; the traceback is logged at DEBUG only."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ DISTRIBUTED = (
 FOUND: set[type[Exception]] = {*DISTRIBUTED, *(each for module in LIBRARIES for each in _errors_of(module))}
 ERRORS = sorted(FOUND, key=lambda each: each.__qualname__)
 
-SHARE: list[type[Exception]] = [ImportError, KeyError, OSError, PermissionError, ConnectionError, TimeoutError]
-SHARE += [RuntimeError, MemoryError, UnicodeError, RecursionError, redis.exceptions.ConnectionError, *ERRORS[::25]]
-"""For programs that do much before they fail: all errors take the same path."""
+SAMPLE: list[type[Exception]] = [ImportError, KeyError, OSError, PermissionError, ConnectionError, TimeoutError]
+SAMPLE += [RuntimeError, MemoryError, UnicodeError, RecursionError, redis.exceptions.ConnectionError, *ERRORS[::25]]
+"""A sample for programs with a slow start, as all errors are handled by the same code."""
 
 
 def _made(kind: type[Exception]) -> Exception:
-    """An instance, made without its constructor: the libraries' constructors differ."""
+    """An instance made without its constructor, because the parameters of constructors differ."""
     return kind.__new__(kind, "some\nwords")
 
 
@@ -122,9 +122,9 @@ def test_every_error_of_the_libraries_is_one_line(
     if function == "load_variants":
         monkeypatch.setattr(worker, "_is_store_checked", _checked)
     assert len(ERRORS) > 100
-    for kind in ERRORS if function == "load_registry" else SHARE:
+    for kind in ERRORS if function == "load_registry" else SAMPLE:
         if main is cli.main and issubclass(kind, BrokenPipeError):
-            continue  # The reader of stdout has closed it; there is nobody to read a line.
+            continue  # The reader of stdout has closed it, so no line is written.
         monkeypatch.setattr(module, function, _raising(_made(kind)))
         code = main(flags)
         lines = capsys.readouterr().err.splitlines()
@@ -149,7 +149,7 @@ def test_the_traceback_appears_at_debug(
     assert lines[-1].startswith(f"{prog}: KeyError: 'colour' ({__file__}:")
 
 
-def test_the_flag_wins_over_the_variable(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_flag_overrides_the_variable(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, level, shown in (
         (["--log-level", "DEBUG"], "ERROR", True),
         (["--log-level=DEBUG"], "", True),
@@ -162,21 +162,21 @@ def test_the_flag_wins_over_the_variable(monkeypatch: pytest.MonkeyPatch, capsys
         assert ("Traceback" in capsys.readouterr().err) is shown, flags
 
 
-def test_exit_codes_and_groups(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes_and_lines_of_exception_groups(capsys: pytest.CaptureFixture[str]) -> None:
     group = ExceptionGroup("both", [Unavailable("away"), ExceptionGroup("one", [ImportError("no module")])])
     assert run_program("prog", _raising(group), []) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert first == "prog: away"
     assert second.startswith("prog: ImportError: no module (")
     assert run_program("prog", _raising(InternalError("broken")), []) == 1
-    assert run_program("prog", _raising(BaseException("panicked")), []) == 2  # as of a library in Rust
+    assert run_program("prog", _raising(BaseException("panicked")), []) == 2  # as raised by a Rust extension
     for error in (SystemExit(7), KeyboardInterrupt()):
         with pytest.raises(type(error)):
             run_program("prog", _raising(error), [])
 
 
-def test_a_rank_that_fails_may_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit code 2 of a rank ends the group for good, so an error that another rank can cause must not give it."""
+def test_a_failed_rank_may_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 2 of a rank ends the group for good, so errors that another rank can cause give another code."""
     place = Place(rank=0, local_rank=0, world_size=1, num_nodes=1, store_host="localhost", store_port=1, token="t")
     model = open_model("emoji", load_registry())
     for error in (distributed.DistNetworkError("reset"), torch.OutOfMemoryError("full"), MemoryError()):
@@ -187,7 +187,9 @@ def test_a_rank_that_fails_may_start_again(monkeypatch: pytest.MonkeyPatch) -> N
             )
 
 
-def test_no_directory_for_temporary_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_directory_for_temporary_files_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(tempfile, "mkdtemp", _raising(FileNotFoundError(2, "No usable temporary directory found")))
     with pytest.raises(InvalidInput, match="set TMPDIR"):
         private_directory()
@@ -196,7 +198,7 @@ def test_no_directory_for_temporary_files(monkeypatch: pytest.MonkeyPatch, capsy
     assert line.startswith("fleet up: TMPDIR: no directory for temporary files can be written to (No usable")
 
 
-def test_output_that_the_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_is_escaped_where_the_encoding_lacks_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
     out, err = io.BytesIO(), io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(err, encoding="ascii"))
@@ -211,7 +213,7 @@ def test_no_line_shows_a_password(capsys: pytest.CaptureFixture[str], monkeypatc
         error = ValueError(f"cannot read {url}")
         assert start_up.run_program("prog", _raising(error), []) == 2
         assert "sswd" not in capsys.readouterr().err
-        assert cli.main(["up", url]) == 2  # as a stray argument
+        assert cli.main(["up", url]) == 2  # an unexpected argument
         assert "sswd" not in capsys.readouterr().err
 
 
@@ -222,7 +224,7 @@ def test_no_line_shows_a_password(capsys: pytest.CaptureFixture[str], monkeypatc
         ("{}['x']\n", "DEBUG", "KeyError: 'x'"),
     ],
 )
-def test_a_process_with_a_broken_plugin(text: str, level: str, words: str, tmp_path: Path) -> None:
+def test_a_process_reports_a_broken_plugin(text: str, level: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "broken_plugin.py").write_text(f"{text}EntryClass = None\n")
     command = [sys.executable, "-m", "services.cli", "serve", "coordinator", "--redis", PLACE, "--plugins"]
     flags = [*command, str(tmp_path), "--log-level", level]
@@ -236,7 +238,7 @@ def test_a_process_with_a_broken_plugin(text: str, level: str, words: str, tmp_p
 
 @pytest.mark.parametrize("level", ["INFO", "DEBUG"])
 def test_an_error_is_one_json_record_where_the_log_is_json(level: str) -> None:
-    """A collector that reads JSON gets the reason why the process ended; at DEBUG with the traceback."""
+    """Log collectors receive the reason for the exit as JSON, at DEBUG with the traceback."""
     out = io.StringIO()
 
     def program() -> int:

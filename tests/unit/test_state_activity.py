@@ -1,4 +1,4 @@
-"""What requests do or wait for, as the store says it, and what that costs it."""
+"""Activities of requests as the store reports them, and the cost of reading them."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ KIND = pb.ActivityKind
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    # Nothing here is about durability, and thousands of requests are stored.
+def unsynced_store_url() -> Iterator[str]:
+    """URL of a Valkey server without fsync, because these tests store thousands of requests."""
     with running_server("valkey", "--appendfsync", "no") as server:
         yield server.url
 
 
 @dataclass
 class Fleet:
-    """A coordinator's view of the store. It sends nothing by itself, so that commands can be counted."""
+    """The store clients of one coordinator. No timer sends commands during a test, so that they can be counted."""
 
     redis: Redis
     store: RequestStore
@@ -62,12 +62,12 @@ class Fleet:
             await self.claim(name, caller, priority)
 
     async def claim(self, name: str, caller: str = "", priority: int = 0) -> None:
-        """Claim a slot, and wait until the store knows of it."""
+        """Claim a slot, and wait until the store has the claim."""
         claim = self.slots.claim("emoji", "denoising", name, QueuePriority(priority, caller=caller))
         self.claims[name] = asyncio.create_task(claim)
-        await wait_until(lambda: self._is_known(name))
+        await wait_until(lambda: self._has_claim(name))
 
-    async def _is_known(self, name: str) -> bool:
+    async def _has_claim(self, name: str) -> bool:
         return await command(self.redis, "HGET", f"fleet:request:{name}", "ticket:denoising") is not None
 
     async def read(self, caller: str = "", most: int = 50) -> Activities:
@@ -104,7 +104,7 @@ def run(url: str, test: Callable[[Fleet], Awaitable[None]]) -> None:
     run_on_empty_store(url, story)
 
 
-def test_each_wait_has_its_kind(url: str) -> None:
+def test_each_wait_has_its_kind(unsynced_store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.submit("new", claims=False)
         assert await fleet.kinds() == {"new": ["COORDINATOR"]}
@@ -121,10 +121,10 @@ def test_each_wait_has_its_kind(url: str) -> None:
         assert (queued.service, queued.worker_id, queued.requests_ahead) == ("denoising", "", 0)
         assert not queued.HasField("since")
 
-    run(url, story)
+    run(unsynced_store_url, story)
 
 
-def test_steps_are_those_of_the_latest_progress(url: str) -> None:
+def test_steps_equal_those_of_the_latest_progress(unsynced_store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker()
         await fleet.submit("r1")
@@ -133,10 +133,10 @@ def test_steps_are_those_of_the_latest_progress(url: str) -> None:
         ((running,),) = (await fleet.activities()).values()
         assert (running.step, running.total_steps) == (7, 20)
 
-    run(url, story)
+    run(unsynced_store_url, story)
 
 
-def test_an_attempt_that_ended_waits_for_the_next_one(url: str) -> None:
+def test_a_request_waits_for_a_retry_after_its_attempt_ended(unsynced_store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker()
         await fleet.submit("r1")
@@ -150,18 +150,18 @@ def test_an_attempt_that_ended_waits_for_the_next_one(url: str) -> None:
         await fleet.add_worker("w1")
         await fleet.slots.avoid("w1")
         await fleet.claim("r1")
-        await wait_until(lambda: _is(fleet, "QUEUED", "RUNNING", "RETRY"))
+        await wait_until(lambda: _has_kinds(fleet, "QUEUED", "RUNNING", "RETRY"))
         assert await fleet.kinds() == {"r1": ["RETRY"]}  # the only free worker is avoided for 200 ms
 
-    run(url, story)
+    run(unsynced_store_url, story)
 
 
-async def _is(fleet: Fleet, *kinds: str) -> bool:
+async def _has_kinds(fleet: Fleet, *kinds: str) -> bool:
     entry = await command(fleet.redis, "HLEN", "fleet:waiting:emoji/denoising")
     return bool(entry) and all(each in kinds for (each,) in (await fleet.kinds()).values())
 
 
-def test_a_stage_that_is_done_is_not_waited_for(url: str) -> None:
+def test_a_completed_stage_has_no_activity(unsynced_store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker()
         await fleet.submit("r1")
@@ -173,10 +173,10 @@ def test_a_stage_that_is_done_is_not_waited_for(url: str) -> None:
         fields = await command(fleet.redis, "HKEYS", "fleet:request:r1")
         assert not [each for each in fields if each.startswith(b"ticket:")]
 
-    run(url, story)
+    run(unsynced_store_url, story)
 
 
-def test_a_dead_coordinator_is_named_until_another_one_takes_over(url: str) -> None:
+def test_a_dead_coordinator_is_named_until_another_one_takes_over(unsynced_store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker()
         await fleet.submit("r1")
@@ -187,20 +187,20 @@ def test_a_dead_coordinator_is_named_until_another_one_takes_over(url: str) -> N
         assert [each.record.request_id for each in taken] == ["r1"]
         assert await fleet.kinds() == {"r1": ["COORDINATOR"]}
 
-    run(url, story)
+    run(unsynced_store_url, story)
 
 
-def test_a_coordinator_without_tickets_is_of_an_earlier_version(url: str) -> None:
+def test_a_claim_of_an_earlier_version_has_an_unspecified_kind(unsynced_store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker()
         await fleet.submit("r1")
         await command(fleet.redis, "HDEL", "fleet:request:r1", "ticket:denoising")
         assert await fleet.kinds() == {"r1": ["UNSPECIFIED"]}
 
-    run(url, story)
+    run(unsynced_store_url, story)
 
 
-def test_those_ahead_are_counted_by_priority_and_turn(url: str) -> None:
+def test_requests_ahead_are_counted_in_the_order_of_the_queue(unsynced_store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker()
         await fleet.submit("running", "ann")
@@ -217,10 +217,10 @@ def test_those_ahead_are_counted_by_priority_and_turn(url: str) -> None:
         assert ahead == {"running": 0, "urgent": 0, "a1": 1, "b1": 2, "a2": 3, "a3": 4, "late": 5}
         assert list(await fleet.activities()) == ["running", "urgent", "a1", "b1", "a2", "a3", "late"]
 
-    run(url, story)
+    run(unsynced_store_url, story)
 
 
-def test_the_wait_is_estimated_from_work_and_workers(url: str) -> None:
+def test_the_wait_is_estimated_from_work_and_workers(unsynced_store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker(capacity=1)
         loads = StageLoads(fleet.redis, 10.0)
@@ -232,25 +232,25 @@ def test_the_wait_is_estimated_from_work_and_workers(url: str) -> None:
         await command(fleet.redis, "HSET", "fleet:paces:emoji/denoising", "64x64", "5.0 10.0 64 1700000000000")
         await loads.read("emoji", "denoising")
         listed = await activities.list({"emoji": SERVICES}, caller="", most=10)
-        # Each request has 20 steps of 0.5 s; one runs.
+        # Each request has 20 steps of 0.5 s; one request runs.
         assert [each.activities[0].estimated_seconds for each in listed.requests] == [0.0, 10.0, 20.0, 30.0]
         assert listed.HasField("time")
         (pace,) = await loads.paces("emoji", "denoising")
         assert (pace.shape, pace.seconds_per_step) == ("64x64", 0.5)
 
-    run(url, story)
+    run(unsynced_store_url, story)
 
 
-def test_a_damaged_pace_is_left_out(url: str) -> None:
+def test_a_damaged_pace_is_left_out(unsynced_store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         for value in ("", "a b c d", "1.0 0.0 64 1700000000000", "1.0 2.0"):
             await command(fleet.redis, "HSET", "fleet:paces:emoji/denoising", f"shape {value}", value)
         assert await StageLoads(fleet.redis, 10.0).paces("emoji", "denoising") == []
 
-    run(url, story)
+    run(unsynced_store_url, story)
 
 
-def test_a_caller_gets_its_own_requests_only(url: str) -> None:
+def test_a_caller_gets_only_its_own_requests(unsynced_store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker()
         for name, caller in (("a1", "ann"), ("b1", "bob"), ("a2", "ann"), ("a0", "ann"), ("b0", "bob")):
@@ -263,10 +263,10 @@ def test_a_caller_gets_its_own_requests_only(url: str) -> None:
         (queued,) = (await fleet.activities("bob"))["b1"]
         assert (queued.kind, queued.requests_ahead) == (KIND.ACTIVITY_KIND_QUEUED, 1)
 
-    run(url, story)
+    run(unsynced_store_url, story)
 
 
-def test_no_kind_hides_the_others(url: str) -> None:
+def test_each_kind_of_activity_is_listed(unsynced_store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker(capacity=10)
         for number in range(30):
@@ -277,17 +277,18 @@ def test_no_kind_hides_the_others(url: str) -> None:
         assert list(found) == ["r00", "r01", "r02", "r03", "r10", "r11", "r12", "r13"]
         assert list(await fleet.activities(most=40))[-1] == "done"
 
-    run(url, story)
+    run(unsynced_store_url, story)
 
 
-def test_the_cost_does_not_grow_with_the_queue(url: str) -> None:
+def test_the_cost_does_not_grow_with_the_queue(unsynced_store_url: str) -> None:
     async def story(fleet: Fleet) -> None:
         await fleet.add_worker()
         costs: list[int] = []
         for number in range(900):
             caller = f"caller{number % 20}"
             if number in (300, 899):
-                await asyncio.sleep(0.3)  # until the index of workers is due again, which costs the same each time
+                # The index of workers is due again then, so that its constant cost is part of both reads.
+                await asyncio.sleep(0.3)
                 before = await _commands(fleet.redis)
                 await fleet.read(most=20)
                 costs.append(await _commands(fleet.redis) - before)
@@ -300,16 +301,18 @@ def test_the_cost_does_not_grow_with_the_queue(url: str) -> None:
         assert costs[1] < 1.3 * costs[0], costs
         assert costs[1] < 5_000
 
-    run(url, story)
+    run(unsynced_store_url, story)
 
 
 async def _commands(redis: Redis) -> int:
-    """The commands that the server has run, those of scripts included."""
+    """Number of commands that the server has run, including those of scripts."""
     info = await redis.info("commandstats")
     return sum(stats["calls"] for stats in info.values())
 
 
-def test_a_load_is_recent_for_fifty_times_its_read(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_is_reread_after_fifty_times_the_duration_of_its_read(
+    unsynced_store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def story(fleet: Fleet) -> None:
         loads, durations = StageLoads(fleet.redis, 10.0), []
         read = loads._read
@@ -333,4 +336,4 @@ def test_a_load_is_recent_for_fifty_times_its_read(url: str, monkeypatch: pytest
         assert len(durations) == 2
         assert time.monotonic() - since > 40 * durations[0]
 
-    run(url, story)
+    run(unsynced_store_url, story)

@@ -1,4 +1,4 @@
-"""What stands between the state modules and redis-py."""
+"""Errors and cancellations of store calls, and connections of many blocked readers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def test_a_cancellation_at_the_moment_of_the_reply_is_not_lost() -> None:
     async def story() -> None:
         reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        async def ask() -> None:
+        async def call_store() -> None:
             with store_errors():
                 await asyncio.wait_for(reply, 60)
 
-        task = asyncio.create_task(ask())
+        task = asyncio.create_task(call_store())
         await asyncio.sleep(0)
         reply.set_result(None)
         task.cancel()
@@ -32,16 +32,16 @@ def test_a_cancellation_at_the_moment_of_the_reply_is_not_lost() -> None:
     asyncio.run(story())
 
 
-def test_a_cancellation_outlives_an_error() -> None:
+def test_a_cancellation_has_precedence_over_an_error() -> None:
     async def story() -> None:
-        async def ask() -> None:
+        async def call_store() -> None:
             with store_errors():
                 try:
                     await asyncio.sleep(60)
                 except asyncio.CancelledError:
                     raise ConnectionError("closed by its own clean-up") from None
 
-        task = asyncio.create_task(ask())
+        task = asyncio.create_task(call_store())
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -50,11 +50,11 @@ def test_a_cancellation_outlives_an_error() -> None:
     asyncio.run(story())
 
 
-def test_work_that_goes_on_after_a_cancellation_may_ask() -> None:
+def test_a_clean_up_after_a_cancellation_may_call_the_store() -> None:
     async def story() -> list[str]:
         received: list[str] = []
 
-        async def ask() -> None:
+        async def call_store() -> None:
             try:
                 await asyncio.sleep(60)
             except asyncio.CancelledError:
@@ -63,7 +63,7 @@ def test_work_that_goes_on_after_a_cancellation_may_ask() -> None:
                 received.append("released")
                 raise
 
-        task = asyncio.create_task(ask())
+        task = asyncio.create_task(call_store())
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -72,7 +72,7 @@ def test_work_that_goes_on_after_a_cancellation_may_ask() -> None:
     assert asyncio.run(story()) == ["released"]
 
 
-def test_a_store_that_is_away_is_unavailable() -> None:
+def test_a_connection_error_becomes_unavailable() -> None:
     async def story() -> None:
         with pytest.raises(Unavailable, match="away: refused"), store_errors():
             raise ConnectionError("refused")
@@ -80,7 +80,7 @@ def test_a_store_that_is_away_is_unavailable() -> None:
     asyncio.run(story())
 
 
-def test_many_readers_may_wait_at_once() -> None:
+def test_250_readers_may_block_at_once() -> None:
     async def story(url: str) -> None:
         redis: Any = connect(url)
         readers = [asyncio.ensure_future(redis.xread({"none": "$"}, block=60_000)) for _ in range(250)]

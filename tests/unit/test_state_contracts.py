@@ -1,9 +1,9 @@
-"""Slots go to workers whose contracts fit, on real servers; processes of the last release work on beside them."""
+"""Slots go to workers whose contracts fit, on real servers, also beside processes of the last release."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -22,21 +22,15 @@ from common.state.workers import WorkerRegistry
 from common.wiring import Wiring, contract_text, fault_of, older_text
 from contracts import FAULT, NEEDING, READ, SUPPLIED, WIRING, contract, worker_with
 from fleet.v1 import generation_pb2, worker_pb2
-from redis_servers import run_on_empty_store, running_server, server_binaries
+from redis_servers import run_on_empty_store
 from slot_claims import queued, slots_of
 
 PLACE = "emoji/denoising"
 NAMES, KINDS = ("canvas", "schedule", "latents"), ("Canvas", "Latents", "Stream[Latents]")
 
 
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running_server(request.param) as server:
-        yield server.url
-
-
 async def hash_of(redis: Any, name: str) -> dict[str, str]:
-    """A hash of the place."""
+    """The hash `name` of the service PLACE."""
     return {key.decode(): value.decode() for key, value in (await redis.hgetall(f"fleet:{name}:{PLACE}")).items()}
 
 
@@ -47,10 +41,10 @@ async def take(slots: WorkerSlots, name: str, **more: Any) -> str:
 
 
 @pytest.mark.parametrize("wish", [{}, {"alone": True}, {"first": True}, {"equal_to": "n"}])
-def test_a_claim_passes_over_workers_that_do_not_fit(url: str, wish: Mapping[str, Any]) -> None:
+def test_a_claim_passes_over_workers_that_do_not_fit(each_store_url: str, wish: Mapping[str, Any]) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
-        for number in range(20):  # more than a page of the index
+        for number in range(20):  # more than one page of the worker index
             await registry.announce(worker_with(NEEDING, f"a{number}", capacity=9, numerics="n"))
         await registry.announce(worker_with(contract(), "b", capacity=2))
         async with slots_of(redis, "me") as slots:
@@ -63,12 +57,13 @@ def test_a_claim_passes_over_workers_that_do_not_fit(url: str, wish: Mapping[str
             await queued(registry, 1)
             await registry.announce(worker_with({"": contract()}, "c"))
             assert await waiting == "c"
-            assert not await redis.exists("fleet:avoided:me")  # the store found it, and not the coordinator afterwards
+            # The store chose the worker: the coordinator did not refuse and avoid another one.
+            assert not await redis.exists("fleet:avoided:me")
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_slot_that_is_given_back_goes_to_a_claim_that_fits(url: str) -> None:
+def test_a_released_slot_goes_to_a_claim_that_fits(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker_with(NEEDING, "new", capacity=2))
@@ -83,16 +78,16 @@ def test_a_slot_that_is_given_back_goes_to_a_claim_that_fits(url: str) -> None:
             await queued(registry, 1)
             after = asyncio.create_task(others.claim("emoji", "denoising", "n3", wiring=newer))
             await queued(registry, 2)
-            others.release(both[0])  # The first of the queue does not fit; the second one does.
+            others.release(both[0])  # The first claim of the queue does not fit; the second one does.
             assert (await after).worker.worker_id == "new"
             assert not waiting.done()
             mine.release(held)
             assert await waiting == "old"
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_service_without_a_fitting_worker_has_none(url: str) -> None:
+def test_a_claim_without_a_fitting_worker_is_refused(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker_with(NEEDING, "new"))
@@ -106,19 +101,19 @@ def test_a_service_without_a_fitting_worker_has_none(url: str) -> None:
                 await take(slots, "r2", patience_seconds=0.0, on_no_workers=seen.append)
             assert seen[-1] == ""
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_claim_of_the_last_release_is_granted_as_before(url: str) -> None:
+def test_a_claim_of_the_last_release_is_granted_as_before(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         await WorkerRegistry(redis).announce(worker_with(NEEDING, "new"))
         async with slots_of(redis, "me") as slots:
             assert (await slots.claim("emoji", "denoising", "r")).worker.worker_id == "new"
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_counts_leave_workers_out_that_take_no_request(url: str) -> None:
+def test_workers_that_fit_no_variant_are_not_counted(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         image = Wiring("image", NEEDING.inputs, READ)
@@ -149,10 +144,10 @@ def test_counts_leave_workers_out_that_take_no_request(url: str) -> None:
         assert len((await registry.load("emoji", "denoising")).workers) == 3
         assert await registry.free_slots(worker_with(contract(), "leaving", numerics="n")) == 2
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_admission_counts_on_workers_that_fit(url: str) -> None:
+def test_admission_counts_only_workers_that_fit(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry, store = WorkerRegistry(redis), RequestStore(redis, owner="me")
         await registry.announce(worker_with(NEEDING, "new", capacity=9))
@@ -168,11 +163,11 @@ def test_admission_counts_on_workers_that_fit(url: str) -> None:
         with pytest.raises(ResourceExhausted):
             await admit(2)
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
 async def run_older_worker(redis: Redis, info: worker_pb2.WorkerInfo) -> None:
-    """Announce a worker as release 0.1 does: its contract stands in the model's record, for all workers at once."""
+    """Announce a worker as release 0.1 does, with one contract for all workers in the model's record."""
     place = f"{info.model}/{info.service}"
     await redis.hset(f"fleet:model:{info.model}", f"contract:{info.service}", older_text(info))
     words: list[str | bytes] = ["model", info.model, "service", info.service, "capacity", str(info.capacity)]
@@ -181,7 +176,7 @@ async def run_older_worker(redis: Redis, info: worker_pb2.WorkerInfo) -> None:
     await redis.zadd(f"fleet:workers:{place}", {info.worker_id: 99_999_999_999_999})
 
 
-def test_a_worker_of_the_last_release_is_judged_by_what_its_release_stated(url: str) -> None:
+def test_a_worker_of_the_last_release_has_the_contract_of_its_release(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await run_older_worker(redis, worker_with(contract(outputs={}), "older"))
@@ -189,16 +184,17 @@ def test_a_worker_of_the_last_release_is_judged_by_what_its_release_stated(url: 
             with pytest.raises(NoWorkers, match="worker older, output 'latents'"):
                 await take(slots, "r1", patience_seconds=0.0)
             await registry.announce(worker_with(contract(), "newer"))
-            assert await redis.hkeys("fleet:model:emoji") == [b"fingerprint"]  # another release may state another
+            # The contract is deleted, because another release may store another one.
+            assert await redis.hkeys("fleet:model:emoji") == [b"fingerprint"]
             assert 0 < await redis.pttl(f"fleet:older:{PLACE}") <= 18_000
             assert await take(slots, "r2") == "newer"
             (fault,) = (await registry.load("emoji", "denoising", [WIRING])).incompatible
             assert fault.worker_id == "older"
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_coordinators_of_the_last_release_get_no_worker_that_refuses_their_inputs(url: str) -> None:
+def test_coordinators_of_the_last_release_get_only_workers_that_accept_their_inputs(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await redis.hset("fleet:model:emoji", "contract:denoising", older_text(worker_with(contract())))
@@ -218,7 +214,7 @@ def test_coordinators_of_the_last_release_get_no_worker_that_refuses_their_input
             await queued(registry, 1)
             held = [await slots.claim("emoji", "denoising", f"r{number}", wiring=wiring) for number in range(2)]
             assert {slot.worker.worker_id for slot in held} == {"newer"}
-            full = 2**52  # the last release takes nobody from here on
+            full = 2**52  # from this score on, the last release grants no worker
             assert await redis.zcount(f"fleet:load:{PLACE}", "-inf", f"({full}") == 0
             waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r3", wiring=wiring))
             await queued(registry, 2)
@@ -231,10 +227,10 @@ def test_coordinators_of_the_last_release_get_no_worker_that_refuses_their_input
             slots.release(held[1])
             assert (await older).worker.worker_id == "newer"
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_grant_of_a_process_of_the_last_release_is_given_back_where_it_does_not_fit(url: str) -> None:
+def test_an_unfit_grant_of_the_last_release_is_released(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         newer = worker_with(NEEDING, "newer")
@@ -243,7 +239,7 @@ def test_a_grant_of_a_process_of_the_last_release_is_given_back_where_it_does_no
             waiting = asyncio.create_task(take(slots, "r"))
             await queued(registry, 1)
             ((ticket, entry),) = (await hash_of(redis, "waiting")).items()
-            # As the last release's script does when it hands a slot on.
+            # As the last release's script does when it grants a released slot.
             await redis.hset(f"fleet:slots:{PLACE}", ticket, "newer|me|1|1")
             await redis.hdel(f"fleet:waiting:{PLACE}", ticket)
             await redis.zrem(f"fleet:queue:{PLACE}", entry)
@@ -260,10 +256,10 @@ def test_a_grant_of_a_process_of_the_last_release_is_given_back_where_it_does_no
             await registry.announce(worker_with(contract(), "older"))
             assert await waiting == "older"
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_lost_wirings_and_contracts_are_replaced(url: str) -> None:
+def test_lost_wirings_and_contracts_are_replaced(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker_with(NEEDING, "new"))
@@ -278,10 +274,10 @@ def test_lost_wirings_and_contracts_are_replaced(url: str) -> None:
             await registry.announce(worker_with(contract(), "third"))
             assert await waiting == "third"
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
-def test_a_claim_is_one_round_trip(url: str) -> None:
+def test_a_claim_is_one_round_trip(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         await WorkerRegistry(redis).announce(worker_with(contract(), "w"))
         async with slots_of(redis, "me") as slots:
@@ -289,7 +285,7 @@ def test_a_claim_is_one_round_trip(url: str) -> None:
             await take(slots, "r")
             assert (await redis.info("commandstats"))["cmdstat_evalsha"]["calls"] - before == 1
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(each_store_url, story)
 
 
 slot_maps = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(KINDS))
@@ -304,7 +300,7 @@ wirings = st.builds(Wiring, st.sampled_from(("", "text", "image")), slot_maps, s
 
 @st.composite
 def workers(draw: st.DrawFn) -> worker_pb2.WorkerInfo:
-    """A worker of any release, whose variants need not agree on a slot."""
+    """A worker of any release, whose variants may disagree on a slot."""
     info = worker_with(draw(contracts))
     names = draw(st.sampled_from(((), ("",), ("text", "image"))))
     for name in names:
@@ -316,9 +312,9 @@ def workers(draw: st.DrawFn) -> worker_pb2.WorkerInfo:
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(workers(), st.lists(wirings, min_size=1, max_size=3))
 def test_the_store_and_the_coordinator_find_the_same_fault(
-    url: str, info: worker_pb2.WorkerInfo, wanted: list[Wiring]
+    each_store_url: str, info: worker_pb2.WorkerInfo, wanted: list[Wiring]
 ) -> None:
-    redis: Any = SyncRedis.from_url(url, protocol=2)
+    redis: Any = SyncRedis.from_url(each_store_url, protocol=2)
     redis.script_load(script_source())
     announced: Arguments = {
         "worker": "w",

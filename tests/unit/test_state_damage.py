@@ -1,7 +1,7 @@
-"""The script on a damaged store: any subset of its keys missing, of another type, or restored from an older copy.
+"""The script on a damaged store, where keys are missing, of another type, or restored from an older copy.
 
-Each operation ends within a bounded number of commands, and what the damage has not touched still works. Operations
-are read from the script: one that has no arguments here fails a test.
+Each operation ends within a bounded number of commands, and undamaged data still works. The operations are read from
+the script; an operation without arguments in OPERATIONS fails a test.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from script_calls import (
 )
 
 SAFE_PLACE = "safe/denoising"
-MOST_COMMANDS = 500  # of one operation on the small fleet that _build() makes; about twice what was seen
-SAFE = re.compile(r"safe|coordinator:c-|model:safe|repairs")  # keys that are left alone
+MOST_COMMANDS = 500  # per operation on the fleet of _build(); about twice the measured maximum
+SAFE = re.compile(r"safe|coordinator:c-|model:safe|repairs")  # keys that are never damaged
 
 
 @dataclass
 class Store:
-    """A server with a copy of the fleet's keys, of now and of an earlier moment."""
+    """A server with two copies of the fleet's keys: a complete one and an earlier one."""
 
-    redis: Any  # redis-py's own types are those of both of its clients
+    redis: Any  # redis-py annotates replies with the types of both of its clients
     whole: dict[bytes, bytes]
     earlier: dict[bytes, bytes]
 
     def restore(self) -> None:
-        """The fleet as it was built."""
+        """Restore the complete copy."""
         pipeline = self.redis.pipeline(transaction=False)
         pipeline.flushall()
         for key, dump in self.whole.items():
@@ -75,16 +75,15 @@ class Store:
         return key.decode().removeprefix("fleet:").startswith(prefixes[kind])
 
     def run(self, operation: str, arguments: Mapping[str, Any]) -> Any:
-        """Run an operation."""
         return self.redis.execute_command(*script_call(operation, arguments))
 
     def commands(self) -> int:
-        """Commands that the server has run, those of scripts included."""
+        """Number of commands that the server has run, including those of scripts."""
         return sum(stats["calls"] for stats in self.redis.info("commandstats").values())
 
 
 def _build(run: Callable[..., Any], redis: Any, note: Callable[[], None]) -> None:
-    """A fleet that uses each kind of key. `note` is called half-way."""
+    """Build a fleet that uses each kind of key. `note` is called half-way."""
     for owner in ("c-1", "c-2"):
         run("beat", {"owner": owner, "lasts": LASTS})
     for model in (MODEL, "safe"):
@@ -142,7 +141,7 @@ def test_each_operation_is_tried_on_a_damaged_store() -> None:
 
 
 def _checked(store: Store, operation: str, arguments: Mapping[str, Any], foreign: set[str]) -> None:
-    """Run an operation, and check that it ends soon, with a reply or an error that names the key."""
+    """Run an operation, and check that it soon ends with a reply or an error that names a damaged key."""
     before, refusal = store.commands(), None
     try:
         store.run(operation, arguments)
@@ -157,7 +156,7 @@ def _checked(store: Store, operation: str, arguments: Mapping[str, Any], foreign
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_operations_end_and_the_rest_works_whatever_keys_are_damaged(store: Store, data: st.DataObject) -> None:
+def test_operations_end_and_undamaged_data_works_for_any_damage(store: Store, data: st.DataObject) -> None:
     store.restore()
     keys = [key for key in store.whole if not SAFE.search(key.decode())]
     kinds = st.sampled_from(("missing", "stale", "string", "list"))
@@ -172,7 +171,7 @@ def test_operations_end_and_the_rest_works_whatever_keys_are_damaged(store: Stor
 
 
 def _check_the_rest(store: Store) -> None:
-    """What was not damaged works, and what was is usable again."""
+    """Check that undamaged data works, and that damaged keys are usable again."""
     slots = f"fleet:slots:{SAFE_PLACE}"
     assert store.redis.hkeys(slots) == [b"safe/c-1/0"]
     store.run("release", {"ticket": "safe/c-1/0", "place": SAFE_PLACE, "used": 10})
@@ -205,7 +204,7 @@ def test_entries_of_a_queue_without_a_ticket_are_dropped_and_counted(store: Stor
     assert not [ticket for ticket in store.redis.hkeys(f"fleet:slots:{PLACE}") if ticket.startswith(b"gone")]
 
 
-def test_a_ticket_that_lost_its_place_in_the_queue_gets_another(store: Store) -> None:
+def test_a_ticket_without_a_queue_entry_gets_a_new_one(store: Store) -> None:
     store.restore()
     store.redis.delete(f"fleet:queue:{PLACE}")
     assert store.run("claim", claim("r4/c-1/0"))[0] == b"waiting"
@@ -214,16 +213,16 @@ def test_a_ticket_that_lost_its_place_in_the_queue_gets_another(store: Store) ->
     assert store.redis.hget("fleet:repairs", "waiting") == b"1"
 
 
-def test_a_ticket_that_has_two_places_gets_one_slot(store: Store) -> None:
+def test_a_ticket_with_two_queue_entries_gets_one_slot(store: Store) -> None:
     store.restore()
     store.redis.delete(f"fleet:waiting:{PLACE}")
     store.run("claim", claim("r4/c-1/0"))
     store.run("announce", announcement("w-large", capacity=9))
     assert store.redis.zcard(f"fleet:queue:{PLACE}") == 0
-    assert store.redis.hlen(f"fleet:slots:{PLACE}") == 3  # two were held
+    assert store.redis.hlen(f"fleet:slots:{PLACE}") == 3  # two slots were held before
 
 
-def test_open_requests_without_a_record_are_forgotten(store: Store) -> None:
+def test_open_requests_without_a_record_are_removed(store: Store) -> None:
     store.restore()
     store.redis.delete("fleet:request:r3")
     store.redis.set("fleet:request:r1", "another type")
@@ -233,7 +232,7 @@ def test_open_requests_without_a_record_are_forgotten(store: Store) -> None:
     assert store.redis.hget("fleet:repairs", "open") == b"2"
 
 
-def test_numbers_go_on_where_their_counter_was_lost(store: Store) -> None:
+def test_sequence_numbers_continue_after_the_loss_of_their_counter(store: Store) -> None:
     store.restore()
     newest = store.redis.zrevrange("fleet:requests", 0, 0, withscores=True)[0][1]
     store.redis.delete("fleet:sequence")

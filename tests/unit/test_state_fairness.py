@@ -1,4 +1,4 @@
-"""Whose turn it is: callers of one priority get equal shares of a service's work, whatever each has waiting."""
+"""Fair queueing: callers of equal priority get equal shares of a service's work."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from redis_servers import run_on_empty_store
 SLOW = 3_600.0
 
 
-class Line:
-    """One worker with one place, and claims that wait for it; `order` tells who got it."""
+class ClaimQueue:
+    """A worker of capacity 1 and its waiting claims; `order` has the names in the order of grants."""
 
     def __init__(self, redis: Redis, *coordinators: WorkerSlots) -> None:
         self.redis = redis
@@ -30,7 +30,7 @@ class Line:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def join(self, name: str, queue_priority: QueuePriority) -> None:
-        """Claim, and return once the claim is in the queue. Claims come through the coordinators in turn."""
+        """Claim a slot, and return once the claim waits. Claims alternate between the coordinators."""
         slots = self._coordinators[len(self._tasks) % len(self._coordinators)]
         self._tasks.append(asyncio.create_task(self._take(slots, name, queue_priority)))
         count = len(self._tasks) - len(self.order)
@@ -46,7 +46,7 @@ class Line:
         slots.release(slot)
 
     async def finish(self) -> list[str]:
-        """Wait until all had their turn."""
+        """Wait until all claims were granted. Returns their names in the order of grants."""
         await asyncio.gather(*self._tasks)
         order, self.order, self._tasks = self.order, [], []
         for slots in self._coordinators:
@@ -55,8 +55,8 @@ class Line:
 
 
 @asynccontextmanager
-async def line(redis: Redis) -> AsyncIterator[tuple[Line, WorkerSlots]]:
-    """A line behind two coordinators, and the first of them."""
+async def claim_queue(redis: Redis) -> AsyncIterator[tuple[ClaimQueue, WorkerSlots]]:
+    """A queue of claims of two coordinators, and the slots of the first coordinator."""
     registry = WorkerRegistry(redis)
     info = worker_pb2.WorkerInfo(
         worker_id="w", service="denoising", model="emoji", model_fingerprint="f", capacity=1, address="unix:/w"
@@ -66,15 +66,15 @@ async def line(redis: Redis) -> AsyncIterator[tuple[Line, WorkerSlots]]:
     mine, others = (WorkerSlots(redis, each, ask_again_seconds=SLOW) for each in (one, two))
     await one.start()
     await two.start()
-    yield Line(redis, mine, others), mine
+    yield ClaimQueue(redis, mine, others), mine
     await one.stop()
     await two.stop()
     await registry.withdraw("w")
 
 
-def test_a_caller_with_much_waiting_does_not_hold_up_one_with_little(each_store_url: str) -> None:
+def test_a_caller_with_many_requests_does_not_delay_a_caller_with_few(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        async with line(redis) as (queue, slots):
+        async with claim_queue(redis) as (queue, slots):
             held = await slots.claim("emoji", "denoising", "g0", QueuePriority(caller="greedy"))
             for number in range(1, 7):
                 await queue.join(f"g{number}", QueuePriority(caller="greedy"))
@@ -91,7 +91,7 @@ def test_a_caller_with_much_waiting_does_not_hold_up_one_with_little(each_store_
 
 def test_shares_are_of_work_and_not_of_requests(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        async with line(redis) as (queue, slots):
+        async with claim_queue(redis) as (queue, slots):
             held = await slots.claim("emoji", "denoising", "x", QueuePriority(caller="x"))
             for number in range(3):
                 await queue.join(f"video {number}", QueuePriority(caller="films", cost=40))
@@ -106,9 +106,9 @@ def test_shares_are_of_work_and_not_of_requests(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_who_stays_away_saves_nothing_up(each_store_url: str) -> None:
+def test_an_idle_caller_accumulates_no_share(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        async with line(redis) as (queue, slots):
+        async with claim_queue(redis) as (queue, slots):
             for number in range(20):
                 slots.release(await slots.claim("emoji", "denoising", f"a{number}", QueuePriority(caller="always")))
                 await slots.settle()
@@ -123,11 +123,11 @@ def test_who_stays_away_saves_nothing_up(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_priority_is_before_shares_and_deadlines_are_within_them(each_store_url: str) -> None:
-    """A deadline moves a request before its caller's others, and takes nobody else's turn."""
+def test_priorities_precede_shares_and_deadlines_order_requests_of_a_caller(each_store_url: str) -> None:
+    """A deadline moves a request ahead of other requests of its caller only."""
 
     async def story(redis: Redis) -> None:
-        async with line(redis) as (queue, slots):
+        async with claim_queue(redis) as (queue, slots):
             held = await slots.claim("emoji", "denoising", "a0", QueuePriority(caller="a"))
             soon, late = 3_000_000_000_000, 4_000_000_000_000
             for name, queue_priority in {
@@ -147,7 +147,7 @@ def test_priority_is_before_shares_and_deadlines_are_within_them(each_store_url:
 
 def test_a_hundred_waiting_callers_take_turns(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        async with line(redis) as (queue, slots):
+        async with claim_queue(redis) as (queue, slots):
             held = await slots.claim("emoji", "denoising", "x", QueuePriority(caller="x"))
             for turn in range(2):
                 for number in range(100):

@@ -1,4 +1,4 @@
-"""The store's part in handing requests over and refusing workers: free slots of equals, who goes first, refusals."""
+"""Hand-over and refusals in the store: free slots of equal workers, queue order, and refused workers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_free_slots_of_equal_workers_are_counted(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_request_that_was_handed_over_goes_first_of_its_priority(each_store_url: str) -> None:
+def test_a_handed_over_request_is_the_first_of_its_priority(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
@@ -78,7 +78,7 @@ def test_a_claim_waits_for_a_worker_that_fits_its_checkpoint_while_one_lives(eac
             waiting = asyncio.create_task(slots.claim("emoji", "denoising", "resumes", first=True, equal_to="n1"))
             await queued(registry, 1)
             plain = await slots.claim("emoji", "denoising", "plain")
-            assert plain.worker.worker_id == "other", "a claim that waits for another worker holds nobody up"
+            assert plain.worker.worker_id == "other", "a claim that waits for another worker blocks no other claim"
             slots.release(held)
             got = await waiting
             assert got.worker.worker_id == "busy"

@@ -1,4 +1,4 @@
-"""The index of a service's workers: it agrees with workers and slots, and a claim costs the same with many workers."""
+"""The index of a service's workers agrees with workers and slots, and claims have a constant cost."""
 
 from __future__ import annotations
 
@@ -28,20 +28,19 @@ class Store:
         self.redis.script_load(script_source())
 
     def run(self, operation: str, arguments: Mapping[str, Any]) -> Any:
-        """Run an operation."""
         return self.redis.execute_command(*script_call(operation, arguments))
 
     def release(self, ticket: str) -> None:
-        """Give a slot back."""
+        """Release a slot."""
         self.run("release", {"ticket": ticket, "place": PLACE, "used": 0})
 
     def beat(self, *owners: str) -> None:
-        """Heartbeats of coordinators."""
+        """Send heartbeats of coordinators."""
         for owner in owners:
             self.run("beat", {"owner": owner, "lasts": LASTS})
 
     def commands(self) -> int:
-        """Commands that the server has run, those of scripts included."""
+        """Number of commands that the server has run, including those of scripts."""
         return sum(stats["calls"] for stats in self.redis.info("commandstats").values())
 
     def slots(self) -> dict[str, tuple[str, str]]:
@@ -56,7 +55,7 @@ class Store:
         return {each: (int(capacity), int(granted)) for each, (capacity, granted) in fields.items()}
 
     def taken(self) -> Counter[str]:
-        """Slots that are taken, by worker; a claim for a whole worker takes all."""
+        """Number of taken slots of each worker; a claim for a whole worker takes all of its slots."""
         found: Counter[str] = Counter()
         workers = self.workers()
         for ticket, (worker, _) in self.slots().items():
@@ -65,11 +64,11 @@ class Store:
         return found
 
     def indexed(self) -> dict[str, str]:
-        """The marker of the index, empty where the index does not count."""
+        """The marker of the index; empty if the index is not valid."""
         return {key.decode(): value.decode() for key, value in self._hash("indexed").items()}
 
     def load(self) -> dict[str, float]:
-        """The index."""
+        """The score of each worker in the index."""
         return {key.decode(): score for key, score in self.redis.zrange(f"fleet:load:{PLACE}", 0, -1, withscores=True)}
 
     def _hash(self, name: str) -> dict[bytes, bytes]:
@@ -86,7 +85,7 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
 
 
 def check_index(store: Store) -> None:
-    """The index, where it counts, says the same as workers and slots."""
+    """Check that the index, if it is valid, agrees with workers and slots."""
     marker = store.indexed()
     if not marker:
         return
@@ -100,7 +99,7 @@ def check_index(store: Store) -> None:
 
 
 def check_choice(store: Store, ticket: str, before: Mapping[str, tuple[int, int]], taken: Counter[str]) -> None:
-    """The claim got a slot of a worker with the fewest slots taken, and of those one with the fewest grants."""
+    """Check that the claim got a worker with the fewest taken slots and, among these, the fewest grants."""
     free = {each: (taken[each], granted) for each, (capacity, granted) in before.items() if taken[each] < capacity}
     chosen = store.slots()[ticket][0]
     assert free[chosen] == min(free.values())
@@ -117,7 +116,7 @@ STEPS = st.one_of(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEPS, min_size=5, max_size=40))
-def test_the_index_says_what_workers_and_slots_say(store: Store, steps: list[tuple[str, str, Any]]) -> None:
+def test_the_index_agrees_with_workers_and_slots(store: Store, steps: list[tuple[str, str, Any]]) -> None:
     store.redis.flushdb()
     store.beat(*OWNERS)
     tickets: list[str] = []
@@ -149,7 +148,7 @@ def _lives(store: Store, owner: str) -> bool:
 
 
 def commands_of_a_claim(store: Store, workers: int) -> int:
-    """Commands of ten claims, releases and heartbeats, while half of the workers are busy."""
+    """Number of commands of ten claims, releases and heartbeats while half of the workers are busy."""
     store.redis.flushdb()
     store.beat("c-1")
     for number in range(workers):
@@ -162,11 +161,11 @@ def commands_of_a_claim(store: Store, workers: int) -> int:
         assert store.run("claim", claim(f"r{number}/c-1/0"))[0] == b"granted"
         store.release(f"r{number}/c-1/0")
         store.run("announce", announcement(f"w{number}"))
-        assert store.indexed()  # a heartbeat changes nothing
+        assert store.indexed()  # the index stays valid after a heartbeat
     return store.commands() - before
 
 
-def test_claims_and_heartbeats_cost_the_same_however_many_workers_there_are(store: Store) -> None:
+def test_the_cost_of_claims_and_heartbeats_is_independent_of_the_number_of_workers(store: Store) -> None:
     assert commands_of_a_claim(store, 400) <= commands_of_a_claim(store, 20) + 10
 
 
@@ -179,13 +178,13 @@ def test_slots_of_a_coordinator_that_ends_are_free_at_once(store: Store) -> None
     assert store.run("claim", claim("r2/c-1/0"))[0] == b"granted"
 
 
-def test_an_index_that_is_wrong_ends_by_itself(store: Store) -> None:
+def test_a_wrong_index_expires(store: Store) -> None:
     store.redis.flushdb()
     store.beat("c-1")
     store.run("announce", announcement("w1"))
     assert store.run("claim", claim("r1/c-1/0"))[0] == b"granted"
     assert 0 < store.redis.pttl(f"fleet:indexed:{PLACE}") <= 1_000
-    store.redis.delete(f"fleet:slots:{PLACE}")  # as an older copy of the store has it
+    store.redis.delete(f"fleet:slots:{PLACE}")  # as in an older copy of the store
     assert store.run("claim", claim("r2/c-1/0"))[0] == b"waiting"
-    store.redis.delete(f"fleet:indexed:{PLACE}", f"fleet:rechecked:{PLACE}")  # as time does
+    store.redis.delete(f"fleet:indexed:{PLACE}", f"fleet:rechecked:{PLACE}")  # as after their time to live
     assert store.run("claim", claim("r2/c-1/0"))[0] == b"granted"

@@ -1,4 +1,4 @@
-"""Requests that change hands, against real servers: take-over, fencing, checkpoints, pace."""
+"""Take-over of requests against real servers: fencing, step checkpoints, cancellation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def record(name: str) -> generation_pb2.RequestRecord:
     return generation_pb2.RequestRecord(request_id=name, model="emoji")
 
 
-def picture(data: bytes) -> ResultFile:
+def image_file(data: bytes) -> ResultFile:
     return ResultFile(generation_pb2.FileHeader(count=1, byte_size=len(data)), [data])
 
 
@@ -32,35 +32,35 @@ async def taken(leases: Leases, *running: str, beyond_own: bool = True) -> list[
     return (await leases.take_over("emoji", running=running, beyond_own=beyond_own))[0]
 
 
-def test_a_late_write_of_the_owner_before_is_refused(each_store_url: str) -> None:
+def test_a_late_write_of_a_former_owner_is_refused(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         old = RequestStore(redis, owner="old")
         await old.admit(record("r"), submission=b"how to run it", idempotency_key="k")
         await redis.set("fleet:coordinator:old", "1")
-        heir = Leases(redis, "heir")
-        await redis.set("fleet:coordinator:heir", "1")
-        assert await taken(heir) == []  # the owner lives
+        successor = Leases(redis, "successor")
+        await redis.set("fleet:coordinator:successor", "1")
+        assert await taken(successor) == []  # the owner lives
         await redis.delete("fleet:coordinator:old")
-        assert await taken(heir, beyond_own=False) == []
-        (inherited,) = await taken(heir)
+        assert await taken(successor, beyond_own=False) == []
+        (inherited,) = await taken(successor)
         assert (inherited.record.request_id, inherited.epoch, inherited.submission) == ("r", 2, b"how to run it")
         assert not inherited.cancel_requested
         await redis.set("fleet:coordinator:third", "1")
         assert await taken(Leases(redis, "third")) == []
 
-        await redis.set("fleet:coordinator:old", "1")  # it was only asleep
+        await redis.set("fleet:coordinator:old", "1")  # the former owner was only suspended
         assert await old.append("r", [state_event(State.REQUEST_STATE_RUNNING)], number=0) is None
-        assert await old.finish("r", State.REQUEST_STATE_SUCCEEDED, files=[picture(b"old")]) is None
+        assert await old.finish("r", State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"old")]) is None
         assert not await Leases(redis, "old").add_death("r", 1, "w", service="denoising", stage=2, ttl_seconds=1.0)
         assert not await Leases(redis, "old").save_step_checkpoint("r", 1, 0, [b"x"], step=1)
         assert (await old.get("r")).state == State.REQUEST_STATE_QUEUED
 
-        new = RequestStore(redis, owner="heir")
-        assert await new.finish("r", State.REQUEST_STATE_SUCCEEDED, files=[picture(b"new")], epoch=2)
-        assert await old.finish("r", State.REQUEST_STATE_SUCCEEDED, files=[picture(b"old")]) is None
+        new = RequestStore(redis, owner="successor")
+        assert await new.finish("r", State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"new")], epoch=2)
+        assert await old.finish("r", State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"old")]) is None
         assert b"".join([chunk async for chunk in new.result_chunks("r", 0, 3)]) == b"new"
         assert not await redis.hexists("fleet:request:r", "submission")
-        assert await taken(heir) == []
+        assert await taken(successor) == []
         for key in await redis.keys("fleet:re*:*"):
             assert await redis.pttl(key) > 0, key
 
@@ -74,15 +74,15 @@ def test_a_cancel_is_inherited(each_store_url: str) -> None:
         await redis.set("fleet:coordinator:old", "1")
         await store.request_cancel("r")
         await redis.delete("fleet:coordinator:old")
-        await redis.set("fleet:coordinator:heir", "1")
-        (inherited,) = await taken(Leases(redis, "heir"))
+        await redis.set("fleet:coordinator:successor", "1")
+        (inherited,) = await taken(Leases(redis, "successor"))
         assert inherited.cancel_requested
 
     run_on_empty_store(each_store_url, story)
 
 
-def test_one_takes_its_own_requests_that_it_does_not_run(each_store_url: str) -> None:
-    """It has lost the answer that told of them: of their admission, or of a take-over."""
+def test_a_coordinator_takes_over_its_own_requests_that_it_does_not_run(each_store_url: str) -> None:
+    """The reply to their admission or take-over was lost."""
 
     async def story(redis: Redis) -> None:
         store = RequestStore(redis, owner="me")
@@ -101,26 +101,26 @@ def test_one_takes_its_own_requests_that_it_does_not_run(each_store_url: str) ->
     run_on_empty_store(each_store_url, story)
 
 
-def test_who_has_no_heartbeat_takes_nothing(each_store_url: str) -> None:
-    """Or two of them, once the store is back, would take the same requests from each other in turn."""
+def test_a_coordinator_without_a_heartbeat_takes_over_nothing(each_store_url: str) -> None:
+    """Otherwise two such coordinators would take over the same requests from each other in turn."""
 
     async def story(redis: Redis) -> None:
         await RequestStore(redis, owner="dead").admit(record("r"))
-        assert await taken(Leases(redis, "heir")) == []
-        await redis.set("fleet:coordinator:heir", "1")
-        assert len(await taken(Leases(redis, "heir"))) == 1
+        assert await taken(Leases(redis, "successor")) == []
+        await redis.set("fleet:coordinator:successor", "1")
+        assert len(await taken(Leases(redis, "successor"))) == 1
 
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_cancel_that_no_channel_carried_is_found(each_store_url: str) -> None:
+def test_a_cancel_whose_message_was_lost_is_found(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis, owner="me")
         await redis.set("fleet:coordinator:me", "1")
         await store.admit(record("r"))
         await store.admit(record("other"))
         await store.request_cancel("r")
-        for _ in range(2):  # until it has ended, however often
+        for _ in range(2):  # the cancel is reported until the request ends
             assert await Leases(redis, "me").take_over("emoji", running=("r", "other")) == ([], ["r"])
         await store.finish("r", State.REQUEST_STATE_CANCELLED)
         assert await Leases(redis, "me").take_over("emoji", running=("other",)) == ([], [])
@@ -128,14 +128,14 @@ def test_a_cancel_that_no_channel_carried_is_found(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_events_of_the_next_owner_are_numbered_anew(each_store_url: str) -> None:
+def test_event_numbers_of_the_next_owner_start_at_zero(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        old, new = RequestStore(redis, owner="old"), RequestStore(redis, owner="heir")
+        old, new = RequestStore(redis, owner="old"), RequestStore(redis, owner="successor")
         await old.admit(record("r"))
         running = [state_event(State.REQUEST_STATE_RUNNING)]
         assert await old.append("r", running, number=0)
-        await redis.set("fleet:coordinator:heir", "1")
-        assert len(await taken(Leases(redis, "heir"))) == 1
+        await redis.set("fleet:coordinator:successor", "1")
+        assert len(await taken(Leases(redis, "successor"))) == 1
         assert await old.append("r", running, number=0) is None
         assert len(await new.append("r", running, number=0, epoch=2) or ()) == 1
 
@@ -152,12 +152,11 @@ def test_the_newest_checkpoint_stays_until_the_request_ends(each_store_url: str)
         parts = [b"head", *(bytes([n]) * 1_000_000 for n in range(20))]
         assert await old.save_step_checkpoint("r", 1, 0, [b"first"], step=1)
         assert await old.save_step_checkpoint("r", 1, 1, iter(parts), step=2)
-        assert await Leases(redis, "heir").load_step_checkpoint("r") == parts
+        assert await Leases(redis, "successor").load_step_checkpoint("r") == parts
         (key,) = await redis.keys("fleet:checkpoint:*")
         assert await redis.pttl(key) > 0
-        assert not await old.save_step_checkpoint(
-            "r", 1, 0, [b"first"], step=1
-        )  # delivered late: its caller gave up and went on
+        # Delivered late, after its caller stopped waiting for the reply.
+        assert not await old.save_step_checkpoint("r", 1, 0, [b"first"], step=1)
         assert await redis.keys("fleet:checkpoint:*") == [key]
         assert await old.load_step_checkpoint("r") == parts
         await store.finish("r", State.REQUEST_STATE_FAILED)
@@ -171,7 +170,7 @@ def test_the_newest_checkpoint_stays_until_the_request_ends(each_store_url: str)
 def test_a_cancelled_checkpoint_leaves_no_key_behind(
     each_store_url: str, monkeypatch: pytest.MonkeyPatch, phase: str, has_ended: bool
 ) -> None:
-    """A checkpoint that is written is entered, where its request still runs; any other key is deleted."""
+    """A completely written checkpoint is entered in the record if its request still runs. Other keys are deleted."""
 
     async def story(redis: Redis) -> None:
         store, old = RequestStore(redis, owner="old"), Leases(redis, "old")

@@ -1,4 +1,4 @@
-"""Leaving a store that takes connections and answers nothing, as one behind a network that holds packets back."""
+"""Withdrawal from a store that accepts connections and does not answer, as behind a partitioned network."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from common.state.presence import Presence
 from common.state.workers import WorkerRegistry
 
 
-def test_who_leaves_waits_for_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_withdrawal_does_not_wait_for_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presence, "_LEAVE_SECONDS", 0.01)
 
     async def story() -> None:
-        link = Link(tmp_path / "nobody")
+        link = Link(tmp_path / "silent")
         await link.start()
         link.hold()
         async with asyncio.timeout(5), connect(f"redis://{link.address}/0") as redis:

@@ -1,4 +1,4 @@
-"""Calls that are lost with their worker, against real servers: which losses are suspect, and which are in churn."""
+"""Losses of workers during calls, against real servers: suspect losses, and losses in churn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ State = generation_pb2.RequestState
 
 
 class Case:
-    """A request of a coordinator, and workers that are announced by hand."""
+    """A request of a coordinator, and workers whose heartbeats the test sends."""
 
     def __init__(self, redis: Redis, ttl_seconds: float = TTL) -> None:
         self.redis = redis
@@ -31,18 +31,18 @@ class Case:
         await self.store.admit(generation_pb2.RequestRecord(request_id=name, model="emoji"))
 
     async def announce(self, worker_id: str, service: str = "denoising") -> None:
-        """One heartbeat."""
+        """Send one heartbeat."""
         info = worker_pb2.WorkerInfo(
             worker_id=worker_id, service=service, model="emoji", model_fingerprint="f", capacity=1
         )
         await self.registry.announce(info)
 
     async def lose(self, worker_id: str, *, name: str = "r", service: str = "denoising", epoch: int = 1) -> list[Loss]:
-        """A call that had begun was lost."""
+        """Record that a running call was lost with its worker."""
         return await self.leases.add_death(name, epoch, worker_id, service=service, stage=2, ttl_seconds=TTL)
 
     async def decided(self, name: str = "r", epoch: int = 1) -> list[Loss]:
-        """The losses, once each one is suspect or cleared."""
+        """The suspect losses, once every loss is suspect or cleared."""
 
         async def all_are() -> bool:
             return all(loss.suspect for loss in await self.leases.losses(name, epoch))
@@ -51,7 +51,7 @@ class Case:
         return await self.leases.losses(name, epoch)
 
 
-def test_a_loss_is_suspect_once_the_heartbeat_has_run_out(each_store_url: str) -> None:
+def test_a_loss_is_suspect_once_the_heartbeat_has_expired(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         case = Case(redis)
         await case.admit()
@@ -60,20 +60,21 @@ def test_a_loss_is_suspect_once_the_heartbeat_has_run_out(each_store_url: str) -
         assert (loss.worker_id, loss.service, loss.stage, loss.reached) == ("w", "denoising", 2, 0)
         assert not loss.suspect
         assert 0 < loss.undecided_seconds <= TTL
-        assert len(await case.lose("w")) == 1  # recorded again, as the answer was lost
+        assert len(await case.lose("w")) == 1  # recorded again after a lost reply
         (loss,) = await case.decided()
         assert loss.suspect
         assert loss.undecided_seconds == 0
-        await case.announce("w")  # it was stopped for longer than its heartbeat lasts
+        await case.announce("w")  # the worker was suspended for longer than its heartbeat lasts
         assert [each.suspect for each in await case.leases.losses("r", 1)] == [True]
-        (first, second) = await case.lose("unknown")  # whose heartbeat had run out before: it gets the same time
+        # The heartbeat of this worker expired before its loss, which is decided after the same time.
+        (first, second) = await case.lose("unknown")
         assert (first.worker_id, second.worker_id, second.suspect) == ("w", "unknown", False)
         assert [loss.suspect for loss in await case.decided()] == [True, True]
 
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_worker_that_is_announced_again_is_no_loss(each_store_url: str) -> None:
+def test_a_new_heartbeat_of_the_worker_clears_its_losses(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         case = Case(redis, ttl_seconds=SLOW)
         await case.admit()
@@ -86,12 +87,12 @@ def test_a_worker_that_is_announced_again_is_no_loss(each_store_url: str) -> Non
         assert await case.leases.losses("r", 1) == []
         assert await case.leases.losses("other", 1) == []
         assert await redis.zrange("fleet:lost:emoji/denoising", 0, -1) == []
-        assert [loss.worker_id for loss in await case.lose("w")] == ["w"]  # later it is lost again
+        assert [loss.worker_id for loss in await case.lose("w")] == ["w"]  # a later loss counts
 
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_worker_that_leaves_is_no_loss(each_store_url: str) -> None:
+def test_a_worker_that_leaves_is_not_a_loss(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         case = Case(redis, ttl_seconds=60)
         await case.admit()
@@ -100,12 +101,12 @@ def test_a_worker_that_leaves_is_no_loss(each_store_url: str) -> None:
         await case.registry.withdraw("before", grace_seconds=SLOW)
         assert await case.lose("before") == []
         assert len(await case.lose("after")) == 1
-        await case.registry.withdraw("after")  # its mark comes later than the end of its calls
+        await case.registry.withdraw("after")  # the worker is marked as leaving after its loss
         assert await case.leases.losses("r", 1) == []
         assert await redis.zrange("fleet:lost:emoji/denoising", 0, -1) == []
         assert SLOW * 1_000 < await redis.pttl("fleet:leaving:before") <= (SLOW + 60) * 1_000
         assert 0 < await redis.pttl("fleet:leaving:after") <= 60_000
-        await case.announce("before")  # a heartbeat that was held up on its way
+        await case.announce("before")  # a delayed heartbeat
         assert await case.registry.live("emoji", "denoising") == []
 
     run_on_empty_store(each_store_url, story)
@@ -119,16 +120,16 @@ def test_a_loss_reports_the_step_of_the_checkpoint_and_is_inherited(each_store_u
         assert await case.leases.save_step_checkpoint("r", 1, 0, [b"x"], step=4)
         await case.lose("w-2")
         assert await case.leases.save_step_checkpoint("r", 1, 1, [b"x"], step=6)
-        assert not await case.leases.save_step_checkpoint("r", 1, 0, [b"x"], step=4)  # late
-        await redis.set("fleet:coordinator:heir", "1")
-        heir = Leases(redis, "heir")
-        ((inherited,), _) = await heir.take_over("emoji")
-        assert await case.leases.losses("r", 1) == []  # not its own any more
+        assert not await case.leases.save_step_checkpoint("r", 1, 0, [b"x"], step=4)  # a late write
+        await redis.set("fleet:coordinator:successor", "1")
+        successor = Leases(redis, "successor")
+        ((inherited,), _) = await successor.take_over("emoji")
+        assert await case.leases.losses("r", 1) == []  # no longer the owner
         assert await case.lose("w-3") == []
-        await heir.add_death("r", inherited.epoch, "w-3", service="denoising", stage=2, ttl_seconds=TTL)
+        await successor.add_death("r", inherited.epoch, "w-3", service="denoising", stage=2, ttl_seconds=TTL)
         found = await case.decided(epoch=inherited.epoch)
         assert [(loss.worker_id, loss.reached) for loss in found] == [("w-1", 0), ("w-2", 4), ("w-3", 6)]
-        assert await RequestStore(redis, owner="heir").finish("r", State.REQUEST_STATE_FAILED, epoch=2) is not None
+        assert await RequestStore(redis, owner="successor").finish("r", State.REQUEST_STATE_FAILED, epoch=2) is not None
         assert not {b"deaths", b"reached"} & set(await redis.hkeys("fleet:request:r"))
         for key in await redis.keys("fleet:*lost:*") + await redis.keys("fleet:accused:*"):
             assert await redis.pttl(key) > 0, key
@@ -137,9 +138,7 @@ def test_a_loss_reports_the_step_of_the_checkpoint_and_is_inherited(each_store_u
 
 
 @pytest.mark.parametrize("seen_by", ["heartbeat", "coordinator"])
-def test_a_loss_is_in_churn_where_a_worker_that_did_not_run_the_request_was_lost(
-    each_store_url: str, seen_by: str
-) -> None:
+def test_a_loss_is_in_churn_if_a_worker_of_other_requests_was_lost(each_store_url: str, seen_by: str) -> None:
     async def story(redis: Redis) -> None:
         case = Case(redis)
         for name in ("r", "other"):
@@ -147,25 +146,25 @@ def test_a_loss_is_in_churn_where_a_worker_that_did_not_run_the_request_was_lost
         for worker_id in ("w-1", "w-2"):
             await case.announce(worker_id)
             await case.lose(worker_id)
-        assert [loss.in_churn for loss in await case.decided()] == [False, False]  # both ran it
+        assert [loss.in_churn for loss in await case.decided()] == [False, False]  # both workers ran the request
         await case.lose("elsewhere", name="other", service="decoding")
         await case.announce("leaves")
         await case.registry.withdraw("leaves", grace_seconds=SLOW)
         seconds, _ = await redis.time()
-        await redis.zadd("fleet:workers:emoji/denoising", {"leaves": seconds * 1_000})  # by a late heartbeat
+        await redis.zadd("fleet:workers:emoji/denoising", {"leaves": seconds * 1_000})  # as by a late heartbeat
         assert not any(loss.in_churn for loss in await case.leases.losses("r", 1))
         if seen_by == "heartbeat":
-            await redis.zadd("fleet:workers:emoji/denoising", {"innocent": seconds * 1_000})
+            await redis.zadd("fleet:workers:emoji/denoising", {"unrelated": seconds * 1_000})
         else:
-            await case.lose("innocent", name="other")
+            await case.lose("unrelated", name="other")
         assert all(loss.in_churn for loss in await case.decided())
-        await redis.delete("fleet:lost:emoji/denoising")  # 10 minutes later
+        await redis.delete("fleet:lost:emoji/denoising")  # as after 10 minutes
         assert all(loss.in_churn for loss in await case.decided())
 
     run_on_empty_store(each_store_url, story)
 
 
-def test_losses_of_more_than_ten_minutes_ago_are_no_churn(each_store_url: str) -> None:
+def test_losses_of_more_than_ten_minutes_ago_are_not_churn(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         case = Case(redis)
         await case.admit()
@@ -181,7 +180,7 @@ def test_losses_of_more_than_ten_minutes_ago_are_no_churn(each_store_url: str) -
 
 
 def test_a_worker_that_runs_an_older_script_is_cleared_by_its_heartbeat(each_store_url: str) -> None:
-    """Its heartbeats store no time to live, and clear nobody."""
+    """Heartbeats of an older script store no time to live and clear no loss; the worker's live key clears it."""
 
     async def story(redis: Redis) -> None:
         case = Case(redis)
@@ -191,7 +190,7 @@ def test_a_worker_that_runs_an_older_script_is_cleared_by_its_heartbeat(each_sto
         for worker_id in ("old-1", "old-2"):
             await redis.hdel(f"fleet:worker:{worker_id}", "lasts")
             await case.lose(worker_id)
-        await redis.persist("fleet:worker:old-1")  # its heartbeats go on
+        await redis.persist("fleet:worker:old-1")  # as its heartbeats continue
         assert [loss.worker_id for loss in await case.decided()] == ["old-2"]
         await run_script(redis, "leaving", {"worker": "old-1", "lasts": 1})
 

@@ -1,4 +1,4 @@
-"""The bound on open work: in seconds, by the pace of unlike requests, and with room for each caller's part."""
+"""The bound on open work in seconds, by cost and measured pace, with a share for each caller."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ State = generation_pb2.RequestState
 LIMITS = AdmissionLimits(services=("text_encoding", "denoising"), queue_seconds=5.0)
 
 
-class Door:
-    """A store that admits, and slots of its services: two workers' places to denoise, one to encode."""
+class AdmittingFleet:
+    """A request store, and workers with two slots of denoising and one slot of text encoding."""
 
     def __init__(self, redis: Redis, slots: WorkerSlots) -> None:
         self.redis = redis
@@ -33,7 +33,7 @@ class Door:
     async def admit(
         self, name: str = "", *, cost: int = 1, caller: str = "", limits: AdmissionLimits = LIMITS, variant: str = ""
     ) -> str:
-        """Admit a request of that cost at the denoiser; returns its name."""
+        """Admit a request with this cost of denoising. Returns its ID."""
         name = name or secrets.token_hex(8)
         record = generation_pb2.RequestRecord(request_id=name, model="emoji", caller=caller, variant=variant)
         return (await self.store.admit(record, limits=limits, costs={"denoising": cost})).record.request_id
@@ -41,23 +41,23 @@ class Door:
     async def refused(
         self, words: str, *, cost: int = 1, caller: str = "", limits: AdmissionLimits = LIMITS, variant: str = ""
     ) -> float | None:
-        """The seconds after which a refused request may come again."""
+        """Check that a request is refused. Returns the seconds after which to retry."""
         with pytest.raises(ResourceExhausted, match=words) as caught:
             await self.admit(cost=cost, caller=caller, limits=limits, variant=variant)
         return caught.value.retry_seconds
 
     async def claim(self, name: str, cost: int = 1, service: str = "denoising") -> WorkerSlot:
-        """A slot for a request."""
+        """Claim a slot for a request."""
         return await self.slots.claim("emoji", service, name, QueuePriority(cost=cost))
 
-    async def took(self, seconds: float, cost: int = 1, *, name: str = "x", service: str = "denoising") -> None:
-        """A request of that cost held a slot for so long, and the service is done with it."""
+    async def measure(self, seconds: float, cost: int = 1, *, name: str = "x", service: str = "denoising") -> None:
+        """Run a stage of this cost to its end, with a slot held for `seconds`."""
         self.slots.release(await self.claim(name, cost, service), used_seconds=seconds)
         await self.slots.settle()
 
 
 @asynccontextmanager
-async def door(redis: Redis) -> AsyncIterator[Door]:
+async def admitting_fleet(redis: Redis) -> AsyncIterator[AdmittingFleet]:
     registry = WorkerRegistry(redis)
     for service, capacity in {"text_encoding": 1, "denoising": 2}.items():
         info = worker_pb2.WorkerInfo(
@@ -67,7 +67,7 @@ async def door(redis: Redis) -> AsyncIterator[Door]:
     presence = Presence(redis, "me")
     await presence.start()
     slots = WorkerSlots(redis, presence)
-    yield Door(redis, slots)
+    yield AdmittingFleet(redis, slots)
     await slots.settle()
     await presence.stop()
     for service in ("text_encoding", "denoising"):
@@ -80,10 +80,10 @@ async def nothing_is_open(redis: Redis) -> bool:
 
 def test_work_beyond_the_bound_is_refused_with_the_time_to_wait(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        async with door(redis) as fleet:
-            await fleet.took(4.0)
-            await fleet.took(0.1, service="text_encoding")
-            names = [await fleet.admit() for _ in range(3)]  # 0, 2 and 4 seconds of work before them
+        async with admitting_fleet(redis) as fleet:
+            await fleet.measure(4.0)
+            await fleet.measure(0.1, service="text_encoding")
+            names = [await fleet.admit() for _ in range(3)]  # with 0, 2 and 4 s of work ahead
             assert await fleet.refused(r"6\.0 s of work") == pytest.approx(1.0)
             crowded = AdmissionLimits(LIMITS.services, max_open=3)
             assert await fleet.refused("3 requests", limits=crowded) == pytest.approx(2.0)
@@ -98,11 +98,11 @@ def test_work_beyond_the_bound_is_refused_with_the_time_to_wait(each_store_url: 
 
 def test_unlike_requests_count_by_their_cost(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        async with door(redis) as fleet:
-            await fleet.took(8.0, cost=80)
-            await fleet.took(0.5, cost=5)  # the pace is the same, however small the request was
-            await fleet.took(0.1, service="text_encoding")
-            video = await fleet.admit(cost=110)  # 11 s on two places
+        async with admitting_fleet(redis) as fleet:
+            await fleet.measure(8.0, cost=80)
+            await fleet.measure(0.5, cost=5)  # the pace per unit of cost is the same
+            await fleet.measure(0.1, service="text_encoding")
+            video = await fleet.admit(cost=110)  # 11 s on two slots
             assert await fleet.refused(r"5\.5 s of work") == pytest.approx(0.5)
             crowded = AdmissionLimits(LIMITS.services, max_open=1)
             assert await fleet.refused("1 requests", cost=40, limits=crowded) == pytest.approx(2.0)
@@ -113,18 +113,18 @@ def test_unlike_requests_count_by_their_cost(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_what_a_service_has_done_is_its_work_no_more(each_store_url: str) -> None:
+def test_completed_stages_do_not_count_as_open_work(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        async with door(redis) as fleet:
-            await fleet.took(4.0)
-            await fleet.took(2.0, service="text_encoding")
-            for number in range(3):  # the encoder, which has one place, has 6 s to do
+        async with admitting_fleet(redis) as fleet:
+            await fleet.measure(4.0)
+            await fleet.measure(2.0, service="text_encoding")
+            for number in range(3):  # 6 s of work on the only slot of the encoder
                 await fleet.admit(f"r{number}")
             assert await fleet.refused(r"6\.0 s of work") == pytest.approx(1.0)
-            for _ in range(2):  # a stage that is done twice, after a take-over, counts once
-                await fleet.took(2.0, name="r0", service="text_encoding")
-            assert await fleet.refused(r"6\.0 s of work") == pytest.approx(1.0)  # now the denoiser's
-            await fleet.took(4.0, name="r0")
+            for _ in range(2):  # a stage that completes twice, after a take-over, counts once
+                await fleet.measure(2.0, name="r0", service="text_encoding")
+            assert await fleet.refused(r"6\.0 s of work") == pytest.approx(1.0)  # work of the denoiser
+            await fleet.measure(4.0, name="r0")
             await fleet.admit("r3")
             for number in range(4):
                 await fleet.store.finish(f"r{number}", State.REQUEST_STATE_SUCCEEDED)
@@ -133,11 +133,11 @@ def test_what_a_service_has_done_is_its_work_no_more(each_store_url: str) -> Non
     run_on_empty_store(each_store_url, story)
 
 
-def test_the_work_that_is_under_way_gets_less_with_time(each_store_url: str) -> None:
+def test_running_work_decreases_with_time(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        async with door(redis) as fleet:
-            await fleet.took(60.0)
-            await fleet.took(0.1, service="text_encoding")
+        async with admitting_fleet(redis) as fleet:
+            await fleet.measure(60.0)
+            await fleet.measure(0.1, service="text_encoding")
             await fleet.admit("running")
             slot = await fleet.claim("running")
             wait = await fleet.refused("s of work")
@@ -145,7 +145,7 @@ def test_the_work_that_is_under_way_gets_less_with_time(each_store_url: str) -> 
             assert 20 < wait <= 25
             held = (await command(redis, "HGET", "fleet:slots:emoji/denoising", slot.ticket)).decode()
             place, _, since = held.rpartition("|")
-            earlier = f"{place}|{int(since) - 55_000}"  # 5 s are left of it, on two places
+            earlier = f"{place}|{int(since) - 55_000}"  # 5 s remain, on two slots
             await command(redis, "HSET", "fleet:slots:emoji/denoising", slot.ticket, earlier)
             await fleet.admit()
             fleet.slots.release(slot)
@@ -153,31 +153,30 @@ def test_the_work_that_is_under_way_gets_less_with_time(each_store_url: str) -> 
     run_on_empty_store(each_store_url, story)
 
 
-def test_before_there_is_a_pace_only_what_begins_at_once_is_taken(each_store_url: str) -> None:
+def test_without_a_pace_only_requests_that_start_at_once_are_admitted(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        async with door(redis) as fleet:
-            await fleet.took(0.1, service="text_encoding")
+        async with admitting_fleet(redis) as fleet:
+            await fleet.measure(0.1, service="text_encoding")
             first = await fleet.admit()
             await fleet.admit()
             assert await fleet.refused("2 requests for emoji are open, and none has ended") == 5.0
-            await fleet.admit(
-                limits=AdmissionLimits(LIMITS.services)
-            )  # without a bound in seconds there is nothing to know
-            await fleet.took(1.0, name=first)
+            # Admission without a bound in seconds needs no pace.
+            await fleet.admit(limits=AdmissionLimits(LIMITS.services))
+            await fleet.measure(1.0, name=first)
             await fleet.admit()
 
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_caller_has_room_for_its_part_whatever_the_others_have(each_store_url: str) -> None:
+def test_a_caller_within_its_share_is_admitted_whatever_the_others_have_open(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        async with door(redis) as fleet:
-            await fleet.took(2.0)
-            await fleet.took(0.1, service="text_encoding")
-            for _ in range(6):  # a second each
+        async with admitting_fleet(redis) as fleet:
+            await fleet.measure(2.0)
+            await fleet.measure(0.1, service="text_encoding")
+            for _ in range(6):  # 1 s each
                 await fleet.admit(caller="greedy")
             assert await fleet.refused("6.0 s of work", caller="greedy") == pytest.approx(1.0)
-            for _ in range(3):  # until it has more than half of the five seconds
+            for _ in range(3):  # until the caller has more than half of the 5 s
                 await fleet.admit(caller="modest")
             assert await fleet.refused("9.0 s of work", caller="modest") == pytest.approx(4.0)
             await fleet.admit(caller="third")
@@ -185,15 +184,15 @@ def test_a_caller_has_room_for_its_part_whatever_the_others_have(each_store_url:
     run_on_empty_store(each_store_url, story)
 
 
-def test_each_variant_has_a_pace_of_its_own(each_store_url: str) -> None:
+def test_each_variant_has_its_own_pace(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        async with door(redis) as fleet:
-            await fleet.took(0.1, service="text_encoding")
+        async with admitting_fleet(redis) as fleet:
+            await fleet.measure(0.1, service="text_encoding")
             for variant, seconds in {"text": 1.0, "image": 8.0}.items():
                 name = await fleet.admit(variant=variant, limits=AdmissionLimits(LIMITS.services))
-                await fleet.took(seconds, name=name)
+                await fleet.measure(seconds, name=name)
                 await fleet.store.finish(name, State.REQUEST_STATE_SUCCEEDED)
-            for _ in range(2):  # 0.5 s each, as two requests are taken at a time
+            for _ in range(2):  # 0.5 s each, on two slots
                 await fleet.admit(variant="text")
             await fleet.admit(variant="image")  # 4 s
             await fleet.admit(variant="text")
@@ -206,12 +205,12 @@ def test_each_variant_has_a_pace_of_its_own(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_variant_without_a_pace_takes_that_of_the_others(each_store_url: str) -> None:
+def test_a_variant_without_a_pace_has_the_pace_of_the_others(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        async with door(redis) as fleet:
-            await fleet.took(0.1, service="text_encoding")
+        async with admitting_fleet(redis) as fleet:
+            await fleet.measure(0.1, service="text_encoding")
             name = await fleet.admit(variant="text", limits=AdmissionLimits(LIMITS.services))
-            await fleet.took(4.0, name=name)
+            await fleet.measure(4.0, name=name)
             await fleet.store.finish(name, State.REQUEST_STATE_SUCCEEDED)
             for _ in range(3):
                 await fleet.admit(variant="image")
@@ -220,11 +219,11 @@ def test_a_variant_without_a_pace_takes_that_of_the_others(each_store_url: str) 
     run_on_empty_store(each_store_url, story)
 
 
-def test_work_of_a_callers_variants_is_one_part(each_store_url: str) -> None:
+def test_work_of_all_variants_counts_towards_the_share_of_the_caller(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        async with door(redis) as fleet:
-            await fleet.took(4.0)
-            await fleet.took(0.1, service="text_encoding")
+        async with admitting_fleet(redis) as fleet:
+            await fleet.measure(4.0)
+            await fleet.measure(0.1, service="text_encoding")
             names = [
                 await fleet.admit(caller=caller, variant=variant, limits=AdmissionLimits(LIMITS.services))
                 for caller in ("ann", "bob")
@@ -236,7 +235,7 @@ def test_work_of_a_callers_variants_is_one_part(each_store_url: str) -> None:
                 b"bob|image",
                 b"bob|text",
             ]
-            # 8 s, of which each caller has 4, more than an equal part of the bound; a new caller has none.
+            # 8 s of work: 4 s of each caller, which exceeds an equal share of the bound. A new caller has none.
             await fleet.refused(r"8\.0 s of work", caller="ann", variant="text")
             names.append(await fleet.admit(caller="cid", variant="text"))
             for name in names:

@@ -1,4 +1,4 @@
-"""Requests that count only once replicas have them: what is acknowledged survives the loss of the primary."""
+"""Writes are acknowledged only once replicas have them, and so survive the loss of the primary."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Story = Callable[[Replicated, Redis], Awaitable[None]]
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replica that is cut off is waited for shortly."""
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait only 0.3 s for the acknowledgement of a replica."""
     monkeypatch.setattr(replication, "_ACKNOWLEDGE_SECONDS", 0.3)
 
 
 def run_on_replicated_servers(story: Story, *, sentinel: bool = False) -> None:
-    """Run a test on a primary, a replica that has caught up, and perhaps a sentinel."""
+    """Run a test on a primary, a replica that has caught up and, if `sentinel`, a sentinel."""
 
     async def whole(servers: Replicated) -> None:
         async with asyncio.timeout(60), connect(servers.url) as redis:
@@ -54,7 +54,7 @@ def record(name: str) -> generation_pb2.RequestRecord:
     return generation_pb2.RequestRecord(request_id=name, model="emoji", caller="c")
 
 
-def test_what_was_accepted_is_there_after_a_failover() -> None:
+def test_accepted_requests_survive_a_failover() -> None:
     async def story(servers: Replicated, redis: Redis) -> None:
         store = RequestStore(redis, replicas=1)
         for number in range(20):
@@ -81,14 +81,14 @@ def test_what_was_accepted_is_there_after_a_failover() -> None:
     run_on_replicated_servers(story, sentinel=True)
 
 
-def test_what_no_replica_has_is_not_accepted_until_one_has() -> None:
+def test_a_request_is_accepted_only_once_a_replica_has_it() -> None:
     async def story(servers: Replicated, redis: Redis) -> None:
         store = RequestStore(redis, replicas=1)
         await store.admit(record("before"))
         servers.stop_replica()
         refusal = r"store_replicas: 0 replicas .* less than 1; connect as many"
         async with connect(servers.url) as fresh:
-            # Another connection writes nothing: it asks for the same request, or for the same end.
+            # The attempt on another connection writes nothing, because the request or its end exists already.
             for attempt in (store, RequestStore(fresh, replicas=1)):
                 with pytest.raises(Unavailable, match=refusal):
                     await attempt.admit(record("r"), idempotency_key="k")
@@ -106,7 +106,7 @@ def test_what_no_replica_has_is_not_accepted_until_one_has() -> None:
     run_on_replicated_servers(story)
 
 
-def test_a_result_of_which_a_failover_lost_a_part_is_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_lost_a_part_in_a_failover_is_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.state.records._BATCH_BYTES", CHUNK_BYTES)
     data = bytes(3 * CHUNK_BYTES)
     follow = Replication.follow
@@ -153,7 +153,7 @@ def test_an_item_of_a_result_is_delivered_only_once_a_replica_has_it() -> None:
     run_on_replicated_servers(story)
 
 
-def test_a_server_that_has_forgotten_the_script_is_sent_it() -> None:
+def test_a_missing_script_is_loaded_again() -> None:
     async def story(redis: Redis) -> None:
         await command(redis, "SCRIPT", "FLUSH")
         with pytest.raises(Unavailable, match="0 replicas"):

@@ -36,12 +36,12 @@ def warning(message: str) -> generation_pb2.Event:
     return generation_pb2.Event(warning=artifacts_pb2.Warning(field="prompt", message=message))
 
 
-def picture(data: bytes) -> ResultFile:
+def image_file(data: bytes) -> ResultFile:
     header = generation_pb2.FileHeader(count=1, content_type="image/png", byte_size=len(data), height=8, width=8)
     return ResultFile(header, [data])
 
 
-def test_a_request_from_admission_to_its_end(each_store_url: str) -> None:
+def test_a_request_has_its_events_and_files_from_admission_to_end(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         given = record(prompt="a red apple")
@@ -54,7 +54,7 @@ def test_a_request_from_admission_to_its_end(each_store_url: str) -> None:
         assert await store.append(given.request_id, [warning("cut")], number=2)
         data = bytes(range(256)) * 10_000
         assert await store.finish(
-            given.request_id, State.REQUEST_STATE_SUCCEEDED, files=[picture(data)], events=[progress(9)]
+            given.request_id, State.REQUEST_STATE_SUCCEEDED, files=[image_file(data)], events=[progress(9)]
         )
         events = [event async for event in store.events(given.request_id)]
         kinds = [event.WhichOneof("kind") for event in events]
@@ -72,12 +72,12 @@ def test_a_request_from_admission_to_its_end(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_an_end_happens_once_and_nothing_follows_it(each_store_url: str) -> None:
+def test_a_request_ends_once_and_has_no_events_afterwards(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name = (await store.admit(record())).record.request_id
         ends = [State.REQUEST_STATE_SUCCEEDED, State.REQUEST_STATE_CANCELLED, State.REQUEST_STATE_EXPIRED] * 7
-        files = [[picture(b"x" * 100)] if end == State.REQUEST_STATE_SUCCEEDED else [] for end in ends]
+        files = [[image_file(b"x" * 100)] if end == State.REQUEST_STATE_SUCCEEDED else [] for end in ends]
         ends_seen = await asyncio.gather(
             *(store.finish(name, end, files=each) for end, each in zip(ends, files, strict=True))
         )
@@ -92,12 +92,12 @@ def test_an_end_happens_once_and_nothing_follows_it(each_store_url: str) -> None
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_file_of_a_late_end_does_not_stay(each_store_url: str) -> None:
+def test_files_of_a_late_end_are_deleted(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name = (await store.admit(record())).record.request_id
         assert await store.finish(name, State.REQUEST_STATE_CANCELLED)
-        assert await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[picture(b"x" * 9)]) is None
+        assert await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"x" * 9)]) is None
         assert not await redis.keys("fleet:result:*")
 
     run_on_empty_store(each_store_url, story)
@@ -107,15 +107,15 @@ def test_every_key_of_an_ended_request_expires(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis, retention=Retention(record_seconds=0.05, result_seconds=0.05))
         name = (await store.admit(record(), idempotency_key="k")).record.request_id
-        await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[picture(b"x" * 3_000_000)])
+        await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"x" * 3_000_000)])
         keys = [key for key in await redis.keys("fleet:*") if name.encode() in key or b"idempotency" in key]
         lives = [await redis.pttl(key) for key in keys]
         assert all(-2 <= life <= 50 and life != -1 for life in lives), dict(zip(keys, lives, strict=True))
 
-        async def gone() -> bool:
+        async def are_expired() -> bool:
             return not keys or not await redis.exists(*keys)
 
-        await wait_until(gone)
+        await wait_until(are_expired)
         with pytest.raises(NotFound, match="may have expired"):
             await store.get(name)
         with pytest.raises(NotFound, match="result"):
@@ -127,19 +127,19 @@ def test_every_key_of_an_ended_request_expires(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_an_end_that_is_written_again_keeps_its_files(each_store_url: str) -> None:
+def test_a_repeated_end_keeps_its_files(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name = (await store.admit(record())).record.request_id
-        assert await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[picture(b"x")], token="mine")
-        assert await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[picture(b"x")], token="mine") == []
+        assert await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"x")], token="mine")
+        assert await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"x")], token="mine") == []
         assert [chunk async for chunk in store.result_chunks(name, 0, 1)] == [b"x"]
         assert await store.finish(name, State.REQUEST_STATE_FAILED, token="other") is None
 
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_key_replays_one_request_to_all_who_come_at_once(each_store_url: str) -> None:
+def test_an_idempotency_key_replays_one_request_to_concurrent_callers(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         answers = await asyncio.gather(*(store.admit(record(), idempotency_key="order-7") for _ in range(20)))
@@ -154,7 +154,7 @@ def test_a_key_replays_one_request_to_all_who_come_at_once(each_store_url: str) 
     run_on_empty_store(each_store_url, story)
 
 
-def test_watching_goes_on_after_an_event_and_wakes_up_at_once(each_store_url: str) -> None:
+def test_a_watch_continues_after_an_event_and_wakes_up_at_once(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name = (await store.admit(record())).record.request_id
@@ -182,7 +182,7 @@ def test_watching_goes_on_after_an_event_and_wakes_up_at_once(each_store_url: st
 
 
 @pytest.mark.parametrize("after", ["x", "1-", "99999999999999999999999-1", "(1-1"])
-def test_a_watch_from_no_event_is_refused(each_store_url: str, after: str) -> None:
+def test_a_watch_after_an_invalid_event_id_is_refused(each_store_url: str, after: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         name = (await store.admit(record())).record.request_id
@@ -195,7 +195,7 @@ def test_a_watch_from_no_event_is_refused(each_store_url: str, after: str) -> No
     run_on_empty_store(each_store_url, story)
 
 
-def test_admission_is_bounded_and_knows_the_time(each_store_url: str) -> None:
+def test_admission_is_bounded_and_checks_deadlines(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
         limits = AdmissionLimits(services=["text_encoding", "denoising"], max_open=2, queue_limit=1)
@@ -205,7 +205,7 @@ def test_admission_is_bounded_and_knows_the_time(each_store_url: str) -> None:
             await store.admit(record(), limits=limits)
         await store.admit(record("other"), limits=limits)
         await store.finish(first.record.request_id, State.REQUEST_STATE_CANCELLED)
-        await redis.zadd("fleet:queue:emoji/denoising", {"someone": 0})
+        await redis.zadd("fleet:queue:emoji/denoising", {"entry": 0})
         with pytest.raises(ResourceExhausted, match="1 requests wait for denoising"):
             await store.admit(record(), limits=limits)
         late = record("third")
@@ -249,7 +249,7 @@ def test_pages_are_newest_first_and_filtered(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_cancel_reaches_the_owner_or_ends_what_nobody_owns(each_store_url: str) -> None:
+def test_a_cancel_reaches_the_owner_or_ends_a_request_without_an_owner(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         presence = Presence(redis, "me")
         asked: asyncio.Queue[str] = asyncio.Queue()
@@ -257,22 +257,22 @@ def test_a_cancel_reaches_the_owner_or_ends_what_nobody_owns(each_store_url: str
         await presence.start()
         store = RequestStore(redis, owner="me")
         name = (await store.admit(record())).record.request_id
-        stranger = RequestStore(redis)
-        cancelled, ended_here = await stranger.request_cancel(name)
+        other = RequestStore(redis)
+        cancelled, ended_here = await other.request_cancel(name)
         assert (cancelled.state, ended_here) == (State.REQUEST_STATE_QUEUED, False)
         assert await asked.get() == name
         await presence.stop()
         for token, expected in (("first", True), ("first", True), ("second", False), ("", False)):
-            cancelled, ended_here = await stranger.request_cancel(name, token=token)
+            cancelled, ended_here = await other.request_cancel(name, token=token)
             assert (cancelled.state, ended_here) == (State.REQUEST_STATE_CANCELLED, expected)
         with pytest.raises(NotFound):
-            await stranger.request_cancel("nothing")
+            await other.request_cancel("nothing")
 
     run_on_empty_store(each_store_url, story)
 
 
-def test_events_that_are_written_again_are_there_once(each_store_url: str) -> None:
-    """A writer repeats itself when an answer is lost; a slow network repeats it once more, later."""
+def test_repeated_events_are_stored_once(each_store_url: str) -> None:
+    """A writer repeats events after a lost reply, and a slow network may deliver the first attempt later."""
 
     async def story(redis: Redis) -> None:
         store = RequestStore(redis)
@@ -292,7 +292,7 @@ def test_events_that_are_written_again_are_there_once(each_store_url: str) -> No
 
 
 @pytest.mark.parametrize("name", sorted(server_binaries()))
-def test_what_was_accepted_survives_a_killed_server(name: str) -> None:
+def test_accepted_requests_survive_a_killed_server(name: str) -> None:
     with running_server(name) as server:
 
         async def story() -> None:
@@ -305,12 +305,12 @@ def test_what_was_accepted_survives_a_killed_server(name: str) -> None:
                 server.start()
                 assert (await store.get(admitted.request_id)).parameters.prompt == "kept"
                 assert (await store.admit(record(), idempotency_key="k")).replayed
-                assert await store.finish(admitted.request_id, State.REQUEST_STATE_SUCCEEDED, files=[picture(b"x")])
+                assert await store.finish(admitted.request_id, State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"x")])
 
         asyncio.run(story())
 
 
 @pytest.mark.parametrize("url", ["http://x", "redis//x", ""])
-def test_a_url_of_something_else_is_refused(url: str) -> None:
+def test_a_url_that_is_not_of_redis_is_refused(url: str) -> None:
     with pytest.raises(InvalidInput, match="no Redis URL"):
         connect(url)

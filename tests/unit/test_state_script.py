@@ -20,7 +20,7 @@ LISTS = {"work", "done", "computed", "costs", "events", "running", "contracts", 
 
 
 def refusal(url: str, operation: str, arguments: Arguments) -> str:
-    """The message of the InternalError that a call gets. The call has changed nothing."""
+    """The message of the InternalError of a call. Checks that the call changed nothing."""
     messages: list[str] = []
 
     async def story(redis: Redis) -> None:
@@ -33,7 +33,7 @@ def refusal(url: str, operation: str, arguments: Arguments) -> str:
     return messages[0]
 
 
-def test_the_script_is_made_of_all_files() -> None:
+def test_the_script_contains_all_files() -> None:
     folder = Path(connection.__file__).parent / "lua"
     assert {path.stem for path in folder.iterdir()} == set(SCRIPT_FILES)
     assert len(SCRIPT_FILES) == len(set(SCRIPT_FILES))

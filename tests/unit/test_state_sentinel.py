@@ -1,4 +1,4 @@
-"""A store behind sentinels: the primary is killed, a replica takes its place, and nothing that was accepted is lost."""
+"""A store behind sentinels: a replica replaces the killed primary without loss of accepted requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fleet.v1 import generation_pb2
 from sentinel_servers import Replicated, replicated_servers
 
 
-def test_a_replica_takes_the_place_of_a_killed_primary() -> None:
+def test_a_replica_replaces_a_killed_primary() -> None:
     async def story(servers: Replicated) -> None:
         async with connect(servers.url) as redis:
             store = RequestStore(redis)
@@ -48,6 +48,6 @@ def test_a_replica_takes_the_place_of_a_killed_primary() -> None:
 
 
 @pytest.mark.parametrize("url", ["redis+sentinel://host:1", "redis+sentinel:///service", "redis+sentinel://host/s"])
-def test_a_sentinel_url_that_lacks_something_is_refused(url: str) -> None:
+def test_an_incomplete_sentinel_url_is_refused(url: str) -> None:
     with pytest.raises(InvalidInput, match="redis\\+sentinel://host"):
         connect(url)

@@ -1,4 +1,4 @@
-"""What a Redis server's configuration means for the fleet, and what happens when its memory is full: real servers."""
+"""Checks of a Redis server's configuration, and behaviour with full memory, on real servers."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ CLAIM: Arguments = {
 
 
 async def configure(redis: Redis, **values: str) -> None:
-    """Set configuration values; those that are not given get the defaults of this file."""
+    """Set configuration values, and reset all other values to the defaults of this file."""
     for name, value in {**DEFAULTS, **{name.replace("_", "-"): value for name, value in values.items()}}.items():
         await command(redis, "CONFIG", "SET", name, value)
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    """Level and message of each line since the last call."""
+    """Level and message of each log line since the last call."""
     found = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == LOGGER]
     caplog.clear()
     return found
 
 
-def test_a_durable_primary_is_said_to_be_one(each_store_url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_durable_primary_is_logged_as_durable(each_store_url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, LOGGER)
 
     async def story(redis: Redis) -> None:
@@ -107,9 +107,7 @@ def test_a_store_that_is_not_durable_gets_a_warning(
     assert loss in text
 
 
-def test_a_login_that_may_not_look_is_reported_what_was_not_checked(
-    each_store_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_checks_that_a_login_does_not_permit_are_logged(each_store_url: str, caplog: pytest.LogCaptureFixture) -> None:
     async def story(redis: Redis) -> None:
         await configure(redis, maxmemory_policy="allkeys-lru")
         await command(redis, "ACL", "SETUSER", "blind", "on", ">word", "~*", "&*", "+@all", "-config", "-info", "-role")
@@ -119,7 +117,7 @@ def test_a_login_that_may_not_look_is_reported_what_was_not_checked(
         assert not (await StoreMemory(blind).use()).limit
         await blind.aclose()
         managed = Redis.from_url(each_store_url, username="managed", password="word", protocol=2)
-        with pytest.raises(FailedPrecondition, match="allkeys-lru"):  # INFO has it where CONFIG is forbidden
+        with pytest.raises(FailedPrecondition, match="allkeys-lru"):  # INFO has the policy where CONFIG is forbidden
             await check_server(managed)
         await configure(redis)
         await check_server(managed)
@@ -185,7 +183,7 @@ def test_a_worker_refuses_an_evicting_store_before_it_loads(
 
 
 def free_port() -> int:
-    """A port whose cluster bus port is a port too."""
+    """A free port whose cluster bus port is a valid port number, too."""
     while True:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -211,7 +209,8 @@ def test_a_redis_cluster_of_two_nodes_is_named_and_refused() -> None:
             works = "is part of a Redis Cluster.*one primary.*Sentinel.*managed service with cluster mode disabled"
             with pytest.raises(FailedPrecondition, match=works):
                 await check_server(redis)
-            with pytest.raises(FailedPrecondition, match=works):  # a process that has not checked gets the same error
+            # A process that has not checked the server gets the same error.
+            with pytest.raises(FailedPrecondition, match=works):
                 await asyncio.gather(
                     *(run_script(each, "beat", {"owner": "a", "lasts": 1_000}) for each in (redis, other))
                 )
@@ -224,7 +223,7 @@ def record(name: str) -> generation_pb2.RequestRecord:
     return generation_pb2.RequestRecord(request_id=name, model="emoji")
 
 
-def picture(size: int) -> ResultFile:
+def image_file(size: int) -> ResultFile:
     return ResultFile(generation_pb2.FileHeader(byte_size=size), [bytes(size)])
 
 
@@ -238,7 +237,7 @@ def test_a_nearly_full_store_refuses_new_requests_and_ends_accepted_ones(each_st
             await store.admit(record("refused"))
         assert caught.value.retry_seconds == 5.0
         assert (await store.admit(record("again"), idempotency_key="k")).replayed
-        assert await store.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[picture(MIB)])
+        assert await store.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[image_file(MIB)])
         assert sum([len(chunk) async for chunk in store.result_chunks("accepted", 0, MIB)]) == MIB
         await unfill(redis)
         await store.admit(record("later"))
@@ -247,7 +246,7 @@ def test_a_nearly_full_store_refuses_new_requests_and_ends_accepted_ones(each_st
     run_on_empty_store(each_store_url, story)
 
 
-def test_what_was_accepted_since_the_last_look_counts(each_store_url: str) -> None:
+def test_requests_accepted_since_the_last_read_of_memory_count(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         await configure(redis, maxmemory=str(60 * MIB))
         store = RequestStore(redis, owner="me", memory=StoreMemory(redis, 0.3, read_seconds=3_600))
@@ -260,7 +259,7 @@ def test_what_was_accepted_since_the_last_look_counts(each_store_url: str) -> No
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_full_store_is_not_said_to_be_away_and_keeps_its_heartbeats(each_store_url: str) -> None:
+def test_a_full_store_is_not_unavailable_and_accepts_heartbeats(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         unbounded = RequestStore(redis, owner="me")
         presence = Presence(redis, "me")
@@ -275,11 +274,12 @@ def test_a_full_store_is_not_said_to_be_away_and_keeps_its_heartbeats(each_store
         await run_script(redis, "claim", {"ticket": "accepted/me/0", **CLAIM})
         await run_script(redis, "release", {"ticket": "accepted/me/0", "place": "emoji/denoising", "used": 0})
         with pytest.raises(StoreFull, match="request store is full") as failed:
-            await unbounded.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[picture(MIB)], token="t")
+            await unbounded.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[image_file(MIB)], token="t")
         assert "away" not in str(failed.value)
-        assert (await unbounded.get("accepted")).state == State.REQUEST_STATE_QUEUED  # no end without its files
+        # A request does not end without its files.
+        assert (await unbounded.get("accepted")).state == State.REQUEST_STATE_QUEUED
         await unfill(redis)
-        assert await unbounded.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[picture(MIB)], token="t")
+        assert await unbounded.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[image_file(MIB)], token="t")
         await presence.stop()
         await configure(redis)
 
@@ -300,7 +300,7 @@ def test_repairs_are_read_by_kind(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_record_of_another_type_is_named_and_hides_no_other(each_store_url: str) -> None:
+def test_a_record_of_another_type_is_named_and_the_others_are_listed(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         store = RequestStore(redis, owner="me")
         for name in ("a", "b", "c"):

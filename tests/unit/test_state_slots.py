@@ -1,4 +1,4 @@
-"""Workers and slots against real servers: who lives, who is next, and what happens to the slots of the dead."""
+"""Workers and slots against real servers: live workers, queue order, and slots of dead processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from slot_claims import SLOW, queued, slots_of, worker
 LATE: Arguments = {"place": "emoji/denoising", "priority": 0, "cost": 1, "deadline": 0, "caller": "", "wiring": ""}
 
 
-def test_slots_go_by_priority_then_deadline_then_arrival(each_store_url: str) -> None:
+def test_slots_are_granted_by_priority_then_deadline_then_arrival(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
@@ -100,7 +100,7 @@ def test_idle_workers_take_turns(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_worker_that_comes_serves_who_waits(each_store_url: str) -> None:
+def test_a_new_worker_serves_waiting_claims(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         async with slots_of(redis, "a") as slots:
@@ -113,7 +113,7 @@ def test_a_worker_that_comes_serves_who_waits(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_an_abandoned_claim_leaves_queue_and_slot(each_store_url: str) -> None:
+def test_a_cancelled_claim_leaves_the_queue_and_holds_no_slot(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
@@ -134,7 +134,7 @@ def test_an_abandoned_claim_leaves_queue_and_slot(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_slots_and_places_of_a_dead_coordinator_are_free(each_store_url: str) -> None:
+def test_slots_and_queue_entries_of_a_dead_coordinator_are_freed(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
@@ -144,7 +144,7 @@ def test_slots_and_places_of_a_dead_coordinator_are_free(each_store_url: str) ->
             await queued(registry, 1)
             second = asyncio.create_task(living.claim("emoji", "denoising", "second"))
             await queued(registry, 2)
-            await run_script(redis, "resign", {"owner": "dying"})  # What the end of its heartbeat comes to.
+            await run_script(redis, "resign", {"owner": "dying"})  # as when its heartbeat expires
             assert (await second).worker.worker_id == "w"
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
@@ -153,10 +153,10 @@ def test_slots_and_places_of_a_dead_coordinator_are_free(each_store_url: str) ->
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_claim_waits_for_a_store_that_is_away(caplog: pytest.LogCaptureFixture) -> None:
-    """As the one claim that it is: not one more to take back for each time that it asks."""
+def test_a_claim_waits_for_an_unavailable_store(caplog: pytest.LogCaptureFixture) -> None:
+    """Each attempt sends the same ticket, so that no further claim has to be released."""
 
-    async def asked_twice() -> bool:
+    async def has_tried_twice() -> bool:
         return sum("claim of a worker slot waits" in record.message for record in caplog.records) >= 2
 
     with running_server("valkey") as server:
@@ -167,7 +167,7 @@ def test_a_claim_waits_for_a_store_that_is_away(caplog: pytest.LogCaptureFixture
             async with slots_of(redis, "a") as slots:
                 server.kill()
                 claim = asyncio.create_task(slots.claim("emoji", "denoising", "r"))
-                await wait_until(asked_twice)
+                await wait_until(has_tried_twice)
                 server.start()
                 slot = await claim
                 assert slot.worker.worker_id == "w"
@@ -178,12 +178,12 @@ def test_a_claim_waits_for_a_store_that_is_away(caplog: pytest.LogCaptureFixture
     assert not [record for record in caplog.records if "release of a worker slot waits" in record.message]
 
 
-def test_the_slots_of_a_dead_worker_go_to_another(each_store_url: str) -> None:
+def test_a_dead_worker_is_not_live_and_is_recorded_as_lost(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         fast = WorkerRegistry(redis, heartbeat_seconds=0.01, ttl_seconds=0.1)
-        mortal = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=0.1)
+        expiring = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=0.1)
         await fast.announce(worker("alive"))
-        await mortal.announce(worker("dead"))
+        await expiring.announce(worker("dead"))
         assert len(await fast.live("emoji", "denoising")) == 2
 
         async def one_is_left() -> bool:
@@ -194,12 +194,12 @@ def test_the_slots_of_a_dead_worker_go_to_another(each_store_url: str) -> None:
         assert 0 <= await redis.pttl("fleet:workers:emoji/denoising") <= 600_100
         assert await redis.zrange("fleet:lost:emoji/denoising", 0, -1) == [b"dead"]
         await fast.withdraw("alive")
-        await mortal.withdraw("dead")
+        await expiring.withdraw("dead")
 
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_worker_is_avoided_by_the_coordinator_that_cannot_reach_it_only(each_store_url: str) -> None:
+def test_only_the_coordinator_that_cannot_reach_a_worker_avoids_it(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w", capacity=3))
@@ -209,12 +209,12 @@ def test_a_worker_is_avoided_by_the_coordinator_that_cannot_reach_it_only(each_s
             await redis.hset("fleet:avoided:a", "w", f"{2**42}|200")  # a pause that outlasts the test
             waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r", QueuePriority(priority=9)))
             await queued(registry, 1)
-            theirs = await others.claim("emoji", "denoising", "s")  # of a lower rank, behind the one that waits
-            assert theirs.worker.worker_id == "w"
+            granted = await others.claim("emoji", "denoising", "s")  # of lower priority than the waiting claim
+            assert granted.worker.worker_id == "w"
             load = await registry.load("emoji", "denoising")
-            assert (len(load.workers), load.busy, load.queued) == (1, 2, 1)  # listed, and the slot there is not dropped
+            assert (len(load.workers), load.busy, load.queued) == (1, 2, 1)  # both slots are counted
             await redis.hset("fleet:avoided:a", "w", "1|200")
-            others.release(theirs)  # what hands the slot on
+            others.release(granted)  # the slot is granted to the waiting claim
             assert (await waiting).worker.worker_id == "w"
             slots.release(kept)
         await registry.withdraw("w")
@@ -224,14 +224,15 @@ def test_a_worker_is_avoided_by_the_coordinator_that_cannot_reach_it_only(each_s
 
 def test_the_pause_doubles_and_a_success_ends_it(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
-        registry = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=SLOW)  # its heartbeats hand slots out too
+        # Heartbeats also grant slots, so none is sent during the test.
+        registry = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=SLOW)
         await registry.announce(worker("w"))
         async with slots_of(redis, "a") as slots:
             assert [await slots.avoid("w") for _ in range(7)] == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
             assert 0 < await redis.pttl("fleet:avoided:a") <= 60_000
-            await redis.hset("fleet:avoided:a", "w", "1|5000")  # it has ended, a moment ago
+            await redis.hset("fleet:avoided:a", "w", "1|5000")  # a pause that ended more than a minute ago
             await redis.hset("fleet:avoided:a", "long ago", "1|5000")
-            assert await slots.avoid("w") == 0.2  # as if it had ended more than a minute ago
+            assert await slots.avoid("w") == 0.2  # the first pause again
             assert await redis.hkeys("fleet:avoided:a") == [b"w"]
             await redis.hset("fleet:avoided:a", "w", "1|5000")
             lost = await slots.claim("emoji", "denoising", "r")
@@ -244,7 +245,8 @@ def test_the_pause_doubles_and_a_success_ends_it(each_store_url: str) -> None:
             await slots.avoid("w")
             seconds, _ = await redis.time()
             await redis.hset("fleet:avoided:a", "w", f"{seconds * 1_000 + 1_500}|200")
-            assert (await slots.claim("emoji", "denoising", "r")).worker.worker_id == "w"  # asks again when it ends
+            # The claim is repeated when the pause ends.
+            assert (await slots.claim("emoji", "denoising", "r")).worker.worker_id == "w"
         assert not await redis.exists("fleet:avoided:a")
         await registry.withdraw("w")
 
@@ -274,7 +276,7 @@ def test_a_claim_for_a_whole_worker_waits_for_an_idle_one_and_takes_all_of_it(ea
             first = [await slots.claim("emoji", "denoising", f"first {number}") for number in range(2)]
             alone = asyncio.create_task(slots.claim("emoji", "denoising", "alone", alone=True))
             await queued(registry, 1)
-            later = asyncio.create_task(slots.claim("emoji", "denoising", "later"))  # a slot is free, but reserved
+            later = asyncio.create_task(slots.claim("emoji", "denoising", "later"))  # one slot is free but reserved
             await queued(registry, 2)
             slots.release(first[0])
             await slots.settle()
@@ -299,12 +301,12 @@ def test_a_claim_for_a_whole_worker_reserves_one_worker_and_no_more(each_store_u
         async with slots_of(redis, "a") as slots:
             held = [await slots.claim("emoji", "denoising", f"held {number}") for number in range(2)]
             waiting = []
-            for number in range(2):  # the second one reserves nothing
+            for number in range(2):  # the second claim reserves nothing
                 name = f"alone {number}"
                 waiting.append(asyncio.create_task(slots.claim("emoji", "denoising", name, alone=True)))
                 await queued(registry, number + 1)
             busy = []
-            for number in range(4):  # the worker that is not reserved serves the others, one after the other
+            for number in range(4):  # the worker that is not reserved serves the other claims in sequence
                 slot = await slots.claim("emoji", "denoising", f"r{number}")
                 busy.append(slot.worker.worker_id)
                 slots.release(slot)
@@ -321,8 +323,8 @@ def test_a_claim_for_a_whole_worker_reserves_one_worker_and_no_more(each_store_u
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_reservation_goes_with_its_claim(each_store_url: str) -> None:
-    """Whether it is given up, or its coordinator dies."""
+def test_a_reservation_ends_with_its_claim(each_store_url: str) -> None:
+    """The claim is cancelled, or its coordinator dies."""
 
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
@@ -349,7 +351,7 @@ def test_a_reservation_goes_with_its_claim(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_claim_that_arrives_after_it_was_given_up_is_given_back(each_store_url: str) -> None:
+def test_a_claim_that_arrives_after_its_cancellation_is_released(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
@@ -360,7 +362,7 @@ def test_a_claim_that_arrives_after_it_was_given_up_is_given_back(each_store_url
             await slots.give_back_unknown("emoji", "denoising")
             await slots.settle()
             assert (await registry.load("emoji", "denoising")).queued == 1
-            slots.release(held)  # "b" gets the slot, which nobody there wants either
+            slots.release(held)  # the slot is granted to the cancelled claim of "b"
             await slots.settle()
             assert (await registry.load("emoji", "denoising")).busy == 1
             await others.give_back_unknown("emoji", "denoising")
@@ -377,8 +379,8 @@ def test_a_claim_that_arrives_after_it_was_given_up_is_given_back(each_store_url
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_worker_that_died_before_its_slot_was_heard_of_is_no_damage(each_store_url: str) -> None:
-    """The store was away: its message of the grant is lost, and the worker's heartbeats are too."""
+def test_a_lost_grant_of_a_dead_worker_is_not_damage(each_store_url: str) -> None:
+    """While the store was unavailable, the message of the grant and the worker's heartbeats were lost."""
 
     async def story(redis: Redis) -> None:
         claim: Arguments = {"ticket": "r/me/0", "owner": "me", **LATE}
@@ -399,7 +401,7 @@ def test_a_worker_that_died_before_its_slot_was_heard_of_is_no_damage(each_store
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_slot_that_is_given_back_while_unknown_ones_are_read_is_known(
+def test_a_slot_released_while_claims_are_read_is_not_unknown(
     each_store_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def story(redis: Redis) -> None:
@@ -443,7 +445,7 @@ def test_patience_ends_only_without_workers(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_model_is_one_checkpoint(each_store_url: str) -> None:
+def test_all_workers_of_a_model_serve_one_checkpoint(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.declare("emoji", "f")

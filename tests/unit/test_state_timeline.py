@@ -1,4 +1,4 @@
-"""Timelines of requests against real servers: the script records them, bounded, and they expire with the record."""
+"""Timelines of requests against real servers: entries, their bound, and expiry with the record."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Case:
         await self.slots.settle()
 
     async def read(self) -> list[str]:
-        """The timeline as lines of kind and what else is set."""
+        """The timeline as lines of the kind and the fields that are set."""
         return [text_of(entry) for entry in await self.store.timelines.read("r")]
 
 
@@ -57,7 +57,7 @@ def progress(step: int) -> generation_pb2.Event:
     return generation_pb2.Event(progress=generation_pb2.StageProgress(service="denoising", step=step, total_steps=9))
 
 
-def test_a_life_with_a_lost_worker_and_a_take_over(each_store_url: str) -> None:
+def test_a_timeline_has_lost_workers_hand_overs_and_take_overs(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
@@ -85,13 +85,13 @@ def test_a_life_with_a_lost_worker_and_a_take_over(each_store_url: str) -> None:
             first += ["lost denoising w1", "ended denoising w1"]
             others = [*attempt, "handed_over denoising w1", "taken_over 2", *attempt, "completed denoising w1"]
             states = ["state QUEUED", "state RUNNING", "state SUCCEEDED"]
-            # Of one millisecond they may come in another order.
+            # Entries of the same millisecond may be in another order.
             assert sorted(map(text_of, entries)) == sorted([*first, *others, *states])
 
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_claim_that_is_given_up_ends_its_wait(each_store_url: str) -> None:
+def test_a_claim_without_a_worker_ends_its_wait(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
@@ -105,7 +105,7 @@ def test_a_claim_that_is_given_up_ends_its_wait(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_timeline_is_bounded_and_checkpoints_leave_the_rest_its_place(each_store_url: str) -> None:
+def test_a_timeline_is_bounded_and_checkpoints_fill_at_most_half_of_it(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
@@ -133,7 +133,7 @@ def test_a_timeline_expires_with_the_record(each_store_url: str) -> None:
             slot = await slots.claim("emoji", "denoising", "r")
             assert await redis.pttl("fleet:timeline:r") > 3_600_000
             await case.store.finish("r", State.REQUEST_STATE_SUCCEEDED)
-            slots.release(slot, 1.0)  # the answer of the last worker may come after the end
+            slots.release(slot, 1.0)  # the reply of the last worker may arrive after the end
             await slots.settle()
             assert "completed denoising w1" in await case.read()
             assert 0 < await redis.pttl("fleet:timeline:r") <= SECONDS * 1_000
@@ -149,7 +149,7 @@ def test_a_timeline_expires_with_the_record(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, story)
 
 
-def test_a_request_that_the_store_does_not_know_gets_no_timeline(each_store_url: str) -> None:
+def test_an_unknown_request_gets_no_timeline(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)

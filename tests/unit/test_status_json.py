@@ -1,4 +1,4 @@
-"""The documents of `fleet status --json`: their fields are those that services/README.md lists, whatever the fleet."""
+"""The documents of `fleet status --json` have exactly the fields that services/README.md lists."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from status_samples import NOTHING, record, requests, snapshot
 
 
 def paths(value: Any, prefix: str = "") -> Iterator[str]:
-    """The paths of the values that are no containers; an empty list and null have that of the container."""
+    """The paths of all values that are not containers; an empty list and null have the path of their container."""
     if isinstance(value, dict):
         for key, each in value.items():
             yield from paths(each, f"{prefix}.{key}" if prefix else key)
@@ -41,14 +41,14 @@ def test_a_document_has_each_field_that_is_listed_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("shown", [snapshot(), NOTHING, None], ids=["full", "nothing", "failed"])
-def test_all_documents_have_the_same_top(shown: Snapshot | None) -> None:
-    found = failed_document("fleet:1", "the store is away") if shown is None else document("fleet:1", shown)
+def test_all_documents_have_the_same_top_level_fields(shown: Snapshot | None) -> None:
+    found = failed_document("fleet:1", "the store is unavailable") if shown is None else document("fleet:1", shown)
     assert list(found) == ["time", "endpoint", "error", "models", "requests", "store"]
-    assert found["error"] == ("the store is away" if shown is None else None)
+    assert found["error"] == ("the store is unavailable" if shown is None else None)
     assert "\n" not in json.dumps(found)
 
 
-def test_units_and_values() -> None:
+def test_values_have_the_documented_units() -> None:
     found = document("fleet:1", snapshot())
     (model,) = found["models"]
     denoising = model["services"][1]
@@ -69,7 +69,7 @@ def test_units_and_values() -> None:
     assert document("fleet:1", NOTHING)["store"]["is_durable"] is None
 
 
-def test_no_more_of_a_prompt_is_shown_than_in_the_tables() -> None:
+def test_prompts_are_truncated_as_in_the_tables() -> None:
     found = document("fleet:1", snapshot(record("r1", requests()[0].state, "very " * 100 + "secret\x1b[2J")))
     assert len(found["requests"][0]["prompt"]) == 48
     assert "secret" not in json.dumps(found)

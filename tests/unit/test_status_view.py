@@ -1,4 +1,4 @@
-"""How `fleet status` shows a fleet: the live view at each width, and the plain output that scripts read."""
+"""The live view of `fleet status` at each width, and its plain output for scripts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOSTILE = "\x1b[2J\x1b]0;title\x07[red]markup[/red] [link=x]\u202egnirts\r\nend"
 
 
 def drawn(shown: Snapshot, width: int, height: int = 60, failure: Failure | None = None) -> list[str]:
-    """The lines of the view on a terminal of that size, without styles."""
+    """The lines of the view on a terminal of this size, without styles."""
     console = Console(
         file=io.StringIO(), width=width, height=height, record=True, force_terminal=True, color_system="truecolor"
     )
@@ -69,7 +69,7 @@ def test_a_wide_terminal_shows_everything() -> None:
         assert words in text, words
 
 
-def test_a_narrow_terminal_shows_what_matters() -> None:
+def test_a_narrow_terminal_shows_the_most_important_columns() -> None:
     lines = drawn(snapshot(), 60)
     assert re.fullmatch(r"STAGE +LIVE +SLOTS +QUEUED +SECONDS +PACE *", next(x for x in lines if "STAGE" in x))
     assert any(re.match(r"denoising +2 .*2/2 +3 +24\.7 ", line) for line in lines), lines
@@ -78,7 +78,7 @@ def test_a_narrow_terminal_shows_what_matters() -> None:
     assert not any("a red apple" in line for line in lines)
 
 
-def test_requests_fill_the_lines_that_are_left() -> None:
+def test_requests_fill_the_remaining_lines() -> None:
     heights = {height: drawn(snapshot(), 120, height) for height in (23, 26, 60)}
     shown = {height: sum("0000000" in line for line in lines) for height, lines in heights.items()}
     assert shown[60] == len(requests())
@@ -87,7 +87,7 @@ def test_requests_fill_the_lines_that_are_left() -> None:
     assert len(drawn(snapshot(), 60, 24)) == 24
 
 
-def test_a_fleet_without_data() -> None:
+def test_a_fleet_without_data_is_shown() -> None:
     lines = drawn(NOTHING, 60)
     assert "STORE  0.0 MiB" in lines
     assert not any("REQUEST" in line or "STAGE" in line or "replica" in line for line in lines)
@@ -95,7 +95,7 @@ def test_a_fleet_without_data() -> None:
 
 
 @pytest.mark.parametrize("width", [60, 200])
-def test_texts_of_others_neither_steer_the_terminal_nor_are_markup(width: int) -> None:
+def test_texts_of_the_fleet_are_neither_control_codes_nor_markup(width: int) -> None:
     hostile = snapshot(
         record(HOSTILE, requests()[0].state, HOSTILE, activity(KIND.ACTIVITY_KIND_RUNNING, HOSTILE, worker_id=HOSTILE))
     )
@@ -112,7 +112,7 @@ def test_texts_of_others_neither_steer_the_terminal_nor_are_markup(width: int) -
         rest = re.sub(r"\x1b\[[0-9;]*m", "", text)
         assert not [each for each in rest if not each.isprintable() and each != "\n"]
     assert "[red]markup[/red]" in plain_text(hostile)
-    # In the header, the failure, the title of the model, its stage, the refused worker, the store and the request.
+    # Header, failure, title of the model, stage, refused worker, store and request.
     assert width < 200 or sum("[red]markup" in line for line in console.file.getvalue().splitlines()) >= 7
 
 
@@ -128,7 +128,7 @@ def test_the_plain_output_has_the_columns_that_scripts_read() -> None:
     assert "queued0000000000  1m15s  queued at denoising, 3 ahead, about 12 s" in lines
 
 
-def test_a_stage_that_is_needed_and_has_no_worker_stands_out() -> None:
+def test_a_needed_stage_without_a_worker_is_highlighted() -> None:
     shown = snapshot()
     shown.overview.models[0].services[1].workers = 0
     console = Console(
@@ -138,7 +138,7 @@ def test_a_stage_that_is_needed_and_has_no_worker_stands_out() -> None:
     assert re.search(r"\x1b\[31mdenoising", console.export_text(styles=True))
 
 
-def test_a_store_that_may_lose_requests_says_so() -> None:
+def test_a_store_that_may_lose_requests_is_described_as_not_durable() -> None:
     store = overview().store
     store.is_durable, store.appendfsync, store.replicas, store.follows_sentinels = False, "everysec", 1, True
     assert store_health_text(store) == (
@@ -159,7 +159,7 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
 
 def test_a_failure_is_shown_with_the_time_of_the_last_data_until_an_answer() -> None:
     async def failing() -> Snapshot:
-        raise Unavailable("the request store is away")
+        raise Unavailable("the request store is unavailable")
 
     async def answering() -> Snapshot:
         return NOTHING
@@ -170,7 +170,7 @@ def test_a_failure_is_shown_with_the_time_of_the_last_data_until_an_answer() -> 
         assert datetime.now(UTC) - view.failure.since < timedelta(seconds=20)
         lines = drawn(view.snapshot, 100, failure=view.failure)
         assert lines[1] == f"UNAVAILABLE since {view.failure.since:%H:%M:%S} UTC, last data 22:23:20 UTC"
-        assert lines[2] == "the request store is away"
+        assert lines[2] == "the request store is unavailable"
         assert any("denoising 12/28" in line for line in lines)
         again = await next_view(view, failing)
         assert again.failure is not None
@@ -214,14 +214,14 @@ def test_a_call_that_hangs_is_a_failure_and_a_wrong_key_ends_the_view(monkeypatc
         ("--interval 2", "--interval: the output is not a terminal; leave it out, or add --json"),
     ],
 )
-def test_a_wrong_interval_is_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_interval_gives_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", *words.split()]) == 2
     output, error = capsys.readouterr()
     assert (output, error.count("\n")) == ("", 1)
     assert message in error
 
 
-def test_the_age_of_a_request_is_by_the_clock_of_the_store() -> None:
+def test_ages_of_requests_use_the_clock_of_the_store() -> None:
     shown = snapshot()
     (age,) = {shown.age(each) for each in shown.listing.requests if each.state < pb.REQUEST_STATE_SUCCEEDED}
     assert age == 75.0

@@ -1,4 +1,4 @@
-"""Graphs of leased step memory: when a step is captured, what a replay reads, and what it leaves behind."""
+"""CUDA graphs of leased step memory: when a step is captured, and which inputs a replay reads."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from models.stages.step_memory import (
 
 @dataclass
 class Journal:
-    """Notes the eager predictions and the captures of denoisers in their order."""
+    """Records the eager predictions and the captures of denoisers in order."""
 
     capture: FakeCapture = field(default_factory=FakeCapture)
     entries: list[tuple[str, object]] = field(default_factory=list)
     is_capturing: bool = False
 
     def __call__(self, run: Callable[[], Predictions]) -> Captured:
-        """Capture."""
+        """Capture `run`."""
         self.is_capturing = True
         try:
             return self.capture(run)
@@ -50,8 +50,8 @@ class Journal:
             self.is_capturing = False
 
 
-class NotedTransformer(LoopTransformer):
-    """Notes each call of predict(): a replay makes none."""
+class RecordingTransformer(LoopTransformer):
+    """Records each call of predict(), of which a replay makes none."""
 
     def __init__(self, name: str, journal: Journal) -> None:
         super().__init__(1.0, remembers=True)
@@ -59,7 +59,7 @@ class NotedTransformer(LoopTransformer):
         self._journal = journal
 
     def predict(self, **inputs: Any) -> Predictions:  # type: ignore[override]
-        """Note and predict."""
+        """Record the call and predict."""
         kind = "captured" if self._journal.is_capturing else "eager"
         self._journal.entries.append((kind, (self._name, inputs["skipped"])))
         return super().predict(**inputs)
@@ -82,7 +82,7 @@ def transformer() -> LoopTransformer:
 
 @contextmanager
 def branch(pool: StepMemoryPool, transformer: LoopTransformer, first: StepInputs) -> Iterator[StepMemory]:
-    """The memory of the only branch of a request."""
+    """Lease the memory of a request that has one branch."""
     with pool.leases() as lease:
         yield lease("transformer", transformer, first)
 
@@ -90,7 +90,7 @@ def branch(pool: StepMemoryPool, transformer: LoopTransformer, first: StepInputs
 def test_steps_are_replayed_from_one_graph_after_an_eager_step(
     pool: StepMemoryPool, capture: FakeCapture, transformer: LoopTransformer
 ) -> None:
-    """The denoiser's Python runs for the first step and for the capture, and for no other step or request."""
+    """The denoiser's Python code runs for the first step and for the capture only, in all requests."""
     for request in range(3):
         steps = [loop_step(transformer, 10 * request + index) for index in range(4)]
         reference = EagerBranch(transformer, steps[0])
@@ -109,11 +109,11 @@ def test_without_capture_every_step_runs_eagerly(transformer: LoopTransformer) -
 
 
 def test_every_denoiser_runs_eagerly_with_every_combination_of_flags_before_its_capture() -> None:
-    """Two experts and two flags of equal shapes, of a branch and of a prediction: eight graphs, and none is shared."""
+    """Two experts, with two flags of branches and two of predictions: eight graphs, none of which is shared."""
     journal = Journal()
     pool = StepMemoryPool(1 << 20, journal)
     names = {"transformer": "one", "transformer_2": "two"}
-    experts = {role: NotedTransformer(name, journal) for role, name in names.items()}
+    experts = {role: RecordingTransformer(name, journal) for role, name in names.items()}
     kinds: list[tuple[str, LoopTransformer, int, Flags]] = [
         (role, expert, skipped, flags)
         for role, expert in experts.items()
@@ -139,7 +139,7 @@ def test_every_denoiser_runs_eagerly_with_every_combination_of_flags_before_its_
 def test_a_branch_predicts_with_its_flags_and_the_row_of_the_step(
     pool: StepMemoryPool, transformer: LoopTransformer
 ) -> None:
-    """Flags of a branch hold for all its steps, those of a prediction for one."""
+    """Flags of a branch apply to all of its steps, flags of a prediction to one step."""
     step = loop_step(transformer)
     prepared = transformer.prepare(torch.tensor([[100.0, 200.0], [300.0, 400.0]]), text=step.constants["text"])
     reference = EagerBranch(transformer, replace(step, flags={"skipped": 1}))
@@ -154,7 +154,7 @@ def test_a_branch_predicts_with_its_flags_and_the_row_of_the_step(
 def test_a_graph_reads_the_inputs_of_its_own_step(
     pool: StepMemoryPool, capture: FakeCapture, transformer: LoopTransformer
 ) -> None:
-    """Latents, the row and the constants of the request are copied to the addresses that were captured."""
+    """Latents, row and constants of the request are copied to the captured addresses."""
     first = loop_step(transformer, 0)
     with branch(pool, transformer, first) as memory:
         predict(memory, first)
@@ -169,13 +169,15 @@ def test_a_graph_reads_the_inputs_of_its_own_step(
             ("row", StepInputs(later.latents, first.row, later.constants, later.memory, {})),
             ("constants", StepInputs(later.latents, later.row, first.constants, later.memory, {})),
         ):
-            assert not equal(EagerBranch(transformer, changed).predict(changed), expected), f"{name} are read"
+            assert not equal(EagerBranch(transformer, changed).predict(changed), expected), (
+                f"{name} change the prediction"
+            )
         assert equal(predict(memory, later), expected)
     assert len(capture.graphs) == 1
 
 
 def test_a_graph_owns_its_constants(pool: StepMemoryPool, transformer: LoopTransformer) -> None:
-    """The request may change its tensors once a step has been captured; the next request's are copied at the lease."""
+    """A request may change its tensors after the capture. A lease copies the constants of the next request."""
     for seed in range(2):
         step = loop_step(transformer, seed)
         expected = EagerBranch(transformer, loop_step(transformer, seed))
@@ -189,7 +191,7 @@ def test_a_graph_owns_its_constants(pool: StepMemoryPool, transformer: LoopTrans
 def test_a_result_is_copied_before_the_next_replay(
     pool: StepMemoryPool, capture: FakeCapture, transformer: LoopTransformer
 ) -> None:
-    """Neither the next step of the branch nor the graph of another branch overwrites it."""
+    """Neither the next step of the branch nor the graph of another branch overwrites the result."""
     step, next_step = loop_step(transformer, 1), loop_step(transformer, 2)
     with pool.leases() as lease:
         memory, other = lease("transformer", transformer, step), lease("transformer", transformer, step)
@@ -205,7 +207,7 @@ def test_a_result_is_copied_before_the_next_replay(
 
 
 def test_a_slab_is_reset_in_place_at_its_lease(pool: StepMemoryPool, transformer: LoopTransformer) -> None:
-    """Also after a request that failed between two steps; graphs find it at its address."""
+    """The slab is also reset after a request that failed between two steps. Graphs use its address."""
     steps = [loop_step(transformer, seed) for seed in range(4)]
     addresses: set[int] = set()
 
@@ -230,7 +232,7 @@ def test_a_slab_is_reset_in_place_at_its_lease(pool: StepMemoryPool, transformer
 
 
 def test_a_capture_that_fails_is_repeated_by_the_next_step(transformer: LoopTransformer) -> None:
-    """Its error ends the request; the memory is leased again, and computes the same bytes."""
+    """The error ends the request. The memory is leased again and computes the same bytes."""
     capture = FakeCapture()
     failures = [torch.OutOfMemoryError("CUDA out of memory")]
 
@@ -258,14 +260,14 @@ def test_a_capture_that_fails_is_repeated_by_the_next_step(transformer: LoopTran
 
 
 class CachingTransformer(LoopTransformer):
-    """Scales its latents by a tensor that it caches for shapes, as denoisers cache rotations."""
+    """Scales its latents by a tensor that is cached per shape, as denoisers cache rotary embeddings."""
 
     def __init__(self) -> None:
         super().__init__(1.0, remembers=True)
         self.scales: dict[torch.Size, Tensor] = {}
 
     def cached_tensors(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """The tensor."""
+        """The scale for the shape of the latents."""
         shape = latents["video"].shape
         return self.scales.setdefault(shape, torch.full(shape, 1.5))
 
@@ -274,8 +276,8 @@ class CachingTransformer(LoopTransformer):
         return super().predict(video * self.cached_tensors({"video": video}), *args, **inputs)
 
 
-def test_a_graph_keeps_what_its_denoiser_caches(pool: StepMemoryPool, capture: FakeCapture) -> None:
-    """A graph reads it at its address, although the denoiser's cache holds other shapes by then."""
+def test_a_graph_retains_tensors_that_its_denoiser_caches(pool: StepMemoryPool, capture: FakeCapture) -> None:
+    """A graph reads the tensor at its address, even after the denoiser's cache has dropped it."""
     transformer = CachingTransformer()
     step = loop_step(transformer)
     reference = EagerBranch(transformer, step)
@@ -287,16 +289,16 @@ def test_a_graph_keeps_what_its_denoiser_caches(pool: StepMemoryPool, capture: F
 
 
 class BlocksTransformer(LoopTransformer):
-    """Two blocks, of which a step cache reuses the second; a latents tensor is the residual stream."""
+    """Two blocks, of which a step cache reuses the second one. The video latents are the residual stream."""
 
     def prepare(self, timesteps: Tensor, **conditioning: Any) -> Prepared:
-        """Without memory."""
+        """Prepare without step memory."""
         return Prepared({"time": timesteps}, {"text": conditioning["text"]})
 
     def predict(  # type: ignore[override]
         self, video: Tensor, sound: Tensor, time: Tensor, text: Tensor, use: CacheUse | None = None
     ) -> Predictions:
-        """The stream after both blocks."""
+        """The residual stream after both blocks."""
         self.eager_calls += 1
 
         def first(residual: Residual) -> Residual:
@@ -311,14 +313,14 @@ class BlocksTransformer(LoopTransformer):
 def predictions_with_step_cache(
     lease: Lease, transformer: BlocksTransformer, prepared: Prepared, latents: Mapping[str, Tensor]
 ) -> tuple[list[Predictions], int]:
-    """Three steps on latents that hardly change: the last two reuse the first. Also how many of them did."""
+    """Predictions of three steps on nearly equal latents, and the number of steps that reused the first one."""
     made = lease_branch(lease, "transformer", transformer, prepared, latents, caching=StepCaching(0.1))
     moving = [{**latents, "video": latents["video"] * (1 + index / 1000)} for index in range(3)]
     return [copied(made.predict(each, index)) for index, each in enumerate(moving)], made.reused
 
 
 def test_a_step_cache_is_reset_at_its_lease() -> None:
-    """Requests differ in what the second block computes alone, which a probe does not see: their first step must."""
+    """Requests differ only in the second block, which a probe skips: their first step must not reuse it."""
     transformer, capture = BlocksTransformer(1.0), FakeCapture()
     pool, step = StepMemoryPool(1 << 20, capture), loop_step(transformer)
     for request in range(3):
@@ -329,11 +331,11 @@ def test_a_step_cache_is_reset_at_its_lease() -> None:
             (got, reused), (expected, expected_reused) = make(lease), make(fresh)
         assert reused == expected_reused == 2
         assert all(map(equal, got, expected))
-    # Probes have a graph of their own.
+    # Probes have a separate graph.
     assert [graph.replays for graph in capture.graphs] == [5, 2]
 
 
-def test_a_step_with_a_cache_has_memory_of_its_own(pool: StepMemoryPool) -> None:
+def test_a_step_with_a_cache_has_separate_memory(pool: StepMemoryPool) -> None:
     transformer = BlocksTransformer(1.0)
     step = loop_step(transformer)
     with pool.leases() as lease:
@@ -346,7 +348,7 @@ def test_a_step_with_a_cache_has_memory_of_its_own(pool: StepMemoryPool) -> None
 
 @dataclass
 class FakeCuda:
-    """PyTorch's functions for graphs and memory of a GPU: 100 bytes, of which a capture takes 7 beside PyTorch's."""
+    """torch.cuda of a GPU with 100 bytes. A capture takes 20 bytes of PyTorch's pool and 7 bytes of the driver."""
 
     free: int = 60
     reserved: int = 30
@@ -360,13 +362,13 @@ class FakeCuda:
 
     @contextmanager
     def graph(self, graph: object, *, pool: object, capture_error_mode: str) -> Iterator[None]:
-        """PyTorch's pool grows by 20 bytes, and the driver takes 7."""
+        """Capture: PyTorch's pool grows by 20 bytes, and the driver takes 7 bytes."""
         yield
         self.captures.append((graph, pool, capture_error_mode))
         self.free, self.reserved = self.free - 27, self.reserved + 20
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        """Put the functions in the place of PyTorch's."""
+        """Replace the functions of torch.cuda."""
         patch.setattr(torch.cuda, "CUDAGraph", object)
         patch.setattr(torch.cuda, "graph_pool_handle", self.graph_pool_handle)
         patch.setattr(torch.cuda, "graph", self.graph)
@@ -375,7 +377,7 @@ class FakeCuda:
 
 
 def test_cuda_graphs_share_one_pool_and_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes in PyTorch's pool are no bytes of a graph. Other threads may use the GPU during a capture."""
+    """Bytes in PyTorch's pool do not count for a graph. Other threads may use the GPU during a capture."""
     cuda = FakeCuda()
     cuda.install(monkeypatch)
     capture = cuda_capture()
@@ -387,8 +389,8 @@ def test_cuda_graphs_share_one_pool_and_are_measured(monkeypatch: pytest.MonkeyP
     assert captured[0].graph is not captured[1].graph
 
 
-def test_a_runtime_captures_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch, transformer: LoopTransformer) -> None:
-    """The pool that denoising stages lease from is the one that captures."""
+def test_a_runtime_captures_only_on_a_gpu(monkeypatch: pytest.MonkeyPatch, transformer: LoopTransformer) -> None:
+    """Denoising stages lease from the pool that captures."""
     capture = FakeCapture()
     monkeypatch.setattr("models.runtime.cuda_capture", lambda: capture)
     step = loop_step(transformer)
@@ -402,7 +404,7 @@ def test_a_runtime_captures_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch, tran
 def test_flags_beyond_the_bound_of_graphs_run_eagerly(
     pool: StepMemoryPool, capture: FakeCapture, transformer: LoopTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the same bytes, while those that have a graph are still replayed."""
+    """They compute the same bytes, and flags that have a graph are still replayed."""
     monkeypatch.setattr(step_memory, "MAX_GRAPHS", 2)
     step = loop_step(transformer)
     reference = EagerBranch(transformer, step)

@@ -1,4 +1,4 @@
-"""The pool of step memory: leases, their return, what is freed first, and what two live requests share (nothing)."""
+"""The pool of step memory: leases, returns, order of eviction, and isolation of live requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRANSFORMER = LoopTransformer(1.0, remembers=True)
 
 
 def inputs(batch: int = 2, skipped: int = 0) -> StepInputs:
-    """A step of the loop family for so many outputs."""
+    """A step of the loop family for `batch` outputs."""
     prepared = TRANSFORMER.prepare(torch.ones(3, batch), text=torch.ones(batch, 3))
     latents = {"video": torch.ones(batch, *SHAPES["video"][1:]), "sound": torch.ones(batch, *SHAPES["audio"][1:])}
     row = {name: rows[0] for name, rows in prepared.steps.items()}
@@ -59,15 +59,17 @@ def test_live_leases_of_equal_steps_share_no_memory(pool: StepMemoryPool) -> Non
 
 
 def test_every_denoiser_that_caches_tensors_names_them() -> None:
-    """So that no graph of another family reads freed memory either."""
+    """Otherwise a graph of another family could read freed memory."""
     caching = {path.stem for path in DITS.glob("*.py") if "@lru_cache" in path.read_text()}
     naming = {path.stem for path in DITS.glob("*.py") if "def cached_tensors" in path.read_text()} - {"base"}
-    assert caching <= naming, f"{sorted(caching - naming)} cache tensors that a graph may read after their end"
+    assert caching <= naming, (
+        f"{sorted(caching - naming)} cache tensors without cached_tensors(): graphs may read freed memory"
+    )
     assert caching
 
 
-def test_a_returned_memory_is_leased_again_to_an_equal_key_only(pool: StepMemoryPool) -> None:
-    """Not to another expert, branch, size or module, although the shapes of the first two are equal."""
+def test_a_returned_memory_is_leased_again_only_to_an_equal_key(pool: StepMemoryPool) -> None:
+    """It is not leased to another expert, branch, size or module, although the first two have equal shapes."""
     with pool.leases() as lease:
         first = lease("transformer", TRANSFORMER, inputs())
     with pool.leases() as lease:
@@ -109,7 +111,7 @@ OTHER_STEPS: dict[str, StepInputs] = {
 
 
 @pytest.mark.parametrize("name", OTHER_STEPS)
-def test_steps_of_another_form_have_memory_of_their_own(pool: StepMemoryPool, name: str) -> None:
+def test_steps_of_another_form_have_separate_memory(pool: StepMemoryPool, name: str) -> None:
     """A graph of the wrong form would write past the ends of its buffers, or run other kernels."""
     with pool.leases() as lease:
         first = lease("transformer", TRANSFORMER, STEP)
@@ -120,20 +122,20 @@ def test_steps_of_another_form_have_memory_of_their_own(pool: StepMemoryPool, na
         assert lease("transformer", TRANSFORMER, inputs()) is first
 
 
-def test_the_memory_used_last_is_leased_first(pool: StepMemoryPool) -> None:
-    """So that what a burst of requests has left is freed when other steps need the bytes."""
+def test_the_most_recently_used_memory_is_leased_first(pool: StepMemoryPool) -> None:
+    """Memory left by a burst of requests can then be freed when other steps need the bytes."""
     with ExitStack() as stack:
         leases = [stack.enter_context(pool.leases()) for _ in range(3)]
         found = [lease("transformer", TRANSFORMER, inputs()) for lease in leases]
     for _ in range(2):
         with pool.leases() as lease:
-            assert lease("transformer", TRANSFORMER, inputs()) is found[0], "the context that was left last"
+            assert lease("transformer", TRANSFORMER, inputs()) is found[0], "memory of the context that exited last"
 
 
 @pytest.mark.parametrize("error", [KeyError, ResourceExhausted, KeyboardInterrupt], ids=lambda each: each.__name__)
 @pytest.mark.parametrize("steps", [0, 1, 2], ids=["leased", "eager", "captured"])
 def test_an_error_in_the_loop_returns_all_memory(error: Callable[[str], BaseException], steps: int) -> None:
-    """Before the first step, after the eager one, and after the captured one. There are bytes for one request alone."""
+    """Errors before the first step, after the eager step and after the captured step return all memory."""
     step = loop_step(TRANSFORMER)
     pool = StepMemoryPool(2 * size_of(step), FakeCapture())
     leased: list[StepMemory] = []
@@ -154,10 +156,10 @@ def test_an_error_in_the_loop_returns_all_memory(error: Callable[[str], BaseExce
         found = [lease("transformer", TRANSFORMER, step) for _ in range(2)]
         assert set(found) == set(leased)
         reference = EagerBranch(TRANSFORMER, step)
-        assert equal(predict(found[0], step), reference.predict(step)), "what failed has left nothing behind"
+        assert equal(predict(found[0], step), reference.predict(step)), "failed requests leave no state behind"
 
 
-def test_an_ended_request_returns_its_own_memory_alone(pool: StepMemoryPool) -> None:
+def test_an_ended_request_returns_only_its_own_memory(pool: StepMemoryPool) -> None:
     with pool.leases() as lease:
         running = lease("transformer", TRANSFORMER, inputs())
         with pool.leases() as other:
@@ -182,12 +184,12 @@ def test_the_least_recently_used_memory_is_freed_first() -> None:
             found.append(lease("transformer", TRANSFORMER, step))
     assert found[2] is found[0]
     with pool.leases() as lease:
-        assert lease("transformer", TRANSFORMER, steps[0]) is found[0], "used after the second"
+        assert lease("transformer", TRANSFORMER, steps[0]) is found[0], "used more recently than the second memory"
         assert lease("transformer", TRANSFORMER, steps[2]) is found[3]
 
 
-def test_idle_memory_is_bounded_in_bytes_and_not_in_number() -> None:
-    """Where one large memory fits, ten small ones do; the large one takes the bytes of as many as it needs."""
+def test_idle_memory_is_bounded_in_bytes_rather_than_in_number() -> None:
+    """Ten small memories fit where a large one fits. The large one frees as many small ones as it needs."""
     small = [inputs(batch=1, skipped=number) for number in range(1, 11)]
     large = inputs(batch=8)
     spare = size_of(small[0]) // 2
@@ -206,7 +208,7 @@ def test_idle_memory_is_bounded_in_bytes_and_not_in_number() -> None:
 
 
 def test_graphs_count_once_they_are_captured() -> None:
-    """Inputs of three steps fit; their graphs do not, and the oldest memory is freed as soon as it is idle."""
+    """Inputs of three steps fit, but their graphs do not: the oldest memory is freed as soon as it is idle."""
     steps = [inputs(skipped=number) for number in (1, 2, 3)]
     graph = 10 * size_of(steps[0])
     pool = StepMemoryPool(2 * (size_of(steps[0]) + graph), FakeCapture(byte_size=graph))
@@ -233,12 +235,12 @@ def test_leased_memory_is_never_freed_for_another() -> None:
         with pytest.raises(ResourceExhausted, match=f"needs {size_of(step)} bytes, but 0 of") as refused:
             lease_three(lease)
         assert refused.value.field == "", "no field of the request is wrong"
-    with pool.leases() as lease:  # What was leased before the error is free again.
+    with pool.leases() as lease:  # Memory leased before the error is free again.
         assert lease("transformer", TRANSFORMER, step) is not lease("transformer", TRANSFORMER, step)
 
 
 def test_graphs_that_exceed_the_bound_are_freed_when_their_request_ends() -> None:
-    """A live request keeps its graphs; of those that end with it, as many stay as fit."""
+    """A live request retains its graphs. At its end, as many of them stay as fit."""
     step = inputs()
     pool = StepMemoryPool(3 * size_of(step), FakeCapture(byte_size=size_of(step)))
     with pool.leases() as lease:
@@ -246,7 +248,7 @@ def test_graphs_that_exceed_the_bound_are_freed_when_their_request_ends() -> Non
         for memory in found * 2:
             run(memory, step)
         assert pool.byte_size == 4 * size_of(step)
-        # Graphs are measured, and ranks of one group must agree: they are no reason to refuse.
+        # Ranks must agree on refusals but measure different graph sizes, so graphs alone refuse no lease.
         with pool.leases() as other:
             other("transformer", TRANSFORMER, step)
     assert list(pool._idle.values()) == found[1:]

@@ -1,4 +1,4 @@
-"""Pairs of bursts alternate between two checkouts, and there is a work for every DiT."""
+"""Bursts of steps alternate between two checkouts, and every DiT has a benchmark work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.dits.base import DiffusionTransformer
 
 
 class FakeSide:
-    """A side that takes `ms` for a step, and writes its calls to a log shared with the other side."""
+    """A side that takes `ms` per step and appends its calls to a log shared with the other side."""
 
     def __init__(self, name: str, ms: float, log: list[tuple[str, int]], *, digest: str = "a", bad: str = "") -> None:
         self.name, self.ms, self.log, self.digest, self.bad = name, ms, log, digest, bad
@@ -57,7 +57,7 @@ def test_different_predictions_are_not_equal() -> None:
     assert step_pairs.row("flux", pairs)[-1] == "no"
 
 
-def test_works_after_a_failed_one_remain_and_the_failed_one_is_no_result() -> None:
+def test_a_failed_work_gives_no_result_and_later_works_do() -> None:
     before, after, _ = sides(bad="wan")
     found: dict[str, Pairs] = {}
     assert step_pairs.measure_all(["flux", "wan", "qwen"], before, after, 1, found) == ["qwen"]
@@ -74,7 +74,7 @@ def dit_classes(kind: type[DiffusionTransformer] = DiffusionTransformer) -> Iter
 
 @pytest.fixture(scope="module")
 def built() -> set[type[DiffusionTransformer]]:
-    """Classes of the DiTs that the works build at a tiny size."""
+    """Classes of the DiTs that the works build in a tiny size."""
     with torch.device("meta"):
         references = [(work, work.reference(**{**work.sizes, **TINY[work.reference]})) for work in WORKS.values()]
         return {type(work.ours(dict(reference.config))) for work, reference in references}

@@ -1,4 +1,4 @@
-"""URLs of the request store: what is refused, and that no message shows a part of a password."""
+"""URLs of the request store: refused forms, and messages that show no part of a password."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ERRORS: tuple[type[RedisError], ...] = (AuthenticationError, ConnectionError, Re
 async def _all_messages(password: str) -> str:
     """All messages about URLs with this password."""
     messages = []
-    # Without a host, what follows an at sign is the host.
+    # Without a host, the text after an at sign is the host.
     for form in FORMS if "@" not in password else FORMS_WITH_HOST:
         url = form.format(password)
         try:
@@ -100,7 +100,7 @@ def test_a_quoted_password_is_accepted(password: str) -> None:
         ("http://x", "'http://x' is no Redis URL"),
     ],
 )
-def test_wrong_urls_are_refused(url: str, words: str) -> None:
+def test_invalid_urls_are_refused(url: str, words: str) -> None:
     with pytest.raises(InvalidInput, match=words) as caught:
         connect(url)
     assert caught.value.field == "redis"
@@ -118,7 +118,7 @@ def test_wrong_urls_are_refused(url: str, words: str) -> None:
         "redis+sentinel://a:26379,[::1]:26379/service/2",
     ],
 )
-def test_good_urls_are_accepted(url: str) -> None:
+def test_valid_urls_are_accepted(url: str) -> None:
     asyncio.run(connect(url).aclose())
 
 

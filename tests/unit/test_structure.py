@@ -1,4 +1,4 @@
-"""Bounds on size, imports and habits that a linter does not know. Each check is also shown to bite."""
+"""Bounds on size, imports and patterns that linters do not check. Each check has its own test."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ FOLDERS = ("common", "configs", "models", "services", "tests")
 FILE_LINES = 500
 FUNCTION_LINES = 80
 
-# Path, or path:function, with the reason why it may be longer.
+# Path, or path:function, with the reason for its length.
 LONGER: dict[str, str] = {}
 
-# Single-device code: modules that DiTs are written in, and the DiTs themselves.
+# Single-device code: the layers of DiTs, and the DiTs themselves.
 SINGLE_DEVICE = ("models.layers.", "models.dits.")
-# Of these, the modules that shard a DiT.
+# Modules of SINGLE_DEVICE that shard a DiT.
 SHARDING = ("models.dits.loading",)
 
-# Stages that denoise, each with its file. Models differ in their configs, not in loops of their own.
+# Denoising stages, each with its file. Models differ in their configs, not in their loops.
 DENOISING_LOOPS = {
     "DenoisingStage": "models/stages/denoising.py",
     "DmdDenoisingStage": "models/stages/dmd_denoising.py",
@@ -42,8 +42,8 @@ def _sources() -> dict[str, str]:
     }
 
 
-def long_things(path: str, source: str) -> Iterator[str]:
-    """The file and its functions that are over their bounds."""
+def too_long(path: str, source: str) -> Iterator[str]:
+    """The path of the file and of each of its functions that exceeds its bound."""
     lines = source.count("\n")
     if lines > FILE_LINES:
         yield path
@@ -52,12 +52,12 @@ def long_things(path: str, source: str) -> Iterator[str]:
             yield f"{path}:{node.name}"
 
 
-def bad_habits(path: str, source: str) -> Iterator[str]:
-    """What this project does without: each with its place."""
+def forbidden_patterns(path: str, source: str) -> Iterator[str]:
+    """Patterns that this project forbids, each with its path and line."""
     lines = source.splitlines()
     for node in ast.walk(ast.parse(source)):
-        if habit := _bad_call(node) or _bad_import(node) or _bad_raise(node):
-            yield f"{path}:{node.lineno}: {habit}"  # type: ignore[attr-defined]
+        if pattern := _bad_call(node) or _bad_import(node) or _bad_raise(node):
+            yield f"{path}:{node.lineno}: {pattern}"  # type: ignore[attr-defined]
         if isinstance(node, _FUNCTIONS):
             for inner in ast.walk(node):
                 if isinstance(inner, ast.Import | ast.ImportFrom) and not _explained(lines, inner.lineno):
@@ -95,7 +95,7 @@ def _bad_raise(node: ast.AST) -> str:
 
 
 def _explained(lines: list[str], number: int) -> bool:
-    """Whether a comment stands on the line, or above it and the imports directly before it."""
+    """Whether a comment is on the line, or above it and the imports directly before it."""
     above = number - 2
     while above >= 0 and lines[above].lstrip().startswith(("import ", "from ")):
         above -= 1
@@ -143,8 +143,8 @@ def _imported(name: str, source: str, modules: Collection[str]) -> Iterator[str]
         yield from (each for each in names if each in modules and each != name)
 
 
-def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """Groups of modules, sorted, each of which reaches all others of its group by imports."""
+def import_cycles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Sorted groups of modules that import each other, directly or not."""
     reached = {name: _reached(name, graph) for name in graph}
     groups = {frozenset(other for other in reached[name] if name in reached[other]) for name in graph}
     return sorted(sorted(group) for group in groups if group)
@@ -161,13 +161,13 @@ def _reached(name: str, graph: Mapping[str, set[str]]) -> set[str]:
     return found
 
 
-def test_no_imports_go_in_a_circle() -> None:
+def test_imports_have_no_cycles() -> None:
     sources = {path: source for path, source in _sources().items() if not path.startswith("tests/")}
-    assert not circles(import_graph(sources))
+    assert not import_cycles(import_graph(sources))
 
 
 def reaching_parallel(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """Single-device modules with the parallel modules that each of them imports, itself or by what it imports."""
+    """Single-device modules, each with the parallel modules that it imports, directly or not."""
     single = [name for name in graph if name.startswith(SINGLE_DEVICE) and not _shards(name)]
     reached = {name: {each for each in _reached(name, graph) if _shards(each)} for name in single}
     return {name: found for name, found in reached.items() if found}
@@ -177,7 +177,7 @@ def _shards(module: str) -> bool:
     return f"{module}.".startswith("models.parallel.") or module in SHARDING or module.endswith("_plan")
 
 
-def test_layers_and_dits_know_nothing_of_ranks() -> None:
+def test_layers_and_dits_import_no_parallel_modules() -> None:
     graph = import_graph({path: source for path, source in _sources().items() if not path.startswith("tests/")})
     assert {"models.layers.linear", "models.dits.flux"} <= graph.keys()
     assert not reaching_parallel(graph)
@@ -197,7 +197,7 @@ def test_layers_and_dits_know_nothing_of_ranks() -> None:
         "from models.stages import predictor",
     ],
 )
-def test_a_layer_or_dit_that_knows_of_ranks_is_found(source: str) -> None:
+def test_a_layer_or_dit_that_imports_a_parallel_module_is_found(source: str) -> None:
     sources = {
         "models/parallel/__init__.py": "",
         "models/parallel/mesh.py": "",
@@ -215,7 +215,7 @@ def test_there_are_three_denoising_loops() -> None:
     served = {path: source for path, source in _sources().items() if not path.startswith("tests/")}
     assert denoising_loops(served) == DENOISING_LOOPS
     paced = {name for name, imports in import_graph(served).items() if "models.stages.pacing" in imports}
-    assert paced == {"models.stages.denoising", "models.stages.causal_dmd_denoising"}, "the others have no loop"
+    assert paced == {"models.stages.denoising", "models.stages.causal_dmd_denoising"}, "other stages have no loop"
 
 
 def test_a_further_denoising_loop_is_found() -> None:
@@ -227,13 +227,13 @@ def test_a_further_denoising_loop_is_found() -> None:
 
 
 def test_files_and_functions_are_short() -> None:
-    found = {name for path, source in _sources().items() for name in long_things(path, source)}
+    found = {name for path, source in _sources().items() for name in too_long(path, source)}
     assert not found - LONGER.keys()
-    assert not LONGER.keys() - found, "these are short again: take them off the list"
+    assert not LONGER.keys() - found, "remove these entries from LONGER: they are within the bounds"
 
 
-def test_no_bad_habits() -> None:
-    assert not [habit for path, source in _sources().items() for habit in bad_habits(path, source)]
+def test_no_forbidden_patterns() -> None:
+    assert not [pattern for path, source in _sources().items() for pattern in forbidden_patterns(path, source)]
 
 
 def test_test_files_have_unique_names_and_no_package() -> None:
@@ -244,13 +244,13 @@ def test_test_files_have_unique_names_and_no_package() -> None:
 
 def test_a_long_function_is_found() -> None:
     body = "    x = 1\n" * FUNCTION_LINES
-    assert list(long_things("a.py", f"async def f() -> None:\n{body}")) == ["a.py:f"]
-    assert not list(long_things("a.py", f"def f() -> None:\n{body[10:]}"))
+    assert list(too_long("a.py", f"async def f() -> None:\n{body}")) == ["a.py:f"]
+    assert not list(too_long("a.py", f"def f() -> None:\n{body[10:]}"))
 
 
 def test_a_long_file_is_found() -> None:
-    assert list(long_things("a.py", "x = 1\n" * (FILE_LINES + 1))) == ["a.py"]
-    assert not list(long_things("a.py", "x = 1\n" * FILE_LINES))
+    assert list(too_long("a.py", "x = 1\n" * (FILE_LINES + 1))) == ["a.py"]
+    assert not list(too_long("a.py", "x = 1\n" * FILE_LINES))
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_a_long_file_is_found() -> None:
         "if TYPE_CHECKING:\n    from a import other, c",
     ],
 )
-def test_a_circle_of_imports_is_found(source: str) -> None:
+def test_an_import_cycle_is_found(source: str) -> None:
     sources = {
         "a/__init__.py": "",
         "a/b.py": source,
@@ -271,8 +271,8 @@ def test_a_circle_of_imports_is_found(source: str) -> None:
         "a/d.py": "from a import b",
         "e.py": "import a.b",
     }
-    assert circles(import_graph(sources)) == [["a.b", "a.c", "a.d"]]
-    assert not circles(import_graph({**sources, "a/d.py": "from a import other"}))
+    assert import_cycles(import_graph(sources)) == [["a.b", "a.c", "a.d"]]
+    assert not import_cycles(import_graph({**sources, "a/d.py": "from a import other"}))
 
 
 @pytest.mark.parametrize(
@@ -290,8 +290,8 @@ def test_a_circle_of_imports_is_found(source: str) -> None:
         "def f():\n    # Slow to load.\n    x = 1\n    import torch",
     ],
 )
-def test_a_bad_habit_is_found(source: str) -> None:
-    assert list(bad_habits("a.py", source))
+def test_a_forbidden_pattern_is_found(source: str) -> None:
+    assert list(forbidden_patterns("a.py", source))
 
 
 @pytest.mark.parametrize(
@@ -304,5 +304,5 @@ def test_a_bad_habit_is_found(source: str) -> None:
         "raise ValueError('no')",
     ],
 )
-def test_what_is_fine_is_left_alone(source: str) -> None:
-    assert not list(bad_habits("a.py", source))
+def test_a_permitted_pattern_is_not_reported(source: str) -> None:
+    assert not list(forbidden_patterns("a.py", source))

@@ -1,4 +1,4 @@
-"""Metrics are served over HTTP, and work on another thread keeps its context."""
+"""Metrics over HTTP, exemplars of traces, and the trace context of work on another thread."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_metrics_are_served_over_http() -> None:
     assert 'fleet_stage_seconds_count{model="emoji",service="decoding",stage="DecodingStage"}' in text
 
 
-def test_a_value_bears_the_trace_in_which_it_was_observed() -> None:
+def test_an_observation_has_its_trace_as_exemplar() -> None:
     trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
     with entered(Span(TraceContext(trace_id, SPAN_ID))), telemetry.stage_timer("decoding", "traced", "DecodingStage"):
         pass
@@ -49,12 +49,12 @@ def test_a_value_bears_the_trace_in_which_it_was_observed() -> None:
     assert exemplar not in _scraped("text/plain")
 
 
-def test_a_value_outside_of_a_recorded_trace_has_no_exemplar() -> None:
+def test_an_observation_outside_of_a_recorded_trace_has_no_exemplar() -> None:
     assert current_trace_id() is None
     with telemetry.stage_timer("decoding", "untraced", "DecodingStage"):
         pass
     with entered(Span(TraceContext("4" * 32, SPAN_ID, flags=0))):
-        assert current_trace_id() is None, "it is not sampled"
+        assert current_trace_id() is None, "the trace is not sampled"
     lines = [line for line in _scraped(CONTENT_TYPE_LATEST).splitlines() if 'model="untraced"' in line]
     assert lines
     assert not [line for line in lines if "#" in line]
@@ -86,7 +86,7 @@ def test_a_port_that_is_in_use_is_an_error() -> None:
     assert caught.value.field == "metrics_port"
 
 
-def test_a_number_that_is_no_port_is_an_error() -> None:
+def test_an_invalid_port_is_an_error() -> None:
     with pytest.raises(InvalidInput, match="metrics_port: 65536 is not from 0 to 65535"):
         telemetry.start_metrics(65_536)
 

@@ -1,4 +1,4 @@
-"""Tokens: what is taken, what is refused and in which words, and which files of keys are."""
+"""Tokens of callers: accepted tokens, refused tokens and their messages, and valid key files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_each_kind_of_key_verifies_its_algorithm(kind: str, algorithm: str, tmp_
         assert verifier(tmp_path, content).verify(token(kind, algorithm)) == Claimed("alice", None)
 
 
-def test_a_key_of_a_set_may_name_another_algorithm_and_then_verifies_that_alone(tmp_path: Path) -> None:
+def test_a_key_of_a_set_verifies_only_the_algorithm_that_it_names(tmp_path: Path) -> None:
     tokens = verifier(tmp_path, jwk_set(jwk("RSA", alg="PS384")))
     assert tokens.verify(token("RSA", "PS384", max_open=3)) == Claimed("alice", 3)
     with pytest.raises(Unauthenticated, match=UNKNOWN):
@@ -88,7 +88,7 @@ def test_a_secret_verifies_hs256_and_only_where_it_is_given(tmp_path: Path) -> N
 
 
 def forged(kind: str) -> dict[str, str]:
-    """Tokens that nobody signed with the key of that kind."""
+    """Tokens that were not signed with the key of this kind."""
     good = token(kind, "RS256")
     header, payload, signature = good.split(".")
     as_secret = f"{part({'alg': 'HS256'})}.{payload}"
@@ -106,7 +106,7 @@ def forged(kind: str) -> dict[str, str]:
     }
 
 
-def test_no_forged_token_is_taken(tmp_path: Path) -> None:
+def test_no_forged_token_is_accepted(tmp_path: Path) -> None:
     tokens = verifier(tmp_path, jwk_set(jwk("RSA", kid="k")))
     assert tokens.verify(token("RSA", "RS256")).name == "alice"
     for name, made in forged("RSA").items():
@@ -115,7 +115,7 @@ def test_no_forged_token_is_taken(tmp_path: Path) -> None:
         assert made not in str(caught.value), name
 
 
-def test_what_a_signed_token_lacks_is_reported(tmp_path: Path) -> None:
+def test_the_defect_of_a_signed_token_is_reported(tmp_path: Path) -> None:
     now = int(time.time())
     tokens = verifier(tmp_path, public_pem("Ed"))
     cases: list[tuple[dict[str, Any], str]] = [
@@ -145,7 +145,7 @@ def test_what_a_signed_token_lacks_is_reported(tmp_path: Path) -> None:
         assert tokens.verify(token("Ed", "EdDSA", **changed)).name == "alice"
 
 
-def test_what_is_no_token_is_reported(tmp_path: Path) -> None:
+def test_a_malformed_token_is_reported(tmp_path: Path) -> None:
     tokens = verifier(tmp_path, public_pem("Ed"))
     deep = "[" * 9_000
     for text in (
@@ -198,14 +198,14 @@ def test_another_claim_may_name_the_caller(tmp_path: Path) -> None:
         (b" " * (1 << 20) + b"x", "more than 1048576 bytes"),
     ],
 )
-def test_a_wrong_file_of_keys_is_named(content: str | bytes, words: str, tmp_path: Path) -> None:
+def test_an_invalid_key_file_is_named(content: str | bytes, words: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=words) as caught:
         read_public_keys(written(tmp_path, content))
     assert caught.value.field == "jwt_keys"
     assert "\n" not in caught.value.message
 
 
-def test_a_wrong_secret_is_named(tmp_path: Path) -> None:
+def test_an_invalid_secret_is_named(tmp_path: Path) -> None:
     for content, words in ((b"short\n", "holds 5 bytes"), (public_pem("Ed"), "belongs in jwt_keys")):
         with pytest.raises(InvalidInput, match=words) as caught:
             read_secret(written(tmp_path, content))

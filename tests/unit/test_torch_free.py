@@ -1,4 +1,4 @@
-"""The coordinator and the thin commands load no tensors' library: their image is small and they start in a second."""
+"""The coordinator and commands without models do not import torch, so that they start within a second."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ THIN = (
 )
 
 
-# What the GPU extra brings, by the name it is imported under: it is not there where tests run.
+# Import names of the packages of the GPU extra, which is not installed where tests run.
 ON_GPUS = {
     "cuda": "cuda-bindings",
     "fa3_fwd_interface": "fa3-fwd",
@@ -62,7 +62,7 @@ def _imports(source: str, body_only: bool) -> Iterator[str]:
 
 
 def _undeclared(imported: Iterable[str], requirements: Iterable[str]) -> set[str]:
-    """Those that are neither the standard library's, nor ours, nor brought by one of the requirements itself."""
+    """Imports that are not in the standard library, in this project or in one of the requirements."""
     declared = {_normal(Requirement(each).name) for each in requirements}
     distributions = importlib.metadata.packages_distributions()
     return {
@@ -77,19 +77,19 @@ def _normal(name: str) -> str:
 
 
 def _project() -> tuple[list[str], list[str]]:
-    """What the project needs, and what its extras add, on GPUs too."""
+    """Requirements of the project, and of its extras including the GPU extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     return project["dependencies"], [*extras["worker"], *extras["gpu"], *extras["tracing"]]
 
 
 @pytest.mark.parametrize("module", THIN)
-def test_importing_it_leaves_torch_out(module: str) -> None:
+def test_the_module_does_not_import_torch(module: str) -> None:
     assert not HEAVY & {name.partition(".")[0] for name in _loaded(f"import {module}")}
 
 
 @pytest.mark.parametrize("module", THIN)
-def test_it_imports_base_dependencies_alone(module: str) -> None:
+def test_the_module_imports_only_base_dependencies(module: str) -> None:
     base, _ = _project()
     names = [name for name in _loaded(f"import {module}") if name.startswith(tuple(f"{each}." for each in PACKAGES))]
     paths = [ROOT / (name.replace(".", "/") + ".py") for name in [*names, module]]
@@ -98,18 +98,18 @@ def test_it_imports_base_dependencies_alone(module: str) -> None:
     assert not _undeclared(imported, base)
 
 
-def test_everything_imported_is_declared() -> None:
+def test_every_imported_package_is_declared() -> None:
     base, extras = _project()
     sources = [path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     imported = {each for source in sources for each in _imports(source, body_only=False)}
     assert not _undeclared(imported, [*base, *extras])
 
 
-def test_a_heavy_import_is_seen() -> None:
+def test_a_heavy_import_is_found() -> None:
     assert _loaded("import PIL") & HEAVY
 
 
-def test_an_undeclared_import_is_seen() -> None:
+def test_an_undeclared_import_is_found() -> None:
     source = "import os, grpc\ndef f():\n    from torch import nn"
     assert _undeclared(_imports(source, body_only=False), ["grpcio>=1"]) == {"torch"}
     assert not _undeclared(_imports(source, body_only=True), ["grpcio>=1"])

@@ -1,4 +1,4 @@
-"""W3C trace contexts: which are read, what is passed on, and that nothing of OpenTelemetry is needed for that."""
+"""W3C trace contexts are parsed and passed on without OpenTelemetry."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_traceparent_is_read(text: str) -> None:
         f" {PARENT}",
     ],
 )
-def test_what_w3c_calls_invalid_is_ignored(text: str) -> None:
+def test_an_invalid_traceparent_is_ignored(text: str) -> None:
     assert parse_traceparent(text) is None
 
 
@@ -76,7 +76,7 @@ def _received(*metadata: tuple[str, str | bytes]) -> tuple[str | None, tuple[tup
     return contextvars.copy_context().run(within)
 
 
-def test_metadata_goes_out_as_it_came_in() -> None:
+def test_metadata_is_passed_on_unchanged() -> None:
     metadata = (("traceparent", PARENT), ("tracestate", "vendor=1"))
     assert _received(("other", "x"), *metadata) == (TRACE, metadata)
     assert _received(("traceparent", PARENT)) == (TRACE, (("traceparent", PARENT),))
@@ -85,7 +85,7 @@ def test_metadata_goes_out_as_it_came_in() -> None:
     assert _received() == (None, ())
 
 
-def test_the_current_span_is_that_of_the_block() -> None:
+def test_the_current_span_is_the_span_of_the_block() -> None:
     assert current_trace_id() is None
     outer, inner = Span(TraceContext(TRACE, SPAN)), Span(TraceContext("a" * 32, "b" * 16))
     with entered(outer):
@@ -106,7 +106,7 @@ def test_spans_without_an_exporter_record_nothing_and_pass_the_context_on() -> N
     assert tracing.start_span("c") is NO_SPAN
 
 
-class NotedSpan(Span):
+class RecordingSpan(Span):
     """A span that records its events."""
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class NotedSpan(Span):
     ],
 )
 def test_a_span_ends_with_the_class_of_its_error(error: BaseException, note: str) -> None:
-    span = NotedSpan()
+    span = RecordingSpan()
     with pytest.raises(type(error)), tracing.ending(span):
         raise error
     assert span.notes == [note, "end"]

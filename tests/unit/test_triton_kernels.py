@@ -1,4 +1,4 @@
-"""The fused kernels compute what PyTorch's operators compute. They run in Triton's interpreter, which needs no GPU."""
+"""The fused kernels equal PyTorch's operators. They run in Triton's interpreter, which needs no GPU."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ def assert_near(got: Tensor, expected: Tensor, most: float) -> None:
 
 
 def operands(norms: QKNormModules) -> QKNormParameters:
-    """Norms as the kernel takes them."""
+    """Parameters of the norms in the form that the kernel takes."""
     rest = tuple(norm.norm_parameters for norm in norms.norms)
     first = rest if norms.first is None else tuple(norm.norm_parameters for norm in norms.first)
     return QKNormParameters(first, rest, norms.head_size)
 
 
 def modulations(dtype: torch.dtype) -> list[SegmentVectors]:
-    """Scale, shift and gate of two streams, as parts of one tensor."""
+    """Scale, shift and gate of two streams, as views of one tensor."""
     parts = torch.randn(BATCH, 6 * SIZE, dtype=dtype).chunk(6, dim=1)
     return [SEGMENTS.vectors(parts[start], parts[start + 1]) for start in (0, 2, 4)]
 
 
 @DTYPES
 @NORMS
-def test_norm_scale_shift(dtype: torch.dtype, most: float, norm: LayerNormScaleShift) -> None:
+def test_norm_scale_shift_equals_pytorch(dtype: torch.dtype, most: float, norm: LayerNormScaleShift) -> None:
     x = 1 + torch.randn(BATCH, TOKENS, SIZE, dtype=dtype)
     scale, shift, _ = modulations(dtype)
     got = kernels.norm_modulate(x, scale, shift, norm.eps, norm.is_centred)
@@ -74,7 +74,7 @@ def test_norm_scale_shift(dtype: torch.dtype, most: float, norm: LayerNormScaleS
 
 @DTYPES
 @NORMS
-def test_gate_norm_scale_shift(dtype: torch.dtype, most: float, norm: LayerNormScaleShift) -> None:
+def test_gate_norm_scale_shift_equals_pytorch(dtype: torch.dtype, most: float, norm: LayerNormScaleShift) -> None:
     x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
     scale, shift, gate = modulations(dtype)
     got = kernels.gate_norm_modulate(x, update, gate, scale, shift, norm.eps, norm.is_centred)
@@ -84,8 +84,8 @@ def test_gate_norm_scale_shift(dtype: torch.dtype, most: float, norm: LayerNormS
 
 @DTYPES
 @pytest.mark.parametrize("boundary", [0, FIRST, TOKENS])
-def test_modulations_of_two_tensors(dtype: torch.dtype, most: float, boundary: int) -> None:
-    """Segments with timesteps of their own: one tensor of modulations each."""
+def test_modulations_of_two_tensors_equal_pytorch(dtype: torch.dtype, most: float, boundary: int) -> None:
+    """Segments with different timesteps, each with its own tensor of modulations."""
     x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
     first, rest = (torch.randn(BATCH, 8, SIZE) for _ in range(2))
     segments = TokenSegments((boundary, TOKENS - boundary))
@@ -98,8 +98,8 @@ def test_modulations_of_two_tensors(dtype: torch.dtype, most: float, boundary: i
 
 @DTYPES
 @pytest.mark.parametrize("last", [0, 2, TOKENS - FIRST])
-def test_modulations_of_three_segments(dtype: torch.dtype, most: float, last: int) -> None:
-    """The last tokens have a timestep of their own."""
+def test_modulations_of_three_segments_equal_pytorch(dtype: torch.dtype, most: float, last: int) -> None:
+    """The last tokens have a different timestep."""
     x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
     rows, own = (torch.randn(BATCH, 8 * SIZE, dtype=dtype).chunk(8, dim=1) for _ in range(2))
     segments = TokenSegments((FIRST, TOKENS - FIRST - last, last))
@@ -114,7 +114,7 @@ def test_modulations_of_three_segments(dtype: torch.dtype, most: float, last: in
 @DTYPES
 @pytest.mark.parametrize("size", [HEAD, SIZE], ids=["per-head", "all-heads"])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_qk_norm_rotary(dtype: torch.dtype, most: float, size: int, parts: int) -> None:
+def test_qk_norm_rotary_equals_pytorch(dtype: torch.dtype, most: float, size: int, parts: int) -> None:
     each = [RMSNorm(size).to(dtype) for _ in range(2 * parts)]
     for norm in each:
         norm.weight.normal_()
@@ -131,8 +131,8 @@ def test_qk_norm_rotary(dtype: torch.dtype, most: float, size: int, parts: int) 
 
 @DTYPES
 @pytest.mark.parametrize("heads", [1, 3, 4])
-def test_layer_norm_of_heads_in_neox_style(heads: int, dtype: torch.dtype, most: float) -> None:
-    """Pairs of channels are half a head apart."""
+def test_layer_norm_of_heads_in_neox_style_equals_pytorch(heads: int, dtype: torch.dtype, most: float) -> None:
+    """The two channels of a pair are half a head apart."""
     norm = PlainLayerNorm(HEAD)
     norms = QKNormModules((norm, norm), HEAD)
     angles = rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
@@ -151,8 +151,10 @@ def test_layer_norm_of_heads_in_neox_style(heads: int, dtype: torch.dtype, most:
 @DTYPES
 @pytest.mark.parametrize("is_neox_style", [False, True], ids=["neighbours", "halves"])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_qk_norm_with_angles_of_each_head(dtype: torch.dtype, most: float, parts: int, is_neox_style: bool) -> None:
-    """Those of some heads of a rank too, which are not adjacent from token to token."""
+def test_qk_norm_with_angles_of_each_head_equals_pytorch(
+    dtype: torch.dtype, most: float, parts: int, is_neox_style: bool
+) -> None:
+    """The angles of a rank's heads are a strided view, because they are not adjacent from token to token."""
     each = tuple(RMSNorm(SIZE).to(dtype) for _ in range(parts))
     for norm in each:
         norm.weight.copy_(torch.randn(SIZE))
@@ -166,7 +168,7 @@ def test_qk_norm_with_angles_of_each_head(dtype: torch.dtype, most: float, parts
     assert_near(x, expected, most)
 
 
-def test_qk_norm_of_a_part_uses_the_sums_of_the_whole() -> None:
+def test_qk_norm_of_a_shard_uses_the_sums_of_all_heads() -> None:
     whole = torch.randn(1, TOKENS, 2 * SIZE)
     norm = RMSNorm(2 * SIZE)
     norm.weight.normal_()
@@ -178,8 +180,8 @@ def test_qk_norm_of_a_part_uses_the_sums_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize("normed", [1, 2])
-def test_qk_norm_writes_elsewhere_and_takes_values_along(normed: int) -> None:
-    """Rows of the batch may be far apart there, as they are among the tokens of other ranks."""
+def test_qk_norm_writes_into_an_output_and_copies_values(normed: int) -> None:
+    """Rows of the batch may be far apart in the output, as in a buffer with tokens of other ranks."""
     each = [RMSNorm(HEAD) for _ in range(2 * normed)]
     for norm in each:
         norm.weight.normal_()
@@ -196,7 +198,7 @@ def test_qk_norm_writes_elsewhere_and_takes_values_along(normed: int) -> None:
 
 
 @DTYPES
-def test_gelu_into_columns(dtype: torch.dtype, most: float) -> None:
+def test_gelu_into_columns_equals_pytorch(dtype: torch.dtype, most: float) -> None:
     hidden, expected = (
         torch.randn(BATCH, TOKENS, 4 * SIZE, dtype=dtype),
         torch.zeros(BATCH, TOKENS, 5 * SIZE, dtype=dtype),
@@ -209,15 +211,15 @@ def test_gelu_into_columns(dtype: torch.dtype, most: float) -> None:
 
 
 @DTYPES
-def test_gate_by_silu(dtype: torch.dtype, most: float) -> None:
-    """Also for channels of a wider tensor."""
+def test_gate_by_silu_equals_pytorch(dtype: torch.dtype, most: float) -> None:
+    """The inputs include channels of a wider tensor."""
     x = torch.randn(BATCH, TOKENS, 3 * SIZE, dtype=dtype)[..., : 2 * SIZE]
     assert_near(kernels.gate_by_silu(x), gate_by_silu(x), most)
 
 
 @DTYPES
-def test_merge_attention(dtype: torch.dtype, most: float) -> None:
-    """Log-sum-exps as kernels give them, heads before tokens; also scores whose exponentials no float holds."""
+def test_merge_attention_equals_pytorch(dtype: torch.dtype, most: float) -> None:
+    """Log-sum-exps have heads before tokens, as kernels return them. Some scores overflow exp()."""
     parts = []
     for offset in (0.0, 1.0):
         lse = (torch.randn(BATCH, HEADS, TOKENS) + offset).transpose(1, 2)
@@ -232,7 +234,7 @@ def test_merge_attention(dtype: torch.dtype, most: float) -> None:
 
 
 @DTYPES
-def test_channel_norm_silu(dtype: torch.dtype, most: float) -> None:
+def test_channel_norm_silu_equals_pytorch(dtype: torch.dtype, most: float) -> None:
     frame, weight = torch.randn(1, SIZE, 5, 7, dtype=dtype), torch.randn(SIZE, dtype=dtype)
     expected = silu(normalize(frame.float(), dim=1) * SIZE**0.5 * weight[:, None, None]).to(dtype)
     got = kernels.channel_norm_silu(frame, weight, SIZE**0.5)
@@ -242,8 +244,8 @@ def test_channel_norm_silu(dtype: torch.dtype, most: float) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("stride", [SIZE, 2 * SIZE], ids=["adjacent", "apart"])
-def test_quantize_rows(dtype: torch.dtype, most: float, stride: int) -> None:
-    """Without the last rounding: the interpreter's to float8 is off where a value comes up to a power of two."""
+def test_quantize_rows_equals_pytorch(dtype: torch.dtype, most: float, stride: int) -> None:
+    """Without the cast to float8, which the interpreter rounds wrongly just below powers of two."""
     x = torch.randn(TOKENS, stride, dtype=dtype)[:, :SIZE] * torch.logspace(-4, 4, TOKENS, dtype=dtype)[:, None]
     x[1] = 0
     values, scale = kernels.quantize_rows(x, torch.float32)

@@ -1,4 +1,4 @@
-"""UniPC steps as Diffusers' scheduler does, and continues to the same bytes wherever it was stopped."""
+"""UniPC computes the steps of Diffusers' scheduler, and resumes after any step to the same bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def schedule_of(scheduler: UniPCMultistepScheduler, steps: int) -> Schedule:
 
 
 def predict(latents: Tensor, step: int) -> Tensor:
-    """Depends on where the loop is and on how it got there, as a model does."""
+    """A prediction that depends on the step and the latents, as that of a model."""
     return torch.sin(3 * latents + step)
 
 
@@ -49,18 +49,18 @@ KINDS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_steps_are_the_schedulers(kind: dict[str, Any], steps: int) -> None:
+def test_steps_equal_those_of_the_scheduler(kind: dict[str, Any], steps: int) -> None:
     scheduler = scheduler_of(**kind)
     schedule = schedule_of(scheduler, steps)
     noise = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     ours = run(UniPCSolver(scheduler, schedule).step, schedule, noise)
     scheduler.set_begin_index(0)
-    theirs = run(lambda *given: scheduler.step(*given, return_dict=False)[0], schedule, noise)
-    assert torch.equal(ours, theirs)
+    expected = run(lambda *given: scheduler.step(*given, return_dict=False)[0], schedule, noise)
+    assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_loop_continues_after_any_step_to_the_same_bytes(kind: dict[str, Any]) -> None:
+def test_a_loop_resumed_after_any_step_gives_the_same_bytes(kind: dict[str, Any]) -> None:
     scheduler = scheduler_of(**kind)
     schedule = schedule_of(scheduler, 7)
     noise = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ def test_a_loop_continues_after_any_step_to_the_same_bytes(kind: dict[str, Any])
             latents = first.step(predict(latents, stopped), schedule.timesteps[stopped], latents)
 
 
-def test_without_its_history_it_would_go_elsewhere() -> None:
+def test_a_loop_resumed_without_its_history_gives_other_bytes() -> None:
     scheduler = scheduler_of()
     schedule = schedule_of(scheduler, 4)
     solver, latents = UniPCSolver(scheduler, schedule), torch.ones(1, 4, 1, 1, 1)
@@ -86,7 +86,7 @@ def test_without_its_history_it_would_go_elsewhere() -> None:
     assert not torch.equal(run(other.step, schedule, latents, 2), run(solver.step, schedule, latents, 2))
 
 
-def test_two_requests_at_once() -> None:
+def test_concurrent_requests_have_separate_states() -> None:
     scheduler = scheduler_of()
     schedule = schedule_of(scheduler, 5)
     noises = [torch.full((1, 4, 1, 1, 1), value) for value in (0.5, -1.0)]

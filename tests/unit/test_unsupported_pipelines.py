@@ -1,4 +1,4 @@
-"""A directory of any other Diffusers pipeline is refused with the supported classes, and the nearest one if any."""
+"""Other Diffusers pipelines are refused with the supported classes and, if one exists, the closest match."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RELATIVES = {
 }
 STRANGERS = ("AuraFlowPipeline", "HunyuanDiTPipeline", "HunyuanImagePipeline", "LucyEditPipeline", "SanaPipeline")
 FAMILIES = ("Flux", "GlmImage", "HunyuanVideo", "LTX", "QwenImage", "Wan", "ZImage")
-"""Beginnings of the names that have a relative among the families here."""
+"""Prefixes of names that resemble a supported pipeline."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def exported(registry: Registry) -> list[str]:
 
 
 def refusal(path: Path, name: str, registry: Registry) -> str:
-    """The message for a directory of that class, whose modules are of no known kind."""
+    """The message for a directory of this class with modules of unknown kinds."""
     (path / "model_index.json").write_text(json.dumps({"_class_name": name, "unknown": ["nowhere", "Nothing"]}))
     with pytest.raises(CheckpointError) as refused:
         open_model(str(path), registry)
@@ -72,10 +72,10 @@ def test_every_pipeline_that_diffusers_exports_is_refused_by_name(registry: Regi
 
 
 @pytest.mark.parametrize("name", RELATIVES)
-def test_a_near_relative_is_named(registry: Registry, tmp_path: Path, name: str) -> None:
+def test_the_closest_match_is_named(registry: Registry, tmp_path: Path, name: str) -> None:
     assert refusal(tmp_path, name, registry).endswith(f"; the closest match is {RELATIVES[name]}")
 
 
 @pytest.mark.parametrize("name", [*STRANGERS, "Wander", "Fluxion", ""])
-def test_a_stranger_has_no_relative(registry: Registry, tmp_path: Path, name: str) -> None:
+def test_a_dissimilar_pipeline_has_no_match(registry: Registry, tmp_path: Path, name: str) -> None:
     assert refusal(tmp_path, name, registry).endswith(f"supported are {', '.join(registry.names())}")

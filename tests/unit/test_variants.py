@@ -1,4 +1,4 @@
-"""Variants of a model: how they are registered, opened, united, chosen and warmed up."""
+"""Variants of a model: how they are registered, opened, merged into services, chosen and warmed up."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def png() -> bytes:
 
 
 class DoublePipeline(FluxPipeline):
-    """Standard stages in two variants that differ in name alone."""
+    """Standard stages in two variants that differ only in name."""
 
     pipeline_name = "DoublePipeline"
     names = ("small", "large")
@@ -90,7 +90,7 @@ def double(double_path: Path) -> ServedModel:
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
-    """With the twin family."""
+    """A registry with the twin family."""
     with twin_family(tmp_path / "plugins") as plugins:
         yield load_registry(plugins)
 
@@ -118,7 +118,7 @@ def test_names_of_variants_are_identifiers(
         open_model(str(double_path), double_registry(*names))
 
 
-def test_a_model_of_one_variant_is_as_before() -> None:
+def test_a_pipeline_without_variants_has_one_unnamed_variant() -> None:
     model = open_model("emoji", load_registry())
     (variant,) = model.variants
     assert variant.name == ""
@@ -129,7 +129,7 @@ def test_a_model_of_one_variant_is_as_before() -> None:
     assert caught.value.field == "images"
 
 
-def test_a_lacking_module_of_one_variant_leaves_the_others(
+def test_a_missing_module_of_one_variant_leaves_the_others_served(
     registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = build_twin_checkpoint(tmp_path / "twin", lens=False)
@@ -163,7 +163,7 @@ def test_a_module_that_every_variant_needs_is_an_error(registry: Registry, tmp_p
         open_model(str(path), registry)
 
 
-def test_inputs_choose_and_a_record_decides(registry: Registry, tmp_path: Path) -> None:
+def test_inputs_choose_the_variant_and_a_record_overrides_them(registry: Registry, tmp_path: Path) -> None:
     model = open_model(str(build_twin_checkpoint(tmp_path / "twin")), registry)
     validation = InputValidationStage(model)
     assert validation.choose({"prompt"}, {"image"}).name == "image"
@@ -186,7 +186,7 @@ def test_parameters_choose_among_variants_with_the_same_images(
     assert InputValidationStage(double).choose({"prompt", "no_such"}, ()) is small
 
 
-def test_costs_are_those_of_the_variant(registry: Registry, tmp_path: Path) -> None:
+def test_costs_are_computed_for_the_variant(registry: Registry, tmp_path: Path) -> None:
     model = open_model(str(build_twin_checkpoint(tmp_path / "twin")), registry)
     chosen = [InputValidationStage(model).run({"prompt": "x"}, images) for images in ({}, {"image": png()})]
     text, image = (costs_of(each.variant.services, each.params) for each in chosen)
@@ -198,7 +198,7 @@ def test_costs_are_those_of_the_variant(registry: Registry, tmp_path: Path) -> N
 def test_modules_are_loaded_once_by_one_loader(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A plugin's module, which exists while its directory is on sys.path.
+    # The plugin's module can be imported only while its directory is on sys.path.
     import twin_config
 
     model = open_model(str(build_twin_checkpoint(tmp_path / "twin")), registry)
@@ -215,10 +215,10 @@ def test_modules_are_loaded_once_by_one_loader(
 
 def test_slots_that_a_variant_lacks_are_optional() -> None:
     text = Contract("d", {"noise": "Latents", "hint": "Latents"}, {"result": "Latents"}, frozenset({"hint"}))
-    image = Contract("d", {"noise": "Latents", "picture": "Latents"}, {"result": "Latents", "more": "Generator"})
+    image = Contract("d", {"noise": "Latents", "image": "Latents"}, {"result": "Latents", "more": "Generator"})
     united = unite_contracts("d", [text, image])
-    assert dict(united.inputs) == {"noise": "Latents", "hint": "Latents", "picture": "Latents"}
-    assert united.optional == {"hint", "picture"}
+    assert dict(united.inputs) == {"noise": "Latents", "hint": "Latents", "image": "Latents"}
+    assert united.optional == {"hint", "image"}
     assert dict(united.outputs) == {"result": "Latents", "more": "Generator"}
     assert united.optional_outputs == {"more"}
     assert unite_contracts("d", [text]) == text
@@ -252,7 +252,7 @@ def test_hosted_variants_run_the_stages_of_the_call(registry: Registry, tmp_path
     assert caught.value.field == "variant"
 
 
-def test_replies_of_variants_have_keys_of_their_own() -> None:
+def test_replies_of_variants_have_separate_keys() -> None:
     cache = ReplyCache(1 << 20, service="text_encoding", model="twin")
     inputs = {"sampling": pack("sampling", Sampling(num_inference_steps=4, seed=1))}
     keys = [cache.key(inputs, variant) for variant in ("", "text", "image")]
@@ -260,7 +260,7 @@ def test_replies_of_variants_have_keys_of_their_own() -> None:
     assert keys == [cache.key(inputs, variant) for variant in ("", "text", "image")]
 
 
-def test_warm_up_of_every_variant_or_of_one(double: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_warm_up_runs_every_variant_or_a_named_one(double: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
     warm_up = WarmUp.parse(double, ("32x32", "48x32@large"))
     assert [(variant.name, params.height) for variant, params in warm_up.sizes] == [
         ("small", 32),
@@ -283,7 +283,7 @@ def test_warm_up_of_every_variant_or_of_one(double: ServedModel, caplog: pytest.
         ("0x32@large", "warm_up: 0x32@large: height: 0 is not"),
     ],
 )
-def test_what_cannot_be_warmed_up(double: ServedModel, text: str, words: str) -> None:
+def test_an_invalid_warm_up_is_refused(double: ServedModel, text: str, words: str) -> None:
     with pytest.raises(InvalidInput, match=words) as caught:
         WarmUp.parse(double, (text,))
     assert caught.value.field == "warm_up"
@@ -294,7 +294,7 @@ def test_a_model_without_variants_is_warmed_up_without_a_name() -> None:
         WarmUp.parse(open_model("emoji", load_registry()), ("32x32@text",))
 
 
-def test_cfg_is_at_most_the_branches_of_the_variant_with_most(
+def test_cfg_is_at_most_the_largest_number_of_branches_of_a_variant(
     double: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(

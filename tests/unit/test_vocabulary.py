@@ -1,4 +1,4 @@
-"""A tokenizer's files hold a whole vocabulary that fits its encoder, or the checkpoint is refused without torch."""
+"""Tokenizer files hold a whole vocabulary that fits the encoder; the check does not import torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNIGRAM: dict[str, Any] = {"type": "Unigram", "vocab": [["<unk>", 0.0], ["▁a",
 
 
 def put(folder: Path, **files: object) -> Path:
-    """Write files, named with `__` for the dot."""
+    """Write files; `__` in a keyword stands for the dot of a name."""
     for name, content in files.items():
         data = content if isinstance(content, bytes) else str(content).encode()
         data = json.dumps(content).encode() if isinstance(content, dict | list) else data
@@ -53,7 +53,7 @@ def test_a_class_of_a_plugin_has_files_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", shipped_models())
-def test_every_file_of_a_shipped_tokenizer_says_the_same_size(model: str, tmp_path: Path) -> None:
+def test_every_file_of_a_shipped_tokenizer_gives_the_same_size(model: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(SHIPPED / model)
     for name, (_, class_name) in checkpoint.modules.items():
         whole = read_vocabulary(checkpoint.path / name, class_name)
@@ -94,13 +94,17 @@ BROKEN: dict[str, tuple[str, dict[str, object], str]] = {
         {"tokenizer__json": tokenizer({"vocab": [["a"]]})},
         r"entry 0 of model\.vocab",
     ),
-    "id that is none": ("CLIPTokenizer", {"tokenizer__json": tokenizer({"vocab": {"a": "0"}})}, r"'a' has the id '0'"),
+    "id that is not a number": (
+        "CLIPTokenizer",
+        {"tokenizer__json": tokenizer({"vocab": {"a": "0"}})},
+        r"'a' has the id '0'",
+    ),
     "added token without id": (
         "CLIPTokenizer",
         {"tokenizer__json": {"added_tokens": [{"content": "x"}], "model": BPE}},
         r"an entry of added_tokens lacks content or id",
     ),
-    "merges are gone": (
+    "merges are missing": (
         "CLIPTokenizer",
         {"tokenizer__json": tokenizer({**BPE, "merges": []})},
         r"tokenizer\.json holds 0 merges, too few for a vocabulary of 5 tokens",
@@ -111,7 +115,7 @@ BROKEN: dict[str, tuple[str, dict[str, object], str]] = {
         {"vocab__json": {**VOCAB, **{f"<{i}>": i for i in range(5, 2000)}}, "merges__txt": MERGES},
         r"merges\.txt holds 2 merges, too few for a vocabulary of 2000 tokens",
     ),
-    "merge cut in its middle": (
+    "merge is truncated": (
         "CLIPTokenizer",
         {"vocab__json": VOCAB, "merges__txt": "a b\nab"},
         r"merges\.txt: merge 'ab' gives no token",
@@ -123,7 +127,11 @@ BROKEN: dict[str, tuple[str, dict[str, object], str]] = {
         {"spiece__model": b"version https://git-lfs"},
         r"not a whole sentencepiece",
     ),
-    "spiece.model is cut": ("T5Tokenizer", {"spiece__model": b"\x0a\x08\x0a\x01a"}, r"not a whole sentencepiece model"),
+    "spiece.model is truncated": (
+        "T5Tokenizer",
+        {"spiece__model": b"\x0a\x08\x0a\x01a"},
+        r"not a whole sentencepiece model",
+    ),
 }
 
 

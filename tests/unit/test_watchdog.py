@@ -1,4 +1,4 @@
-"""The watchdog of the device thread: which call is stuck, what becomes of it, and which slow call is not."""
+"""The watchdog of the device thread: stuck calls, their end, and slow calls that are not stuck."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_call_without_a_step_for_the_bound_is_stuck_and_then_lost() -> None:
     assert set(checked(watch, 3, 62)) == {Verdict.LIVE}
     assert watch.check(63.0) is Verdict.STUCK
     assert watch.waited_seconds == 61
-    watch.step(64.0)  # A stage that goes on after its cancel is no sign that the device thread ends.
+    watch.step(64.0)  # A step after the cancel does not prove that the call ends.
     assert set(checked(watch, 64, 93)) == {Verdict.CANCELLED}
     assert watch.check(94.0) is Verdict.LOST
 
@@ -46,7 +46,7 @@ def test_a_call_is_not_stuck_before_its_first_step() -> None:
     assert set(checked(watch, 1, 7_200)) == {Verdict.LIVE}
 
 
-def test_slow_steps_have_as_many_times_their_mean() -> None:
+def test_the_bound_of_slow_steps_is_a_multiple_of_their_mean() -> None:
     watch = StepWatch(LIMITS, 0.0)
     for step in range(1, 4):
         assert set(checked(watch, 100 * step - 99, 100 * step)) == {Verdict.LIVE}
@@ -56,11 +56,11 @@ def test_slow_steps_have_as_many_times_their_mean() -> None:
     assert watch.check(2_301.0) is Verdict.STUCK
 
 
-def test_time_in_which_nothing_was_checked_does_not_count() -> None:
+def test_time_without_checks_does_not_count() -> None:
     watch = StepWatch(LIMITS, 0.0)
     watch.step(1.0)
     assert watch.check(1.0) is Verdict.LIVE
-    assert watch.check(500.0) is Verdict.LIVE  # The process was stopped.
+    assert watch.check(500.0) is Verdict.LIVE  # The process was suspended.
     assert set(checked(watch, 501, 559)) == {Verdict.LIVE}
     assert watch.check(561.0) is Verdict.STUCK
     assert watch.check(900.0) is Verdict.CANCELLED
@@ -76,7 +76,7 @@ def test_a_bound_must_be_more_than_0(name: str) -> None:
 
 
 class StuckStage:
-    """Makes two steps and does not move until the test frees it. It reads no cancel, as a kernel reads none."""
+    """Makes two steps, then blocks until the test releases it. It ignores cancellation, as a kernel does."""
 
     def __init__(self) -> None:
         self.freed = threading.Event()
@@ -96,7 +96,7 @@ def stage() -> Iterator[StuckStage]:
     made.freed.set()
 
 
-def test_a_stuck_call_is_cancelled_and_answered_and_its_process_is_lost(
+def test_a_stuck_call_is_cancelled_and_answered_and_its_process_ends(
     stage: StuckStage,
 ) -> None:
     out = io.StringIO()
@@ -133,7 +133,7 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_is_lost(
     assert "after request r1 was cancelled; this process ends" in lost[0]
     (line,) = [each for each in map(json.loads, out.getvalue().splitlines()) if each["event"] == "call cancelled"]
     assert line["reason"].startswith("the stage has made no step for ")
-    assert line["request_id"] == "r1", "the watchdog's own thread has no request"
+    assert line["request_id"] == "r1", "the watchdog's thread has no request in its context"
     assert "wait" in line["at"]
     assert "wait" in lost[0].rpartition("at=")[2]
 
@@ -148,13 +148,13 @@ def test_a_worker_whose_device_is_stuck_sends_no_heartbeats() -> None:
         async def is_live() -> bool:
             return bool(await registry.live("m", "denoising"))
 
-        async def is_gone() -> bool:
+        async def is_expired() -> bool:
             return not await is_live()
 
         await asyncio.sleep(0.3)
         assert await is_live()
         able = False
-        await wait_until(is_gone)
+        await wait_until(is_expired)
         able = True
         await wait_until(is_live)
         await registry.withdraw("w")

@@ -1,4 +1,4 @@
-"""Files that change under a running process: taken when they are right, and kept out when they are not."""
+"""Files that change while a process runs: valid content takes effect, invalid content does not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def reading(*paths: Path) -> Callable[[], str]:
 
 
 def replace(path: Path, text: str) -> None:
-    """As tools do it: another file takes the name."""
+    """Replace a file as tools do, by renaming another file."""
     other = path.with_suffix(".new")
     other.write_text(text)
     other.rename(path)
@@ -43,7 +43,7 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path, caplog: pytest.LogCap
     assert watched.value == "three"
 
 
-def test_what_is_wrong_leaves_the_old_in_force_and_is_reported_once(
+def test_invalid_content_leaves_the_old_in_force_and_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "keys"
@@ -62,7 +62,7 @@ def test_what_is_wrong_leaves_the_old_in_force_and_is_reported_once(
     assert watched.versioned() == (2, "two")
 
 
-def test_two_files_that_belong_together_come_into_force_together(tmp_path: Path) -> None:
+def test_two_files_of_a_pair_take_effect_together(tmp_path: Path) -> None:
     cert, key = tmp_path / "cert", tmp_path / "key"
     cert.write_text("a")
     key.write_text("a")
@@ -80,7 +80,7 @@ def test_two_files_that_belong_together_come_into_force_together(tmp_path: Path)
 
 
 def test_a_link_that_points_elsewhere_is_a_change(tmp_path: Path) -> None:
-    """So secrets are mounted in Kubernetes."""
+    """Kubernetes mounts secrets through such links."""
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "keys").write_text(name)
@@ -93,7 +93,7 @@ def test_a_link_that_points_elsewhere_is_a_change(tmp_path: Path) -> None:
     assert watched.value == "second"
 
 
-def test_files_are_looked_at_every_so_often_only(tmp_path: Path) -> None:
+def test_files_are_checked_at_most_once_per_interval(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("one")
     now = [100.0]

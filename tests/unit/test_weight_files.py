@@ -1,4 +1,4 @@
-"""Weights are found under every name that Diffusers and transformers give them, and plain ones are preferred."""
+"""Weights are found under every name that Diffusers and transformers use, and plain files are preferred."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_variants_without_a_rule_are_refused_by_name(flux: Path) -> None:
         Checkpoint.open(flux)
 
 
-def test_beside_shards_each_library_reads_the_files_that_it_prefers(flux: Path) -> None:
+def test_beside_shards_the_files_that_each_library_prefers_are_read(flux: Path) -> None:
     for module, stem in (("transformer", STEM), ("text_encoder", "model")):
         put(flux / module, f"{stem}.safetensors")
         put_index(flux / module, f"{stem}.safetensors.index.json", f"{stem}-00001-of-00001.safetensors")
@@ -94,7 +94,7 @@ def test_beside_shards_each_library_reads_the_files_that_it_prefers(flux: Path) 
     assert found(flux, "text_encoder")[1] == ["model.safetensors"]
 
 
-def test_a_link_without_target_is_named_with_it(flux: Path) -> None:
+def test_a_dangling_link_is_named_with_its_target(flux: Path) -> None:
     link = flux / f"transformer/{STEM}.safetensors"
     put(flux / "transformer", f"{STEM}.fp16.safetensors")
     link.symlink_to("../../../blobs/abc")
@@ -102,7 +102,7 @@ def test_a_link_without_target_is_named_with_it(flux: Path) -> None:
         Checkpoint.open(flux)
 
 
-def test_a_shard_that_is_a_link_without_target_is_named_with_it(flux: Path) -> None:
+def test_a_shard_that_is_a_dangling_link_is_named_with_its_target(flux: Path) -> None:
     shard = flux / f"transformer/{STEM}-00001-of-00001.safetensors"
     put_index(flux / "transformer", f"{STEM}.safetensors.index.json", shard.name)
     shard.unlink()
@@ -111,7 +111,7 @@ def test_a_shard_that_is_a_link_without_target_is_named_with_it(flux: Path) -> N
         Checkpoint.open(flux)
 
 
-def test_a_link_of_an_unread_variant_may_have_no_target(flux: Path) -> None:
+def test_a_dangling_link_of_an_unread_variant_is_ignored(flux: Path) -> None:
     put(flux / "transformer", f"{STEM}.safetensors")
     (flux / f"transformer/{STEM}.fp16.safetensors").symlink_to("/nonesuch/blob")
     assert found(flux) == (None, [f"{STEM}.safetensors"])
@@ -127,7 +127,7 @@ def test_a_link_of_an_unread_variant_may_have_no_target(flux: Path) -> None:
         (f"{STEM}-00001-of-00002.safetensors", r"holds no weights; .*-00001-of-00002\.safetensors has another name"),
     ],
 )
-def test_what_lies_there_instead_is_named(flux: Path, file: str, message: str) -> None:
+def test_files_of_another_format_or_name_are_named(flux: Path, file: str, message: str) -> None:
     put(flux / "transformer", file)
     with pytest.raises(CheckpointError, match=message):
         Checkpoint.open(flux)

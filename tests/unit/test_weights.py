@@ -19,8 +19,8 @@ def write(path: Path, **tensors: torch.Tensor) -> Path:
     return path
 
 
-def test_a_part_is_what_it_is_of_the_whole(tmp_path: Path) -> None:
-    """What a rank of a worker group reads: rows, or columns, of a matrix."""
+def test_a_part_equals_the_slice_of_the_whole_tensor(tmp_path: Path) -> None:
+    """A rank of a worker group reads rows or columns of a matrix."""
     matrix = torch.arange(12.0).reshape(3, 4)
     with Weights("dit", [write(tmp_path / "a.safetensors", w=matrix)]) as weights:
         assert torch.equal(weights.read("w"), matrix)
@@ -28,14 +28,14 @@ def test_a_part_is_what_it_is_of_the_whole(tmp_path: Path) -> None:
         assert torch.equal(weights.read("w", (slice(None), slice(0, 2))), matrix[:, :2])
 
 
-def test_a_name_in_two_files(tmp_path: Path) -> None:
+def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
     files = [write(tmp_path / f"{name}.safetensors", w=torch.ones(1)) for name in "ab"]
     weights = Weights("dit", files)
     with pytest.raises(CheckpointError, match=r"dit: w is in two files; b\.safetensors is the second"):
         weights.__enter__()
 
 
-def test_a_file_that_is_no_safetensors(tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"x" * 64)
     weights = Weights("dit", [file])
@@ -45,7 +45,7 @@ def test_a_file_that_is_no_safetensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
-def test_types_are_converted(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
+def test_dtypes_are_converted(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
     bias, weight = torch.randn(2).to(stored), torch.randn(2, 3).to(stored)
     with torch.device("meta"):
         module = nn.Linear(3, 2)

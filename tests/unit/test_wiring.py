@@ -1,4 +1,4 @@
-"""What a coordinator supplies to a service and reads from it, and which workers can take its requests."""
+"""Slots that a coordinator supplies to a service and reads from it, and workers that fit them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stage(service: str, contract: Contract, result: str | None = None) -> StageS
     return StageSpec(contract, service, "none:Stage", result=result)
 
 
-def test_the_wiring_has_what_is_always_supplied_and_what_others_read() -> None:
+def test_the_wiring_has_slots_that_are_always_supplied_and_slots_that_are_read() -> None:
     encoding = Contract("a", {"prompt": "Prompt"}, {"embeds": "Conditioning", "inner": "Latents"})
     drawing = Contract(
         "b",
@@ -40,7 +40,7 @@ def test_the_wiring_has_what_is_always_supplied_and_what_others_read() -> None:
     assert with_images.supplied == {"embeds": "Conditioning", "image_inputs": "ImageInputs"}
 
 
-def test_a_narrowed_service_writes_what_is_read() -> None:
+def test_a_narrowed_service_writes_only_slots_that_are_read() -> None:
     whole = spec("denoising", stage("denoising", contract(outputs={**READ, "inner": "Latents"})))
     narrowed = WIRING.narrow(whole)
     assert narrowed.contract.outputs == READ
@@ -87,13 +87,13 @@ def test_a_worker_fits_unless_a_slot_is_at_fault(announced: Contract, wiring: Wi
     assert fault_of(worker_with({"": announced}), wiring) == fault
 
 
-def test_each_variant_has_a_contract_of_its_own() -> None:
+def test_each_variant_has_its_own_contract() -> None:
     needing = contract(inputs={**SUPPLIED, "image_conditioning": "Conditioning"})
     worker = worker_with({"text": contract(), "image": needing})
     assert not worker.contract.inputs.keys() - needing.inputs.keys()
     assert fault_of(worker, Wiring("text", SUPPLIED, READ)) == ""
     assert "image_conditioning" in fault_of(worker, Wiring("image", SUPPLIED, READ))
-    assert fault_of(worker, Wiring("", SUPPLIED, READ)) == ""  # the first one
+    assert fault_of(worker, Wiring("", SUPPLIED, READ)) == ""  # the first variant
     assert fault_of(worker, Wiring("video", SUPPLIED, READ)) == "variant 'video': the worker serves only text, image"
     assert contract_of(worker, "video") is None
     lone = fault_of(worker_with({"": contract()}), Wiring("image", SUPPLIED, READ))

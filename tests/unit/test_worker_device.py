@@ -1,4 +1,4 @@
-"""Which device a worker's setting means. That of CUDA bears a number: torch makes no other one a thread's own."""
+"""Devices of a worker's setting. A CUDA device has an index, without which torch.cuda.set_device() fails."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from services.worker_settings import device_of
 
 
 @pytest.fixture
-def _two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+def _two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
-@pytest.mark.usefixtures("_two_cards")
+@pytest.mark.usefixtures("_two_gpus")
 @pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
-def test_a_card_is_named_by_its_number(name: str, index: int) -> None:
+def test_a_gpu_is_named_by_its_index(name: str, index: int) -> None:
     assert device_of(name) == torch.device("cuda", index)
 
 
-@pytest.mark.usefixtures("_two_cards")
-def test_a_card_that_is_not_there_is_refused() -> None:
+@pytest.mark.usefixtures("_two_gpus")
+def test_a_missing_gpu_is_refused() -> None:
     with pytest.raises(FailedPrecondition, match="2 CUDA devices"):
         device_of("cuda:2")
 
 
-def test_without_a_card_auto_is_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of("auto") == torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""The coordinator's runner of one service: slots, lost and full workers, and the memory of stage outputs."""
+"""The coordinator's runner of one service: slots, lost and full workers, and memory of stage outputs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Store(WorkerSlots):
 
 
 class Network(Connections):
-    """Workers that give these answers, in order; the last answer is repeated."""
+    """Workers that return these answers in order; the last answer repeats."""
 
     def __init__(self, *answers: Mapping[str, Packet] | FleetError) -> None:
         self.answers = list(answers)
@@ -90,7 +90,7 @@ class Network(Connections):
 
 
 class LeavingWorkers(Network):
-    """Each worker but the last does so many steps, at a second a step, and hands the call over."""
+    """Each worker except the last runs its number of steps, at 1 s per step, and hands the call over."""
 
     def __init__(self, *steps: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class LeavingWorkers(Network):
 
 
 class Checkpoints(Leases):
-    """Stores no checkpoint and no loss."""
+    """Leases that store no checkpoint and no loss."""
 
     def __init__(self) -> None:
         pass
@@ -143,7 +143,7 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_runner, "_FIRST_PAUSE_SECONDS", 0.0)
 
 
-def test_outputs_count_for_as_long_as_they_live() -> None:
+def test_outputs_count_until_they_are_freed() -> None:
     memory = ArtifactMemory(10_000)
     run, store = runner(Network(output(4_000)), memory)
     outputs = asyncio.run(run({}, CALL))
@@ -155,8 +155,8 @@ def test_outputs_count_for_as_long_as_they_live() -> None:
     assert memory.used_bytes == 0
 
 
-def test_outputs_beyond_the_memory_end_the_request_and_free_the_slot() -> None:
-    """A second run would make the same outputs: the bound is this coordinator's, not the worker's."""
+def test_outputs_that_exceed_the_memory_end_the_request_and_free_the_slot() -> None:
+    """The call is not retried, because another worker would return the same outputs to this coordinator."""
     network = Network(output(4_000))
     run, store = runner(network, ArtifactMemory(3_000))
     with pytest.raises(ResourceExhausted, match="at most 3000 are kept"):
@@ -165,7 +165,7 @@ def test_outputs_beyond_the_memory_end_the_request_and_free_the_slot() -> None:
     assert len(store.released) == store.claimed == 1
 
 
-def test_a_full_worker_is_tried_again_and_not_avoided() -> None:
+def test_a_full_worker_is_retried_and_not_avoided() -> None:
     network = Network(ResourceExhausted("this worker takes 1 calls at a time"), output(1))
     run, store = runner(network)
     assert asyncio.run(run({}, CALL))
@@ -189,8 +189,8 @@ def lost(service: str, begun: str) -> float:
     return REGISTRY.get_sample_value("fleet_lost_calls_total", labels) or 0.0
 
 
-def test_a_call_that_is_handed_over_goes_on_at_once_and_no_loss_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its next claim goes first, and to a worker that can resume. The pace counts the steps that each attempt did."""
+def test_a_handed_over_call_continues_at_once_and_counts_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next claim goes first, to a worker that can resume. The pace counts the steps of each attempt."""
 
     async def fail(*_: object) -> None:
         raise AssertionError("a loss is counted")
@@ -208,7 +208,7 @@ def test_a_call_that_is_handed_over_goes_on_at_once_and_no_loss_is_counted(monke
     assert [lost("denoising", begun) for begun in ("yes", "no")] == before
 
 
-def test_a_call_that_is_handed_over_before_its_first_checkpoint_fits_any_worker() -> None:
+def test_a_call_handed_over_before_its_first_checkpoint_fits_any_worker() -> None:
     run, store = runner(LeavingWorkers(0, 5), spec=LOOP)
     assert asyncio.run(run({}, CALL)) == {}
     assert store.wishes == [(False, ""), (True, "")]
@@ -232,7 +232,7 @@ def test_a_request_that_reaches_no_worker_ends_after_its_patience() -> None:
 
 
 class _Events(Span):
-    """Records events."""
+    """A span that records its events."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class _Events(Span):
 
 
 class _Sink:
-    """Takes every item."""
+    """A sink that accepts every item."""
 
     async def put(self, index: int, item: Packet, byte_size: int) -> None:
         del index, item, byte_size

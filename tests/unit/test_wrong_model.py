@@ -1,4 +1,4 @@
-"""A path that is no Diffusers directory is recognised, and the error says what to pass instead."""
+"""A path that is not a Diffusers directory is recognised, and the error names the path to pass instead."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = safetensors_bytes({"weight": [0.0]})
 
 
 def build_snapshot(cache: Path, commit: str = "0a1b2c", repository: str = REPOSITORY) -> Path:
-    """Write a repository of the Hugging Face cache, with weights that are links; returns its one snapshot."""
+    """Write a repository of the Hugging Face cache, with links as weights. Returns its only snapshot."""
     root = cache / repository
     snapshot = build_bare_flux(root / "snapshots" / commit)
     (root / "refs").mkdir(exist_ok=True)
@@ -105,20 +105,20 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_it_is_and_what_to_do(tmp_path: Path, case: str) -> None:
+def test_the_error_names_the_kind_of_path_and_the_remedy(tmp_path: Path, case: str) -> None:
     build, message = CASES[case]
     with pytest.raises(CheckpointError) as refused:
         open_model(str(build(tmp_path / "given")), load_registry())
     assert re.search(message, refused.value.message), refused.value.message
 
 
-def test_a_link_to_a_directory_that_is_gone(tmp_path: Path) -> None:
+def test_a_link_to_a_missing_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to("/nonesuch/model")
     with pytest.raises(CheckpointError, match=r"model is a link to /nonesuch/model, which does not exist"):
         open_model(str(tmp_path / "model"), load_registry())
 
 
-def test_a_module_that_is_a_link_to_nothing(tmp_path: Path) -> None:
+def test_a_module_that_is_a_dangling_link_is_named(tmp_path: Path) -> None:
     path = build_bare_flux(tmp_path / "flux")
     (path / "vae").rename(path / "elsewhere")
     (path / "vae").symlink_to("/nonesuch/vae")
