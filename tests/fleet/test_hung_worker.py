@@ -131,7 +131,7 @@ def test_a_stuck_process_ends_and_its_request_resumes_elsewhere(tmp_path: Path) 
     checkpoint = build_toy_checkpoint(tmp_path / "checkpoint")
     marker = tmp_path / "stuck"
 
-    async def story(url: str, directory: Path, plugins: Path) -> None:
+    async def scenario(url: str, directory: Path, plugins: Path) -> None:
         async with asyncio.timeout(90), running(url, directory, plugins, checkpoint) as fleet:
             _, steps = await fleet.result(await fleet.submit(SLOW_SEED))
             assert steps == [0, 1, 2, 3, 4], "a loop of slow steps is not stuck"
@@ -159,7 +159,7 @@ def test_a_stuck_process_ends_and_its_request_resumes_elsewhere(tmp_path: Path) 
     ):
         stages = plugins / "toy_stages.py"
         stages.write_text(stages.read_text() + _STUCK_STAGE.replace("MARKER", str(marker)))
-        asyncio.run(story(server.url, Path(directory), plugins))
+        asyncio.run(scenario(server.url, Path(directory), plugins))
 
 
 async def _read_to_end(process: Process) -> tuple[str, int]:

@@ -77,7 +77,7 @@ async def submitted(stub: Stub, **fields: Any) -> str:
 def test_each_state_of_a_request_is_one_line(url: str, lines: Lines) -> None:
     """With two coordinators and four requests at a time; a replayed request is no change."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         await fleet.add_workers()
         stubs = [(await fleet.add_coordinator())[1] for _ in range(2)]
@@ -92,7 +92,7 @@ def test_each_state_of_a_request_is_one_line(url: str, lines: Lines) -> None:
         await wait_until(all_ended)
         assert [lines.states(name) for name in names] == [["QUEUED", "RUNNING", "SUCCEEDED"]] * 4
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
     of_states = [line for line in lines.all() if "state" in line]
     assert Counter(line["event"] for line in of_states) == {
         "request accepted": 4,
@@ -104,7 +104,7 @@ def test_each_state_of_a_request_is_one_line(url: str, lines: Lines) -> None:
 
 
 def test_failure_cancellation_and_expiry_are_one_line_each(url: str, lines: Lines) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
 
         def fail(_: Call) -> None:
@@ -133,13 +133,13 @@ def test_failure_cancellation_and_expiry_are_one_line_each(url: str, lines: Line
             await wait_until(has_ended)
             assert lines.states(name) == ["QUEUED", "RUNNING", end]
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
     (line,) = [line for line in lines.all() if line.get("state") == "FAILED"]
     assert (line["code"], line["error"]) == ("INTERNAL", "ZeroDivisionError: a defect")
 
 
 def test_a_request_that_never_ran_has_no_running_line(url: str, lines: Lines) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         name = await submitted(stub)
         await stub.CancelRequest(pb.CancelRequestRequest(request_id=name))
@@ -150,7 +150,7 @@ def test_a_request_that_never_ran_has_no_running_line(url: str, lines: Lines) ->
 
         await wait_until(has_ended)
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 async def _rest(process: Process) -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ async def _rest(process: Process) -> list[dict[str, Any]]:
 
 
 def test_a_taken_over_request_has_each_line_once_in_two_processes(url: str, lines: Lines) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -195,13 +195,13 @@ def test_a_taken_over_request_has_each_line_once_in_two_processes(url: str, line
         (taken,) = [line for line in lines.all() if line["event"] == "request taken over"]
         assert (taken["epoch"], taken["trace_id"]) == (2, TRACE_ID)
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 def test_a_request_that_cannot_be_continued_ends_in_one_line(url: str, lines: Lines) -> None:
     """Its result was streamed by a coordinator that is gone."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -225,7 +225,7 @@ def test_a_request_that_cannot_be_continued_ends_in_one_line(url: str, lines: Li
         assert lines.states(name) == ["request taken over", "FAILED"]
         assert {line["trace_id"] for line in lines.all() if line.get("request_id") == name} == {TRACE_ID}
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 class HandsOver:
@@ -242,7 +242,7 @@ class HandsOver:
 
 
 def test_a_resumed_request_names_step_stage_and_attempt(url: str, lines: Lines) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers(BESIDE)
         script = Script(fleet.scripts["denoising"].contract, HandsOver())
         for _ in range(2):
@@ -257,7 +257,7 @@ def test_a_resumed_request_names_step_stage_and_attempt(url: str, lines: Lines) 
         await wait_until(has_ended)
         assert lines.states(name) == ["QUEUED", "RUNNING", "request resumed", "SUCCEEDED"]
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
     (line,) = [line for line in lines.all() if line["event"] == "request resumed"]
     assert (line["step"], line["stage"], line["attempt"]) == (3, "denoising", 2)
     (line,) = [line for line in lines.all() if line["event"] == "attempt handed over"]
@@ -267,7 +267,7 @@ def test_a_resumed_request_names_step_stage_and_attempt(url: str, lines: Lines) 
 def test_lines_of_interleaved_requests_name_their_own_request(url: str, lines: Lines) -> None:
     """On the worker too, whose stages log on the device's thread, and on its event loop when a call fails."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         names: list[str] = []
 
         def work(call: Call) -> None:
@@ -288,7 +288,7 @@ def test_lines_of_interleaved_requests_name_their_own_request(url: str, lines: L
         for name in names:
             await terminal(stub, name)
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
     works = [line for line in lines.all() if line["event"] == "stage works"]
     assert len(works) == 4
     for line in works:
@@ -309,7 +309,7 @@ def test_lines_of_interleaved_requests_name_their_own_request(url: str, lines: L
 def test_a_prompt_is_logged_at_acceptance_alone_and_if_a_setting_says_so(
     url: str, lines: Lines, *, log_prompts: bool
 ) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator(log_prompts=log_prompts)
         request = submission(CANARY)
@@ -318,7 +318,7 @@ def test_a_prompt_is_logged_at_acceptance_alone_and_if_a_setting_says_so(
         name = (await stub.Submit(request)).request.request_id
         await terminal(stub, name)
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
     (accepted,) = [line for line in lines.all() if line["event"] == "request accepted"]
     if log_prompts:
         assert (accepted["prompt"], accepted["negative_prompt"]) == (CANARY, f"not {CANARY}")
@@ -332,7 +332,7 @@ def test_a_prompt_is_logged_at_acceptance_alone_and_if_a_setting_says_so(
 def test_a_prompt_in_an_error_is_not_logged(url: str, lines: Lines, kind: type[Exception]) -> None:
     """An error about the input may quote a part of the prompt, and a defect's message and traceback all of it."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         def quote(_: Call) -> None:
             raise kind(f"cannot read {CANARY}" if kind is ValueError else f"cannot read {CANARY[2:]}")
 
@@ -341,7 +341,7 @@ def test_a_prompt_in_an_error_is_not_logged(url: str, lines: Lines, kind: type[E
         _, stub = await fleet.add_coordinator()
         await terminal(stub, await submitted(stub))
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
     (line,) = [line for line in lines.all() if line.get("state") == "FAILED"]
     assert line["code"] == ("INTERNAL" if kind is ValueError else "INVALID_ARGUMENT")
     if kind is ValueError:
@@ -354,12 +354,12 @@ def test_a_prompt_in_an_error_is_not_logged(url: str, lines: Lines, kind: type[E
 def test_an_id_that_a_client_sends_is_not_the_id_of_its_lines(url: str, lines: Lines) -> None:
     """Only workers believe it: coordinators call them."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         reply = await stub.Submit(submission(), metadata=(("fleet-request-id", "forged"), ("fleet-attempt", "7")))
         await terminal(stub, reply.request.request_id)
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
     assert "forged" not in lines.text
     assert '"attempt": 7' not in lines.text

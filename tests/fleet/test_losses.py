@@ -39,7 +39,7 @@ async def has_in_flight(servicer: StageServicer, number: int) -> None:
 
 
 def test_a_call_that_waits_behind_another_one_is_not_charged(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(BESIDE)
         worker = await fleet.add_worker("denoising", Script(fleet.scripts["denoising"].contract, gate), capacity=2)
@@ -65,11 +65,11 @@ def test_a_call_that_waits_behind_another_one_is_not_charged(store_url: str) -> 
         await fleet.add_worker("denoising")
         await asyncio.gather(succeeds(stub, runs), succeeds(stub, waits))
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_a_worker_that_does_not_report_when_it_begins_charges_what_it_may_have_begun(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(BESIDE)
         script = Script(fleet.scripts["denoising"].contract, gate)
@@ -87,13 +87,13 @@ def test_a_worker_that_does_not_report_when_it_begins_charges_what_it_may_have_b
         await fleet.add_workers(["denoising"])
         await asyncio.gather(*(succeeds(stub, name) for name in names))
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_a_worker_that_leaves_charges_nobody(store_url: str) -> None:
     """As where its grace time is too short for the call."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(BESIDE)
         worker = await fleet.add_worker("denoising", Script(fleet.scripts["denoising"].contract, gate))
@@ -118,13 +118,13 @@ def test_a_worker_that_leaves_charges_nobody(store_url: str) -> None:
         await fleet.add_worker("denoising")
         await succeeds(stub, name)
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_a_worker_that_is_announced_again_charges_nobody(store_url: str) -> None:
     """Only its connection was lost. The request goes on at once, without waiting for the next heartbeat."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         first, second = Gate(), Gate()
         await fleet.add_workers(BESIDE)
         worker = await fleet.add_worker("denoising", Script(fleet.scripts["denoising"].contract, first), ttl_seconds=5)
@@ -143,11 +143,11 @@ def test_a_worker_that_is_announced_again_charges_nobody(store_url: str) -> None
         second.opened.set()
         await succeeds(stub, name)
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_after_a_loss_a_request_has_its_worker_alone(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         first, second = Gate(), Gate()
         await fleet.add_workers(BESIDE)
         dying = await fleet.add_worker("denoising", Script(fleet.scripts["denoising"].contract, first), capacity=2)
@@ -172,4 +172,4 @@ def test_after_a_loss_a_request_has_its_worker_alone(store_url: str) -> None:
         second.opened.set()
         await asyncio.gather(succeeds(stub, name), succeeds(stub, other))
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)

@@ -58,7 +58,9 @@ def generate(fleet: ServedFleet, output: Path, *words: str) -> int:
 
 
 @pytest.mark.parametrize("variant", IMAGES)
-def test_tensors_are_those_of_one_process(fleet: ServedFleet, local: LocalFleet, tmp_path: Path, variant: str) -> None:
+def test_tensors_equal_those_of_one_process(
+    fleet: ServedFleet, local: LocalFleet, tmp_path: Path, variant: str
+) -> None:
     (tmp_path / "boat.png").write_bytes(IMAGE)
     words = ("--image", str(tmp_path / "boat.png")) if variant == "image" else ()
     assert generate(fleet, tmp_path / "it.safetensors", *words, "--num-outputs", "2") == 0

@@ -46,7 +46,7 @@ def fleet(model: ServedModel) -> Iterator[ServedFleet]:
 
 
 @pytest.mark.parametrize("variant", IMAGES)
-def test_tensors_are_those_of_one_process(fleet: ServedFleet, model: ServedModel, variant: str) -> None:
+def test_tensors_equal_those_of_one_process(fleet: ServedFleet, model: ServedModel, variant: str) -> None:
     """The decoder's draw too: its generator and the request's parameters reach it."""
     local = LocalFleet(model)
     expected = local.tensors(images=IMAGES[variant], **GIVEN)

@@ -36,7 +36,7 @@ async def image_of(stub: Stub) -> bytes:
 
 
 def test_each_pair_of_versions_finishes_a_request() -> None:
-    async def story(stack: AsyncExitStack) -> None:
+    async def scenario(stack: AsyncExitStack) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixed-")))
         release = unpack_release(directory / "release")
         models = {MODEL: build_tiny_flux(directory / MODEL)}
@@ -69,6 +69,6 @@ def test_each_pair_of_versions_finishes_a_request() -> None:
 
     async def main() -> None:
         async with asyncio.timeout(300), AsyncExitStack() as stack:
-            await story(stack)
+            await scenario(stack)
 
     asyncio.run(main())

@@ -22,7 +22,7 @@ def test_callers_take_turns_at_every_coordinator(store_url: str, tmp_path: Path)
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
     keys.write_text("".join(f'[callers.{name}]\nkey_sha256 = ["{digests[name]}"]\n' for name in names))
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["text_encoding"].work = gate
         await fleet.add_workers()
@@ -51,11 +51,11 @@ def test_callers_take_turns_at_every_coordinator(store_url: str, tmp_path: Path)
         order = [owners[request_id] for request_id in fleet.scripts["text_encoding"].calls]
         assert order == ["greedy", "modest", "greedy", "modest", "greedy", "greedy", "greedy"]
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_a_bound_in_seconds_reports_when_to_come_again(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -78,4 +78,4 @@ def test_a_bound_in_seconds_reports_when_to_come_again(store_url: str) -> None:
         for request_id in accepted:
             assert (await terminal(stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)

@@ -81,7 +81,7 @@ async def steps_and_state(stub: Stub, name: str) -> tuple[list[int], pb.RequestS
 
 
 def test_it_is_given_up_after_three_workers_and_no_other_request_suffers() -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(150), AsyncExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="poison-")))
             models = {"emoji": CHECKPOINTS / "emoji"}
@@ -111,4 +111,4 @@ def test_it_is_given_up_after_three_workers_and_no_other_request_suffers() -> No
             await fleet.stop()
             assert not fleet.findings
 
-    asyncio.run(story())
+    asyncio.run(scenario())

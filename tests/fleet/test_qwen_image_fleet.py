@@ -84,7 +84,7 @@ def fleet(models: dict[str, ServedModel]) -> Iterator[ServedFleet]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_tensors_are_those_of_one_process(fleet: ServedFleet, models: dict[str, ServedModel], case: str) -> None:
+def test_tensors_equal_those_of_one_process(fleet: ServedFleet, models: dict[str, ServedModel], case: str) -> None:
     name, images, given = CASES[case]
     local = LocalFleet(models[name])
     expected = local.tensors(images=images, **given)

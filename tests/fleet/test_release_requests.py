@@ -116,7 +116,7 @@ def run_on_coordinator(
 ) -> None:
     """Run a test on a coordinator that knows the callers, without any worker."""
 
-    async def story(stack: AsyncExitStack) -> None:
+    async def scenario(stack: AsyncExitStack) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-")))
         keys = directory / "keys.toml"
         write_keys(keys, (STUDIO, PRESS))
@@ -131,7 +131,7 @@ def run_on_coordinator(
 
     async def main() -> None:
         async with asyncio.timeout(30), AsyncExitStack() as stack:
-            await story(stack)
+            await scenario(stack)
 
     asyncio.run(main())
 
@@ -143,7 +143,7 @@ def _scalars(parameters: pb.GenerationParameters) -> dict[str, Any]:
 
 
 def test_each_stored_request_is_listed_and_read(server: RedisServer, models: list[ServedModel]) -> None:
-    async def story(store: Restored) -> None:
+    async def scenario(store: Restored) -> None:
         listed: dict[str, pb.RequestRecord] = {}
         for caller in (STUDIO, PRESS):
             reply = await store.stub.ListRequests(pb.ListRequestsRequest(), metadata=credentials(caller))
@@ -162,14 +162,14 @@ def test_each_stored_request_is_listed_and_read(server: RedisServer, models: lis
         )
         assert [each.request_id for each in reply.requests] == [store.ids["expired"]]
 
-    run_on_coordinator(server, models, story)
+    run_on_coordinator(server, models, scenario)
 
 
 @pytest.mark.parametrize("name", ENDED)
 def test_the_events_and_the_file_of_an_ended_request_are_those_that_were_stored(
     server: RedisServer, models: list[ServedModel], name: str
 ) -> None:
-    async def story(store: Restored) -> None:
+    async def scenario(store: Restored) -> None:
         stored = store.keys[name][f"fleet:events:{store.ids[name]}"]["value"]
         events = await store.events(name)
         assert [event.event_id for event in events] == [event_id for event_id, _ in stored]
@@ -181,46 +181,46 @@ def test_the_events_and_the_file_of_an_ended_request_are_those_that_were_stored(
             assert (await store.download(record.request_id, record.caller)) == await store.items(name)
             assert [file.byte_size for file in record.files] == [len(await store.items(name))]
 
-    run_on_coordinator(server, models, story)
+    run_on_coordinator(server, models, scenario)
 
 
 def test_an_idempotency_key_replays_the_request_that_the_release_stored(
     server: RedisServer, models: list[ServedModel]
 ) -> None:
-    async def story(store: Restored) -> None:
+    async def scenario(store: Restored) -> None:
         for name, key in KEYS.items():
             one = asked()[name]
             again = pb.SubmitRequest(model=one.model, parameters=one.parameters, idempotency_key=key)
             reply = await store.stub.Submit(again, metadata=credentials(one.caller))
             assert reply.request.request_id == store.ids[name]
 
-    run_on_coordinator(server, models, story)
+    run_on_coordinator(server, models, scenario)
 
 
 @pytest.mark.parametrize("name", OPEN)
 def test_an_open_request_is_cancelled(server: RedisServer, models: list[ServedModel], name: str) -> None:
-    async def story(store: Restored) -> None:
+    async def scenario(store: Restored) -> None:
         call = pb.CancelRequestRequest(request_id=store.ids[name])
         await store.stub.CancelRequest(call, metadata=credentials(asked()[name].caller))
         assert (await store.events(name))[-1].state_change.state == pb.REQUEST_STATE_CANCELLED
         assert (await store.record(name)).state == pb.REQUEST_STATE_CANCELLED
         assert not await store.redis.keys(f"fleet:checkpoint:{store.ids[name]}:*")
 
-    run_on_coordinator(server, models, story)
+    run_on_coordinator(server, models, scenario)
 
 
 def test_the_timelines_of_the_release_are_read(server: RedisServer, models: list[ServedModel]) -> None:
-    async def story(store: Restored) -> None:
+    async def scenario(store: Restored) -> None:
         call = pb.GetRequestRequest(request_id=store.ids["succeeded"], with_timeline=True)
         reply = await store.stub.GetRequest(call, metadata=credentials(STUDIO))
         completed = [each for each in reply.timeline if each.kind == pb.TIMELINE_KIND_COMPLETED]
         assert {each.service for each in completed} == {spec.service for spec in models[0].services}
 
-    run_on_coordinator(server, models, story)
+    run_on_coordinator(server, models, scenario)
 
 
 def test_a_step_checkpoint_of_the_release_is_of_use_to_equal_numerics_only(server: RedisServer) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async with connect(server.url) as redis:
             await redis.flushall()
             request_id = (await load_store(redis, REQUESTS))["running"]
@@ -237,7 +237,7 @@ def test_a_step_checkpoint_of_the_release_is_of_use_to_equal_numerics_only(serve
             assert found is not None
             assert step_of(found) == int(await command(redis, "HGET", f"fleet:request:{request_id}", "reached")) > 0
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def pixels(data: bytes) -> torch.Tensor:
@@ -276,7 +276,7 @@ def test_open_requests_are_taken_over_and_finish(server: RedisServer, models: li
     Items that were delivered stay, whichever worker goes on after them.
     """
 
-    async def story(stack: AsyncExitStack) -> None:
+    async def scenario(stack: AsyncExitStack) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-")))
         channel = await stack.enter_async_context(open_channel(f"unix:{directory}/coordinator.sock"))
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -306,6 +306,6 @@ def test_open_requests_are_taken_over_and_finish(server: RedisServer, models: li
 
     async def main() -> None:
         async with asyncio.timeout(100), AsyncExitStack() as stack:
-            await story(stack)
+            await scenario(stack)
 
     asyncio.run(main())

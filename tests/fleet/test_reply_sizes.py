@@ -154,7 +154,7 @@ def test_no_reply_reaches_the_size_that_grpc_clients_take_by_default(url: str) -
     service = pb.DESCRIPTOR.services_by_name["GenerationService"]
     assert [method.name for method in service.methods] == list(CASES), "give each RPC a case"
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         fleet.scripts["denoising"].work = warn
         fleet.scripts["decoding"].result_bytes = RESULT_BYTES
         await fleet.add_workers()
@@ -173,11 +173,11 @@ def test_no_reply_reaches_the_size_that_grpc_clients_take_by_default(url: str) -
             sizes["ListModels"] = max(reply.ByteSize() for reply in await list_models(stub, request_id))
         assert {name: size for name, size in sizes.items() if size >= GRPC_DEFAULT} == {}
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 def test_an_error_that_a_record_holds_is_short(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         fleet.scripts["denoising"].work = warn_and_fail
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
@@ -187,4 +187,4 @@ def test_an_error_that_a_record_holds_is_short(url: str) -> None:
         assert len(last.state_change.error.message) == 2_048 // 3
         assert last.ByteSize() < 16 << 10
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)

@@ -49,7 +49,7 @@ GLM_IMAGE = Family(
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_a_death_in_the_middle_changes_no_byte(family: Family) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(150), served(family) as fleet:
             stub = fleet.stubs[0]
             whole, steps = await fleet.result(stub, await fleet.submit(stub))
@@ -73,13 +73,13 @@ def test_a_death_in_the_middle_changes_no_byte(family: Family) -> None:
             assert again == whole
             assert resumed_at(steps) > fleet.stored_step > 0, steps
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_an_image_request_resumes_to_the_same_bytes() -> None:
     """The checkpoint has the loop's own first frame; that of the image is put back at the end."""
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(90), served(TI2V) as fleet:
             (stub,) = fleet.stubs
             whole, steps = await fleet.result(stub, await fleet.submit(stub))
@@ -90,13 +90,13 @@ def test_an_image_request_resumes_to_the_same_bytes() -> None:
             assert again == whole
             assert resumed_at(steps) > kill_at, steps
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_prior_tokens_are_sampled_again_after_a_death() -> None:
     """They have no checkpoint: another worker begins with the first one, and its draws are those of the seed."""
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(90), served(GLM_IMAGE) as fleet:
             (stub,) = fleet.stubs
             whole, tokens = await fleet.result(stub, await fleet.submit(stub))
@@ -106,4 +106,4 @@ def test_prior_tokens_are_sampled_again_after_a_death() -> None:
             assert again == whole
             assert tokens.count(0) == 2, tokens
 
-    asyncio.run(story())
+    asyncio.run(scenario())

@@ -56,7 +56,7 @@ async def keda(fleet: FakeFleet, **settings: Any) -> tuple[Keda, Any]:
 
 
 def test_a_request_without_workers_activates_its_stages_within_a_second(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         scaler, stub = await keda(fleet)
         activity = aiter(scaler.stub.StreamIsActive(target()))
         assert not (await anext(activity)).result
@@ -78,11 +78,11 @@ def test_a_request_without_workers_activates_its_stages_within_a_second(store_ur
         await wait_until(nothing_is_queued)
         assert time.monotonic() - ended < 1
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_a_stage_that_is_needed_for_a_moment_only_is_pushed_as_active(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         scaler, stub = await keda(fleet)
         activity = aiter(scaler.stub.StreamIsActive(target(stage="text_encoding")))
@@ -93,11 +93,11 @@ def test_a_stage_that_is_needed_for_a_moment_only_is_pushed_as_active(store_url:
             assert not (await anext(activity)).result
             await terminal(stub, name)
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_waiting_and_running_requests_count_by_what_the_worker_computed(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
 
         def steps(call: Call) -> None:
@@ -133,7 +133,7 @@ def test_waiting_and_running_requests_count_by_what_the_worker_computed(store_ur
             await terminal(stub, name)
         assert await scaler.value() == 0
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 async def _model(stub: Stub) -> generation_pb2.Model:
@@ -142,7 +142,7 @@ async def _model(stub: Stub) -> generation_pb2.Model:
 
 
 def test_the_assumed_time_counts_until_something_is_measured(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         scaler, stub = await keda(fleet, assumed_seconds=7.0)
         await stub.Submit(submission())
 
@@ -154,18 +154,18 @@ def test_the_assumed_time_counts_until_something_is_measured(store_url: str) -> 
         services = {each.service: each for each in (await _model(stub)).services}
         assert services["text_encoding"].unmeasured
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_the_metric_has_the_seconds_of_one_replica(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         scaler, _ = await keda(fleet)
         (spec,) = (await scaler.stub.GetMetricSpec(target())).metricSpecs
         assert (spec.metricName, spec.targetSize, spec.targetSizeFloat) == ("wanted_seconds", 4, 4.0)
         pushed = await anext(aiter(scaler.stub.StreamMetricSpec(target())))
         assert list(pushed.metricSpecs) == [spec]
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_the_metric_has_the_seconds_of_one_replica(store_url: str) -> None:
     ],
 )
 def test_wrong_metadata_is_refused_by_every_rpc(store_url: str, changed: dict[str, str], code: str, words: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         scaler, _ = await keda(fleet)
         reference = target(**changed)
         calls = [
@@ -196,11 +196,11 @@ def test_wrong_metadata_is_refused_by_every_rpc(store_url: str, changed: dict[st
             assert error_of(result)[0] == code
             assert words in (result.details() or "")
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_two_coordinators_report_the_same(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         scaler, stub = await keda(fleet)
         other, _ = await fleet.add_coordinator(scaler_listen=f"unix:{fleet.directory}/scaler-2.sock")
         channel = open_channel(other.scaler_address)
@@ -214,7 +214,7 @@ def test_two_coordinators_report_the_same(store_url: str) -> None:
         await wait_until(three_wait)
         assert await Keda(channel).value(stage="text_encoding") == await scaler.value(stage="text_encoding") == 12.0
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_callers_of_the_scaler_show_a_certificate_of_the_fleet(store_url: str, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_callers_of_the_scaler_show_a_certificate_of_the_fleet(store_url: str, t
                 return error.code().name
         return "OK"
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         files = tls_files(authority, "coordinator")
         coordinator, _ = await fleet.add_coordinator(scaler_listen="127.0.0.1:0", **files)
         address = coordinator.scaler_address
@@ -236,4 +236,4 @@ def test_callers_of_the_scaler_show_a_certificate_of_the_fleet(store_url: str, t
         assert await outcome(address, mutual(authority, others.issue("keda"))) == "UNAVAILABLE"
         assert await outcome(address, channel_credentials(read_authority(authority.ca))) == "UNAVAILABLE"
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)

@@ -39,7 +39,7 @@ def request(**images: bytes) -> generation_pb2.SubmitRequest:
 
 
 def test_a_stage_that_the_variant_of_a_request_does_not_use_needs_no_worker(store_url: str, twin: ServedModel) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(60), running_fleet(store_url, twin) as fleet:
             coordinator, stub = await fleet.add_coordinator(scaler_listen=f"unix:{fleet.directory}/scaler.sock")
             async with open_channel(coordinator.scaler_address) as channel:
@@ -69,4 +69,4 @@ def test_a_stage_that_the_variant_of_a_request_does_not_use_needs_no_worker(stor
 
                 await wait_until(none_is_active)
 
-    asyncio.run(story())
+    asyncio.run(scenario())

@@ -101,7 +101,7 @@ async def kept(url: str, count: int) -> None:
 
 
 def test_what_one_worker_encoded_another_does_not_encode_again() -> None:
-    async def story(server: RedisServer) -> None:
+    async def scenario(server: RedisServer) -> None:
         async with encoders(server.url, "float32", "float32", "bfloat16") as (one, other, rounded):
             texts = ("a red apple", LONG)
             first = [await one.encode(text) for text in texts]
@@ -118,11 +118,11 @@ def test_what_one_worker_encoded_another_does_not_encode_again() -> None:
             await rounded.encode("a red apple")  # other numerics have other replies
             assert (computed(), hits()) == (before + 1, found + 2)
 
-    run(story)
+    run(scenario)
 
 
 def test_without_the_store_workers_encode_by_themselves() -> None:
-    async def story(server: RedisServer) -> None:
+    async def scenario(server: RedisServer) -> None:
         async with encoders(server.url, "float32", "float32") as (one, other):
             embeds, _ = await one.encode("a red apple")
             await kept(server.url, 3)
@@ -131,4 +131,4 @@ def test_without_the_store_workers_encode_by_themselves() -> None:
             assert all(torch.equal(embeds[name], again[name]) for name in embeds)
             server.start()
 
-    run(story)
+    run(scenario)

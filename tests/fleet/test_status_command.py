@@ -123,7 +123,7 @@ async def held_up(fleet: FakeFleet, **settings: Any) -> tuple[str, Any, Gate, st
 
 
 def test_the_live_view_follows_requests_and_the_terminal(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         endpoint, stub, gate, first = await held_up(fleet)
         async with on_terminal("--endpoint", endpoint, "--interval", "0.2") as shown:
             await shown.until(lambda text: f"{first} RUNNING" in text and "denoising 0/20 (0%) on denoising-" in text)
@@ -147,7 +147,7 @@ def test_the_live_view_follows_requests_and_the_terminal(url: str) -> None:
             assert SHOW_CURSOR in shown.written
             assert "Traceback" not in shown.written
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 def _is_as_wide(width: int, text: str) -> bool:
@@ -155,7 +155,7 @@ def _is_as_wide(width: int, text: str) -> bool:
 
 
 def test_a_coordinator_that_is_unavailable_and_comes_back(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         listen = f"unix:{fleet.directory}/public.sock"
         coordinator = await fleet.start_process(listen)
         async with on_terminal("--endpoint", listen, "--interval", "0.1") as shown:
@@ -170,11 +170,11 @@ def test_a_coordinator_that_is_unavailable_and_comes_back(url: str) -> None:
             await shown.until(lambda text: "UNAVAILABLE" not in text and "every 0.1 s" in text)
             assert await shown.end() == 0
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 def test_on_a_terminal_once_is_plain_and_ends(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         endpoint, _, gate, first = await held_up(fleet)
         async with on_terminal("--endpoint", endpoint, "--once") as shown:
             assert await shown.process.wait() == 0
@@ -184,13 +184,13 @@ def test_on_a_terminal_once_is_plain_and_ends(url: str) -> None:
             assert re.search(rf"^{first} +\d+s +denoising 0/20 \(0%\) on denoising-", shown.written, re.MULTILINE)
         gate.opened.set()
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 def test_json_lines_go_on_without_the_store() -> None:
     with running_server("valkey") as server:
 
-        async def story(fleet: FakeFleet) -> None:
+        async def scenario(fleet: FakeFleet) -> None:
             endpoint, _, gate, first = await held_up(fleet)
             words = ("--endpoint", endpoint, "--json", "--interval", "0.1")
             process = await asyncio.create_subprocess_exec(*COMMAND, *words, stdout=PIPE, stderr=PIPE)
@@ -217,7 +217,7 @@ def test_json_lines_go_on_without_the_store() -> None:
             assert (process.returncode, error) == (0, b"")
             gate.opened.set()
 
-        run_on_fleet(server.url, story)
+        run_on_fleet(server.url, scenario)
 
 
 def test_one_document_and_a_fleet_that_is_not_there(url: str, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_one_document_and_a_fleet_that_is_not_there(url: str, tmp_path: Path) ->
         output, error = await process.communicate()
         return output, error, process.returncode
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
         output, error, code = await run("--endpoint", coordinator.address, "--json")
         assert (code, error) == (0, b"")
@@ -237,7 +237,7 @@ def test_one_document_and_a_fleet_that_is_not_there(url: str, tmp_path: Path) ->
             assert (code, output) == (1, b"")
             assert error.startswith(b"fleet status: no fleet answers at")
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 def test_a_caller_sees_its_own_requests_and_the_queue_before_them(url: str, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_caller_sees_its_own_requests_and_the_queue_before_them(url: str, tmp_
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
     keys.write_text("".join(f'[callers.{name}]\nkey_sha256 = ["{digests[name]}"]\n' for name in names))
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         for service in OTHERS:
             await fleet.add_worker(service)
@@ -276,7 +276,7 @@ def test_a_caller_sees_its_own_requests_and_the_queue_before_them(url: str, tmp_
         gate.opened.set()
         await terminal_of(stub, mine, bearer["bob"])
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 async def terminal_of(stub: Any, name: str, metadata: tuple[tuple[str, str], ...]) -> None:
@@ -294,7 +294,7 @@ async def terminal_of(stub: Any, name: str, metadata: tuple[tuple[str, str], ...
     ],
 )
 def test_a_listing_with_activities_has_one_page_of_all_states(url: str, fields: dict[str, Any], field: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.ListRequests(pb.ListRequestsRequest(with_activity=True, **fields))
@@ -302,11 +302,11 @@ def test_a_listing_with_activities_has_one_page_of_all_states(url: str, fields: 
         answer = await stub.ListRequests(pb.ListRequestsRequest(with_activity=True, model="unknown"))
         assert not answer.requests
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 def test_a_dead_worker_is_counted_and_its_request_goes_on_elsewhere(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         for service in OTHERS:
             await fleet.add_worker(service)
@@ -331,4 +331,4 @@ def test_a_dead_worker_is_counted_and_its_request_goes_on_elsewhere(url: str) ->
         await fleet.add_worker("denoising")
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)

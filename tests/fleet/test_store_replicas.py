@@ -14,7 +14,7 @@ from sentinel_servers import Replicated, replicated_servers
 
 
 def test_a_request_counts_once_a_replica_has_it() -> None:
-    async def story(fleet: FakeFleet, servers: Replicated) -> None:
+    async def scenario(fleet: FakeFleet, servers: Replicated) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator(store_replicas=1)
         accepted = (await stub.Submit(submission())).request.request_id
@@ -35,4 +35,4 @@ def test_a_request_counts_once_a_replica_has_it() -> None:
         tempfile.TemporaryDirectory(prefix="fleet-replicas-") as directory,
         replicated_servers(Path(directory)) as all_,
     ):
-        run_on_fleet(all_.url, lambda fleet: story(fleet, all_))
+        run_on_fleet(all_.url, lambda fleet: scenario(fleet, all_))

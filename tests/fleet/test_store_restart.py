@@ -17,7 +17,7 @@ TERMINAL = pb.REQUEST_STATE_SUCCEEDED
 
 
 def test_requests_that_wait_run_and_have_ended_outlive_a_killed_store(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -53,6 +53,6 @@ def test_requests_that_wait_run_and_have_ended_outlive_a_killed_store(each_serve
 
     async def main() -> None:
         async with asyncio.timeout(60), running_fleet(each_server.url, emoji()) as fleet:
-            await story(fleet)
+            await scenario(fleet)
 
     asyncio.run(main())

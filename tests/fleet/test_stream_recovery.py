@@ -22,7 +22,7 @@ from stream_faults import (
 
 
 def test_each_byte_is_delivered_once_whichever_process_dies() -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(150), served(CAUSAL) as fleet:
             whole = await undisturbed(fleet)
             await worker_fault(fleet, whole, "denoising", signal.SIGKILL, WITHIN)
@@ -33,4 +33,4 @@ def test_each_byte_is_delivered_once_whichever_process_dies() -> None:
             await slow_follower(fleet, whole)
             await coordinator_fault(fleet, whole, signal.SIGKILL, WITHIN)
 
-    asyncio.run(story())
+    asyncio.run(scenario())

@@ -53,7 +53,7 @@ async def download(stub: Stub, name: str) -> bytes:
 
 
 def test_a_request_outlives_its_coordinator(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = SecondGate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -80,11 +80,11 @@ def test_a_request_outlives_its_coordinator(each_server: RedisServer) -> None:
         assert await download(other, name) == b"\x07" * 100
         assert fleet.scripts["denoising"].calls == [name, name]
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
 def test_a_coordinator_that_slept_does_no_harm(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = SecondGate()
         fleet.scripts["decoding"].work = gate
         await fleet.add_workers()
@@ -112,13 +112,13 @@ def test_a_coordinator_that_slept_does_no_harm(each_server: RedisServer) -> None
             again = (await stub.Submit(submission())).request.request_id
             assert ends(await terminal(stub, again)) == [pb.REQUEST_STATE_SUCCEEDED]
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
 def test_a_request_that_comes_back_is_run_once(each_server: RedisServer) -> None:
     """Another coordinator took it over and died, while this one was still at it."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -140,7 +140,7 @@ def test_a_request_that_comes_back_is_run_once(each_server: RedisServer) -> None
 
     async def watched(fleet: FakeFleet) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: failed_tasks.append(context))
-        await story(fleet)
+        await scenario(fleet)
 
     run_on_fleet(each_server.url, watched)
 
@@ -148,7 +148,7 @@ def test_a_request_that_comes_back_is_run_once(each_server: RedisServer) -> None
 def test_a_request_that_arrives_after_its_coordinator_gave_up_is_run(each_server: RedisServer) -> None:
     """A network that comes back delivers an admission whose caller recorded long ago that the store is away."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         known = (await stub.Submit(submission())).request
@@ -161,7 +161,7 @@ def test_a_request_that_arrives_after_its_coordinator_gave_up_is_run(each_server
         assert ends(await terminal(stub, "late")) == [pb.REQUEST_STATE_SUCCEEDED]
         assert await download(stub, "late") == b"\x07" * 100
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
 def test_an_end_whose_answer_is_lost_keeps_its_result(
@@ -180,7 +180,7 @@ def test_an_end_whose_answer_is_lost_keeps_its_result(
             raise Unavailable("the answer is lost")
         return events
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         monkeypatch.setattr(RequestStore, "finish", finish_in_silence)
         await fleet.add_workers()
         coordinator, stub = await fleet.add_coordinator()
@@ -191,11 +191,11 @@ def test_an_end_whose_answer_is_lost_keeps_its_result(
         _, other = await fleet.add_coordinator()
         assert await download(other, name) == b"\x07" * 100
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
 def test_a_raw_result_without_its_caller_ends_as_failed(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         listen = f"unix:{fleet.directory}/c.sock"
         process = await fleet.start_process(listen)
         async with open_channel(listen) as channel:
@@ -212,7 +212,7 @@ def test_a_raw_result_without_its_caller_ends_as_failed(each_server: RedisServer
         assert change.error.code == "UNAVAILABLE"
         assert "streamed" in change.error.message
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
 class Mortals:
@@ -247,7 +247,7 @@ class Mortals:
 
 
 def test_a_request_that_kills_workers_is_given_up(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         mortals = Mortals(fleet)
         await fleet.add_workers(["text_encoding", "latent_preparation", "decoding"])
         _, stub = await fleet.add_coordinator()
@@ -264,13 +264,13 @@ def test_a_request_that_kills_workers_is_given_up(each_server: RedisServer) -> N
         assert ends(await terminal(stub, innocent)) == [pb.REQUEST_STATE_SUCCEEDED]
         await asyncio.gather(*mortals.died)
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
 def test_a_take_over_inherits_the_losses(each_server: RedisServer) -> None:
     """And is none: only the third loss ends the request."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         mortals = Mortals(fleet)
         await fleet.add_workers(["text_encoding", "latent_preparation", "decoding"])
         listen = f"unix:{fleet.directory}/c.sock"
@@ -299,11 +299,11 @@ def test_a_take_over_inherits_the_losses(each_server: RedisServer) -> None:
                 assert int(await command(redis, "HGET", f"fleet:request:{mortals.poison}", "epoch")) == 2
         await asyncio.gather(*mortals.died)
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
 def test_however_many_coordinators_die_the_request_goes_on(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["text_encoding"].work = gate
         await fleet.add_workers()
@@ -320,4 +320,4 @@ def test_however_many_coordinators_die_the_request_goes_on(each_server: RedisSer
             gate.opened.set()
             assert ends(await terminal(stub, name)) == [pb.REQUEST_STATE_SUCCEEDED]
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)

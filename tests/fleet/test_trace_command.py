@@ -23,7 +23,7 @@ async def fleet_trace(endpoint: str, *words: str) -> tuple[int, str, str]:
 
 
 def test_a_request_that_lost_a_worker(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
         script = Script(fleet.scripts["denoising"].contract, gate)
@@ -56,11 +56,11 @@ def test_a_request_that_lost_a_worker(store_url: str, monkeypatch: pytest.Monkey
         assert not answer.timeline
 
     monkeypatch.setenv("COLUMNS", "200")
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_an_unknown_request(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator(record_seconds=7_200.0)
         for name in ("0123456789abcdef", "no/id"):
             code, output, error = await fleet_trace(coordinator.address, name)
@@ -70,4 +70,4 @@ def test_an_unknown_request(store_url: str) -> None:
                 "a record is kept for 2 h after the end of its request\n"
             )
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)

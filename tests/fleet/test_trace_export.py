@@ -57,7 +57,7 @@ def roots(receiver: Receiver, count: int) -> list[ReceivedSpan]:
 
 
 def test_ends_and_refusals_are_in_the_root_span(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -85,7 +85,7 @@ def test_ends_and_refusals_are_in_the_root_span(store_url: str, monkeypatch: pyt
         assert attempt.error == "InternalError"
 
     with exporting(monkeypatch) as receiver:
-        run_on_fleet(store_url, story)
+        run_on_fleet(store_url, scenario)
 
 
 def fails(_: object) -> None:
@@ -108,7 +108,7 @@ def exemplar(method: str, series: str) -> str:
 def test_calls_that_begin_a_trace_have_it_as_exemplar(url: str, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """The client sends no traceparent."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         if method == "Submit":
@@ -122,7 +122,7 @@ def test_calls_that_begin_a_trace_have_it_as_exemplar(url: str, monkeypatch: pyt
             await asyncio.to_thread(wait_for_exemplar, method, f"grpc_server_call_{series}", trace_id)
 
     with exporting(monkeypatch):
-        run_on_fleet(url, story)
+        run_on_fleet(url, scenario)
 
 
 def wait_for_exemplar(method: str, series: str, trace_id: str) -> None:
@@ -147,7 +147,7 @@ def wait_for_exemplar(method: str, series: str, trace_id: str) -> None:
 def test_the_sampler_decides(
     store_url: str, monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str], parent: str, sampled: bool
 ) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         metadata = (("traceparent", parent),) if parent else ()
@@ -160,7 +160,7 @@ def test_the_sampler_decides(
             assert root.span_id in record.trace.traceparent
 
     with exporting(monkeypatch, **variables) as receiver:
-        run_on_fleet(store_url, story)
+        run_on_fleet(store_url, scenario)
     assert bool(receiver.spans) == sampled
 
 
@@ -171,7 +171,7 @@ def test_certificates_and_names_are_those_of_the_variables(
     own = authority.issue("127.0.0.1")
     credentials = grpc.ssl_server_credentials([(own.key.read_bytes(), own.cert.read_bytes())])
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         await terminal(stub, (await stub.Submit(submission())).request.request_id)
@@ -181,7 +181,7 @@ def test_certificates_and_names_are_those_of_the_variables(
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", str(authority.ca))
         monkeypatch.setenv("OTEL_SERVICE_NAME", "drawings")
         with tracing.exporting("test"):
-            run_on_fleet(store_url, story)
+            run_on_fleet(store_url, scenario)
         (root,) = roots(receiver, 1)
     assert root.service == "drawings"
 
@@ -227,7 +227,7 @@ def test_without_an_exporter_the_clients_context_reaches_the_next_coordinator(
 ) -> None:
     """The first coordinator exports nothing. Another one that does takes over, and its root is below the client's."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -253,7 +253,7 @@ def test_without_an_exporter_the_clients_context_reaches_the_next_coordinator(
             assert found[untraced.request_id].parent_id == ""
             assert root.start == traced.created_at.ToNanoseconds()
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 async def run_service(words: Sequence[str], is_ready: bytes) -> None:
@@ -294,7 +294,7 @@ def warnings_of_a_coordinator(url: str) -> list[str]:
     """The warnings of a coordinator process that serves two requests, each a second after the one before."""
     warnings: list[str] = []
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         listen = f"unix:{fleet.directory}/c.sock"
         words = ("--listen", listen, "--redis", url, "--allow-data-loss", "--log-level", "WARNING")
@@ -314,7 +314,7 @@ def warnings_of_a_coordinator(url: str) -> list[str]:
         warnings.extend((await process.stderr.read()).decode().splitlines())
         assert await process.wait() == 0
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
     return warnings
 
 

@@ -186,7 +186,7 @@ async def check_take_over(fleet: Served, receiver: Receiver) -> None:
 
 
 def test_a_request_is_one_trace_whatever_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(300), served(FLUX) as fleet:
             await check_undisturbed(fleet, receiver)
             await check_client(fleet, receiver)
@@ -196,7 +196,7 @@ def test_a_request_is_one_trace_whatever_dies(monkeypatch: pytest.MonkeyPatch) -
     with receiving() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
-        asyncio.run(story())
+        asyncio.run(scenario())
         assert receiver.spans
         assert not [each for each in receiver.spans if each.trace_id == "a" * 32]
         assert not [word for word in WORDS for raw in receiver.raw if word in raw]

@@ -35,7 +35,7 @@ def without(slot: str) -> Contract:
 
 
 def test_a_worker_is_not_sent_what_it_does_not_read(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers(OTHERS)
         script = Script(without("sampling"))
         await fleet.add_worker("denoising", script)
@@ -45,11 +45,11 @@ def test_a_worker_is_not_sent_what_it_does_not_read(url: str) -> None:
         assert events[-1].state_change.state == SUCCEEDED, events[-1]
         assert script.received == [frozenset({"initial_latents", "schedule", "text_conditioning"})]
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 def test_a_worker_that_lacks_the_resume_slot_gets_requests_and_no_checkpoint(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers(OTHERS)
         script = Script(replace(without("resume_from"), optional=frozenset()))
         await fleet.add_worker("denoising", script, numerics="n")
@@ -58,11 +58,11 @@ def test_a_worker_that_lacks_the_resume_slot_gets_requests_and_no_checkpoint(url
         assert (await terminal(stub, accepted.request.request_id))[-1].state_change.state == SUCCEEDED
         assert script.received == [frozenset({"initial_latents", "schedule", "text_conditioning", "sampling"})]
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 def test_an_output_that_nobody_reads_is_dropped(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers(OTHERS)
         outputs = {**CONTRACT.outputs, "denoising_generator": "Generator"}
         await fleet.add_worker("denoising", Script(replace(CONTRACT, outputs=outputs)))
@@ -72,11 +72,11 @@ def test_an_output_that_nobody_reads_is_dropped(url: str) -> None:
         assert events[-1].state_change.state == SUCCEEDED, events[-1]
         assert fleet.scripts["decoding"].received == [frozenset({"denoised_latents", "canvas"})]
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 def test_an_incompatible_worker_is_shown_and_a_compatible_one_takes_all(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers(OTHERS)
         newer, same = Script(NEEDING), Script(CONTRACT)
         odd = await fleet.add_worker("denoising", newer, capacity=4)
@@ -96,11 +96,11 @@ def test_an_incompatible_worker_is_shown_and_a_compatible_one_takes_all(url: str
         assert head.split() == ["MODEL", "SERVICE", "VARIANT", "INCOMPATIBLE", "WORKER", "REASON"]
         assert row.endswith(FAULT)
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 def test_a_request_without_a_compatible_worker_names_worker_and_slot(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers(OTHERS)
         script = Script(NEEDING)
         odd = await fleet.add_worker("denoising", script)
@@ -117,11 +117,11 @@ def test_a_request_without_a_compatible_worker_names_worker_and_slot(url: str) -
         assert warnings == [f"no worker of denoising can take the request ({named}); the request waits for one"]
         assert not script.calls
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
 
 
 def test_a_request_waits_until_a_compatible_worker_comes(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers(OTHERS)
         newer, same = Script(NEEDING), Script(CONTRACT)
         await fleet.add_worker("denoising", newer)
@@ -132,4 +132,4 @@ def test_a_request_waits_until_a_compatible_worker_comes(url: str) -> None:
         assert (await terminal(stub, accepted.request.request_id))[-1].state_change.state == SUCCEEDED
         assert (len(same.calls), newer.calls) == (1, [])
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)

@@ -64,7 +64,7 @@ def fleet(models: dict[str, ServedModel]) -> Iterator[ServedFleet]:
 
 
 @pytest.mark.parametrize("name", ["t2v", "i2v", "flf2v"])
-def test_tensors_are_those_of_one_process(fleet: ServedFleet, models: dict[str, ServedModel], name: str) -> None:
+def test_tensors_equal_those_of_one_process(fleet: ServedFleet, models: dict[str, ServedModel], name: str) -> None:
     local = LocalFleet(models[name])
     expected = local.tensors(images=IMAGES[name], **GIVEN)
     local.close()

@@ -51,7 +51,7 @@ def fleet(model: ServedModel) -> Iterator[ServedFleet]:
 
 
 @pytest.mark.parametrize("variant", IMAGES)
-def test_tensors_are_those_of_one_process(fleet: ServedFleet, local: LocalFleet, variant: str) -> None:
+def test_tensors_equal_those_of_one_process(fleet: ServedFleet, local: LocalFleet, variant: str) -> None:
     given = {**GIVEN, "num_inference_steps": STEPS, "num_outputs_per_prompt": 2}
     answer = fleet.generate("ti2v", images=IMAGES[variant], **given)
     assert answer.record.variant == variant

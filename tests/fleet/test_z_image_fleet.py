@@ -40,7 +40,7 @@ def fleet(model: ServedModel) -> Iterator[ServedFleet]:
         yield served
 
 
-def test_tensors_are_those_of_one_process(fleet: ServedFleet, model: ServedModel) -> None:
+def test_tensors_equal_those_of_one_process(fleet: ServedFleet, model: ServedModel) -> None:
     local = LocalFleet(model)
     expected = local.tensors(**GIVEN)
     local.close()
