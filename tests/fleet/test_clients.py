@@ -67,13 +67,13 @@ def run_client(command: list[str | Path], endpoint: str, image: Path) -> list[st
     return result.stdout.splitlines()
 
 
-def check_followed(lines: list[str], image: Path) -> None:
+def check_followed(lines: list[str], path: Path) -> None:
     """Check that the client printed the request's states and every stage, and saved an image."""
     assert lines[0] == "REQUEST_STATE_QUEUED"
     assert lines[-1] == "REQUEST_STATE_SUCCEEDED"
     assert {"text_encoding", "latent_preparation", "denoising", "decoding"} <= {line.split()[0] for line in lines}
     assert "denoising 20/20" in lines
-    with Image.open(image) as image:
+    with Image.open(path) as image:
         assert (image.format, image.size) == ("PNG", (128, 128))
 
 

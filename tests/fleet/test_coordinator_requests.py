@@ -15,8 +15,6 @@ from common.state.connection import connect
 from coordinator_fleet import FakeFleet, Gate, Script, error_of, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 
-MODEL = emoji()
-
 
 def steps(count: int) -> Callable[[Call], None]:
     def work(call: Call) -> None:

@@ -18,7 +18,7 @@ from services.cli.status import _status
 WAITS = "no worker of {} runs; the request waits for one"
 
 
-def test_requests_wait_for_the_first_worker_of_each_service_and_watch_says_so(store_url: str) -> None:
+def test_requests_wait_for_workers_and_watch_reports_a_warning(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         coordinator, stub = await fleet.add_coordinator(worker_wait_seconds=30.0)
         async with open_channel(coordinator.address) as channel:
@@ -44,7 +44,7 @@ def test_requests_wait_for_the_first_worker_of_each_service_and_watch_says_so(st
     run_on_fleet(store_url, scenario)
 
 
-def test_a_request_that_finds_its_workers_has_no_warning(store_url: str) -> None:
+def test_request_with_live_workers_has_no_warning(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
@@ -56,7 +56,7 @@ def test_a_request_that_finds_its_workers_has_no_warning(store_url: str) -> None
     run_on_fleet(store_url, scenario)
 
 
-def test_a_worker_of_another_checkpoint_is_refused_and_shown(
+def test_worker_with_another_checkpoint_is_refused_and_listed(
     store_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def scenario(fleet: FakeFleet) -> None:

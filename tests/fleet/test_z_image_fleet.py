@@ -52,7 +52,7 @@ def test_tensors_equal_those_of_one_process(fleet: ServedFleet, model: ServedMod
 @pytest.mark.parametrize(
     ("change", "field"), [({"height": 40}, "height"), ({"guidance_scale": -1.0}, "guidance_scale")], ids=str
 )
-def test_what_cannot_be_drawn_is_refused_before_it_is_accepted(
+def test_invalid_input_is_refused_at_submission(
     fleet: ServedFleet, change: dict[str, Any], field: str
 ) -> None:
     with pytest.raises(InvalidInput) as caught:
