@@ -298,9 +298,7 @@ def test_lines_of_interleaved_requests_have_their_own_request_id(store_url: str,
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])
-def test_prompt_is_logged_only_at_acceptance_and_by_setting(
-    store_url: str, lines: Lines, *, log_prompts: bool
-) -> None:
+def test_prompt_is_logged_only_at_acceptance_and_by_setting(store_url: str, lines: Lines, *, log_prompts: bool) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator(log_prompts=log_prompts)

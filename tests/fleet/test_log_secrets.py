@@ -14,6 +14,7 @@ import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def _contains(log: Path, text: str) -> bool:
 
 
 async def _wait_for(log: Path, text: str) -> None:
-    await wait_until(lambda: _contains(log, text))
+    await wait_until(partial(_contains, log, text))
 
 
 async def _check_up(log: Path, url: str) -> None:

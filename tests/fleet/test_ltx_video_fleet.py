@@ -66,9 +66,7 @@ def test_video_is_an_mp4_of_all_frames(fleet: ServedFleet) -> None:
 
 
 @pytest.mark.parametrize(("change", "field"), [({"height": 40}, "height"), ({"num_frames": 0}, "num_frames")], ids=str)
-def test_invalid_input_is_refused_at_submission(
-    fleet: ServedFleet, change: dict[str, Any], field: str
-) -> None:
+def test_invalid_input_is_refused_at_submission(fleet: ServedFleet, change: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         fleet.generate("ltx", **{**GIVEN, **change})
     assert caught.value.field == field

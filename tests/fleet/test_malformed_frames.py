@@ -184,13 +184,15 @@ LATENTS = pb.Latents(parts={"image": LARGE})
         ([HEADER_REPLY, chunk_frame("denoised_latents.x", 0, b"z")], InternalError, "does not announce"),
         ([reply(header=denoising_pb2.DenoiseOutputs())], InternalError, "outputs"),
         ([reply(header=denoising_pb2.DenoiseOutputs(denoised_latents=LATENTS))], InternalError, "ended after 0 of"),
-        ([reply(checkpoint=pb.Checkpoint(state=pb.DenoiseState(latents=LATENTS))), HEADER_REPLY], Unavailable, "result"),
+        (
+            [reply(checkpoint=pb.Checkpoint(state=pb.DenoiseState(latents=LATENTS))), HEADER_REPLY],
+            Unavailable,
+            "result",
+        ),
         ([reply(checkpoint=pb.Checkpoint(state=pb.DenoiseState(latents=LATENTS)))] * 2, InternalError, "complete"),
     ],
 )
-def test_malformed_replies_are_internal_errors(
-    replies: list[bytes], kind: type[FleetError], message: str
-) -> None:
+def test_malformed_replies_are_internal_errors(replies: list[bytes], kind: type[FleetError], message: str) -> None:
     async def test() -> None:
         server = FleetServer("127.0.0.1:0")
         server.add(FakeWorker(*replies).methods, "fleet.v1.DenoisingService")

@@ -30,7 +30,7 @@ from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
-from record_requests import IDLE, KEYS, PRESS, STUDIO, VIDEO, build_models
+from record_requests import IDLE, KEYS, PRESS, STUDIO, VIDEO, build_models, requests_by_state
 from redis_servers import RedisServer, running_server
 from release import REQUESTS
 from services.cli.local import start_fleet
@@ -166,9 +166,7 @@ def test_stored_requests_are_listed_and_read(server: RedisServer, models: list[S
 
 
 @pytest.mark.parametrize("name", ENDED)
-def test_stored_events_and_files_are_returned(
-    server: RedisServer, models: list[ServedModel], name: str
-) -> None:
+def test_stored_events_and_files_are_returned(server: RedisServer, models: list[ServedModel], name: str) -> None:
     async def scenario(store: Restored) -> None:
         stored = store.keys[name][f"fleet:events:{store.ids[name]}"]["value"]
         events = await store.events(name)
@@ -184,9 +182,7 @@ def test_stored_events_and_files_are_returned(
     run_on_coordinator(server, models, scenario)
 
 
-def test_idempotency_key_replays_a_stored_request(
-    server: RedisServer, models: list[ServedModel]
-) -> None:
+def test_idempotency_key_replays_a_stored_request(server: RedisServer, models: list[ServedModel]) -> None:
     async def scenario(store: Restored) -> None:
         for name, key in KEYS.items():
             requested = requests_by_state()[name]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
+from async_tests import run_within
 from common.artifacts import Conditioning, Latents, Prompt, Sampling
 from common.codec import pack, unpack
 from common.errors import InvalidInput

@@ -161,7 +161,7 @@ def test_all_replies_are_below_grpcs_default_limit(unsynced_url: str) -> None:
         _, stub = await fleet.add_coordinator()
         request_id = (await stub.Submit(largest())).request.request_id
         assert (await terminal(stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
-        async with connect(url) as redis:
+        async with connect(unsynced_url) as redis:
             record = (await stub.GetRequest(pb.GetRequestRequest(request_id=request_id))).request
             await store_records(redis, record)
             sizes = {

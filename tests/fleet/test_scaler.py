@@ -180,7 +180,9 @@ def test_the_metric_has_the_seconds_of_one_replica(store_url: str) -> None:
         ({"metricName": "x"}, "INVALID_ARGUMENT", "is not wanted_seconds or queued_seconds"),
     ],
 )
-def test_invalid_metadata_is_refused_by_every_rpc(store_url: str, changed: dict[str, str], code: str, words: str) -> None:
+def test_invalid_metadata_is_refused_by_every_rpc(
+    store_url: str, changed: dict[str, str], code: str, words: str
+) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         scaler, _ = await keda(fleet)
         reference = target(**changed)

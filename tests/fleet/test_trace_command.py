@@ -1,4 +1,4 @@
-"""`fleet trace` at a running fleet: a request that lost a worker, one that goes on, one that nobody knows."""
+"""`fleet trace` at a running fleet: running and ended requests with lost workers, and an unknown request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fleet.v1 import generation_pb2 as pb
 
 
 async def fleet_trace(endpoint: str, *words: str) -> tuple[int, str, str]:
-    """Exit code, output and error of the command."""
+    """Run the command; returns exit code, stdout and stderr."""
     command = (sys.executable, "-m", "services.cli", "trace", *words, "--endpoint", endpoint)
     process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
     output, error = await process.communicate()
@@ -22,7 +22,7 @@ async def fleet_trace(endpoint: str, *words: str) -> tuple[int, str, str]:
     return process.returncode, output.decode(), error.decode()
 
 
-def test_a_request_that_lost_a_worker(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trace_shows_lost_workers_and_the_resume(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
@@ -59,7 +59,7 @@ def test_a_request_that_lost_a_worker(store_url: str, monkeypatch: pytest.Monkey
     run_on_fleet(store_url, scenario)
 
 
-def test_an_unknown_request(store_url: str) -> None:
+def test_unknown_request_is_an_error(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator(record_seconds=7_200.0)
         for name in ("0123456789abcdef", "no/id"):
