@@ -106,8 +106,8 @@ def test_generate_without_an_endpoint_writes_an_image_and_cleans_up(temporary: P
     done = fleet(temporary, "generate", "a red apple", "--num-inference-steps=3", "--seed=1", "--output", str(output))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{output}\n"
-    with Image.open(output) as picture:
-        assert (picture.format, picture.size) == ("PNG", (128, 128))
+    with Image.open(output) as image:
+        assert (image.format, image.size) == ("PNG", (128, 128))
     assert "denoising 3/3" in done.stderr
     assert not list(temporary.glob("fleet-*"))
     assert list(tmp_path.iterdir()) == [output]

@@ -20,7 +20,7 @@ from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with models, valid and invalid images."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     build_tiny_wan_i2v(root / "i2v")
     build_tiny_wan_i2v(root / "flf2v", last_image=True)
     build_tiny_wan_ti2v(root / "ti2v")
@@ -33,7 +33,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "cut.png").write_bytes(data[:2000])
     at = data.index(b"IDAT") + 20
     (root / "spoiled.png").write_bytes(data[:at] + bytes(200) + data[at + 200 :])
-    (root / "words.png").write_text("no picture")
+    (root / "words.png").write_text("no image")
     return root
 
 

@@ -1,4 +1,4 @@
-"""A coordinator counts what happens to requests: waiting, losses, retries, step checkpoints, resumes and take-overs."""
+"""Metrics of a coordinator: waiting, losses, retries, step checkpoints, resumes and take-overs of requests."""
 
 from __future__ import annotations
 

@@ -361,8 +361,8 @@ def test_invalid_input_is_refused_with_its_field(each_store_url: str) -> None:
         both.parameters.params["height"].int_value = 1
         odd.parameters.params["colour"].string_value = "red"
         video.parameters.output_format = pb.OUTPUT_FORMAT_MP4
-        picture = submission()
-        picture.parameters.images.add(data=b"x")
+        with_image = submission()
+        with_image.parameters.images.add(data=b"x")
         past = submission()
         past.deadline.seconds = 1
         never = submission()
@@ -372,7 +372,7 @@ def test_invalid_input_is_refused_with_its_field(each_store_url: str) -> None:
             "guidance_scale": nan,
             "height": both,
             "colour": odd,
-            "images": picture,
+            "images": with_image,
             "idempotency_key": submission(idempotency_key="k" * 129),
             "priority": submission(priority=101),
             "prompt": submission("x" * (64 * 1024 + 1)),

@@ -122,8 +122,8 @@ def test_layers_are_transparent_png_and_the_description_is_a_warning(fleet: Serv
     ids=[
         "image without need",
         "one step",
-        "no picture",
-        "two pictures",
+        "no image",
+        "two images",
         "no first image",
         "no image file",
         "other size",

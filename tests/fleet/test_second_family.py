@@ -117,8 +117,8 @@ def test_plugin_family_uses_its_own_defaults(served: Served, tmp_path: Path) -> 
     output = tmp_path / "red.png"
     done = served.run("generate", "red", f"--output={output}")
     assert done.returncode == 0, done.stderr
-    with Image.open(output) as picture:
-        assert (picture.format, picture.size) == ("PNG", (32, 32))
+    with Image.open(output) as image:
+        assert (image.format, image.size) == ("PNG", (32, 32))
 
 
 def test_plugin_family_parameters_are_listed(served: Served) -> None:

@@ -255,10 +255,10 @@ def test_poison_request_fails(each_server: RedisServer) -> None:
         assert change.error.code == "INTERNAL"
         assert "3 workers were lost while they ran this request, without progress" in change.error.message
         assert "the last one in denoising" in change.error.message
-        assert len(denoisers.died) == 3
+        assert len(denoisers.lost) == 3
         innocent = (await stub.Submit(submission())).request.request_id
         assert ends(await terminal(stub, innocent)) == [pb.REQUEST_STATE_SUCCEEDED]
-        await asyncio.gather(*denoisers.died)
+        await asyncio.gather(*denoisers.lost)
 
     run_on_fleet(each_server.url, scenario)
 
@@ -291,9 +291,9 @@ def test_take_over_inherits_losses(each_server: RedisServer) -> None:
                 change = (await terminal(other, denoisers.poison))[-1].state_change
                 assert change.state == pb.REQUEST_STATE_FAILED
                 assert "3 workers were lost" in change.error.message
-                assert len(denoisers.died) == 3
+                assert len(denoisers.lost) == 3
                 assert int(await command(redis, "HGET", f"fleet:request:{denoisers.poison}", "epoch")) == 2
-        await asyncio.gather(*denoisers.died)
+        await asyncio.gather(*denoisers.lost)
 
     run_on_fleet(each_server.url, scenario)
 
