@@ -95,7 +95,7 @@ def test_lost_worker_is_counted(store_url: str) -> None:
         assert counted.grown() == [1, 1, 2, 1, 1, 1, 1, 1, 2, 2]
         assert payload.grown()[0] > 2 * 16, "less than two checkpoints of four float32 numbers"
         assert len(denoiser.tokens) == 2
-        assert set(denoiser.tokens) == {denoiser.tokens[0]} != {0}, "attempts have different numbers of pixels"
+        assert set(denoiser.tokens) == {denoiser.tokens[0]} != {0}, "attempts have different or no numbers of tokens"
 
         async def is_dead() -> bool:
             return (_value("fleet_workers_dead", _DENOISING), _value("fleet_workers_live", _DENOISING)) == (1, 1)

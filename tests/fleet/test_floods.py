@@ -261,7 +261,7 @@ def test_unauthenticated_call_is_refused_before_its_request_is_read() -> None:
     run_within(60, test)
 
 
-def test_cancelled_calls_release_their_memory() -> None:
+def test_server_recovers_from_many_cancelled_calls() -> None:
     async def test() -> None:
         async with served() as (server, _):
             async with raw_connection(server.address) as connection:

@@ -83,7 +83,7 @@ def test_what_is_quick_to_compute_is_not_shared(each_store_url: str, seconds: fl
     run_on_empty_store(each_store_url, story)
 
 
-def test_cache_evicts_least_recently_used_replies(each_store_url: str) -> None:
+def test_the_latest_used_stay_within_the_bound(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         replies = shared(redis, max_bytes=3 * SIZE)
         for key in (b"a", b"b", b"c", b"a"):
