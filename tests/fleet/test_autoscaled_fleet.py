@@ -45,7 +45,7 @@ def test_a_load_repeats_its_images() -> None:
     assert [image.steps for image in LOAD.wave] == [36, 36, 3, 3, 3, 3, 3, 3]
 
 
-def test_the_table_counts_scale_ins_by_what_ran() -> None:
+def test_table_counts_scale_ins_by_running_requests() -> None:
     ends = [ScaleIn("a", ("r",), 2), ScaleIn("b", (), 1), ScaleIn("c", (), 0)]
     table = Report(ScalingHistory(scale_ins=ends), 5, 0, 1.0, 2.0, 0.25).table()
     figures = {line[:60].strip(): line[60:] for line in table.splitlines()}

@@ -76,7 +76,7 @@ def test_lost_processes_do_not_change_the_result(family: Family) -> None:
     asyncio.run(scenario())
 
 
-def test_an_image_request_resumes_to_the_same_bytes() -> None:
+def test_resumed_image_request_has_equal_bytes() -> None:
     """The checkpoint has the loop's first frame; the image's first frame replaces it after the last step."""
 
     async def scenario() -> None:

@@ -93,7 +93,7 @@ def test_idle_follower_uses_no_cpu_time(fleet: GroupFleet, undisturbed: Generate
     assert used <= 0.05 * (time.monotonic() - began), "an idle follower uses more than 5% of a core"
 
 
-def test_a_cancel_leaves_the_group_serving(fleet: GroupFleet, undisturbed: Generated) -> None:
+def test_group_serves_requests_after_a_cancel(fleet: GroupFleet, undisturbed: Generated) -> None:
     before = fleet.ranks()
     assert fleet.cancel_at(2).state == pb.REQUEST_STATE_CANCELLED
     assert fleet.generate().file == undisturbed.file
