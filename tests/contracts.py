@@ -1,4 +1,4 @@
-"""Contracts of workers of several releases, for tests of what a claim needs of a worker."""
+"""Contracts of workers of different releases, for tests of the compatibility of workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def contract(
     outputs: Mapping[str, str] | None = None,
     optional: Collection[str] = (),
 ) -> Contract:
-    """A contract that fits WIRING, but for what is given."""
+    """A contract that fits WIRING, except for the given slots."""
     read, written = SUPPLIED if inputs is None else inputs, READ if outputs is None else outputs
     return Contract("denoising", read, written, frozenset(optional))
 
@@ -35,7 +35,7 @@ FAULT = "input 'novelty': the worker requires Latents, the coordinator supplies 
 def worker_with(
     announced: Contract | Mapping[str, Contract], worker_id: str = "w", *, capacity: int = 1, numerics: str = ""
 ) -> worker_pb2.WorkerInfo:
-    """A worker that announces a contract, or contracts by variant, as workers since release 0.2 do."""
+    """A worker that announces a contract or, as workers since release 0.2, contracts by variant."""
     info = worker(worker_id, capacity=capacity, numerics=numerics)
     if isinstance(announced, Contract):
         info.contract.CopyFrom(contract_message(announced))

@@ -1,8 +1,8 @@
-"""Stores a request in each state with a fleet of a given source tree, and dumps what its coordinator left in Redis.
+"""Stores a request in each state with a fleet of a given source tree, and dumps its Redis keys.
 
 The fleet serves two tiny checkpoints: Wan TI2V, which has two variants, and causal Wan, whose result streams. A second
-name of the first one has no workers, so that its requests stay in the queue. In the end all processes are killed, so
-that the open requests are those of a coordinator that is dead.
+model name of the first checkpoint has no workers, so that its requests remain queued. All processes are killed at the
+end, so that the open requests belong to a lost coordinator.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from tiny_wan import build_tiny_wan_causal, build_tiny_wan_ti2v
 VIDEO, IDLE, CAUSAL = "video", "idle", "causal"
 STUDIO, PRESS = "studio", "press"
 KEYS = {"succeeded": "key of the result", "queued": "key of the queue"}
-"""The idempotency keys of the requests of the caller studio that have one."""
+"""Idempotency keys of requests of the caller STUDIO, by state."""
 _SERVICES = ("text_encoding", "image_encoding", "latent_preparation", "denoising", "decoding")
 _FRAME = {"height": 64, "width": 64, "num_frames": 1}
 _STREAM = {"height": 32, "width": 32}
 _LARGEST_STREAM = 16_000
-"""Bytes of a streamed result beyond which a request fails."""
+"""Largest streamed result in bytes; a request with a larger one fails."""
 _STEP_SECONDS = 0.1
 _LONG_STEPS = 300
 _BLOCKS, _BLOCK_STEPS = 3, 40
@@ -44,8 +44,8 @@ _UNUSED = {(CAUSAL, "image_encoding")}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request: who asks which model for what."""
+class PlannedRequest:
+    """Caller, model, parameters and idempotency key of a request."""
 
     caller: str
     model: str
@@ -68,60 +68,60 @@ def _timesteps() -> dict[str, Any]:
     return {"dmd_denoising_steps": artifacts_pb2.ParamValue(doubles_value=artifacts_pb2.DoubleList(values=values))}
 
 
-def asked() -> dict[str, Asked]:
-    """What is asked for, by the state in which the request is dumped."""
+def requests_by_state() -> dict[str, PlannedRequest]:
+    """Requests by the state in which they are dumped."""
     image = _image()
     return {
-        "succeeded": Asked(STUDIO, VIDEO, {**_FRAME, "num_inference_steps": 4}, image, KEYS["succeeded"]),
-        "failed": Asked(PRESS, CAUSAL, {**_STREAM, "num_frames": 29}),
-        "cancelled": Asked(PRESS, IDLE, _FRAME),
-        "expired": Asked(STUDIO, IDLE, _FRAME),
-        "queued": Asked(STUDIO, IDLE, {**_FRAME, "num_inference_steps": 4}, image, KEYS["queued"]),
-        "streaming": Asked(PRESS, CAUSAL, {**_STREAM, "num_frames": 8 * _BLOCKS - 3, "params": _timesteps()}),
-        "running": Asked(STUDIO, VIDEO, {**_FRAME, "num_inference_steps": _LONG_STEPS}),
+        "succeeded": PlannedRequest(STUDIO, VIDEO, {**_FRAME, "num_inference_steps": 4}, image, KEYS["succeeded"]),
+        "failed": PlannedRequest(PRESS, CAUSAL, {**_STREAM, "num_frames": 29}),
+        "cancelled": PlannedRequest(PRESS, IDLE, _FRAME),
+        "expired": PlannedRequest(STUDIO, IDLE, _FRAME),
+        "queued": PlannedRequest(STUDIO, IDLE, {**_FRAME, "num_inference_steps": 4}, image, KEYS["queued"]),
+        "streaming": PlannedRequest(PRESS, CAUSAL, {**_STREAM, "num_frames": 8 * _BLOCKS - 3, "params": _timesteps()}),
+        "running": PlannedRequest(STUDIO, VIDEO, {**_FRAME, "num_inference_steps": _LONG_STEPS}),
     }
 
 
 def build_models(directory: Path) -> dict[str, Path]:
-    """Write the checkpoints; returns them by the names that are served."""
+    """Write the checkpoints; returns their directories by model name."""
     video = build_tiny_wan_ti2v(directory / VIDEO)
     return {VIDEO: video, IDLE: video, CAUSAL: build_tiny_wan_causal(directory / CAUSAL)}
 
 
 class _Recorder:
-    """A client of the fleet, which knows the ids of its requests by their names."""
+    """A client of the fleet. `ids` has request ids by the keys of requests_by_state()."""
 
     def __init__(self, stub: Stub) -> None:
         self.ids: dict[str, str] = {}
         self._stub = stub
-        self._asked = asked()
+        self._planned = requests_by_state()
 
     async def submit(self, name: str, deadline_seconds: float | None = None) -> None:
-        """Have a request accepted."""
-        one = self._asked[name]
-        request = pb.SubmitRequest(model=one.model, parameters=one.parameters, idempotency_key=one.key)
+        """Submit a request."""
+        planned = self._planned[name]
+        request = pb.SubmitRequest(model=planned.model, parameters=planned.parameters, idempotency_key=planned.key)
         if deadline_seconds is not None:
             request.deadline.FromNanoseconds(time.time_ns() + int(1e9 * deadline_seconds))
-        reply = await self._stub.Submit(request, metadata=credentials(one.caller), wait_for_ready=True)
+        reply = await self._stub.Submit(request, metadata=credentials(planned.caller), wait_for_ready=True)
         self.ids[name] = reply.request.request_id
 
     async def cancel(self, name: str) -> None:
         """Cancel a request."""
         call = pb.CancelRequestRequest(request_id=self.ids[name])
-        await self._stub.CancelRequest(call, metadata=credentials(self._asked[name].caller))
+        await self._stub.CancelRequest(call, metadata=credentials(self._planned[name].caller))
 
     async def events(self, name: str) -> AsyncIterator[pb.Event]:
-        """The events of a request, to the last."""
+        """All events of a request."""
         call = pb.WatchRequest(request_id=self.ids[name])
-        async for reply in self._stub.Watch(call, metadata=credentials(self._asked[name].caller)):
+        async for reply in self._stub.Watch(call, metadata=credentials(self._planned[name].caller)):
             yield reply.event
 
     async def end(self, name: str) -> pb.RequestState.ValueType:
-        """The state in which a request ends."""
+        """The terminal state of a request."""
         return [event async for event in self.events(name)][-1].state_change.state
 
     async def record(self, fleet: Fleet) -> None:
-        """Bring a request into each state, and kill the fleet while three of them are open."""
+        """Bring a request into each state, and kill the fleet while three requests are open."""
         await self.submit("succeeded")
         await self.submit("failed")
         assert await self.end("succeeded") == pb.REQUEST_STATE_SUCCEEDED
@@ -144,7 +144,7 @@ class _Recorder:
 
 
 async def record_requests(tree: Path, directory: Path, dump: Path) -> None:
-    """Store requests by the code of a source tree, and write the store's keys to `dump`; logs go to `directory`."""
+    """Store requests with a fleet of a source tree, and write the store's keys to `dump`; logs go to `directory`."""
     words = (*QUICK_COORDINATOR, "--step-seconds", str(_STEP_SECONDS), "--max-result-bytes", str(_LARGEST_STREAM))
     async with AsyncExitStack() as stack:
         fleet = Fleet(
@@ -167,18 +167,18 @@ async def record_requests(tree: Path, directory: Path, dump: Path) -> None:
         recorder = _Recorder(generation_pb2_grpc.GenerationServiceStub(channel))
         await recorder.record(fleet)
 
-        async def is_forgotten() -> bool:
-            """Whether every heartbeat has run out."""
+        async def heartbeats_are_expired() -> bool:
+            """Whether every heartbeat has expired."""
             beats = [await command(redis, "KEYS", f"fleet:{kind}:*") for kind in ("coordinator", "worker")]
             return not any(beats)
 
-        await wait_until(is_forgotten)
+        await wait_until(heartbeats_are_expired)
         await _check(redis, recorder.ids)
         await dump_store(redis, recorder.ids, dump)
 
 
 async def _check(redis: Redis, ids: Mapping[str, str]) -> None:
-    """Assert that the open requests were killed where they should be."""
+    """Assert that the open requests have the intended states."""
     states = {name: int(await command(redis, "HGET", f"fleet:request:{each}", "state")) for name, each in ids.items()}
     assert states["queued"] == pb.REQUEST_STATE_QUEUED, states
     assert states["running"] == states["streaming"] == pb.REQUEST_STATE_RUNNING, states

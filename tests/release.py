@@ -1,7 +1,7 @@
-"""The latest release, as tests/golden keeps it: its source, Lua script and protos, and requests that it stored.
+"""The latest release in tests/golden: its source, Lua script and protos, and requests that it stored.
 
-A checkout of CI may be shallow, or have no history at all, so that nothing here reads git's: source.tar.xz holds the
-source that a fleet needs, without the weights that ship. tests/write_release.py writes the folder.
+CI checkouts may lack git history, so that this module does not read it: source.tar.xz has the source of a fleet,
+without the shipped weights. tests/write_release.py writes the directory.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ REQUESTS = GOLDEN / "requests"
 BUNDLE = GOLDEN / "source.tar.xz"
 LUA = GOLDEN / "lua"
 FACTS = GOLDEN / "release.json"
-"""The commit, the digest of file_lines() of its source, and the order of the script's files."""
+"""Commit, digest of file_lines() of the source, and order of the Lua files."""
 
 SOURCE = ("common", "configs", "models", "proto", "services", "pyproject.toml")
 TEST_SOURCE = ("tests/fleet/chaos/warm_parent.py", "tests/fleet/chaos/clock_skew.py", "tests/script_calls.py")
-"""What starts the release's processes, and calls of its script with the arguments that it takes."""
+"""Files that start the release's processes, and that build the arguments of its script's operations."""
 WEIGHTS = "models/checkpoints/"
 LUA_FOLDER = "common/state/lua"
 
@@ -42,7 +42,7 @@ def facts() -> dict[str, Any]:
 
 
 def unpack_release(directory: Path) -> Path:
-    """Write the release's source tree to a directory that does not exist yet; returns it."""
+    """Write the release's source tree to a new directory; returns the directory."""
     with tarfile.open(BUNDLE) as bundle:
         bundle.extractall(directory, filter="data")
     shutil.copytree(LUA, directory / LUA_FOLDER)
@@ -50,7 +50,7 @@ def unpack_release(directory: Path) -> Path:
 
 
 def file_lines(tree: Path) -> list[str]:
-    """A line for each file of a tree: git's object id and the path."""
+    """One line per file of a tree: git's blob id and the path."""
     files = (path for path in sorted(tree.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
     return sorted(f"{_blob_id(path.read_bytes())} {path.relative_to(tree).as_posix()}" for path in files)
 
@@ -72,12 +72,12 @@ def release_script() -> str:
 
 @cache
 def release_sha() -> str:
-    """The name under which a server keeps the release's script."""
+    """SHA-1 by which a server identifies the release's script."""
     return hashlib.sha1(release_script().encode(), usedforsecurity=False).hexdigest()
 
 
 def release_call(operation: str, arguments: Arguments) -> list[Word]:
-    """The command that runs an operation of the release's script, which takes NAME VALUE pairs as the present one."""
+    """The command that runs an operation of the release's script, with NAME VALUE pairs like the current script."""
     return ["EVALSHA", release_sha(), *script_call(operation, arguments)[2:]]
 
 

@@ -1,4 +1,4 @@
-"""Writes the fields of `fleet status --json` in services/README.md. `python tests/status_fields.py` updates them."""
+"""Writes the table of `fleet status --json` in services/README.md: `python tests/status_fields.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PART = GeneratedPart(
 
 
 def table() -> str:
-    """The table of fields in Markdown."""
+    """The Markdown table of all fields."""
     rows = [("Field", "Meaning"), ("---",) * 2]
     rows += [(f"`{path}`", meaning) for path, meaning in FIELDS.items()]
     return markdown(rows)

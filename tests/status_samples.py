@@ -1,4 +1,4 @@
-"""Fixed answers of a fleet, from which the tests of `fleet status` draw."""
+"""Fixed replies of a fleet, for tests of the view of `fleet status`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def overview() -> pb.ListModelsResponse:
 def record(
     name: str, state: pb.RequestState.ValueType, prompt: str, *activities: pb.RequestActivity
 ) -> pb.RequestRecord:
-    """A request that was accepted 75 s ago; one that has ended did so after 20 s."""
+    """A request that was accepted 75 s ago; an ended one took 20 s."""
     return pb.RequestRecord(
         request_id=name,
         state=state,
@@ -84,12 +84,12 @@ def record(
 
 
 def activity(kind: pb.ActivityKind.ValueType, service: str = "denoising", **fields: object) -> pb.RequestActivity:
-    """What a request does."""
+    """The activity of a request."""
     return pb.RequestActivity(kind=kind, service=service, **fields)  # type: ignore[arg-type]
 
 
 def requests() -> list[pb.RequestRecord]:
-    """One request in each situation."""
+    """One request per kind of activity and terminal state."""
     running, ended = pb.REQUEST_STATE_RUNNING, pb.REQUEST_STATE_SUCCEEDED
     runs = activity(
         KIND.ACTIVITY_KIND_RUNNING, worker_id="denoising-host-7", step=12, total_steps=28, since=timestamp_of(NOW_MS)
@@ -111,7 +111,7 @@ def requests() -> list[pb.RequestRecord]:
 
 
 def snapshot(*records: pb.RequestRecord) -> Snapshot:
-    """The answers, with these requests or with one of each situation."""
+    """The replies, with these requests or, by default, with those of requests()."""
     listing = pb.ListRequestsResponse(requests=records or requests(), time=timestamp_of(NOW_MS))
     return Snapshot(overview(), listing, TAKEN_AT)
 

@@ -1,7 +1,7 @@
-"""Writes tests/golden/vVERSION of a release: `python tests/write_release.py v0.1.0`.
+"""Writes the directory tests/golden/vVERSION of a release: `python tests/write_release.py v0.1.0`.
 
-Reads the source at the tag from git's history, and runs a fleet of that source to store requests. Run once, after
-VERSION of tests/release.py was set; a release never changes.
+It reads the source at the tag from git, and runs a fleet of this source to store requests. Run it once, after setting
+VERSION in tests/release.py; a release never changes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _git(*words: str) -> bytes:
 
 
 def commit_of(tag: str) -> str:
-    """The commit of a tag. Raises LookupError where this checkout lacks the tag."""
+    """The commit of a tag. Raises LookupError if this checkout lacks the tag."""
     try:
         return _git("rev-parse", "--verify", f"{tag}^{{commit}}").decode().strip()
     except subprocess.CalledProcessError as error:
@@ -41,7 +41,7 @@ def commit_of(tag: str) -> str:
 
 
 def source_lines(commit: str) -> list[str] | None:
-    """release.file_lines() of the source at a commit, as git's history has them; None where it lacks the commit."""
+    """release.file_lines() of the source at a commit, from git; None if this checkout lacks the commit."""
     try:
         rows = _git("ls-tree", "-r", commit, *release.SOURCE, *release.TEST_SOURCE).decode().splitlines()
     except subprocess.CalledProcessError:
@@ -51,7 +51,7 @@ def source_lines(commit: str) -> list[str] | None:
 
 
 def _write_source(commit: str) -> None:
-    """The bundle, whose bytes depend on the commit only, and the script beside it."""
+    """Write the bundle, whose bytes depend only on the commit, and the script's files."""
     archive = _git("archive", commit, *release.SOURCE, *release.TEST_SOURCE)
     shutil.rmtree(release.LUA, ignore_errors=True)
     release.LUA.mkdir(parents=True)
@@ -70,7 +70,7 @@ def _write_source(commit: str) -> None:
 
 
 def _script_files(tree: Path) -> list[str]:
-    """The order of the script's files, as the release's own source names it."""
+    """The order of the script's files, from the release's source."""
     code = "import json, common.state.connection as c; print(json.dumps(c.SCRIPT_FILES))"
     found = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, check=True)
     names: list[str] = json.loads(found.stdout)
@@ -78,13 +78,13 @@ def _script_files(tree: Path) -> list[str]:
 
 
 def build_image(protos: Path, path: Path) -> None:
-    """Write protos as an image of buf's."""
+    """Write protos as a buf image."""
     command = [script("buf"), "build", str(protos), "--exclude-source-info", "-o", str(path)]
     subprocess.run(command, check=True)
 
 
 def write_release(tag: str) -> None:
-    """Write everything. Raises LookupError where git's history lacks the tag."""
+    """Write all files of the release. Raises LookupError if this checkout lacks the tag."""
     commit = commit_of(tag)
     _write_source(commit)
     with tempfile.TemporaryDirectory(prefix="release-") as directory:
@@ -98,7 +98,7 @@ def write_release(tag: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the folder, or report in one line why not."""
+    """Write the directory; errors are reported in one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tag", help="tag of the release, such as v0.1.0")
     tag = parser.parse_args(argv).tag

@@ -1,12 +1,12 @@
-"""Shows that each query of rules and dashboard returns data: `python tests/fleet/run_monitoring.py`.
+"""Checks that each query of rules and dashboard returns data: `python tests/fleet/run_monitoring.py`.
 
-`promtool` checks the rules and runs their tests. Then a Prometheus scrapes a live fleet of the emoji model on loopback,
-with the rules, while requests run. A recording rule and a panel must return a number, the latter for at least one
-service; an alert must evaluate. Queries of EXEMPT need a GPU. At last 1,000 requests of 50 callers come, and Prometheus
-must have no more series than before. All processes export traces, and Prometheus must have an exemplar with the trace
-id of a request for each histogram of EXEMPLARS. Needs `prometheus` and `promtool` (Debian's package prometheus).
+`promtool` checks the rules and runs their tests. Prometheus then scrapes a fleet of the emoji model on this host while
+requests run. Each recording rule must return a number, each panel a number of at least one service, and each alert must
+be valid; queries of EXEMPT are required only on a host with a GPU. After 1,000 requests of 50 callers, the number of
+series must be unchanged. All processes export traces, and each histogram of EXEMPLARS must have an exemplar with the
+trace id of a request. Requires `prometheus` and `promtool` (Debian package prometheus).
 
-Ends with 1 and prints what did not hold.
+The exit status is 1 if a check failed; findings are printed.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from redis_servers import running_server  # noqa: E402
 from services.cli.up_flags import free_port  # noqa: E402
 
 EXEMPT = ("fleet_gpu_memory_used_bytes", "fleet_gpu_memory_total_bytes", "fleet_gpu_utilization_ratio")
-"""Metrics of GPUs. A query that selects one needs no data on a host without a GPU."""
+"""GPU metrics. Queries of these metrics may return no data on a host without a GPU."""
 
 EXEMPLARS = ("fleet_request_duration_seconds", "fleet_stage_seconds", "grpc_server_call_duration_seconds")
-"""Histograms of coordinators and workers. No client sends a traceparent: coordinators begin the traces."""
+"""Histograms of coordinators and workers. Clients send no traceparent: coordinators start the traces."""
 
 _SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
 _SETTINGS = {
@@ -67,7 +67,7 @@ _TARGETS = 1 + len(_SERVICES)
 
 
 class Prometheus:
-    """A Prometheus server that scrapes ports of this host each second, and evaluates the rules as often."""
+    """A Prometheus server that scrapes ports of this host and evaluates the rules every second."""
 
     def __init__(self, directory: Path, ports: Sequence[int]) -> None:
         self._address = f"127.0.0.1:{free_port(0)}"
@@ -90,24 +90,24 @@ class Prometheus:
         ]
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """The samples of an expression now. Raises ValueError for one that Prometheus refuses."""
+        """The current samples of an expression. Raises ValueError for an invalid expression."""
         data = urllib.parse.urlencode({"query": expression}).encode()
         try:
             with urllib.request.urlopen(f"http://{self._address}/api/v1/query", data) as reply:
                 answer = json.load(reply)
         except urllib.error.HTTPError as error:
-            if error.code == HTTPStatus.SERVICE_UNAVAILABLE:  # It starts.
+            if error.code == HTTPStatus.SERVICE_UNAVAILABLE:  # Prometheus is starting
                 raise
             raise ValueError(f"{expression}: {error.read().decode()}") from error
         samples: list[dict[str, Any]] = answer["data"]["result"]
         return samples
 
     def has_number(self, expression: str) -> bool:
-        """Whether a sample is a number: quantiles of nothing are none."""
+        """Whether a sample is a number; quantiles of empty histograms are NaN."""
         return any(not math.isnan(float(sample["value"][1])) for sample in self.query(expression))
 
     def series_count(self) -> int:
-        """The series of the fleet's processes that are exported now, without those of buckets."""
+        """Number of current series of the fleet's processes, without histogram buckets."""
         (sample,) = self.query('count({__name__=~"(fleet|grpc)_.*", __name__!~".*_bucket", job="fleet"})')
         return int(sample["value"][1])
 
@@ -120,7 +120,7 @@ class Prometheus:
         return {exemplar["labels"]["trace_id"] for each in series for exemplar in each["exemplars"]}
 
     def failed_rules(self) -> list[str]:
-        """The rules whose last evaluation failed, with the error."""
+        """Rules whose last evaluation failed, and the errors."""
         with urllib.request.urlopen(f"http://{self._address}/api/v1/rules") as reply:
             groups = json.load(reply)["data"]["groups"]
         return [
@@ -128,7 +128,7 @@ class Prometheus:
         ]
 
     def is_scraping(self) -> bool:
-        """Whether all processes were scraped."""
+        """Whether the last scrape of every process succeeded."""
         try:
             return len(self.query("up == 1")) == _TARGETS
         except urllib.error.URLError:
@@ -139,7 +139,7 @@ class Prometheus:
 def running(
     command: Sequence[str], log: Path, environ: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends with the block; its output goes to a file."""
+    """Run a process in the block, with its output in a file."""
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environ) as process:
         try:
             yield process
@@ -149,13 +149,13 @@ def running(
 
 
 def write_rules(directory: Path) -> None:
-    """The rules as a file of Prometheus' own form, and their tests beside it."""
+    """Write the rules and their tests in the format of promtool."""
     (directory / "rules.yaml").write_text(yaml.safe_dump({"groups": monitoring.rule_groups()}))
     shutil.copy(monitoring.RULE_TESTS, directory)
 
 
 def check_rules(directory: Path) -> list[str]:
-    """What promtool finds wrong with the rules."""
+    """Errors that promtool reports for the rules."""
     findings = []
     for words in (("check", "rules", "rules.yaml"), ("test", "rules", monitoring.RULE_TESTS.name)):
         done = subprocess.run(["promtool", *words], cwd=directory, capture_output=True, text=True, check=False)
@@ -165,7 +165,7 @@ def check_rules(directory: Path) -> list[str]:
 
 
 def write_callers(path: Path) -> list[str]:
-    """Write the file of callers; returns their keys."""
+    """Write the API keys file; returns the keys."""
     keys = [f"key-of-caller-{number:03}" for number in range(_CALLERS)]
     digests = (hashlib.sha256(key.encode()).hexdigest() for key in keys)
     path.write_text("".join(f'[callers.caller{n:03}]\nkey_sha256 = ["{each}"]\n' for n, each in enumerate(digests)))
@@ -175,9 +175,9 @@ def write_callers(path: Path) -> list[str]:
 async def run_requests(
     endpoint: str, numbers: range, keys: Sequence[str], steps: int, traces: set[str] | None = None
 ) -> list[str]:
-    """Run requests to their ends, each with a prompt and a seed of its own; returns those that failed.
+    """Run requests with different prompts and seeds; returns findings about failed requests.
 
-    The ids of their traces are added to `traces`.
+    Trace ids of the requests are added to `traces`.
     """
     queue = iter(numbers)
     findings: list[str] = []
@@ -205,7 +205,7 @@ async def run_requests(
 
 
 def wait_until(what: str, is_done: Any, seconds: float) -> None:
-    """Poll. Raises TimeoutError."""
+    """Poll until the condition holds. Raises TimeoutError, with the condition's name."""
     give_up = time.monotonic() + seconds
     while not is_done():
         if time.monotonic() > give_up:
@@ -214,12 +214,12 @@ def wait_until(what: str, is_done: Any, seconds: float) -> None:
 
 
 def needs_gpu(expression: str) -> bool:
-    """Whether an expression selects a metric of EXEMPT."""
+    """Whether an expression uses a metric of EXEMPT."""
     return any(selector.metric in EXEMPT for selector in selectors_of(expression))
 
 
 def queries_without_data(prometheus: Prometheus, *, has_gpu: bool) -> list[str]:
-    """Recording rules, panels and variables that return no number. An alert that is refused raises ValueError."""
+    """Recording rules, panels and variables without a number. Raises ValueError for an invalid alert."""
     for query in monitoring.rule_queries("alert"):
         prometheus.query(query.expression)
     for selector in [each for query in monitoring.rule_queries("alert") for each in selectors_of(query.expression)]:
@@ -238,12 +238,12 @@ def queries_without_data(prometheus: Prometheus, *, has_gpu: bool) -> list[str]:
 
 
 def check_exemplars(prometheus: Prometheus, traces: set[str]) -> list[str]:
-    """Histograms without an exemplar of one of the traces."""
+    """Findings about histograms without an exemplar of one of the traces."""
     return [f"{each}: no exemplar of a request" for each in EXEMPLARS if not traces & prometheus.exemplar_traces(each)]
 
 
 def check_fleet(directory: Path, redis_url: str, requests: int, stack: contextlib.ExitStack) -> list[str]:
-    """Start the fleet and Prometheus, run requests, and query; returns what did not hold."""
+    """Start the fleet and Prometheus, run requests and query; returns findings."""
     receiver = stack.enter_context(receiving())
     tracing = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint}
     keys = write_callers(directory / "keys.toml")
@@ -272,7 +272,7 @@ def check_fleet(directory: Path, redis_url: str, requests: int, stack: contextli
         sys.stdout.write(f"each query has data after {time.monotonic() - began:.1f} s; GPU queries: {has_gpu}\n")
     before = prometheus.series_count()
     findings += asyncio.run(run_requests(endpoint, range(requests), keys, steps=1))
-    time.sleep(3)  # Prometheus scrapes each second.
+    time.sleep(3)  # three scrapes
     after = prometheus.series_count()
     sys.stdout.write(f"series before and after {requests} requests of {_CALLERS} callers: {before}, {after}\n")
     if after > before:
@@ -281,7 +281,7 @@ def check_fleet(directory: Path, redis_url: str, requests: int, stack: contextli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all checks; prints what did not hold."""
+    """Run all checks and print findings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1_000, help="requests of the series check (default: 1,000)")
     args = parser.parse_args(argv)

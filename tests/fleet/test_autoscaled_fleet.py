@@ -1,6 +1,6 @@
-"""A short life of an autoscaled fleet of real processes, and what shows that the long one would find something.
+"""A short run of an autoscaled fleet of real processes, and tests that its checks find violations.
 
-The long one is a program: python tests/fleet/chaos/run_autoscale.py --requests 200 --scale-ins 100
+A longer run: python tests/fleet/chaos/run_autoscale.py --requests 200 --scale-ins 100
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from run_autoscale import Image, Load, Report, run_autoscale
 LOAD = Load(requests=10, scale_ins=3, steps=3)
 
 
-def test_requests_survive_a_burst_from_zero_and_scale_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The suite runs beside other work, so that the second in which the first worker starts is the program's to check.
+def test_requests_succeed_in_a_burst_from_zero_and_during_scale_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A shared host may start the first worker late; only the program checks the limit of a second.
     monkeypatch.setattr(program, "_PUSH_SECONDS", 10.0)
-    directory = Path(tempfile.mkdtemp(prefix="scale-"))  # unix sockets want a short path
+    directory = Path(tempfile.mkdtemp(prefix="scale-"))  # paths of Unix sockets must be short
     report = run_autoscale(LOAD, directory)
     assert not report.history.findings, "\n".join((*report.history.notes, *report.history.findings, str(directory)))
     assert report.answered >= LOAD.requests + len(LOAD.wave)
@@ -31,7 +31,7 @@ def test_requests_survive_a_burst_from_zero_and_scale_ins(monkeypatch: pytest.Mo
     shutil.rmtree(directory)
 
 
-def test_other_bytes_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_bytes_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "make_references", lambda load: dict.fromkeys((*load.burst, *load.wave), b"other"))
     directory = Path(tempfile.mkdtemp(prefix="scale-"))
     report = run_autoscale(replace(LOAD, requests=1), directory)
@@ -45,7 +45,7 @@ def test_a_load_repeats_its_images() -> None:
     assert [image.steps for image in LOAD.wave] == [36, 36, 3, 3, 3, 3, 3, 3]
 
 
-def test_the_table_counts_scale_ins_by_what_ran() -> None:
+def test_table_counts_scale_ins_by_running_requests() -> None:
     ends = [ScaleIn("a", ("r",), 2), ScaleIn("b", (), 1), ScaleIn("c", (), 0)]
     table = Report(ScalingHistory(scale_ins=ends), 5, 0, 1.0, 2.0, 0.25).table()
     figures = {line[:60].strip(): line[60:] for line in table.splitlines()}

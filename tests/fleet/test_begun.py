@@ -1,4 +1,4 @@
-"""The frame which says that a call's stages start: when it is sent, to whom, and that it leaves before they run."""
+"""The begun frame: a worker sends it on request, when a call's stages start and before they run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from async_tests import wait_until
+from async_tests import run_within, wait_until
 from common.errors import Unavailable
 from common.rpc import frame_reporter as reporter_module
 from common.rpc.client import RemoteRunner, WorkerLost, header_frame, open_channel
@@ -26,8 +26,8 @@ from stage_server import METHOD, SERVICE, Gate, ScriptedStage, Served, packets, 
 
 BEGUN = denoising_pb2.DenoiseResponse(begun=artifacts_pb2.Begun()).SerializeToString()
 
-# A worker whose stage kills its process as the first thing that it does.
-SUICIDE = """
+# A worker whose stage first kills its process.
+KILLED_WORKER = """
 import asyncio, os, signal, sys
 from stage_server import served
 
@@ -40,7 +40,7 @@ asyncio.run(main())
 """
 
 
-def test_it_comes_when_the_stages_start_and_not_before() -> None:
+def test_begun_frame_is_sent_when_the_stages_start() -> None:
     gate = Gate()
 
     async def test(stage: Served) -> None:
@@ -49,10 +49,10 @@ def test_it_comes_when_the_stages_start_and_not_before() -> None:
         await begun[0].wait()
         second = asyncio.create_task(stage.runner()(packets(), Call("second", on_begun=begun[1].set)))
 
-        async def both_are_there() -> bool:
+        async def both_are_in_flight() -> bool:
             return stage.servicer.in_flight == 2
 
-        await wait_until(both_are_there)
+        await wait_until(both_are_in_flight)
         assert not begun[1].is_set()
         gate.opened.set()
         await asyncio.gather(first, second)
@@ -61,7 +61,7 @@ def test_it_comes_when_the_stages_start_and_not_before() -> None:
     run_served(test, gate, limits=ServicerLimits(capacity=2))
 
 
-def test_only_callers_that_ask_get_it() -> None:
+def test_begun_frame_is_sent_only_on_request() -> None:
     async def test(stage: Served) -> None:
         inputs = packets(4)
         chunks = [chunk for packet in inputs.values() for chunk in chunk_frames(packet.chunks)]
@@ -75,7 +75,7 @@ def test_only_callers_that_ask_get_it() -> None:
     run_served(test)
 
 
-def test_a_reply_from_the_cache_begins_nothing() -> None:
+def test_cached_reply_has_no_begun_frame() -> None:
     async def test(stage: Served) -> None:
         begun: list[None] = []
         runner = stage.runner()
@@ -89,8 +89,8 @@ def test_a_reply_from_the_cache_begins_nothing() -> None:
     run_served(test, cache=cache)
 
 
-def test_the_stage_starts_once_it_is_written() -> None:
-    async def story() -> None:
+def test_stage_starts_after_the_begun_frame_is_written() -> None:
+    async def scenario() -> None:
         reporter = FrameReporter(denoising_pb2.DenoiseResponse, TORCH, begun=begun_frame(denoising_pb2.DenoiseResponse))
         started = threading.Event()
 
@@ -101,33 +101,33 @@ def test_the_stage_starts_once_it_is_written() -> None:
         starting = asyncio.create_task(asyncio.to_thread(start))
         frames = reporter.frames()
         assert await anext(frames) == BEGUN
-        assert not started.wait(0.1)  # the frame is not written yet
+        assert not started.wait(0.1), "the stage starts before the frame is written"
         reporter.end()
         assert [frame async for frame in frames] == []
         await starting
 
-    asyncio.run(asyncio.wait_for(story(), 30))
+    run_within(30, scenario)
 
 
 @pytest.mark.parametrize("ends_by", ["release", "time"])
-def test_a_caller_that_reads_nothing_does_not_hold_the_device_up(ends_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caller_that_does_not_read_does_not_block_the_device(ends_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporter_module, "_LONGEST_BEGUN_SECONDS", 0.01 if ends_by == "time" else 3_600.0)
 
-    async def story() -> None:
+    async def scenario() -> None:
         reporter = FrameReporter(denoising_pb2.DenoiseResponse, TORCH, begun=BEGUN)
         starting = asyncio.create_task(asyncio.to_thread(reporter.begin))
         if ends_by == "release":
             reporter.release()
         await starting
 
-    asyncio.run(asyncio.wait_for(story(), 30))
+    run_within(30, scenario)
 
 
-def test_a_stage_that_kills_its_process_at_once_has_begun(tmp_path: Path) -> None:
+def test_stage_that_kills_its_process_has_sent_the_begun_frame(tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/w.sock"
 
-    async def story() -> None:
-        words = (sys.executable, "-c", SUICIDE, address)
+    async def scenario() -> None:
+        words = (sys.executable, "-c", KILLED_WORKER, address)
         process = await asyncio.create_subprocess_exec(
             *words, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[1]
         )
@@ -149,4 +149,4 @@ def test_a_stage_that_kills_its_process_at_once_has_begun(tmp_path: Path) -> Non
                 process.kill()
             await process.wait()
 
-    asyncio.run(asyncio.wait_for(story(), 60))
+    run_within(60, scenario)

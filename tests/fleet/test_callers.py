@@ -1,4 +1,4 @@
-"""Who may call a coordinator, what callers see of each other, and how much each may have open."""
+"""Authentication of a coordinator's callers: API keys and tokens, own requests, bounds on open requests and calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from async_tests import wait_until
 from common.errors import InvalidInput, Unauthenticated
 from common.rpc.client import open_channel
 from common.state.connection import connect
-from coordinator_fleet import FakeFleet, Gate, Script, emoji, error_of, running_fleet, submission, terminal
+from coordinator_fleet import FakeFleet, Gate, Script, error_of, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from services.coordinator.callers import Caller, Keys, read_keys
 from services.coordinator.settings import CoordinatorSettings
@@ -48,16 +48,8 @@ def bearer(key: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {key}"),)
 
 
-def run(url: str, test: Callable[[FakeFleet], Awaitable[None]]) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(60), running_fleet(url, emoji()) as running:
-            await test(running)
-
-    asyncio.run(main())
-
-
 async def code_of(call: Any) -> tuple[str, str]:
-    """Code and message of the error that a call, unary or streaming, ends with."""
+    """Code and message of the error of a call, unary or streaming."""
 
     async def end() -> None:
         if not isinstance(call, grpc.aio.UnaryStreamCall):
@@ -72,7 +64,7 @@ async def code_of(call: Any) -> tuple[str, str]:
 
 
 def test_every_rpc_needs_a_key_and_health_does_not(store_url: str, keys: Path) -> None:
-    async def story(running: FakeFleet) -> None:
+    async def scenario(running: FakeFleet) -> None:
         coordinator, stub = await running.add_coordinator(api_keys=keys)
         calls = (
             lambda metadata: stub.Submit(submission(), metadata=metadata),
@@ -97,11 +89,11 @@ def test_every_rpc_needs_a_key_and_health_does_not(store_url: str, keys: Path) -
             )
             assert (await check(b"")).status == health_pb2.HealthCheckResponse.SERVING
 
-    run(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_callers_see_their_own_requests_only(store_url: str, keys: Path) -> None:
-    async def story(running: FakeFleet) -> None:
+    async def scenario(running: FakeFleet) -> None:
         await running.add_workers()
         _, stub = await running.add_coordinator(api_keys=keys)
         alice, bob = bearer(ALICE), bearer(BOB)
@@ -132,14 +124,14 @@ def test_callers_see_their_own_requests_only(store_url: str, keys: Path) -> None
             listed = await stub.ListRequests(pb.ListRequestsRequest(), metadata=metadata)
             assert [record.request_id for record in listed.requests] == [own]
 
-        _, open_to_all = await running.add_coordinator()
-        assert len((await open_to_all.ListRequests(pb.ListRequestsRequest())).requests) == 2
+        _, without_keys = await running.add_coordinator()
+        assert len((await without_keys.ListRequests(pb.ListRequestsRequest())).requests) == 2
 
-    run(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_caller_has_so_many_requests_open_and_others_do_not_suffer(store_url: str, keys: Path) -> None:
-    async def story(running: FakeFleet) -> None:
+def test_open_requests_are_bounded_per_caller(store_url: str, keys: Path) -> None:
+    async def scenario(running: FakeFleet) -> None:
         gate = Gate()
         await running.add_workers(("latent_preparation", "denoising", "decoding"))
         await running.add_worker("text_encoding", Script(running.scripts["text_encoding"].contract, gate), capacity=4)
@@ -150,18 +142,18 @@ def test_a_caller_has_so_many_requests_open_and_others_do_not_suffer(store_url: 
         ids = [(await stub.Submit(submission(), metadata=bearer(BOB))).request.request_id for _ in range(2)]
         assert (await code_of(stub.Submit(submission(), metadata=bearer(BOB))))[0] == "RESOURCE_EXHAUSTED"
         gate.opened.set()
-        _, open_to_all = await running.add_coordinator()
+        _, without_keys = await running.add_coordinator()
         for request_id in (first, *ids):
-            await terminal(open_to_all, request_id)
+            await terminal(without_keys, request_id)
         assert (await stub.Submit(submission(), metadata=bearer(ALICE))).request.request_id
         async with connect(store_url) as redis:
             assert not await redis.exists("fleet:open-by:bob@studio")
 
-    run(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_bounds_on_metadata_and_calls(store_url: str) -> None:
-    async def story(running: FakeFleet) -> None:
+    async def scenario(running: FakeFleet) -> None:
         coordinator, stub = await running.add_coordinator(max_calls=2)
         large = (("x", "y" * 20_000),)
         assert (await code_of(stub.ListModels(pb.ListModelsRequest(), metadata=large)))[0] == "RESOURCE_EXHAUSTED"
@@ -172,12 +164,11 @@ def test_bounds_on_metadata_and_calls(store_url: str) -> None:
         code, message = await code_of(stub.ListModels(pb.ListModelsRequest()))
         assert (code, "2 calls at a time" in message) == ("RESOURCE_EXHAUSTED", True)
         watches[0].cancel()
-        while coordinator.calls_in_flight > 1:  # noqa: ASYNC110 -- nothing tells
-            await asyncio.sleep(0.005)
+        await wait_until(lambda: coordinator.calls_in_flight <= 1)
         assert await stub.ListModels(pb.ListModelsRequest())
         watches[1].cancel()
 
-    run(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 async def command(*words: str, key: str) -> tuple[int | None, bytes, bytes]:
@@ -193,7 +184,7 @@ async def command(*words: str, key: str) -> tuple[int | None, bytes, bytes]:
 
 
 def test_the_command_line_sends_the_key(store_url: str, keys: Path) -> None:
-    async def story(running: FakeFleet) -> None:
+    async def scenario(running: FakeFleet) -> None:
         coordinator, _ = await running.add_coordinator(api_keys=keys)
         words = ("models", "--endpoint", coordinator.address)
         code, _, errors = await command(*words, key="")
@@ -204,22 +195,22 @@ def test_the_command_line_sends_the_key(store_url: str, keys: Path) -> None:
         assert code == 0
         assert b"emoji" in output
 
-    run(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def token_settings(keys: Path) -> dict[str, Any]:
     return {"jwt_keys": keys, "jwt_audience": AUDIENCE, "jwt_issuer": ISSUER}
 
 
-def test_a_token_says_who_calls_and_may_lower_its_bound(store_url: str, keys: Path, tmp_path: Path) -> None:
+def test_token_identifies_the_caller_and_may_lower_its_bound(store_url: str, keys: Path, tmp_path: Path) -> None:
     (tmp_path / "jwks.json").write_text(jwk_set(jwk("Ed", kid="one")))
 
-    async def story(running: FakeFleet) -> None:
+    async def scenario(running: FakeFleet) -> None:
         settings = {"api_keys": keys, "max_open_of_caller": 2} | token_settings(tmp_path / "jwks.json")
         _, stub = await running.add_coordinator(**settings)
 
         async def opened(name: str, **claims: Any) -> int:
-            """How many requests a caller can open, of three."""
+            """Number of accepted requests, of three."""
             metadata = bearer(token("Ed", "EdDSA", sub=name, **claims))
             codes = [(await stub.Submit(submission(), metadata=metadata).code()).name for _ in range(3)]
             assert codes == sorted(codes)
@@ -245,7 +236,7 @@ def test_a_token_says_who_calls_and_may_lower_its_bound(store_url: str, keys: Pa
         assert as_token == as_key
         assert len(as_key.requests) == 1
 
-    run(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def replace(files: dict[Path, bytes]) -> None:
@@ -253,13 +244,11 @@ def replace(files: dict[Path, bytes]) -> None:
         path.write_bytes(content)
 
 
-def test_new_keys_count_without_a_restart_and_broken_files_change_nothing(
-    store_url: str, keys: Path, tmp_path: Path
-) -> None:
+def test_keys_are_reloaded_and_broken_files_are_ignored(store_url: str, keys: Path, tmp_path: Path) -> None:
     public = tmp_path / "public.pem"
     public.write_bytes(public_pem("Ed"))
 
-    async def story(running: FakeFleet) -> None:
+    async def scenario(running: FakeFleet) -> None:
         settings = {"api_keys": keys, "reload_seconds": 0} | token_settings(public)
         _, stub = await running.add_coordinator(**settings)
 
@@ -277,13 +266,13 @@ def test_new_keys_count_without_a_restart_and_broken_files_change_nothing(
         replace({keys: b"[callers", public: b""})
         assert await served(ALICE, "other", old, new) == [False, True, False, True]
 
-    run(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_the_command_line_sends_a_token_in_the_same_way(store_url: str, tmp_path: Path) -> None:
+def test_the_command_line_sends_a_token(store_url: str, tmp_path: Path) -> None:
     (tmp_path / "public.pem").write_bytes(public_pem("Ed"))
 
-    async def story(running: FakeFleet) -> None:
+    async def scenario(running: FakeFleet) -> None:
         coordinator, _ = await running.add_coordinator(**token_settings(tmp_path / "public.pem"))
         words = ("models", "--endpoint", coordinator.address)
         code, output, _ = await command(*words, key=token("Ed", "EdDSA"))
@@ -292,7 +281,7 @@ def test_the_command_line_sends_a_token_in_the_same_way(store_url: str, tmp_path
         assert (code, errors.count(b"\n")) == (2, 1)
         assert b"the token has expired" in errors
 
-    run(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +295,7 @@ def test_the_command_line_sends_a_token_in_the_same_way(store_url: str, tmp_path
         ({"jwt_leeway_seconds": -1.0}, "from 0 to 300"),
     ],
 )
-def test_settings_of_tokens_that_would_let_in_too_many_are_refused(given: dict[str, Any], words: str) -> None:
+def test_unsafe_token_settings_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
         CoordinatorSettings(**given)
 
@@ -338,7 +327,7 @@ def test_a_wrong_keys_file_is_refused_at_the_start(text: str, words: str, tmp_pa
         read_keys(tmp_path / "none.toml")
 
 
-def test_a_key_is_found_whole_and_never_logged(keys: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_whole_keys_match_and_no_key_is_logged(keys: Path, caplog: pytest.LogCaptureFixture) -> None:
     callers = Keys(read_keys(keys))
     with caplog.at_level(logging.DEBUG):
         assert callers.find(ALICE) == callers.find("next") == Caller("alice", 1)

@@ -1,4 +1,4 @@
-"""A request that nobody wants any more, however that shows: its worker is free within a step, and nothing stays."""
+"""A cancelled, abandoned or expired request frees its worker within a step, and leaves nothing in the store."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fleet.v1 import generation_pb2 as pb
 STEPS = 8
 DONE = 3
 INPUT_BYTES = 2 << 20
-"""The buffers of the denoiser's call: embeddings of 1.2 MB, in grains of a MiB; all else rides in the header."""
+"""Buffer bytes of the denoiser's call: embeddings of 1.2 MB, rounded up to MiB; other tensors are inline."""
 
-Way = Callable[[Stub, pb.SubmitRequest], AsyncIterator[str]]
+Stopping = Callable[[Stub, pb.SubmitRequest], AsyncIterator[str]]
 
 
 class Steps:
-    """A loop that does a few steps and stays in the next one until the test opens it, or it is cancelled."""
+    """A loop that waits in step DONE until the test opens the gate or the call is cancelled."""
 
     def __init__(self) -> None:
         self.gate = Gate()
@@ -36,21 +36,21 @@ class Steps:
 
 
 async def by_call(stub: Stub, request: pb.SubmitRequest) -> AsyncIterator[str]:
-    """Somebody calls CancelRequest."""
+    """Call CancelRequest."""
     name = (await stub.Submit(request)).request.request_id
     yield name
     await stub.CancelRequest(pb.CancelRequestRequest(request_id=name))
 
 
-async def by_leaving(stub: Stub, request: pb.SubmitRequest) -> AsyncIterator[str]:
-    """The caller of Generate goes away."""
+async def by_disconnecting(stub: Stub, request: pb.SubmitRequest) -> AsyncIterator[str]:
+    """Disconnect the caller of Generate."""
     call = stub.Generate(pb.GenerateRequest(request=request))
     yield (await anext(aiter(call))).accepted.request_id
     call.cancel()
 
 
 async def by_deadline(stub: Stub, request: pb.SubmitRequest) -> AsyncIterator[str]:
-    """The request's deadline passes; it is long enough for its steps to be told."""
+    """Let the request's deadline pass, after its steps were reported."""
     request.deadline.GetCurrentTime()
     request.deadline.seconds += 3
     yield (await stub.Submit(request)).request.request_id
@@ -68,17 +68,17 @@ def metric() -> float:
 
 
 @pytest.mark.parametrize(
-    ("way", "end"),
+    ("stopping", "end"),
     [
         (by_call, pb.REQUEST_STATE_CANCELLED),
-        (by_leaving, pb.REQUEST_STATE_CANCELLED),
+        (by_disconnecting, pb.REQUEST_STATE_CANCELLED),
         (by_deadline, pb.REQUEST_STATE_EXPIRED),
     ],
 )
-def test_the_worker_takes_the_next_request_and_nothing_is_left(
-    store_url: str, way: Way, end: pb.RequestState.ValueType
+def test_stopped_request_frees_its_worker_and_the_store(
+    store_url: str, stopping: Stopping, end: pb.RequestState.ValueType
 ) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         steps = Steps()
         fleet.scripts["denoising"].work = steps
         await fleet.add_workers(["text_encoding", "latent_preparation", "decoding"])
@@ -87,20 +87,20 @@ def test_the_worker_takes_the_next_request_and_nothing_is_left(
         request = submission()
         request.parameters.num_inference_steps = STEPS
         before = metric()
-        unwanted = way(stub, request)
-        name = await anext(unwanted)
+        stopped = stopping(stub, request)
+        name = await anext(stopped)
         await steps.gate.wait_reached()
         async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
             if reply.event.progress.step == DONE:
                 break
-        assert not [_ async for _ in unwanted]
+        assert not [_ async for _ in stopped]
         change = (await terminal(stub, name))[-1].state_change
         assert (change.state, change.steps_saved) == (end, STEPS - DONE)
 
         async def is_counted() -> bool:
             return metric() - before == STEPS - DONE
 
-        await wait_until(is_counted)  # the coordinator counts after the store has published the end
+        await wait_until(is_counted)  # the coordinator counts after the store has published the terminal state
         record = (await stub.GetRequest(pb.GetRequestRequest(request_id=name))).request
         assert record.steps_saved == STEPS - DONE
 
@@ -118,11 +118,11 @@ def test_the_worker_takes_the_next_request_and_nothing_is_left(
         assert fleet.scripts["denoising"].calls == [name, again]
         await wait_until(nothing_is_left)
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_request_that_waits_is_cancelled_with_all_its_steps(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_cancelled_waiting_request_saves_all_its_steps(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["text_encoding"].work = gate
         await fleet.add_workers()
@@ -142,4 +142,4 @@ def test_a_request_that_waits_is_cancelled_with_all_its_steps(store_url: str) ->
 
         await wait_until(nothing_is_left)
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)

@@ -1,4 +1,4 @@
-"""Certificates that are wrong for what they are shown for, and new ones that take the place of old ones."""
+"""TLS certificates: invalid ones are refused, and renewed ones are reloaded."""
 
 from __future__ import annotations
 
@@ -28,10 +28,8 @@ EXPIRED = timedelta(hours=-1)
 
 
 @asynccontextmanager
-async def worker_that_shows(
-    toy: ServedModel, store: str, authority: Authority, shown: Certificate
-) -> AsyncIterator[Worker]:
-    """A worker of the decoding service, which looks at its files before each handshake."""
+async def worker_with(toy: ServedModel, store: str, authority: Authority, shown: Certificate) -> AsyncIterator[Worker]:
+    """A worker of the decoding service that rereads its TLS files before each handshake."""
     files = {"tls_ca": authority.ca, "tls_cert": shown.cert, "tls_key": shown.key}
     worker = await start_worker("decoding", toy, worker_settings(store, reload_seconds=0, **files))
     try:
@@ -41,7 +39,7 @@ async def worker_that_shows(
 
 
 async def draw(client: FleetClient) -> bytes:
-    """A picture. Raises RequestFailed."""
+    """Generate an image. Raises RequestFailed."""
     request = pb.SubmitRequest(parameters=pb.GenerationParameters(prompt="x", seed=1))
     data = b""
     async for response in client.generate(request):
@@ -50,11 +48,11 @@ async def draw(client: FleetClient) -> bytes:
     return data
 
 
-def test_a_worker_refuses_certificates_that_are_not_the_coordinators_now(
+def test_worker_refuses_invalid_coordinator_certificates(
     toy_model: ServedModel, store_url: str, fleet_ca: Authority, other_ca: Authority
 ) -> None:
     async def test() -> None:
-        async with worker_that_shows(toy_model, store_url, fleet_ca, fleet_ca.issue("worker")) as worker:
+        async with worker_with(toy_model, store_url, fleet_ca, fleet_ca.issue("worker")) as worker:
             for shown in (
                 fleet_ca.issue("coordinator", valid=EXPIRED),
                 fleet_ca.issue("coordinator", usage=ExtendedKeyUsageOID.SERVER_AUTH),
@@ -67,7 +65,7 @@ def test_a_worker_refuses_certificates_that_are_not_the_coordinators_now(
     run_within(90, test)
 
 
-def test_a_coordinator_refuses_workers_whose_certificate_is_none_of_a_worker_now(
+def test_coordinator_refuses_invalid_worker_certificates(
     toy_model: ServedModel, store_url: str, fleet_ca: Authority, other_ca: Authority
 ) -> None:
     async def test() -> None:
@@ -78,15 +76,15 @@ def test_a_coordinator_refuses_workers_whose_certificate_is_none_of_a_worker_now
             fleet_ca.issue("coordinator"),
             other_ca.issue("worker"),
         ):
-            async with worker_that_shows(toy_model, store_url, fleet_ca, shown) as worker:
+            async with worker_with(toy_model, store_url, fleet_ca, shown) as worker:
                 assert isinstance(await outcome(worker.address, credentials), Unavailable)
-        async with worker_that_shows(toy_model, store_url, fleet_ca, fleet_ca.issue("worker")) as worker:
+        async with worker_with(toy_model, store_url, fleet_ca, fleet_ca.issue("worker")) as worker:
             assert await outcome(worker.address, credentials) is None
 
     run_within(90, test)
 
 
-def test_a_worker_takes_new_files_and_keeps_the_old_ones_while_they_do_not_fit(
+def test_worker_reloads_certificates_and_ignores_mismatched_files(
     toy_model: ServedModel,
     store_url: str,
     fleet_ca: Authority,
@@ -95,7 +93,7 @@ def test_a_worker_takes_new_files_and_keeps_the_old_ones_while_they_do_not_fit(
 ) -> None:
     async def test() -> None:
         shown = fleet_ca.issue("worker")
-        async with worker_that_shows(toy_model, store_url, fleet_ca, shown) as worker:
+        async with worker_with(toy_model, store_url, fleet_ca, shown) as worker:
             credentials = mutual(fleet_ca, fleet_ca.issue("coordinator"))
             assert await outcome(worker.address, credentials) is None
 
@@ -122,7 +120,7 @@ def test_a_worker_takes_new_files_and_keeps_the_old_ones_while_they_do_not_fit(
     run_within(90, test)
 
 
-def test_a_coordinator_shows_clients_and_workers_its_new_certificate(
+def test_coordinator_presents_its_reloaded_certificate(
     toy_model: ServedModel, store_url: str, fleet_ca: Authority
 ) -> None:
     async def test() -> None:
@@ -142,7 +140,7 @@ def test_a_coordinator_shows_clients_and_workers_its_new_certificate(
             client = await stack.enter_async_context(connect_client(coordinator.address, access))
             assert await draw(client)
 
-            kept = {name: files[name].read_bytes() for name in ("tls_cert", "tls_key")}
+            original = {name: files[name].read_bytes() for name in ("tls_cert", "tls_key")}
             stranger = fleet_ca.issue("stranger")
             files["tls_cert"].write_bytes(stranger.cert.read_bytes())
             files["tls_key"].write_bytes(stranger.key.read_bytes())
@@ -152,7 +150,7 @@ def test_a_coordinator_shows_clients_and_workers_its_new_certificate(
                 with pytest.raises(Unavailable):
                     await newcomer.models()
 
-            for name, content in kept.items():
+            for name, content in original.items():
                 files[name].write_bytes(content)
             assert await draw(client)
             async with connect_client(coordinator.address, access) as newcomer:

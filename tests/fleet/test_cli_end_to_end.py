@@ -1,4 +1,4 @@
-"""The command line from outside: real processes, the emoji model, and what is left behind when they end."""
+"""The command line as a process: commands at real fleets of the emoji model, exit codes and cleanup."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _FLEET = (sys.executable, "-m", "services.cli")
 
 @pytest.fixture(scope="module")
 def temporary() -> Iterator[Path]:
-    """Where the programs put their temporary files; a short path, as sockets will lie in it."""
+    """Directory for temporary files; its path is short, as paths of Unix sockets must be."""
     path = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
     yield path
     shutil.rmtree(path, ignore_errors=True)
 
 
 def environ(temporary: Path) -> dict[str, str]:
-    """No settings of the machine, one thread a process."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
-    return {**kept, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    """Environment without the host's settings, and with one thread per process."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
+    return {**others, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
 
 
 def fleet(temporary: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run `fleet ARGUMENTS` to its end, with more environment variables if given."""
+    """Run `fleet ARGUMENTS` to its end; `settings` are environment variables."""
     environment = {**environ(temporary), **settings}
     return subprocess.run(
         [*_FLEET, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
@@ -51,12 +51,12 @@ def fleet(temporary: Path, *arguments: str, **settings: str) -> subprocess.Compl
 
 @dataclass
 class Running:
-    """A `fleet` process under way."""
+    """A running `fleet` process."""
 
     process: subprocess.Popen[str]
 
     def line(self, pattern: str) -> re.Match[str]:
-        """Read on to a line of its output that matches."""
+        """Read the output up to a matching line."""
         assert self.process.stdout is not None
         seen = []
         for line in self.process.stdout:
@@ -66,11 +66,11 @@ class Running:
         raise AssertionError(f"no line matches {pattern!r}: {''.join(seen)}")
 
     def descendants(self) -> list[psutil.Process]:
-        """The processes that it has started."""
+        """All processes that the process has started."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
-        """Send a signal and wait for the end; the exit code, and what was written meanwhile."""
+        """Send a signal and wait for the exit; returns the exit code and the remaining output."""
         self.process.send_signal(number)
         output, _ = self.process.communicate(timeout=90)
         return self.process.returncode, output
@@ -78,7 +78,7 @@ class Running:
 
 @contextmanager
 def started(temporary: Path, *arguments: str, **settings: str) -> Iterator[Running]:
-    """Start `fleet ARGUMENTS`, its standard error joined to its output; if it still runs at the end, kill it."""
+    """Run `fleet ARGUMENTS` in the block, with stderr redirected to stdout; kill it at the end."""
     command, environment = [*_FLEET, *arguments], {**environ(temporary), **settings}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -90,7 +90,7 @@ def started(temporary: Path, *arguments: str, **settings: str) -> Iterator[Runni
 
 
 def wait_ended(processes: Sequence[psutil.Process]) -> None:
-    """Wait until all processes have ended. A zombie has ended too."""
+    """Wait until all processes have ended; zombies count as ended."""
     poll(lambda: not any(_lives(process) for process in processes), 20, "all processes end")
 
 
@@ -101,19 +101,19 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
-def test_generate_draws_in_one_process_and_cleans_up(temporary: Path, tmp_path: Path) -> None:
+def test_generate_without_an_endpoint_writes_an_image_and_cleans_up(temporary: Path, tmp_path: Path) -> None:
     output = tmp_path / "apple.png"
     done = fleet(temporary, "generate", "a red apple", "--num-inference-steps=3", "--seed=1", "--output", str(output))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{output}\n"
-    with Image.open(output) as picture:
-        assert (picture.format, picture.size) == ("PNG", (128, 128))
+    with Image.open(output) as image:
+        assert (image.format, image.size) == ("PNG", (128, 128))
     assert "denoising 3/3" in done.stderr
     assert not list(temporary.glob("fleet-*"))
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_generate_serves_a_family_that_is_not_in_the_tree(temporary: Path, tmp_path: Path) -> None:
+def test_generate_serves_a_family_of_a_plugin_directory(temporary: Path, tmp_path: Path) -> None:
     checkpoint = build_toy_checkpoint(tmp_path / "toy")
     output = tmp_path / "toy.png"
     plugins = str(copy_toy_family(tmp_path / "plugins"))
@@ -125,12 +125,12 @@ def test_generate_serves_a_family_that_is_not_in_the_tree(temporary: Path, tmp_p
     assert "'ToyPipeline' is not supported; supported are Flux2KleinPipeline, Flux2Pipeline" in refused.stderr
 
 
-def test_sigint_ends_a_run_without_leftovers(temporary: Path, tmp_path: Path) -> None:
+def test_sigint_stops_generate_and_removes_its_files(temporary: Path, tmp_path: Path) -> None:
     flags = ("--num-inference-steps=1000", "--output", str(tmp_path / "x.png"))
     with started(temporary, "generate", "a red apple", *flags) as running:
         running.line(r"denoising \d+/1000")
         children = running.descendants()
-        assert children, "the embedded store should be running"
+        assert children, "no embedded store is running"
         code, output = running.end(signal.SIGINT)
     assert code == 130
     assert output.splitlines()[-1].endswith("interrupted")
@@ -147,10 +147,10 @@ def up(temporary: Path) -> Iterator[tuple[str, Running]]:
         yield running.line(r"^ready: (\S+) serves emoji")[1], running
 
 
-def test_a_running_fleet_draws_and_reports_about_it(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
+def test_commands_work_at_a_running_fleet(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
     endpoint = ("--endpoint", up[0])
-    pictures = fleet(temporary, "generate", "a pear", "--num-outputs=2", "--output", str(tmp_path / "p.png"), *endpoint)
-    assert pictures.stdout.splitlines() == [str(tmp_path / "p-0.png"), str(tmp_path / "p-1.png")], pictures.stderr
+    images = fleet(temporary, "generate", "a pear", "--num-outputs=2", "--output", str(tmp_path / "p.png"), *endpoint)
+    assert images.stdout.splitlines() == [str(tmp_path / "p-0.png"), str(tmp_path / "p-1.png")], images.stderr
 
     status = fleet(temporary, "status", *endpoint).stdout
     assert re.search(r"^emoji +denoising +2 ", status, re.MULTILINE), status
@@ -171,7 +171,7 @@ def test_a_running_fleet_draws_and_reports_about_it(up: tuple[str, Running], tem
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As many as the services have: how an operation is divided decides its last bits."""
+    """One thread, as the services have: the number of threads affects rounding."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -179,10 +179,10 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_flux_through_the_services_equals_flux_in_one_process(
+def test_flux_through_services_equals_flux_in_one_process(
     up: tuple[str, Running], temporary: Path, tmp_path: Path
 ) -> None:
-    """To the last bit, with true guidance, two outputs and a size that is not square."""
+    """Bit-equal, with true CFG, two outputs and a size that is not square."""
     output = tmp_path / "apples.safetensors"
     size, guidance = ("--height=96", "--width=160"), ("--negative-prompt=a pear", "--true-cfg-scale=2.5")
     flags = ("--num-inference-steps=3", "--seed=1", "--num-outputs=2", *size, *guidance, "--output", str(output))
@@ -208,9 +208,7 @@ def test_flux_through_the_services_equals_flux_in_one_process(
         assert torch.equal(drawn[name], tensor), name
 
 
-def test_size_measures_a_running_fleet_with_prompts_that_no_worker_has_cached(
-    up: tuple[str, Running], temporary: Path
-) -> None:
+def test_size_measures_a_running_fleet_with_uncached_prompts(up: tuple[str, Running], temporary: Path) -> None:
     endpoint = ("--endpoint", up[0])
     load = ("--model=emoji", "--requests-per-second=5", "--steps=4", "--size=64x96")
     for _ in range(2):
@@ -244,7 +242,7 @@ def test_size_measures_a_running_fleet_with_prompts_that_no_worker_has_cached(
         (("--stage-seconds", "painting=1"), 2, "'painting' is not a service of emoji; services are text_encoding, "),
     ],
 )
-def test_size_reports_what_a_fleet_refuses_in_one_line(
+def test_size_reports_errors_in_one_line(
     up: tuple[str, Running], temporary: Path, change: tuple[str, ...], code: int, words: str
 ) -> None:
     load = ("--model", "emoji", "--requests-per-second", "5", "--steps", "2", "--endpoint", up[0])
@@ -253,7 +251,7 @@ def test_size_reports_what_a_fleet_refuses_in_one_line(
     assert words in done.stderr
 
 
-def test_cancel_ends_a_request_that_runs(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
+def test_cancel_stops_a_running_request(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
     endpoint = ("--endpoint", up[0])
     output = tmp_path / "x.png"
     flags = ("--num-inference-steps=1000", "--output", str(output))
@@ -269,7 +267,7 @@ def test_cancel_ends_a_request_that_runs(up: tuple[str, Running], temporary: Pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_service_that_dies_is_started_again(up: tuple[str, Running]) -> None:
+def test_killed_service_is_restarted(up: tuple[str, Running]) -> None:
     _, running = up
     worker = next(each for each in running.descendants() if "decoding" in each.cmdline())
     worker.kill()
@@ -277,7 +275,7 @@ def test_a_service_that_dies_is_started_again(up: tuple[str, Running]) -> None:
     assert int(running.line(r"decoding-0: started, pid (\d+)")[1]) != worker.pid
 
 
-def test_ctrl_c_ends_every_process_of_a_fleet(up: tuple[str, Running], temporary: Path) -> None:
+def test_sigint_ends_every_process_of_a_fleet(up: tuple[str, Running], temporary: Path) -> None:
     _, running = up
     children = running.descendants()
     assert len(children) >= 7
@@ -289,28 +287,28 @@ def test_ctrl_c_ends_every_process_of_a_fleet(up: tuple[str, Running], temporary
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_an_autoscaled_fleet_is_ready_without_workers_and_returns_to_none(temporary: Path, tmp_path: Path) -> None:
+def test_autoscaled_fleet_starts_without_workers_and_scales_to_zero(temporary: Path, tmp_path: Path) -> None:
     output = tmp_path / "apple.png"
     flags = ("--num-inference-steps=3", "--seed=1", "--output", str(output))
     scaling = ("--autoscale", "--idle-seconds=0.5", "--max-replicas=text_encoding=2", "--headroom=1")
     with started(temporary, "up", "--port=0", "--scaler-port=0", *scaling) as running:
         endpoint = running.line(r"^ready: (\S+) serves emoji")[1]
-        assert len(running.descendants()) == 2, "the store and the coordinator"
+        assert len(running.descendants()) == 2, "processes other than the store and the coordinator run"
         done = fleet(temporary, "generate", "a red apple", *flags, "--endpoint", endpoint)
         assert done.returncode == 0, done.stderr
-        running.line("autoscaler: emoji/text_encoding: 1 -> 2 workers")  # one for the request, and one of headroom
+        running.line("autoscaler: emoji/text_encoding: 1 -> 2 workers")  # one for the request, one of headroom
         running.line("autoscaler: emoji/decoding: 1 -> 0 workers")
         running.line(r"decoding-0 \(pid \d+\) ended with exit code 0, as it was not needed")
-        code, said = running.end(signal.SIGTERM)
+        code, output_after = running.end(signal.SIGTERM)
     assert code == 0
-    assert "starting it again" not in said
+    assert "starting it again" not in output_after
     alone = open_fleet("emoji")
     (item,) = alone.media(prompt="a red apple", num_inference_steps=3, seed=1).items
     alone.close()
     assert output.read_bytes() == item.data.numpy().tobytes()
 
 
-def test_nothing_outlives_a_fleet_that_is_killed(temporary: Path) -> None:
+def test_no_process_outlives_a_killed_fleet(temporary: Path) -> None:
     with started(temporary, "up", "--port", "0") as running:
         running.line(r"decoding-0: started")
         children = running.descendants()
@@ -320,16 +318,16 @@ def test_nothing_outlives_a_fleet_that_is_killed(temporary: Path) -> None:
         wait_ended(children)
 
 
-def test_a_store_that_is_away_is_one_line(temporary: Path, tmp_path: Path) -> None:
-    nobody = f"unix://{tmp_path}/nobody.sock"
+def test_unavailable_store_is_reported_in_one_line(temporary: Path, tmp_path: Path) -> None:
+    missing = f"unix://{tmp_path}/missing.sock"
     for command in (["up"], ["generate", "p", "--output", str(tmp_path / "x.png")]):
-        done = fleet(temporary, *command, "--redis", nobody)
+        done = fleet(temporary, *command, "--redis", missing)
         assert done.returncode == 1
         assert "the request store is away" in done.stderr
         assert done.stderr.count("\n") == 1
 
 
-def test_a_checkpoint_that_cannot_be_loaded_ends_up_with_code_2(temporary: Path, tmp_path: Path) -> None:
+def test_unreadable_checkpoint_ends_up_with_exit_code_2(temporary: Path, tmp_path: Path) -> None:
     source = Path(__file__).parents[2] / "models" / "checkpoints" / "emoji"
     broken = tmp_path / "broken"
     shutil.copytree(source, broken)
@@ -343,8 +341,8 @@ def test_a_checkpoint_that_cannot_be_loaded_ends_up_with_code_2(temporary: Path,
         assert "vae" in done.stderr
 
 
-def test_weights_that_vanish_end_an_autoscaled_fleet_at_the_first_worker(temporary: Path, tmp_path: Path) -> None:
-    """Another start changes nothing. The request, which waits for a worker, ends with the coordinator."""
+def test_missing_weights_end_an_autoscaled_fleet_at_its_first_worker(temporary: Path, tmp_path: Path) -> None:
+    """A restart would fail again, so that the fleet ends, and with it the waiting request."""
     model = tmp_path / "emoji"
     shutil.copytree(Path(__file__).parents[2] / "models" / "checkpoints" / "emoji", model)
     up = ("up", "--port=0", "--autoscale", "--model", str(model))
@@ -356,11 +354,11 @@ def test_weights_that_vanish_end_an_autoscaled_fleet_at_the_first_worker(tempora
         output, _ = running.process.communicate(timeout=120)
         assert running.process.returncode == 2
     assert done.returncode == 1
-    assert "shut" in done.stderr, "its coordinator shuts down"
+    assert "shut" in done.stderr, "the coordinator did not shut down"
     lines = output.splitlines()
-    said = [line for line in lines if line.startswith("fleet serve ")]
-    assert 1 <= len(said) <= 4, "once for each worker"
-    assert all(f": {model / 'transformer'} holds no weights" in line for line in said)
+    errors = [line for line in lines if line.startswith("fleet serve ")]
+    assert 1 <= len(errors) <= 4, "a worker was restarted"
+    assert all(f": {model / 'transformer'} holds no weights" in line for line in errors)
     (end,) = [line for line in lines if line.startswith("fleet up: ")]
     assert end.endswith("ended with exit code 2, which another start does not change")
     assert "starting it again" not in output

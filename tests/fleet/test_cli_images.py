@@ -1,4 +1,4 @@
-"""Pictures and videos on the command line: wrong ones are one line and exit code 2, and nothing has been started."""
+"""Images and videos on the command line: invalid ones are reported in one line, with exit code 2, before any start."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with models and pictures, good and bad."""
-    root = tmp_path_factory.mktemp("pictures")
+    """A directory with models, valid and invalid images."""
+    root = tmp_path_factory.mktemp("images")
     build_tiny_wan_i2v(root / "i2v")
     build_tiny_wan_i2v(root / "flf2v", last_image=True)
     build_tiny_wan_ti2v(root / "ti2v")
@@ -33,7 +33,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "cut.png").write_bytes(data[:2000])
     at = data.index(b"IDAT") + 20
     (root / "spoiled.png").write_bytes(data[:at] + bytes(200) + data[at + 200 :])
-    (root / "words.png").write_text("no picture")
+    (root / "words.png").write_text("no image")
     return root
 
 
@@ -85,7 +85,7 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--model emoji-video --height 72 --output a.mp4", "height: 72 is not a multiple of 16"),
     ],
 )
-def test_what_is_wrong_is_one_line(
+def test_invalid_images_are_reported_in_one_line(
     files: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -101,8 +101,8 @@ def test_what_is_wrong_is_one_line(
     assert not list(files.glob("a.*"))
 
 
-def test_a_red_heart_beats(tmp_path: Path) -> None:
-    """The README's command, at few steps: a real video from a fleet in one process."""
+def test_readme_command_writes_a_video(tmp_path: Path) -> None:
+    """The README's command with fewer steps writes an MP4."""
     output = tmp_path / "heart.mp4"
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
     words = (

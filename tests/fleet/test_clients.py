@@ -42,7 +42,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the packages that package.json names, from npm, at the versions of the lock file."""
+    """A directory with the npm packages of package.json, at the versions of its lock file."""
     directory = tmp_path_factory.mktemp("js")
     for name in ("package.json", "package-lock.json"):
         shutil.copy(PACKAGE / name, directory)
@@ -55,10 +55,10 @@ def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run_client(command: list[str | Path], endpoint: str, picture: Path) -> list[str]:
-    """Run a client from the repository's root; returns the lines it printed."""
+def run_client(command: list[str | Path], endpoint: str, image: Path) -> list[str]:
+    """Run a client from the repository's root; returns the lines of its output."""
     result = subprocess.run(
-        [*command, endpoint, "a red apple", picture],
+        [*command, endpoint, "a red apple", image],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -68,38 +68,38 @@ def run_client(command: list[str | Path], endpoint: str, picture: Path) -> list[
     return result.stdout.splitlines()
 
 
-def check_followed(lines: list[str], picture: Path) -> None:
-    """The client saw the request begin, every stage and the end, and saved a picture."""
+def check_followed(lines: list[str], path: Path) -> None:
+    """Check that the client printed the request's states and every stage, and saved an image."""
     assert lines[0] == "REQUEST_STATE_QUEUED"
     assert lines[-1] == "REQUEST_STATE_SUCCEEDED"
     assert {"text_encoding", "latent_preparation", "denoising", "decoding"} <= {line.split()[0] for line in lines}
     assert "denoising 20/20" in lines
-    with Image.open(picture) as image:
+    with Image.open(path) as image:
         assert (image.format, image.size) == ("PNG", (128, 128))
 
 
-def test_the_python_client_saves_a_picture(endpoint: str, tmp_path: Path) -> None:
-    client, picture = tmp_path / "client.py", tmp_path / "apple.png"
+def test_python_client_saves_an_image(endpoint: str, tmp_path: Path) -> None:
+    client, image = tmp_path / "client.py", tmp_path / "apple.png"
     client.write_text(code_blocks("python", API)[0])
-    check_followed(run_client([sys.executable, client], endpoint, picture), picture)
+    check_followed(run_client([sys.executable, client], endpoint, image), image)
 
 
-def test_the_javascript_client_saves_a_picture(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
-    client, picture = node_modules / "client.js", tmp_path / "apple.png"
+def test_javascript_client_saves_an_image(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
+    client, image = node_modules / "client.js", tmp_path / "apple.png"
     client.write_text(code_blocks("javascript", API)[0])
-    check_followed(run_client([NODE, client], endpoint, picture), picture)
+    check_followed(run_client([NODE, client], endpoint, image), image)
 
 
-def test_submitting_again_under_the_same_key_replays(endpoint: str, tmp_path: Path) -> None:
+def test_submission_with_a_known_key_is_replayed(endpoint: str, tmp_path: Path) -> None:
     client = tmp_path / "client.py"
     client.write_text(code_blocks("python", API)[0])
-    pictures = [tmp_path / "first.png", tmp_path / "second.png"]
-    first, second = (run_client([sys.executable, client], endpoint, picture) for picture in pictures)
+    images = [tmp_path / "first.png", tmp_path / "second.png"]
+    first, second = (run_client([sys.executable, client], endpoint, image) for image in images)
     assert first == second
-    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    assert images[0].read_bytes() == images[1].read_bytes()
 
 
-def test_both_clients_ask_for_the_same_image(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
+def test_both_clients_save_the_same_image(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
     python, javascript = tmp_path / "client.py", node_modules / "client.js"
     python.write_text(code_blocks("python", API)[0])
     javascript.write_text(code_blocks("javascript", API)[0])
@@ -123,7 +123,7 @@ def test_the_short_client_of_the_root_readme_saves_the_same_image(endpoint: str,
     assert (tmp_path / "apple.png").read_bytes() == (tmp_path / "client.png").read_bytes()
 
 
-def test_a_client_hears_why_its_prompt_is_refused(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
+def test_clients_print_why_a_prompt_is_refused(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
     client = node_modules / "client.js"
     client.write_text(code_blocks("javascript", API)[0].replace("seed: 7", "num_inference_steps: -3"))
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""A worker that is far away, or too busy to answer at once, is a worker all the same."""
+"""A worker with a high latency until its first reply is reached."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from async_tests import run_within
 from common.rpc.client import RemoteRunner, open_channel
 from stage_server import SERVICE, RecordedCall, packets, served
 
@@ -13,12 +14,12 @@ DELAY_SECONDS = 0.4
 
 
 @asynccontextmanager
-async def slow_road_to(address: str) -> AsyncIterator[str]:
-    """An address that leads to another one; what comes back takes its time at first."""
+async def slow_link_to(address: str) -> AsyncIterator[str]:
+    """Forward an address; the first reply of each connection is delayed."""
     host, _, port = address.rpartition(":")
-    roads: list[asyncio.Task[None]] = []
+    forwarding: list[asyncio.Task[None]] = []
 
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float) -> None:
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float) -> None:
         try:
             await asyncio.sleep(delay)
             while data := await reader.read(1 << 16):
@@ -28,25 +29,24 @@ async def slow_road_to(address: str) -> AsyncIterator[str]:
 
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(host, int(port))
-        roads.append(asyncio.create_task(carry(reader, back, 0)))
-        roads.append(asyncio.create_task(carry(there, writer, DELAY_SECONDS)))
+        forwarding.append(asyncio.create_task(forward(reader, back, 0)))
+        forwarding.append(asyncio.create_task(forward(there, writer, DELAY_SECONDS)))
 
     async with await asyncio.start_server(connect, "127.0.0.1", 0) as server:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    for road in roads:
-        road.cancel()
-    await asyncio.gather(*roads, return_exceptions=True)
+    for task in forwarding:
+        task.cancel()
+    await asyncio.gather(*forwarding, return_exceptions=True)
 
 
-def test_a_peer_that_answers_late_is_reached() -> None:
-    async def main() -> None:
+def test_slow_peer_is_reached() -> None:
+    async def test() -> None:
         async with (
-            asyncio.timeout(60),
             served() as stage,
-            slow_road_to(stage.server.address) as address,
+            slow_link_to(stage.server.address) as address,
             open_channel(address) as channel,
         ):
             outputs = await RemoteRunner(channel, SERVICE, stage.hosted.contract)(packets(8), RecordedCall().call())
             assert outputs.keys() == {"denoised_latents"}
 
-    asyncio.run(main())
+    run_within(60, test)

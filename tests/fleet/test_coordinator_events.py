@@ -1,4 +1,4 @@
-"""A request's events are written in order, without holding up the request, and none that matters is lost."""
+"""Events of a request are stored in order, without blocking the request; only repeated progress is dropped."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
+from redis.asyncio import Redis
 
 from common.errors import Unavailable
-from common.state.connection import connect
 from common.state.requests import RequestStore
 from fleet.v1 import generation_pb2
-from redis_servers import RedisServer
+from redis_servers import RedisServer, run_on_empty_store
 from services.coordinator.events import EventLog, EventWriter
 
 LONG = 3_600.0
 
 
-def run(server: RedisServer, test: Callable[[RequestStore], Awaitable[None]]) -> None:
-    async def main() -> None:
-        async with connect(server.url) as redis, asyncio.timeout(30):
-            store = RequestStore(redis)
-            await store.admit(generation_pb2.RequestRecord(request_id="r", model="m"))
-            await test(store)
+def run_on_request(server: RedisServer, test: Callable[[RequestStore], Awaitable[None]]) -> None:
+    """Run a test on a store that has a request "r"."""
 
-    asyncio.run(main())
+    async def on_store(redis: Redis) -> None:
+        store = RequestStore(redis)
+        await store.admit(generation_pb2.RequestRecord(request_id="r", model="m"))
+        await test(store)
+
+    run_on_empty_store(server.url, on_store)
 
 
 def progress_of(events: Sequence[generation_pb2.Event]) -> list[tuple[str, int]]:
@@ -32,7 +33,7 @@ def progress_of(events: Sequence[generation_pb2.Event]) -> list[tuple[str, int]]
 
 
 async def stored(store: RequestStore, count: int) -> list[generation_pb2.Event]:
-    """The first so many events after the one of admission."""
+    """The first `count` events after the admission."""
     events = [event async for event in _first(store, count + 1)]
     return events[1:]
 
@@ -45,8 +46,8 @@ async def _first(store: RequestStore, count: int) -> AsyncIterator[generation_pb
             return
 
 
-def test_steps_that_come_quickly_are_reported_by_the_latest(each_server: RedisServer) -> None:
-    async def story(store: RequestStore) -> None:
+def test_only_the_latest_of_quick_steps_is_reported(each_server: RedisServer) -> None:
+    async def scenario(store: RequestStore) -> None:
         writer = EventWriter(store, "r", EventLog(), lambda: None, step_seconds=LONG)
         writer.progress("denoising", 0, 50)
         assert progress_of(await stored(store, 1)) == [("denoising", 0)]
@@ -60,11 +61,11 @@ def test_steps_that_come_quickly_are_reported_by_the_latest(each_server: RedisSe
         await writer.close()
         assert progress_of(await writer.rest()) == [("denoising", 50), ("decoding", 1)]
 
-    run(each_server, story)
+    run_on_request(each_server, scenario)
 
 
-def test_events_wait_for_a_store_that_is_away(each_server: RedisServer) -> None:
-    async def story(store: RequestStore) -> None:
+def test_events_are_buffered_while_the_store_is_unavailable(each_server: RedisServer) -> None:
+    async def scenario(store: RequestStore) -> None:
         writer = EventWriter(store, "r", EventLog(), lambda: None)
         each_server.kill()
         writer.warning("prompt", "cut")
@@ -78,11 +79,11 @@ def test_events_wait_for_a_store_that_is_away(each_server: RedisServer) -> None:
         rest = progress_of([*events, *await writer.rest()])
         assert rest[-1] == ("denoising", 2) or progress_of(await stored(store, 3))[-1] == ("denoising", 2)
 
-    run(each_server, story)
+    run_on_request(each_server, scenario)
 
 
-def test_closing_does_not_wait_for_a_store_that_is_away(each_server: RedisServer) -> None:
-    async def story(store: RequestStore) -> None:
+def test_closing_does_not_wait_for_an_unavailable_store(each_server: RedisServer) -> None:
+    async def scenario(store: RequestStore) -> None:
         writer = EventWriter(store, "r", EventLog(), lambda: None)
         each_server.kill()
         writer.warning("prompt", "cut")
@@ -95,11 +96,11 @@ def test_closing_does_not_wait_for_a_store_that_is_away(each_server: RedisServer
         assert not await writer.rest()
         assert [event.warning.message for event in await stored(store, 1)] == ["cut"]
 
-    run(each_server, story)
+    run_on_request(each_server, scenario)
 
 
-def test_a_request_that_ended_elsewhere_is_noticed(each_server: RedisServer) -> None:
-    async def story(store: RequestStore) -> None:
+def test_event_writer_detects_a_request_that_ended_elsewhere(each_server: RedisServer) -> None:
+    async def scenario(store: RequestStore) -> None:
         ended = asyncio.Event()
         writer = EventWriter(store, "r", EventLog(), ended.set)
         await store.finish("r", generation_pb2.REQUEST_STATE_FAILED)
@@ -107,4 +108,4 @@ def test_a_request_that_ended_elsewhere_is_noticed(each_server: RedisServer) -> 
         await ended.wait()
         await writer.close()
 
-    run(each_server, story)
+    run_on_request(each_server, scenario)

@@ -1,4 +1,4 @@
-"""How a coordinator starts, waits for its store, shuts down, and what becomes of the requests of one that died."""
+"""Start and shutdown of a coordinator, with and without its store."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def state_of(stub: Stub, name: str) -> pb.RequestState.ValueType:
 
 
 def test_a_running_request_ends_before_its_coordinator(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -62,24 +62,24 @@ def test_a_running_request_ends_before_its_coordinator(each_server: RedisServer)
         assert rest[-1].data == b"\x07" * 100
         await stopping
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
 async def _read_warnings(watch: AsyncIterable[pb.WatchResponse]) -> None:
-    """Read to the end, or to an error; nobody serves the first stages, of which there may be a warning."""
+    """Read to the end or to an error; every event is a warning that a stage has no worker."""
     async for reply in watch:
         assert reply.event.HasField("warning")
 
 
-def test_what_does_not_end_within_the_grace_time_goes_on_elsewhere(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_requests_continue_elsewhere_after_the_grace_period(each_server: RedisServer) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         leaving, stub = await fleet.add_coordinator()
         _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=2.0)
         name = (await stub.Submit(submission())).request.request_id
         foreign = (await other.Submit(submission())).request.request_id
         watch = stub.Watch(pb.WatchRequest(request_id=foreign))
         await anext(aiter(watch))
-        reading = asyncio.create_task(_read_warnings(watch))  # events that a client has not read hide how its call ends
+        reading = asyncio.create_task(_read_warnings(watch))  # unread events hide a call's status
         await leaving.stop(0)
         with pytest.raises(grpc.aio.AioRpcError, match="call again from the last event"):
             await reading
@@ -90,11 +90,11 @@ def test_what_does_not_end_within_the_grace_time_goes_on_elsewhere(each_server: 
         async with connect(fleet.url) as redis:
             assert len(await redis.keys("fleet:coordinator:*")) == 1
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
-def test_the_fleet_waits_for_a_store_that_is_away(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_requests_continue_after_the_store_was_unavailable(each_server: RedisServer) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -118,11 +118,11 @@ def test_the_fleet_waits_for_a_store_that_is_away(each_server: RedisServer) -> N
         await wait_until(is_ready)
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
 def test_a_coordinator_may_start_before_its_store(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         each_server.kill()
         coordinator, stub = await fleet.add_coordinator()
         assert not await ready(coordinator.address)
@@ -136,11 +136,11 @@ def test_a_coordinator_may_start_before_its_store(each_server: RedisServer) -> N
         name = (await stub.Submit(submission())).request.request_id
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
-def test_artifacts_in_memory_are_bounded_and_forgotten(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_artifacts_in_memory_are_bounded_and_released(each_server: RedisServer) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         coordinator, stub = await fleet.add_coordinator()
         memory = coordinator.artifact_memory
@@ -152,31 +152,31 @@ def test_artifacts_in_memory_are_bounded_and_forgotten(each_server: RedisServer)
         name = (await tight.Submit(submission())).request.request_id
         assert (await terminal(tight, name))[-1].state_change.error.code == "RESOURCE_EXHAUSTED"
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
-def test_a_process_ends_well_on_sigterm(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_process_exits_with_0_on_sigterm(each_server: RedisServer) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         process = await fleet.start_process(f"unix:{fleet.directory}/c.sock")
         process.send_signal(signal.SIGTERM)
         assert await process.wait() == 0
         async with connect(fleet.url) as redis:
             assert not await redis.keys("fleet:coordinator:*")
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
 def test_a_coordinator_with_another_checkpoint_is_refused(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         async with connect(fleet.url) as redis:
             await WorkerRegistry(redis, ttl_seconds=60).declare("emoji", "another")
         with pytest.raises(FailedPrecondition, match="fingerprint another"):
             await fleet.add_coordinator()
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
-def test_two_models_of_one_name_are_refused() -> None:
+def test_models_with_equal_names_are_refused() -> None:
     settings = CoordinatorSettings(listen="127.0.0.1:0")
     with pytest.raises(InvalidInput, match="one name"):
         asyncio.run(start_coordinator([MODEL, MODEL], settings))
@@ -193,7 +193,9 @@ def test_two_models_of_one_name_are_refused() -> None:
         (["--listen", "nowhere"], "nowhere"),
     ],
 )
-def test_wrong_settings_end_with_one_line(words: list[str], reason: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_invalid_settings_are_reported_in_one_line(
+    words: list[str], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("coordinator:")]
     assert len(lines) == 1

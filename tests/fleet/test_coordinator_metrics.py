@@ -1,4 +1,4 @@
-"""A coordinator counts what happens to requests: waiting, losses, retries, step checkpoints, resumes and take-overs."""
+"""Metrics of a coordinator: waiting, losses, retries, step checkpoints, resumes and take-overs of requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from async_tests import wait_until
+from async_tests import run_within, wait_until
 from common.artifacts import StepCheckpoint
 from common.errors import FleetError, InternalError, NotFound, Unavailable
 from common.rpc.client import open_channel
@@ -32,18 +32,21 @@ def _value(name: str, labels: Mapping[str, str]) -> float:
 
 
 class _Counted:
-    """How much metrics have grown since they were first asked for."""
+    """Growth of metrics since the construction."""
 
     def __init__(self, *series: tuple[str, Mapping[str, str]]) -> None:
         self._before = {(name, frozenset(labels.items())): _value(name, labels) for name, labels in series}
 
     def grown(self) -> list[float]:
-        """By how much each has grown, in the order in which they were named."""
+        """Growth of each metric, in the order of `series`."""
         return [_value(name, dict(labels)) - before for (name, labels), before in self._before.items()]
 
 
 class _Denoiser:
-    """Sends a checkpoint after the first of two steps. The first call waits then for a gate; `tokens` are of calls."""
+    """Sends a checkpoint after the first of two steps; the first call then waits at a gate.
+
+    `tokens` has the number of tokens of each call.
+    """
 
     def __init__(self) -> None:
         self.gate = Gate()
@@ -57,7 +60,7 @@ class _Denoiser:
             self.gate(call)
 
 
-def test_a_request_that_loses_its_worker_is_counted(store_url: str) -> None:
+def test_lost_worker_is_counted(store_url: str) -> None:
     counted = _Counted(
         ("fleet_requests_total", {**_MODEL, "state": "SUCCEEDED"}),
         ("fleet_request_duration_seconds_count", {**_MODEL, "state": "SUCCEEDED"}),
@@ -73,7 +76,7 @@ def test_a_request_that_loses_its_worker_is_counted(store_url: str) -> None:
     stored = _Counted(("fleet_step_checkpoint_saves_total", {"result": "stored"}))
     payload = _Counted(("fleet_step_checkpoint_bytes_total", _DENOISING))
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         denoiser = _Denoiser()
         script = Script(fleet.scripts["denoising"].contract, denoiser)
         await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
@@ -90,22 +93,22 @@ def test_a_request_that_loses_its_worker_is_counted(store_url: str) -> None:
         await fleet.add_worker("denoising", script, numerics=_NUMERICS)
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         assert counted.grown() == [1, 1, 2, 1, 1, 1, 1, 1, 2, 2]
-        assert payload.grown()[0] > 2 * 16, "two checkpoints of four float32 numbers, and their messages"
+        assert payload.grown()[0] > 2 * 16, "less than two checkpoints of four float32 numbers"
         assert len(denoiser.tokens) == 2
-        assert set(denoiser.tokens) == {denoiser.tokens[0]} != {0}, "pixels of the request, for the worker's metrics"
+        assert set(denoiser.tokens) == {denoiser.tokens[0]} != {0}, "attempts have different or no numbers of tokens"
 
         async def is_dead() -> bool:
             return (_value("fleet_workers_dead", _DENOISING), _value("fleet_workers_live", _DENOISING)) == (1, 1)
 
         await wait_until(is_dead)
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_worker_that_is_full_is_asked_again(store_url: str) -> None:
+def test_retry_at_a_full_worker_is_counted(store_url: str) -> None:
     counted = _Counted(("fleet_retried_calls_total", {**_DENOISING, "reason": "full"}))
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         script = Script(fleet.scripts["denoising"].contract, gate)
         await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
@@ -121,11 +124,11 @@ def test_a_worker_that_is_full_is_asked_again(store_url: str) -> None:
         for name in names:
             assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_the_gauges_of_a_service_follow_the_store(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_service_gauges_match_the_store(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
         await fleet.add_worker("denoising", Script(fleet.scripts["denoising"].contract, gate))
@@ -143,20 +146,20 @@ def test_the_gauges_of_a_service_follow_the_store(store_url: str) -> None:
         for name in names:
             await terminal(stub, name)
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def _take_overs() -> _Counted:
-    """Take-overs by cause: left, lost, own."""
+    """Take-overs by cause, in the order left, lost, own."""
     series = "fleet_taken_over_requests_total"
     return _Counted(*((series, {**_MODEL, "cause": cause}) for cause in ("left", "lost", "own")))
 
 
-def test_a_request_of_a_coordinator_that_leaves_is_counted(store_url: str) -> None:
-    """As in a rollout."""
+def test_take_over_from_a_stopped_coordinator_is_counted(store_url: str) -> None:
+    """A rollout stops coordinators in this way."""
     counted = _take_overs()
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["decoding"].work = gate
         await fleet.add_workers()
@@ -170,13 +173,13 @@ def test_a_request_of_a_coordinator_that_leaves_is_counted(store_url: str) -> No
         await leaving
         assert counted.grown() == [1, 0, 0]
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_request_of_a_coordinator_that_dies_is_counted(store_url: str) -> None:
+def test_take_over_from_a_killed_coordinator_is_counted(store_url: str) -> None:
     counted = _take_overs()
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["decoding"].work = gate
         await fleet.add_workers()
@@ -192,13 +195,13 @@ def test_a_request_of_a_coordinator_that_dies_is_counted(store_url: str) -> None
         assert (await terminal(other, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         assert counted.grown() == [0, 1, 0]
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_request_that_nobody_told_its_owner_of_is_counted(store_url: str) -> None:
+def test_take_over_of_an_unknown_own_request_is_counted(store_url: str) -> None:
     counted = _take_overs()
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         known = (await stub.Submit(submission())).request
@@ -211,34 +214,32 @@ def test_a_request_that_nobody_told_its_owner_of_is_counted(store_url: str) -> N
         assert (await terminal(stub, "late"))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         assert counted.grown() == [0, 0, 1]
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-@pytest.mark.parametrize("is_answer_lost", [False, True])
-def test_a_request_that_is_cancelled_without_an_owner_is_counted_once(
-    store_url: str, monkeypatch: pytest.MonkeyPatch, is_answer_lost: bool
-) -> None:
-    """It ends in the store. The coordinator that ended it counts it, also where it learns of that end later."""
+@pytest.mark.parametrize("is_reply_lost", [False, True])
+def test_cancelled_orphan_is_counted_once(store_url: str, monkeypatch: pytest.MonkeyPatch, is_reply_lost: bool) -> None:
+    """The coordinator that ended the request in the store counts it, even if the store's reply was lost."""
     series = ("fleet_requests_total", "fleet_request_duration_seconds_count")
     counted = _Counted(*((name, {**_MODEL, "state": "CANCELLED"}) for name in series))
     request_cancel = RequestStore.request_cancel
     lost: list[str] = []
 
-    async def cancel_in_silence(store: RequestStore, request_id: str, *, token: str = "") -> Cancellation:
+    async def cancel_and_lose_the_reply(store: RequestStore, request_id: str, *, token: str = "") -> Cancellation:
         cancellation = await request_cancel(store, request_id, token=token)
-        if is_answer_lost and not lost:
+        if is_reply_lost and not lost:
             lost.append(request_id)
-            raise Unavailable("the answer is lost")
+            raise Unavailable("the reply is lost")
         return cancellation
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         async with connect(fleet.url) as redis:
             record = pb.RequestRecord(request_id="orphan", model=fleet.model.name)
             await RequestStore(redis, owner="dead").admit(record)
             cancel = pb.CancelRequestRequest(request_id="orphan")
             replies = await asyncio.gather(*(stub.CancelRequest(cancel) for _ in range(4)), return_exceptions=True)
-            assert [isinstance(each, BaseException) for each in replies].count(True) == len(lost) == is_answer_lost
+            assert [isinstance(each, BaseException) for each in replies].count(True) == len(lost) == is_reply_lost
 
             async def is_counted() -> bool:
                 return counted.grown() == [1, 1]
@@ -248,40 +249,40 @@ def test_a_request_that_is_cancelled_without_an_owner_is_counted_once(
             assert ended.state == pb.REQUEST_STATE_CANCELLED
             assert counted.grown() == [1, 1]
 
-    monkeypatch.setattr(RequestStore, "request_cancel", cancel_in_silence)
-    run_on_fleet(store_url, story)
+    monkeypatch.setattr(RequestStore, "request_cancel", cancel_and_lose_the_reply)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_cancellation_that_the_store_cannot_do_is_given_up(
+def test_cancellation_that_fails_in_the_store_is_dropped(
     store_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Housekeeping goes on, and the coordinator stays ready."""
+    """Housekeeping continues, and the coordinator stays ready."""
     errors: list[FleetError] = []
 
     async def fail(*_: object, token: str) -> Cancellation:
         assert token
         raise errors.pop(0)
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with connect(store_url) as redis:
             cancellations = Cancellations(RequestStore(redis))
             monkeypatch.setattr(RequestStore, "request_cancel", fail)
-            errors[:] = [Unavailable("away"), StoreFull("full"), InternalError("damaged")]
+            errors[:] = [Unavailable("unavailable"), StoreFull("full"), InternalError("damaged")]
             with pytest.raises(Unavailable):
                 await cancellations.cancel("orphan")
-            for _ in range(3):  # The last one has nothing to do.
+            for _ in range(3):  # the last call has no cancellation left
                 await cancellations.settle()
             assert not errors
-            assert "a cancellation is given up: request=orphan: damaged" in caplog.text
+            assert "cancellation given up error=damaged" in caplog.text
 
-    asyncio.run(story())
+    run_within(30, scenario)
 
 
-def test_a_cancellation_whose_caller_gave_up_is_counted(store_url: str) -> None:
-    """Housekeeping repeats an attempt without an answer."""
+def test_cancellation_without_a_waiting_caller_is_counted(store_url: str) -> None:
+    """Housekeeping repeats an attempt whose reply was not received."""
     counted = _Counted(("fleet_requests_total", {**_MODEL, "state": "CANCELLED"}))
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with connect(store_url) as redis:
             await redis.flushall()
             store = RequestStore(redis)
@@ -297,11 +298,11 @@ def test_a_cancellation_whose_caller_gave_up_is_counted(store_url: str) -> None:
             with pytest.raises(NotFound):
                 await cancellations.cancel("nothing")
 
-    asyncio.run(story())
+    run_within(30, scenario)
 
 
-def test_series_are_there_before_the_first_event(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_series_exist_before_the_first_event(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_coordinator()
         async with connect(fleet.url) as redis:
             await command(redis, "HSET", "fleet:repairs", "made-up", "3", "queue", "2")
@@ -318,4 +319,4 @@ def test_series_are_there_before_the_first_event(store_url: str) -> None:
         assert REGISTRY.get_sample_value("fleet_store_repairs", {"kind": "slot"}) is not None
         assert REGISTRY.get_sample_value("fleet_store_repairs", {"kind": "made-up"}) is None
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)

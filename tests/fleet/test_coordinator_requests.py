@@ -1,4 +1,4 @@
-"""The public API from submission to download, with a real store and real gRPC, and stages that do what a test says."""
+"""The public API from submission to download, with a real store, real gRPC and scripted stages."""
 
 from __future__ import annotations
 
@@ -12,21 +12,8 @@ import pytest
 from async_tests import wait_until
 from common.stage import Call
 from common.state.connection import connect
-from coordinator_fleet import FakeFleet, Gate, Script, emoji, error_of, running_fleet, submission, terminal
+from coordinator_fleet import FakeFleet, Gate, Script, error_of, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
-from models.catalog import ServedModel
-
-MODEL = emoji()
-
-
-def run(url: str, test: Callable[[FakeFleet], Awaitable[None]], model: ServedModel = MODEL) -> None:
-    """Run a test on a fleet of its own."""
-
-    async def main() -> None:
-        async with asyncio.timeout(60), running_fleet(url, model) as fleet:
-            await test(fleet)
-
-    asyncio.run(main())
 
 
 def steps(count: int) -> Callable[[Call], None]:
@@ -38,7 +25,7 @@ def steps(count: int) -> Callable[[Call], None]:
 
 
 def test_submit_watch_and_download(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         fleet.scripts["denoising"].work = steps(4)
         fleet.scripts["decoding"].result_bytes = 2_500_000
         await fleet.add_workers()
@@ -72,11 +59,11 @@ def test_submit_watch_and_download(each_store_url: str) -> None:
         rest = [r async for r in stub.Watch(pb.WatchRequest(request_id=record.request_id, after_event_id=later))]
         assert [response.event for response in rest] == events[4:]
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
-def test_generate_in_one_call_stored_and_raw(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_generate_returns_stored_and_raw_results(each_store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         fleet.scripts["decoding"].result_bytes = 1_500_000
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
@@ -98,11 +85,11 @@ def test_generate_in_one_call_stored_and_raw(each_store_url: str) -> None:
                     [each async for each in stub.DownloadResult(download)]
                 assert error_of(caught.value)[0] == "FAILED_PRECONDITION"
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
 def test_a_raw_result_beyond_the_bound_fails(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator(max_raw_result_bytes=99)
         request = submission()
@@ -111,11 +98,11 @@ def test_a_raw_result_beyond_the_bound_fails(each_store_url: str) -> None:
         error = replies[-1].event.state_change.error
         assert (error.code, error.field) == ("RESOURCE_EXHAUSTED", "output_format")
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
-def test_a_key_is_one_request_in_submit_and_generate(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_idempotency_key_identifies_one_request(each_store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, one = await fleet.add_coordinator()
         _, two = await fleet.add_coordinator()
@@ -131,11 +118,11 @@ def test_a_key_is_one_request_in_submit_and_generate(each_store_url: str) -> Non
             assert b"".join(reply.data for reply in replies) == b"\x07" * 100
         assert len(fleet.scripts["decoding"].calls) == 1
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
-def test_cancel_ends_a_running_request_within_its_step(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_cancel_ends_a_running_request_within_a_step(each_store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -153,11 +140,11 @@ def test_cancel_ends_a_running_request_within_its_step(each_store_url: str) -> N
         name = (await one.Submit(submission())).request.request_id
         assert (await terminal(one, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
 def test_a_queued_request_can_be_cancelled_and_expire(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         queued = (await stub.Submit(submission())).request
         soon = submission()
@@ -171,11 +158,11 @@ def test_a_queued_request_can_be_cancelled_and_expire(each_store_url: str) -> No
         listed = await stub.ListModels(pb.ListModelsRequest())
         assert [service.queued for service in listed.models[0].services] == [0, 0, 0, 0]
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
-def test_leaving_generate_cancels_only_without_a_key(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_disconnecting_from_generate_cancels_only_without_a_key(each_store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -194,11 +181,11 @@ def test_leaving_generate_cancels_only_without_a_key(each_store_url: str) -> Non
                 gate.opened.set()
             assert (await terminal(stub, name))[-1].state_change.state == end
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
-def test_a_lost_worker_is_replaced_and_a_broken_one_is_reported(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_lost_worker_is_replaced_and_stage_error_is_reported(each_store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         script = Script(fleet.scripts["denoising"].contract, gate)
         await fleet.add_workers(["text_encoding", "latent_preparation", "decoding"])
@@ -212,21 +199,21 @@ def test_a_lost_worker_is_replaced_and_a_broken_one_is_reported(each_store_url: 
         assert len(fleet.scripts["denoising"].calls) == 1
         await first.withdraw()
 
-        def break_down(_: Call) -> None:
-            raise ZeroDivisionError("no such luck")
+        def fail(_: Call) -> None:
+            raise ZeroDivisionError("a failed division")
 
-        fleet.scripts["decoding"].work = break_down
+        fleet.scripts["decoding"].work = fail
         name = (await stub.Submit(submission())).request.request_id
         change = (await terminal(stub, name))[-1].state_change
         assert change.state == pb.REQUEST_STATE_FAILED
         assert change.error.code == "INTERNAL"
-        assert "no such luck" in change.error.message
+        assert "a failed division" in change.error.message
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
-def test_workers_that_cannot_be_reached_cost_no_attempt(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_unreachable_workers_do_not_count_as_attempts(each_store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         for _ in range(4):
             await (await fleet.add_worker("text_encoding")).hang_up()
         await fleet.add_workers(["latent_preparation", "denoising", "decoding"])
@@ -240,15 +227,15 @@ def test_workers_that_cannot_be_reached_cost_no_attempt(each_store_url: str) -> 
 
             await wait_until(all_are_avoided)
             assert not await redis.hexists(f"fleet:request:{name}", "deaths")
-            assert await redis.zcard("fleet:workers:emoji/text_encoding") == 4  # they live, as the others see it
+            assert await redis.zcard("fleet:workers:emoji/text_encoding") == 4  # their heartbeats continue
         await fleet.add_worker("text_encoding")
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
-def test_patience_ends_where_no_worker_can_be_reached(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_request_fails_if_no_worker_can_be_reached(each_store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await (await fleet.add_worker("text_encoding")).hang_up()
         await fleet.add_workers(["latent_preparation"])
         _, stub = await fleet.add_coordinator(worker_wait_seconds=0.5)
@@ -257,11 +244,11 @@ def test_patience_ends_where_no_worker_can_be_reached(each_store_url: str) -> No
         assert change.error.code == "UNAVAILABLE"
         assert "no worker of text_encoding was reached for 0.5 s, at last: " in change.error.message
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
-def test_a_worker_that_is_fuller_than_it_says_is_tried_again(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_worker_with_fewer_slots_than_announced_is_retried(each_store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(["latent_preparation", "denoising", "decoding"])
         fleet.scripts["text_encoding"].work = gate
@@ -273,23 +260,23 @@ def test_a_worker_that_is_fuller_than_it_says_is_tried_again(each_store_url: str
         for name in names:
             assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
-def test_without_workers_patience_is_an_option(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_waiting_for_workers_is_optional(each_store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator(worker_wait_seconds=0.1)
         name = (await stub.Submit(submission())).request.request_id
         change = (await terminal(stub, name))[-1].state_change
         assert change.error.code == "UNAVAILABLE"
         assert "no worker serves emoji/" in change.error.message
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
-def test_warnings_of_stages_reach_events_and_record(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
-        fleet.scripts["text_encoding"].work = lambda call: call.warn("prompt", "cut after 64 tokens")
+def test_stage_warnings_reach_events_and_record(each_store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
+        fleet.scripts["text_encoding"].work = lambda call: call.warn("prompt", "truncated after 64 tokens")
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         request = submission()
@@ -302,11 +289,11 @@ def test_warnings_of_stages_reach_events_and_record(each_store_url: str) -> None
         assert [warning.field for warning in record.warnings] == warned
         assert record.parameters.height == 128
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
 def test_requests_are_listed(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         names = [(await stub.Submit(submission(str(number)))).request.request_id for number in range(5)]
         page = await stub.ListRequests(pb.ListRequestsRequest(page_size=3))
@@ -315,11 +302,11 @@ def test_requests_are_listed(each_store_url: str) -> None:
         assert [each.request_id for each in rest.requests] == names[1::-1]
         assert rest.next_page_token == ""
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
-def test_a_full_fleet_refuses_at_the_door(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_full_fleet_refuses_submissions(each_store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator(max_open_requests=2)
         first = (await stub.Submit(submission())).request.request_id
         await stub.Submit(submission())
@@ -330,11 +317,11 @@ def test_a_full_fleet_refuses_at_the_door(each_store_url: str) -> None:
         await terminal(stub, first)
         await stub.Submit(submission())
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
 def test_models_are_listed_with_parameters_and_workers(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_worker("denoising", capacity=3)
         _, stub = await fleet.add_coordinator()
         (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
@@ -346,11 +333,11 @@ def test_models_are_listed_with_parameters_and_workers(each_store_url: str) -> N
         assert parameters["prompt"].type == "string"
         assert not parameters["prompt"].HasField("default_value")
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
 async def _raises(call: Awaitable[Any] | AsyncIterable[Any]) -> tuple[str, str]:
-    """The code that a call ends with, and the field that it names."""
+    """Code and field of a call's error."""
 
     async def finish() -> None:
         if isinstance(call, AsyncIterable):
@@ -364,8 +351,8 @@ async def _raises(call: Awaitable[Any] | AsyncIterable[Any]) -> tuple[str, str]:
     return error_of(caught.value)
 
 
-def test_bad_input_is_refused_with_the_name_of_its_field(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_invalid_input_is_refused_with_its_field(each_store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         nan = submission()
         nan.parameters.guidance_scale = float("nan")
@@ -374,8 +361,8 @@ def test_bad_input_is_refused_with_the_name_of_its_field(each_store_url: str) ->
         both.parameters.params["height"].int_value = 1
         odd.parameters.params["colour"].string_value = "red"
         video.parameters.output_format = pb.OUTPUT_FORMAT_MP4
-        picture = submission()
-        picture.parameters.images.add(data=b"x")
+        with_image = submission()
+        with_image.parameters.images.add(data=b"x")
         past = submission()
         past.deadline.seconds = 1
         never = submission()
@@ -385,7 +372,7 @@ def test_bad_input_is_refused_with_the_name_of_its_field(each_store_url: str) ->
             "guidance_scale": nan,
             "height": both,
             "colour": odd,
-            "images": picture,
+            "images": with_image,
             "idempotency_key": submission(idempotency_key="k" * 129),
             "priority": submission(priority=101),
             "prompt": submission("x" * (64 * 1024 + 1)),
@@ -405,11 +392,11 @@ def test_bad_input_is_refused_with_the_name_of_its_field(each_store_url: str) ->
         listed = await stub.ListRequests(pb.ListRequestsRequest())
         assert not listed.requests
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
-def test_questions_about_nothing_are_answered_so(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_calls_about_unknown_requests_are_not_found(each_store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         name = (await stub.Submit(submission())).request.request_id
         for unknown in ("nothing", "", "x y", "9" * 100):
@@ -427,11 +414,11 @@ def test_questions_about_nothing_are_answered_so(each_store_url: str) -> None:
         page = pb.ListRequestsRequest(page_size=1001)
         assert await _raises(stub.ListRequests(page)) == ("INVALID_ARGUMENT", "page_size")
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)
 
 
 def test_invalid_utf8_and_unknown_fields_are_named(each_store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
         async with grpc.aio.insecure_channel(coordinator.address) as channel:
             submit: Any = channel.unary_unary("/fleet.v1.GenerationService/Submit")
@@ -444,4 +431,4 @@ def test_invalid_utf8_and_unknown_fields_are_named(each_store_url: str) -> None:
             assert (await _raises(submit(b"\xff")))[0] == "INVALID_ARGUMENT"
             assert (await _raises(submit(b"\x00" * (49 << 20))))[0] == "RESOURCE_EXHAUSTED"
 
-    run(each_store_url, story)
+    run_on_fleet(each_store_url, scenario)

@@ -14,7 +14,7 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry, start_http_server
 
-from async_tests import wait_until
+from async_tests import run_within, wait_until
 from certificates import Authority
 from common.errors import FailedPrecondition, Unavailable
 from common.rpc.fleet_server import FleetServer
@@ -35,12 +35,12 @@ SERVICE = "fleet.v1.GenerationService"
 
 
 async def found(endpoint: str, access: Access = IN_THE_CLEAR, **own: str) -> list[str]:
-    """The lines of the check."""
+    """The check's results as lines."""
     return await asyncio.to_thread(lambda: lines(check_endpoint(endpoint, access, own)))
 
 
-def test_a_fleet_that_is_right(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_complete_fleet_has_no_findings(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         coordinator, _ = await fleet.add_coordinator()
         fingerprint = fleet.model.checkpoint.fingerprint
@@ -53,11 +53,11 @@ def test_a_fleet_that_is_right(store_url: str) -> None:
             f"error model emoji: the fleet serves checkpoint {fingerprint[:12]}, and --model is ffffffffffff: "
         )
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_services_without_workers_and_refused_and_broken_ones(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_missing_and_refused_workers_and_broken_kernels_are_warnings(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
         worker = await fleet.add_worker("denoising")
         broken = worker_pb2.KernelPackage(name="fa3-fwd", version="0.0.3", error="OSError: a", replacement="cuDNN")
@@ -76,11 +76,11 @@ def test_services_without_workers_and_refused_and_broken_ones(store_url: str) ->
             "warning model emoji: workers of denoising: fa3-fwd 0.0.3 is unusable, cuDNN instead: OSError: a -> "
         )
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_an_incompatible_worker_is_a_warning(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
         await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
         contract = fleet.scripts["denoising"].contract
@@ -91,11 +91,11 @@ def test_an_incompatible_worker_is_a_warning(store_url: str) -> None:
             f"warning model emoji: worker {odd.info.worker_id} takes no requests: output 'denoised_latents': "
         )
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_full_store_and_a_coordinator_that_is_not_ready(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_full_store_and_unready_coordinator_are_reported(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
         async with connect(fleet.url) as redis:
             await redis.config_set("maxmemory", 8 << 20)
@@ -112,14 +112,14 @@ def test_a_full_store_and_a_coordinator_that_is_not_ready(store_url: str) -> Non
         line = (await found(coordinator.address))[0]
         assert line.startswith(f"error endpoint: {coordinator.address} answers, but is not ready: server NOT_SERVING, ")
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_caller_without_a_key_still_sees_health_and_contract(store_url: str, tmp_path: Path) -> None:
+def test_caller_without_a_key_gets_health_and_contract(store_url: str, tmp_path: Path) -> None:
     keys = tmp_path / "keys.toml"
     keys.write_text(f'[callers.alice]\nkey_sha256 = ["{hashlib.sha256(KEY.encode()).hexdigest()}"]\n')
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator(api_keys=keys)
         health, contract, refused = await found(coordinator.address)
         assert health.startswith("ok endpoint: ")
@@ -130,17 +130,17 @@ def test_a_caller_without_a_key_still_sees_health_and_contract(store_url: str, t
         assert known[-1].startswith("warning model emoji: no worker serves ")
         assert KEY not in "".join(known)
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_fleet_over_tls(
+def test_tls_endpoint_is_checked(
     store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "has_worker_extra", lambda: False)
     fleet_ca, others = Authority(tmp_path / "fleet"), Authority(tmp_path / "others", "others")
     shown = fleet_ca.issue("localhost")
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         settings = {"listen": "localhost:0", "tls_public_cert": shown.cert, "tls_public_key": shown.key}
         coordinator, _ = await fleet.add_coordinator(**settings)
         command = ["--endpoint", coordinator.address]
@@ -150,15 +150,15 @@ def test_a_fleet_over_tls(
         assert f"ok       endpoint          {coordinator.address} is ready" in out
         assert f"error    endpoint          {coordinator.address} and this command could not agree on TLS" in out
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def ports_of(endpoint: str, **values: object) -> list[str]:
     return lines(check_endpoint_ports(endpoint, values))
 
 
-def test_the_other_ports_of_a_fleet_are_asked(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_other_ports_of_a_fleet_are_checked(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         health = f"unix:{fleet.directory}/health.sock"
         coordinator, _ = await fleet.add_coordinator(health_listen=health, scaler_listen="127.0.0.1:0")
         scaler, endpoint = coordinator.scaler_address, "127.0.0.1:1"
@@ -185,7 +185,7 @@ def test_the_other_ports_of_a_fleet_are_asked(url: str) -> None:
         tls = await asyncio.to_thread(lambda: ports_of(endpoint, scaler_listen=scaler, tls_cert="x"))
         assert tls[0].startswith(f"warning endpoint ports: scaler_listen: {scaler} does not answer: Connection refused")
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_a_port_of_another_program_is_a_warning() -> None:
@@ -202,18 +202,18 @@ def test_a_port_of_another_program_is_a_warning() -> None:
         thread.join()
 
 
-def test_ports_are_those_of_the_endpoints_host() -> None:
+def test_ports_of_the_endpoints_host_are_checked() -> None:
     values = {"listen": "0.0.0.0:1", "health_listen": "0.0.0.0:2", "scaler_listen": "127.0.0.1:3", "metrics_port": 4}
     far = {"health_listen": "far.example:2", "metrics_port": "far.example:4"}
-    assert reached_addresses("far.example:1", values) == far, "its loopback interface cannot be reached from here"
+    assert reached_addresses("far.example:1", values) == far, "loopback addresses of another host are not reachable"
     near = {"health_listen": "127.0.0.1:2", "scaler_listen": "127.0.0.1:3", "metrics_port": "127.0.0.1:4"}
     assert reached_addresses("unix:/run/fleet.sock", values) == near
 
 
-def test_nobody_there_and_a_server_that_is_no_fleet(tmp_path: Path) -> None:
-    async def story() -> None:
+def test_missing_server_and_other_server_are_errors(tmp_path: Path) -> None:
+    async def scenario() -> None:
         with pytest.raises(Unavailable, match="no fleet answers at"):
-            await found(f"unix:{tmp_path}/nobody.sock")
+            await found(f"unix:{tmp_path}/missing.sock")
         server = FleetServer("127.0.0.1:0")
         address = await server.start()
         await server.set_ready(True)
@@ -223,10 +223,10 @@ def test_nobody_there_and_a_server_that_is_no_fleet(tmp_path: Path) -> None:
         assert refused == "error endpoint: ListModels failed: there is no such method here -> ask a coordinator"
         await server.drain(0)
 
-    asyncio.run(story())
+    run_within(60, scenario)
 
 
-def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_server_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.cli.doctor_endpoint._SECONDS", 0.3)
 
     with socket.socket() as silent:
@@ -237,7 +237,7 @@ def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
             asyncio.run(found(f"127.0.0.1:{port}"))
 
 
-def test_versions_of_the_api_are_compared() -> None:
+def test_api_versions_are_compared() -> None:
     ours = elements_of(own_files())
     name = "fleet.v1.Model.refused_workers"
     assert "fleet.v1.GenerationService.Submit" in ours
@@ -252,14 +252,14 @@ def test_versions_of_the_api_are_compared() -> None:
     assert lines([contract_result({}, ours)])[0].startswith("error contract: the endpoint has no fleet.v1.Generation")
 
 
-def test_variants_that_are_not_served_are_named() -> None:
+def test_unserved_variants_are_listed() -> None:
     variant = pb.Variant(name="image", error="lacks image_encoder")
     listed = lines(model_results(pb.Model(name="a", variants=[variant]), ""))
     assert listed[-1].startswith("warning model a: variant image is not served: lacks image_encoder -> ")
 
 
-def test_a_gateway_that_hides_reflection() -> None:
-    async def story() -> None:
+def test_endpoint_without_reflection_is_a_warning() -> None:
+    async def scenario() -> None:
         server = grpc.aio.server()
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -267,4 +267,4 @@ def test_a_gateway_that_hides_reflection() -> None:
         assert contract.startswith("warning contract: the API cannot be read: ")
         await server.stop(None)
 
-    asyncio.run(story())
+    run_within(60, scenario)

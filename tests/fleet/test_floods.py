@@ -1,4 +1,4 @@
-"""Peers that mean ill: they connect and say nothing, open calls and send nothing, or send what no library sends."""
+"""Malicious peers: silent connections, calls without requests, malformed paths and metadata."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from raw_http2 import SETTINGS_TAKEN, RawConnection, call_headers, cancellation,
 PATH = b"/fleet.v1.TestService/Ask"
 CHECK = b"/grpc.health.v1.Health/Check"
 SERVICE = "fleet.v1.TestService"
-OFTEN = 200
+NUM_CALLS = 200
 
 
-class Answers:
-    """A service of one method, which answers with what it was sent, once it may."""
+class EchoService:
+    """A service with one method, which returns its request once the gate is open."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.num_calls = 0
         self.gate = asyncio.Event()
         self.gate.set()
-        self.methods: dict[str, Any] = {"Ask": grpc.unary_unary_rpc_method_handler(self._answer)}
+        self.methods: dict[str, Any] = {"Ask": grpc.unary_unary_rpc_method_handler(self._echo)}
 
-    async def _answer(self, request: bytes, _: object) -> bytes:
-        self.asked += 1
+    async def _echo(self, request: bytes, _: object) -> bytes:
+        self.num_calls += 1
         await self.gate.wait()
         return request
 
@@ -51,39 +51,40 @@ async def served(
     *,
     admit: Admit = admit_all,
     credentials: grpc.ServerCredentials | None = None,
-) -> AsyncIterator[tuple[FleetServer, Answers]]:
-    server, answers = FleetServer("127.0.0.1:0", limits=limits, admit=admit, credentials=credentials), Answers()
-    server.add(answers.methods, SERVICE)
+) -> AsyncIterator[tuple[FleetServer, EchoService]]:
+    server = FleetServer("127.0.0.1:0", limits=limits, admit=admit, credentials=credentials)
+    echo = EchoService()
+    server.add(echo.methods, SERVICE)
     await server.start()
     await server.set_ready(True)
     try:
-        yield server, answers
+        yield server, echo
     finally:
-        answers.gate.set()
+        echo.gate.set()
         await server.drain(0)
 
 
 async def is_well(server: FleetServer) -> bool:
-    """Whether it answers a usual client, on a connection of its own."""
+    """Whether the server replies to a valid client on a new connection."""
     async with open_channel(server.address) as channel:
         check: Any = channel.unary_unary(
             CHECK.decode(), response_deserializer=health_pb2.HealthCheckResponse.FromString
         )
         ask: Any = channel.unary_unary(PATH.decode())
         status = (await check(b"", timeout=10)).status
-        echo = await ask(b"hello", timeout=10)
-    return bool(status == health_pb2.HealthCheckResponse.SERVING and echo == b"hello")
+        reply = await ask(b"hello", timeout=10)
+    return bool(status == health_pb2.HealthCheckResponse.SERVING and reply == b"hello")
 
 
 def ended(code: grpc.StatusCode) -> bytes:
-    """How a call's end with this code looks on a new connection."""
+    """Bytes of the trailers of a call with this status code, on a new connection."""
     number = str(code.value[0]).encode()
     return b"grpc-status" + bytes((len(number),)) + number
 
 
 @asynccontextmanager
 async def greeted(address: str) -> AsyncIterator[RawConnection]:
-    """A connection that is past the handshake."""
+    """A connection after the HTTP/2 handshake."""
     async with raw_connection(address) as connection:
         await connection.greet()
         await connection.until(SETTINGS_TAKEN)
@@ -91,8 +92,8 @@ async def greeted(address: str) -> AsyncIterator[RawConnection]:
 
 
 @pytest.mark.parametrize("path", [b"/x/\xff", b"\xff\xfe", b"/fleet.v1.TestService/Ask\xc3", b"/", b"/fleet.v1.X/Y"])
-def test_no_path_ends_a_server(path: bytes) -> None:
-    """In grpcio 1.85 a path that is not UTF-8 ends the server: see common.rpc.grpcio_patch."""
+def test_server_survives_any_path(path: bytes) -> None:
+    """In grpcio 1.85, a path that is not UTF-8 terminates the server: see common.rpc.grpcio_patch."""
 
     async def test() -> None:
         async with served() as (server, _):
@@ -118,7 +119,7 @@ def test_no_path_ends_a_server(path: bytes) -> None:
         (b"content-type", b"\x00"),
     ],
 )
-def test_no_metadata_ends_a_server(header: tuple[bytes, bytes]) -> None:
+def test_server_survives_any_metadata(header: tuple[bytes, bytes]) -> None:
     async def test() -> None:
         async with served() as (server, _):
             for path in (PATH, CHECK):
@@ -131,11 +132,11 @@ def test_no_metadata_ends_a_server(header: tuple[bytes, bytes]) -> None:
     run_within(60, test)
 
 
-def test_calls_of_unknown_methods_are_refused_in_any_number() -> None:
+def test_many_calls_of_unknown_methods_are_refused() -> None:
     async def test() -> None:
         async with served() as (server, _), open_channel(server.address) as channel:
             ask: Any = channel.unary_unary("/fleet.v1.TestService/Unknown")
-            codes = await asyncio.gather(*(ask(b"").code() for _ in range(OFTEN)))
+            codes = await asyncio.gather(*(ask(b"").code() for _ in range(NUM_CALLS)))
             assert set(codes) == {grpc.StatusCode.UNIMPLEMENTED}
             assert await is_well(server)
 
@@ -146,13 +147,13 @@ def credentials_of(authority: Authority) -> grpc.ServerCredentials:
     issued = authority.issue("worker")
     identity = read_identity(issued.cert, issued.key)
     assert identity is not None
-    shown = ServerIdentity(identity, read_authority(authority.ca))
-    return server_credentials(lambda: (1, shown))
+    identity_and_authority = ServerIdentity(identity, read_authority(authority.ca))
+    return server_credentials(lambda: (1, identity_and_authority))
 
 
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02\x00\x01\x00", b"PRI * HTTP/2.0\r\n"])
-def test_a_handshake_that_never_ends_is_ended(tls: bool, sent: bytes, tmp_path: Path) -> None:
+def test_incomplete_handshake_times_out(tls: bool, sent: bytes, tmp_path: Path) -> None:
     limits = ServerLimits(handshake_seconds=0.2)
 
     async def test() -> None:
@@ -167,24 +168,24 @@ def test_a_handshake_that_never_ends_is_ended(tls: bool, sent: bytes, tmp_path: 
     run_within(60, test)
 
 
-def test_a_connection_without_calls_is_closed_and_one_with_a_call_is_not() -> None:
+def test_only_idle_connections_are_closed() -> None:
     limits = ServerLimits(connection_idle_seconds=0.2)
 
     async def test() -> None:
-        async with served(limits) as (server, answers), open_channel(server.address) as channel:
-            answers.gate.clear()
+        async with served(limits) as (server, echo), open_channel(server.address) as channel:
+            echo.gate.clear()
             ask: Any = channel.unary_unary(PATH.decode())
             call = ask(b"hello")
-            await wait_until(lambda: bool(answers.asked))
+            await wait_until(lambda: bool(echo.num_calls))
             async with greeted(server.address) as idle:
                 await idle.until_closed()
-            answers.gate.set()
+            echo.gate.set()
             assert await call == b"hello"
 
     run_within(60, test)
 
 
-def test_there_is_an_end_to_connections() -> None:
+def test_number_of_connections_is_bounded() -> None:
     async def test() -> None:
         async with served(ServerLimits(connections=3)) as (server, _):
             async with AsyncExitStack() as stack:
@@ -193,7 +194,7 @@ def test_there_is_an_end_to_connections() -> None:
                 for _ in range(20):
                     async with raw_connection(server.address) as beyond:
                         assert await beyond.until_closed() == b""
-            while True:  # It may take a moment to notice that they are gone.
+            while True:  # the server notices closed connections after a delay
                 try:
                     assert await is_well(server)
                 except grpc.aio.AioRpcError:
@@ -204,9 +205,9 @@ def test_there_is_an_end_to_connections() -> None:
 
 
 @pytest.mark.parametrize("path", [PATH, CHECK])
-def test_a_call_without_a_request_is_ended(path: bytes) -> None:
+def test_call_without_a_request_times_out(path: bytes) -> None:
     async def test() -> None:
-        async with served(ServerLimits(request_seconds=0.2)) as (server, answers):
+        async with served(ServerLimits(request_seconds=0.2)) as (server, echo):
             async with raw_connection(server.address) as connection:
                 await connection.greet()
                 await connection.send(call_headers(path))
@@ -215,13 +216,13 @@ def test_a_call_without_a_request_is_ended(path: bytes) -> None:
                 await connection.greet()
                 await connection.send(call_headers(path, ended=True))
                 await connection.until(ended(grpc.StatusCode.INVALID_ARGUMENT))
-            assert not answers.asked
+            assert not echo.num_calls
             assert await is_well(server)
 
     run_within(60, test)
 
 
-def test_calls_without_a_request_count() -> None:
+def test_calls_without_a_request_count_towards_the_bound() -> None:
     async def test() -> None:
         async with served(ServerLimits(calls=5)) as (server, _):
             async with raw_connection(server.address) as connection:
@@ -239,12 +240,12 @@ def test_calls_without_a_request_count() -> None:
 
 
 def refuse(_: object) -> None:
-    raise Unauthenticated("who is calling?")
+    raise Unauthenticated("the caller is unknown")
 
 
-def test_a_caller_that_is_refused_is_refused_before_its_request_is_read() -> None:
+def test_unauthenticated_call_is_refused_before_its_request_is_read() -> None:
     async def test() -> None:
-        async with served(admit=refuse) as (server, answers):
+        async with served(admit=refuse) as (server, echo):
             async with raw_connection(server.address) as connection:
                 await connection.greet()
                 await connection.send(call_headers(PATH))
@@ -254,13 +255,13 @@ def test_a_caller_that_is_refused_is_refused_before_its_request_is_read() -> Non
                 for size in (1, 15 << 20):
                     call = ask(bytes(size))
                     assert await call.code() == grpc.StatusCode.UNAUTHENTICATED
-                    assert await call.details() == "who is calling?"
-            assert not answers.asked
+                    assert await call.details() == "the caller is unknown"
+            assert not echo.num_calls
 
     run_within(60, test)
 
 
-def test_calls_that_are_opened_and_cancelled_leave_nothing() -> None:
+def test_server_recovers_from_many_cancelled_calls() -> None:
     async def test() -> None:
         async with served() as (server, _):
             async with raw_connection(server.address) as connection:
@@ -275,7 +276,7 @@ def test_calls_that_are_opened_and_cancelled_leave_nothing() -> None:
 
 
 def test_a_coordinator_bounds_its_connections(store_url: str) -> None:
-    async def story(running: FakeFleet) -> None:
+    async def scenario(running: FakeFleet) -> None:
         coordinator, stub = await running.add_coordinator(listen="127.0.0.1:0", max_connections=2)
         assert await stub.ListModels(pb.ListModelsRequest())
         async with greeted(coordinator.address), raw_connection(coordinator.address) as beyond:
@@ -284,6 +285,6 @@ def test_a_coordinator_bounds_its_connections(store_url: str) -> None:
 
     async def main() -> None:
         async with asyncio.timeout(60), running_fleet(store_url, emoji()) as running:
-            await story(running)
+            await scenario(running)
 
     asyncio.run(main())

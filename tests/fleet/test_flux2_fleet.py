@@ -1,4 +1,4 @@
-"""FLUX.2 dev and klein through real services give the bytes of one process, with and without reference images."""
+"""FLUX.2 dev and klein through real services equal one process bit for bit, with and without reference images."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ REQUESTS: tuple[Mapping[str, bytes], ...] = ({}, files(given_images(2)))
 
 
 def expected_of(model: ServedModel) -> list[dict[str, torch.Tensor]]:
-    """What one process makes of the requests."""
+    """Tensors of the requests from stages in this process."""
     local = LocalFleet(model)
     made = [local.tensors(images=images, **GIVEN) for images in REQUESTS]
     local.close()
     return made
 
 
-def test_tensors_are_those_of_one_process(tmp_path: Path) -> None:
+def test_tensors_equal_those_of_one_process(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     paths = {"dev": build_tiny_flux2_dev(tmp_path / "dev"), "klein": build_tiny_flux2_klein(tmp_path / "klein")}
     models = {name: open_model(f"{name}={path}", load_registry()) for name, path in paths.items()}

@@ -1,4 +1,4 @@
-"""A store whose memory runs out: new requests are refused with a time to wait, and accepted ones end."""
+"""A store without free memory: submissions are refused with a retry delay, and accepted requests finish."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def url() -> Iterator[str]:
 
 
 def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, caplog: pytest.LogCaptureFixture) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -54,7 +54,7 @@ def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, capl
             assert isinstance(refusal, ResourceExhausted)
             assert refusal.retry_seconds == 5.0
             everything = await health.Check(health_pb2.HealthCheckRequest())
-            assert everything.status == SERVING  # for what goes on: a load balancer must not take this away
+            assert everything.status == SERVING  # calls about open requests must still be routed to the coordinator
             store = (await stub.ListModels(pb.ListModelsRequest())).store
             assert store.is_full
             assert store.max_bytes == 40 * MIB
@@ -69,14 +69,14 @@ def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, capl
                 "refused from 36.0 MiB on"
             )
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
     logged = [record.getMessage() for record in caplog.records]
     assert [each for each in logged if each.startswith("request store is full: Submit is refused")]
     assert not [each for each in logged if "away" in each]
 
 
-def test_damage_that_was_removed_is_logged_and_counted(url: str, caplog: pytest.LogCaptureFixture) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_repaired_store_entries_are_logged_and_counted(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         async with connect(url) as redis:
@@ -90,4 +90,4 @@ def test_damage_that_was_removed_is_logged_and_counted(url: str, caplog: pytest.
 
         await wait_until(is_logged)
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)

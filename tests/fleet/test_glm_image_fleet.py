@@ -1,4 +1,4 @@
-"""GLM-Image through real services: the hybrid style has equal bytes, progress, cancel, recovery and clear refusals."""
+"""GLM-Image, a pipeline of the hybrid style, through real services: equal bytes, progress, cancel and recovery."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "without guidance": {"guidance_scale": 1.0},
     "two outputs": {"num_outputs_per_prompt": 2, "prompt": "a cat"},
 }
-# 256 tokens of the preview, and 400 of the image.
+# 256 tokens of the preview, 400 of the image.
 LARGE: dict[str, Any] = {**GIVEN, "height": 640, "width": 640}
 LARGE_TOKENS = 256 + 20 * 20
 
@@ -63,14 +63,14 @@ def test_the_model_has_three_services(model: ServedModel) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_tensors_are_those_of_one_process(fleet: ServedFleet, local: LocalFleet, case: str) -> None:
+def test_tensors_equal_those_of_one_process(fleet: ServedFleet, local: LocalFleet, case: str) -> None:
     given = {**GIVEN, "num_inference_steps": STEPS, **CASES[case]}
     got, expected = fleet.generate("glm", **given).tensors, local.tensors(**given)
     assert got.keys() == expected.keys() == {"latents", "pixels"}
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def test_the_command_line_generates(fleet: ServedFleet, local: LocalFleet, tmp_path: Path) -> None:
+def test_the_command_line_generates_an_image(fleet: ServedFleet, local: LocalFleet, tmp_path: Path) -> None:
     words = ("--height", "64", "--width", "96", "--num-inference-steps", str(STEPS), "--seed", "5")
     output = tmp_path / "car.safetensors"
     assert main(["generate", GIVEN["prompt"], *words, "--output", str(output), "--endpoint", fleet.endpoint]) == 0
@@ -95,7 +95,7 @@ def test_the_command_line_lists_its_services(fleet: ServedFleet, capsys: pytest.
         ({}, ("image", "image_1", "image_2"), "images", "images: 3 is not 0; glm (GlmImagePipeline) takes no images"),
     ],
 )
-def test_bad_input_is_refused_before_any_work(
+def test_invalid_input_is_refused_before_execution(
     fleet: ServedFleet, change: dict[str, Any], roles: tuple[str, ...], field: str, message: str
 ) -> None:
     images = dict.fromkeys(roles, png(coarse_image(40, 30)))
@@ -110,7 +110,7 @@ def submission(**given: Any) -> pb.SubmitRequest:
 
 @asynccontextmanager
 async def own_worker(parts: Parts) -> AsyncIterator[Worker]:
-    """A worker before denoising that reports every token; it ends with the context."""
+    """A worker of before_denoising that reports every token, for the block."""
     settings = WarmUpSettings(
         model="glm",
         redis=parts.url,
@@ -127,52 +127,52 @@ async def own_worker(parts: Parts) -> AsyncIterator[Worker]:
 
 
 async def tokens(stub: Stub, request_id: str) -> AsyncGenerator[tuple[int, int], None]:
-    """The progress of the stage before denoising."""
+    """Step and total of each progress event of before_denoising."""
     async for reply in stub.Watch(pb.WatchRequest(request_id=request_id)):
         if reply.event.progress.service == "before_denoising":
             yield reply.event.progress.step, reply.event.progress.total_steps
 
 
 async def wait_for_token(stub: Stub, request_id: str, token: int) -> None:
-    """Return once a worker has reported so many tokens."""
+    """Wait until a worker has reported `token` tokens."""
     async with aclosing(tokens(stub, request_id)) as reported:
         async for step, _ in reported:
             if step >= token:
                 return
 
 
-def test_tokens_are_events_and_a_cancel_frees_the_worker_within_one(model: ServedModel, tmp_path: Path) -> None:
+def test_tokens_are_reported_and_cancel_stops_within_a_token(model: ServedModel, tmp_path: Path) -> None:
     async def test(parts: Parts) -> None:
         for service in SERVICES[1:]:
             await parts.add_worker(service)
         _, stub = await parts.add_coordinator(step_seconds=0.0)
         async with own_worker(parts):
-            await cancel_and_go_on(stub)
+            await cancel_and_submit(stub)
 
-    async def cancel_and_go_on(stub: Stub) -> None:
-        unwanted = (await stub.Submit(submission(**LARGE))).request.request_id
-        await wait_for_token(stub, unwanted, 3)
-        await stub.CancelRequest(pb.CancelRequestRequest(request_id=unwanted))
-        record = await ended(stub, unwanted)
+    async def cancel_and_submit(stub: Stub) -> None:
+        cancelled = (await stub.Submit(submission(**LARGE))).request.request_id
+        await wait_for_token(stub, cancelled, 3)
+        await stub.CancelRequest(pb.CancelRequestRequest(request_id=cancelled))
+        record = await ended(stub, cancelled)
         assert (record.state, record.steps_saved) == (pb.REQUEST_STATE_CANCELLED, STEPS)
-        reported = [each async for each in tokens(stub, unwanted)]
+        reported = [each async for each in tokens(stub, cancelled)]
         assert reported[0] == (0, 1)
         assert {total for _, total in reported[1:]} == {LARGE_TOKENS}
-        assert reported[-1][0] < LARGE_TOKENS, "the language model has not gone on to the end"
+        assert reported[-1][0] < LARGE_TOKENS, "the language model sampled all tokens"
 
-        wanted = (await stub.Submit(submission(**GIVEN))).request.request_id
-        assert (await ended(stub, wanted)).state == pb.REQUEST_STATE_SUCCEEDED
-        steps = [step for step, _ in [each async for each in tokens(stub, wanted)]]
+        completed = (await stub.Submit(submission(**GIVEN))).request.request_id
+        assert (await ended(stub, completed)).state == pb.REQUEST_STATE_SUCCEEDED
+        steps = [step for step, _ in [each async for each in tokens(stub, completed)]]
         assert steps == sorted(steps)
-        assert 200 < steps[-1] <= 256 + 2 * 3, "a reader that is late gets fewer events"
+        assert 200 < steps[-1] <= 256 + 2 * 3, "a late reader may miss replaced events only"
 
     run_parts(model, tmp_path, test)
 
 
-def test_a_request_whose_worker_ends_goes_on_at_another_one(
+def test_request_of_a_stopped_worker_restarts_on_another_worker(
     model: ServedModel, local: LocalFleet, tmp_path: Path
 ) -> None:
-    """The tokens are sampled again: the same ones, from the same seed."""
+    """The tokens are sampled again, with equal values from the same seed."""
     (item,) = local.media(num_inference_steps=1, output_format="png", **LARGE).items
 
     async def test(parts: Parts) -> None:

@@ -1,4 +1,4 @@
-"""A worker group that gets SIGTERM during a request hands it over to another group, at a step boundary."""
+"""A worker group that receives SIGTERM during a request hands it over to another group at a step boundary."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from toy_checkpoint import copy_toy_family
 
 WORKLOAD = Workload(steps=60, size=64, seconds=180.0)
 GRACE = 6
-# Its steps take so long, while a file is there, that the request ends neither before it is handed over nor before the
-# grace period ends. There are no checkpoints but those of a hand-over.
+# Delays each step while a marker file exists, so that the request ends neither before the hand-over nor before the
+# grace period is over. _FLAGS disables checkpoints other than those of a hand-over.
 _SLOW_FOLLOWER = """
 import os, time
 
@@ -41,7 +41,7 @@ _FLAGS = ("--tp", "2", "--grace-seconds", str(GRACE), "--step-checkpoint-every",
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that makes steps slow."""
+    """Path of the marker file that delays steps."""
     return tmp_path_factory.mktemp("marker") / "slow"
 
 
@@ -63,7 +63,7 @@ def undisturbed(fleet: GroupFleet) -> Generated:
 
 
 def counted() -> tuple[float, float]:
-    """The denoiser's calls that were handed over, and those that were lost."""
+    """Numbers of handed over and of lost denoiser calls."""
     handed_over, lost = 0.0, 0.0
     for metric in REGISTRY.collect():
         for sample in metric.samples:
@@ -73,8 +73,8 @@ def counted() -> tuple[float, float]:
 
 
 @contextmanager
-def drawing(fleet: GroupFleet, slow: Path, agent: Process) -> Iterator[Future[Generated]]:
-    """A request with slow steps, whose group gets SIGTERM after a few of them."""
+def slow_request(fleet: GroupFleet, slow: Path, agent: Process) -> Iterator[Future[Generated]]:
+    """A request with slow steps, whose group receives SIGTERM after a few of them."""
     slow.touch()
     with ThreadPoolExecutor(1) as executor:
         try:
@@ -86,19 +86,17 @@ def drawing(fleet: GroupFleet, slow: Path, agent: Process) -> Iterator[Future[Ge
 def check(generated: Generated, undisturbed: Generated) -> None:
     assert generated.state == pb.REQUEST_STATE_SUCCEEDED
     assert generated.file == undisturbed.file
-    assert generated.steps.count(0) == 2, "it did not go on elsewhere"
+    assert generated.steps.count(0) == 2, "the request did not continue on another group"
     steps = [step for step in generated.steps if step]
-    assert steps == sorted(set(steps)), "a step was done twice"
+    assert steps == sorted(set(steps)), "a step was computed twice"
     assert steps[-1] == WORKLOAD.steps
 
 
-def test_sigterm_hands_the_request_over_to_an_equal_group(
-    fleet: GroupFleet, undisturbed: Generated, slow: Path
-) -> None:
-    """The group that has drawn nothing yet gets the request."""
+def test_sigterm_hands_a_request_over_to_an_equal_group(fleet: GroupFleet, undisturbed: Generated, slow: Path) -> None:
+    """The group that has served no request yet continues the request."""
     leaving = fleet.add_group("leaving")
     ranks, before = fleet.ranks_of(leaving), counted()
-    with drawing(fleet, slow, leaving) as request:
+    with slow_request(fleet, slow, leaving) as request:
         assert fleet.run(leaving.wait()) == 0
         assert not any(process.is_running() for process in ranks.values())
         assert not request.done()
@@ -107,14 +105,14 @@ def test_sigterm_hands_the_request_over_to_an_equal_group(
     assert len(fleet.workers()) == 1
 
 
-def test_sigterm_to_the_only_group_hands_the_request_over_before_the_grace_period_ends(
+def test_sigterm_of_the_only_group_hands_over_within_the_grace_period(
     fleet: GroupFleet, undisturbed: Generated, slow: Path
 ) -> None:
-    """The last test of this fleet's first group. The group that starts afterwards finishes the request."""
+    """The last test of this fleet's first group. A group that starts later finishes the request."""
     ranks, before, began = fleet.ranks(), counted(), time.monotonic()
-    with drawing(fleet, slow, fleet.agent) as request:
+    with slow_request(fleet, slow, fleet.agent) as request:
         assert fleet.run(fleet.agent.wait()) == 0
-        assert time.monotonic() - began > GRACE / 2, "no other group was there"
+        assert time.monotonic() - began > GRACE / 2, "the hand-over did not wait for another group"
         assert not any(process.is_running() for process in ranks.values())
         assert not fleet.workers()
         assert counted() == (before[0] + 1, before[1])

@@ -1,4 +1,4 @@
-"""DownloadResult and Generate follow files that grow, at any coordinator, each byte once."""
+"""DownloadResult and Generate follow growing files at any coordinator, and send each byte once."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ CANCELLED = pb.REQUEST_STATE_CANCELLED
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def unsynced_url() -> Iterator[str]:
     with running_server("valkey", "--appendfsync", "no") as server:
         yield server.url
 
 
 class Owner:
-    """A coordinator that lives elsewhere and runs one request, whose items the test makes."""
+    """A fake of another coordinator that runs one request, whose items the test delivers."""
 
     def __init__(self, store: RequestStore) -> None:
         self.store = store
@@ -79,7 +79,7 @@ class Owner:
 
 
 class Follower:
-    """Reads a download into files, and checks that each byte comes once and in order."""
+    """Reads a download into files; checks that each byte is received once and in order."""
 
     def __init__(self, responses: AsyncIterator[pb.DownloadResultResponse], offset: int = 0) -> None:
         self._responses = responses
@@ -88,7 +88,7 @@ class Follower:
         self.files: dict[int, bytes] = {}
 
     async def receive(self, file: int, size: int) -> None:
-        """Until so many bytes of a file have come."""
+        """Read until `size` bytes of a file are received."""
         while len(self.files.get(file, b"")) < size:
             self._take(await anext(self._responses))
 
@@ -108,19 +108,21 @@ class Follower:
         self.files[part.index] = before + part.data
 
 
-Story = Callable[[Owner, Stub, Coordinator], Awaitable[None]]
+Scenario = Callable[[Owner, Stub, Coordinator], Awaitable[None]]
 
 
-def run(url: str, story: Story) -> None:
-    async def whole(fleet: FakeFleet) -> None:
+def run_with_owner(url: str, scenario: Scenario) -> None:
+    """Run a test with a coordinator, and with the owner of a request that another coordinator runs."""
+
+    async def test(fleet: FakeFleet) -> None:
         coordinator, stub = await fleet.add_coordinator()
         async with connect(url) as redis:
             presence = Presence(redis, "elsewhere")
             await presence.start()
-            await story(Owner(RequestStore(redis, owner="elsewhere")), stub, coordinator)
+            await scenario(Owner(RequestStore(redis, owner="elsewhere")), stub, coordinator)
             await presence.stop()
 
-    run_on_fleet(url, whole)
+    run_on_fleet(url, test)
 
 
 def follow(stub: Stub, owner: Owner, index: int | None = None, offset: int = 0) -> Follower:
@@ -135,8 +137,8 @@ async def refused(stub: Stub, request: pb.DownloadResultRequest) -> tuple[str, s
     return (*error_of(caught.value), caught.value.details() or "")
 
 
-def test_files_are_followed_as_they_grow(url: str) -> None:
-    async def story(owner: Owner, stub: Stub, _: Coordinator) -> None:
+def test_files_are_followed_as_they_grow(unsynced_url: str) -> None:
+    async def scenario(owner: Owner, stub: Stub, _: Coordinator) -> None:
         await owner.admit(count=2)
         follower = follow(stub, owner)
         big = secrets.token_bytes(2 * MIB + 77)
@@ -160,13 +162,13 @@ def test_files_are_followed_as_they_grow(url: str) -> None:
         assert [each.file.byte_size for each in whole if each.HasField("file")] == [11, len(big)]
         assert not [each for each in whole if each.HasField("file_data")]
 
-    run(url, story)
+    run_with_owner(unsynced_url, scenario)
 
 
 @pytest.mark.parametrize("is_ended", [False, True])
 @pytest.mark.parametrize("offset", [0, 3, MIB - 1, MIB, MIB + 4, MIB + 5, 2 * MIB + 15])
-def test_a_download_continues_at_any_offset(url: str, offset: int, is_ended: bool) -> None:
-    async def story(owner: Owner, stub: Stub, _: Coordinator) -> None:
+def test_a_download_continues_at_any_offset(unsynced_url: str, offset: int, is_ended: bool) -> None:
+    async def scenario(owner: Owner, stub: Stub, _: Coordinator) -> None:
         await owner.admit(count=2)
         parts = [secrets.token_bytes(MIB + 4), b"other", secrets.token_bytes(MIB + 11)]
         for number, part in enumerate(parts):
@@ -184,12 +186,12 @@ def test_a_download_continues_at_any_offset(url: str, offset: int, is_ended: boo
         request = pb.DownloadResultRequest(request_id=owner.request_id, index=0, offset=offset)
         assert b"".join([each.data async for each in stub.DownloadResult(request)]) == expected
 
-    run(url, story)
+    run_with_owner(unsynced_url, scenario)
 
 
 @pytest.mark.parametrize("state", [FAILED, CANCELLED])
-def test_a_request_without_a_result_ends_the_download(url: str, state: pb.RequestState.ValueType) -> None:
-    async def story(owner: Owner, stub: Stub, _: Coordinator) -> None:
+def test_download_of_an_unsuccessful_request_fails(unsynced_url: str, state: pb.RequestState.ValueType) -> None:
+    async def scenario(owner: Owner, stub: Stub, _: Coordinator) -> None:
         await owner.admit()
         follower = follow(stub, owner)
         await owner.deliver(b"first")
@@ -199,11 +201,11 @@ def test_a_request_without_a_result_ends_the_download(url: str, state: pb.Reques
             await follower.rest()
         assert error_of(caught.value)[0] == "FAILED_PRECONDITION"
 
-    run(url, story)
+    run_with_owner(unsynced_url, scenario)
 
 
-def test_bad_downloads_are_refused(url: str) -> None:
-    async def story(owner: Owner, stub: Stub, _: Coordinator) -> None:
+def test_invalid_downloads_are_refused(unsynced_url: str) -> None:
+    async def scenario(owner: Owner, stub: Stub, _: Coordinator) -> None:
         name = owner.request_id
         unknown = pb.DownloadResultRequest(request_id="nothing", follow=True)
         assert (await refused(stub, unknown))[0] == "NOT_FOUND"
@@ -218,29 +220,29 @@ def test_bad_downloads_are_refused(url: str) -> None:
         beyond_bytes = pb.DownloadResultRequest(request_id=name, index=0, offset=6, follow=True)
         waiting = asyncio.create_task(refused(stub, beyond_bytes))
         await asyncio.sleep(0.1)
-        assert not waiting.done()  # the file may grow that far
+        assert not waiting.done()  # the file may still grow to this offset
         await owner.end()
         for code, field, text in (await waiting, await refused(stub, beyond_bytes)):
             assert (code, field) == ("INVALID_ARGUMENT", "offset")
             assert "offset is 6, but file 0 has 5 bytes" in text
         assert (await refused(stub, beyond_files))[:2] == ("INVALID_ARGUMENT", "index")
 
-    run(url, story)
+    run_with_owner(unsynced_url, scenario)
 
 
-def test_a_raw_result_is_not_waited_for(url: str) -> None:
-    async def story(owner: Owner, stub: Stub, _: Coordinator) -> None:
+def test_download_does_not_wait_for_a_raw_result(unsynced_url: str) -> None:
+    async def scenario(owner: Owner, stub: Stub, _: Coordinator) -> None:
         await owner.admit(form=pb.OUTPUT_FORMAT_SAFETENSORS)
         request = pb.DownloadResultRequest(request_id=owner.request_id, follow=True)
         code, _field, text = await refused(stub, request)
         assert code == "FAILED_PRECONDITION"
         assert "never stored" in text
 
-    run(url, story)
+    run_with_owner(unsynced_url, scenario)
 
 
-def test_a_coordinator_that_shuts_down_ends_its_downloads(url: str) -> None:
-    async def story(owner: Owner, stub: Stub, coordinator: Coordinator) -> None:
+def test_shutdown_of_a_coordinator_ends_its_downloads(unsynced_url: str) -> None:
+    async def scenario(owner: Owner, stub: Stub, coordinator: Coordinator) -> None:
         await owner.admit()
         follower = follow(stub, owner)
         await owner.deliver(b"first")
@@ -251,11 +253,11 @@ def test_a_coordinator_that_shuts_down_ends_its_downloads(url: str) -> None:
         assert error_of(caught.value)[0] == "UNAVAILABLE"
         await stopping
 
-    run(url, story)
+    run_with_owner(unsynced_url, scenario)
 
 
-def test_a_result_that_is_no_stream_is_sent_once_it_is_there(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_result_that_does_not_stream_is_sent_when_complete(unsynced_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         fleet.scripts["decoding"].result_bytes = MIB + 10
@@ -274,7 +276,7 @@ def test_a_result_that_is_no_stream_is_sent_once_it_is_there(url: str) -> None:
         assert [(each.is_growing, each.byte_size, each.num_items) for each in follower.headers] == [
             (False, MIB + 10, 0)
         ]
-        form = pb.OUTPUT_FORMAT_SAFETENSORS  # from memory
+        form = pb.OUTPUT_FORMAT_SAFETENSORS  # raw results are sent from memory
         for parameters in (pb.GenerationParameters(), pb.GenerationParameters(output_format=form)):
             given = submission()
             given.parameters.MergeFrom(parameters)
@@ -282,11 +284,11 @@ def test_a_result_that_is_no_stream_is_sent_once_it_is_there(url: str) -> None:
             assert [each.WhichOneof("payload") for each in replies][-3:] == ["file", "file_data", "file_data"]
             assert b"".join(each.file_data.data for each in replies) == b"\x07" * (MIB + 10)
 
-    run_on_fleet(url, story)
+    run_on_fleet(unsynced_url, scenario)
 
 
-def test_generate_under_a_known_key_follows_a_request_that_runs_elsewhere(url: str) -> None:
-    async def story(owner: Owner, stub: Stub, _: Coordinator) -> None:
+def test_generate_with_a_known_key_follows_a_request_of_another_coordinator(unsynced_url: str) -> None:
+    async def scenario(owner: Owner, stub: Stub, _: Coordinator) -> None:
         record = pb.RequestRecord(request_id=owner.request_id, model="emoji")
         await owner.store.admit(record, idempotency_key="order-7")
         await owner.deliver(b"first")
@@ -304,4 +306,4 @@ def test_generate_under_a_known_key_follows_a_request_that_runs_elsewhere(url: s
         assert [each.WhichOneof("payload") for each in without][-3:] == ["file", "data", "data"]
         assert b"".join(each.data for each in without) == b"firstsecond"
 
-    run(url, story)
+    run_with_owner(unsynced_url, scenario)

@@ -1,4 +1,4 @@
-"""A worker that leaves hands its running request over: no step is lost or done twice, and no loss is counted."""
+"""A draining worker hands its running request over: no step is lost or repeated, and no loss is counted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from coordinator_fleet import (
 )
 from fleet.v1 import generation_pb2 as pb
 
-BESIDE = ("text_encoding", "latent_preparation", "decoding")
+OTHER_SERVICES = ("text_encoding", "latent_preparation", "decoding")
 STEPS = 8
 HELD_AT = 3
 EQUAL = "abc123"
@@ -41,21 +41,21 @@ GRACE = 30.0
 
 @dataclass
 class Journal:
-    """The steps of all loops of a test (request, worker and step of each), and the latents of each result."""
+    """All computed steps as (request, worker, step), and the latents of each result."""
 
     steps: list[tuple[str, str, int]] = field(default_factory=list)
     results: list[torch.Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    """Of each run of a loop, handed over or not."""
+    """Duration of each run of a loop in seconds, including handed over ones."""
 
     def of(self, request: str) -> list[tuple[str, int]]:
-        """Worker and step of the steps of one request."""
+        """Worker and step of each computed step of a request."""
         return [(worker, step) for name, worker, step in self.steps if name == request]
 
 
 @dataclass
 class Loop(Script):
-    """A denoising loop of a worker, which does `work` before each step."""
+    """A denoising loop that calls `before_step(step, call)` before each step."""
 
     name: str = ""
     journal: Journal = field(default_factory=Journal)
@@ -87,7 +87,7 @@ class Loop(Script):
 
 
 def expected(steps: int = STEPS) -> torch.Tensor:
-    """The latents of a loop that nothing disturbs."""
+    """The latents of an uninterrupted loop."""
     latents = torch.zeros(1, 4)
     for step in range(steps):
         latents = latents * 1.5 + step
@@ -95,7 +95,7 @@ def expected(steps: int = STEPS) -> torch.Tensor:
 
 
 def held_at(step: int, gate: Gate) -> Callable[[int, Call], None]:
-    """Wait for the gate before one step."""
+    """A `before_step` that waits at the gate before one step."""
 
     def before_step(each: int, call: Call) -> None:
         if each == step:
@@ -114,7 +114,7 @@ def lost_calls() -> float:
 
 
 def handed_over() -> tuple[float, float]:
-    """Calls that were handed over, and those of them that another attempt followed."""
+    """Numbers of handed over calls, and of attempts that continued one."""
     return counted("fleet_handed_over_calls_total"), counted("fleet_retried_calls_total", reason="handed_over")
 
 
@@ -129,7 +129,7 @@ async def submitted(stub: Stub) -> str:
 
 @pytest.fixture(autouse=True)
 def no_death(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No call that was lost is recorded."""
+    """Assert that no lost call is recorded."""
     deaths: list[object] = []
     add_death = Leases.add_death
 
@@ -143,7 +143,7 @@ def no_death(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 async def check_success(stub: Stub, redis: Redis, name: str) -> None:
-    """It has succeeded, and no worker is avoided."""
+    """Check that the request succeeds and that no worker is avoided."""
     assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
     assert not await redis.keys("fleet:avoided:*")
 
@@ -156,7 +156,7 @@ async def asked(worker: FakeWorker) -> None:
 
 
 def polls_of(worker: FakeWorker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of free slots that a worker finds."""
+    """The numbers of free slots of each poll of a worker; the list grows."""
     found: list[int] = []
     free_slots = worker.registry.free_slots
 
@@ -169,12 +169,12 @@ def polls_of(worker: FakeWorker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("comes_later", [False, True], ids=["free", "comes later"])
-def test_a_request_goes_on_at_the_next_step_on_an_equal_worker(
+def test_request_continues_at_the_next_step_on_an_equal_worker(
     store_url: str, monkeypatch: pytest.MonkeyPatch, *, comes_later: bool
 ) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         journal, gate = Journal(), Gate()
-        await fleet.add_workers(BESIDE)
+        await fleet.add_workers(OTHER_SERVICES)
         leaving = await add_loop(fleet, "a", journal, before_step=held_at(HELD_AT, gate))
         _, stub = await fleet.add_coordinator()
         before = lost_calls(), handed_over()
@@ -200,16 +200,16 @@ def test_a_request_goes_on_at_the_next_step_on_an_equal_worker(
         assert torch.equal(journal.results[0], expected())
         assert (lost_calls(), handed_over()) == (before[0], tuple(each + 1 for each in before[1]))
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 @pytest.mark.parametrize("other", ["", "fff999"], ids=["nobody", "other fingerprint"])
-def test_without_an_equal_worker_the_request_goes_on_and_ends(
+def test_request_finishes_on_its_worker_without_an_equal_one(
     store_url: str, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         journal, gate = Journal(), Gate()
-        await fleet.add_workers(BESIDE)
+        await fleet.add_workers(OTHER_SERVICES)
         leaving = await add_loop(fleet, "a", journal, before_step=held_at(HELD_AT, gate))
         _, stub = await fleet.add_coordinator()
         name = await submitted(stub)
@@ -230,14 +230,14 @@ def test_without_an_equal_worker_the_request_goes_on_and_ends(
         assert not any(polls)
         assert journal.of(name) == [("a", step) for step in range(STEPS)]
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_request_is_handed_over_before_the_grace_period_ends_and_goes_first(store_url: str) -> None:
-    """Another request has waited before it. The equal worker comes when the first one has ended."""
+def test_handed_over_request_precedes_waiting_requests(store_url: str) -> None:
+    """Another request already waits. The equal worker starts after the first worker has ended."""
     steps, grace = 60, 4.0
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         journal, started = Journal(), Gate()
 
         def slow(_: int, call: Call) -> None:
@@ -245,7 +245,7 @@ def test_a_request_is_handed_over_before_the_grace_period_ends_and_goes_first(st
             time.sleep(0.2)
             call.check_cancelled()
 
-        await fleet.add_workers(BESIDE)
+        await fleet.add_workers(OTHER_SERVICES)
         leaving = await add_loop(fleet, "a", journal, steps=steps, before_step=slow)
         _, stub = await fleet.add_coordinator()
         before = lost_calls()
@@ -272,19 +272,19 @@ def test_a_request_is_handed_over_before_the_grace_period_ends_and_goes_first(st
             await check_success(stub, redis, name)
             await check_success(stub, redis, behind)
         assert journal.of(name) == [("a" if step < done else "b", step) for step in range(steps)]
-        assert [each[0] for each in journal.steps].index(behind) == steps, "the request that waited went first"
+        assert [each[0] for each in journal.steps].index(behind) == steps, "the waiting request ran first"
         assert all(torch.equal(each, expected(steps)) for each in journal.results)
         assert lost_calls() == before
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_request_that_waits_at_the_leaving_worker_goes_to_another_one_at_once(store_url: str) -> None:
-    """Its steps have not begun. The one that runs needs no other worker: it ends meanwhile."""
+def test_request_that_waits_at_a_draining_worker_moves_immediately(store_url: str) -> None:
+    """The waiting request has computed no step. The running request finishes on the draining worker."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         journal, gate = Journal(), Gate()
-        await fleet.add_workers(BESIDE)
+        await fleet.add_workers(OTHER_SERVICES)
         loop = Loop(fleet.scripts["denoising"].contract, name="a", journal=journal, before_step=held_at(HELD_AT, gate))
         leaving = await fleet.add_worker("denoising", loop, capacity=2, numerics=EQUAL)
         _, stub = await fleet.add_coordinator()
@@ -309,13 +309,13 @@ def test_a_request_that_waits_at_the_leaving_worker_goes_to_another_one_at_once(
         assert [step for _, step in journal.of(running)] == list(range(STEPS))
         assert lost_calls() == before
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_both_attempts_of_a_request_that_was_handed_over_count_in_the_pace(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_pace_includes_both_attempts_of_a_handed_over_request(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         journal, gate = Journal(), Gate()
-        await fleet.add_workers(BESIDE)
+        await fleet.add_workers(OTHER_SERVICES)
         leaving = await add_loop(fleet, "a", journal, before_step=held_at(HELD_AT, gate))
         _, stub = await fleet.add_coordinator()
         request = submission()
@@ -341,15 +341,15 @@ def test_both_attempts_of_a_request_that_was_handed_over_count_in_the_pace(store
         assert steps == pytest.approx((STEPS - HELD_AT - 1) + 0.8 * (HELD_AT + 1))
         computed = second + 0.8 * first
         assert computed <= seconds + 1e-5
-        assert seconds == pytest.approx(computed, abs=0.5), "the worker reads inputs and writes outputs besides"
+        assert seconds == pytest.approx(computed, abs=0.5), "more than transfers and steps is measured"
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_two_workers_that_leave_for_one_free_slot_lose_nothing(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_two_draining_workers_and_one_free_slot_lose_nothing(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         journal, gates = Journal(), (Gate(), Gate())
-        await fleet.add_workers(BESIDE)
+        await fleet.add_workers(OTHER_SERVICES)
         leaving = [
             await add_loop(fleet, name, journal, before_step=held_at(HELD_AT, gate))
             for name, gate in zip("ab", gates, strict=True)
@@ -374,4 +374,4 @@ def test_two_workers_that_leave_for_one_free_slot_lose_nothing(store_url: str) -
             assert journal.of(name)[HELD_AT + 1][0] == "c"
         assert lost_calls() == before
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)

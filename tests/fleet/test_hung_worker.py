@@ -1,4 +1,4 @@
-"""A worker whose device stops in the middle of a request: its process ends, and the request resumes on another one."""
+"""A worker whose device hangs during a request exits, and the request resumes on another worker."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from toy_checkpoint import build_toy_checkpoint, toy_family
 SLOW_SEED, STUCK_SEED = 7, 8
 STEPS = 4
 
-# Of seed 7 each step takes longer than hang_seconds. Of seed 8 the first process that has done two steps does no third.
+# With seed 7, each step takes longer than hang_seconds. With seed 8, the first process hangs after two steps.
 _STUCK_STAGE = f"""
 
 class _Stuck(ToyDenoisingStage):
@@ -55,7 +55,7 @@ _HANGS = ("--hang-seconds", "1", "--hang-exit-seconds", "0.5")
 
 
 class Fleet:
-    """The toy family, with one denoiser as a process of its own, and others in this process."""
+    """A fleet of the toy family: one denoiser is a separate process, the other workers run in this process."""
 
     def __init__(
         self, stub: Stub, redis_url: str, model: ServedModel, plugins: Path, denoiser: Process, stack: AsyncExitStack
@@ -68,7 +68,7 @@ class Fleet:
         self._stack = stack
 
     async def start(self, service: str, directory: Path) -> None:
-        """One more worker, in this process."""
+        """Start a worker in this process."""
         listen = f"unix:{directory}/{service}.sock"
         settings = LoopSettings(
             model="toy",
@@ -83,12 +83,12 @@ class Fleet:
         self._stack.push_async_callback(worker.stop, 0)
 
     async def submit(self, seed: int) -> str:
-        """A request."""
+        """Submit a request; returns its id."""
         parameters = pb.GenerationParameters(prompt="red", seed=seed, num_inference_steps=STEPS)
         return (await self.stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
 
     async def result(self, name: str) -> tuple[bytes, list[int]]:
-        """The file of a request that succeeds, and the denoiser's steps."""
+        """The file of a successful request, and the denoiser's reported steps."""
         last, steps = pb.StateChange(), []
         async for reply in self.stub.Watch(pb.WatchRequest(request_id=name)):
             last = reply.event.state_change
@@ -127,28 +127,28 @@ async def _end(process: Process) -> None:
     await process.wait()
 
 
-def test_a_stuck_process_ends_and_its_request_resumes_elsewhere(tmp_path: Path) -> None:
+def test_hung_worker_exits_and_its_request_resumes_elsewhere(tmp_path: Path) -> None:
     checkpoint = build_toy_checkpoint(tmp_path / "checkpoint")
     marker = tmp_path / "stuck"
 
-    async def story(url: str, directory: Path, plugins: Path) -> None:
+    async def scenario(url: str, directory: Path, plugins: Path) -> None:
         async with asyncio.timeout(90), running(url, directory, plugins, checkpoint) as fleet:
             _, steps = await fleet.result(await fleet.submit(SLOW_SEED))
-            assert steps == [0, 1, 2, 3, 4], "a loop of slow steps is not stuck"
+            assert steps == [0, 1, 2, 3, 4], "a slow loop was treated as hung"
             name = await fleet.submit(STUCK_SEED)
             log, code = await _read_to_end(fleet.denoiser)
             assert marker.exists()
             assert code == TEMPORARY_FAILURE
             line = next(each for each in log.splitlines() if "call cancelled" in each)
-            assert f" request_id={name} " in line, "the watchdog's own thread has no request"
+            assert f" request_id={name} " in line, "the watchdog's log line has no request id"
             assert 'reason="the stage has made no step for' in line
             assert f"the device thread has not ended 0.5 s after request {name} was cancelled" in log
-            assert "toy_stages.py" in log or "threading.py" in log, "it does not say where the thread is"
+            assert "toy_stages.py" in log or "threading.py" in log, "the log has no stack of the device thread"
             async with connect(url) as redis:
                 assert not await command(redis, "KEYS", "fleet:leaving:*")
             await fleet.start("denoising", directory)
             resumed, steps = await fleet.result(name)
-            assert min(steps[steps.index(0, 1) + 1 :]) > 2, "it did not resume at the newest checkpoint"
+            assert min(steps[steps.index(0, 1) + 1 :]) > 2, "the request did not resume from the newest checkpoint"
             whole, _ = await fleet.result(await fleet.submit(STUCK_SEED))
             assert resumed == whole
 
@@ -159,7 +159,7 @@ def test_a_stuck_process_ends_and_its_request_resumes_elsewhere(tmp_path: Path) 
     ):
         stages = plugins / "toy_stages.py"
         stages.write_text(stages.read_text() + _STUCK_STAGE.replace("MARKER", str(marker)))
-        asyncio.run(story(server.url, Path(directory), plugins))
+        asyncio.run(scenario(server.url, Path(directory), plugins))
 
 
 async def _read_to_end(process: Process) -> tuple[str, int]:

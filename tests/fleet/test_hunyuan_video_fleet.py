@@ -1,4 +1,4 @@
-"""HunyuanVideo through real services gives the bytes that its stages give in one process."""
+"""HunyuanVideo through real services equals its stages in one process bit for bit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fleet(model: ServedModel) -> Iterator[ServedFleet]:
         yield served
 
 
-def test_tensors_are_those_of_one_process(fleet: ServedFleet, model: ServedModel) -> None:
+def test_tensors_equal_those_of_one_process(fleet: ServedFleet, model: ServedModel) -> None:
     local = LocalFleet(model)
     expected = local.tensors(**GIVEN)
     local.close()
@@ -53,8 +53,8 @@ def test_tensors_are_those_of_one_process(fleet: ServedFleet, model: ServedModel
     assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
-def test_a_video_is_an_mp4_of_all_frames(fleet: ServedFleet) -> None:
-    """Its VAE decodes at once, so that the file comes in one part."""
+def test_video_is_an_mp4_of_all_frames(fleet: ServedFleet) -> None:
+    """The VAE decodes all frames at once, so that the file has one part."""
     files = fleet.generate("hunyuan", ".mp4", **GIVEN).files
     assert len(files) == GIVEN["num_outputs_per_prompt"]
     for data in files:
@@ -63,9 +63,7 @@ def test_a_video_is_an_mp4_of_all_frames(fleet: ServedFleet) -> None:
 
 
 @pytest.mark.parametrize(("change", "field"), [({"height": 40}, "height"), ({"num_frames": 0}, "num_frames")], ids=str)
-def test_what_cannot_be_drawn_is_refused_before_it_is_accepted(
-    fleet: ServedFleet, change: dict[str, Any], field: str
-) -> None:
+def test_invalid_input_is_refused_at_submission(fleet: ServedFleet, change: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         fleet.generate("hunyuan", **{**GIVEN, **change})
     assert caught.value.field == field

@@ -1,4 +1,4 @@
-"""A coordinator reports the kernel packages of a service's workers, each outcome once."""
+"""ListModels has the kernel packages of a service's workers, without duplicates."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
 
 
-def test_outcomes_of_all_workers_are_listed_once(store_url: str) -> None:
+def test_kernel_outcomes_of_all_workers_are_listed_once(store_url: str) -> None:
     works = worker_pb2.KernelPackage(name="triton", version="3.6.0")
     broken = worker_pb2.KernelPackage(name="fa3-fwd", version="0.0.3", error="OSError: a", replacement="cuDNN")
 
-    async def story(running: FakeFleet) -> None:
+    async def scenario(running: FakeFleet) -> None:
         _, stub = await running.add_coordinator()
         for kernels in ([works], [works, broken]):
             worker = await running.add_worker("denoising")
@@ -21,4 +21,4 @@ def test_outcomes_of_all_workers_are_listed_once(store_url: str) -> None:
         found = {each.service: list(each.kernels) for each in model.services if each.kernels}
         assert found == {"denoising": [broken, works]}
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)

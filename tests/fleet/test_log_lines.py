@@ -1,4 +1,4 @@
-"""What a fleet logs: one line for each change of a request's state, with ids that need not be passed, and no prompt."""
+"""Log lines of a fleet: one line per state of a request, with context ids and without prompts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import json
 from asyncio.subprocess import Process
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,9 +21,8 @@ from common.stage import Call
 from coordinator_fleet import SERVICES, FakeFleet, Gate, Script, Stub, latents_of, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
-from redis_servers import running_server
 
-BESIDE = ("text_encoding", "latent_preparation", "decoding")
+OTHER_SERVICES = ("text_encoding", "latent_preparation", "decoding")
 CANARY = "a canary on a branch"
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 METADATA = (("traceparent", f"00-{TRACE_ID}-00f067aa0ba902b7-01"),)
@@ -32,14 +30,8 @@ METADATA = (("traceparent", f"00-{TRACE_ID}-00f067aa0ba902b7-01"),)
 _log = get_logger("services.test")
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
-
-
 class Lines:
-    """The records of this process, at DEBUG."""
+    """Log records of this process at DEBUG."""
 
     def __init__(self) -> None:
         self._stream = io.StringIO()
@@ -53,12 +45,12 @@ class Lines:
         return [json.loads(line) for line in self.text.splitlines()]
 
     def states(self, name: str) -> list[str]:
-        """The states of a request, in the order of their lines, and what else changed it."""
+        """Logged changes of a request: states, and other events, in the order of their lines."""
         return changes(self.all(), name)
 
 
 def changes(lines: list[dict[str, Any]], name: str) -> list[str]:
-    """Of the lines about one request, the state of each change; the event where it has no state."""
+    """State of each line about a request, or its event if it has no state."""
     own = [line for line in lines if line.get("request_id") == name and line["event"].startswith("request ")]
     assert {line["level"] for line in own} <= {"INFO"}
     assert {line["model"] for line in own} <= {"emoji"}
@@ -74,10 +66,10 @@ async def submitted(stub: Stub, **fields: Any) -> str:
     return (await stub.Submit(submission(CANARY, **fields), metadata=METADATA)).request.request_id
 
 
-def test_each_state_of_a_request_is_one_line(url: str, lines: Lines) -> None:
-    """With two coordinators and four requests at a time; a replayed request is no change."""
+def test_each_state_of_a_request_is_logged_once(store_url: str, lines: Lines) -> None:
+    """Two coordinators run four requests concurrently; a replayed submission is not logged."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         await fleet.add_workers()
         stubs = [(await fleet.add_coordinator())[1] for _ in range(2)]
@@ -92,7 +84,7 @@ def test_each_state_of_a_request_is_one_line(url: str, lines: Lines) -> None:
         await wait_until(all_ended)
         assert [lines.states(name) for name in names] == [["QUEUED", "RUNNING", "SUCCEEDED"]] * 4
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
     of_states = [line for line in lines.all() if "state" in line]
     assert Counter(line["event"] for line in of_states) == {
         "request accepted": 4,
@@ -103,8 +95,8 @@ def test_each_state_of_a_request_is_one_line(url: str, lines: Lines) -> None:
     assert all(line["seconds"] > 0 for line in of_states if line["event"] == "request finished")
 
 
-def test_failure_cancellation_and_expiry_are_one_line_each(url: str, lines: Lines) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_failure_cancellation_and_expiry_are_logged_once(store_url: str, lines: Lines) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
 
         def fail(_: Call) -> None:
@@ -133,13 +125,13 @@ def test_failure_cancellation_and_expiry_are_one_line_each(url: str, lines: Line
             await wait_until(has_ended)
             assert lines.states(name) == ["QUEUED", "RUNNING", end]
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
     (line,) = [line for line in lines.all() if line.get("state") == "FAILED"]
     assert (line["code"], line["error"]) == ("INTERNAL", "ZeroDivisionError: a defect")
 
 
-def test_a_request_that_never_ran_has_no_running_line(url: str, lines: Lines) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_request_that_never_ran_has_no_running_line(store_url: str, lines: Lines) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         name = await submitted(stub)
         await stub.CancelRequest(pb.CancelRequestRequest(request_id=name))
@@ -150,7 +142,7 @@ def test_a_request_that_never_ran_has_no_running_line(url: str, lines: Lines) ->
 
         await wait_until(has_ended)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
 async def _rest(process: Process) -> list[dict[str, Any]]:
@@ -158,8 +150,8 @@ async def _rest(process: Process) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (await process.stderr.read()).splitlines()]
 
 
-def test_a_taken_over_request_has_each_line_once_in_two_processes(url: str, lines: Lines) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_states_of_a_taken_over_request_are_logged_once(store_url: str, lines: Lines) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -175,7 +167,7 @@ def test_a_taken_over_request_has_each_line_once_in_two_processes(url: str, line
                 return record.state == pb.REQUEST_STATE_RUNNING
 
             await wait_until(is_running)
-            await asyncio.sleep(0.5)  # for the line, which follows the write
+            await asyncio.sleep(0.5)  # the line is written after the store
         process.kill()
         _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
 
@@ -195,13 +187,13 @@ def test_a_taken_over_request_has_each_line_once_in_two_processes(url: str, line
         (taken,) = [line for line in lines.all() if line["event"] == "request taken over"]
         assert (taken["epoch"], taken["trace_id"]) == (2, TRACE_ID)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_request_that_cannot_be_continued_ends_in_one_line(url: str, lines: Lines) -> None:
-    """Its result was streamed by a coordinator that is gone."""
+def test_failed_take_over_is_logged_once(store_url: str, lines: Lines) -> None:
+    """A killed coordinator streamed the result, so that the request cannot be continued."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -225,11 +217,11 @@ def test_a_request_that_cannot_be_continued_ends_in_one_line(url: str, lines: Li
         assert lines.states(name) == ["request taken over", "FAILED"]
         assert {line["trace_id"] for line in lines.all() if line.get("request_id") == name} == {TRACE_ID}
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
 class HandsOver:
-    """A loop that sends a checkpoint of step 3 and hands the call over, and ends when it is called again."""
+    """A loop whose first call sends a checkpoint of step 3 and hands over, and whose second call succeeds."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -241,9 +233,9 @@ class HandsOver:
             raise HandedOver("handed over after 3 steps")
 
 
-def test_a_resumed_request_names_step_stage_and_attempt(url: str, lines: Lines) -> None:
-    async def story(fleet: FakeFleet) -> None:
-        await fleet.add_workers(BESIDE)
+def test_resume_is_logged_with_step_stage_and_attempt(store_url: str, lines: Lines) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
+        await fleet.add_workers(OTHER_SERVICES)
         script = Script(fleet.scripts["denoising"].contract, HandsOver())
         for _ in range(2):
             await fleet.add_worker("denoising", script, numerics="abc123")
@@ -257,17 +249,17 @@ def test_a_resumed_request_names_step_stage_and_attempt(url: str, lines: Lines) 
         await wait_until(has_ended)
         assert lines.states(name) == ["QUEUED", "RUNNING", "request resumed", "SUCCEEDED"]
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
     (line,) = [line for line in lines.all() if line["event"] == "request resumed"]
     assert (line["step"], line["stage"], line["attempt"]) == (3, "denoising", 2)
     (line,) = [line for line in lines.all() if line["event"] == "attempt handed over"]
     assert (line["stage"], line["attempt"]) == ("denoising", 1)
 
 
-def test_lines_of_interleaved_requests_name_their_own_request(url: str, lines: Lines) -> None:
-    """On the worker too, whose stages log on the device's thread, and on its event loop when a call fails."""
+def test_lines_of_interleaved_requests_have_their_own_request_id(store_url: str, lines: Lines) -> None:
+    """Workers log on the device thread and, if a call fails, on the event loop."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         names: list[str] = []
 
         def work(call: Call) -> None:
@@ -288,7 +280,7 @@ def test_lines_of_interleaved_requests_name_their_own_request(url: str, lines: L
         for name in names:
             await terminal(stub, name)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
     works = [line for line in lines.all() if line["event"] == "stage works"]
     assert len(works) == 4
     for line in works:
@@ -306,10 +298,8 @@ def test_lines_of_interleaved_requests_name_their_own_request(url: str, lines: L
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])
-def test_a_prompt_is_logged_at_acceptance_alone_and_if_a_setting_says_so(
-    url: str, lines: Lines, *, log_prompts: bool
-) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_prompt_is_logged_only_at_acceptance_and_by_setting(store_url: str, lines: Lines, *, log_prompts: bool) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator(log_prompts=log_prompts)
         request = submission(CANARY)
@@ -318,7 +308,7 @@ def test_a_prompt_is_logged_at_acceptance_alone_and_if_a_setting_says_so(
         name = (await stub.Submit(request)).request.request_id
         await terminal(stub, name)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
     (accepted,) = [line for line in lines.all() if line["event"] == "request accepted"]
     if log_prompts:
         assert (accepted["prompt"], accepted["negative_prompt"]) == (CANARY, f"not {CANARY}")
@@ -329,10 +319,10 @@ def test_a_prompt_is_logged_at_acceptance_alone_and_if_a_setting_says_so(
 
 
 @pytest.mark.parametrize("kind", [ValueError, InvalidInput])
-def test_a_prompt_in_an_error_is_not_logged(url: str, lines: Lines, kind: type[Exception]) -> None:
-    """An error about the input may quote a part of the prompt, and a defect's message and traceback all of it."""
+def test_prompt_in_an_error_is_redacted(store_url: str, lines: Lines, kind: type[Exception]) -> None:
+    """Errors about the input may quote part of the prompt; messages and tracebacks of defects may quote all of it."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         def quote(_: Call) -> None:
             raise kind(f"cannot read {CANARY}" if kind is ValueError else f"cannot read {CANARY[2:]}")
 
@@ -341,7 +331,7 @@ def test_a_prompt_in_an_error_is_not_logged(url: str, lines: Lines, kind: type[E
         _, stub = await fleet.add_coordinator()
         await terminal(stub, await submitted(stub))
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
     (line,) = [line for line in lines.all() if line.get("state") == "FAILED"]
     assert line["code"] == ("INTERNAL" if kind is ValueError else "INVALID_ARGUMENT")
     if kind is ValueError:
@@ -351,15 +341,15 @@ def test_a_prompt_in_an_error_is_not_logged(url: str, lines: Lines, kind: type[E
     assert "canary" not in lines.text
 
 
-def test_an_id_that_a_client_sends_is_not_the_id_of_its_lines(url: str, lines: Lines) -> None:
-    """Only workers believe it: coordinators call them."""
+def test_request_id_sent_by_a_client_is_not_logged(store_url: str, lines: Lines) -> None:
+    """Only workers accept the id in metadata, from coordinators."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         reply = await stub.Submit(submission(), metadata=(("fleet-request-id", "forged"), ("fleet-attempt", "7")))
         await terminal(stub, reply.request.request_id)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
     assert "forged" not in lines.text
     assert '"attempt": 7' not in lines.text

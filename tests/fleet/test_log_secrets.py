@@ -1,23 +1,26 @@
-"""A whole fleet of processes at log level DEBUG: no prompt, key, token or password is in what it writes."""
+"""Processes of a fleet at log level DEBUG: no prompt, key, token or password is in their output."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
+from warm_starter import WarmStarter
 
+from async_tests import run_within, wait_until
 from redis_servers import RedisServer, running_server
 
 _FLEET = (sys.executable, "-m", "services.cli")
@@ -28,71 +31,111 @@ PASSWORD = "canarypassword"
 USER = "canaryuser"
 SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
 
-_OF_FLEET_UP = re.compile(r"[\w-]+: (started|ended|ends)|ready: |stop|fleet up: ")
+_UP_OUTPUT = re.compile(r"[\w-]+: (started|ended|ends)|ready: |stop|fleet up: ")
 
 
 @pytest.fixture
-def temporary() -> Iterator[Path]:
-    """A short path, as sockets will lie in it."""
+def directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Directory of sockets, keys and logs, with the settings in the environment; its path is short."""
     path = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    for name in [name for name in os.environ if name.startswith("FLEET_")]:
+        monkeypatch.delenv(name)
+    keys = path / "keys.toml"
+    keys.write_text(f'[callers.alice]\nkey_sha256 = ["{hashlib.sha256(KEY.encode()).hexdigest()}"]\n')
+    settings = {"API_KEY": KEY, "API_KEYS": str(keys), "LOG_LEVEL": "DEBUG", "LOG_FORMAT": "json"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"FLEET_{name}", value)
+    monkeypatch.setenv("TMPDIR", str(path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield path
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _environ(temporary: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
-    keys = temporary / "keys.toml"
-    keys.write_text(f'[callers.alice]\nkey_sha256 = ["{hashlib.sha256(KEY.encode()).hexdigest()}"]\n')
-    settings = {"API_KEY": KEY, "API_KEYS": str(keys), "LOG_LEVEL": "DEBUG", "LOG_FORMAT": "json"}
-    named = {f"FLEET_{name}": value for name, value in settings.items()}
-    return {**kept, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", **named}
-
-
-@contextmanager
-def _fleet(log: Path, url: str, environ: dict[str, str]) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """`fleet up` with a denoising worker group of two ranks; its endpoint, and its process."""
-    command = (*_FLEET, "up", "--port", "0", "--redis", url, "--ulysses", "2")
-    with log.open("wb") as file, subprocess.Popen(command, env=environ, stdout=file, stderr=file) as process:
-        try:
-            deadline = time.monotonic() + 240
-            while "\nready: " not in (text := "\n" + log.read_text(errors="replace")):
-                assert process.poll() is None, text
-                assert time.monotonic() < deadline, text
-                time.sleep(0.05)
-            yield text.partition("\nready: ")[2].split()[0], process
-        finally:
-            process.kill()
-
-
-def _written(temporary: Path, server: RedisServer) -> str:
-    """All that a fleet writes which draws a picture, refuses a request, and then loses its store."""
-    environ = _environ(temporary)
-    url = f"unix://{USER}:{PASSWORD}@{server.socket}"
-    log = temporary / "log"
-    with _fleet(log, url, environ) as (endpoint, process):
-        output = str(temporary / "x.png")
-        words = ("--negative-prompt", NEGATIVE, "--true-cfg-scale=2", "--num-inference-steps=2", "--output", output)
-        for more, code in (((), 0), (("--height", "3"), 2)):
-            command = (*_FLEET, "generate", PROMPT, *words, *more, "--endpoint", endpoint)
-            done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=90, check=False)
-            assert done.returncode == code, (done.stderr, log.read_text())
-        server.kill()
-        time.sleep(2)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-    return log.read_text()
-
-
 @pytest.fixture
 def server() -> Iterator[RedisServer]:
-    """A store that knows one user, with a password."""
+    """A store that requires a user and a password."""
     with running_server("valkey", "--user", USER, "on", f">{PASSWORD}", "~*", "&*", "+@all") as server:
         yield server
 
 
-def test_no_secret_is_written_at_debug(temporary: Path, server: RedisServer) -> None:
-    """test_log_lines.py shows the prompt with the setting; test_logs.py hides the same in text lines."""
-    written = _written(temporary, server)
+@asynccontextmanager
+async def _command(log: Path, *arguments: str) -> AsyncIterator[Process]:
+    """Run `fleet ARGUMENTS` in the block with its output in `log`."""
+    with log.open("wb") as file:
+        process = await asyncio.create_subprocess_exec(*_FLEET, *arguments, stdout=file, stderr=file)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def _contains(log: Path, text: str) -> bool:
+    return log.exists() and text in log.read_text(errors="replace")
+
+
+async def _wait_for(log: Path, text: str) -> None:
+    await wait_until(partial(_contains, log, text))
+
+
+async def _check_up(log: Path, url: str) -> None:
+    """Run `fleet up` without workers until it is ready, and stop it."""
+    async with _command(log, "up", "--autoscale", "--port=0", "--scaler-port=0", "--redis", url) as process:
+        await _wait_for(log, "ready: ")
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+
+
+async def _generate(endpoint: str, output: Path, *arguments: str) -> int | None:
+    """The exit code of `fleet generate`."""
+    given = ("--negative-prompt", NEGATIVE, "--true-cfg-scale=2", "--num-inference-steps=2", *arguments)
+    command = (*_FLEET, "generate", PROMPT, *given, "--output", str(output), "--endpoint", endpoint)
+    process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
+    await process.communicate()
+    return process.returncode
+
+
+async def _run_fleet(directory: Path, server: RedisServer) -> None:
+    """Generate an image, refuse a request and stop without the store; each process writes to DIRECTORY/NAME.log.
+
+    Processes other than those of the worker group are forked from one process, as each import of the libraries takes
+    several seconds.
+    """
+    url = f"unix://{USER}:{PASSWORD}@{server.socket}"
+    common = ("--model=emoji", "--redis", url)
+    log = {name: directory / f"{name}.log" for name in ("up", "coordinator", *SERVICES)}
+    endpoint = f"unix:{directory}/coordinator.sock"
+    group_arguments = (*common, "--ulysses=2", f"--listen=unix:{directory}/denoising.sock")
+    starter = WarmStarter()
+    async with _command(log["denoising"], "serve", "denoising", *group_arguments) as group:
+        try:
+            await asyncio.gather(starter.start(["emoji"]), _check_up(log["up"], url))
+            forked = [
+                await starter.fork(name, (*common, f"--listen=unix:{directory}/{name}.sock"), log[name])
+                for name in ("coordinator", *SERVICES)
+                if name != "denoising"
+            ]
+            for name in ("coordinator", *SERVICES):
+                await _wait_for(log[name], '"listens"' if name == "coordinator" else '"serves"')
+            assert await _generate(endpoint, directory / "x.png") == 0
+            assert await _generate(endpoint, directory / "x.png", "--height=3") == 2
+            server.kill()
+            for path in log.values():
+                if path != log["up"]:
+                    await _wait_for(path, '"heartbeat failed"')
+            group.send_signal(signal.SIGTERM)
+            for each in forked:
+                os.kill(each.pid, signal.SIGTERM)
+            assert {await group.wait(), *[await each.ended for each in forked]} == {0}
+        finally:
+            await starter.close()
+
+
+def test_no_secret_is_written_at_debug(directory: Path, server: RedisServer) -> None:
+    """test_log_lines.py asserts that a setting logs the prompt; test_logs.py tests redaction in text lines."""
+    run_within(300, lambda: _run_fleet(directory, server))
+    written = "".join(path.read_text() for path in sorted(directory.glob("*.log")))
     assert "canary" not in written.lower(), [line for line in written.splitlines() if "canary" in line.lower()]
     lines = [json.loads(line) for line in written.splitlines() if line.startswith("{")]
     assert {line["service"] for line in lines} == {"coordinator", *SERVICES}
@@ -100,6 +143,6 @@ def test_no_secret_is_written_at_debug(temporary: Path, server: RedisServer) -> 
     assert {"listens", "attempt started", "request finished", "heartbeat failed", "rank started"} <= events
     (accepted,) = [line for line in lines if line["event"] == "request accepted"]
     assert accepted["caller"] == "alice"
-    assert "DEBUG" in {line["level"] for line in lines if "logger" in line}, "libraries log at DEBUG too"
+    assert "DEBUG" in {line["level"] for line in lines if "logger" in line}, "no record of a library at DEBUG"
     others = [line for line in written.splitlines() if not line.startswith("{")]
-    assert all(_OF_FLEET_UP.match(line) for line in others), others
+    assert all(_UP_OUTPUT.match(line) for line in others), others

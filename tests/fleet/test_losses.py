@@ -1,4 +1,4 @@
-"""Calls that are lost although their request is innocent: none of these losses counts, and the request goes on."""
+"""Lost calls that a request did not cause are not counted as its losses, and the request continues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common.state.connection import command, connect
 from coordinator_fleet import FakeFleet, Gate, Script, Stub, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 
-BESIDE = ("text_encoding", "latent_preparation", "decoding")
+OTHER_SERVICES = ("text_encoding", "latent_preparation", "decoding")
 
 
 async def deaths(redis: Redis, name: str) -> list[str]:
@@ -22,7 +22,7 @@ async def deaths(redis: Redis, name: str) -> list[str]:
     return [line.decode().split("|")[6] for line in stored.splitlines()]
 
 
-async def succeeds(stub: Stub, name: str) -> None:
+async def check_success(stub: Stub, name: str) -> None:
     assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
 
@@ -31,24 +31,21 @@ def lost_calls(begun: str) -> float:
     return REGISTRY.get_sample_value("fleet_lost_calls_total", labels) or 0.0
 
 
-async def has_in_flight(servicer: StageServicer, number: int) -> None:
-    async def so_many() -> bool:
-        return servicer.in_flight == number
-
-    await wait_until(so_many)
+async def wait_in_flight(servicer: StageServicer, number: int) -> None:
+    await wait_until(lambda: servicer.in_flight == number)
 
 
-def test_a_call_that_waits_behind_another_one_is_not_charged(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_loss_is_not_counted_for_a_waiting_call(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
-        await fleet.add_workers(BESIDE)
+        await fleet.add_workers(OTHER_SERVICES)
         worker = await fleet.add_worker("denoising", Script(fleet.scripts["denoising"].contract, gate), capacity=2)
         _, stub = await fleet.add_coordinator()
         before = lost_calls("yes"), lost_calls("no")
         runs = (await stub.Submit(submission())).request.request_id
         await gate.wait_reached()
         waits = (await stub.Submit(submission())).request.request_id
-        await has_in_flight(worker.servicer, 2)
+        await wait_in_flight(worker.servicer, 2)
         await worker.die()
         async with connect(fleet.url) as redis:
 
@@ -63,20 +60,20 @@ def test_a_call_that_waits_behind_another_one_is_not_charged(store_url: str) -> 
             await wait_until(is_recorded)
             assert await deaths(redis, waits) == []
         await fleet.add_worker("denoising")
-        await asyncio.gather(succeeds(stub, runs), succeeds(stub, waits))
+        await asyncio.gather(check_success(stub, runs), check_success(stub, waits))
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_worker_that_does_not_report_when_it_begins_charges_what_it_may_have_begun(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_loss_without_begun_frames_is_counted_for_all_calls(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
-        await fleet.add_workers(BESIDE)
+        await fleet.add_workers(OTHER_SERVICES)
         script = Script(fleet.scripts["denoising"].contract, gate)
         worker = await fleet.add_worker("denoising", script, capacity=2, reports_begun=False)
         _, stub = await fleet.add_coordinator()
         names = [(await stub.Submit(submission())).request.request_id for _ in range(2)]
-        await has_in_flight(worker.servicer, 2)
+        await wait_in_flight(worker.servicer, 2)
         await worker.die()
         async with connect(fleet.url) as redis:
 
@@ -85,17 +82,17 @@ def test_a_worker_that_does_not_report_when_it_begins_charges_what_it_may_have_b
 
             await wait_until(both_are_charged)
         await fleet.add_workers(["denoising"])
-        await asyncio.gather(*(succeeds(stub, name) for name in names))
+        await asyncio.gather(*(check_success(stub, name) for name in names))
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_worker_that_leaves_charges_nobody(store_url: str) -> None:
-    """As where its grace time is too short for the call."""
+def test_loss_of_a_withdrawn_worker_is_not_counted(store_url: str) -> None:
+    """A worker withdraws and disconnects if its grace period is too short for the call."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
-        await fleet.add_workers(BESIDE)
+        await fleet.add_workers(OTHER_SERVICES)
         worker = await fleet.add_worker("denoising", Script(fleet.scripts["denoising"].contract, gate))
         _, stub = await fleet.add_coordinator()
         before = lost_calls("yes")
@@ -116,17 +113,17 @@ def test_a_worker_that_leaves_charges_nobody(store_url: str) -> None:
             await wait_until(waits_again)
             assert await deaths(redis, name) == []
         await fleet.add_worker("denoising")
-        await succeeds(stub, name)
+        await check_success(stub, name)
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_worker_that_is_announced_again_charges_nobody(store_url: str) -> None:
-    """Only its connection was lost. The request goes on at once, without waiting for the next heartbeat."""
+def test_loss_is_cleared_by_the_workers_next_heartbeat(store_url: str) -> None:
+    """Only the connection was lost. The request continues immediately, before the next heartbeat."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         first, second = Gate(), Gate()
-        await fleet.add_workers(BESIDE)
+        await fleet.add_workers(OTHER_SERVICES)
         worker = await fleet.add_worker("denoising", Script(fleet.scripts["denoising"].contract, first), ttl_seconds=5)
         _, stub = await fleet.add_coordinator()
         name = (await stub.Submit(submission())).request.request_id
@@ -141,15 +138,15 @@ def test_a_worker_that_is_announced_again_charges_nobody(store_url: str) -> None
 
             await wait_until(is_cleared)
         second.opened.set()
-        await succeeds(stub, name)
+        await check_success(stub, name)
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_after_a_loss_a_request_has_its_worker_alone(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_request_runs_alone_on_its_worker_after_a_loss(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         first, second = Gate(), Gate()
-        await fleet.add_workers(BESIDE)
+        await fleet.add_workers(OTHER_SERVICES)
         dying = await fleet.add_worker("denoising", Script(fleet.scripts["denoising"].contract, first), capacity=2)
         _, stub = await fleet.add_coordinator()
         name = (await stub.Submit(submission())).request.request_id
@@ -170,6 +167,6 @@ def test_after_a_loss_a_request_has_its_worker_alone(store_url: str) -> None:
             assert alone.startswith(name.encode())
         assert worker.servicer.in_flight == 1
         second.opened.set()
-        await asyncio.gather(succeeds(stub, name), succeeds(stub, other))
+        await asyncio.gather(check_success(stub, name), check_success(stub, other))
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)

@@ -50,7 +50,7 @@ def fleet(model: ServedModel) -> Iterator[ServedFleet]:
 
 
 def generate(fleet: ServedFleet, output: Path, *words: str) -> int:
-    """The exit code of `fleet generate` at the running fleet."""
+    """Run `fleet generate` at the fleet; returns its exit code."""
     given = ("--height", "64", "--width", "96", "--num-frames", "9", "--num-inference-steps", str(STEPS), "--seed", "5")
     params = ("--param", "spatio_temporal_guidance_blocks=[1]", "--param", "max_sequence_length=32")
     called = ["generate", "a red apple", *given, *params, *words]
@@ -58,7 +58,9 @@ def generate(fleet: ServedFleet, output: Path, *words: str) -> int:
 
 
 @pytest.mark.parametrize("variant", IMAGES)
-def test_tensors_are_those_of_one_process(fleet: ServedFleet, local: LocalFleet, tmp_path: Path, variant: str) -> None:
+def test_tensors_equal_those_of_one_process(
+    fleet: ServedFleet, local: LocalFleet, tmp_path: Path, variant: str
+) -> None:
     (tmp_path / "boat.png").write_bytes(IMAGE)
     words = ("--image", str(tmp_path / "boat.png")) if variant == "image" else ()
     assert generate(fleet, tmp_path / "it.safetensors", *words, "--num-outputs", "2") == 0
@@ -91,13 +93,13 @@ def test_the_command_line_lists_both_variants(fleet: ServedFleet, capsys: pytest
     ]
 
 
-def test_sound_that_cannot_be_made_is_refused_before_any_work(fleet: ServedFleet) -> None:
+def test_too_short_audio_is_refused_at_submission(fleet: ServedFleet) -> None:
     with pytest.raises(InvalidInput, match="too short for audio") as refused:
         fleet.generate("ltx2", num_inference_steps=STEPS, **GIVEN | {"num_frames": 1, "frame_rate": 240.0})
     assert refused.value.field == "num_frames"
 
 
-def test_as_many_cfg_ranks_as_branches_are_accepted(
+def test_number_of_cfg_ranks_is_at_most_the_number_of_branches(
     model: ServedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launcher, "launch", lambda *_: pytest.fail("a worker group was started"))

@@ -46,8 +46,8 @@ def fleet(model: ServedModel) -> Iterator[ServedFleet]:
 
 
 @pytest.mark.parametrize("variant", IMAGES)
-def test_tensors_are_those_of_one_process(fleet: ServedFleet, model: ServedModel, variant: str) -> None:
-    """The decoder's draw too: its generator and the request's parameters reach it."""
+def test_tensors_equal_those_of_one_process(fleet: ServedFleet, model: ServedModel, variant: str) -> None:
+    """The decoder also draws noise, from the request's generator and parameters."""
     local = LocalFleet(model)
     expected = local.tensors(images=IMAGES[variant], **GIVEN)
     local.close()
@@ -56,8 +56,8 @@ def test_tensors_are_those_of_one_process(fleet: ServedFleet, model: ServedModel
     assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
-def test_a_video_is_an_mp4_of_all_frames(fleet: ServedFleet) -> None:
-    """Its VAE decodes at once, so that the file comes in one part."""
+def test_video_is_an_mp4_of_all_frames(fleet: ServedFleet) -> None:
+    """The VAE decodes all frames at once, so that the file has one part."""
     files = fleet.generate("ltx", ".mp4", **GIVEN).files
     assert len(files) == GIVEN["num_outputs_per_prompt"]
     for data in files:
@@ -66,9 +66,7 @@ def test_a_video_is_an_mp4_of_all_frames(fleet: ServedFleet) -> None:
 
 
 @pytest.mark.parametrize(("change", "field"), [({"height": 40}, "height"), ({"num_frames": 0}, "num_frames")], ids=str)
-def test_what_cannot_be_drawn_is_refused_before_it_is_accepted(
-    fleet: ServedFleet, change: dict[str, Any], field: str
-) -> None:
+def test_invalid_input_is_refused_at_submission(fleet: ServedFleet, change: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         fleet.generate("ltx", **{**GIVEN, **change})
     assert caught.value.field == field

@@ -1,15 +1,14 @@
-"""Frames that no runner of ours would send: each is refused with the field's name, and the worker goes on."""
+"""Malformed frames: calls are refused with the field's name, replies are errors, and the worker continues."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import grpc
 import pytest
 
-from async_tests import wait_until
+from async_tests import run_within, wait_until
 from common.artifacts import Latents
 from common.codec import unpack
 from common.errors import FleetError, InternalError, InvalidInput, ResourceExhausted, Unavailable
@@ -28,7 +27,7 @@ SIZE = 400_000
 
 
 def frames() -> list[bytes]:
-    """The frames of a right call: a header and one chunk."""
+    """Frames of a valid call: a header and one chunk."""
     given = packets(SIZE // 4)
     header = denoising_pb2.DenoiseInputs(
         initial_latents=given["initial_latents"].message,  # type: ignore[arg-type]
@@ -94,45 +93,45 @@ MALFORMED: dict[str, tuple[list[bytes], str, str]] = {
 }
 
 
-def test_each_is_refused_and_the_worker_goes_on() -> None:
-    async def main() -> None:
-        async with asyncio.timeout(60), served() as stage:
-            for name, (sent, words, field) in MALFORMED.items():
+def test_malformed_calls_are_refused_and_the_worker_continues() -> None:
+    async def test() -> None:
+        async with served() as stage:
+            for name, (sent, message, field) in MALFORMED.items():
                 error = await refusal(stage, *sent)
                 assert isinstance(error, InvalidInput), (name, error)
-                assert words in error.message, name
+                assert message in error.message, name
                 assert error.field == field, name
             assert len(await stage.raw_call(*frames())) == 2
             outputs = await stage.runner()(packets(), stage.recorded.call())
             assert unpack("denoised_latents", Latents, outputs["denoised_latents"], TORCH)
             assert not stage.servicer.in_flight
 
-    asyncio.run(main())
+    run_within(60, test)
 
 
-def test_an_oversized_message_is_grpcs_resource_exhausted() -> None:
-    async def main() -> None:
-        async with asyncio.timeout(60), served() as stage:
+def test_oversized_message_is_resource_exhausted() -> None:
+    async def test() -> None:
+        async with served() as stage:
             assert isinstance(await refusal(stage, bytes(17 << 20)), ResourceExhausted | Unavailable)
             assert len(await stage.raw_call(*frames())) == 2
 
-    asyncio.run(main())
+    run_within(60, test)
 
 
-def test_every_cut_of_a_right_call_is_refused() -> None:
-    async def main() -> None:
+def test_every_truncated_header_is_refused() -> None:
+    async def test() -> None:
         header = frames()[0]
-        async with asyncio.timeout(60), served() as stage:
+        async with served() as stage:
             for size in range(len(header)):
                 assert isinstance(await refusal(stage, header[:size]), InvalidInput)
             assert not stage.servicer.in_flight
 
-    asyncio.run(main())
+    run_within(60, test)
 
 
-def test_a_caller_that_vanishes_mid_tensor_leaves_nothing() -> None:
-    async def main() -> None:
-        async with asyncio.timeout(60), served() as stage:
+def test_disconnect_within_a_tensor_ends_the_call() -> None:
+    async def test() -> None:
+        async with served() as stage:
             async with open_channel(stage.server.address) as channel:
                 call: Any = channel.stream_stream(METHOD)()
                 await call.write(frames()[0])
@@ -140,7 +139,7 @@ def test_a_caller_that_vanishes_mid_tensor_leaves_nothing() -> None:
             await wait_until(lambda: stage.servicer.in_flight == 0)
             assert len(await stage.raw_call(*frames())) == 2
 
-    asyncio.run(main())
+    run_within(60, test)
 
 
 async def refusal(stage: Served, *sent: bytes) -> FleetError:
@@ -149,8 +148,8 @@ async def refusal(stage: Served, *sent: bytes) -> FleetError:
     return from_rpc_error(caught.value)
 
 
-class Liar:
-    """A worker that answers with given frames, whatever it is asked."""
+class FakeWorker:
+    """A worker that replies to every call with `replies`."""
 
     def __init__(self, *replies: bytes) -> None:
         self._replies = replies
@@ -167,37 +166,39 @@ def reply(**frame: Any) -> bytes:
     return denoising_pb2.DenoiseResponse(**frame).SerializeToString()
 
 
-RIGHT = reply(header=denoising_pb2.DenoiseOutputs(denoised_latents=pb.Latents()))
+HEADER_REPLY = reply(header=denoising_pb2.DenoiseOutputs(denoised_latents=pb.Latents()))
 LARGE = pb.LatentPart(latents=pb.Tensor(dtype=pb.DTYPE_UINT8, shape=[70_000], byte_size=70_000))
 LATENTS = pb.Latents(parts={"image": LARGE})
 
 
 @pytest.mark.parametrize(
-    ("replies", "kind", "words"),
+    ("replies", "kind", "message"),
     [
         ([], Unavailable, "ended without its result"),
         ([reply(progress=pb.Progress(step=1))], Unavailable, "ended without its result"),
         ([b"\xff"], InternalError, "wrong frames"),
         ([b""], InternalError, "unexpected frame"),
         ([b"\x7a\x00"], InternalError, "unexpected frame"),
-        ([RIGHT, RIGHT], InternalError, "unexpected frame: header"),
+        ([HEADER_REPLY, HEADER_REPLY], InternalError, "unexpected frame: header"),
         ([chunk_frame("denoised_latents.x", 0, b"z")], InternalError, "before its header"),
-        ([RIGHT, chunk_frame("denoised_latents.x", 0, b"z")], InternalError, "does not announce"),
+        ([HEADER_REPLY, chunk_frame("denoised_latents.x", 0, b"z")], InternalError, "does not announce"),
         ([reply(header=denoising_pb2.DenoiseOutputs())], InternalError, "outputs"),
         ([reply(header=denoising_pb2.DenoiseOutputs(denoised_latents=LATENTS))], InternalError, "ended after 0 of"),
-        ([reply(checkpoint=pb.Checkpoint(state=pb.DenoiseState(latents=LATENTS))), RIGHT], Unavailable, "result"),
+        (
+            [reply(checkpoint=pb.Checkpoint(state=pb.DenoiseState(latents=LATENTS))), HEADER_REPLY],
+            Unavailable,
+            "result",
+        ),
         ([reply(checkpoint=pb.Checkpoint(state=pb.DenoiseState(latents=LATENTS)))] * 2, InternalError, "complete"),
     ],
 )
-def test_a_worker_that_answers_wrongly_is_a_defect_of_ours(
-    replies: list[bytes], kind: type[FleetError], words: str
-) -> None:
-    async def main() -> None:
+def test_malformed_replies_are_internal_errors(replies: list[bytes], kind: type[FleetError], message: str) -> None:
+    async def test() -> None:
         server = FleetServer("127.0.0.1:0")
-        server.add(Liar(*replies).methods, "fleet.v1.DenoisingService")
+        server.add(FakeWorker(*replies).methods, "fleet.v1.DenoisingService")
         async with served() as stage, open_channel(await server.start()) as channel:
-            with pytest.raises(kind, match=words):
+            with pytest.raises(kind, match=message):
                 await RemoteRunner(channel, "denoising", stage.hosted.contract)(packets(8), RecordedCall().call())
         await server.drain(0)
 
-    asyncio.run(main())
+    run_within(60, test)

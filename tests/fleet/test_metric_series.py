@@ -1,6 +1,6 @@
-"""The number of series does not grow with requests and callers: each label has the values that its rule names.
+"""The number of metric series is independent of the numbers of requests and callers.
 
-The program run_monitoring.py does the same with 1,000 requests and a Prometheus.
+run_monitoring.py checks this with 1,000 requests and a Prometheus server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REQUESTS = 200
 _AT_ONCE = 8
 _OUR_PREFIXES = ("fleet_", "grpc_")
 _OUTCOMES = ("result", "reason", "begun", "state", "grpc_status")
-"""Labels whose few values this code names: rare ones may come late."""
+"""Labels with a fixed set of values; rare values may appear late."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
 
 
 def _label_sets() -> set[tuple[str, frozenset[tuple[str, str]]]]:
-    """The label sets of all metrics, each with its metric; buckets of histograms are one."""
+    """(metric, label set) of all series, without the buckets of histograms."""
     return {
         (family.name, frozenset((name, value) for name, value in sample.labels.items() if name != "le"))
         for family in REGISTRY.collect()
@@ -48,12 +48,12 @@ def _label_sets() -> set[tuple[str, frozenset[tuple[str, str]]]]:
 
 
 def _values(label_sets: Iterable[tuple[str, frozenset[tuple[str, str]]]]) -> set[tuple[str, str]]:
-    """The values of each label, but for outcomes."""
+    """(label, value) of all labels except _OUTCOMES."""
     return {(name, value) for _, labels in label_sets for name, value in labels if name not in _OUTCOMES}
 
 
 def _keys(path: Path) -> list[str]:
-    """Write the file of callers; returns their keys."""
+    """Write the API keys file; returns the keys."""
     keys = [f"key-of-caller-{number:03}" for number in range(_CALLERS)]
     digests = (hashlib.sha256(key.encode()).hexdigest() for key in keys)
     path.write_text("".join(f'[callers.caller{n:03}]\nkey_sha256 = ["{each}"]\n' for n, each in enumerate(digests)))
@@ -61,7 +61,7 @@ def _keys(path: Path) -> list[str]:
 
 
 def _request(number: int, key: str) -> pb.SubmitRequest:
-    """Requests differ in all that callers choose; most of them succeed."""
+    """A request that differs from the others in every field; most succeed."""
     size = 8 * (1 + number % 12)
     parameters = pb.GenerationParameters(
         prompt=f"prompt {number}", seed=number, height=size, width=size, num_inference_steps=1 + number % 3
@@ -70,7 +70,7 @@ def _request(number: int, key: str) -> pb.SubmitRequest:
 
 
 async def _run(stub: Stub, numbers: range, keys: list[str]) -> set[int]:
-    """Submit requests and wait for their ends; returns the states."""
+    """Submit requests and wait for them; returns the terminal states."""
     queue = iter(numbers)
     states: set[int] = set()
 
@@ -88,7 +88,7 @@ async def _run(stub: Stub, numbers: range, keys: list[str]) -> set[int]:
     return states
 
 
-def test_series_do_not_grow_with_requests_and_callers(toy: ServedModel, tmp_path: Path) -> None:
+def test_number_of_series_is_independent_of_requests_and_callers(toy: ServedModel, tmp_path: Path) -> None:
     keys = _keys(tmp_path / "keys.toml")
 
     async def scenario(parts: Parts) -> None:

@@ -1,4 +1,4 @@
-"""Processes of the latest release and of the present code in one fleet: each pair makes the same bytes."""
+"""Processes of the latest release and of this source tree in one fleet return equal bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODEL = "flux"
 
 
 async def image_of(stub: Stub) -> bytes:
-    """The file of one request, driven by the coordinator of the stub."""
+    """The file of a request that the stub's coordinator runs."""
     given = pb.GenerationParameters(prompt="a red apple", seed=3, height=64, width=64, num_inference_steps=4)
     request_id = (await stub.Submit(pb.SubmitRequest(parameters=given))).request.request_id
     last = [reply.event async for reply in stub.Watch(pb.WatchRequest(request_id=request_id))][-1]
@@ -35,8 +35,8 @@ async def image_of(stub: Stub) -> bytes:
     return b"".join([reply.data async for reply in download])
 
 
-def test_each_pair_of_versions_finishes_a_request() -> None:
-    async def story(stack: AsyncExitStack) -> None:
+def test_each_pair_of_versions_returns_equal_bytes() -> None:
+    async def scenario(stack: AsyncExitStack) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixed-")))
         release = unpack_release(directory / "release")
         models = {MODEL: build_tiny_flux(directory / MODEL)}
@@ -69,6 +69,6 @@ def test_each_pair_of_versions_finishes_a_request() -> None:
 
     async def main() -> None:
         async with asyncio.timeout(300), AsyncExitStack() as stack:
-            await story(stack)
+            await scenario(stack)
 
     asyncio.run(main())

@@ -1,4 +1,4 @@
-"""Texts of requests that name files, of which no process of the fleet takes any for a path."""
+"""Texts of requests that are paths: no process of the fleet uses them as paths."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from models.catalog import open_model
 from models.registry import load_registry
 from served_fleet import ServedFleet, served_fleet
 
-SECRET = "secret-of-this-machine"
+SECRET = "secret-of-this-host"
 
 _watching: list[list[str]] = []
 
 
 def _hook(event: str, arguments: tuple[object, ...]) -> None:
-    """What Python tells of every file, process, module and evaluated text; hooks stay for good."""
+    """Record audit events of files, processes, imports and evaluated code; audit hooks cannot be removed."""
     if _watching and event.startswith(("open", "os.", "subprocess.", "import", "exec", "compile", "glob.", "shutil.")):
         text = repr(arguments)
         if SECRET in text:
@@ -32,8 +32,8 @@ sys.addaudithook(_hook)
 
 
 @contextmanager
-def touched() -> Iterator[list[str]]:
-    """What this process, whichever thread of it, does within with something of that name."""
+def recorded_accesses() -> Iterator[list[str]]:
+    """Audit events in the block, of all threads, whose arguments contain SECRET."""
     _watching.append([])
     try:
         yield _watching[-1]
@@ -47,12 +47,12 @@ def fleet() -> Iterator[ServedFleet]:
         yield fleet
 
 
-def test_no_text_of_a_request_is_a_path(fleet: ServedFleet, tmp_path: Path) -> None:
+def test_texts_of_a_request_are_never_used_as_paths(fleet: ServedFleet, tmp_path: Path) -> None:
     secret = tmp_path / f"{SECRET}.safetensors"
     secret.write_bytes(b"secret")
     small: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 1}
     for text in (str(secret), f"../../../..{secret}", secret.as_uri(), f"@{secret}", f"{secret}\0.png"):
-        with touched() as found:
+        with recorded_accesses() as found:
             fleet.generate("emoji", prompt=text, prompt_2=text, negative_prompt=text, true_cfg_scale=2.0, **small)
             for given in ({"model": text}, {"model": "emoji", "images": {text: b"x"}}, {"model": "emoji", text: text}):
                 with suppress(FleetError):
@@ -60,7 +60,7 @@ def test_no_text_of_a_request_is_a_path(fleet: ServedFleet, tmp_path: Path) -> N
         assert not found
 
 
-def test_a_touch_is_reported(tmp_path: Path) -> None:
-    with touched() as found, suppress(OSError):
+def test_file_access_is_recorded(tmp_path: Path) -> None:
+    with recorded_accesses() as found, suppress(OSError):
         (tmp_path / SECRET).read_bytes()
     assert found

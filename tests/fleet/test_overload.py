@@ -1,4 +1,4 @@
-"""What callers notice when more is asked for than the fleet can do: fair turns, a bound in seconds, a time to wait."""
+"""An overloaded fleet: round-robin between callers, a bound on queued seconds, and a retry delay."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from coordinator_fleet import SERVICES, FakeFleet, Gate, run_on_fleet, submissio
 from fleet.v1 import generation_pb2 as pb
 
 
-def test_callers_take_turns_at_every_coordinator(store_url: str, tmp_path: Path) -> None:
+def test_callers_are_served_round_robin_at_every_coordinator(store_url: str, tmp_path: Path) -> None:
     names = ("greedy", "modest")
     keys = tmp_path / "keys.toml"
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
     keys.write_text("".join(f'[callers.{name}]\nkey_sha256 = ["{digests[name]}"]\n' for name in names))
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["text_encoding"].work = gate
         await fleet.add_workers()
@@ -51,11 +51,11 @@ def test_callers_take_turns_at_every_coordinator(store_url: str, tmp_path: Path)
         order = [owners[request_id] for request_id in fleet.scripts["text_encoding"].calls]
         assert order == ["greedy", "modest", "greedy", "modest", "greedy", "greedy", "greedy"]
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_bound_in_seconds_reports_when_to_come_again(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_bound_in_queued_seconds_returns_a_retry_delay(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -78,4 +78,4 @@ def test_a_bound_in_seconds_reports_when_to_come_again(store_url: str) -> None:
         for request_id in accepted:
             assert (await terminal(stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)

@@ -1,4 +1,4 @@
-"""A request that kills its worker at step 5, after a checkpoint at step 4, in a quiet fleet of real processes."""
+"""A poison request, which kills its worker at step 5 after a checkpoint at step 4, in a fleet of real processes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ CHECKPOINTS = Path(__file__).resolve().parents[2] / "models" / "checkpoints"
 
 
 class RareCheckpoints(Fleet):
-    """Denoisers send a checkpoint after step 4, and no other one."""
+    """A fleet whose denoisers send a checkpoint after step 4 only."""
 
     def _arguments(self, process: Process) -> list[str]:
         rare = ["--step-checkpoint-every", str(CHECKPOINT), "--step-checkpoint-seconds", "0"]
         return super()._arguments(process) + (rare if process.role.program == "denoising" else [])
 
 
-class Murder:
-    """Kills the denoiser of one request each time that the request has done step 5."""
+class WorkerKiller:
+    """Kills the denoiser of a request after each report of step 5."""
 
     def __init__(self, fleet: Fleet, redis: Redis, stub: Stub) -> None:
         self.killed: set[int] = set()
@@ -52,7 +52,7 @@ class Murder:
         return last
 
     async def _kill(self, name: str) -> None:
-        """SIGKILL the process that has the request's slot, which is in its name, once the checkpoint is stored."""
+        """Wait for the stored checkpoint, and SIGKILL the worker of the request's slot; worker ids contain the PID."""
 
         async def is_stored() -> bool:
             reached = await command(self._redis, "HGET", f"fleet:request:{name}", "reached")
@@ -74,14 +74,14 @@ async def submit(stub: Stub, steps: int) -> str:
 
 
 async def steps_and_state(stub: Stub, name: str) -> tuple[list[int], pb.RequestState.ValueType]:
-    """The denoising steps that were done, and how the request ended."""
+    """Reported denoising steps, and the terminal state."""
     events = [reply.event async for reply in stub.Watch(pb.WatchRequest(request_id=name))]
     steps = [event.progress.step for event in events if event.progress.service == "denoising"]
     return [step for step in steps if step > 0], events[-1].state_change.state
 
 
-def test_it_is_given_up_after_three_workers_and_no_other_request_suffers() -> None:
-    async def story() -> None:
+def test_poison_request_fails_after_three_workers_and_others_succeed() -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(150), AsyncExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="poison-")))
             models = {"emoji": CHECKPOINTS / "emoji"}
@@ -98,17 +98,17 @@ def test_it_is_given_up_after_three_workers_and_no_other_request_suffers() -> No
                 return all(service.workers == 2 for service in model.services)
 
             await wait_until(is_complete)
-            murder = Murder(fleet, redis, stub)
+            killer = WorkerKiller(fleet, redis, stub)
             name = await submit(stub, STEPS)
-            watching = asyncio.create_task(murder.watch(name))
+            watching = asyncio.create_task(killer.watch(name))
             innocent = [await submit(stub, 2) for _ in range(3)]
             ends = await asyncio.gather(*(steps_and_state(stub, each) for each in innocent))
             assert ends == [([1, 2], pb.REQUEST_STATE_SUCCEEDED)] * len(innocent)
             change = await watching
             assert change.state == pb.REQUEST_STATE_FAILED
             assert change.error.message.startswith("3 workers were lost while they ran this request, without progress")
-            assert len(murder.killed) == 3
+            assert len(killer.killed) == 3
             await fleet.stop()
             assert not fleet.findings
 
-    asyncio.run(story())
+    asyncio.run(scenario())

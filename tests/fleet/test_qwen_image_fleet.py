@@ -1,4 +1,4 @@
-"""All pipelines of Qwen-Image through real services give the bytes that their stages give in one process."""
+"""All pipelines of Qwen-Image through real services equal their stages in one process bit for bit."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ServedModel]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_images() -> Iterator[None]:
-    """Given images and layers have fewer tokens than in Diffusers."""
+    """Resize input images and layers to fewer tokens than Diffusers does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QwenImageLayeredSamplingParams, "pixels_of", lambda resolution: resolution**2 // 64)
         patch.setattr(QwenImageEditPipelineConfig, "vae_image_area", 160 * 160)
@@ -84,7 +84,7 @@ def fleet(models: dict[str, ServedModel]) -> Iterator[ServedFleet]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_tensors_are_those_of_one_process(fleet: ServedFleet, models: dict[str, ServedModel], case: str) -> None:
+def test_tensors_equal_those_of_one_process(fleet: ServedFleet, models: dict[str, ServedModel], case: str) -> None:
     name, images, given = CASES[case]
     local = LocalFleet(models[name])
     expected = local.tensors(images=images, **given)
@@ -94,14 +94,14 @@ def test_tensors_are_those_of_one_process(fleet: ServedFleet, models: dict[str, 
     assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
-def test_pictures_are_png_and_warnings_arrive(fleet: ServedFleet) -> None:
+def test_images_are_png_and_warnings_are_returned(fleet: ServedFleet) -> None:
     asked = {**GIVEN, "height": 47, "guidance_scale": 3.0, "num_outputs_per_prompt": 2}
     answer = fleet.generate("image", ".png", **asked)
     assert [Image.open(io.BytesIO(data)).size for data in answer.files] == [(48, 32)] * 2
     assert [warning.field for warning in answer.warnings] == ["height", "guidance_scale"]
 
 
-def test_layers_are_png_with_transparency_and_a_description_is_a_warning(fleet: ServedFleet) -> None:
+def test_layers_are_transparent_png_and_the_description_is_a_warning(fleet: ServedFleet) -> None:
     asked = {**LAYERS, "prompt": "", "layers": 3}
     answer = fleet.generate("layered", ".png", {"image": image_file(1)}, **asked)
     assert [Image.open(io.BytesIO(data)).mode for data in answer.files] == ["RGBA"] * 3
@@ -120,16 +120,16 @@ def test_layers_are_png_with_transparency_and_a_description_is_a_warning(fleet: 
         ("layered", {"image": image_file(1)}, {}, "height"),
     ],
     ids=[
-        "picture for nothing",
+        "image without need",
         "one step",
-        "no picture",
-        "two pictures",
-        "no first picture",
-        "no picture file",
+        "no image",
+        "two images",
+        "no first image",
+        "no image file",
         "other size",
     ],
 )
-def test_what_cannot_be_drawn_is_refused_before_it_is_accepted(
+def test_invalid_input_is_refused_at_submission(
     fleet: ServedFleet, name: str, images: dict[str, bytes], change: dict[str, Any], field: str
 ) -> None:
     with pytest.raises(InvalidInput) as caught:

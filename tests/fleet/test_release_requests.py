@@ -1,6 +1,6 @@
-"""Requests that the latest release stored, in each state: present code reads them, and finishes those that are open.
+"""Requests that the latest release stored in each state: this code reads them, and finishes the open ones.
 
-tests/golden/v0.1.0/requests has what a coordinator of the release left in Redis when it was killed.
+tests/golden/v0.1.0/requests has the Redis keys of a killed coordinator of the release.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
-from record_requests import IDLE, KEYS, PRESS, STUDIO, VIDEO, asked, build_models
+from record_requests import IDLE, KEYS, PRESS, STUDIO, VIDEO, build_models, requests_by_state
 from redis_servers import RedisServer, running_server
 from release import REQUESTS
 from services.cli.local import start_fleet
@@ -51,10 +51,10 @@ OPEN = {
     "streaming": pb.REQUEST_STATE_RUNNING,
 }
 VARIANTS = {"succeeded": "image", "queued": "image", "failed": "", "streaming": ""}
-"""Of the requests whose variant is not `text`."""
+"""Variants of requests, if they are not `text`."""
 RESUME = "resume_from"
 LARGEST_DIFFERENCE = 2.0
-"""Mean difference of pixels, of 255, between hosts whose arithmetic differs in the last bits."""
+"""Largest mean difference of pixels, in 0 to 255, between hosts with different rounding."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def server() -> Iterator[RedisServer]:
 
 @dataclass
 class Restored:
-    """The API over a store that has the release's requests. `ids` has them by name, `keys` the stored keys."""
+    """The API on a store with the release's requests. `ids` and `keys` are their ids and store keys by name."""
 
     stub: Stub
     redis: Redis
@@ -79,31 +79,31 @@ class Restored:
     keys: Mapping[str, Mapping[str, Any]]
 
     async def record(self, name: str) -> pb.RequestRecord:
-        """The record of a request, as its caller gets it."""
+        """The record of a request, read by its caller."""
         call = pb.GetRequestRequest(request_id=self.ids[name])
-        return (await self.stub.GetRequest(call, metadata=credentials(asked()[name].caller))).request
+        return (await self.stub.GetRequest(call, metadata=credentials(requests_by_state()[name].caller))).request
 
     async def events(self, name: str, after: str = "") -> list[pb.Event]:
-        """The events of a request after that one, to the last."""
+        """The events of a request after event id `after`."""
         call = pb.WatchRequest(request_id=self.ids[name], after_event_id=after)
-        replies = self.stub.Watch(call, metadata=credentials(asked()[name].caller))
+        replies = self.stub.Watch(call, metadata=credentials(requests_by_state()[name].caller))
         return [reply.event async for reply in replies]
 
     async def download(self, request_id: str, caller: str) -> bytes:
-        """The one file of a result."""
+        """The only file of a result."""
         call = pb.DownloadResultRequest(request_id=request_id)
         replies = self.stub.DownloadResult(call, metadata=credentials(caller))
         return b"".join([reply.data async for reply in replies])
 
     async def items(self, name: str) -> bytes:
-        """The bytes of the items that the release stored for a request, in order."""
+        """The concatenated items that the release stored for a request."""
         keys = sorted(key for key in self.keys[name] if key.startswith("fleet:item:"))
         return b"".join([await command(self.redis, "GET", key) for key in keys])
 
 
 @asynccontextmanager
 async def restored(server: RedisServer, stub: Stub) -> AsyncIterator[Restored]:
-    """The store with the release's requests."""
+    """Load the release's requests into an empty store."""
     async with connect(server.url) as redis:
         await redis.flushall()
         ids = await load_store(redis, REQUESTS)
@@ -114,9 +114,9 @@ async def restored(server: RedisServer, stub: Stub) -> AsyncIterator[Restored]:
 def run_on_coordinator(
     server: RedisServer, models: Sequence[ServedModel], test: Callable[[Restored], Awaitable[None]]
 ) -> None:
-    """Run a test on a coordinator that knows the callers, without any worker."""
+    """Run a test on a coordinator with the callers' keys, without workers."""
 
-    async def story(stack: AsyncExitStack) -> None:
+    async def scenario(stack: AsyncExitStack) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-")))
         keys = directory / "keys.toml"
         write_keys(keys, (STUDIO, PRESS))
@@ -131,29 +131,29 @@ def run_on_coordinator(
 
     async def main() -> None:
         async with asyncio.timeout(30), AsyncExitStack() as stack:
-            await story(stack)
+            await scenario(stack)
 
     asyncio.run(main())
 
 
 def _scalars(parameters: pb.GenerationParameters) -> dict[str, Any]:
-    """The parameters that are one value. A record has no images, and has the defaults of what was not given."""
+    """Scalar parameters. A record has no images, and has the defaults of omitted parameters."""
     fields = parameters.ListFields()
     return {field.name: value for field, value in fields if field.name not in ("images", "params")}
 
 
-def test_each_stored_request_is_listed_and_read(server: RedisServer, models: list[ServedModel]) -> None:
-    async def story(store: Restored) -> None:
+def test_stored_requests_are_listed_and_read(server: RedisServer, models: list[ServedModel]) -> None:
+    async def scenario(store: Restored) -> None:
         listed: dict[str, pb.RequestRecord] = {}
         for caller in (STUDIO, PRESS):
             reply = await store.stub.ListRequests(pb.ListRequestsRequest(), metadata=credentials(caller))
             assert {each.caller for each in reply.requests} == {caller}
             listed |= {each.request_id: each for each in reply.requests}
         assert listed.keys() == set(store.ids.values())
-        for name, one in asked().items():
+        for name, requested in requests_by_state().items():
             for record in (await store.record(name), listed[store.ids[name]]):
-                assert (record.caller, record.model) == (one.caller, one.model)
-                assert _scalars(one.parameters).items() <= _scalars(record.parameters).items()
+                assert (record.caller, record.model) == (requested.caller, requested.model)
+                assert _scalars(requested.parameters).items() <= _scalars(record.parameters).items()
                 assert record.variant == VARIANTS.get(name, "text")
                 assert record.state == {**ENDED, **OPEN}[name]
         assert "16000" in (await store.record("failed")).error.message
@@ -162,14 +162,12 @@ def test_each_stored_request_is_listed_and_read(server: RedisServer, models: lis
         )
         assert [each.request_id for each in reply.requests] == [store.ids["expired"]]
 
-    run_on_coordinator(server, models, story)
+    run_on_coordinator(server, models, scenario)
 
 
 @pytest.mark.parametrize("name", ENDED)
-def test_the_events_and_the_file_of_an_ended_request_are_those_that_were_stored(
-    server: RedisServer, models: list[ServedModel], name: str
-) -> None:
-    async def story(store: Restored) -> None:
+def test_stored_events_and_files_are_returned(server: RedisServer, models: list[ServedModel], name: str) -> None:
+    async def scenario(store: Restored) -> None:
         stored = store.keys[name][f"fleet:events:{store.ids[name]}"]["value"]
         events = await store.events(name)
         assert [event.event_id for event in events] == [event_id for event_id, _ in stored]
@@ -181,46 +179,44 @@ def test_the_events_and_the_file_of_an_ended_request_are_those_that_were_stored(
             assert (await store.download(record.request_id, record.caller)) == await store.items(name)
             assert [file.byte_size for file in record.files] == [len(await store.items(name))]
 
-    run_on_coordinator(server, models, story)
+    run_on_coordinator(server, models, scenario)
 
 
-def test_an_idempotency_key_replays_the_request_that_the_release_stored(
-    server: RedisServer, models: list[ServedModel]
-) -> None:
-    async def story(store: Restored) -> None:
+def test_idempotency_key_replays_a_stored_request(server: RedisServer, models: list[ServedModel]) -> None:
+    async def scenario(store: Restored) -> None:
         for name, key in KEYS.items():
-            one = asked()[name]
-            again = pb.SubmitRequest(model=one.model, parameters=one.parameters, idempotency_key=key)
-            reply = await store.stub.Submit(again, metadata=credentials(one.caller))
+            requested = requests_by_state()[name]
+            again = pb.SubmitRequest(model=requested.model, parameters=requested.parameters, idempotency_key=key)
+            reply = await store.stub.Submit(again, metadata=credentials(requested.caller))
             assert reply.request.request_id == store.ids[name]
 
-    run_on_coordinator(server, models, story)
+    run_on_coordinator(server, models, scenario)
 
 
 @pytest.mark.parametrize("name", OPEN)
-def test_an_open_request_is_cancelled(server: RedisServer, models: list[ServedModel], name: str) -> None:
-    async def story(store: Restored) -> None:
+def test_stored_open_request_is_cancelled(server: RedisServer, models: list[ServedModel], name: str) -> None:
+    async def scenario(store: Restored) -> None:
         call = pb.CancelRequestRequest(request_id=store.ids[name])
-        await store.stub.CancelRequest(call, metadata=credentials(asked()[name].caller))
+        await store.stub.CancelRequest(call, metadata=credentials(requests_by_state()[name].caller))
         assert (await store.events(name))[-1].state_change.state == pb.REQUEST_STATE_CANCELLED
         assert (await store.record(name)).state == pb.REQUEST_STATE_CANCELLED
         assert not await store.redis.keys(f"fleet:checkpoint:{store.ids[name]}:*")
 
-    run_on_coordinator(server, models, story)
+    run_on_coordinator(server, models, scenario)
 
 
-def test_the_timelines_of_the_release_are_read(server: RedisServer, models: list[ServedModel]) -> None:
-    async def story(store: Restored) -> None:
+def test_stored_timelines_are_read(server: RedisServer, models: list[ServedModel]) -> None:
+    async def scenario(store: Restored) -> None:
         call = pb.GetRequestRequest(request_id=store.ids["succeeded"], with_timeline=True)
         reply = await store.stub.GetRequest(call, metadata=credentials(STUDIO))
         completed = [each for each in reply.timeline if each.kind == pb.TIMELINE_KIND_COMPLETED]
         assert {each.service for each in completed} == {spec.service for spec in models[0].services}
 
-    run_on_coordinator(server, models, story)
+    run_on_coordinator(server, models, scenario)
 
 
-def test_a_step_checkpoint_of_the_release_is_of_use_to_equal_numerics_only(server: RedisServer) -> None:
-    async def story() -> None:
+def test_stored_step_checkpoint_is_resumed_only_with_equal_numerics(server: RedisServer) -> None:
+    async def scenario() -> None:
         async with connect(server.url) as redis:
             await redis.flushall()
             request_id = (await load_store(redis, REQUESTS))["running"]
@@ -237,20 +233,20 @@ def test_a_step_checkpoint_of_the_release_is_of_use_to_equal_numerics_only(serve
             assert found is not None
             assert step_of(found) == int(await command(redis, "HGET", f"fleet:request:{request_id}", "reached")) > 0
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def pixels(data: bytes) -> torch.Tensor:
-    """The frames of an MP4: (frames, height, width, 3), in 0 to 255."""
+    """The frames of an MP4: float32 (frames, height, width, 3), in 0 to 255."""
     with av.open(io.BytesIO(data), mode="r") as video:
         frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in video.decode(video=0)]
     return torch.stack(frames).float()
 
 
 async def _undisturbed(store: Restored, name: str) -> bytes:
-    """The file of the same request, submitted now."""
-    one = asked()[name]
-    reply = await store.stub.Submit(pb.SubmitRequest(model=one.model, parameters=one.parameters))
+    """The file of an equal request that is submitted now."""
+    requested = requests_by_state()[name]
+    reply = await store.stub.Submit(pb.SubmitRequest(model=requested.model, parameters=requested.parameters))
     call = pb.WatchRequest(request_id=reply.request.request_id)
     last = [response.event async for response in store.stub.Watch(call)][-1]
     assert last.state_change.state == pb.REQUEST_STATE_SUCCEEDED, last
@@ -258,12 +254,12 @@ async def _undisturbed(store: Restored, name: str) -> bytes:
 
 
 def _steps_of(events: Sequence[pb.Event]) -> list[int]:
-    """The steps that denoising reported."""
+    """Reported denoising steps."""
     return [event.progress.step for event in events if event.progress.service == "denoising"]
 
 
 async def _is_of_equal_numerics(store: Restored, name: str) -> bool:
-    """Whether the stored step checkpoint is of workers that make the same bytes as those that run now."""
+    """Whether the numerics of the stored step checkpoint equal those of the live workers."""
     workers = await WorkerRegistry(store.redis).live(VIDEO, "denoising")
     (key,) = (key for key in store.keys[name] if key.startswith("fleet:checkpoint:"))
     numerics = store.keys[name][key]["value"]["0"].partition(".")[2]
@@ -271,12 +267,12 @@ async def _is_of_equal_numerics(store: Restored, name: str) -> bool:
 
 
 def test_open_requests_are_taken_over_and_finish(server: RedisServer, models: list[ServedModel]) -> None:
-    """A step checkpoint of equal numerics is resumed, and any other is not: the loop begins at step 0 then.
+    """A loop resumes from a step checkpoint of equal numerics; otherwise it starts at step 0.
 
-    Items that were delivered stay, whichever worker goes on after them.
+    Delivered items are retained.
     """
 
-    async def story(stack: AsyncExitStack) -> None:
+    async def scenario(stack: AsyncExitStack) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-")))
         channel = await stack.enter_async_context(open_channel(f"unix:{directory}/coordinator.sock"))
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -292,7 +288,7 @@ def test_open_requests_are_taken_over_and_finish(server: RedisServer, models: li
             assert events[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED, events[-1]
             files[name] = await store.download(store.ids[name], "")
             again = _steps_of(events[before[name] :])
-            assert again[0] == 0, "the loop is reported to begin"
+            assert again[0] == 0, "the loop did not report its start"
             if name == "running":
                 is_resumed = await _is_of_equal_numerics(store, name)
                 assert (again[1] > stored_steps > 0) == is_resumed, (again, stored_steps)
@@ -306,6 +302,6 @@ def test_open_requests_are_taken_over_and_finish(server: RedisServer, models: li
 
     async def main() -> None:
         async with asyncio.timeout(100), AsyncExitStack() as stack:
-            await story(stack)
+            await scenario(stack)
 
     asyncio.run(main())

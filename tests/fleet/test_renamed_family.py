@@ -1,6 +1,6 @@
-"""A family none of whose slots, roles and services has a standard name runs through the real coordinator and workers.
+"""A family without standard names of slots, roles and services runs on a real coordinator and real workers.
 
-It shows that services rely on the facts that stages declare: costs, progress, resuming, cancelling and download.
+Services rely on the stages' declarations only, for costs, progress, resume, cancel and download.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
 
 @dataclass
 class Loop:
-    """The family's denoising loop under the eyes of a test, which stops it after a step if `stops` is set."""
+    """Records calls of the family's denoising loop, and stops it after step STOPPED_AT if `stops` is set."""
 
     stops: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
     starts: list[int] = field(default_factory=list)
 
     def watch(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """The loop's run(), watched."""
+        """Wrap the loop's run()."""
 
         def watched(stage: object, x: contracts.DenoisingInput, call: Call) -> Any:
             self.starts.append(0 if x.resume_from is None else x.resume_from.step)
@@ -71,7 +71,7 @@ class Loop:
 
 @dataclass
 class Running:
-    """A coordinator with a stub, and a worker for each service, which keep checkpoints after every step."""
+    """A coordinator, and a worker of each service; workers send a checkpoint after every step."""
 
     fleet: FakeFleet
     stub: Stub
@@ -85,17 +85,17 @@ class Running:
         return (await self.stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
 
     async def stopped(self, name: str) -> None:
-        """Wait until the loop stops after step STOPPED_AT, with its checkpoints on their way here."""
+        """Wait until the loop has reported step STOPPED_AT, where it stops."""
         async for reply in self.stub.Watch(pb.WatchRequest(request_id=name)):
             progress = reply.event.progress
             if (progress.service, progress.step) == (PAINTING, STOPPED_AT):
                 return
 
 
-def run(
+def run_on_family(
     url: str, model: ServedModel, monkeypatch: pytest.MonkeyPatch, test: Callable[[Running], Awaitable[None]]
 ) -> None:
-    """Run a test against real workers and a real coordinator of the family."""
+    """Run a test with a real coordinator and real workers of the family."""
 
     async def main() -> None:
         async with asyncio.timeout(60), running_fleet(url, model) as fleet, AsyncExitStack() as stack:
@@ -130,21 +130,21 @@ def run(
 
 
 async def result_of(stub: Stub, name: str) -> bytes:
-    """The request's one file."""
+    """The only file of a request's result."""
     download = stub.DownloadResult(pb.DownloadResultRequest(request_id=name))
     return b"".join([reply.data async for reply in download])
 
 
 @pytest.fixture(scope="module")
-def picture(model: ServedModel) -> bytes:
-    """The same file from stages in this process."""
+def expected_file(model: ServedModel) -> bytes:
+    """The equal file, from stages in this process."""
     alone = LocalFleet(model)
     (item,) = alone.media(None, NO_IMAGES, **GIVEN).items
     alone.close()
     return item.data.numpy().tobytes()
 
 
-def test_no_slot_has_a_standard_name(model: ServedModel) -> None:
+def test_no_name_of_the_family_is_standard(model: ServedModel) -> None:
     standard = {
         slot
         for contract in (
@@ -166,7 +166,7 @@ def test_no_slot_has_a_standard_name(model: ServedModel) -> None:
     assert not {role for stage in stages for role in stage.modules} & {"transformer", "scheduler", "vae"}
 
 
-def test_costs_follow_what_stages_declare(model: ServedModel) -> None:
+def test_costs_follow_the_stages_declarations(model: ServedModel) -> None:
     params = InputValidationStage(model).run({**GIVEN, "height": 64, "width": 40, "num_outputs_per_prompt": 2}).params
     pixels = 64 * 40 * 2
     assert costs_of(model.services, params) == {
@@ -178,7 +178,7 @@ def test_costs_follow_what_stages_declare(model: ServedModel) -> None:
 
 
 def test_progress_and_download(
-    store_url: str, model: ServedModel, picture: bytes, monkeypatch: pytest.MonkeyPatch
+    store_url: str, model: ServedModel, expected_file: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(running: Running) -> None:
         name = await running.submit()
@@ -193,12 +193,12 @@ def test_progress_and_download(
         assert painting == sorted(painting)
         assert (painting[0], painting[-1]) == ((0, STEPS), (STEPS, STEPS))
         assert progress == {name: [(0, 1), (1, 1)] for name in ("toy_reading", "toy_mixing", "toy_framing")}
-        assert await result_of(running.stub, name) == picture
+        assert await result_of(running.stub, name) == expected_file
 
-    run(store_url, model, monkeypatch, test)
+    run_on_family(store_url, model, monkeypatch, test)
 
 
-def test_a_cancelled_request_stops_within_a_step(
+def test_cancelled_request_stops_within_a_step(
     store_url: str, model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(running: Running) -> None:
@@ -211,11 +211,11 @@ def test_a_cancelled_request_stops_within_a_step(
         record = (await running.stub.GetRequest(pb.GetRequestRequest(request_id=name))).request
         assert record.steps_saved == STEPS - STOPPED_AT
 
-    run(store_url, model, monkeypatch, test)
+    run_on_family(store_url, model, monkeypatch, test)
 
 
-def test_another_worker_resumes_at_a_checkpoint(
-    store_url: str, model: ServedModel, picture: bytes, monkeypatch: pytest.MonkeyPatch
+def test_another_worker_resumes_from_a_checkpoint(
+    store_url: str, model: ServedModel, expected_file: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(running: Running) -> None:
         running.loop.stops.set()
@@ -228,6 +228,6 @@ def test_another_worker_resumes_at_a_checkpoint(
         first, second = running.loop.starts
         assert first == 0
         assert second in range(1, STOPPED_AT + 1)
-        assert await result_of(running.stub, name) == picture
+        assert await result_of(running.stub, name) == expected_file
 
-    run(store_url, model, monkeypatch, test)
+    run_on_family(store_url, model, monkeypatch, test)

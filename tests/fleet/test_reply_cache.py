@@ -1,8 +1,7 @@
-"""Kept replies: byte-equal to computed ones, given to equal inputs only, and never more of them than fit."""
+"""The reply cache: cached replies equal computed ones, inputs must be equal, and the size is bounded."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
+from async_tests import run_within
 from common.artifacts import Conditioning, Latents, Prompt, Sampling
 from common.codec import pack, unpack
 from common.errors import InvalidInput
@@ -32,7 +32,7 @@ from stage_server import RecordedCall, Served, StageInput, artifacts, packets, s
 SEED = "sampling.seed"
 
 
-def cache(max_bytes: int = 1 << 20, *, model: str = "m", indifferent_to: tuple[str, ...] = ()) -> ReplyCache:
+def new_cache(max_bytes: int = 1 << 20, *, model: str = "m", indifferent_to: tuple[str, ...] = ()) -> ReplyCache:
     return ReplyCache(max_bytes, service="s", model=model, indifferent_to=indifferent_to)
 
 
@@ -45,22 +45,22 @@ def packed(**slots: Any) -> dict[str, Packet]:
     return {slot: pack(slot, artifact, TORCH) for slot, artifact in slots.items()}
 
 
-def test_the_latest_used_stay_within_the_bound() -> None:
-    kept = cache(3 * (1000 + 256))
+def test_cache_evicts_least_recently_used_replies() -> None:
+    cache = new_cache(3 * (1000 + 256))
     for name in (b"a", b"b", b"c"):
-        kept.put(name, (bytes(400), bytes(600)))
-    assert kept.get(b"a") == (bytes(400), bytes(600))
-    kept.put(b"d", (bytes(1000),))
-    assert kept.get(b"b") is None
-    assert [kept.get(name) is not None for name in (b"a", b"c", b"d")] == [True] * 3
-    kept.put(b"huge", (bytes(4000),))
-    assert kept.get(b"huge") is None
-    assert kept.used_bytes == 3 * 1256 <= kept.max_bytes
-    kept.put(b"e", (bytes(3000),))
-    assert (kept.get(b"a"), kept.used_bytes) == (None, 3256)
+        cache.put(name, (bytes(400), bytes(600)))
+    assert cache.get(b"a") == (bytes(400), bytes(600))
+    cache.put(b"d", (bytes(1000),))
+    assert cache.get(b"b") is None
+    assert [cache.get(name) is not None for name in (b"a", b"c", b"d")] == [True] * 3
+    cache.put(b"huge", (bytes(4000),))
+    assert cache.get(b"huge") is None
+    assert cache.used_bytes == 3 * 1256 <= cache.max_bytes
+    cache.put(b"e", (bytes(3000),))
+    assert (cache.get(b"a"), cache.used_bytes) == (None, 3256)
 
 
-def test_every_bit_of_the_inputs_is_in_the_key() -> None:
+def test_cache_key_covers_every_bit_of_the_inputs() -> None:
     prompt = Prompt(prompt="a", max_sequence_length=8)
     sampling = Sampling(num_inference_steps=2, seed=1)
     tensor = torch.arange(30_000, dtype=torch.float32)
@@ -80,18 +80,18 @@ def test_every_bit_of_the_inputs_is_in_the_key() -> None:
         given | {"text": Conditioning(prompt_embeds={"x": tensor[:10]})},
         {"prompt": prompt, "sampling": sampling},
     ]
-    keep = cache(indifferent_to=(SEED,))
-    keys = [keep.key(packed(**variant)) for variant in variants]
+    keyed = new_cache(indifferent_to=(SEED,))
+    keys = [keyed.key(packed(**variant)) for variant in variants]
     assert len(set(keys)) == len(variants)
-    assert keep.key(packed(**dict(reversed(given.items())))) == keys[0]
+    assert keyed.key(packed(**dict(reversed(given.items())))) == keys[0]
     reseeded = packed(**given | {"sampling": replace(sampling, seed=2)})
-    assert keep.key(reseeded) == keys[0]
+    assert keyed.key(reseeded) == keys[0]
     assert unpack("sampling", Sampling, reseeded["sampling"]).seed == 0
-    assert cache().key(packed(**given | {"sampling": replace(sampling, seed=2)})) not in keys
+    assert new_cache().key(packed(**given | {"sampling": replace(sampling, seed=2)})) not in keys
 
 
-class Counted:
-    """A script that counts its runs and tells things on the way."""
+class CountingScript:
+    """A script that records its calls, and reports a warning and progress."""
 
     def __init__(self) -> None:
         self.seeds: list[int] = []
@@ -100,18 +100,20 @@ class Counted:
         self.seeds.append(x.sampling.seed)
         if x.sampling.num_inference_steps == 13:
             raise InvalidInput("no")
-        call.warn("prompt", "cut")
+        call.warn("prompt", "truncated")
         call.progress(1, 1)
 
 
-def serve(test: Callable[[Served, Counted], Awaitable[None]], kept: ReplyCache) -> None:
-    async def main() -> None:
-        script = Counted()
-        async with asyncio.timeout(60), served(script, cache=kept) as stage:
+def run_with_cache(test: Callable[[Served, CountingScript], Awaitable[None]], cache: ReplyCache) -> None:
+    """Run a test on a scripted stage with a reply cache."""
+
+    async def on_stage() -> None:
+        script = CountingScript()
+        async with served(script, cache=cache) as stage:
             await test(stage, script)
             assert not stage.servicer.in_flight
 
-    asyncio.run(main())
+    run_within(60, on_stage)
 
 
 def latents_of(outputs: Any) -> torch.Tensor:
@@ -119,10 +121,10 @@ def latents_of(outputs: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("count", [10, 300_000])
-def test_a_call_whose_inputs_came_before_gets_the_same_and_computes_nothing(count: int) -> None:
+def test_repeated_inputs_are_answered_from_the_cache(count: int) -> None:
     name = f"again-{count}"
 
-    async def test(stage: Served, script: Counted) -> None:
+    async def test(stage: Served, script: CountingScript) -> None:
         found = []
         for seed in (1, 1, 2):
             recorded = RecordedCall()
@@ -134,16 +136,16 @@ def test_a_call_whose_inputs_came_before_gets_the_same_and_computes_nothing(coun
         assert torch.equal(found[0][0], artifacts(count)["initial_latents"].parts["image"].latents * 3)
         for latents, warnings, progress in found[1:]:
             assert torch.equal(latents, found[0][0])
-            assert (warnings, progress) == ([("prompt", "cut")], [(1, 1)])
+            assert (warnings, progress) == ([("prompt", "truncated")], [(1, 1)])
         assert (lookups(name, "hit"), lookups(name, "miss")) == (2, 1)
         await stage.runner()(packets(count, sampling=Sampling(num_inference_steps=4, seed=1)), RecordedCall().call())
         assert script.seeds == [0, 0]
 
-    serve(test, cache(8 << 20, model=name, indifferent_to=(SEED,)))
+    run_with_cache(test, new_cache(8 << 20, model=name, indifferent_to=(SEED,)))
 
 
-def test_failures_and_what_is_too_large_are_not_kept() -> None:
-    async def test(stage: Served, script: Counted) -> None:
+def test_failures_and_large_replies_are_not_cached() -> None:
+    async def test(stage: Served, script: CountingScript) -> None:
         for _ in range(2):
             with pytest.raises(InvalidInput):
                 await stage.runner()(
@@ -152,10 +154,10 @@ def test_failures_and_what_is_too_large_are_not_kept() -> None:
             await stage.runner()(packets(300_000), RecordedCall().call())
         assert len(script.seeds) == 4
 
-    serve(test, cache(100_000))
+    run_with_cache(test, new_cache(100_000))
 
 
-def test_text_encoding_alone_keeps_replies() -> None:
+def test_only_text_encoding_caches_replies() -> None:
     assert (
         ImageTextEncodingStage.indifferent_to
         == TextEncodingStage.indifferent_to
@@ -164,7 +166,7 @@ def test_text_encoding_alone_keeps_replies() -> None:
     assert DenoisingStage.indifferent_to is DecodingStage.indifferent_to is None
 
 
-def test_a_worker_answers_from_its_cache_what_it_would_compute(store_url: str) -> None:
+def test_cached_replies_of_a_worker_equal_computed_ones(store_url: str) -> None:
     model = open_model("emoji", load_registry())
     spec = model.service("text_encoding")
 
@@ -178,7 +180,7 @@ def test_a_worker_answers_from_its_cache_what_it_would_compute(store_url: str) -
         conditioning = unpack("text_conditioning", Conditioning, outputs["text_conditioning"], TORCH)
         return dict(conditioning.prompt_embeds), recorded.warnings
 
-    async def main() -> None:
+    async def test() -> None:
         found = []
         before = {result: lookups("emoji", result, "text_encoding") for result in ("hit", "miss")}
         for reply_cache_bytes in (0, 64 << 20):
@@ -194,9 +196,9 @@ def test_a_worker_answers_from_its_cache_what_it_would_compute(store_url: str) -
                     found.append([await encode(runner, each) for each in (*asked, *again)])
             finally:
                 await worker.stop(5)
-        computed, kept = found
+        computed, cached = found
         assert any(warnings for _, warnings in computed)
-        for (embeds, warnings), (other_embeds, other_warnings) in zip(computed, kept, strict=True):
+        for (embeds, warnings), (other_embeds, other_warnings) in zip(computed, cached, strict=True):
             assert warnings == other_warnings
             assert embeds.keys() == other_embeds.keys()
             assert all(torch.equal(embeds[name], other_embeds[name]) for name in embeds)
@@ -204,4 +206,4 @@ def test_a_worker_answers_from_its_cache_what_it_would_compute(store_url: str) -
         for result, count in before.items():
             assert lookups("emoji", result, "text_encoding") - count == 3
 
-    asyncio.run(main())
+    run_within(60, test)

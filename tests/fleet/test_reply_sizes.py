@@ -1,4 +1,4 @@
-"""Every RPC of GenerationService with the largest data that it can hold: no message reaches gRPC's default of 4 MiB."""
+"""Every RPC of GenerationService with the largest data: no message reaches gRPC's default limit of 4 MiB."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Case: TypeAlias = Callable[[Stub, str], Awaitable[list[Message]]]
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def unsynced_url() -> Iterator[str]:
     with running_server("valkey", "--appendfsync", "no") as server:
         yield server.url
 
 
 def largest() -> pb.SubmitRequest:
-    """A request whose texts are as long as they may be."""
+    """A request with texts of the largest length."""
     text = artifacts_pb2.ParamValue(string_value=LONGEST_TEXT)
     parameters = pb.GenerationParameters(
         prompt=LONGEST_TEXT,
@@ -48,20 +48,20 @@ def largest() -> pb.SubmitRequest:
 
 
 def warn_and_fail(call: Call) -> None:
-    """A stage that sends far more and longer warnings than a record can hold, and then fails at length."""
+    """A stage that sends more and longer warnings than a record stores, and fails with a long message."""
     for _ in range(100):
         call.warn(SIGN * 1_000, SIGN * 10_000)
     raise FailedPrecondition(SIGN * 100_000, field=SIGN * 10_000)
 
 
 def warn(call: Call) -> None:
-    """A stage that sends warnings of the longest kind."""
+    """A stage that sends warnings of the largest length."""
     for _ in range(100):
         call.warn(SIGN * 1_000, SIGN * 10_000)
 
 
 async def store_records(redis: Redis, record: pb.RequestRecord) -> None:
-    """More requests like a given one."""
+    """Store RECORDS copies of a record."""
     store = RequestStore(redis)
     for number in range(RECORDS):
         copy = pb.RequestRecord()
@@ -71,7 +71,7 @@ async def store_records(redis: Redis, record: pb.RequestRecord) -> None:
 
 
 async def announce_groups(redis: Redis, model: str) -> None:
-    """Workers with degrees, as large as they can be, without the heartbeats of that many processes."""
+    """Announce GROUPS worker groups with the largest metadata, without processes and heartbeats."""
     most = 2**32 - 1
     degrees = worker_pb2.Degrees(tp=most, ulysses=most, ring=most, cfg=most)
     async with redis.pipeline(transaction=False) as pipeline:
@@ -150,18 +150,18 @@ CASES: dict[str, Case] = {
 }
 
 
-def test_no_reply_reaches_the_size_that_grpc_clients_take_by_default(url: str) -> None:
+def test_all_replies_are_below_grpcs_default_limit(unsynced_url: str) -> None:
     service = pb.DESCRIPTOR.services_by_name["GenerationService"]
-    assert [method.name for method in service.methods] == list(CASES), "give each RPC a case"
+    assert [method.name for method in service.methods] == list(CASES), "an RPC has no case"
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         fleet.scripts["denoising"].work = warn
         fleet.scripts["decoding"].result_bytes = RESULT_BYTES
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         request_id = (await stub.Submit(largest())).request.request_id
         assert (await terminal(stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
-        async with connect(url) as redis:
+        async with connect(unsynced_url) as redis:
             record = (await stub.GetRequest(pb.GetRequestRequest(request_id=request_id))).request
             await store_records(redis, record)
             sizes = {
@@ -169,15 +169,15 @@ def test_no_reply_reaches_the_size_that_grpc_clients_take_by_default(url: str) -
                 for name, case in CASES.items()
                 if name != "ListModels"
             }
-            await announce_groups(redis, fleet.model.name)  # last, as no request can run on them
+            await announce_groups(redis, fleet.model.name)  # last, as requests cannot run on them
             sizes["ListModels"] = max(reply.ByteSize() for reply in await list_models(stub, request_id))
         assert {name: size for name, size in sizes.items() if size >= GRPC_DEFAULT} == {}
 
-    run_on_fleet(url, story)
+    run_on_fleet(unsynced_url, scenario)
 
 
-def test_an_error_that_a_record_holds_is_short(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_error_in_a_record_is_truncated(unsynced_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         fleet.scripts["denoising"].work = warn_and_fail
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
@@ -187,4 +187,4 @@ def test_an_error_that_a_record_holds_is_short(url: str) -> None:
         assert len(last.state_change.error.message) == 2_048 // 3
         assert last.ByteSize() < 16 << 10
 
-    run_on_fleet(url, story)
+    run_on_fleet(unsynced_url, scenario)

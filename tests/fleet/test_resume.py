@@ -1,8 +1,8 @@
-"""SIGKILL while a request denoises, of its worker at any step, or of its coordinator too: its result keeps its bytes.
+"""SIGKILL of a request's worker, or of worker and coordinator, at any denoising step does not change the result.
 
-At SIGTERM the worker hands the request over. All processes are real, for Flux (Euler), for Wan (UniPC, whose solver has
-a history), for an image request of Wan 2.2 TI2V, whose latents at the end are not those of the last step, and for
-GLM-Image, whose worker before denoising dies.
+At SIGTERM, the worker hands the request over. All processes are real. Families: Flux (Euler), Wan (UniPC, whose solver
+has a history), an image request of Wan 2.2 TI2V, whose first frame is replaced after the last step, and GLM-Image,
+whose before_denoising worker is killed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FAMILIES = {
     "flux": Family("emoji", {"height": 384, "width": 384}, b"\x89PNG"),
     "wan": Family("emoji-video", {"num_frames": 17}, b"\x00\x00\x00"),
 }
-# Its steps are quick, so that there are more of them.
+# Quick steps, hence more of them.
 TI2V = Family(
     "ti2v",
     {"height": 256, "width": 384, "num_frames": 9, "num_inference_steps": 3 * STEPS},
@@ -36,7 +36,7 @@ TI2V = Family(
 )
 
 
-# Its 640 prior tokens take longer than the few steps, and longer than their progress needs to arrive here.
+# The 640 prior tokens take longer than the few steps, and longer than the delivery of their progress.
 GLM_IMAGE = Family(
     "glm",
     {"height": 512, "width": 768, "num_inference_steps": 2},
@@ -48,8 +48,8 @@ GLM_IMAGE = Family(
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_a_death_in_the_middle_changes_no_byte(family: Family) -> None:
-    async def story() -> None:
+def test_lost_processes_do_not_change_the_result(family: Family) -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(150), served(family) as fleet:
             stub = fleet.stubs[0]
             whole, steps = await fleet.result(stub, await fleet.submit(stub))
@@ -59,7 +59,7 @@ def test_a_death_in_the_middle_changes_no_byte(family: Family) -> None:
                 again, steps = await fleet.result(stub, await fleet.submit(stub), kill_at, fleet.kill_worker)
                 assert again == whole
                 assert resumed_at(steps) > kill_at, steps
-            # A worker that leaves has time to finish, and hands the request over: no step is done twice.
+            # A worker that receives SIGTERM hands the request over: no step is computed twice.
             name = await fleet.submit(stub)
             again, steps = await fleet.result(stub, name, STEPS // 2, fleet.end_worker)
             assert again == whole
@@ -68,18 +68,18 @@ def test_a_death_in_the_middle_changes_no_byte(family: Family) -> None:
             assert done == sorted(set(done)), steps
             assert not await command(fleet.redis, "HGET", f"fleet:request:{name}", "deaths")
             assert not await fleet.redis.keys("fleet:checkpoint:*")
-            # Its coordinator dies too: what the next one goes on from, it has from the store.
+            # The coordinator is killed, too: the next one resumes from the stored step checkpoint.
             again, steps = await fleet.result(stub, await fleet.submit(fleet.stubs[1]), STEPS // 2, fleet.kill_both)
             assert again == whole
             assert resumed_at(steps) > fleet.stored_step > 0, steps
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_an_image_request_resumes_to_the_same_bytes() -> None:
-    """The checkpoint has the loop's own first frame; that of the image is put back at the end."""
+def test_resumed_image_request_has_equal_bytes() -> None:
+    """The checkpoint has the loop's first frame; the image's first frame replaces it after the last step."""
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(90), served(TI2V) as fleet:
             (stub,) = fleet.stubs
             whole, steps = await fleet.result(stub, await fleet.submit(stub))
@@ -90,13 +90,13 @@ def test_an_image_request_resumes_to_the_same_bytes() -> None:
             assert again == whole
             assert resumed_at(steps) > kill_at, steps
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_prior_tokens_are_sampled_again_after_a_death() -> None:
-    """They have no checkpoint: another worker begins with the first one, and its draws are those of the seed."""
+def test_prior_tokens_are_sampled_again_after_a_loss() -> None:
+    """Prior tokens have no checkpoint: another worker samples them all, with equal draws from the seed."""
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(90), served(GLM_IMAGE) as fleet:
             (stub,) = fleet.stubs
             whole, tokens = await fleet.result(stub, await fleet.submit(stub))
@@ -106,4 +106,4 @@ def test_prior_tokens_are_sampled_again_after_a_death() -> None:
             assert again == whole
             assert tokens.count(0) == 2, tokens
 
-    asyncio.run(story())
+    asyncio.run(scenario())

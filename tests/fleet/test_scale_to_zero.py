@@ -18,8 +18,8 @@ from services.cli.status import _status
 WAITS = "no worker of {} runs; the request waits for one"
 
 
-def test_requests_wait_for_the_first_worker_of_each_service_and_watch_says_so(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_requests_wait_for_workers_and_watch_reports_a_warning(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         coordinator, stub = await fleet.add_coordinator(worker_wait_seconds=30.0)
         async with open_channel(coordinator.address) as channel:
             stub_of_health: Any = health_pb2_grpc.HealthStub(channel)
@@ -41,11 +41,11 @@ def test_requests_wait_for_the_first_worker_of_each_service_and_watch_says_so(st
         assert last.state_change.state == pb.REQUEST_STATE_SUCCEEDED
         assert sorted(warned) == sorted(WAITS.format(service) for service in SERVICES), "once for each service"
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_request_that_finds_its_workers_has_no_warning(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_request_with_live_workers_has_no_warning(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         name = (await stub.Submit(submission())).request.request_id
@@ -53,13 +53,13 @@ def test_a_request_that_finds_its_workers_has_no_warning(store_url: str) -> None
         assert events[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         assert not [event for event in events if event.HasField("warning")]
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_worker_of_another_checkpoint_is_refused_and_shown(
+def test_worker_with_another_checkpoint_is_refused_and_listed(
     store_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         coordinator, stub = await fleet.add_coordinator()
         worker = await fleet.add_worker("denoising")
         other = worker_pb2.WorkerInfo()
@@ -80,4 +80,4 @@ def test_a_worker_of_another_checkpoint_is_refused_and_shown(
         assert line.split()[:3] == ["emoji", "denoising", other.worker_id]
         assert f"this one has {other.model_fingerprint}" in line
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)

@@ -31,13 +31,13 @@ def target(**changed: str) -> pb.ScaledObjectRef:
 
 
 class Keda:
-    """An autoscaler's stub of the external scaler."""
+    """A stub of the external scaler, as an autoscaler uses it."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.stub: Any = externalscaler_pb2_grpc.ExternalScalerStub(channel)
 
     async def value(self, **changed: str) -> float:
-        """The present value of the target's metric."""
+        """The current value of the target's metric."""
         (found,) = (await self.stub.GetMetrics(pb.GetMetricsRequest(scaledObjectRef=target(**changed)))).metricValues
         assert found.metricValue >= found.metricValueFloat
         return float(found.metricValueFloat)
@@ -48,15 +48,15 @@ class Keda:
 
 
 async def keda(fleet: FakeFleet, **settings: Any) -> tuple[Keda, Any]:
-    """A coordinator with the scaler: its autoscaler's side, and its clients' stub."""
+    """Start a coordinator with the scaler; returns the scaler's and the public API's stubs."""
     coordinator, stub = await fleet.add_coordinator(scaler_listen=f"unix:{fleet.directory}/scaler.sock", **settings)
     channel = open_channel(coordinator.scaler_address)
     fleet._stack.push_async_callback(channel.close)
     return Keda(channel), stub
 
 
-def test_a_request_without_workers_activates_its_stages_within_a_second(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_queued_request_activates_its_stages_within_a_second(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         scaler, stub = await keda(fleet)
         activity = aiter(scaler.stub.StreamIsActive(target()))
         assert not (await anext(activity)).result
@@ -78,30 +78,30 @@ def test_a_request_without_workers_activates_its_stages_within_a_second(store_ur
         await wait_until(nothing_is_queued)
         assert time.monotonic() - ended < 1
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_stage_that_is_needed_for_a_moment_only_is_pushed_as_active(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_short_activity_of_a_stage_is_pushed(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         scaler, stub = await keda(fleet)
         activity = aiter(scaler.stub.StreamIsActive(target(stage="text_encoding")))
         assert not (await anext(activity)).result
-        for _ in range(3):  # each needs the stage for much less than the time between two reads
+        for _ in range(3):  # each needs the stage for less than the polling interval
             name = (await stub.Submit(submission())).request.request_id
             assert (await anext(activity)).result
             assert not (await anext(activity)).result
             await terminal(stub, name)
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_waiting_and_running_requests_count_by_what_the_worker_computed(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_metric_is_the_remaining_measured_time_of_requests(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
 
         def steps(call: Call) -> None:
-            """Half of the steps, of 0.02 s each; then wait, and do the rest."""
+            """Run half of the steps, of 0.02 s each, wait at the gate, and run the others."""
             for step in range(1, STEPS + 1):
                 time.sleep(0.02)
                 call.progress(step, STEPS)
@@ -119,11 +119,11 @@ def test_waiting_and_running_requests_count_by_what_the_worker_computed(store_ur
         names = [(await stub.Submit(request)).request.request_id for _ in range(3)]
         whole = STEPS * 0.02
 
-        async def half_of_one_and_two_more_are_left() -> bool:
+        async def two_and_a_half_requests_remain() -> bool:
             queued, wanted = await scaler.value(metricName="queued_seconds"), await scaler.value()
             return queued > 2.4 * whole and wanted - 4 == pytest.approx(queued * 2 / 2.5, rel=0.01)
 
-        await wait_until(half_of_one_and_two_more_are_left)
+        await wait_until(two_and_a_half_requests_remain)
         assert await scaler.value(targetSeconds="0.001") == pytest.approx(0.003)
         services = {each.service: each for each in (await _model(stub)).services}
         assert services["denoising"].queued_seconds > 2.4 * whole
@@ -133,7 +133,7 @@ def test_waiting_and_running_requests_count_by_what_the_worker_computed(store_ur
             await terminal(stub, name)
         assert await scaler.value() == 0
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 async def _model(stub: Stub) -> generation_pb2.Model:
@@ -141,8 +141,8 @@ async def _model(stub: Stub) -> generation_pb2.Model:
     return model
 
 
-def test_the_assumed_time_counts_until_something_is_measured(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_metric_uses_the_assumed_time_until_a_measurement(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         scaler, stub = await keda(fleet, assumed_seconds=7.0)
         await stub.Submit(submission())
 
@@ -154,18 +154,18 @@ def test_the_assumed_time_counts_until_something_is_measured(store_url: str) -> 
         services = {each.service: each for each in (await _model(stub)).services}
         assert services["text_encoding"].unmeasured
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_the_metric_has_the_seconds_of_one_replica(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         scaler, _ = await keda(fleet)
         (spec,) = (await scaler.stub.GetMetricSpec(target())).metricSpecs
         assert (spec.metricName, spec.targetSize, spec.targetSizeFloat) == ("wanted_seconds", 4, 4.0)
         pushed = await anext(aiter(scaler.stub.StreamMetricSpec(target())))
         assert list(pushed.metricSpecs) == [spec]
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,10 @@ def test_the_metric_has_the_seconds_of_one_replica(store_url: str) -> None:
         ({"metricName": "x"}, "INVALID_ARGUMENT", "is not wanted_seconds or queued_seconds"),
     ],
 )
-def test_wrong_metadata_is_refused_by_every_rpc(store_url: str, changed: dict[str, str], code: str, words: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_invalid_metadata_is_refused_by_every_rpc(
+    store_url: str, changed: dict[str, str], code: str, words: str
+) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         scaler, _ = await keda(fleet)
         reference = target(**changed)
         calls = [
@@ -196,11 +198,11 @@ def test_wrong_metadata_is_refused_by_every_rpc(store_url: str, changed: dict[st
             assert error_of(result)[0] == code
             assert words in (result.details() or "")
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def test_two_coordinators_report_the_same(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         scaler, stub = await keda(fleet)
         other, _ = await fleet.add_coordinator(scaler_listen=f"unix:{fleet.directory}/scaler-2.sock")
         channel = open_channel(other.scaler_address)
@@ -214,10 +216,10 @@ def test_two_coordinators_report_the_same(store_url: str) -> None:
         await wait_until(three_wait)
         assert await Keda(channel).value(stage="text_encoding") == await scaler.value(stage="text_encoding") == 12.0
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_callers_of_the_scaler_show_a_certificate_of_the_fleet(store_url: str, tmp_path: Path) -> None:
+def test_scaler_requires_a_certificate_of_the_fleet(store_url: str, tmp_path: Path) -> None:
     authority, others = Authority(tmp_path / "fleet"), Authority(tmp_path / "others", "somebody else")
 
     async def outcome(address: str, credentials: grpc.ChannelCredentials) -> str:
@@ -228,7 +230,7 @@ def test_callers_of_the_scaler_show_a_certificate_of_the_fleet(store_url: str, t
                 return error.code().name
         return "OK"
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         files = tls_files(authority, "coordinator")
         coordinator, _ = await fleet.add_coordinator(scaler_listen="127.0.0.1:0", **files)
         address = coordinator.scaler_address
@@ -236,4 +238,4 @@ def test_callers_of_the_scaler_show_a_certificate_of_the_fleet(store_url: str, t
         assert await outcome(address, mutual(authority, others.issue("keda"))) == "UNAVAILABLE"
         assert await outcome(address, channel_credentials(read_authority(authority.ca))) == "UNAVAILABLE"
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)

@@ -25,21 +25,21 @@ STAGES = ("text_encoding", "image_encoding", "latent_preparation", "denoising", 
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
-    """Only its variant for images uses image_encoding."""
+    """The twin model; only its variant "image" uses image_encoding."""
     with twin_family(tmp_path_factory.mktemp("plugins")) as plugins:
         path = build_twin_checkpoint(tmp_path_factory.mktemp("models") / "twin")
         yield open_model(str(path), load_registry(plugins))
 
 
 def request(**images: bytes) -> generation_pb2.SubmitRequest:
-    """A request whose images choose the variant."""
+    """A request; its images select the variant."""
     return generation_pb2.SubmitRequest(
         parameters=parameters_message({"prompt": "a leaf"}, list(images.items()), ".png")
     )
 
 
-def test_a_stage_that_the_variant_of_a_request_does_not_use_needs_no_worker(store_url: str, twin: ServedModel) -> None:
-    async def story() -> None:
+def test_stage_unused_by_a_variant_needs_no_worker(store_url: str, twin: ServedModel) -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(60), running_fleet(store_url, twin) as fleet:
             coordinator, stub = await fleet.add_coordinator(scaler_listen=f"unix:{fleet.directory}/scaler.sock")
             async with open_channel(coordinator.scaler_address) as channel:
@@ -69,4 +69,4 @@ def test_a_stage_that_the_variant_of_a_request_does_not_use_needs_no_worker(stor
 
                 await wait_until(none_is_active)
 
-    asyncio.run(story())
+    asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""A family from a plugin directory is served by real processes over real gRPC, with no edit anywhere in this tree."""
+"""Real processes serve a family of a plugin directory, without changes to this tree."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FLEET = (sys.executable, "-m", "services.cli")
 
 @dataclass(frozen=True)
 class Served:
-    """A fleet of processes that serves one model of the toy family, and the directories that it was given."""
+    """A fleet of processes that serves a model of the toy family, and its directories."""
 
     endpoint: str
     environ: dict[str, str]
@@ -38,7 +38,7 @@ class Served:
     plugins: Path
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a `fleet` command against it. It needs no plugin: the fleet has them."""
+        """Run a `fleet` command at the fleet, without plugins in the command's process."""
         environ = {name: value for name, value in self.environ.items() if name != "FLEET_PLUGINS"}
         return subprocess.run(
             [*FLEET, *arguments, f"--endpoint={self.endpoint}"],
@@ -52,9 +52,9 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    # Where the Hugging Face cache keeps a repository: the model is named by it.
+    # The directory layout of the Hugging Face cache: the model's name is the repository's.
     checkpoint = build_toy_checkpoint(tmp_path_factory.mktemp("toy") / "models--acme--toy-1.0/snapshots/0a1b2c")
-    # A short path, as sockets lie in it.
+    # A short path, as paths of Unix sockets must be short.
     temporary = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
     with toy_family(tmp_path_factory.mktemp("toy") / "plugins") as plugins:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
@@ -89,7 +89,7 @@ def fleet_up(environ: dict[str, str], model: str) -> Iterator[str]:
         process.communicate(timeout=60)
 
 
-def test_its_tensors_are_those_of_one_process(served: Served, tmp_path: Path) -> None:
+def test_plugin_family_tensors_equal_those_of_one_process(served: Served, tmp_path: Path) -> None:
     output = tmp_path / "red.safetensors"
     words = (
         "generate",
@@ -113,15 +113,15 @@ def test_its_tensors_are_those_of_one_process(served: Served, tmp_path: Path) ->
     assert all(torch.equal(drawn[name], expected[name]) for name in expected)
 
 
-def test_it_draws_pictures_by_its_own_defaults(served: Served, tmp_path: Path) -> None:
+def test_plugin_family_uses_its_own_defaults(served: Served, tmp_path: Path) -> None:
     output = tmp_path / "red.png"
     done = served.run("generate", "red", f"--output={output}")
     assert done.returncode == 0, done.stderr
-    with Image.open(output) as picture:
-        assert (picture.format, picture.size) == ("PNG", (32, 32))
+    with Image.open(output) as image:
+        assert (image.format, image.size) == ("PNG", (32, 32))
 
 
-def test_its_parameters_are_listed(served: Served) -> None:
+def test_plugin_family_parameters_are_listed(served: Served) -> None:
     done = served.run("models")
     assert done.returncode == 0, done.stderr
     assert f"{NAME} (ToyPipeline)" in done.stdout
@@ -136,7 +136,7 @@ def test_its_parameters_are_listed(served: Served) -> None:
         ("--width=7", "width: 7 is not at least 8"),
     ],
 )
-def test_its_own_bounds_hold(served: Served, tmp_path: Path, word: str, message: str) -> None:
+def test_plugin_family_parameters_are_validated(served: Served, tmp_path: Path, word: str, message: str) -> None:
     done = served.run("generate", "red", word, f"--output={tmp_path / 'red.png'}")
     assert done.returncode == 2
     assert message in done.stderr

@@ -1,8 +1,7 @@
-"""Two text encoders that share their replies: the second gives what the first computed, byte for byte."""
+"""Text encoders with a shared reply cache: the second worker returns the first worker's replies bit for bit."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from prometheus_client import REGISTRY
 
-from async_tests import wait_until
+from async_tests import run_within, wait_until
 from common.artifacts import Conditioning, Prompt, Sampling
 from common.codec import pack, unpack
 from common.rpc.client import RemoteRunner, open_channel
@@ -25,17 +24,17 @@ from services.worker_settings import CachingSettings
 from stage_server import RecordedCall
 
 MODEL = open_model("emoji", load_registry())
-LONG = "a red apple " * 90  # is cut, with a warning
+LONG = "a red apple " * 90  # is truncated with a warning
 
 
 @dataclass
 class Encoder:
-    """A worker, as its caller sees it."""
+    """A caller of a text encoding worker."""
 
     runner: RemoteRunner
 
     async def encode(self, text: str) -> tuple[dict[str, torch.Tensor], list[Any]]:
-        """Embeddings of a prompt, and the warnings that came with them."""
+        """Embeddings and warnings of a prompt."""
         recorded = RecordedCall()
         given = {
             "prompt": pack("prompt", Prompt(prompt=text, max_sequence_length=64), TORCH),
@@ -48,7 +47,7 @@ class Encoder:
 
 @asynccontextmanager
 async def encoders(url: str, *dtypes: str) -> AsyncIterator[list[Encoder]]:
-    """Workers that share all they compute; each has encoded something, and so knows what that takes."""
+    """Workers that share all replies; each has encoded one prompt, by which it knows the cost of a reply."""
     async with AsyncExitStack() as stack:
         found = []
         for number, dtype in enumerate(dtypes):
@@ -66,7 +65,7 @@ async def encoders(url: str, *dtypes: str) -> AsyncIterator[list[Encoder]]:
             channel = await stack.enter_async_context(open_channel(worker.address))
             contract = MODEL.service("text_encoding").contract
             encoder = Encoder(RemoteRunner(channel, "text_encoding", contract))
-            await encoder.encode(f"to begin with, {number}")
+            await encoder.encode(f"warm-up {number}")
             found.append(encoder)
         yield found
 
@@ -81,54 +80,50 @@ def hits() -> float:
     return REGISTRY.get_sample_value("fleet_shared_reply_cache_lookups_total", labels) or 0.0
 
 
-def run(test: Callable[[RedisServer], Awaitable[None]]) -> None:
-    async def main(server: RedisServer) -> None:
-        async with asyncio.timeout(60):
-            await test(server)
-
+def run_on_store(test: Callable[[RedisServer], Awaitable[None]]) -> None:
     with running_server("valkey") as server:
-        asyncio.run(main(server))
+        run_within(60, lambda: test(server))
 
 
-async def kept(url: str, count: int) -> None:
-    """Until so many replies are in the store."""
+async def wait_for_replies(url: str, count: int) -> None:
+    """Wait until the store has `count` replies."""
 
-    async def so_many() -> bool:
+    async def are_stored() -> bool:
         async with connect(url) as redis:
             return len(await redis.keys("fleet:reply:*")) == count
 
-    await wait_until(so_many)
+    await wait_until(are_stored)
 
 
-def test_what_one_worker_encoded_another_does_not_encode_again() -> None:
-    async def story(server: RedisServer) -> None:
+def test_worker_reuses_replies_of_another_worker() -> None:
+    async def scenario(server: RedisServer) -> None:
         async with encoders(server.url, "float32", "float32", "bfloat16") as (one, other, rounded):
             texts = ("a red apple", LONG)
             first = [await one.encode(text) for text in texts]
-            await kept(server.url, 5)
+            await wait_for_replies(server.url, 5)
             before, found = computed(), hits()
             for text, (embeds, warnings) in zip(texts, first, strict=True):
-                for _ in range(2):  # from the store, and then from its own memory
+                for _ in range(2):  # from the store, then from memory
                     again, repeated = await other.encode(text)
                     assert repeated == warnings
                     assert embeds.keys() == again.keys()
                     assert all(torch.equal(embeds[name], again[name]) for name in embeds)
             assert any(warnings for _, warnings in first)
             assert (computed(), hits()) == (before, found + 2)
-            await rounded.encode("a red apple")  # other numerics have other replies
+            await rounded.encode("a red apple")  # replies of other numerics are not shared
             assert (computed(), hits()) == (before + 1, found + 2)
 
-    run(story)
+    run_on_store(scenario)
 
 
-def test_without_the_store_workers_encode_by_themselves() -> None:
-    async def story(server: RedisServer) -> None:
+def test_workers_compute_replies_without_the_store() -> None:
+    async def scenario(server: RedisServer) -> None:
         async with encoders(server.url, "float32", "float32") as (one, other):
             embeds, _ = await one.encode("a red apple")
-            await kept(server.url, 3)
+            await wait_for_replies(server.url, 3)
             server.kill()
             again, _ = await other.encode("a red apple")
             assert all(torch.equal(embeds[name], again[name]) for name in embeds)
             server.start()
 
-    run(story)
+    run_on_store(scenario)

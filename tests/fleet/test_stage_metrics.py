@@ -1,4 +1,4 @@
-"""A call at a stage service: its attempt is measured with its bytes, and its stages belong to the call's trace."""
+"""Metrics and traces of stage calls: attempts with their bytes, and stages within the call's trace."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from prometheus_client import REGISTRY
 
+from async_tests import run_within
 from common.errors import InvalidInput
 from common.stage import Call
 from common.trace_context import Span, TraceContext, current_trace_id, entered
@@ -30,35 +31,35 @@ def _ended(status: str) -> dict[str, float]:
     }
 
 
-def test_an_attempt_is_measured_with_its_bytes() -> None:
-    async def story() -> None:
+def test_attempt_is_measured_with_its_bytes() -> None:
+    async def scenario() -> None:
         async with served() as stage:
             await stage.runner()(packets(_NUMBERS), stage.recorded.call())
 
     before = _ended("OK")
-    asyncio.run(story())
+    run_within(60, scenario)
     after = _ended("OK")
     assert after["count"] - before["count"] == 1
     for direction in ("sent", "received"):
         assert _BYTES < after[direction] - before[direction] < 1.01 * _BYTES
 
 
-def test_an_attempt_that_fails_is_measured_with_its_status() -> None:
+def test_failed_attempt_is_measured_with_its_status() -> None:
     def fail(_: StageInput, call: Call) -> None:
         raise InvalidInput(f"request {call.request_id} is wrong")
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with served(fail) as stage:
             with pytest.raises(InvalidInput):
                 await stage.runner()(packets(8), stage.recorded.call())
 
     before = _ended("INVALID_ARGUMENT")["count"]
-    asyncio.run(story())
+    run_within(60, scenario)
     assert _ended("INVALID_ARGUMENT")["count"] - before == 1
 
 
-def test_an_attempt_that_is_cancelled_is_measured() -> None:
-    async def story() -> None:
+def test_cancelled_attempt_is_measured() -> None:
+    async def scenario() -> None:
         entered, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def wait(_: StageInput, call: Call) -> None:
@@ -74,29 +75,29 @@ def test_an_attempt_that_is_cancelled_is_measured() -> None:
                 await task
 
     before = _ended("CANCELLED")["count"]
-    asyncio.run(story())
+    run_within(60, scenario)
     assert _ended("CANCELLED")["count"] - before == 1
 
 
 def test_stages_run_in_the_trace_of_their_call() -> None:
     found: list[str | None] = []
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with served(lambda *_: found.append(current_trace_id())) as stage:
             with entered(Span(TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"))):
                 await stage.runner()(packets(8), stage.recorded.call())
 
-    asyncio.run(story())
+    run_within(60, scenario)
     assert found == ["4bf92f3577b34da6a3ce929d0e0e4736"]
 
 
 @pytest.mark.parametrize(("sent", "tokens"), [(4_096, 4_096), (0, 0)])
-def test_the_tokens_of_a_step_come_with_the_call(sent: int, tokens: int) -> None:
+def test_number_of_tokens_is_sent_with_the_call(sent: int, tokens: int) -> None:
     found: list[int] = []
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with served(lambda _, call: found.append(call.tokens)) as stage:
             await stage.runner()(packets(8), stage.recorded.call(tokens=sent))
 
-    asyncio.run(story())
+    run_within(60, scenario)
     assert found == [tokens]

@@ -1,4 +1,4 @@
-"""Stages behind real servers: what they compute, what they report, how they end."""
+"""Stages behind real servers: results, reports, errors, limits, cancellation and draining."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2
 
-from async_tests import wait_until
+from async_tests import run_within, wait_until
 from common.artifacts import Conditioning, Latents, Sampling, StepCheckpoint
 from common.codec import unpack
 from common.errors import (
@@ -72,7 +72,7 @@ def test_remote_and_local_runners_are_bit_equal(count: int) -> None:
     run_served(test)
 
 
-def test_unix_socket_goes_with_its_server(tmp_path: Path) -> None:
+def test_unix_socket_is_removed_with_its_server(tmp_path: Path) -> None:
     path = tmp_path / "stage.sock"
 
     async def test(stage: Served) -> None:
@@ -84,7 +84,7 @@ def test_unix_socket_goes_with_its_server(tmp_path: Path) -> None:
     run_served(test, listen=f"unix:{path}")
 
 
-def test_reports_come_in_order_and_checkpoints_hold_what_was() -> None:
+def test_reports_arrive_in_order_and_checkpoints_are_snapshots() -> None:
     def script(x: StageInput, call: Call) -> None:
         call.warn("prompt", "cut “off”")
         call.progress(1, 2)
@@ -106,7 +106,7 @@ def test_reports_come_in_order_and_checkpoints_hold_what_was() -> None:
 
 
 def test_both_runners_report_the_same_to_a_call() -> None:
-    """Exchanging them loses neither checkpoints nor progress, warnings or the start of the stages."""
+    """Both report the start of the stages, progress, warnings and checkpoints."""
 
     def script(x: StageInput, call: Call) -> None:
         call.warn("prompt", "cut")
@@ -140,7 +140,7 @@ def test_both_runners_report_the_same_to_a_call() -> None:
     run_served(test, script)
 
 
-def test_of_quick_steps_the_first_and_the_last_are_reported() -> None:
+def test_first_and_last_of_quick_steps_are_reported() -> None:
     def script(x: StageInput, call: Call) -> None:
         del x
         for step in range(1, 6):
@@ -166,7 +166,7 @@ def test_cancelling_the_task_stops_the_stage_within_a_step() -> None:
         gate.opened.set()
         await wait_until(lambda: bool(gate.cancelled_within))
         assert gate.cancelled_within == [True]
-        await stage.runner()(packets(), stage.recorded.call())  # The worker lives.
+        await stage.runner()(packets(), stage.recorded.call())  # the worker still serves
 
     run_served(test, gate)
 
@@ -203,7 +203,7 @@ def test_a_deadline_stops_the_stage() -> None:
         (KeyError("x"), InternalError, "KeyError: 'x'"),
     ],
 )
-def test_what_a_stage_raises_is_what_the_caller_gets(error: Exception, kind: type[FleetError], words: str) -> None:
+def test_stage_errors_reach_the_caller(error: Exception, kind: type[FleetError], words: str) -> None:
     failures = [error]
 
     def script(_: StageInput, call: Call) -> None:
@@ -215,12 +215,12 @@ def test_what_a_stage_raises_is_what_the_caller_gets(error: Exception, kind: typ
         with pytest.raises(kind, match=words) as caught:
             await stage.runner()(packets(), stage.recorded.call())
         assert caught.value.field == (error.field if isinstance(error, FleetError) else "")
-        await stage.runner()(packets(), stage.recorded.call())  # The worker lives.
+        await stage.runner()(packets(), stage.recorded.call())  # the worker still serves
 
     run_served(test, script)
 
 
-def test_capacity_is_the_servers_truth() -> None:
+def test_calls_beyond_the_capacity_are_refused() -> None:
     gate = Gate()
 
     async def test(stage: Served) -> None:
@@ -230,13 +230,13 @@ def test_capacity_is_the_servers_truth() -> None:
             await stage.runner()(packets(), stage.recorded.call())
         gate.opened.set()
         await first
-        for _ in range(20):  # The place is free by the time that the answer is there.
+        for _ in range(20):  # the slot is free when the caller has the result
             await stage.runner()(packets(8), stage.recorded.call())
 
     run_served(test, gate)
 
 
-def test_buffers_are_used_again_and_never_shared() -> None:
+def test_buffers_are_reused_and_never_shared() -> None:
     kept: list[torch.Tensor] = []
 
     def script(x: StageInput, call: Call) -> None:
@@ -254,7 +254,7 @@ def test_buffers_are_used_again_and_never_shared() -> None:
     run_served(test, script)
 
 
-def test_a_slot_that_nobody_reads_or_wants_is_refused() -> None:
+def test_unread_and_missing_slots_are_refused() -> None:
     async def test(stage: Served) -> None:
         with pytest.raises(InvalidInput, match="canvas is present, but") as caught:
             await stage.runner()(packets(canvas=CANVAS), stage.recorded.call())
@@ -269,7 +269,7 @@ def test_a_slot_that_nobody_reads_or_wants_is_refused() -> None:
     run_served(test)
 
 
-def test_a_call_may_not_carry_more_than_the_limit() -> None:
+def test_call_size_is_bounded() -> None:
     async def test(stage: Served) -> None:
         with pytest.raises(ResourceExhausted, match=r"initial_latents\.parts\.image\.latents brings"):
             await stage.runner()(packets(), stage.recorded.call())
@@ -278,7 +278,7 @@ def test_a_call_may_not_carry_more_than_the_limit() -> None:
     run_served(test, limits=ServicerLimits(call=CallLimits(total_bytes=1000)))
 
 
-def test_a_reply_may_not_carry_more_than_the_limit() -> None:
+def test_reply_size_is_bounded() -> None:
     async def test(stage: Served) -> None:
         with pytest.raises(ResourceExhausted, match="denoised_latents"):
             await stage.runner(limits=CallLimits(total_bytes=1000))(packets(), stage.recorded.call())
@@ -286,7 +286,7 @@ def test_a_reply_may_not_carry_more_than_the_limit() -> None:
     run_served(test)
 
 
-def test_a_header_that_no_worker_takes_is_reported_before_it_is_sent() -> None:
+def test_too_large_header_is_refused_before_it_is_sent() -> None:
     async def test(stage: Served) -> None:
         sampling = Sampling(num_inference_steps=1, seed=1, params={"text": "x" * (17 << 20)})
         with pytest.raises(ResourceExhausted, match="sampling makes a header of") as caught:
@@ -296,7 +296,7 @@ def test_a_header_that_no_worker_takes_is_reported_before_it_is_sent() -> None:
     run_served(test)
 
 
-def test_a_socket_left_behind_is_taken_over(tmp_path: Path) -> None:
+def test_stale_socket_file_is_replaced(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "x.sock"))
 
@@ -306,7 +306,7 @@ def test_a_socket_left_behind_is_taken_over(tmp_path: Path) -> None:
     run_served(test, listen=f"unix:{tmp_path}/x.sock")
 
 
-def test_a_silent_caller_is_given_up() -> None:
+def test_silent_caller_times_out() -> None:
     async def test(stage: Served) -> None:
         call: Any = stage.channel.stream_stream("/fleet.v1.DenoisingService/Denoise")()
         with pytest.raises(grpc.aio.AioRpcError, match=r"no frame came for 0\.1 s"):
@@ -316,7 +316,7 @@ def test_a_silent_caller_is_given_up() -> None:
     run_served(test, limits=ServicerLimits(idle_seconds=0.1))
 
 
-def test_a_contract_beyond_the_rpc_starts_nothing() -> None:
+def test_contract_that_does_not_fit_the_rpc_is_refused() -> None:
     class Odd:
         contract = Contract("Odd", {"canvas": "Prompt"}, {})
 
@@ -332,7 +332,7 @@ def test_a_contract_beyond_the_rpc_starts_nothing() -> None:
         StageServicer("denoising", Odd(), executor, TORCH)
 
 
-def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
+def test_draining_finishes_running_calls_and_refuses_new_ones() -> None:
     gate = Gate()
 
     async def test(stage: Served) -> None:
@@ -354,8 +354,8 @@ def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
     run_served(test, gate)
 
 
-def test_a_call_that_is_handed_over_ends_as_unavailable_with_its_checkpoint() -> None:
-    """A call that has not begun ends at once. Coordinators of before know the status, and try another worker."""
+def test_handed_over_call_ends_as_unavailable_with_its_checkpoint() -> None:
+    """A call that has not begun ends immediately. Older coordinators retry UNAVAILABLE at another worker."""
     reached, opened = threading.Event(), threading.Event()
 
     def script(x: StageInput, call: Call) -> None:
@@ -387,13 +387,13 @@ def test_a_call_that_is_handed_over_ends_as_unavailable_with_its_checkpoint() ->
             await running
         assert len(stage.recorded.checkpoints) == 1
         (seconds,) = computed
-        assert 0 < seconds < 60, "of the call that had begun"
+        assert 0 < seconds < 60, "only the begun call is measured"
         assert not stage.servicer.running()
 
     run_served(test, script, limits=ServicerLimits(capacity=2))
 
 
-def test_draining_ends_at_the_grace_time() -> None:
+def test_draining_ends_after_the_grace_period() -> None:
     gate = Gate()
 
     async def test(stage: Served) -> None:
@@ -414,7 +414,7 @@ async def health(channel: grpc.aio.Channel, service: str = "") -> Any:
     return (await check(health_pb2.HealthCheckRequest(service=service).SerializeToString())).status
 
 
-def test_closing_the_channel_is_no_cancel_of_the_task() -> None:
+def test_closed_channel_is_unavailable_and_not_cancelled() -> None:
     gate = Gate()
 
     async def test(stage: Served) -> None:
@@ -430,8 +430,8 @@ def test_closing_the_channel_is_no_cancel_of_the_task() -> None:
     run_served(test, gate)
 
 
-def test_an_address_that_cannot_be_had_is_reported(tmp_path: Path) -> None:
-    async def main() -> None:
+def test_unusable_address_is_reported(tmp_path: Path) -> None:
+    async def test() -> None:
         first, second = FleetServer("127.0.0.1:0"), FleetServer(f"unix:{tmp_path}/x.sock")
         for listen, words in (
             (await first.start(), "Address already in use"),
@@ -450,7 +450,7 @@ def test_an_address_that_cannot_be_had_is_reported(tmp_path: Path) -> None:
         await first.drain(0)
         await second.drain(0)
 
-    asyncio.run(main())
+    run_within(60, test)
 
 
 @pytest.mark.parametrize(
@@ -464,15 +464,17 @@ def test_an_address_that_cannot_be_had_is_reported(tmp_path: Path) -> None:
         ("0.0.0.0:5", "redis://no.such.host.invalid", "127.0.0.1:5"),
     ],
 )
-def test_a_wildcard_is_advertised_as_the_store_sees_it(bound: str, towards: str, found: str) -> None:
+def test_wildcard_address_is_advertised_as_the_interface_towards_the_store(
+    bound: str, towards: str, found: str
+) -> None:
     assert advertised_address(bound, towards) == found
 
 
-def test_nobody_there_is_unavailable() -> None:
-    async def main() -> None:
+def test_missing_server_is_unavailable() -> None:
+    async def test() -> None:
         async with open_channel("127.0.0.1:1") as channel:
             contract = HostedStages("denoising", [ScriptedStage()]).contract
             with pytest.raises(Unavailable):
                 await RemoteRunner(channel, "denoising", contract)(packets(), Call("r"))
 
-    asyncio.run(main())
+    run_within(60, test)

@@ -1,4 +1,4 @@
-"""`fleet status` at a running fleet: the live view on a terminal, what scripts get, and who sees what."""
+"""`fleet status` at a running fleet: the live view on a terminal, output for scripts, and callers' permissions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import struct
 import sys
 import termios
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -33,14 +33,8 @@ COMMAND = (sys.executable, "-m", "services.cli", "status")
 ENTER, LEAVE, SHOW_CURSOR = "\x1b[?1049h", "\x1b[?1049l", "\x1b[?25h"
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
-
-
 class Terminal:
-    """A process with a terminal, and all that it has written there."""
+    """A process on a pseudoterminal, and its output."""
 
     def __init__(self, process: Process, leader: int) -> None:
         self.process = process
@@ -53,7 +47,7 @@ class Terminal:
     def _read(self) -> None:
         try:
             read = os.read(self._leader, 1 << 16)
-        except OSError:  # Linux's way to say that nobody has the terminal open any more
+        except OSError:  # EIO: Linux reports it when the process has closed the terminal
             read = b""
         self.written += read.decode(errors="replace")
         self._more.set()
@@ -62,19 +56,19 @@ class Terminal:
             self._ended.set()
 
     def resize(self, width: int, height: int) -> None:
-        """Change the size, as a terminal's window does."""
+        """Resize the terminal, and send SIGWINCH."""
         fcntl.ioctl(self._leader, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
         self.process.send_signal(signal.SIGWINCH)
 
     @property
     def screen(self) -> list[str]:
-        """The lines of the newest complete view, without styles."""
+        """The lines of the latest complete view, without styles."""
         frames = self.written.split("\x1b[H")
         shown = frames[-1] if "\n" in frames[-1] else frames[-2]
         return re.sub(r"\x1b\[[0-9;?]*[a-z]", "", shown.replace("\r", "")).split("\n")
 
     async def until(self, is_shown: Callable[[str], bool]) -> list[str]:
-        """The first screen whose text fulfils the condition."""
+        """Wait for a screen whose text fulfils the condition; returns its lines."""
         async with asyncio.timeout(30):
             while "\x1b[H" not in self.written or not is_shown("\n".join(self.screen)):
                 assert not self._ended.is_set(), self.written
@@ -83,7 +77,7 @@ class Terminal:
         return self.screen
 
     async def end(self) -> int:
-        """The exit code, after Ctrl-C."""
+        """Send SIGINT; returns the exit code."""
         self.process.send_signal(signal.SIGINT)
         code = await self.process.wait()
         await self._ended.wait()
@@ -92,7 +86,7 @@ class Terminal:
 
 @asynccontextmanager
 async def on_terminal(*words: str, width: int = 120, height: int = 40) -> AsyncIterator[Terminal]:
-    """`fleet status` on a terminal of that size."""
+    """Run `fleet status` on a terminal of this size."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
     environ = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -110,8 +104,8 @@ async def on_terminal(*words: str, width: int = 120, height: int = 40) -> AsyncI
         os.close(leader)
 
 
-async def held_up(fleet: FakeFleet, **settings: Any) -> tuple[str, Any, Gate, str]:
-    """A fleet whose only denoiser waits at a gate: endpoint, stub, the gate, and the request that runs there."""
+async def fleet_with_gate(fleet: FakeFleet, **settings: Any) -> tuple[str, Any, Gate, str]:
+    """Start a fleet whose only denoiser waits at a gate; returns endpoint, stub, gate and the running request's id."""
     gate = Gate()
     for service in OTHERS:
         await fleet.add_worker(service)
@@ -122,9 +116,9 @@ async def held_up(fleet: FakeFleet, **settings: Any) -> tuple[str, Any, Gate, st
     return coordinator.address, stub, gate, first
 
 
-def test_the_live_view_follows_requests_and_the_terminal(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
-        endpoint, stub, gate, first = await held_up(fleet)
+def test_the_live_view_follows_requests_and_the_terminal(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
+        endpoint, stub, gate, first = await fleet_with_gate(fleet)
         async with on_terminal("--endpoint", endpoint, "--interval", "0.2") as shown:
             await shown.until(lambda text: f"{first} RUNNING" in text and "denoising 0/20 (0%) on denoising-" in text)
             second = (await stub.Submit(submission("a pear"))).request.request_id
@@ -147,15 +141,15 @@ def test_the_live_view_follows_requests_and_the_terminal(url: str) -> None:
             assert SHOW_CURSOR in shown.written
             assert "Traceback" not in shown.written
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
 def _is_as_wide(width: int, text: str) -> bool:
     return cell_len(text.partition("\n")[0]) == width
 
 
-def test_a_coordinator_that_is_unavailable_and_comes_back(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_live_view_survives_an_unavailable_coordinator(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         listen = f"unix:{fleet.directory}/public.sock"
         coordinator = await fleet.start_process(listen)
         async with on_terminal("--endpoint", listen, "--interval", "0.1") as shown:
@@ -165,17 +159,17 @@ def test_a_coordinator_that_is_unavailable_and_comes_back(url: str) -> None:
             lines = await shown.until(lambda text: "UNAVAILABLE since" in text)
             assert re.match(r"UNAVAILABLE since \d\d:\d\d:\d\d UTC, last data \d\d:\d\d:\d\d UTC", lines[1])
             assert any("no fleet answers at" in line for line in lines)
-            assert any("latent_preparation" in line for line in lines)  # the last data
+            assert any("latent_preparation" in line for line in lines)  # the last received data
             await fleet.start_process(listen)
             await shown.until(lambda text: "UNAVAILABLE" not in text and "every 0.1 s" in text)
             assert await shown.end() == 0
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_on_a_terminal_once_is_plain_and_ends(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
-        endpoint, _, gate, first = await held_up(fleet)
+def test_once_on_a_terminal_prints_plain_text(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
+        endpoint, _, gate, first = await fleet_with_gate(fleet)
         async with on_terminal("--endpoint", endpoint, "--once") as shown:
             assert await shown.process.wait() == 0
             await shown._ended.wait()
@@ -184,14 +178,14 @@ def test_on_a_terminal_once_is_plain_and_ends(url: str) -> None:
             assert re.search(rf"^{first} +\d+s +denoising 0/20 \(0%\) on denoising-", shown.written, re.MULTILINE)
         gate.opened.set()
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_json_lines_go_on_without_the_store() -> None:
+def test_json_lines_continue_without_the_store() -> None:
     with running_server("valkey") as server:
 
-        async def story(fleet: FakeFleet) -> None:
-            endpoint, _, gate, first = await held_up(fleet)
+        async def scenario(fleet: FakeFleet) -> None:
+            endpoint, _, gate, first = await fleet_with_gate(fleet)
             words = ("--endpoint", endpoint, "--json", "--interval", "0.1")
             process = await asyncio.create_subprocess_exec(*COMMAND, *words, stdout=PIPE, stderr=PIPE)
             assert process.stdout is not None
@@ -217,16 +211,16 @@ def test_json_lines_go_on_without_the_store() -> None:
             assert (process.returncode, error) == (0, b"")
             gate.opened.set()
 
-        run_on_fleet(server.url, story)
+        run_on_fleet(server.url, scenario)
 
 
-def test_one_document_and_a_fleet_that_is_not_there(url: str, tmp_path: Path) -> None:
+def test_one_document_is_printed_and_missing_fleet_is_an_error(store_url: str, tmp_path: Path) -> None:
     async def run(*words: str) -> tuple[bytes, bytes, int | None]:
         process = await asyncio.create_subprocess_exec(*COMMAND, *words, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
         output, error = await process.communicate()
         return output, error, process.returncode
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
         output, error, code = await run("--endpoint", coordinator.address, "--json")
         assert (code, error) == (0, b"")
@@ -237,16 +231,16 @@ def test_one_document_and_a_fleet_that_is_not_there(url: str, tmp_path: Path) ->
             assert (code, output) == (1, b"")
             assert error.startswith(b"fleet status: no fleet answers at")
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_caller_sees_its_own_requests_and_the_queue_before_them(url: str, tmp_path: Path) -> None:
+def test_caller_gets_its_own_requests_with_queue_positions(store_url: str, tmp_path: Path) -> None:
     keys = tmp_path / "keys.toml"
     names = ("ann", "bob")
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
     keys.write_text("".join(f'[callers.{name}]\nkey_sha256 = ["{digests[name]}"]\n' for name in names))
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         for service in OTHERS:
             await fleet.add_worker(service)
@@ -276,11 +270,11 @@ def test_a_caller_sees_its_own_requests_and_the_queue_before_them(url: str, tmp_
         gate.opened.set()
         await terminal_of(stub, mine, bearer["bob"])
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
 async def terminal_of(stub: Any, name: str, metadata: tuple[tuple[str, str], ...]) -> None:
-    """Wait for a request's end."""
+    """Wait until a request has ended."""
     async for _ in stub.Watch(pb.WatchRequest(request_id=name), metadata=metadata):
         pass
 
@@ -293,8 +287,8 @@ async def terminal_of(stub: Any, name: str, metadata: tuple[tuple[str, str], ...
         ({"page_size": 1_001}, "page_size"),
     ],
 )
-def test_a_listing_with_activities_has_one_page_of_all_states(url: str, fields: dict[str, Any], field: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_listing_with_activities_refuses_paging_and_state(store_url: str, fields: dict[str, Any], field: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.ListRequests(pb.ListRequestsRequest(with_activity=True, **fields))
@@ -302,11 +296,11 @@ def test_a_listing_with_activities_has_one_page_of_all_states(url: str, fields: 
         answer = await stub.ListRequests(pb.ListRequestsRequest(with_activity=True, model="unknown"))
         assert not answer.requests
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_dead_worker_is_counted_and_its_request_goes_on_elsewhere(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_dead_worker_is_counted_and_its_request_continues(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         for service in OTHERS:
             await fleet.add_worker(service)
@@ -331,4 +325,4 @@ def test_a_dead_worker_is_counted_and_its_request_goes_on_elsewhere(url: str) ->
         await fleet.add_worker("denoising")
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)

@@ -1,4 +1,4 @@
-"""A coordinator with `store_replicas`: it accepts nothing, and ends nothing, that no replica of the store has."""
+"""A coordinator with `store_replicas`: requests are accepted and ended only if a replica of the store has the write."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fleet.v1 import generation_pb2 as pb
 from sentinel_servers import Replicated, replicated_servers
 
 
-def test_a_request_counts_once_a_replica_has_it() -> None:
-    async def story(fleet: FakeFleet, servers: Replicated) -> None:
+def test_request_is_accepted_and_ends_only_with_a_replica() -> None:
+    async def scenario(fleet: FakeFleet, servers: Replicated) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator(store_replicas=1)
         accepted = (await stub.Submit(submission())).request.request_id
@@ -26,13 +26,13 @@ def test_a_request_counts_once_a_replica_has_it() -> None:
             await stub.Submit(keyed)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         servers.continue_replica()
-        # The request was stored, and its caller asks for it again: it runs, and ends once the replica has its end.
+        # The primary has stored the request: a retry of its caller replays it, and it succeeds with the replica.
         again = await stub.Submit(keyed)
         assert again.replayed
         assert (await terminal(stub, again.request.request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
     with (
         tempfile.TemporaryDirectory(prefix="fleet-replicas-") as directory,
-        replicated_servers(Path(directory)) as all_,
+        replicated_servers(Path(directory)) as servers,
     ):
-        run_on_fleet(all_.url, lambda fleet: story(fleet, all_))
+        run_on_fleet(servers.url, lambda fleet: scenario(fleet, servers))

@@ -1,23 +1,21 @@
-"""Redis is killed and started again on its append-only file while requests are in every state: none is lost."""
+"""A killed Redis restarts from its append-only file while requests are in every state: no request is lost."""
 
 from __future__ import annotations
-
-import asyncio
 
 import grpc
 import pytest
 
 from async_tests import wait_until
 from common.state.connection import connect
-from coordinator_fleet import FakeFleet, Gate, emoji, error_of, running_fleet, submission, terminal
+from coordinator_fleet import FakeFleet, Gate, error_of, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from redis_servers import RedisServer
 
 TERMINAL = pb.REQUEST_STATE_SUCCEEDED
 
 
-def test_requests_that_wait_run_and_have_ended_outlive_a_killed_store(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_requests_in_every_state_survive_a_killed_store(each_server: RedisServer) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -28,7 +26,7 @@ def test_requests_that_wait_run_and_have_ended_outlive_a_killed_store(each_serve
         gate.opened.clear()
         gate.reached.clear()
         names = [(await stub.Submit(submission(idempotency_key=f"k{n}"))).request.request_id for n in range(5)]
-        await gate.wait_reached()  # one runs, others wait for the denoiser, or are under way to it
+        await gate.wait_reached()  # one runs, others are queued at the denoiser or in earlier stages
         each_server.kill()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Submit(submission())
@@ -51,8 +49,4 @@ def test_requests_that_wait_run_and_have_ended_outlive_a_killed_store(each_serve
 
         await wait_until(nothing_is_left)
 
-    async def main() -> None:
-        async with asyncio.timeout(60), running_fleet(each_server.url, emoji()) as fleet:
-            await story(fleet)
-
-    asyncio.run(main())
+    run_on_fleet(each_server.url, scenario)

@@ -1,12 +1,12 @@
-"""The fleet on a store that is reached over TLS."""
+"""A fleet with a store over TLS."""
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
 
+from async_tests import run_within
 from certificates import Authority
 from common.errors import InvalidInput, Unavailable
 from common.state.connection import connect, ping
@@ -18,14 +18,14 @@ from tls_store import tls_store
 
 
 @pytest.mark.parametrize("name", sorted(server_binaries()))
-def test_a_fleet_lives_on_a_store_that_is_reached_over_tls(name: str, fleet_ca: Authority, tmp_path: Path) -> None:
-    others, client = Authority(tmp_path, "somebody else"), fleet_ca.issue("coordinator")
+def test_fleet_works_with_a_store_over_tls(name: str, fleet_ca: Authority, tmp_path: Path) -> None:
+    others, client = Authority(tmp_path, "another authority"), fleet_ca.issue("coordinator")
 
-    async def main() -> None:
-        async with asyncio.timeout(60), tls_store(name, fleet_ca) as place:
-            url = f"rediss://{place}/0?ssl_certfile={client.cert}&ssl_keyfile={client.key}&ssl_ca_certs="
-            nobody = f"rediss://{place}/0?ssl_ca_certs={fleet_ca.ca}"
-            for wrong in (f"{url}{others.ca}", nobody, f"redis://{place}/0"):
+    async def test() -> None:
+        async with tls_store(name, fleet_ca) as address:
+            url = f"rediss://{address}/0?ssl_certfile={client.cert}&ssl_keyfile={client.key}&ssl_ca_certs="
+            without_certificate = f"rediss://{address}/0?ssl_ca_certs={fleet_ca.ca}"
+            for wrong in (f"{url}{others.ca}", without_certificate, f"redis://{address}/0"):
                 async with connect(wrong) as redis:
                     with pytest.raises(Unavailable):
                         await ping(redis)
@@ -36,7 +36,7 @@ def test_a_fleet_lives_on_a_store_that_is_reached_over_tls(name: str, fleet_ca: 
                 events = await terminal(stub, made.request_id)
                 assert events[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    asyncio.run(main())
+    run_within(60, test)
 
 
 def test_passwords_of_the_store_are_not_reported() -> None:

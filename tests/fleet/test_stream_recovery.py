@@ -1,4 +1,4 @@
-"""A video that streams: whichever process dies or stops, each byte is delivered once and no block is denoised again.
+"""A streamed video survives lost and stopped processes: each byte is delivered once, and no block is denoised twice.
 
 More faults, between blocks and with processes that stop: python tests/fleet/chaos/run_stream_faults.py
 """
@@ -21,8 +21,8 @@ from stream_faults import (
 )
 
 
-def test_each_byte_is_delivered_once_whichever_process_dies() -> None:
-    async def story() -> None:
+def test_each_byte_is_delivered_once_after_lost_processes() -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(150), served(CAUSAL) as fleet:
             whole = await undisturbed(fleet)
             await worker_fault(fleet, whole, "denoising", signal.SIGKILL, WITHIN)
@@ -33,4 +33,4 @@ def test_each_byte_is_delivered_once_whichever_process_dies() -> None:
             await slow_follower(fleet, whole)
             await coordinator_fault(fleet, whole, signal.SIGKILL, WITHIN)
 
-    asyncio.run(story())
+    asyncio.run(scenario())

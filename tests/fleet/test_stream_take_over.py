@@ -1,11 +1,11 @@
-"""A video that is watched while it is made outlives coordinators and decoders: the same bytes, each item once."""
+"""A streamed video survives lost coordinators and decoders: equal bytes, and each item is delivered once."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import grpc
 import pytest
 import torch
 
-from async_tests import wait_until
+from async_tests import run_within, wait_until
 from common.artifacts import MediaItem, StepCheckpoint
 from common.rpc.client import open_channel
 from common.stage import Call
@@ -25,7 +25,6 @@ from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 from models.catalog import open_model
 from models.registry import load_registry
-from redis_servers import RedisServer, running_server
 from services.cli import client as cli
 from services.cli.client import RequestFailed
 from services.cli.drawing import draw
@@ -35,14 +34,8 @@ ITEMS = 4
 MODEL = open_model("emoji-video", load_registry())
 
 
-@pytest.fixture
-def server() -> Iterator[RedisServer]:
-    with running_server("valkey") as server:
-        yield server
-
-
 def item_bytes(index: int) -> bytes:
-    """Item `index` of the video: large ones travel and are stored in chunks."""
+    """Item `index` of the video; large items are sent and stored in chunks."""
     return bytes([index + 1]) * (3 + index * 700_000)
 
 
@@ -51,14 +44,14 @@ VIDEO = b"".join(map(item_bytes, range(ITEMS)))
 
 @dataclass
 class VideoScript(Script):
-    """A decoder whose first call stops before item `stop_before`, until it is opened or cancelled; later ones go on."""
+    """A decoder whose first call waits before item `stop_before` until `opened` is set or the call is cancelled."""
 
     stop_before: int = ITEMS + 1
     stopped: threading.Event = field(default_factory=threading.Event)
     opened: threading.Event = field(default_factory=threading.Event)
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Emit the items, of one file or, raw, of one safetensors file."""
+        """Emit the items of one file."""
         assert "denoised_latents" in values
         self.calls.append(call.request_id)
         is_first = len(self.calls) == 1
@@ -76,14 +69,14 @@ class VideoScript(Script):
 
 
 class LoopScript(Script):
-    """A denoiser that sends a checkpoint of step 3, and notes the step at which each of its calls began."""
+    """A denoiser that sends a checkpoint of step 3, and records the first step of each call."""
 
     def __init__(self, common: Script, began: list[int]) -> None:
         super().__init__(common.contract)
         self.began = began
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Send the checkpoint, and end as the common script does."""
+        """Send the checkpoint, and return the outputs of the common script."""
         resumed = values.get("resume_from")
         self.began.append(resumed.step if resumed else 0)
         if not resumed:
@@ -110,7 +103,7 @@ class Case:
         assert await asyncio.to_thread(self.script.stopped.wait, 20)
 
     async def check(self, request_id: str) -> list[int]:
-        """The stored result is the video, each item of which was delivered once; their epochs."""
+        """Check that the stored result is the video and each item was delivered once; returns the items' epochs."""
         async with connect(self.fleet.url) as redis:
             store = RequestStore(redis)
             record = await store.get(request_id)
@@ -124,14 +117,14 @@ class Case:
             return [stored.epoch for stored in items]
 
 
-def run(server: RedisServer, test: Callable[[Case], Awaitable[None]], stop_before: int = ITEMS + 1) -> None:
-    async def whole() -> None:
-        async with asyncio.timeout(90), running_fleet(server.url, MODEL) as fleet:
+def run_on_video_fleet(url: str, test: Callable[[Case], Awaitable[None]], stop_before: int = ITEMS + 1) -> None:
+    async def on_fleet() -> None:
+        async with running_fleet(url, MODEL) as fleet:
             case = Case(fleet, stop_before)
             await test(case)
             case.script.opened.set()
 
-    asyncio.run(whole())
+    run_within(90, on_fleet)
 
 
 def given(**fields: Any) -> pb.SubmitRequest:
@@ -139,7 +132,7 @@ def given(**fields: Any) -> pb.SubmitRequest:
 
 
 async def follow(stub: Stub, request_id: str, received: list[bytes]) -> list[pb.FileHeader]:
-    """Download a growing file; its headers. The offset of each part is checked."""
+    """Download a growing file and check offsets; returns the headers."""
     headers: list[pb.FileHeader] = []
     request = pb.DownloadResultRequest(request_id=request_id, index=0, follow=True)
     async for response in stub.DownloadResult(request):
@@ -151,7 +144,7 @@ async def follow(stub: Stub, request_id: str, received: list[bytes]) -> list[pb.
     return headers
 
 
-async def until_received(received: list[bytes], size: int) -> None:
+async def wait_until_received(received: list[bytes], size: int) -> None:
     async def is_there() -> bool:
         return sum(map(len, received)) >= size
 
@@ -162,7 +155,7 @@ def delivered_before(stop_before: int) -> int:
     return sum(len(item_bytes(index)) for index in range(min(stop_before, ITEMS)))
 
 
-def test_a_video_is_streamed_and_stored(server: RedisServer) -> None:
+def test_a_video_is_streamed_and_stored(store_url: str) -> None:
     async def test(case: Case) -> None:
         await case.add_workers()
         _, stub = await case.fleet.add_coordinator()
@@ -171,7 +164,7 @@ def test_a_video_is_streamed_and_stored(server: RedisServer) -> None:
         received = b""
         while len(received) < delivered_before(2):
             received += (await anext(replies)).file_data.data
-        await case.wait_stopped()  # the rest is not made yet
+        await case.wait_stopped()  # the other items are not generated yet
         case.script.opened.set()
         rest = [each async for each in replies]
         assert received + b"".join(each.file_data.data for each in rest) == VIDEO
@@ -183,11 +176,11 @@ def test_a_video_is_streamed_and_stored(server: RedisServer) -> None:
         assert "file_data" not in kinds
         assert b"".join(each.data for each in whole) == VIDEO
 
-    run(server, test, stop_before=2)
+    run_on_video_fleet(store_url, test, stop_before=2)
 
 
 @pytest.mark.parametrize("stop_before", [0, 1, 3, ITEMS])
-def test_a_download_elsewhere_outlives_the_coordinator_that_drives(server: RedisServer, stop_before: int) -> None:
+def test_download_at_another_coordinator_survives_the_owners_loss(store_url: str, stop_before: int) -> None:
     async def test(case: Case) -> None:
         await case.add_workers()
         process = await case.start_process()
@@ -198,7 +191,7 @@ def test_a_download_elsewhere_outlives_the_coordinator_that_drives(server: Redis
             received: list[bytes] = []
             following = asyncio.create_task(follow(other, request_id, received))
             await case.wait_stopped()
-            await until_received(received, delivered_before(stop_before))
+            await wait_until_received(received, delivered_before(stop_before))
             process.kill()
             headers = await following
         assert b"".join(received) == VIDEO
@@ -209,14 +202,12 @@ def test_a_download_elsewhere_outlives_the_coordinator_that_drives(server: Redis
         events = await terminal(other, request_id)
         assert [each.item.item_index for each in events if each.HasField("item")] == list(range(ITEMS))
 
-    run(server, test, stop_before)
+    run_on_video_fleet(store_url, test, stop_before)
 
 
 @pytest.mark.parametrize(("stop_before", "resumed_at"), [(0, 0), (2, 3)])
-def test_a_take_over_continues_on_other_numerics_after_an_item(
-    server: RedisServer, stop_before: int, resumed_at: int
-) -> None:
-    """What was delivered stays: the loop is not started again on a worker that would give it other bytes."""
+def test_take_over_with_other_numerics_resumes_after_an_item(store_url: str, stop_before: int, resumed_at: int) -> None:
+    """After a delivered item, the loop resumes even with other numerics, as a restart would change delivered bytes."""
 
     async def test(case: Case) -> None:
         began: list[int] = []
@@ -229,7 +220,7 @@ def test_a_take_over_continues_on_other_numerics_after_an_item(
             received: list[bytes] = []
             await case.wait_stopped()
             following = asyncio.create_task(follow(stub, request_id, received))
-            await until_received(received, delivered_before(stop_before))
+            await wait_until_received(received, delivered_before(stop_before))
             process.kill()
             with pytest.raises(grpc.aio.AioRpcError):
                 await following
@@ -240,10 +231,10 @@ def test_a_take_over_continues_on_other_numerics_after_an_item(
         await case.check(request_id)
         assert began == [0, resumed_at]
 
-    run(server, test, stop_before)
+    run_on_video_fleet(store_url, test, stop_before)
 
 
-def test_a_coordinator_that_slept_delivers_nothing_late(server: RedisServer) -> None:
+def test_resumed_coordinator_delivers_nothing(store_url: str) -> None:
     async def test(case: Case) -> None:
         await case.add_workers()
         await case.fleet.add_worker("decoding")
@@ -255,10 +246,10 @@ def test_a_coordinator_that_slept_delivers_nothing_late(server: RedisServer) -> 
             received: list[bytes] = []
             following = asyncio.create_task(follow(other, request_id, received))
             await case.wait_stopped()
-            await until_received(received, delivered_before(2))
+            await wait_until_received(received, delivered_before(2))
             process.send_signal(signal.SIGSTOP)
             await following
-            case.script.opened.set()  # the sleeper's decoder makes items 2 and 3 too
+            case.script.opened.set()  # the stopped coordinator's decoder emits items 2 and 3, too
             process.send_signal(signal.SIGCONT)
             own = [each async for each in stub.DownloadResult(pb.DownloadResultRequest(request_id=request_id))]
         assert b"".join(received) == b"".join(each.data for each in own) == VIDEO
@@ -266,18 +257,18 @@ def test_a_coordinator_that_slept_delivers_nothing_late(server: RedisServer) -> 
         assert epochs[:2] == [1, 1]
         assert min(epochs[2:]) > 1
 
-    run(server, test, stop_before=2)
+    run_on_video_fleet(store_url, test, stop_before=2)
 
 
 @pytest.mark.parametrize("stop_before", [0, 2, ITEMS])
-def test_the_command_continues_where_its_coordinator_died(
-    server: RedisServer,
+def test_command_continues_after_its_coordinator_restarts(
+    store_url: str,
     stop_before: int,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The coordinator is started again at the same address; its request goes on."""
+    """The coordinator restarts at the same address, and its request continues."""
 
     async def soon(_: int) -> None:
         await asyncio.sleep(0.3)
@@ -302,13 +293,13 @@ def test_the_command_continues_where_its_coordinator_died(
             await case.start_process()
             assert await drawing == [output]
 
-    run(server, test, stop_before)
+    run_on_video_fleet(store_url, test, stop_before)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [VIDEO]
     assert "goes on; the connection was lost" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stop_before", [2, ITEMS])
-def test_a_decoder_that_dies_delivers_nothing_twice(server: RedisServer, stop_before: int) -> None:
+def test_lost_decoder_delivers_nothing_twice(store_url: str, stop_before: int) -> None:
     async def test(case: Case) -> None:
         workers = await case.add_workers()
         _, stub = await case.fleet.add_coordinator()
@@ -316,7 +307,7 @@ def test_a_decoder_that_dies_delivers_nothing_twice(server: RedisServer, stop_be
         received: list[bytes] = []
         following = asyncio.create_task(follow(stub, request_id, received))
         await case.wait_stopped()
-        await until_received(received, delivered_before(stop_before))
+        await wait_until_received(received, delivered_before(stop_before))
         await case.fleet.add_worker("decoding")
         await workers[-1].die()
         await following
@@ -324,10 +315,10 @@ def test_a_decoder_that_dies_delivers_nothing_twice(server: RedisServer, stop_be
         assert len(case.script.calls) == 2
         assert await case.check(request_id) == [1] * ITEMS
 
-    run(server, test, stop_before)
+    run_on_video_fleet(store_url, test, stop_before)
 
 
-def test_a_cancelled_request_ends_its_followers(server: RedisServer, tmp_path: Path) -> None:
+def test_a_cancelled_request_ends_its_followers(store_url: str, tmp_path: Path) -> None:
     async def test(case: Case) -> None:
         await case.add_workers()
         coordinator, stub = await case.fleet.add_coordinator()
@@ -337,7 +328,7 @@ def test_a_cancelled_request_ends_its_followers(server: RedisServer, tmp_path: P
             request_id = case.script.calls[0]
             received: list[bytes] = []
             following = asyncio.create_task(follow(stub, request_id, received))
-            await until_received(received, delivered_before(2))
+            await wait_until_received(received, delivered_before(2))
             await client.cancel(request_id)
             with pytest.raises(grpc.aio.AioRpcError, match="CANCELLED; only one that SUCCEEDED") as caught:
                 await following
@@ -348,11 +339,11 @@ def test_a_cancelled_request_ends_its_followers(server: RedisServer, tmp_path: P
             for key in await redis.keys("fleet:item:*"):
                 assert 0 < await redis.pttl(key) <= 60_000
 
-    run(server, test, stop_before=2)
+    run_on_video_fleet(store_url, test, stop_before=2)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_result_beyond_the_bound_fails(server: RedisServer) -> None:
+def test_a_result_beyond_the_bound_fails(store_url: str) -> None:
     async def test(case: Case) -> None:
         await case.add_workers()
         _, stub = await case.fleet.add_coordinator(max_result_bytes=delivered_before(3))
@@ -362,10 +353,10 @@ def test_a_result_beyond_the_bound_fails(server: RedisServer) -> None:
         assert (error.code, error.field) == ("RESOURCE_EXHAUSTED", "num_frames")
         assert [each.item.item_index for each in events if each.HasField("item")] == [0, 1, 2]
 
-    run(server, test)
+    run_on_video_fleet(store_url, test)
 
 
-def test_a_raw_stream_goes_to_its_caller_and_is_never_stored(server: RedisServer) -> None:
+def test_raw_stream_is_sent_and_never_stored(store_url: str) -> None:
     async def test(case: Case) -> None:
         await case.add_workers()
         _, stub = await case.fleet.add_coordinator()
@@ -378,4 +369,4 @@ def test_a_raw_stream_goes_to_its_caller_and_is_never_stored(server: RedisServer
         async with connect(case.fleet.url) as redis:
             assert not await redis.keys("fleet:item:*")
 
-    run(server, test)
+    run_on_video_fleet(store_url, test)

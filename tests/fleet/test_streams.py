@@ -1,4 +1,4 @@
-"""Streams between stages: the same items from both runners, read while they are made, within bounds of memory."""
+"""Streams between stages: both runners return equal items, which are read before the stream ends, in bounded memory."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class Served:
     channel: grpc.aio.Channel
 
     def runner(self) -> RemoteRunner:
-        """A runner that calls it."""
+        """A runner that calls the stage."""
         return RemoteRunner(self.channel, self.hosted.contract.name, self.hosted.contract)
 
 
 @asynccontextmanager
 async def served(hosted: HostedStages, capacity: int = 2, watchdog: Watchdog | None = None) -> AsyncIterator[Served]:
-    """Serve stages."""
+    """Serve stages in the block."""
     service = hosted.contract.name
     with ThreadPoolExecutor(1) as executor:
         server = FleetServer("127.0.0.1:0")
@@ -78,7 +78,7 @@ def unpacked(items: tuple[Any, ...]) -> tuple[MediaItem, ...]:
 
 
 async def local(values: Mapping[str, Any], call: Call, *hooks: Hook) -> tuple[MediaItem, ...]:
-    """The pipeline in this process."""
+    """Run the pipeline in this process."""
     before_block, before_item = hooks or (do_nothing, do_nothing)
     device = DeviceLock()
     with ThreadPoolExecutor(1) as executor:
@@ -91,7 +91,7 @@ async def local(values: Mapping[str, Any], call: Call, *hooks: Hook) -> tuple[Me
 
 @asynccontextmanager
 async def remote(*hooks: Hook, **more: Any) -> AsyncIterator[tuple[Served, Served]]:
-    """Both stages behind servers of their own."""
+    """Serve both stages, each behind its own server."""
     before_block, before_item = hooks or (do_nothing, do_nothing)
     async with AsyncExitStack() as stack:
         made = await stack.enter_async_context(served(producer(before_block), **more))
@@ -100,15 +100,15 @@ async def remote(*hooks: Hook, **more: Any) -> AsyncIterator[tuple[Served, Serve
 
 
 async def through(services: tuple[Served, Served], values: Mapping[str, Any], call: Call) -> tuple[MediaItem, ...]:
-    """The pipeline through both servers."""
+    """Run the pipeline through both servers."""
     runners: list[Runner] = [each.runner() for each in services]
     outputs = await run_pipeline(runners, packed(values), call, wanted=("media_items",))
     return unpacked(outputs["media_items"])
 
 
 @pytest.mark.parametrize("count", [16, 1 << 18, 3 << 20])
-def test_both_runners_give_the_same_items_checkpoints_and_progress(count: int) -> None:
-    """Small items ride in their frames, large ones follow in one chunk or several."""
+def test_both_runners_return_equal_items_and_checkpoints(count: int) -> None:
+    """Small items are inline in their frames; large items follow in chunks."""
 
     async def test() -> None:
         recorded: dict[str, list[Any]] = {"local": [], "remote": []}
@@ -126,20 +126,20 @@ def test_both_runners_give_the_same_items_checkpoints_and_progress(count: int) -
         ours = [state.step for state in recorded["local"]]
         theirs = [unpack("checkpoint", StepCheckpoint, state, TORCH).step for state in recorded["remote"]]
         assert ours == [*range(1, BLOCKS + 1)]
-        assert theirs[-1] == BLOCKS  # Those that were replaced while they waited are not sent.
+        assert theirs[-1] == BLOCKS  # a checkpoint that was replaced before it was sent is dropped
         assert theirs == sorted(set(theirs))
 
     run_within(60, test)
 
 
 @pytest.mark.parametrize("place", ["local", "remote"])
-def test_the_first_item_is_read_before_the_second_is_made(place: str) -> None:
+def test_first_item_is_read_before_the_second_is_computed(place: str) -> None:
     async def test() -> None:
         first_read = threading.Event()
 
         def before_block(index: int, call: Call) -> None:
             call.check_cancelled()
-            with call.waiting():  # The device belongs to the reader meanwhile.
+            with call.waiting():  # the reader may use the device
                 assert index != 1 or first_read.wait(30), "the reader waits for the end of the stream"
 
         def before_item(_: int, call: Call) -> None:
@@ -156,8 +156,8 @@ def test_the_first_item_is_read_before_the_second_is_made(place: str) -> None:
     run_within(60, test)
 
 
-def test_a_slow_reader_holds_its_writer_up_within_a_bound() -> None:
-    """Through both servers: what is emitted and not read is bounded by the buffers on the way, not by the stream."""
+def test_slow_reader_blocks_its_writer_after_a_bound() -> None:
+    """Through both servers: unread items are bounded by the buffers' sizes, not by the stream's length."""
 
     async def test() -> None:
         gate, made = Gate(0), []
@@ -174,7 +174,7 @@ def test_a_slow_reader_holds_its_writer_up_within_a_bound() -> None:
             while settled != len(made):
                 settled = len(made)
                 await asyncio.sleep(1.0)
-            assert settled < 12, f"{settled} of {blocks} blocks were made while the reader stood still"
+            assert settled < 12, f"{settled} of {blocks} blocks were computed while the reader waited"
             gate.opened.set()
             assert len(await running) == blocks
 
@@ -182,14 +182,14 @@ def test_a_slow_reader_holds_its_writer_up_within_a_bound() -> None:
 
 
 @pytest.mark.parametrize("place", ["local", "remote"])
-def test_an_error_of_the_reader_ends_the_writer(place: str) -> None:
+def test_error_of_the_reader_cancels_the_writer(place: str) -> None:
     async def test() -> None:
-        in_vain: list[int] = []
+        timed_out: list[int] = []
 
         def before_block(index: int, call: Call) -> None:
             with call.waiting():
                 if index == 2 and not call.cancelled.wait(20):
-                    in_vain.append(index)
+                    timed_out.append(index)
             call.check_cancelled()
 
         def before_item(_: int, __: Call) -> None:
@@ -200,13 +200,13 @@ def test_an_error_of_the_reader_ends_the_writer(place: str) -> None:
             with pytest.raises(InvalidInput, match="too dark"):
                 await (work if place == "remote" else local(request(), Call("r"), before_block, before_item))
             work.close()
-        assert not in_vain, "the writer waited for a cancel that never came"
+        assert not timed_out, "the writer was not cancelled"
 
     run_within(60, test)
 
 
-def test_a_cancelled_session_leaves_its_place_and_its_thread() -> None:
-    """Also one that waits for an item that never comes."""
+def test_cancelled_session_frees_its_slot_and_its_thread() -> None:
+    """The session waits for an item."""
 
     async def test() -> None:
         async with served(consumer(), capacity=1) as service:
@@ -239,7 +239,7 @@ def _ended() -> ItemBuffer:
 
 
 def test_sessions_share_their_device_item_by_item() -> None:
-    """Two streams on one worker: while one waits for its second item, the other one is decoded to its end."""
+    """Two streams on one worker: while one stream waits for its second item, the other is decoded completely."""
 
     async def test() -> None:
         async with served(consumer(), capacity=2) as service:
@@ -264,8 +264,8 @@ def test_sessions_share_their_device_item_by_item() -> None:
     run_within(60, test)
 
 
-def test_a_watchdog_does_not_judge_a_stage_that_waits_for_its_reader_or_its_writer() -> None:
-    """Both wait for longer than a stuck stage may be without a step."""
+def test_watchdog_ignores_time_spent_waiting_for_items() -> None:
+    """The stage waits for longer than hang_seconds."""
 
     async def test() -> None:
         watchdog = Watchdog(HangLimits(seconds=0.2, mean_steps=1.0, exit_seconds=60.0))
@@ -285,7 +285,7 @@ def test_a_watchdog_does_not_judge_a_stage_that_waits_for_its_reader_or_its_writ
 
 
 async def frames_refused(service: Served, *frames: bytes) -> Exception:
-    """The error that a session answers these frames with."""
+    """The error of a session with these frames."""
     path = path_of(stage_method("decoding"))
     open_call: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = service.channel.stream_stream(path)
     try:
@@ -296,7 +296,7 @@ async def frames_refused(service: Served, *frames: bytes) -> Exception:
     raise AssertionError("the frames were accepted")
 
 
-def test_wrong_items_are_named() -> None:
+def test_invalid_items_are_refused_with_their_names() -> None:
     async def test() -> None:
         frame = request_type(stage_method("decoding"))
         values = request(count=1 << 18)
@@ -327,7 +327,7 @@ def test_wrong_items_are_named() -> None:
     run_within(60, test)
 
 
-def test_a_caller_that_reads_no_items_is_refused_where_the_answer_is_a_stream() -> None:
+def test_caller_without_item_support_is_refused_by_streaming_stages() -> None:
     async def test() -> None:
         async with served(producer()) as service:
             method = stage_method("denoising")
@@ -340,7 +340,7 @@ def test_a_caller_that_reads_no_items_is_refused_where_the_answer_is_a_stream() 
     run_within(60, test)
 
 
-def test_an_item_buffer_ignores_what_it_has_and_refuses_a_gap() -> None:
+def test_item_buffer_ignores_repeated_items_and_refuses_gaps() -> None:
     async def test() -> None:
         buffer = ItemBuffer()
         await buffer.put(0, "a", 1)
@@ -349,14 +349,14 @@ def test_an_item_buffer_ignores_what_it_has_and_refuses_a_gap() -> None:
             await buffer.put(2, "c", 1)
         buffer.close()
         assert [item async for item, _ in buffer.read()] == ["a"]
-        assert [item async for item, _ in buffer.read()] == ["a"], "a second reader begins again"
+        assert [item async for item, _ in buffer.read()] == ["a"], "a second reader does not start at the first item"
         assert [item async for item, _ in buffer.read(forgets=True)] == ["a"]
-        assert [item async for item, _ in buffer.read()] == [None], "it keeps what nobody will read again"
+        assert [item async for item, _ in buffer.read()] == [None], "released items are retained"
 
     run_within(60, test)
 
 
-def test_a_cancelled_reader_in_this_process_ends() -> None:
+def test_cancelled_local_reader_ends() -> None:
     async def test() -> None:
         hosted, stream = consumer(), ItemBuffer()
         call = Call("r")

@@ -1,4 +1,4 @@
-"""Coordinators that die, sleep or leave: another one goes on with their requests, and each still ends once."""
+"""Take-over of requests from killed, stopped and drained coordinators: each request ends once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MODEL = emoji()
 
 
 class SecondGate(Gate):
-    """Lets the first call wait until it is cancelled, and later ones pass."""
+    """A gate at which only the first call waits."""
 
     def __call__(self, call: Call) -> None:
         if self.reached.is_set():
@@ -44,7 +44,7 @@ class SecondGate(Gate):
 
 
 def ends(events: list[pb.Event]) -> list[pb.RequestState.ValueType]:
-    """The terminal states among the events; there must be one."""
+    """The terminal states in the events."""
     return [each.state_change.state for each in events if each.state_change.state >= pb.REQUEST_STATE_SUCCEEDED]
 
 
@@ -52,8 +52,8 @@ async def download(stub: Stub, name: str) -> bytes:
     return b"".join([reply.data async for reply in stub.DownloadResult(pb.DownloadResultRequest(request_id=name))])
 
 
-def test_a_request_outlives_its_coordinator(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_request_survives_its_coordinator(each_server: RedisServer) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = SecondGate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -71,7 +71,7 @@ def test_a_request_outlives_its_coordinator(each_server: RedisServer) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 seen += [reply.event async for reply in replies]
             assert error_of(caught.value)[0] == "UNAVAILABLE"
-        # The caller has lost its coordinator, not its request.
+        # The caller continues at another coordinator.
         watch = other.Watch(pb.WatchRequest(request_id=name, after_event_id=seen[-1].event_id))
         seen += [reply.event async for reply in watch]
         assert ends(seen) == [pb.REQUEST_STATE_SUCCEEDED]
@@ -80,11 +80,11 @@ def test_a_request_outlives_its_coordinator(each_server: RedisServer) -> None:
         assert await download(other, name) == b"\x07" * 100
         assert fleet.scripts["denoising"].calls == [name, name]
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
-def test_a_coordinator_that_slept_does_no_harm(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_resumed_coordinator_changes_nothing(each_server: RedisServer) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = SecondGate()
         fleet.scripts["decoding"].work = gate
         await fleet.add_workers()
@@ -99,7 +99,7 @@ def test_a_coordinator_that_slept_does_no_harm(each_server: RedisServer) -> None
             process.send_signal(signal.SIGSTOP)
             events = await terminal(other, name)
             assert ends(events) == [pb.REQUEST_STATE_SUCCEEDED]
-            gate.opened.set()  # the sleeper's call ends too
+            gate.opened.set()  # the stopped coordinator's call ends, too
             process.send_signal(signal.SIGCONT)
             async with connect(fleet.url) as redis:
 
@@ -112,13 +112,13 @@ def test_a_coordinator_that_slept_does_no_harm(each_server: RedisServer) -> None
             again = (await stub.Submit(submission())).request.request_id
             assert ends(await terminal(stub, again)) == [pb.REQUEST_STATE_SUCCEEDED]
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
-def test_a_request_that_comes_back_is_run_once(each_server: RedisServer) -> None:
-    """Another coordinator took it over and died, while this one was still at it."""
+def test_request_taken_over_twice_ends_once(each_server: RedisServer) -> None:
+    """Another coordinator took the request over and was lost while this coordinator still ran the request."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -127,7 +127,7 @@ def test_a_request_that_comes_back_is_run_once(each_server: RedisServer) -> None
         await gate.wait_reached()
         gate.reached.clear()
         async with connect(fleet.url) as redis:
-            await command(redis, "HSET", f"fleet:request:{name}", "owner", "coordinator-of-before", "epoch", 2)
+            await command(redis, "HSET", f"fleet:request:{name}", "owner", "previous-coordinator", "epoch", 2)
             await gate.wait_reached()
             gate.opened.set()
             assert ends(await terminal(stub, name)) == [pb.REQUEST_STATE_SUCCEEDED]
@@ -140,15 +140,15 @@ def test_a_request_that_comes_back_is_run_once(each_server: RedisServer) -> None
 
     async def watched(fleet: FakeFleet) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: failed_tasks.append(context))
-        await story(fleet)
+        await scenario(fleet)
 
     run_on_fleet(each_server.url, watched)
 
 
-def test_a_request_that_arrives_after_its_coordinator_gave_up_is_run(each_server: RedisServer) -> None:
-    """A network that comes back delivers an admission whose caller recorded long ago that the store is away."""
+def test_late_admission_is_run(each_server: RedisServer) -> None:
+    """A recovered network delivers an admission after its caller has received UNAVAILABLE."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         known = (await stub.Submit(submission())).request
@@ -161,41 +161,41 @@ def test_a_request_that_arrives_after_its_coordinator_gave_up_is_run(each_server
         assert ends(await terminal(stub, "late")) == [pb.REQUEST_STATE_SUCCEEDED]
         assert await download(stub, "late") == b"\x07" * 100
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
-def test_an_end_whose_answer_is_lost_keeps_its_result(
+def test_result_survives_a_lost_reply_to_its_terminal_state(
     each_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The coordinator writes the end down again, and must not take its own first attempt for somebody else's."""
+    """The coordinator repeats the write, and must recognize its own first attempt."""
     finish = RequestStore.finish
     lost: list[str] = []
 
-    async def finish_in_silence(
+    async def finish_and_lose_the_reply(
         store: RequestStore, request_id: str, *more: Any, **named: Any
     ) -> list[pb.Event] | None:
         events = await finish(store, request_id, *more, **named)
         if not lost:
             lost.append(request_id)
-            raise Unavailable("the answer is lost")
+            raise Unavailable("the reply is lost")
         return events
 
-    async def story(fleet: FakeFleet) -> None:
-        monkeypatch.setattr(RequestStore, "finish", finish_in_silence)
+    async def scenario(fleet: FakeFleet) -> None:
+        monkeypatch.setattr(RequestStore, "finish", finish_and_lose_the_reply)
         await fleet.add_workers()
         coordinator, stub = await fleet.add_coordinator()
         name = (await stub.Submit(submission())).request.request_id
         assert ends(await terminal(stub, name)) == [pb.REQUEST_STATE_SUCCEEDED]
-        await coordinator.stop(5)  # it has written the end down again by then
+        await coordinator.stop(5)  # the write is repeated before the stop
         assert lost == [name]
         _, other = await fleet.add_coordinator()
         assert await download(other, name) == b"\x07" * 100
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
-def test_a_raw_result_without_its_caller_ends_as_failed(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_raw_result_without_a_caller_fails(each_server: RedisServer) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         listen = f"unix:{fleet.directory}/c.sock"
         process = await fleet.start_process(listen)
         async with open_channel(listen) as channel:
@@ -212,98 +212,94 @@ def test_a_raw_result_without_its_caller_ends_as_failed(each_server: RedisServer
         assert change.error.code == "UNAVAILABLE"
         assert "streamed" in change.error.message
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
-class Mortals:
-    """Denoisers that die at once of one request, and serve every other one."""
+class PoisonedDenoisers:
+    """Denoisers that are lost when they run the request `poison`, and serve all others."""
 
     def __init__(self, fleet: FakeFleet) -> None:
         self.poison = ""
-        self.died: list[asyncio.Future[None]] = []
+        self.lost: list[asyncio.Future[None]] = []
         self._fleet = fleet
         self._loop = asyncio.get_running_loop()
 
     async def add(self) -> None:
-        """One more of them."""
+        """Add a denoiser."""
         script = Script(self._fleet.scripts["denoising"].contract)
         worker: FakeWorker = await self._fleet.add_worker("denoising", script, ttl_seconds=0.5)
 
         def work(call: Call) -> None:
             if call.request_id == self.poison:
                 dying = asyncio.run_coroutine_threadsafe(worker.die(), self._loop)
-                self.died.append(asyncio.wrap_future(dying, loop=self._loop))
+                self.lost.append(asyncio.wrap_future(dying, loop=self._loop))
                 Gate()(call)
 
         script.work = work
 
-    async def count(self, number: int) -> None:
-        """Wait until so many have died."""
-
-        async def so_many() -> bool:
-            return len(self.died) == number
-
-        await wait_until(so_many)
+    async def wait_lost(self, number: int) -> None:
+        """Wait until `number` denoisers are lost."""
+        await wait_until(lambda: len(self.lost) == number)
 
 
-def test_a_request_that_kills_workers_is_given_up(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
-        mortals = Mortals(fleet)
+def test_poison_request_fails(each_server: RedisServer) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
+        denoisers = PoisonedDenoisers(fleet)
         await fleet.add_workers(["text_encoding", "latent_preparation", "decoding"])
         _, stub = await fleet.add_coordinator()
-        mortals.poison = (await stub.Submit(submission())).request.request_id
+        denoisers.poison = (await stub.Submit(submission())).request.request_id
         for _ in range(4):
-            await mortals.add()
-        change = (await terminal(stub, mortals.poison))[-1].state_change
+            await denoisers.add()
+        change = (await terminal(stub, denoisers.poison))[-1].state_change
         assert change.state == pb.REQUEST_STATE_FAILED
         assert change.error.code == "INTERNAL"
         assert "3 workers were lost while they ran this request, without progress" in change.error.message
         assert "the last one in denoising" in change.error.message
-        assert len(mortals.died) == 3
+        assert len(denoisers.lost) == 3
         innocent = (await stub.Submit(submission())).request.request_id
         assert ends(await terminal(stub, innocent)) == [pb.REQUEST_STATE_SUCCEEDED]
-        await asyncio.gather(*mortals.died)
+        await asyncio.gather(*denoisers.lost)
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
-def test_a_take_over_inherits_the_losses(each_server: RedisServer) -> None:
-    """And is none: only the third loss ends the request."""
+def test_take_over_inherits_losses(each_server: RedisServer) -> None:
+    """The take-over itself is not a loss: the request fails with its third lost worker."""
 
-    async def story(fleet: FakeFleet) -> None:
-        mortals = Mortals(fleet)
+    async def scenario(fleet: FakeFleet) -> None:
+        denoisers = PoisonedDenoisers(fleet)
         await fleet.add_workers(["text_encoding", "latent_preparation", "decoding"])
         listen = f"unix:{fleet.directory}/c.sock"
         process = await fleet.start_process(listen)
         async with open_channel(listen) as channel:
             first: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
-            mortals.poison = (await first.Submit(submission())).request.request_id
+            denoisers.poison = (await first.Submit(submission())).request.request_id
             for number in (1, 2):
-                await mortals.add()
-                await mortals.count(number)
+                await denoisers.add()
+                await denoisers.wait_lost(number)
             async with connect(fleet.url) as redis:
 
                 async def both_are_stored() -> bool:
-                    deaths = await command(redis, "HGET", f"fleet:request:{mortals.poison}", "deaths")
+                    deaths = await command(redis, "HGET", f"fleet:request:{denoisers.poison}", "deaths")
                     return len((deaths or b"").splitlines()) == 2
 
                 await wait_until(both_are_stored)
                 process.kill()
                 _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
                 for _ in range(2):
-                    await mortals.add()
-                change = (await terminal(other, mortals.poison))[-1].state_change
+                    await denoisers.add()
+                change = (await terminal(other, denoisers.poison))[-1].state_change
                 assert change.state == pb.REQUEST_STATE_FAILED
                 assert "3 workers were lost" in change.error.message
-                assert len(mortals.died) == 3
-                assert int(await command(redis, "HGET", f"fleet:request:{mortals.poison}", "epoch")) == 2
-        await asyncio.gather(*mortals.died)
+                assert len(denoisers.lost) == 3
+                assert int(await command(redis, "HGET", f"fleet:request:{denoisers.poison}", "epoch")) == 2
+        await asyncio.gather(*denoisers.lost)
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)
 
 
-def test_however_many_coordinators_die_the_request_goes_on(each_server: RedisServer) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_request_survives_many_lost_coordinators(each_server: RedisServer) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["text_encoding"].work = gate
         await fleet.add_workers()
@@ -311,7 +307,7 @@ def test_however_many_coordinators_die_the_request_goes_on(each_server: RedisSer
         name = (await stub.Submit(submission())).request.request_id
         await gate.wait_reached()
         async with connect(fleet.url) as redis:
-            await command(redis, "HSET", f"fleet:request:{name}", "owner", "coordinator-of-before", "epoch", 99)
+            await command(redis, "HSET", f"fleet:request:{name}", "owner", "previous-coordinator", "epoch", 99)
 
             async def is_taken_over() -> bool:
                 return bool(await command(redis, "HGET", f"fleet:request:{name}", "epoch") == b"100")
@@ -320,4 +316,4 @@ def test_however_many_coordinators_die_the_request_goes_on(each_server: RedisSer
             gate.opened.set()
             assert ends(await terminal(stub, name)) == [pb.REQUEST_STATE_SUCCEEDED]
 
-    run_on_fleet(each_server.url, story)
+    run_on_fleet(each_server.url, scenario)

@@ -1,4 +1,4 @@
-"""TLS on every hop: who gets in, who does not, and what wrong files are called."""
+"""TLS on every hop: accepted and refused certificates, and errors about invalid files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def is_serving(address: str, credentials: grpc.ChannelCredentials | None) 
     return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def test_a_worker_serves_the_coordinator_and_nobody_else(
+def test_worker_serves_only_the_coordinator(
     toy_model: ServedModel,
     store_url: str,
     fleet_ca: Authority,
@@ -62,8 +62,8 @@ def test_a_worker_serves_the_coordinator_and_nobody_else(
             )
             assert isinstance(await outcome(worker.address, mutual(other_ca, coordinator)), Unavailable)
             assert isinstance(await outcome(worker.address, mutual(fleet_ca, coordinator), "coordinator"), Unavailable)
-            nobody = grpc.ssl_channel_credentials(fleet_ca.ca.read_bytes())
-            assert isinstance(await outcome(worker.address, nobody), Unavailable)
+            anonymous = grpc.ssl_channel_credentials(fleet_ca.ca.read_bytes())
+            assert isinstance(await outcome(worker.address, anonymous), Unavailable)
 
             assert await is_serving(worker.health_address, None)
             unknown = await outcome(worker.health_address, None, "")
@@ -76,7 +76,7 @@ def test_a_worker_serves_the_coordinator_and_nobody_else(
     run_within(90, test)
 
 
-def test_a_request_goes_through_a_fleet_whose_every_hop_is_tls(
+def test_request_succeeds_with_tls_on_every_hop(
     toy_model: ServedModel, store_url: str, fleet_ca: Authority, other_ca: Authority
 ) -> None:
     clients = other_ca.issue("client")
@@ -111,7 +111,7 @@ def test_a_request_goes_through_a_fleet_whose_every_hop_is_tls(
     run_within(90, test)
 
 
-def test_the_public_port_may_show_another_certificate(
+def test_public_port_may_have_its_own_certificate(
     toy_model: ServedModel, store_url: str, fleet_ca: Authority, other_ca: Authority
 ) -> None:
     async def test() -> None:
@@ -139,8 +139,8 @@ def test_the_public_port_may_show_another_certificate(
     run_within(90, test)
 
 
-def test_a_handshake_may_take_its_time(toy_model: ServedModel, store_url: str, fleet_ca: Authority) -> None:
-    """As on a machine whose cores are all loading weights."""
+def test_slow_tls_handshake_succeeds(toy_model: ServedModel, store_url: str, fleet_ca: Authority) -> None:
+    """A host whose cores load weights delays handshakes."""
 
     async def serve(address: str) -> asyncio.Server:
         host, _, port = address.rpartition(":")
@@ -151,9 +151,9 @@ def test_a_handshake_may_take_its_time(toy_model: ServedModel, store_url: str, f
             writer.close()
 
         async def delayed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            behind_reader, behind_writer = await asyncio.open_connection(host, int(port))
-            await asyncio.sleep(0.5)  # what is tested
-            await asyncio.gather(pump(reader, behind_writer), pump(behind_reader, writer), return_exceptions=True)
+            worker_reader, worker_writer = await asyncio.open_connection(host, int(port))
+            await asyncio.sleep(0.5)  # the delay of the handshake
+            await asyncio.gather(pump(reader, worker_writer), pump(worker_reader, writer), return_exceptions=True)
 
         return await asyncio.start_server(delayed, "127.0.0.1", 0)
 
@@ -186,7 +186,7 @@ def wrong_files(fleet: Authority, directory: Path) -> dict[str, tuple[dict[str, 
     }
 
 
-def test_files_that_do_not_fit_are_named(fleet_ca: Authority, tmp_path: Path) -> None:
+def test_mismatched_tls_files_are_refused_with_their_names(fleet_ca: Authority, tmp_path: Path) -> None:
     for name, (files, words) in wrong_files(fleet_ca, tmp_path).items():
         with pytest.raises(InvalidInput, match=words) as caught:
             mutual_of(worker_settings("redis://x", **files))

@@ -1,4 +1,4 @@
-"""`fleet trace` at a running fleet: a request that lost a worker, one that goes on, one that nobody knows."""
+"""`fleet trace` at a running fleet: running and ended requests with lost workers, and an unknown request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fleet.v1 import generation_pb2 as pb
 
 
 async def fleet_trace(endpoint: str, *words: str) -> tuple[int, str, str]:
-    """Exit code, output and error of the command."""
+    """Run the command; returns exit code, stdout and stderr."""
     command = (sys.executable, "-m", "services.cli", "trace", *words, "--endpoint", endpoint)
     process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
     output, error = await process.communicate()
@@ -22,8 +22,8 @@ async def fleet_trace(endpoint: str, *words: str) -> tuple[int, str, str]:
     return process.returncode, output.decode(), error.decode()
 
 
-def test_a_request_that_lost_a_worker(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_trace_shows_lost_workers_and_the_resume(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
         script = Script(fleet.scripts["denoising"].contract, gate)
@@ -49,18 +49,18 @@ def test_a_request_that_lost_a_worker(store_url: str, monkeypatch: pytest.Monkey
         assert denoising[1].rstrip().endswith(f"on {second.info.worker_id}")
         path = fleet.directory / "trace.png"
         assert await fleet_trace(coordinator.address, name, "--output", str(path)) == (0, f"{path}\n", "")
-        with Image.open(path) as picture:
-            assert picture.format == "PNG"
-            assert (0xCF, 0x22, 0x2E) in {colour for _, colour in picture.getcolors(1 << 24) or ()}
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            assert (0xCF, 0x22, 0x2E) in {colour for _, colour in image.getcolors(1 << 24) or ()}
         answer = await stub.GetRequest(pb.GetRequestRequest(request_id=name))
         assert not answer.timeline
 
     monkeypatch.setenv("COLUMNS", "200")
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_an_unknown_request(store_url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_unknown_request_is_an_error(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator(record_seconds=7_200.0)
         for name in ("0123456789abcdef", "no/id"):
             code, output, error = await fleet_trace(coordinator.address, name)
@@ -70,4 +70,4 @@ def test_an_unknown_request(store_url: str) -> None:
                 "a record is kept for 2 h after the end of its request\n"
             )
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)

@@ -1,4 +1,4 @@
-"""What the OTEL_ variables ask for: what is exported, what is not, and what an unreachable collector costs."""
+"""Trace export by OTEL_ variables: spans, samplers, exemplars, invalid variables and unreachable collectors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fleet.v1 import generation_pb2_grpc
 from otlp_receiver import ReceivedSpan, Receiver, receiving
 
 PARENT = f"00-{'a' * 32}-{'b' * 16}-01"
-NOWHERE = "http://127.0.0.1:1"  # nothing listens there
+UNREACHABLE = "http://127.0.0.1:1"  # no server listens on this port
 _NOTE_MODULES = """
 import atexit, os, sys
 def note():
@@ -38,7 +38,7 @@ atexit.register(note)
 
 @contextmanager
 def exporting(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Iterator[Receiver]:
-    """Export the spans of this process, which has coordinators and workers in it."""
+    """Export the spans of this process, including its coordinators and workers."""
     with receiving() as receiver:
         for name, value in {
             "EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
@@ -51,13 +51,13 @@ def exporting(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Iterator[Rec
 
 
 def roots(receiver: Receiver, count: int) -> list[ReceivedSpan]:
-    """The root spans, once there are so many, in order of their start."""
+    """Wait for `count` root spans; returns them in order of their start."""
     spans = receiver.wait_until(lambda spans: sum(each.name == "request" for each in spans) == count)
     return sorted((each for each in spans if each.name == "request"), key=lambda each: each.start)
 
 
-def test_ends_and_refusals_are_in_the_root_span(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_root_span_has_terminal_states_and_refusals(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -85,7 +85,7 @@ def test_ends_and_refusals_are_in_the_root_span(store_url: str, monkeypatch: pyt
         assert attempt.error == "InternalError"
 
     with exporting(monkeypatch) as receiver:
-        run_on_fleet(store_url, story)
+        run_on_fleet(store_url, scenario)
 
 
 def fails(_: object) -> None:
@@ -93,7 +93,7 @@ def fails(_: object) -> None:
 
 
 def exemplar(method: str, series: str) -> str:
-    """The trace id of the latest exemplar of a served method's histogram; empty where there is none."""
+    """Trace id of the latest exemplar of a served method's histogram, or ""."""
     found = [
         (sample.exemplar.timestamp or 0.0, sample.exemplar.labels["trace_id"])
         for family in REGISTRY.collect()
@@ -105,10 +105,10 @@ def exemplar(method: str, series: str) -> str:
 
 
 @pytest.mark.parametrize("method", ["Submit", "Generate"])
-def test_calls_that_begin_a_trace_have_it_as_exemplar(url: str, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_calls_without_traceparent_have_exemplars(store_url: str, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """The client sends no traceparent."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         if method == "Submit":
@@ -122,11 +122,11 @@ def test_calls_that_begin_a_trace_have_it_as_exemplar(url: str, monkeypatch: pyt
             await asyncio.to_thread(wait_for_exemplar, method, f"grpc_server_call_{series}", trace_id)
 
     with exporting(monkeypatch):
-        run_on_fleet(url, story)
+        run_on_fleet(store_url, scenario)
 
 
 def wait_for_exemplar(method: str, series: str, trace_id: str) -> None:
-    """A call is measured after its caller has its status. Raises AssertionError."""
+    """Poll for the exemplar, as a call is measured after its caller has the status. Raises AssertionError."""
     give_up = time.monotonic() + 5
     while exemplar(method, series) != trace_id:
         assert time.monotonic() < give_up, (exemplar(method, series), trace_id)
@@ -144,10 +144,10 @@ def wait_for_exemplar(method: str, series: str, trace_id: str) -> None:
         ({}, "", True),
     ],
 )
-def test_the_sampler_decides(
+def test_sampler_decides_about_exported_traces(
     store_url: str, monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str], parent: str, sampled: bool
 ) -> None:
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         metadata = (("traceparent", parent),) if parent else ()
@@ -160,18 +160,18 @@ def test_the_sampler_decides(
             assert root.span_id in record.trace.traceparent
 
     with exporting(monkeypatch, **variables) as receiver:
-        run_on_fleet(store_url, story)
+        run_on_fleet(store_url, scenario)
     assert bool(receiver.spans) == sampled
 
 
-def test_certificates_and_names_are_those_of_the_variables(
+def test_otel_variables_set_certificates_and_service_name(
     store_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     authority = Authority(tmp_path)
     own = authority.issue("127.0.0.1")
     credentials = grpc.ssl_server_credentials([(own.key.read_bytes(), own.cert.read_bytes())])
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
         await terminal(stub, (await stub.Submit(submission())).request.request_id)
@@ -181,7 +181,7 @@ def test_certificates_and_names_are_those_of_the_variables(
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", str(authority.ca))
         monkeypatch.setenv("OTEL_SERVICE_NAME", "drawings")
         with tracing.exporting("test"):
-            run_on_fleet(store_url, story)
+            run_on_fleet(store_url, scenario)
         (root,) = roots(receiver, 1)
     assert root.service == "drawings"
 
@@ -202,7 +202,7 @@ def test_certificates_and_names_are_those_of_the_variables(
         ),
     ],
 )
-def test_a_wrong_variable_is_one_warning(
+def test_invalid_variable_is_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variables: Mapping[str, str], words: str
 ) -> None:
     with exporting(monkeypatch, **variables):
@@ -214,7 +214,7 @@ def test_a_wrong_variable_is_one_warning(
 
 
 @pytest.mark.parametrize("variables", [{"SDK_DISABLED": "true"}, {"TRACES_EXPORTER": "none"}])
-def test_traces_can_be_switched_off(
+def test_tracing_can_be_disabled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variables: Mapping[str, str]
 ) -> None:
     with exporting(monkeypatch, **variables):
@@ -222,12 +222,12 @@ def test_traces_can_be_switched_off(
     assert not caplog.records
 
 
-def test_without_an_exporter_the_clients_context_reaches_the_next_coordinator(
+def test_client_context_survives_a_coordinator_without_exporter(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first coordinator exports nothing. Another one that does takes over, and its root is below the client's."""
+    """A coordinator with exporter takes over from one without; its root span is a child of the client's span."""
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
@@ -253,11 +253,11 @@ def test_without_an_exporter_the_clients_context_reaches_the_next_coordinator(
             assert found[untraced.request_id].parent_id == ""
             assert root.start == traced.created_at.ToNanoseconds()
 
-    run_on_fleet(store_url, story)
+    run_on_fleet(store_url, scenario)
 
 
 async def run_service(words: Sequence[str], is_ready: bytes) -> None:
-    """Start a service, and end it by SIGTERM once it has logged `is_ready`."""
+    """Start a service, and stop it with SIGTERM after it has logged `is_ready`."""
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", *words, stderr=PIPE)
     assert process.stderr is not None
     seen = b""
@@ -274,8 +274,8 @@ SERVICES = {"coordinator": b"listens address=", "latent_preparation": b"serves s
 
 
 @pytest.mark.parametrize("service", SERVICES)
-@pytest.mark.parametrize("endpoint", ["", NOWHERE])
-def test_nothing_is_imported_without_the_variables(
+@pytest.mark.parametrize("endpoint", ["", UNREACHABLE])
+def test_opentelemetry_is_imported_only_with_the_variables(
     store_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, service: str, endpoint: str
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(_NOTE_MODULES)
@@ -291,10 +291,10 @@ def test_nothing_is_imported_without_the_variables(
 
 
 def warnings_of_a_coordinator(url: str) -> list[str]:
-    """The warnings of a coordinator process that serves two requests, each a second after the one before."""
+    """The warnings of a coordinator process that serves two requests, with a second between them."""
     warnings: list[str] = []
 
-    async def story(fleet: FakeFleet) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         listen = f"unix:{fleet.directory}/c.sock"
         words = ("--listen", listen, "--redis", url, "--allow-data-loss", "--log-level", "WARNING")
@@ -314,11 +314,11 @@ def warnings_of_a_coordinator(url: str) -> list[str]:
         warnings.extend((await process.stderr.read()).decode().splitlines())
         assert await process.wait() == 0
 
-    run_on_fleet(url, story)
+    run_on_fleet(url, scenario)
     return warnings
 
 
-def test_no_warning_has_the_password_of_a_collector(
+def test_password_of_a_collector_is_not_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with exporting(monkeypatch, EXPORTER_OTLP_ENDPOINT="http://user:secret@127.0.0.1:1"):
@@ -327,21 +327,21 @@ def test_no_warning_has_the_password_of_a_collector(
     assert "secret" not in caplog.text
 
 
-def test_an_unreachable_collector_costs_one_warning(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", NOWHERE)
+def test_unreachable_collector_is_one_warning(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", UNREACHABLE)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.3")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
     (warning,) = warnings_of_a_coordinator(store_url)
-    assert f"spans are dropped while the trace collector is unavailable endpoint={NOWHERE}" in warning
+    assert f"spans are dropped while the trace collector is unavailable endpoint={UNREACHABLE}" in warning
 
 
-def test_the_variables_without_the_extra_are_one_warning(
+def test_missing_opentelemetry_package_is_one_warning(
     store_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     missing = "raise ModuleNotFoundError(\"No module named 'opentelemetry'\", name='opentelemetry')\n"
     (tmp_path / "opentelemetry.py").write_text(missing)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", NOWHERE)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", UNREACHABLE)
     (warning,) = warnings_of_a_coordinator(store_url)
     assert 'reason="opentelemetry is not installed"' in warning
     assert "pip install 'diffusion-fleet[tracing]', or unset OTEL_EXPORTER_OTLP_ENDPOINT" in warning

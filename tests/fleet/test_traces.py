@@ -1,6 +1,6 @@
-"""Real processes export one trace a request to a collector's receiver, whichever of them dies meanwhile.
+"""Real processes export one trace per request to an OTLP receiver, even if processes are killed.
 
-The clocks of the processes differ, so that spans of two of them have no order in time.
+The clocks of the processes are skewed, so that spans of different processes have no order in time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from otlp_receiver import ReceivedSpan, Receiver, receiving
 from resume_fleet import STEPS, Family, Served, served
 
 FLUX = Family("emoji", {"height": 384, "width": 384}, b"\x89PNG")
-PROMPTS = (f"a red heart moving left, number {number}" for number in itertools.count())  # no reply is cached
+PROMPTS = (
+    f"a red heart moving left, number {number}" for number in itertools.count()
+)  # different prompts, so that no reply is cached
 WORDS = (b"heart", b"moving", b"left", b"number")
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 STAGES = {
@@ -26,7 +28,7 @@ STAGES = {
     "denoising": ["DenoisingStage"],
     "decoding": ["DecodingStage"],
 }
-HAND_OVERS = ["receive outputs", "send inputs"]
+TRANSFERS = ["receive outputs", "send inputs"]
 
 
 async def submit(stub: Stub, traceparent: str = "") -> str:
@@ -36,7 +38,7 @@ async def submit(stub: Stub, traceparent: str = "") -> str:
 
 
 class Trace:
-    """The spans of the trace in which a request has its root."""
+    """The spans of a request's trace."""
 
     def __init__(self, spans: Sequence[ReceivedSpan], request_id: str) -> None:
         roots = [each for each in spans if each.name == "request"]
@@ -44,19 +46,19 @@ class Trace:
         self.spans = [each for each in spans if each.trace_id == self.root.trace_id]
 
     def below(self, parent: ReceivedSpan) -> list[str]:
-        """The names of the spans below another one, sorted."""
+        """Sorted names of a span's children."""
         return sorted(each.name for each in self.spans if each.parent_id == parent.span_id)
 
     def named(self, name: str) -> list[ReceivedSpan]:
-        """The spans of a name, in order of their start."""
+        """Spans with this name, in order of their start."""
         return sorted((each for each in self.spans if each.name == name), key=lambda each: each.start)
 
     def check_attempt(self, attempt: ReceivedSpan, service: str) -> ReceivedSpan:
-        """An attempt that succeeded, with all that is below it; returns the span of the worker."""
+        """Check a successful attempt and its descendants; returns the worker's span."""
         assert attempt.parent_id == self.root.span_id
         assert (attempt.kind, attempt.error, attempt.service) == ("CLIENT", "", "fleet-coordinator")
         assert attempt.events[0][0] == "begun"
-        assert self.below(attempt) == sorted([*HAND_OVERS, f"serve {service}"])
+        assert self.below(attempt) == sorted([*TRANSFERS, f"serve {service}"])
         (worker,) = [each for each in self.named(f"serve {service}") if each.parent_id == attempt.span_id]
         assert (worker.kind, worker.error, worker.service) == ("SERVER", "", f"fleet-{service}")
         stages = [f"stage {stage}" for stage in STAGES[service]]
@@ -67,16 +69,16 @@ class Trace:
         return worker
 
     def bytes_below(self, parent: ReceivedSpan) -> Mapping[str, int]:
-        """The bytes of the hand-overs below a span."""
+        """Transferred bytes of a span's children, by name."""
         below = [each for each in self.spans if each.parent_id == parent.span_id]
         return {each.name: each.attributes["fleet.bytes"] for each in below if "fleet.bytes" in each.attributes}
 
 
 async def trace_of(receiver: Receiver, request_id: str, **counts: int) -> Trace:
-    """The trace of a request that has ended, once all its spans came.
+    """Wait for the complete trace of an ended request.
 
-    `counts` are those of attempts that came at least, by service. The root ends after all other spans of its
-    coordinator, which come with it or before it.
+    `counts` are minimum numbers of attempts by service. The root ends after all other spans of its coordinator,
+    and arrives with them or after them.
     """
 
     def arrived() -> Trace:
@@ -88,7 +90,7 @@ async def trace_of(receiver: Receiver, request_id: str, **counts: int) -> Trace:
             return all(
                 names.count(f"attempt {service}") >= counts.get(service, 1)
                 and f"stage {stages[-1]}" in names
-                # A worker ends its span last.
+                # the worker's span ends last
                 and f"serve {service}" in names
                 for service, stages in STAGES.items()
             )
@@ -102,7 +104,7 @@ def _is_root(span: ReceivedSpan, request_id: str) -> bool:
     return span.name == "request" and span.attributes["fleet.request_id"] == request_id
 
 
-async def check_undisturbed(fleet: Served, receiver: Receiver) -> None:
+async def check_without_faults(fleet: Served, receiver: Receiver) -> None:
     name = await submit(fleet.stubs[0])
     await fleet.result(fleet.stubs[0], name)
     trace = await trace_of(receiver, name)
@@ -128,7 +130,7 @@ async def check_client(fleet: Served, receiver: Receiver) -> None:
     await fleet.result(fleet.stubs[0], name)
     trace = await trace_of(receiver, name)
     assert (trace.root.trace_id, trace.root.parent_id) == (TRACE_ID, PARENT_ID)
-    # What is not sampled is recorded nowhere, and still passed on.
+    # An unsampled trace is not exported, but its context is propagated.
     name = await submit(fleet.stubs[0], f"00-{'a' * 32}-{PARENT_ID}-00")
     await fleet.result(fleet.stubs[0], name)
     (record,) = [each for each in await records(fleet.stubs[0]) if each.request_id == name]
@@ -158,11 +160,11 @@ async def check_lost_worker(fleet: Served, receiver: Receiver) -> None:
 
 
 async def check_take_over(fleet: Served, receiver: Receiver) -> None:
-    """Coordinator and worker are killed: another coordinator ends the trace with the root that the first one began."""
+    """Kill coordinator and worker: another coordinator ends the root span of the first coordinator."""
     name = await submit(fleet.stubs[1], f"00-{'b' * 32}-{PARENT_ID}-01")
     (record,) = [each for each in await records(fleet.stubs[0]) if each.request_id == name]
     await fleet.result(fleet.stubs[0], name, STEPS // 2, fleet.kill_both)
-    # The coordinator that was killed has exported the attempts that had ended by then.
+    # The killed coordinator has exported its ended attempts.
     trace = await trace_of(receiver, name, text_encoding=2, latent_preparation=2)
     assert record.trace.traceparent == f"00-{'b' * 32}-{trace.root.span_id}-01"
     assert record.trace.client_traceparent == f"00-{'b' * 32}-{PARENT_ID}-01"
@@ -174,21 +176,21 @@ async def check_take_over(fleet: Served, receiver: Receiver) -> None:
     assert taken_over.parent_id == trace.root.span_id
     assert taken_over.attributes["fleet.epoch"] == 2
     for service in ("denoising", "decoding"):
-        # The worker that was killed may be called once more, until its heartbeat has run out.
+        # The killed worker may be called again until its heartbeat expires.
         (attempt,) = [each for each in trace.named(f"attempt {service}") if not each.error]
         trace.check_attempt(attempt, service)
         assert attempt.attributes.get("fleet.resumed_at_step", 0) > 0 or service == "decoding"
     known = {each.span_id for each in trace.spans} | {PARENT_ID}
     orphans = [each for each in trace.spans if each.parent_id not in known]
     assert not [each.name for each in orphans if each.name.split()[0] not in ("send", "receive", "serve", "wait")], (
-        "only what was below the attempt that nobody could end"
+        "spans without parent are not those of the lost attempt"
     )
 
 
-def test_a_request_is_one_trace_whatever_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def story() -> None:
+def test_request_is_one_trace_after_lost_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(300), served(FLUX) as fleet:
-            await check_undisturbed(fleet, receiver)
+            await check_without_faults(fleet, receiver)
             await check_client(fleet, receiver)
             await check_lost_worker(fleet, receiver)
             await check_take_over(fleet, receiver)
@@ -196,7 +198,7 @@ def test_a_request_is_one_trace_whatever_dies(monkeypatch: pytest.MonkeyPatch) -
     with receiving() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.endpoint)
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
-        asyncio.run(story())
+        asyncio.run(scenario())
         assert receiver.spans
         assert not [each for each in receiver.spans if each.trace_id == "a" * 32]
         assert not [word for word in WORDS for raw in receiver.raw if word in raw]

@@ -1,17 +1,13 @@
-"""A coordinator with workers of other releases: their inputs, their requests, and reports of those left out."""
+"""A coordinator with workers of other releases: inputs and outputs by contract, and reports of incompatible workers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from dataclasses import replace
-
-import pytest
 
 from common.stage import Contract
 from coordinator_fleet import SERVICES, FakeFleet, Script, emoji, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
-from redis_servers import running_server
 from services.cli.incompatible import HEAD, incompatible_rows
 from services.cli.status_cells import table
 
@@ -23,19 +19,13 @@ FAULT = "input 'image_conditioning': the worker requires Conditioning, the coord
 OTHERS = tuple(service for service in SERVICES if service != "denoising")
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with running_server("valkey") as server:
-        yield server.url
-
-
 def without(slot: str) -> Contract:
     """The contract of a release that does not read a slot."""
     return replace(CONTRACT, inputs={name: kind for name, kind in CONTRACT.inputs.items() if name != slot})
 
 
-def test_a_worker_is_not_sent_what_it_does_not_read(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_unread_inputs_are_not_sent(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers(OTHERS)
         script = Script(without("sampling"))
         await fleet.add_worker("denoising", script)
@@ -45,11 +35,11 @@ def test_a_worker_is_not_sent_what_it_does_not_read(url: str) -> None:
         assert events[-1].state_change.state == SUCCEEDED, events[-1]
         assert script.received == [frozenset({"initial_latents", "schedule", "text_conditioning"})]
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_worker_that_lacks_the_resume_slot_gets_requests_and_no_checkpoint(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_worker_without_the_resume_slot_gets_no_checkpoint(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers(OTHERS)
         script = Script(replace(without("resume_from"), optional=frozenset()))
         await fleet.add_worker("denoising", script, numerics="n")
@@ -58,11 +48,11 @@ def test_a_worker_that_lacks_the_resume_slot_gets_requests_and_no_checkpoint(url
         assert (await terminal(stub, accepted.request.request_id))[-1].state_change.state == SUCCEEDED
         assert script.received == [frozenset({"initial_latents", "schedule", "text_conditioning", "sampling"})]
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_an_output_that_nobody_reads_is_dropped(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_unread_output_is_dropped(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers(OTHERS)
         outputs = {**CONTRACT.outputs, "denoising_generator": "Generator"}
         await fleet.add_worker("denoising", Script(replace(CONTRACT, outputs=outputs)))
@@ -72,11 +62,11 @@ def test_an_output_that_nobody_reads_is_dropped(url: str) -> None:
         assert events[-1].state_change.state == SUCCEEDED, events[-1]
         assert fleet.scripts["decoding"].received == [frozenset({"denoised_latents", "canvas"})]
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_an_incompatible_worker_is_shown_and_a_compatible_one_takes_all(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_incompatible_worker_is_listed_and_gets_no_requests(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers(OTHERS)
         newer, same = Script(NEEDING), Script(CONTRACT)
         odd = await fleet.add_worker("denoising", newer, capacity=4)
@@ -96,11 +86,11 @@ def test_an_incompatible_worker_is_shown_and_a_compatible_one_takes_all(url: str
         assert head.split() == ["MODEL", "SERVICE", "VARIANT", "INCOMPATIBLE", "WORKER", "REASON"]
         assert row.endswith(FAULT)
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_request_without_a_compatible_worker_names_worker_and_slot(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_request_without_compatible_workers_reports_worker_and_slot(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers(OTHERS)
         script = Script(NEEDING)
         odd = await fleet.add_worker("denoising", script)
@@ -117,11 +107,11 @@ def test_a_request_without_a_compatible_worker_names_worker_and_slot(url: str) -
         assert warnings == [f"no worker of denoising can take the request ({named}); the request waits for one"]
         assert not script.calls
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)
 
 
-def test_a_request_waits_until_a_compatible_worker_comes(url: str) -> None:
-    async def story(fleet: FakeFleet) -> None:
+def test_request_waits_for_a_compatible_worker(store_url: str) -> None:
+    async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers(OTHERS)
         newer, same = Script(NEEDING), Script(CONTRACT)
         await fleet.add_worker("denoising", newer)
@@ -132,4 +122,4 @@ def test_a_request_waits_until_a_compatible_worker_comes(url: str) -> None:
         assert (await terminal(stub, accepted.request.request_id))[-1].state_change.state == SUCCEEDED
         assert (len(same.calls), newer.calls) == (1, [])
 
-    run_on_fleet(url, story)
+    run_on_fleet(store_url, scenario)

@@ -1,4 +1,4 @@
-"""A model with two variants in a real fleet: a request's inputs choose, and each worker serves both."""
+"""A model with two variants in a real fleet: a request's images select the variant, and workers serve both."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TEXT_SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
 
 
 def png(colour: str) -> bytes:
-    """A small image of one colour."""
+    """A PNG of one colour."""
     file = io.BytesIO()
     Image.new("RGB", (20, 12), colour).save(file, "PNG")
     return file.getvalue()
@@ -48,7 +48,7 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
 
 
 def loads() -> list[str]:
-    """The modules that this process has loaded by the twin family's loader; the list is emptied."""
+    """Return and clear the list of modules that the twin family's loader has loaded in this process."""
     loaded: list[str] = vars(sys.modules["twin_config"])["LOADED"] if "twin_config" in sys.modules else []
     found = list(loaded)
     loaded.clear()
@@ -59,17 +59,17 @@ def loads() -> list[str]:
 def local(twin: ServedModel) -> Iterator[LocalFleet]:
     loads()
     fleet = LocalFleet(twin)
-    assert sorted(loads()) == ["lens", "palette", "transformer"], "each module is loaded once for both variants"
+    assert sorted(loads()) == ["lens", "palette", "transformer"], "a module is not loaded exactly once"
     yield fleet
     fleet.close()
 
 
 @pytest.fixture(scope="module")
 def fleet(twin: ServedModel, local: LocalFleet) -> Iterator[ServedFleet]:
-    """Started after the fixture that loads the same modules in this process."""
+    """Depends on `local` so that the two fixtures' module loads are counted separately."""
     assert local.model is twin
     with served_fleet([twin]) as fleet:
-        assert sorted(loads()) == ["lens", "palette", "transformer"], "each module is loaded once for both variants"
+        assert sorted(loads()) == ["lens", "palette", "transformer"], "a module is not loaded exactly once"
         yield fleet
 
 
@@ -86,13 +86,13 @@ def test_inputs_choose_the_variant(
 ) -> None:
     answer = fleet.generate("twin", images=images, prompt="a leaf", seed=3)
     assert answer.record.variant == variant
-    assert answer.record.parameters.num_inference_steps == steps, "each variant has defaults of its own"
+    assert answer.record.parameters.num_inference_steps == steps, "the variant's default is not used"
     expected = local.tensors(images=images, prompt="a leaf", seed=3)
     for name, tensor in answer.tensors.items():
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_variants_draw_different_images(fleet: ServedFleet) -> None:
+def test_variants_generate_different_images(fleet: ServedFleet) -> None:
     given = [{}, {"image": png("red")}, {"image": png("blue")}]
     drawn = [fleet.generate("twin", images=images, prompt="a leaf", seed=3, num_inference_steps=4) for images in given]
     pixels = [answer.tensors["pixels"] for answer in drawn]
@@ -167,7 +167,7 @@ def test_a_variant_needs_the_workers_of_its_own_services(twin: ServedModel, tmp_
     run_parts(twin, tmp_path, test)
 
 
-def test_a_request_that_is_taken_over_keeps_its_variant(twin: ServedModel, tmp_path: Path) -> None:
+def test_taken_over_request_retains_its_variant(twin: ServedModel, tmp_path: Path) -> None:
     async def test(parts: Parts) -> None:
         first, stub = await parts.add_coordinator()
         records = [(await stub.Submit(submission(images))).request for images in ({"image": png("red")}, {})]
@@ -186,8 +186,8 @@ def test_a_request_that_is_taken_over_keeps_its_variant(twin: ServedModel, tmp_p
     run_parts(twin, tmp_path, test)
 
 
-def test_a_call_names_its_variant(twin: ServedModel, tmp_path: Path) -> None:
-    """A call without a name is for the first variant; a worker announces the union of both contracts."""
+def test_calls_specify_their_variant(twin: ServedModel, tmp_path: Path) -> None:
+    """A call without a variant uses the first one; a worker announces the union of both contracts."""
 
     async def test(parts: Parts) -> None:
         address = await parts.add_worker("denoising")
@@ -207,8 +207,8 @@ def test_a_call_names_its_variant(twin: ServedModel, tmp_path: Path) -> None:
     run_parts(twin, tmp_path, test)
 
 
-def test_cached_replies_are_those_of_one_variant(twin: ServedModel, tmp_path: Path) -> None:
-    """The second call of a variant is a hit, which begins nothing; the first one of the other variant is none."""
+def test_reply_cache_separates_variants(twin: ServedModel, tmp_path: Path) -> None:
+    """The second call of a variant is a cache hit without a begun frame; the other variant's first call is a miss."""
 
     async def test(parts: Parts) -> None:
         address = await parts.add_worker("text_encoding")

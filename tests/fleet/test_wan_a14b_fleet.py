@@ -1,4 +1,4 @@
-"""Wan 2.2 A14B through real services, from a first and a last frame: the bytes of one process."""
+"""Wan 2.2 A14B with first and last frame through real services equals one process bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GIVEN: dict[str, Any] = {"prompt": "a red apple", "height": 32, "width": 48, "nu
 PARAMS: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale_2": 2.0}
 
 
-def test_tensors_are_those_of_one_process(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_tensors_equal_those_of_one_process(tmp_path_factory: pytest.TempPathFactory) -> None:
     torch.set_num_threads(1)
     path = build_tiny_wan_a14b_i2v(tmp_path_factory.mktemp("wan") / "a14b")
     model = open_model(f"a14b={path}", load_registry())

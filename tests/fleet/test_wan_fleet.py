@@ -1,4 +1,4 @@
-"""Wan 2.1 through real services gives the bytes that its stages give in one process, pictures included."""
+"""Wan 2.1 through real services equals its stages in one process bit for bit, with and without images."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def fleet(models: dict[str, ServedModel]) -> Iterator[ServedFleet]:
 
 
 @pytest.mark.parametrize("name", ["t2v", "i2v", "flf2v"])
-def test_tensors_are_those_of_one_process(fleet: ServedFleet, models: dict[str, ServedModel], name: str) -> None:
+def test_tensors_equal_those_of_one_process(fleet: ServedFleet, models: dict[str, ServedModel], name: str) -> None:
     local = LocalFleet(models[name])
     expected = local.tensors(images=IMAGES[name], **GIVEN)
     local.close()
@@ -73,13 +73,13 @@ def test_tensors_are_those_of_one_process(fleet: ServedFleet, models: dict[str, 
     assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
-def test_a_model_reports_which_pictures_it_takes(models: dict[str, ServedModel]) -> None:
+def test_model_lists_its_images(models: dict[str, ServedModel]) -> None:
     roles = {name: [spec.name for spec in model.parameters() if spec.type == "image"] for name, model in models.items()}
     assert roles == {"t2v": [], "i2v": ["image"], "flf2v": ["image", "last_image"]}
 
 
-def test_a_large_picture_travels_whole(fleet: ServedFleet, models: dict[str, ServedModel]) -> None:
-    """Beyond what goes inline, and beyond one chunk."""
+def test_large_image_is_sent_in_chunks(fleet: ServedFleet, models: dict[str, ServedModel]) -> None:
+    """The image is larger than one chunk."""
     large = {"image": image_file(3, size=(900, 700))}
     assert len(large["image"]) > 2**20
     local = LocalFleet(models["i2v"])
@@ -88,7 +88,7 @@ def test_a_large_picture_travels_whole(fleet: ServedFleet, models: dict[str, Ser
     assert torch.equal(fleet.generate("i2v", images=large, **GIVEN).tensors["latents"], expected)
 
 
-def test_videos_are_mp4_of_the_size_and_rate_asked_for(fleet: ServedFleet) -> None:
+def test_videos_are_mp4_of_the_requested_size_and_rate(fleet: ServedFleet) -> None:
     answer = fleet.generate(
         "t2v", ".mp4", **{**GIVEN, "num_frames": 11, "num_outputs_per_prompt": 2, "frame_rate": 12.5}
     )
@@ -103,12 +103,12 @@ def test_videos_are_mp4_of_the_size_and_rate_asked_for(fleet: ServedFleet) -> No
             assert len(list(container.decode(stream))) == 9
 
 
-def _cut(data: bytes) -> bytes:
+def _truncated(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
 
-def _spoiled(data: bytes) -> bytes:
-    """Every chunk in its place, and the pixels' bytes turned over."""
+def _corrupted(data: bytes) -> bytes:
+    """A PNG with valid chunks and reversed pixel data."""
     at = data.index(b"IDAT") + 20
     return data[:at] + bytes(255 - byte for byte in data[at : at + 200]) + data[at + 200 :]
 
@@ -124,13 +124,13 @@ def _spoiled(data: bytes) -> bytes:
             "image_1",
             "image, image_1 are not among",
         ),
-        ("i2v", {"image": b"no picture"}, "image", "is not a PNG, JPEG or WebP picture"),
-        ("i2v", {"image": _cut(image_file(1))}, "image", "is cut off"),
+        ("i2v", {"image": b"no image"}, "image", "is not a PNG, JPEG or WebP picture"),
+        ("i2v", {"image": _truncated(image_file(1))}, "image", "is cut off"),
         ("i2v", {"image": image_file(1, "GIF")}, "image", "but GIF"),
         ("flf2v", {"image": image_file(1)}, "last_image", "last_image: no image was sent"),
     ],
 )
-def test_wrong_pictures_are_refused_before_they_are_accepted(
+def test_invalid_images_are_refused_at_submission(
     fleet: ServedFleet, name: str, images: dict[str, bytes], field: str, message: str
 ) -> None:
     with pytest.raises(InvalidInput, match=message) as caught:
@@ -138,8 +138,8 @@ def test_wrong_pictures_are_refused_before_they_are_accepted(
     assert caught.value.field == field
 
 
-def test_a_picture_that_cannot_be_decoded_ends_the_request_and_no_worker(fleet: ServedFleet) -> None:
+def test_undecodable_image_fails_the_request_and_not_the_worker(fleet: ServedFleet) -> None:
     with pytest.raises(RequestFailed, match="INVALID_ARGUMENT: image cannot be decoded") as caught:
-        fleet.generate("i2v", images={"image": _spoiled(image_file(1))}, **GIVEN)
+        fleet.generate("i2v", images={"image": _corrupted(image_file(1))}, **GIVEN)
     assert caught.value.field == "image"
     assert fleet.generate("i2v", images=IMAGES["i2v"], **GIVEN).files

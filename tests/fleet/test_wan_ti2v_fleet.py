@@ -51,7 +51,7 @@ def fleet(model: ServedModel) -> Iterator[ServedFleet]:
 
 
 @pytest.mark.parametrize("variant", IMAGES)
-def test_tensors_are_those_of_one_process(fleet: ServedFleet, local: LocalFleet, variant: str) -> None:
+def test_tensors_equal_those_of_one_process(fleet: ServedFleet, local: LocalFleet, variant: str) -> None:
     given = {**GIVEN, "num_inference_steps": STEPS, "num_outputs_per_prompt": 2}
     answer = fleet.generate("ti2v", images=IMAGES[variant], **given)
     assert answer.record.variant == variant
@@ -60,7 +60,7 @@ def test_tensors_are_those_of_one_process(fleet: ServedFleet, local: LocalFleet,
     assert all(torch.equal(answer.tensors[name], expected[name]) for name in expected)
 
 
-def test_a_text_request_needs_no_worker_that_encodes_images(model: ServedModel, tmp_path: Path) -> None:
+def test_text_request_needs_no_image_encoding_worker(model: ServedModel, tmp_path: Path) -> None:
     def submission(images: dict[str, bytes]) -> pb.SubmitRequest:
         sent = [pb.ImageInput(role=role, data=data) for role, data in images.items()]
         parameters = pb.GenerationParameters(num_inference_steps=STEPS, images=sent, **GIVEN)
@@ -73,7 +73,7 @@ def test_a_text_request_needs_no_worker_that_encodes_images(model: ServedModel, 
 
 
 def generate(fleet: ServedFleet, output: Path, *words: str) -> int:
-    """The exit code of `fleet generate` at the running fleet."""
+    """Run `fleet generate` at the fleet; returns its exit code."""
     given = ("--height", "64", "--width", "96", "--num-frames", "5", "--num-inference-steps", str(STEPS), "--seed", "5")
     return main(["generate", "a red apple", *given, *words, "--output", str(output), "--endpoint", fleet.endpoint])
 
@@ -124,7 +124,7 @@ def test_sizes_and_frames_are_rounded_with_a_warning(fleet: ServedFleet, variant
     assert answer.tensors["pixels"].shape == (1, 5, 3, 64, 96)
 
 
-def test_more_ranks_than_branches_are_refused_at_the_start(
+def test_more_cfg_ranks_than_branches_are_refused_at_startup(
     model: ServedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launcher, "launch", lambda *_: pytest.fail("a worker group was started"))

@@ -1,4 +1,4 @@
-"""A worker group in a fleet: it draws what one process draws, and goes on whatever happens to its ranks."""
+"""A worker group in a fleet: its images match those of one process, and requests survive lost and hung ranks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fleet.v1 import generation_pb2 as pb
 from group_fleet import STEPS, Generated, GroupFleet, group_fleet
 from toy_checkpoint import copy_toy_family
 
-# As a kernel that does not end, the follower's step does not: its process lives and beats, and rank 0 waits for it in
-# a collective. Stuck is the process that finds the file, which it takes away, so that the next one is not.
+# Emulates a hung kernel: the follower's step does not return, its process still sends heartbeats, and rank 0 waits in a
+# collective. The first process deletes the marker file and hangs; the process that replaces it does not.
 _STUCK_FOLLOWER = """
 import os, threading
 
@@ -41,13 +41,13 @@ def check_cancelled(call):
 
 FollowingCall.check_cancelled = check_cancelled
 """
-# Longer than what other tests here do to a rank takes to be noticed.
+# Longer than the detection of the other tests' faults.
 _HANGS = ("--hang-seconds", "4", "--hang-mean-steps", "4", "--hang-exit-seconds", "1")
 
 
 @pytest.fixture(scope="module")
 def marker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that makes the follower hang."""
+    """Path of the marker file that makes the follower hang."""
     return tmp_path_factory.mktemp("marker") / "hang"
 
 
@@ -69,20 +69,20 @@ def undisturbed(fleet: GroupFleet) -> Generated:
     return generated
 
 
-def test_it_draws_what_one_process_draws(undisturbed: Generated, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_group_image_matches_one_process(undisturbed: Generated, tmp_path_factory: pytest.TempPathFactory) -> None:
     with group_fleet(tmp_path_factory.mktemp("single")) as alone:
         generated = alone.generate()
     one, group = (np.asarray(Image.open(io.BytesIO(each.file)), dtype=int) for each in (generated, undisturbed))
-    assert np.abs(one - group).max() <= 1, "sums over ranks may round a pixel's value the other way, and no more"
-    assert one.std() > 10, "an empty picture would prove nothing"
+    assert np.abs(one - group).max() <= 1, "pixels differ by more than rounding"
+    assert one.std() > 10, "the image is empty"
 
 
-def test_coordinators_know_its_degrees(fleet: GroupFleet) -> None:
+def test_degrees_are_announced(fleet: GroupFleet) -> None:
     (worker,) = fleet.workers()
     assert (worker.degrees.tp, worker.degrees.ulysses, worker.degrees.ring, worker.degrees.cfg) == (2, 1, 1, 1)
 
 
-def test_a_waiting_follower_is_asleep(fleet: GroupFleet, undisturbed: Generated) -> None:
+def test_idle_follower_uses_no_cpu_time(fleet: GroupFleet, undisturbed: Generated) -> None:
     assert undisturbed.file
     follower = fleet.ranks()[1]
     began, before = time.monotonic(), follower.cpu_times()
@@ -90,10 +90,10 @@ def test_a_waiting_follower_is_asleep(fleet: GroupFleet, undisturbed: Generated)
         time.sleep(0.1)
     after = follower.cpu_times()
     used = (after.user + after.system) - (before.user + before.system)
-    assert used <= 0.05 * (time.monotonic() - began), "beats alone take far less than one part in twenty"
+    assert used <= 0.05 * (time.monotonic() - began), "an idle follower uses more than 5% of a core"
 
 
-def test_a_cancel_leaves_the_group_serving(fleet: GroupFleet, undisturbed: Generated) -> None:
+def test_group_serves_requests_after_a_cancel(fleet: GroupFleet, undisturbed: Generated) -> None:
     before = fleet.ranks()
     assert fleet.cancel_at(2).state == pb.REQUEST_STATE_CANCELLED
     assert fleet.generate().file == undisturbed.file
@@ -102,32 +102,30 @@ def test_a_cancel_leaves_the_group_serving(fleet: GroupFleet, undisturbed: Gener
 
 @pytest.mark.parametrize("rank", [1, 0])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_is_lost_costs_the_request_nothing(
+def test_request_survives_a_lost_rank(
     fleet: GroupFleet, undisturbed: Generated, rank: int, number: signal.Signals
 ) -> None:
     before = fleet.ranks()
     generated = fleet.generate(STEPS // 2, partial(before[rank].send_signal, number))
     assert generated.state == pb.REQUEST_STATE_SUCCEEDED
     assert generated.file == undisturbed.file
-    assert generated.steps.count(0) == 2, "it did not begin a second time"
+    assert generated.steps.count(0) == 2, "the request did not restart"
     assert not any(process.is_running() for process in before.values())
 
 
-def test_a_rank_whose_device_is_stuck_ends_its_group_and_costs_the_request_nothing(
-    fleet: GroupFleet, undisturbed: Generated, marker: Path
-) -> None:
+def test_request_survives_a_hung_rank(fleet: GroupFleet, undisturbed: Generated, marker: Path) -> None:
     before = fleet.ranks()
     marker.touch()
     generated = fleet.generate()
-    assert not marker.exists(), "no rank was stuck"
+    assert not marker.exists(), "no rank hung"
     assert generated.state == pb.REQUEST_STATE_SUCCEEDED
     assert generated.file == undisturbed.file
-    assert generated.steps.count(1) == 1, "it did not resume at a checkpoint"
+    assert generated.steps.count(1) == 1, "the request did not resume from a checkpoint"
     assert not any(process.is_running() for process in before.values())
 
 
-def test_sigterm_finishes_what_is_under_way(fleet: GroupFleet, undisturbed: Generated) -> None:
-    """The last test of this group: it has ended afterwards."""
+def test_sigterm_finishes_the_running_request(fleet: GroupFleet, undisturbed: Generated) -> None:
+    """The last test of this group, as the group ends."""
     ranks = fleet.ranks()
     generated = fleet.generate(2, fleet.agent.terminate)
     assert generated.state == pb.REQUEST_STATE_SUCCEEDED

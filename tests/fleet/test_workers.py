@@ -1,4 +1,4 @@
-"""Workers as they run: loaded, announced, called, drained; in this process and as processes of their own."""
+"""Life of workers, in this process and as processes: load, announce, serve and drain."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def settings_of(store: str, **more: Any) -> WorkerSettings:
 
 
 def local_media(model: ServedModel, values: dict[str, Any]) -> Media:
-    """The same request without any RPC."""
+    """Run the request on local stages, without RPC."""
 
     async def main() -> Media:
         with ThreadPoolExecutor(1) as executor:
@@ -84,7 +84,7 @@ def local_media(model: ServedModel, values: dict[str, Any]) -> Media:
     return asyncio.run(main())
 
 
-def test_a_family_from_elsewhere_runs_through_workers_as_it_runs_alone(toy: ServedModel, store_url: str) -> None:
+def test_plugin_family_on_workers_equals_local_stages(toy: ServedModel, store_url: str) -> None:
     values = InputValidationStage(toy).run({"prompt": "x" * 80, "seed": 7, "output_format": "safetensors"}).artifacts
     expected = local_media(toy, dict(values))
 
@@ -132,7 +132,7 @@ async def health(channel: grpc.aio.Channel, service: str) -> int:
     return int(reply.status)
 
 
-def test_what_a_worker_says_about_itself(toy: ServedModel, store_url: str, tmp_path: Path) -> None:
+def test_worker_info_health_and_metrics(toy: ServedModel, store_url: str, tmp_path: Path) -> None:
     async def test() -> None:
         options = {"listen": f"unix:{tmp_path}/w.sock", "dtype": "bfloat16", "capacity": 3, "metrics_port": 0}
         worker = await start_worker("denoising", toy, settings_of(store_url, **options))
@@ -170,7 +170,7 @@ def test_what_a_worker_says_about_itself(toy: ServedModel, store_url: str, tmp_p
         ("denoising", {"redis": "http://x"}, InvalidInput, "no Redis URL"),
     ],
 )
-def test_what_does_not_fit_starts_nothing(
+def test_invalid_settings_start_no_worker(
     toy: ServedModel, store_url: str, service: str, more: dict[str, Any], kind: type[FleetError], words: str
 ) -> None:
     async def test() -> None:
@@ -203,7 +203,7 @@ def test_another_model_under_the_same_name_is_refused(
         (["--model", "emoji", "--redis", "unix:///x", "--device", "gpu"], 2, "device must be"),
     ],
 )
-def test_wrong_settings_are_one_line(
+def test_invalid_settings_of_a_service_are_reported_in_one_line(
     argv: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in os.environ if name.startswith("FLEET_")]:
@@ -216,7 +216,7 @@ def test_wrong_settings_are_one_line(
 
 
 def denoise_inputs(model: ServedModel) -> dict[str, Packet]:
-    """Packets for the denoising service, computed without RPC."""
+    """Input packets of the denoising service, computed without RPC."""
     values = dict(InputValidationStage(model).run({"prompt": "x", "seed": 1}).artifacts)
     for spec in model.services:
         if spec.service == "denoising":
@@ -226,7 +226,7 @@ def denoise_inputs(model: ServedModel) -> dict[str, Packet]:
     raise AssertionError("no denoising service")
 
 
-def test_sigterm_finishes_what_runs_withdraws_and_exits_with_0(
+def test_sigterm_finishes_calls_withdraws_and_exits_with_0(
     toy: ServedModel, store_url: str, plugins: Path, tmp_path: Path
 ) -> None:
     socket = tmp_path / "w.sock"
@@ -261,11 +261,11 @@ def test_sigterm_finishes_what_runs_withdraws_and_exits_with_0(
                 await wait_until(announced)
                 call: Any = channel.stream_stream(METHOD)()
                 await call.write(header)
-                info = await get_model_info(channel)  # Answered after the header has begun the call.
+                info = await get_model_info(channel)  # replied after the call's header was read
                 process.send_signal(signal.SIGTERM)
                 await wait_until(withdrawn)
                 left = await redis.pttl(f"fleet:leaving:{info.worker_id}")
-                assert 30_000 < left <= 36_000  # its grace time, and a heartbeat's time to live
+                assert 30_000 < left <= 36_000  # grace period and heartbeat TTL in ms
                 assert info.reports_begun
                 await wait_until(refuses)
                 for frame in rest:
@@ -285,7 +285,7 @@ def test_sigterm_finishes_what_runs_withdraws_and_exits_with_0(
     run_within(90, test)
 
 
-def test_sigterm_while_the_store_is_away_exits_with_0(toy: ServedModel, plugins: Path, tmp_path: Path) -> None:
+def test_sigterm_without_the_store_exits_with_0(toy: ServedModel, plugins: Path, tmp_path: Path) -> None:
     socket = tmp_path / "w.sock"
     flags = {"model": f"toy={toy.checkpoint.path}", "redis": "unix:///nowhere", "plugins": plugins}
     flags["listen"] = f"unix:{socket}"

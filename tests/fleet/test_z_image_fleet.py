@@ -1,4 +1,4 @@
-"""Z-Image through real services gives the bytes that its stages give in one process."""
+"""Z-Image through real services equals its stages in one process bit for bit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def fleet(model: ServedModel) -> Iterator[ServedFleet]:
         yield served
 
 
-def test_tensors_are_those_of_one_process(fleet: ServedFleet, model: ServedModel) -> None:
+def test_tensors_equal_those_of_one_process(fleet: ServedFleet, model: ServedModel) -> None:
     local = LocalFleet(model)
     expected = local.tensors(**GIVEN)
     local.close()
@@ -52,9 +52,7 @@ def test_tensors_are_those_of_one_process(fleet: ServedFleet, model: ServedModel
 @pytest.mark.parametrize(
     ("change", "field"), [({"height": 40}, "height"), ({"guidance_scale": -1.0}, "guidance_scale")], ids=str
 )
-def test_what_cannot_be_drawn_is_refused_before_it_is_accepted(
-    fleet: ServedFleet, change: dict[str, Any], field: str
-) -> None:
+def test_invalid_input_is_refused_at_submission(fleet: ServedFleet, change: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         fleet.generate("z", **{**GIVEN, **change})
     assert caught.value.field == field

@@ -1,13 +1,14 @@
-"""Rolling update and rollback: replace a fleet of the latest release by the present code under load.
+"""Rolling update and rollback under load: replaces a fleet of the latest release by this source tree.
 
     python tests/fleet/chaos/run_upgrade.py
 
 Two coordinators, and workers of each service of a Flux checkpoint and of a causal Wan checkpoint with a streamed
-result. All processes first run the release. Each pass ends every process by SIGTERM and starts the other version in its
-place: workers first, coordinators first, or interleaved. Every second pass is a rollback. At the end every accepted
+result. All processes first run the release. Each pass stops every process with SIGTERM and starts the other version in
+its place: workers first, coordinators first, or interleaved. Every second pass is a rollback. At the end every accepted
 request has succeeded once, its client has received each event once, and its files have the bytes of a single process.
 
-Exit code 1 with the failed checks. The source of the release is in tests/golden, so that no git history is needed.
+The exit status is 1 if a check failed; findings are printed. The release's source is read from tests/golden, without
+git history.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Order(Enum):
 
 
 PASSES = (Order.WORKERS_FIRST, Order.INTERLEAVED, Order.COORDINATORS_FIRST)
-"""An even pass upgrades and an odd one rolls back; repeated, each order does both."""
+"""Even passes upgrade and odd passes roll back; two rounds run each order in both directions."""
 
 
 @dataclass
@@ -186,9 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--seed", type=int, default=1, help="of requests and of the order of workers (default: 1)")
-    parser.add_argument("--clients", type=int, default=4, help="clients at a time (default: 4)")
-    parser.add_argument("--passes", type=int, default=6, help="upgrades and rollbacks together (default: 6)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of requests and of the order of workers (default: 1)")
+    parser.add_argument("--clients", type=int, default=4, help="concurrent clients (default: 4)")
+    parser.add_argument("--passes", type=int, default=6, help="number of upgrades and rollbacks (default: 6)")
     args = parser.parse_args(argv)
     directory = Path(tempfile.mkdtemp(prefix="upgrade-"))
     passes = list(itertools.islice(itertools.cycle(PASSES), args.passes))

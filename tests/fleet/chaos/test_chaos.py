@@ -245,7 +245,7 @@ def test_keys_left_in_the_store_are_findings() -> None:
     on_store(scenario)
 
 
-def test_other_bytes_are_a_finding() -> None:
+def test_different_bytes_are_a_finding() -> None:
     media_request = MEDIA_REQUESTS[0]
     record = pb.RequestRecord(model=media_request.model, parameters=media_request.parameters)
     assert not check_files("r", record, [b"png"], {media_request: [b"png"]})

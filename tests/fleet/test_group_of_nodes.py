@@ -1,4 +1,4 @@
-"""A worker group whose ranks have an agent each, as on two machines: losses while nobody asks anything of it."""
+"""A worker group with one agent per rank, as on two nodes: ranks that stop between requests are replaced."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from services.cli.up_flags import free_port
 
 
 def scraped(port: int) -> str:
-    """The metrics that a process serves."""
+    """The text of a process' metrics endpoint."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
         return str(reply.read().decode())
 
 
-def test_ranks_that_stop_while_they_wait_and_while_they_load(tmp_path: Path) -> None:
+def test_stopped_idle_and_loading_ranks_are_replaced(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
     ports = [free_port(0) for _ in range(2)]
@@ -30,11 +30,11 @@ def test_ranks_that_stop_while_they_wait_and_while_they_load(tmp_path: Path) -> 
         generated = fleet.generate()
         assert generated.state == pb.REQUEST_STATE_SUCCEEDED
         assert 'fleet_step_seconds_count{model="emoji",service="denoising"' in scraped(ports[0])
-        assert "process_cpu_seconds_total" in scraped(ports[1]), "the first rank of each machine serves metrics"
+        assert "process_cpu_seconds_total" in scraped(ports[1]), "the first rank of a node serves no metrics"
         serving = fleet.ranks()
         serving[1].send_signal(signal.SIGSTOP)
         loading = fleet.restarted(0, serving[0])
-        # It imports its libraries, and no rank knows it yet: its agent alone can notice, and then tells the other one.
+        # The new rank still imports its libraries and has not joined: only its agent can detect the stop.
         loading.send_signal(signal.SIGSTOP)
         fleet.restarted(0, loading)
         assert fleet.generate().file == generated.file
