@@ -282,7 +282,7 @@ def test_the_command_continues_where_its_coordinator_died(
         await asyncio.sleep(0.3)
 
     monkeypatch.setattr("services.cli.drawing.pause", soon)
-    monkeypatch.setattr("services.cli.drawing.ATTEMPTS", 100)
+    monkeypatch.setattr("services.cli.client.RETRIES", 100)
 
     async def test(case: Case) -> None:
         await case.add_workers()

@@ -17,7 +17,7 @@ from common.errors import InternalError, Unavailable
 from common.rpc.status import to_status
 from fleet.v1 import generation_pb2 as pb
 from services.cli.__main__ import main
-from services.cli.client import ATTEMPTS
+from services.cli.client import RETRIES
 from services.cli.output import ResultFiles
 
 PARTS = {0: [b"first", b"second", b"third"], 1: [b"other", b"last"]}
@@ -224,7 +224,7 @@ def test_attempts_end_where_no_coordinator_sends_anything(
 ) -> None:
     pretender.breaks_after, pretender.is_silent = 3, True
     assert generate(tmp_path / "x.mp4") == 1
-    assert pretender.downloads == [(0, 11)] * (ATTEMPTS + 1)
+    assert pretender.downloads == [(0, 11)] * (RETRIES + 1)
     assert capsys.readouterr().err.endswith("this coordinator is shutting down\n")
     assert not list(tmp_path.iterdir())
 

@@ -92,7 +92,7 @@ def test_entries_become_attempts() -> None:
     assert (lost.step, lost.total_steps, lost.checkpoints) == (3, 8, [(3.0, 2)])
     assert (last.step, last.ended, last.checkpoints) == (8, 9.6, [])
     assert timeline.take_overs == [(7.0, 2)]
-    assert timeline.deaths == [lost]
+    assert [each for each in timeline.attempts if each.outcome == LOST] == [lost]
     assert timeline.seconds == 10.0
 
 

@@ -200,7 +200,7 @@ def test_output_that_the_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPat
     out, err = io.BytesIO(), io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(err, encoding="ascii"))
-    monkeypatch.setattr(generate, "main", lambda _: generate._tell([Path("caf\xe9.png"), Path("\udcff")]))
+    monkeypatch.setattr(generate, "main", lambda _: generate._print_paths([Path("caf\xe9.png"), Path("\udcff")]))
     assert cli.main(["generate"]) == 0
     assert out.getvalue() == b"caf\\xe9.png\n\\udcff\n"
 
