@@ -66,7 +66,7 @@ class Supervisor:
         """Names of the running programs, including those that are shutting down."""
         return list(self._running)
 
-    async def keep(self, program: Program) -> None:
+    async def supervise(self, program: Program) -> None:
         """Start the program and restart it until it is retired. Raises ServiceEnded when restarts do not help."""
         retired = self._retired.setdefault(program.name, asyncio.Event())
         failures, delay = 0, _FIRST_DELAY

@@ -163,7 +163,7 @@ async def _run(plan: Plan, store: EmbeddedStore | None, access: Access) -> int:
     code = SUCCESS
     try:
         async with asyncio.TaskGroup() as group:
-            group.create_task(supervisor.keep(plan.coordinator))
+            group.create_task(supervisor.supervise(plan.coordinator))
             pools = [WorkerPool(supervisor, group.create_task, each.program, _note) for each in plan.workers]
             for workers, pool in zip(plan.workers, pools, strict=True):
                 pool.resize(workers.bounds.least)

@@ -60,7 +60,7 @@ class WorkerPool:
 
     async def _run(self, number: int) -> None:
         try:
-            await self._supervisor.keep(self._program(number))
+            await self._supervisor.supervise(self._program(number))
         except ServiceEnded as ended:
             if not self._supervisor.ready or not self._give_up(number):
                 raise

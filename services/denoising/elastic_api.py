@@ -1,4 +1,4 @@
-"""What the launcher relies on in torch.distributed.elastic, most of which is private."""
+"""The API of torch.distributed.elastic that the launcher uses, most of it private."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ DYING = Program("dying", ())
 def test_a_program_that_ends_before_the_fleet_is_ready_ends_the_fleet() -> None:
     notes: list[str] = []
     with pytest.raises(ServiceEnded, match=r"wrong .* ended with exit code 2 before the fleet was ready") as caught:
-        asyncio.run(Supervisor(notes.append).keep(WRONG))
+        asyncio.run(Supervisor(notes.append).supervise(WRONG))
     assert caught.value.code == 2
     assert len(notes) == 1
 
@@ -68,7 +68,7 @@ def test_a_program_that_always_ends_is_given_up(monkeypatch: pytest.MonkeyPatch)
     keeper = Supervisor(notes.append)
     keeper.ready = True
     with pytest.raises(ServiceEnded, match="exit code 1, 3 times in a row"):
-        asyncio.run(keeper.keep(DYING))
+        asyncio.run(keeper.supervise(DYING))
     assert processes.started == ["dying"] * 3
     assert [note.rpartition(" in ")[2] for note in notes if "starting it again" in note] == ["0.001 s", "0.002 s"]
 
@@ -82,7 +82,7 @@ def test_a_program_that_is_killed_is_started_again_however_often(monkeypatch: py
     async def run() -> None:
         keeper, program = Supervisor(notes.append), Program("killed", ())
         keeper.ready = True
-        keeping = asyncio.create_task(keeper.keep(program))
+        keeping = asyncio.create_task(keeper.supervise(program))
         await processes.have_started(5)
         keeper.retire(program)
         await asyncio.wait_for(keeping, 20)
@@ -97,7 +97,7 @@ def test_a_program_that_another_start_would_not_change_ends_a_running_fleet_at_o
     keeper = Supervisor(notes.append)
     keeper.ready = True
     with pytest.raises(ServiceEnded, match=r"wrong .* exit code 2, which another start does not change") as caught:
-        asyncio.run(keeper.keep(WRONG))
+        asyncio.run(keeper.supervise(WRONG))
     assert caught.value.code == 2
     assert len(notes) == 1
 
@@ -121,7 +121,7 @@ def test_a_program_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatc
             started.set()
 
         keeper = Supervisor(note)
-        keeping = asyncio.create_task(keeper.keep(Program("deaf", ())))
+        keeping = asyncio.create_task(keeper.supervise(Program("deaf", ())))
         await started.wait()
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
@@ -137,7 +137,7 @@ def test_a_retired_program_ends_for_good_and_its_end_is_no_death(monkeypatch: py
 
     async def run() -> None:
         keeper, program = Supervisor(notes.append), Program("w-0", ())
-        keeping = asyncio.create_task(keeper.keep(program))
+        keeping = asyncio.create_task(keeper.supervise(program))
         await processes.have_started(1)
         await asyncio.sleep(0.05)
         keeper.retire(program)
@@ -157,7 +157,7 @@ def test_a_retired_program_that_ignores_sigterm_is_killed_after_the_grace_time(
 
     async def run() -> None:
         keeper, program = Supervisor(notes.append), Program("deaf-0", ())
-        keeping = asyncio.create_task(keeper.keep(program))
+        keeping = asyncio.create_task(keeper.supervise(program))
         await processes.have_started(1)
         keeper.retire(program)
         await asyncio.wait_for(keeping, 20)
@@ -177,9 +177,9 @@ def test_a_program_that_is_retired_before_it_is_started_or_between_deaths_is_lef
         keeper = Supervisor(notes.append)
         keeper.ready = True
         keeper.retire(DYING)
-        await asyncio.wait_for(keeper.keep(DYING), 20)
+        await asyncio.wait_for(keeper.supervise(DYING), 20)
         assert notes == []
-        keeping = asyncio.create_task(keeper.keep(DYING))
+        keeping = asyncio.create_task(keeper.supervise(DYING))
         async with asyncio.timeout(20):
             while not notes or "starting it again" not in notes[-1]:  # noqa: ASYNC110 -- another process
                 await asyncio.sleep(0.005)

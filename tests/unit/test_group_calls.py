@@ -314,7 +314,7 @@ def test_errors_travel_as_what_they_are() -> None:
 
 def test_calls_agree_by_what_they_receive() -> None:
     answers: list[bytes] = []
-    leading = LeadingCall("r1", tell=answers.append)
+    leading = LeadingCall("r1", send=answers.append)
     leading.check_cancelled()
     leading.cancelled.set()
     with pytest.raises(Cancelled):

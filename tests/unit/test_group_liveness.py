@@ -33,7 +33,7 @@ class Seen:
 
     def start(self, liveness: Liveness) -> Liveness:
         """Start it, calling back here."""
-        liveness.start(on_lost=self.on_lost, on_leaving=self.leaving.set)
+        liveness.start(on_lost=self.on_lost, on_stopping=self.stopping.set)
         return liveness
 
 
@@ -52,7 +52,7 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
 def test_silence_is_counted_from_the_last_sign_of_life() -> None:
     watch = Watch([1, 2], 8.0, 0.0)
     for now in range(1, 9):
-        watch.hear(1, float(now))
+        watch.received(1, float(now))
         assert watch.silent(float(now)) is None
     assert watch.silent(8.1) == 2
     watch.forget(2)
@@ -89,9 +89,9 @@ def test_a_peer_that_says_nothing_is_a_loss(ends: tuple[socket.socket, socket.so
 def test_peers_that_beat_and_take_their_leave_are_no_loss(ends: tuple[socket.socket, socket.socket]) -> None:
     left, right = Seen(), Seen()
     one, other = left.start(channel(1, ends[0])), right.start(channel(0, ends[1]))
-    other.leave()
-    assert left.leaving.wait(WAIT)
-    assert not right.leaving.is_set()
+    other.request_stop()
+    assert left.stopping.wait(WAIT)
+    assert not right.stopping.is_set()
     one.end()
     other.end()
     assert not left.reasons

@@ -180,7 +180,7 @@ def test_a_rank_that_fails_may_start_again(monkeypatch: pytest.MonkeyPatch) -> N
     place = Place(rank=0, local_rank=0, world_size=1, num_nodes=1, store_host="localhost", store_port=1, token="t")
     model = open_model("emoji", load_registry())
     for error in (distributed.DistNetworkError("reset"), torch.OutOfMemoryError("full"), MemoryError()):
-        monkeypatch.setattr(rank, "_take_part", _raising(error))
+        monkeypatch.setattr(rank, "_join_and_run", _raising(error))
         with pytest.raises(Unavailable, match=f"rank 0: {type(error).__name__}"):
             rank.run_rank(
                 model, DenoisingSettings(model="emoji", redis=PLACE, device="cpu"), place, WarmUp.parse(model, ())
