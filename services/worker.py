@@ -125,7 +125,7 @@ class Worker:
         return self._server.health_address
 
     async def stop(self, grace: float) -> None:
-        """Withdraw, hand running calls over or let them finish within `grace` seconds, and release all resources."""
+        """Withdraw the worker, finish or hand over its calls within `grace` seconds, and release all resources."""
         await leave(self.info, self._registry, self._server, self._servicer, grace)
         await self._resources.aclose()
 

@@ -36,7 +36,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings(StoreSettings, TlsSettings):
-    """Settings of every stage service, which serves one stage of one model."""
+    """Serve one stage of one model."""
 
     model: str = setting(
         DEFAULT_MODEL, help="model to serve: a Diffusers directory, NAME=DIR, or the name of a shipped model"
@@ -84,7 +84,7 @@ class WorkerSettings(StoreSettings, TlsSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CachingSettings(WorkerSettings):
-    """Settings of a stage with cached replies, such as text encoding."""
+    """Serve a stage with cached replies, such as text encoding."""
 
     reply_cache_bytes: int = setting(256 << 20, help="memory of the reply cache, in bytes; 0: no cache")
     reply_cache_redis_bytes: int = setting(
@@ -98,7 +98,7 @@ class CachingSettings(WorkerSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSettings(WorkerSettings):
-    """Settings of a stage with optional kernel packages on a GPU, such as image encoding."""
+    """Serve a stage with optional kernel packages on a GPU, such as image encoding."""
 
     kernels: tuple[PackageChoice, ...] = setting(
         ("auto",), help="kernel packages on a GPU: auto uses all that work, a named package must work; or none"
@@ -113,7 +113,7 @@ class KernelSettings(WorkerSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings(WorkerSettings):
-    """Settings of a stage that reports steps."""
+    """Serve a stage that reports steps."""
 
     hang_seconds: float = setting(60.0, help="seconds without a step, after the first one, until a call is cancelled")
     hang_mean_steps: float = setting(20.0, help="minimum hang_seconds as a multiple of the call's mean step time")
@@ -130,7 +130,7 @@ class StepSettings(WorkerSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUpSettings(StepSettings):
-    """Settings of a stage that can run warm-up requests at the start, such as before_denoising."""
+    """Serve a stage that can run warm-up requests at the start, such as before_denoising."""
 
     warm_up: tuple[str, ...] = setting(
         (), help="size of a warm-up request: HEIGHTxWIDTH[xFRAMES][@VARIANT] (default: all variants); repeatable"
@@ -139,7 +139,7 @@ class WarmUpSettings(StepSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingSettings(KernelSettings, StepSettings):
-    """Settings of the decoding of one model."""
+    """Serve the decoding of one model."""
 
     sessions: int = setting(4, help="concurrent videos of a model that streams latents, instead of capacity")
 
@@ -150,7 +150,7 @@ class DecodingSettings(KernelSettings, StepSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings(KernelSettings, StepSettings):
-    """Settings of a denoising loop."""
+    """Serve a denoising loop."""
 
     attention_backend: AttentionChoice = setting(
         "auto", help="attention backend on a GPU; auto: by the committed table; a named backend must work"

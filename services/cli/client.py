@@ -23,9 +23,6 @@ Downloaded = AsyncGenerator[generation_pb2.DownloadResultResponse, None]
 RETRIES = 5
 """Attempts in a row, each without a message from a coordinator, after which a command gives up."""
 
-FIRST_PAUSE_SECONDS = 0.2
-"""Pause before the first retry; doubled after each attempt that receives nothing."""
-
 T = TypeVar("T")
 
 TERMINAL = frozenset(
@@ -161,6 +158,11 @@ async def connect(endpoint: str, access: Access = IN_THE_CLEAR) -> AsyncIterator
         await channel.close()
 
 
+async def pause(failures: int) -> None:
+    """Wait before a retry: 0.2 s, doubled for each failed attempt in a row."""
+    await asyncio.sleep(0.2 * 2**failures)
+
+
 async def retry_unavailable(attempt: Callable[[], Awaitable[T]], num_received: Callable[[], int]) -> T:
     """Run `attempt` until it returns, with exponential backoff after each Unavailable.
 
@@ -177,7 +179,7 @@ async def retry_unavailable(attempt: Callable[[], Awaitable[T]], num_received: C
             failures = 0 if received > before else failures + 1
             if not received or failures > RETRIES:
                 raise
-        await asyncio.sleep(FIRST_PAUSE_SECONDS * 2**failures)
+        await pause(failures)
 
 
 def state_name(state: generation_pb2.RequestState.ValueType) -> str:

@@ -123,7 +123,7 @@ def _faults(folder: Path) -> Iterator[str]:
         if isinstance(named, dict):
             for name in sorted({str(each) for each in named.values()}):
                 if not (folder / name).exists():
-                    yield f"{index} lists {name}, which is missing"
+                    yield f"{index} names {name}, which is missing"
     for path in sorted(folder.glob("*.safetensors")):
         try:
             read_header(path)
@@ -184,7 +184,7 @@ def host_memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = _CGROUP_LIM
 
 
 def check_memory(reference: str, facts: GpuFacts, settings: Mapping[str, Any]) -> Iterator[Result]:
-    """Compare the weights of each service of a model with the memory of a GPU, or of this host without a GPU.
+    """Compare the weights of each service of a model with the memory of a GPU; without one, of this host.
 
     `settings` are the settings of the checked service; dtype, tp and swap_experts are used. Yields nothing for a model
     that cannot be opened: check_model() reports it.
@@ -220,7 +220,7 @@ def _memory_result(service: str, model: str, need: int, device: Device) -> Resul
 
 
 def _loaded_bytes(model: ServedModel, module: str, element_bytes: int) -> int:
-    """Bytes of a module's weights on the device, with `element_bytes` per element of a floating-point tensor."""
+    """Bytes of a module's weights on the device. Elements of floating-point tensors take `element_bytes` each."""
     return sum(
         element_bytes * math.prod(tensor.shape) if tensor.dtype in _FLOATS else tensor.end - tensor.begin
         for header in model.checkpoint.weight_headers(module).values()

@@ -1,4 +1,4 @@
-"""Results of `fleet doctor`, and the runner of its checks, which isolates failures and enforces timeouts."""
+"""Results of `fleet doctor`, and the runner of its checks with timeouts and isolation of failures."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _NOTICE = datetime.timedelta(days=14)
 """Remaining validity below which a warning is given."""
 
 _SHARE_LEFT = 0.25
-"""The same as a fraction of the validity, for short-lived certificates: issuers renew them when a third is left."""
+"""Fraction of the validity below which a short-lived certificate gives a warning. Issuers renew at a third."""
 
 
 @dataclass(frozen=True)

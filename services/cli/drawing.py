@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import FailedPrecondition, InternalError, Unavailable
 from fleet.v1 import generation_pb2
-from services.cli.client import FIRST_PAUSE_SECONDS, FleetClient, raise_unless_succeeded, retry_unavailable
+from services.cli.client import FleetClient, pause, raise_unless_succeeded, retry_unavailable
 from services.cli.output import ResultFiles
 from services.cli.progress import TerminalReporter
 
@@ -68,7 +68,7 @@ class _Drawing:
             if not (self.request_id and is_stored):
                 raise
             self._report.note(f"request {self.request_id} continues; the connection was lost: {error.message}")
-            await asyncio.sleep(FIRST_PAUSE_SECONDS)
+            await pause(0)
             await retry_unavailable(self._receive_rest, lambda: self._num_received)
 
     async def _receive_rest(self) -> None:

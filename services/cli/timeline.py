@@ -1,4 +1,4 @@
-"""The timeline of a request as attempts and waiting times, built from the entries in the fleet's store."""
+"""The timeline of a request: attempts and waiting times, built from the entries in the store."""
 
 from __future__ import annotations
 

@@ -92,7 +92,10 @@ def print_timeline(timeline: Timeline, console: Console) -> None:
 
 
 def note_of(attempt: Attempt) -> str:
-    """The outcome of an attempt, such as "waited 0.01 s, completed after 1.20 s, steps 8/8, on denoising-host-7"."""
+    """The outcome of an attempt as text.
+
+    Example: "waited 0.01 s, completed after 1.20 s, steps 8/8, on denoising-host-7".
+    """
     parts: list[str] = []
     if attempt.queued is not None and attempt.granted is not None:
         parts.append(f"waited {attempt.granted - attempt.queued:.2f} s")

@@ -64,7 +64,7 @@ class WorkerPool:
         except ServiceEnded as ended:
             if not self._supervisor.ready or not self._give_up(number):
                 raise
-            self._note(f"{ended}; the service continues with {len(self._numbers)} workers and starts no more")
+            self._note(f"{ended}; the service continues with {len(self._numbers)} of its workers")
         finally:
             self._ending.discard(number)
 

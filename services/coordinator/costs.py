@@ -1,4 +1,4 @@
-"""The cost of a request at each service, so that queues and their bounds distinguish a video from an icon.
+"""The cost of a request at each service, by which queues distinguish a video from an icon.
 
 A cost is relative to other requests of one model at one service; the seconds per unit are the service's measured pace.
 """

@@ -40,7 +40,7 @@ from services.coordinator.state_lines import described, log_state, prompts_of
 from services.coordinator.worker_runner import WorkerRunner, Workers
 
 _LATER_SECONDS = 1.0
-"""Time after the request's deadline at which the workers' deadline is, so that the coordinator reports the expiry."""
+"""Seconds from the request's deadline to the workers' deadline: the coordinator must report the expiry."""
 
 
 _log = get_logger(__name__)

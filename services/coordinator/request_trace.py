@@ -59,7 +59,7 @@ class RequestTrace:
 
     @classmethod
     def resume(cls, record: generation_pb2.RequestRecord) -> RequestTrace:
-        """Continue the trace of a request that another coordinator admitted, or start one if it exported no spans."""
+        """Continue the trace of a request that another coordinator admitted. Starts one if that exported no spans."""
         stored, spans = record.trace, tracer()
         client = parse_traceparent(stored.client_traceparent, stored.tracestate)
         own = parse_traceparent(stored.traceparent, stored.tracestate)

@@ -182,7 +182,7 @@ class GenerationService:
                 self._driver.cancel(submission.record.request_id)
 
     async def _followed(self, request_id: str, execution: Execution | None) -> AsyncGenerator[StoredEvent, None]:
-        """All events of a request: from memory while it runs here, else from the store."""
+        """Yield all events of a request, from memory while it runs here, else from the store."""
         last = ""
         if execution is not None:
             async for event in execution.log.follow():

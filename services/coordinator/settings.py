@@ -31,7 +31,7 @@ _POSITIVE = (
 
 @dataclass(frozen=True, kw_only=True)
 class CoordinatorSettings(StoreSettings, TlsSettings):
-    """Settings of the coordinator, which accepts requests and runs the stages of their models."""
+    """Serve the public API: accept requests, and run the stages of their models on workers."""
 
     model: tuple[str, ...] = setting((DEFAULT_MODEL,), help="model to serve: NAME, DIR or NAME=DIR; repeatable")
     listen: str = setting("127.0.0.1:50051", help="host:port or unix:path to listen on; port 0: any free port")
@@ -139,7 +139,7 @@ class CoordinatorSettings(StoreSettings, TlsSettings):
 
     @property
     def retention(self) -> Retention:
-        """How long ended requests and their results are stored."""
+        """Retention of ended requests and of their results."""
         return Retention(self.record_seconds, self.result_seconds)
 
     @property

@@ -51,9 +51,10 @@ async def inherit(
     restore: Restore,
     store: RequestStore,
 ) -> Acquired | None:
-    """Continue a request after a take-over, once its executions under earlier epochs (`formers`) have ended.
+    """Continue a request after a take-over.
 
-    Returns None for a request that cannot run here, which ends as FAILED.
+    Waits for the end of its executions under earlier epochs (`formers`). Returns None for a request that cannot
+    run here, which ends as FAILED.
     """
     try:
         await _end(formers)

@@ -1,4 +1,4 @@
-"""JSON Web Tokens (RFC 7519) that authenticate callers, verified with the keys of the operator's issuer.
+"""Authentication by JSON Web Tokens (RFC 7519), verified with the keys of the operator's issuer.
 
 Each key is bound to one algorithm when the keys are read, by the kind of key (and, in a JWK Set, its `alg`). A token
 only selects a key, by `kid`. So no key accepts a token with alg "none" or with a public key as HMAC secret (RFC 8725,
@@ -235,7 +235,9 @@ def _algorithm_of(path: Path, key: Any, asked: str) -> str:
     if not possible:
         raise _wrong(path, "contains a key that is neither RSA, nor Ed25519, nor on the curve P-256, P-384 or P-521")
     if asked and asked not in possible:
-        raise _wrong(path, f"contains a key with the alg {asked[:40]!r}; {', '.join(possible)} work for its kind")
+        raise _wrong(
+            path, f"contains a key with the alg {asked[:40]!r}; its kind of key supports {', '.join(possible)}"
+        )
     return asked or possible[0]
 
 

@@ -55,4 +55,4 @@ ELASTIC = PrivateApi(
         Called(f"{_RENDEZVOUS}.api:RendezvousStoreInfo", 2),
     ),
 )
-"""The names, parameters and attributes that services.denoising.launcher and services.denoising.meeting use."""
+"""Names, parameters and attributes used by services.denoising.launcher and services.denoising.meeting."""

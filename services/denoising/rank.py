@@ -156,7 +156,7 @@ class LeadingRank(_Rank):
 
 
 class FollowingRank(_Rank):
-    """Any other rank: computes in step with rank 0, and passes stop signals on to it."""
+    """A rank other than 0: computes in step with rank 0, and passes stop signals on to it."""
 
     _is_stopping = False
 

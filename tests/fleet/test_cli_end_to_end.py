@@ -232,7 +232,7 @@ def test_size_measures_a_running_fleet_with_prompts_that_no_worker_has_cached(
         assert 0.0 < float(seconds) < 60
         assert int(replicas) >= 1
         assert busy.endswith("%")
-        assert lines[5] == f"Stage seconds: measured by one request at {up[0]}, after one that warmed up."
+        assert lines[5] == f"Stage seconds: measured with one request at {up[0]}, after a warm-up request."
     listed = [line for line in fleet(temporary, "status", *endpoint).stdout.splitlines() if " SUCCEEDED " in line]
     assert len({line.split(maxsplit=5)[5] for line in listed[:4]}) == 4
     watched = fleet(temporary, "watch", listed[0].split()[0], *endpoint)
@@ -305,7 +305,7 @@ def test_an_autoscaled_fleet_is_ready_without_workers_and_returns_to_none(tempor
         assert done.returncode == 0, done.stderr
         running.line("autoscaler: emoji/text_encoding: 1 -> 2 workers")  # one for the request, and one of headroom
         running.line("autoscaler: emoji/decoding: 1 -> 0 workers")
-        running.line(r"decoding-0 \(pid \d+\) ended with exit code 0, as it was not needed")
+        running.line(r"decoding-0 \(pid \d+\) ended with exit code 0; it is no longer needed")
         code, said = running.end(signal.SIGTERM)
     assert code == 0
     assert "starting it again" not in said
@@ -367,5 +367,5 @@ def test_weights_that_vanish_end_an_autoscaled_fleet_at_the_first_worker(tempora
     assert 1 <= len(said) <= 4, "once for each worker"
     assert all(f": {model / 'transformer'} holds no weights" in line for line in said)
     (end,) = [line for line in lines if line.startswith("fleet up: ")]
-    assert end.endswith("ended with exit code 2, which another start does not change")
+    assert end.endswith("ended with exit code 2; a restart does not help")
     assert "starting it again" not in output

@@ -86,7 +86,7 @@ def test_what_does_not_end_within_the_grace_time_goes_on_elsewhere(server: Redis
         await anext(aiter(watch))
         reading = asyncio.create_task(_read_warnings(watch))  # events that a client has not read hide how its call ends
         await leaving.stop(0)
-        with pytest.raises(grpc.aio.AioRpcError, match="call again from the last event"):
+        with pytest.raises(grpc.aio.AioRpcError, match="repeat the call from the last event"):
             await reading
         assert await state_of(other, foreign) == pb.REQUEST_STATE_QUEUED
         await fleet.add_workers()

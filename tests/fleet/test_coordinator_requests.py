@@ -261,7 +261,7 @@ def test_patience_ends_where_no_worker_can_be_reached(url: str) -> None:
         name = (await stub.Submit(submission())).request.request_id
         change = (await terminal(stub, name))[-1].state_change
         assert change.error.code == "UNAVAILABLE"
-        assert "no worker of text_encoding was reached for 0.5 s, at last: " in change.error.message
+        assert "no worker of text_encoding was reachable for 0.5 s; last error: " in change.error.message
 
     run(url, story)
 

@@ -17,7 +17,7 @@ from redis_servers import running_server
 from services.cli.access import IN_THE_CLEAR
 from services.cli.status import _status
 
-WAITS = "no worker of {} runs; the request waits for one"
+WAITS = "no worker of {} is running; the request waits"
 
 
 @pytest.fixture(scope="module")

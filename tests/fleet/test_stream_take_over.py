@@ -281,7 +281,7 @@ def test_the_command_continues_where_its_coordinator_died(
     async def soon(_: int) -> None:
         await asyncio.sleep(0.3)
 
-    monkeypatch.setattr("services.cli.drawing.pause", soon)
+    monkeypatch.setattr("services.cli.client.pause", soon)
     monkeypatch.setattr("services.cli.client.RETRIES", 100)
 
     async def test(case: Case) -> None:
@@ -303,7 +303,7 @@ def test_the_command_continues_where_its_coordinator_died(
 
     run(server, test, stop_before)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [VIDEO]
-    assert "goes on; the connection was lost" in capsys.readouterr().err
+    assert "continues; the connection was lost" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stop_before", [2, ITEMS])

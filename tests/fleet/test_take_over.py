@@ -262,7 +262,7 @@ def test_a_request_that_kills_workers_is_given_up(server: RedisServer) -> None:
         assert change.state == pb.REQUEST_STATE_FAILED
         assert change.error.code == "INTERNAL"
         assert "3 workers were lost while they ran this request, without progress" in change.error.message
-        assert "the last one in denoising" in change.error.message
+        assert "the last one at denoising" in change.error.message
         assert len(mortals.died) == 3
         innocent = (await stub.Submit(submission())).request.request_id
         assert ends(await terminal(stub, innocent)) == [pb.REQUEST_STATE_SUCCEEDED]

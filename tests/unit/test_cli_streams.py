@@ -128,7 +128,7 @@ def pretender(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretender]:
     async def at_once(_: int) -> None:
         return None
 
-    monkeypatch.setattr("services.cli.drawing.pause", at_once)
+    monkeypatch.setattr("services.cli.client.pause", at_once)
     before = signal.getsignal(signal.SIGTERM)
     servicer = Pretender()
     server = grpc.server(ThreadPoolExecutor(4))
@@ -191,7 +191,7 @@ def test_each_byte_comes_once_across_lost_connections(
     assert sorted(tmp_path.iterdir()) == paths
     assert pretender.keys == ["k"]
     written = capsys.readouterr()
-    assert "request r1 goes on; the connection was lost" in written.err
+    assert "request r1 continues; the connection was lost" in written.err
     received = [len(b"".join(PARTS[0][: (breaks_after + 1) // 2])), len(b"".join(PARTS[1][: breaks_after // 2]))]
     assert pretender.downloads[0] == (0, 16 if breaks_after == 5 else received[0])
     assert pretender.downloads[-1][0] == 1
@@ -268,13 +268,13 @@ def test_growing_files_refuse_bytes_that_do_not_fit(tmp_path: Path) -> None:
             files.write_at(0, 0, b"x")
         files.begin(0, 1, None)
         files.write_at(0, 0, b"abc")
-        with pytest.raises(InternalError, match="byte 2 of file 0 came where byte 3 is next"):
+        with pytest.raises(InternalError, match="received byte 2 of file 0; expected byte 3"):
             files.write_at(0, 2, b"c")
-        with pytest.raises(InternalError, match=r"x\.mp4 ended without its size"):
+        with pytest.raises(InternalError, match=r"x\.mp4 ended before its size was sent"):
             files.check_complete()
         files.begin(0, 1, 4)
-        with pytest.raises(InternalError, match=r"x\.mp4 ended 1 bytes early"):
+        with pytest.raises(InternalError, match=r"x\.mp4 ended 1 bytes before its size"):
             files.check_complete()
-        with pytest.raises(InternalError, match="more bytes than its header says"):
+        with pytest.raises(InternalError, match="more bytes than its header states"):
             files.begin(0, 1, 2)
     assert not list(tmp_path.iterdir())

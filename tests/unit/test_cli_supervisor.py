@@ -96,7 +96,7 @@ def test_a_program_that_another_start_would_not_change_ends_a_running_fleet_at_o
     notes: list[str] = []
     keeper = Supervisor(notes.append)
     keeper.ready = True
-    with pytest.raises(ServiceEnded, match=r"wrong .* exit code 2, which another start does not change") as caught:
+    with pytest.raises(ServiceEnded, match=r"wrong .* exit code 2; a restart does not help") as caught:
         asyncio.run(keeper.supervise(WRONG))
     assert caught.value.code == 2
     assert len(notes) == 1
@@ -146,7 +146,7 @@ def test_a_retired_program_ends_for_good_and_its_end_is_no_death(monkeypatch: py
 
     asyncio.run(run())
     assert processes.started == ["w-0"]
-    assert notes[-1].endswith("ended with signal SIGTERM, as it was not needed")
+    assert notes[-1].endswith("ended with signal SIGTERM; it is no longer needed")
 
 
 def test_a_retired_program_that_ignores_sigterm_is_killed_after_the_grace_time(
@@ -163,7 +163,7 @@ def test_a_retired_program_that_ignores_sigterm_is_killed_after_the_grace_time(
         await asyncio.wait_for(keeping, 20)
 
     asyncio.run(run())
-    assert notes[-1].endswith("ended with signal SIGKILL, as it was not needed")
+    assert notes[-1].endswith("ended with signal SIGKILL; it is no longer needed")
 
 
 def test_a_program_that_is_retired_before_it_is_started_or_between_deaths_is_left(
@@ -237,7 +237,7 @@ def test_a_pool_goes_on_without_a_worker_that_cannot_run_as_long_as_it_has_other
     assert sorted(processes.started) == ["w-0", "wrong"]
     assert len(notes) == 1
     assert "exit code 2" in notes[0]
-    assert notes[0].endswith("the service has 1 of its workers, and starts no more")
+    assert notes[0].endswith("the service continues with 1 of its workers")
     with pytest.raises(ExceptionGroup) as caught:
         asyncio.run(run("wrong"))
     assert caught.group_contains(ServiceEnded, match="wrong .* exit code 2")

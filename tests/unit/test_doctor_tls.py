@@ -28,7 +28,7 @@ def test_files_of_a_fleet_are_right(fleet: Authority) -> None:
     files = files_of({"tls_cert": shown.cert, "tls_key": shown.key, "tls_ca": fleet.ca}, "coordinator")
     authority, certificate = lines(check_tls(files))
     assert authority.startswith(f"ok tls: tls_ca {fleet.ca} (authority) is valid until 20")
-    named = f"ok tls: tls_cert {shown.cert} (for coordinator, fleet.example, 10.0.0.1; its key fits) is valid until 20"
+    named = f"ok tls: tls_cert {shown.cert} (for coordinator, fleet.example, 10.0.0.1; key matches) is valid until 20"
     assert certificate.startswith(named)
 
 
@@ -120,7 +120,7 @@ def test_a_certificate_that_is_not_valid_yet(fleet: Authority) -> None:
     shown = fleet.issue("worker")
     earlier = datetime.datetime.now(datetime.UTC) - 3 * DAY
     (line,) = lines(check_tls([TlsFiles("tls", shown.cert, shown.key)], earlier))
-    assert "(for worker; its key fits) is valid only from 20" in line
+    assert "(for worker; key matches) is not valid before 20" in line
     assert line.startswith("error tls: ")
 
 
@@ -136,10 +136,10 @@ def test_a_client_s_certificate_may_have_any_name(fleet: Authority) -> None:
         (
             "coordinator",
             ["tls_ca"],
-            "error tls: tls_ca is set without tls_cert and tls_key, which the service must show",
+            "error tls: tls_ca is set without tls_cert and tls_key, which the service must present",
         ),
         ("", ["tls_ca"], ""),
-        ("decoding", ["tls_cert", "tls_key"], "error tls: tls_cert is set without tls_ca, by which a worker knows"),
+        ("decoding", ["tls_cert", "tls_key"], "error tls: tls_cert is set without tls_ca, by which a worker verifies"),
         ("coordinator", ["tls_cert", "tls_key"], ""),
         (
             "coordinator",
@@ -166,5 +166,5 @@ def test_variables_and_flags_name_the_files(
     monkeypatch.setattr(doctor, "has_worker_extra", lambda: False)
     assert main(["doctor", "--tls-cert", str(own.cert), "--tls-key", str(own.key)]) == 2
     out = capsys.readouterr().out
-    assert f"error    tls               tls_public_cert {expired.cert} (for expired; its key fits) expired on" in out
-    assert f"ok       tls               tls_cert {own.cert} (for own; its key fits) is valid until" in out
+    assert f"error    tls               tls_public_cert {expired.cert} (for expired; key matches) expired on" in out
+    assert f"ok       tls               tls_cert {own.cert} (for own; key matches) is valid until" in out

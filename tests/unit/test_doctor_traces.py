@@ -70,11 +70,13 @@ def test_the_variables_without_the_extra_are_a_warning(monkeypatch: pytest.Monke
 def test_a_collector_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     with receiving() as receiver:
         line = found(monkeypatch, EXPORTER_OTLP_ENDPOINT=receiver.endpoint)
-        assert line == f"ok traces: the collector at {receiver.endpoint} takes spans"
+        assert line == f"ok traces: the collector at {receiver.endpoint} accepts spans"
         assert receiver.raw == [b""], "no span was sent"
 
 
 def test_a_collector_that_is_away_is_a_warning_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.cli.doctor_traces.COLLECTOR_SECONDS", 1)
     line = found(monkeypatch, EXPORTER_OTLP_TRACES_ENDPOINT=f"http://me:secret@{NOWHERE}")
-    assert line.startswith(f"warning traces: the collector at http://***@{NOWHERE} takes no spans: services run, and ")
+    assert line.startswith(
+        f"warning traces: the collector at http://***@{NOWHERE} accepts no spans: services run, but "
+    )

@@ -270,7 +270,7 @@ def test_a_rank_that_never_ends_a_call_is_not_waited_for(monkeypatch: pytest.Mon
     monkeypatch.setattr(group, "SETTLE_SECONDS", 0.05)
     opened = threading.Event()
     with two_ranks(do_nothing, lambda *_: _sleep_until(opened)) as ranks:
-        with pytest.raises(Abandoned, match=r"rank 1 has said nothing for 0\.05 s"):
+        with pytest.raises(Abandoned, match=r"rank 1 sent no message for 0\.05 s"):
             ranks.run()
         opened.set()
 
@@ -280,10 +280,10 @@ def test_ranks_that_ask_unequally_often_end_the_group() -> None:
         with suppress(Abandoned):  # Or the result, which is right, if rank 0 was faster.
             ranks.run()
         assert ranks.ended.wait(20)
-    assert "sent message 4 where OUTCOME should come" in str(ranks.errors[0])
+    assert "sent message 4; expected OUTCOME" in str(ranks.errors[0])
     with two_ranks(do_nothing, ask_twice) as ranks, pytest.raises(Abandoned):
         ranks.run()
-    assert "sent message 5 where CHECK should come" in str(ranks.errors[0])
+    assert "sent message 5; expected CHECK" in str(ranks.errors[0])
 
 
 def test_what_is_no_text_leaves_a_group_out_of_step_and_nothing_else() -> None:
@@ -291,11 +291,11 @@ def test_what_is_no_text_leaves_a_group_out_of_step_and_nothing_else() -> None:
         ranks.link.send(Kind.CALL, b"\xff")
         ranks.link.send(Kind.END)
         assert ranks.ended.wait(20)
-    assert "sent message 6 where INPUT should come" in str(ranks.errors[0])
+    assert "sent message 6; expected INPUT" in str(ranks.errors[0])
     here, there = socket.socketpair()
     with here, there:
         Link(0, there).send(Kind.OUTCOME, b"Cancelled\n\xff")
-        with pytest.raises(OutOfStep, match=r"ended with Cancelled: \\xff on rank 1, and with a result here"):
+        with pytest.raises(OutOfStep, match=r"ended with Cancelled: \\xff on rank 1, but with a result on this rank"):
             group.compare(Link(1, here), b"")
 
 

@@ -25,7 +25,7 @@ class Seen:
 
     reasons: list[str] = field(default_factory=list)
     lost: threading.Event = field(default_factory=threading.Event)
-    leaving: threading.Event = field(default_factory=threading.Event)
+    stopping: threading.Event = field(default_factory=threading.Event)
 
     def on_lost(self, reason: str) -> None:
         self.reasons.append(reason)
@@ -74,7 +74,7 @@ def test_a_connection_that_ends_is_a_loss(ends: tuple[socket.socket, socket.sock
     liveness = seen.start(channel(3, ends[0]))
     ends[1].close()
     assert seen.lost.wait(WAIT)
-    assert seen.reasons == ["rank 3 has ended"]
+    assert seen.reasons == ["rank 3 has exited"]
     liveness.end()
 
 
@@ -102,7 +102,7 @@ def test_whoever_notices_a_loss_ends_at_once_and_says_why() -> None:
     code = "from services.denoising.liveness import abandon; abandon('rank 1 has ended')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == LOST
-    assert "rank 1 has ended; this rank ends, so that the group can start again" in ended.stderr
+    assert "rank 1 has ended; this rank exits, so that the group can restart" in ended.stderr
 
 
 def test_a_rank_that_cannot_even_say_why_ends_nevertheless() -> None:

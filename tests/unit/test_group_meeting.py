@@ -81,7 +81,7 @@ def test_machines_meet_for_each_start_and_one_that_comes_back_waits_for_the_next
 def test_a_port_that_is_taken_is_said() -> None:
     with (
         socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken,
-        pytest.raises(FailedPrecondition, match="cannot listen for the other machines on port"),
+        pytest.raises(FailedPrecondition, match="cannot listen for the other hosts on port"),
     ):
         Meeting(2, 0, f"127.0.0.1:{taken.getsockname()[1]}")
 

@@ -134,7 +134,7 @@ def test_a_request_waits_for_the_decision_that_would_end_it() -> None:
         innocent, guilty = Book(undecided, [QUIET, QUIET]), Book(undecided, [QUIET, QUIET, loss()])
         assert await recovery(innocent, epoch=2).wait_until_claimable()
         assert innocent.asked == 2
-        with pytest.raises(InternalError, match=r"3 workers were lost .* the last one in denoising"):
+        with pytest.raises(InternalError, match=r"3 workers were lost .* the last one at denoising"):
             await recovery(guilty, epoch=2).wait_until_claimable()
         assert guilty.asked == 2
 

@@ -245,7 +245,7 @@ def test_an_error_is_one_json_record_where_the_log_is_json(level: str) -> None:
 
     assert run_program("coordinator", program, []) == 2
     (line,) = map(json.loads, out.getvalue().splitlines())
-    assert (line["level"], line["service"], line["event"]) == ("CRITICAL", "coordinator", "process ends with an error")
+    assert (line["level"], line["service"], line["event"]) == ("CRITICAL", "coordinator", "process failed")
     assert line["errors"] == ["listen: redis://***@host/ is no address"]
     assert ("exception" in line) == (level == "DEBUG")
     assert "secret" not in out.getvalue()

@@ -168,5 +168,5 @@ def test_a_server_that_has_forgotten_the_script_is_sent_it() -> None:
 
 
 def test_a_negative_number_of_replicas_is_refused() -> None:
-    with pytest.raises(SettingsError, match="store_replicas: -1 is not 0 or more; 0 waits for none"):
+    with pytest.raises(SettingsError, match="store_replicas: -1 is not at least 0; 0 works"):
         CoordinatorSettings(store_replicas=-1)
