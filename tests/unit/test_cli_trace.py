@@ -178,5 +178,5 @@ def test_an_output_that_cannot_be_drawn_is_refused(monkeypatch: pytest.MonkeyPat
         trace.main(["r1", "--output", "trace.jpg"])
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.delitem(sys.modules, "services.cli.timeline_image")
-    with pytest.raises(InvalidInput, match="Pillow is not installed"):
+    with pytest.raises(InvalidInput, match="need Pillow, which is not installed"):
         trace.main(["r1", "--output", "trace.png"])

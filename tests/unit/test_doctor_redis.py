@@ -130,7 +130,7 @@ def test_a_login_that_may_run_no_scripts_and_read_no_configuration(url: str) -> 
     assert listed[0].startswith(f"warning redis: unix://***@{path} answers in ")
     assert "its version is unknown -> allow the ACL user to run INFO" in listed[0]
     assert listed[1].startswith("warning redis policy: role, cluster-enabled, maxmemory-policy cannot be read -> ")
-    assert listed[2].startswith("warning redis durability: appendonly unknown, appendfsync unknown -> let the login")
+    assert listed[2].startswith("warning redis durability: appendonly unknown, appendfsync unknown -> allow the ACL")
     assert listed[3].startswith("error redis scripts: ")
     assert listed[3].endswith(" -> allow the ACL user to run scripts on keys fleet:*")
 
