@@ -20,7 +20,7 @@ _NOTICE = datetime.timedelta(days=14)
 """Remaining validity below which a warning is given."""
 
 _SHARE_LEFT = 0.25
-"""Fraction of the validity below which a short-lived certificate gives a warning. Issuers renew at a third."""
+"""Fraction of the validity below which a warning is given. Issuers renew when a third is left."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class ScalerService:
         return _spec(self._target(request.scalerMetadata))
 
     async def stream_metric_spec(self, request: pb.ScaledObjectRef) -> AsyncGenerator[pb.GetMetricSpecResponse, None]:
-        """Stream the metric of the target. It depends only on the metadata, so that one message is sent."""
+        """Send the metric of the target once, and then only hold the stream open: the metric never changes."""
         yield _spec(self._target(request.scalerMetadata))
         await asyncio.Event().wait()
 

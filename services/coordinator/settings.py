@@ -79,7 +79,7 @@ class CoordinatorSettings(StoreSettings, TlsSettings):
     max_result_bytes: int = setting(1 << 30, help="maximum size of a streamed video in the request store, in bytes")
     step_seconds: float = setting(0.25, help="minimum seconds between two events with the steps of a request")
     heartbeat_seconds: float = setting(HEARTBEAT_SECONDS, help="seconds between two heartbeats in the request store")
-    heartbeat_ttl_seconds: float = setting(TTL_SECONDS, help="seconds without a heartbeat until it counts as lost")
+    heartbeat_ttl_seconds: float = setting(TTL_SECONDS, help="seconds without a heartbeat until a coordinator is lost")
     scaler_listen: str = setting("", help="host:port or unix:path of KEDA's external scaler; empty: no scaler")
     assumed_seconds: float = setting(
         10.0, help="assumed compute seconds of a request at a stage without a measurement, for autoscaling"

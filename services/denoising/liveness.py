@@ -46,7 +46,7 @@ class Watch:
         self._received_at[peer] = now
 
     def forget(self, peer: int) -> None:
-        """Stop to watch a peer that ends regularly."""
+        """Stop watching a peer that exits regularly."""
         self._received_at.pop(peer, None)
 
     def silent(self, now: float) -> int | None:
@@ -77,7 +77,7 @@ class Liveness:
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
 
     def start(self, *, on_lost: Callable[[str], None] = abandon, on_stopping: Callable[[], None] | None = None) -> None:
-        """Start to send heartbeats and to watch the peers.
+        """Start sending heartbeats and watching the peers.
 
         A separate thread calls `on_lost` with a reason when a peer is lost, and `on_stopping` when a peer received a
         stop signal, possibly repeatedly.
@@ -93,7 +93,7 @@ class Liveness:
         self._wake()
 
     def end(self) -> None:
-        """End regularly: the peers stop to watch this rank, and this rank stops to watch them."""
+        """Exit regularly: the peers stop watching this rank, and this rank stops watching them."""
         self._message = _END
         self._wake()
         self._thread.join()

@@ -23,6 +23,8 @@ from common.errors import FailedPrecondition
 
 _OFFER = "offer"
 _CONFIRMED = "word"
+"""Key of a confirmed offer. Its value stays, because agents of two releases may share a store."""
+
 _LATE = "late"
 # Short, because signals are handled only between waits, and a node may wait for hours.
 _WAIT = timedelta(seconds=1)
