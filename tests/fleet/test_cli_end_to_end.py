@@ -278,7 +278,7 @@ def test_a_service_that_dies_is_started_again(up: tuple[str, Running]) -> None:
     _, running = up
     worker = next(each for each in running.descendants() if "decoding" in each.cmdline())
     worker.kill()
-    running.line(r"decoding-0 \(pid \d+\) ended with signal SIGKILL; starting it again")
+    running.line(r"decoding-0 \(pid \d+\) ended with signal SIGKILL; restarting it")
     assert int(running.line(r"decoding-0: started, pid (\d+)")[1]) != worker.pid
 
 
@@ -308,7 +308,7 @@ def test_an_autoscaled_fleet_is_ready_without_workers_and_returns_to_none(tempor
         running.line(r"decoding-0 \(pid \d+\) ended with exit code 0; it is no longer needed")
         code, said = running.end(signal.SIGTERM)
     assert code == 0
-    assert "starting it again" not in said
+    assert "restarting it" not in said
     alone = open_fleet("emoji")
     (item,) = alone.media(prompt="a red apple", num_inference_steps=3, seed=1).items
     alone.close()
@@ -368,4 +368,4 @@ def test_weights_that_vanish_end_an_autoscaled_fleet_at_the_first_worker(tempora
     assert all(f": {model / 'transformer'} holds no weights" in line for line in said)
     (end,) = [line for line in lines if line.startswith("fleet up: ")]
     assert end.endswith("ended with exit code 2; a restart does not help")
-    assert "starting it again" not in output
+    assert "restarting it" not in output

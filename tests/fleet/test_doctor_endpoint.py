@@ -200,7 +200,7 @@ def test_a_port_of_another_program_is_a_warning() -> None:
     try:
         (line,) = ports_of("127.0.0.1:1", metrics_port=server.server_port)
         assert line.startswith(
-            f"warning endpoint ports: metrics_port: 127.0.0.1:{server.server_port} answers without metrics of a coordi"
+            f"warning endpoint ports: metrics_port: 127.0.0.1:{server.server_port} serves no coordinator metri"
         )
     finally:
         server.shutdown()
@@ -252,7 +252,7 @@ def test_versions_of_the_api_are_compared() -> None:
         f"warning contract: the fleet is older than this client: it lacks {name} -> update the fleet, or install its "
         "release here"
     ]
-    assert lines([contract_result(ours, older)])[0].startswith("ok contract: the fleet is newer, ")
+    assert lines([contract_result(ours, older)])[0].startswith("ok contract: the fleet is newer and compatible")
     other = {**ours, name: ours[name].replace("20 ", "21 ", 1)}
     assert lines([contract_result(other, ours)])[0].startswith(f"error contract: the fleet has another type for {name}")
     assert lines([contract_result({}, ours)])[0].startswith("error contract: the endpoint has no fleet.v1.Generation")

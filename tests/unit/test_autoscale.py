@@ -234,7 +234,7 @@ def test_a_scaler_that_is_away_changes_nothing_and_is_noted_once() -> None:
         await scene.until(lambda: len(scene.scaler.asked) >= 5)
         assert scene.pool.size == 2
         assert len(scene.notes) == 1
-        assert scene.notes[0].startswith("autoscaler: d: no answer")
+        assert scene.notes[0].startswith("autoscaler: d: the scaler did not answer")
         scene.scaler.refusal, scene.scaler.seconds = None, 9.0
         await scene.until(lambda: scene.pool.size == 4)
         await ended(running)

@@ -63,20 +63,20 @@ class Processes:
 
 def test_a_program_that_always_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "_FIRST_DELAY", 0.001)
-    monkeypatch.setattr(supervisor, "_MOST_DEATHS", 3)
+    monkeypatch.setattr(supervisor, "_MOST_FAILURES", 3)
     processes, notes = Processes(monkeypatch), list[str]()
     keeper = Supervisor(notes.append)
     keeper.ready = True
     with pytest.raises(ServiceEnded, match="exit code 1, 3 times in a row"):
         asyncio.run(keeper.supervise(DYING))
     assert processes.started == ["dying"] * 3
-    assert [note.rpartition(" in ")[2] for note in notes if "starting it again" in note] == ["0.001 s", "0.002 s"]
+    assert [note.rpartition(" in ")[2] for note in notes if "restarting it" in note] == ["0.001 s", "0.002 s"]
 
 
 def test_a_program_that_is_killed_is_started_again_however_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "_FIRST_DELAY", 0.001)
     monkeypatch.setattr(supervisor, "_LONGEST_DELAY", 0.002)
-    monkeypatch.setattr(supervisor, "_MOST_DEATHS", 2)
+    monkeypatch.setattr(supervisor, "_MOST_FAILURES", 2)
     processes, notes = Processes(monkeypatch), list[str]()
 
     async def run() -> None:
@@ -88,7 +88,7 @@ def test_a_program_that_is_killed_is_started_again_however_often(monkeypatch: py
         await asyncio.wait_for(keeping, 20)
 
     asyncio.run(run())
-    delays = [note.rpartition(" in ")[2] for note in notes if "starting it again" in note]
+    delays = [note.rpartition(" in ")[2] for note in notes if "restarting it" in note]
     assert delays[:4] == ["0.001 s", "0.002 s", "0.002 s", "0.002 s"]
 
 
@@ -181,7 +181,7 @@ def test_a_program_that_is_retired_before_it_is_started_or_between_deaths_is_lef
         assert notes == []
         keeping = asyncio.create_task(keeper.supervise(DYING))
         async with asyncio.timeout(20):
-            while not notes or "starting it again" not in notes[-1]:  # noqa: ASYNC110 -- another process
+            while not notes or "restarting it" not in notes[-1]:  # noqa: ASYNC110 -- another process
                 await asyncio.sleep(0.005)
         keeper.retire(DYING)
         await asyncio.wait_for(keeping, 20)
