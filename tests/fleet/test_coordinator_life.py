@@ -183,7 +183,7 @@ def test_a_coordinator_with_another_checkpoint_is_refused(server: RedisServer) -
 
 def test_two_models_of_one_name_are_refused() -> None:
     settings = CoordinatorSettings(listen="127.0.0.1:0")
-    with pytest.raises(InvalidInput, match="one name"):
+    with pytest.raises(InvalidInput, match="the same name"):
         asyncio.run(start_coordinator([MODEL, MODEL], settings))
 
 

@@ -79,7 +79,7 @@ def test_services_without_workers_and_refused_and_broken_ones(url: str) -> None:
         )
         assert stranger.startswith("warning model emoji: worker stranger of denoising was refused at ")
         assert kernel.startswith(
-            "warning model emoji: workers of denoising: fa3-fwd 0.0.3 is unusable, cuDNN instead: OSError: a -> "
+            "warning model emoji: workers of denoising: fa3-fwd 0.0.3 is unusable, cuDNN is used: OSError: a -> "
         )
 
     run_on_fleet(url, story)
