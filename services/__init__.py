@@ -1,1 +1,1 @@
-"""The processes of the fleet, a folder a service, and the command line."""
+"""The processes of the fleet, one folder per service, and the command line."""

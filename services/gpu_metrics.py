@@ -1,6 +1,6 @@
-"""Exports the memory and the utilization of a worker's GPUs, which are read at each scrape.
+"""Exports memory and utilization of a worker's GPUs, read at each scrape.
 
-torch reads both from NVML, through nvidia-ml-py: nothing is enqueued on a GPU, and no CUDA context is made for it.
+torch reads both from NVML through nvidia-ml-py, without enqueuing work on a GPU or creating a CUDA context.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _log = get_logger(__name__)
 
 
 def gpu_indices(device: torch.device, count: int) -> range:
-    """The GPUs of the host that a worker uses: `count` from its own on; none for a CPU."""
+    """Indices of the worker's GPUs on this host: `count` GPUs from `device`; empty for a CPU."""
     first = device.index or 0
     return range(first, first + count) if device.type == "cuda" else range(0)
 
 
 def export_gpus(indices: Iterable[int]) -> None:
-    """Export the metrics of these GPUs of the host. A metric that NVML cannot read, as on a MIG slice, is logged."""
+    """Export the metrics of these GPUs. Logs a metric that NVML cannot read, for example on a MIG slice."""
     for index in indices:
         total = torch.cuda.get_device_properties(index).total_memory
         GPU_MEMORY_TOTAL_BYTES.labels(str(index)).set(total)
@@ -37,7 +37,7 @@ def export_gpus(indices: Iterable[int]) -> None:
                 read(index)
             except _ERRORS as error:
                 (metric,) = gauge.describe()
-                _log.warning("a metric of a GPU is not exported", gpu=index, metric=metric.name, error=error)
+                _log.warning("GPU metric not exported", gpu=index, metric=metric.name, error=error)
             else:
                 gauge.labels(str(index)).set_function(partial(_or_nan, read, index))
 
@@ -51,7 +51,7 @@ def _utilization(index: int) -> float:
 
 
 def _or_nan(read: Callable[[int], float], index: int) -> float:
-    """The reading; no number while NVML fails, so that all other metrics are still served."""
+    """Read a metric; NaN while NVML fails, so that all other metrics are still exported."""
     try:
         return read(index)
     except _ERRORS:

@@ -1,4 +1,4 @@
-"""How a worker leaves: it withdraws, hands running calls over, lets the others finish, and ends its server."""
+"""Shutdown of a worker: withdraws it, hands running calls over, lets the others finish, and stops its server."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _log = get_logger(__name__)
 async def leave(
     info: worker_pb2.WorkerInfo, registry: WorkerRegistry, server: FleetServer, servicer: StageServicer, grace: float
 ) -> None:
-    """Take the worker off the list, and end its calls and its server within `grace` seconds."""
+    """Withdraw the worker, and end its calls and its server within `grace` seconds."""
     began = asyncio.get_running_loop().time()
     try:
         await registry.withdraw(info.worker_id, grace_seconds=grace)
     except Unavailable as error:
-        _log.warning("left without a notice to the request store", error=error)
+        _log.warning("worker not withdrawn from the request store", error=error)
     left = max(0.0, grace - (asyncio.get_running_loop().time() - began))
     handing = asyncio.create_task(HandOver(servicer.running, partial(registry.free_slots, info)).run(left))
     try:

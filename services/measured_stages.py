@@ -1,4 +1,4 @@
-"""Measures a worker's calls on its device: seconds a step, and how long the device has calls and has none."""
+"""Measures a worker's device: seconds per step, and the time with and without calls."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from common.stage import Call, Contract
 
 
 class MeasuredStages:
-    """The same stages. Sessions of streams count as one call of the device while any of them runs.
+    """Stages with metrics. Concurrent sessions of streams count as one call of the device.
 
-    The time between two steps does not include the first one, with which a loop's preparation would count.
+    The step time excludes the first step, which includes the preparation of the loop.
     """
 
     def __init__(self, stages: Stages, service: str, model: str) -> None:
         self.contract = stages.contract
         self._stages = stages
-        self._place = (service, model)
+        self._labels = (service, model)
         self._lock = threading.Lock()
         self._running = 0
         self._since: float | None = None
         """When a call last started or ended; `time.monotonic()`."""
-        # So that a worker without a request shows zeros instead of nothing.
-        DEVICE_BUSY_SECONDS.labels(*self._place)
-        DEVICE_IDLE_SECONDS.labels(*self._place)
+        # Create the series, so that a worker without requests exports zeros.
+        DEVICE_BUSY_SECONDS.labels(*self._labels)
+        DEVICE_IDLE_SECONDS.labels(*self._labels)
 
     def contract_of(self, variant: str) -> Contract:
-        """What the stages of a variant read and write. Raises InvalidInput for a variant that is not served."""
+        """The contract of a variant. Raises InvalidInput for a variant that is not served."""
         return self._stages.contract_of(variant)
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Run the stages, and observe."""
+        """Run the stages, and update the metrics."""
         with self._on_device():
             return self._stages.run(values, replace(call, on_progress=self._timed(call)))
 
@@ -50,23 +50,23 @@ class MeasuredStages:
             self._change(-1)
 
     def _change(self, by: int) -> None:
-        """A call starts, goes on, or ends."""
+        """Account for the time since the last change, when a call starts, makes a step, or ends."""
         now = time.monotonic()
         with self._lock:
             was_running, self._running = self._running > 0, self._running + by
             since, self._since = self._since, now
         if was_running and since is not None:
-            DEVICE_BUSY_SECONDS.labels(*self._place).inc(now - since)
+            DEVICE_BUSY_SECONDS.labels(*self._labels).inc(now - since)
         elif since is not None:
-            observe(DEVICE_IDLE_SECONDS.labels(*self._place), now - since)
+            observe(DEVICE_IDLE_SECONDS.labels(*self._labels), now - since)
 
     def _timed(self, call: Call) -> Callable[[int, int], None]:
-        histogram = STEP_SECONDS.labels(*self._place, work_label(call.tokens))
+        histogram = STEP_SECONDS.labels(*self._labels, work_label(call.tokens))
         last: tuple[int, float] | None = None
 
         def progress(step: int, total_steps: int) -> None:
             nonlocal last
-            self._change(0)  # A call may take longer than the window of a rate.
+            self._change(0)  # Otherwise a call longer than a rate()'s window would show no busy time.
             now = time.monotonic()
             if last is not None and step > last[0]:
                 observe(histogram, (now - last[1]) / (step - last[0]))

@@ -1,6 +1,6 @@
-"""The services that read each setting which not all services read, for errors about a setting of another service.
+"""The services that read each setting, for error messages about a setting of another service.
 
-A table of names, so that no service imports another one's settings; a test compares it with the settings classes.
+A table of names, so that services do not import each other's settings; a test compares it with the settings classes.
 """
 
 from __future__ import annotations
@@ -35,4 +35,4 @@ _NAMES: Mapping[tuple[str, ...], str] = {
 READERS: Mapping[str, tuple[str, ...]] = {
     name: services for services, names in _NAMES.items() for name in names.split()
 }
-"""Services by the name of a setting that they read, in the order of a request's way through them."""
+"""Services by setting, in pipeline order. Settings that all services read are not listed."""

@@ -1,4 +1,4 @@
-"""The stage services that need no code of their own: each runs the stages of its name with its settings class."""
+"""Stage services without code of their own: each runs the stages of its name with its settings class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SETTINGS: Mapping[str, type[WorkerSettings]] = {
     "latent_preparation": WorkerSettings,
     "text_encoding": CachingSettings,
 }
-"""Settings class by service."""
+"""Settings classes by service."""
 
 
 def main(service: str, argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
-"""The one place where a failure of a process becomes a line on stderr and an exit code.
+"""Converts the failure of a process to one line on stderr and an exit code.
 
-Every service's main() and the `fleet` command run their program here. The traceback is written at log level DEBUG only.
+Every service's main() and the `fleet` command run here. The traceback is written only at log level DEBUG.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HINT = "FLEET_LOG_LEVEL=DEBUG shows the traceback"
 
 
 def service_exit_code(error: FleetError) -> int:
-    """2 for settings and surroundings that are wrong, which another start does not change; 1 for other errors."""
+    """2 for a wrong configuration or environment, which a restart does not change; 1 for other errors."""
     return BAD_INPUT if isinstance(error, (InvalidInput, FailedPrecondition)) else FAILED
 
 
@@ -36,20 +36,20 @@ def run_program(
     *,
     exit_code: Callable[[FleetError], int] = service_exit_code,
 ) -> int:
-    """Run a program for its exit code; an error is one line on stderr, led by `prog`, or a JSON record.
+    """Run a program to its exit code; an error becomes one line on stderr with the prefix `prog`, or a JSON record.
 
-    `exit_code` maps a FleetError. Any other error gives 2, as the process's surroundings cause it (a module that cannot
-    be imported, a full disk), or 1 where a connection failed. SystemExit and KeyboardInterrupt pass.
+    `exit_code` maps a FleetError. Other errors give 2, because the environment causes them (a missing module, a full
+    disk), or 1 for a failed connection. SystemExit and KeyboardInterrupt propagate.
     """
     try:
         return program()
     except (SystemExit, KeyboardInterrupt):
         raise
-    except BaseException as error:  # noqa: BLE001 -- The only place; a panic in a library in Rust is no Exception.
+    except BaseException as error:  # noqa: BLE001 -- a panic in a Rust library is no Exception
         errors = list(_leaves(error))
         if writes_json():
             shown = error if _shows_tracebacks(flags) else None
-            _log.critical("process ends with an error", errors=[describe(each) for each in errors], exc_info=shown)
+            _log.critical("process failed", errors=[describe(each) for each in errors], exc_info=shown)
         else:
             if _shows_tracebacks(flags):
                 sys.stderr.write(without_password("".join(traceback.format_exception(error))))
@@ -58,17 +58,17 @@ def run_program(
 
 
 def describe(error: BaseException) -> str:
-    """The error on one line, without credentials: a FleetError's sentence, or type, text and place of any other."""
+    """The error on one line, without credentials: the message of a FleetError; else type, message and location."""
     if isinstance(error, FleetError):
         return one_line(error)
     # Unlike str(), this also formats an error whose own __str__ fails.
     text = next(line for line in traceback.format_exception_only(error) if not line.startswith(" "))
     text = without_password(plain(" ".join(text.split()))).removeprefix(f"{type(error).__module__}.")
-    return f"{text} ({plain(_place(error))}{_HINT})"
+    return f"{text} ({plain(_location(error))}{_HINT})"
 
 
-def _place(error: BaseException) -> str:
-    """File and line of the error, of the file that is no Python for a SyntaxError; empty where it has none."""
+def _location(error: BaseException) -> str:
+    """File and line of the error; for a SyntaxError, of the malformed file. Empty if unknown."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}; "
     frames = traceback.extract_tb(error.__traceback__)
@@ -76,26 +76,26 @@ def _place(error: BaseException) -> str:
 
 
 def plain(text: str) -> str:
-    """A text of somebody else's for a terminal: what would steer it, or turn the line round, stands there as a mark."""
+    """External text for a terminal: control and bidirectional characters become replacement characters."""
     return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 
 def one_line(error: FleetError) -> str:
-    """The error's sentence, led by the field where the sentence does not name it."""
+    """The message on one line, with the field as prefix where the message does not contain it."""
     message = without_password(plain(" ".join(error.message.split())))
     named = not error.field or error.field in message or "--" + error.field.replace("_", "-") in message
     return message if named else f"{plain(error.field)}: {message}"
 
 
 def escape_output() -> None:
-    """Write characters that the encoding of stdout or stderr lacks as escapes, such as \\xe9, instead of failing."""
+    """Escape characters that the encoding of stdout or stderr lacks, such as \\xe9, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """The errors of a group; an error that is no group is its own leaf."""
+    """The errors of a group and its nested groups, or the error itself."""
     if isinstance(error, BaseExceptionGroup):
         for each in error.exceptions:
             yield from _leaves(each)
@@ -108,7 +108,7 @@ def _unexpected_code(error: BaseException) -> int:
 
 
 def _shows_tracebacks(flags: Sequence[str], environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the log level is DEBUG: of the logging that is set up, else of the flag, else of the variable."""
+    """Whether the log level is DEBUG: that of configured logging, else of the flag, else of the variable."""
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         return True
     for flag, value in zip(flags, [*flags, ""][1:], strict=True):

@@ -1,4 +1,4 @@
-"""What the stage services share: load a model's stages, serve them, announce them, and leave without losing a call."""
+"""The worker of a stage service: loads the stages of a model, serves and announces them, and shuts down gracefully."""
 
 from __future__ import annotations
 
@@ -76,33 +76,34 @@ _log = get_logger(__name__)
 
 _PACKAGES = ("diffusion-fleet", "torch", "diffusers", "transformers")
 _ANNOUNCE_AGAIN_SECONDS = 1.0
-_CHECK_SECONDS = 3.0  # for the store before weights are loaded; it is checked again before the worker is announced
+_CHECK_SECONDS = 3.0
+"""Timeout of the store's check before weights are loaded. It is repeated before the worker is announced."""
 
 
 class Ranks(Protocol):
-    """The worker group that a worker leads, as services.denoising makes one."""
+    """The worker group that a worker leads, implemented by services.denoising."""
 
     degrees: Degrees
     ranks_here: int
-    """Ranks on this host, each with a GPU of its own where they use GPUs."""
+    """Ranks on this host; on GPUs, each has its own."""
     shares_memory: bool
-    """Whether they write to each other's memory; known once the mesh is made."""
+    """Whether ranks write to each other's memory; set by make_mesh()."""
 
     def make_mesh(self, device: torch.device) -> WorkerMesh:
-        """This rank's place among the others; all ranks make theirs together. Called on the device's thread."""
+        """Create this rank's mesh, together with all other ranks. Called on the device's thread."""
 
     def wait_for_all(self) -> None:
-        """Return once all ranks have loaded their part. Called on the device's thread."""
+        """Return once all ranks have loaded their shards. Called on the device's thread."""
 
     def lead(self, stages: HostedVariants) -> Stages:
-        """The same stages, run by all ranks together."""
+        """The same stages, run on all ranks together."""
 
-    def on_leaving(self, stop: Callable[[], object]) -> None:
-        """Have `stop` called, from any thread, when another rank has been told to end."""
+    def on_stopping(self, stop: Callable[[], object]) -> None:
+        """Register `stop`, which any thread calls when another rank received a stop signal."""
 
 
 class Worker:
-    """A running worker. `stop` is its only way to end: it takes itself off the list first."""
+    """A running worker. Only `stop` ends it: it first withdraws the worker from the registry."""
 
     def __init__(
         self, info: worker_pb2.WorkerInfo, server: FleetServer, servicer: StageServicer, registry: WorkerRegistry
@@ -115,21 +116,21 @@ class Worker:
 
     @property
     def address(self) -> str:
-        """Where coordinators call it."""
+        """The address for coordinators."""
         return self.info.address
 
     @property
     def health_address(self) -> str:
-        """Where probes ask for its health, if that is elsewhere."""
+        """The address for health probes; empty if they use `address`."""
         return self._server.health_address
 
     async def stop(self, grace: float) -> None:
-        """Withdraw, hand running calls over or let them finish within `grace` seconds, free everything."""
+        """Withdraw the worker, finish or hand over its calls within `grace` seconds, and release all resources."""
         await leave(self.info, self._registry, self._server, self._servicer, grace)
         await self._resources.aclose()
 
-    def keep(self, resources: AsyncExitStack) -> Worker:
-        """Take over what must live as long as the worker."""
+    def own(self, resources: AsyncExitStack) -> Worker:
+        """Take ownership of resources, which stop() releases."""
         self._resources = resources.pop_all()
         return self
 
@@ -142,10 +143,10 @@ async def start_worker(
     ranks: Ranks | None = None,
     warm_up: WarmUp | None = None,
 ) -> Worker:
-    """Load, warm up, serve, announce; returns once coordinators can find the worker.
+    """Load, warm up, serve and announce a worker; returns once coordinators can find it.
 
-    With `ranks` it leads a worker group. Raises CheckpointError for a model that cannot be loaded, FailedPrecondition
-    where device, address or fleet do not fit, Unavailable when the request store stays away.
+    With `ranks`, it leads a worker group. Raises CheckpointError for a model that cannot be loaded, FailedPrecondition
+    for an unsuitable device, address or fleet, Unavailable when the request store does not become available.
     """
     await check_server()
     spec = model.service(service)
@@ -157,11 +158,11 @@ async def start_worker(
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as resources:
         resources.enter_context(exporting(service))
-        if settings.metrics_port is not None:  # Before weights are loaded, as the port may be in use.
+        if settings.metrics_port is not None:  # Before weights are loaded, because the port may be in use.
             resources.callback(start_metrics(settings.metrics_port).stop)
         prepare = partial(prepare_thread, device, settings.threads)
         executor = ThreadPoolExecutor(1, thread_name_prefix=f"{service}-device", initializer=prepare)
-        # Waits for a stage that still computes: it ends within a step, and its callbacks need this loop.
+        # Waits for a stage that is still computing: it ends within a step, and its callbacks need this loop.
         resources.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
         hosted = await loop.run_in_executor(executor, _load, model, spec, settings, device, dtype, ranks)
         degrees = ranks.degrees if ranks else None
@@ -184,7 +185,7 @@ async def start_worker(
             numerics_fingerprint=numerics,
             contract=contract_message(hosted.contract, dict.fromkeys(stage.contract.name for stage in spec.stages)),
             variant_contracts=variant_messages(hosted.contracts),
-            capacity=settings.places(hosted.contract),
+            capacity=settings.concurrency(hosted.contract),
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             versions={name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -210,7 +211,7 @@ async def start_worker(
         await _announce(registry, info, watchdog, settings, None if checked else redis)
         await server.set_ready(True)
         _log_serving(info, shares_memory=shares_memory)
-        return Worker(info, server, servicer, registry).keep(resources)
+        return Worker(info, server, servicer, registry).own(resources)
 
 
 def _log_serving(info: worker_pb2.WorkerInfo, *, shares_memory: bool) -> None:
@@ -235,7 +236,7 @@ def _load(
     dtype: torch.dtype,
     ranks: Ranks | None,
 ) -> HostedVariants:
-    """Load the service's stages: on the device's thread, and with all ranks of a worker group together."""
+    """Load the service's stages on the device's thread; in a worker group, on all ranks together."""
     if (choice := settings.kernel_choice) is not None:
         try_packages(device, choice)
     mesh = ranks.make_mesh(device) if ranks else None
@@ -250,7 +251,7 @@ def _load(
 
 
 async def _warm_up(warm_up: WarmUp, stages: Stages, dtype: torch.dtype, executor: ThreadPoolExecutor) -> None:
-    """Run made-up requests on the device's thread, and in a worker group on all ranks. A cancel ends it in a step."""
+    """Run synthetic requests on the device's thread, and in a worker group on all ranks. Cancels within a step."""
     call = Call("warm-up")
     try:
         with log_scope(request_id=call.request_id, model=warm_up.model.name, stage=warm_up.service):
@@ -262,7 +263,7 @@ async def _warm_up(warm_up: WarmUp, stages: Stages, dtype: torch.dtype, executor
 
 
 async def _is_store_checked(settings: WorkerSettings) -> bool:
-    """Check the store before weights are loaded; False where it does not answer yet. Raises FailedPrecondition."""
+    """Check the store before weights are loaded; False if it is unavailable. Raises FailedPrecondition."""
     redis = connect(settings.redis)
     try:
         async with asyncio.timeout(_CHECK_SECONDS):
@@ -281,9 +282,10 @@ async def _announce(
     settings: WorkerSettings,
     unchecked: Redis | None,
 ) -> None:
-    """Announce the worker, as soon as the store answers: services start in any order. Checks an `unchecked` store.
+    """Announce the worker once the store is available, because services start in any order.
 
-    While its device is stuck it sends no heartbeats: coordinators then count the call as lost, as with a dead worker.
+    Checks an `unchecked` store. While the device hangs, the worker sends no heartbeats: coordinators then count its
+    calls as lost.
     """
     loop = asyncio.get_running_loop()
     give_up = loop.time() + settings.announce_seconds
@@ -304,7 +306,7 @@ Settings = TypeVar("Settings", bound=WorkerSettings)
 
 
 def main_for(service: str, settings_class: type[Settings]) -> Callable[[Sequence[str] | None], int]:
-    """The main() of a stage service. It returns 0 after a graceful end, 2 for wrong settings, 1 for the rest."""
+    """The main() of a stage service; exit code 0 after a graceful stop, 2 for a wrong configuration, else 1."""
 
     def run(model: ServedModel, settings: Settings, _: Sequence[str]) -> int:
         warm_up = None
@@ -325,9 +327,9 @@ def run_service(
     run: Callable[[ServedModel, Settings, Sequence[str]], int],
     argv: Sequence[str] | None,
 ) -> int:
-    """Read settings, open the model, and `run` with both and the flags, for the exit code; an error is one line.
+    """Read settings, open the model, and call `run` with both and the flags; returns the exit code.
 
-    Settings and surroundings that are wrong give exit code 2, other errors 1.
+    A wrong configuration or environment gives exit code 2, other errors 1. An error is one line on stderr.
     """
     prog = f"fleet serve {service}"
     flags = sys.argv[1:] if argv is None else argv
@@ -338,18 +340,18 @@ def run_service(
             check_private_api(api)
         settings = load_settings(settings_class, flags, prog=prog, readers=READERS)
         setup_logging(service, level=settings.log_level, form=settings.log_format)
-        _ = settings.kernel_choice  # Refuses a contradiction.
+        _ = settings.kernel_choice  # Raises InvalidInput for contradictory settings.
         if isinstance(settings, KernelSettings):
-            _keep_kernels(settings.kernel_cache)
+            _set_kernel_cache(settings.kernel_cache)
         return run(open_model(settings.model, load_registry(settings.plugins)), settings, flags)
 
     return run_program(prog, program, flags)
 
 
-def _keep_kernels(directory: Path | None) -> None:
-    """Set the directory in which Triton, QuACK and FlashAttention-4, which are imported later, cache their kernels.
+def _set_kernel_cache(directory: Path | None) -> None:
+    """Set the cache directory of Triton, QuACK and FlashAttention-4, which are imported later.
 
-    Raises FailedPrecondition for a directory that cannot be written to.
+    Raises FailedPrecondition for a directory that is not writable.
     """
     if directory is None:
         return
@@ -358,7 +360,7 @@ def _keep_kernels(directory: Path | None) -> None:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        message = f"kernel_cache {directory} cannot be written to: {error.strerror}"
+        message = f"kernel_cache: {directory} is not writable: {error.strerror}"
         raise FailedPrecondition(message, field="kernel_cache") from error
     os.environ["TRITON_CACHE_DIR"] = str(directory)
     os.environ["QUACK_CACHE_DIR"] = str(directory / "quack")
@@ -374,28 +376,28 @@ async def serve(
     ranks: Ranks | None = None,
     warm_up: WarmUp | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, and then finish what runs. Raises as start_worker()."""
+    """Serve until SIGTERM or SIGINT, then drain and stop. Raises as start_worker()."""
     async with stop_signals() as stop:
         if ranks is not None:
             loop = asyncio.get_running_loop()
-            ranks.on_leaving(partial(loop.call_soon_threadsafe, stop.set))
+            ranks.on_stopping(partial(loop.call_soon_threadsafe, stop.set))
         starting = asyncio.create_task(start_worker(service, model, settings, ranks=ranks, warm_up=warm_up))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             starting.cancel()
             await asyncio.wait((starting,))
-            _leave_loading()
+            _exit_while_loading()
         worker = starting.result()
         await stopping
         _log.info("draining", grace_seconds=settings.grace_seconds)
         await worker.stop(settings.grace_seconds)
-        # Or the interpreter's last collection walks every object of torch and transformers: a second for nothing.
+        # Exempt all objects from the final garbage collection, which takes a second with torch and transformers.
         gc.freeze()
 
 
-def _leave_loading() -> None:
-    """End the process at once: a thread that reads weights cannot be interrupted, and nobody waits for its result."""
+def _exit_while_loading() -> None:
+    """End the process at once: a thread that loads weights cannot be interrupted."""
     logging.shutdown()
     sys.stderr.flush()
     os._exit(0)

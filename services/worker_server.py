@@ -1,4 +1,4 @@
-"""How a stage service is served: its server and caches, and what it tells of itself."""
+"""The gRPC server of a stage service: servicers, reply caches and the description of the worker."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SERVICE = "fleet.v1.WorkerService"
 
 
 def contract_message(contract: Contract, stages: Iterable[str] = ()) -> worker_pb2.StageContract:
-    """What the service reads and writes, for those who ask and for the registry."""
+    """The contract of a service as a message, for GetModelInfo and the registry."""
     return worker_pb2.StageContract(
         stages=stages,
         inputs=contract.inputs,
@@ -43,7 +43,7 @@ def contract_message(contract: Contract, stages: Iterable[str] = ()) -> worker_p
 
 
 def variant_messages(contracts: Mapping[str, Contract]) -> list[worker_pb2.VariantContract]:
-    """The same by variant, in the model's order."""
+    """The contracts by variant as messages, in the model's order."""
     return [
         worker_pb2.VariantContract(variant=variant, contract=contract_message(contract))
         for variant, contract in contracts.items()
@@ -51,12 +51,12 @@ def variant_messages(contracts: Mapping[str, Contract]) -> list[worker_pb2.Varia
 
 
 def degrees_message(degrees: Degrees) -> worker_pb2.Degrees:
-    """How the ranks of a worker group share its work."""
+    """The parallel degrees of a worker group as a message."""
     return worker_pb2.Degrees(tp=degrees.tp, ulysses=degrees.ulysses, ring=degrees.ring, cfg=degrees.cfg)
 
 
 def kernel_messages(outcomes: Iterable[Outcome]) -> list[worker_pb2.KernelPackage]:
-    """The optional kernel packages that were tried at the start, with their outcomes."""
+    """The kernel packages tried at the start, with their outcomes, as messages."""
     return [
         worker_pb2.KernelPackage(
             name=each.package.name,
@@ -69,15 +69,15 @@ def kernel_messages(outcomes: Iterable[Outcome]) -> list[worker_pb2.KernelPackag
 
 
 def tls_of(settings: WorkerSettings) -> WatchedFiles[Mutual] | None:
-    """A worker's TLS is always mutual: it serves coordinators only. Raises InvalidInput for half of it."""
+    """Mutual TLS of a worker; None for plain text. Raises InvalidInput for an incomplete set of files."""
     tls = watch_mutual(settings)
     if tls is None and settings.tls_cert is not None:
-        raise InvalidInput("tls_cert is set without tls_ca, by which a worker knows coordinators", field="tls_ca")
+        raise InvalidInput("tls_cert is set without tls_ca, which verifies coordinators; set both", field="tls_ca")
     return tls
 
 
 def watchdog_of(settings: WorkerSettings) -> Watchdog | None:
-    """The watchdog of the worker's device thread; None for a service whose stages report no steps.
+    """The watchdog of the device thread; None for a service whose stages report no steps.
 
     Raises InvalidInput for a bound that is not more than 0.
     """
@@ -94,9 +94,9 @@ def make_server(
     cache: ReplyCache | None,
     watchdog: Watchdog | None,
 ) -> tuple[FleetServer, StageServicer]:
-    """The server of a worker and its stages' servicer. It has GetModelInfo too, and is started by the caller."""
+    """The server of a worker, with WorkerService, and the servicer of its stages. The caller starts the server."""
     limits = ServicerLimits(
-        capacity=settings.places(stages.contract),
+        capacity=settings.concurrency(stages.contract),
         idle_seconds=settings.idle_seconds,
         step_seconds=settings.step_seconds if isinstance(settings, StepSettings) else 0.0,
         call=CallLimits(total_bytes=settings.max_call_bytes),
@@ -128,7 +128,7 @@ def make_server(
 def cache_of(
     stages: HostedVariants, info: worker_pb2.WorkerInfo, settings: WorkerSettings, shared: SharedReplies | None
 ) -> ReplyCache | None:
-    """Where replies are kept, if settings and stages both want it."""
+    """The reply cache; None unless the settings enable it and the stages support it."""
     if not isinstance(settings, CachingSettings) or settings.reply_cache_bytes <= 0 or stages.indifferent_to is None:
         return None
     return ReplyCache(
@@ -141,7 +141,7 @@ def cache_of(
 
 
 def shared_of(redis: Redis, info: worker_pb2.WorkerInfo, settings: WorkerSettings) -> SharedReplies | None:
-    """Where replies are shared, if that is wanted: among workers with equal weights and equal numerics."""
+    """The reply cache shared by workers with equal weights and numerics; None unless the settings enable it."""
     if not isinstance(settings, CachingSettings) or settings.reply_cache_redis_bytes <= 0:
         return None
     return SharedReplies(
@@ -156,7 +156,7 @@ def shared_of(redis: Redis, info: worker_pb2.WorkerInfo, settings: WorkerSetting
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
-    """Tells who asks what the worker is."""
+    """The RPC that describes the worker."""
 
     def __init__(self, info: worker_pb2.WorkerInfo) -> None:
         self._info = info

@@ -1,14 +1,14 @@
-"""Settings of the stage services, by what a service does, and the device and element type that they select.
+"""Settings classes of the stage services, and the device and dtype that they select.
 
-Each service has only the settings that it reads; SETTINGS in its module (services.cli.serve) is its class.
+Each service has only the settings that it reads; SETTINGS in its module (see services.cli.serve) is its class.
 
-    WorkerSettings      every stage service reads these; latent_preparation has no others
-    CachingSettings     replies can be cached: text_encoding
-    KernelSettings      modules use optional kernel packages on a GPU: image_encoding, decoding, denoising
-    StepSettings        stages report steps: before_denoising, decoding, denoising
-    WarmUpSettings      StepSettings, and made-up requests at the start: before_denoising, denoising
+    WorkerSettings      read by every stage service; latent_preparation has no others
+    CachingSettings     reply caches: text_encoding
+    KernelSettings      optional kernel packages on a GPU: image_encoding, decoding, denoising
+    StepSettings        stages that report steps: before_denoising, decoding, denoising
+    WarmUpSettings      StepSettings and warm-up requests: before_denoising, denoising
     DecodingSettings    KernelSettings and StepSettings
-    LoopSettings        a denoising loop: DenoisingSettings in services.denoising.settings adds the worker group
+    LoopSettings        a denoising loop; DenoisingSettings in services.denoising.settings adds the worker group
 """
 
 from __future__ import annotations
@@ -39,90 +39,90 @@ class WorkerSettings(StoreSettings, TlsSettings):
     """Serve one stage of one model."""
 
     model: str = setting(
-        DEFAULT_MODEL, help="what to serve: a Diffusers directory, NAME=DIR, or the name of a shipped model"
+        DEFAULT_MODEL, help="model to serve: a Diffusers directory, NAME=DIR, or the name of a shipped model"
     )
-    redis: str = setting(help="URL of the request store, to announce this worker in")
-    listen: str = setting("127.0.0.1:0", help="address to listen on: HOST:PORT (port 0: a free one), or unix:PATH")
-    advertise: str = setting("", help="address under which coordinators reach this worker, where it is not --listen")
-    device: str = setting("auto", help="where to compute: auto, cpu, cuda or cuda:N")
+    redis: str = setting(help="URL of the request store, in which the worker is announced")
+    listen: str = setting("127.0.0.1:0", help="address to listen on: HOST:PORT (port 0: any free port), or unix:PATH")
+    advertise: str = setting("", help="address for coordinators, if it is not --listen")
+    device: str = setting("auto", help="device of the computation: auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", help="what to compute in; auto is bfloat16 on CUDA and float32 elsewhere"
+        "auto", help="dtype of the computation; auto: bfloat16 on CUDA, float32 elsewhere"
     )
-    threads: int = setting(0, help="CPU threads that an operation may use; 0 leaves that to torch")
-    capacity: int = setting(1, help="requests taken at a time; they compute one after the other")
-    plugins: tuple[Path, ...] = setting((), help="directories with pipelines of other families")
+    threads: int = setting(0, help="CPU threads per operation; 0: torch's default")
+    capacity: int = setting(1, help="concurrent requests; the device computes one at a time")
+    plugins: tuple[Path, ...] = setting((), help="directory with model families from outside this tree; repeatable")
     grace_seconds: float = setting(
-        30.0, help="time that running calls get to finish, or to be handed over, after SIGTERM"
+        30.0, help="seconds for running calls to finish, or to be handed over, after SIGTERM"
     )
-    announce_seconds: float = setting(60.0, help="how long to wait for the request store at the start")
-    idle_seconds: float = setting(30.0, help="give up on a caller that is silent for so long within its inputs")
-    max_call_bytes: int = setting(2 << 30, help="most bytes of tensors that a call may carry")
-    tls_callers: tuple[str, ...] = setting(("coordinator",), help="names in the certificates of those who may call")
-    metrics_port: int | None = setting(None, help="port for Prometheus metrics; without one there are none")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="least severe log lines to write")
+    announce_seconds: float = setting(60.0, help="seconds to wait for the request store at the start")
+    idle_seconds: float = setting(30.0, help="seconds without a message after which an incomplete call is ended")
+    max_call_bytes: int = setting(2 << 30, help="maximum bytes of tensors in a call")
+    tls_callers: tuple[str, ...] = setting(("coordinator",), help="names of accepted client certificates")
+    metrics_port: int | None = setting(None, help="port for Prometheus metrics; unset: no metrics")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="minimum level of log lines")
     log_format: Literal["text", "json"] = setting(
-        "text", help="format of log lines: text, or json with one object a line for collectors"
+        "text", help="format of log lines: text, or json with one object per line"
     )
 
-    def places(self, contract: Contract) -> int:
-        """Requests taken at a time by stages with this contract."""
+    def concurrency(self, contract: Contract) -> int:
+        """Concurrent requests of stages with this contract."""
         del contract
         return self.capacity
 
     def runtime(self, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None) -> Runtime:
-        """The process in which the service's stages run."""
+        """The runtime of the service's stages: device, dtype and mesh."""
         return Runtime(device=device, dtype=dtype, mesh=mesh)
 
     @property
     def kernel_choice(self) -> KernelChoice | None:
-        """Optional kernel packages; None for a service whose stages use none of them.
+        """Optional kernel packages; None for a service without such packages.
 
-        Raises InvalidInput for a contradiction.
+        Raises InvalidInput for contradictory settings.
         """
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachingSettings(WorkerSettings):
-    """Serve a stage whose replies are cached, such as the text encoding."""
+    """Serve a stage with cached replies, such as text encoding."""
 
-    reply_cache_bytes: int = setting(256 << 20, help="memory for replies, returned again for equal inputs; 0: none")
+    reply_cache_bytes: int = setting(256 << 20, help="memory of the reply cache, in bytes; 0: no cache")
     reply_cache_redis_bytes: int = setting(
-        0, help="memory of the request store for replies shared with other workers; 0: none"
+        0, help="memory of the reply cache in Redis, shared with other workers, in bytes; 0: no cache"
     )
-    reply_cache_redis_seconds: float = setting(3_600.0, help="time from the last use of a shared reply to its end")
+    reply_cache_redis_seconds: float = setting(3_600.0, help="seconds after its last use until a shared reply expires")
     reply_cache_redis_gain: float = setting(
-        2.0, help="share replies that take so many times longer to compute than to fetch, as measured; 0: all"
+        2.0, help="minimum ratio of measured compute time to fetch time of a shared reply; 0: share all"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSettings(WorkerSettings):
-    """Serve a stage whose modules use optional kernel packages on a GPU, such as the image encoding."""
+    """Serve a stage with optional kernel packages on a GPU, such as image encoding."""
 
     kernels: tuple[PackageChoice, ...] = setting(
-        ("auto",), help="kernel packages of a GPU worker: auto uses those that work, a named one must work; or none"
+        ("auto",), help="kernel packages on a GPU: auto uses all that work, a named package must work; or none"
     )
-    kernel_cache: Path | None = setting(None, help="directory of compiled kernels, kept from one start to the next")
+    kernel_cache: Path | None = setting(None, help="directory to cache compiled kernels in, across restarts")
 
     @property
     def kernel_choice(self) -> KernelChoice | None:
-        """Optional kernel packages. Raises InvalidInput for a contradiction."""
+        """Optional kernel packages. Raises InvalidInput for contradictory settings."""
         return KernelChoice(self.kernels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings(WorkerSettings):
-    """Serve a stage that reports its steps."""
+    """Serve a stage that reports steps."""
 
-    hang_seconds: float = setting(60.0, help="cancel a call that makes no step for so long after its first one")
-    hang_mean_steps: float = setting(20.0, help="but not before so many times its mean seconds per step")
-    hang_exit_seconds: float = setting(30.0, help="end the process if the device thread goes on so long after that")
-    step_seconds: float = setting(0.25, help="shortest time between two reported steps of a call")
+    hang_seconds: float = setting(60.0, help="seconds without a step, after the first one, until a call is cancelled")
+    hang_mean_steps: float = setting(20.0, help="minimum hang_seconds as a multiple of the call's mean step time")
+    hang_exit_seconds: float = setting(30.0, help="seconds from that cancellation to the end of the process")
+    step_seconds: float = setting(0.25, help="minimum seconds between two reported steps of a call")
 
     @property
     def hang_limits(self) -> HangLimits:
-        """Bounds after which a call counts as stuck. Raises InvalidInput for a bound that is not more than 0."""
+        """Bounds after which a call counts as hung. Raises InvalidInput for a bound that is not more than 0."""
         return HangLimits(
             seconds=self.hang_seconds, mean_steps=self.hang_mean_steps, exit_seconds=self.hang_exit_seconds
         )
@@ -130,10 +130,10 @@ class StepSettings(WorkerSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUpSettings(StepSettings):
-    """Serve a stage that can run made-up requests at the start, such as the one before denoising."""
+    """Serve a stage that can run warm-up requests at the start, such as before_denoising."""
 
     warm_up: tuple[str, ...] = setting(
-        (), help="size to be warm for at the start: HEIGHTxWIDTH, or with xFRAMES; for one variant alone with @VARIANT"
+        (), help="size of a warm-up request: HEIGHTxWIDTH[xFRAMES][@VARIANT] (default: all variants); repeatable"
     )
 
 
@@ -141,12 +141,10 @@ class WarmUpSettings(StepSettings):
 class DecodingSettings(KernelSettings, StepSettings):
     """Serve the decoding of one model."""
 
-    sessions: int = setting(
-        4, help="videos decoded at a time of a model that streams their latents; capacity does not count then"
-    )
+    sessions: int = setting(4, help="concurrent videos of a model that streams latents, instead of capacity")
 
-    def places(self, contract: Contract) -> int:
-        """Sessions wait for items most of the time, and alternate on the device."""
+    def concurrency(self, contract: Contract) -> int:
+        """Sessions for streams, because they mostly wait for items and alternate on the device; else the capacity."""
         return self.sessions if contract.input_streams else self.capacity
 
 
@@ -155,13 +153,13 @@ class LoopSettings(KernelSettings, StepSettings):
     """Serve a denoising loop."""
 
     attention_backend: AttentionChoice = setting(
-        "auto", help="attention on a GPU; auto uses the committed table, a named backend must work"
+        "auto", help="attention backend on a GPU; auto: by the committed table; a named backend must work"
     )
     step_checkpoint_every: int = setting(0, help="denoising steps between two step checkpoints; 0: by time only")
-    step_checkpoint_seconds: float = setting(5.0, help="longest time between two step checkpoints; 0: by steps only")
+    step_checkpoint_seconds: float = setting(5.0, help="maximum seconds between two step checkpoints; 0: by steps only")
     step_memory_bytes: int = setting(
         DEFAULT_STEP_MEMORY_BYTES,
-        help="bytes of CUDA graphs, of their inputs, and of memory that denoising steps update in place",
+        help="memory of CUDA graphs, their inputs and buffers that denoising steps update in place, in bytes",
     )
 
     @property
@@ -171,11 +169,11 @@ class LoopSettings(KernelSettings, StepSettings):
 
     @property
     def kernel_choice(self) -> KernelChoice | None:
-        """Optional kernel packages and attention backend. Raises InvalidInput for a contradiction."""
+        """Optional kernel packages and attention backend. Raises InvalidInput for contradictory settings."""
         return KernelChoice(self.kernels, self.attention_backend)
 
     def runtime(self, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None) -> Runtime:
-        """The process in which the loop runs."""
+        """The runtime of the loop: device, dtype, mesh and the settings that stages read."""
         return replace(
             super().runtime(device, dtype, mesh),
             step_checkpoint_every=self.step_checkpoint_every,
@@ -186,32 +184,32 @@ class LoopSettings(KernelSettings, StepSettings):
 
 
 def device_of(name: str) -> torch.device:
-    """The device of a setting, on CUDA with its number. Raises FailedPrecondition when this machine has none such."""
+    """The device of a setting; a CUDA device with its index. Raises FailedPrecondition if this host lacks it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InvalidInput(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", field="device") from None
+        raise InvalidInput(f"device: {name!r} is not auto, cpu, cuda or cuda:N", field="device") from None
     if device.type not in ("cpu", "cuda"):
-        raise InvalidInput(f"device must be auto, cpu, cuda or cuda:N, not {name!r}", field="device")
+        raise InvalidInput(f"device: {name!r} is not auto, cpu, cuda or cuda:N", field="device")
     if device.type == "cpu":
         return device
     index, count = device.index or 0, torch.cuda.device_count()
     if index >= count:
-        raise FailedPrecondition(f"device {name} is not here: this machine has {count} CUDA devices", field="device")
+        raise FailedPrecondition(f"device: {name} is not available: this host has {count} CUDA devices", field="device")
     return torch.device("cuda", index)
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The element type of a setting on a device."""
+    """The dtype of a setting on a device."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return _DTYPES[name]
 
 
 def prepare_thread(device: torch.device, threads: int) -> None:
-    """Make the thread that computes this device's."""
+    """Prepare a thread to compute on this device."""
     if threads:
         torch.set_num_threads(threads)
     if device.type == "cuda":
@@ -219,10 +217,10 @@ def prepare_thread(device: torch.device, threads: int) -> None:
 
 
 def prepare_session_thread(device: torch.device, threads: int) -> None:
-    """Make a thread that of a session, which computes now and then beside the thread of this device.
+    """Prepare the thread of a session, which computes beside the device's thread.
 
-    On a GPU its kernels go before those of the other threads of this process: an item that is decoded late is shown
-    late, and the loop that makes the next items is ahead of it.
+    On a GPU, its stream has a higher priority than those of other threads of this process: a late item is displayed
+    late, while the loop that computes the next items is ahead of the display.
     """
     prepare_thread(device, threads)
     if device.type == "cuda":

@@ -1,1 +1,1 @@
-"""The command line, `fleet`."""
+"""The `fleet` command line."""

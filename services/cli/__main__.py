@@ -1,6 +1,6 @@
-"""The `fleet` command: finds the subcommand, runs it, and turns errors into one line and an exit code.
+"""The `fleet` command: runs a subcommand and converts errors to one line on stderr and an exit code.
 
-A subcommand's module is imported only when it is asked for, so that `fleet status` loads no weights' libraries.
+The module of a subcommand is imported only when the subcommand runs, so that `fleet status` does not import torch.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from services.cli.options import BAD_INPUT, FAILED, INTERRUPTED, SUCCESS, exit_c
 from services.start_up import escape_output, run_program
 
 COMMANDS = {
-    "generate": "draw a picture: in this process, or at a running fleet",
-    "up": "run a whole fleet here, every service as a process, until Ctrl-C",
+    "generate": "generate an image or video, in this process or on a running fleet",
+    "up": "run a whole fleet on this host, one process per service, until Ctrl-C",
     "serve": "run one service",
     "status": "show the models, their workers and the latest requests",
     "watch": "follow a request until it ends",
-    "trace": "draw what happened to a request, as text or as a PNG",
-    "cancel": "ask for a request to end",
-    "models": "list the models and what a request to them may set",
-    "size": "print how many replicas of each service a load needs",
+    "trace": "show the timeline of a request, as text or as a PNG",
+    "cancel": "cancel a request",
+    "models": "list the models and the parameters of their requests",
+    "size": "estimate the replicas of each service for a load",
     "doctor": "check this host, a checkpoint, the request store and a running fleet",
 }
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"fleet: {what}; commands are {', '.join(COMMANDS)}\n")
         return BAD_INPUT
     signal.signal(signal.SIGTERM, interrupt)
-    # Read when grpc is imported: without it, a failed handshake is a line of C++ on stderr besides ours.
+    # grpc reads this variable on import. At the default level, it logs each failed TLS handshake on stderr.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     words = arguments[1:]
     try:
@@ -70,7 +70,7 @@ def _run(name: str, words: Sequence[str]) -> int:
 def _usage() -> str:
     lines = [f"  {name:10}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
-        ["usage: fleet COMMAND ...", "", *lines, "", "`fleet COMMAND --help` tells the flags of a command.", ""]
+        ["usage: fleet COMMAND ...", "", *lines, "", "`fleet COMMAND --help` lists the flags of a command.", ""]
     )
 
 

@@ -1,4 +1,4 @@
-"""How a command reaches a running fleet: TLS, and the key that says who is calling."""
+"""Credentials for a running fleet: TLS and API key, from flags and environment variables."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from services.cli.options import ACCESS_FLAGS
 
 @dataclass(frozen=True)
 class Access:
-    """`credentials` None is plain text; an empty `api_key` is not sent."""
+    """TLS credentials (None: plain text) and API key (empty: not sent) of a client."""
 
     credentials: grpc.ChannelCredentials | None = None
     api_key: str = ""
 
 
 IN_THE_CLEAR = Access()
-"""As within one machine."""
+"""Plain text without an API key, for connections on one host."""
 
 
 def access_of(args: argparse.Namespace, environ: Mapping[str, str] | None = None) -> Access:
-    """The access that flags and environment describe, flags first. Raises InvalidInput for files that do not fit."""
+    """Read the credentials from flags, else from environment variables. Raises InvalidInput for unusable TLS files."""
     environ = os.environ if environ is None else environ
     given = {name: vars(args)[name] or environ.get(f"FLEET_{name.upper()}") or None for name in ACCESS_FLAGS}
     api_key = given["api_key"] or ""
     if not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
-        raise SettingsError("--api-key must be of printable ASCII characters without blanks", field="api_key")
+        raise SettingsError("--api-key must consist of printable ASCII characters without spaces", field="api_key")
     files = {name: Path(path) for name in ("tls_ca", "tls_cert", "tls_key") if (path := given[name])}
     identity = read_identity(files.get("tls_cert"), files.get("tls_key"))
     if "tls_ca" in files:

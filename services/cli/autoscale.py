@@ -1,4 +1,4 @@
-"""A small autoscaler for one host: asks the coordinator's external scaler, as KEDA does, and resizes worker pools."""
+"""An autoscaler for one host: polls the coordinator's external scaler, as KEDA does, and resizes worker pools."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from services.cli.replica_policy import ReplicaPolicy
 
 _RETRY_SECONDS = 0.5
 _CALL_SECONDS = 5.0
-# The scaler cannot answer now; a later call may work.
+# Errors after which a later call may succeed.
 _TEMPORARY = (Unavailable, DeadlineExceeded, ResourceExhausted)
 
 
 class Pool(Protocol):
-    """Replicas whose number can be changed."""
+    """A set of worker processes with an adjustable number of replicas."""
 
     @property
     def size(self) -> int:
-        """Replicas that run or start."""
+        """Replicas that are running or starting."""
 
     @property
     def most(self) -> int:
-        """Replicas that can run."""
+        """Largest number of replicas."""
 
     def resize(self, count: int) -> None:
-        """Start or end replicas. Returns at once."""
+        """Start or stop replicas until there are `count`. Returns at once."""
 
 
 @dataclass(frozen=True)
 class StageTarget:
-    """What is scaled: a stage of a model. `target_seconds` are the seconds of work that one worker may have waiting."""
+    """A stage of a model, as scaling target. `target_seconds` is the queued work per worker, in seconds."""
 
     model: str
     stage: str
@@ -47,13 +47,13 @@ class StageTarget:
 
     @property
     def scaled_object(self) -> pb.ScaledObjectRef:
-        """The same as KEDA names it."""
+        """The target as KEDA sends it to the scaler."""
         metadata = {"model": self.model, "stage": self.stage, "targetSeconds": f"{self.target_seconds:g}"}
         return pb.ScaledObjectRef(name=self.stage, namespace=self.model, scalerMetadata=metadata)
 
 
 class ScalerClient:
-    """The external scaler's answers about one target. Raises the FleetError that the scaler raised."""
+    """Client of the external scaler for one target. Raises the FleetError that the scaler returned."""
 
     def __init__(self, channel: grpc.aio.Channel, target: StageTarget) -> None:
         self._stub: externalscaler_pb2_grpc.ExternalScalerAsyncStub = externalscaler_pb2_grpc.ExternalScalerStub(
@@ -62,7 +62,7 @@ class ScalerClient:
         self._object = target.scaled_object
 
     async def watch_active(self, changed: Callable[[bool], None]) -> None:
-        """Call `changed` with the activity at once and after each change, until the scaler ends the stream."""
+        """Call `changed` with the current activity and after each change, until the server ends the stream."""
         call = self._stub.StreamIsActive(self._object)
         try:
             with _translated():
@@ -77,7 +77,7 @@ class ScalerClient:
             return (await self._stub.IsActive(self._object, timeout=_CALL_SECONDS)).result
 
     async def demand(self) -> float:
-        """The largest metric of the target, each divided by its value for one replica."""
+        """Replicas needed: the largest metric of the target, each divided by its target value per replica."""
         with _translated():
             spec = await self._stub.GetMetricSpec(self._object, timeout=_CALL_SECONDS)
             return max([await self._ratio(each) for each in spec.metricSpecs], default=0.0)
@@ -98,7 +98,7 @@ def _translated() -> Iterator[None]:
 
 
 class StageAutoscaler:
-    """Scales one pool: polls its metric every `poll_seconds`, and reacts at once to a push that it is active."""
+    """Scales one pool: polls its metric every `poll_seconds`, and reacts at once when the scaler pushes activity."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class StageAutoscaler:
         self._was_active = False
 
     async def run(self) -> None:
-        """Scale until it is cancelled. Raises a group of errors that no later call can mend, such as NotFound."""
+        """Scale until cancelled. Raises an ExceptionGroup for permanent errors such as NotFound."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow_pushes())
             group.create_task(self._poll())
@@ -132,9 +132,9 @@ class StageAutoscaler:
             await asyncio.sleep(_RETRY_SECONDS)
 
     def _activate(self, is_active: bool) -> None:
-        """Start the first replica. All else is decided by the next poll, from the metric.
+        """Start the first replica. The next poll decides on further replicas, from the metric.
 
-        The push also counts as activity: a stage that computes for a moment is seldom active when it is polled.
+        The push also counts as activity at the next poll: a short burst of work is over before most polls.
         """
         self._was_active |= is_active
         if is_active and self._pool.size == 0:
@@ -157,12 +157,13 @@ class StageAutoscaler:
 
     @contextlib.contextmanager
     def _noting_failures(self) -> Iterator[None]:
-        """Pass over an error that a later call may not meet, reporting it once: until then, nothing is scaled."""
+        """Ignore temporary errors, and report the first of a series. The pool stays as it is meanwhile."""
         try:
             yield
         except _TEMPORARY as error:
             if self._is_answered:
                 self._is_answered = False
                 self._note(
-                    f"autoscaler: {self._name}: no answer, so that its workers stay as they are: {error.message}"
+                    f"autoscaler: {self._name}: the scaler did not answer, the number of workers is unchanged: "
+                    f"{error.message}"
                 )

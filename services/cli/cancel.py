@@ -1,4 +1,4 @@
-"""`fleet cancel ID`: asks for a request to end."""
+"""`fleet cancel ID`: cancels a request."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from services.cli.options import FAILED, SUCCESS, add_endpoint, add_request_id, 
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the request's state; 1 when it had already ended in another one."""
-    parser = command_parser("cancel", "Ask for a request to end as CANCELLED. One that has ended stays as it is.")
+    """Print the state of the request; exit code 1 when it had already ended in another state."""
+    parser = command_parser("cancel", "Cancel a request. A request that has ended keeps its state.")
     add_request_id(parser)
     add_endpoint(parser)
     args = parser.parse_args(argv)

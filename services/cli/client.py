@@ -1,10 +1,11 @@
-"""A typed client of the public API; every failure is a FleetError."""
+"""A typed client of GenerationService; every failure is raised as a FleetError."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from typing import TypeVar
 
 import grpc
 
@@ -19,8 +20,10 @@ Responses = AsyncGenerator[generation_pb2.GenerateResponse, None]
 Events = AsyncGenerator[generation_pb2.Event, None]
 Downloaded = AsyncGenerator[generation_pb2.DownloadResultResponse, None]
 
-ATTEMPTS = 5
-"""How often in a row a call may find no coordinator before a command gives up."""
+RETRIES = 5
+"""Attempts in a row, each without a message from a coordinator, after which a command gives up."""
+
+T = TypeVar("T")
 
 TERMINAL = frozenset(
     {
@@ -37,7 +40,7 @@ class RequestFailed(FleetError):
 
 
 class FleetClient:
-    """GenerationService at one endpoint. Use connect() to make one."""
+    """A client of GenerationService at one endpoint; connect() creates it."""
 
     def __init__(self, endpoint: str, channel: grpc.aio.Channel, *, api_key: str = "", is_tls: bool = False) -> None:
         self._endpoint = endpoint
@@ -46,7 +49,7 @@ class FleetClient:
         self._stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
 
     async def generate(self, request: generation_pb2.SubmitRequest, *, follow: bool = False) -> Responses:
-        """Submit, follow and download. Leaving early cancels the request when it has no idempotency key."""
+        """Submit, follow and download. Closing the stream early cancels a request without an idempotency key."""
         call = self._stub.Generate(
             generation_pb2.GenerateRequest(request=request, follow=follow), metadata=self._metadata
         )
@@ -58,7 +61,7 @@ class FleetClient:
             call.cancel()
 
     async def watch(self, request_id: str, after: str = "") -> Events:
-        """The events of a request, to its terminal state."""
+        """The events of a request after the event ID `after`, until its terminal state."""
         call = self._stub.Watch(
             generation_pb2.WatchRequest(request_id=request_id, after_event_id=after), metadata=self._metadata
         )
@@ -70,7 +73,7 @@ class FleetClient:
             call.cancel()
 
     async def download(self, request_id: str, index: int, offset: int) -> Downloaded:
-        """A file from a byte on, as it grows, to its end."""
+        """The bytes of a result file from `offset` to its end; follows a file that is still being written."""
         request = generation_pb2.DownloadResultRequest(request_id=request_id, index=index, offset=offset, follow=True)
         call = self._stub.DownloadResult(request, metadata=self._metadata)
         try:
@@ -81,7 +84,7 @@ class FleetClient:
             call.cancel()
 
     async def get(self, request_id: str) -> generation_pb2.RequestRecord:
-        """A request's record."""
+        """The record of a request."""
         with self._translated():
             response = await self._stub.GetRequest(
                 generation_pb2.GetRequestRequest(request_id=request_id), metadata=self._metadata
@@ -89,13 +92,13 @@ class FleetClient:
         return response.request
 
     async def timeline(self, request_id: str) -> generation_pb2.GetRequestResponse:
-        """A request's record and timeline."""
+        """The record and timeline of a request."""
         with self._translated():
             request = generation_pb2.GetRequestRequest(request_id=request_id, with_timeline=True)
             return await self._stub.GetRequest(request, metadata=self._metadata)
 
     async def cancel(self, request_id: str) -> generation_pb2.RequestRecord:
-        """Ask for a request to end; its record right after."""
+        """Request cancellation; returns the record as it is right after the call."""
         with self._translated():
             response = await self._stub.CancelRequest(
                 generation_pb2.CancelRequestRequest(request_id=request_id), metadata=self._metadata
@@ -103,18 +106,18 @@ class FleetClient:
         return response.request
 
     async def activities(self, count: int) -> generation_pb2.ListRequestsResponse:
-        """Requests with what each does or waits for: those that have not ended, then the newest others."""
+        """Requests with their current activity: those that have not ended, then the newest others."""
         with self._translated():
             return await self._stub.ListRequests(
                 generation_pb2.ListRequestsRequest(page_size=count, with_activity=True), metadata=self._metadata
             )
 
     async def models(self) -> list[generation_pb2.Model]:
-        """The models that are served, with their workers."""
+        """The served models with their workers."""
         return list((await self.overview()).models)
 
     async def overview(self) -> generation_pb2.ListModelsResponse:
-        """The models that are served, with their workers, and the state of the store."""
+        """The served models with their workers, and the state of the store."""
         with self._translated():
             return await self._stub.ListModels(generation_pb2.ListModelsRequest(), metadata=self._metadata)
 
@@ -126,7 +129,7 @@ class FleetClient:
             failure = from_rpc_error(error)
             if isinstance(failure, Unavailable) and "andshake failed" in failure.message:
                 raise Unavailable(
-                    f"{self._endpoint} and this command could not agree on TLS (see --tls-ca): {failure.message}"
+                    f"TLS handshake with {self._endpoint} failed (see --tls-ca): {failure.message}"
                 ) from error
             if (
                 isinstance(failure, Unavailable)
@@ -134,11 +137,11 @@ class FleetClient:
                 and (proxy := proxy_variable(self._endpoint))
             ):
                 raise Unavailable(
-                    f"no fleet answers at {self._endpoint} through the proxy that {proxy} names; no_proxy lists the "
-                    f"hosts that are reached without it: {failure.message}"
+                    f"no fleet answers at {self._endpoint} through the proxy of {proxy}; no_proxy lists the "
+                    f"hosts to connect to without a proxy: {failure.message}"
                 ) from error
             if isinstance(failure, Unavailable) and "failed to connect" in failure.message:
-                hint = "" if self._is_tls else "; if that one speaks TLS, so must this command: --tls or --tls-ca"
+                hint = "" if self._is_tls else "; if the fleet serves TLS, set --tls or --tls-ca"
                 raise Unavailable(
                     f"no fleet answers at {self._endpoint}; `fleet up` starts one, --endpoint names another{hint}"
                 ) from error
@@ -147,7 +150,7 @@ class FleetClient:
 
 @contextlib.asynccontextmanager
 async def connect(endpoint: str, access: Access = IN_THE_CLEAR) -> AsyncIterator[FleetClient]:
-    """A client of the fleet at HOST:PORT or unix:PATH; connecting happens with the first call."""
+    """A client of the fleet at HOST:PORT or unix:PATH. The first call connects."""
     channel = open_channel(endpoint, access.credentials, may_use_proxy=True)
     try:
         yield FleetClient(endpoint, channel, api_key=access.api_key, is_tls=access.credentials is not None)
@@ -156,12 +159,31 @@ async def connect(endpoint: str, access: Access = IN_THE_CLEAR) -> AsyncIterator
 
 
 async def pause(failures: int) -> None:
-    """Wait before the next attempt, longer after each failure."""
+    """Wait before a retry: 0.2 s, doubled for each failed attempt in a row."""
     await asyncio.sleep(0.2 * 2**failures)
 
 
+async def retry_unavailable(attempt: Callable[[], Awaitable[T]], num_received: Callable[[], int]) -> T:
+    """Run `attempt` until it returns, with exponential backoff after each Unavailable.
+
+    `num_received` returns the number of messages received so far; an attempt that receives some resets the backoff.
+    Raises Unavailable at once where no message was ever received, else after RETRIES attempts in a row without one.
+    """
+    failures = 0
+    while True:
+        before = num_received()
+        try:
+            return await attempt()
+        except Unavailable:
+            received = num_received()
+            failures = 0 if received > before else failures + 1
+            if not received or failures > RETRIES:
+                raise
+        await pause(failures)
+
+
 def state_name(state: generation_pb2.RequestState.ValueType) -> str:
-    """The state's name without its prefix, such as "RUNNING"."""
+    """The name of a state without its prefix, such as "RUNNING"."""
     return generation_pb2.RequestState.Name(state).removeprefix("REQUEST_STATE_")
 
 

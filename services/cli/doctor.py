@@ -1,4 +1,4 @@
-"""`fleet doctor`: checks this host, a checkpoint, the request store and a running fleet, and says what to do."""
+"""`fleet doctor`: checks this host, a checkpoint, the request store and a running fleet, and gives advice."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from services.cli.options import add_endpoint, command_parser, endpoint_of
 from services.cli.serve import service_names
 
 _STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.ERROR: "red"}
-_INSTALL = "install diffusion-fleet with pip: its metadata has the bounds"
+_INSTALL = "install diffusion-fleet with pip: its metadata states the version bounds"
 _READ = "check that the files and devices of this host can be read"
 _TORCH = "repair or reinstall torch and the kernel packages, or name working ones in kernels"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a line for each result; returns 0 where all is right, 1 with warnings, 2 with errors."""
+    """Print one line per result; exit code 0 without findings, 1 with warnings, 2 with errors."""
     args = _arguments(argv)
     shows_tracebacks = os.environ.get("FLEET_LOG_LEVEL") == "DEBUG"
     if not shows_tracebacks:
-        # Warnings of the modules that are asked here are results of the checks.
+        # The checked modules log warnings, which the results of the checks repeat.
         logging.getLogger().addHandler(logging.NullHandler())
     results = []
     console = Console(highlight=False, soft_wrap=True)
@@ -59,14 +59,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def line_of(result: Result) -> Text:
-    """The line of a result: state, name, what was found, and after an arrow what to do."""
+    """The line of a result: status, name, finding and, after an arrow, the advice."""
     advice = f" -> {result.advice}" if result.advice else ""
     state = Text(f"{result.status.name.lower():9}", style=_STYLES[result.status])
     return state + Text(f"{result.name:<17} {result.found}{advice}")
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Flags; a variable such as FLEET_REDIS stands for a flag that is not given. Raises SettingsError."""
+    """Parse the flags; variables such as FLEET_REDIS are the defaults. Raises SettingsError."""
     parser = command_parser(
         "doctor",
         "Check this host, a checkpoint, the request store and a running fleet; exit code 1: warnings, 2: errors.",
@@ -76,9 +76,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--redis", metavar="URL", help="request store to check (default: FLEET_REDIS)")
     parser.add_argument(
-        "--service", metavar="SERVICE", help=f"service that runs here, whose settings count (default: {COORDINATOR})"
+        "--service", metavar="SERVICE", help=f"service of this host, for its settings (default: {COORDINATOR})"
     )
-    parser.add_argument("--config", metavar="FILE", help="its TOML file, for ports, TLS and kernels (or FLEET_CONFIG)")
+    parser.add_argument("--config", metavar="FILE", help="TOML file of the service (default: FLEET_CONFIG)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_endpoint(parser)
     args = parser.parse_args(argv)
@@ -93,7 +93,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def checks_of(args: argparse.Namespace, read_gpus: Callable[[Sequence[str]], GpuFacts] = read_gpu_facts) -> list[Check]:
-    """The checks that the arguments call for, in the order of their lines. `read_gpus` takes a worker's flags."""
+    """The checks for the arguments, in output order. `read_gpus` receives the flags of the worker settings."""
     source = ServiceSource(args.service or COORDINATOR, args.config or "", args.redis)
     facts = cache(lambda: read_gpus(_kernel_flags(source.values)))
     checks = [
@@ -116,7 +116,7 @@ def checks_of(args: argparse.Namespace, read_gpus: Callable[[Sequence[str]], Gpu
     if args.redis:
         checks += redis_checks(args.redis, lambda: source.store, lambda: source.values)
     if args.endpoint:
-        advice = "see its log, --endpoint, and --tls, --tls-ca and --api-key"
+        advice = "check the coordinator's log, --endpoint, --tls, --tls-ca and --api-key"
 
         def ask() -> Iterable[Result]:
             return check_endpoint(args.endpoint, access_of(args), fingerprints(args.model))
@@ -132,7 +132,7 @@ def checks_of(args: argparse.Namespace, read_gpus: Callable[[Sequence[str]], Gpu
 
 
 def _model_checks(reference: str, facts: Callable[[], GpuFacts], source: ServiceSource) -> Iterator[Check]:
-    """The checks of a checkpoint; of its memory where workers can run."""
+    """The checks of a checkpoint, and of its memory use where the worker extra is installed."""
     yield Check("checkpoint", lambda: check_model(reference), f"check that {reference} can be read", MODEL_SECONDS)
     if has_worker_extra():
         yield Check(
@@ -141,13 +141,13 @@ def _model_checks(reference: str, facts: Callable[[], GpuFacts], source: Service
 
 
 def _kernel_flags(values: Mapping[str, Any]) -> list[str]:
-    """The flags of a worker's settings that decide which kernel packages are tried; none where it has none such."""
+    """The worker flags that select kernel packages to try; empty for settings without these fields."""
     flags = [word for package in values.get("kernels", ()) for word in ("--kernels", package)]
     return [*flags, "--attention-backend", values["attention_backend"]] if "attention_backend" in values else flags
 
 
 def _tls_results(source: ServiceSource, args: argparse.Namespace) -> Iterator[Result]:
-    """TLS files of the service's settings, and those that flags give this command."""
+    """Results for the TLS files of the service settings and of this command's flags."""
     yield from check_service_tls(source.values, args.service or "")
     cert, key, ca = (Path(path) if (path := vars(args)[name]) else None for name in ("tls_cert", "tls_key", "tls_ca"))
     if cert or key or ca:

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint: the weight files of every module, and their sizes against the memory of this host."""
+"""Checks of a checkpoint: weight files of every module, and their size against the memory of this host."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from services.cli.doctor_results import Result, Status, error, ok, warning
 from services.cli.generate import plugin_directories
 
 SECONDS = 120.0
-"""Longest time to read the headers of a checkpoint, which may lie on a network file system."""
+"""Timeout for reading the headers of a checkpoint, in seconds; network file systems are slow."""
 
 _AGAIN = "download the named files again"
 _GIB = 1 << 30
@@ -30,13 +30,13 @@ _MIB = 1 << 20
 _AVAILABLE = re.compile(r"^MemAvailable:\s+(\d+) kB$", re.MULTILINE)
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _FULL = 0.8
-"""Share of the memory above which weights leave little for activations."""
+"""Fraction of the memory above which the weights leave little for activations."""
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0"})
 
 
 def check_model(reference: str) -> Iterator[Result]:
-    """The weight files of each module, and whether the fleet serves the model."""
+    """Check the weight files of each module, and whether the fleet can serve the model."""
     directory = directory_of(reference)
     try:
         index = read_json(directory / INDEX_FILE) if directory.is_dir() else {}
@@ -63,14 +63,14 @@ def directory_of(reference: str) -> Path:
 
 
 def _model_results(reference: str) -> Iterator[Result]:
-    """Whether all other files are right too, and which variants are served."""
+    """Check the other files of the checkpoint, and list the served variants."""
     try:
         model = opened(reference)
     except FleetError as failure:
-        yield error("model", failure.message, "no service starts with this model until that is right")
+        yield error("model", failure.message, "correct the checkpoint: no service starts with it")
         return
     for variant, reason in model.unserved.items():
-        advice = "add its modules where requests need the variant"
+        advice = "add the missing modules if requests need the variant"
         yield warning("model", f"{model.name}: variant {variant} is not served: {reason}", advice)
     checkpoint, services = model.checkpoint, ", ".join(each.service for each in model.services)
     yield ok(
@@ -80,14 +80,14 @@ def _model_results(reference: str) -> Iterator[Result]:
 
 
 def opened(reference: str) -> ServedModel:
-    """The model of a reference, as services open it. Raises CheckpointError and InvalidInput."""
+    """Open the model of a reference as services do. Raises CheckpointError and InvalidInput."""
     return open_model(reference, load_registry(plugin_directories()))
 
 
 def _module_results(folder: Path, library: str) -> Iterator[Result]:
-    """A line for a module's weights, or one for each of its faulty files."""
+    """One result for the weights of a module, or one per faulty file."""
     if not folder.is_dir():
-        yield error("checkpoint", f"{folder} is missing, a module that {INDEX_FILE} names", "download the folder again")
+        yield error("checkpoint", f"{folder}, listed in {INDEX_FILE}, is missing", "download the folder again")
         return
     try:
         weights = read_weights(folder, library)
@@ -96,7 +96,7 @@ def _module_results(folder: Path, library: str) -> Iterator[Result]:
             yield error("checkpoint", fault, _AGAIN)
         return
     if not weights.headers:
-        # A plugin's module may have none; open_model() knows.
+        # A module of a plugin may have no weights; open_model() checks that.
         return
     size = sum(map(_data_bytes, weights.headers.values()))
     files = "1 file" if len(weights.headers) == 1 else f"{len(weights.headers)} files"
@@ -106,14 +106,14 @@ def _module_results(folder: Path, library: str) -> Iterator[Result]:
         yield warning(
             "checkpoint",
             f"{weights.index} states total_size {stated}, and its files hold {size} bytes of tensors",
-            "download index and files again from one revision",
+            "download the index and the files again from one revision",
         )
     else:
-        yield ok("checkpoint", f"{folder.name}: {files} of {_size(size)} in all, whole{variant}")
+        yield ok("checkpoint", f"{folder.name}: {files}, {_size(size)} in total, complete{variant}")
 
 
 def _faults(folder: Path) -> Iterator[str]:
-    """The faults of all weight files of a folder: reading a module ends at the first one."""
+    """The faults of all weight files of a folder; read_weights() stops at the first."""
     for index in sorted(folder.glob("*.index*.json")):
         try:
             named = read_json(index).get("weight_map")
@@ -136,7 +136,7 @@ def _data_bytes(header: SafetensorsHeader) -> int:
 
 
 def _stated_bytes(weights: WeightFiles) -> int | None:
-    """metadata.total_size of a shard index, in bytes."""
+    """metadata.total_size of a shard index, in bytes; None without one."""
     metadata = read_json(weights.index).get("metadata") if weights.index else None
     size = metadata.get("total_size") if isinstance(metadata, dict) else None
     return int(size) if isinstance(size, int | float) else None
@@ -144,7 +144,7 @@ def _stated_bytes(weights: WeightFiles) -> int | None:
 
 @dataclass(frozen=True)
 class Device:
-    """A memory that holds weights: name, bytes in total and free, and the bytes of a floating-point element there."""
+    """A memory for weights: name, total and free bytes, and bytes per floating-point element."""
 
     name: str
     total_bytes: int
@@ -153,7 +153,7 @@ class Device:
 
 
 def device_of(facts: GpuFacts, dtype: str = "auto") -> Device:
-    """The GPU with the most memory, or the host. `dtype` is the setting of that name; auto is bfloat16 on a GPU."""
+    """The GPU with the most memory, else the host. `dtype` is the setting; auto means bfloat16 on a GPU."""
     if not facts.gpus:
         return Device("this host", *host_memory(), 2 if dtype == "bfloat16" else 4)
     number, gpu = max(enumerate(facts.gpus), key=lambda each: each[1].total_bytes)
@@ -161,7 +161,7 @@ def device_of(facts: GpuFacts, dtype: str = "auto") -> Device:
 
 
 def fingerprints(references: Sequence[str]) -> dict[str, str]:
-    """Fingerprints of models by name, without those that cannot be opened: check_model() reports them."""
+    """Checkpoint fingerprints by model name. Skips models that cannot be opened: check_model() reports them."""
     found = {}
     for reference in references:
         try:
@@ -173,7 +173,7 @@ def fingerprints(references: Sequence[str]) -> dict[str, str]:
 
 
 def host_memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = _CGROUP_LIMIT) -> tuple[int, int]:
-    """The host's memory in bytes, or the container's where that is less, and how much of it is available."""
+    """Total and available memory in bytes: the host's, or the container's limit where it is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     available = total
     if meminfo.exists() and (match := _AVAILABLE.search(meminfo.read_text())):
@@ -184,10 +184,10 @@ def host_memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = _CGROUP_LIM
 
 
 def check_memory(reference: str, facts: GpuFacts, settings: Mapping[str, Any]) -> Iterator[Result]:
-    """The weights of each service of a model against the memory of a GPU, or of this host without one.
+    """Compare the weights of each service of a model with the memory of a GPU; without one, of this host.
 
-    `settings` are those of the service that this host is checked for: dtype, and of denoising tp and swap_experts.
-    Nothing for a model that cannot be opened, which check_model() reports.
+    `settings` are the settings of the checked service; dtype, tp and swap_experts are used. Yields nothing for a model
+    that cannot be opened: check_model() reports it.
     """
     try:
         model = opened(reference)
@@ -205,22 +205,22 @@ def check_memory(reference: str, facts: GpuFacts, settings: Mapping[str, Any]) -
 
 
 def _memory_result(service: str, model: str, need: int, device: Device) -> Result:
-    found = f"{service} of {model} takes {_size(need)} for weights, and {device.name} has {_size(device.total_bytes)}"
+    found = f"{service} of {model} needs {_size(need)} for weights; {device.name} has {_size(device.total_bytes)}"
     if need > device.total_bytes:
         advice = "use a GPU with more memory"
         if service == "denoising":
-            advice = f"{advice}, tp of several GPUs, or swap_experts where the model has two experts"
+            advice = f"{advice}, tp over several GPUs, or swap_experts for a model with two experts"
         return error("memory", found, advice)
     if need > _FULL * device.total_bytes:
         return warning("memory", f"{found}, which leaves little for activations", "use a GPU with more memory")
     if need > device.free_bytes:
-        advice = "end the processes that use the rest, unless they are this model's workers"
+        advice = "stop the processes that use the rest, unless they are workers of this model"
         return warning("memory", f"{found}, of which {_size(device.free_bytes)} are free", advice)
     return ok("memory", found)
 
 
 def _loaded_bytes(model: ServedModel, module: str, element_bytes: int) -> int:
-    """Bytes of a module's weights once its floating-point tensors have the element type of the computation."""
+    """Bytes of a module's weights on the device. Elements of floating-point tensors take `element_bytes` each."""
     return sum(
         element_bytes * math.prod(tensor.shape) if tensor.dtype in _FLOATS else tensor.end - tensor.begin
         for header in model.checkpoint.weight_headers(module).values()

@@ -1,4 +1,4 @@
-"""Checks of a running fleet: proxies on the way, health, API contract, models and their workers."""
+"""Checks of a running fleet: proxies, health, API contract, models and workers."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _MOST_NAMED = 5
 
 
 def check_proxies(endpoint: str, environ: Mapping[str, str] = os.environ) -> Iterator[Result]:
-    """Whether proxy variables divert gRPC: on the way to `endpoint`, or to any host where it is empty."""
+    """Whether proxy variables redirect gRPC connections to `endpoint`, or to any host where it is empty."""
     given = {name: environ[name] for name in _PROXIES if environ.get(name)}
     if not given:
         yield ok("proxies", f"none of {', '.join(_PROXIES)} is set")
         return
-    shown = ", ".join(f"{name} names {_host(value)}" for name, value in given.items())
+    shown = ", ".join(f"{name} is {_host(value)}" for name, value in given.items())
     excluded = environ.get("no_grpc_proxy") or environ.get("no_proxy") or ""
     beyond = f"no_proxy is {excluded}" if excluded else "no_proxy is not set"
     if not endpoint:
@@ -45,26 +45,26 @@ def check_proxies(endpoint: str, environ: Mapping[str, str] = os.environ) -> Ite
             yield ok("proxies", f"{shown}; {beyond}")
         else:
             advice = "list the hosts of fleets in no_proxy"
-            yield warning("proxies", f"{shown}, and {beyond}: gRPC clients reach other hosts through it", advice)
+            yield warning("proxies", f"{shown}, and {beyond}: gRPC connects to other hosts through it", advice)
     elif variable := proxy_variable(endpoint, environ):
         yield warning(
             "proxies",
             f"gRPC connects to {endpoint} through the proxy {_host(given[variable])} of {variable}; {beyond}",
-            f"add {endpoint.rpartition(':')[0]} to no_proxy, unless that proxy is the only way there",
+            f"add {endpoint.rpartition(':')[0]} to no_proxy, unless the host is reachable only through that proxy",
         )
     else:
         yield ok("proxies", f"{shown}, but not for {endpoint}; {beyond}")
 
 
 def _host(proxy: str) -> str:
-    """HOST:PORT of a proxy's URL, without its login."""
+    """HOST:PORT of a proxy URL, without credentials."""
     return (urlsplit(proxy).netloc or proxy).rpartition("@")[2]
 
 
 def check_endpoint(endpoint: str, access: Access, own: Mapping[str, str]) -> Iterable[Result]:
-    """Health, API contract, models and workers of the fleet at an endpoint. `own` are checkpoints of --model by name.
+    """Check health, API contract, models and workers of the fleet at an endpoint.
 
-    Raises Unavailable where no fleet answers.
+    `own` maps the models of --model to their checkpoint fingerprints. Raises Unavailable where no fleet answers.
     """
     return asyncio.run(_collect(endpoint, access, own))
 
@@ -81,7 +81,7 @@ async def _collect(endpoint: str, access: Access, own: Mapping[str, str]) -> lis
                 raise
             except FleetError as failure:
                 is_key = isinstance(failure, Unauthenticated | PermissionDenied)
-                advice = "set FLEET_API_KEY to a key that the fleet knows" if is_key else "ask a coordinator"
+                advice = "set FLEET_API_KEY to a valid key" if is_key else "connect to a coordinator"
                 results.append(error("endpoint", f"ListModels failed: {failure.message}", advice))
             results[:0] = [await _health_result(endpoint, channel), await _contract_result(channel)]
     except TimeoutError:
@@ -92,7 +92,7 @@ async def _collect(endpoint: str, access: Access, own: Mapping[str, str]) -> lis
 
 
 async def _health_result(endpoint: str, channel: grpc.aio.Channel) -> Result:
-    """The health of the server, and of Submit alone."""
+    """The health of the server, of GenerationService and of Submit."""
     check: grpc.aio.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
     check = channel.unary_unary(
         "/grpc.health.v1.Health/Check",
@@ -109,16 +109,16 @@ async def _health_result(endpoint: str, channel: grpc.aio.Channel) -> Result:
             states[name] = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
     if states[""] != "SERVING" or states[_SERVICE] != "SERVING":
         shown = ", ".join(f"{name or 'server'} {state}" for name, state in states.items())
-        advice = "see the coordinator's log: its store is unavailable, or it is about to end"
+        advice = "check the coordinator's log: its store is unavailable, or it is shutting down"
         return error("endpoint", f"{endpoint} answers, but is not ready: {shown}", advice)
     if states[_SUBMIT] == "NOT_SERVING":
         advice = "raise the store's maxmemory, or wait until results have expired"
-        return warning("endpoint", f"{endpoint} is ready, but takes no new requests: its store is full", advice)
+        return warning("endpoint", f"{endpoint} is ready, but refuses new requests: its store is full", advice)
     return ok("endpoint", f"{endpoint} is ready")
 
 
 async def _contract_result(channel: grpc.aio.Channel) -> Result:
-    """The public API of the fleet against the one of this installation, by server reflection."""
+    """Compare the fleet's public API, read by server reflection, with the API of this installation."""
     request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=_SERVICE)
     reflect: grpc.aio.StreamStreamMultiCallable[
         reflection_pb2.ServerReflectionRequest, reflection_pb2.ServerReflectionResponse
@@ -135,24 +135,24 @@ async def _contract_result(channel: grpc.aio.Channel) -> Result:
                 file = FileDescriptorProto.FromString(data)
                 theirs[file.name] = file
     except grpc.aio.AioRpcError as failure:
-        advice = "connect to a coordinator itself, not to a gateway that hides reflection"
+        advice = "connect to a coordinator, not to a gateway without server reflection"
         return warning("contract", f"the API cannot be read: {from_rpc_error(failure).message}", advice)
     return contract_result(elements_of(theirs.values()), elements_of(own_files()))
 
 
 def contract_result(theirs: Mapping[str, str], ours: Mapping[str, str]) -> Result:
-    """The result for the fields and methods of two versions of the API: kind and type by full name."""
+    """Compare two versions of the API, each as type strings by full name of a field or method."""
     if not theirs:
         return error("contract", f"the endpoint has no {_SERVICE}", "give the address of a coordinator")
     if changed := [name for name in ours if name in theirs and theirs[name] != ours[name]]:
-        advice = "use the release of the fleet for its clients"
-        return error("contract", f"the fleet has another type of {_named(changed)}", advice)
+        advice = "use a client of the fleet's release"
+        return error("contract", f"the fleet has another type for {_named(changed)}", advice)
     if lacking := [name for name in ours if name not in theirs]:
         found = f"the fleet is older than this client: it lacks {_named(lacking)}"
-        return warning("contract", found, "update the fleet, or use its release here")
+        return warning("contract", found, "update the fleet, or install its release here")
     if further := [name for name in theirs if name not in ours]:
-        return ok("contract", f"the fleet is newer, and has all that this client knows; new there: {_named(further)}")
-    return ok("contract", f"the same API as here: {len(ours)} fields and methods")
+        return ok("contract", f"the fleet is newer and compatible with this client; it adds {_named(further)}")
+    return ok("contract", f"same API as this installation: {len(ours)} fields and methods")
 
 
 def _named(names: list[str]) -> str:
@@ -161,7 +161,7 @@ def _named(names: list[str]) -> str:
 
 
 def own_files() -> list[FileDescriptorProto]:
-    """The proto file of the public API and its imports, as this installation has them."""
+    """The proto file of the public API and its imports, from this installation."""
     found: dict[str, FileDescriptorProto] = {}
     waiting: list[FileDescriptor] = [generation_pb2.DESCRIPTOR]
     while waiting:
@@ -173,7 +173,7 @@ def own_files() -> list[FileDescriptorProto]:
 
 
 def elements_of(files: Iterable[FileDescriptorProto]) -> dict[str, str]:
-    """Number and type of each field of the fleet's messages, and input and output of each method, by full name."""
+    """Number and type of each message field, and input and output of each method, by full name."""
     found: dict[str, str] = {}
     for file in files:
         if file.package.startswith("fleet."):
@@ -204,30 +204,30 @@ def _all_model_results(overview: generation_pb2.ListModelsResponse, own: Mapping
 
 
 def model_results(model: generation_pb2.Model, own_fingerprint: str) -> Iterator[Result]:
-    """Results for a model that the fleet serves; `own_fingerprint` is that of the same model here, or empty."""
+    """Results for a served model; `own_fingerprint` is the fingerprint of the local checkpoint, or empty."""
     name = f"model {model.name}"
     without = [each.service for each in model.services if not each.workers]
     if without:
         advice = "start workers, unless autoscaling starts them at the first request"
-        yield warning(name, f"no worker serves {', '.join(without)}: requests wait there", advice)
+        yield warning(name, f"no worker serves {', '.join(without)}: requests wait for one", advice)
     else:
         workers = ", ".join(f"{each.service} {each.workers}" for each in model.services)
         yield ok(name, f"live workers: {workers}")
     if own_fingerprint and own_fingerprint != model.fingerprint:
         yield error(
             name,
-            f"the fleet serves checkpoint {model.fingerprint[:12]}, and --model is {own_fingerprint[:12]}: a worker of "
-            "it would be refused",
+            f"the fleet serves checkpoint {model.fingerprint[:12]}, and --model is {own_fingerprint[:12]}: "
+            "the fleet would refuse a worker with it",
             "use one checkpoint on all hosts",
         )
     for refused in model.refused_workers:
         service, worker, moment, reason = refused_cells(refused)
-        advice = "give that worker the checkpoint and the release of the fleet"
+        advice = "run that worker with the checkpoint and release of the fleet"
         yield warning(name, f"worker {worker} of {service} was refused at {moment} UTC: {reason}", advice)
     for each in model.services:
         for misfit in each.incompatible_workers:
             advice = "run workers and coordinators of one release, or of two consecutive ones"
-            yield warning(name, f"worker {plain(misfit.worker_id)} takes no requests: {plain(misfit.reason)}", advice)
+            yield warning(name, f"worker {plain(misfit.worker_id)} is incompatible: {plain(misfit.reason)}", advice)
         for package in each.kernels:
             if package.error:
                 kernel, version, state = kernel_cells(package)
@@ -235,5 +235,5 @@ def model_results(model: generation_pb2.Model, own_fingerprint: str) -> Iterator
                 yield warning(name, f"workers of {each.service}: {kernel} {version} is {state}", advice)
     for variant in model.variants:
         if variant.error:
-            advice = "add its modules where requests need the variant"
+            advice = "add the missing modules if requests need the variant"
             yield warning(name, f"variant {variant.name} is not served: {variant.error}", advice)

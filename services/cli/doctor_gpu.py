@@ -1,7 +1,7 @@
-"""Checks of GPUs, driver, kernel packages and attention.
+"""Checks of GPUs, driver, kernel packages and attention backends.
 
-The facts are read by services.cli.doctor_gpu_facts in a process of its own: a broken CUDA library or kernel package can
-end a process or never return, and a CUDA context takes GPU memory for as long as its process runs.
+services.cli.doctor_gpu_facts reads the facts in its own process: a broken CUDA library or kernel package can crash or
+hang the process, and a CUDA context uses GPU memory until its process ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from models.kernels.packages import PACKAGES
 from services.cli.doctor_results import Result, error, ok, warning
 
 SECONDS = 300.0
-"""Longest time for the facts: QuACK and Triton compile their kernels at the first use."""
+"""Timeout for reading the facts, in seconds: QuACK and Triton compile kernels on first use."""
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _VERSION = re.compile(r"\s(\d+\.\d+(?:\.\d+)?)\s")
@@ -35,7 +35,7 @@ _MOST_LETTERS = 300
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that torch sees: name, compute capability, and memory in bytes (in total, and free now)."""
+    """A GPU visible to torch: name, compute capability, total and free memory in bytes."""
 
     name: str
     capability: str
@@ -45,7 +45,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class KernelTrial:
-    """The outcome of one kernel package's trial on a GPU; `error` is empty where the package works."""
+    """The result of testing one kernel package on a GPU; `error` is empty where the package works."""
 
     name: str
     version: str
@@ -55,7 +55,7 @@ class KernelTrial:
 
 @dataclass(frozen=True)
 class Driver:
-    """The NVIDIA driver: its version and the newest CUDA version that it runs; empty where there is none."""
+    """The NVIDIA driver: version and newest supported CUDA version; both empty without a driver."""
 
     version: str = ""
     cuda: str = ""
@@ -63,11 +63,11 @@ class Driver:
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """What torch and the trials found.
+    """Versions, GPUs and kernel trials of this host.
 
-    `torch_cuda` is the CUDA version that torch was built for, empty for a CPU build. `cuda_error` is why torch sees no
-    GPU. `required_error` is why a package that a setting names is unusable. `attention` are the rows of the table in
-    force by compute capability.
+    `torch_cuda` is the CUDA version of the torch build, empty for a CPU build. `cuda_error` is the reason why torch
+    sees no GPU, `required_error` the reason why a package named in the settings is unusable. `attention` maps each
+    compute capability to its attention backends.
     """
 
     torch: str
@@ -81,19 +81,19 @@ class GpuFacts:
 
 
 def read_gpu_facts(flags: Sequence[str] = ()) -> GpuFacts:
-    """Run services.cli.doctor_gpu_facts with flags of its settings. Raises FailedPrecondition where it fails."""
+    """Run services.cli.doctor_gpu_facts with the given flags. Raises FailedPrecondition where it fails."""
     command = tethered([sys.executable, "-m", "services.cli.doctor_gpu_facts", *flags])
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=SECONDS
         )
     except subprocess.TimeoutExpired:
-        raise FailedPrecondition(f"torch and the kernel packages gave no result within {SECONDS:g} s") from None
+        raise FailedPrecondition(f"torch and the kernel packages did not load within {SECONDS:g} s") from None
     if done.returncode:
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         reason = textwrap.shorten(last, _MOST_LETTERS, placeholder=" ...")
         raise FailedPrecondition(f"the process that imports torch and the kernel packages failed: {reason}")
-    # Libraries may print lines of their own before it.
+    # Libraries may print other lines before the JSON line.
     return _facts(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -109,7 +109,7 @@ def _facts(found: Mapping[str, Any]) -> GpuFacts:
 
 
 def read_driver(file: Path = _DRIVER_FILE) -> Driver:
-    """The driver of this host, from the kernel module and from libcuda."""
+    """The driver of this host: version of the kernel module, CUDA version of libcuda."""
     try:
         match = _VERSION.search(file.read_text(encoding="utf-8"))
     except OSError:
@@ -126,7 +126,7 @@ def read_driver(file: Path = _DRIVER_FILE) -> Driver:
 
 
 def check_gpus(facts: GpuFacts, device: str = "auto") -> Iterator[Result]:
-    """Driver and GPUs. `device` is the setting of that name."""
+    """Check the driver and list the GPUs. `device` is the setting of that name."""
     yield from _driver_results(facts)
     for number, gpu in enumerate(facts.gpus):
         yield ok(
@@ -146,20 +146,20 @@ def _driver_results(facts: GpuFacts) -> Iterator[Result]:
             yield ok("gpu", "no NVIDIA driver and no GPU: workers compute on the CPU in float32")
     elif not facts.torch_cuda:
         advice = "install torch from PyPI, or from the index of your CUDA version"
-        yield warning("gpu", f"driver {driver.version} is here, but {torch} is built without CUDA", advice)
+        yield warning("gpu", f"driver {driver.version} is installed, but {torch} is built without CUDA", advice)
     elif driver.cuda and _major(driver.cuda) < _major(facts.torch_cuda):
         yield error(
             "gpu",
-            f"driver {driver.version} runs CUDA {driver.cuda}, and {torch} is built for CUDA {facts.torch_cuda}",
+            f"driver {driver.version} supports CUDA {driver.cuda}, but {torch} is built for CUDA {facts.torch_cuda}",
             f"update the driver to one for CUDA {_major(facts.torch_cuda)}, or install torch for an older CUDA",
         )
     elif not facts.gpus:
         where = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
         reason = facts.cuda_error or "no GPU is visible to this process"
-        advice = "check nvidia-smi, CUDA_VISIBLE_DEVICES, and that the container was given a GPU"
-        yield error("gpu", f"driver {driver.version} is here, but {torch} sees no GPU{where}: {reason}", advice)
+        advice = "check nvidia-smi, CUDA_VISIBLE_DEVICES, and that the container has access to a GPU"
+        yield error("gpu", f"driver {driver.version} is installed, but {torch} sees no GPU{where}: {reason}", advice)
     else:
-        runs = f", which runs CUDA {driver.cuda}" if driver.cuda else ""
+        runs = f", which supports CUDA {driver.cuda}" if driver.cuda else ""
         yield ok("gpu", f"driver {driver.version}{runs}; {torch} is built for CUDA {facts.torch_cuda}")
 
 
@@ -168,18 +168,18 @@ def _major(version: str) -> int:
 
 
 def check_kernels(facts: GpuFacts) -> Iterator[Result]:
-    """The outcome of each kernel package that was tried, and the packages that are not installed."""
+    """Report the trial of each kernel package, and the packages that are not installed."""
     if facts.required_error:
         yield error("kernels", facts.required_error, "repair the package, or set kernels and attention_backend to auto")
     for trial in facts.trials:
         if trial.error:
             yield warning(
                 "kernels",
-                f"{trial.name} {trial.version} is unusable, {trial.replacement} instead: {trial.error}",
+                f"{trial.name} {trial.version} is unusable, {trial.replacement} is used: {trial.error}",
                 f"reinstall {trial.name} for torch {facts.torch}, or uninstall it",
             )
         else:
-            yield ok("kernels", f"{trial.name} {trial.version} was loaded and computes right")
+            yield ok("kernels", f"{trial.name} {trial.version} loads and computes correctly")
     if facts.gpus:
         capabilities = {gpu.capability for gpu in facts.gpus}
         absent = [
@@ -189,10 +189,10 @@ def check_kernels(facts: GpuFacts) -> Iterator[Result]:
             and any(".".join(map(str, each)) in capabilities for each in package.capabilities)
         ]
         if absent:
-            yield ok("kernels", f"not installed, which only costs speed: {', '.join(absent)}")
+            yield ok("kernels", f"not installed (affects speed only): {', '.join(absent)}")
 
 
 def check_attention(facts: GpuFacts) -> Iterator[Result]:
-    """The attention backends in force for each kind of GPU."""
+    """List the attention backends in use for each compute capability."""
     for capability, rows in (facts.attention or {}).items():
         yield ok("attention", f"on compute capability {capability}: {rows}")

@@ -1,6 +1,6 @@
-"""Prints what torch and the kernel packages find on this host, as a line of JSON: `fleet doctor` starts this program.
+"""Prints the GPUs, torch versions and kernel trials of this host as one line of JSON. `fleet doctor` runs it.
 
-Flags and FLEET_* variables are those of a worker's settings: --kernels and --attention-backend.
+Accepts the worker settings --kernels and --attention-backend, as flags or FLEET_* variables.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from services.cli.doctor_gpu import Gpu, KernelTrial
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSettings:
-    """Settings of a worker that decide which kernel packages are tried."""
+    """Worker settings that select the kernel packages to try."""
 
     kernels: tuple[PackageChoice, ...] = setting(("auto",), help="kernel packages to try")
     attention_backend: AttentionChoice = setting("auto", help="attention on a GPU")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the facts."""
-    # A service's file has other keys too; `fleet doctor` passes the values that it found there as flags.
+    """Print the facts; returns 0."""
+    # A service's file has other keys too; `fleet doctor` passes the values of these two settings as flags.
     environ = {name: value for name, value in os.environ.items() if name != "FLEET_CONFIG"}
     settings = load_settings(TrialSettings, argv, prog="doctor_gpu_facts", environ=environ)
     sys.stdout.write(json.dumps(facts(KernelChoice(settings.kernels, settings.attention_backend))) + "\n")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def facts(choice: KernelChoice) -> dict[str, Any]:
-    """The fields of GpuFacts but the driver's. Tries the packages once for each compute capability of this host."""
+    """The fields of GpuFacts except `driver`. Tests the packages once per compute capability of this host."""
     gpus, cuda_error = _gpus()
     found: dict[Capability, list[Outcome]] = {}
     required_error = ""
@@ -78,7 +78,7 @@ def _tried(number: int, capability: Capability, choice: KernelChoice) -> list[Ou
 
 
 def _gpus() -> tuple[list[Gpu], str]:
-    """The GPUs that torch sees, and why it can use none."""
+    """The GPUs visible to torch, and the error if CUDA cannot be initialised."""
     if torch.version.cuda is None:
         return [], ""
     try:
@@ -100,12 +100,12 @@ def _trials(outcomes: Sequence[Outcome]) -> Iterator[KernelTrial]:
 
 
 def attention_rows(capability: Capability, choice: KernelChoice, outcomes: Sequence[Outcome]) -> str:
-    """The rows of the attention table that are in force, in order, as a text; `outcomes` are those of the trials.
+    """The attention backends in use, in order of preference, as text; `outcomes` are the results of the trials.
 
-    The last one, PyTorch's own choice, is for all that no row takes: other dtypes, and larger heads.
+    The last, PyTorch's SDPA, covers inputs that no other backend supports, such as other dtypes and larger heads.
     """
     if choice.attention != "auto":
-        return f"{choice.attention}, which attention_backend names; else sdpa"
+        return f"{choice.attention} (set by attention_backend), else sdpa"
     usable = {each.package.name for each in outcomes if not each.error}
     texts = []
     for row in TABLE.get(capability, ()):

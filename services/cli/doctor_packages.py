@@ -1,4 +1,4 @@
-"""Checks of Python and of package versions against the bounds in the metadata of the installed diffusion-fleet."""
+"""Checks of Python and package versions against the metadata of the installed diffusion-fleet."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _INSTALL = f"pip install '{DISTRIBUTION}"
 
 
 def has_worker_extra() -> bool:
-    """Whether torch is installed, which the coordinator and client commands do without."""
+    """Whether torch is installed; the coordinator and client commands do not need it."""
     return installed_version("torch") is not None
 
 
 def check_python() -> Iterator[Result]:
-    """The version of Python against Requires-Python."""
+    """Check the Python version against Requires-Python."""
     version, bounds = platform.python_version(), importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
     if is_within(version, bounds):
-        yield ok("python", f"{version}, which is {bounds}")
+        yield ok("python", f"{version} satisfies {bounds}")
     else:
-        yield error("python", f"{version} is not {bounds}", f"use Python {bounds}")
+        yield error("python", f"{version} does not satisfy {bounds}", f"use Python {bounds}")
 
 
 def check_packages() -> Iterator[Result]:
-    """The packages that every process of the fleet needs, those of workers, of GPU workers, and of traces."""
+    """Check the base packages and those of the tracing, worker, gpu and flash-attn extras."""
     yield from _extra_results("packages", "")
     yield from _optional_results("tracing")
     if has_worker_extra():
@@ -44,7 +44,7 @@ def check_packages() -> Iterator[Result]:
 
 
 def requirements_of(extra: str) -> list[Requirement]:
-    """What the metadata names for an extra, or for no extra, on this platform."""
+    """The requirements of an extra, or the base requirements for "", that apply to this platform."""
     found = []
     for text in importlib.metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(text)
@@ -56,18 +56,18 @@ def requirements_of(extra: str) -> list[Requirement]:
 
 
 def _extra_results(name: str, extra: str) -> Iterator[Result]:
-    """A line for each package that is missing or out of its bounds, and one for all others."""
+    """One result per package that is missing or out of bounds, and one for all others."""
     install = f"{_INSTALL}[{extra}]'" if extra else f"{_INSTALL}'"
     requirements = requirements_of(extra)
     faults = list(_faults(requirements))
     for fault in faults:
         yield error(name, f"{fault.package}: {fault.found}", install if fault.is_missing else fault.command)
     if right := len(requirements) - len(faults):
-        yield ok(name, f"{right} packages are within their bounds")
+        yield ok(name, f"{right} packages are within their version bounds")
 
 
 def _optional_results(extra: str) -> Iterator[Result]:
-    """A line for each package that is installed and out of its bounds: absence is no fault."""
+    """One result per installed package that is out of bounds; a missing package is no fault."""
     for fault in _faults(requirements_of(extra)):
         if not fault.is_missing:
             yield warning(f"{extra} packages", f"{fault.package}: {fault.found}", fault.command)

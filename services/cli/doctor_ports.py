@@ -1,4 +1,4 @@
-"""Checks of a running coordinator's other ports, as its settings name them: health checks, metrics, KEDA's scaler."""
+"""Checks of a running coordinator's other ports: health checks, metrics and KEDA scaler."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ _OWN_METRIC = b"fleet_requests_total"
 
 
 def check_endpoint_ports(endpoint: str, values: Mapping[str, Any]) -> Iterator[Result]:
-    """A line for each port that the coordinator's settings name, at the host of `endpoint`.
+    """One result per port of the coordinator settings, on the host of `endpoint`.
 
-    A port that is bound to the loopback interface of another host cannot be checked, and has no line.
+    Skips ports bound to the loopback interface of another host: they cannot be checked from here.
     """
     for name, address in reached_addresses(endpoint, values).items():
         if name == "metrics_port":
-            fault, advice = _metrics_fault(address), "see the coordinator's log and its metrics_port"
+            fault, advice = _metrics_fault(address), "check the coordinator's log and its metrics_port"
             right = "serves the metrics of a coordinator"
         elif name == "scaler_listen" and values.get("tls_cert"):
-            fault, advice = _connection_fault(address), "see the coordinator's log and its scaler_listen"
-            right = "accepts connections; who calls it needs a certificate"
+            fault, advice = _connection_fault(address), "check the coordinator's log and its scaler_listen"
+            right = "accepts connections; callers need a client certificate"
         else:
-            fault, advice = _health_fault(address), f"see the coordinator's log and its {name}"
+            fault, advice = _health_fault(address), f"check the coordinator's log and its {name}"
             right = "is ready"
         if fault:
-            yield warning("endpoint ports", f"{name}: {address} {fault}", f"{advice}, and firewalls on the way")
+            yield warning("endpoint ports", f"{name}: {address} {fault}", f"{advice}, and the firewalls in between")
         else:
             yield ok("endpoint ports", f"{name}: {address} {right}")
 
 
 def reached_addresses(endpoint: str, values: Mapping[str, Any]) -> dict[str, str]:
-    """The addresses by which this host reaches the ports of the settings, by setting."""
+    """The addresses of the ports in the settings as reachable from this host, by setting."""
     host = "127.0.0.1" if endpoint.startswith("unix:") else endpoint.rpartition(":")[0]
     found = {}
     for name, address in addresses_of(values).items():
@@ -56,7 +56,7 @@ def reached_addresses(endpoint: str, values: Mapping[str, Any]) -> dict[str, str
 
 
 def _metrics_fault(address: str) -> str:
-    """What is wrong with the metrics at HOST:PORT. Proxies are not used: Prometheus uses none."""
+    """The fault of the metrics endpoint at HOST:PORT, or "". Uses no proxy, as Prometheus does by default."""
     host, _, port = address.rpartition(":")
     connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=_SECONDS)
     try:
@@ -67,11 +67,11 @@ def _metrics_fault(address: str) -> str:
         return _no_answer(error)
     finally:
         connection.close()
-    return "" if reply.status == HTTPStatus.OK and _OWN_METRIC in text else "answers without metrics of a coordinator"
+    return "" if reply.status == HTTPStatus.OK and _OWN_METRIC in text else "serves no coordinator metrics"
 
 
 def _health_fault(address: str) -> str:
-    """What is wrong with the gRPC health check at an address."""
+    """The fault of the gRPC health check at an address, or ""."""
     with grpc.insecure_channel(target_of(address), options=NO_PROXY) as channel:
         check: grpc.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
         check = channel.unary_unary(
@@ -87,7 +87,7 @@ def _health_fault(address: str) -> str:
 
 
 def _connection_fault(address: str) -> str:
-    """What is wrong with connections to an address."""
+    """The fault when connecting to an address, or ""."""
     try:
         if address.startswith("unix:"):
             with socket.socket(socket.AF_UNIX) as connection:

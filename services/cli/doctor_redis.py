@@ -17,13 +17,16 @@ from common.state.store_server import StoreMemory, StoreSettings, check_server, 
 from services.cli.doctor_results import Check, Result, error, ok, warning
 
 _OLDEST = (5, 0)
-"""First version of Redis with streams, and with scripts that read the time and then write."""
+"""Oldest version with streams, and with scripts that read TIME and then write."""
 
 _OLDEST_TESTED = (7, 0)
+"""Oldest version that the tests run against."""
 
 _SKEW_SECONDS = 1.0
+"""Clock skew from which a warning is given."""
+
 _MOST_SKEW_SECONDS = 30.0
-"""Skew from which on tokens of callers and certificates are refused wrongly: the default of jwt_leeway_seconds."""
+"""Clock skew from which valid tokens and certificates are refused: the default of jwt_leeway_seconds."""
 
 _Results: TypeAlias = AsyncIterator[Result]
 
@@ -31,38 +34,38 @@ _Results: TypeAlias = AsyncIterator[Result]
 def redis_checks(url: str, store: Callable[[], StoreSettings], values: Callable[[], Mapping[str, Any]]) -> list[Check]:
     """The checks of the store at a URL. The settings are read when a check runs.
 
-    `store` are the accepted configurations of the server, `values` all settings of the service by name.
+    `store` returns the accepted store configurations, `values` all settings of the service by name.
     """
 
-    def check(name: str, advice: str, look: Callable[[Redis], _Results], needs: str = "redis") -> Check:
-        return Check(name, lambda: asyncio.run(_collect(url, look)), advice, needs=needs)
+    def check(name: str, advice: str, probe: Callable[[Redis], _Results], needs: str = "redis") -> Check:
+        return Check(name, lambda: asyncio.run(_collect(url, probe)), advice, needs=needs)
 
-    reach = "check host, port, login and TLS of --redis, and that the server runs"
+    reach = "check host, port, user, password and TLS of --redis, and that the server is running"
     return [
         check("redis", reach, lambda redis: _server(redis, url), needs=""),
         check("redis policy", "use one primary", lambda redis: _policy(redis, store())),
         check("redis durability", reach, lambda redis: _durability(redis, store())),
-        check("redis scripts", f"let the login run scripts on keys {PREFIX}*", _scripts),
+        check("redis scripts", f"allow the ACL user to run scripts on keys {PREFIX}*", _scripts),
         check("redis memory", reach, lambda redis: _memory(redis, values().get("max_store_memory"))),
         check(
             "redis replicas",
-            "connect that many replicas, or set store_replicas to fewer",
+            "connect that many replicas, or lower store_replicas",
             lambda redis: _replicas(redis, values().get("store_replicas", 0)),
         ),
         check("clock", reach, lambda redis: _clock(redis, values().get("jwt_leeway_seconds", _MOST_SKEW_SECONDS))),
     ]
 
 
-async def _collect(url: str, look: Callable[[Redis], _Results]) -> Iterable[Result]:
+async def _collect(url: str, probe: Callable[[Redis], _Results]) -> Iterable[Result]:
     redis = connect(url)
     try:
-        return [result async for result in look(redis)]
+        return [result async for result in probe(redis)]
     finally:
         await redis.aclose()
 
 
 async def _info(redis: Redis, section: str) -> Mapping[str, Any]:
-    """Fields of a section of INFO; none where the login may not run it."""
+    """The fields of a section of INFO; empty where the ACL user may not run it."""
     try:
         return dict(await command(redis, "INFO", section))
     except InternalError:
@@ -70,7 +73,7 @@ async def _info(redis: Redis, section: str) -> Mapping[str, Any]:
 
 
 async def _server(redis: Redis, url: str) -> _Results:
-    """Whether the server answers, how fast, and its version."""
+    """Check that the server answers, its latency and its version."""
     started = time.monotonic()
     await command(redis, "PING")
     milliseconds = 1e3 * (time.monotonic() - started)
@@ -80,11 +83,11 @@ async def _server(redis: Redis, url: str) -> _Results:
     found = f"{url} answers in {milliseconds:.0f} ms"
     numbers = tuple(int(each) for each in re.findall(r"\d+", version)[:2])
     if not numbers:
-        advice = f"let the login run INFO, or make sure that it is Redis {_dotted(_OLDEST_TESTED)} or newer"
-        yield warning("redis", f"{found}; its version is not known", advice)
+        advice = f"allow the ACL user to run INFO, or make sure of Redis {_dotted(_OLDEST_TESTED)} or newer"
+        yield warning("redis", f"{found}; its version is unknown", advice)
     elif numbers < _OLDEST_TESTED:
         lacks = error if numbers < _OLDEST else warning
-        rule = f"{_dotted(_OLDEST_TESTED)}, the oldest version that the fleet is tested with"
+        rule = f"{_dotted(_OLDEST_TESTED)}, the oldest tested version"
         yield lacks("redis", f"{found}: {name} {version} is older than {rule}", "upgrade the server")
     else:
         yield ok("redis", f"{found}: {name} {version}")
@@ -95,18 +98,18 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 
 async def _policy(redis: Redis, store: StoreSettings) -> _Results:
-    """Role, cluster mode and maxmemory-policy, as services check them at their start."""
+    """Check role, cluster mode and maxmemory-policy, as services do at start-up."""
     try:
         await check_server(redis, allow_eviction=store.allow_eviction, allow_data_loss=True)
     except FailedPrecondition as failure:
-        yield error("redis policy", failure.message, "services end with exit code 2 until that is changed")
+        yield error("redis policy", failure.message, "change it: services exit with code 2")
         return
     facts = await read_facts(redis)
     if unknown := [name for name in facts.unknown if name not in ("appendonly", "appendfsync")]:
         yield warning(
             "redis policy",
             f"{', '.join(unknown)} cannot be read",
-            "let the login run INFO or CONFIG GET, or make sure of a primary with maxmemory-policy noeviction",
+            "allow the ACL user INFO and CONFIG GET, or make sure of a primary with maxmemory-policy noeviction",
         )
     elif facts.maxmemory_policy != "noeviction":
         yield warning(
@@ -120,7 +123,7 @@ async def _policy(redis: Redis, store: StoreSettings) -> _Results:
 
 
 async def _durability(redis: Redis, store: StoreSettings) -> _Results:
-    """Whether accepted requests survive a crash of the server."""
+    """Check that accepted requests survive a crash of the server."""
     facts = await read_facts(redis)
     advice = "set appendonly yes and appendfsync always, or allow_data_loss where requests may be lost"
     found = f"appendonly {facts.appendonly or 'unknown'}, appendfsync {facts.appendfsync or 'unknown'}"
@@ -129,16 +132,16 @@ async def _durability(redis: Redis, store: StoreSettings) -> _Results:
     elif store.allow_data_loss:
         yield ok("redis durability", f"{found}, as allow_data_loss permits")
     elif "unknown" in found:
-        yield warning("redis durability", found, f"let the login run CONFIG GET, and {advice}")
+        yield warning("redis durability", found, f"allow the ACL user to run CONFIG GET, and {advice}")
     else:
         lost = "a restart" if facts.appendonly != "yes" else "a crash"
         yield warning("redis durability", f"{found}: {lost} of the server loses accepted requests", advice)
 
 
 async def _scripts(redis: Redis) -> _Results:
-    """Whether the login may load the fleet's script, and scripts may write the fleet's keys.
+    """Check that the ACL user may load the fleet's script, and that scripts may write the fleet's keys.
 
-    Writes one key with a random name, which is deleted in the same script.
+    Writes one key with a random name, and deletes it in the same script.
     """
     with store_errors():
         await redis.script_load(script_source())
@@ -148,12 +151,12 @@ async def _scripts(redis: Redis) -> _Results:
     if known:
         yield ok("redis scripts", f"the fleet's script is loaded, and scripts may write {PREFIX}*")
     else:
-        advice = "give the URL of one server, not of a proxy that spreads commands over several"
-        yield error("redis scripts", "the script was loaded, but the server does not have it", advice)
+        advice = "give the URL of one server, not of a proxy in front of several"
+        yield error("redis scripts", "SCRIPT LOAD succeeded, but SCRIPT EXISTS does not find the script", advice)
 
 
 async def _memory(redis: Redis, fraction: float | None) -> _Results:
-    """Memory in use against the bound for new requests."""
+    """Check the memory in use against the bound for new requests."""
     memory = StoreMemory(redis) if fraction is None else StoreMemory(redis, fraction)
     use = await memory.use()
     if use.is_full:
@@ -169,7 +172,7 @@ async def _memory(redis: Redis, fraction: float | None) -> _Results:
 
 
 async def _replicas(redis: Redis, needed: int) -> _Results:
-    """Whether as many replicas acknowledge a write as store_replicas demands."""
+    """Check that `needed` replicas acknowledge a write, as store_replicas requires."""
     info = await _info(redis, "replication")
     connected = info.get("connected_slaves", "an unknown number of")
     if not needed:
@@ -187,19 +190,19 @@ async def _replicas(redis: Redis, needed: int) -> _Results:
         yield error(
             "redis replicas",
             f"{failure.message} ({connected} are connected)",
-            "until then no request is accepted: start the replicas, or set store_replicas to fewer",
+            "start the replicas, or lower store_replicas: no request is accepted",
         )
         return
     milliseconds = 1e3 * (time.monotonic() - started)
-    yield ok("redis replicas", f"{needed} of {connected} acknowledged a write in {milliseconds:.0f} ms")
+    yield ok("redis replicas", f"{needed} of {connected} replicas acknowledged a write in {milliseconds:.0f} ms")
 
 
 async def _clock(redis: Redis, most_seconds: float) -> _Results:
-    """This host's clock against the server's TIME, which the fleet's leases and deadlines use.
+    """Compare this host's clock with the server's TIME, on which leases and deadlines are based.
 
-    The skew is exact to half the time of the round trip.
+    The error of the measured skew is at most half the round-trip time.
     """
-    await command(redis, "PING")  # connects, which takes several round trips
+    await command(redis, "PING")  # Connect first: that takes several round trips.
     before = time.time()
     seconds, microseconds = await command(redis, "TIME")
     after = time.time()
@@ -208,11 +211,11 @@ async def _clock(redis: Redis, most_seconds: float) -> _Results:
 
 
 def skew_result(skew: float, tolerance: float, most_seconds: float) -> Result:
-    """The result for a clock that is `skew` seconds ahead of the server's, exact to `tolerance` seconds."""
+    """The result for a clock `skew` seconds ahead of the server's, measured to ±`tolerance` seconds."""
     found = f"this host is {abs(skew):.3f} s {'ahead of' if skew > 0 else 'behind'} the Redis server"
     advice = "synchronise the clocks of both hosts (chrony, systemd-timesyncd)"
     if abs(skew) - tolerance > max(most_seconds, _SKEW_SECONDS):
-        return error("clock", f"{found}, so tokens and certificates are judged wrongly", advice)
+        return error("clock", f"{found}, so valid tokens and certificates may be refused", advice)
     if abs(skew) - tolerance > _SKEW_SECONDS:
         return warning("clock", found, advice)
-    return ok("clock", f"{found} (exact to {tolerance:.3f} s)")
+    return ok("clock", f"{found} (±{tolerance:.3f} s)")

@@ -1,4 +1,4 @@
-"""Results of `fleet doctor`, and the runner of its checks: each has a timeout, and none can end the command."""
+"""Results of `fleet doctor`, and the runner of its checks with timeouts and isolation of failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from services.start_up import describe, plain
 
 
 class Status(enum.IntEnum):
-    """State of what a check looked at; the value is the command's exit code where this is the worst state."""
+    """Status of a result. The worst status is the exit code of the command."""
 
     OK = 0
     WARNING = 1
@@ -25,7 +25,7 @@ class Status(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Result:
-    """One line: state, name of what was checked, what was found, and what to do (empty for OK)."""
+    """One line of output: status, name of the check, finding, and advice (empty for OK)."""
 
     status: Status
     name: str
@@ -33,31 +33,31 @@ class Result:
     advice: str = ""
 
     def as_json(self) -> Mapping[str, Any]:
-        """The same with the status as a word."""
+        """The fields for JSON, with the status in lower case."""
         return {"status": self.status.name.lower(), "check": self.name, "found": self.found, "advice": self.advice}
 
 
 def ok(name: str, found: str) -> Result:
-    """A result that needs no action."""
+    """A result without a finding."""
     return Result(Status.OK, name, found)
 
 
 def warning(name: str, found: str, advice: str) -> Result:
-    """A result with which services run, but not as well as they could."""
+    """A finding with which services run, but slower, without a safeguard or for fewer requests."""
     return Result(Status.WARNING, name, found, advice)
 
 
 def error(name: str, found: str, advice: str) -> Result:
-    """A result with which a service does not start, or a request fails."""
+    """A finding with which a service does not start, or a request fails."""
     return Result(Status.ERROR, name, found, advice)
 
 
 @dataclass(frozen=True)
 class Check:
-    """A function that returns or yields results, and its bounds.
+    """A function that returns or yields results, with its timeout.
 
-    After `seconds` the results so far count, with an error. A check is left out without a line where the check that
-    `needs` names had an error. `advice` belongs to a FleetError that `run` raises, and to a timeout.
+    After `seconds`, the results so far are reported together with an error. A check is skipped without output where the
+    check named by `needs` had an error. `advice` is shown for a FleetError raised by `run`, and for a timeout.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Check:
 
 
 def run_checks(checks: Sequence[Check], *, shows_tracebacks: bool = False) -> Iterator[Result]:
-    """Run checks one after the other; yields the results of each as soon as it has ended, free of credentials."""
+    """Run checks in order; yields the results of each as soon as it has ended, without credentials."""
     failed: set[str] = set()
     for check in checks:
         if check.needs in failed:
@@ -81,14 +81,14 @@ def run_checks(checks: Sequence[Check], *, shows_tracebacks: bool = False) -> It
 
 
 def _run(check: Check, shows_tracebacks: bool) -> list[Result]:
-    """Results of a check, which runs on a thread of its own: a call that never returns cannot be interrupted."""
+    """Run a check on its own thread, because a hanging call cannot be interrupted."""
     found: list[Result] = []
 
     def work() -> None:
         try:
             for result in check.run():
                 found.append(result)
-        except BaseException as failure:  # noqa: BLE001 -- Any failure of a check is a line of the report.
+        except BaseException as failure:  # noqa: BLE001 -- any failure of a check becomes a result
             if shows_tracebacks:
                 sys.stderr.write(without_password("".join(traceback.format_exception(failure))))
             found.append(_failed(check, failure))
@@ -109,7 +109,7 @@ def _failed(check: Check, failure: BaseException) -> Result:
 
 
 def _without_credentials(result: Result) -> Result:
-    """The result on one line, without passwords and without characters that steer a terminal."""
+    """The result on one line, without passwords and terminal control characters."""
     return replace(result, name=_shown(result.name), found=_shown(result.found), advice=_shown(result.advice))
 
 

@@ -1,4 +1,4 @@
-"""Settings of the service that a host is checked for, and checks of its addresses and ports."""
+"""Settings of the service that is checked, and checks of its addresses and ports."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from services.setting_readers import READERS
 
 COORDINATOR = "coordinator"
 OTHER_PORTS = ("health_listen", "scaler_listen", "metrics_port")
-"""Settings of addresses that a service listens on, beside `listen`."""
+"""Settings of listen addresses besides `listen`."""
 
 
 @dataclass(frozen=True)
 class ServiceSource:
-    """Where the settings of a service come from: FLEET_* variables, a TOML file, and the URL of the store."""
+    """The sources of a service's settings: FLEET_* variables, a TOML file and the URL of the store."""
 
     service: str = COORDINATOR
     config: str = ""
@@ -32,7 +32,7 @@ class ServiceSource:
 
     @cached_property
     def settings(self) -> Any:
-        """The settings. Raises SettingsError as the service would; those of workers need torch."""
+        """The settings. Raises SettingsError as the service would; worker settings need torch."""
         flags = [*(("--config", self.config) if self.config else ()), *(("--redis", self.redis) if self.redis else ())]
         return load_settings(
             settings_class(self.service), flags, prog=f"fleet serve {self.service}", readers=READERS, environ=os.environ
@@ -40,12 +40,12 @@ class ServiceSource:
 
     @property
     def is_readable(self) -> bool:
-        """Whether this installation has the service."""
+        """Whether the packages of the service are installed here."""
         return self.service == COORDINATOR or has_worker_extra()
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """Settings by name; none where they cannot be read, which check_settings() reports."""
+        """Settings by name; empty where they cannot be read, which check_settings() reports."""
         try:
             return vars(self.settings) if self.is_readable else {}
         except (FleetError, ImportError, OSError):
@@ -53,7 +53,7 @@ class ServiceSource:
 
     @property
     def store(self) -> StoreSettings:
-        """The accepted configurations of the store; the defaults where settings cannot be read."""
+        """The accepted store configurations; the defaults where settings cannot be read."""
         values = self.values
         return StoreSettings(
             allow_eviction=values.get("allow_eviction", False), allow_data_loss=values.get("allow_data_loss", False)
@@ -61,7 +61,7 @@ class ServiceSource:
 
 
 def check_settings(source: ServiceSource) -> Iterator[Result]:
-    """Whether the service would accept its variables and its file."""
+    """Check that the service accepts its variables and its file."""
     if not source.is_readable:
         yield warning("settings", WORKER_EXTRA_ABSENT, "pip install 'diffusion-fleet[worker]'")
         return
@@ -75,7 +75,7 @@ def _variables(settings: object) -> Iterator[str]:
 
 
 def addresses_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """The addresses that a service listens on, by setting, without those whose port the system picks."""
+    """The listen addresses of a service by setting, without those with a port chosen by the system."""
     found = {name: str(values[name]) for name in ("listen", *OTHER_PORTS) if values.get(name)}
     if "metrics_port" in found:
         found["metrics_port"] = f"0.0.0.0:{found['metrics_port']}"
@@ -85,9 +85,9 @@ def addresses_of(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_ports(source: ServiceSource, endpoint: str = "") -> Iterator[Result]:
-    """Whether each address can be listened on; in use by the fleet at `endpoint` is right.
+    """Check that each address is free, or in use by the fleet at `endpoint`.
 
-    That fleet's other ports are in use too: check_endpoint_ports() asks who listens there.
+    check_endpoint_ports() then verifies that the other ports in use belong to that fleet.
     """
     addresses = addresses_of(source.values)
     runs_here = is_local(endpoint) and _port(endpoint) == _port(addresses.get("listen", ""))
@@ -99,12 +99,12 @@ def check_ports(source: ServiceSource, endpoint: str = "") -> Iterator[Result]:
             check_listenable(address)
         except FailedPrecondition as failure:
             if runs_here and name in ("listen", *OTHER_PORTS):
-                yield ok("ports", f"{name} {address} is in use, by the fleet of --endpoint")
+                yield ok("ports", f"{name} {address} is in use by the fleet at --endpoint")
             else:
                 yield warning(
                     "ports",
                     f"{name}: {failure.message}",
-                    f"stop the process that listens there, or set {name} to an address that is free on this host",
+                    f"stop the process that listens there, or set {name} to a free address of this host",
                 )
         else:
             yield ok("ports", f"{name} {address} is free")

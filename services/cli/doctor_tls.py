@@ -1,4 +1,4 @@
-"""Checks of TLS files: pairs of certificate and key, validity, signatures and names."""
+"""Checks of TLS files: certificate and key pairs, validity, signatures and names."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from common.rpc.tls import read_authority, read_identity
 from services.cli.doctor_results import Result, error, ok, warning
 
 _NOTICE = datetime.timedelta(days=14)
+"""Remaining validity below which a warning is given."""
+
 _SHARE_LEFT = 0.25
-"""Share of its validity below which a certificate should have been renewed: issuers of short ones renew at a third."""
+"""Fraction of the validity below which a warning is given. Issuers renew when a third is left."""
 
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """A certificate with its key by the prefix of their settings, its authority, and the name that peers look for.
+    """A certificate, key and authority, by the prefix of their settings, and the name that peers verify.
 
-    `peers` are those who look for the name; both are empty where any name is right.
+    `peers` describes the peers that verify `name`; both are empty where any name is accepted.
     """
 
     prefix: str
@@ -37,18 +39,18 @@ class TlsFiles:
 
 
 def check_service_tls(values: Mapping[str, Any], service: str) -> Iterator[Result]:
-    """The TLS files of a service's settings, and whether they are enough.
+    """Check the TLS files of a service's settings, and that none is missing.
 
-    An empty `service` stands for settings of no service in particular: clients have variables of the same names.
+    `service` is empty for a host that runs only clients, whose variables have the same names.
     """
     own = bool(values.get("tls_cert") or values.get("tls_key"))
     public = bool(values.get("tls_public_cert") or values.get("tls_public_key"))
     if service and values.get("tls_ca") and not own:
-        yield _lacking("tls_ca", "tls_cert and tls_key, which the service must show")
+        yield _lacking("tls_ca", "tls_cert and tls_key, which the service must present")
     if service not in ("", "coordinator") and own and not values.get("tls_ca"):
-        yield _lacking("tls_cert", "tls_ca, by which a worker knows coordinators")
+        yield _lacking("tls_cert", "tls_ca, by which a worker verifies coordinators")
     if values.get("tls_client_ca") and not (own or public):
-        yield _lacking("tls_client_ca", "tls_cert and tls_key, which clients must see")
+        yield _lacking("tls_client_ca", "tls_cert and tls_key, which clients verify")
     yield from check_tls(files_of(values, service))
 
 
@@ -57,7 +59,7 @@ def _lacking(given: str, missing: str) -> Result:
 
 
 def files_of(values: Mapping[str, Any], service: str) -> list[TlsFiles]:
-    """The TLS files of a service's settings, with the name that peers look for by default; none without a service."""
+    """The TLS files of a service's settings, with the name that peers verify by default; empty without a service."""
     ca = values.get("tls_ca")
     wanted = ("", "")
     if ca and service == "coordinator":
@@ -71,7 +73,7 @@ def files_of(values: Mapping[str, Any], service: str) -> list[TlsFiles]:
 
 
 def check_tls(files: Sequence[TlsFiles], now: datetime.datetime | None = None) -> Iterator[Result]:
-    """Each certificate and each authority of the files that are set; nothing where none is."""
+    """Check each certificate and authority of the files that are set."""
     now = now or datetime.datetime.now(datetime.UTC)
     for each in files:
         authorities = yield from _authority_results(each, now)
@@ -80,7 +82,7 @@ def check_tls(files: Sequence[TlsFiles], now: datetime.datetime | None = None) -
 
 
 def _authority_results(files: TlsFiles, now: datetime.datetime) -> Generator[Result, None, Sequence[x509.Certificate]]:
-    """Results for the file of an authority; the iterator returns its certificates."""
+    """Results for an authority file; returns its certificates."""
     if files.ca is None:
         return []
     label = f"{files.prefix}_ca"
@@ -107,7 +109,7 @@ def _identity_results(
         raise AssertionError("a file is set")
     leaf, *chain = x509.load_pem_x509_certificates(identity.certificate)
     names = names_of(leaf)
-    yield _validity(f"{label} {files.cert} (for {', '.join(names) or 'no name'}; its key fits)", leaf, now)
+    yield _validity(f"{label} {files.cert} (for {', '.join(names) or 'no name'}; key matches)", leaf, now)
     for certificate in chain:
         yield _validity(f"{label} {files.cert}, issuer {_subject(certificate)}", certificate, now)
     if authorities and not _is_signed(leaf, chain, authorities):
@@ -125,7 +127,7 @@ def _identity_results(
     elif files.name and files.name not in names:
         yield warning(
             "tls",
-            f"{label} {files.cert} is not for {files.name}, the name that {files.peers} look for by default",
+            f"{label} {files.cert} is not for {files.name}, the name that {files.peers} verify by default",
             f"issue it with the DNS name {files.name}",
         )
 
@@ -134,7 +136,7 @@ def _validity(label: str, certificate: x509.Certificate, now: datetime.datetime)
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now < begin:
         return error(
-            "tls", f"{label} is valid only from {_day(begin)} on", "set this host's clock, or issue it for now"
+            "tls", f"{label} is not valid before {_day(begin)}", "correct this host's clock, or reissue the certificate"
         )
     if now > end:
         return error("tls", f"{label} expired on {_day(end)}", "renew it; services reread the file without a restart")
@@ -146,7 +148,7 @@ def _validity(label: str, certificate: x509.Certificate, now: datetime.datetime)
 def _is_signed(
     leaf: x509.Certificate, chain: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]
 ) -> bool:
-    """Whether signatures lead from the certificate, by issuers of its chain, to an authority."""
+    """Whether the chain of signatures leads from the certificate to an authority."""
     reached, waiting = [leaf], list(chain)
     while reached:
         certificate = reached.pop()
@@ -167,7 +169,7 @@ def _has_issued(issuer: x509.Certificate, certificate: x509.Certificate) -> bool
 
 
 def names_of(certificate: x509.Certificate) -> list[str]:
-    """The DNS names and IP addresses that a certificate is for."""
+    """The DNS names and IP addresses of a certificate."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:

@@ -1,4 +1,4 @@
-"""Check of the OTEL_ variables: whether services of this host export traces, and whether the collector takes spans."""
+"""Check of the OTEL_ variables: whether services on this host export traces, and whether the collector accepts them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLLECTOR_SECONDS = 3
 
 
 def check_traces(environ: Mapping[str, str] = os.environ) -> Iterator[Result]:
-    """Whether spans are exported where a variable asks for it. Services run without traces, so nothing is an error."""
+    """Check that spans are exported where a variable enables it. Yields no errors: services run without traces."""
     if not is_wanted(environ):
         given = sorted(name for name in (*ENDPOINTS, EXPORTER) if environ.get(name))
         switch = "OTEL_SDK_DISABLED" if environ.get("OTEL_SDK_DISABLED") else EXPORTER
@@ -29,10 +29,10 @@ def check_traces(environ: Mapping[str, str] = os.environ) -> Iterator[Result]:
     finally:
         found.close()
     if is_taken:
-        yield ok("traces", f"the collector at {url} takes spans")
+        yield ok("traces", f"the collector at {url} accepts spans")
     else:
         yield warning(
             "traces",
-            f"the collector at {url} takes no spans: services run, and drop theirs",
-            f"start it, or correct {ENDPOINTS[1]}, its certificate and headers",
+            f"the collector at {url} accepts no spans: services run, but drop their spans",
+            f"start the collector, or correct {ENDPOINTS[1]}, its certificate and headers",
         )

@@ -1,4 +1,4 @@
-"""One request of `fleet generate`: its progress is shown, and its files are received, across lost connections."""
+"""One request of `fleet generate`: shows its progress and receives its files, across lost connections."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import FailedPrecondition, InternalError, Unavailable
 from fleet.v1 import generation_pb2
-from services.cli.client import ATTEMPTS, FleetClient, pause, raise_unless_succeeded
+from services.cli.client import FleetClient, pause, raise_unless_succeeded, retry_unavailable
 from services.cli.output import ResultFiles
 from services.cli.progress import TerminalReporter
 
@@ -19,10 +19,10 @@ Message = generation_pb2.GenerateResponse | generation_pb2.DownloadResultRespons
 async def draw(
     client: FleetClient, request: generation_pb2.SubmitRequest, output: Path, report: TerminalReporter
 ) -> list[Path]:
-    """Send the request, show its progress, write its files. Raises RequestFailed when it ends without a result."""
+    """Send the request, show its progress, write its files. Raises RequestFailed for a request without a result."""
     with ResultFiles(output) as files:
         drawing = _Drawing(client, files, report)
-        # Only videos are streamed; a coordinator of an earlier version refuses the field.
+        # Only videos are streamed; a coordinator of an earlier version refuses the field `follow`.
         await drawing.generate(request, follow=output.suffix.lower() == ".mp4")
         report.finish()
         if not files.paths:
@@ -33,7 +33,7 @@ async def draw(
 
 
 class _Drawing:
-    """What has come of a request so far: its id, its latest event, and the bytes in `files`."""
+    """The state of a request in this client: its ID, its latest event, and the bytes received in `files`."""
 
     def __init__(self, client: FleetClient, files: ResultFiles, report: TerminalReporter) -> None:
         self.request_id, self.seed = "", 0
@@ -43,7 +43,7 @@ class _Drawing:
         self._started = time.perf_counter()
         self._latest = ""
         self._frames = 0
-        self._news = 0
+        self._num_received = 0
 
     @property
     def seconds(self) -> float:
@@ -51,12 +51,13 @@ class _Drawing:
         return time.perf_counter() - self._started
 
     async def generate(self, request: generation_pb2.SubmitRequest, *, follow: bool) -> None:
-        """Receive everything. Continues at a coordinator where the connection is lost once the request is accepted."""
+        """Receive all responses. Once the request is accepted, reconnects after a lost connection."""
         try:
             async with contextlib.aclosing(self._client.generate(request, follow=follow)) as responses:
                 async for response in responses:
                     match response.WhichOneof("payload"):
                         case "accepted":
+                            self._num_received += 1
                             self.request_id, self.seed = response.accepted.request_id, response.accepted.parameters.seed
                         case "event":
                             self._take_event(response.event)
@@ -66,30 +67,18 @@ class _Drawing:
             is_stored = request.parameters.output_format != generation_pb2.OUTPUT_FORMAT_SAFETENSORS
             if not (self.request_id and is_stored):
                 raise
-            self._report.note(f"request {self.request_id} goes on; the connection was lost: {error.message}")
-            await self._reconnect()
-
-    async def _reconnect(self) -> None:
-        """Receive the rest from any coordinator. Raises Unavailable after several attempts without news."""
-        failures = 0
-        while True:
-            news = self._news
-            await pause(failures)
-            try:
-                await self._receive_rest()
-                return
-            except Unavailable:
-                failures = 0 if self._news > news else failures + 1
-                if failures > ATTEMPTS:
-                    raise
+            self._report.note(f"request {self.request_id} continues; the connection was lost: {error.message}")
+            await pause(0)
+            await retry_unavailable(self._receive_rest, lambda: self._num_received)
 
     async def _receive_rest(self) -> None:
+        """Receive the remaining events and bytes from any coordinator."""
         watching = asyncio.create_task(self._watch())
         try:
             await self._download()
             await watching
         except FailedPrecondition:
-            await watching  # Its RequestFailed says why there is no result.
+            await watching  # Raises RequestFailed, with the reason.
             raise
         finally:
             watching.cancel()
@@ -101,7 +90,7 @@ class _Drawing:
                 self._take_event(event)
 
     async def _download(self) -> None:
-        """Each file from the first byte that is missing, one after the other."""
+        """Download each file in order, from its first missing byte."""
         index = 0
         while index < (1 if self._files.count is None else self._files.count):
             if not self._files.is_complete(index):
@@ -113,7 +102,7 @@ class _Drawing:
 
     def _take_event(self, event: generation_pb2.Event) -> None:
         self._latest = event.event_id
-        self._news += 1
+        self._num_received += 1
         match event.WhichOneof("kind"):
             case "progress":
                 self._report.progress(event.progress)
@@ -129,8 +118,8 @@ class _Drawing:
         self._report.note(f"{self._frames} frames after {self.seconds:.1f} s")
 
     def _take_part(self, response: Message) -> None:
-        """A file's header, or bytes of a file."""
-        self._news += 1
+        """Process a file header, or bytes of a file."""
+        self._num_received += 1
         match response.WhichOneof("payload"):
             case "file":
                 file = response.file

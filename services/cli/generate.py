@@ -1,4 +1,4 @@
-"""`fleet generate`: one request, at a running fleet, or in a fleet that this process makes for it."""
+"""`fleet generate`: one request, to a running fleet or to a fleet started in this process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from services.cli.store import check_store
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `fleet generate`. Everything that can be refused is refused before anything starts."""
+    """Run `fleet generate`. Validates all arguments before anything starts."""
     args = _arguments(argv)
     output = check_output(args.output)
     given, images = given_parameters(args), given_images(args)
@@ -61,26 +61,26 @@ def main(argv: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
         directory = private_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        # The store ends with this process, so there is nothing to be gained from waiting for the disk.
+        # The store is discarded with this process, so its writes need not reach the disk.
         redis_url = args.redis or stack.enter_context(EmbeddedStore(appendfsync="no")).url
         return run_async(_in_process(model, args.dtype, redis_url, directory, request, output), abandon=stack.close)
 
 
 def _validate(model: ServedModel, given: Mapping[str, ParamValue], output: Path, images: Mapping[str, bytes]) -> None:
-    """What the coordinator will do, before there is one."""
+    """Validate the request as the coordinator will."""
     validation = InputValidationStage(model)
     variant = validation.choose(given, images)
     name, formats = output.suffix.lower().removeprefix("."), variant.sampling_params.output_formats
     if name not in formats:
         makes, needs = ("images", "a video model") if name == "mp4" else ("videos", "an image model")
         raise InvalidInput(
-            f"{model.name} ({model.checkpoint.pipeline_name}) makes {makes}; .{name} needs {needs}; "
+            f"{model.name} ({model.checkpoint.pipeline_name}) generates {makes}, and .{name} needs {needs}; "
             f"give {' or '.join(f'.{each}' for each in formats)}",
             field="output",
         )
     validation.run({**given, "output_format": name}, images)
     if images:
-        # Here and not above: it brings torch. The services would find the same, but only once all of them are loaded.
+        # Imported here because it imports torch. The services also refuse such an image, but only with weights loaded.
         from models.images import open_image
 
         for role, data in images.items():
@@ -88,22 +88,22 @@ def _validate(model: ServedModel, given: Mapping[str, ParamValue], output: Path,
 
 
 def plugin_directories() -> list[Path]:
-    """Directories of FLEET_PLUGINS with families that are not in this tree."""
+    """Directories of FLEET_PLUGINS, with model families from outside this tree."""
     return [Path(each) for each in os.environ.get("FLEET_PLUGINS", "").split(",") if each.strip()]
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = command_parser("generate", "Draw a picture of PROMPT. The path of the result goes to stdout.")
+    parser = command_parser("generate", "Generate an image or video. The path of the result is printed on stdout.")
     add_parameters(parser)
     parser.add_argument("--model", metavar="DIR|NAME", help=f"Diffusers directory or name (default: {DEFAULT_MODEL})")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="what to compute in, without --endpoint")
-    parser.add_argument("--endpoint", metavar="HOST:PORT", help="a running fleet; without it, a fleet in this process")
-    parser.add_argument("--redis", metavar="URL", help="store to use without --endpoint (default: an embedded one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the computation, without --endpoint")
+    parser.add_argument("--endpoint", metavar="HOST:PORT", help="running fleet (default: a fleet in this process)")
+    parser.add_argument("--redis", metavar="URL", help="request store, without --endpoint (default: an embedded one)")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .png, .mp4 or .safetensors")
     parser.add_argument(
         "--idempotency-key",
         metavar="KEY",
-        help="with --endpoint: the request goes on without this command, which can be repeated to fetch its result",
+        help="with --endpoint: the request continues if this command ends; repeat the command to fetch the result",
     )
     add_access(parser)
     for axis in DEGREES:
@@ -112,8 +112,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     for axis in DEGREES:
         if vars(args)[axis] is not None:
             raise SettingsError(
-                f"--{axis} makes a worker group, which is several processes: start one with `fleet up --{axis} N` or "
-                f"`fleet serve denoising --{axis} N`, and draw there with --endpoint",
+                f"--{axis} needs a worker group of several processes: start one with `fleet up --{axis} N` or "
+                f"`fleet serve denoising --{axis} N`, and connect to it with --endpoint",
                 field=axis,
             )
     if not args.endpoint:
@@ -124,11 +124,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         for flag in ("dtype", "redis"):
             if vars(args)[flag]:
                 raise SettingsError(
-                    f"--{flag} does not go with --endpoint: the running fleet has chosen its own", field=flag
+                    f"--{flag} cannot be combined with --endpoint: the running fleet has its own setting", field=flag
                 )
         if args.model and (os.sep in args.model or "=" in args.model or not args.model.isascii()):
             raise SettingsError(
-                f"with --endpoint, --model is a name that the fleet serves (`fleet models` lists them), "
+                f"with --endpoint, --model must be the name of a served model (`fleet models` lists them), "
                 f"not {args.model!r}",
                 field="model",
             )
@@ -139,7 +139,7 @@ async def _at_endpoint(endpoint: str, access: Access, request: generation_pb2.Su
     async with connect(endpoint, access) as client:
         with terminal_reporter() as report:
             paths = await draw(client, request, output, report)
-    return _tell(paths)
+    return _print_paths(paths)
 
 
 async def _in_process(
@@ -152,7 +152,7 @@ async def _in_process(
 ) -> int:
     let_threads_sleep()
     check_versions(*WORKER_PACKAGES)
-    # Here and not above: it brings torch, which a bad flag, --help and --endpoint shall not wait for.
+    # Imported here because it imports torch, which bad flags, --help and --endpoint do not need.
     from services.cli.local import start_fleet
 
     with terminal_reporter() as report:
@@ -164,12 +164,12 @@ async def _in_process(
                 paths = await draw(client, request, output, report)
         finally:
             await fleet.stop()
-            # Or the interpreter's last collection walks every object of torch and transformers: a second for nothing.
+            # Exempt all objects from the final garbage collection, which takes a second with torch and transformers.
             gc.freeze()
-    return _tell(paths)
+    return _print_paths(paths)
 
 
-def _tell(paths: Sequence[Path]) -> int:
+def _print_paths(paths: Sequence[Path]) -> int:
     sys.stdout.write("".join(f"{path}\n" for path in paths))
     sys.stdout.flush()
     return SUCCESS

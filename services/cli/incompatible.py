@@ -1,4 +1,4 @@
-"""Rows of `fleet status` about workers that cannot take requests."""
+"""Rows of `fleet status` for workers that cannot serve requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ HEAD = ("MODEL", "SERVICE", "VARIANT", "INCOMPATIBLE WORKER", "REASON")
 
 
 def incompatible_rows(overview: generation_pb2.ListModelsResponse) -> list[tuple[str, str, str, str, str]]:
-    """A row for each worker and variant of whose requests it can take none, under HEAD."""
+    """One row, with the columns of HEAD, for each worker and each variant that it cannot serve."""
     return [
         (model.name, service.service, plain(each.variant) or "-", plain(each.worker_id), plain(each.reason))
         for model in overview.models

@@ -1,4 +1,4 @@
-"""A whole fleet in this process: the same services over the same gRPC, behind unix sockets in a private directory."""
+"""A whole fleet in one process: the same services over gRPC, on unix sockets in a private directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class LocalFleet:
-    """The coordinator and workers of one process. start_fleet() makes one; stop() ends it, also when half started."""
+    """A coordinator and workers in one process. start_fleet() creates it; stop() also ends one that is half started."""
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
@@ -36,11 +36,11 @@ class LocalFleet:
         self._coordinators.append(await start_coordinator(models, settings))
 
     async def add_worker(self, service: str, model: ServedModel, settings: WorkerSettings) -> None:
-        """Start a worker; it loads its weights in a thread of its own."""
+        """Start a worker; a thread of its own loads the weights."""
         self._workers.append(await start_worker(service, model, settings))
 
     async def stop(self) -> None:
-        """End everything, the coordinator first: it finishes with the workers' help."""
+        """Stop all services, the coordinator first: it needs the workers to finish its requests."""
         await asyncio.gather(*(each.stop(_GRACE_SECONDS) for each in self._coordinators))
         await asyncio.gather(*(each.stop(_GRACE_SECONDS) for each in self._workers))
         self._tracing.close()
@@ -49,11 +49,11 @@ class LocalFleet:
 async def start_fleet(
     models: Sequence[ServedModel], *, redis_url: str, dtype: Dtype | None, directory: Path
 ) -> LocalFleet:
-    """Start every service of the models at once, their sockets in `directory`; returns when all can be called.
+    """Start every service of the models concurrently, with sockets in `directory`; returns when all are ready.
 
-    The store is not checked again: it is embedded, or the command has checked it.
+    The store is not checked: it is embedded, or the command has checked it.
 
-    Raises the first FleetError, such as CheckpointError for weights that cannot be loaded, with everything ended.
+    Raises the first FleetError, such as CheckpointError for unreadable weights, after stopping all services.
     """
     fleet = LocalFleet(f"unix:{directory}/coordinator.sock")
     settings = CoordinatorSettings(
@@ -88,6 +88,6 @@ async def start_fleet(
 
 
 def _settings_class(service: str) -> type[WorkerSettings]:
-    """A service's own settings; of a service that only a plugin has, those of a denoising loop."""
+    """The settings class of a service; LoopSettings for a service of a plugin."""
     cls: type[WorkerSettings] = settings_class(service) if service in service_names() else LoopSettings
     return cls

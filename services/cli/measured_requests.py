@@ -1,4 +1,4 @@
-"""Seconds that a running fleet takes for a request at each service, as the events of the request show them."""
+"""Measures the seconds per service of a request to a running fleet, from its events."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _PROMPTS = ("a red apple on a table", "a blue boat on a lake")
 
 
 async def measure_request(endpoint: str, access: Access, model: str, parameters: Mapping[str, int]) -> dict[str, float]:
-    """Run two requests, of which the first warms up; return the seconds of the second one by service.
+    """Run a warm-up request and a second one; return the seconds of the second by service.
 
-    Services are in the order of the pipeline. Raises Unavailable where nothing answers, NotFound for a model that is
-    not served, RequestFailed for a request that fails.
+    Services are in pipeline order. Raises Unavailable where no fleet answers, NotFound for an unknown model, and
+    RequestFailed for a request that fails.
     """
     async with connect(endpoint, access) as client:
         for prompt in _PROMPTS:
             request = generation_pb2.SubmitRequest(model=model)
-            # Workers cache replies, also those of an earlier measurement: no prompt is used twice.
+            # Workers cache replies, also those of an earlier measurement: every prompt must be new.
             request.parameters.prompt = f"{prompt} {secrets.token_hex(4)}"
             for name, value in parameters.items():
                 setattr(request.parameters, name, value)
             seconds = await _run(client, request)
         served = next(each for each in await client.models() if each.name == model)
     if not seconds:
-        raise Unavailable(f"{model} at {endpoint} reported no progress of any service, so that nothing was measured")
+        raise Unavailable(f"{model} at {endpoint} reported no progress events, nothing was measured")
     return {each.service: seconds[each.service] for each in served.services if each.service in seconds}
 
 

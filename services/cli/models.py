@@ -1,4 +1,4 @@
-"""`fleet models`: what a running fleet serves, and what a request may set."""
+"""`fleet models`: lists the served models and the parameters of their requests."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from services.cli.options import SUCCESS, add_endpoint, command_parser, endpoint
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print every model with its parameters and variants."""
-    parser = command_parser("models", "List the models of a running fleet, and what a request to them may set.")
+    """Print every model with its parameters and variants; returns the exit code."""
+    parser = command_parser("models", "List the models of a running fleet, and the parameters of their requests.")
     add_endpoint(parser)
     args = parser.parse_args(argv)
     return run_async(_models(endpoint_of(args.endpoint), access_of(args)))
@@ -28,7 +28,7 @@ async def _models(endpoint: str, access: Access) -> int:
 
 
 def lines_of(model: generation_pb2.Model) -> Iterator[str]:
-    """A model with what its requests may set, and its variants where the inputs of a request choose between some."""
+    """The lines of a model: its parameters, and its variants where the inputs of a request select one."""
     yield f"{model.name} ({model.pipeline_name}), checkpoint {model.fingerprint[:12]}"
     for parameter in model.parameters:
         yield f"  {_line(parameter)}"
@@ -40,7 +40,7 @@ def lines_of(model: generation_pb2.Model) -> Iterator[str]:
 
 
 def _variant_lines(model: generation_pb2.Model, variant: generation_pb2.Variant) -> Iterator[str]:
-    """Images and services of a variant, and those of its parameters that differ from the model's."""
+    """Images and services of a variant, and the parameters that differ from the model's."""
     images = [*variant.required_images, *(f"optional {role}" for role in variant.optional_images)]
     yield f"  variant {variant.name}: {', '.join(images) or 'no images'}; services {', '.join(variant.services)}"
     common = list(model.parameters)
@@ -55,7 +55,7 @@ def _line(parameter: generation_pb2.Parameter) -> str:
 
 
 def value_text(value: artifacts_pb2.ParamValue) -> str:
-    """A parameter's value, as --param would take it."""
+    """A parameter value in the syntax of --param."""
     match value.WhichOneof("kind"):
         case "bool_value":
             return "true" if value.bool_value else "false"

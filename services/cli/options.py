@@ -1,4 +1,4 @@
-"""What the subcommands share: parsing, exit codes, one-line errors, and how an asyncio program ends on a signal."""
+"""Shared parts of the subcommands: flags, exit codes, and asyncio programs that end on a signal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TERMINATED = 143
 
 DEFAULT_ENDPOINT = "127.0.0.1:50051"
 DEGREES = ("tp", "ulysses", "ring", "cfg")
-"""Flags that give a worker group its shape."""
+"""Flags of the parallel degrees of a worker group."""
 ACCESS_FLAGS = ("tls", "tls_ca", "tls_cert", "tls_key", "api_key")
 
 _CALLERS_FAULT = (InvalidInput, NotFound, CheckpointError, Unauthenticated, PermissionDenied, UnsupportedPackage)
@@ -36,26 +36,26 @@ def command_parser(name: str, description: str) -> FlagParser:
 
 
 def add_endpoint(parser: FlagParser) -> None:
-    """Add --endpoint, and how to get in, to a command that talks to a running fleet."""
+    """Add --endpoint and the access flags to a command that calls a running fleet."""
     parser.add_argument(
-        "--endpoint", metavar="HOST:PORT", help=f"where the fleet answers (default: FLEET_ENDPOINT, {DEFAULT_ENDPOINT})"
+        "--endpoint", metavar="HOST:PORT", help=f"address of the fleet (default: FLEET_ENDPOINT, {DEFAULT_ENDPOINT})"
     )
     add_access(parser)
 
 
 def add_access(parser: FlagParser) -> None:
-    """Add the flags of a command that talks to a running fleet."""
-    group = parser.add_argument_group("access", "each is also a variable, such as FLEET_TLS_CA or FLEET_API_KEY")
-    group.add_argument("--tls", action="store_true", default=None, help="speak TLS; FLEET_TLS=1")
-    group.add_argument("--tls-ca", metavar="FILE", help="speak TLS, and believe this authority (PEM)")
-    group.add_argument("--tls-cert", metavar="FILE", help="certificate to show, where the fleet asks for one")
+    """Add the TLS and API key flags to a command that calls a running fleet."""
+    group = parser.add_argument_group("access", "each flag has a variable, such as FLEET_TLS_CA or FLEET_API_KEY")
+    group.add_argument("--tls", action="store_true", default=None, help="connect with TLS; FLEET_TLS=1")
+    group.add_argument("--tls-ca", metavar="FILE", help="connect with TLS, and trust this authority (PEM)")
+    group.add_argument("--tls-cert", metavar="FILE", help="client certificate, where the fleet requires one (PEM)")
     group.add_argument("--tls-key", metavar="FILE", help="private key of --tls-cert")
-    group.add_argument("--api-key", metavar="KEY", help="who is calling; prefer the variable, which `ps` does not show")
+    group.add_argument("--api-key", metavar="KEY", help="API key; prefer the variable, which `ps` does not show")
 
 
 def add_request_id(parser: FlagParser) -> None:
     """Add the positional ID."""
-    parser.add_argument("id", metavar="ID", type=_request_id, help="the request")
+    parser.add_argument("id", metavar="ID", type=_request_id, help="ID of the request")
 
 
 def _request_id(text: str) -> str:
@@ -65,7 +65,7 @@ def _request_id(text: str) -> str:
 
 
 def endpoint_of(given: str | None, environ: Mapping[str, str] = os.environ) -> str:
-    """The flag, else FLEET_ENDPOINT, else the port that `fleet up` listens on. Raises SettingsError when malformed."""
+    """The flag, else FLEET_ENDPOINT, else the default port of `fleet up`. Raises SettingsError when malformed."""
     endpoint = given or environ.get("FLEET_ENDPOINT") or DEFAULT_ENDPOINT
     if endpoint.startswith("unix:"):
         return endpoint
@@ -76,24 +76,24 @@ def endpoint_of(given: str | None, environ: Mapping[str, str] = os.environ) -> s
 
 
 def exit_code(error: FleetError) -> int:
-    """2 where the caller gave something wrong or a package is unsupported, 1 for the rest."""
+    """2 for errors of the caller's input or of an unsupported package, 1 for all others."""
     return BAD_INPUT if isinstance(error, _CALLERS_FAULT) else FAILED
 
 
 def let_threads_sleep() -> None:
-    """Make OpenMP's threads wait asleep unless the environment says otherwise. To be called before torch is imported.
+    """Set OMP_WAIT_POLICY=PASSIVE unless it is set. Call it before torch is imported.
 
-    By default they spin at the end of every operation. Where processes or device threads share the cores, that steals
-    the time of those who compute: 20 steps of the emoji model took 10 s instead of 0.6 on two busy cores.
+    By default, OpenMP threads spin after every operation. Where several processes share the cores, this slows down the
+    computing threads: 20 steps of the emoji model took 10 s instead of 0.6 s on two busy cores.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def run_async(program: Coroutine[Any, Any, int], *, abandon: Callable[[], None] | None = None) -> int:
-    """Run a program; SIGINT and SIGTERM cancel it, so that it cleans up, and then decide the exit code.
+    """Run a program to its exit code; SIGINT and SIGTERM cancel it, and then determine the exit code.
 
-    With `abandon`, which cleans up what must not stay, a program that has not ended some seconds after the signal, or
-    at the second one, is left as it is and the process ends: reading weights cannot be interrupted.
+    With `abandon`, a cleanup function, the process exits a few seconds after the signal, or at the second signal, even
+    if the program has not ended: loading weights cannot be interrupted.
     """
     return asyncio.run(_until_signal(program, abandon))
 
@@ -106,7 +106,7 @@ async def _until_signal(program: Coroutine[Any, Any, int], abandon: Callable[[],
     def leave() -> None:
         if abandon is not None:
             abandon()
-            sys.stderr.write(_SHOW_CURSOR if sys.stderr.isatty() else "")  # progress bars hide it
+            sys.stderr.write(_SHOW_CURSOR if sys.stderr.isatty() else "")  # Progress bars hide the cursor.
             sys.stderr.write("interrupted\n")
             sys.stderr.flush()
             os._exit(_signal_code(received[0]))
@@ -133,5 +133,5 @@ def _signal_code(number: int) -> int:
 
 
 def interrupt(*_: object) -> NoReturn:
-    """SIGTERM's handler outside asyncio: unwinds like Ctrl-C, with an exit code of its own."""
+    """Handler of SIGTERM outside asyncio: unwinds like Ctrl-C, with exit code 143."""
     raise SystemExit(TERMINATED)

@@ -1,4 +1,4 @@
-"""The files that `fleet generate` writes: complete ones, and videos that can be played while they grow."""
+"""The files that `fleet generate` writes: complete files, and videos that can be played while they grow."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from services.cli.parameters import FORMATS
 
 
 class OutputError(FleetError):
-    """The result is there, but cannot be written: the disk is full, or the directory has gone."""
+    """The result cannot be written, for example to a full disk or a deleted directory."""
 
 
 def check_output(path: Path) -> Path:
-    """Refuse early what could not be written at the end. Raises InvalidInput."""
+    """Refuse early an output path that cannot be written. Raises InvalidInput."""
     if path.suffix.lower() not in FORMATS:
         raise InvalidInput(f"--output must end in {', '.join(FORMATS)}, not {str(path)!r}", field="output")
     if not path.parent.is_dir():
@@ -32,15 +32,15 @@ def check_output(path: Path) -> Path:
 
 
 def numbered(path: Path, index: int, count: int) -> Path:
-    """Where file `index` of `count` goes: PATH itself when it is the only one, else NAME-0.png, NAME-1.png ..."""
+    """The path of file `index` of `count`: PATH for a single file, else NAME-0.png, NAME-1.png ..."""
     return path if count == 1 else path.with_name(f"{path.stem}-{index}{path.suffix}")
 
 
 class ResultFiles:
-    """Receives the files of a result. What is unfinished at exit is removed.
+    """Receives the files of a result, and deletes unfinished ones on exit.
 
-    A file appears under its name when it is complete, and a growing one with its first bytes, so that it can be played
-    while it grows. Raises OutputError for what the file system refuses, and InternalError for bytes that do not fit.
+    A file gets its name once it is complete, a growing file with its first bytes, so that it can be played while it
+    grows. Raises OutputError for errors of the file system, and InternalError for bytes out of order.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +48,7 @@ class ResultFiles:
         self._files: dict[int, _File] = {}
         self._current = -1
         self.count: int | None = None
-        """Files in the result; None until the first one has begun."""
+        """Number of files in the result; None until the first one has begun."""
 
     def __enter__(self) -> Self:
         return self
@@ -61,19 +61,19 @@ class ResultFiles:
 
     @property
     def paths(self) -> list[Path]:
-        """The complete files, in their order."""
+        """The complete files, in order."""
         return [file.target for _, file in sorted(self._files.items()) if file.is_complete]
 
     def received(self, index: int) -> int:
-        """Bytes that have come of a file."""
+        """Number of bytes received of a file."""
         return self._files[index].received if index in self._files else 0
 
     def is_complete(self, index: int) -> bool:
-        """Whether all bytes of a file have come."""
+        """Whether all bytes of a file are received."""
         return index in self._files and self._files[index].is_complete
 
     def begin(self, index: int, count: int, byte_size: int | None) -> None:
-        """A file begins, whose size is None while it grows, or a growing file gets its size."""
+        """Begin a file (`byte_size` None while it grows), or set the final size of a growing file."""
         self.count = count
         if index in self._files:
             if byte_size is not None:
@@ -84,30 +84,30 @@ class ResultFiles:
         self._files[index] = _File(numbered(self._path, index, count), byte_size)
 
     def write(self, data: bytes) -> None:
-        """More of the file that began last."""
+        """Append to the file that began last."""
         if self._current not in self._files:
             raise InternalError("the result has bytes before a file's header")
         self._files[self._current].write(data)
 
     def write_at(self, index: int, offset: int, data: bytes) -> None:
-        """More of any file that has begun, at the end of what has come of it."""
+        """Append to any file that has begun; `offset` must be the number of bytes received."""
         if index not in self._files:
             raise InternalError(f"file {index} of the result has bytes before its header")
         if offset != self._files[index].received:
-            raise InternalError(f"byte {offset} of file {index} came where byte {self.received(index)} is next")
+            raise InternalError(f"received byte {offset} of file {index}; expected byte {self.received(index)}")
         self._files[index].write(data)
 
     def check_complete(self, *, growing: bool = True) -> None:
-        """Raise InternalError unless every file that has begun is complete; growing files only where that is asked."""
+        """Raise InternalError unless every file that has begun is complete; `growing` also checks growing files."""
         for file in self._files.values():
             if file.size is not None and file.received < file.size:
-                raise InternalError(f"{file.target.name} ended {file.size - file.received} bytes early")
+                raise InternalError(f"{file.target.name} ended {file.size - file.received} bytes before its size")
             if growing and file.size is None:
-                raise InternalError(f"{file.target.name} ended without its size")
+                raise InternalError(f"{file.target.name} ended before its size was sent")
 
 
 class _File:
-    """A file while it is received."""
+    """A file that is being received."""
 
     def __init__(self, target: Path, size: int | None) -> None:
         self.target = target
@@ -116,7 +116,7 @@ class _File:
         self.is_complete = False
         self._is_shown = False
         with _writing(target):
-            self._file: IO[bytes] = tempfile.NamedTemporaryFile(  # noqa: SIM115 -- it stays open over several calls
+            self._file: IO[bytes] = tempfile.NamedTemporaryFile(  # noqa: SIM115 -- stays open across calls
                 dir=target.parent, prefix=f".{target.stem[:64]}-", suffix=".part", delete=False
             )
             self._finish_when_complete()
@@ -124,13 +124,13 @@ class _File:
     def set_size(self, size: int) -> None:
         self.size = size
         if self.received > size:
-            raise InternalError("the result has more bytes than its header says")
+            raise InternalError("the result has more bytes than its header states")
         with _writing(self.target):
             self._finish_when_complete()
 
     def write(self, data: bytes) -> None:
         if self.size is not None and self.received + len(data) > self.size:
-            raise InternalError("the result has more bytes than its header says")
+            raise InternalError("the result has more bytes than its header states")
         with _writing(self.target):
             self._file.write(data)
             self.received += len(data)
@@ -142,7 +142,7 @@ class _File:
     def discard(self) -> None:
         """Remove the file unless it is complete."""
         if not self.is_complete:
-            with suppress(OSError):  # a full disk refuses what is still in the buffer
+            with suppress(OSError):  # Flushing the buffer to a full disk fails.
                 self._file.close()
             (self.target if self._is_shown else Path(self._file.name)).unlink(missing_ok=True)
 
@@ -153,7 +153,7 @@ class _File:
             self.is_complete = True
 
     def _show(self) -> None:
-        """Give the file its name, in place of an older file."""
+        """Move the file to its target, replacing an older file."""
         if not self._is_shown:
             part = Path(self._file.name)
             part.chmod(0o666 & ~_umask())

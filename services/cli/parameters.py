@@ -1,7 +1,7 @@
-"""From flags to the parameters of a request.
+"""Converts flags to the parameters of a request.
 
-Flags that are not given stay unset: the model's defaults hold. `--param KEY=VALUE` reaches any other argument of the
-model's Diffusers call; whether the model has it is for the model to say.
+Flags that are not given stay unset, so that the model's defaults apply. `--param KEY=VALUE` sets any other argument of
+the model's Diffusers call; the coordinator checks that the model has it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PYTHON_TYPES = {
 
 
 def whole_number(text: str) -> int:
-    """argparse's int, with a message that says what would be right."""
+    """Parse an int for argparse, with a readable message."""
     try:
         return int(text)
     except ValueError:
@@ -51,7 +51,7 @@ def whole_number(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """argparse's float, likewise."""
+    """Parse a float for argparse, with a readable message."""
     try:
         return float(text)
     except ValueError:
@@ -59,35 +59,35 @@ def number(text: str) -> float:
 
 
 def add_parameters(parser: FlagParser) -> None:
-    """Add the sampling flags. Their destinations are the parameters' Diffusers names."""
-    parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
-    parser.add_argument("--negative-prompt", metavar="T", help="what to steer away from")
-    parser.add_argument("--seed", type=whole_number, metavar="N", help="same seed, same picture (default: a new one)")
+    """Add the sampling flags. Their destinations are the Diffusers names of the parameters."""
+    parser.add_argument("prompt", metavar="PROMPT", help="text to generate from")
+    parser.add_argument("--negative-prompt", metavar="T", help="text to steer away from")
+    parser.add_argument("--seed", type=whole_number, metavar="N", help="seed of the random generator (default: random)")
     parser.add_argument("--num-inference-steps", type=whole_number, metavar="N", help="steps of the denoising loop")
-    parser.add_argument("--guidance-scale", type=number, metavar="X", help="how closely to follow the prompt")
-    parser.add_argument("--true-cfg-scale", type=number, metavar="X", help="classifier-free guidance; above 1 it is on")
-    parser.add_argument("--height", type=whole_number, metavar="H", help="pixels")
-    parser.add_argument("--width", type=whole_number, metavar="W", help="pixels")
-    parser.add_argument("--num-frames", type=whole_number, metavar="F", help="frames of a video")
-    parser.add_argument("--image", action="append", default=[], type=Path, metavar="FILE", help="picture to start from")
+    parser.add_argument("--guidance-scale", type=number, metavar="X", help="guidance strength")
+    parser.add_argument("--true-cfg-scale", type=number, metavar="X", help="classifier-free guidance; enabled above 1")
+    parser.add_argument("--height", type=whole_number, metavar="H", help="height in pixels")
+    parser.add_argument("--width", type=whole_number, metavar="W", help="width in pixels")
+    parser.add_argument("--num-frames", type=whole_number, metavar="F", help="number of frames of a video")
+    parser.add_argument("--image", action="append", default=[], type=Path, metavar="FILE", help="input image")
     parser.add_argument(
         "--num-outputs",
         dest="num_outputs_per_prompt",
         type=whole_number,
         metavar="N",
-        help="pictures to draw with one generator; they become NAME-0.png, NAME-1.png ...",
+        help="images per prompt, drawn from one generator; written to NAME-0.png, NAME-1.png ...",
     )
     parser.add_argument(
         "--param",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any other argument of the model's Diffusers call; VALUE is JSON, else text",
+        help="another argument of the model's Diffusers call; VALUE is JSON, else text",
     )
 
 
 def given_parameters(args: argparse.Namespace) -> dict[str, ParamValue]:
-    """What was given, by Diffusers name. Raises InvalidInput for a malformed, doubled or undecodable value."""
+    """The parameters that are set, by Diffusers name. Raises InvalidInput for a malformed or repeated value."""
     flags: Mapping[str, Any] = vars(args)
     given: dict[str, ParamValue] = {name: flags[name] for name in _MESSAGE_FIELDS if flags.get(name) is not None}
     for text in args.param:
@@ -105,7 +105,7 @@ def given_parameters(args: argparse.Namespace) -> dict[str, ParamValue]:
 
 
 def _param_value(key: str, text: str) -> ParamValue:
-    """JSON where it is JSON, else the text itself."""
+    """Decode as JSON where possible, else return the text."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -134,7 +134,7 @@ def _check(name: str, value: ParamValue) -> None:
 
 
 def given_images(args: argparse.Namespace) -> list[tuple[str, bytes]]:
-    """Files by role: those of --image, and of --param for arguments that are pictures. InvalidInput when unreadable."""
+    """Images by role: files of --image, and of --param for image arguments. Raises InvalidInput if unreadable."""
     named: list[tuple[str, Path]] = [("image" if i == 0 else f"image_{i}", path) for i, path in enumerate(args.image)]
     for text in args.param:
         key, _, value = text.partition("=")
@@ -147,14 +147,14 @@ def given_images(args: argparse.Namespace) -> list[tuple[str, bytes]]:
         try:
             files.append((role, path.read_bytes()))
         except OSError as error:
-            raise InvalidInput(f"cannot read the picture {path}: {error.strerror}", field=role) from error
+            raise InvalidInput(f"cannot read the image {path}: {error.strerror}", field=role) from error
     return files
 
 
 def parameters_message(
     given: Mapping[str, ParamValue], images: Sequence[tuple[str, bytes]], suffix: str
 ) -> generation_pb2.GenerationParameters:
-    """The message: named fields where there are some, the others under params."""
+    """The message: parameters with a field of their own there, the others under params."""
     message = generation_pb2.GenerationParameters(
         output_format=FORMATS[suffix],
         images=[generation_pb2.ImageInput(role=role, data=data) for role, data in images],

@@ -1,4 +1,4 @@
-"""Shows on stderr how a request comes along: a bar for each stage on a terminal, a line for each step elsewhere."""
+"""Shows the progress of a request on stderr: a bar per stage on a terminal, a line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from services.start_up import plain
 
 
 class TerminalReporter(ABC):
-    """What the commands tell while they wait. Use it as a context manager: leaving it leaves stderr in order."""
+    """Shows progress and messages of a command. Use it as a context manager: leaving it restores the terminal."""
 
     @abstractmethod
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line."""
 
     @abstractmethod
     def progress(self, progress: generation_pb2.StageProgress) -> None:
-        """A stage came further."""
+        """Show the progress of a stage."""
 
     def warning(self, warning: artifacts_pb2.Warning) -> None:
-        """Something was done differently from what was asked."""
+        """Print a warning of the fleet about the request."""
         about = f"{warning.field}: " if warning.field else ""
         self.note(f"warning: {about}{warning.message}")
 
     @abstractmethod
     def finish(self) -> None:
-        """The result is here: no stage is left."""
+        """Mark all stages as finished: the result has arrived."""
 
     @abstractmethod
     def close(self) -> None:
-        """Nothing is shown after this."""
+        """Restore the terminal. Nothing is shown afterwards."""
 
     def __enter__(self) -> Self:
         return self
@@ -48,27 +48,27 @@ class TerminalReporter(ABC):
 
 
 class LineReporter(TerminalReporter):
-    """For logs and pipes."""
+    """Reporter for logs and pipes."""
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line."""
         sys.stderr.write(plain(text) + "\n")
         sys.stderr.flush()
 
     def progress(self, progress: generation_pb2.StageProgress) -> None:
-        """A line a step; only the name for stages without steps."""
+        """Print a line per step; only the name for stages without steps."""
         steps = f" {progress.step}/{progress.total_steps}" if progress.total_steps else ""
         self.note(f"{progress.service}{steps}")
 
     def finish(self) -> None:
-        """Every line is out already."""
+        """Do nothing: every line is printed already."""
 
     def close(self) -> None:
-        """Every line is out already."""
+        """Do nothing: every line is printed already."""
 
 
 class BarReporter(TerminalReporter):
-    """For terminals."""
+    """Reporter with progress bars, for terminals."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -77,27 +77,27 @@ class BarReporter(TerminalReporter):
         self._progress.start()
 
     def close(self) -> None:
-        """Give the cursor back."""
+        """Restore the cursor."""
         self._progress.stop()
 
     def note(self, text: str) -> None:
-        """A line above the bars."""
+        """Print a line above the bars."""
         self._progress.console.print(plain(text), markup=False, highlight=False)
 
     def progress(self, progress: generation_pb2.StageProgress) -> None:
-        """Move the stage's bar; it appears with the stage's first news."""
+        """Move the bar of a stage; the first progress event of a stage adds its bar."""
         total = progress.total_steps or None
         if progress.service not in self._tasks:
             self._tasks[progress.service] = self._progress.add_task(progress.service, total=total)
         self._progress.update(self._tasks[progress.service], completed=progress.step, total=total)
 
     def finish(self) -> None:
-        """Fill the bars of stages that tell no steps."""
+        """Fill the bars of stages that report no steps."""
         for task in self._progress.tasks:
             total = task.total or 1
             self._progress.update(task.id, completed=total, total=total)
 
 
 def terminal_reporter() -> TerminalReporter:
-    """Bars if somebody is watching."""
+    """A BarReporter on a terminal, else a LineReporter."""
     return BarReporter() if sys.stderr.isatty() else LineReporter()

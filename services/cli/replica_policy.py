@@ -1,7 +1,7 @@
-"""The decision of an autoscaler: how many workers a service needs, as KEDA and Kubernetes' HPA compute it.
+"""The decision of an autoscaler: the number of replicas of a service, computed as KEDA and Kubernetes' HPA do.
 
-KEDA decides between zero and one, by activity. From one on the HPA decides, by the metric. The HPA's limit on the speed
-of scaling out (100% or 4 pods in 15 s by default) is left out: workers of one host start in seconds.
+KEDA scales between zero and one by activity, the HPA scales from one by the metric. The HPA's default limit on scaling
+out (100% or 4 pods in 15 s) is left out: workers on one host start in seconds.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from common.errors import InvalidInput
 
 TOLERANCE = 0.1
-"""Relative distance from the target within which the number of replicas stays; the HPA's default."""
+"""Relative distance from the target within which the number of replicas does not change; the HPA's default."""
 
 
 @dataclass(frozen=True)
 class ReplicaBounds:
-    """Bounds of one service. `idle_seconds` is KEDA's cooldown and the HPA's stabilization window for scale-in."""
+    """Replica bounds of one service. `idle_seconds` is KEDA's cooldown and the HPA's scale-in stabilization window."""
 
     least: int
     most: int
@@ -28,32 +28,33 @@ class ReplicaBounds:
     def __post_init__(self) -> None:
         if not 0 <= self.least <= self.most or self.most < 1:
             raise InvalidInput(
-                f"max_replicas: {self.most} is not 1 or more and at least the {self.least} that always run",
+                f"max_replicas: {self.most} is not at least 1 and at least the minimum of {self.least}; "
+                f"{max(self.least, 1)} works",
                 field="max_replicas",
             )
 
 
 @dataclass(frozen=True)
 class _Recommendation:
-    """A number of replicas that the metric asked for at a time."""
+    """A number of replicas recommended by the metric, with its time in seconds."""
 
     time: float
     replicas: int
 
 
 def with_headroom(demand: float, headroom: float) -> float:
-    """The demand and spare replicas: `headroom` times its square root, so that zero stays zero.
+    """Add spare replicas to the demand: `headroom` times its square root, so that zero stays zero.
 
-    Random arrivals vary by the square root of their number: a large stage needs a smaller share of spare replicas.
+    The number of random arrivals varies by its square root: a large stage needs a smaller share of spare replicas.
     """
     return demand + headroom * math.sqrt(demand)
 
 
 @dataclass
 class ReplicaPolicy:
-    """Decides the number of replicas of one service. `clock` returns seconds and never goes back.
+    """Decides the number of replicas of one service. `clock` returns seconds and is monotonic.
 
-    `headroom` is applied to the demand, as a formula of KEDA's scalingModifiers would.
+    `headroom` is applied to the demand, like a formula in KEDA's scalingModifiers.
     """
 
     bounds: ReplicaBounds
@@ -63,10 +64,10 @@ class ReplicaPolicy:
     _recommendations: list[_Recommendation] = field(default_factory=list)
 
     def decide(self, current: int, *, is_active: bool, demand: float | None) -> int:
-        """The number of replicas to have, from the `current` number.
+        """The number of replicas to run, given the `current` number.
 
-        `demand` is the metric divided by its target for one replica; None where the metric could not be read, which
-        leaves the number of replicas as it is, within its bounds.
+        `demand` is the metric divided by its target per replica. With None, for a metric that could not be read, the
+        number of replicas stays as it is, within its bounds.
         """
         now = self.clock()
         if is_active or self._active_at is None:
@@ -79,18 +80,18 @@ class ReplicaPolicy:
         return self._stabilized(current, self._recommended(current, demand), now)
 
     def _recommended(self, current: int, demand: float | None) -> int:
-        """What the metric and the headroom ask for, within the bounds and never zero."""
+        """The number of replicas for the metric and the headroom, within the bounds and never zero."""
         return min(max(self._wanted(current, demand), self.bounds.least, 1), self.bounds.most)
 
     def _wanted(self, current: int, demand: float | None) -> int:
         if demand is None:
             return current
         wanted = with_headroom(demand, self.headroom)
-        # Kubernetes computes in thousandths, so that an error of rounding asks for no replica.
+        # Kubernetes rounds to thousandths, so that a rounding error adds no replica.
         return current if round(abs(wanted / current - 1), 3) <= TOLERANCE else _ceil(wanted)
 
     def _stabilized(self, current: int, recommended: int, now: float) -> int:
-        """The recommendation, or for a scale-in the largest one within the window, at most the current number."""
+        """The recommendation; for a scale-in the largest one within the window, at most the current number."""
         if not self._recommendations:
             self._recommendations.append(_Recommendation(now, min(current, self.bounds.most)))
         oldest = now - self.bounds.idle_seconds

@@ -1,4 +1,4 @@
-"""`fleet serve SERVICE`: runs one service, with that service's own flags. Containers start this."""
+"""`fleet serve SERVICE`: runs one service with its own flags. Containers run this command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MODULES: Mapping[str, str] = {
     "latent_preparation": _STAGE_SERVICES,
     "text_encoding": _STAGE_SERVICES,
 }
-"""The module of each service, which is imported when the service starts: most import torch."""
+"""The module of each service. It is imported when the service starts, because most modules import torch."""
 
 
 def service_names() -> list[str]:
@@ -35,7 +35,7 @@ def module_of(service: str) -> str:
 
 
 def settings_class(service: str) -> type[Any]:
-    """The settings dataclass of a service."""
+    """The settings class of a service."""
     settings = vars(importlib.import_module(_MODULES[service]))["SETTINGS"]
     cls: type[Any] = settings[service] if _MODULES[service] == _STAGE_SERVICES else settings
     return cls
@@ -47,13 +47,13 @@ def _main(service: str) -> Callable[[Sequence[str]], int]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Hand over to the service's own main()."""
+    """Run the main() of the service."""
     names = service_names()
     name = argv[0] if argv else ""
     if name in ("-h", "--help"):
         sys.stdout.write(
             f"usage: fleet serve SERVICE [flags]\n\nservices: {', '.join(names)}\n"
-            "`fleet serve SERVICE --help` tells a service's flags.\n"
+            "`fleet serve SERVICE --help` lists the flags of a service.\n"
         )
         return SUCCESS
     if name not in names:
@@ -61,6 +61,6 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"fleet serve: {what}; services are {', '.join(names)}\n")
         return BAD_INPUT
     let_threads_sleep()
-    # Before their import, which may fail for a wrong version with an error that names neither.
+    # Check before the import, which can fail for an unsupported version with an error that does not name the package.
     check_versions(*(COORDINATOR_PACKAGES if name == "coordinator" else WORKER_PACKAGES))
     return _main(name)(argv[1:])

@@ -1,4 +1,4 @@
-"""`fleet size`: how many replicas of each service a load needs, and where a service of its own does not pay."""
+"""`fleet size`: replicas of each service for a load, and remarks where separate services do not pay off."""
 
 from __future__ import annotations
 
@@ -29,8 +29,12 @@ from services.cli.stage_seconds import (
 )
 from services.cli.status_cells import table
 
-_LITTLE = 0.2  # of one worker: a service that needs less can share a device with another one
-_TRANSPORT_SHARE = 0.02  # of a request: above it, splitting costs noticeably
+_LITTLE = 0.2
+"""Utilisation of one worker below which a service can share a device with another service."""
+
+_TRANSPORT_SHARE = 0.02
+"""Share of a request's compute time above which transport is reported as noticeable."""
+
 _DENOISING = "denoising"
 _ON_CPU = frozenset({"latent_preparation"})
 _AXES = ("height", "width", "num_frames")
@@ -39,7 +43,7 @@ _GROUP_AXES = ("tp", "ulysses", "ring", "cfg")
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that a fleet must serve. `seconds` are those of one request, by service in the order of the pipeline.
+    """Load of a fleet. `seconds` are the compute seconds of one request by service, in pipeline order.
 
     Each denoising worker is a group of `ranks` GPUs.
     """
@@ -56,7 +60,7 @@ class Load:
 
 @dataclass(frozen=True)
 class ServiceSize:
-    """Workers of a service, one request at a time each, and the share of time for which they are busy."""
+    """Replicas of a service, one request at a time each, and their utilisation as a fraction."""
 
     service: str
     seconds: float
@@ -65,7 +69,7 @@ class ServiceSize:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table and its remarks."""
+    """Print the table and its remarks; returns the exit code."""
     args = _arguments(argv)
     given = _stage_seconds(args.stage_seconds)
     if args.endpoint is not None:
@@ -79,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         )
     if missing := [service for service, seconds in measured.items() if service not in given and seconds is None]:
         raise SettingsError(
-            f"--stage-seconds: nothing is measured for {', '.join(missing)} of {args.model}; give "
+            f"--stage-seconds: no measurement of {', '.join(missing)} of {args.model}; give "
             f"{' '.join(f'--stage-seconds {each}=SECONDS' for each in missing)}, or --endpoint of a running fleet",
             field="stage-seconds",
         )
@@ -92,23 +96,23 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = command_parser("size", "Print how many replicas of each service a load needs.")
+    parser = command_parser("size", "Estimate the replicas of each service for a load.")
     published = ", ".join(measurements())
     parser.add_argument(
-        "--model", required=True, metavar="DIR|NAME", help=f"a directory, a shipped model, or one of {published}"
+        "--model", required=True, metavar="DIR|NAME", help=f"directory, shipped model, or one of {published}"
     )
-    parser.add_argument("--requests-per-second", required=True, type=number, metavar="X", help="mean load")
+    parser.add_argument("--requests-per-second", required=True, type=number, metavar="X", help="mean request rate")
     parser.add_argument("--size", metavar="HxW[xF]", help="height, width and frames (default: the model's)")
     parser.add_argument("--steps", type=whole_number, metavar="N", help="steps of the loop (default: the model's)")
     parser.add_argument(
-        "--utilisation", type=number, default=0.7, metavar="U", help="busy share to plan for (default: 0.7)"
+        "--utilisation", type=number, default=0.7, metavar="U", help="target utilisation of each worker (default: 0.7)"
     )
     parser.add_argument(
         "--stage-seconds",
         action="append",
         default=[],
         metavar="SERVICE=SECONDS",
-        help="what a request of this size takes at a service, instead of the committed measurement; repeatable",
+        help="compute seconds of such a request at a service, instead of the committed measurement; repeatable",
     )
     parser.add_argument(
         "--degrees",
@@ -156,7 +160,7 @@ def _size(text: str) -> tuple[int, ...]:
 
 
 def _stage_seconds(pairs: Sequence[str]) -> dict[str, float]:
-    """The seconds that flags give, by service. Raises SettingsError for malformed and doubled ones."""
+    """Seconds by service, from the flags. Raises SettingsError for a malformed or repeated pair."""
     given: dict[str, float] = {}
     for pair in pairs:
         service, _, text = pair.partition("=")
@@ -175,11 +179,11 @@ def _stage_seconds(pairs: Sequence[str]) -> dict[str, float]:
 
 
 Seconds = Mapping[str, float | None]
-"""Seconds of one request by service, in the order of the pipeline; None where nothing was measured."""
+"""Seconds of one request by service, in pipeline order; None for a service without a measurement."""
 
 
 def _measured_at(endpoint: str, access: Access, args: argparse.Namespace) -> tuple[Seconds, str]:
-    """What a running fleet takes for a request of this size."""
+    """Measure a request of this size on a running fleet."""
     parameters = dict(zip(_AXES, args.size or (), strict=False)) | (
         {"num_inference_steps": args.steps} if args.steps is not None else {}
     )
@@ -190,11 +194,11 @@ def _measured_at(endpoint: str, access: Access, args: argparse.Namespace) -> tup
         return SUCCESS
 
     run_async(measure())
-    return measured, f"measured by one request at {endpoint}, after one that warmed up"
+    return measured, f"measured with one request at {endpoint}, after a warm-up request"
 
 
 def _committed(args: argparse.Namespace, given: Mapping[str, float]) -> tuple[Seconds, str]:
-    """The committed measurement of a published model, or of a directory of its architecture, scaled to the request."""
+    """The committed measurement of a published model, or of a directory like one, scaled to the request."""
     if args.model in measurements() and args.model not in shipped_models():
         measurement = measurements()[args.model]
         size, steps = args.size or measurement.size, args.steps or measurement.steps
@@ -219,7 +223,7 @@ def _transformer(model: ServedModel) -> Mapping[str, object]:
 
 
 def _request(model: ServedModel, args: argparse.Namespace) -> tuple[tuple[str, ...], Shape]:
-    """The services and the shape of a request without images, else of the model's first variant."""
+    """Services and shape of a request without images, or of the first variant if all variants need images."""
     given: dict[str, ParamValue] = {"prompt": ""}
     given |= dict(zip(_AXES, args.size or (), strict=False))
     if args.steps is not None:
@@ -274,7 +278,7 @@ def _group_speed(model: str, degrees: str, pixels: int) -> GroupSpeed:
 
 
 def sizes_of(load: Load) -> list[ServiceSize]:
-    """The fewest workers of each service that stay within the utilisation."""
+    """The fewest workers of each service with at most the target utilisation."""
     sizes = []
     for service, seconds in load.seconds.items():
         busy = load.requests_per_second * seconds
@@ -301,27 +305,27 @@ def _three_digits(seconds: float) -> str:
 
 
 def remarks(load: Load, costs: Transport) -> Iterator[str]:
-    """Where a service of its own does not pay."""
+    """Remarks on services for which a separate process does not pay off."""
     sizes = [each for each in sizes_of(load) if each.service not in _ON_CPU]
     total = sum(load.seconds.values())
     split = sum(map(load.devices, sizes))
     whole = max(1, math.ceil(load.requests_per_second * sum(each.seconds for each in sizes) / load.utilisation - 1e-9))
     if load.ranks == 1 and split > whole:
         yield (
-            f"Splitting takes {split} devices; {whole} would do if each ran the whole pipeline. It pays here only "
-            "where a device cannot hold all weights, or for restarts and scaling of each service by itself."
+            f"Separate services need {split} devices; {whole} devices for the whole pipeline suffice. Split only "
+            "where one device cannot hold all weights, or to restart and scale each service separately."
         )
     longest = max(sizes, key=lambda each: each.seconds)
     for each in sizes:
         if each is not longest and each.replicas == 1 and each.utilisation < _LITTLE:
-            yield f"{each.service} is busy {each.utilisation:.0%} of one device: run it beside another service."
+            yield f"{each.service} is busy {each.utilisation:.0%} of one device: share the device of another service."
         if each.seconds < costs.hop_seconds:
             yield (
-                f"{each.service} computes for {1e3 * each.seconds:.1f} ms, less than a hop of 4 MB takes "
-                f"({1e3 * costs.hop_seconds:.1f} ms): splitting it off does not pay."
+                f"{each.service} computes for {1e3 * each.seconds:.1f} ms, less than one hop of 4 MB "
+                f"({1e3 * costs.hop_seconds:.1f} ms): a separate service does not pay off."
             )
     if costs.request_seconds > _TRANSPORT_SHARE * total:
         yield (
-            f"Transport takes {1e3 * costs.request_seconds:.0f} ms a request, {costs.request_seconds / total:.0%} of "
-            "its computing: splitting does not pay in time."
+            f"Transport takes {1e3 * costs.request_seconds:.0f} ms per request, {costs.request_seconds / total:.0%} of "
+            "its compute time: separate services do not reduce the latency."
         )

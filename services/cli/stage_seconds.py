@@ -1,4 +1,4 @@
-"""Measured seconds of one request at each service of published models, from stage_seconds.toml beside this file."""
+"""Measured seconds per service of one request to published models, from stage_seconds.toml."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FILE = "stage_seconds.toml"
 
 @dataclass(frozen=True)
 class Shape:
-    """What the work of a request depends on: pixels of all frames, steps, and branches of guidance in a step."""
+    """The factors of a request's work: pixels of all frames, denoising steps, and guidance branches per step."""
 
     pixels: int
     steps: int
@@ -24,7 +24,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model on one device. `seconds` are those of a request of this size, by service; `size` is HxW[xF]."""
+    """One model on one device. `seconds` are those of a request of this size, by service; `size` is (H, W[, F])."""
 
     model: str
     device: str
@@ -38,17 +38,17 @@ class Measurement:
 
     @property
     def shape(self) -> Shape:
-        """What was measured."""
+        """The shape of the measured request."""
         return Shape(math.prod(self.size), self.steps, 1 + self.guided)
 
     def fits(self, pipeline: str, transformer: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint of this pipeline and transformer is the measured architecture."""
+        """Whether a checkpoint with this pipeline and transformer config has the measured architecture."""
         return pipeline in self.pipelines and all(
             transformer.get(key) == value for key, value in self.transformer.items()
         )
 
     def seconds_of(self, service: str, shape: Shape) -> float:
-        """Seconds of a request of another shape, scaled by pixels, steps and branches. KeyError for no measurement."""
+        """Seconds for another shape, scaled by pixels, steps and branches. Raises KeyError if it was not measured."""
         measured, pixels = self.shape, shape.pixels / self.shape.pixels
         loop = shape.steps * shape.branches / (measured.steps * measured.branches)
         factor = {"request": 1.0, "pixel": pixels, "pixel_step": pixels * loop}[self.proportional[service]]
@@ -57,7 +57,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Transport:
-    """Seconds that separate processes cost: of a request in all, and of one hop of 4 MB through the coordinator."""
+    """Cost of separate processes in seconds: in total per request, and of one hop of 4 MB through the coordinator."""
 
     request_seconds: float
     hop_seconds: float
@@ -86,7 +86,7 @@ def group_device() -> str:
 
 @cache
 def measurements() -> Mapping[str, Measurement]:
-    """The committed measurements, by the name of the published model."""
+    """The committed measurements, by model name."""
     content = _content()
     return {
         model: Measurement(
@@ -106,7 +106,7 @@ def measurements() -> Mapping[str, Measurement]:
 
 @cache
 def transport() -> Transport:
-    """The committed costs of transport."""
+    """The committed transport costs."""
     return Transport(**_content()["transport"])
 
 

@@ -1,4 +1,4 @@
-"""`fleet status`: the services of a running fleet, its store, and what its requests do; live on a terminal."""
+"""`fleet status`: the services of a running fleet, its store and the activity of its requests; live on a terminal."""
 
 from __future__ import annotations
 
@@ -39,22 +39,20 @@ _SHORTEST_SECONDS, _LONGEST_SECONDS = 0.1, 3_600.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Show the fleet: live on a terminal, else once. A live view ends with Ctrl-C, which is success."""
+    """Show the fleet: live on a terminal, else once. Ctrl-C ends a live view with exit code 0."""
     parser = command_parser(
         "status",
-        "Show the models of a running fleet, the workers, queue and pace of each stage, its store, and what its "
-        "requests do or wait for. On a terminal the view is live until Ctrl-C, else it is printed once.",
+        "Show the models of a running fleet, the workers, queue and pace of each stage, its store, and the activity of "
+        "its requests. On a terminal the view is live until Ctrl-C, else it is printed once.",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print a JSON document; services/README.md lists its fields"
-    )
+    parser.add_argument("--json", action="store_true", help="print a JSON document (fields: services/README.md)")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--once", action="store_true", help="print once, also on a terminal")
     modes.add_argument(
         "--interval",
         metavar="SECONDS",
         type=_interval,
-        help="time between two calls of the live view (default: 1); with --json, print a document a line until Ctrl-C",
+        help="interval of the live view (default: 1); with --json, print one document per line until Ctrl-C",
     )
     add_endpoint(parser)
     args = parser.parse_args(argv)
@@ -65,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     console = Console()
     is_terminal = sys.stdout.isatty() and not console.is_dumb_terminal
     if args.interval is not None and not is_terminal:
-        raise SettingsError("--interval: the output is not a terminal; leave it out, or add --json", field="interval")
+        raise SettingsError("--interval: the output is not a terminal; omit the flag, or add --json", field="interval")
     if args.once or not is_terminal:
         return run_async(_status(endpoint, access))
     return _ended(run_async(_watch(endpoint, access, args.interval or _INTERVAL_SECONDS, console)), is_live=True)
@@ -82,7 +80,7 @@ def _interval(text: str) -> float:
 
 
 def _ended(code: int, *, is_live: bool) -> int:
-    """Ctrl-C is how a live view ends."""
+    """The exit code of a view: Ctrl-C is the regular end of a live view."""
     return SUCCESS if is_live and code == INTERRUPTED else code
 
 

@@ -1,4 +1,4 @@
-"""The texts of `fleet status`: what each cell of its tables says, equal in the plain output and in the live view."""
+"""The texts of `fleet status`: the cells of its tables, shared by the plain output and the live view."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Rows: TypeAlias = Sequence[Sequence[str]]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Answers of a fleet, and when they came, by this host's clock."""
+    """Responses of a fleet, and the time of this host at which they arrived."""
 
     overview: generation_pb2.ListModelsResponse
     listing: generation_pb2.ListRequestsResponse
@@ -30,11 +30,11 @@ class Snapshot:
 
     @property
     def store_time(self) -> datetime:
-        """The store's time; this host's where the coordinator is of an earlier version."""
+        """The time of the store; the time of this host for a coordinator of an earlier version."""
         return self.listing.time.ToDatetime(UTC) if self.listing.HasField("time") else self.taken_at
 
     def age(self, record: generation_pb2.RequestRecord) -> float:
-        """Seconds from a request's admission until now, or until its end."""
+        """Seconds from the admission of a request until now, or until its end."""
         is_ended = record.state >= generation_pb2.REQUEST_STATE_SUCCEEDED
         until = record.updated_at.ToDatetime(UTC) if is_ended else self.store_time
         return max((until - record.created_at.ToDatetime(UTC)).total_seconds(), 0.0)
@@ -42,7 +42,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Notice:
-    """A table that is shown only when it has rows: something about workers that an operator should know."""
+    """A table about workers that is shown only when it has rows."""
 
     head: Sequence[str]
     rows: Callable[[generation_pb2.ListModelsResponse], Rows]
@@ -69,31 +69,31 @@ NOTICES: Sequence[Notice] = (
 
 
 def seconds_text(service: generation_pb2.ServiceStatus) -> str:
-    """Queued seconds of a service, with ~ before it where an assumed time is in the sum."""
+    """Queued seconds of a service; a leading ~ marks a sum with an assumed pace."""
     return f"{'~' if service.unmeasured else ''}{service.queued_seconds:.1f}"
 
 
 def pace_text(service: generation_pb2.ServiceStatus) -> str:
-    """The pace of the shape that was measured last, such as "0.41 s/step"; "-" before the first measurement."""
+    """The most recently measured pace, such as "0.41 s/step"; "-" before the first measurement."""
     if not service.paces:
         return "-"
     return f"{service.paces[0].seconds_per_step:.2g} s/{'step' if service.reports_steps else 'request'}"
 
 
 def workers_text(service: generation_pb2.ServiceStatus) -> str:
-    """Live workers, and how many are dead: "2 (1 dead)"."""
+    """Live workers, and the number of dead ones: "2 (1 dead)"."""
     return f"{service.workers} ({service.dead_workers} dead)" if service.dead_workers else str(service.workers)
 
 
 def activity_text(record: generation_pb2.RequestRecord) -> str:
-    """What a request does or waits for; the error's code of one that has failed."""
+    """The current activity of an open request, or the error code of a failed one."""
     if record.activities:
         return "; ".join(map(_one_activity, record.activities))
     return plain(record.error.code) if record.state == generation_pb2.REQUEST_STATE_FAILED else ""
 
 
 def progress_percent(activity: generation_pb2.RequestActivity) -> float | None:
-    """Part of the steps that are done; None for a service without steps."""
+    """Percentage of completed steps; None for a service without steps."""
     return 100.0 * activity.step / activity.total_steps if activity.total_steps else None
 
 
@@ -108,11 +108,11 @@ def _one_activity(activity: generation_pb2.RequestActivity) -> str:
             about = f", about {activity.estimated_seconds:.0f} s" if activity.HasField("estimated_seconds") else ""
             return f"queued at {service}, {activity.requests_ahead} ahead{about}"
         case ActivityKind.ACTIVITY_KIND_NO_WORKER:
-            return f"waits for a worker of {service}: none is live"
+            return f"waits for a worker of {service}: no worker is live"
         case ActivityKind.ACTIVITY_KIND_RETRY:
-            return f"waits for a retry at {service}{steps}" + (f": {worker} is lost" if worker else "")
+            return f"waits for a retry of {service}{steps}" + (f": {worker} is lost" if worker else "")
         case ActivityKind.ACTIVITY_KIND_TAKE_OVER:
-            return "waits for another coordinator: its own has died"
+            return "waits for another coordinator to take it over"
         case ActivityKind.ACTIVITY_KIND_COORDINATOR:
             return "at its coordinator, between stages"
         case _:
@@ -120,7 +120,7 @@ def _one_activity(activity: generation_pb2.RequestActivity) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A duration in two units at most: "12s", "3m05s", "2h03m", "4d02h"."""
+    """A duration in at most two units: "12s", "3m05s", "2h03m", "4d02h"."""
     whole = int(seconds)
     for unit, length, minor, part in (("d", 86_400, "h", 3_600), ("h", 3_600, "m", 60), ("m", 60, "s", 1)):
         if whole >= length:
@@ -129,7 +129,7 @@ def duration_text(seconds: float) -> str:
 
 
 def service_rows(overview: generation_pb2.ListModelsResponse) -> Iterator[Sequence[str]]:
-    """A row for each service of each model."""
+    """One row per service of each model."""
     for model in overview.models:
         for each in model.services:
             yield (
@@ -144,7 +144,7 @@ def service_rows(overview: generation_pb2.ListModelsResponse) -> Iterator[Sequen
 
 
 def pace_rows(overview: generation_pb2.ListModelsResponse) -> Iterator[Sequence[str]]:
-    """A row for each service that was measured, or that has dead workers."""
+    """One row per service with a measured pace or dead workers."""
     for model in overview.models:
         for each in model.services:
             if each.paces or each.dead_workers:
@@ -153,7 +153,7 @@ def pace_rows(overview: generation_pb2.ListModelsResponse) -> Iterator[Sequence[
 
 
 def request_rows(snapshot: Snapshot) -> Iterator[Sequence[str]]:
-    """A row for each request, those that have not ended first."""
+    """One row per request, open requests first."""
     for record in snapshot.listing.requests:
         yield (
             record.request_id,
@@ -165,14 +165,14 @@ def request_rows(snapshot: Snapshot) -> Iterator[Sequence[str]]:
 
 
 def activity_rows(snapshot: Snapshot) -> Iterator[Sequence[str]]:
-    """A row for each request that has not ended and of which the coordinator reports what it does."""
+    """One row per open request whose activity is known."""
     for record in snapshot.listing.requests:
         if record.activities:
             yield record.request_id, duration_text(snapshot.age(record)), activity_text(record)
 
 
 def plain_text(snapshot: Snapshot) -> str:
-    """All tables, a line each row."""
+    """All tables as text, one line per row."""
     heads = ("MODEL", "SERVICE", "WORKERS", "BUSY", "QUEUED", "SECONDS", "DEGREES")
     parts = [table(heads, [*service_rows(snapshot.overview)])]
     if paces := [*pace_rows(snapshot.overview)]:
@@ -191,8 +191,8 @@ def plain_text(snapshot: Snapshot) -> str:
 
 
 def store_health_text(store: generation_pb2.StoreStatus) -> str:
-    """The server of the store: role, durability, replicas, time of a round trip. Empty where they are unknown."""
-    if not store.round_trip_seconds:  # a coordinator of an earlier version
+    """The store's role, durability, replicas and round-trip time. Empty where they are unknown."""
+    if not store.round_trip_seconds:  # A coordinator of an earlier version does not send it.
         return ""
     parts = ["primary" if store.role == "master" else plain(store.role) or "role unknown"]
     if store.follows_sentinels:
@@ -209,17 +209,17 @@ def store_health_text(store: generation_pb2.StoreStatus) -> str:
 
 
 def store_text(store: generation_pb2.StoreStatus) -> str:
-    """A line about the memory of the request store."""
+    """One line about the memory of the request store."""
     used = f"STORE  {store.used_bytes / _MIB:.1f} MiB"
     if store.is_full:
-        return f"{used}, which is full: requests are refused from {store.limit_bytes / _MIB:.1f} MiB on"
+        return f"{used}, full: requests are refused above {store.limit_bytes / _MIB:.1f} MiB"
     if store.limit_bytes:
-        return f"{used}; requests are refused from {store.limit_bytes / _MIB:.1f} MiB on"
+        return f"{used}; requests are refused above {store.limit_bytes / _MIB:.1f} MiB"
     return used
 
 
 def degrees_text(groups: Iterable[worker_pb2.Degrees]) -> str:
-    """The degrees of the worker groups among a service's workers, without those that are 1: "2 of tp=2 ulysses=2"."""
+    """The parallel degrees above 1 of a service's worker groups, such as "2 of tp=2 ulysses=2"."""
     counts: Counter[str] = Counter()
     for degrees in groups:
         named = {"tp": degrees.tp, "ulysses": degrees.ulysses, "ring": degrees.ring, "cfg": degrees.cfg}
@@ -230,24 +230,24 @@ def degrees_text(groups: Iterable[worker_pb2.Degrees]) -> str:
 def kernel_cells(package: worker_pb2.KernelPackage) -> tuple[str, str, str]:
     """Name, version and state of a kernel package: in use, or its replacement and the error."""
     error = plain(" ".join(package.error.split()))
-    state = f"unusable, {package.replacement} instead: {error}" if error else "in use"
+    state = f"unusable, {package.replacement} is used: {error}" if error else "in use"
     return package.name, package.version, state
 
 
 def refused_cells(refused: worker_pb2.RefusedWorker) -> tuple[str, str, str, str]:
-    """Service, worker, time and reason of a worker that was refused."""
+    """Service, worker, time and reason of a refused worker."""
     moment = f"{refused.refused_at.ToDatetime():%Y-%m-%d %H:%M:%S}"
     return refused.service, plain(refused.worker_id), moment, plain(" ".join(refused.reason.split()))
 
 
 def shortened(text: str, length: int = 48) -> str:
-    """One line of at most that many characters."""
+    """The text on one line of at most `length` characters."""
     line = plain(" ".join(text.split()))
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns, two blanks apart. Characters that would steer a terminal are replaced."""
+    """Rows with aligned columns, two spaces apart. Terminal control characters are replaced."""
     rows = [[plain(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]

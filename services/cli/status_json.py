@@ -1,4 +1,4 @@
-"""`fleet status --json`: one document a call, whose fields are a contract: services/README.md lists them."""
+"""`fleet status --json`: one document per call. Its fields are a contract, which services/README.md documents."""
 
 from __future__ import annotations
 
@@ -14,82 +14,82 @@ from services.cli.client import state_name
 from services.cli.status_cells import Snapshot, progress_percent, shortened
 
 FIELDS: Mapping[str, str] = {
-    "time": "when the answers came, by this host's clock",
-    "endpoint": "where the fleet answers",
-    "error": "with `--interval`: why there is no answer; `models` and `requests` are then empty, `store` is null",
-    "models[].name": "name to ask for the model by",
+    "time": "time of the responses, by the clock of this host",
+    "endpoint": "address of the fleet",
+    "error": "with `--interval`: error of a failed call; `models` and `requests` are then empty, `store` is null",
+    "models[].name": "name of the model in requests",
     "models[].pipeline_name": "the pipeline's `_class_name`",
     "models[].fingerprint": "digest of the checkpoint",
     "models[].services[].service": "service of the stage, such as `denoising`",
     "models[].services[].workers": "live workers",
-    "models[].services[].dead_workers": "workers that were lost within 10 minutes and are not announced again",
-    "models[].services[].slots_busy": "requests that run there",
-    "models[].services[].slots_total": "requests that the live workers take at a time, together",
-    "models[].services[].queued_requests": "requests that wait for a slot",
-    "models[].services[].open_requests": "requests that have not ended and still need the service",
-    "models[].services[].queued_seconds": "compute seconds of work that wait or run",
-    "models[].services[].is_assumed": "whether an assumed pace is in `queued_seconds`, as nothing was measured yet",
-    "models[].services[].reports_steps": "whether a step is one of the denoising loop; else it is the whole request",
+    "models[].services[].dead_workers": "workers lost within the last 10 minutes and not announced since",
+    "models[].services[].slots_busy": "requests running on its workers",
+    "models[].services[].slots_total": "concurrent requests of all live workers together",
+    "models[].services[].queued_requests": "requests waiting for a slot",
+    "models[].services[].open_requests": "open requests that still need the service",
+    "models[].services[].queued_seconds": "compute seconds of waiting and running work",
+    "models[].services[].is_assumed": "whether `queued_seconds` includes an assumed pace, before the first measurement",
+    "models[].services[].reports_steps": "whether a step is a denoising step; else it is the whole request",
     "models[].services[].paces[].shape": "variant, size, outputs and guidance branches of the measured requests",
-    "models[].services[].paces[].seconds_per_step": "compute seconds of one step; the latest measured shape is first",
-    "models[].services[].paces[].measured_at": "when it was last measured",
-    "models[].services[].degrees[].tp": "tensor-parallel degree of a worker group; an entry for each group",
+    "models[].services[].paces[].seconds_per_step": "compute seconds of one step; the last measured shape is first",
+    "models[].services[].paces[].measured_at": "time of the last measurement",
+    "models[].services[].degrees[].tp": "tensor-parallel degree of a worker group; one entry per group",
     "models[].services[].degrees[].ulysses": "Ulysses degree",
     "models[].services[].degrees[].ring": "ring degree",
-    "models[].services[].degrees[].cfg": "degree over guidance branches",
+    "models[].services[].degrees[].cfg": "degree of guidance-branch parallelism",
     "models[].services[].kernels[].name": "optional kernel package of the workers",
-    "models[].services[].kernels[].version": "its version",
-    "models[].services[].kernels[].error": "why it is unusable; empty where it is used",
-    "models[].services[].kernels[].replacement": "what is used instead",
-    "models[].services[].incompatible_workers[].worker_id": "live worker that cannot take the requests of a variant",
+    "models[].services[].kernels[].version": "version of the package",
+    "models[].services[].kernels[].error": "error if the package is unusable; else empty",
+    "models[].services[].kernels[].replacement": "replacement in use",
+    "models[].services[].incompatible_workers[].worker_id": "live worker that cannot serve a variant",
     "models[].services[].incompatible_workers[].variant": "the variant",
-    "models[].services[].incompatible_workers[].reason": "the slot that does not fit",
-    "models[].refused_workers[].worker_id": "worker that was refused in the last 10 minutes",
-    "models[].refused_workers[].service": "its service",
-    "models[].refused_workers[].reason": "why",
-    "models[].refused_workers[].refused_at": "when the latest was refused",
-    "requests[].request_id": "the request; those that have not ended come first",
+    "models[].services[].incompatible_workers[].reason": "the slot with the mismatch",
+    "models[].refused_workers[].worker_id": "worker refused in the last 10 minutes",
+    "models[].refused_workers[].service": "service of the worker",
+    "models[].refused_workers[].reason": "reason of the refusal",
+    "models[].refused_workers[].refused_at": "time of the latest refusal",
+    "requests[].request_id": "ID of the request; open requests come first",
     "requests[].state": "QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED or EXPIRED",
-    "requests[].model": "model that it runs on",
+    "requests[].model": "model of the request",
     "requests[].variant": "variant of the model",
-    "requests[].caller": "who submitted it; empty where the fleet asks for no key",
+    "requests[].caller": "name of the caller; empty without authentication",
     "requests[].priority": "as submitted",
-    "requests[].created_at": "when it was accepted",
-    "requests[].updated_at": "when its state last changed",
-    "requests[].age_seconds": "from its admission until now, or until its end",
-    "requests[].prompt": "the first 48 characters",
-    "requests[].error_code": "gRPC code of one that has failed",
+    "requests[].created_at": "time of admission",
+    "requests[].updated_at": "time of the last state change",
+    "requests[].age_seconds": "seconds from admission until now, or until the end",
+    "requests[].prompt": "first 48 characters of the prompt",
+    "requests[].error_code": "gRPC status code of a failed request",
     "requests[].activities[].kind": (
-        "RUNNING, QUEUED (for a slot), NO_WORKER (none is live), RETRY, TAKE_OVER (its coordinator has died), "
+        "RUNNING, QUEUED (for a slot), NO_WORKER (no live worker), RETRY, TAKE_OVER (its coordinator is lost), "
         "COORDINATOR (between stages) or UNSPECIFIED (its coordinator is of an earlier version)"
     ),
-    "requests[].activities[].service": "service where it runs or waits",
-    "requests[].activities[].worker_id": "worker that runs it",
-    "requests[].activities[].since": "when the worker was assigned; null for one that waits",
+    "requests[].activities[].service": "service that runs the request, or that it waits for",
+    "requests[].activities[].worker_id": "worker that runs the request",
+    "requests[].activities[].since": "time when the worker was assigned; null while waiting",
     "requests[].activities[].step": "steps done",
-    "requests[].activities[].total_steps": "steps in all; 0 for a service without steps",
-    "requests[].activities[].progress_percent": "part of the steps that are done; null for a service without steps",
-    "requests[].activities[].requests_ahead": "requests that get a worker earlier; null for one that runs",
-    "requests[].activities[].estimated_seconds": "estimated seconds until it gets a worker; null where unknown",
+    "requests[].activities[].total_steps": "total number of steps; 0 for a service without steps",
+    "requests[].activities[].progress_percent": "percentage of completed steps; null for a service without steps",
+    "requests[].activities[].requests_ahead": "requests ahead in the queue; null while running",
+    "requests[].activities[].estimated_seconds": "estimated seconds until a worker is assigned; null where unknown",
     "store.used_bytes": "memory in use",
     "store.max_bytes": "the server's maxmemory; 0 without one",
-    "store.limit_bytes": "memory in use from which on requests are refused; 0 without a bound",
-    "store.is_full": "whether they are refused now",
+    "store.limit_bytes": "memory in use above which requests are refused; 0 without a bound",
+    "store.is_full": "whether requests are refused now",
     "store.role": "role of the server; `master` for a primary",
-    "store.is_durable": "whether accepted requests outlive a crash of its host; null where unknown",
+    "store.is_durable": "whether accepted requests survive a crash of the server's host; null where unknown",
     "store.appendonly": "`yes` or `no`; empty where unknown, like the next two",
     "store.appendfsync": "`always`, `everysec` or `no`",
     "store.maxmemory_policy": "such as `noeviction`",
     "store.replicas": "connected replicas",
     "store.required_replicas": "replicas that must acknowledge a request before it is accepted",
-    "store.follows_sentinels": "whether sentinels name the server",
+    "store.follows_sentinels": "whether Sentinel selects the server",
     "store.round_trip_seconds": "time of one PING from the coordinator",
 }
-"""The fields by path; [] stands for each element of a list. Times are RFC 3339 in UTC."""
+"""Descriptions by path; [] stands for each element of a list. Times are RFC 3339 in UTC."""
 
 
 def document(endpoint: str, snapshot: Snapshot) -> dict[str, Any]:
-    """The document of an answer."""
+    """The document for a snapshot."""
     return {
         "time": _text_of(snapshot.taken_at),
         "endpoint": endpoint,
@@ -101,7 +101,7 @@ def document(endpoint: str, snapshot: Snapshot) -> dict[str, Any]:
 
 
 def failed_document(endpoint: str, error: str) -> dict[str, Any]:
-    """The document of a call without an answer."""
+    """The document for a failed call."""
     now = _text_of(datetime.now(UTC))
     return {"time": now, "endpoint": endpoint, "error": error, "models": [], "requests": [], "store": None}
 

@@ -1,4 +1,4 @@
-"""The live view of `fleet status`: drawn anew after each answer, and with a note while there is none."""
+"""The live view of `fleet status`: redrawn after each response, with an error line while calls fail."""
 
 from __future__ import annotations
 
@@ -33,9 +33,15 @@ from services.cli.status_cells import (
 from services.start_up import one_line, plain
 
 MOST_REQUESTS = 100
-_NARROW = 80  # columns below which a head is short, and degrees are not shown
-_WIDE, _WIDEST = 100, 130  # columns from which on a request's model, and its prompt, are shown
-_LONGEST_SECONDS = 5.0  # that a call may take
+_NARROW = 80
+"""Columns below which headings are abbreviated and parallel degrees are hidden."""
+
+_WIDE, _WIDEST = 100, 130
+"""Columns from which the model of a request, and its prompt, are shown."""
+
+_LONGEST_SECONDS = 5.0
+"""Timeout of a call."""
+
 _STATES = {"RUNNING": "cyan", "SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "yellow", "EXPIRED": "yellow"}
 
 Read = Callable[[], Awaitable[Snapshot]]
@@ -43,7 +49,7 @@ Read = Callable[[], Awaitable[Snapshot]]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no answer, and since when."""
+    """The error of the calls that fail, and the time of the first failure."""
 
     message: str
     since: datetime
@@ -51,7 +57,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class StatusView:
-    """What the terminal shows: the latest answer, and the failure of the calls since then, if they fail."""
+    """The content of the terminal: the latest snapshot, and the failure of the calls since then, if any."""
 
     endpoint: str
     interval: float
@@ -59,7 +65,7 @@ class StatusView:
     failure: Failure | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """The fleet, its store, and as many requests as there are lines left."""
+        """The fleet, its store, and as many requests as fit on the screen."""
         width, height = options.max_width, options.height or console.size.height
         above = Group(*self._header(), *self._stages(width), *self._notices(), *self._store())
         lines = len(console.render_lines(above, options.update(height=None), pad=False))
@@ -128,7 +134,7 @@ def _clock(snapshot: Snapshot) -> str:
 
 
 def _text(cell: str) -> Text:
-    """A cell of somebody else's text, which neither steers the terminal nor is read as markup."""
+    """A cell with external text, without markup and terminal control characters."""
     return Text(plain(cell))
 
 
@@ -151,16 +157,16 @@ def _stage_cells(service: generation_pb2.ServiceStatus) -> tuple[str, ...]:
 
 
 def _stage_style(service: generation_pb2.ServiceStatus) -> str:
-    """Red where requests need a stage without workers, yellow where workers have died."""
+    """Red where open requests need a stage without workers, yellow where workers are dead."""
     if service.open_requests and not service.workers:
         return "red"
     return "yellow" if service.dead_workers else ""
 
 
 async def show_live(view: StatusView, read: Read, console: Console) -> None:
-    """Show the view, and anew each `interval` and when the terminal changes its size, until the task is cancelled.
+    """Show the view until the task is cancelled; refresh it every `interval` and when the terminal is resized.
 
-    Raises the FleetError of a call that no repetition makes right, such as one about a key.
+    Raises permanent FleetErrors, such as a refused API key.
     """
     with Live(view, console=console, screen=True, auto_refresh=False) as live:
         asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, live.refresh)
@@ -172,7 +178,7 @@ async def show_live(view: StatusView, read: Read, console: Console) -> None:
 
 
 async def next_view(view: StatusView, read: Read) -> StatusView:
-    """The view after one more call: with its answer, or with why there is none."""
+    """The view after one more call: with a new snapshot, or with the error of the call."""
     try:
         return replace(view, snapshot=await read_in_time(read), failure=None)
     except FleetError as error:
@@ -183,7 +189,7 @@ async def next_view(view: StatusView, read: Read) -> StatusView:
 
 
 async def read_in_time(read: Read) -> Snapshot:
-    """An answer. Raises Unavailable where there is none within 5 s."""
+    """Call `read` with a timeout of 5 s. Raises Unavailable on timeout."""
     try:
         async with asyncio.timeout(_LONGEST_SECONDS):
             return await read()

@@ -1,4 +1,4 @@
-"""The request store that a command was given."""
+"""Checks the request store given to a command."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _VARIABLES = tuple(f"FLEET_{item.name.upper()}" for item in fields(StoreSettings
 
 
 def check_store(url: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse a store before anything starts.
+    """Check the store before anything starts.
 
-    Raises InvalidInput for what is no URL and for a server that cannot hold requests, Unavailable for a server that
-    does not answer.
+    Raises InvalidInput for a malformed URL and for an unsuitable server, Unavailable for a server that does not
+    answer.
     """
     given = {name: environ[name] for name in _VARIABLES if name in environ}
     asyncio.run(_check(url, load_settings(StoreSettings, (), prog="fleet", environ=given)))

@@ -1,4 +1,4 @@
-"""Keeps the processes of `fleet up` running: starts them, again where one ends, and ends them all by process id."""
+"""Supervises the processes of `fleet up`: starts them, restarts them when they exit, and stops them by process id."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ from common.errors import FleetError
 from common.tether import tethered
 from services.cli.options import BAD_INPUT
 
-# glibc otherwise gives every large buffer back to the kernel and faults it in again: most of what a tensor's way costs.
+# By default, glibc returns every large buffer to the kernel and then faults its pages in again, which takes most of the
+# time of moving a tensor.
 _MALLOC = "glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=268435456:glibc.malloc.arena_max=4"
-_STEADY_SECONDS = 60.0  # longer than a worker that fails takes to load most models
-_MOST_DEATHS = 5
+
+_STEADY_SECONDS = 60.0
+"""Run time after which failures are no longer counted as consecutive; most models load, or fail to, in less time."""
+
+_MOST_FAILURES = 5
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 10.0
-_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # also the kernel's, when memory runs out
+_EXTERNAL_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM)
+"""Exit codes that are no failures. The kernel's out-of-memory killer sends SIGKILL too."""
+
 _GRACE_SECONDS = 40.0
 
 
 class ServiceEnded(FleetError):
-    """A process of the fleet ended and is not worth starting again. `code` is its exit code."""
+    """A process of the fleet exited and is not restarted. `code` is its exit code."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -34,19 +40,19 @@ class ServiceEnded(FleetError):
 
 @dataclass(frozen=True)
 class Program:
-    """One process to keep running: a name for messages, and the arguments of `fleet`."""
+    """A supervised process: its name in messages, and the arguments of `fleet`."""
 
     name: str
     arguments: tuple[str, ...]
 
 
 class Supervisor:
-    """Runs programs until it is told to stop.
+    """Runs programs until it is stopped.
 
-    A program that ends before the fleet is ready ends the fleet: its configuration is wrong. So does exit code 2 at any
-    time, such as for weights that cannot be read: another start changes nothing. Otherwise a program is started again,
-    with delays that grow up to 10 s. Five failures in a row, each within a minute, end the fleet too; SIGKILL and
-    SIGTERM from outside are no failures.
+    A program that exits before the fleet is ready stops the fleet, because its configuration is wrong. Exit code 2,
+    for example for unreadable weights, stops the fleet at any time, because a restart does not help. Otherwise the
+    program is restarted, with delays of up to 10 s. Five failures in a row, each within a minute, also stop the fleet;
+    SIGKILL and SIGTERM from outside do not count as failures.
     """
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -57,30 +63,30 @@ class Supervisor:
 
     @property
     def running(self) -> list[str]:
-        """Names of the programs that run, also of those that are ending."""
+        """Names of the running programs, including those that are shutting down."""
         return list(self._running)
 
-    async def keep(self, program: Program) -> None:
-        """Start the program and keep it running until it is retired. Raises ServiceEnded when that is hopeless."""
+    async def supervise(self, program: Program) -> None:
+        """Start the program and restart it until it is retired. Raises ServiceEnded when restarts do not help."""
         retired = self._retired.setdefault(program.name, asyncio.Event())
-        deaths, delay = 0, _FIRST_DELAY
+        failures, delay = 0, _FIRST_DELAY
         try:
             while not retired.is_set():
                 began = time.monotonic()
                 ended, code = await self._run(program, retired)
                 if retired.is_set():
-                    self._note(f"{ended}, as it was not needed")
+                    self._note(f"{ended}; it is no longer needed")
                     return
                 if time.monotonic() - began > _STEADY_SECONDS:
-                    deaths, delay = 0, _FIRST_DELAY
-                deaths += code not in _FROM_OUTSIDE
+                    failures, delay = 0, _FIRST_DELAY
+                failures += code not in _EXTERNAL_SIGNALS
                 if not self.ready:
                     raise ServiceEnded(f"{ended} before the fleet was ready", code)
                 if code == BAD_INPUT:
-                    raise ServiceEnded(f"{ended}, which another start does not change", code)
-                if deaths >= _MOST_DEATHS:
-                    raise ServiceEnded(f"{ended}, {deaths} times in a row", code)
-                self._note(f"{ended}; starting it again in {delay:g} s")
+                    raise ServiceEnded(f"{ended}; a restart does not help", code)
+                if failures >= _MOST_FAILURES:
+                    raise ServiceEnded(f"{ended}, {failures} times in a row", code)
+                self._note(f"{ended}; restarting it in {delay:g} s")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(retired.wait(), delay)
                 delay = min(2 * delay, _LONGEST_DELAY)
@@ -88,13 +94,13 @@ class Supervisor:
             del self._retired[program.name]
 
     def retire(self, program: Program) -> None:
-        """Have a program that is kept end for good: SIGTERM now, SIGKILL after the grace time. Its end is no death."""
+        """Stop a supervised program for good: SIGTERM now, SIGKILL after the grace time. Its exit is no failure."""
         self._retired.setdefault(program.name, asyncio.Event()).set()
         if program.name in self._running:
             _retire(self._running[program.name])
 
     async def _run(self, program: Program, retired: asyncio.Event) -> tuple[str, int]:
-        """Run the program once; returns a sentence about its end, and its exit code."""
+        """Run the program once; returns a description of its end, and its exit code."""
         process = await _start(program)
         self._running[program.name] = process
         self._note(f"{program.name}: started, pid {process.pid}")
@@ -105,7 +111,7 @@ class Supervisor:
         return f"{program.name} (pid {process.pid}) ended with {_meaning(code)}", code
 
     async def stop(self, names: Sequence[str]) -> None:
-        """SIGTERM to these programs, SIGKILL to those that outlive the grace time; returns when they have ended."""
+        """Send SIGTERM to these programs, and SIGKILL after the grace time; returns when they have exited."""
         processes = [self._running[name] for name in names if name in self._running]
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
@@ -127,7 +133,7 @@ def _retire(process: asyncio.subprocess.Process) -> None:
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
-    """SIGKILL, unless the process has ended."""
+    """Send SIGKILL, unless the process has exited."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

@@ -1,4 +1,4 @@
-"""The timeline of a request as attempts with their waits, read from what the fleet's store recorded."""
+"""The timeline of a request: attempts and waiting times, built from the entries in the store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OUTCOMES = {
 
 @dataclass
 class Attempt:
-    """A wait for a worker of a service, and its run there. Times are in seconds since the request was accepted."""
+    """A wait for a worker of a service, and the run on the worker. Times are seconds since admission of the request."""
 
     service: str
     number: int
@@ -36,46 +36,41 @@ class Attempt:
     step: int = 0
     total_steps: int = 0
     checkpoints: list[tuple[float, int]] = field(default_factory=list)
-    """Time and step of each."""
+    """Time and step of each step checkpoint."""
 
     @property
     def state(self) -> str:
-        """The outcome, or the state of an attempt that has none."""
+        """The outcome, or the state of an attempt without an outcome."""
         return self.outcome or (WAITING if self.granted is None else RUNNING)
 
 
 @dataclass
 class Timeline:
-    """A request with its attempts, in order of their begin. `seconds` is its end, or the time of the latest entry."""
+    """A request with its attempts by start time. `seconds` is the time of its end, or of its latest entry."""
 
     record: generation_pb2.RequestRecord
     attempts: list[Attempt] = field(default_factory=list)
     take_overs: list[tuple[float, int]] = field(default_factory=list)
-    """Time and epoch of each."""
+    """Time and epoch of each take-over."""
     seconds: float = 0.0
 
     @property
     def is_open(self) -> bool:
-        """Whether the request goes on."""
+        """Whether the request has not ended."""
         return self.record.state not in TERMINAL
 
     @property
     def title(self) -> str:
-        """A line about the request, with the id of its trace where it has one."""
+        """A line about the request, with its trace id if it has one."""
         record = self.record
         how_long = f"for {self.seconds:.2f} s so far" if self.is_open else f"after {self.seconds:.2f} s"
         trace = record.trace.traceparent or record.trace.client_traceparent
         traced = f", trace {trace.split('-')[1]}" if trace else ""
         return f"request {record.request_id} of {record.model}: {state_name(record.state)} {how_long}{traced}"
 
-    @property
-    def deaths(self) -> list[Attempt]:
-        """The attempts that were lost with their worker."""
-        return [attempt for attempt in self.attempts if attempt.outcome == LOST]
-
 
 def read_timeline(record: generation_pb2.RequestRecord, entries: Sequence[TimelineEntry]) -> Timeline:
-    """Put the entries of a request together, which come in order of time. Some of an old request may be missing."""
+    """Build a timeline from entries in order of time. Entries of an old request may be missing."""
     timeline = Timeline(record)
     began = record.created_at.ToNanoseconds()
     for entry in entries:
@@ -123,18 +118,18 @@ def _add(timeline: Timeline, service: str) -> Attempt:
 
 
 def _open(timeline: Timeline, service: str = "") -> Iterator[Attempt]:
-    """The attempts without an outcome, of one service or of all."""
+    """The attempts without an outcome, of one service or of all services."""
     return (each for each in timeline.attempts if not each.outcome and service in ("", each.service))
 
 
 def _running(timeline: Timeline, service: str) -> Attempt | None:
-    """The attempt of a service that has a worker, and whose stages have not begun."""
+    """The attempt of a service with an assigned worker, before its stages begin."""
     found = (each for each in _open(timeline, service) if each.granted is not None and each.begun is None)
     return next(found, None)
 
 
 def _note_step(timeline: Timeline, entry: TimelineEntry) -> None:
-    """The step belongs to the latest attempt of the service: the report may come after the end of the attempt."""
+    """Set the step of the latest attempt of the service: the entry may be later than the end of the attempt."""
     for attempt in reversed(timeline.attempts):
         if attempt.service == entry.service and attempt.begun is not None:
             attempt.step, attempt.total_steps = entry.step, entry.total_steps
@@ -142,7 +137,7 @@ def _note_step(timeline: Timeline, entry: TimelineEntry) -> None:
 
 
 def _end(timeline: Timeline, entry: TimelineEntry, moment: float) -> None:
-    """End the attempt on that worker; without a worker, the wait for one."""
+    """End the attempt on the worker of the entry, or the wait for a worker if the entry has none."""
     for attempt in _open(timeline, entry.service):
         if attempt.worker == entry.worker_id or (
             entry.worker_id and not attempt.worker and attempt.granted is not None

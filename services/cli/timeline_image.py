@@ -1,4 +1,4 @@
-"""Draws the timeline of a request as a PNG. Needs Pillow, so that it is imported only where a PNG is wanted."""
+"""Draws the timeline of a request as a PNG. Imported only for PNG output, because it needs Pillow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from services.cli.trace import note_of
 from services.start_up import plain
 
 _WIDTH, _MARGIN = 1_200, 16
-_LEFT = 210  # of the bars
+_LEFT = 210
+"""Horizontal position of the bars, in pixels."""
+
 _ROW, _BAR = 44, 16
 _TOP = 64
 _FONT, _SMALL = 15, 12
@@ -25,12 +27,12 @@ _TICKS = 8
 
 
 def write_png(timeline: Timeline, path: Path) -> None:
-    """Draw a row for each attempt. Raises InvalidInput for a path that cannot be written to."""
+    """Draw one row per attempt. Raises InvalidInput for a path that is not writable."""
     image = draw_timeline(timeline)
     try:
         image.save(path, format="PNG")
     except OSError as error:
-        raise InvalidInput(f"output: {path} cannot be written: {error.strerror}", field="output") from error
+        raise InvalidInput(f"output: {path} is not writable: {error.strerror}", field="output") from error
 
 
 def draw_timeline(timeline: Timeline) -> Image.Image:
@@ -55,7 +57,7 @@ def draw_timeline(timeline: Timeline) -> Image.Image:
         x = _x(moment, timeline.seconds)
         draw.line((x, _TOP, x, _TOP + _ROW * rows), _TAKE_OVER, 2)
         draw.text((x + 4, _TOP - 2), f"coordinator {epoch} took over", _TAKE_OVER, small)
-    legend = "grey: waits for a worker    diamond: checkpoint    cross: worker lost"
+    legend = "grey: waiting for a worker    diamond: checkpoint    cross: worker lost"
     draw.text((_LEFT, height - _MARGIN - _SMALL), legend, _FAINT, small)
     return image
 

@@ -1,4 +1,4 @@
-"""`fleet trace ID`: the timeline of a request, as text or as a PNG: waits, attempts, checkpoints, lost workers."""
+"""`fleet trace ID`: the timeline of a request as text or as a PNG: waits, attempts, checkpoints, lost workers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from services.start_up import plain
 
 _WAIT, _RUN, _CHECKPOINT, _DEATH, _TAKE_OVER = "·", "█", "◆", "✗", "▲"
 _STYLES = {COMPLETED: "green", HANDED_OVER: "yellow", LOST: "red", RUNNING: "cyan", WAITING: "dim"}
-_NARROWEST = 30  # characters of the bars
+_NARROWEST = 30
+"""Minimum width of the bars, in characters."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the timeline, or write it to --output and print the path."""
+    """Print the timeline, or write it to --output and print the path; returns the exit code."""
     parser = command_parser(
         "trace",
-        "Draw what happened to a request: waits for workers, attempts, checkpoints, lost workers, take-overs. "
-        "The fleet's store keeps it as long as the record of the request.",
+        "Show the timeline of a request: waits for workers, attempts, checkpoints, lost workers, take-overs. "
+        "The store keeps the timeline as long as the record of the request.",
     )
     add_request_id(parser)
     parser.add_argument("--output", metavar="FILE.png", type=Path, help="write a PNG instead of text")
@@ -46,16 +47,16 @@ async def _trace(endpoint: str, access: Access, request_id: str, draw: Callable[
 
 
 def _drawing(output: Path | None) -> Callable[[Timeline], None]:
-    """Draws a timeline as text, or to a file. Raises InvalidInput for a file that is not a PNG, and without Pillow."""
+    """A function that prints a timeline, or writes it to a file. Raises InvalidInput without .png suffix or Pillow."""
     if output is None:
         return lambda timeline: print_timeline(timeline, Console(file=sys.stdout, highlight=False))
     if output.suffix.lower() != ".png":
-        raise InvalidInput(f"output: {str(output)!r} is not a .png file; trace.png is one", field="output")
+        raise InvalidInput(f"output: {str(output)!r} is not a .png file; trace.png works", field="output")
     try:
-        # Pillow is not part of a bare installation, and text needs none.
+        # Pillow is optional, and text output does not need it.
         module = importlib.import_module("services.cli.timeline_image")
     except ModuleNotFoundError as error:
-        message = "output: Pillow is not installed, which draws it; pip install pillow"
+        message = "output: PNG files need Pillow, which is not installed; pip install pillow"
         raise InvalidInput(message, field="output") from error
 
     def write(timeline: Timeline) -> None:
@@ -66,10 +67,10 @@ def _drawing(output: Path | None) -> Callable[[Timeline], None]:
 
 
 def print_timeline(timeline: Timeline, console: Console) -> None:
-    """A row for each attempt: the service, the number of the attempt, a bar over time, and what became of it."""
+    """Print one row per attempt: service, number of the attempt, bar over time, and outcome."""
     console.print(Text(plain(timeline.title)))
     if not timeline.attempts:
-        console.print("nothing is recorded of its attempts")
+        console.print("no attempts are recorded")
         return
     names = max(len(each.service) for each in timeline.attempts)
     notes = {id(each): note_of(each) for each in timeline.attempts}
@@ -86,12 +87,15 @@ def print_timeline(timeline: Timeline, console: Console) -> None:
         bar = Text(" " * _column(moment, timeline.seconds, width) + _TAKE_OVER)
         table.add_row("coordinator", str(epoch), bar, f"took over at {moment:.2f} s")
     console.print(table)
-    marks = ((_WAIT, "waits"), (_RUN, "runs"), (_CHECKPOINT, "checkpoint"), (_DEATH, "worker lost"))
+    marks = ((_WAIT, "waiting"), (_RUN, "running"), (_CHECKPOINT, "checkpoint"), (_DEATH, "worker lost"))
     console.print("  ".join(f"{mark} {meaning}" for mark, meaning in marks), style="dim")
 
 
 def note_of(attempt: Attempt) -> str:
-    """What became of an attempt, such as "waited 0.01 s, completed in 1.20 s, steps 8/8, on denoising-host-7"."""
+    """The outcome of an attempt as text.
+
+    Example: "waited 0.01 s, completed after 1.20 s, steps 8/8, on denoising-host-7".
+    """
     parts: list[str] = []
     if attempt.queued is not None and attempt.granted is not None:
         parts.append(f"waited {attempt.granted - attempt.queued:.2f} s")
@@ -101,12 +105,12 @@ def note_of(attempt: Attempt) -> str:
     if attempt.total_steps > 1:
         parts.append(f"steps {attempt.step}/{attempt.total_steps}")
     if attempt.checkpoints:
-        parts.append(f"checkpoints {len(attempt.checkpoints)}, the last at step {attempt.checkpoints[-1][1]}")
+        parts.append(f"checkpoints {len(attempt.checkpoints)}, last at step {attempt.checkpoints[-1][1]}")
     return ", ".join(parts) + (f", on {attempt.worker}" if attempt.worker else "")
 
 
 def bar_of(attempt: Attempt, seconds: float, width: int) -> str:
-    """The attempt over time, as `width` characters for `seconds`."""
+    """The attempt on a time axis of `width` characters for `seconds`."""
     end = seconds if attempt.ended is None else attempt.ended
     cells = [" "] * width
     for mark, start, stop in ((_WAIT, attempt.queued, attempt.granted or end), (_RUN, attempt.granted, end)):

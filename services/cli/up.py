@@ -1,4 +1,4 @@
-"""`fleet up`: a whole fleet on this machine, every service as a process of its own.
+"""`fleet up`: a whole fleet on this host, one process per service.
 
 Workers listen on unix sockets in a private directory, the coordinator on a port of 127.0.0.1.
 """
@@ -43,7 +43,7 @@ _COORDINATOR = "coordinator"
 
 @dataclass(frozen=True)
 class StageWorkers:
-    """The workers of one service of a model: `name` and `socket` are those of a worker, before its number."""
+    """The workers of one service of a model. `name` and `socket` are prefixes of a worker's number."""
 
     model: str
     service: str
@@ -53,14 +53,14 @@ class StageWorkers:
     options: tuple[str, ...]
 
     def program(self, number: int) -> Program:
-        """The worker with a number."""
+        """The program of the worker with this number."""
         listen = ("--listen", f"{self.socket}{number}.sock")
         return Program(f"{self.name}{number}", ("serve", self.service, *listen, *self.options))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. `scaler` is the address of the external scaler; `target_seconds` is None without autoscaling."""
+    """The processes to run. `scaler` is the external scaler's address; `target_seconds` is None without autoscaling."""
 
     endpoint: str
     scaler: str
@@ -71,7 +71,7 @@ class Plan:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run until Ctrl-C or SIGTERM, which are the ways to end it and give exit code 0."""
+    """Run until Ctrl-C or SIGTERM, which end it with exit code 0."""
     args = up_flags.arguments(argv)
     access = _access(os.environ)
     models = _models(args.model or [DEFAULT_MODEL])
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
         directory = private_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        # What it keeps ends with this process, so there is nothing to be gained from waiting for the disk.
+        # The store is discarded with this process, so its writes need not reach the disk.
         store = None if args.redis else stack.enter_context(EmbeddedStore(appendfsync="no"))
         redis_words = ("--redis", store.url, "--allow-data-loss") if store else ("--redis", args.redis)
         plan = _plan(models, bounds, args, endpoint, scaler, redis_words, directory)
@@ -93,10 +93,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _access(environ: Mapping[str, str]) -> Access:
-    """How this process calls its own coordinator, which shares the environment with it."""
+    """The credentials for this fleet's coordinator, which inherits the environment of this process."""
     if unused := sorted(name for name in environ if name.startswith("FLEET_TLS") and environ[name]):
         raise SettingsError(
-            f"{unused[0]} is set, but `fleet up` serves this machine alone, in the clear; unset it, "
+            f"{unused[0]} is set, but `fleet up` serves only this host, without TLS; unset it, "
             "or start each service with `fleet serve`",
             field=unused[0],
         )
@@ -109,15 +109,17 @@ def _models(references: Sequence[str]) -> list[ServedModel]:
     names = Counter(model.name for model in models)
     for name, count in names.items():
         if count > 1:
-            raise InvalidInput(f"--model: {count} models are named {name!r}; write one as OTHER={name}", field="model")
+            raise InvalidInput(
+                f"--model: {count} models have the name {name!r}; rename one as OTHER={name}", field="model"
+            )
     return models
 
 
 def _check_degrees(degrees: Mapping[str, Any], models: Sequence[ServedModel]) -> None:
-    """Refuse a worker group that cannot be, before anything is started."""
+    """Check the parallel degrees before anything starts. Raises InvalidInput and FailedPrecondition."""
     if not degrees:
         return
-    # Brings torch, which a fleet without worker groups needs in its workers only.
+    # Imported here because it imports torch, which only the workers of a fleet without worker groups need.
     from services.denoising.settings import DenoisingSettings, check_group
 
     for model in models:
@@ -161,7 +163,7 @@ async def _run(plan: Plan, store: EmbeddedStore | None, access: Access) -> int:
     code = SUCCESS
     try:
         async with asyncio.TaskGroup() as group:
-            group.create_task(supervisor.keep(plan.coordinator))
+            group.create_task(supervisor.supervise(plan.coordinator))
             pools = [WorkerPool(supervisor, group.create_task, each.program, _note) for each in plan.workers]
             for workers, pool in zip(plan.workers, pools, strict=True):
                 pool.resize(workers.bounds.least)
@@ -175,13 +177,13 @@ async def _run(plan: Plan, store: EmbeddedStore | None, access: Access) -> int:
             code = BAD_INPUT if bad_input else FAILED
     finally:
         _note("stopping")
-        await supervisor.stop([_COORDINATOR])  # first, as it finishes what is under way with the workers' help
+        await supervisor.stop([_COORDINATOR])  # Stop it first: it needs the workers to finish its requests.
         await supervisor.stop(supervisor.running)
     return code
 
 
 def _leaves(failures: ExceptionGroup[FleetError]) -> Iterator[FleetError]:
-    """The errors of a group and of the groups in it."""
+    """The errors of a group and its nested groups."""
     for each in failures.exceptions:
         if isinstance(each, ExceptionGroup):
             yield from _leaves(each)
@@ -190,7 +192,7 @@ def _leaves(failures: ExceptionGroup[FleetError]) -> Iterator[FleetError]:
 
 
 async def _serve(plan: Plan, pools: Sequence[WorkerPool], supervisor: Supervisor, access: Access) -> None:
-    """Announce that the fleet is ready, and scale it from then on if that is planned."""
+    """Announce that the fleet is ready, then run the autoscalers if the plan has a target."""
     await _announce_ready(plan, supervisor, access)
     if plan.target_seconds is None:
         return
@@ -212,7 +214,7 @@ async def _serve(plan: Plan, pools: Sequence[WorkerPool], supervisor: Supervisor
 
 
 async def _announce_ready(plan: Plan, supervisor: Supervisor, access: Access) -> None:
-    """Wait until the coordinator answers, and every worker that always runs has announced itself to it."""
+    """Wait until the coordinator answers and sees the minimum number of workers of each service."""
     began = time.monotonic()
     async with connect(plan.endpoint, access) as client:
         while not supervisor.ready:
@@ -232,7 +234,7 @@ async def _announce_ready(plan: Plan, supervisor: Supervisor, access: Access) ->
 
 
 async def _watch_store(store: EmbeddedStore) -> None:
-    while store.is_running():  # noqa: ASYNC110 -- another process, which tells nobody
+    while store.is_running():  # noqa: ASYNC110 -- another process, which sends no event
         await asyncio.sleep(_POLL_SECONDS * 5)
     raise Unavailable("the embedded store ended")
 

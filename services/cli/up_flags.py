@@ -24,33 +24,33 @@ _AUTOSCALING = ("max_replicas", "idle_seconds", "target_seconds", "headroom")
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. Raises SettingsError."""
-    parser = command_parser("up", "Run a whole fleet here, every service as a process of its own, until Ctrl-C.")
+    parser = command_parser("up", "Run a whole fleet on this host, one process per service, until Ctrl-C.")
     parser.add_argument(
-        "--model", action="append", metavar="DIR|NAME", help=f"what to serve, repeatable (default: {DEFAULT_MODEL})"
+        "--model", action="append", metavar="DIR|NAME", help=f"model to serve, repeatable (default: {DEFAULT_MODEL})"
     )
     parser.add_argument(
         "--port",
         type=whole_number,
         default=50051,
         metavar="P",
-        help="port on 127.0.0.1; 0: a free one (default: 50051)",
+        help="port on 127.0.0.1; 0: any free port (default: 50051)",
     )
     parser.add_argument(
         "--replicas",
         action="append",
         default=[],
         metavar="SERVICE=N",
-        help="workers of a service, for each model (default: 1)",
+        help="workers of a service, per model (default: 1)",
     )
     parser.add_argument(
         "--scaler-port",
         type=whole_number,
         metavar="P",
-        help="port on 127.0.0.1 of KEDA's external scaler; 0: a free one (default: none)",
+        help="port of KEDA's external scaler on 127.0.0.1; 0: any free port (default: none)",
     )
     _add_autoscaling(parser)
-    parser.add_argument("--redis", metavar="URL", help="store to use (default: an embedded one, gone at the end)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="what to compute in")
+    parser.add_argument("--redis", metavar="URL", help="request store (default: an embedded one, discarded at the end)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the computation")
     for axis in DEGREES:
         parser.add_argument(
             f"--{axis}", type=whole_number, metavar="N", help=f"{axis} degree of denoising, for a worker group"
@@ -69,40 +69,40 @@ def _add_autoscaling(parser: FlagParser) -> None:
     group.add_argument(
         "--autoscale",
         action="store_true",
-        help="start workers when requests need them, and end idle ones; --replicas is then the least (default: 0)",
+        help="start workers on demand, and stop idle ones; --replicas is then the minimum (default: 0)",
     )
     group.add_argument(
         "--max-replicas",
         action="append",
         metavar="SERVICE=N",
-        help="most workers of a service, for each model (default: 1, as workers of one host share its memory)",
+        help="maximum workers of a service, per model (default: 1, because workers share the memory of the host)",
     )
     group.add_argument(
         "--idle-seconds",
         type=number,
         metavar="S",
-        help=f"how long a worker is not needed before it ends (default: {_IDLE_SECONDS:g})",
+        help=f"idle time in seconds after which a worker is stopped (default: {_IDLE_SECONDS:g})",
     )
     group.add_argument(
         "--target-seconds",
         type=number,
         metavar="S",
-        help=f"seconds of work that wait for a service and are worth one more worker (default: {_TARGET_SECONDS:g})",
+        help=f"queued seconds of work per worker before another one starts (default: {_TARGET_SECONDS:g})",
     )
     group.add_argument(
         "--headroom",
         type=number,
         metavar="X",
-        help=f"spare workers of a service: X times the square root of those that it needs (default: {_HEADROOM:g})",
+        help=f"spare workers of a service: X times the square root of the workers in demand (default: {_HEADROOM:g})",
     )
 
 
 def _check_autoscaling(args: argparse.Namespace) -> None:
-    """Refuse flags that have no effect and numbers that are out of range; set the defaults."""
+    """Refuse flags without an effect and numbers out of range; set the defaults."""
     for name in _AUTOSCALING:
         if vars(args)[name] is not None and not args.autoscale:
             flag = "--" + name.replace("_", "-")
-            raise SettingsError(f"{flag} has an effect only with --autoscale; add --autoscale", field=name)
+            raise SettingsError(f"{flag} is used only with --autoscale; add --autoscale", field=name)
     args.max_replicas = args.max_replicas or []
     args.idle_seconds = _IDLE_SECONDS if args.idle_seconds is None else args.idle_seconds
     args.target_seconds = _TARGET_SECONDS if args.target_seconds is None else args.target_seconds
@@ -118,11 +118,11 @@ def _check_autoscaling(args: argparse.Namespace) -> None:
 def _check_from_zero(name: str, value: float, *, works: float) -> None:
     if not (math.isfinite(value) and value >= 0):
         flag = "--" + name.replace("_", "-")
-        raise SettingsError(f"{flag}: {value:g} is not a number from 0; {works:g} works", field=name)
+        raise SettingsError(f"{flag}: {value:g} is not a number of at least 0; {works:g} works", field=name)
 
 
 def service_counts(field: str, texts: Sequence[str], models: Sequence[ServedModel]) -> dict[str, int]:
-    """Parse the texts SERVICE=N of a flag. Raises InvalidInput."""
+    """Parse the SERVICE=N values of a flag. Raises InvalidInput."""
     known = list(dict.fromkeys(spec.service for model in models for spec in model.services))
     counts: dict[str, int] = {}
     for text in texts:
@@ -138,7 +138,7 @@ def service_counts(field: str, texts: Sequence[str], models: Sequence[ServedMode
 
 
 def replica_bounds(args: argparse.Namespace, models: Sequence[ServedModel]) -> dict[str, ReplicaBounds]:
-    """The least and the most workers of each service. They are equal without --autoscale."""
+    """Minimum and maximum workers of each service; equal without --autoscale."""
     replicas = service_counts("replicas", args.replicas, models)
     most = service_counts("max_replicas", args.max_replicas, models)
     bounds: dict[str, ReplicaBounds] = {}
@@ -155,12 +155,12 @@ def replica_bounds(args: argparse.Namespace, models: Sequence[ServedModel]) -> d
 
 
 def degrees(args: argparse.Namespace) -> dict[str, Any]:
-    """The degrees that are given."""
+    """The degrees that are set."""
     return {axis: vars(args)[axis] for axis in DEGREES if vars(args)[axis] is not None}
 
 
 def free_port(port: int, flag: str = "port") -> int:
-    """The port, once it is known that it can be had; for 0 one that is free."""
+    """The port, after a check that it can be bound; for 0 a free port. Raises InvalidInput."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

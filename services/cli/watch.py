@@ -1,4 +1,4 @@
-"""`fleet watch ID`: follows a request until it ends, and across a coordinator that goes away meanwhile."""
+"""`fleet watch ID`: follows a request until it ends, and reconnects when its coordinator stops."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
-from common.errors import Unavailable
 from fleet.v1 import generation_pb2
 from services.cli.access import Access, access_of
-from services.cli.client import ATTEMPTS, FleetClient, connect, pause, raise_unless_succeeded, state_name
+from services.cli.client import FleetClient, connect, raise_unless_succeeded, retry_unavailable, state_name
 from services.cli.options import (
     FAILED,
     SUCCESS,
@@ -23,7 +22,7 @@ from services.start_up import plain
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print a line an event; 0 when the request succeeds, 1 when it ends otherwise."""
+    """Print one line per event; exit code 0 when the request succeeds, 1 when it ends otherwise."""
     parser = command_parser("watch", "Follow a request, from its first event to its terminal state.")
     add_request_id(parser)
     add_endpoint(parser)
@@ -32,25 +31,33 @@ def main(argv: Sequence[str]) -> int:
 
 
 async def _watch(endpoint: str, access: Access, request_id: str) -> int:
-    after, failures = "", 0
     async with connect(endpoint, access) as client:
-        while True:
-            try:
-                async with contextlib.aclosing(client.watch(request_id, after)) as events:
-                    async for event in events:
-                        after, failures = event.event_id, 0
-                        if await _tell(client, request_id, event):
-                            return SUCCESS
-                return FAILED
-            except Unavailable:
-                failures += 1
-                if not after or failures > ATTEMPTS:
-                    raise
-                await pause(failures)
+        watch = _Watch(client, request_id)
+        return await retry_unavailable(watch.follow, lambda: watch.num_received)
 
 
-async def _tell(client: FleetClient, request_id: str, event: generation_pb2.Event) -> bool:
-    """Print the event; True for the last one of a request that succeeded, RequestFailed for the others' last."""
+class _Watch:
+    """Follows the events of a request, each once."""
+
+    def __init__(self, client: FleetClient, request_id: str) -> None:
+        self.num_received = 0
+        self._client = client
+        self._request_id = request_id
+        self._after = ""
+
+    async def follow(self) -> int:
+        """Print the events after the last one received; returns the exit code. Raises RequestFailed."""
+        async with contextlib.aclosing(self._client.watch(self._request_id, self._after)) as events:
+            async for event in events:
+                self._after = event.event_id
+                self.num_received += 1
+                if await _print_event(self._client, self._request_id, event):
+                    return SUCCESS
+        return FAILED
+
+
+async def _print_event(client: FleetClient, request_id: str, event: generation_pb2.Event) -> bool:
+    """Print an event. Returns True for success; raises RequestFailed for another terminal state."""
     lines = [f"{event.time.ToDatetime():%H:%M:%S.%f} {_text(event)}"]
     succeeded = event.state_change.state == generation_pb2.REQUEST_STATE_SUCCEEDED
     if succeeded:

@@ -1,4 +1,4 @@
-"""The workers of one service on this host, whose number an autoscaler changes."""
+"""The workers of one service on this host, with an adjustable number of replicas."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from services.cli.supervisor import Program, ServiceEnded, Supervisor
 
 
 class WorkerPool:
-    """Runs as many workers of one service as it was last asked for.
+    """Runs a requested number of workers of one service.
 
-    `program` returns the program of a number; numbers are used again when their programs have ended. `spawn` runs a
-    program's coroutine in the background. Scale-in ends the newest workers: SIGTERM, after which each finishes or hands
-    over its requests. A worker that is ending does not count. Where one cannot run beside the others of a ready fleet,
-    as without memory for it, `most` is the number of those from then on.
+    `program` returns the program of a worker number; numbers are reused when their programs have exited. `spawn` runs a
+    program's coroutine in the background. Scale-in stops the newest workers with SIGTERM; they finish or hand over
+    their requests, and no longer count. If a worker of a ready fleet cannot run beside the others, for example without
+    free memory, `most` becomes the number of the others.
     """
 
     def __init__(
@@ -35,16 +35,16 @@ class WorkerPool:
 
     @property
     def size(self) -> int:
-        """Workers that run or start, and are not ending."""
+        """Workers that are running or starting, without those that are shutting down."""
         return len(self._numbers)
 
     @property
     def most(self) -> int:
-        """Workers that can run, as far as it is known."""
+        """Largest number of workers that can run, as far as known."""
         return self._most
 
     def resize(self, count: int) -> None:
-        """Start or end workers, so that there are `count`. Returns at once."""
+        """Start or stop workers until there are `count`. Returns at once."""
         while len(self._numbers) < count:
             number = next(each for each in range(count + len(self._ending)) if each not in self._taken)
             self._numbers.append(number)
@@ -60,16 +60,16 @@ class WorkerPool:
 
     async def _run(self, number: int) -> None:
         try:
-            await self._supervisor.keep(self._program(number))
+            await self._supervisor.supervise(self._program(number))
         except ServiceEnded as ended:
             if not self._supervisor.ready or not self._give_up(number):
                 raise
-            self._note(f"{ended}; the service has {len(self._numbers)} of its workers, and starts no more")
+            self._note(f"{ended}; the service continues with {len(self._numbers)} of its workers")
         finally:
             self._ending.discard(number)
 
     def _give_up(self, number: int) -> bool:
-        """Do without a worker. Returns whether others are left."""
+        """Remove a worker for good. Returns whether others are left."""
         if number in self._numbers:
             self._numbers.remove(number)
             self._most = len(self._numbers)

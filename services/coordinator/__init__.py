@@ -1,1 +1,1 @@
-"""The coordinator: takes requests, orders stages, keeps its state in Redis. Free of torch."""
+"""The coordinator: accepts requests, runs their stages on workers, keeps its state in Redis. Does not import torch."""

@@ -1,4 +1,4 @@
-"""How the coordinator meets others over TLS: clients at its public port, and workers when it calls them."""
+"""TLS of the coordinator: server credentials of its ports, and channels to workers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from services.coordinator.settings import CoordinatorSettings
 
 
 def public_credentials(settings: CoordinatorSettings) -> grpc.ServerCredentials | None:
-    """What the public port shows and asks for; None for plain text. Raises InvalidInput for files that do not fit."""
+    """Server credentials of the public port; None for plain text. Raises InvalidInput for unusable files."""
     if _identity_for_clients(settings) is None:
         return None
 
@@ -40,7 +40,7 @@ def public_credentials(settings: CoordinatorSettings) -> grpc.ServerCredentials 
 
 
 def scaler_credentials(settings: CoordinatorSettings) -> grpc.ServerCredentials | None:
-    """Mutual TLS, as workers serve it; None for plain text. Raises InvalidInput for files that do not fit."""
+    """Server credentials for mutual TLS of the scaler port; None for plain text. Raises InvalidInput as above."""
     tls = watch_mutual(settings)
     return None if tls is None else mutual_credentials(tls)
 
@@ -58,23 +58,23 @@ def _identity_for_clients(settings: CoordinatorSettings) -> ServerIdentity | Non
 
 @dataclass(frozen=True)
 class WorkerAccess:
-    """Opens channels to workers: over mutual TLS where there are files for it."""
+    """Opens channels to workers, with mutual TLS where it is configured."""
 
     tls: WatchedFiles[Mutual] | None = None
     worker_name: str = ""
 
     @classmethod
     def of(cls, settings: CoordinatorSettings) -> WorkerAccess:
-        """As the settings say. Raises InvalidInput as above."""
+        """Read the TLS files of the settings. Raises InvalidInput as above."""
         return cls(watch_mutual(settings), settings.tls_worker_name)
 
     @property
     def version(self) -> int:
-        """Grows when the files have changed: channels that were opened before show what they held then."""
+        """Version of the files, which grows when they change: open channels still use the previous certificate."""
         return 0 if self.tls is None else self.tls.versioned()[0]
 
     def open(self, address: str) -> grpc.aio.Channel:
-        """A channel to a worker, which shows the certificate that the files hold now."""
+        """Open a channel to a worker, with the current certificate."""
         if self.tls is None:
             return open_channel(address)
         return open_channel(address, self.tls.value.channel(), server_name=self.worker_name)

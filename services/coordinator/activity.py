@@ -1,4 +1,4 @@
-"""Requests with what each of them does or waits for, and an estimate of how long it waits."""
+"""Requests with their current activity, and an estimate of their waiting time."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fleet.v1 import generation_pb2 as pb
 
 
 class RequestActivities:
-    """Reads them, in one operation of the store and the load of each service at which one of them waits."""
+    """Reads activities in one operation of the store, plus one read per queue with waiting requests."""
 
     def __init__(self, redis: Redis, loads: StageLoads) -> None:
         self._redis = redis
         self._loads = loads
 
     async def list(self, services: Mapping[str, Sequence[str]], *, caller: str, most: int) -> pb.ListRequestsResponse:
-        """Requests of the models in `services` that have not ended, then the newest others. Raises Unavailable.
+        """Open requests of the models in `services`, then the newest others. Raises Unavailable.
 
-        `caller` restricts them to one caller's; empty for all.
+        `caller` restricts the list to requests of one caller; empty for all callers.
         """
         found = await read_activities(self._redis, services, caller=caller, most=most)
         queues = {queue for request in found.requests for queue in request.queues if queue is not None}
@@ -36,6 +36,6 @@ class RequestActivities:
 
 
 def _wait_seconds(load: StageLoad, queue: StageQueue, ahead: int) -> float:
-    """Seconds until the live workers have finished what runs and what is ahead, at the mean work of what waits."""
+    """Seconds until the live workers finish the running work and `ahead` requests of mean queued work."""
     mean = load.waiting_seconds / load.waiting_claims if load.waiting_claims else 0.0
     return (load.running_seconds + ahead * mean) / max(queue.live_workers, 1)

@@ -1,13 +1,13 @@
-"""Who calls: by API key or token where those are set, else by the certificate that was asked for, else anybody.
+"""Authentication of callers: by API key or token where configured, else by client certificate, else none.
 
-The keys file holds digests, so that reading it lets nobody in:
+The keys file stores digests, so that a leaked file discloses no key:
 
     [callers.studio]
-    key_sha256 = ["9f86d081…"]    # of each key that is valid, in hex: a new one can be added before an old one goes
-    max_open = 20                 # optional: requests that this caller may have open
+    key_sha256 = ["9f86d081…"]    # hex digest of each valid key; several, so that keys can be rotated
+    max_open = 20                 # optional: bound on the open requests of this caller
 
-Keys are random and long, so that a plain digest of them cannot be reversed; they are not passwords. Tokens are those of
-services.coordinator.tokens. Files of either kind are read again when they change.
+Keys are long and random, not passwords, so that a plain digest cannot be reversed. services.coordinator.tokens verifies
+tokens. Files of both kinds are reread when they change.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Caller:
-    """Somebody with a name; `max_open` None takes the fleet's bound."""
+    """An authenticated caller; `max_open` None stands for the bound of the fleet."""
 
     name: str
     max_open: int | None = None
@@ -52,17 +52,17 @@ _current: ContextVar[Caller] = ContextVar("fleet_caller", default=ANYBODY)
 
 
 def current_caller() -> Caller:
-    """Who makes the call that this task serves."""
+    """The caller of the RPC that the current task serves."""
     return _current.get()
 
 
 def admission(settings: CoordinatorSettings) -> Admit:
-    """What finds out who calls. Raises InvalidInput for a file of keys that cannot be read or understood."""
+    """The authentication check of RPCs. Raises InvalidInput for an unreadable or malformed file."""
     keys, tokens = _watched_keys(settings), _watched_tokens(settings)
     if keys is None and tokens is None:
         return by_certificate if settings.tls_client_ca is not None else admit_all
     if settings.tls_cert is None and settings.tls_public_cert is None:
-        _log.warning("API keys and tokens are unencrypted, unless a proxy encrypts", missing="tls_cert")
+        _log.warning("API keys and tokens are unencrypted unless a proxy terminates TLS", missing="tls_cert")
     return ByBearer(keys, tokens, settings.max_open_of_caller)
 
 
@@ -94,18 +94,18 @@ def _watched_tokens(settings: CoordinatorSettings) -> WatchedFiles[TokenVerifier
 
 
 def by_certificate(context: Context) -> None:
-    """The caller is who its certificate says. Raises Unauthenticated for one without a usable name."""
+    """Set the caller from its client certificate. Raises Unauthenticated for a certificate without a usable name."""
     for name in peer_names(context):
         if _NAME.fullmatch(name):
             _current.set(Caller(name))
             return
-    raise Unauthenticated("no name in the certificate is of letters, digits and ._@- alone, 64 at most")
+    raise Unauthenticated("no name in the certificate consists of at most 64 letters, digits and ._@-")
 
 
 class ByBearer:
-    """The caller is whose key or token came along, as `authorization: Bearer KEY` or `Bearer TOKEN`.
+    """Authenticates callers by `authorization: Bearer KEY` or `Bearer TOKEN` in the metadata.
 
-    A token may lower the bound that its caller has by the keys file, or else by `max_open_of_caller`.
+    A token may lower the caller's bound, which is set in the keys file or else by `max_open_of_caller`.
     """
 
     def __init__(
@@ -114,22 +114,22 @@ class ByBearer:
         self._keys = keys
         self._tokens = tokens
         self._max_open_of_caller = max_open_of_caller
-        self._what = " or ".join(word for word, kind in (("KEY", keys), ("TOKEN", tokens)) if kind is not None)
+        self._accepted = " or ".join(word for word, kind in (("KEY", keys), ("TOKEN", tokens)) if kind is not None)
 
     def __call__(self, context: Context) -> None:
-        """Raise Unauthenticated without a key or token, or with one that does not count here."""
+        """Set the caller. Raises Unauthenticated for a missing or invalid key or token."""
         given = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
         if len(given) != 1:
             raise Unauthenticated(
-                f"send one of these in the metadata: `authorization: Bearer {self._what}` (fleet: FLEET_API_KEY)"
+                f"send `authorization: Bearer {self._accepted}` once in the metadata (fleet: FLEET_API_KEY)"
             )
         text = given[0] if isinstance(given[0], str) else given[0].decode("ascii", "replace")
         if not text.lower().startswith(_SCHEME):
-            raise Unauthenticated(f"authorization must read `Bearer {self._what}`")
+            raise Unauthenticated(f"authorization must be `Bearer {self._accepted}`")
         _current.set(self.find(text[len(_SCHEME) :].strip()))
 
     def find(self, given: str) -> Caller:
-        """Whose key or token it is. Raises Unauthenticated."""
+        """The caller with this key or token. Raises Unauthenticated."""
         if self._tokens is not None and (self._keys is None or looks_like_token(given)):
             return self._by_token(self._tokens.value, given)
         if self._keys is None:
@@ -139,7 +139,7 @@ class ByBearer:
     def _by_token(self, tokens: TokenVerifier, token: str) -> Caller:
         claimed = tokens.verify(token)
         if not _NAME.fullmatch(claimed.name):
-            raise Unauthenticated("the token's caller must have a name of letters, digits and ._@-, 64 at most")
+            raise Unauthenticated("the caller's name in the token must consist of at most 64 letters, digits and ._@-")
         known = None if self._keys is None else self._keys.value.bound(claimed.name)
         if claimed.max_open is None:
             return Caller(claimed.name, known)
@@ -154,37 +154,37 @@ class Keys:
         self._bounds = {caller.name: caller.max_open for caller in callers.values()}
 
     def find(self, key: str) -> Caller:
-        """Whose key it is; takes the same time for every key. Raises Unauthenticated."""
+        """The caller with this key, found in constant time. Raises Unauthenticated."""
         digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
         found: Caller | None = None
         for known, caller in self._callers.items():
             if hmac.compare_digest(known, digest):
                 found = caller
         if found is None:
-            raise Unauthenticated("the API key is not known here")
+            raise Unauthenticated("the API key is unknown")
         return found
 
     def bound(self, name: str) -> int | None:
-        """The bound that the file gives this caller; None where it gives none."""
+        """The bound of a caller in the file; None without one."""
         return self._bounds.get(name)
 
 
 def read_keys(path: Path) -> dict[bytes, Caller]:
-    """The callers by the SHA-256 of their keys. Raises InvalidInput that names what is wrong in the file."""
+    """Callers by the SHA-256 of their keys. Raises InvalidInput with the fault in the file."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InvalidInput(f"api_keys: {path} cannot be read: {error.strerror}", field="api_keys") from None
+        raise InvalidInput(f"api_keys: {path} is not readable: {error.strerror}", field="api_keys") from None
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"api_keys: {path} is not TOML: {error}", field="api_keys") from None
     callers = table.get("callers")
     if set(table) != {"callers"} or not isinstance(callers, dict) or not callers:
-        raise InvalidInput(f"api_keys: {path} must be tables [callers.NAME] and nothing else", field="api_keys")
+        raise InvalidInput(f"api_keys: {path} must contain only tables [callers.NAME]", field="api_keys")
     keys: dict[bytes, Caller] = {}
     for name, entry in callers.items():
         for digest, caller in _entries(path, name, entry):
             if digest in keys:
-                raise InvalidInput(f"api_keys: {name} and {keys[digest].name} have one key in {path}", field="api_keys")
+                raise InvalidInput(f"api_keys: {name} and {keys[digest].name} share a key in {path}", field="api_keys")
             keys[digest] = caller
     return keys
 
@@ -194,14 +194,14 @@ def _entries(path: Path, name: str, entry: Any) -> list[tuple[bytes, Caller]]:
         return InvalidInput(f"api_keys: [callers.{name[:64]}] in {path} {what}", field="api_keys")
 
     if not _NAME.fullmatch(name):
-        raise wrong("must have a name of letters, digits and ._@-, 64 at most")
+        raise wrong("must have a name of at most 64 letters, digits and ._@-")
     if not isinstance(entry, dict) or entry.keys() - set(_FIELDS):
-        raise wrong(f"must be a table of {' and '.join(_FIELDS)}, and of nothing else")
+        raise wrong(f"must contain only {' and '.join(_FIELDS)}")
     digests, max_open = entry.get("key_sha256"), entry.get("max_open")
     if not isinstance(digests, list) or not digests:
         raise wrong("needs key_sha256, an array of SHA-256 digests")
     if any(not isinstance(each, str) or not _DIGEST.fullmatch(each) for each in digests):
-        raise wrong("has a key_sha256 that is not 64 digits of lower case hex; `sha256sum` prints such")
+        raise wrong("has a key_sha256 that is not 64 lower-case hex digits, as `sha256sum` prints")
     if max_open is not None and (type(max_open) is not int or max_open < 0):
-        raise wrong("has a max_open that is not a number of requests")
+        raise wrong("has a max_open that is not an integer of at least 0")
     return [(bytes.fromhex(each), Caller(name, max_open)) for each in digests]

@@ -1,4 +1,4 @@
-"""Cancels requests in the store, and counts the requests that end there because no coordinator runs them."""
+"""Cancels requests in the store, and counts requests that end there because no coordinator runs them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _log = get_logger(__name__)
 
 
 class Cancellations:
-    """One for each coordinator.
+    """Cancellations of one coordinator.
 
-    The answer of the store may be lost, or its reader cancelled. Such an attempt is unsettled: settle() repeats it with
-    the same token, so that a request which it ended is counted, and counted once. Beyond 1,000 unsettled attempts the
-    oldest one is dropped.
+    The store's answer may be lost, or the RPC cancelled while it waits. Such an attempt is unsettled: settle() repeats
+    it with the same token, so that a request ended by it is counted exactly once. Beyond 1,000 unsettled attempts, the
+    oldest is dropped.
     """
 
     def __init__(self, store: RequestStore) -> None:
@@ -33,14 +33,14 @@ class Cancellations:
         self._unsettled: dict[str, str] = {}
 
     async def cancel(self, request_id: str) -> generation_pb2.RequestRecord:
-        """Ask the owner of a request to end it; without a live owner it ends here. Raises NotFound, Unavailable."""
+        """Ask the owner of a request to cancel it, or end it without a live owner. Raises NotFound, Unavailable."""
         token = self._unsettled.setdefault(request_id, secrets.token_hex(8))
         while len(self._unsettled) > _MOST_UNSETTLED:
             del self._unsettled[next(iter(self._unsettled))]
         return await self._attempt(request_id, token)
 
     async def settle(self) -> None:
-        """Repeat attempts without an answer; those that the store cannot answer now stay unsettled."""
+        """Repeat unsettled attempts. Attempts that the store cannot answer now stay unsettled."""
         for request_id, token in list(self._unsettled.items()):
             with log_scope(request_id=request_id):
                 try:
@@ -57,13 +57,13 @@ class Cancellations:
             if not isinstance(error, Unavailable):
                 self._forget(request_id, token)
             raise
-        # Concurrent attempts share a token, and all of them learn that the request ended by it.
+        # Concurrent attempts share a token, and each of them learns that it ended the request.
         if self._forget(request_id, token) and ended_here:
             _count_end(record)
         return record
 
     def _forget(self, request_id: str, token: str) -> bool:
-        """Remove an attempt that has an answer; False where another answer was earlier."""
+        """Remove a settled attempt; False if a concurrent attempt already removed it."""
         if self._unsettled.get(request_id) != token:
             return False
         del self._unsettled[request_id]
@@ -71,7 +71,7 @@ class Cancellations:
 
 
 def _count_end(record: generation_pb2.RequestRecord) -> None:
-    """Count a request that ended in the store, and export the root of its trace."""
+    """Count a request that ended in the store, and end the root span of its trace."""
     name = state_label(record.state)
     trace = RequestTrace.resume(record)
     seconds = (record.updated_at.ToNanoseconds() - record.created_at.ToNanoseconds()) / 1e9

@@ -1,4 +1,4 @@
-"""A running coordinator: the server, what it keeps alive in the store, and how it ends."""
+"""A running coordinator: its server, its housekeeping in the store, and its shutdown."""
 
 from __future__ import annotations
 
@@ -40,30 +40,32 @@ from services.coordinator.settings import CoordinatorSettings
 from services.coordinator.store_watch import SUBMIT_HEALTH, StoreWatch
 from services.coordinator.worker_runner import ArtifactMemory, Connections, Workers
 
-_DELIVERY_SECONDS = 1.0  # for callers to hear of an end that came with the end of the grace time
+_DELIVERY_SECONDS = 1.0
+"""Time for callers to receive terminal events that are sent at the end of the grace time."""
+
 
 _log = get_logger(__name__)
 
 
 class Coordinator:
-    """Accepts requests at `address` from start() to stop(). Ready, as health checks see it, while the store answers.
+    """Accepts requests at `address` from start() to stop(). Health checks report it as ready while the store answers.
 
-    The health of SUBMIT_HEALTH also says whether the store has memory for new requests.
+    The health of SUBMIT_HEALTH additionally depends on free memory in the store.
     """
 
     def __init__(self, models: Sequence[ServedModel], settings: CoordinatorSettings) -> None:
         self._models = {model.name: OfferedModel.of(model) for model in models}
         if len(self._models) != len(models):
             names = ", ".join(sorted(model.name for model in models))
-            raise InvalidInput(f"two models have one name ({names}); write OTHER=DIR for one of them", field="model")
+            raise InvalidInput(f"two models have the same name ({names}); rename one with OTHER=DIR", field="model")
         for name, model in self._models.items():
             create_series(name, [spec.service for spec in model.services])
         self._settings = settings
         self._redis: Redis = connect(settings.redis)
-        beat, ttl = settings.heartbeat_seconds, settings.heartbeat_ttl_seconds
+        heartbeat, ttl = settings.heartbeat_seconds, settings.heartbeat_ttl_seconds
         owner = f"coordinator-{secrets.token_hex(6)}"
-        self._presence = Presence(self._redis, owner, heartbeat_seconds=beat, ttl_seconds=ttl)
-        self._registry = WorkerRegistry(self._redis, heartbeat_seconds=beat, ttl_seconds=ttl)
+        self._presence = Presence(self._redis, owner, heartbeat_seconds=heartbeat, ttl_seconds=ttl)
+        self._registry = WorkerRegistry(self._redis, heartbeat_seconds=heartbeat, ttl_seconds=ttl)
         self._slots = WorkerSlots(self._redis, self._presence)
         self._connections = Connections(CallLimits(total_bytes=settings.max_artifact_bytes), WorkerAccess.of(settings))
         self.artifact_memory = ArtifactMemory(settings.max_artifact_bytes)
@@ -119,23 +121,23 @@ class Coordinator:
 
     @property
     def address(self) -> str:
-        """Where it listens."""
+        """The listen address of the public API."""
         return self._server.address
 
     @property
     def scaler_address(self) -> str:
-        """Where autoscalers ask for loads; empty where they cannot."""
+        """The listen address of the external scaler; empty without one."""
         return self._scaler.address if self._scaler else ""
 
     @property
     def calls_in_flight(self) -> int:
-        """Calls being served."""
+        """Number of RPCs in progress."""
         return self._server.gate.in_flight
 
     async def start(self) -> None:
         """Listen, and become ready once the store answers.
 
-        Raises FailedPrecondition when the store disagrees on a model, or is one that cannot hold requests.
+        Raises FailedPrecondition for a store that is unsuitable or has another checkpoint for a model.
         """
         descriptor = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
         handler = ServiceHandler(descriptor, self._service.functions)
@@ -151,7 +153,7 @@ class Coordinator:
         self._housekeeping = asyncio.create_task(self._repeat_housekeeping())
 
     async def stop(self, grace: float) -> None:
-        """Accept nothing more, let running requests end within `grace` seconds, leave the store."""
+        """Refuse new requests, let running ones finish within `grace` seconds, and withdraw from the store."""
         began = asyncio.get_running_loop().time()
         self._server.gate.close()
         await self._set_unready()
@@ -170,7 +172,7 @@ class Coordinator:
         await self._redis.aclose()
 
     def _scaler_server(self) -> FleetServer:
-        """The server of KEDA's external scaler; callers need no API key, and a certificate where workers do."""
+        """The server of KEDA's external scaler. Callers need no API key, but a certificate where workers need one."""
         stages = {name: tuple(spec.service for spec in model.services) for name, model in self._models.items()}
         descriptor = externalscaler_pb2.DESCRIPTOR.services_by_name["ExternalScaler"]
         handler = ServiceHandler(descriptor, ScalerService(stages, self._loads).functions)
@@ -195,7 +197,7 @@ class Coordinator:
         await self._server.set_method_ready(SUBMIT_HEALTH, False)
 
     async def _run_housekeeping(self) -> None:
-        """Be present, say what the models are, take over what dead coordinators left; ready if all that works."""
+        """Announce coordinator and models, take over requests of lost coordinators; ready if all operations succeed."""
         must_await_heartbeats = self._must_await_heartbeats()
         if not self._store_checked:
             await self._settings.check_store(self._redis)
@@ -203,7 +205,7 @@ class Coordinator:
         if not self._present:
             await self._presence.start()
             self._present = True
-            _log.info("coordinator is in the request store", owner=self._presence.owner)
+            _log.info("coordinator announced in the request store", owner=self._presence.owner)
         for name, model in self._models.items():
             await self._registry.declare(name, model.served.checkpoint.fingerprint)
             for spec in model.services:
@@ -218,10 +220,10 @@ class Coordinator:
         await self._service.cancellations.settle()
         self._last_housekeeping = asyncio.get_running_loop().time()
         await self._server.set_ready(True)
-        await self._watch.look()
+        await self._watch.poll()
 
     def _must_await_heartbeats(self) -> bool:
-        """Whether living coordinators may look dead: once the store is back, each needs a heartbeat to show itself."""
+        """Whether live coordinators may appear lost: after an outage of the store, each needs time for a heartbeat."""
         now, settings = asyncio.get_running_loop().time(), self._settings
         if now - self._last_housekeeping > settings.heartbeat_ttl_seconds - settings.heartbeat_seconds:
             self._await_heartbeats_until = now + settings.heartbeat_ttl_seconds
@@ -233,7 +235,7 @@ def _used_bytes(memory: ArtifactMemory) -> float:
 
 
 async def start_coordinator(models: Sequence[ServedModel], settings: CoordinatorSettings) -> Coordinator:
-    """A coordinator that listens. Raises FleetError when its settings or its models cannot be served."""
+    """Start a coordinator. Raises FleetError when its settings or models cannot be served."""
     coordinator = Coordinator(models, settings)
     try:
         await coordinator.start()

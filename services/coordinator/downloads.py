@@ -1,4 +1,4 @@
-"""The files of results as DownloadResult and Generate send them: stored ones, and growing ones item by item."""
+"""The files of results as DownloadResult and Generate send them: stored files, and growing files item by item."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from common.state.result_items import StoredItem
 from fleet.v1 import generation_pb2 as pb
 
 Part: TypeAlias = pb.FileHeader | pb.FileData
-"""What one message of a download carries."""
+"""The payload of one message of a download."""
 
 
 def generate_response(part: Part, *, follow: bool) -> pb.GenerateResponse:
-    """The message of Generate for a part."""
+    """The Generate message with a payload."""
     if isinstance(part, pb.FileHeader):
         return pb.GenerateResponse(file=part)
     return pb.GenerateResponse(file_data=part) if follow else pb.GenerateResponse(data=part.data)
 
 
 def download_response(part: Part, *, follow: bool) -> pb.DownloadResultResponse:
-    """The message of DownloadResult for a part."""
+    """The DownloadResult message with a payload."""
     if isinstance(part, pb.FileHeader):
         return pb.DownloadResultResponse(file=part)
     return pb.DownloadResultResponse(file_data=part) if follow else pb.DownloadResultResponse(data=part.data)
 
 
 def require_stored(record: pb.RequestRecord) -> None:
-    """Raise FailedPrecondition for a result that is never stored."""
+    """Raise FailedPrecondition for an output format that is never stored."""
     if record.parameters.output_format == pb.OUTPUT_FORMAT_SAFETENSORS:
         raise FailedPrecondition(
             f"the result of request {record.request_id} was streamed to its caller and never stored",
@@ -39,7 +39,7 @@ def require_stored(record: pb.RequestRecord) -> None:
 
 
 def parts_in_memory(files: Sequence[ResultFile]) -> Iterator[Part]:
-    """Each file's header, then its bytes."""
+    """The header of each file, followed by its bytes."""
     for file in files:
         yield file.header
         offset = 0
@@ -49,14 +49,14 @@ def parts_in_memory(files: Sequence[ResultFile]) -> Iterator[Part]:
 
 
 class Download:
-    """Sends the files of one result, each byte once: what comes while the request runs, and the rest after its end.
+    """Sends the files of one result, each byte once: items while the request runs, and the rest after its end.
 
-    With `index` only that file, from the byte `offset` on.
+    With `index`, sends only that file, from byte `offset`.
     """
 
     def __init__(self, store: RequestStore, request_id: str, index: int | None = None, offset: int = 0) -> None:
         if offset and index is None:
-            raise InvalidInput(f"offset is {offset} without an index; it is a position in one file", field="index")
+            raise InvalidInput(f"offset: {offset} is not 0 without an index; set index too", field="index")
         self._store = store
         self._request_id = request_id
         self._index = index
@@ -64,7 +64,7 @@ class Download:
         self._begun: set[int] = set()
 
     async def item(self, stored: StoredItem) -> AsyncIterator[Part]:
-        """Yield the bytes of the next item, after a header where its file begins. Raises InvalidInput, NotFound."""
+        """Yield the bytes of the next item, after a header if its file begins. Raises InvalidInput, NotFound."""
         item = stored.item
         self._check_index(item.file_count)
         if self._index not in (None, item.file_index):
@@ -83,9 +83,9 @@ class Download:
             yield part
 
     async def rest(self, record: pb.RequestRecord) -> AsyncIterator[Part]:
-        """Yield what is left once the request has succeeded. Raises InvalidInput, NotFound, FailedPrecondition.
+        """Yield the rest once the request has succeeded. Raises InvalidInput, NotFound, FailedPrecondition.
 
-        A file that item() has begun is complete: its header is sent again. Any other file is sent as a whole.
+        A file that item() has begun is complete, and only its final header is sent. Other files are sent whole.
         """
         require_stored(record)
         self._check_index(len(record.files))
@@ -96,13 +96,14 @@ class Download:
                 continue
             if self._offset > header.byte_size:
                 raise InvalidInput(
-                    f"offset is {self._offset}, but file {header.index} has {header.byte_size} bytes", field="offset"
+                    f"offset: {self._offset} is not at most {header.byte_size}, the size of file {header.index}",
+                    field="offset",
                 )
             if header.index in self._begun:
                 yield header
                 continue
             parts = self._whole(header, [each for each in items if each.item.file_index == header.index])
-            first = await anext(parts, None)  # before the header, so that an expired file is not begun
+            first = await anext(parts, None)  # Read it before the header: the file may have expired.
             yield header
             if first is not None:
                 yield first
@@ -111,7 +112,9 @@ class Download:
 
     def _check_index(self, count: int) -> None:
         if self._index is not None and self._index >= count:
-            raise InvalidInput(f"index is {self._index}, but the result has {count} files", field="index")
+            raise InvalidInput(
+                f"index: {self._index} is not below {count}, the number of files in the result", field="index"
+            )
 
     async def _whole(self, header: pb.FileHeader, items: Sequence[StoredItem]) -> AsyncIterator[Part]:
         for stored in items:
@@ -125,7 +128,7 @@ class Download:
                 position += len(chunk)
 
     async def _bytes_of(self, stored: StoredItem) -> AsyncIterator[Part]:
-        """The bytes of an item after the offset."""
+        """The bytes of an item from the offset."""
         item = stored.item
         skipped = min(max(self._offset - item.offset, 0), item.byte_size)
         position = item.offset + skipped

@@ -1,4 +1,4 @@
-"""Admission, take-over and draining of requests, and the registry of those that request_life runs."""
+"""Admission, take-over and draining of requests, and the registry of running executions."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from services.coordinator.take_over import Restore, inherit, settle
 
 
 class Registry:
-    """The executions of this coordinator that are not closed, each with its phase.
+    """The executions of this coordinator that are not closed.
 
-    A request has more than one while a take-over of it waits for what runs here under an earlier epoch.
+    A request has several while its take-over waits for the end of its executions under earlier epochs.
     """
 
     def __init__(self) -> None:
         self._executions: dict[str, list[Execution]] = {}
 
     def __iter__(self) -> Iterator[Execution]:
-        """All executions."""
+        """Iterate over all executions."""
         return iter([execution for each in self._executions.values() for execution in each])
 
     def request_ids(self) -> list[str]:
-        """The ids of all requests."""
+        """The IDs of all requests."""
         return list(self._executions)
 
     def of(self, request_id: str) -> list[Execution]:
-        """The executions of a request, the latest epoch last."""
+        """The executions of a request by epoch, the latest last."""
         return list(self._executions.get(request_id, ()))
 
     def add(self, execution: Execution) -> None:
@@ -46,7 +46,7 @@ class Registry:
         self._executions.setdefault(execution.request_id, []).append(execution)
 
     def discard(self, execution: Execution) -> None:
-        """Remove an execution that is closed."""
+        """Remove a closed execution."""
         left = [each for each in self._executions[execution.request_id] if each is not execution]
         if left:
             self._executions[execution.request_id] = left
@@ -55,7 +55,7 @@ class Registry:
 
 
 class Driver:
-    """Admits requests and runs them. One for each coordinator."""
+    """Admits requests and runs them. Each coordinator has one."""
 
     def __init__(self, context: ExecutionContext) -> None:
         self._context = context
@@ -63,9 +63,9 @@ class Driver:
         self._stopping = False
 
     async def accept(self, submission: Submission) -> tuple[Admission, Execution | None]:
-        """Store a request and start it. No execution for a replayed request. Continues if the caller is cancelled.
+        """Store a request and start it, even if the calling task is cancelled. A replayed request has no execution.
 
-        Raises what RequestStore.admit raises.
+        Raises the errors of RequestStore.admit().
         """
         record = submission.record
         submission.trace.describe(record)
@@ -89,13 +89,13 @@ class Driver:
     async def _acquire(
         self, submission: Submission, admission: asyncio.Task[Admission], execution: Execution
     ) -> Acquired | None:
-        """Wait for the answer to an admission; None for a request that is refused, or replayed."""
+        """Wait for the answer to an admission; None for a refused or replayed request."""
         try:
             admitted = await admission
         except Unavailable:
             return await settle(execution, submission, self._context.store)
         except FleetError:
-            return None  # accept() raises the error
+            return None  # accept() raises the error.
         if admitted.replayed:
             submission.trace.replay(admitted.record.request_id)
             return None
@@ -104,13 +104,13 @@ class Driver:
         return Acquired(submission, admitted.seconds_left)
 
     async def take_over(self, model: str, restore: Restore, *, beyond_own: bool = True) -> None:
-        """Go on with open requests of a model that nobody runs, end those that are cancelled. Raises Unavailable.
+        """Continue open requests of a model without a live owner, and apply cancellations. Raises Unavailable.
 
-        Unless `beyond_own`, only with those that belong to this coordinator: the store may have given it one whose
-        news was lost. One that cannot be run here ends as FAILED.
+        With `beyond_own` False, only requests owned by this coordinator: the store's answer to an earlier take-over
+        may have been lost. A request that cannot run here ends as FAILED.
         """
         is_more = True
-        while is_more and not self._stopping:  # what is left here would be taken again at once, and left again
+        while is_more and not self._stopping:  # After stop, requests left here would be taken over again.
             running = self._registry.request_ids()
             taken, cancelled = await self._context.leases.take_over(model, running=running, beyond_own=beyond_own)
             for inherited in taken:
@@ -140,18 +140,18 @@ class Driver:
         return execution
 
     def runs(self, request_id: str) -> bool:
-        """Whether a request is under way here."""
+        """Whether a request is running here."""
         return any(execution.phase is Phase.RUNNING for execution in self._registry.of(request_id))
 
     def cancel(self, request_id: str) -> None:
-        """End a request as CANCELLED if it runs here, or is about to."""
+        """Cancel a request if it is running or starting here."""
         for execution in self._registry.of(request_id):
             execution.cancel()
 
     async def drain(self, grace: float) -> None:
-        """Let running requests finish within `grace` seconds. The next coordinator continues the others.
+        """Let running requests finish within `grace` seconds. Other coordinators continue the rest.
 
-        A raw one, whose result nobody else could deliver, ends as FAILED.
+        A raw request ends as FAILED, because no other coordinator can deliver its result.
         """
         await self._wait_for_running(grace)
         self._stopping = True

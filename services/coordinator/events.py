@@ -1,4 +1,4 @@
-"""Writes a request's events while it runs, without ever holding it up."""
+"""Writes the events of a running request without blocking it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = get_logger(__name__)
 
 
 class EventLog:
-    """A running request's events as they were stored, for those who follow it in this process: they spare the store."""
+    """The stored events of a running request, so that followers in this process need not read the store."""
 
     def __init__(self, events: Iterable[generation_pb2.Event] = ()) -> None:
         self._events = list(events)
@@ -27,12 +27,12 @@ class EventLog:
         self._more = asyncio.Event()
 
     def extend(self, events: Iterable[generation_pb2.Event]) -> None:
-        """More events have been stored."""
+        """Add events after they are stored."""
         self._events += events
         self._wake()
 
     def close(self) -> None:
-        """No more will come."""
+        """End all iterations of follow()."""
         self._closed = True
         self._wake()
 
@@ -41,7 +41,7 @@ class EventLog:
         self._more = asyncio.Event()
 
     async def follow(self) -> AsyncIterator[generation_pb2.Event]:
-        """All events as they come, until close()."""
+        """Yield all events as they are added, until close()."""
         sent = 0
         while True:
             for event in self._events[sent:]:
@@ -54,12 +54,12 @@ class EventLog:
 
 
 class EventWriter:
-    """One write at a time; what comes meanwhile goes with the next one, of a stage's steps only the latest.
+    """Writes events in batches, one write at a time; of the steps of a stage in a batch, only the latest is kept.
 
-    Where the answer to a write is lost, the same events are written again until there is one, so that each is stored
-    once. Steps wait until `step_seconds` after the write before, so that quick ones do not cost more than they tell.
-    What is stored goes into `log`. `on_ended` is called when the store says that the request has ended, or goes on,
-    elsewhere.
+    If the answer to a write is lost, the same events are written again with the same numbers, so that each is stored
+    once. Steps wait until `step_seconds` after the previous write, which bounds the load of fast steps. `log` receives
+    the stored events. `on_ended` is called when the store reports that the request has ended or continues at another
+    coordinator.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class EventWriter:
         self._task.add_done_callback(self._release)
 
     def progress(self, service: str, step: int, total_steps: int) -> None:
-        """A stage has done so many of its steps; 0 when it begins."""
+        """Add the progress of a stage in steps; 0 when the stage begins."""
         if step:
             self._pending = [each for each in self._pending if not _is_step_of(each, service)]
         self.add(
@@ -99,37 +99,37 @@ class EventWriter:
         )
 
     def warning(self, field: str, message: str) -> None:
-        """The caller should know something. The record holds all warnings, so their number and length are bounded."""
+        """Add a warning for the caller. The record stores all warnings, so their number and length are bounded."""
         self._warnings += 1
         if self._warnings > _MOST_WARNINGS:
-            _log.warning("warning left out, the request has too many", field=field[:MAX_FIELD])
+            _log.warning("warning dropped, the request has too many", field=field[:MAX_FIELD])
             return
         warning = artifacts_pb2.Warning(field=field[:MAX_FIELD], message=message[:MAX_MESSAGE])
         self.add(generation_pb2.Event(warning=warning))
 
     def add(self, event: generation_pb2.Event) -> None:
-        """Any event."""
+        """Add an event."""
         self._pending.append(event)
         self._wake.set()
 
     async def add_stored(self, event: generation_pb2.Event) -> None:
-        """Any event; returns once it is stored. Raises Aborted where the request has ended, or goes on, elsewhere."""
+        """Add an event and wait until it is stored. Raises Aborted if the request ended or continues elsewhere."""
         waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiters.append((event, waiter))
         self.add(event)
         if not await waiter:
-            raise Aborted(f"request {self._request_id} has ended, or goes on at another coordinator")
+            raise Aborted(f"request {self._request_id} has ended, or continues at another coordinator")
 
     async def close(self) -> None:
-        """End writing."""
+        """Stop writing."""
         self._closing = True
         self._wake.set()
         await self._task
 
     async def rest(self) -> list[generation_pb2.Event]:
-        """Once closed: what is not written yet, to go with the request's end. Raises Unavailable.
+        """After close(): the events that are not written yet, to be stored with the request's end. Raises Unavailable.
 
-        Events of which it is not known whether they are stored are written again first.
+        Events with an unknown write result are written again first.
         """
         if self._unsure:
             await self._store_unsure()
@@ -151,14 +151,14 @@ class EventWriter:
         self._log.extend(stored or ())
 
     def _settle(self, events: Sequence[generation_pb2.Event], *, is_stored: bool) -> None:
-        """Wake up those who wait for these events."""
+        """Resolve the futures of add_stored() for these events."""
         for event, waiter in self._waiters:
             if any(event is each for each in events) and not waiter.done():
                 waiter.set_result(is_stored)
         self._waiters = [(event, waiter) for event, waiter in self._waiters if not waiter.done()]
 
     def _release(self, task: asyncio.Task[None]) -> None:
-        """Nothing more is written: end the waiting for events, with the error that ended the writing."""
+        """Resolve all remaining futures with the error of the write task, or cancel them."""
         error = None if task.cancelled() else task.exception()
         for _, waiter in self._waiters:
             if not waiter.done() and error is not None:
@@ -191,7 +191,7 @@ class EventWriter:
                 self._wake.set()
 
     async def _woken_before(self, moment: float) -> None:
-        """Wait for something new, at most until a moment of the loop's time."""
+        """Wait for a new event, at most until `moment`, a time of the event loop."""
         try:
             async with asyncio.timeout_at(moment):
                 await self._wake.wait()

@@ -1,4 +1,4 @@
-"""Puts plain functions behind a service's RPCs: bytes in, parsed here, so that a wrong field gets its name."""
+"""gRPC handlers that parse requests themselves, so that an error about a field names the field."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Function = Callable[[Any], Awaitable[Message]] | Callable[[Any], AsyncGenerator[
 
 
 class ServiceHandler:
-    """The `methods` of a service, each with the function of its name. Raises KeyError when one is missing."""
+    """gRPC method handlers of a service, one per function by name. Raises KeyError for a missing function."""
 
     def __init__(self, service: ServiceDescriptor, functions: Mapping[str, Function]) -> None:
         self.service_name = str(service.full_name)

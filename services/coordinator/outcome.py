@@ -1,4 +1,4 @@
-"""The end of a request: its state, with the error or the files of the result."""
+"""The outcome of a request: its terminal state with the error or the files of the result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fleet.v1 import artifacts_pb2, generation_pb2
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a request ended. `steps_saved` are the denoising steps that were not computed because it ended early."""
+    """Terminal state of a request. `steps_saved` counts denoising steps skipped because the request ended early."""
 
     state: StateValue
     error: generation_pb2.Error | None = None
@@ -23,23 +23,20 @@ class Outcome:
 
 
 def success(slot: str, media: Packet, *, max_bytes: int | None = None) -> Outcome:
-    """SUCCEEDED with the files in a packet of Media, or FAILED where they are more than `max_bytes`.
-
-    `slot` is the result's.
-    """
+    """SUCCEEDED with the files in a packet of Media, the value of `slot`; FAILED if they exceed `max_bytes`."""
     try:
         files = result_files(slot, media)
     except InternalError as error:
         return failure(error)
     size = sum(file.header.byte_size for file in files)
     if max_bytes is not None and size > max_bytes:
-        message = f"the raw result has {size} bytes; at most {max_bytes} are streamed"
+        message = f"the raw result has {size} bytes, more than the {max_bytes} that can be streamed"
         return failure(ResourceExhausted(message, field="output_format"))
     return Outcome(State.REQUEST_STATE_SUCCEEDED, files=files)
 
 
 def failure(error: FleetError) -> Outcome:
-    """FAILED with an error, whose message is of bounded size."""
+    """FAILED with an error, whose message is truncated to a maximum size."""
     status = to_status(error)
     return Outcome(
         State.REQUEST_STATE_FAILED,
@@ -48,7 +45,7 @@ def failure(error: FleetError) -> Outcome:
 
 
 def result_files(slot: str, packet: Packet) -> list[ResultFile]:
-    """The files in a packet of Media, which is the value of `slot`. Raises InternalError for another artifact."""
+    """The files in a packet of Media, the value of `slot`. Raises InternalError for another artifact."""
     media = packet.message
     if not isinstance(media, artifacts_pb2.Media):
         raise InternalError(f"the result is a {media.DESCRIPTOR.name}, not Media")

@@ -1,4 +1,4 @@
-"""Sampling parameters between the public API's message and the names and values that models know."""
+"""Converts sampling parameters between the public API's message and values by name."""
 
 from __future__ import annotations
 
@@ -17,45 +17,47 @@ _FORMATS = {
 }
 _FORMAT_NUMBERS = {name: number for number, name in _FORMATS.items()}
 _FORMAT = "output_format"
-_APART = ("images", "params")
+_NOT_SCALAR = ("images", "params")
 
 
 def given_parameters(message: generation_pb2.GenerationParameters) -> dict[str, ParamValue]:
-    """What the caller set, by name. Raises InvalidInput for a format that is none and a parameter in two places."""
+    """The parameters that the caller set, by name. Raises InvalidInput for an unknown format or a repeated name."""
     given: dict[str, ParamValue] = {
         descriptor.name: value
         for descriptor, value in message.ListFields()
-        if descriptor.name not in _APART and descriptor.name != _FORMAT
+        if descriptor.name not in _NOT_SCALAR and descriptor.name != _FORMAT
     }
     if message.output_format:
         if message.output_format not in _FORMATS:
             raise InvalidInput(
-                f"output_format {message.output_format} is unknown; {', '.join(_FORMAT_NUMBERS)} are known",
+                f"output_format: {message.output_format} is not a format; {', '.join(_FORMAT_NUMBERS)} work",
                 field=_FORMAT,
             )
         given[_FORMAT] = _FORMATS[message.output_format]
     for name in sorted(message.params):
         if name in message.DESCRIPTOR.fields_by_name:
-            raise InvalidInput(f"{name} has a field of its own; it cannot come in params", field=name)
+            raise InvalidInput(f"{name} has its own field in the message; set that field instead of params", field=name)
         given[name] = read_param(name, message.params[name])
     return given
 
 
 def given_images(message: generation_pb2.GenerationParameters) -> dict[str, bytes]:
-    """The pictures that came along, by role. Raises InvalidInput for a role that came twice, or for too many."""
+    """The images by role. Raises InvalidInput for a repeated role, or for too many images."""
     if len(message.images) > MAX_IMAGES:
-        raise InvalidInput(f"{len(message.images)} pictures came; at most {MAX_IMAGES} are taken", field="images")
+        raise InvalidInput(
+            f"{len(message.images)} images are too many; at most {MAX_IMAGES} are accepted", field="images"
+        )
     images: dict[str, bytes] = {}
     for image in message.images:
         role = image.role or "image"
         if role in images:
-            raise InvalidInput(f"two pictures came as {role[:80]!r}", field="images")
+            raise InvalidInput(f"two images have the role {role[:80]!r}; each role must be unique", field="images")
         images[role] = image.data
     return images
 
 
 def recorded_parameters(values: Mapping[str, ParamValue]) -> generation_pb2.GenerationParameters:
-    """Every value of a validated request as the message that would ask for the same."""
+    """The message with every value of a validated request."""
     message = generation_pb2.GenerationParameters()
     for name, value in values.items():
         if name == _FORMAT:

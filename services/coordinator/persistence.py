@@ -1,4 +1,4 @@
-"""Store operations that are repeated until the store answers."""
+"""Retries store operations until the store is available."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = get_logger(__name__)
 
 
 async def persist(what: str, attempt: Callable[[], Awaitable[T]]) -> T:
-    """Try until the store is available. `what` names the operation in the log line of each failed attempt."""
+    """Retry `attempt` until the store is available. `what` names the operation in log lines."""
     pause = _RETRY_SECONDS
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The rule by which a request is given up because workers are lost while they run it."""
+"""The rule for failing a request whose workers are repeatedly lost."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from collections.abc import Sequence
 from common.state.leases import Loss
 
 MOST_WITHOUT_PROGRESS = 3
-"""Suspect losses without progress after which a request is given up."""
+"""Suspect losses without progress after which a request fails."""
 
 MOST_IN_CHURN = 10
-"""The same where one of them is in churn: other workers were lost too, so that the request may be innocent."""
+"""Suspect losses without progress after which a request fails if one of them is in churn.
+
+In churn, other workers were lost as well, so that the request may not be the cause.
+"""
 
 MOST_OUTSIDE_CHURN = 10
-"""Suspect losses outside churn, with or without progress, after which a request is given up."""
+"""Suspect losses outside churn, with or without progress, after which a request fails."""
 
 
 def reason_to_give_up(losses: Sequence[Loss]) -> str:
-    """Why a request that had these suspect losses, in order, is given up; empty where it is not."""
+    """The reason for failing a request with these suspect losses, in order; empty if it continues."""
     without_progress = _since_progress(losses)
     most = MOST_IN_CHURN if any(loss.in_churn for loss in without_progress) else MOST_WITHOUT_PROGRESS
     if len(without_progress) >= most:
-        return f"{len(without_progress)} workers were lost while they ran this request, without progress between"
+        return f"{len(without_progress)} workers were lost while they ran this request, without progress in between"
     outside_churn = sum(not loss.in_churn for loss in losses)
     if outside_churn >= MOST_OUTSIDE_CHURN:
         return f"{outside_churn} workers were lost while they ran this request"
@@ -29,7 +32,7 @@ def reason_to_give_up(losses: Sequence[Loss]) -> str:
 
 
 def _since_progress(losses: Sequence[Loss]) -> list[Loss]:
-    """The losses since the request last came further than at any loss before: a later step, or a later service."""
+    """The losses since the request last progressed: to a later step or service than at any earlier loss."""
     since: list[Loss] = []
     stage, reached = -1, -1
     for loss in losses:

@@ -1,4 +1,4 @@
-"""What the stages of a request tell, on its way into events; and how many steps of its loop are done."""
+"""Converts the progress of a request's stages to events, and counts the completed denoising steps."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from services.coordinator.worker_runner import WorkerRunner
 
 
 class RequestProgress:
-    """Progress of one request.
+    """The progress of one request.
 
-    A service that reports steps begins with a total of the request's steps, every other service with a total of one; it
-    may report a larger total later, such as the frames of a video, or the steps of all its blocks.
+    The total is initially the number of denoising steps for a service that reports steps, and one for other services. A
+    service may later report a larger total, such as the frames of a video or the steps of all its blocks.
     """
 
     def __init__(self, record: generation_pb2.RequestRecord, events: EventWriter) -> None:
@@ -29,18 +29,18 @@ class RequestProgress:
 
     @property
     def steps_left(self) -> int:
-        """Steps of the loop that no worker has reported as done."""
+        """Denoising steps that no worker has reported as completed."""
         return max(0, self._steps - self._steps_done)
 
     def begin(self, spec: ServiceSpec) -> None:
-        """A worker begins on a service; with the first one, the request runs."""
+        """A worker starts a service; the first one makes the request RUNNING."""
         if not self._begun:
             self._begun = True
             self._events.add(state_event(State.REQUEST_STATE_RUNNING))
         self._events.progress(spec.service, 0, self._steps if spec.reports_steps else 1)
 
     def step(self, spec: ServiceSpec, step: int, total_steps: int) -> None:
-        """A worker came so far."""
+        """A worker has completed `step` of `total_steps`."""
         if spec.reports_steps:
             self._steps_done, self._steps = step, max(self._steps, total_steps)
         self._events.progress(spec.service, step, total_steps)
@@ -48,7 +48,7 @@ class RequestProgress:
 
 @dataclass(frozen=True)
 class ProgressReportingRunner:
-    """A runner whose progress becomes that of its request. One that tells no steps has done one at its end."""
+    """A runner that reports its progress as events. Without reported steps, its completion counts as one step."""
 
     runner: WorkerRunner
     spec: ServiceSpec
@@ -56,11 +56,11 @@ class ProgressReportingRunner:
 
     @property
     def contract(self) -> Contract:
-        """The runner's."""
+        """The contract of the wrapped runner."""
         return self.runner.contract
 
     async def __call__(self, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
-        """Run, and report."""
+        """Run the service, and report its progress."""
         steps: list[int] = []
 
         def on_progress(step: int, total_steps: int) -> None:

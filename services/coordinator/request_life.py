@@ -1,4 +1,4 @@
-"""The life of a request in one coordinator: it is acquired, its stages run, it has an outcome, its end is stored."""
+"""The life cycle of a request in one coordinator: acquisition, stages, outcome, stored end."""
 
 from __future__ import annotations
 
@@ -39,16 +39,18 @@ from services.coordinator.service_gauges import state_label
 from services.coordinator.state_lines import described, log_state, prompts_of
 from services.coordinator.worker_runner import WorkerRunner, Workers
 
-_LATER_SECONDS = 1.0  # how much later the workers' deadline is, so that it is the coordinator who says it passed
+_LATER_SECONDS = 1.0
+"""Seconds from the request's deadline to the workers' deadline: the coordinator must report the expiry."""
+
 
 _log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A validated request. `raw` results are kept in memory for the caller who waits, and never stored.
+    """A validated request. `raw` results are held in memory for the caller of Generate, and never stored.
 
-    `costs` say how much it asks of each service; see services.coordinator.costs.
+    `costs` are the request's costs by service; see services.coordinator.costs.
     """
 
     record: generation_pb2.RequestRecord
@@ -58,15 +60,15 @@ class Submission:
     idempotency_key: str = ""
     raw: bool = False
     stored: bytes = field(default=b"", repr=False)
-    """What another coordinator needs to run it."""
+    """The serialized request for a take-over by another coordinator."""
     costs: Mapping[str, int] = field(default_factory=dict)
     work: Mapping[str, StageWork] = field(default_factory=dict)
-    """What autoscaling counts, by service."""
+    """Work by service, for autoscaling."""
     trace: RequestTrace = field(default_factory=RequestTrace, repr=False)
 
     @cached_property
     def wirings(self) -> dict[str, Wiring]:
-        """What is supplied to each service, and read from it."""
+        """The inputs and outputs of each service in this request."""
         return wirings_of(self.record.variant, self.services, self.values)
 
 
@@ -88,32 +90,32 @@ class Phase(enum.Enum):
     """The state of a request in this coordinator."""
 
     ADMITTING = enum.auto()
-    """The store has been asked to admit it."""
+    """The store was asked to admit the request."""
     SETTLING = enum.auto()
-    """The answer to its admission was lost. The store is asked whether it holds the request."""
+    """The answer to the admission was lost. The store is asked whether it admitted the request."""
     INHERITED = enum.auto()
-    """It was taken over. An execution of it under an earlier epoch, if there is one here, ends first."""
+    """The request was taken over. Its execution under an earlier epoch, if any, ends first."""
     RUNNING = enum.auto()
-    """Its stages run, or its end is being stored."""
+    """Its stages are running, or its end is being stored."""
     CLOSED = enum.auto()
-    """It has ended, or another coordinator goes on with it, or it was not admitted."""
+    """The request has ended, continues at another coordinator, or was not admitted."""
 
 
 class Acquired(NamedTuple):
-    """A request that this coordinator owns. `seconds_left` until its deadline; None without a deadline."""
+    """A request owned by this coordinator, with the seconds until its deadline; None without a deadline."""
 
     submission: Submission
     seconds_left: float | None
 
 
 Acquire: TypeAlias = Callable[["Execution"], Awaitable[Acquired | None]]
-"""Makes a coordinator the owner of a request: admission, settling or take-over. None where the request does not run."""
+"""Acquires a request: by admission, settling or take-over. Returns None if the request does not run here."""
 
 
 class Execution:
     """A request in this coordinator under one epoch. `files` are the result, once the request has ended here.
 
-    Its life begins with the creation of the object; `on_closed` is called at the end of it. See _live().
+    The constructor starts its task; `on_closed` is called at the end of the task. See _live().
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class Execution:
 
     @property
     def seconds_old(self) -> float:
-        """Time since this coordinator began to acquire the request."""
+        """Seconds since this coordinator began to acquire the request."""
         return time.monotonic() - self._began
 
     def report_accepted(self, submission: Submission) -> None:
@@ -155,19 +157,19 @@ class Execution:
             log_state(State.REQUEST_STATE_QUEUED, variant=variant, caller=caller, **prompts)
 
     def report_end(self, model: str, outcome: Outcome) -> None:
-        """Log and count a request that ended here, and its duration."""
+        """Log and count a request that ended here, with its duration."""
         name = state_label(outcome.state)
         REQUESTS.labels(model, name).inc()
         observe(REQUEST_SECONDS.labels(model, name), self.seconds_old)
         log_state(outcome.state, seconds=self.seconds_old, **described(outcome))
 
     def cancel(self) -> None:
-        """End as CANCELLED; where it does not run yet, as soon as it does."""
+        """End the request as CANCELLED, now or once it runs."""
         self._cancel_requested = True
         self._interrupt()
 
     def stop(self) -> None:
-        """End since the coordinator shuts down: another one goes on with the request where that is possible."""
+        """Stop because the coordinator shuts down; another coordinator continues the request where possible."""
         self._stopped = True
         self._interrupt()
 
@@ -189,7 +191,7 @@ class Execution:
             on_closed(self)
 
     async def _run(self, acquired: Acquired) -> None:
-        """From the first stage to the stored end. A request that is left for another coordinator gets no end here."""
+        """Run the stages and store the end. A request that is left for another coordinator has no end here."""
         context, record = self._context, acquired.submission.record
         events = EventWriter(
             context.store, self.request_id, self.log, self.cancel, epoch=self.epoch, step_seconds=context.step_seconds
@@ -269,14 +271,14 @@ class Execution:
         return self._stages
 
     def _is_left_behind(self, submission: Submission, stages: asyncio.Task[dict[str, Any]], *, late: bool) -> bool:
-        """Whether only the end of this coordinator stopped the request, and another coordinator can run it."""
+        """Whether the request was stopped only by the shutdown, so that another coordinator can continue it."""
         ends_here = self._cancel_requested or late or submission.raw or not submission.stored
         return self._stopped and stages.cancelled() and not ends_here
 
     def _outcome(
         self, acquired: Acquired, stages: asyncio.Task[dict[str, Any]], progress: RequestProgress, *, late: bool
     ) -> Outcome:
-        """How the request ended, by the end of its stages."""
+        """The outcome of the request, from the result of its stages."""
         error = None if stages.cancelled() else stages.exception()
         if not stages.cancelled() and error is None:
             ((slot, value),) = stages.result().items()
@@ -289,18 +291,18 @@ class Execution:
         if self._cancel_requested:
             return Outcome(State.REQUEST_STATE_CANCELLED, steps_saved=progress.steps_left)
         if error is None:
-            return failure(Unavailable("the coordinator that ran it was shut down; submit it again"))
+            return failure(Unavailable("the coordinator of the request was shut down; submit it again"))
         if isinstance(error, FleetError):
             return failure(error)
-        _log.error("request failed by a defect", exc_info=error)
+        _log.error("request failed with an unexpected error", exc_info=error)
         return failure(InternalError(f"{type(error).__name__}: {error}"))
 
     async def _store_end(
         self, submission: Submission, outcome: Outcome, events: EventWriter, result: ResultStream
     ) -> None:
-        """Write the end down, however long the store is unavailable."""
+        """Store the end of the request; retries until the store is available."""
         store, model = self._context.store, submission.record.model
-        token = secrets.token_hex(8)  # the same for each attempt: one whose answer is lost may have ended the request
+        token = secrets.token_hex(8)  # Identifies retries: a lost answer may have ended the request.
 
         async def finish() -> list[generation_pb2.Event] | None:
             return await store.finish(
@@ -336,7 +338,7 @@ class Execution:
 
 
 def queue_priority_of(submission: Submission, service: str) -> QueuePriority:
-    """A request's place in the queue of a service."""
+    """The priority of a request in the queue of a service."""
     record = submission.record
     due = record.deadline.ToMilliseconds() if record.HasField("deadline") else 0
     return QueuePriority(record.priority, due, record.caller, submission.costs.get(service, 1))

@@ -1,7 +1,7 @@
-"""The trace of a request: its root span, which the coordinator that ends the request exports, whichever accepted it.
+"""The trace of a request. The coordinator that ends the request exports its root span, whichever admitted it.
 
-The ids of the root span are stored with the request. So the spans of all coordinators and workers have it as ancestor,
-and a coordinator that takes the request over starts the root span again with the same ids and the same start.
+The ids of the root span are stored with the request, so that it is the ancestor of the spans of all coordinators and
+workers. A coordinator that takes the request over restarts the root span with the same ids and start time.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _NAME = "request"
 
 
 def stored_span(record: generation_pb2.RequestRecord) -> Span:
-    """The root span of a stored request, to name its trace in log lines; it records nothing."""
+    """The root span of a stored request, without recording: it names the trace in log lines."""
     stored = record.trace
     own = parse_traceparent(stored.traceparent, stored.tracestate)
     return Span(own or parse_traceparent(stored.client_traceparent, stored.tracestate))
 
 
 class RequestTrace:
-    """`root` is the span that all others of the request are below; `stored` goes into the request's record.
+    """`root` is the ancestor of all spans of the request; `stored` is the trace context for the request's record.
 
-    Where this process exports no spans, `root` records nothing, and passes on the context of the client.
+    Where this process exports no spans, `root` does not record, and propagates the trace context of the client.
     """
 
     def __init__(self, root: Span = NO_SPAN, client: TraceContext | None = None) -> None:
@@ -47,9 +47,9 @@ class RequestTrace:
 
     @classmethod
     def begin(cls) -> RequestTrace:
-        """The trace of a new request, which continues that of the client's call.
+        """Start the trace of a new request, as a child of the client's span.
 
-        Its root is the current span for the rest of that call, whose metrics have the trace id as exemplar.
+        The root becomes the current span of the RPC, so that the RPC's metrics have the trace id as exemplar.
         """
         parent = current_span()
         spans = tracer()
@@ -59,7 +59,7 @@ class RequestTrace:
 
     @classmethod
     def resume(cls, record: generation_pb2.RequestRecord) -> RequestTrace:
-        """The trace of a request that another coordinator accepted; a new one where that exported no spans."""
+        """Continue the trace of a request that another coordinator admitted. Starts one if that exported no spans."""
         stored, spans = record.trace, tracer()
         client = parse_traceparent(stored.client_traceparent, stored.tracestate)
         own = parse_traceparent(stored.traceparent, stored.tracestate)
@@ -76,7 +76,7 @@ class RequestTrace:
 
     @property
     def stored(self) -> generation_pb2.TraceContext | None:
-        """What another coordinator needs to continue the trace."""
+        """The trace context that another coordinator needs to continue the trace."""
         own, client = self.root.context, self._client
         if own is None:
             return None
@@ -88,7 +88,7 @@ class RequestTrace:
         )
 
     def describe(self, record: generation_pb2.RequestRecord) -> None:
-        """Set the attributes of the root span: names and sizes, no text of the request."""
+        """Set the attributes of the root span: names and sizes, without text of the request."""
         parameters = record.parameters
         self.root.set(
             request_id=record.request_id,
@@ -103,7 +103,7 @@ class RequestTrace:
 
     @contextmanager
     def accepting(self) -> Iterator[None]:
-        """The span of validation and admission. A refusal ends the trace; an unknown answer of the store does not."""
+        """The span of validation and admission. A refusal ends the trace; a lost answer of the store does not."""
         try:
             with span("accept"):
                 yield
@@ -114,22 +114,22 @@ class RequestTrace:
             raise
 
     def refuse(self, error: FleetError) -> None:
-        """The request was not accepted."""
+        """End the trace of a refused request."""
         self.root.fail(to_status(error).code.name)
         self.root.end()
 
     def replay(self, request_id: str) -> None:
-        """The idempotency key belongs to an earlier request, which has a trace of its own."""
+        """End the trace of a replayed request: the original request has its own trace."""
         self.root.set(replayed=request_id)
         self.root.end()
 
     def taken_over(self, epoch: int) -> None:
-        """Another coordinator runs the request from now on."""
+        """Record that this coordinator continues the request."""
         with entered(self.root), span("take over", epoch=epoch):
             return
 
     def end(self, state: StateValue, error: generation_pb2.Error | None = None, *, steps_saved: int = 0) -> None:
-        """The request has ended."""
+        """End the trace with the terminal state."""
         self.root.set(state=State.Name(state).removeprefix("REQUEST_STATE_"), steps_saved=steps_saved)
         if error is not None:
             self.root.fail(error.code)

@@ -1,7 +1,7 @@
-"""The result of a request while it comes item by item: an item is stored, and has its event, before the next is taken.
+"""The result of a request as a stream of items: each item is stored, with its event, before the next one is accepted.
 
-An item is delivered once its event is stored, which only the owner of the latest epoch can do. A coordinator that takes
-the request over reads from the events what was delivered, and skips those items when they are computed again.
+An item is delivered once its event is stored, which only the owner of the latest epoch can do. After a take-over, the
+coordinator reads the delivered items from the events, and skips them when they are computed again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _log = get_logger(__name__)
 
 
 class ResultStream:
-    """Stores the items of one request's result. It is the ItemSink of the result's slot, and memory holds one item.
+    """Stores the items of one request's result, as ItemSink of the result's slot. Holds one item in memory.
 
-    A `raw` result is not stored: its bytes stay in memory for the caller of Generate, and it has no events of items.
-    Beyond `max_bytes` in all, put() raises ResourceExhausted. Call close() before the EventWriter's.
+    A `raw` result is not stored: its bytes stay in memory for the caller of Generate, and its items have no events.
+    put() raises ResourceExhausted beyond `max_bytes` in total. Call close() before that of the EventWriter.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ResultStream:
 
     @property
     def items(self) -> Sequence[StoredItem]:
-        """The items whose bytes are stored, for RequestStore.finish()."""
+        """The stored items, for RequestStore.finish()."""
         return self._stored
 
     async def take(self, items: AsyncIterable[tuple[int, Packet]]) -> list[ResultFile]:
@@ -75,11 +75,11 @@ class ResultStream:
         return bool(self._sizes)
 
     async def put(self, index: int, item: Packet, byte_size: int) -> None:
-        """Take the item with this index; one that was delivered before is skipped. Returns once it is stored.
+        """Store the item with this index and its event; skips an item that was delivered before.
 
-        Waits while the store is unavailable or full. A caller that is cancelled does not interrupt the storing, so that
-        the same item may be given again. Raises ResourceExhausted beyond the bound, Aborted once the request has ended,
-        or goes on, elsewhere, and InternalError for an item that is not the next one.
+        Waits while the store is unavailable or full. Cancellation does not interrupt the write, so that the same item
+        may be put again. Raises ResourceExhausted beyond the bound, Aborted if the request has ended or continues
+        elsewhere, and InternalError for an item out of order.
         """
         del byte_size
         await self._settle()
@@ -92,33 +92,33 @@ class ResultStream:
             self._skip(index, message)
             return
         if index > len(self._sizes):
-            raise InternalError(f"item {index} of the result came where item {len(self._sizes)} is next")
+            raise InternalError(f"received item {index} of the result; expected item {len(self._sizes)}")
         self._storing = asyncio.create_task(self._add(message, _pieces_of(item, message)))
         await self._settle()
 
     async def close(self) -> None:
-        """End storing. An item whose event is not stored yet is delivered with the request's end, or never."""
+        """Stop storing. An item whose event is not stored is delivered with the request's end, or not at all."""
         if self._storing is not None:
             self._storing.cancel()
             await asyncio.gather(self._storing, return_exceptions=True)
 
     def files(self) -> list[ResultFile]:
-        """The files, once all items have come. Only those of a raw result have bytes; the others are stored already.
+        """The files of the complete result. Only files of a raw result contain bytes; others are stored already.
 
-        Raises InternalError where a file is missing.
+        Raises InternalError for a missing file.
         """
         count = next((header.count for header in self._headers.values()), 0)
         if not count or len(self._headers) < count:
-            raise InternalError(f"the stream of the result ended with items of {len(self._headers)} of {count} files")
+            raise InternalError(f"the result stream ended with {len(self._headers)} of {count} files")
         return [ResultFile(self._headers[index], self._pieces.get(index, ())) for index in range(count)]
 
     async def _settle(self) -> None:
-        """Wait for the item that is being stored. Raises what ended it."""
+        """Wait until the current item is stored. Raises the error of the write."""
         if self._storing is not None:
             await asyncio.shield(self._storing)
 
     async def _load(self) -> None:
-        """Read the items that were delivered under earlier epochs, whose owners can deliver nothing any more."""
+        """Read the items that were delivered under earlier epochs, whose owners can no longer deliver any."""
         what = "read of delivered items"
         delivered = await persist(what, partial(self._store.delivered_items, self._request_id))
         await persist(what, partial(self._store.items.refresh, self._request_id, delivered))
@@ -130,7 +130,7 @@ class ResultStream:
     def _skip(self, index: int, message: artifacts_pb2.MediaItem) -> None:
         if message.data.byte_size != self._sizes[index]:
             _log.warning(
-                "item computed again differs, the delivered item stays: another numerics fingerprint",
+                "recomputed item differs from the delivered one, which is kept: another numerics fingerprint",
                 index=index,
                 delivered_bytes=self._sizes[index],
                 computed_bytes=message.data.byte_size,
@@ -142,27 +142,27 @@ class ResultStream:
         if size > self._max_bytes:
             kind, field = ("raw result", "output_format") if self._raw else ("result", "num_frames")
             raise ResourceExhausted(
-                f"the {kind} has {size} bytes or more; at most {self._max_bytes} are taken", field=field
+                f"the {kind} has at least {size} bytes; at most {self._max_bytes} are allowed", field=field
             )
         if self._raw:
             self._pieces.setdefault(item.file_index, []).extend(pieces)
             self._count(item)
             return
         stored = StoredItem(item, self._epoch)
-        what = f"item {item.item_index} of request {self._request_id} is finished"
+        what = f"save of item {item.item_index} of request {self._request_id}"
         await persist(what, partial(self._store.items.save, self._request_id, stored, pieces))
         self._stored.append(stored)
         self._count(item)
         await self._events.add_stored(generation_pb2.Event(item=item))
 
     def _described(self, message: artifacts_pb2.MediaItem) -> generation_pb2.ResultItem:
-        """The item as its event describes it. Raises InternalError for one that does not fit the items before it."""
+        """The item for its event. Raises InternalError for an item that does not match the items before it."""
         count = message.file_count or 1
         before = self._headers.get(message.file_index)
         counts = {header.count for header in self._headers.values()} or {count}
         if message.file_index >= count or counts != {count}:
             raise InternalError(
-                f"an item is of file {message.file_index} of {count}; items before it: {min(counts)} files"
+                f"an item belongs to file {message.file_index} of {count}; earlier items belong to {min(counts)} files"
             )
         return generation_pb2.ResultItem(
             item_index=len(self._sizes),
@@ -177,7 +177,7 @@ class ResultStream:
         )
 
     def _count(self, item: generation_pb2.ResultItem) -> None:
-        """Add an item to its file's header."""
+        """Add the size of an item to the header of its file."""
         self._sizes.append(item.byte_size)
         header = self._headers.setdefault(
             item.file_index,
@@ -201,23 +201,23 @@ def _pieces_of(packet: Packet, message: artifacts_pb2.MediaItem) -> list[bytes |
 
 
 FILES = "files"
-"""Slot of the files of a streamed result. No stage writes a slot with this name."""
+"""Slot of the files of a streamed result. No stage writes to a slot of this name."""
 
 
 @dataclass(frozen=True)
 class ResultRunner:
-    """Reads the result of a pipeline where that is a stream, as its last runner. `slot` is the result's."""
+    """The last runner of a pipeline with a streamed result: stores the stream in `slot`, and returns the files."""
 
     slot: str
     result: ResultStream
 
     @property
     def contract(self) -> Contract:
-        """From the stream of items to the files."""
+        """Input: the stream of items. Output: the files."""
         return Contract("ResultRunner", {self.slot: "Stream[MediaItem]"}, {FILES: FILES})
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
-        """Store the items as they come. Raises as ResultStream."""
+        """Store the items as they arrive. Raises the errors of ResultStream."""
         del call
         return {FILES: await self.result.take(_indexed(values[self.slot]))}
 

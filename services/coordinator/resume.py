@@ -1,7 +1,7 @@
-"""Where a request's denoising can go on after its worker, or its coordinator, has died.
+"""Resumes the denoising of a request from a step checkpoint after its worker or coordinator is lost.
 
-The newest step checkpoint is kept in memory and, off the critical path, in the store. It is of use only to a worker
-with an equal numerics fingerprint and for equal inputs, which a digest tells: else the result would be another one.
+The newest step checkpoint is held in memory and saved to the store in the background. Only a worker with the same
+numerics fingerprint can use it, for the same inputs (verified by a digest): otherwise the result would differ.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class StepCheckpointPacket:
-    """A checkpoint as a worker sent it, and what it is good for."""
+    """A step checkpoint as sent by a worker, and the origin that it is valid for."""
 
     origin: str
     packet: Packet = field(repr=False)
 
 
 def origin_of(numerics: str, values: Mapping[str, Packet]) -> str:
-    """Equal only where a checkpoint of one run fits into another: same inputs, same format and, after a dot, numerics.
+    """Origin of a checkpoint: a digest of inputs and format and, after a dot, a digest of the numerics fingerprint.
 
-    Messages hold the checksums of the tensors that travel beside them, so that the messages are enough.
+    Messages contain the checksums of their tensors, so that the tensors need not be hashed.
     """
     digest = hashlib.sha256(f"{STEP_CHECKPOINT_FORMAT}".encode())
     for slot in sorted(values):
@@ -54,7 +54,7 @@ def origin_of(numerics: str, values: Mapping[str, Packet]) -> str:
 
 
 class NewestStepCheckpoint:
-    """The newest checkpoint of one request. `inherited` says that there may be one in the store already."""
+    """The newest step checkpoint of one request. With `inherited`, the store may contain one already."""
 
     def __init__(self, leases: Leases, request_id: str, epoch: int, *, inherited: bool = False) -> None:
         self._leases = leases
@@ -67,7 +67,7 @@ class NewestStepCheckpoint:
         self._saving: asyncio.Task[None] | None = None
 
     def remember(self, origin: str, packet: Packet) -> None:
-        """A worker came so far. Saved in the background; while the store is slow, only the newest one is."""
+        """Hold a new checkpoint, and save it in the background; while the store is slow, only the newest is saved."""
         self._latest = self._unsaved = StepCheckpointPacket(origin, packet)
         if self._saving is None or self._saving.done():
             self._saving = asyncio.create_task(self._save())
@@ -84,10 +84,10 @@ class NewestStepCheckpoint:
                 STEP_CHECKPOINT_SAVES.labels("stored").inc()
             except Unavailable as error:
                 STEP_CHECKPOINT_SAVES.labels("failed").inc()
-                _log.warning("step checkpoint is not stored", error=error)
+                _log.warning("step checkpoint not stored", error=error)
             except FleetError:
                 STEP_CHECKPOINT_SAVES.labels("failed").inc()
-                _log.exception("step checkpoint is not stored")
+                _log.exception("step checkpoint not stored")
 
     @property
     def is_known(self) -> bool:
@@ -95,9 +95,9 @@ class NewestStepCheckpoint:
         return self._latest is not None
 
     async def find(self, origin: str, slot: str, *, with_any_numerics: bool = False) -> Packet | None:
-        """The checkpoint to continue from, for the resume slot `slot`; None where no checkpoint has this origin.
+        """The checkpoint to resume from, for the resume slot `slot`; None without a checkpoint of this origin.
 
-        With `with_any_numerics`, one of the same inputs is taken whichever worker made it.
+        `with_any_numerics` also accepts a checkpoint of the same inputs from a worker with other numerics.
         """
         if self._load and self._latest is None:
             self._latest = await self._loaded()
@@ -116,16 +116,16 @@ class NewestStepCheckpoint:
         except NotFound:
             return None
         except (Unavailable, InvalidInput, ResourceExhausted, DecodeError, ValueError) as error:
-            _log.warning("step checkpoint cannot be read", error=error)
+            _log.warning("step checkpoint unreadable", error=error)
             return None
 
     async def settle(self) -> None:
-        """Wait until the newest checkpoint is stored, or given up."""
+        """Wait until the newest checkpoint is stored, or its write has failed."""
         if self._saving is not None:
             await asyncio.wait({self._saving})
 
     async def close(self) -> None:
-        """Stop saving."""
+        """Cancel the background write."""
         if self._saving is not None:
             self._saving.cancel()
             await asyncio.wait({self._saving})
@@ -137,23 +137,23 @@ def step_of(packet: Packet) -> int:
 
 
 def _packet(state: bytes, frames: list[bytes]) -> Packet:
-    """A stored checkpoint. Raises InvalidInput for one that is not whole."""
+    """Decode a stored checkpoint. Raises InvalidInput for an incomplete one."""
     message = artifacts_pb2.DenoiseState.FromString(state)
     assembler = Assembler(described_tensors(STEP_CHECKPOINTS, message, CallLimits()), KeptFrames)
     for frame in frames:
         chunk = read_chunk(frame)
         if chunk is None:
-            raise InvalidInput("a part of the checkpoint is no chunk")
+            raise InvalidInput("a part of the checkpoint is not a chunk")
         assembler.add(chunk)
     return Packet(message, assembler.finish())
 
 
 class Recovery:
-    """The losses of one request, and the checkpoint to resume at.
+    """The losses of one request, and its step checkpoint.
 
-    `has_emitted` is whether a reader has items of a stream that a worker of the request emitted. The request continues
-    after them then, also on a worker whose numerics differ: what was delivered stays, and is made only once. A loss is
-    undecided until the worker's heartbeat expires. Until then the request continues, unless it would be given up if the
+    `has_emitted` is whether a reader has received items of the request's stream. The request then continues after them,
+    also on a worker with other numerics: delivered items are not computed again. A loss is undecided until the worker's
+    heartbeat expires. Meanwhile the request continues, unless it would fail with that loss as suspect.
     loss were suspect.
     """
 
@@ -164,13 +164,13 @@ class Recovery:
         self._epoch = epoch
         self._ttl_seconds = ttl_seconds
         self.has_emitted = False
-        self._has_losses = epoch > 1  # perhaps: an earlier owner may have recorded some
+        self._has_losses = epoch > 1  # An earlier owner may have recorded some.
         self._recorded = 0
 
     async def worker_lost(self, worker_id: str, service: str, stage: int) -> None:
-        """Record a loss of a call that had begun. Waits until the store is available: the count must be right.
+        """Record the loss of a call that had begun. Waits until the store is available: the count must be right.
 
-        `stage` is the service's place among the services of the request.
+        `stage` is the index of the service among the services of the request.
         """
         await self.step_checkpoint.settle()
         await persist(
@@ -189,9 +189,9 @@ class Recovery:
         self._recorded += 1
 
     async def wait_until_claimable(self) -> bool:
-        """Wait until the request may be claimed; returns whether all slots of a worker have to be claimed.
+        """Wait until the request may be claimed; returns whether it must claim all slots of a worker.
 
-        Raises InternalError when workers die of the request.
+        Raises InternalError if the request repeatedly loses its workers.
         """
         while self._has_losses:
             recorded = self._recorded
@@ -200,8 +200,8 @@ class Recovery:
                 self._has_losses = False
             suspect = [loss for loss in losses if loss.suspect]
             if reason := reason_to_give_up(suspect):
-                where = f"the last one in {suspect[-1].service}"
-                raise InternalError(f"{reason}, {where}; it is given up for the sake of the others")
+                where = f"the last one at {suspect[-1].service}"
+                raise InternalError(f"{reason}, {where}; it is not retried, to protect other requests")
             if not reason_to_give_up(losses):
                 return bool(losses)
             await asyncio.sleep(max(_SHORTEST_WAIT_SECONDS, min(_undecided(losses))))
@@ -209,5 +209,5 @@ class Recovery:
 
 
 def _undecided(losses: list[Loss]) -> list[float]:
-    """The seconds until each loss is decided that is not yet."""
+    """Seconds until each undecided loss is decided."""
     return [loss.undecided_seconds for loss in losses if not loss.suspect]

@@ -1,4 +1,4 @@
-"""KEDA's external scaler: the load of every stage of every model, for autoscalers. It opens no port by itself."""
+"""KEDA's external scaler: the load of every stage of every model, for autoscalers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from common.state.stage_loads import StageActivity, StageLoads
 from externalscaler import externalscaler_pb2 as pb
 from services.coordinator.handlers import Function
 
-_POLL_SECONDS = 0.25  # between two reads of a stage whose activity is pushed
+_POLL_SECONDS = 0.25
+"""Interval between two reads of a stage whose activity is pushed."""
+
 _METADATA = "scalerMetadata"
 _METRICS: Mapping[str, Callable[[StageLoad, float], float]] = {
     "wanted_seconds": lambda load, target: load.wanted_seconds(target),
@@ -28,7 +30,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class ScaleTarget:
-    """What the metadata of a trigger ask for. `seconds` of the metric are the work of one replica."""
+    """The target in a trigger's metadata. `seconds` is the value of the metric per replica."""
 
     model: str
     stage: str
@@ -37,10 +39,7 @@ class ScaleTarget:
 
 
 class ScalerService:
-    """The RPCs of externalscaler.ExternalScaler, by name in `functions`.
-
-    `stages` has the services of each model.
-    """
+    """The RPCs of externalscaler.ExternalScaler, by name in `functions`. `stages` maps models to their services."""
 
     def __init__(self, stages: Mapping[str, tuple[str, ...]], loads: StageLoads) -> None:
         self._stages = stages
@@ -54,14 +53,14 @@ class ScalerService:
         }
 
     async def is_active(self, request: pb.ScaledObjectRef) -> pb.IsActiveResponse:
-        """Whether an open request still needs the stage."""
+        """Whether an open request needs the stage."""
         target = self._target(request.scalerMetadata)
         return pb.IsActiveResponse(result=(await self._loads.activity(target.model, target.stage)).is_active)
 
     async def stream_is_active(self, request: pb.ScaledObjectRef) -> AsyncGenerator[pb.IsActiveResponse, None]:
-        """The same at once, and whenever it changes. While the store is unavailable, nothing changes.
+        """Stream the activity at once and after each change. While the store is unavailable, nothing is sent.
 
-        A stage that was needed between two reads only is reported as active and then as inactive.
+        A stage that was needed only between two reads is reported as active, then as inactive.
         """
         target = self._target(request.scalerMetadata)
         sent: StageActivity | None = None
@@ -70,7 +69,7 @@ class ScalerService:
                 found = await self._loads.activity(target.model, target.stage)
             except Unavailable as error:
                 with log_scope(model=target.model, stage=target.stage):
-                    _log.warning("load of a stage is unknown", error=error)
+                    _log.warning("stage load unavailable", error=error)
             else:
                 for is_active in _changes(sent, found):
                     yield pb.IsActiveResponse(result=is_active)
@@ -78,16 +77,16 @@ class ScalerService:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def get_metric_spec(self, request: pb.ScaledObjectRef) -> pb.GetMetricSpecResponse:
-        """The one metric of the target."""
+        """The metric of the target."""
         return _spec(self._target(request.scalerMetadata))
 
     async def stream_metric_spec(self, request: pb.ScaledObjectRef) -> AsyncGenerator[pb.GetMetricSpecResponse, None]:
-        """The same at once. It only depends on the metadata, so that nothing follows until the caller ends the call."""
+        """Send the metric of the target once, and then only hold the stream open: the metric never changes."""
         yield _spec(self._target(request.scalerMetadata))
         await asyncio.Event().wait()
 
     async def get_metrics(self, request: pb.GetMetricsRequest) -> pb.GetMetricsResponse:
-        """The present value of the target's metric. KEDA may put a prefix before its name, which is not checked."""
+        """The current value of the target's metric. KEDA may prefix the metric's name, which is not verified."""
         target = self._target(request.scaledObjectRef.scalerMetadata)
         value = _METRICS[target.metric](await self._loads.read(target.model, target.stage), target.seconds)
         return pb.GetMetricsResponse(
@@ -101,7 +100,7 @@ class ScalerService:
         )
 
     def _target(self, metadata: Mapping[str, str]) -> ScaleTarget:
-        """Read a trigger's metadata. Raises InvalidInput, and NotFound for an unknown model or stage."""
+        """Parse a trigger's metadata. Raises InvalidInput, and NotFound for an unknown model or stage."""
         model, stage = _required(metadata, "model"), _required(metadata, "stage")
         if model not in self._stages:
             raise NotFound(
@@ -124,7 +123,7 @@ class ScalerService:
 
 
 def _changes(before: StageActivity | None, now: StageActivity) -> tuple[bool, ...]:
-    """What to report after a read; `before` is None at the first one."""
+    """The activities to send after a read; `before` is None for the first read."""
     if before is None or before.is_active != now.is_active:
         return (now.is_active,)
     was_needed = not now.is_active and now.last_needed_ms > before.last_needed_ms

@@ -1,4 +1,4 @@
-"""GenerationService: what the fleet's clients call. It knows no transport: messages in, messages out, FleetErrors."""
+"""GenerationService, the public API, independent of transport: messages in, messages out, FleetErrors."""
 
 from __future__ import annotations
 
@@ -54,15 +54,19 @@ T = TypeVar("T")
 _CANCEL_AGAIN_SECONDS = 0.05
 _MAX_KEY = 128
 _MAX_PRIORITY = 100
-_MOST_GROUPS = 1_000  # a service's worker groups that ListModels describes
-_MOST_INCOMPATIBLE = 1_000  # a service's incompatible workers that ListModels describes
+_MOST_GROUPS = 1_000
+"""Worker groups per service in a response of ListModels."""
+
+_MOST_INCOMPATIBLE = 1_000
+"""Incompatible workers per service in a response of ListModels."""
+
 _REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _LAST_SECOND = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp())
 
 
 @dataclass(frozen=True)
 class OfferedModel:
-    """A model with the check of its requests."""
+    """A served model with the validation of its requests."""
 
     served: ServedModel
     validation: InputValidationStage
@@ -79,13 +83,13 @@ class OfferedModel:
 
     @cached_property
     def wirings(self) -> Mapping[str, Sequence[Wiring]]:
-        """What is supplied to each service, and read from it, for each variant that uses the service."""
+        """The inputs and outputs of each service, for each variant that uses the service."""
         found = [wirings_of(each.name, each.services, each.pipeline.given) for each in self.served.variants]
         return {spec.service: [each[spec.service] for each in found if spec.service in each] for spec in self.services}
 
 
 class GenerationService:
-    """The eight RPCs of fleet.v1.GenerationService, by name in `functions`."""
+    """The RPCs of fleet.v1.GenerationService, by name in `functions`."""
 
     def __init__(
         self,
@@ -121,31 +125,30 @@ class GenerationService:
         }
 
     def close(self) -> None:
-        """End the watches of requests that run elsewhere: those who watch can go on at another coordinator."""
+        """End streams of requests that run elsewhere: their callers can continue at another coordinator."""
         self._closing.set()
 
     async def submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
-        """Accept a request."""
+        """Submit: admit a request."""
         self._hide_prompts(request)
         trace = RequestTrace.begin()
         with trace.accepting():
             submission = self._validated(request, trace)
             if submission.raw:
                 raise InvalidInput(
-                    "a safetensors result is streamed and never stored, so only Generate takes output_format "
-                    "SAFETENSORS",
+                    "output_format: SAFETENSORS is not a stored format; use Generate, which streams it",
                     field="output_format",
                 )
             admission, _ = await self._driver.accept(submission)
         return pb.SubmitResponse(request=admission.record, replayed=admission.replayed)
 
     def _hide_prompts(self, request: pb.SubmitRequest) -> None:
-        """Keep the request's prompts out of the log lines of this call."""
+        """Hide the prompts of a request in the log lines of this call."""
         if not self._settings.log_prompts:
             hide_texts(prompts_of(request.parameters).values())
 
     async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """Accept, follow, download."""
+        """Generate: admit a request, stream its events and its files."""
         self._hide_prompts(request.request)
         trace = RequestTrace.begin()
         submission: Submission | None = None
@@ -155,7 +158,7 @@ class GenerationService:
                 submission = self._validated(request.request, trace)
                 if submission.raw and submission.idempotency_key:
                     raise InvalidInput(
-                        "a safetensors result is never stored and cannot be replayed; leave idempotency_key out",
+                        "idempotency_key: a safetensors result is never stored and cannot be replayed; omit the key",
                         field="idempotency_key",
                     )
                 admission, execution = await self._driver.accept(submission)
@@ -179,7 +182,7 @@ class GenerationService:
                 self._driver.cancel(submission.record.request_id)
 
     async def _followed(self, request_id: str, execution: Execution | None) -> AsyncGenerator[StoredEvent, None]:
-        """All events of a request: from memory while it runs here, else from the store."""
+        """Yield all events of a request, from memory while it runs here, else from the store."""
         last = ""
         if execution is not None:
             async for event in execution.log.follow():
@@ -192,7 +195,7 @@ class GenerationService:
                 yield stored
 
     async def _rest(self, request_id: str, execution: Execution | None, download: Download) -> AsyncIterator[Part]:
-        """What is left of a result that succeeded: from memory where it ran here as a whole, else from the store."""
+        """The rest of a successful result: from memory if it was computed here completely, else from the store."""
         files = None if execution is None else execution.files
         if files is not None and not any(file.header.num_items for file in files):
             for part in parts_in_memory(files):
@@ -202,7 +205,7 @@ class GenerationService:
             yield part
 
     async def watch(self, request: pb.WatchRequest) -> AsyncGenerator[pb.WatchResponse, None]:
-        """Follow a request."""
+        """Watch: stream the events of a request."""
         request_id = self._checked_id(request.request_id)
         await self._require_own(request_id)
         stored = self._store.events(request_id, request.after_event_id)
@@ -211,7 +214,7 @@ class GenerationService:
                 yield pb.WatchResponse(event=event)
 
     async def _until_closing(self, request_id: str, events: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """The events of a request, until this coordinator closes and the request does not run here."""
+        """Yield the events of a request, until this coordinator closes while the request runs elsewhere."""
         closing = asyncio.create_task(self._closing.wait())
         upcoming: asyncio.Future[T | None] = asyncio.get_running_loop().create_future()
         try:
@@ -220,14 +223,14 @@ class GenerationService:
                 waits = {upcoming} if self._driver.runs(request_id) else {upcoming, closing}
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                 if not upcoming.done():
-                    raise Unavailable("this coordinator is shutting down; call again from the last event or offset")
+                    raise Unavailable("this coordinator is shutting down; repeat the call from the last event")
                 event = upcoming.result()
                 if event is None:
                     return
                 yield event
         finally:
             closing.cancel()
-            while not upcoming.done():  # redis-py may swallow a cancellation while it sends, and block for seconds then
+            while not upcoming.done():  # redis-py can swallow a cancellation during a send, and then block for seconds.
                 upcoming.cancel()
                 await asyncio.wait({upcoming}, timeout=_CANCEL_AGAIN_SECONDS)
             await events.aclose()
@@ -235,7 +238,7 @@ class GenerationService:
     async def download_result(
         self, request: pb.DownloadResultRequest
     ) -> AsyncGenerator[pb.DownloadResultResponse, None]:
-        """Stream the files, with `follow` as they grow."""
+        """DownloadResult: stream the files; with `follow`, also while they grow."""
         record = await self._own(request.request_id)
         download = Download(
             self._store, record.request_id, request.index if request.HasField("index") else None, request.offset
@@ -254,20 +257,20 @@ class GenerationService:
             yield download_response(part, follow=request.follow)
 
     async def get_request(self, request: pb.GetRequestRequest) -> pb.GetRequestResponse:
-        """Tell how a request stands."""
+        """GetRequest: return the record of a request, and its timeline on demand."""
         record = await self._own(request.request_id)
         timeline = await self._store.timelines.read(record.request_id) if request.with_timeline else ()
         return pb.GetRequestResponse(request=record, timeline=timeline)
 
     async def cancel_request(self, request: pb.CancelRequestRequest) -> pb.CancelRequestResponse:
-        """Ask for a request to end."""
+        """CancelRequest: cancel a request."""
         request_id = self._checked_id(request.request_id)
         await self._require_own(request_id)
         self._driver.cancel(request_id)
         return pb.CancelRequestResponse(request=await self.cancellations.cancel(request_id))
 
     async def _own(self, request_id: str) -> pb.RequestRecord:
-        """The record of a request of the caller's. Raises NotFound."""
+        """The record of one of the caller's requests. Raises NotFound."""
         record = await self._store.get(self._checked_id(request_id))
         require_own(record, current_caller().name, self._settings.record_seconds)
         return record
@@ -277,9 +280,9 @@ class GenerationService:
             await self._own(request_id)
 
     async def list_requests(self, request: pb.ListRequestsRequest) -> pb.ListRequestsResponse:
-        """A page of requests."""
+        """ListRequests: return a page of requests."""
         if request.state not in State.values():
-            raise InvalidInput(f"state {request.state} is unknown", field="state")
+            raise InvalidInput(f"state: {request.state} is not a RequestState", field="state")
         if request.with_activity:
             return await self._list_activities(request)
         records, token = await self._store.page(
@@ -294,7 +297,7 @@ class GenerationService:
     async def _list_activities(self, request: pb.ListRequestsRequest) -> pb.ListRequestsResponse:
         for field, is_set in (("state", bool(request.state)), ("page_token", bool(request.page_token))):
             if is_set:
-                raise InvalidInput(f"{field} is set, which with_activity excludes; leave it out", field=field)
+                raise InvalidInput(f"{field} cannot be combined with with_activity; omit it", field=field)
         most = checked_page_size(request.page_size)
         names = [request.model] if request.model else list(self._models)
         services = {
@@ -303,7 +306,7 @@ class GenerationService:
         return await self._activities.list(services, caller=current_caller().name, most=most)
 
     async def list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
-        """The models, and who serves them."""
+        """ListModels: return the models, their workers and the state of the store."""
         del request
         models = [await self._model(model) for model in self._models.values()]
         return pb.ListModelsResponse(models=models, store=await self._health.read())
@@ -333,9 +336,9 @@ class GenerationService:
         )
 
     def _validated(self, request: pb.SubmitRequest, trace: RequestTrace, variant: str = "") -> Submission:
-        """Check all of a request that can be checked without weights, and complete it.
+        """Validate a request as far as possible without weights, and set its defaults.
 
-        Its inputs choose the variant, unless it was accepted before and its record names one.
+        Its inputs select the variant, unless `variant` names that of an earlier admission.
         """
         caller = current_caller()
         model = self._chosen(request.model)
@@ -370,10 +373,10 @@ class GenerationService:
         )
 
     def restore(self, record: pb.RequestRecord, stored: bytes) -> Submission:
-        """A request that another coordinator accepted, in its variant. Raises FleetError if it cannot be run here."""
+        """Restore a request that another coordinator admitted. Raises FleetError if it cannot run here."""
         trace = RequestTrace.resume(record)
         submission = self._validated(pb.SubmitRequest.FromString(stored), trace, record.variant)
-        record.variant = submission.record.variant  # A coordinator without variants recorded none.
+        record.variant = submission.record.variant  # A coordinator of an earlier version recorded no variant.
         return replace(submission, record=record, stored=stored)
 
     def _checked_id(self, request_id: str) -> str:
@@ -386,7 +389,7 @@ class GenerationService:
             return next(iter(self._models.values()))
         if name not in self._models:
             served = ", ".join(sorted(self._models))
-            what = f"model {name[:80]!r} is not served" if name else "model is empty"
+            what = f"model: {name[:80]!r} is not served" if name else "model is empty"
             raise InvalidInput(f"{what}; this fleet serves {served}", field="model")
         return self._models[name]
 
@@ -416,35 +419,35 @@ def _service_status(
 
 
 def _stored(request: pb.SubmitRequest, record: pb.RequestRecord) -> bytes:
-    """The request as it came, pictures included, with the seed that was drawn for it."""
+    """The request as submitted, with images, and with the seed that was drawn."""
     stored = pb.SubmitRequest(model=record.model, parameters=request.parameters)
     stored.parameters.seed = record.parameters.seed
     return stored.SerializeToString()
 
 
 def _distinct(packages: Iterable[worker_pb2.KernelPackage]) -> list[worker_pb2.KernelPackage]:
-    """Kernel packages of several workers, each outcome once, by name."""
+    """Distinct kernel packages of several workers, sorted by name."""
     found = {each.SerializeToString(deterministic=True): each for each in packages}
     return sorted(found.values(), key=lambda each: (each.name, each.version, each.error))
 
 
 def _check_envelope(request: pb.SubmitRequest) -> None:
-    """What a request has beside its parameters."""
+    """Check the fields of a request besides its parameters. Raises InvalidInput."""
     if len(request.idempotency_key) > _MAX_KEY:
         raise InvalidInput(
-            f"idempotency_key has {len(request.idempotency_key)} characters; at most {_MAX_KEY}",
+            f"idempotency_key has {len(request.idempotency_key)} characters, more than {_MAX_KEY}",
             field="idempotency_key",
         )
     if not -_MAX_PRIORITY <= request.priority <= _MAX_PRIORITY:
         raise InvalidInput(
-            f"priority is {request.priority}; it must be from -{_MAX_PRIORITY} to {_MAX_PRIORITY}", field="priority"
+            f"priority: {request.priority} is not from -{_MAX_PRIORITY} to {_MAX_PRIORITY}; 0 works", field="priority"
         )
     deadline = request.deadline
     if request.HasField("deadline") and not (
         0 < deadline.seconds <= _LAST_SECOND and 0 <= deadline.nanos < 1_000_000_000
     ):
         raise InvalidInput(
-            f"deadline of {deadline.seconds} s and {deadline.nanos} ns since 1970 is not a time", field="deadline"
+            f"deadline: {deadline.seconds} s and {deadline.nanos} ns is not a valid timestamp", field="deadline"
         )
 
 

@@ -1,4 +1,4 @@
-"""Series of each service of a model: they are there before the first event, and gauges follow the store."""
+"""Metric series per service of a model: created before the first event, and gauges set from the store."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _COUNTED = (
 
 
 def create_series(model: str, services: Iterable[str]) -> None:
-    """Export zeros for a model: increase() does not see the first event of a series that begins with it."""
+    """Create all series of a model with zeros: PromQL's increase() misses the event that creates a series."""
     for state in filter(is_terminal, State.values()):
         name = state_label(state)
         REQUESTS.labels(model, name)
@@ -68,7 +68,7 @@ def state_label(state: StateValue) -> str:
 
 
 def set_service_gauges(model: str, service: str, load: ServiceLoad, work: StageLoad) -> None:
-    """Set them to the load of a service. Each coordinator sets the same, as all of them read one store."""
+    """Set the gauges of a service. Every coordinator sets the same values, because they share the store."""
     QUEUE_LENGTH.labels(service, model).set(load.queued)
     QUEUED_SECONDS.labels(service, model).set(work.queued_seconds)
     OPEN_REQUESTS.labels(service, model).set(work.open_requests)

@@ -1,4 +1,4 @@
-"""The log lines of a request's states: one for each change, from the coordinator that made the change."""
+"""Log lines of request states: one per change, from the coordinator that made the change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _log = get_logger(__name__)
 
 
 def log_state(state: StateValue, **pairs: object) -> None:
-    """Log that a request is in a state from now on. The log context names the request."""
+    """Log the new state of a request, which the log context identifies."""
     name = State.Name(state).removeprefix("REQUEST_STATE_")
     if state == State.REQUEST_STATE_QUEUED:
         _log.info("request accepted", state=name, **pairs)
@@ -24,19 +24,19 @@ def log_state(state: StateValue, **pairs: object) -> None:
 
 
 def log_taken_over(epoch: int) -> None:
-    """Log that this coordinator continues a request of a coordinator that has died."""
+    """Log that this coordinator continues a request of a lost coordinator."""
     _log.info("request taken over", epoch=epoch)
 
 
 def log_resumed(step: int) -> None:
-    """Log that a worker continues a request from a step checkpoint."""
+    """Log that a worker resumes a request from a step checkpoint."""
     _log.info("request resumed", step=step)
 
 
 def described(outcome: Outcome) -> dict[str, object]:
-    """Pairs that describe how a request ended.
+    """Key-value pairs of an outcome, for a log line.
 
-    The message of an error about the request's own input is left out: it may quote the prompt.
+    Omits the message of an error about the request's input, because it may quote the prompt.
     """
     pairs: dict[str, object] = {"steps_saved": outcome.steps_saved or None}
     if outcome.error is not None:
@@ -47,7 +47,7 @@ def described(outcome: Outcome) -> dict[str, object]:
 
 
 def prompts_of(parameters: generation_pb2.GenerationParameters) -> dict[str, str]:
-    """The texts of a request that describe its result, by parameter."""
+    """The prompts of a request, by parameter."""
     own = {"prompt": parameters.prompt, "negative_prompt": parameters.negative_prompt}
     more = {name: value.string_value for name, value in parameters.params.items() if _PROMPT in name}
     return {name: value for name, value in {**own, **more}.items() if value}

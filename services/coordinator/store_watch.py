@@ -1,4 +1,4 @@
-"""Reports on the store while the coordinator runs: whether it has memory for new requests, and removed damage."""
+"""Polls the store while the coordinator runs: free memory for new requests, and repaired damage."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from common.state.redis_client import Redis
 from common.state.store_server import StoreMemory, read_repairs, repair_kinds
 
 SUBMIT_HEALTH = "fleet.v1.GenerationService/Submit"
-"""Health-check name of Submit alone: NOT_SERVING while the store is full, when all other calls still work."""
+"""Health-check name of Submit: NOT_SERVING while the store is full, when all other RPCs still work."""
 
 _log = get_logger(__name__)
 
 
 class StoreWatch:
-    """Metrics, a log line for each change, and the health of Submit."""
+    """Updates metrics and the health of Submit, and logs each change."""
 
     def __init__(self, redis: Redis, memory: StoreMemory, server: FleetServer) -> None:
         self._redis = redis
@@ -24,21 +24,21 @@ class StoreWatch:
         self._was_full = False
         self._repairs: dict[str, int] | None = None
 
-    async def look(self) -> None:
-        """Read the store once. Raises Unavailable."""
+    async def poll(self) -> None:
+        """Read the state of the store once. Raises Unavailable."""
         use = await self._memory.use()
         STORE_BYTES.set(use.used)
         STORE_LIMIT_BYTES.set(use.limit)
         if use.is_full and not self._was_full:
-            _log.error("request store is full: Submit is refused until results have expired", used=use)
+            _log.error("request store is full, Submit is refused until results expire", used=use)
         elif self._was_full and not use.is_full:
-            _log.warning("request store has free memory again: Submit is served", used=use)
+            _log.warning("request store has free memory again, Submit is served", used=use)
         self._was_full = use.is_full
         await self._server.set_method_ready(SUBMIT_HEALTH, not use.is_full)
         await self._report_repairs()
 
     async def _report_repairs(self) -> None:
-        """What was repaired before the first look is counted, but not logged as news."""
+        """Report repairs. Repairs before the first poll are exported, but not logged as new."""
         repairs = await read_repairs(self._redis)
         known = repairs if self._repairs is None else self._repairs
         for kind in repair_kinds():
@@ -46,5 +46,5 @@ class StoreWatch:
         for kind, count in repairs.items():
             if count > known.get(kind, 0):
                 more = count - known.get(kind, 0)
-                _log.error("damaged entries were removed from the request store", kind=kind, count=more)
+                _log.error("damaged entries removed from the request store", kind=kind, count=more)
         self._repairs = repairs

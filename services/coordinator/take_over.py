@@ -1,4 +1,4 @@
-"""Requests that a coordinator comes to run without an answer to their admission: settled ones and inherited ones."""
+"""Acquires requests without an answer to their admission: settled and inherited requests."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from services.coordinator.request_life import Acquired, Execution, Phase, Submis
 from services.coordinator.request_trace import RequestTrace
 
 Restore: TypeAlias = Callable[[generation_pb2.RequestRecord, bytes], Submission]
-"""Makes the submission of a stored request. Raises FleetError where it cannot be run here."""
+"""Restores the submission of a stored request. Raises FleetError if it cannot run here."""
 
 
 async def settle(execution: Execution, submission: Submission, store: RequestStore) -> Acquired | None:
-    """Find out whether a request was stored although the answer was lost; None where it was not stored.
+    """Find out whether a request was admitted although the answer was lost; None if it was not.
 
-    A request with an idempotency key runs: its caller will ask for it again. Another request is cancelled.
+    A request with an idempotency key runs, because its caller can ask for it again. Other requests are cancelled.
     """
     execution.phase = Phase.SETTLING
     request_id = execution.request_id
@@ -51,15 +51,16 @@ async def inherit(
     restore: Restore,
     store: RequestStore,
 ) -> Acquired | None:
-    """Go on with a request that was taken over, once its `formers` have ended here: executions under earlier epochs.
+    """Continue a request after a take-over.
 
-    None for a request that cannot be run here, which ends as FAILED.
+    Waits for the end of its executions under earlier epochs (`formers`). Returns None for a request that cannot
+    run here, which ends as FAILED.
     """
     try:
         await _end(formers)
         submission = _restored(inherited, restore)
         if submission.raw:
-            raise Unavailable("the coordinator that streamed it is gone; submit it again")
+            raise Unavailable("the coordinator that streamed the result is lost; submit the request again")
     except FleetError as error:
         failed = failure(error)
         request_id, epoch = execution.request_id, execution.epoch
@@ -78,11 +79,11 @@ def _restored(inherited: Inherited, restore: Restore) -> Submission:
     try:
         return restore(inherited.record, inherited.submission)
     except DecodeError as error:
-        raise InternalError(f"its stored submission cannot be read: {error}") from error
+        raise InternalError(f"the stored submission is unreadable: {error}") from error
 
 
 async def _end(formers: Sequence[Execution]) -> None:
-    """Stop what this coordinator still does under earlier epochs, none of which counts any more."""
+    """Stop the executions under earlier epochs, whose results no longer count."""
     for former in formers:
         former.cancel()
     if formers:

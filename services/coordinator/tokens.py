@@ -1,8 +1,8 @@
-"""JSON Web Tokens (RFC 7519) that say who calls, signed by somebody whom the operator named.
+"""Authentication by JSON Web Tokens (RFC 7519), verified with the keys of the operator's issuer.
 
-Which key may sign with which algorithm is fixed when the keys are read, from the kind of key (and, in a JWK Set, its
-`alg`): a token only picks one of the keys, by `kid`. So a token that calls itself unsigned, or takes a public key for
-a secret, fits no key (RFC 8725, sections 2.1 and 3.1). Nothing is fetched: keys come from files.
+Each key is bound to one algorithm when the keys are read, by the kind of key (and, in a JWK Set, its `alg`). A token
+only selects a key, by `kid`. So no key accepts a token with alg "none" or with a public key as HMAC secret (RFC 8725,
+sections 2.1 and 3.1). Keys are read from files; nothing is fetched over the network.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class VerificationKey:
-    """A key, the one algorithm that it may verify, and its `kid`, empty where it has none."""
+    """A key, the one algorithm that it may verify, and its `kid`; empty without one."""
 
     key: PublicKey | bytes
     algorithm: str
@@ -51,7 +51,7 @@ class VerificationKey:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRules:
-    """What a token must say: for whom it is, who made it, and in which claim the caller's name stands.
+    """Required audience and issuer of tokens, and the claim with the caller's name.
 
     Clocks may differ by `leeway_seconds`.
     """
@@ -64,27 +64,27 @@ class TokenRules:
 
 @dataclass(frozen=True)
 class Claimed:
-    """What a valid token says: a name, unchecked, and a bound on open requests, if it has one."""
+    """The claims of a valid token: the caller's name, unchecked, and an optional bound on open requests."""
 
     name: str
     max_open: int | None
 
 
 class TokenVerifier:
-    """Knows a good token from a bad one."""
+    """Verifies tokens."""
 
     def __init__(self, keys: Sequence[VerificationKey], rules: TokenRules) -> None:
         self._keys = tuple(keys)
         self._rules = rules
 
     def verify(self, token: str) -> Claimed:
-        """What a token says. Raises Unauthenticated, which tells no more than the token's own holder knows."""
+        """Verify a token and read its claims. Raises Unauthenticated, without details that are not in the token."""
         claims = self._claims(token)
         name, max_open = claims.get(self._rules.caller_claim), claims.get(_MAX_OPEN)
         if not isinstance(name, str):
-            raise Unauthenticated(f"the token has no text as {self._rules.caller_claim}, which is to name its caller")
+            raise Unauthenticated(f"the token has no string {self._rules.caller_claim} as its caller's name")
         if max_open is not None and (type(max_open) is not int or max_open < 0):
-            raise Unauthenticated(f"the token has a {_MAX_OPEN} that is not a number of requests")
+            raise Unauthenticated(f"the token has a {_MAX_OPEN} that is not an integer of at least 0")
         return Claimed(name, max_open)
 
     def _claims(self, token: str) -> dict[str, Any]:
@@ -93,10 +93,10 @@ class TokenVerifier:
                 return self._decoded(token, key)
             except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError):
                 continue
-        raise Unauthenticated("the token is not signed by a key that counts here")
+        raise Unauthenticated("the token is not signed by an accepted key")
 
     def _candidates(self, token: str) -> list[VerificationKey]:
-        """The keys that may have signed it: those of its `kid`, and those that have none."""
+        """The keys that may have signed a token: keys with its `kid`, and keys without one."""
         try:
             key_id = jwt.get_unverified_header(token).get("kid")
         except (jwt.InvalidTokenError, ValueError):
@@ -104,7 +104,7 @@ class TokenVerifier:
         return [key for key in self._keys if not key_id or key.key_id in ("", key_id)]
 
     def _decoded(self, token: str, key: VerificationKey) -> dict[str, Any]:
-        """The claims of a token that this key has signed. What else is wrong is told after the signature only."""
+        """The claims of a token signed by this key. Reports other errors only after a valid signature."""
         try:
             return jwt.decode(
                 token,
@@ -122,40 +122,40 @@ class TokenVerifier:
         except jwt.ImmatureSignatureError:
             raise Unauthenticated("the token is not valid yet") from None
         except jwt.InvalidAudienceError:
-            raise Unauthenticated("the token is for another audience") from None
+            raise Unauthenticated("the token has another audience") from None
         except jwt.InvalidIssuerError:
-            raise Unauthenticated("the token is of another issuer") from None
+            raise Unauthenticated("the token has another issuer") from None
         except jwt.MissingRequiredClaimError as error:
-            raise Unauthenticated(f"the token lacks the claim {error.claim}") from None
+            raise Unauthenticated(f"the token has no claim {error.claim}") from None
         except (jwt.InvalidTokenError, ValueError):
-            raise Unauthenticated("the token is not a JSON Web Token with claims of the right kinds") from None
+            raise Unauthenticated("the token is not a JSON Web Token with valid claims") from None
 
 
 def looks_like_token(text: str) -> bool:
-    """Whether it has the three parts of a signed token. API keys are hex digits."""
+    """Whether a text has the three parts of a signed token. API keys have no dots."""
     return text.count(".") == 2
 
 
 def read_public_keys(path: Path) -> list[VerificationKey]:
-    """The keys of a JWK Set, or of PEM public keys or certificates one after the other.
+    """The keys of a JWK Set, or of concatenated PEM public keys or certificates.
 
-    Raises InvalidInput, with the field jwt_keys, for a file without a usable key, with one that is private, or weak.
+    Raises InvalidInput, with the field jwt_keys, for a file without a usable key, or with a private or weak key.
     """
     data = _read(path, "jwt_keys")
     keys = _from_jwk_set(path, data) if data.lstrip().startswith(b"{") else _from_pem(path, data)
     if not 0 < len(keys) <= MAX_KEYS:
-        raise _wrong(path, f"holds {len(keys)} keys to verify signatures with; 1 to {MAX_KEYS} are right")
+        raise _wrong(path, f"contains {len(keys)} signature keys; 1 to {MAX_KEYS} work")
     return keys
 
 
 def read_secret(path: Path) -> VerificationKey:
-    """The secret of a file, to which HS256 is bound; a line end after it does not count. Raises InvalidInput."""
+    """The HS256 secret in a file, without trailing line ends. Raises InvalidInput."""
     secret = _read(path, "jwt_secret").rstrip(b"\r\n")
     if len(secret) < _LEAST_SECRET_BYTES:
-        message = f"jwt_secret: {path} holds {len(secret)} bytes; {_LEAST_SECRET_BYTES} or more make a secret"
+        message = f"jwt_secret: {path} has {len(secret)} bytes, less than the minimum of {_LEAST_SECRET_BYTES}"
         raise InvalidInput(message, field="jwt_secret")
     if _PEM.search(secret):
-        raise InvalidInput(f"jwt_secret: {path} holds a key in PEM, which belongs in jwt_keys", field="jwt_secret")
+        raise InvalidInput(f"jwt_secret: {path} contains a PEM key, which belongs in jwt_keys", field="jwt_secret")
     return VerificationKey(secret, "HS256")
 
 
@@ -164,7 +164,7 @@ def _read(path: Path, name: str) -> bytes:
         with path.open("rb") as file:
             data = file.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise InvalidInput(f"{name}: {path} cannot be read: {error.strerror}", field=name) from None
+        raise InvalidInput(f"{name}: {path} is not readable: {error.strerror}", field=name) from None
     if len(data) > _MAX_FILE_BYTES:
         raise InvalidInput(f"{name}: {path} has more than {_MAX_FILE_BYTES} bytes", field=name)
     return data
@@ -180,9 +180,9 @@ def _from_pem(path: Path, data: bytes) -> list[VerificationKey]:
             elif kind.endswith("PUBLIC KEY"):
                 key = load_pem_public_key(block.group())
             else:
-                raise _wrong(path, f"holds a {kind.lower()}; only public keys and certificates belong there")
+                raise _wrong(path, f"contains a {kind.lower()}; only public keys and certificates work")
         except (ValueError, UnsupportedAlgorithm):
-            raise _wrong(path, f"holds a {kind.lower()} that cannot be read") from None
+            raise _wrong(path, f"contains an unreadable {kind.lower()}") from None
         keys.append(VerificationKey(key, _algorithm_of(path, key, "")))
     return keys
 
@@ -191,51 +191,53 @@ def _from_jwk_set(path: Path, data: bytes) -> list[VerificationKey]:
     try:
         members = json.loads(data)["keys"]
     except (ValueError, KeyError, RecursionError):
-        raise _wrong(path, "is no JWK Set: it must be a JSON object with `keys`") from None
+        raise _wrong(path, "is not a JWK Set, a JSON object with `keys`") from None
     if not isinstance(members, list) or not all(isinstance(member, dict) for member in members):
         raise _wrong(path, "has `keys` that are not an array of objects")
     return [_from_jwk(path, member) for member in members if _verifies(path, member)]
 
 
 def _verifies(path: Path, member: dict[str, Any]) -> bool:
-    """Whether a key is one for signatures: sets of identity providers hold keys to encrypt with, too."""
+    """Whether a key is for signatures: the JWK Sets of identity providers also contain encryption keys."""
     if member.get("use", "sig") == "sig":
         return True
-    _log.info("jwt_keys: a key that does not verify is ignored", file=path, use=repr(member["use"])[:40])
+    _log.info("jwt_keys: key ignored, it is not for signatures", file=path, use=repr(member["use"])[:40])
     return False
 
 
 def _from_jwk(path: Path, member: dict[str, Any]) -> VerificationKey:
     key_id, algorithm = member.get("kid", ""), member.get("alg", "")
     if not isinstance(key_id, str) or not isinstance(algorithm, str):
-        raise _wrong(path, "has a key whose kid or alg is not a text")
+        raise _wrong(path, "contains a key whose kid or alg is not a string")
     if member.get("kty") == "oct":
-        raise _wrong(path, f"has the secret {key_id[:64]!r}; one for HS256 stands in a file of its own, jwt_secret")
+        raise _wrong(path, f"contains the secret {key_id[:64]!r}; a secret for HS256 belongs in jwt_secret")
     if "d" in member:
-        raise _wrong(path, f"has the private key {key_id[:64]!r}; only public keys belong there")
+        raise _wrong(path, f"contains the private key {key_id[:64]!r}; only public keys work")
     try:
-        # Without its alg, which PyJWT would believe, "none" included.
+        # Removed because PyJWT would trust the key's alg, even "none".
         key = jwt.PyJWK({name: value for name, value in member.items() if name != "alg"}).key
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError, UnsupportedAlgorithm):
-        raise _wrong(path, f"has the key {key_id[:64]!r}, which cannot be read or is of an unknown kind") from None
+        raise _wrong(path, f"contains the key {key_id[:64]!r}, which is unreadable or of an unsupported kind") from None
     return VerificationKey(key, _algorithm_of(path, key, algorithm), key_id)
 
 
 def _algorithm_of(path: Path, key: Any, asked: str) -> str:
-    """The algorithm that a key may verify: the one that its set names, if its kind has it, else its kind's first."""
+    """The algorithm of a key: `asked` if the kind of key supports it, else the first of its kind."""
     possible: tuple[str, ...] = ()
     if isinstance(key, RSAPublicKey):
         if key.key_size < _LEAST_RSA_BITS:
-            raise _wrong(path, f"has an RSA key of {key.key_size} bits; {_LEAST_RSA_BITS} or more are right")
+            raise _wrong(path, f"contains an RSA key of {key.key_size} bits; at least {_LEAST_RSA_BITS} work")
         possible = _RSA
     elif isinstance(key, EllipticCurvePublicKey) and key.curve.name in _CURVES:
         possible = (_CURVES[key.curve.name],)
     elif isinstance(key, Ed25519PublicKey):
         possible = ("EdDSA",)
     if not possible:
-        raise _wrong(path, "has a key that is neither RSA, nor Ed25519, nor on the curve P-256, P-384 or P-521")
+        raise _wrong(path, "contains a key that is neither RSA, nor Ed25519, nor on the curve P-256, P-384 or P-521")
     if asked and asked not in possible:
-        raise _wrong(path, f"has a key with the alg {asked[:40]!r}; one of its kind has {', '.join(possible)}")
+        raise _wrong(
+            path, f"contains a key with the alg {asked[:40]!r}; its kind of key supports {', '.join(possible)}"
+        )
     return asked or possible[0]
 
 

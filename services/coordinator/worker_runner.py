@@ -1,4 +1,4 @@
-"""Runs a service of a model on a worker that has a free slot, and on another one when that is lost.
+"""Runs a service of a model on a worker with a free slot, and on another worker when that one is lost.
 
 The store chooses the worker: `dispatch` in common/state/lua/worker_slots.lua.
 """
@@ -46,14 +46,17 @@ from services.coordinator.state_lines import log_resumed
 
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 1.0
-_CLOSING_SECONDS = 3_600.0  # for the calls that a worker which shuts down still finishes
+_CLOSING_SECONDS = 3_600.0
+"""Grace time of a dropped channel, in which a worker that is shutting down finishes its calls."""
+
 
 _log = get_logger(__name__)
 
 
 class Connections:
-    """Channels to workers, opened once and kept; a worker that does not answer is connected to anew, and every one
-    when the coordinator has another certificate to show.
+    """Cached channels to workers.
+
+    A channel is replaced after a lost call or hand-over, and all channels when the TLS files change.
     """
 
     def __init__(self, limits: CallLimits, access: WorkerAccess | None = None) -> None:
@@ -67,7 +70,7 @@ class Connections:
     def runner(
         self, model: str, variant: str, spec: ServiceSpec, address: str, unread: Collection[str] = ()
     ) -> RemoteRunner:
-        """The runner that calls a service of a model's variant at an address. Drops the outputs that are `unread`."""
+        """The runner for a service of a model's variant at an address. Drops the outputs in `unread`."""
         if (version := self._access.version) != self._version:
             self._version = version
             for opened in list(self._channels):
@@ -82,7 +85,7 @@ class Connections:
         return self._runners[key]
 
     def drop(self, address: str) -> None:
-        """Connect anew to an address next time; calls that are under way there go on."""
+        """Close a channel once its calls have ended; the next call to the address opens a new channel."""
         self._runners = {key: runner for key, runner in self._runners.items() if key[-1] != address}
         channel = self._channels.pop(address, None)
         if channel is not None:
@@ -101,21 +104,22 @@ class Connections:
 
 
 class ArtifactMemory:
-    """Bounds the bytes of all packets that requests hold on to here."""
+    """Bounds the bytes of all packets that the running requests hold."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self.used_bytes = 0
 
     def hold(self, packets: Iterable[Packet]) -> None:
-        """Count packets for as long as they live. Raises ResourceExhausted beyond the bound."""
+        """Count packets until they are garbage-collected. Raises ResourceExhausted beyond the bound."""
         for packet in packets:
             size = packet.byte_size
             self.used_bytes += size
             weakref.finalize(packet, self._forget, size)
         if self.used_bytes > self._max_bytes:
             raise ResourceExhausted(
-                f"artifacts of running requests take {self.used_bytes} bytes; at most {self._max_bytes} are kept"
+                f"artifacts of running requests use {self.used_bytes} bytes, more than max_artifact_bytes "
+                f"({self._max_bytes})"
             )
 
     def _forget(self, size: int) -> None:
@@ -124,7 +128,7 @@ class ArtifactMemory:
 
 @dataclass(frozen=True)
 class Workers:
-    """How this coordinator reaches workers."""
+    """Slots, channels and artifact memory for calls to workers."""
 
     slots: WorkerSlots
     connections: Connections
@@ -134,19 +138,19 @@ class Workers:
 
 @dataclass
 class _Attempt:
-    """A call of one worker. `begun` is whether its stages have started; `on_begin` is called when they do.
+    """A call to one worker. `begun` is whether its stages have started; `on_begin` is called when they do.
 
-    Older workers send no Begun frame. For them `on_begin` is called at the start of the call, and a lost call counts as
-    begun if the worker may have received it.
+    Workers of earlier versions send no Begun frame. For them, `on_begin` is called at the start of the call, and a lost
+    call counts as begun if the worker may have received it.
     """
 
     worker_slot: WorkerSlot
     on_begin: Callable[[], None]
     begun: bool = False
     steps_before: int = 0
-    """The step of the checkpoint from which the worker continues."""
+    """The step of the checkpoint from which the worker resumes."""
     steps_after: int = 0
-    """The step of the newest checkpoint that the worker has sent."""
+    """The step of the newest checkpoint sent by the worker."""
     computed: Computed | None = None
     span: Span = NO_SPAN
     since: float = field(default_factory=time.monotonic)
@@ -156,7 +160,7 @@ class _Attempt:
             self.on_begin()
 
     def begin(self) -> None:
-        """The worker starts the stages, or has answered from its cache."""
+        """The worker has started the stages, or has replied from its cache."""
         if not self.begun:
             self.span.event("begun")
             if self.worker_slot.worker.reports_begun:
@@ -164,32 +168,32 @@ class _Attempt:
         self.begun = True
 
     def add_computed(self, seconds: float) -> None:
-        """The worker reports its compute seconds at the end."""
+        """Record the compute seconds that the worker reports at the end."""
         self.computed = Computed(seconds, self.steps_before)
 
     def hand_over(self) -> None:
-        """The worker has handed the call over: its compute seconds are those of the steps up to its last checkpoint."""
+        """After a hand-over, attribute the compute seconds to the steps up to the last checkpoint."""
         if self.computed is not None:
             self.computed = replace(self.computed, steps_after=self.steps_after)
 
     def lose(self, error: FleetError) -> None:
-        """The call was lost."""
+        """Record the loss of the call."""
         self.begun |= not self.worker_slot.worker.reports_begun and isinstance(error, WorkerLost)
 
     @property
     def seconds(self) -> float:
-        """Time since the call was made."""
+        """Seconds since the call was made."""
         return time.monotonic() - self.since
 
 
-def _names(attempt: _Attempt) -> dict[str, object]:
-    """The worker of an attempt, for a log line."""
+def _worker_of(attempt: _Attempt) -> dict[str, object]:
+    """The worker of an attempt, as key-value pairs for a log line."""
     worker = attempt.worker_slot.worker
     return {"worker": worker.worker_id, "address": worker.address}
 
 
-class _Place(NamedTuple):
-    """A service of a model: the labels of its metrics."""
+class _MetricLabels(NamedTuple):
+    """The metric labels of a service of a model."""
 
     service: str
     model: str
@@ -197,18 +201,18 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class _StepCheckpoints:
-    """Keeps the newest step checkpoint of an attempt."""
+    """Sink for the step checkpoints of an attempt: stores the newest one for recovery."""
 
     attempt: _Attempt
     recovery: Recovery
     origin: str
-    place: _Place
+    labels: _MetricLabels
 
     async def put(self, index: int, item: Packet, byte_size: int) -> None:
-        """Take a checkpoint."""
+        """Receive a checkpoint."""
         del index
-        STEP_CHECKPOINTS_RECEIVED.labels(*self.place).inc()
-        STEP_CHECKPOINT_BYTES.labels(*self.place).inc(byte_size)
+        STEP_CHECKPOINTS_RECEIVED.labels(*self.labels).inc()
+        STEP_CHECKPOINT_BYTES.labels(*self.labels).inc(byte_size)
         self.attempt.steps_after = step_of(item)
         self.attempt.span.event("checkpoint", step=self.attempt.steps_after, bytes=byte_size)
         self.recovery.step_checkpoint.remember(self.origin, item)
@@ -216,7 +220,7 @@ class _StepCheckpoints:
 
 @dataclass(frozen=True)
 class _WorkerItems:
-    """Gives the items of a worker's stream to their reader, once the checkpoint that came before them is stored."""
+    """Passes the items of a worker's stream to their sink, once the checkpoint before them is stored."""
 
     slot: str
     sink: ItemSink
@@ -225,7 +229,7 @@ class _WorkerItems:
     span: Span
 
     async def put(self, index: int, item: Packet, byte_size: int) -> None:
-        """Take an item. Raises ResourceExhausted with the slot as field beyond the bound of kept artifacts."""
+        """Pass on an item. Raises ResourceExhausted, with the slot as field, beyond the bound on artifacts."""
         await self.recovery.step_checkpoint.settle()
         try:
             self.memory.hold([item])
@@ -239,11 +243,11 @@ class _WorkerItems:
 class WorkerRunner:
     """One service of a model for one request: a Runner whose values are packets.
 
-    A worker gets the values that its own contract reads, as it may be of another release than this coordinator.
-    `stage` is the service's place among the request's services. `on_begin` is called each time that a worker begins.
-    `tokens` is the work of one step, for the worker's metrics.
-    A worker that is lost is avoided for a while, by this coordinator only, and a full one is tried again later. Raises
-    Unavailable when no worker was reached for `patience_seconds`, and InternalError for a request that workers die of.
+    A worker receives the values in its own contract, because its release may differ from this coordinator's. `stage` is
+    the index of the service in the request. `on_begin` is called each time a worker begins. `tokens` is the work of one
+    step, for the worker's metrics. A lost worker is avoided for a while by this coordinator, and a full worker is tried
+    again later. Raises Unavailable when no worker was reachable for `patience_seconds`, and InternalError for a request
+    that repeatedly loses its workers.
     """
 
     def __init__(
@@ -261,7 +265,7 @@ class WorkerRunner:
     ) -> None:
         self._workers = workers
         self._model = model
-        self._place = _Place(spec.service, model)
+        self._labels = _MetricLabels(spec.service, model)
         self._tokens = tokens
         self._spec = wiring.narrow(spec)
         self._wiring = wiring
@@ -275,11 +279,11 @@ class WorkerRunner:
 
     @property
     def contract(self) -> Contract:
-        """What the service's stages read together, and write for other services or as the result."""
+        """The combined inputs of the service's stages, and their outputs for other services or as result."""
         return self._spec.contract
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
-        """Wait for a worker, run there, and give its slot back. Another worker reads a stream from its first item."""
+        """Claim a worker, run there, release its slot. After a loss, another worker reads streams from the start."""
         with log_scope(stage=self._spec.service):
             return await self._run_until_done(values, call)
 
@@ -305,14 +309,14 @@ class WorkerRunner:
                     await self._lost(attempt, error)
                     continue
                 except ResourceExhausted as error:
-                    if error.field:  # about a value, and not the worker
+                    if error.field:  # The error concerns a value of the request, not the worker.
                         raise
-                    _log.info("worker is full", **_names(attempt), error=error)
-                    RETRIES.labels(*self._place, "full").inc()
+                    _log.info("worker is full", **_worker_of(attempt), error=error)
+                    RETRIES.labels(*self._labels, "full").inc()
                     self._unreached_since = None
                 else:
-                    self._workers.memory.hold(outputs.values())  # Its ResourceExhausted ends the request.
-                    observe(SERVICE_SECONDS.labels(*self._place), time.monotonic() - began)
+                    self._workers.memory.hold(outputs.values())  # ResourceExhausted here fails the request.
+                    observe(SERVICE_SECONDS.labels(*self._labels), time.monotonic() - began)
                     return outputs
                 finally:
                     self._workers.slots.release(attempt.worker_slot, used, attempt.computed)
@@ -321,9 +325,9 @@ class WorkerRunner:
 
     @contextmanager
     def _attempt_span(self, attempt: _Attempt) -> Iterator[None]:
-        """The span of a call of a worker, which fails with the class of the error that ends it."""
+        """The span of a call to a worker. On failure, its status is the class of the error."""
         worker, service = attempt.worker_slot.worker, self._spec.service
-        _log.debug("attempt started", **_names(attempt))
+        _log.debug("attempt started", **_worker_of(attempt))
         with span(
             f"attempt {service}",
             SpanKind.CLIENT,
@@ -333,10 +337,10 @@ class WorkerRunner:
             address=worker.address,
         ) as attempt.span:
             yield
-        _log.debug("attempt finished", seconds=attempt.seconds, **_names(attempt))
+        _log.debug("attempt finished", seconds=attempt.seconds, **_worker_of(attempt))
 
     async def _run(self, attempt: _Attempt, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
-        """Run on one worker. Resumes from a step checkpoint if the result has the same bytes."""
+        """Run on one worker. Resumes from a step checkpoint where that yields the same bytes."""
         worker = attempt.worker_slot.worker
         announced = self._contract_of(worker)
         values = {slot: value for slot, value in values.items() if slot in announced.inputs}
@@ -353,22 +357,22 @@ class WorkerRunner:
             origin, slot, with_any_numerics=self._recovery.has_emitted
         )
         if checkpoint is not None:
-            RESUMED_CALLS.labels(*self._place).inc()
+            RESUMED_CALLS.labels(*self._labels).inc()
             values = {**values, slot: checkpoint}
             attempt.steps_before = step_of(checkpoint)
             log_resumed(attempt.steps_before)
             attempt.span.set(resumed_at_step=attempt.steps_before)
 
-        kept = _StepCheckpoints(attempt, self._recovery, origin, self._place)
-        return await runner(values, replace(call, sinks={**sinks, STEP_CHECKPOINTS: kept}))
+        checkpoints = _StepCheckpoints(attempt, self._recovery, origin, self._labels)
+        return await runner(values, replace(call, sinks={**sinks, STEP_CHECKPOINTS: checkpoints}))
 
     def _contract_of(self, worker: worker_pb2.WorkerInfo) -> Contract:
-        """What a worker reads and writes; that of this coordinator's release, if it announces nothing."""
+        """The contract that a worker announced; without one, that of this coordinator's release."""
         announced = contract_of(worker, self._wiring.variant) if worker.HasField("contract") else None
         return announced or self._spec.contract
 
     async def _claim(self, call: Call, left: worker_pb2.WorkerInfo | None) -> WorkerSlot:
-        """Claim a slot. Waits without a bound, also while the store is unavailable. Worker `left` handed over."""
+        """Claim a slot. Waits without a timeout, also for the store. `left` is the worker that handed the call over."""
         resumes = self._spec.resume_slot is not None and self._recovery.step_checkpoint.is_known
         service = self._spec.service
         with span(f"queue {service}", service=service) as waiting:
@@ -386,55 +390,55 @@ class WorkerRunner:
                 wiring=self._wiring,
                 on_no_workers=partial(self._warn_of_no_workers, call),
             )
-            observe(QUEUE_WAIT_SECONDS.labels(*self._place), time.monotonic() - began)
+            observe(QUEUE_WAIT_SECONDS.labels(*self._labels), time.monotonic() - began)
             waiting.set(worker=slot.worker.worker_id)
             return slot
 
     def _warn_of_no_workers(self, call: Call, fault: str) -> None:
-        """Report once that the request waits for a worker to start, and once that it waits for one that fits."""
+        """Warn once that no worker is running, and once that no running worker is compatible."""
         if bool(fault) not in self._warned:
             self._warned.add(bool(fault))
-            what = f"can take the request ({fault})" if fault else "runs"
-            call.warn("", f"no worker of {self._spec.service} {what}; the request waits for one")
+            what = f"can serve the request ({fault})" if fault else "is running"
+            call.warn("", f"no worker of {self._spec.service} {what}; the request waits")
 
     def _handed_over(self, attempt: _Attempt, error: HandedOver) -> None:
-        """The worker leaves. The call is not lost: the request goes on at once, and nothing is counted against it."""
+        """After a hand-over by a worker that shuts down, continue at once. The call does not count as lost."""
         worker = attempt.worker_slot.worker
-        _log.info("attempt handed over", **_names(attempt), reason=error)
-        HANDED_OVER_CALLS.labels(*self._place).inc()
-        RETRIES.labels(*self._place, "handed_over").inc()
+        _log.info("attempt handed over", **_worker_of(attempt), reason=error)
+        HANDED_OVER_CALLS.labels(*self._labels).inc()
+        RETRIES.labels(*self._labels, "handed_over").inc()
         attempt.hand_over()
         self._workers.connections.drop(worker.address)
         self._unreached_since = None
 
     async def _lost(self, attempt: _Attempt, error: FleetError) -> None:
-        """Avoid the worker for a while. A call that had begun counts, if the worker is not announced again.
+        """After a lost call, avoid the worker for a while. A call that had begun counts unless the worker reappears.
 
-        Raises Unavailable when no worker was reached for too long.
+        Raises Unavailable when no worker was reachable for `patience_seconds`.
         """
         worker, service = attempt.worker_slot.worker, self._spec.service
-        _log.warning("attempt lost", **_names(attempt), begun=attempt.begun, error=error)
-        LOST_CALLS.labels(*self._place, "yes" if attempt.begun else "no").inc()
+        _log.warning("attempt lost", **_worker_of(attempt), begun=attempt.begun, error=error)
+        LOST_CALLS.labels(*self._labels, "yes" if attempt.begun else "no").inc()
         self._workers.connections.drop(worker.address)
         await self._avoid(worker.worker_id)
         if attempt.begun:
             self._unreached_since = None
             await self._recovery.worker_lost(worker.worker_id, service, self._stage)
-            RETRIES.labels(*self._place, "lost").inc()
+            RETRIES.labels(*self._labels, "lost").inc()
             return
         self._unreached_since = self._unreached_since or attempt.since
         patience = self._workers.patience_seconds
         if patience is not None and time.monotonic() - self._unreached_since >= patience:
             raise Unavailable(
-                f"no worker of {service} was reached for {patience:g} s, at last: {error.message}"
+                f"no worker of {service} was reachable for {patience:g} s; last error: {error.message}"
             ) from error
-        RETRIES.labels(*self._place, "lost").inc()
+        RETRIES.labels(*self._labels, "lost").inc()
 
     async def _avoid(self, worker_id: str) -> None:
         try:
             seconds = await self._workers.slots.avoid(worker_id)
         except Unavailable as error:
-            _log.warning("worker cannot be avoided", worker=worker_id, error=error)
+            _log.warning("worker not marked as suspect", worker=worker_id, error=error)
         else:
-            SUSPECTED_WORKERS.labels(*self._place).inc()
+            SUSPECTED_WORKERS.labels(*self._labels).inc()
             _log.info("worker avoided", worker=worker_id, seconds=seconds)

@@ -1,4 +1,4 @@
-"""Runs the denoising service: in this process, or as a worker group, of which this is then the agent or a rank."""
+"""Entry point of the denoising service: one process, or the agent or a rank of a worker group."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _run(model: ServedModel, settings: DenoisingSettings, flags: Sequence[str]) 
     if place is not None:
         return run_rank(model, settings, place, warm_up)
     check_private_api(ELASTIC)
-    # Fails with a torch of which ELASTIC does not hold.
+    # This import fails with a torch version that does not have ELASTIC.
     from services.denoising.launcher import launch
 
     return launch(settings, flags)

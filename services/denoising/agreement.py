@@ -1,9 +1,9 @@
-"""What makes the ranks of a group stop a call at the same place: rank 0 decides, the others are told.
+"""Keeps the ranks of a group in step: rank 0 decides when a call stops, and sends each decision to the followers.
 
-A stage asks its Call whether it should go on, at each step, at each item that it emits, and in between. All ranks run
-the same code on equal inputs and so ask equally often, and the answer to the n-th question is rank 0's everywhere. A
-rank that stopped by a clock or an event of its own would leave the others in a collective that it never enters. Rank
-0's answer costs it one small send to each follower, and followers nothing but what they wait for a rank 0 that is
+A stage asks its Call whether to continue at each step, at each emitted item, and in between. All ranks run the same
+code on equal inputs, so that they ask equally often, and rank 0's answer to the n-th question holds on every rank. A
+rank that stopped by its own clock or event would leave the others waiting in a collective. An answer costs rank 0 one
+small send per follower. A follower waits only while rank 0 is behind; no answer synchronizes with the device.
 behind them: the device is not asked.
 """
 
@@ -16,22 +16,22 @@ from typing import Any
 from common.errors import Cancelled, DeadlineExceeded, FleetError
 from common.stage import STEP_CHECKPOINTS, Call
 
-GO_ON = b""
-"""The answer that lets a stage go on; any other one is outcome() of the error that ends it."""
+CONTINUE = b""
+"""The answer to continue; other answers are outcome() of the error that ends the stage, or HAND_OVER."""
 
 HAND_OVER = b"hand over"
-"""The answer to must_hand_over() that ends a stage at this step boundary."""
+"""The answer to must_hand_over() that ends a stage at the current step boundary."""
 
 _STOPS: dict[str, type[FleetError]] = {kind.__name__: kind for kind in (Cancelled, DeadlineExceeded)}
 
 
 def outcome(error: FleetError) -> bytes:
-    """An error as the ranks compare it: equal where its kind and its message are."""
+    """An error in a form that ranks can compare: kind and message."""
     return f"{type(error).__name__}\n{error.message}".encode()
 
 
 def stop_of(answer: bytes) -> FleetError:
-    """The error that an answer asks for. Raises ValueError for one that rank 0 does not give."""
+    """The error in an answer. Raises ValueError for an error that rank 0 does not send."""
     kind, _, message = answer.decode().partition("\n")
     if kind not in _STOPS:
         raise ValueError(f"{kind!r} does not stop a call")
@@ -40,23 +40,23 @@ def stop_of(answer: bytes) -> FleetError:
 
 @dataclass(frozen=True)
 class LeadingCall(Call):
-    """Rank 0's: decides by the caller and the clock, and tells each answer before it acts on it."""
+    """Rank 0's call: decides by cancellation and deadline, and sends each answer before acting on it."""
 
-    tell: Callable[[bytes], None] = field(kw_only=True)
+    send: Callable[[bytes], None] = field(kw_only=True)
 
     def check_cancelled(self) -> None:
         """Raise as Call does, on all ranks."""
         try:
             super().check_cancelled()
         except (Cancelled, DeadlineExceeded) as error:
-            self.tell(outcome(error))
+            self.send(outcome(error))
             raise
-        self.tell(GO_ON)
+        self.send(CONTINUE)
 
     def emit(self, slot: str, artifact: Any, index: int | None = None) -> None:
-        """Emit, and raise as Call does, on all ranks: a slow reader delays rank 0 until the call is cancelled.
+        """Emit an item, or raise as Call does, on all ranks: a slow reader blocks rank 0 until the call is cancelled.
 
-        Step checkpoints wait for nobody, and ranks whose clocks differ send them at different steps.
+        Step checkpoints never block, and ranks with different clocks send them at different steps.
         """
         if slot == STEP_CHECKPOINTS:
             super().emit(slot, artifact, index)
@@ -64,30 +64,30 @@ class LeadingCall(Call):
         try:
             super().emit(slot, artifact, index)
         except (Cancelled, DeadlineExceeded) as error:
-            self.tell(outcome(error))
+            self.send(outcome(error))
             raise
-        self.tell(GO_ON)
+        self.send(CONTINUE)
 
     def must_hand_over(self) -> bool:
         """Decide for all ranks."""
         decided = super().must_hand_over()
-        self.tell(HAND_OVER if decided else GO_ON)
+        self.send(HAND_OVER if decided else CONTINUE)
         return decided
 
 
 @dataclass(frozen=True)
 class FollowingCall(Call):
-    """A follower's: goes on and stops as rank 0 says; what it reports goes nowhere."""
+    """A follower's call: continues and stops with rank 0, and discards progress and items."""
 
     ask: Callable[[], bytes] = field(kw_only=True)
 
     def check_cancelled(self) -> None:
-        """Wait for rank 0's answer, and raise what it says."""
+        """Wait for rank 0's answer, and raise its error if it has one."""
         if answer := self.ask():
             raise stop_of(answer)
 
     def emit(self, slot: str, artifact: Any, index: int | None = None) -> None:
-        """Wait until rank 0 has emitted the item, and raise what it says. It alone sends step checkpoints."""
+        """Wait until rank 0 has emitted the item, or raise its error. Only rank 0 sends step checkpoints."""
         del artifact, index
         if slot != STEP_CHECKPOINTS:
             self.check_cancelled()

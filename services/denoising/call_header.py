@@ -1,4 +1,4 @@
-"""The first message of a call from rank 0 to the followers: its variant, and its names in log lines and traces."""
+"""The first message of a call from rank 0 to followers: its variant, and its log and trace context."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.trace_context import Span, current_span, entered, parse_traceparent
 
 
 class CallHeader(NamedTuple):
-    """The fields of a CALL message, one a line."""
+    """The fields of a CALL message, one per line."""
 
     request_id: str
     variant: str = ""
@@ -33,12 +33,12 @@ class CallHeader(NamedTuple):
 
     @classmethod
     def decoded(cls, payload: bytes) -> Self:
-        """Read a payload. Names are for logs only: text that is not UTF-8 is no reason to end anything."""
+        """Decode a payload. Replaces invalid UTF-8, because names are used only in logs."""
         return cls(*payload.decode(errors="backslashreplace").split("\n")[: len(cls._fields)])
 
     @contextmanager
     def scope(self, stage: str) -> Iterator[None]:
-        """The log and trace context of the call, as on rank 0."""
+        """Set the log and trace context of the call, as on rank 0."""
         attempt = int(self.attempt) if self.attempt.isascii() and self.attempt.isdecimal() else 0
         trace = parse_traceparent(self.traceparent)
         with (

@@ -1,4 +1,4 @@
-"""What the launcher relies on in torch.distributed.elastic, most of which is private."""
+"""The API of torch.distributed.elastic that the launcher uses, most of it private."""
 
 from __future__ import annotations
 
@@ -55,4 +55,4 @@ ELASTIC = PrivateApi(
         Called(f"{_RENDEZVOUS}.api:RendezvousStoreInfo", 2),
     ),
 )
-"""The names, parameters and attributes that services.denoising.launcher and services.denoising.meeting use."""
+"""Names, parameters and attributes used by services.denoising.launcher and services.denoising.meeting."""

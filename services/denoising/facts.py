@@ -1,4 +1,4 @@
-"""The ranks of a worker group compare the facts that decide the bytes of a result, before any of them loads weights."""
+"""Compares, before weights are loaded, the facts of all ranks that determine the bytes of a result."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from services.denoising.settings import DenoisingSettings
 from services.worker_settings import dtype_of
 
 _MOST_NAMED = 4
-"""Facts of each rank that an error names."""
+"""Maximum facts of a rank in an error message."""
 
 
 def facts_of(settings: DenoisingSettings, device: torch.device) -> list[str]:
-    """Facts of this rank, once its kernel packages have been tried: packages, torch, device, numerics fingerprint."""
+    """Facts of this rank, after kernel packages have been tried: packages, torch, device, numerics fingerprint."""
     dtype = dtype_of(settings.dtype, device)
     fingerprint = numerics_fingerprint(
         device, dtype, settings.degrees, settings.approximation, plugins=settings.plugins
@@ -30,9 +30,9 @@ def facts_of(settings: DenoisingSettings, device: torch.device) -> list[str]:
 
 
 def compare_facts(links: Sequence[Link], facts: Sequence[str], seconds: float) -> None:
-    """Exchange facts with every peer; all ranks call it. Raises FailedPrecondition where they differ.
+    """Exchange facts with every peer; all ranks call it. Raises FailedPrecondition for different facts.
 
-    Raises OutOfStep when a peer ends, or does not send its facts in time.
+    Raises OutOfStep when a peer exits, or does not send its facts in time.
     """
     for link in links:
         link.send(Kind.FACTS, "\n".join(facts).encode())
@@ -42,10 +42,10 @@ def compare_facts(links: Sequence[Link], facts: Sequence[str], seconds: float) -
         if theirs != list(facts):
             raise FailedPrecondition(
                 f"ranks: rank {link.peer} has {_without(theirs, facts)} and this rank has {_without(facts, theirs)}; "
-                "use equal GPUs, packages and releases on all hosts, or name the kernel packages to use in kernels"
+                "use the same GPUs, packages and release on all hosts, or name the kernel packages in kernels"
             )
 
 
 def _without(facts: Sequence[str], others: Sequence[str]) -> str:
-    """Facts that the others lack, in one line."""
+    """Facts missing in the others, on one line."""
     return ", ".join([fact for fact in facts if fact not in others][:_MOST_NAMED]) or "nothing else"

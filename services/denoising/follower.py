@@ -1,4 +1,4 @@
-"""A follower's side of a worker group: it waits for calls, asleep, and runs them as rank 0 does."""
+"""A follower of a worker group: waits for calls of rank 0 without polling, and runs them in step with it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _log = get_logger(__name__)
 
 
 class Follower:
-    """Runs the stages whenever rank 0 does, until it is sent home. `total_bytes` bounds the tensors of a call."""
+    """Runs the stages with rank 0 until END. `total_bytes` bounds the tensors of a call."""
 
     def __init__(self, service: str, stages: Stages, link: Link, *, total_bytes: int) -> None:
         self._service = service
@@ -38,7 +38,7 @@ class Follower:
         self._pool = BufferPool()
 
     def follow(self) -> None:
-        """Take calls until END. Raises OutOfStep when this rank and rank 0 do not do the same any more."""
+        """Run calls until END. Raises OutOfStep when this rank and rank 0 are no longer in step."""
         while True:
             kind, called = self._link.receive(Kind.CALL, Kind.END)
             if kind is Kind.END:
@@ -60,31 +60,31 @@ class Follower:
         except OutOfStep:
             raise
         except Exception as error:
-            _log.exception("rank failed")
+            _log.exception("call failed on this rank")
             raise OutOfStep(f"this rank raised {type(error).__name__}: {error}") from error
         self._link.send(Kind.OUTCOME, reply)
         compare(self._link, reply)
 
     def _compute(self, values: Mapping[str, Any], call: FollowingCall) -> None:
-        """Run the stages. The outputs are rank 0's to send; here they only free their memory."""
+        """Run the stages. Rank 0 sends the outputs; here they are discarded."""
         self._stages.run(values, call)
 
     def _ask(self) -> bytes:
         return self._link.receive(Kind.CHECK)[1]
 
     def _inputs(self, lease: BufferLease) -> dict[str, Any]:
-        """The artifacts of a call by slot, laid over leased buffers."""
+        """The inputs of a call by slot, with tensors as views of leased buffers."""
         _, raw = self._link.receive(Kind.INPUT)
         header: Message = cast(Any, parse(self._request, raw)).header
         chunks = Assembler(described_tensors("", header, self._limits), partial(PooledPayload, lease=lease))
         while (message := self._link.receive(Kind.INPUT, Kind.RUN))[0] is Kind.INPUT:
             chunk = read_chunk(message[1])
             if chunk is None:
-                raise OutOfStep("rank 0 sent something else where a chunk should come")
+                raise OutOfStep("rank 0 sent a message that is not a chunk")
             chunks.add(chunk)
         return self._unpacked(split_packets(header, chunks.finish()))
 
     def _unpacked(self, packets: dict[str, Packet]) -> dict[str, Any]:
-        """Empties packets, so that nothing but the tensors holds on to the buffers."""
+        """Unpack and remove packets, so that only the tensors hold references to the buffers."""
         kinds = self._stages.contract.inputs
         return {slot: unpack(slot, artifact_class(kinds[slot]), packets.pop(slot), TORCH) for slot in list(packets)}

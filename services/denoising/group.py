@@ -1,4 +1,4 @@
-"""Rank 0's side of a worker group: a call that its server takes is run by all ranks at once."""
+"""Rank 0 of a worker group: every call of the server runs on all ranks together."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ from services.denoising.call_header import CallHeader
 from services.denoising.messages import Kind, Link, OutOfStep
 
 SETTLE_SECONDS = 30.0
-"""How far apart ranks may end one call. They compute in step, so that more than a moment means that one hangs."""
+"""Maximum time between the ends of one call on two ranks. Ranks compute in step, so that more means a hang."""
 
 _log = get_logger(__name__)
 
 
 class LeadingStages:
-    """Stages that this rank runs together with followers; to a server they are like any other.
+    """Stages that this rank runs together with followers, with the same interface as other stages.
 
-    An error that all ranks raise alike, such as InvalidInput, is an answer. Whatever else happens on one rank and not
-    on all leaves them out of step, which no rank can mend: `abandon` is called, which does not return.
+    An error that all ranks raise, such as InvalidInput, is the result of the call. Any difference between ranks leaves
+    them out of step, which cannot be repaired: `abandon` is called, and does not return.
     """
 
     def __init__(self, service: str, stages: Stages, links: Sequence[Link], abandon: Callable[[str], NoReturn]) -> None:
         if streams := sorted(stages.contract.input_streams):
-            raise FailedPrecondition(f"{service} reads the stream {', '.join(streams)}: a worker group cannot do that")
+            raise FailedPrecondition(
+                f"{service} reads the stream {', '.join(streams)}, which worker groups do not support; use one rank"
+            )
         self.contract = stages.contract
         self._request = request_type(stage_method(service))
         self._stages = stages
@@ -42,11 +44,11 @@ class LeadingStages:
         self._abandon = abandon
 
     def contract_of(self, variant: str) -> Contract:
-        """What the stages of one variant read and write. Raises InvalidInput for a variant that is not served."""
+        """The contract of one variant. Raises InvalidInput for a variant that is not served."""
         return self._stages.contract_of(variant)
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Artifacts in, artifacts out, by slot. Raises what all ranks raise."""
+        """Run the stages on all ranks: artifacts by slot. Raises the errors that all ranks raise."""
         leading = LeadingCall(
             request_id=call.request_id,
             on_progress=call.on_progress,
@@ -56,7 +58,7 @@ class LeadingStages:
             hand_over=call.hand_over,
             deadline=call.deadline,
             variant=call.variant,
-            tell=self._tell,
+            send=self._send_answer,
         )
         try:
             self._hand_out(call, values)
@@ -75,11 +77,11 @@ class LeadingStages:
         except OutOfStep:
             raise
         except Exception as error:
-            _log.exception("rank failed", rank=0)
+            _log.exception("call failed on this rank", rank=0)
             raise OutOfStep(f"rank 0 raised {type(error).__name__}: {error}") from error
 
     def _hand_out(self, call: Call, values: Mapping[str, Any]) -> None:
-        """Give every follower the inputs, in the frames that they would have come in from a coordinator."""
+        """Send the inputs to every follower, in the same frames as from a coordinator."""
         self._send(Kind.CALL, CallHeader.of(call).encoded())
         for frame in self._frames(values):
             self._send(Kind.INPUT, frame)
@@ -90,7 +92,7 @@ class LeadingStages:
         chunks = itertools.chain.from_iterable(chunk_frames(packet.chunks) for packet in packets.values())
         return itertools.chain((header_frame(self._request, packets),), chunks)
 
-    def _tell(self, answer: bytes) -> None:
+    def _send_answer(self, answer: bytes) -> None:
         self._send(Kind.CHECK, answer)
 
     def _send(self, kind: Kind, payload: bytes = b"") -> None:
@@ -98,19 +100,19 @@ class LeadingStages:
             link.send(kind, payload)
 
     def _settle(self, own: bytes) -> None:
-        """Tell how the call ended here, and hear how on the followers. Raises OutOfStep where it is not the same."""
+        """Compare the outcome on all ranks. Raises OutOfStep for different outcomes."""
         self._send(Kind.OUTCOME, own)
         for link in self._links:
             compare(link, own)
 
 
 def compare(link: Link, own: bytes) -> None:
-    """Hear how a call ended on the peer. Raises OutOfStep when it ended otherwise than here, or does not end."""
+    """Compare the outcome with a peer's. Raises OutOfStep if it differs, or does not arrive in time."""
     _, theirs = link.receive(Kind.OUTCOME, seconds=SETTLE_SECONDS)
     if theirs != own:
-        raise OutOfStep(f"a call ended with {_words(theirs)} on rank {link.peer}, and with {_words(own)} here")
+        raise OutOfStep(f"a call ended with {_text(theirs)} on rank {link.peer}, but with {_text(own)} on this rank")
 
 
-def _words(reply: bytes) -> str:
-    """For people: a rank that is out of step may send what is no text."""
+def _text(reply: bytes) -> str:
+    """An outcome for an error message. A rank that is out of step may send invalid UTF-8."""
     return ": ".join(reply.decode(errors="backslashreplace").split("\n", 1)) if reply else "a result"

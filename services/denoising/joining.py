@@ -1,7 +1,8 @@
-"""How the ranks of a worker group find each other: their places, which the agent tells, and two connections each.
+"""Connects the ranks of a worker group: their places, which the agent sets, and two connections per follower.
 
-Rank 0 listens, and tells where in the agents' store. Followers connect twice, for control (services.denoising.messages)
-and for beats (services.denoising.liveness), and show the group's token, which the agents made for this start.
+Rank 0 listens, and publishes its address in the agents' store. Each follower opens two connections, for control
+(services.denoising.messages) and for heartbeats (services.denoising.liveness), and authenticates with the group's
+token, which the agents create for each start.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from common.errors import Unavailable
 from services.denoising.messages import read_exactly
 
 GROUP_TOKEN = "DIFFUSION_FLEET_GROUP_TOKEN"
-"""Environment variable by which an agent makes a process a rank; another one for every start of the group."""
+"""Environment variable with the group's token: it makes a process a rank. Every start of the group has a new token."""
 
 _ADDRESS_KEY = "rank0"
 _HELLO = struct.Struct(">32sBI")
@@ -30,7 +31,7 @@ _HELLO_SECONDS = 5.0
 
 
 class Purpose(IntEnum):
-    """What a connection to rank 0 is for."""
+    """The purpose of a connection to rank 0."""
 
     CONTROL = 1
     HEARTBEATS = 2
@@ -38,7 +39,7 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True)
 class Place:
-    """Which rank of its group a process is, and where the group's store answers."""
+    """The rank of this process in its group, and the address of the group's store."""
 
     rank: int
     local_rank: int
@@ -50,7 +51,7 @@ class Place:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Place | None:
-        """What the agent said; None for a process that no agent of ours started."""
+        """Read the agent's variables; None for a process that no agent started."""
         if not environ.get(GROUP_TOKEN):
             return None
         return cls(
@@ -64,7 +65,7 @@ class Place:
         )
 
     def store(self, seconds: float) -> Store:
-        """The part of the agents' store that belongs to this start of the group. Raises Unavailable without one."""
+        """Connect to the part of the agents' store for this start. Raises Unavailable when it cannot be reached."""
         timeout = timedelta(seconds=seconds)
         try:
             whole = TCPStore(self.store_host, self.store_port, is_master=False, timeout=timeout)
@@ -75,11 +76,11 @@ class Place:
 
 
 Connections = dict[int, dict[Purpose, socket.socket]]
-"""By peer and purpose."""
+"""Connections by peer and purpose."""
 
 
 def join(place: Place, store: Store, seconds: float) -> Connections:
-    """Connect rank 0 with every follower. All ranks call it; raises Unavailable when one does not within the time."""
+    """Connect rank 0 with every follower; all ranks call it. Raises Unavailable if a rank does not join in time."""
     deadline = time.monotonic() + seconds
     return _connect(place, store, deadline) if place.rank else _accept(place, store, deadline)
 
@@ -96,14 +97,14 @@ def _accept(place: Place, store: Store, deadline: float) -> Connections:
                 raise Unavailable(f"ranks {missing} of {place.world_size} have not joined in time") from None
             hello = _hello_of(connection, place)
             if hello is None or hello[0] not in joined or hello[1] in joined[hello[0]]:
-                connection.close()  # A stranger.
+                connection.close()  # Not a rank of this start.
             else:
                 joined[hello[0]][hello[1]] = connection
     return joined
 
 
 def _listener(place: Place) -> socket.socket:
-    """On this machine only where the group is: nobody else can then reach it."""
+    """A server socket: on the loopback interface for a group on one host."""
     if place.num_nodes == 1:
         return socket.create_server(("127.0.0.1", 0))
     if socket.has_dualstack_ipv6():
@@ -112,7 +113,7 @@ def _listener(place: Place) -> socket.socket:
 
 
 def _hello_of(connection: socket.socket, place: Place) -> tuple[int, Purpose] | None:
-    """Who connected and what for; None for somebody without the group's token."""
+    """Rank and purpose of a connection; None without the group's token."""
     connection.settimeout(_HELLO_SECONDS)
     try:
         token, purpose, rank = _HELLO.unpack(read_exactly(connection, _HELLO.size))
@@ -140,6 +141,6 @@ def _connect(place: Place, store: Store, deadline: float) -> Connections:
 
 
 def _prepare(connection: socket.socket) -> None:
-    """Small messages leave at once, and waiting for one takes as long as it takes."""
+    """Send small messages without delay, and receive without a timeout."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.settimeout(None)

@@ -1,10 +1,10 @@
-"""The side channel: how a rank of a worker group learns that another one is lost, whatever the others are doing.
+"""Heartbeats between the ranks of a worker group, by which a rank detects the loss of another rank.
 
-A rank that is stopped, or whose machine is gone, ends no connection, and a collective that waits for it waits forever:
-the timeouts of collectives must outlast loading and warm-up. So every follower has a connection with rank 0 on which
-both send a beat all the time, from a thread of their own. The end of that connection, or silence for
-`rank_lost_seconds`, means that the peer is lost; whoever notices ends itself, which ends its connections, so that all
-of the group notice.
+A stopped rank, or a rank on a lost host, does not close its connections, and a collective with it never returns: the
+timeout of collectives must be longer than loading and warm-up. So every follower has a connection with rank 0 for
+heartbeats in both directions, sent by a separate thread. When the connection is closed, or silent for
+`rank_lost_seconds`, the peer is lost. The detecting rank exits, which closes its connections, so that all other ranks
+detect the loss as well.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import NoReturn
 from common.process_exit import TEMPORARY_FAILURE, exit_at_once
 
 LOST = TEMPORARY_FAILURE
-"""Exit code of a rank that gave up because of another one: the group is worth restarting."""
+"""Exit code of a rank that exits because another rank is lost: the launcher restarts the group."""
 
-_BEAT, _LEAVING, _END = b".", b"!", b"$"
+_HEARTBEAT, _STOPPING, _END = b".", b"!", b"$"
 
 
 def abandon(reason: str, code: int = LOST) -> NoReturn:
-    """End this process at once and log why: a thread that waits in a collective cannot be unwound."""
-    exit_at_once(f"{reason}; this rank ends, so that the group can start again", code)
+    """Log the reason and end this process at once: a thread that waits in a collective cannot be unwound."""
+    exit_at_once(f"{reason}; this rank exits, so that the group can restart", code)
 
 
 def _ignore() -> None:
@@ -34,35 +34,35 @@ def _ignore() -> None:
 
 
 class Watch:
-    """Which peer has been silent for more than `rank_lost_seconds`. Times are seconds of one monotonic clock."""
+    """Detects peers that are silent for more than `rank_lost_seconds`. Times are `time.monotonic()` seconds."""
 
     def __init__(self, peers: Iterable[int], rank_lost_seconds: float, now: float) -> None:
-        self._heard = dict.fromkeys(peers, now)
+        self._received_at = dict.fromkeys(peers, now)
         self._lost_seconds = rank_lost_seconds
-        self._looked = now
+        self._checked_at = now
 
-    def hear(self, peer: int, now: float) -> None:
-        """A peer has said something."""
-        self._heard[peer] = now
+    def received(self, peer: int, now: float) -> None:
+        """Record a message from a peer."""
+        self._received_at[peer] = now
 
     def forget(self, peer: int) -> None:
-        """A peer has taken its leave."""
-        self._heard.pop(peer, None)
+        """Stop watching a peer that exits regularly."""
+        self._received_at.pop(peer, None)
 
     def silent(self, now: float) -> int | None:
-        """A peer that is lost. To be asked often, after hear() for all that has arrived.
+        """A lost peer, or None. Call it often, after received() for all messages that have arrived.
 
-        A watcher that was not running itself for a good part of the time (a paused machine, a starved process) cannot
-        tell: it begins to count anew.
+        If this process itself was not running for a good part of the time (a paused host, a starved process), silence
+        does not indicate a loss: all timers restart.
         """
-        if now - self._looked > self._lost_seconds / 2:
-            self._heard = dict.fromkeys(self._heard, now)
-        self._looked = now
-        return next((peer for peer, heard in self._heard.items() if now - heard > self._lost_seconds), None)
+        if now - self._checked_at > self._lost_seconds / 2:
+            self._received_at = dict.fromkeys(self._received_at, now)
+        self._checked_at = now
+        return next((peer for peer, at in self._received_at.items() if now - at > self._lost_seconds), None)
 
 
 class Liveness:
-    """This rank's side channel to `peers`: all followers for rank 0, rank 0 for a follower."""
+    """The heartbeat connections of this rank: with all followers for rank 0, with rank 0 for a follower."""
 
     def __init__(
         self, peers: Mapping[int, socket.socket], *, rank_heartbeat_seconds: float, rank_lost_seconds: float
@@ -71,30 +71,30 @@ class Liveness:
         self._heartbeat_seconds = rank_heartbeat_seconds
         self._lost_seconds = rank_lost_seconds
         self._on_lost: Callable[[str], None] = abandon
-        self._on_leaving: Callable[[], None] = _ignore
-        self._word = _BEAT
+        self._on_stopping: Callable[[], None] = _ignore
+        self._message = _HEARTBEAT
         self._woken, self._waker = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
 
-    def start(self, *, on_lost: Callable[[str], None] = abandon, on_leaving: Callable[[], None] | None = None) -> None:
-        """Begin to beat and to watch.
+    def start(self, *, on_lost: Callable[[str], None] = abandon, on_stopping: Callable[[], None] | None = None) -> None:
+        """Start sending heartbeats and watching the peers.
 
-        From a thread of its own it calls `on_lost` with a sentence when a peer is lost, and `on_leaving` when a peer
-        has been told to end, perhaps repeatedly.
+        A separate thread calls `on_lost` with a reason when a peer is lost, and `on_stopping` when a peer received a
+        stop signal, possibly repeatedly.
         """
-        self._on_lost, self._on_leaving = on_lost, on_leaving or _ignore
+        self._on_lost, self._on_stopping = on_lost, on_stopping or _ignore
         for each in (*self._peers.values(), self._woken, self._waker):
             each.setblocking(False)
         self._thread.start()
 
-    def leave(self) -> None:
-        """Tell the peers that this rank has been told to end, and wants the group to. Signal handlers may call it."""
-        self._word = _LEAVING
+    def request_stop(self) -> None:
+        """Ask the peers to stop the group, because this rank received a signal. Safe in signal handlers."""
+        self._message = _STOPPING
         self._wake()
 
     def end(self) -> None:
-        """Take leave: peers stop to watch this rank, which stops to watch them."""
-        self._word = _END
+        """Exit regularly: the peers stop watching this rank, and this rank stops watching them."""
+        self._message = _END
         self._wake()
         self._thread.join()
         for each in (*self._peers.values(), self._woken, self._waker):
@@ -102,9 +102,9 @@ class Liveness:
 
     def _wake(self) -> None:
         try:
-            self._waker.send(_BEAT)
+            self._waker.send(_HEARTBEAT)
         except BlockingIOError:
-            return  # It is awake.
+            return  # The buffer is full, so the thread is already woken.
 
     def _run(self) -> None:
         watch = Watch(self._peers, self._lost_seconds, time.monotonic())
@@ -112,44 +112,44 @@ class Liveness:
             selector.register(self._woken, selectors.EVENT_READ)
             for peer, connection in self._peers.items():
                 selector.register(connection, selectors.EVENT_READ, peer)
-            beat_at = 0.0
+            send_at = 0.0
             while True:
-                word, now = self._word, time.monotonic()
-                if now >= beat_at or word is not _BEAT:
-                    self._say(word)
-                    beat_at = now + self._heartbeat_seconds
-                if word is _END:
+                message, now = self._message, time.monotonic()
+                if now >= send_at or message is not _HEARTBEAT:
+                    self._send(message)
+                    send_at = now + self._heartbeat_seconds
+                if message is _END:
                     return
-                for key, _ in selector.select(max(0.0, beat_at - now)):
+                for key, _ in selector.select(max(0.0, send_at - now)):
                     if key.fileobj is self._woken:
                         self._woken.recv(64)
-                    elif not self._hear(key.data, watch):
+                    elif not self._receive(key.data, watch):
                         selector.unregister(key.fileobj)
                 if (lost := watch.silent(time.monotonic())) is not None:
                     self._on_lost(f"rank {lost} has been silent for {self._lost_seconds:g} s")
                     watch.forget(lost)
 
-    def _say(self, word: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         for connection in self._peers.values():
             try:
-                connection.send(word)
+                connection.send(message)
             except OSError:
-                continue  # A peer that reads nothing, or has gone: what it does not say, or its end, will tell.
+                continue  # The peer hangs or has exited, which its silence or its closed connection shows.
 
-    def _hear(self, peer: int, watch: Watch) -> bool:
-        """Take what a peer says; returns whether it may say more."""
+    def _receive(self, peer: int, watch: Watch) -> bool:
+        """Receive messages of a peer; returns whether more may follow."""
         try:
-            words = self._peers[peer].recv(64)
+            messages = self._peers[peer].recv(64)
         except BlockingIOError:
             return True
         except OSError:
-            words = b""
-        watch.hear(peer, time.monotonic())
-        if _LEAVING in words:
-            self._on_leaving()
-        if words and _END not in words:
+            messages = b""
+        watch.received(peer, time.monotonic())
+        if _STOPPING in messages:
+            self._on_stopping()
+        if messages and _END not in messages:
             return True
         watch.forget(peer)
-        if not words:
-            self._on_lost(f"rank {peer} has ended")
+        if not messages:
+            self._on_lost(f"rank {peer} has exited")
         return False

@@ -1,9 +1,9 @@
-"""Where the agents of a worker group's machines meet, before each start of its ranks.
+"""The rendezvous of a worker group's hosts, before each start of its ranks.
 
-Machine 0 keeps a store. For each start its agent makes a token and offers it; the others answer, and when all have,
-it gives the word. An offer for which the word was given belongs to an earlier start: a machine that comes late, or
-comes back, waits for the next one. torch's own dynamic rendezvous is not used because it unpickles what it finds in
-its store, and lets any machine become the one that serves.
+Node 0 serves a store. For each start, its agent creates a token and offers it; the other agents accept, and once all
+have accepted, node 0 confirms the start. A confirmed offer belongs to an earlier start for a node that did not accept
+it: a node that joins late, or rejoins, waits for the next offer. torch's dynamic rendezvous is not used because it
+unpickles values from its store, and lets any node serve the store.
 """
 
 from __future__ import annotations
@@ -22,30 +22,32 @@ from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 from common.errors import FailedPrecondition
 
 _OFFER = "offer"
-_WORD = "word"
+_CONFIRMED = "word"
+"""Key of a confirmed offer. Its value stays, because agents of two releases may share a store."""
+
 _LATE = "late"
-# Short, as signals are only heard in between: a machine may wait for another one for hours.
+# Short, because signals are handled only between waits, and a node may wait for hours.
 _WAIT = timedelta(seconds=1)
 _PAUSE_SECONDS = 0.1
 
 
 class Meeting(RendezvousHandler):
-    """The rendezvous of `num_nodes` machines at a store, for the agent of one of them."""
+    """The rendezvous of `num_nodes` hosts at a store, for the agent of one host."""
 
     def __init__(self, num_nodes: int, node_rank: int, endpoint: str) -> None:
-        """`endpoint` is HOST:PORT on machine 0; one machine alone needs none. Raises FailedPrecondition if taken."""
+        """`endpoint` is HOST:PORT on node 0, unused for one node. Raises FailedPrecondition for a port in use."""
         self._num_nodes = num_nodes
         self._node_rank = node_rank
         self._host, self._port = "127.0.0.1", 0
         if num_nodes > 1:
             self._host, port = endpoint.rpartition(":")[::2]
             self._host, self._port = self._host.strip("[]"), int(port)
-        self._kept = self._keep_store() if node_rank == 0 else None
+        self._served = self._serve_store() if node_rank == 0 else None
         self._seen: Store | None = None
         self.token = ""
 
-    def _keep_store(self) -> Store:
-        """The store; for one machine alone, nobody else can reach it."""
+    def _serve_store(self) -> Store:
+        """Serve the store; for a group on one host, on the loopback interface."""
         try:
             if self._num_nodes == 1:
                 listener = socket.create_server((self._host, 0))
@@ -55,21 +57,21 @@ class Meeting(RendezvousHandler):
                 listener = socket.create_server(("", self._port))
         except OSError as error:
             raise FailedPrecondition(
-                f"cannot listen for the other machines on port {self._port}: {error.strerror}", field="rdzv_endpoint"
+                f"cannot listen for the other hosts on port {self._port}: {error.strerror}", field="rdzv_endpoint"
             ) from error
         self._port = listener.getsockname()[1]
         # The store closes the descriptor.
         return TCPStore(self._host, self._port, is_master=True, timeout=_WAIT, master_listen_fd=listener.detach())
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Meet the other machines, for as long as it takes."""
-        if self._kept is not None:
-            store = self._kept
+        """Wait for all other nodes, without a timeout."""
+        if self._served is not None:
+            store = self._served
             self.token = self._gather(store)
         else:
-            store, self.token = self._come()
+            store, self.token = self._join()
             self._seen = store
-        # Keys of an earlier start do not count.
+        # Separates the keys from those of earlier starts.
         of_this_start = PrefixStore(self.token, store)
         place = RendezvousStoreInfo(self._host, self._port)
         return RendezvousInfo(of_this_start, self._node_rank, self._num_nodes, place)
@@ -79,66 +81,66 @@ class Meeting(RendezvousHandler):
         store.set(_OFFER, token)
         for node in range(1, self._num_nodes):
             _until(lambda key=f"{token}/{node}": store.check([key]))  # type: ignore[misc]
-        store.set(f"{token}/{_WORD}", "1")
+        store.set(f"{token}/{_CONFIRMED}", "1")
         return token
 
-    def _come(self) -> tuple[Store, str]:
+    def _join(self) -> tuple[Store, str]:
         while True:
             try:
-                # The store's own client would fill the log with stack traces for as long as machine 0 is away.
+                # TCPStore would fill the log with stack traces while node 0 is unavailable.
                 socket.create_connection((self._host, self._port), _WAIT.total_seconds()).close()
                 store = TCPStore(self._host, self._port, is_master=False, timeout=_WAIT)
                 return store, self._answer(store)
-            except (OSError, DistError):  # Machine 0 is not there, or has gone.
+            except (OSError, DistError):  # Node 0 is unavailable.
                 time.sleep(_PAUSE_SECONDS)
 
     def _answer(self, store: Store) -> str:
-        """Answer offers until the word is given for one. Raises DistError when the store has gone."""
-        answered = ""
+        """Accept offers until one is confirmed. Raises DistError when the store is unavailable."""
+        accepted = ""
         while True:
             token = store.get(_OFFER).decode() if store.check([_OFFER]) else ""
-            given = bool(token) and store.check([f"{token}/{_WORD}"])
-            if given and token == answered:
+            confirmed = bool(token) and store.check([f"{token}/{_CONFIRMED}"])
+            if confirmed and token == accepted:
                 return token
-            if token and not given and token != answered:
+            if token and not confirmed and token != accepted:
                 store.set(f"{token}/{self._node_rank}", "1")
-                answered = token
-            if given and token != answered:
-                store.set(f"{token}/{_LATE}", "1")  # Machine 0 may not know yet that its group has lost this machine.
+                accepted = token
+            if confirmed and token != accepted:
+                store.set(f"{token}/{_LATE}", "1")  # Node 0 may not know yet that its group has lost this node.
             time.sleep(_PAUSE_SECONDS)
 
     @property
     def use_agent_store(self) -> bool:
-        """Ranks find each other in the store of the agents."""
+        """True: ranks connect through the store of the agents."""
         return True
 
     def get_backend(self) -> str:
-        """Its name, for torch's records."""
+        """The name of this rendezvous, for torch's records."""
         return "meeting"
 
     def get_run_id(self) -> str:
-        """The name of what is run, for torch's records."""
+        """The name of the job, for torch's records."""
         return "denoising"
 
     def is_closed(self) -> bool:
-        """It never is."""
+        """False: nodes can always join the next start."""
         return False
 
     def set_closed(self) -> None:
-        """There is nothing to close for the others: they wait for the next start."""
+        """Do nothing: the other nodes wait for the next start."""
 
     def num_nodes_waiting(self) -> int:
-        """1 when another machine has turned to the next start: this one's ranks wait for its ranks, and in vain."""
+        """1 when another node waits for the next start, so that the ranks here wait for its ranks in vain."""
         try:
-            if self._kept is not None:
-                return int(self._kept.check([f"{self.token}/{_LATE}"]))
+            if self._served is not None:
+                return int(self._served.check([f"{self.token}/{_LATE}"]))
             return int(self._seen is not None and self._seen.get(_OFFER).decode() != self.token)
         except DistError:
-            return 0  # Machine 0's agent has gone, and its ranks with it: those here will notice.
+            return 0  # Node 0 is lost with its ranks, which the ranks here detect.
 
     def shutdown(self) -> bool:
-        """Let go of the store."""
-        self._kept = None
+        """Close the store."""
+        self._served = None
         return True
 
 

@@ -1,4 +1,4 @@
-"""One rank of a worker group: finds the others, loads its part of the model, and serves (rank 0) or follows."""
+"""One rank of a worker group: joins the others, loads its shard of the model, and serves (rank 0) or follows."""
 
 from __future__ import annotations
 
@@ -35,27 +35,26 @@ from services.gpu_metrics import export_gpus, gpu_indices
 from services.worker import serve
 from services.worker_settings import device_of, dtype_of, prepare_thread
 
-# Collectives must outlast whatever one rank may do longer than another, such as warming up. Losses are noticed by the
-# side channel.
+# Longer than any difference between two ranks, such as in warm-up. Heartbeats detect lost ranks.
 _COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 def run_rank(model: ServedModel, settings: DenoisingSettings, place: Place, warm_up: WarmUp) -> int:
-    """Be that rank until the group ends; returns the exit code. Raises Unavailable when the others do not come.
+    """Run one rank until the group ends; returns the exit code. Raises Unavailable when another rank does not join.
 
-    All ranks warm up together: rank 0 hands out made-up requests as it does others.
+    All ranks warm up together: rank 0 sends synthetic requests to the followers like other requests.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
+        signal.signal(number, _exit)
     try:
-        _take_part(model, _of_rank(settings, place), place, warm_up)
+        _join_and_run(model, _of_rank(settings, place), place, warm_up)
     except (RuntimeError, MemoryError) as error:
-        # The loss of another rank or a full device can cause it: the launcher may start the group again.
+        # Possible causes are the loss of another rank and a full device: the launcher may restart the group.
         raise Unavailable(f"rank {place.rank}: {type(error).__name__}: {error}") from error
     return 0
 
 
-def _take_part(model: ServedModel, settings: DenoisingSettings, place: Place, warm_up: WarmUp) -> None:
+def _join_and_run(model: ServedModel, settings: DenoisingSettings, place: Place, warm_up: WarmUp) -> None:
     store = place.store(settings.rank_join_seconds)
     connections = join(place, store, settings.rank_join_seconds)
     links = [Link(peer, each[Purpose.CONTROL]) for peer, each in sorted(connections.items())]
@@ -70,21 +69,21 @@ def _take_part(model: ServedModel, settings: DenoisingSettings, place: Place, wa
     distributed.destroy_process_group()
 
 
-def _leave(*_: object) -> NoReturn:
-    """Told to end while there is nothing to finish yet: reading weights cannot be interrupted otherwise."""
+def _exit(*_: object) -> NoReturn:
+    """Exit on a signal while there is no call to finish: loading weights cannot be interrupted otherwise."""
     sys.stderr.flush()
     os._exit(0)
 
 
 def _of_rank(settings: DenoisingSettings, place: Place) -> DenoisingSettings:
-    """A GPU for each rank of the machine; on a CPU, which they share, one thread each."""
+    """Settings of this rank: its own GPU of the host; on a CPU, which ranks share, one thread by default."""
     if device_of(settings.device).type == "cuda":
         return replace(settings, device=f"cuda:{place.local_rank}")
     return replace(settings, threads=settings.threads or 1)
 
 
 class _Rank:
-    """What all ranks have."""
+    """Common parts of leading and following ranks."""
 
     def __init__(
         self, place: Place, store: Store, settings: DenoisingSettings, links: list[Link], liveness: Liveness
@@ -101,14 +100,14 @@ class _Rank:
     def make_mesh(self, device: torch.device) -> WorkerMesh:
         """Connect the devices of all ranks, for collectives.
 
-        Kernel packages have been tried before. Raises FailedPrecondition where the ranks' facts differ.
+        Call it after kernel packages have been tried. Raises FailedPrecondition for ranks with different facts.
         """
         try:
             compare_facts(self._links, facts_of(self._settings, device), self._settings.rank_join_seconds)
         except OutOfStep as error:
             abandon(str(error))
         if self._place.num_nodes == 1 and sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # Else gloo takes the address that the host's name has.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # The default is the address of the host name.
         cuda = device.type == "cuda"
         distributed.init_process_group(
             "nccl" if cuda else "gloo",
@@ -123,49 +122,49 @@ class _Rank:
         return mesh
 
     def wait_for_all(self) -> None:
-        """Return once all ranks have loaded: a call that came before would not end on them at the same time."""
+        """Return once all ranks have loaded, because ranks must start every call together."""
         distributed.barrier()
 
 
 class LeadingRank(_Rank):
-    """Rank 0: the worker of the service, as coordinators know it."""
+    """Rank 0, which serves the coordinators as the worker."""
 
     _stop_serving: Callable[[], object] | None = None
 
     def run(self, model: ServedModel, warm_up: WarmUp) -> None:
-        """Serve until told to end, here or by a follower that was told, and send the followers home."""
-        self._liveness.start(on_lost=abandon, on_leaving=self._stop)
+        """Serve until a signal to this rank or a follower, then end the followers."""
+        self._liveness.start(on_lost=abandon, on_stopping=self._stop)
         asyncio.run(serve(SERVICE, model, self._settings, ranks=self, warm_up=warm_up))
         self._liveness.end()
         for link in self._links:
-            with suppress(OutOfStep):  # It has ended by itself.
+            with suppress(OutOfStep):  # The follower has exited already.
                 link.send(Kind.END)
 
     def lead(self, stages: HostedVariants) -> LeadingStages:
-        """The stages, run by all ranks."""
+        """The stages, run on all ranks."""
         return LeadingStages(SERVICE, stages, self._links, abandon)
 
-    def on_leaving(self, stop: Callable[[], object]) -> None:
-        """Have `stop` called, from another thread, when a follower has been told to end."""
+    def on_stopping(self, stop: Callable[[], object]) -> None:
+        """Register `stop`, which another thread calls when a follower received a stop signal."""
         self._stop_serving = stop
 
     def _stop(self) -> None:
         if self._stop_serving is None:
-            _leave()
-        with suppress(RuntimeError):  # The event loop has ended: it has been told already.
+            _exit()
+        with suppress(RuntimeError):  # The event loop has ended, so that the worker is stopping already.
             self._stop_serving()
 
 
 class FollowingRank(_Rank):
-    """Any other rank: computes with rank 0, and asks it to end the group when it is told to end itself."""
+    """A rank other than 0: computes in step with rank 0, and passes stop signals on to it."""
 
-    _is_ending = False
+    _is_stopping = False
 
     def run(self, model: ServedModel) -> None:
-        """Follow until sent home."""
+        """Follow rank 0 until END."""
         self._liveness.start(on_lost=self._lost)
         device = device_of(self._settings.device)
-        if self._place.local_rank == 0:  # Of another host than rank 0, which exports the GPUs of its own host.
+        if self._place.local_rank == 0:  # On another host than rank 0, which exports its own host's GPUs.
             self._export_metrics(device)
         prepare_thread(device, self._settings.threads)
         try_packages(device, self._settings.kernel_choice)
@@ -175,7 +174,7 @@ class FollowingRank(_Rank):
         variants = load_variants(model, model.service(SERVICE), runtime)
         self.wait_for_all()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask_to_end)
+            signal.signal(number, self._request_stop)
         hosted = HostedVariants(SERVICE, variants)
         try:
             Follower(SERVICE, hosted, self._links[0], total_bytes=self._settings.max_call_bytes).follow()
@@ -188,12 +187,12 @@ class FollowingRank(_Rank):
             start_metrics(self._settings.metrics_port)
         export_gpus(gpu_indices(device, self.ranks_here))
 
-    def _ask_to_end(self, *_: object) -> None:
-        self._is_ending = True
-        self._liveness.leave()
+    def _request_stop(self, *_: object) -> None:
+        self._is_stopping = True
+        self._liveness.request_stop()
 
     def _lost(self, reason: str) -> None:
-        """Rank 0 may go before it has said so only where all are told to end."""
-        if self._is_ending:
-            _leave()
+        """Handle the loss of rank 0; during a shutdown it may exit before it has sent END."""
+        if self._is_stopping:
+            _exit()
         abandon(reason)

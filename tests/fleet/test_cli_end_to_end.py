@@ -225,7 +225,7 @@ def test_size_measures_a_running_fleet_with_uncached_prompts(up: tuple[str, Runn
         assert 0.0 < float(seconds) < 60
         assert int(replicas) >= 1
         assert busy.endswith("%")
-        assert lines[5] == f"Stage seconds: measured by one request at {up[0]}, after one that warmed up."
+        assert lines[5] == f"Stage seconds: measured with one request at {up[0]}, after a warm-up request."
     listed = [line for line in fleet(temporary, "status", *endpoint).stdout.splitlines() if " SUCCEEDED " in line]
     assert len({line.split(maxsplit=5)[5] for line in listed[:4]}) == 4
     watched = fleet(temporary, "watch", listed[0].split()[0], *endpoint)
@@ -271,7 +271,7 @@ def test_killed_service_is_restarted(up: tuple[str, Running]) -> None:
     _, running = up
     worker = next(each for each in running.descendants() if "decoding" in each.cmdline())
     worker.kill()
-    running.line(r"decoding-0 \(pid \d+\) ended with signal SIGKILL; starting it again")
+    running.line(r"decoding-0 \(pid \d+\) ended with signal SIGKILL; restarting it")
     assert int(running.line(r"decoding-0: started, pid (\d+)")[1]) != worker.pid
 
 
@@ -298,10 +298,10 @@ def test_autoscaled_fleet_starts_without_workers_and_scales_to_zero(temporary: P
         assert done.returncode == 0, done.stderr
         running.line("autoscaler: emoji/text_encoding: 1 -> 2 workers")  # one for the request, one of headroom
         running.line("autoscaler: emoji/decoding: 1 -> 0 workers")
-        running.line(r"decoding-0 \(pid \d+\) ended with exit code 0, as it was not needed")
+        running.line(r"decoding-0 \(pid \d+\) ended with exit code 0; it is no longer needed")
         code, output_after = running.end(signal.SIGTERM)
     assert code == 0
-    assert "starting it again" not in output_after
+    assert "restarting it" not in output_after
     alone = open_fleet("emoji")
     (item,) = alone.media(prompt="a red apple", num_inference_steps=3, seed=1).items
     alone.close()
@@ -360,5 +360,5 @@ def test_missing_weights_end_an_autoscaled_fleet_at_its_first_worker(temporary: 
     assert 1 <= len(errors) <= 4, "a worker was restarted"
     assert all(f": {model / 'transformer'} holds no weights" in line for line in errors)
     (end,) = [line for line in lines if line.startswith("fleet up: ")]
-    assert end.endswith("ended with exit code 2, which another start does not change")
-    assert "starting it again" not in output
+    assert end.endswith("ended with exit code 2; a restart does not help")
+    assert "restarting it" not in output

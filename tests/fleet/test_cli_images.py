@@ -51,7 +51,7 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "message"),
     [
         ("--model i2v --output a.mp4", "image: no image was sent, which i2v (WanImageToVideoPipeline) requires"),
-        ("--model i2v --image nowhere.png --output a.mp4", "cannot read the picture nowhere.png"),
+        ("--model i2v --image nowhere.png --output a.mp4", "cannot read the image nowhere.png"),
         ("--model i2v --image words.png --output a.mp4", "image is not a PNG, JPEG or WebP picture"),
         ("--model i2v --image old.gif --output a.mp4", "image is not a PNG, JPEG or WebP picture but GIF"),
         ("--model i2v --image moving.webp --output a.mp4", "image is an animated WebP"),

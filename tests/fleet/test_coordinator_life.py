@@ -81,7 +81,7 @@ def test_requests_continue_elsewhere_after_the_grace_period(each_server: RedisSe
         await anext(aiter(watch))
         reading = asyncio.create_task(_read_warnings(watch))  # unread events hide a call's status
         await leaving.stop(0)
-        with pytest.raises(grpc.aio.AioRpcError, match="call again from the last event"):
+        with pytest.raises(grpc.aio.AioRpcError, match="repeat the call from the last event"):
             await reading
         assert await state_of(other, foreign) == pb.REQUEST_STATE_QUEUED
         await fleet.add_workers()
@@ -178,7 +178,7 @@ def test_a_coordinator_with_another_checkpoint_is_refused(each_server: RedisServ
 
 def test_models_with_equal_names_are_refused() -> None:
     settings = CoordinatorSettings(listen="127.0.0.1:0")
-    with pytest.raises(InvalidInput, match="one name"):
+    with pytest.raises(InvalidInput, match="the same name"):
         asyncio.run(start_coordinator([MODEL, MODEL], settings))
 
 

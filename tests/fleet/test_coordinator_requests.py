@@ -242,7 +242,7 @@ def test_request_fails_if_no_worker_can_be_reached(each_store_url: str) -> None:
         name = (await stub.Submit(submission())).request.request_id
         change = (await terminal(stub, name))[-1].state_change
         assert change.error.code == "UNAVAILABLE"
-        assert "no worker of text_encoding was reached for 0.5 s, at last: " in change.error.message
+        assert "no worker of text_encoding was reachable for 0.5 s; last error: " in change.error.message
 
     run_on_fleet(each_store_url, scenario)
 

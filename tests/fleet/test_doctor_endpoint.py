@@ -46,7 +46,7 @@ def test_complete_fleet_has_no_findings(store_url: str) -> None:
         fingerprint = fleet.model.checkpoint.fingerprint
         health, contract, model = await found(coordinator.address, emoji=fingerprint)
         assert health == f"ok endpoint: {coordinator.address} is ready"
-        assert contract.startswith("ok contract: the same API as here: ")
+        assert contract.startswith("ok contract: same API as this installation: ")
         assert int(contract.split(": ")[2].split()[0]) > 100
         assert model == ("ok model emoji: live workers: text_encoding 1, latent_preparation 1, denoising 1, decoding 1")
         assert (await found(coordinator.address, emoji="f" * 64))[-1].startswith(
@@ -69,11 +69,11 @@ def test_missing_and_refused_workers_and_broken_kernels_are_warnings(store_url: 
             await worker.registry.announce(refused)
         _, _, without, stranger, kernel = await found(coordinator.address)
         assert without.startswith(
-            "warning model emoji: no worker serves text_encoding, latent_preparation, decoding: requests wait there -> "
+            "warning model emoji: no worker serves text_encoding, latent_preparation, decoding: requests wait for one "
         )
         assert stranger.startswith("warning model emoji: worker stranger of denoising was refused at ")
         assert kernel.startswith(
-            "warning model emoji: workers of denoising: fa3-fwd 0.0.3 is unusable, cuDNN instead: OSError: a -> "
+            "warning model emoji: workers of denoising: fa3-fwd 0.0.3 is unusable, cuDNN is used: OSError: a -> "
         )
 
     run_on_fleet(store_url, scenario)
@@ -88,7 +88,7 @@ def test_an_incompatible_worker_is_a_warning(store_url: str) -> None:
         *_, without, line = await found(coordinator.address)
         assert without.startswith("warning model emoji: no worker serves denoising: ")
         assert line.startswith(
-            f"warning model emoji: worker {odd.info.worker_id} takes no requests: output 'denoised_latents': "
+            f"warning model emoji: worker {odd.info.worker_id} is incompatible: output 'denoised_latents': "
         )
 
     run_on_fleet(store_url, scenario)
@@ -125,7 +125,7 @@ def test_caller_without_a_key_gets_health_and_contract(store_url: str, tmp_path:
         assert health.startswith("ok endpoint: ")
         assert contract.startswith("ok contract: ")
         assert refused.startswith("error endpoint: ")
-        assert refused.endswith(" -> set FLEET_API_KEY to a key that the fleet knows")
+        assert refused.endswith(" -> set FLEET_API_KEY to a valid key")
         known = await found(coordinator.address, Access(None, KEY))
         assert known[-1].startswith("warning model emoji: no worker serves ")
         assert KEY not in "".join(known)
@@ -148,7 +148,7 @@ def test_tls_endpoint_is_checked(
             assert await asyncio.to_thread(doctor.main, [*command, "--tls-ca", str(ca)]) == code
         out = capsys.readouterr().out
         assert f"ok       endpoint          {coordinator.address} is ready" in out
-        assert f"error    endpoint          {coordinator.address} and this command could not agree on TLS" in out
+        assert f"error    endpoint          TLS handshake with {coordinator.address} failed" in out
 
     run_on_fleet(store_url, scenario)
 
@@ -171,7 +171,7 @@ def test_other_ports_of_a_fleet_are_checked(store_url: str) -> None:
                 f"ok endpoint ports: metrics_port: 127.0.0.1:{metrics.port} serves the metrics of a coordinator",
             ]
             assert await asyncio.to_thread(lambda: ports_of(endpoint, scaler_listen=scaler, tls_cert="x")) == [
-                f"ok endpoint ports: scaler_listen: {scaler} accepts connections; who calls it needs a certificate"
+                f"ok endpoint ports: scaler_listen: {scaler} accepts connections; callers need a client certificate"
             ]
         finally:
             metrics.stop()
@@ -194,7 +194,7 @@ def test_a_port_of_another_program_is_a_warning() -> None:
     try:
         (line,) = ports_of("127.0.0.1:1", metrics_port=server.server_port)
         assert line.startswith(
-            f"warning endpoint ports: metrics_port: 127.0.0.1:{server.server_port} answers without metrics of a coordi"
+            f"warning endpoint ports: metrics_port: 127.0.0.1:{server.server_port} serves no coordinator metri"
         )
     finally:
         server.shutdown()
@@ -220,7 +220,7 @@ def test_missing_server_and_other_server_are_errors(tmp_path: Path) -> None:
         health, _, refused = await found(address)
         expected = f"error endpoint: {address} answers, but is not ready: server SERVING, {SERVICE} NOT_FOUND, "
         assert health.startswith(expected)
-        assert refused == "error endpoint: ListModels failed: there is no such method here -> ask a coordinator"
+        assert refused == "error endpoint: ListModels failed: there is no such method here -> connect to a coordinator"
         await server.drain(0)
 
     run_within(60, scenario)
@@ -243,12 +243,12 @@ def test_api_versions_are_compared() -> None:
     assert "fleet.v1.GenerationService.Submit" in ours
     older = {each: kind for each, kind in ours.items() if each != name}
     assert lines([contract_result(older, ours)]) == [
-        f"warning contract: the fleet is older than this client: it lacks {name} -> update the fleet, or use its "
+        f"warning contract: the fleet is older than this client: it lacks {name} -> update the fleet, or install its "
         "release here"
     ]
-    assert lines([contract_result(ours, older)])[0].startswith("ok contract: the fleet is newer, ")
+    assert lines([contract_result(ours, older)])[0].startswith("ok contract: the fleet is newer and compatible")
     other = {**ours, name: ours[name].replace("20 ", "21 ", 1)}
-    assert lines([contract_result(other, ours)])[0].startswith(f"error contract: the fleet has another type of {name}")
+    assert lines([contract_result(other, ours)])[0].startswith(f"error contract: the fleet has another type for {name}")
     assert lines([contract_result({}, ours)])[0].startswith("error contract: the endpoint has no fleet.v1.Generation")
 
 

@@ -58,7 +58,7 @@ def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, capl
             store = (await stub.ListModels(pb.ListModelsRequest())).store
             assert store.is_full
             assert store.max_bytes == 40 * MIB
-            assert store_text(store).endswith("which is full: requests are refused from 36.0 MiB on")
+            assert store_text(store).endswith("full: requests are refused above 36.0 MiB")
             gate.opened.set()
             assert (await terminal(stub, accepted))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
             await unfill(redis)
@@ -71,7 +71,7 @@ def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, capl
 
     run_on_fleet(url, scenario)
     logged = [record.getMessage() for record in caplog.records]
-    assert [each for each in logged if each.startswith("request store is full: Submit is refused")]
+    assert [each for each in logged if each.startswith("request store is full, Submit is refused")]
     assert not [each for each in logged if "away" in each]
 
 

@@ -224,7 +224,7 @@ def test_invalid_downloads_are_refused(unsynced_url: str) -> None:
         await owner.end()
         for code, field, text in (await waiting, await refused(stub, beyond_bytes)):
             assert (code, field) == ("INVALID_ARGUMENT", "offset")
-            assert "offset is 6, but file 0 has 5 bytes" in text
+            assert "offset: 6 is not at most 5" in text
         assert (await refused(stub, beyond_files))[:2] == ("INVALID_ARGUMENT", "index")
 
     run_with_owner(unsynced_url, scenario)

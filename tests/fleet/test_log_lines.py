@@ -293,7 +293,7 @@ def test_lines_of_interleaved_requests_have_their_own_request_id(store_url: str,
         assert line["exception"].endswith(f"ZeroDivisionError: {line['request_id']}")
     attempts = [line for line in lines.all() if line["event"] == "attempt started"]
     assert Counter(line["stage"] for line in attempts) == dict.fromkeys(SERVICES, 4)
-    quiet = [line for line in lines.all() if line["event"] == "coordinator is in the request store"]
+    quiet = [line for line in lines.all() if line["event"] == "coordinator announced in the request store"]
     assert "request_id" not in quiet[0]
 
 

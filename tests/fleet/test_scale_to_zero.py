@@ -15,7 +15,7 @@ from fleet.v1 import worker_pb2
 from services.cli.access import IN_THE_CLEAR
 from services.cli.status import _status
 
-WAITS = "no worker of {} runs; the request waits for one"
+WAITS = "no worker of {} is running; the request waits"
 
 
 def test_requests_wait_for_workers_and_watch_reports_a_warning(store_url: str) -> None:

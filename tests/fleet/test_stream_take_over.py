@@ -273,8 +273,8 @@ def test_command_continues_after_its_coordinator_restarts(
     async def soon(_: int) -> None:
         await asyncio.sleep(0.3)
 
-    monkeypatch.setattr("services.cli.drawing.pause", soon)
-    monkeypatch.setattr("services.cli.drawing.ATTEMPTS", 100)
+    monkeypatch.setattr("services.cli.client.pause", soon)
+    monkeypatch.setattr("services.cli.client.RETRIES", 100)
 
     async def test(case: Case) -> None:
         await case.add_workers()
@@ -295,7 +295,7 @@ def test_command_continues_after_its_coordinator_restarts(
 
     run_on_video_fleet(store_url, test, stop_before)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [VIDEO]
-    assert "goes on; the connection was lost" in capsys.readouterr().err
+    assert "continues; the connection was lost" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stop_before", [2, ITEMS])

@@ -254,7 +254,7 @@ def test_poison_request_fails(each_server: RedisServer) -> None:
         assert change.state == pb.REQUEST_STATE_FAILED
         assert change.error.code == "INTERNAL"
         assert "3 workers were lost while they ran this request, without progress" in change.error.message
-        assert "the last one in denoising" in change.error.message
+        assert "the last one at denoising" in change.error.message
         assert len(denoisers.lost) == 3
         innocent = (await stub.Submit(submission())).request.request_id
         assert ends(await terminal(stub, innocent)) == [pb.REQUEST_STATE_SUCCEEDED]

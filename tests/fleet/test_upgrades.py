@@ -104,7 +104,7 @@ def test_request_without_compatible_workers_reports_worker_and_slot(store_url: s
         assert "no worker of emoji/denoising can take the request, and none came within 0.3 s" in record.error.message
         assert named in record.error.message
         warnings = [event.warning.message for event in events if event.HasField("warning")]
-        assert warnings == [f"no worker of denoising can take the request ({named}); the request waits for one"]
+        assert warnings == [f"no worker of denoising can serve the request ({named}); the request waits"]
         assert not script.calls
 
     run_on_fleet(store_url, scenario)

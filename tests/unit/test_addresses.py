@@ -139,8 +139,6 @@ def test_the_connection_error_names_the_proxy_variable_and_no_password(
     monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:9")
     assert main(["models", "--endpoint", "fleet.example:50051"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(
-        "fleet models: no fleet answers at fleet.example:50051 through the proxy that http_proxy names"
-    )
+    assert error.startswith("fleet models: no fleet answers at fleet.example:50051 through the proxy of http_proxy")
     assert error.count("\n") == 1
     assert "secret" not in error

@@ -234,7 +234,7 @@ def test_an_unavailable_scaler_changes_nothing_and_is_logged_once() -> None:
         await harness.until(lambda: len(harness.scaler.received) >= 5)
         assert harness.pool.size == 2
         assert len(harness.notes) == 1
-        assert harness.notes[0].startswith("autoscaler: d: no answer")
+        assert harness.notes[0].startswith("autoscaler: d: the scaler did not answer")
         harness.scaler.refusal, harness.scaler.seconds = None, 9.0
         await harness.until(lambda: harness.pool.size == 4)
         await cancel_and_wait(running)

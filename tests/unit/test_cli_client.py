@@ -246,7 +246,7 @@ def test_status_shows_services_and_requests(capsys: pytest.CaptureFixture[str]) 
     assert lines[1].split() == ["emoji", "denoising", "2", "1/2", "3", "~12.5", "2", "of", "tp=2", "cfg=2"]
     assert lines[2].split() == ["emoji", "decoding", "1", "0/1", "0", "0.0"]
     assert lines[4].split() == ["MODEL", "SERVICE", "KERNELS", "VERSION", "STATE"]
-    assert lines[5].split(maxsplit=4)[2:] == ["fa3-fwd", "0.0.3", "unusable, cuDNN instead: OSError: a b"]
+    assert lines[5].split(maxsplit=4)[2:] == ["fa3-fwd", "0.0.3", "unusable, cuDNN is used: OSError: a b"]
     assert lines[6].split() == ["emoji", "denoising", "triton", "3.6.0", "in", "use"]
     assert lines[-1].startswith("r1")
     assert "RUNNING" in lines[-1]

@@ -63,24 +63,24 @@ def _no_store_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("generate p --output X.png --param seed=99999999999999999999", "seed must fit in 64 bits"),
         ("generate p --output X.png --seed 1 --param seed=2", "seed is given twice"),
         ("generate p --output X.png --param sigmas={}", "--param sigmas must be"),
-        ("generate p --output X.png --image X.jpg", "cannot read the picture"),
-        ("generate p --output X.png --param last_image=X.jpg", "cannot read the picture"),
-        ("generate p --output X.mp4", "emoji (FluxPipeline) makes images; .mp4 needs a video model"),
+        ("generate p --output X.png --image X.jpg", "cannot read the image"),
+        ("generate p --output X.png --param last_image=X.jpg", "cannot read the image"),
+        ("generate p --output X.mp4", "emoji (FluxPipeline) generates images, and .mp4 needs a video model"),
         ("generate p --output X.png --redis nonsense", "no Redis URL"),
         ("generate p --output X.png --endpoint nonsense", "--endpoint must be HOST:PORT"),
-        ("generate p --output X.png --endpoint a:1 --dtype float32", "--dtype does not go with --endpoint"),
-        ("generate p --output X.png --endpoint a:1 --redis redis://a", "--redis does not go with --endpoint"),
-        ("generate p --output X.png --endpoint a:1 --model ./emoji", "a name that the fleet serves"),
+        ("generate p --output X.png --endpoint a:1 --dtype float32", "--dtype cannot be combined with --endpoint"),
+        ("generate p --output X.png --endpoint a:1 --redis redis://a", "--redis cannot be combined with --endpoint"),
+        ("generate p --output X.png --endpoint a:1 --model ./emoji", "the name of a served model"),
         ("generate p --output X.png --api-key k", "--api-key needs --endpoint"),
         ("generate p --output X.png --endpoint a:1 --tls-ca X.pem", "x.pem cannot be read: No such file"),
         ("status --tls-cert X.pem", "tls_cert is set without tls_key"),
-        ("models --api-key ké", "--api-key must be of printable ASCII"),
+        ("models --api-key ké", "--api-key must consist of printable ASCII"),
         ("up --model nowhere", "'nowhere' is neither"),
-        ("up --model emoji --model emoji", "2 models are named 'emoji'"),
+        ("up --model emoji --model emoji", "2 models have the name 'emoji'"),
         ("up --replicas painting=2", "SERVICE one of text_encoding, latent_preparation, denoising, decoding"),
         ("up --replicas denoising=0", "N from 1 to 64"),
-        ("up --max-replicas denoising=2", "--max-replicas has an effect only with --autoscale; add --autoscale"),
-        ("up --target-seconds 5", "--target-seconds has an effect only with --autoscale"),
+        ("up --max-replicas denoising=2", "--max-replicas is used only with --autoscale; add --autoscale"),
+        ("up --target-seconds 5", "--target-seconds is used only with --autoscale"),
         (
             "up --autoscale --max-replicas painting=2",
             "--max-replicas must be SERVICE=N with N from 1 to 64 and SERVICE",
@@ -90,10 +90,10 @@ def _no_store_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "up --autoscale --replicas denoising=3 --max-replicas denoising=2",
             "--max-replicas: denoising=2 is not at least --replicas denoising=3; denoising=3 works",
         ),
-        ("up --autoscale --idle-seconds -1", "--idle-seconds: -1 is not a number from 0; 60 works"),
-        ("up --headroom 1", "--headroom has an effect only with --autoscale; add --autoscale"),
-        ("up --autoscale --headroom -0.5", "--headroom: -0.5 is not a number from 0; 1 works"),
-        ("up --autoscale --headroom nan", "--headroom: nan is not a number from 0; 1 works"),
+        ("up --autoscale --idle-seconds -1", "--idle-seconds: -1 is not a number of at least 0; 60 works"),
+        ("up --headroom 1", "--headroom is used only with --autoscale; add --autoscale"),
+        ("up --autoscale --headroom -0.5", "--headroom: -0.5 is not a number of at least 0; 1 works"),
+        ("up --autoscale --headroom nan", "--headroom: nan is not a number of at least 0; 1 works"),
         ("up --autoscale --idle-seconds soon", "--idle-seconds: must be a number, not 'soon'"),
         ("up --autoscale --target-seconds 0", "--target-seconds: 0 is not a number above 0; 10 works"),
         ("up --autoscale --target-seconds inf", "--target-seconds: inf is not a number above 0; 10 works"),
@@ -153,7 +153,7 @@ def test_a_port_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_fleet_up_refuses_tls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FLEET_TLS_CERT", "x.pem")
     assert main(["up"]) == 2
-    assert "FLEET_TLS_CERT is set, but `fleet up` serves this machine alone" in capsys.readouterr().err
+    assert "FLEET_TLS_CERT is set, but `fleet up` serves only this host" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -285,7 +285,7 @@ def test_a_file_is_replaced_only_when_complete(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize(("byte_size", "message"), [(4, "2 bytes early"), (1, "more bytes")])
+@pytest.mark.parametrize(("byte_size", "message"), [(4, "2 bytes before"), (1, "more bytes")])
 def test_a_file_of_the_wrong_size_is_deleted(byte_size: int, message: str, tmp_path: Path) -> None:
     def receive() -> None:
         with ResultFiles(tmp_path / "x.png") as files:

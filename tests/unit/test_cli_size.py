@@ -80,10 +80,10 @@ def test_the_default_model_needs_no_stage_seconds_and_no_fleet(capsys: pytest.Ca
 
 def test_remarks_name_inefficient_services(capsys: pytest.CaptureFixture[str]) -> None:
     text = "\n".join(run(EMOJI_VIDEO, capsys))
-    assert "Splitting takes 5 devices; 4 would do" in text
-    assert "text_encoding computes for 4.0 ms, less than a hop of 4 MB takes (6.9 ms)" in text
-    assert "decoding is busy 10% of one device: run it beside another service" in text
-    assert "Transport takes 13 ms a request, 3% of its computing" in text
+    assert "Separate services need 5 devices; 4 devices" in text
+    assert "text_encoding computes for 4.0 ms, less than one hop of 4 MB (6.9 ms)" in text
+    assert "decoding is busy 10% of one device: share the device of another service" in text
+    assert "Transport takes 13 ms per request, 3% of its compute time" in text
 
 
 def test_less_than_half_a_millisecond_is_not_printed_as_zero(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +100,7 @@ def test_a_directory_is_recognised_by_its_architecture(
     model = build_tiny_wan(tmp_path / "wan") or tmp_path / "wan"
     arguments = f"--model {model} --requests-per-second 1 --size 480x832x81 --steps 4"
     assert main(["size", *arguments.split()]) == 2
-    assert "nothing is measured for text_encoding, latent_preparation, denoising, decoding" in capsys.readouterr().err
+    assert "no measurement of text_encoding, latent_preparation, denoising, decoding" in capsys.readouterr().err
     monkeypatch.setattr(size, "_transformer", lambda _: {"num_layers": 30, "num_attention_heads": 12})
     guided = rows(run(arguments, capsys))["denoising"][0]
     assert guided == "3.521"
@@ -122,7 +122,7 @@ def test_a_directory_is_recognised_by_its_architecture(
         (f"{FLUX} --stage-seconds denoising=-1", "'denoising=-1' is not SERVICE=SECONDS"),
         (f"{FLUX} --stage-seconds painting=1", "'painting' is not a service of FLUX.1-dev; services are text_encoding"),
         (f"{FLUX} --stage-seconds decoding=1 --stage-seconds decoding=2", "decoding is given twice"),
-        ("--model emoji-video --requests-per-second 1", "nothing is measured for text_encoding, latent_preparation"),
+        ("--model emoji-video --requests-per-second 1", "no measurement of text_encoding, latent_preparation"),
         ("--model emoji --requests-per-second 1 --size 7x7", "height: 7 is not at least 16"),
         (f"{FLUX} --endpoint nonsense", "--endpoint must be HOST:PORT"),
     ],

@@ -17,7 +17,7 @@ from common.errors import InternalError, Unavailable
 from common.rpc.status import to_status
 from fleet.v1 import generation_pb2 as pb
 from services.cli.__main__ import main
-from services.cli.client import ATTEMPTS
+from services.cli.client import RETRIES
 from services.cli.output import ResultFiles
 
 PARTS = {0: [b"first", b"second", b"third"], 1: [b"other", b"last"]}
@@ -132,7 +132,7 @@ def coordinator(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCoordinator]:
     async def no_pause(_: int) -> None:
         return None
 
-    monkeypatch.setattr("services.cli.drawing.pause", no_pause)
+    monkeypatch.setattr("services.cli.client.pause", no_pause)
     before = signal.getsignal(signal.SIGTERM)
     servicer = FakeCoordinator()
     server = grpc.server(ThreadPoolExecutor(4))
@@ -199,7 +199,7 @@ def test_each_byte_is_written_once_across_lost_connections(
     assert sorted(tmp_path.iterdir()) == paths
     assert coordinator.keys == ["k"]
     written = capsys.readouterr()
-    assert "request r1 goes on; the connection was lost" in written.err
+    assert "request r1 continues; the connection was lost" in written.err
     received = [len(b"".join(PARTS[0][: (breaks_after + 1) // 2])), len(b"".join(PARTS[1][: breaks_after // 2]))]
     assert coordinator.downloads[0] == (0, 16 if breaks_after == 5 else received[0])
     assert coordinator.downloads[-1][0] == 1
@@ -232,7 +232,7 @@ def test_attempts_without_progress_are_bounded(
 ) -> None:
     coordinator.breaks_after, coordinator.is_silent = 3, True
     assert generate(tmp_path / "x.mp4") == 1
-    assert coordinator.downloads == [(0, 11)] * (ATTEMPTS + 1)
+    assert coordinator.downloads == [(0, 11)] * (RETRIES + 1)
     assert capsys.readouterr().err.endswith("this coordinator is shutting down\n")
     assert not list(tmp_path.iterdir())
 
@@ -276,13 +276,13 @@ def test_growing_files_refuse_inconsistent_offsets_and_sizes(tmp_path: Path) -> 
             files.write_at(0, 0, b"x")
         files.begin(0, 1, None)
         files.write_at(0, 0, b"abc")
-        with pytest.raises(InternalError, match="byte 2 of file 0 came where byte 3 is next"):
+        with pytest.raises(InternalError, match="received byte 2 of file 0; expected byte 3"):
             files.write_at(0, 2, b"c")
-        with pytest.raises(InternalError, match=r"x\.mp4 ended without its size"):
+        with pytest.raises(InternalError, match=r"x\.mp4 ended before its size was sent"):
             files.check_complete()
         files.begin(0, 1, 4)
-        with pytest.raises(InternalError, match=r"x\.mp4 ended 1 bytes early"):
+        with pytest.raises(InternalError, match=r"x\.mp4 ended 1 bytes before its size"):
             files.check_complete()
-        with pytest.raises(InternalError, match="more bytes than its header says"):
+        with pytest.raises(InternalError, match="more bytes than its header states"):
             files.begin(0, 1, 2)
     assert not list(tmp_path.iterdir())

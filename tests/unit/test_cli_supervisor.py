@@ -23,7 +23,7 @@ DYING = Program("dying", ())
 def test_an_exit_before_readiness_ends_the_fleet() -> None:
     notes: list[str] = []
     with pytest.raises(ServiceEnded, match=r"wrong .* ended with exit code 2 before the fleet was ready") as caught:
-        asyncio.run(Supervisor(notes.append).keep(WRONG))
+        asyncio.run(Supervisor(notes.append).supervise(WRONG))
     assert caught.value.code == 2
     assert len(notes) == 1
 
@@ -63,32 +63,32 @@ class Processes:
 
 def test_restarts_end_after_the_maximum_number_of_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "_FIRST_DELAY", 0.001)
-    monkeypatch.setattr(supervisor, "_MOST_DEATHS", 3)
+    monkeypatch.setattr(supervisor, "_MOST_FAILURES", 3)
     processes, notes = Processes(monkeypatch), list[str]()
     parent = Supervisor(notes.append)
     parent.ready = True
     with pytest.raises(ServiceEnded, match="exit code 1, 3 times in a row"):
-        asyncio.run(parent.keep(DYING))
+        asyncio.run(parent.supervise(DYING))
     assert processes.started == ["dying"] * 3
-    assert [note.rpartition(" in ")[2] for note in notes if "starting it again" in note] == ["0.001 s", "0.002 s"]
+    assert [note.rpartition(" in ")[2] for note in notes if "restarting it" in note] == ["0.001 s", "0.002 s"]
 
 
 def test_a_killed_program_is_restarted_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "_FIRST_DELAY", 0.001)
     monkeypatch.setattr(supervisor, "_LONGEST_DELAY", 0.002)
-    monkeypatch.setattr(supervisor, "_MOST_DEATHS", 2)
+    monkeypatch.setattr(supervisor, "_MOST_FAILURES", 2)
     processes, notes = Processes(monkeypatch), list[str]()
 
     async def run() -> None:
         parent, program = Supervisor(notes.append), Program("killed", ())
         parent.ready = True
-        task = asyncio.create_task(parent.keep(program))
+        task = asyncio.create_task(parent.supervise(program))
         await processes.have_started(5)
         parent.retire(program)
         await asyncio.wait_for(task, 20)
 
     asyncio.run(run())
-    delays = [note.rpartition(" in ")[2] for note in notes if "starting it again" in note]
+    delays = [note.rpartition(" in ")[2] for note in notes if "restarting it" in note]
     assert delays[:4] == ["0.001 s", "0.002 s", "0.002 s", "0.002 s"]
 
 
@@ -96,8 +96,8 @@ def test_exit_code_2_ends_a_running_fleet_without_a_restart() -> None:
     notes: list[str] = []
     parent = Supervisor(notes.append)
     parent.ready = True
-    with pytest.raises(ServiceEnded, match=r"wrong .* exit code 2, which another start does not change") as caught:
-        asyncio.run(parent.keep(WRONG))
+    with pytest.raises(ServiceEnded, match=r"wrong .* exit code 2; a restart does not help") as caught:
+        asyncio.run(parent.supervise(WRONG))
     assert caught.value.code == 2
     assert len(notes) == 1
 
@@ -123,7 +123,7 @@ def test_a_program_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatc
             started.set()
 
         parent = Supervisor(note)
-        task = asyncio.create_task(parent.keep(Program("ignoring", ())))
+        task = asyncio.create_task(parent.supervise(Program("ignoring", ())))
         await started.wait()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -139,7 +139,7 @@ def test_a_retired_program_is_not_restarted(monkeypatch: pytest.MonkeyPatch) -> 
 
     async def run() -> None:
         parent, program = Supervisor(notes.append), Program("w-0", ())
-        task = asyncio.create_task(parent.keep(program))
+        task = asyncio.create_task(parent.supervise(program))
         await processes.have_started(1)
         await asyncio.sleep(0.05)
         parent.retire(program)
@@ -148,7 +148,7 @@ def test_a_retired_program_is_not_restarted(monkeypatch: pytest.MonkeyPatch) -> 
 
     asyncio.run(run())
     assert processes.started == ["w-0"]
-    assert notes[-1].endswith("ended with signal SIGTERM, as it was not needed")
+    assert notes[-1].endswith("ended with signal SIGTERM; it is no longer needed")
 
 
 def test_a_retired_program_that_ignores_sigterm_is_killed_after_the_grace_time(
@@ -159,13 +159,13 @@ def test_a_retired_program_that_ignores_sigterm_is_killed_after_the_grace_time(
 
     async def run() -> None:
         parent, program = Supervisor(notes.append), Program("ignoring-0", ())
-        task = asyncio.create_task(parent.keep(program))
+        task = asyncio.create_task(parent.supervise(program))
         await processes.have_started(1)
         parent.retire(program)
         await asyncio.wait_for(task, 20)
 
     asyncio.run(run())
-    assert notes[-1].endswith("ended with signal SIGKILL, as it was not needed")
+    assert notes[-1].endswith("ended with signal SIGKILL; it is no longer needed")
 
 
 def test_a_program_retired_before_its_start_or_restart_is_not_started(
@@ -179,11 +179,11 @@ def test_a_program_retired_before_its_start_or_restart_is_not_started(
         parent = Supervisor(notes.append)
         parent.ready = True
         parent.retire(DYING)
-        await asyncio.wait_for(parent.keep(DYING), 20)
+        await asyncio.wait_for(parent.supervise(DYING), 20)
         assert notes == []
-        task = asyncio.create_task(parent.keep(DYING))
+        task = asyncio.create_task(parent.supervise(DYING))
         async with asyncio.timeout(20):
-            while not notes or "starting it again" not in notes[-1]:  # noqa: ASYNC110 -- another process
+            while not notes or "restarting it" not in notes[-1]:  # noqa: ASYNC110 -- another process
                 await asyncio.sleep(0.005)
         parent.retire(DYING)
         await asyncio.wait_for(task, 20)
@@ -239,7 +239,7 @@ def test_a_pool_continues_without_a_broken_worker_while_others_run(
     assert sorted(processes.started) == ["w-0", "wrong"]
     assert len(notes) == 1
     assert "exit code 2" in notes[0]
-    assert notes[0].endswith("the service has 1 of its workers, and starts no more")
+    assert notes[0].endswith("the service continues with 1 of its workers")
     with pytest.raises(ExceptionGroup) as caught:
         asyncio.run(run("wrong"))
     assert caught.group_contains(ServiceEnded, match="wrong .* exit code 2")

@@ -92,7 +92,7 @@ def test_read_timeline_groups_entries_into_attempts() -> None:
     assert (lost.step, lost.total_steps, lost.checkpoints) == (3, 8, [(3.0, 2)])
     assert (last.step, last.ended, last.checkpoints) == (8, 9.6, [])
     assert timeline.take_overs == [(7.0, 2)]
-    assert timeline.deaths == [lost]
+    assert [each for each in timeline.attempts if each.outcome == LOST] == [lost]
     assert timeline.seconds == 10.0
 
 
@@ -122,7 +122,7 @@ def test_a_request_of_an_earlier_version_is_drawn_from_events_only() -> None:
         ("denoising", 8),
     ]
     assert drawn(timeline)
-    assert "nothing is recorded" in drawn(read_timeline(record(), []))[1]
+    assert "no attempts are recorded" in drawn(read_timeline(record(), []))[1]
 
 
 def test_bars_are_to_scale() -> None:
@@ -140,7 +140,7 @@ def test_the_text_has_a_row_for_each_attempt() -> None:
     assert head.split()[:4] == ["SERVICE", "#", "0", "s"]
     assert "10.00 s" in head
     assert [row.split()[:2] for row in rows[:5]] == [["text", "1"], *(["denoising", str(n)] for n in (1, 2, 3, 4))]
-    assert rows[1].endswith("waited 1.00 s, lost after 2.50 s, steps 3/8, checkpoints 1, the last at step 2, on d1")
+    assert rows[1].endswith("waited 1.00 s, lost after 2.50 s, steps 3/8, checkpoints 1, last at step 2, on d1")
     assert rows[4].endswith("waited 0.50 s, completed after 2.10 s, steps 8/8, on d4")
     assert "took over at 7.00 s" in rows[5]
     assert "✗ worker lost" in rows[6]
@@ -169,14 +169,14 @@ def test_a_png_is_written(tmp_path: Path) -> None:
     write_png(read_timeline(record(), ENTRIES), path)
     with Image.open(path) as image:
         assert (image.format, image.width) == ("PNG", 1_200)
-    with pytest.raises(InvalidInput, match="cannot be written: No such file"):
+    with pytest.raises(InvalidInput, match="is not writable: No such file"):
         write_png(read_timeline(record(), ENTRIES), tmp_path / "none" / "trace.png")
 
 
 def test_an_unsupported_output_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidInput, match=r"output: 'trace\.jpg' is not a \.png file; trace\.png is one"):
+    with pytest.raises(InvalidInput, match=r"output: 'trace\.jpg' is not a \.png file; trace\.png works"):
         trace.main(["r1", "--output", "trace.jpg"])
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.delitem(sys.modules, "services.cli.timeline_image")
-    with pytest.raises(InvalidInput, match="Pillow is not installed"):
+    with pytest.raises(InvalidInput, match="need Pillow, which is not installed"):
         trace.main(["r1", "--output", "trace.png"])

@@ -24,7 +24,7 @@ POSITIVE = (
 @pytest.mark.parametrize("value", [0, -1])
 def test_bounds_must_be_positive(name: str, value: int) -> None:
     given: dict[str, Any] = {name: value}
-    with pytest.raises(SettingsError, match=f"{name} must be more than 0, not {value}") as caught:
+    with pytest.raises(SettingsError, match=f"{name}: {value} is not more than 0") as caught:
         CoordinatorSettings(**given)
     assert caught.value.field == name
 

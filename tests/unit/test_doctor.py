@@ -191,7 +191,7 @@ def test_doctor_runs_without_the_worker_extra() -> None:
 def test_packages_of_this_environment_are_accepted() -> None:
     assert lines(check_python())[0].startswith("ok python: 3.")
     base, worker = lines(check_packages())
-    assert base.endswith("packages are within their bounds")
+    assert base.endswith("packages are within their version bounds")
     assert worker.startswith("ok worker packages: 1")
 
 
@@ -202,7 +202,7 @@ def test_an_unsupported_python_is_an_error(tmp_path: Path, monkeypatch: pytest.M
     metadata.write_text(metadata.read_text() + "Requires-Python: >=4\n")
     (line,) = lines(check_python())
     assert line.startswith("error python: 3.")
-    assert line.endswith(" is not >=4 -> use Python >=4")
+    assert line.endswith(" does not satisfy >=4 -> use Python >=4")
 
 
 def test_missing_packages_and_versions_out_of_bounds_are_errors(
@@ -268,9 +268,9 @@ def test_ports_of_settings_are_free_or_in_use(used_port: int, monkeypatch: pytes
     monkeypatch.setenv("FLEET_HEALTH_LISTEN", "127.0.0.1:0")
     assert lines(check_ports(ServiceSource())) == [
         f"warning ports: listen: cannot listen on 127.0.0.1:{used_port}: Address already in use -> stop the "
-        "process that listens there, or set listen to an address that is free on this host"
+        "process that listens there, or set listen to a free address of this host"
     ]
-    in_use = f"ok ports: listen 127.0.0.1:{used_port} is in use, by the fleet of --endpoint"
+    in_use = f"ok ports: listen 127.0.0.1:{used_port} is in use by the fleet at --endpoint"
     assert lines(check_ports(ServiceSource(), f"localhost:{used_port}")) == [in_use]
     assert lines(check_ports(ServiceSource(), f"far.example:{used_port}")) != [in_use]
     with socket.socket() as other:
@@ -280,7 +280,7 @@ def test_ports_of_settings_are_free_or_in_use(used_port: int, monkeypatch: pytes
         monkeypatch.setenv("FLEET_SCALER_LISTEN", scaler)
         assert lines(check_ports(ServiceSource(), f"localhost:{used_port}")) == [
             in_use,
-            f"ok ports: scaler_listen {scaler} is in use, by the fleet of --endpoint",
+            f"ok ports: scaler_listen {scaler} is in use by the fleet at --endpoint",
         ]
         assert lines(check_ports(ServiceSource(), "localhost:1"))[1].startswith("warning ports: scaler_listen: cannot ")
     monkeypatch.delenv("FLEET_SCALER_LISTEN")
@@ -317,25 +317,25 @@ def test_a_free_port_is_accepted(used_port: int, monkeypatch: pytest.MonkeyPatch
             "host:1",
             {"http_proxy": "http://me:secret@proxy:3128"},
             "warning proxies: gRPC connects to host:1 through the proxy proxy:3128 of http_proxy; no_proxy is not set "
-            "-> add host to no_proxy, unless that proxy is the only way there",
+            "-> add host to no_proxy, unless the host is reachable only through that proxy",
         ),
         (
             "host:1",
             {"grpc_proxy": "me:secret@proxy:3128", "no_proxy": "host"},
-            "ok proxies: grpc_proxy names proxy:3128, but not for host:1; no_proxy is host",
+            "ok proxies: grpc_proxy is proxy:3128, but not for host:1; no_proxy is host",
         ),
         (
             "127.0.0.1:1",
             {"https_proxy": "http://proxy"},
-            "ok proxies: https_proxy names proxy, but not for 127.0.0.1:1; no_proxy is not set",
+            "ok proxies: https_proxy is proxy, but not for 127.0.0.1:1; no_proxy is not set",
         ),
         (
             "",
             {"https_proxy": "http://proxy"},
-            "warning proxies: https_proxy names proxy, and no_proxy is not set: gRPC clients reach other hosts through "
+            "warning proxies: https_proxy is proxy, and no_proxy is not set: gRPC connects to other hosts through "
             "it -> list the hosts of fleets in no_proxy",
         ),
-        ("", {"https_proxy": "http://proxy", "no_proxy": "x"}, "ok proxies: https_proxy names proxy; no_proxy is x"),
+        ("", {"https_proxy": "http://proxy", "no_proxy": "x"}, "ok proxies: https_proxy is proxy; no_proxy is x"),
     ],
 )
 def test_proxies_that_divert_grpc_are_named(endpoint: str, environ: dict[str, str], expected: str) -> None:

@@ -51,10 +51,10 @@ def gpu_facts(*sizes: int) -> GpuFacts:
 def test_a_complete_checkpoint_is_accepted_per_module(flux: Path) -> None:
     found = lines(check_model(str(flux)))
     assert found[:4] == [
-        "ok checkpoint: text_encoder: 1 file of 0.0 MiB in all, whole",
-        "ok checkpoint: text_encoder_2: 1 file of 0.0 MiB in all, whole",
-        "ok checkpoint: transformer: 2 files of 0.0 MiB in all, whole",
-        "ok checkpoint: vae: 1 file of 0.0 MiB in all, whole",
+        "ok checkpoint: text_encoder: 1 file, 0.0 MiB in total, complete",
+        "ok checkpoint: text_encoder_2: 1 file, 0.0 MiB in total, complete",
+        "ok checkpoint: transformer: 2 files, 0.0 MiB in total, complete",
+        "ok checkpoint: vae: 1 file, 0.0 MiB in total, complete",
     ]
     assert found[4].startswith("ok model: flux (FluxPipeline), checkpoint ")
     assert found[4].endswith("services text_encoding, latent_preparation, denoising, decoding")
@@ -80,13 +80,13 @@ def test_every_faulty_file_of_every_module_is_named(flux: Path) -> None:
 def test_an_index_with_a_wrong_total_size_is_a_warning(flux: Path) -> None:
     write_index(flux, 65)
     (line,) = [line for line in lines(check_model(str(flux))) if line.startswith("warning")]
-    assert "index.json states total_size 65, and its files hold 64 bytes of tensors -> download index and files" in line
+    assert "index.json states total_size 65, and its files hold 64 bytes of tensors -> download the index and" in line
 
 
 def test_missing_directories_and_invalid_indices_are_errors(flux: Path, tmp_path: Path) -> None:
     (flux / "vae").rename(tmp_path / "elsewhere")
     (line,) = [line for line in lines(check_model(str(flux))) if line.startswith("error")]
-    assert f"{flux}/vae is missing, a module that model_index.json names" in line
+    assert f"{flux}/vae, listed in model_index.json, is missing" in line
     (line,) = lines(check_model(str(tmp_path / "nowhere")))
     assert "is neither a directory nor a shipped model" in line
     (flux / "model_index.json").write_text("{")
@@ -130,9 +130,9 @@ def large(tmp_path: Path) -> Path:
 
 def test_weights_are_compared_with_the_largest_gpu_in_bfloat16(large: Path) -> None:
     assert lines(check_memory(str(large), gpu_facts(64 * MIB, 100 * MIB), {})) == [
-        "ok memory: text_encoding of large takes 4.0 MiB for weights, and cuda:1 has 100.0 MiB",
-        "ok memory: denoising of large takes 32.0 MiB for weights, and cuda:1 has 100.0 MiB",
-        "ok memory: decoding of large takes 2.0 MiB for weights, and cuda:1 has 100.0 MiB",
+        "ok memory: text_encoding of large needs 4.0 MiB for weights; cuda:1 has 100.0 MiB",
+        "ok memory: denoising of large needs 32.0 MiB for weights; cuda:1 has 100.0 MiB",
+        "ok memory: decoding of large needs 2.0 MiB for weights; cuda:1 has 100.0 MiB",
     ]
 
 
@@ -142,20 +142,20 @@ def test_weights_are_compared_with_the_largest_gpu_in_bfloat16(large: Path) -> N
         (
             31 * MIB,
             {},
-            "error memory: denoising of large takes 32.0 MiB for weights, and cuda:0 has 31.0 MiB -> use",
+            "error memory: denoising of large needs 32.0 MiB for weights; cuda:0 has 31.0 MiB -> use",
         ),
         (
             39 * MIB,
             {},
-            "warning memory: denoising of large takes 32.0 MiB for weights, and cuda:0 has 39.0 MiB, whi",
+            "warning memory: denoising of large needs 32.0 MiB for weights; cuda:0 has 39.0 MiB, whi",
         ),
         (
             63 * MIB,
             {},
-            "warning memory: denoising of large takes 32.0 MiB for weights, and cuda:0 has 63.0 MiB, of ",
+            "warning memory: denoising of large needs 32.0 MiB for weights; cuda:0 has 63.0 MiB, of ",
         ),
-        (63 * MIB, {"tp": 2}, "ok memory: denoising of large takes 16.0 MiB for weights, and cuda:0 has 63.0 MiB"),
-        (63 * MIB, {"dtype": "float32"}, "error memory: denoising of large takes 64.0 MiB for weights, and cuda:0"),
+        (63 * MIB, {"tp": 2}, "ok memory: denoising of large needs 16.0 MiB for weights; cuda:0 has 63.0 MiB"),
+        (63 * MIB, {"dtype": "float32"}, "error memory: denoising of large needs 64.0 MiB for weights; cuda:0"),
     ],
 )
 def test_weights_are_compared_with_total_and_free_memory(
@@ -169,13 +169,13 @@ def test_swapped_experts_need_less_memory(large: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(doctor_checkpoint, "_loaded_bytes", lambda model, _, size: real(model, "vae", size))
     monkeypatch.setattr("common.pipeline.ServiceSpec.modules", ("transformer", "transformer_2"))
     both, one = (lines(check_memory(str(large), CPU, {"swap_experts": swap}))[2] for swap in (False, True))
-    assert "denoising of large takes 8.0 MiB" in both
-    assert "denoising of large takes 4.0 MiB" in one
+    assert "denoising of large needs 8.0 MiB" in both
+    assert "denoising of large needs 4.0 MiB" in one
 
 
 def test_without_a_gpu_float32_weights_are_compared_with_host_memory(large: Path) -> None:
     found = lines(check_memory(str(large), CPU, {}))
-    assert found[1].startswith("ok memory: denoising of large takes 64.0 MiB for weights, and this host has ")
+    assert found[1].startswith("ok memory: denoising of large needs 64.0 MiB for weights; this host has ")
     assert not lines(check_memory(str(large / "nowhere"), CPU, {})), "check_model() reports a missing directory"
 
 

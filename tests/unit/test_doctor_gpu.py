@@ -46,10 +46,10 @@ BROKEN = KernelTrial("fa3-fwd", "0.0.3", "cuDNN or PyTorch attention", "OSError:
 
 def test_a_healthy_gpu_host_is_reported() -> None:
     assert lines(check_gpus(HEALTHY)) == [
-        "ok gpu: driver 580.65.06, which runs CUDA 13.0; torch 2.13.0+cu130 is built for CUDA 13.0",
+        "ok gpu: driver 580.65.06, which supports CUDA 13.0; torch 2.13.0+cu130 is built for CUDA 13.0",
         "ok gpu: cuda:0 is NVIDIA H200, compute capability 9.0, 140.0 GiB, 139.0 GiB free",
     ]
-    assert lines(check_kernels(HEALTHY))[0] == "ok kernels: triton 3.6.0 was loaded and computes right"
+    assert lines(check_kernels(HEALTHY))[0] == "ok kernels: triton 3.6.0 loads and computes correctly"
     assert lines(check_attention(HEALTHY)) == ["ok attention: on compute capability 9.0: cudnn, else sdpa"]
 
 
@@ -68,16 +68,16 @@ def test_a_host_without_a_gpu_is_accepted_unless_the_device_is_cuda() -> None:
     [
         (
             {"torch": "2.13.0+cpu", "torch_cuda": "", "gpus": []},
-            "warning gpu: driver 580.65.06 is here, but torch 2.13.0+cpu is built without CUDA -> install torch",
+            "warning gpu: driver 580.65.06 is installed, but torch 2.13.0+cpu is built without CUDA -> install torch",
         ),
         (
             {"driver": Driver("535.1", "12.2"), "gpus": []},
-            "error gpu: driver 535.1 runs CUDA 12.2, and torch 2.13.0+cu130 is built for CUDA 13.0 -> update the ",
+            "error gpu: driver 535.1 supports CUDA 12.2, but torch 2.13.0+cu130 is built for CUDA 13.0 -> update the ",
         ),
         (
             {"gpus": [], "cuda_error": "CUDA unknown error"},
-            "error gpu: driver 580.65.06 is here, but torch 2.13.0+cu130 sees no GPU (CUDA_VISIBLE_DEVICES is ''): "
-            "CUDA unknown error -> check nvidia-smi",
+            "error gpu: driver 580.65.06 is installed, but torch 2.13.0+cu130 sees no GPU "
+            "(CUDA_VISIBLE_DEVICES is ''): CUDA unknown error -> check nvidia-smi",
         ),
     ],
 )
@@ -93,9 +93,9 @@ def test_broken_and_absent_kernel_packages_are_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(doctor_gpu, "installed_version", lambda name: None if name.startswith("flash") else "1")
     facts = dataclasses.replace(HEALTHY, trials=[BROKEN])
     assert lines(check_kernels(facts)) == [
-        "warning kernels: fa3-fwd 0.0.3 is unusable, cuDNN or PyTorch attention instead: OSError: libcudart.so.12 -> "
+        "warning kernels: fa3-fwd 0.0.3 is unusable, cuDNN or PyTorch attention is used: OSError: libcudart.so.12 -> "
         "reinstall fa3-fwd for torch 2.13.0+cu130, or uninstall it",
-        "ok kernels: not installed, which only costs speed: flash-attn-4, flash-attn",
+        "ok kernels: not installed (affects speed only): flash-attn-4, flash-attn",
     ]
     required = dataclasses.replace(HEALTHY, trials=[], required_error="kernels: triton is not usable here")
     assert lines(check_kernels(required))[0].startswith("error kernels: kernels: triton is not usable here -> repair")
@@ -128,7 +128,7 @@ def test_a_subprocess_that_aborts_or_hangs_is_an_error(monkeypatch: pytest.Monke
         read_gpu_facts()
     monkeypatch.setattr(doctor_gpu, "SECONDS", 0.3)
     monkeypatch.setattr(doctor_gpu, "tethered", lambda _: [sys.executable, "-c", "import time; time.sleep(60)"])
-    with pytest.raises(FailedPrecondition, match=r"gave no result within 0.3 s"):
+    with pytest.raises(FailedPrecondition, match=r"did not load within 0.3 s"):
         read_gpu_facts()
 
 
@@ -170,7 +170,7 @@ def test_packages_are_tried_once_per_compute_capability(tmp_path: Path, monkeypa
             f"flash_attn_3 from {TABLE[HOPPER][0].min_work} heads x tokens on, else cudnn, else sdpa",
         ),
         ("broken", KernelChoice(), "cudnn, else sdpa"),
-        ("", KernelChoice(attention="sdpa"), "sdpa, which attention_backend names; else sdpa"),
+        ("", KernelChoice(attention="sdpa"), "sdpa (set by attention_backend), else sdpa"),
     ],
 )
 def test_attention_rows_report_the_backends_in_use(error: str, choice: KernelChoice, expected: str) -> None:

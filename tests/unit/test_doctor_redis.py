@@ -124,11 +124,11 @@ def test_missing_permissions_of_a_login_are_reported(each_store_url: str) -> Non
     listed = found(f"unix://me:secret@{path}")
     assert "secret" not in "".join(listed)
     assert listed[0].startswith(f"warning redis: unix://***@{path} answers in ")
-    assert "its version is not known -> let the login run INFO" in listed[0]
+    assert "its version is unknown -> allow the ACL user to run INFO" in listed[0]
     assert listed[1].startswith("warning redis policy: role, cluster-enabled, maxmemory-policy cannot be read -> ")
-    assert listed[2].startswith("warning redis durability: appendonly unknown, appendfsync unknown -> let the login")
+    assert listed[2].startswith("warning redis durability: appendonly unknown, appendfsync unknown -> allow the ACL")
     assert listed[3].startswith("error redis scripts: ")
-    assert listed[3].endswith(" -> let the login run scripts on keys fleet:*")
+    assert listed[3].endswith(" -> allow the ACL user to run scripts on keys fleet:*")
 
 
 def test_a_wrong_password_is_reported_in_one_line(each_store_url: str) -> None:
@@ -152,7 +152,7 @@ def test_a_wrong_password_is_reported_in_one_line(each_store_url: str) -> None:
 def test_an_unreachable_store_is_reported_in_one_line(url: str, message: str) -> None:
     (line,) = found(url)
     assert line.startswith(message)
-    assert "-> check host, port, login and TLS of --redis" in line
+    assert "-> check host, port, user, password and TLS of --redis" in line
     assert "secret" not in line
 
 
@@ -178,20 +178,22 @@ def test_connected_replicas_are_compared_with_store_replicas() -> None:
         tempfile.TemporaryDirectory(prefix="fleet-replicas-") as directory,
         replicated_servers(Path(directory)) as servers,
     ):
-        assert found(servers.url, store_replicas=1)[5].startswith("ok redis replicas: 1 of 1 acknowledged a write in ")
+        assert found(servers.url, store_replicas=1)[5].startswith(
+            "ok redis replicas: 1 of 1 replicas acknowledged a write in "
+        )
         line = found(servers.url, store_replicas=2)[5]
         assert line.startswith("error redis replicas: store_replicas: 1 replicas of the request store acknowledged ")
-        assert "(1 are connected) -> until then no request is accepted" in line
+        assert "(1 are connected) -> start the replicas" in line
         assert found(servers.replica_url)[1].startswith("error redis policy: redis: this server is a replica")
 
 
 @pytest.mark.parametrize(
     ("skew", "tolerance", "expected"),
     [
-        (0.4, 0.001, "ok clock: this host is 0.400 s ahead of the Redis server (exact to 0.001 s)"),
-        (-1.5, 1.0, "ok clock: this host is 1.500 s behind the Redis server (exact to 1.000 s)"),
+        (0.4, 0.001, "ok clock: this host is 0.400 s ahead of the Redis server (±0.001 s)"),
+        (-1.5, 1.0, "ok clock: this host is 1.500 s behind the Redis server (±1.000 s)"),
         (-5.0, 0.1, "warning clock: this host is 5.000 s behind the Redis server -> synchronise the clocks of both"),
-        (31.0, 0.1, "error clock: this host is 31.000 s ahead of the Redis server, so tokens and certificates are "),
+        (31.0, 0.1, "error clock: this host is 31.000 s ahead of the Redis server, so valid tokens and "),
     ],
 )
 def test_clock_skew_has_three_severities(skew: float, tolerance: float, expected: str) -> None:

@@ -23,7 +23,7 @@ def test_valid_files_are_reported_with_names_and_expiry(fleet_ca: Authority) -> 
     files = files_of({"tls_cert": issued.cert, "tls_key": issued.key, "tls_ca": fleet_ca.ca}, "coordinator")
     authority, certificate = lines(check_tls(files))
     assert authority.startswith(f"ok tls: tls_ca {fleet_ca.ca} (authority) is valid until 20")
-    named = f"ok tls: tls_cert {issued.cert} (for coordinator, fleet.example, 10.0.0.1; its key fits) is valid until 20"
+    named = f"ok tls: tls_cert {issued.cert} (for coordinator, fleet.example, 10.0.0.1; key matches) is valid until 20"
     assert certificate.startswith(named)
 
 
@@ -124,7 +124,7 @@ def test_a_certificate_before_its_validity_is_an_error(fleet_ca: Authority) -> N
     issued = fleet_ca.issue("worker")
     earlier = datetime.datetime.now(datetime.UTC) - 3 * DAY
     (line,) = lines(check_tls([TlsFiles("tls", issued.cert, issued.key)], earlier))
-    assert "(for worker; its key fits) is valid only from 20" in line
+    assert "(for worker; key matches) is not valid before 20" in line
     assert line.startswith("error tls: ")
 
 
@@ -140,10 +140,10 @@ def test_a_client_certificate_may_have_any_name(fleet_ca: Authority) -> None:
         (
             "coordinator",
             ["tls_ca"],
-            "error tls: tls_ca is set without tls_cert and tls_key, which the service must show",
+            "error tls: tls_ca is set without tls_cert and tls_key, which the service must present",
         ),
         ("", ["tls_ca"], ""),
-        ("decoding", ["tls_cert", "tls_key"], "error tls: tls_cert is set without tls_ca, by which a worker knows"),
+        ("decoding", ["tls_cert", "tls_key"], "error tls: tls_cert is set without tls_ca, by which a worker verifies"),
         ("coordinator", ["tls_cert", "tls_key"], ""),
         (
             "coordinator",
@@ -172,5 +172,5 @@ def test_variables_and_flags_name_the_files(
     monkeypatch.setattr(doctor, "has_worker_extra", lambda: False)
     assert main(["doctor", "--tls-cert", str(own.cert), "--tls-key", str(own.key)]) == 2
     out = capsys.readouterr().out
-    assert f"error    tls               tls_public_cert {expired.cert} (for expired; its key fits) expired on" in out
-    assert f"ok       tls               tls_cert {own.cert} (for own; its key fits) is valid until" in out
+    assert f"error    tls               tls_public_cert {expired.cert} (for expired; key matches) expired on" in out
+    assert f"ok       tls               tls_cert {own.cert} (for own; key matches) is valid until" in out

@@ -70,7 +70,7 @@ def test_variables_without_the_tracing_extra_are_a_warning(monkeypatch: pytest.M
 def test_a_reachable_collector_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     with receiving() as receiver:
         line = found(monkeypatch, EXPORTER_OTLP_ENDPOINT=receiver.endpoint)
-        assert line == f"ok traces: the collector at {receiver.endpoint} takes spans"
+        assert line == f"ok traces: the collector at {receiver.endpoint} accepts spans"
         assert receiver.raw == [b""], "the request must have no spans"
 
 
@@ -78,5 +78,5 @@ def test_an_unreachable_collector_is_a_warning_without_its_password(monkeypatch:
     monkeypatch.setattr("services.cli.doctor_traces.COLLECTOR_SECONDS", 1)
     line = found(monkeypatch, EXPORTER_OTLP_TRACES_ENDPOINT=f"http://me:secret@{CLOSED_PORT}")
     assert line.startswith(
-        f"warning traces: the collector at http://***@{CLOSED_PORT} takes no spans: services run, and "
+        f"warning traces: the collector at http://***@{CLOSED_PORT} accepts no spans: services run, but "
     )

@@ -221,8 +221,8 @@ def failed_requests() -> float:
     ("stored", "reason"),
     [
         (b"unfit", "the model is not served"),
-        (b"\xff", "its stored submission cannot be read"),
-        (b"raw", "the coordinator that streamed it is gone"),
+        (b"\xff", "the stored submission is unreadable"),
+        (b"raw", "the coordinator that streamed the result is lost"),
     ],
 )
 def test_an_inherited_request_that_cannot_run_fails(stored: bytes, reason: str) -> None:
@@ -267,7 +267,7 @@ def test_a_drain_ends_raw_and_cancelled_requests() -> None:
 
     ((_, state, message),) = run_case(test).store.ends
     assert state == FAILED
-    assert message == "the coordinator that ran it was shut down; submit it again"
+    assert message == "the coordinator of the request was shut down; submit it again"
 
     async def cancelled(case: Case) -> None:
         await case.run()

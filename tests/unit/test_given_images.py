@@ -25,13 +25,13 @@ def test_an_image_without_a_role_has_the_role_image() -> None:
 
 @pytest.mark.parametrize("roles", [("image", ""), ("last_image", "last_image")])
 def test_a_duplicate_role_is_refused(roles: tuple[str, str]) -> None:
-    with pytest.raises(InvalidInput, match="two pictures came as") as caught:
+    with pytest.raises(InvalidInput, match="two images have the role") as caught:
         given_images(message(*((role, b"x") for role in roles)))
     assert caught.value.field == "images"
 
 
 def test_more_than_16_images_are_refused() -> None:
-    with pytest.raises(InvalidInput, match="17 pictures came; at most 16 are taken"):
+    with pytest.raises(InvalidInput, match="17 images are too many; at most 16 are accepted"):
         given_images(message(*((f"image_{number}", b"x") for number in range(17))))
 
 

@@ -270,7 +270,7 @@ def test_the_wait_for_an_outcome_has_a_timeout(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(group, "SETTLE_SECONDS", 0.05)
     opened = threading.Event()
     with two_ranks(do_nothing, lambda *_: _sleep_until(opened)) as ranks:
-        with pytest.raises(Abandoned, match=r"rank 1 has said nothing for 0\.05 s"):
+        with pytest.raises(Abandoned, match=r"rank 1 sent no message for 0\.05 s"):
             ranks.run()
         opened.set()
 
@@ -280,10 +280,10 @@ def test_unequal_numbers_of_checks_end_the_group() -> None:
         with suppress(Abandoned):  # rank 0 may return its result first
             ranks.run()
         assert ranks.ended.wait(20)
-    assert "sent message 4 where OUTCOME should come" in str(ranks.errors[0])
+    assert "sent message 4; expected OUTCOME" in str(ranks.errors[0])
     with two_ranks(do_nothing, check_twice) as ranks, pytest.raises(Abandoned):
         ranks.run()
-    assert "sent message 5 where CHECK should come" in str(ranks.errors[0])
+    assert "sent message 5; expected CHECK" in str(ranks.errors[0])
 
 
 def test_invalid_utf8_in_messages_raises_out_of_step() -> None:
@@ -291,11 +291,11 @@ def test_invalid_utf8_in_messages_raises_out_of_step() -> None:
         ranks.link.send(Kind.CALL, b"\xff")
         ranks.link.send(Kind.END)
         assert ranks.ended.wait(20)
-    assert "sent message 6 where INPUT should come" in str(ranks.errors[0])
+    assert "sent message 6; expected INPUT" in str(ranks.errors[0])
     here, there = socket.socketpair()
     with here, there:
         Link(0, there).send(Kind.OUTCOME, b"Cancelled\n\xff")
-        with pytest.raises(OutOfStep, match=r"ended with Cancelled: \\xff on rank 1, and with a result here"):
+        with pytest.raises(OutOfStep, match=r"ended with Cancelled: \\xff on rank 1, but with a result on this rank"):
             group.compare(Link(1, here), b"")
 
 
@@ -314,7 +314,7 @@ def test_errors_round_trip_between_ranks() -> None:
 
 def test_leading_and_following_calls_stop_at_the_same_check() -> None:
     answers: list[bytes] = []
-    leading = LeadingCall("r1", tell=answers.append)
+    leading = LeadingCall("r1", send=answers.append)
     leading.check_cancelled()
     leading.cancelled.set()
     with pytest.raises(Cancelled):

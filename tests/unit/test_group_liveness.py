@@ -25,7 +25,7 @@ class Callbacks:
 
     reasons: list[str] = field(default_factory=list)
     lost: threading.Event = field(default_factory=threading.Event)
-    leaving: threading.Event = field(default_factory=threading.Event)
+    stopping: threading.Event = field(default_factory=threading.Event)
 
     def on_lost(self, reason: str) -> None:
         self.reasons.append(reason)
@@ -33,7 +33,7 @@ class Callbacks:
 
     def start(self, liveness: Liveness) -> Liveness:
         """Start `liveness` with these callbacks."""
-        liveness.start(on_lost=self.on_lost, on_leaving=self.leaving.set)
+        liveness.start(on_lost=self.on_lost, on_stopping=self.stopping.set)
         return liveness
 
 
@@ -52,7 +52,7 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
 def test_silence_is_counted_from_the_last_heartbeat() -> None:
     watch = Watch([1, 2], 8.0, 0.0)
     for now in range(1, 9):
-        watch.hear(1, float(now))
+        watch.received(1, float(now))
         assert watch.silent(float(now)) is None
     assert watch.silent(8.1) == 2
     watch.forget(2)
@@ -74,7 +74,7 @@ def test_a_closed_connection_is_a_loss(ends: tuple[socket.socket, socket.socket]
     liveness = seen.start(channel(3, ends[0]))
     ends[1].close()
     assert seen.lost.wait(WAIT)
-    assert seen.reasons == ["rank 3 has ended"]
+    assert seen.reasons == ["rank 3 has exited"]
     liveness.end()
 
 
@@ -89,9 +89,9 @@ def test_a_silent_peer_is_a_loss(ends: tuple[socket.socket, socket.socket]) -> N
 def test_heartbeats_and_orderly_leaving_are_not_a_loss(ends: tuple[socket.socket, socket.socket]) -> None:
     left, right = Callbacks(), Callbacks()
     one, other = left.start(channel(1, ends[0])), right.start(channel(0, ends[1]))
-    other.leave()
-    assert left.leaving.wait(WAIT)
-    assert not right.leaving.is_set()
+    other.request_stop()
+    assert left.stopping.wait(WAIT)
+    assert not right.stopping.is_set()
     one.end()
     other.end()
     assert not left.reasons
@@ -102,7 +102,7 @@ def test_abandon_logs_the_reason_and_exits() -> None:
     code = "from services.denoising.liveness import abandon; abandon('rank 1 has ended')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == LOST
-    assert "rank 1 has ended; this rank ends, so that the group can start again" in ended.stderr
+    assert "rank 1 has ended; this rank exits, so that the group can restart" in ended.stderr
 
 
 def test_abandon_exits_although_logging_is_blocked() -> None:

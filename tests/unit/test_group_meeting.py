@@ -81,7 +81,7 @@ def test_hosts_meet_before_each_start_and_a_restarted_host_waits_for_the_next() 
 def test_a_port_in_use_is_refused() -> None:
     with (
         socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener,
-        pytest.raises(FailedPrecondition, match="cannot listen for the other machines on port"),
+        pytest.raises(FailedPrecondition, match="cannot listen for the other hosts on port"),
     ):
         Meeting(2, 0, f"127.0.0.1:{listener.getsockname()[1]}")
 

@@ -134,7 +134,7 @@ def test_a_request_waits_for_a_decision_that_can_end_it() -> None:
         cleared, suspected = FakeLeases(undecided, [QUIET, QUIET]), FakeLeases(undecided, [QUIET, QUIET, loss()])
         assert await recovery(cleared, epoch=2).wait_until_claimable()
         assert cleared.asked == 2
-        with pytest.raises(InternalError, match=r"3 workers were lost .* the last one in denoising"):
+        with pytest.raises(InternalError, match=r"3 workers were lost .* the last one at denoising"):
             await recovery(suspected, epoch=2).wait_until_claimable()
         assert suspected.asked == 2
 

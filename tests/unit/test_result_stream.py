@@ -225,7 +225,7 @@ def test_a_result_is_bounded(server: RedisServer, raw: bool, field: str) -> None
         await stream.put(0, packet(b"12345678"), 8)
         await stream.put(1, packet(b"90"), 2)
         for _ in range(2):
-            with pytest.raises(ResourceExhausted, match="11 bytes or more; at most 10") as caught:
+            with pytest.raises(ResourceExhausted, match="at least 11 bytes; at most 10") as caught:
                 await stream.put(2, packet(b"x"), 1)
             assert caught.value.field == field
         assert await case.delivered() == ([] if raw else [b"12345678", b"90"])
@@ -246,9 +246,9 @@ def test_a_raw_result_stays_in_memory_and_is_never_stored(server: RedisServer) -
 
 def test_wrong_items_and_missing_files_are_refused(server: RedisServer) -> None:
     async def test(case: Case) -> None:
-        with pytest.raises(InternalError, match="ended with items of 0 of 0 files"):
+        with pytest.raises(InternalError, match="ended with 0 of 0 files"):
             await case.stream().take(indexed([]))
-        with pytest.raises(InternalError, match="item 1 of the result came where item 0 is next"):
+        with pytest.raises(InternalError, match="item 1 of the result; expected item 0"):
             await case.stream().put(1, packet(b"x"), 1)
         with pytest.raises(InternalError, match="has a Latents as item 0"):
             await case.stream().put(0, Packet(artifacts_pb2.Latents()), 1)
@@ -256,9 +256,9 @@ def test_wrong_items_and_missing_files_are_refused(server: RedisServer) -> None:
             await case.stream().put(0, packet(b"x", file=2, files=2), 1)
         stream = case.stream()
         await stream.put(0, packet(b"x", files=2), 1)
-        with pytest.raises(InternalError, match="items of 1 of 2 files"):
+        with pytest.raises(InternalError, match="ended with 1 of 2 files"):
             stream.files()
-        with pytest.raises(InternalError, match="items before it: 2 files"):
+        with pytest.raises(InternalError, match="earlier items belong to 2 files"):
             await stream.put(1, packet(b"x", files=3), 1)
 
     story(server, test)

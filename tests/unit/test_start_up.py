@@ -180,7 +180,7 @@ def test_a_failed_rank_may_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(rank=0, local_rank=0, world_size=1, num_nodes=1, store_host="localhost", store_port=1, token="t")
     model = open_model("emoji", load_registry())
     for error in (distributed.DistNetworkError("reset"), torch.OutOfMemoryError("full"), MemoryError()):
-        monkeypatch.setattr(rank, "_take_part", _raising(error))
+        monkeypatch.setattr(rank, "_join_and_run", _raising(error))
         with pytest.raises(Unavailable, match=f"rank 0: {type(error).__name__}"):
             rank.run_rank(
                 model, DenoisingSettings(model="emoji", redis=PLACE, device="cpu"), place, WarmUp.parse(model, ())
@@ -202,7 +202,7 @@ def test_output_is_escaped_where_the_encoding_lacks_a_character(monkeypatch: pyt
     out, err = io.BytesIO(), io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(err, encoding="ascii"))
-    monkeypatch.setattr(generate, "main", lambda _: generate._tell([Path("caf\xe9.png"), Path("\udcff")]))
+    monkeypatch.setattr(generate, "main", lambda _: generate._print_paths([Path("caf\xe9.png"), Path("\udcff")]))
     assert cli.main(["generate"]) == 0
     assert out.getvalue() == b"caf\\xe9.png\n\\udcff\n"
 
@@ -247,7 +247,7 @@ def test_an_error_is_one_json_record_where_the_log_is_json(level: str) -> None:
 
     assert run_program("coordinator", program, []) == 2
     (line,) = map(json.loads, out.getvalue().splitlines())
-    assert (line["level"], line["service"], line["event"]) == ("CRITICAL", "coordinator", "process ends with an error")
+    assert (line["level"], line["service"], line["event"]) == ("CRITICAL", "coordinator", "process failed")
     assert line["errors"] == ["listen: redis://***@host/ is no address"]
     assert ("exception" in line) == (level == "DEBUG")
     assert "secret" not in out.getvalue()

@@ -169,5 +169,5 @@ def test_a_missing_script_is_loaded_again() -> None:
 
 
 def test_a_negative_number_of_replicas_is_refused() -> None:
-    with pytest.raises(SettingsError, match="store_replicas: -1 is not 0 or more; 0 waits for none"):
+    with pytest.raises(SettingsError, match="store_replicas: -1 is not at least 0; 0 works"):
         CoordinatorSettings(store_replicas=-1)

@@ -50,15 +50,15 @@ def test_a_wide_terminal_shows_everything() -> None:
         "24.7",
         "~10.0",
         "tp=2",
-        "unusable, cuDNN instead: OSError: a",
+        "unusable, cuDNN is used: OSError: a",
         "denoising-host-9",
-        "12.0 MiB; requests are refused from 90.0 MiB on",
+        "12.0 MiB; requests are refused above 90.0 MiB",
         "primary, durable (appendonly=yes appendfsync=always), 2 replicas (1 required), round trip 0.4 ms",
         "denoising 12/28 (43%) on denoising-host-7",
         "queued at denoising, 3 ahead, about 12 s",
-        "waits for a worker of denoising: none is live",
-        "waits for a retry at denoising: denoising-host-3 is lost",
-        "waits for another coordinator: its own has died",
+        "waits for a worker of denoising: no worker is live",
+        "waits for a retry of denoising: denoising-host-3 is lost",
+        "waits for another coordinator to take it over",
         "at its coordinator, between stages",
         "unknown: its coordinator is of an earlier version",
         "INTERNAL",
@@ -122,7 +122,7 @@ def test_the_plain_output_has_the_columns_that_scripts_read() -> None:
     assert lines[1].split()[:6] == ["flux", "text_encoding", "1", "0/1", "0", "~10.0"]
     assert lines[2].split() == ["flux", "denoising", "2", "2/2", "3", "24.7", "tp=2"]
     assert "flux   denoising  0.41 s/step  1024x1024 outputs=1 branches=2  1" in lines
-    assert "STORE  12.0 MiB; requests are refused from 90.0 MiB on" in lines
+    assert "STORE  12.0 MiB; requests are refused above 90.0 MiB" in lines
     (pear,) = [line for line in lines if line.endswith("  a pear")]
     assert pear.split(maxsplit=5) == ["queued0000000000", "QUEUED", "flux", "2023-11-14", "22:22:05", "a pear"]
     assert "queued0000000000  1m15s  queued at denoising, 3 ahead, about 12 s" in lines
@@ -211,7 +211,7 @@ def test_a_call_that_hangs_is_a_failure_and_a_wrong_key_ends_the_view(monkeypatc
         ("--interval nan --json", "'nan' is not a number of seconds from 0.1 to 3600"),
         ("--interval soon", "'soon' is not a number of seconds"),
         ("--once --interval 2", "not allowed with argument --once"),
-        ("--interval 2", "--interval: the output is not a terminal; leave it out, or add --json"),
+        ("--interval 2", "--interval: the output is not a terminal; omit the flag, or add --json"),
     ],
 )
 def test_an_invalid_interval_gives_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from fuzz_targets import LIMITS, Reader, Target, header_type
 from common.errors import Cancelled
 from common.local import HostedStages
 from common.rpc.method import request_type, stage_method
-from services.denoising.agreement import GO_ON, outcome
+from services.denoising.agreement import CONTINUE, outcome
 from services.denoising.follower import Follower
 from services.denoising.group import compare
 from services.denoising.joining import Place, Purpose, join
@@ -75,7 +75,7 @@ def _on_the_wire(message: bytes) -> bytes:
 def _calls() -> Iterator[Frames]:
     """Messages of rank 0 for valid calls: one that succeeds, one that is cancelled; then END."""
     for frames in framed_seeds(request_type(stage_method(_SERVICE)))[:2]:
-        for answer, end in ((GO_ON, b""), (_CANCELLED, _CANCELLED)):
+        for answer, end in ((CONTINUE, b""), (_CANCELLED, _CANCELLED)):
             yield (
                 _message(Kind.CALL, b"request"),
                 *(_message(Kind.INPUT, frame) for frame in frames),
