@@ -1,8 +1,8 @@
-"""All Prometheus metrics of the fleet: names, labels and buckets. No other module defines one.
+"""All Prometheus metrics of the fleet: names, labels and buckets. No other module defines metrics.
 
-Names end with their base unit: seconds, bytes, a ratio from 0 to 1, or `total` for a counter. RPC metrics are named
-after gRFC A66. Each label has a bounded number of values, by the rule in LABELS. services/README.md has the table of
-all metrics, which `poe metrics` writes from this module.
+Names end with the unit: seconds, bytes, a ratio from 0 to 1, or `total` for a counter. Names of RPC metrics follow gRFC
+A66. LABELS states the rule that bounds the values of each label. `poe metrics` generates the table of all metrics in
+services/README.md from this module.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ LABELS = {
     "grpc_method": "methods of the fleet's own services",
     "grpc_status": "names of gRPC status codes",
 }
-"""The rule that bounds the values of each label."""
+"""For each label, the rule that bounds the number of its values."""
 
 NOTES = (
     "gRFC A66's `grpc.client.call.duration` is not offered: coordinators set no retry policy, so that a call has one "
     "attempt and both durations are equal. `fleet_service_duration_seconds` spans all calls of a request at a service.",
 )
-"""What else a reader of the tables must know."""
+"""Notes for readers of the generated table."""
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-"""Buckets of work that takes from milliseconds to minutes."""
+"""Buckets for durations from milliseconds to minutes."""
 _STORE_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-# The bounds that gRFC A66 names.
+# Bucket bounds of gRFC A66.
 _RPC_SECONDS = (
     *(0, 0.00001, 0.00005, 0.0001, 0.0003, 0.0006, 0.0008, 0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01),
     *(0.013, 0.016, 0.02, 0.025, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8),
@@ -222,13 +222,13 @@ STORE_REPAIRS = Gauge("fleet_store_repairs", "Damaged entries that were removed 
 
 
 def work_label(tokens: int) -> str:
-    """The value of the label `work` for a step of so many tokens; 0 where their number is not known."""
+    """Return the value of the label `work` for a step of `tokens`; 0 if their number is unknown."""
     if tokens <= 0:
         return "unknown"
     return next((str(bound) for bound in _WORK if tokens <= bound), "more")
 
 
 def observe(histogram: Histogram, value: float) -> None:
-    """Observe a value in a histogram's child, with the trace of this context as exemplar where there is one."""
+    """Observe a value in a histogram, with the current trace id as exemplar if there is one."""
     trace_id = current_trace_id()
     histogram.observe(value, None if trace_id is None else {"trace_id": trace_id})

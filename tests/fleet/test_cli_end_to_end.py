@@ -365,7 +365,7 @@ def test_weights_that_vanish_end_an_autoscaled_fleet_at_the_first_worker(tempora
     lines = output.splitlines()
     said = [line for line in lines if line.startswith("fleet serve ")]
     assert 1 <= len(said) <= 4, "once for each worker"
-    assert all(f": {model / 'transformer'} holds no weights" in line for line in said)
+    assert all(f": {model / 'transformer'} contains no weights" in line for line in said)
     (end,) = [line for line in lines if line.startswith("fleet up: ")]
     assert end.endswith("ended with exit code 2, which another start does not change")
     assert "starting it again" not in output

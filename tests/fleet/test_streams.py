@@ -352,7 +352,7 @@ def test_an_item_buffer_ignores_what_it_has_and_refuses_a_gap() -> None:
         buffer = ItemBuffer()
         await buffer.put(0, "a", 1)
         await buffer.put(0, "other", 1)
-        with pytest.raises(InternalError, match="item 2 of a stream came where item 1 is next"):
+        with pytest.raises(InternalError, match="item 2 of a stream was received instead of item 1"):
             await buffer.put(2, "c", 1)
         buffer.close()
         assert [item async for item, _ in buffer.read()] == ["a"]

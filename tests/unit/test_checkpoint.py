@@ -100,7 +100,7 @@ BROKEN_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no index": (lambda path: (path / "model_index.json").unlink(), "has no model_index.json"),
     "index is no JSON": (lambda path: (path / "model_index.json").write_text("{"), "is not valid JSON"),
     "index is no UTF-8": (lambda path: (path / "model_index.json").write_bytes(b'{"a": "\xff"}'), "is not valid JSON"),
-    "index is a list": (lambda path: (path / "model_index.json").write_text("[]"), "must hold a JSON object"),
+    "index is a list": (lambda path: (path / "model_index.json").write_text("[]"), "must contain a JSON object"),
     "endless nesting": (lambda path: (path / "model_index.json").write_text("[" * 100_000), "is not valid JSON"),
     "no class": (lambda path: (path / "model_index.json").write_text("{}"), "has no _class_name"),
     "module without folder": (lambda path: shutil.rmtree(path / "vae"), "lacks the folder vae/"),
@@ -111,7 +111,7 @@ BROKEN_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no config": (lambda path: (path / "vae/config.json").unlink(), r"vae lacks config\.json"),
     "broken config": (lambda path: (path / "vae/config.json").write_text("nul"), r"vae/config\.json is not valid JSON"),
-    "no weights": (lambda path: (path / WEIGHTS).unlink(), "holds no weights"),
+    "no weights": (lambda path: (path / WEIGHTS).unlink(), "contains no weights"),
     "defaults are no JSON": (lambda path: (path / "sampling_defaults.json").write_text("x"), "is not valid JSON"),
     "default of null": (
         lambda path: (path / "sampling_defaults.json").write_text('{"height": null}'),
@@ -129,19 +129,19 @@ def test_refuses_a_broken_directory(flux: Path, case: str) -> None:
 
 
 BROKEN_WEIGHTS = {
-    "empty": (b"", "is not a whole safetensors file"),
-    "header longer than the file": ((2**40).to_bytes(8, "little") + b"{}", "is not a whole safetensors file"),
+    "empty": (b"", "is not a complete safetensors file"),
+    "header longer than the file": ((2**40).to_bytes(8, "little") + b"{}", "is not a complete safetensors file"),
     "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
     "header is no JSON": ((2).to_bytes(8, "little") + b"{x", "header that is not JSON"),
     "header is a list": (with_header([]), "not a JSON object"),
     "entry without offsets": (with_header({"w": {"dtype": "F32", "shape": []}}), "entry of w lacks"),
     "unknown dtype": (with_header({"w": tensor(dtype="F33")}, bytes(4)), "w has the unknown dtype 'F33'; known are"),
-    "negative extent": (with_header({"w": tensor(shape=[-1, -1])}, bytes(4)), "impossible shape"),
-    "shape and bytes disagree": (with_header({"w": tensor(shape=[2])}, bytes(4)), "does not fill the 4 bytes"),
-    "gap": (with_header({"w": tensor(begin=4, end=8)}, bytes(8)), "begins at byte 4 of the data, but 0 is next"),
+    "negative extent": (with_header({"w": tensor(shape=[-1, -1])}, bytes(4)), "invalid shape"),
+    "shape and bytes disagree": (with_header({"w": tensor(shape=[2])}, bytes(4)), "does not have 4 bytes"),
+    "gap": (with_header({"w": tensor(begin=4, end=8)}, bytes(8)), "starts at byte 4 of the data instead of byte 0"),
     "overlap": (
         with_header({"v": tensor(), "w": tensor()}, bytes(4)),
-        "begins at byte 0 of the data, but 4 is next",
+        "starts at byte 0 of the data instead of byte 4",
     ),
     "truncated": (safetensors_bytes({"w": [0.0] * 9})[:-1], "is truncated: its header describes"),
     "trailing bytes": (safetensors_bytes({"w": [0.0]}) + b"\0", "is too long"),

@@ -148,7 +148,7 @@ def test_a_stage_is_built_with_modules_that_are_there() -> None:
     assert [service.module_of(role) for role in ("vae", "solver", "scheduler")] == ["vae", "scheduler", None]
     assert pipeline.roles == {"vae": "vae", "solver": "scheduler"}
     other = replace(ENCODE, modules={"vae": "scheduler"})
-    with pytest.raises(PipelineError, match="role 'vae' is that of scheduler and vae; a role has one module"):
+    with pytest.raises(PipelineError, match="role 'vae' is assigned to scheduler and vae; a role has one module"):
         sketch(other, DENOISE, decode, modules=("vae", "scheduler"))
 
 

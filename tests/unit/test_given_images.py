@@ -45,5 +45,5 @@ def test_bytes_travel_without_torch_and_arrive_as_tensors(size: int) -> None:
 
 
 def test_other_values_do_not_pass_for_pictures() -> None:
-    with pytest.raises(TypeError, match="packing tensors needs"):
+    with pytest.raises(TypeError, match="packing tensors requires"):
         pack("image_inputs", ImageInputs(images={"image": "text"}))  # type: ignore[dict-item]
