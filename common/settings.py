@@ -103,8 +103,9 @@ class FlagParser(argparse.ArgumentParser):
 def _parser(cls: type[Any], kinds: Mapping[str, _Kind], prog: str) -> FlagParser:
     """Return the parser. Flags are parsed as strings, so that all sources share one conversion."""
     parser = FlagParser(prog=prog, allow_abbrev=False, description=(cls.__doc__ or "").strip().splitlines()[0])
-    parser.add_argument("--config", metavar="FILE", help="TOML file with settings; flags and FLEET_* variables override
-    it") for item in dataclasses.fields(cls):
+    config_help = "TOML file with settings; flags and FLEET_* variables override it"
+    parser.add_argument("--config", metavar="FILE", help=config_help)
+    for item in dataclasses.fields(cls):
         kind = kinds[item.name]
         flag, text = "--" + item.name.replace("_", "-"), _describe(item)
         if kind.scalar is bool:

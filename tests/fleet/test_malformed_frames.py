@@ -181,7 +181,7 @@ LATENTS = pb.Latents(parts={"image": LARGE})
     [
         ([], Unavailable, "ended without its result"),
         ([reply(progress=pb.Progress(step=1))], Unavailable, "ended without its result"),
-        ([b"\xff"], InternalError, "wrong frames"),
+        ([b"\xff"], InternalError, "invalid frames"),
         ([b""], InternalError, "unexpected frame"),
         ([b"\x7a\x00"], InternalError, "unexpected frame"),
         ([RIGHT, RIGHT], InternalError, "unexpected frame: header"),

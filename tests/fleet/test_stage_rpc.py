@@ -450,12 +450,12 @@ def test_an_address_that_cannot_be_had_is_reported(tmp_path: Path) -> None:
         first, second = FleetServer("127.0.0.1:0"), FleetServer(f"unix:{tmp_path}/x.sock")
         for listen, words in (
             (await first.start(), "Address already in use"),
-            (await second.start(), "another process listens there"),
+            (await second.start(), "another process listens on it"),
             ("nonsense", "an address is HOST:PORT"),
             ("127.0.0.1:65536", "an address is HOST:PORT"),
             ("no.such.host.invalid:0", "cannot listen on no.such.host.invalid"),
             (f"unix:{tmp_path}/missing/x.sock", "there is no directory"),
-            (f"unix:{tmp_path}", "there is a file of that name"),
+            (f"unix:{tmp_path}", "a file with this path exists"),
             (f"unix:{tmp_path}/{'x' * 120}", "more than 107 bytes"),
         ):
             with pytest.raises(FailedPrecondition, match=words) as caught:

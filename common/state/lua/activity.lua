@@ -53,7 +53,7 @@ local function workers_for(place, owner, known)
   local key = place .. '|' .. owner
   if not known[key] then
     index(place)
-    local id, is_any_free = first_free(place, avoided_by(owner))
+    local id, is_any_free = first_free(place, avoided_by(owner), {})
     known[key] = { is_avoiding = not id and is_any_free, live = redis.call('ZCARD', P .. 'workers:' .. place) }
   end
   return known[key]
