@@ -71,8 +71,8 @@ def bound_address(listen: str, port: int) -> str:
 def advertised_address(bound: str, towards: str) -> str:
     """Return the address under which other hosts reach a server that is bound to a wildcard address.
 
-    It is the local address of the route to `towards`, a URL. No packet is sent: connecting a datagram socket only selects
-    a route.
+    It is the local address of the route to `towards`, a URL. No packet is sent: connecting a datagram socket only
+    selects a route.
     """
     host, _, port = bound.rpartition(":")
     if bound.startswith("unix:") or host not in _WILDCARDS:

@@ -1,8 +1,8 @@
 """Pool of reusable receive buffers. Reusing memory avoids page faults, which dominate the cost of large transfers.
 
 Buffers are anonymous mappings instead of bytearrays. A bytearray is zeroed at its creation, which blocks the event loop
-and would commit memory for sizes that a header declares, before any data arrives. Not thread-safe: use one pool per event
-loop.
+and would commit memory for sizes that a header declares, before any data arrives. Not thread-safe: use one pool per
+event loop.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class BufferPool:
         return BufferLease(self)
 
     def take(self, size: int) -> mmap:
-        """Return a buffer of at least `size` bytes: the smallest unused one of at most 2 `size` bytes, else a new one."""
+        """Return a buffer of at least `size` bytes: the smallest unused one up to twice that size, else a new one."""
         fitting = [buffer for buffer in self._idle if size <= len(buffer) <= max(2 * size, _GRAIN)]
         if not fitting:
             return mmap(-1, -(-size // _GRAIN) * _GRAIN)
@@ -50,8 +50,8 @@ class BufferPool:
 class BufferLease:
     """Buffers of one call. close() returns them to the pool, except buffers that are still referenced.
 
-    A tensor that uses a buffer as storage references it. If a stage retains the tensor, the pool loses the buffer and the
-    tensor remains valid.
+    A tensor that uses a buffer as storage references it. If a stage retains the tensor, the pool loses the buffer and
+    the tensor remains valid.
     """
 
     def __init__(self, pool: BufferPool) -> None:

@@ -44,7 +44,7 @@ _attempted: ContextVar[Sizes | None] = ContextVar("fleet_attempted_bytes", defau
 
 
 def counted_handler(handler: Handler, sizes: Sizes) -> Handler:
-    """Return the handler for one call, with its messages counted. A unary response is counted at the end of the call."""
+    """Return the handler for one call, with its messages counted. A unary response counts at the end of the call."""
     make, behavior = split_handler(handler)
     deserialize, serialize = handler.request_deserializer, handler.response_serializer
 

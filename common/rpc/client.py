@@ -89,14 +89,15 @@ class WorkerLost(Unavailable):
 class RemoteRunner:
     """Runs a contract on the worker behind a channel. Like common.local.LocalRunner, with packets as values.
 
-    The value of a stream is an ItemBuffer of packets, which is read from the first item. Cancelling the task cancels the
-    call. Reports of the worker are passed to the Call: items of streams and step checkpoints as packets to `sinks`, and
+    The value of a stream is an ItemBuffer of packets, which is read from the first item. Cancelling the task cancels
+    the call. Reports of the worker are passed to the Call: items of streams and step checkpoints as packets to `sinks`,
+    and
     `on_begun` when the stages start, which workers report if WorkerInfo.reports_begun is set.
 
     Raises the error of the worker. Raises Unavailable if the connection is lost (WorkerLost after the first frame), so
-    that the caller can retry with the same packets on another worker. ResourceExhausted has a field if the values are too
-    large for every worker, and no field if this worker is at capacity. `unread` are outputs beyond the contract that a
-    worker of another release may return, including streams; they are dropped.
+    that the caller can retry with the same packets on another worker. ResourceExhausted has a field if the values are
+    too large for every worker, and no field if this worker is at capacity. `unread` are outputs beyond the contract
+    that a worker of another release may return, including streams; they are dropped.
     """
 
     def __init__(

@@ -153,7 +153,7 @@ def test_a_caller_has_so_many_requests_open_and_others_do_not_suffer(url: str, k
         _, stub = await running.add_coordinator(api_keys=keys, max_open_of_caller=2)
         first = (await stub.Submit(submission(), metadata=bearer(ALICE))).request.request_id
         code, message = await code_of(stub.Submit(submission(), metadata=bearer(ALICE)))
-        assert (code, message) == ("RESOURCE_EXHAUSTED", "alice has 1 open requests, which is the bound")
+        assert (code, message) == ("RESOURCE_EXHAUSTED", "alice has 1 open requests, which is the limit")
         ids = [(await stub.Submit(submission(), metadata=bearer(BOB))).request.request_id for _ in range(2)]
         assert (await code_of(stub.Submit(submission(), metadata=bearer(BOB))))[0] == "RESOURCE_EXHAUSTED"
         gate.opened.set()

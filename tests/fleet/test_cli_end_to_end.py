@@ -330,7 +330,7 @@ def test_a_store_that_is_away_is_one_line(temporary: Path, tmp_path: Path) -> No
     for command in (["up"], ["generate", "p", "--output", str(tmp_path / "x.png")]):
         done = fleet(temporary, *command, "--redis", nobody)
         assert done.returncode == 1
-        assert "the request store is away" in done.stderr
+        assert "the request store is unavailable" in done.stderr
         assert done.stderr.count("\n") == 1
 
 

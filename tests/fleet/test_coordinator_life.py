@@ -107,7 +107,7 @@ def test_the_fleet_waits_for_a_store_that_is_away(server: RedisServer) -> None:
         name = (await stub.Submit(submission())).request.request_id
         await gate.wait_reached()
         server.kill()
-        with pytest.raises(grpc.aio.AioRpcError, match="store is away") as caught:
+        with pytest.raises(grpc.aio.AioRpcError, match="store is unavailable") as caught:
             await stub.Submit(submission())
         assert error_of(caught.value)[0] == "UNAVAILABLE"
 

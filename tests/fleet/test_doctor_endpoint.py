@@ -226,7 +226,7 @@ def test_nobody_there_and_a_server_that_is_no_fleet(tmp_path: Path) -> None:
         health, _, refused = await found(address)
         expected = f"error endpoint: {address} answers, but is not ready: server SERVING, {SERVICE} NOT_FOUND, "
         assert health.startswith(expected)
-        assert refused == "error endpoint: ListModels failed: there is no such method here -> ask a coordinator"
+        assert refused == "error endpoint: ListModels failed: the method is not implemented by this server -> ask a coordinator"
         await server.drain(0)
 
     asyncio.run(story())

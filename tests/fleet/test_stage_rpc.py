@@ -324,7 +324,7 @@ def test_a_socket_left_behind_is_taken_over(tmp_path: Path) -> None:
 def test_a_silent_caller_is_given_up() -> None:
     async def test(stage: Served) -> None:
         call: Any = stage.channel.stream_stream("/fleet.v1.DenoisingService/Denoise")()
-        with pytest.raises(grpc.aio.AioRpcError, match=r"no frame came for 0\.1 s"):
+        with pytest.raises(grpc.aio.AioRpcError, match=r"no frame was received for 0\.1 s"):
             await call.read()
         await until(lambda: not stage.servicer.in_flight)
 

@@ -321,9 +321,9 @@ def test_wrong_items_are_named() -> None:
                 ((item, header), "neither header nor chunk"),
                 ((header, header), "neither item nor chunk"),
                 ((header, chunk), "no item announces"),
-                ((header, item, item), "begins before"),
+                ((header, item, item), "starts before"),
                 ((header, item), "ended within item 0"),
-                ((header, whole, later), "item 2 of denoised_blocks came where 1 is next"),
+                ((header, whole, later), "item 2 of denoised_blocks was received instead of 1"),
                 ((header, other), "no stream of this call"),
                 ((header, wrong), "has denoise_state"),
             ):

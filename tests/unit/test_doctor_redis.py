@@ -147,9 +147,9 @@ def test_a_wrong_password_is_one_line(url: str) -> None:
     [
         (
             "redis://:secret@127.0.0.1:1/0",
-            "error redis: the request store is away: Error 111 connecting to 127.0.0.1:1",
+            "error redis: the request store is unavailable: Error 111 connecting to 127.0.0.1:1",
         ),
-        ("rediss://:secret@127.0.0.1:1/0", "error redis: the request store is away: "),
+        ("rediss://:secret@127.0.0.1:1/0", "error redis: the request store is unavailable: "),
         ("redis://:sec#ret@host", "error redis: redis: '***' is no Redis URL"),
     ],
 )

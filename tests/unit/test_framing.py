@@ -165,12 +165,12 @@ def view(offset: int, size: int, path: str = PATH) -> ChunkView:
 @pytest.mark.parametrize(
     ("chunks", "words"),
     [
-        ([view(0, 9, "elsewhere")], "does not announce"),
-        ([view(5, 9)], "begins at 5; 0 is next"),
-        ([view(0, 9), view(0, 9)], "begins at 0; 9 is next"),
-        ([view(0, 9), view(10, 9)], "begins at 10; 9 is next"),
+        ([view(0, 9, "elsewhere")], "does not describe"),
+        ([view(5, 9)], "has the offset 5 instead of 0"),
+        ([view(0, 9), view(0, 9)], "has the offset 0 instead of 9"),
+        ([view(0, 9), view(10, 9)], "has the offset 10 instead of 9"),
         ([view(0, 0)], "has 0 bytes"),
-        ([view(0, CHUNK_BYTES + 1)], "1 to 1048576 are right"),
+        ([view(0, CHUNK_BYTES + 1)], "1 to 1048576 are valid"),
         ([view(0, CHUNK_BYTES), view(CHUNK_BYTES, CHUNK_BYTES)], "beyond its"),
         ([view(0, CHUNK_BYTES)], "ended after 1048576 of"),
         ([], "ended after 0 of"),

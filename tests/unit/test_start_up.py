@@ -193,7 +193,7 @@ def test_no_directory_for_temporary_files(monkeypatch: pytest.MonkeyPatch, capsy
         private_directory()
     assert cli.main(["up", "--port", "0"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("fleet up: TMPDIR: no directory for temporary files can be written to (No usable")
+    assert line.startswith("fleet up: TMPDIR: no directory for temporary files is writable (No usable")
 
 
 def test_output_that_the_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def test_what_no_replica_has_is_not_accepted_until_one_has() -> None:
         store = RequestStore(redis, replicas=1)
         await store.admit(record("before"))
         servers.stop_replica()
-        refusal = r"store_replicas: 0 replicas .* less than 1; connect as many"
+        refusal = r"store_replicas: 0 replicas .* less than 1; connect more replicas"
         async with connect(servers.url) as fresh:
             # Another connection writes nothing: it asks for the same request, or for the same end.
             for attempt in (store, RequestStore(fresh, replicas=1)):
