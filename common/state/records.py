@@ -85,7 +85,7 @@ def require_succeeded(record: generation_pb2.RequestRecord) -> None:
 
 
 def unknown_request(request_id: str, record_seconds: float) -> NotFound:
-    """Return the error for a request that does not exist. Records expire `record_seconds` after the end of a request."""
+    """Return the error for an unknown request. Records expire `record_seconds` after the end of a request."""
     expiry = f"records expire {duration(record_seconds)} after the end of their requests"
     return NotFound(f"there is no request {request_id[:80]!r}; it may have expired: {expiry}", field="request_id")
 

@@ -177,7 +177,7 @@ def test_bounds_on_metadata_and_calls(url: str) -> None:
         for watch in watches:
             assert await watch.read()
         code, message = await code_of(stub.ListModels(pb.ListModelsRequest()))
-        assert (code, "2 calls at a time" in message) == ("RESOURCE_EXHAUSTED", True)
+        assert (code, "2 concurrent calls" in message) == ("RESOURCE_EXHAUSTED", True)
         watches[0].cancel()
         while coordinator.calls_in_flight > 1:  # noqa: ASYNC110 -- nothing tells
             await asyncio.sleep(0.005)

@@ -241,7 +241,7 @@ def test_capacity_is_the_servers_truth() -> None:
     async def test(stage: Served) -> None:
         first = asyncio.create_task(stage.runner()(packets(), stage.heard.call()))
         await asyncio.to_thread(gate.entered.wait, 30)
-        with pytest.raises(ResourceExhausted, match="takes 1 calls at a time"):
+        with pytest.raises(ResourceExhausted, match="maximum of 1 concurrent calls"):
             await stage.runner()(packets(), stage.heard.call())
         gate.opened.set()
         await first

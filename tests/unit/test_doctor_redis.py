@@ -150,7 +150,7 @@ def test_a_wrong_password_is_one_line(url: str) -> None:
             "error redis: the request store is unavailable: Error 111 connecting to 127.0.0.1:1",
         ),
         ("rediss://:secret@127.0.0.1:1/0", "error redis: the request store is unavailable: "),
-        ("redis://:sec#ret@host", "error redis: redis: '***' is no Redis URL"),
+        ("redis://:sec#ret@host", "error redis: redis: '***' is not a Redis URL"),
     ],
 )
 def test_a_store_that_cannot_be_reached_is_one_line(url: str, words: str) -> None:

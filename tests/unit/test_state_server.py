@@ -93,9 +93,9 @@ def test_an_evicting_server_is_refused_unless_allowed(
 @pytest.mark.parametrize(
     ("values", "loss"),
     [
-        ({"appendonly": "no"}, "forgets accepted requests when it restarts"),
-        ({"appendfsync": "everysec"}, "loses what was accepted in the last second"),
-        ({"appendfsync": "no"}, "loses what was accepted in the last half minute"),
+        ({"appendonly": "no"}, "loses accepted requests when it restarts"),
+        ({"appendfsync": "everysec"}, "loses the requests accepted in the last second"),
+        ({"appendfsync": "no"}, "loses the requests accepted in the last half minute"),
     ],
 )
 def test_a_store_that_is_not_durable_gets_a_warning(
@@ -133,10 +133,10 @@ def test_a_login_that_may_not_look_is_reported_what_was_not_checked(url: str, ca
     (level, first), (_, second) = lines(caplog)
     assert level == "WARNING"
     assert (
-        "its login may not run INFO or CONFIG unknown=role,cluster-enabled,maxmemory-policy,appendonly,appendfsync"
+        "its user has no permission for INFO or CONFIG unknown=role,cluster-enabled,maxmemory-policy,appendonly,appendfsync"
         in first
     )
-    assert "its login may not run INFO or CONFIG unknown=appendfsync needed=" in second
+    assert "its user has no permission for INFO or CONFIG unknown=appendfsync needed=" in second
 
 
 def test_a_replica_is_refused(url: str) -> None:
