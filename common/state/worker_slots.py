@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import quote
 
 from common.errors import Unavailable
@@ -21,6 +22,7 @@ from common.logs import get_logger
 from common.state.connection import Arguments, run_script
 from common.state.presence import Presence
 from common.state.redis_client import Redis
+from common.state.retries import retry_until_available
 from common.wiring import Wiring, fault_of
 from fleet.v1 import worker_pb2
 
@@ -186,14 +188,18 @@ class WorkerSlots:
             "caller": quote(claim.queue_priority.caller, safe=""),
             "wiring": claim.wiring.text if claim.wiring else "",
         }
+
+        def mark_seen() -> None:
+            claim.last_seen = loop.time()
+
         while True:
-            try:
-                reply = await run_script(self._redis, "claim", arguments)
-            except Unavailable as error:
-                _log.warning("claim of a worker slot waits for the request store", place=place, error=error)
-                await asyncio.sleep(_RETRY_SECONDS)
-                claim.last_seen = loop.time()
-                continue
+            reply = await retry_until_available(
+                "claim of a worker slot",
+                partial(run_script, self._redis, "claim", arguments),
+                constant_seconds=_RETRY_SECONDS,
+                on_retry=mark_seen,
+                place=place,
+            )
             if reply[0] == b"granted":
                 return bytes(reply[1])
             if int(reply[1]):
@@ -240,15 +246,13 @@ class WorkerSlots:
             "used": math.ceil(used_seconds * 1_000),
             "computed": () if computed is None else computed.arguments(),
         }
-        while True:
-            try:
-                await run_script(self._redis, "release", arguments)
-            except Unavailable as error:
-                _log.warning("release of a worker slot waits for the request store", place=place, error=error)
-                await asyncio.sleep(_RETRY_SECONDS)
-            else:
-                self._tickets.discard(ticket)
-                return
+        await retry_until_available(
+            "release of a worker slot",
+            partial(run_script, self._redis, "release", arguments),
+            constant_seconds=_RETRY_SECONDS,
+            place=place,
+        )
+        self._tickets.discard(ticket)
 
     async def give_back_unknown(self, model: str, service: str) -> None:
         """Release slots and claims of this coordinator in the store that this process does not use. Raises Unavailable.

@@ -50,7 +50,7 @@ def test_traces_that_are_off_are_right(monkeypatch: pytest.MonkeyPatch, variable
     [
         ({"TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER is 'zipkin' -> otlp and none are supported"),
         ({"EXPORTER_OTLP_TIMEOUT": "soon"}, "an OTEL_ variable is invalid: "),
-        ({"EXPORTER_OTLP_CERTIFICATE": "/none.pem"}, "an OTEL_ variable is invalid: OTEL_EXPORTER_OTLP_CERTIFICATE: /no"),
+        ({"EXPORTER_OTLP_CERTIFICATE": "/none.pem"}, "an OTEL_ variable is invalid: OTEL_EXPORTER_OTLP_CERTIFICATE: /"),
     ],
 )
 def test_wrong_variables_are_warnings(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], text: str) -> None:

@@ -133,8 +133,8 @@ def test_a_login_that_may_not_look_is_reported_what_was_not_checked(url: str, ca
     (level, first), (_, second) = lines(caplog)
     assert level == "WARNING"
     assert (
-        "its user has no permission for INFO or CONFIG unknown=role,cluster-enabled,maxmemory-policy,appendonly,appendfsync"
-        in first
+        "its user has no permission for INFO or CONFIG "
+        "unknown=role,cluster-enabled,maxmemory-policy,appendonly,appendfsync" in first
     )
     assert "its user has no permission for INFO or CONFIG unknown=appendfsync needed=" in second
 
