@@ -91,8 +91,7 @@ class RemoteRunner:
 
     The value of a stream is an ItemBuffer of packets, which is read from the first item. Cancelling the task cancels
     the call. Reports of the worker are passed to the Call: items of streams and step checkpoints as packets to `sinks`,
-    and
-    `on_begun` when the stages start, which workers report if WorkerInfo.reports_begun is set.
+    and `on_begun` when the stages start, which workers report if WorkerInfo.reports_begun is set.
 
     Raises the error of the worker. Raises Unavailable if the connection is lost (WorkerLost after the first frame), so
     that the caller can retry with the same packets on another worker. ResourceExhausted has a field if the values are

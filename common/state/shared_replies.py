@@ -38,8 +38,7 @@ class SharedReplies:
 
     `origin`: identifies the weights and the numerics; equal for these workers only. `max_bytes`: LRU limit of the
     replies of all services. `keep_seconds`: TTL of a reply after its last use. `gain`: replies are shared if computing
-    takes at least
-    `gain` times as long as fetching; 0 to share all.
+    takes at least `gain` times as long as fetching; 0 to share all.
     """
 
     def __init__(
