@@ -162,7 +162,7 @@ def _read_index(path: Path) -> tuple[Path, Mapping[str, Any]]:
         raise CheckpointError(explain(path))
     index = read_json(where)
     if not isinstance(index.get("_class_name"), str):
-        raise CheckpointError(f"{where} has no _class_name, so it does not say which pipeline it is for")
+        raise CheckpointError(f"{where} has no _class_name, which names the pipeline; download it again")
     return path, index
 
 

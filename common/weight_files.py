@@ -132,5 +132,5 @@ def _read_shards(index: Path) -> dict[Path, SafetensorsHeader]:
         headers[path] = read_header(path)
     for tensor, file in weight_map.items():
         if tensor not in headers[index.parent / file].tensors:
-            raise CheckpointError(f"{index} says that {file} holds {tensor}, but it does not")
+            raise CheckpointError(f"{index} assigns {tensor} to {file}, which does not contain it")
     return headers

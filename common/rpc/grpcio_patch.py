@@ -47,7 +47,7 @@ async def check_server() -> None:
     check_private_api(GRPCIO)
     asked = asyncio.Event()
 
-    class Probe(_registered_only()):  # type: ignore[misc]  # of no type that mypy knows
+    class Probe(_registered_only()):  # type: ignore[misc]  # AioServer has no type stub
         def _refuse_unknown(self) -> Any:
             asked.set()
             return super()._refuse_unknown()
@@ -82,7 +82,7 @@ def _make_server(
 def _registered_only() -> type[Any]:
     """Return a subclass of AioServer. Not defined at import, because check_server() reports a missing AioServer."""
 
-    class RegisteredOnly(cygrpc.AioServer):  # type: ignore[misc]  # of no type that mypy knows
+    class RegisteredOnly(cygrpc.AioServer):  # type: ignore[misc]  # AioServer has no type stub
         """AioServer whose accept loop refuses calls of methods that are not registered."""
 
         def _make_request_call_future(self, method_bytes: bytes | None) -> asyncio.Future[Any]:

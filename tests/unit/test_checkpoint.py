@@ -81,7 +81,7 @@ def test_shards_are_found_through_their_index(flux: Path) -> None:
     assert Checkpoint.open(flux).weight_files("transformer") == (folder / "a.safetensors", folder / "b.safetensors")
 
     index.write_text(json.dumps({"weight_map": {**weight_map, "scale": "a.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"says that a.safetensors holds scale, but it does not"):
+    with pytest.raises(CheckpointError, match=r"assigns scale to a.safetensors, which does not contain it"):
         Checkpoint.open(flux)
     index.write_text(json.dumps({"weight_map": {"weight": "../vae/config.json"}}))
     with pytest.raises(CheckpointError, match="must name a file of the same folder"):
