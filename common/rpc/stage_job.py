@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from traceback import clear_frames
@@ -16,7 +15,7 @@ from common.rpc.buffers import BufferLease
 from common.rpc.framing import Packet
 from common.rpc.hand_over import StepTimes
 from common.stage import Call
-from common.streams import StreamFeed
+from common.streams import StreamFeed, call_on
 from common.trace_context import NO_SPAN, current_span
 
 _NOT_BEGUN = "this worker drains; the call is handed over before its stages started"
@@ -60,7 +59,7 @@ class StageJob:
         """
         if self.is_asked:
             raise HandedOver(_NOT_BEGUN)
-        self._end = partial(_call_on, asyncio.get_running_loop(), on_end)
+        self._end = partial(call_on, asyncio.get_running_loop(), on_end)
         self._future = executor.submit(_without_frame_references, work)
         self._future.add_done_callback(lambda _: self._end())
 
@@ -117,7 +116,7 @@ class StageJob:
             self.lease.close()
         else:
             loop = asyncio.get_running_loop()
-            self._future.add_done_callback(lambda _: _call_on(loop, self.lease.close))
+            self._future.add_done_callback(lambda _: call_on(loop, self.lease.close))
 
 
 def _without_frame_references(work: Callable[[], dict[str, Packet]]) -> dict[str, Packet]:
@@ -133,9 +132,3 @@ def _without_frame_references(work: Callable[[], dict[str, Packet]]) -> dict[str
             clear_frames(cause.__traceback__)
             cause = cause.__context__
         raise
-
-
-def _call_on(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-    """Run `callback` on the event loop. No effect if the loop is closed."""
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(callback)
