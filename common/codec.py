@@ -84,7 +84,7 @@ def unpack(slot: str, cls: type[T], packet: Packet, leaf: TensorLeaf = NO_TENSOR
     `cls`.
     """
     if packet.message.DESCRIPTOR.name != message_name(cls.__name__):
-        raise TypeError(f"{slot} holds a {packet.message.DESCRIPTOR.name}, not a {cls.__name__}")
+        raise TypeError(f"{slot} contains a {packet.message.DESCRIPTOR.name}, not a {cls.__name__}")
     reader = _Reader(leaf, packet)
     result: T = reader.read(slot, packet.message)
     return result

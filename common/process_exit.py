@@ -21,6 +21,6 @@ def exit_at_once(reason: str, code: int = TEMPORARY_FAILURE) -> NoReturn:
     """Log the reason, flush the logs and exit without waiting for threads or the event loop."""
     # SIGALRM ends the process even if a stuck thread holds the lock of standard error or of the log.
     signal.setitimer(signal.ITIMER_REAL, _LAST_LINE_SECONDS)
-    _log.critical("process ends at once", reason=reason, exit_code=code)
+    _log.critical("process exits immediately", reason=reason, exit_code=code)
     logging.shutdown()
     os._exit(code)

@@ -2,8 +2,8 @@
 
     @dataclass(frozen=True, kw_only=True)
     class WorkerSettings:
-        model: str = setting(help="checkpoint directory, or the name of a shipped model")
-        capacity: int = setting(1, help="requests taken at a time")
+        model: str = setting(help="checkpoint directory or model name")
+        capacity: int = setting(1, help="number of concurrent requests")
 
     settings = load_settings(WorkerSettings, argv, prog="fleet serve denoising")
 
@@ -58,7 +58,7 @@ class _Kind:
     def expected(self) -> str:
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        return {bool: "true or false", int: "a whole number", float: "a number"}.get(self.scalar, "a text")
+        return {bool: "true or false", int: "a whole number", float: "a number"}.get(self.scalar, "a string")
 
 
 def load_settings(

@@ -39,7 +39,7 @@ def _check_socket_path(path: Path) -> None:
     if not path.parent.is_dir():
         raise OSError(f"there is no directory {path.parent}")
     if not os.access(path.parent, os.W_OK):
-        raise OSError(f"the directory {path.parent} cannot be written to")
+        raise OSError(f"the directory {path.parent} is not writable")
     if path.exists():
         if not path.is_socket():
             raise OSError("a file with this path exists")

@@ -137,5 +137,5 @@ class HandOver:
 
     def _ask(self, call: RunningCall, reason: str) -> None:
         with log_scope(request_id=call.request_id):
-            _log.info("call is handed over", reason=reason)
+            _log.info("call hand-over requested", reason=reason)
         call.hand_over()

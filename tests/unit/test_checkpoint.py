@@ -103,7 +103,7 @@ BROKEN_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "index is a list": (lambda path: (path / "model_index.json").write_text("[]"), "must contain a JSON object"),
     "endless nesting": (lambda path: (path / "model_index.json").write_text("[" * 100_000), "is not valid JSON"),
     "no class": (lambda path: (path / "model_index.json").write_text("{}"), "has no _class_name"),
-    "module without folder": (lambda path: shutil.rmtree(path / "vae"), "lacks the folder vae/"),
+    "module without folder": (lambda path: shutil.rmtree(path / "vae"), "lacks the directory vae/"),
     "module entry of one": (lambda path: edit_json(path / "model_index.json", vae=["diffusers"]), "library, class"),
     "module elsewhere": (
         lambda path: edit_json(path / "model_index.json", **{"../vae": ["diffusers", "AutoencoderKL"]}),

@@ -140,7 +140,7 @@ def test_a_checkpoint_without_a_required_module_is_refused() -> None:
 
 def test_a_stage_is_built_with_modules_that_are_there() -> None:
     decode = replace(DECODE, modules={"vae": "vae", "solver": "scheduler"})
-    with pytest.raises(PipelineError, match="decode is built with scheduler, which is no module"):
+    with pytest.raises(PipelineError, match="decode requires scheduler, which is not a module"):
         sketch(ENCODE, DENOISE, decode)
     pipeline = sketch(ENCODE, DENOISE, decode, modules=("vae", "scheduler"))
     service = pipeline.service("decode")
