@@ -31,7 +31,7 @@ LABELS = {
 """For each label, the rule that bounds the number of its values."""
 
 NOTES = (
-    "`grpc.client.call.duration` of gRFC A66 is omitted: coordinators set no gRPC retry policy, so that a call has one "
+    "gRFC A66's `grpc.client.call.duration` is omitted: coordinators set no gRPC retry policy, so that a call has one "
     "attempt and the same duration. `fleet_service_duration_seconds` includes all calls of a request at a service.",
 )
 """Notes for readers of the generated table."""

@@ -31,7 +31,7 @@ def check_admitted(reply: Sequence[Any], record: generation_pb2.RequestRecord) -
                 "their duration is unknown"
             )
         case b"busy":
-            what = f"{record.model} has {int(reply[1]) / 1_000:.1f} s of outstanding work, which exceeds the limit"
+            what = f"{record.model} has {int(reply[1]) / 1_000:.1f} s of work outstanding, which exceeds the limit"
         case _:
             return
     raise ResourceExhausted(what, retry_seconds=int(reply[2]) / 1_000 or None)

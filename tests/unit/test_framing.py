@@ -136,7 +136,7 @@ def tensor(**fields: Any) -> pb.Tensor:
         (tensor(byte_size=SIZE - 1), f"takes {SIZE} bytes, not {SIZE - 1}"),
         (tensor(dtype=pb.DTYPE_FLOAT32), f"takes {4 * SIZE} bytes"),
         (tensor(shape=[2**62, 2**62]), "takes"),
-        (tensor(data=b"abc"), "holds 3 bytes where"),
+        (tensor(data=b"abc"), "has 3 bytes of inline data"),
         (tensor(data=bytes(SIZE)), "inline"),
         (tensor(shape=[0], byte_size=0), "must be inline"),
     ],
@@ -150,7 +150,7 @@ def test_a_tensor_that_contradicts_itself_is_refused(wrong: pb.Tensor, words: st
 
 def test_limits_are_kept() -> None:
     header = pb.Conditioning(prompt_embeds={"x": tensor(), "y": tensor()})
-    with pytest.raises(ResourceExhausted, match=r"c\.prompt_embeds\.y brings"):
+    with pytest.raises(ResourceExhausted, match=r"c\.prompt_embeds\.y: a total of"):
         described_tensors("c", header, CallLimits(total_bytes=SIZE))
     with pytest.raises(InvalidInput, match="more than 1 tensors"):
         described_tensors("c", header, CallLimits(tensors=1))

@@ -73,7 +73,7 @@ def test_work_that_goes_on_after_a_cancellation_may_ask() -> None:
 
 def test_a_store_that_is_away_is_unavailable() -> None:
     async def story() -> None:
-        with pytest.raises(Unavailable, match="away: refused"), store_errors():
+        with pytest.raises(Unavailable, match="unavailable: refused"), store_errors():
             raise ConnectionError("refused")
 
     asyncio.run(story())

@@ -101,7 +101,7 @@ def test_a_service_without_a_fitting_worker_has_none(url: str) -> None:
                 await take(slots, "r1", patience_seconds=0.2, on_no_workers=seen.append)
             assert set(seen) == {f"worker new, {FAULT}"}
             await registry.withdraw("new")
-            with pytest.raises(NoWorkers, match="no worker serves"):
+            with pytest.raises(NoWorkers, match="no worker has served"):
                 await take(slots, "r2", patience_seconds=0.0, on_no_workers=seen.append)
             assert seen[-1] == ""
 

@@ -95,7 +95,7 @@ def test_a_quoted_password_is_accepted(password: str) -> None:
         ("redis://:pa/ss@host", "percent-encode"),
         ("redis://:pa?ss@host", "percent-encode"),
         ("redis://:pa ss@host", "blanks and control characters must be percent-encoded"),
-        ("redis+sentinel://:pass@host:1/service", "takes no user, password or options"),
+        ("redis+sentinel://:pass@host:1/service", "user, password and options are not supported"),
         ("redis+sentinel://host:1/service/x", "its database is not a number"),
         ("http://x", "'http://x' is not a Redis URL"),
     ],
