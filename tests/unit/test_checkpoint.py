@@ -107,7 +107,7 @@ BROKEN_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "module entry of one": (lambda path: edit_json(path / "model_index.json", vae=["diffusers"]), "library, class"),
     "module elsewhere": (
         lambda path: edit_json(path / "model_index.json", **{"../vae": ["diffusers", "AutoencoderKL"]}),
-        r"module '\.\./vae' cannot be",
+        r"module '\.\./vae' is not a valid directory name",
     ),
     "no config": (lambda path: (path / "vae/config.json").unlink(), r"vae lacks config\.json"),
     "broken config": (lambda path: (path / "vae/config.json").write_text("nul"), r"vae/config\.json is not valid JSON"),
