@@ -45,6 +45,7 @@ _COUNTS = frozenset(
         "fleet_workers_live",
         "fleet_workers_held",
         "fleet_workers_dead",
+        "fleet_workers_incompatible",
         "fleet_store_repairs",
     }
 )
