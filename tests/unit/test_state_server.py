@@ -143,7 +143,7 @@ def test_a_replica_is_refused(url: str) -> None:
     async def story(redis: Redis) -> None:
         await command(redis, "REPLICAOF", "127.0.0.1", "1")
         try:
-            with pytest.raises(FailedPrecondition, match=r"is a replica, not a primary; .*redis\+sentinel://"):
+            with pytest.raises(FailedPrecondition, match=r"is a replica and does not accept writes; .*redis\+sentinel://"):
                 await check_server(redis)
             with pytest.raises(Unavailable, match="does not accept writes"):
                 await run_script(redis, "beat", {"owner": "me", "lasts": 1_000})
@@ -278,7 +278,7 @@ def test_a_full_store_is_not_said_to_be_away_and_keeps_its_heartbeats(url: str) 
         await run_script(redis, "release", {"ticket": "accepted/me/0", "place": "emoji/denoising", "used": 0})
         with pytest.raises(StoreFull, match="request store is full") as failed:
             await unbounded.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[picture(MIB)], token="t")
-        assert "away" not in str(failed.value)
+        assert "unavailable" not in str(failed.value)
         assert (await unbounded.get("accepted")).state == State.REQUEST_STATE_QUEUED  # no end without its files
         await unfill(redis)
         assert await unbounded.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[picture(MIB)], token="t")
