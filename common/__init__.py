@@ -1,1 +1,1 @@
-"""What every service shares and no model is in: artifacts, stages, pipelines, errors, transport, request state."""
+"""Model-independent code that all services share: artifacts, stages, pipelines, errors, transport, request state."""

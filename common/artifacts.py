@@ -1,8 +1,7 @@
-"""The values that flow between stages. Each class mirrors a message of proto/fleet/v1/artifacts.proto.
+"""Artifacts: the values that stages exchange. Each class mirrors a message of proto/fleet/v1/artifacts.proto.
 
-The message has the same name, unless MESSAGES says otherwise.
-
-Tensors are torch tensors, but nothing here imports torch: the coordinator reads these names and never opens a tensor.
+Class and message have the same name, except for the names in MESSAGES. Tensors are torch tensors, but this module does
+not import torch: the coordinator uses these classes and never reads a tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ ParamValue = bool | int | float | str | tuple[float, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What the user asked to see. An absent negative prompt is not an empty one."""
+    """Prompts of a request. An absent negative prompt differs from an empty one."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -31,7 +30,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Canvas:
-    """Extent (pixels, frames, frames a second) and format ("png", "mp4", "safetensors") of what is made."""
+    """Size (pixels, frames, frames per second) and format ("png", "mp4", "safetensors") of the output."""
 
     height: int
     width: int
@@ -42,7 +41,7 @@ class Canvas:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample. params holds what only this family has, under the Diffusers names."""
+    """Sampling parameters. `params` contains the model-specific ones by their names in Diffusers."""
 
     num_inference_steps: int
     seed: int
@@ -55,14 +54,14 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageInputs:
-    """Encoded image files by role: uint8 (bytes,), or plain bytes where there is no torch."""
+    """Encoded image files by role: uint8 (bytes,) tensors, or bytes in processes without torch."""
 
     images: Mapping[str, Tensor | bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """Keyword tensors for the denoiser's prepare(), batch 1; no negative ones without classifier-free guidance."""
+    """Keyword tensors for the denoiser's prepare(), batch 1; only positive ones without classifier-free guidance."""
 
     prompt_embeds: Mapping[str, Tensor]
     negative_prompt_embeds: Mapping[str, Tensor] = field(default_factory=dict)
@@ -70,7 +69,7 @@ class Conditioning:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """timesteps (num_inference_steps,) and sigmas float32 (num_inference_steps + 1,)."""
+    """Denoising schedule: timesteps (num_inference_steps,) and sigmas, float32 (num_inference_steps + 1,)."""
 
     timesteps: Tensor
     sigmas: Tensor
@@ -79,7 +78,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentPart:
-    """Latents in the denoiser's layout, and the shape that they have unpacked."""
+    """Latents of one modality in the denoiser's layout, and their shape before packing."""
 
     latents: Tensor
     raw_latent_shape: tuple[int, ...]
@@ -87,14 +86,14 @@ class LatentPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:
-    """A point in latent space; parts are named "image", "video", "audio", "condition"."""
+    """Latents of all modalities; parts are named "image", "video", "audio", "condition"."""
 
     parts: Mapping[str, LatentPart]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
-    """State of torch's CPU generator, uint8 (5056,), after the draws that its slot's writer made."""
+    """State of torch's CPU generator, uint8 (5056,), after the stage that writes the slot has sampled."""
 
     seed: int
     state: Tensor
@@ -105,22 +104,22 @@ MESSAGES: Mapping[str, str] = MappingProxyType({"StepCheckpoint": "DenoiseState"
 
 
 def message_name(artifact: str) -> str:
-    """The message of an artifact, by their names in contracts and in Python."""
+    """Return the name of an artifact's message."""
     return MESSAGES.get(artifact, artifact)
 
 
 def artifact_name(message: str) -> str:
-    """The artifact of a message; the reverse of message_name()."""
+    """Return the name of a message's artifact class; the inverse of message_name()."""
     return next((artifact for artifact, name in MESSAGES.items() if name == message), message)
 
 
 STEP_CHECKPOINT_FORMAT = 2
-"""Counts the meanings that the fields of StepCheckpoint have had: a version that changes them resumes no older ones."""
+"""Version of the meaning of StepCheckpoint's fields. Checkpoints of another version are not resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCheckpoint:
-    """A denoising loop stopped after `step` steps: enough to continue it to the same bytes."""
+    """State of a denoising loop after `step` steps. A loop that resumes from it produces the same bytes."""
 
     step: int
     latents: Latents
@@ -130,9 +129,9 @@ class StepCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class MediaItem:
-    """A finished file, uint8 (bytes,), or in a stream the next bytes of one: those of `num_frames` more frames.
+    """An output file, uint8 (bytes,); in a stream, consecutive bytes of a file, which contain `num_frames` frames.
 
-    Of a result with `file_count` files it belongs to the one with index `file_index`.
+    `file_index` is the index of the file among the `file_count` files of the result.
     """
 
     data: Tensor
@@ -146,6 +145,6 @@ class MediaItem:
 
 @dataclass(frozen=True, kw_only=True)
 class Media:
-    """The finished files of a request, in the order they were drawn."""
+    """The output files of a request, in the order in which their noise was sampled."""
 
     items: tuple[MediaItem, ...]

@@ -1,7 +1,7 @@
-"""A Diffusers checkpoint directory, read without torch: what it holds, and whether it is whole.
+"""Reads and validates a Diffusers checkpoint directory, without torch.
 
-Opening reads JSON files and safetensors headers, never weights, so that a truncated download is refused in
-milliseconds by every process that serves the model, the coordinator included.
+Only JSON files and safetensors headers are read, never weights. Every process that serves the model, including the
+coordinator, therefore detects a truncated download in milliseconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INDEX_FILE = "model_index.json"
 SAMPLING_DEFAULTS_FILE = "sampling_defaults.json"
 
 _MODEL_CONFIG = "config.json"
-# Settings of modules without weights, by what the name of their class ends with.
+# Configuration files of modules without weights, by the suffix of their class names.
 _OTHER_CONFIGS: Mapping[str, tuple[str, ...]] = {
     "Scheduler": ("scheduler_config.json",),
     "Tokenizer": ("tokenizer_config.json",),
@@ -41,7 +41,7 @@ _SAMPLE_BYTES = 1024
 
 @dataclass(frozen=True)
 class _Module:
-    """One module's folder: its settings, its weight files, and of a tokenizer its vocabulary."""
+    """Contents of one module's directory: configuration, weight files and, for a tokenizer, vocabulary."""
 
     config: Mapping[str, Any]
     weights: WeightFiles
@@ -49,7 +49,7 @@ class _Module:
 
 
 class Checkpoint:
-    """A Diffusers directory whose every module was found and whose weight files are whole. Made by open()."""
+    """A valid Diffusers directory: all modules exist and no weight file is truncated. Created by open()."""
 
     def __init__(self, path: Path, index: Mapping[str, Any], defaults: Mapping[str, ParamValue]) -> None:
         self.path = path
@@ -62,13 +62,13 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Read a directory. Raises CheckpointError that says what is missing or unreadable, and where."""
+        """Read a directory. Raises CheckpointError with the path that is missing or unreadable."""
         path, index = _read_index(path)
         return cls(path, index, _read_sampling_defaults(path))
 
     @property
     def name(self) -> str:
-        """The folder's name; of a snapshot in the Hugging Face cache that of its repository, ORG--NAME."""
+        """Name of the directory; for a snapshot in the Hugging Face cache ORG--NAME of its repository."""
         return repository_of(self.path) or self.path.name
 
     @property
@@ -77,37 +77,37 @@ class Checkpoint:
         return str(self.index["_class_name"])
 
     def module_config(self, name: str) -> Mapping[str, Any]:
-        """A module's settings: its config.json, or what schedulers, tokenizers and processors have in its place."""
+        """Return a module's config.json, or the corresponding file of a scheduler, tokenizer or processor."""
         return self._module(name).config
 
     def with_roles(self, roles: Mapping[str, str]) -> Checkpoint:
-        """The same checkpoint for a pipeline, which says which of its modules has which role."""
+        """Return a copy for a pipeline, which assigns roles to module names."""
         served = copy.copy(self)
         served._roles = roles
         return served
 
     def config_of(self, role: str) -> Mapping[str, Any]:
-        """The settings of the module with a role; without a pipeline, roles are the modules' names."""
+        """Return the configuration of the module with a role. Without a pipeline, roles are module names."""
         return self.module_config(self._roles.get(role, role))
 
     def weight_files(self, name: str) -> tuple[Path, ...]:
-        """A module's safetensors files, sorted; none for a scheduler, tokenizer or processor."""
+        """Return a module's safetensors files, sorted; empty for a scheduler, tokenizer or processor."""
         return tuple(self._module(name).weights.headers)
 
     def weight_headers(self, name: str) -> Mapping[Path, SafetensorsHeader]:
-        """The same files with their headers: names, dtypes and shapes of the tensors."""
+        """Return the headers (names, dtypes and shapes of tensors) of a module's safetensors files."""
         return self._module(name).weights.headers
 
     def weight_variant(self, name: str) -> str | None:
-        """The variant that a module's weight files are, such as "fp16"; None for plain ones."""
+        """Return the Diffusers variant of a module's weight files, such as "fp16"; None for files without one."""
         return self._module(name).weights.variant
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest that is equal where the weights are, whatever the directory is called.
+        """Hex digest of the checkpoint, equal for equal weights and independent of the directory's name.
 
-        Cheap: settings and tokenizers whole; of the weights the headers, the sizes, and the first, middle and last
-        KiB of every tensor. sampling_defaults.json is left out: it changes what is asked for, not what is computed.
+        Includes configurations and tokenizers completely, and of the weights the headers, the file sizes and the first,
+        middle and last KiB of every tensor. Excludes sampling_defaults.json, which changes requests, not computations.
         """
         digest = hashlib.sha256()
         for label, data in self._fingerprinted():
@@ -127,7 +127,7 @@ class Checkpoint:
                     yield label, read_bytes(path)
 
     def _check_vocabularies(self) -> None:
-        """Refuse a tokenizer whose tokens its encoder has no embeddings for. Their names differ by these words."""
+        """Raise CheckpointError for a tokenizer with more tokens than its text encoder has embeddings."""
         for name, module in self._opened.items():
             encoder = name.replace("tokenizer", "text_encoder")
             if module.vocabulary is None or encoder not in self._opened or encoder == name:
@@ -137,7 +137,8 @@ class Checkpoint:
             known = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
             if isinstance(known, int) and module.vocabulary.size > known:
                 raise CheckpointError(
-                    f"{module.vocabulary.file}: {name} has {module.vocabulary.size} tokens, but {encoder} knows {known}"
+                    f"{module.vocabulary.file}: {name} has {module.vocabulary.size} tokens, but {encoder} has "
+                    f"embeddings for {known}"
                 )
 
     def _module(self, name: str) -> _Module:
@@ -147,13 +148,13 @@ class Checkpoint:
 
 
 def read_class_name(path: Path) -> str:
-    """The `_class_name` of a directory, without a look at its modules. Raises CheckpointError as Checkpoint.open()."""
+    """Return the `_class_name` of a directory without reading its modules. Raises CheckpointError."""
     _, index = _read_index(path)
     return str(index["_class_name"])
 
 
 def _read_index(path: Path) -> tuple[Path, Mapping[str, Any]]:
-    """The resolved directory and its model_index.json, which has a `_class_name`."""
+    """Return the resolved directory and its model_index.json, validated to have a `_class_name`."""
     check_link(path.expanduser())
     path = path.expanduser().resolve()
     where = path / INDEX_FILE
@@ -161,12 +162,12 @@ def _read_index(path: Path) -> tuple[Path, Mapping[str, Any]]:
         raise CheckpointError(explain(path))
     index = read_json(where)
     if not isinstance(index.get("_class_name"), str):
-        raise CheckpointError(f"{where} has no _class_name, so it does not say which pipeline it is for")
+        raise CheckpointError(f"{where} has no _class_name, which names the pipeline; download it again")
     return path, index
 
 
 def _module_classes(path: Path, index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """The (library, class) of each module that model_index.json names; an entry of nulls is a module left out."""
+    """Return (library, class) of each module in model_index.json. An entry [null, null] is an omitted module."""
     where = path / INDEX_FILE
     modules: dict[str, tuple[str, str]] = {}
     for name, entry in index.items():
@@ -178,17 +179,17 @@ def _module_classes(path: Path, index: Mapping[str, Any]) -> dict[str, tuple[str
             case _:
                 raise CheckpointError(f"{where}: {name} must be [library, class], but is {json.dumps(entry)}")
         if not (name.isidentifier() and is_file_name(name)):
-            raise CheckpointError(f"{where}: module {name!r} cannot be the name of a folder here")
+            raise CheckpointError(f"{where}: module {name!r} is not a valid directory name; use an identifier")
         check_link(path / name)
         if not (path / name).is_dir():
-            raise CheckpointError(f"{path} lacks the folder {name}/, whose module {INDEX_FILE} names")
+            raise CheckpointError(f"{path} lacks the directory {name}/ of a module in {INDEX_FILE}")
     return modules
 
 
 def kind_of(class_name: str) -> str | None:
-    """The kind of a module without weights, a key of _OTHER_CONFIGS; None for a class that may have weights.
+    """Return the kind of a module without weights, a key of _OTHER_CONFIGS; None for a class that may have weights.
 
-    A processor of which the tokenizer alone is used is a tokenizer.
+    A processor counts as a tokenizer if only its tokenizer is used.
     """
     if has_vocabulary(class_name):
         return "Tokenizer"
@@ -197,10 +198,10 @@ def kind_of(class_name: str) -> str | None:
 
 
 def _open_module(folder: Path, library: str, class_name: str) -> _Module:
-    """Read a module: one with weights has config.json; one without has its own kind of file."""
+    """Read a module: its weights and config.json, or the configuration file of a module without weights."""
     kind = kind_of(class_name)
     for path in sorted(folder.iterdir()):
-        # A tokenizer.json is megabytes long: one parse, by read_vocabulary(), is enough.
+        # tokenizer.json has several megabytes and is parsed by read_vocabulary().
         parsed_later = path.name == TOKENIZER_FILE and has_vocabulary(class_name)
         if path.suffix == ".json" and not is_weight_file(path.name) and not parsed_later:
             read_json(path)
@@ -209,7 +210,7 @@ def _open_module(folder: Path, library: str, class_name: str) -> _Module:
         return _Module(config, WeightFiles(), read_vocabulary(folder, class_name) if kind == "Tokenizer" else None)
     weights = read_weights(folder, library)
     if not weights.headers and not is_listed(folder / _MODEL_CONFIG):
-        # A plugin's class without weights may have any name.
+        # A plugin's class without weights can have any name.
         names = (_MODEL_CONFIG, *(name for names in _OTHER_CONFIGS.values() for name in names))
         return _Module(read_settings(_first_of(folder, names)), weights)
     config = read_settings(_first_of(folder, (_MODEL_CONFIG,)))
@@ -226,7 +227,7 @@ def _first_of(folder: Path, names: tuple[str, ...]) -> Path:
 
 
 def _is_setting(path: Path) -> bool:
-    """Whether a file besides weights can change what is computed."""
+    """Return whether a file other than weights can affect the computation."""
     return path.is_file() and path.suffix != ".md" and path.name[0] != "." and not is_weight_file(path.name)
 
 
@@ -243,12 +244,12 @@ def _param_value(file: Path, name: str, value: Any) -> ParamValue:
     if isinstance(value, list) and all(isinstance(each, int | float) and not isinstance(each, bool) for each in value):
         return tuple(float(each) for each in value)
     raise CheckpointError(
-        f"{file}: {name} must be a number, a truth value, a text or a list of numbers, but is {json.dumps(value)}"
+        f"{file}: {name} must be a number, a boolean, a string or a list of numbers, but is {json.dumps(value)}"
     )
 
 
 def _sample(path: Path, header: SafetensorsHeader) -> bytes:
-    """The file's size and header, and a few blocks of every tensor."""
+    """Return the file's size and header, and up to three blocks of 1 KiB of every tensor."""
     parts = [str(header.file_size).encode(), header.raw]
     with path.open("rb") as file:
         for tensor in header.tensors.values():

@@ -1,8 +1,8 @@
-"""Artifacts to packets and back, field by field and by name: a dataclass and its message have the same fields.
+"""Encodes artifacts as packets and decodes them. A dataclass and its message have fields of the same names.
 
-Nothing here imports torch. What a tensor is, a TensorLeaf says: common.tensors.TORCH where stages run, and no leaf
-at all where only scalar artifacts (Prompt, Canvas, Sampling) are packed. A field that one side lacks is a TypeError
-when the class is first used; a value that does not fit its field is an InvalidInput that names the path.
+This module does not import torch. A TensorLeaf converts tensors: common.tensors.TORCH in workers, NO_TENSORS in
+processes that pack only Prompt, Canvas, Sampling and files. A dataclass and a message with different fields raise
+TypeError at the first use; a value that its field cannot hold raises InvalidInput with the path of the field.
 """
 
 from __future__ import annotations
@@ -29,34 +29,37 @@ T = TypeVar("T")
 
 
 class TensorLeaf(Protocol):
-    """How tensors become bytes and back."""
+    """Converts tensors to bytes and back."""
 
     def view(self, path: str, value: Any) -> tuple[pb.Dtype.ValueType, Sequence[int], memoryview]:
-        """The Dtype, the shape and the bytes of a tensor; the view keeps its memory alive."""
+        """Return Dtype, shape and bytes of a tensor. The view holds a reference to the tensor's memory."""
 
     def restore(self, path: str, tensor: pb.Tensor, buffer: bytearray | mmap) -> Any:
-        """A tensor laid over the beginning of buffer, which it keeps alive and may write to."""
+        """Return a tensor that uses the beginning of `buffer` as its storage."""
 
 
 class NoTensors:
-    """The leaf of processes that never open a tensor. Files, which are plain bytes there, travel as uint8 tensors."""
+    """TensorLeaf of processes without torch: supports only files, which are bytes, as uint8 tensors."""
 
     def view(self, path: str, value: Any) -> tuple[pb.Dtype.ValueType, Sequence[int], memoryview]:
-        """Bytes as they are. Raises TypeError for anything else."""
+        """Return the bytes of a file. Raises TypeError for any other value."""
         if isinstance(value, bytes):
             return pb.DTYPE_UINT8, (len(value),), memoryview(value)
-        raise TypeError(f"{path} is a {type(value).__name__}: packing tensors needs common.tensors.TORCH")
+        raise TypeError(f"{path} is a {type(value).__name__}; packing tensors requires common.tensors.TORCH")
 
     def restore(self, path: str, tensor: pb.Tensor, buffer: bytearray | mmap) -> Any:
-        """Refuse. Raises TypeError."""
-        raise TypeError(f"{path} of {len(tensor.shape)} dimensions, {len(buffer)} bytes: needs common.tensors.TORCH")
+        """Raise TypeError: tensors cannot be restored without torch."""
+        raise TypeError(
+            f"{path} is a tensor of {len(tensor.shape)} dimensions and {len(buffer)} bytes; unpacking tensors requires "
+            "common.tensors.TORCH"
+        )
 
 
 NO_TENSORS = NoTensors()
 
 
 def artifact_class(name: str) -> type[Any]:
-    """The artifact of a message of that name. Raises TypeError for anything that is not one."""
+    """Return the artifact class of a message name. Raises TypeError if there is none."""
     cls = vars(artifacts).get(artifact_name(name))
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and name in pb.DESCRIPTOR.message_types_by_name):
         raise TypeError(f"{name!r} is not an artifact")
@@ -64,7 +67,7 @@ def artifact_class(name: str) -> type[Any]:
 
 
 def pack(slot: str, artifact: Any, leaf: TensorLeaf = NO_TENSORS) -> Packet:
-    """The packet of an artifact for a slot. Large tensors stay where they are: the packet refers to their memory."""
+    """Return the packet of an artifact for a slot. Refers to the memory of large CPU tensors instead of copying it."""
     name = message_name(type(artifact).__name__)
     if artifact_class(name) is not type(artifact):
         raise TypeError(f"{slot}: {name} is not an artifact")
@@ -75,12 +78,13 @@ def pack(slot: str, artifact: Any, leaf: TensorLeaf = NO_TENSORS) -> Packet:
 
 
 def unpack(slot: str, cls: type[T], packet: Packet, leaf: TensorLeaf = NO_TENSORS) -> T:
-    """The artifact in a packet. Maps come back sorted by key, because protobuf keeps no order.
+    """Return the artifact in a packet. Maps are sorted by key, because protobuf maps are unordered.
 
-    Raises InvalidInput for a missing field and TypeError when the packet holds another artifact than cls.
+    Raises InvalidInput for a missing field, and TypeError if the packet contains an artifact of another class than
+    `cls`.
     """
     if packet.message.DESCRIPTOR.name != message_name(cls.__name__):
-        raise TypeError(f"{slot} holds a {packet.message.DESCRIPTOR.name}, not a {cls.__name__}")
+        raise TypeError(f"{slot} contains a {packet.message.DESCRIPTOR.name}, not a {cls.__name__}")
     reader = _Reader(leaf, packet)
     result: T = reader.read(slot, packet.message)
     return result
@@ -88,7 +92,7 @@ def unpack(slot: str, cls: type[T], packet: Packet, leaf: TensorLeaf = NO_TENSOR
 
 @cache
 def _fields(name: str) -> tuple[tuple[FieldDescriptor, bool], ...]:
-    """The fields of an artifact's message, each with whether the dataclass has a default for it."""
+    """Return the fields of an artifact's message, and for each whether the dataclass field has a default."""
     cls, descriptor = artifact_class(name), pb.DESCRIPTOR.message_types_by_name[name]
     ours = {item.name: item for item in dataclasses.fields(cls)}
     theirs = {item.name: item for item in descriptor.fields}
@@ -208,7 +212,7 @@ class _Reader:
 
 
 def write_param(path: str, value: ParamValue) -> pb.ParamValue:
-    """The message of a parameter. Raises InvalidInput for a value that it cannot hold."""
+    """Return the message of a parameter. Raises InvalidInput for a value that the message cannot hold."""
     message = pb.ParamValue()
     with _refusing(path, value):
         match value:
@@ -229,7 +233,7 @@ def write_param(path: str, value: ParamValue) -> pb.ParamValue:
 
 
 def read_param(path: str, message: pb.ParamValue) -> ParamValue:
-    """The value of a parameter. Raises InvalidInput when none is set."""
+    """Return the value of a parameter. Raises InvalidInput if no value is set."""
     match message.WhichOneof("kind"):
         case "bool_value":
             return message.bool_value
@@ -247,7 +251,7 @@ def read_param(path: str, message: pb.ParamValue) -> ParamValue:
 
 @contextmanager
 def _refusing(path: str, value: object) -> Iterator[None]:
-    """What protobuf refuses to hold is the caller's wrong value."""
+    """Raise InvalidInput for errors of protobuf about a value."""
     try:
         yield
     except (ValueError, TypeError) as error:

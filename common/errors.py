@@ -1,26 +1,29 @@
-"""Errors that callers see. Transport-free; common.rpc.status maps each to its gRPC status code and back.
+"""Errors that callers receive, independent of the transport. common.rpc.status maps them to gRPC status codes and back.
 
 FleetError
-├── InvalidInput          a value is wrong            INVALID_ARGUMENT
-├── NotFound              no such thing               NOT_FOUND
-├── FailedPrecondition    not in this state           FAILED_PRECONDITION
-│   └── CheckpointError   the checkpoint is unusable
-├── ResourceExhausted     a bound is reached          RESOURCE_EXHAUSTED
-├── Unavailable           nobody can do it now        UNAVAILABLE
-│   └── HandedOver        another worker goes on
-├── Cancelled             somebody asked for it       CANCELLED
-├── DeadlineExceeded      too late                    DEADLINE_EXCEEDED
-├── Aborted               somebody else was first     ABORTED
-├── Unauthenticated       who is calling?             UNAUTHENTICATED
-├── PermissionDenied      not for this caller         PERMISSION_DENIED
-└── InternalError         a defect                    INTERNAL
+├── InvalidInput          a value is invalid               INVALID_ARGUMENT
+├── NotFound              the resource does not exist      NOT_FOUND
+├── FailedPrecondition    the state does not permit it     FAILED_PRECONDITION
+│   └── CheckpointError   the checkpoint is invalid
+├── ResourceExhausted     a limit is reached               RESOURCE_EXHAUSTED
+├── Unavailable           temporary; retry                 UNAVAILABLE
+│   └── HandedOver        another worker resumes the call
+├── Cancelled             the request was cancelled        CANCELLED
+├── DeadlineExceeded      the deadline has passed          DEADLINE_EXCEEDED
+├── Aborted               a concurrent process won         ABORTED
+├── Unauthenticated       no valid credentials             UNAUTHENTICATED
+├── PermissionDenied      the caller is not authorized     PERMISSION_DENIED
+└── InternalError         a defect of the fleet            INTERNAL
 """
 
 from __future__ import annotations
 
 
 class FleetError(Exception):
-    """Something a caller is told, in one sentence that says what is wrong and what would be right."""
+    """Error with a message of one sentence for the caller: `FIELD: VALUE is not RULE; RULE that works`.
+
+    `field` is the name of the parameter that the error is about; empty if there is none.
+    """
 
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message)
@@ -29,23 +32,23 @@ class FleetError(Exception):
 
 
 class InvalidInput(FleetError):
-    """A value that the caller sent is wrong; `field` names it."""
+    """A value that the caller sent is invalid."""
 
 
 class NotFound(FleetError):
-    """What the caller named does not exist."""
+    """The resource that the caller named does not exist."""
 
 
 class FailedPrecondition(FleetError):
-    """The call does not fit the state that things are in."""
+    """The current state does not permit the call."""
 
 
 class CheckpointError(FailedPrecondition):
-    """A checkpoint directory is missing something, or holds something unreadable."""
+    """A checkpoint directory is incomplete or unreadable."""
 
 
 class ResourceExhausted(FleetError):
-    """A bound of the fleet is reached; later it may work: after `retry_seconds`, where that can be told."""
+    """A limit is reached. `retry_seconds` is the estimated delay until a retry succeeds; None if it is unknown."""
 
     def __init__(self, message: str, *, field: str = "", retry_seconds: float | None = None) -> None:
         super().__init__(message, field=field)
@@ -53,32 +56,32 @@ class ResourceExhausted(FleetError):
 
 
 class Unavailable(FleetError):
-    """No process can take the call now; trying again is right."""
+    """No process can handle the call now. The caller should retry."""
 
 
 class HandedOver(Unavailable):
-    """The worker leaves and has ended the call at a step boundary; another worker goes on from its checkpoint."""
+    """The worker drains and has ended the call at a step boundary. Another worker resumes from its step checkpoint."""
 
 
 class Cancelled(FleetError):
-    """Somebody asked for the request to end."""
+    """The request was cancelled."""
 
 
 class DeadlineExceeded(FleetError):
-    """The request's deadline passed."""
+    """The deadline of the request has passed."""
 
 
 class Aborted(FleetError):
-    """Another process got there first."""
+    """A concurrent process has already changed the state."""
 
 
 class Unauthenticated(FleetError):
-    """The caller has not shown who it is, or not credibly."""
+    """The caller has sent no valid credentials."""
 
 
 class PermissionDenied(FleetError):
-    """The caller is known, and may not do that."""
+    """The caller is authenticated, but not authorized."""
 
 
 class InternalError(FleetError):
-    """A defect of ours."""
+    """A defect of the fleet."""

@@ -1,7 +1,7 @@
-"""Tells what a picture is from the first bytes of its file: format, size, and whether it moves. Decodes nothing.
+"""Parses the header of image files: format, size, orientation and animation. Does not decode pixels.
 
-So a request whose picture is no picture, or is too large to decode, is refused before it is accepted, by processes
-that have no image library. What the bytes behind the header hold is seen only where they are decoded.
+The coordinator has no image library. With this parser it rejects a request before admission if an image has an
+unsupported format or too many pixels. Errors in the pixel data are detected by the worker that decodes the image.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ from common.errors import InvalidInput
 from common.image_orientation import SIDEWAYS, UPRIGHT, ImageMetadata
 
 MAX_IMAGES = 16
-"""Images of one request."""
+"""Maximum number of images of one request."""
 MAX_FILE_BYTES = 20 * 2**20
 MAX_PIXELS = 2**26
+"""Maximum number of pixels of one image."""
 MAX_TOTAL_PIXELS = 2**27
+"""Maximum number of pixels of all images of one request."""
 MAX_ASPECT = 64
+"""Maximum ratio of the longer side to the shorter side."""
 
 _JPEG_END = b"\xff\xd9"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _FIRST_PNG_CHUNK = len(_PNG) + 8
 _JPEG = b"\xff\xd8\xff"
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xc8\xd0-\xd9\xf0-\xfd\xff])")
-"""A marker that a length follows."""
+"""A marker that is followed by a segment length."""
 _JPEG_SCAN = 0xDA
 _JPEG_APP1 = 0xE1
 _PNG_NAME = re.compile(rb"\w{4}")
@@ -62,21 +65,21 @@ class ImageHeader:
 
 
 class _Truncated(Exception):
-    """The file goes on behind the end of the data."""
+    """The data ends before the file is complete."""
 
 
 def read_image_header(role: str, data: bytes | memoryview) -> ImageHeader:
-    """Read the header of a picture file. Raises InvalidInput about `role` for what is no picture that can be taken."""
+    """Parse the header of an image file. Raises InvalidInput with field `role` for an unsupported or truncated file."""
     view = memoryview(data)
     if not view:
-        raise InvalidInput(f"{role} is empty; it must be a PNG, JPEG or WebP picture", field=role)
+        raise InvalidInput(f"{role} is empty; it must be a PNG, JPEG or WebP image", field=role)
     if len(view) > MAX_FILE_BYTES:
         most = MAX_FILE_BYTES // 2**20
         raise InvalidInput(f"{role} must be at most {most} MiB, but has {len(view)} bytes", field=role)
     try:
         header = _read(role, view)
     except _Truncated:
-        raise InvalidInput(f"{role} is cut off: the file is not whole", field=role) from None
+        raise InvalidInput(f"{role} is truncated; send the complete file", field=role) from None
     _check_size(role, header)
     return header
 
@@ -88,13 +91,13 @@ def image_order(role: str) -> tuple[str, int]:
 
 
 def check_total_size(headers: Mapping[str, ImageHeader]) -> None:
-    """Raise InvalidInput when the pictures of one request, by role, have too many pixels together.
+    """Raise InvalidInput if the images of one request, by role, have more than MAX_TOTAL_PIXELS pixels in total.
 
-    A few KiB can hold 2^26 pixels of one colour, and all pictures of a request are open at a time.
+    All images of a request are in memory at the same time, and a file of a few KiB can have 2^26 pixels of one colour.
     """
     total = sum(header.height * header.width for header in headers.values())
     if total > MAX_TOTAL_PIXELS:
-        message = f"the pictures must have at most {MAX_TOTAL_PIXELS} pixels together, but have {total}"
+        message = f"the images must have at most {MAX_TOTAL_PIXELS} pixels in total, but have {total}"
         raise InvalidInput(message, field="images")
 
 
@@ -109,7 +112,7 @@ def _read(role: str, view: memoryview) -> ImageHeader:
     found = next((f" but {name}" for magic, name in _OTHERS.items() if start.startswith(magic)), "")
     if start[4:8] == b"ftyp":
         found = " but HEIF, AVIF or a video"
-    raise InvalidInput(f"{role} is not a PNG, JPEG or WebP picture{found}", field=role)
+    raise InvalidInput(f"{role} is not a PNG, JPEG or WebP image{found}", field=role)
 
 
 def _check_size(role: str, header: ImageHeader) -> None:
@@ -119,7 +122,7 @@ def _check_size(role: str, header: ImageHeader) -> None:
     if header.height * header.width > MAX_PIXELS:
         raise InvalidInput(f"{role} must have at most {MAX_PIXELS} pixels, but is {shown}", field=role)
     if max(header.height, header.width) > MAX_ASPECT * min(header.height, header.width):
-        message = f"{role} may be at most {MAX_ASPECT} times as long as it is wide, but is {shown}"
+        message = f"{role} must have an aspect ratio of at most {MAX_ASPECT}, but is {shown}"
         raise InvalidInput(message, field=role)
 
 
@@ -128,16 +131,17 @@ def _read_png(role: str, view: memoryview) -> ImageHeader:
     is_grey = has_data = is_broken = False
     metadata = ImageMetadata(role)
     for kind, begin, end in _png_chunks(view):
-        # Pillow stops at such a chunk: with an error before the image data, without one behind it.
+        # Pillow stops at a chunk with an invalid name: with an error before the image data, silently after it.
         is_broken |= has_data and not _PNG_NAME.match(kind)
         match kind:
             case b"IHDR" if width or begin != _FIRST_PNG_CHUNK:
-                raise InvalidInput(f"{role} is not a well-formed PNG: its header must come first, and once", field=role)
+                message = f"{role} is not a well-formed PNG: IHDR must be the first chunk and occur once"
+                raise InvalidInput(message, field=role)
             case b"IHDR":
                 width, height = _number(view, begin, 4), _number(view, begin + 4, 4)
                 is_grey = bytes(view[begin + 8 : begin + 10]) == _PNG_GREY_16
             case b"acTL":
-                raise _moving(role, "PNG")
+                raise _animated(role, "PNG")
             case b"IDAT":
                 has_data = True
             case b"IEND":
@@ -160,7 +164,7 @@ def _png_chunks(view: memoryview) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _read_jpeg(role: str, view: memoryview) -> ImageHeader:
-    """Read the segments before the first scan. Metadata may stand behind the frame header."""
+    """Parse the segments before the first scan. Metadata segments may follow the frame header."""
     at, size = 2, None
     metadata = ImageMetadata(role)
     while True:
@@ -178,7 +182,7 @@ def _read_jpeg(role: str, view: memoryview) -> ImageHeader:
 
 
 def _jpeg_marker(view: memoryview, at: int) -> tuple[int, int]:
-    """The next marker with a length, and the offset of its length. Skips fill bytes and bytes outside segments."""
+    """Return the next marker with a length, and the offset of the length. Skips bytes between segments."""
     if found := _JPEG_MARKER.search(view, at):
         return found[1][0], found.end()
     raise _Truncated
@@ -191,7 +195,7 @@ def _read_webp(role: str, view: memoryview) -> ImageHeader:
     if kind == b"VP8X":
         flags = _number(view, 20, 1)
         if flags & 0x02:
-            raise _moving(role, "WebP")
+            raise _animated(role, "WebP")
         width, height = (_number(view, at, 3, "little") + 1 for at in (24, 27))
         return _oriented("WebP", height, width, _webp_metadata(role, view, flags))
     if kind == b"VP8L":
@@ -222,8 +226,8 @@ def _oriented(name: str, height: int, width: int, metadata: ImageMetadata, is_16
     return ImageHeader(name, height, width, orientation, is_16_bit_grey)
 
 
-def _moving(role: str, name: str) -> InvalidInput:
-    return InvalidInput(f"{role} is an animated {name}; it must be a single picture", field=role)
+def _animated(role: str, name: str) -> InvalidInput:
+    return InvalidInput(f"{role} is an animated {name}; it must be a single image", field=role)
 
 
 def _number(view: memoryview, at: int, size: int, order: str = "big") -> int:

@@ -1,4 +1,4 @@
-"""Reads files of a checkpoint; every failure is a CheckpointError that names the file."""
+"""Reads files of a checkpoint. Every failure raises CheckpointError with the path of the file."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from common.errors import CheckpointError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises CheckpointError for an unreadable file and for any other JSON."""
+    """Return the object in a JSON file. Raises CheckpointError for an unreadable file and for any other JSON value."""
     try:
         value = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, but holds {type(value).__name__}")
+        raise CheckpointError(f"{path} must contain a JSON object, but contains {type(value).__name__}")
     return value
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The same for a file that has at least one entry: every library replaces `{}` by defaults of another model."""
+    """Return a non-empty JSON object. Libraries would replace `{}` by the defaults of another model.
+
+    Raises CheckpointError for an empty object, and as read_json().
+    """
     value = read_json(path)
     if not value:
-        raise CheckpointError(f"{path} is an empty JSON object, so it sets nothing; download it again")
+        raise CheckpointError(f"{path} is an empty JSON object; download it again")
     return value
 
 
 def read_bytes(path: Path) -> bytes:
-    """The whole file. Raises CheckpointError."""
+    """Return the content of a file. Raises CheckpointError."""
     check_link(path)
     try:
         return path.read_bytes()
@@ -38,11 +41,11 @@ def read_bytes(path: Path) -> bytes:
 
 
 def is_listed(path: Path) -> bool:
-    """Whether the folder lists a file of this name. A link without target counts: reading it names the target."""
+    """Return whether a file or symbolic link exists. A dangling link counts, so that reading it reports the target."""
     return path.is_symlink() or path.is_file()
 
 
 def check_link(path: Path) -> None:
-    """Refuse a link whose target does not exist. Raises CheckpointError that names the target."""
+    """Raise CheckpointError with the target for a symbolic link whose target does not exist."""
     if path.is_symlink() and not path.exists():
         raise CheckpointError(f"{path} is a link to {path.readlink()}, which does not exist; download it again")

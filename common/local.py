@@ -1,4 +1,4 @@
-"""Runs stages in this process."""
+"""Runs stages in the current process."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from common.streams import DeviceLock, ItemBuffer, StreamFeed, byte_size_of, wai
 
 
 def untimed(_: str) -> AbstractContextManager[None]:
-    """The context of a stage that nobody measures."""
+    """Return a context that measures nothing."""
     return nullcontext()
 
 
 class HostedStages:
-    """A run of consecutive stages, as one function over slots.
+    """Consecutive stages of one service as one function over slots.
 
-    `timed` makes the context that a stage of that name runs in, for whoever measures.
+    `timed` returns the context in which a stage of the given name runs, for example a timer.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class HostedStages:
         self._timed = timed
 
     def contract_of(self, variant: str) -> Contract:
-        """The contract. Raises InvalidInput for the name of a variant: these are the stages of one alone."""
+        """Return the contract. Raises InvalidInput for a non-empty `variant`: the model has one, unnamed variant."""
         if variant:
             message = f"variant: {variant[:80]!r} is not a variant of this model, which has one without a name"
             raise InvalidInput(message, field="variant")
         return self.contract
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Run the stages in order on artifacts by slot; returns the contract's outputs."""
+        """Run the stages in order on artifacts by slot. Returns the contract's outputs, except streams."""
         slots = dict(values)
         for stage in self._stages:
             call.check_cancelled()
@@ -58,7 +58,7 @@ class HostedStages:
 
 
 def _outputs_of(stage: PipelineStage[Any, Any], output: object) -> dict[str, Any]:
-    """The artifacts that the stage's contract names, but for streams. Raises InternalError where one is absent."""
+    """Return a stage's output artifacts by slot, except streams. Raises InternalError if one is None."""
     streams = stage.contract.output_streams
     outputs = {name: getattr(output, name) for name in stage.contract.outputs if name not in streams}
     if absent := [name for name, artifact in outputs.items() if artifact is None]:
@@ -67,16 +67,17 @@ def _outputs_of(stage: PipelineStage[Any, Any], output: object) -> dict[str, Any
 
 
 def common_indifference(declared: Sequence[frozenset[str] | None]) -> frozenset[str] | None:
-    """The fields that change the output of no stage; None where replies of a stage are not to be cached."""
+    """Return the input fields that affect the output of no stage; None if the replies of a stage must not be cached."""
     named = [each for each in declared if each is not None]
     return frozenset.intersection(*named) if named and len(named) == len(declared) else None
 
 
 class LocalRunner:
-    """Runs hosted stages on one thread of this process; values are artifacts. Twin of common.rpc.client.RemoteRunner.
+    """Runs stages on one thread of this process. Like common.rpc.client.RemoteRunner, with artifacts as values.
 
-    One thread, because a device's stages must not interleave; runners may share the executor. Stages with stream inputs
-    run on a thread of their own, and wait for items without `device`, which all runners of a device share.
+    `executor` has one thread, because stages of one device must not interleave; several runners may share it. Stages
+    with stream inputs run on a separate thread and release `device`, a lock that all runners of a device share, while
+    they wait for items.
     """
 
     def __init__(self, stages: HostedStages, executor: ThreadPoolExecutor, device: DeviceLock | None = None) -> None:
@@ -86,11 +87,11 @@ class LocalRunner:
 
     @property
     def contract(self) -> Contract:
-        """What the stages read and write together."""
+        """Contract of all stages together."""
         return self._stages.contract
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
-        """Run on the executor's thread, and report to the call from there. Cancelling ends the stages within a step."""
+        """Run the stages on the executor's thread, which also invokes the callbacks of `call`."""
         loop = asyncio.get_running_loop()
         call = dataclasses.replace(call, waiting=self._device.released, emitted={})
         call = dataclasses.replace(call, on_item=partial(_put_item, loop, call))
@@ -103,7 +104,7 @@ class LocalRunner:
             raise
 
     async def _run_session(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
-        """Run stages that read streams while these are written."""
+        """Run stages with stream inputs, concurrently with the writers of the streams."""
         feeds = {slot: StreamFeed(call) for slot in self.contract.input_streams}
         pumps = [asyncio.create_task(_pump(values[slot], feed)) for slot, feed in feeds.items()]
         try:
@@ -121,13 +122,13 @@ class LocalRunner:
 
 
 async def _pump(source: ItemBuffer, feed: StreamFeed) -> None:
-    """Hand the items of a stream to the thread of its reader."""
+    """Forward the items of a stream to the thread of its reader."""
     async for item, byte_size in source.read():
         await feed.put(item, byte_size)
     feed.close()
 
 
 def _put_item(loop: asyncio.AbstractEventLoop, call: Call, slot: str, index: int, item: Any) -> None:
-    """Put an item that a stage emits into its sink, on the stage's thread."""
+    """Put an item into its sink. Called on the thread of the stage that emits it; blocks while the sink is full."""
     if (sink := call.sinks.get(slot)) is not None:
         wait_on_thread(loop, sink.put(index, item, byte_size_of(item)), call)

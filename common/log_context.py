@@ -1,6 +1,6 @@
-"""The request, model, stage and attempt that log lines name: context variables of a task or thread.
+"""Context variables of log lines: request, model, stage and attempt of the current task or thread.
 
-They are set where a coordinator drives a request and where a worker serves a call, so that no log call passes them.
+Coordinators set them per request and workers per call, so that log calls need not pass them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from common.trace_context import current_span
 
 REQUEST_ID_KEY = "fleet-request-id"
-"""Metadata key of the id of the request that a call works for."""
+"""Metadata key of a call: id of the request."""
 ATTEMPT_KEY = "fleet-attempt"
-"""Metadata key of the number of the attempt at a stage, from 1."""
+"""Metadata key of a call: number of the attempt at the stage, from 1."""
 
 SHORTEST_HIDDEN = 8
-"""Characters of the shortest text that is hidden. Hiding `a` would destroy every line."""
+"""Minimum length of a hidden text in characters. Hiding a prompt `a` would make every log line unreadable."""
 
 _HIDDEN = "[hidden]"
 _MOST_DIGITS = 9
@@ -26,16 +26,16 @@ _MOST_DIGITS = 9
 
 @dataclass(frozen=True, slots=True)
 class LogContext:
-    """What the log lines of a task or thread are about. Empty texts and the attempt 0 are left out of lines."""
+    """Fields that are added to the log lines of a task or thread. Empty strings and attempt 0 are omitted."""
 
     request_id: str = ""
     model: str = ""
     stage: str = ""
-    """The service of the pipeline stage, such as denoising."""
+    """Stage service, such as denoising."""
     attempt: int = 0
-    """Number of the call of a worker for this stage of the request, from 1."""
+    """Number of the attempt at this stage of the request, from 1."""
     private: tuple[str, ...] = field(default=(), repr=False)
-    """Texts that no line may hold, such as the prompt, which an error of a library may quote."""
+    """Texts to remove from log lines, such as the prompt, which errors of libraries may quote."""
 
 
 _NOTHING = LogContext()
@@ -43,7 +43,7 @@ _current: ContextVar[LogContext] = ContextVar("fleet_log_context", default=_NOTH
 
 
 def current_log_context() -> LogContext:
-    """The context of this task or thread."""
+    """Return the log context of this task or thread."""
     return _current.get()
 
 
@@ -56,7 +56,7 @@ def log_scope(
     attempt: int | None = None,
     private: Iterable[str] | None = None,
 ) -> Iterator[None]:
-    """Set some fields of the log context within, and in tasks started there; None leaves a field as it is."""
+    """Set fields of the log context in this block and in tasks that it starts. None leaves a field unchanged."""
     own = _current.get()
     changed = LogContext(
         own.request_id if request_id is None else request_id,
@@ -75,7 +75,7 @@ def log_scope(
 def enter_call(metadata: Mapping[str, str | bytes], *, model: str, stage: str) -> None:
     """Set the log context of a stage call from the call's metadata.
 
-    The context is never reset: gRPC serves every call in a task with a context of its own.
+    There is no reset: gRPC serves every call in a separate task with a copy of the context.
     """
     attempt = str(metadata.get(ATTEMPT_KEY, ""))
     is_number = attempt.isascii() and attempt.isdecimal() and len(attempt) <= _MOST_DIGITS
@@ -84,25 +84,25 @@ def enter_call(metadata: Mapping[str, str | bytes], *, model: str, stage: str) -
 
 
 def hide_texts(texts: Iterable[str]) -> None:
-    """Keep texts out of the log lines of this call, whose task has a context of its own."""
+    """Remove texts from the log lines of this call. There is no reset: every call has a separate task."""
     _current.set(replace(_current.get(), private=_with_escapes(texts)))
 
 
 def without_hidden(text: str) -> str:
-    """The text without the private texts of this task or thread."""
+    """Replace the private texts of this task or thread in a text."""
     for private in _current.get().private:
         text = text.replace(private, _HIDDEN)
     return text
 
 
 def outgoing_attempt() -> Iterable[tuple[str, str]]:
-    """The metadata by which a called worker names the attempt in its log; none outside an attempt."""
+    """Return the metadata with the number of the attempt, for the worker's log; empty outside an attempt."""
     attempt = _current.get().attempt
     return ((ATTEMPT_KEY, str(attempt)),) if attempt else ()
 
 
 def context_fields() -> dict[str, str | int]:
-    """The fields of the log context that are set, with the trace id, in the order of a log line."""
+    """Return the non-empty fields of the log context and the trace id, in the order of a log line."""
     own, span = _current.get(), current_span().context
     fields: dict[str, str | int] = {
         "request_id": own.request_id,
@@ -115,6 +115,6 @@ def context_fields() -> dict[str, str | int]:
 
 
 def _with_escapes(texts: Iterable[str]) -> tuple[str, ...]:
-    """The texts that are long enough to hide, as they are and as repr() quotes them, longest first."""
+    """Return the texts that are long enough to hide, plain and as repr() escapes them, longest first."""
     forms = {form for text in texts for form in (text.strip(), repr(text)[1:-1], repr(text.strip())[1:-1])}
     return tuple(sorted((form for form in forms if len(form) >= SHORTEST_HIDDEN), key=len, reverse=True))

@@ -1,13 +1,13 @@
-"""Log records as lines: text for a terminal, or one JSON object a line for a collector.
+"""Formats log records as single lines: text for terminals, or JSON objects for log collectors.
 
     2026-11-30T01:02:03.456Z INFO coordinator request finished request_id=0f3a stage=denoising attempt=2 state=SUCCEEDED
     {"time": "2026-11-30T01:02:03.456Z", "level": "INFO", "service": "coordinator", "event": "request finished", ...}
 
-A record is one line whatever its values hold: line breaks, control characters and terminal escapes are escaped.
-Credentials in URLs, and the prompt of the request, are replaced, also in the records of libraries.
+Line breaks, control characters and terminal escapes in values are escaped. Credentials in URLs and the prompt of the
+request are redacted, including in records of libraries.
 
-structlog is not used: until it is configured it prints to standard output, which holds the results of `fleet generate`,
-and its text renderers let terminal escapes through. python-json-logger formats JSON only.
+structlog is not used: before its configuration it writes to standard output, which contains the results of
+`fleet generate`, and its text renderers do not escape terminal sequences. python-json-logger formats JSON only.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from common.state.store_url import without_password
 LogFormat = Literal["text", "json"]
 
 RESERVED = ("time", "level", "service", "event", "logger", "exception")
-"""Names of fields that every record has, or may have; a pair of such a name gets an underscore at its end."""
+"""Fields that records have by default. A pair with such a key gets a trailing underscore."""
 
 OWN_LOGGERS = ("common", "configs", "models", "services")
-"""Top-level packages whose records do not name their logger."""
+"""Top-level packages whose records omit the field `logger`."""
 
 
 class Event:
-    """The message of a log record: what happened, and key=value pairs. A pair whose value is None is left out."""
+    """Message of a log record: an event and key=value pairs. Pairs with the value None are omitted."""
 
     __slots__ = ("name", "pairs")
 
@@ -41,12 +41,12 @@ class Event:
         self.pairs = {f"{key}_" if key in RESERVED else key: value for key, value in pairs.items() if value is not None}
 
     def __str__(self) -> str:
-        """The event as text, for handlers other than ours."""
+        """Return the event as text, for handlers with another formatter."""
         return " ".join((_escaped(self.name), *(f"{key}={_text(value)}" for key, value in self.pairs.items())))
 
 
 class LogFormatter(logging.Formatter):
-    """One line a record. `service` is the name of this process in each line."""
+    """Formats a record as one line. `service` is the name of this process in each line."""
 
     def __init__(self, service: str, form: LogFormat) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class LogFormatter(logging.Formatter):
         self.form = form
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record, without a line break."""
+        """Return the line of a record, without a trailing line break."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         moment = f"{seconds}.{int(record.msecs):03d}Z"
         event = record.msg if isinstance(record.msg, Event) else Event(record.getMessage(), {})
@@ -78,7 +78,7 @@ class LogFormatter(logging.Formatter):
 
 
 def _plain(value: object) -> Any:
-    """A value that JSON has, without credentials."""
+    """Convert a value to a JSON type, and redact credentials."""
     if isinstance(value, bool | int):
         return value
     if isinstance(value, float):
@@ -91,16 +91,16 @@ def _plain(value: object) -> Any:
 
 
 def _redacted(text: str) -> str:
-    """The text without prompts and without credentials of URLs.
+    """Redact prompts and the credentials of URLs in a text.
 
-    A traceback is redacted line by line, so that its other lines stay.
+    URLs are redacted line by line, so that a traceback retains its other lines.
     """
     text = without_hidden(text)
     return "\n".join(map(without_password, text.split("\n"))) if "://" in text or "assword=" in text else text
 
 
 def _text(value: object) -> str:
-    """A value of a text line: as it is where it is one plain word, else as a JSON string."""
+    """Format a value of a text line: unquoted if it is a single printable word, else as a JSON string."""
     match _plain(value):
         case bool(flag):
             return "true" if flag else "false"
@@ -117,7 +117,7 @@ def _text(value: object) -> str:
 
 
 def _escaped(text: str) -> str:
-    """The text with JSON escapes for each character that is not printable: within JSON it stays the same value."""
+    """Replace non-printable characters by JSON escapes, which do not change the value of JSON strings."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)

@@ -1,8 +1,8 @@
-"""A log handler that collapses repeats: an unavailable store does not fill a disk with one warning.
+"""Log handler that limits repeated records, so that an unavailable store does not fill a disk with one warning.
 
-Of records at WARNING or above with one event from one call site, the first 10 within 60 s are written. The others are
-counted, and one record with `repeated=COUNT` stands for them at the end of the 60 s, or of the process. Records below
-WARNING, such as the state changes of requests, are always written.
+For records at WARNING or above with the same event and call site, the first 10 within 60 s are written. Further records
+are counted; at the end of the 60 s, or of the process, one record with `repeated=COUNT` replaces them. Records below
+WARNING, such as state changes of requests, are always written.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from common.log_format import Event
 
 MOST_REPEATS = 10
 WINDOW_SECONDS = 60.0
-_MOST_WINDOWS = 1_024  # of messages that differ each time; beyond, they are written uncounted
+_MOST_WINDOWS = 1_024  # events that are counted at a time; records of further events are written without a limit
 
 
 @dataclass
 class _Window:
-    """The records of one event and call site since the first of them."""
+    """Counts of the records of one event and call site since the first record."""
 
     first: logging.LogRecord
     ends: float
@@ -35,7 +35,7 @@ class _Window:
 
 
 class RepeatLimitingHandler(logging.StreamHandler[TextIO]):
-    """Writes records to a stream. `clock` is in seconds."""
+    """Writes records to a stream, at most `most` per event and call site in `seconds`. `clock` returns seconds."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class RepeatLimitingHandler(logging.StreamHandler[TextIO]):
         self._timer: threading.Timer | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, or count it. logging holds the handler's lock."""
+        """Write or count a record. logging holds the handler's lock."""
         if record.levelno < logging.WARNING:
             super().emit(record)
             return
@@ -62,7 +62,7 @@ class RepeatLimitingHandler(logging.StreamHandler[TextIO]):
             super().emit(record)
 
     def close(self) -> None:
-        """Write what is counted, and end."""
+        """Write the pending counts and stop the timer."""
         with self.lock or threading.RLock():
             self._summarize(float("inf"))
             if self._timer is not None:
@@ -87,7 +87,7 @@ class RepeatLimitingHandler(logging.StreamHandler[TextIO]):
         return False
 
     def _summarize(self, now: float) -> None:
-        """End the windows that are over."""
+        """Remove windows that have ended by `now`, and write their counts."""
         for key, window in list(self._windows.items()):
             if window.ends <= now:
                 del self._windows[key]
@@ -95,7 +95,7 @@ class RepeatLimitingHandler(logging.StreamHandler[TextIO]):
                     Context().run(self._write_summary, window)
 
     def _write_summary(self, window: _Window) -> None:
-        """In a context that names no request: the record stands for those of several requests."""
+        """Write a count, without a request in the log context, because the records may be of several requests."""
         with log_scope(private=window.private):
             super().emit(_summary(window))
 

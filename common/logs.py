@@ -1,7 +1,7 @@
-"""Structured log lines: `_log.warning("heartbeat failed", worker=worker_id, error=error)`.
+"""Structured logging: `_log.warning("heartbeat failed", worker=worker_id, error=error)`.
 
-The event is a short text that is the same each time, followed by key=value pairs. Request, trace, model, stage and
-attempt come from the context: see common.log_context. Formats: see common.log_format.
+The event is a short, constant string, followed by key=value pairs. common.log_context adds request, trace, model, stage
+and attempt; common.log_format defines the formats.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from common.log_format import Event, LogFormat, LogFormatter
 from common.log_repeats import RepeatLimitingHandler
 
 _CALLER = 3  # stack frames from Logger.log() to the call site
-_POLLING = "grpc._cython.cygrpc"  # writes a DEBUG line at each poll of an event loop, ten a second
+_POLLING = "grpc._cython.cygrpc"  # logger with a DEBUG record for each poll of an event loop, 10 per second
 
 
 class EventLogger:
-    """Logs events with pairs, through the standard logger of a name."""
+    """Logs events with key=value pairs, through the standard logger of the given name."""
 
     __slots__ = ("_logger",)
 
@@ -26,7 +26,7 @@ class EventLogger:
         self._logger = logging.getLogger(name)
 
     def debug(self, event: str, /, **pairs: object) -> None:
-        """Log what only a developer reads."""
+        """Log a detail for developers."""
         self._write(logging.DEBUG, event, pairs)
 
     def info(self, event: str, /, **pairs: object) -> None:
@@ -34,23 +34,23 @@ class EventLogger:
         self._write(logging.INFO, event, pairs)
 
     def warning(self, event: str, /, **pairs: object) -> None:
-        """Log a disturbance that the fleet recovers from."""
+        """Log a problem from which the fleet recovers."""
         self._write(logging.WARNING, event, pairs)
 
     def error(self, event: str, /, *, exc_info: BaseException | None = None, **pairs: object) -> None:
-        """Log what an operator must act on; with the traceback of `exc_info`."""
+        """Log a problem that requires action of an operator, with the traceback of `exc_info`."""
         self._write(logging.ERROR, event, pairs, exc_info)
 
     def exception(self, event: str, /, **pairs: object) -> None:
-        """Log an error with the traceback of the exception that is being handled."""
+        """Log an error with the traceback of the current exception."""
         self._write(logging.ERROR, event, pairs, sys.exc_info()[1])
 
     def critical(self, event: str, /, *, exc_info: BaseException | None = None, **pairs: object) -> None:
-        """Log why the process ends; with the traceback of `exc_info`."""
+        """Log the reason for which the process exits, with the traceback of `exc_info`."""
         self._write(logging.CRITICAL, event, pairs, exc_info)
 
     def announce(self, event: str, /, **pairs: object) -> None:
-        """Write an INFO line at every log level: other programs wait for it."""
+        """Write an INFO record at every log level, because other programs wait for it."""
         name, line = self._logger.name, 0
         self._logger.handle(self._logger.makeRecord(name, logging.INFO, "", line, Event(event, pairs), (), None))
 
@@ -60,19 +60,19 @@ class EventLogger:
 
 
 def get_logger(name: str) -> EventLogger:
-    """The logger of a module, by its `__name__`."""
+    """Return the logger of a module, by its `__name__`."""
     return EventLogger(name)
 
 
 class _LibraryLogger(logging.Logger):
-    """A logger whose package may not write to the console by itself: its records go to the root logger's handler."""
+    """Logger of a library: discards the library's console handlers and propagates records to the root logger."""
 
     _is_redirected = False
     _propagate = True
 
     @property
     def propagate(self) -> bool:
-        """Whether the root logger's handler gets the records."""
+        """Whether records are passed to the root logger's handlers."""
         return self._propagate or self._is_redirected
 
     @propagate.setter
@@ -93,9 +93,9 @@ def _is_console(handler: logging.Handler) -> bool:
 
 
 def redirect_libraries() -> None:
-    """Have libraries log through the root logger: those imported already, such as torch, and those imported later.
+    """Route the records of libraries through the root logger, for libraries imported before and after this call.
 
-    transformers and diffusers, like torch, add handlers of their own to the console and switch propagation off.
+    torch, transformers and diffusers add console handlers and disable propagation.
     """
     logging.captureWarnings(True)
     logging.getLogger(_POLLING).setLevel(logging.INFO)
@@ -110,7 +110,7 @@ def redirect_libraries() -> None:
 
 
 def setup_logging(service: str, *, level: str = "INFO", form: LogFormat = "text", stream: TextIO | None = None) -> None:
-    """Send this process's log records to `stream` (stderr), one line each; replaces what was set before."""
+    """Write this process's log records to `stream` (default: stderr). Replaces the previous configuration."""
     handler = RepeatLimitingHandler(stream if stream is not None else sys.stderr)
     handler.setFormatter(LogFormatter(service, form))
     logging.basicConfig(level=level, handlers=[handler], force=True)
@@ -118,6 +118,6 @@ def setup_logging(service: str, *, level: str = "INFO", form: LogFormat = "text"
 
 
 def writes_json() -> bool:
-    """Whether this process's log is set up to be JSON."""
+    """Return whether this process logs JSON."""
     formatters: list[Any] = [handler.formatter for handler in logging.getLogger().handlers]
     return any(isinstance(each, LogFormatter) and each.form == "json" for each in formatters)

@@ -1,4 +1,4 @@
-"""Spans of the OpenTelemetry SDK, exported as OTLP over gRPC. Imported only where traces are on; see common.tracing."""
+"""Exports spans of the OpenTelemetry SDK by OTLP over gRPC. Imported only if tracing is enabled: see common.tracing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FILES = (
     "OTEL_EXPORTER_OTLP_CLIENT_KEY",
     "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE",
 )
-_CLOSE_SECONDS = 2.0  # for the last spans, where the collector does not answer
+_CLOSE_SECONDS = 2.0  # timeout for exporting the last spans
 _KINDS = {kind: SdkSpanKind[kind.value] for kind in SpanKind}
 
 _log = get_logger(__name__)
@@ -42,10 +42,10 @@ Attributes = Mapping[str, str | int | float]
 
 
 class OtlpTracer:
-    """Exports the spans of a process in the background. `collector` is their destination in log lines.
+    """Exports the spans of a process in the background. `collector` is the endpoint in log lines.
 
-    Sampler, limits, batches, endpoint, headers and certificates are those of the OTEL_ variables. Raises ValueError for
-    a variable that is no number, and OSError for a file that cannot be read.
+    OTEL_ variables set sampler, limits, batches, endpoint, headers and certificates. Raises ValueError for a variable
+    that is not a number, and OSError for a file that cannot be read.
     """
 
     def __init__(self, service: str, collector: str) -> None:
@@ -61,7 +61,7 @@ class OtlpTracer:
     def start(
         self, name: str, kind: SpanKind, parent: Span, attributes: Attributes, start_ns: int | None = None
     ) -> Span:
-        """Start a span below `parent`, or a new trace where that has no context. `start_ns`: since 1970; None: now."""
+        """Start a child of `parent`, or a new trace if `parent` has no context. `start_ns` since 1970; None: now."""
         started = self._tracer.start_span(
             name, _context_of(parent), kind=_KINDS[kind], attributes=_prefixed(attributes), start_time=start_ns
         )
@@ -70,14 +70,14 @@ class OtlpTracer:
     def restart(
         self, name: str, kind: SpanKind, parent: TraceContext | None, context: TraceContext, start_ns: int
     ) -> Span:
-        """Start a span again that another process started: with its ids and its start."""
+        """Recreate a span that another process started, with its ids and start time."""
         if not context.sampled:
             return Span(context)
         with self._ids.preset(int(context.trace_id, 16), int(context.span_id, 16)):
             return self.start(name, kind, Span(parent), {}, start_ns)
 
     def reaches_collector(self, seconds: int) -> bool:
-        """Whether the collector takes a message without spans."""
+        """Return whether the collector accepts a request without spans."""
         exporter = OTLPSpanExporter(timeout=seconds)
         try:
             return exporter.export([]) is SpanExportResult.SUCCESS
@@ -85,9 +85,9 @@ class OtlpTracer:
             exporter.shutdown()
 
     def close(self) -> None:
-        """Export what has ended. Returns after some seconds where the collector does not answer."""
+        """Export the ended spans, for at most a few seconds."""
         if self._exporter.is_failing:
-            self._exporter.shutdown()  # ends an attempt that waits to be repeated
+            self._exporter.shutdown()  # interrupts the backoff of a retry
         closing = threading.Thread(target=self._provider.shutdown, name="otlp-close", daemon=True)
         closing.start()
         closing.join(_CLOSE_SECONDS)
@@ -104,7 +104,7 @@ def _check_readable(name: str, path: str) -> None:
 
 
 def _resource(service: str) -> Resource:
-    """OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over the names given here."""
+    """Return the resource. OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override the attributes set here."""
     instance = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     found = Resource.create({"fleet.service": service, "service.instance.id": instance})
     if str(found.attributes.get("service.name", "")).startswith("unknown_service"):
@@ -117,7 +117,7 @@ def _prefixed(attributes: Attributes) -> dict[str, str | int | float]:
 
 
 def _context_of(span: Span) -> Context:
-    """OpenTelemetry's context with the span in it."""
+    """Return an OpenTelemetry context that contains the span."""
     if isinstance(span, _OtlpSpan):
         return span.as_parent
     context = span.context
@@ -131,7 +131,7 @@ def _context_of(span: Span) -> Context:
 
 
 class _OtlpSpan(Span):
-    """A span of the SDK, which records nothing where it is not sampled."""
+    """Wraps a span of the SDK. A span that is not sampled records nothing."""
 
     __slots__ = ("_not_before_ns", "_span", "as_parent")
 
@@ -157,26 +157,26 @@ class _OtlpSpan(Span):
 
     def end(self) -> None:
         if self._span.is_recording():
-            self._span.end(max(time.time_ns(), self._not_before_ns))  # the start is of another clock
+            self._span.end(max(time.time_ns(), self._not_before_ns))  # the start time may be of another host's clock
 
 
 class _Ids(RandomIdGenerator):
-    """Random ids, but for a span that is started again."""
+    """Random ids, except for spans that are recreated."""
 
     def __init__(self) -> None:
         self._preset = threading.local()
 
     def preset(self, trace_id: int, span_id: int) -> _Preset:
-        """The context in which this thread starts a span with these ids."""
+        """Return a context in which this thread starts spans with these ids."""
         return _Preset(self._preset, trace_id, span_id)
 
     def generate_span_id(self) -> int:
-        """The id of the next span of this thread."""
+        """Return the id of the next span of this thread."""
         found: tuple[int, int] | None = vars(self._preset).get("ids")
         return super().generate_span_id() if found is None else found[1]
 
     def generate_trace_id(self) -> int:
-        """The id of the trace that the next span of this thread begins."""
+        """Return the id of the next trace that this thread starts."""
         found: tuple[int, int] | None = vars(self._preset).get("ids")
         return super().generate_trace_id() if found is None else found[0]
 
@@ -194,9 +194,9 @@ class _Preset:
 
 
 class _OneWarning(SpanExporter):
-    """Exports spans, and logs one warning for each time that the collector becomes unavailable.
+    """Exports spans, and logs one warning each time the collector becomes unavailable.
 
-    The SDK would log a line for each attempt, and for each span that its full queue drops.
+    The SDK would log one line for each failed export and for each span that its full queue drops.
     """
 
     def __init__(self, exporter: OTLPSpanExporter, collector: str) -> None:
@@ -207,7 +207,7 @@ class _OneWarning(SpanExporter):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Export spans; those that cannot be exported are dropped."""
+        """Export spans. Spans that cannot be exported are dropped."""
         result = self._exporter.export(spans)
         failed = result is not SpanExportResult.SUCCESS
         if failed:
@@ -218,16 +218,16 @@ class _OneWarning(SpanExporter):
         return result
 
     def warn(self) -> None:
-        """Report once that spans are dropped."""
+        """Log once that spans are dropped."""
         if not self.is_failing:
             _log.warning("spans are dropped while the trace collector is unavailable", endpoint=self._collector)
         self.is_failing = True
 
     def shutdown(self) -> None:
-        """End, also while an attempt waits."""
+        """Shut the exporter down, including a retry that waits."""
         self._exporter.shutdown()
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
-        """Nothing is buffered here."""
+        """Return True: this exporter has no buffer."""
         del timeout_millis
         return True

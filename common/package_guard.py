@@ -1,7 +1,7 @@
-"""Checks of installed packages whose private API this code relies on: their versions, and the facts relied on.
+"""Startup checks of packages whose private APIs the fleet uses: their versions, and the properties of those APIs.
 
-A process checks both before it opens a port, and a worker group before it starts a rank. A private function may change
-in any release: without a check, a changed one gives a wrong result, or an error far from its cause.
+A process runs the checks before it opens a port, and a worker group before it starts a rank. Private APIs may change in
+any release. Without a check, a change would cause wrong results, or errors far from their cause.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from common.package_versions import version_fault
 
 @dataclass(frozen=True)
 class Supported:
-    """Versions of a package: the range that pyproject.toml has too, and a version in it that passes the tests."""
+    """Supported versions of a package: the range in pyproject.toml, and a version that passes the tests."""
 
     versions: str
     tested: str
@@ -32,30 +32,30 @@ SUPPORTED = {
     "diffusers": Supported("==0.42.1", "0.42.1"),
     "transformers": Supported(">=5.23,<6", "5.24.0"),
 }
-"""By name on PyPI."""
+"""Supported versions by PyPI name."""
 
 COORDINATOR_PACKAGES = ("grpcio",)
 WORKER_PACKAGES = ("grpcio", "torch", "diffusers", "transformers")
 
 
 class UnsupportedPackage(FailedPrecondition):
-    """An installed package is of another version than this code was written against, or lacks what it relies on."""
+    """An installed package has an unsupported version, or lacks a private API that the fleet uses."""
 
 
 class Missing(Exception):
-    """A fact does not hold. The text says what is missing or different, as an object of `relies on`."""
+    """A fact does not hold. The message is the missing or changed API, as an object of `relies on`."""
 
 
 class Fact(Protocol):
-    """A fact about a package that code relies on."""
+    """A property of a package that code relies on."""
 
     def check(self) -> None:
-        """Raises Missing where the fact does not hold."""
+        """Raise Missing if the fact does not hold."""
 
 
 @dataclass(frozen=True)
 class PrivateApi:
-    """The facts about a package that one part of this code relies on; `user` names that part in errors."""
+    """Facts about a package that one part of the fleet relies on. `user` is the name of that part in errors."""
 
     package: str
     user: str
@@ -64,14 +64,14 @@ class PrivateApi:
 
 @dataclass(frozen=True)
 class Called:
-    """`path` ("module:name" or "module:Class.name") takes so many positional arguments, and these keywords."""
+    """Fact: `path` ("module:name" or "module:Class.name") accepts `positional` arguments and these keywords."""
 
     path: str
     positional: int = 0
     keywords: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raises Missing where the object is missing or refuses the arguments."""
+        """Raise Missing if the object does not exist or does not accept the arguments."""
         signature = _signature(self.path)
         try:
             signature.bind(*range(self.positional), **dict.fromkeys(self.keywords))
@@ -81,9 +81,10 @@ class Called:
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters of `path` begin with `required`, in this order. "a|b" stands for a parameter named a or b.
+    """Fact: the parameters of `path` start with `required`, in this order. "a|b" is a parameter with the name a or b.
 
-    A method that is overridden has no others than these and the first of `optional`, as the caller passes all of them.
+    For an `overridden` method, any further parameters must be the first ones of `optional`: the overriding method must
+    accept all arguments.
     """
 
     path: str
@@ -92,7 +93,7 @@ class Parameters:
     overridden: bool = True
 
     def check(self) -> None:
-        """Raises Missing where the object is missing or its parameters differ."""
+        """Raise Missing if the object does not exist or has other parameters."""
         names = tuple(_signature(self.path).parameters)
         expected = (*self.required, *self.optional)
         found = names if self.overridden else names[: len(expected)]
@@ -103,13 +104,13 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Attributes:
-    """Instances of the class `path` have these attributes: its __init__ stores them, or the class has them."""
+    """Fact: instances of the class `path` have these attributes, assigned in __init__ or defined in the class."""
 
     path: str
     names: tuple[str, ...]
 
     def check(self) -> None:
-        """Raises Missing where the class or an attribute is missing."""
+        """Raise Missing if the class or an attribute does not exist."""
         cls = find(self.path)
         stored = set(dir(cls)).union(*map(_stored, inspect.getmro(cls)))
         if missing := [name for name in self.names if name not in stored]:
@@ -118,26 +119,26 @@ class Attributes:
 
 @dataclass(frozen=True)
 class Abstract:
-    """A subclass of the abstract class `path` that has these methods can be instantiated."""
+    """Fact: a subclass of the abstract class `path` that implements these methods can be instantiated."""
 
     path: str
     methods: tuple[str, ...]
 
     def check(self) -> None:
-        """Raises Missing where the class is missing, or has further abstract methods."""
+        """Raise Missing if the class does not exist or has further abstract methods."""
         if further := sorted(set(getattr(find(self.path), "__abstractmethods__", ())).difference(self.methods)):
             raise Missing(f"{_name(self.path)} without the abstract method {further[0]}")
 
 
 def check_versions(*packages: str) -> None:
-    """Check installed versions against SUPPORTED. Raises UnsupportedPackage that names each package out of range."""
+    """Check installed versions against SUPPORTED. Raises UnsupportedPackage with all packages out of range."""
     faults = [version_fault(each, SUPPORTED[each].versions) for each in packages]
     if wrong := [f"{each.package}: {each.found}, the versions that work; {each.command}" for each in faults if each]:
         raise UnsupportedPackage("; ".join(wrong))
 
 
 def check_private_api(api: PrivateApi) -> None:
-    """Check the package's version and each fact. Raises UnsupportedPackage that says what to install."""
+    """Check the package's version and each fact. Raises UnsupportedPackage with the version to install."""
     check_versions(api.package)
     for fact in api.facts:
         try:
@@ -147,7 +148,7 @@ def check_private_api(api: PrivateApi) -> None:
 
 
 def unsupported(package: str, reason: str) -> UnsupportedPackage:
-    """The error for a version within the range that does not do what code relies on."""
+    """Return the error for a version within the supported range for which a fact does not hold."""
     supported = SUPPORTED[package]
     return UnsupportedPackage(
         f"{package}: {importlib.metadata.version(package)} is not usable: {reason}; versions {supported.versions} were "
@@ -156,7 +157,7 @@ def unsupported(package: str, reason: str) -> UnsupportedPackage:
 
 
 def find(path: str) -> Any:
-    """The object at "module:name". Raises Missing where there is none."""
+    """Return the object at "module:name". Raises Missing if it does not exist."""
     module, _, qualified = path.partition(":")
     try:
         found: Any = importlib.import_module(module)
@@ -180,7 +181,7 @@ def _signature(path: str) -> inspect.Signature:
 
 
 def _stored(cls: type) -> Iterator[str]:
-    """Names of the attributes that the class's own __init__ stores."""
+    """Yield the names of the attributes that the class's own __init__ assigns."""
     init = inspect.unwrap(vars(cls).get("__init__", object.__init__))
     if inspect.isfunction(init):
         yield from (each.argval for each in dis.get_instructions(init) if each.opname == "STORE_ATTR")

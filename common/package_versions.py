@@ -1,4 +1,4 @@
-"""Versions of installed packages against their bounds."""
+"""Compares versions of installed packages with version specifiers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from packaging.version import InvalidVersion, Version
 
 @dataclass(frozen=True)
 class VersionFault:
-    """A package that is absent, or of a version outside its bounds."""
+    """A package that is not installed, or has a version outside its bounds."""
 
     package: str
     found: str
-    """What is wrong, without the name of the package."""
+    """Description of the fault, without the package name."""
     command: str
-    """The shell command that installs a version within the bounds."""
+    """Shell command that installs a version within the bounds."""
     is_missing: bool = False
 
 
 def installed_version(package: str) -> str | None:
-    """The version in a package's metadata; None where it is not installed."""
+    """Return the version in a package's metadata; None if the package is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -30,15 +30,15 @@ def installed_version(package: str) -> str | None:
 
 
 def is_within(version: str, bounds: str) -> bool:
-    """Whether a version is within bounds, such as ">=2,<3". Raises InvalidVersion.
+    """Return whether a version matches a specifier, such as ">=2,<3". Raises InvalidVersion.
 
-    Pre-releases are, too: distributors name their builds so.
+    Pre-releases match too, because distributors use pre-release versions for their builds.
     """
     return SpecifierSet(bounds).contains(Version(version), prereleases=True)
 
 
 def version_fault(package: str, bounds: str) -> VersionFault | None:
-    """What is wrong with the installed version of a package; None for a version within the bounds."""
+    """Return the fault of the installed version of a package; None for a version within the bounds."""
     command = f"pip install '{package}{bounds}'"
     try:
         version = importlib.metadata.version(package)

@@ -1,4 +1,4 @@
-"""ComposedPipeline: the ordered stages of one model. Its wiring is checked when it is built, before anything runs."""
+"""ComposedPipeline: the ordered stages of one model. The constructor validates that the stages compose."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ if TYPE_CHECKING:
 
 
 class MissingModules(CheckpointError):
-    """The checkpoint lacks modules that a pipeline needs; other variants of the model may do without them."""
+    """The checkpoint lacks modules that a pipeline requires. Other variants of the model may not require them."""
 
 
 class PipelineError(Exception):
-    """The stages do not compose: a defect of the pipeline class, found when it is built."""
+    """The stages do not compose: a defect of the pipeline class, detected by its constructor."""
 
 
 class Cost(IntEnum):
-    """What the work of a stage is proportional to. Of a service's stages, the largest value counts."""
+    """Quantity to which the work of a stage is proportional. A service has the largest value of its stages."""
 
     REQUEST = 0
+    """Constant per request."""
     PIXEL = 1
-    """Pixels of all frames and outputs."""
+    """Number of pixels of all frames and outputs."""
     PIXEL_STEP = 2
-    """The same, times the steps of the loop."""
+    """Number of pixels of all frames and outputs, times denoising steps."""
 
 
 @dataclass(frozen=True)
 class StageSpec:
-    """A stage by name, and the facts about it that services rely on: they import no stage and interpret no slot's name.
+    """Description of a stage for services that do not import it and do not interpret slot names.
 
-    `implementation` is "package.module:Class"; only the service that hosts the stage imports it. `modules` are the
-    checkpoint's modules that the stage is built with, by role: the stage knows roles, model_index.json knows names. A
-    role means the same module in all stages of a pipeline.
-    `reports_steps` is whether progress counts the steps of the request's loop. `result` is the output that the request
-    asks for. Raises PipelineError for a result that the stage does not write.
+    `implementation` is "package.module:Class"; only the service that hosts the stage imports it. `modules` maps roles,
+    which the stage uses, to names of checkpoint modules in model_index.json. A role denotes the same module in all
+    stages of a pipeline. `reports_steps`: progress counts denoising steps. `result`: the output slot that contains the
+    request's result. Raises PipelineError for a result that the stage does not write.
     """
 
     contract: Contract
@@ -61,13 +61,13 @@ class StageSpec:
 
     @property
     def resume_slot(self) -> str | None:
-        """The input with a checkpoint to continue from; None where the stage cannot be resumed."""
+        """Input slot of the step checkpoint to resume from; None if the stage cannot be resumed."""
         return self.contract.resume_slot
 
 
 @dataclass(frozen=True)
 class ServiceSpec:
-    """The stages that one service hosts: those of one variant in order, or those of all variants, each once."""
+    """Stages that one service hosts: the stages of one variant in order, or the distinct stages of all variants."""
 
     service: str
     contract: Contract
@@ -75,53 +75,53 @@ class ServiceSpec:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The checkpoint's modules that the service loads, each once, in the order of use."""
+        """Distinct checkpoint modules that the service loads, in the order of use."""
         return tuple(dict.fromkeys(module for stage in self.stages for module in stage.modules.values()))
 
     def module_of(self, role: str) -> str | None:
-        """The module with a role; None where no stage of the service has such a role."""
+        """Return the module with a role; None if no stage of the service uses the role."""
         return next((stage.modules[role] for stage in self.stages if role in stage.modules), None)
 
     @property
     def cost(self) -> Cost:
-        """What the service's work is proportional to."""
+        """Quantity to which the service's work is proportional."""
         return max(stage.cost for stage in self.stages)
 
     @property
     def reports_steps(self) -> bool:
-        """Whether the service's progress counts the steps of the request's loop."""
+        """Whether the service's progress counts denoising steps."""
         return any(stage.reports_steps for stage in self.stages)
 
     @property
     def resume_slot(self) -> str | None:
-        """The input with a checkpoint to continue from; None where the service cannot be resumed."""
+        """Input slot of the step checkpoint to resume from; None if the service cannot be resumed."""
         return self.contract.resume_slot
 
 
 class Runner(Protocol):
-    """Runs a contract somewhere: in this process, or behind gRPC. The values are opaque to the pipeline."""
+    """Runs the stages of a contract, in this process or over gRPC. The pipeline does not interpret the values."""
 
     @property
     def contract(self) -> Contract:
-        """What it reads and writes."""
+        """Slots that the stages read and write."""
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
-        """Turn the values of the contract's inputs into those of its outputs."""
+        """Compute the values of the contract's outputs from the values of its inputs."""
 
 
 class ComposedPipeline:
-    """The ordered stages of one variant of a model. One subclass for each variant.
+    """The ordered stages of one variant of a model. One subclass per variant.
 
-    `modules` are the names in the checkpoint's model_index.json. Raises MissingModules when a required one is
-    missing and PipelineError when the stages do not compose.
+    `modules` are the module names in the checkpoint's model_index.json. Raises MissingModules if a required module is
+    missing, and PipelineError if the stages do not compose.
     """
 
     pipeline_name: ClassVar[str]
     _required_config_modules: ClassVar[tuple[str, ...]]
     given: ClassVar[Mapping[str, str]] = {"prompt": "Prompt", "canvas": "Canvas", "sampling": "Sampling"}
-    """Slots that validation fills from the request, each with the name of its artifact."""
+    """Artifact name of each slot that request validation supplies."""
     relatives: ClassVar[tuple[str, ...]] = ()
-    """Beginnings of other `_class_name`s to which this pipeline is the nearest one, beside its own name."""
+    """Prefixes of unsupported `_class_name`s for which error messages suggest this pipeline."""
 
     def __init__(self, modules: Collection[str]) -> None:
         missing = [name for name in self._required_config_modules if name not in modules]
@@ -134,13 +134,13 @@ class ComposedPipeline:
         self.create_pipeline_stages()
         for stage in self._stages:
             if absent := [name for name in stage.modules.values() if name not in modules]:
-                raise PipelineError(f"{stage.contract.name} is built with {', '.join(absent)}, which is no module")
+                raise PipelineError(f"{stage.contract.name} requires {', '.join(absent)}, which is not a module")
         self.roles = unite_roles(stage.modules for stage in self._stages)
         self._leave_out_unread()
         check(self.services, given=self.given, wanted=(result_of(self.services),))
 
     def _leave_out_unread(self) -> None:
-        """Drop the optional outputs that no later stage reads: they are neither computed nor sent."""
+        """Remove optional outputs that no later stage reads, so that they are neither computed nor sent."""
         read = {stage.result for stage in self._stages if stage.result is not None}
         for index, stage in reversed(list(enumerate(self._stages))):
             self._stages[index] = replace(stage, contract=stage.contract.writing(read))
@@ -148,17 +148,17 @@ class ComposedPipeline:
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """The pipelines of one checkpoint by variant; this one alone, without a name, unless a family overrides it.
+        """Return the pipelines of a checkpoint by variant name. Default: this class as a single, unnamed variant.
 
-        The images of a request choose the variant: the first one that takes them and has all parameters of the request,
-        else the first one that takes them. Each variant has configs of its own in the registry. Names are lower-case
-        identifiers; only a single variant has none.
+        A request runs on the first variant that accepts its images and has all its parameters, else on the first
+        variant that accepts its images. Each variant has separate configs in the registry. Names are lower-case
+        identifiers; only a single variant has an empty name.
         """
         del checkpoint
         return {"": cls}
 
     def create_pipeline_stages(self) -> None:
-        """Add this model's stages, in order."""
+        """Add this variant's stages in order, with add_stage()."""
         raise PipelineError(f"{type(self).__name__} defines no stages")
 
     def add_stage(self, stage: StageSpec) -> None:
@@ -167,7 +167,7 @@ class ComposedPipeline:
 
     @property
     def services(self) -> tuple[ServiceSpec, ...]:
-        """The services of this model, in order. Two runs of one service are a PipelineError."""
+        """Services of this variant, in order. Raises PipelineError if the stages of a service are not consecutive."""
         runs = [(service, tuple(run)) for service, run in groupby(self._stages, key=lambda stage: stage.service)]
         names = [service for service, _ in runs]
         if twice := {name for name in names if names.count(name) > 1}:
@@ -181,7 +181,7 @@ class ComposedPipeline:
         )
 
     def service(self, name: str) -> ServiceSpec:
-        """The service of that name; raises PipelineError when the model does not use it."""
+        """Return the service with a name. Raises PipelineError if the model does not use it."""
         for spec in self.services:
             if spec.service == name:
                 return spec
@@ -190,7 +190,7 @@ class ComposedPipeline:
 
 
 def result_of(services: Sequence[ServiceSpec]) -> str:
-    """The slot that a request asks for. Raises PipelineError unless exactly one stage declares a result."""
+    """Return the slot of the request's result. Raises PipelineError unless exactly one stage declares a result."""
     declared = [stage.result for service in services for stage in service.stages if stage.result is not None]
     if len(declared) != 1:
         raise PipelineError(f"results {declared} are declared; a pipeline has exactly one")
@@ -200,11 +200,11 @@ def result_of(services: Sequence[ServiceSpec]) -> str:
 async def run_pipeline(
     runners: Sequence[Runner], values: Mapping[str, Any], call: Call, *, wanted: Sequence[str]
 ) -> dict[str, Any]:
-    """Run each service as soon as its inputs exist, so that independent services overlap; return the wanted slots.
+    """Run each service once its inputs are available, so that independent services overlap. Return the `wanted` slots.
 
-    The value of a stream is an ItemBuffer: its reader starts at the first item, while the writer runs. Where a stream
-    is wanted, all its items are returned. A slot's value is dropped after its last reader. The first error cancels the
-    other stages and is raised as it is; a caller that is cancelled itself sees only that.
+    The value of a stream is an ItemBuffer: its reader starts at the first item, while the writer runs. For a wanted
+    stream, a tuple of all items is returned. A slot's value is released after its last reader. The first error cancels
+    the other services and is raised unchanged; cancellation of the calling task takes precedence over errors.
     """
     loop = asyncio.get_running_loop()
     produced = [slot for runner in runners for slot in runner.contract.outputs]
@@ -236,7 +236,7 @@ async def run_pipeline(
         for name in present:
             release(name)
 
-    # Not a TaskGroup: Python 3.11's leaves the caller's task marked as cancelled after an error.
+    # Not asyncio.TaskGroup: in Python 3.11 it leaves the calling task marked as cancelled after an error.
     finished: list[asyncio.Task[None]] = []
     tasks = [asyncio.create_task(step(runner), name=runner.contract.name) for runner in runners]
     for task in tasks:
@@ -258,9 +258,9 @@ async def run_pipeline(
 
 
 async def _run(runner: Runner, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
-    """One stage, which must end with all of its outputs or with an error.
+    """Run one service. Raises InternalError for missing outputs, and Cancelled if the runner cancels itself.
 
-    A runner that cancels itself would end without an error, and leave the readers of its slots waiting for ever.
+    Without Cancelled, the readers of the runner's outputs would wait forever.
     """
     try:
         outputs = await runner(values, call)
@@ -276,19 +276,19 @@ async def _run(runner: Runner, values: Mapping[str, Any], call: Call) -> Mapping
 
 
 def unite_roles(modules: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """The module of each role, over stages or pipelines. Raises PipelineError for a role of two modules."""
+    """Merge role-to-module mappings of stages or pipelines. Raises PipelineError for a role with two modules."""
     roles: dict[str, str] = {}
     for role, name in (pair for each in modules for pair in each.items()):
         if roles.setdefault(role, name) != name:
-            raise PipelineError(f"role {role!r} is that of {roles[role]} and {name}; a role has one module")
+            raise PipelineError(f"role {role!r} is assigned to {roles[role]} and {name}; a role has one module")
     return roles
 
 
 def check(services: Sequence[ServiceSpec], *, given: Mapping[str, str], wanted: Sequence[str]) -> None:
-    """Every slot is written once, before it is read, with the artifact its reader expects, and every output is read.
+    """Validate that services compose. Raises PipelineError with all problems.
 
-    A stream is read as one, by a single reader in another service. Optional outputs may be unread. Raises
-    PipelineError.
+    Every slot is written exactly once, before it is read, with the artifact type that its readers expect. Every
+    required output is read. A stream has exactly one reader, in another service than its writer.
     """
     known = dict(given)
     problems: list[str] = []
@@ -317,7 +317,7 @@ def check(services: Sequence[ServiceSpec], *, given: Mapping[str, str], wanted: 
         if inner := sorted(written_here & {slot for stage in service.stages for slot in stage.contract.inputs}):
             problems.append(f"{service.service} reads the stream {', '.join(inner)}, which it writes itself")
         if service.contract.input_streams and service.resume_slot is not None:
-            problems.append(f"{service.service} resumes, and reads a stream; it can do one of both")
+            problems.append(f"{service.service} has a resume slot and reads a stream; a service can have one of both")
         if len(several := sorted(service.contract.input_streams)) > 1:
             problems.append(f"{service.service} reads the streams {', '.join(several)}; a service reads one at most")
     if problems:

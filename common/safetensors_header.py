@@ -1,6 +1,6 @@
-"""The header of a safetensors file, read and checked without the library and without touching the data.
+"""Reads and validates the header of a safetensors file, without the safetensors library and without tensor data.
 
-Layout: 8 bytes little-endian length n, n bytes of JSON, then the tensors back to back. Source of the rules: the format
+Layout: header length n (8 bytes, little-endian), n bytes of JSON, then the concatenated tensors. Source: the format
 description at https://github.com/huggingface/safetensors.
 """
 
@@ -29,7 +29,7 @@ _BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's element type (by its safetensors name), shape, and bytes [begin, end) within the data section."""
+    """A tensor's dtype (safetensors name), shape, and byte range [begin, end) within the data section."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """Tensors by name in the order of their data; `raw` is the JSON as it stands, sizes are in bytes."""
+    """Tensors by name in the order of their data. `raw` is the unparsed JSON; sizes are in bytes."""
 
     tensors: Mapping[str, TensorInfo]
     raw: bytes
@@ -48,7 +48,7 @@ class SafetensorsHeader:
 
 
 def read_header(path: Path) -> SafetensorsHeader:
-    """Read and check a file's header. Raises CheckpointError for anything but a whole, well-formed file."""
+    """Read and validate a file's header. Raises CheckpointError for a truncated or malformed file."""
     try:
         with path.open("rb") as file:
             prefix = file.read(_PREFIX)
@@ -67,7 +67,7 @@ def read_header(path: Path) -> SafetensorsHeader:
 def _bad_prefix(path: Path, head: bytes, length: int, size: int) -> str:
     if head.startswith(_LFS_POINTER):
         return f"{path} is a Git LFS pointer; fetch the file itself (git lfs pull)"
-    return f"{path} is not a whole safetensors file: its header should be {length} bytes long, the file is {size}"
+    return f"{path} is not a complete safetensors file: its header should have {length} bytes, the file has {size}"
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, TensorInfo]:
@@ -90,9 +90,9 @@ def _tensor(path: Path, name: str, entry: Any) -> TensorInfo:
     if dtype not in _BITS:
         raise CheckpointError(f"{path}: {name} has the unknown dtype {dtype!r}; known are {', '.join(_BITS)}")
     if not all(type(extent) is int and extent >= 0 for extent in shape):
-        raise CheckpointError(f"{path}: {name} has the impossible shape {shape}")
+        raise CheckpointError(f"{path}: {name} has the invalid shape {shape}")
     if end - begin != math.prod(shape) * _BITS[dtype] // 8:
-        raise CheckpointError(f"{path}: {name} is {dtype} {shape}, which does not fill the {end - begin} bytes it has")
+        raise CheckpointError(f"{path}: {name} is {dtype} {shape}, which does not have {end - begin} bytes")
     return TensorInfo(dtype, tuple(shape), begin, end)
 
 
@@ -100,7 +100,7 @@ def _check_extent(path: Path, header: SafetensorsHeader) -> None:
     end = 0
     for name, tensor in header.tensors.items():
         if tensor.begin != end:
-            raise CheckpointError(f"{path}: {name} begins at byte {tensor.begin} of the data, but {end} is next")
+            raise CheckpointError(f"{path}: {name} starts at byte {tensor.begin} of the data instead of byte {end}")
         end = tensor.end
     if header.data_start + end != header.file_size:
         kind = "truncated" if header.data_start + end > header.file_size else "too long"

@@ -1,4 +1,4 @@
-"""The load of a stage, and the value from which an autoscaler computes how many workers it needs."""
+"""The load of a stage, and the metric from which an autoscaler computes the number of workers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StageWork:
-    """The work of a request at a service: `steps`, each with so many `tokens`.
+    """Work of a request at a service: `steps` steps of `tokens` tokens each.
 
-    Requests of one `shape` take equally long for a step. `tokens` compares shapes: pixels over all outputs and branches
-    where the work grows with them, else 1.
+    Steps of requests with equal `shape` take equally long. `tokens` compares shapes: the number of pixels over all
+    outputs and guidance branches if the work is proportional to it, else 1.
     """
 
     steps: int
@@ -23,11 +23,11 @@ class StageWork:
 
 @dataclass(frozen=True)
 class StageLoad:
-    """The load of one stage of a model. Seconds are compute seconds on one worker: remaining steps times pace.
+    """Load of one stage of a model. Seconds are compute seconds on one worker: remaining steps times pace.
 
-    `workers_held` counts the workers that run a request, `waiting_claims` the requests that wait for a worker there.
-    `open_requests` counts the requests that have not ended and still need the stage. `unmeasured` is whether an
-    assumed pace entered the sums, since no request of the model was measured at the stage yet.
+    `workers_held`: workers that run a request. `waiting_claims`: requests that wait for a worker of the stage.
+    `open_requests`: requests that have not ended and still need the stage. `unmeasured`: the seconds contain an assumed
+    pace, because no pace of the stage is measured.
     """
 
     workers_held: int
@@ -39,7 +39,7 @@ class StageLoad:
 
     @property
     def queued_seconds(self) -> float:
-        """Seconds of work that wait or run."""
+        """Compute seconds of waiting and running work."""
         return self.running_seconds + self.waiting_seconds
 
     @property
@@ -48,10 +48,10 @@ class StageLoad:
         return self.open_requests > 0
 
     def wanted_seconds(self, target_seconds: float) -> float:
-        """The scaler value: divided by `target_seconds` and rounded up, it is the number of workers to have.
+        """Return the scaler metric. Divided by `target_seconds` and rounded up, it is the desired number of workers.
 
-        A worker that runs a request counts as one, so that it is never scaled away. A waiting request counts as at
-        most one, however long it is, since it can only run on one worker.
+        Each worker that runs a request counts as one worker, so that it is not removed. Each waiting request counts as
+        at most one worker, because it can run on only one.
         """
         waiting = min(self.waiting_seconds, target_seconds * self.waiting_claims)
         return target_seconds * self.workers_held + waiting

@@ -1,15 +1,16 @@
-"""Settings of a process: a frozen dataclass, filled from flags over the environment over a TOML file.
+"""Loads the settings of a process into a frozen dataclass. Precedence: flags, environment variables, TOML file.
 
     @dataclass(frozen=True, kw_only=True)
     class WorkerSettings:
-        model: str = setting(help="checkpoint directory, or the name of a shipped model")
-        capacity: int = setting(1, help="requests taken at a time")
+        model: str = setting(help="checkpoint directory or model name")
+        capacity: int = setting(1, help="number of concurrent requests")
 
     settings = load_settings(WorkerSettings, argv, prog="fleet serve denoising")
 
-The field `queue_bound` is the flag --queue-bound, the variable FLEET_QUEUE_BOUND and the TOML key queue_bound. Types
-are bool, int, float, str, Path, Literal of texts, any of these or None, and tuples of one of these: a flag to repeat,
-a comma list in the environment, an array in TOML. Annotations must be importable when the settings are loaded.
+The field `queue_bound` is the flag --queue-bound, the variable FLEET_QUEUE_BOUND and the TOML key queue_bound.
+Supported types: bool, int, float, str, Path, Literal of strings, each of these or None, and tuples of them. A tuple is
+a repeated flag, a comma-separated variable or a TOML array. Annotations must be importable when the settings are
+loaded.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ _HELP = "help"
 
 
 class SettingsError(InvalidInput):
-    """A flag, variable or TOML key is unknown, missing or has a wrong value; the message is one line."""
+    """A flag, variable or TOML key is unknown, missing or has an invalid value. The message is one line."""
 
 
 def setting(default: Any = dataclasses.MISSING, *, help: str) -> Any:
-    """A field of a settings dataclass. Without a default it must be given."""
+    """Return a field of a settings dataclass. A field without a default is required."""
     metadata = {_HELP: help}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
@@ -47,7 +48,7 @@ def setting(default: Any = dataclasses.MISSING, *, help: str) -> Any:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a field takes: one scalar, or several of it."""
+    """Type of a field: a scalar, or a tuple of scalars."""
 
     scalar: type[Any]
     many: bool
@@ -57,7 +58,7 @@ class _Kind:
     def expected(self) -> str:
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        return {bool: "true or false", int: "a whole number", float: "a number"}.get(self.scalar, "a text")
+        return {bool: "true or false", int: "a whole number", float: "a number"}.get(self.scalar, "a string")
 
 
 def load_settings(
@@ -68,11 +69,11 @@ def load_settings(
     environ: Mapping[str, str] | None = None,
     readers: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> T:
-    """Fill a settings dataclass. Flags win over FLEET_* variables, those over the file of --config or FLEET_CONFIG.
+    """Load a settings dataclass. Flags override FLEET_* variables, which override the file of --config or FLEET_CONFIG.
 
-    An empty variable counts as unset, and variables that are no fields are for other processes of the environment.
-    --help prints the flags and raises SystemExit(0); all that is wrong raises SettingsError. `readers` names the
-    services that read settings which this process does not read, for the error about such a flag or TOML key.
+    Empty variables count as unset; FLEET_* variables without a field are ignored, because they may be for other
+    processes. --help prints the flags and raises SystemExit(0). Errors raise SettingsError. `readers` maps settings
+    that this process does not read to the services that read them, for error messages.
     """
     environ = os.environ if environ is None else environ
     kinds = _kinds(cls)
@@ -93,16 +94,17 @@ def load_settings(
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse that raises SettingsError where it would print its usage and exit."""
+    """ArgumentParser that raises SettingsError instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"{message}; see {self.prog} --help")
 
 
 def _parser(cls: type[Any], kinds: Mapping[str, _Kind], prog: str) -> FlagParser:
-    """Flags hold raw texts, so that every source is converted by the same code."""
+    """Return the parser. Flags are parsed as strings, so that all sources share one conversion."""
     parser = FlagParser(prog=prog, allow_abbrev=False, description=(cls.__doc__ or "").strip().splitlines()[0])
-    parser.add_argument("--config", metavar="FILE", help="TOML file with settings; flags and FLEET_* variables win")
+    config_help = "TOML file with settings; flags and FLEET_* variables override it"
+    parser.add_argument("--config", metavar="FILE", help=config_help)
     for item in dataclasses.fields(cls):
         kind = kinds[item.name]
         flag, text = "--" + item.name.replace("_", "-"), _describe(item)
@@ -115,7 +117,7 @@ def _parser(cls: type[Any], kinds: Mapping[str, _Kind], prog: str) -> FlagParser
 
 
 def _flags(parser: FlagParser, argv: Sequence[str], readers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Raw texts of the flags, by field. Raises SettingsError for others."""
+    """Return the values of the flags as strings, by field. Raises SettingsError for unknown flags."""
     given, unknown = parser.parse_known_args(argv)
     for word in unknown:
         flag, name = word.partition("=")[0], word.partition("=")[0].removeprefix("--").replace("-", "_")
@@ -205,7 +207,7 @@ def _from_toml_value(value: Any, kind: _Kind, source: str) -> Any:
 
 
 def _convert(value: Any, kind: _Kind, source: str) -> Any:
-    """One scalar, from its text or already typed."""
+    """Convert a string or a TOML value to the field's type. Raises SettingsError."""
     if kind.choices and value not in kind.choices:
         raise _wrong(value, kind.expected, source)
     if kind.scalar is bool and isinstance(value, str):

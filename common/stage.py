@@ -1,4 +1,4 @@
-"""A stage is a function from one typed input to one typed output; its contract is derived from those two types."""
+"""Stages: functions from one typed input to one typed output. A stage's contract is derived from the two types."""
 
 from __future__ import annotations
 
@@ -21,57 +21,57 @@ Out = TypeVar("Out")
 Item = TypeVar("Item", covariant=True)
 
 RESUME: Mapping[str, bool] = MappingProxyType({"resume": True})
-"""Metadata of the input field that holds the checkpoint from which a stage continues: its resume slot."""
+"""Dataclass metadata of the resume slot: the input field with the step checkpoint from which a stage resumes."""
 
 STEP_CHECKPOINTS = "checkpoint"
-"""The stream of step checkpoints, which every stage may emit and no stage declares. No slot has this name."""
+"""Name of the implicit stream of step checkpoints, which every stage may emit. No slot may have this name."""
 
 _OPTIONAL = re.compile(r"^(?P<kind>[\w\[\]]+) \| None$")
 _STREAM = re.compile(r"^Stream\[(?P<item>\w+)\]$")
 
 
 class Stream(Protocol[Item]):
-    """A slot with any number of artifacts, in order: its reader starts before its writer ends.
+    """A slot with an ordered sequence of artifacts. The reader runs concurrently with the writer.
 
-    A stage declares it as `Stream[Latents]`. As an input it is iterated once: it waits for each item, and raises
-    Cancelled or DeadlineExceeded while it waits. As an output its items are given to Call.emit(), and the field has the
-    value EMITTED.
+    A stage declares it as `Stream[Latents]`. An input stream is iterated once; each iteration blocks until the next
+    item arrives, or raises Cancelled or DeadlineExceeded. The items of an output stream are passed to Call.emit(), and
+    the output field has the value EMITTED.
     """
 
     def __iter__(self) -> Iterator[Item]:
         """Yield the artifacts in order."""
 
     def has_next(self) -> bool:
-        """Whether an item is there, so that its reader would not wait for it."""
+        """Return whether an item is available without blocking."""
 
 
 class _Emitted:
-    """The value of a stream among the outputs that a stage returns."""
+    """Placeholder for a stream in the outputs of a stage."""
 
     def __iter__(self) -> Iterator[Any]:
-        raise TypeError("the items of a stream output went to Call.emit()")
+        raise TypeError("the items of an output stream were passed to Call.emit()")
 
     def has_next(self) -> bool:
-        raise TypeError("the items of a stream output went to Call.emit()")
+        raise TypeError("the items of an output stream were passed to Call.emit()")
 
 
 EMITTED: Stream[Any] = _Emitted()
-"""The value of a stream in the output that a stage returns: the items went to Call.emit()."""
+"""Placeholder for a stream in the outputs of a stage, whose items were passed to Call.emit()."""
 
 
 def item_kind(kind: str) -> str | None:
-    """The message of a stream's items, where `kind` in a contract is that of a stream, such as "Stream[Latents]"."""
+    """Return the message name of a stream's items for a `kind` such as "Stream[Latents]"; None if it is no stream."""
     match = _STREAM.match(kind)
     return match["item"] if match else None
 
 
 class ItemSink(Protocol):
-    """Takes the items of one stream from a runner."""
+    """Receives the items of one stream from a runner."""
 
     async def put(self, index: int, item: Any, byte_size: int) -> None:
-        """Take the item with this index, in the form of the runner's values.
+        """Store an item, which has the type of the runner's values.
 
-        Returns once the writer may go on: a slow reader delays it. An index that was taken before is ignored.
+        Waits while the reader is too slow. An index that was put before is ignored.
         """
 
 
@@ -81,16 +81,18 @@ def _ignore(*_: object) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """A request as its stages see it: its name, its deadline, and the callbacks to which its runner reports.
+    """Context of a call for its stages: request id, deadline, cancellation, and callbacks for progress.
 
-    `deadline` is in seconds of time.monotonic(). `on_begun` is called when the stages start, `on_item` with the slot,
-    the index and the artifact of each item that a stage emits; it may block, so that a slow reader delays the stage.
-    Runners replace it: they put the items of a stream, in the form of their values, into that of `sinks` which has the
-    stream's name, and drop those of other streams. A stage's thread waits for items and for readers in the context
-    `waiting`, in which others may use the device. `on_computed` gets the compute seconds that a worker reports at the
-    end of the call, also of a call that it hands over. `hand_over` is set when the worker leaves: a stage that sends
-    checkpoints ends at its next step boundary then. `variant` is the model's variant whose stages run; empty means the
-    first. `tokens` is the work of one step, as StageWork counts it; 0 where the caller does not send it.
+    `deadline`: time.monotonic() timestamp in seconds.
+    `on_begun`: called when the stages start.
+    `on_item`: called with slot, index and artifact of each item that a stage emits. May block, so that a slow reader
+    delays the stage. Runners replace it by a function that puts items into `sinks`, by slot; items without a sink are
+    dropped.
+    `waiting`: context in which the stage's thread waits for items and readers; other calls may use the device.
+    `on_computed`: called with the compute seconds that a worker reports at the end of a call or of a hand-over.
+    `hand_over`: set when the worker drains. A stage that emits step checkpoints then ends at the next step boundary.
+    `variant`: variant of the model whose stages run; empty for the first.
+    `tokens`: work of one step, as in StageWork; 0 if the caller does not send it.
     """
 
     request_id: str
@@ -107,53 +109,53 @@ class Call:
     sinks: Mapping[str, ItemSink] = field(default_factory=dict)
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext
     emitted: dict[str, int] = field(default_factory=dict)
-    """The index of the next item of each stream."""
+    """Index of the next item, by stream."""
 
     def emit(self, slot: str, artifact: Any, index: int | None = None) -> None:
-        """Send the next item of a stream to its reader. Blocks while the reader is too far behind, until cancellation.
+        """Send the next item of a stream to its reader. Blocks while the reader is too slow, until cancellation.
 
-        `index` counts the items of the stream from 0; a stage that resumes gives the index that the item had before.
-        The item's tensors are on the CPU, and the stage does not write to them any more.
+        `index` is the index of the item in the stream, from 0. Default: the next one. A stage that resumes passes the
+        original index. The item's tensors must be on the CPU, and the stage must not modify them afterwards.
         """
         number = self.emitted.get(slot, 0) if index is None else index
         self.emitted[slot] = number + 1
         self.on_item(slot, number, artifact)
 
     def checkpoint(self, state: Any) -> None:
-        """Emit a StepCheckpoint. Only the newest one matters: it replaces one that waits to be sent."""
+        """Emit a StepCheckpoint. It replaces an earlier one that is not sent yet."""
         self.emit(STEP_CHECKPOINTS, state)
 
     def progress(self, step: int, total_steps: int) -> None:
-        """Report a finished step. Raises as check_cancelled, so that the loop ends within one step."""
+        """Report a completed step. Raises as check_cancelled(), so that a cancelled loop ends within one step."""
         self.check_cancelled()
         self.on_progress(step, total_steps)
 
     def check_cancelled(self) -> None:
-        """Raise Cancelled when the caller has gone, DeadlineExceeded when the result is no longer of use."""
+        """Raise Cancelled if the call was cancelled, DeadlineExceeded if its deadline has passed."""
         if self.cancelled.is_set():
             raise Cancelled(f"request {self.request_id} was cancelled")
         if (left := self.seconds_left()) is not None and left <= 0:
             raise DeadlineExceeded(f"request {self.request_id} is past its deadline")
 
     def must_hand_over(self) -> bool:
-        """Whether the stage ends at this step boundary, with a checkpoint and HandedOver. All ranks get one answer."""
+        """Return whether the stage must end at this step with a checkpoint and HandedOver. Equal on all ranks."""
         return self.hand_over.is_set()
 
     def seconds_left(self) -> float | None:
-        """Time until the deadline, negative after it; None without one."""
+        """Return the seconds until the deadline, negative after it; None without a deadline."""
         return None if self.deadline is None else self.deadline - time.monotonic()
 
     def warn(self, field: str, message: str) -> None:
-        """Tell the caller what was done instead of what `field` asked for."""
+        """Send a warning about the parameter `field`: one sentence that states what was done instead."""
         self.on_warning(field, message)
 
 
 @dataclass(frozen=True)
 class Contract:
-    """The slots that a stage, or a run of stages, reads and writes, each with the message of its artifact.
+    """Slots that one or several consecutive stages read and write, each with the message name of its artifact.
 
-    `optional` inputs may be absent. `optional_outputs` are computed only where a pipeline reads them. `resume_slot` is
-    the input with the checkpoint to continue from; None where the work always starts anew.
+    `optional` inputs may be absent. `optional_outputs` are computed only if the pipeline reads them. `resume_slot` is
+    the input with the step checkpoint to resume from; None if the stages always start at the beginning.
     """
 
     name: str
@@ -165,16 +167,16 @@ class Contract:
 
     @property
     def input_streams(self) -> frozenset[str]:
-        """The inputs that are streams."""
+        """Input slots that are streams."""
         return frozenset(slot for slot, kind in self.inputs.items() if item_kind(kind))
 
     @property
     def output_streams(self) -> frozenset[str]:
-        """The outputs that are streams."""
+        """Output slots that are streams."""
         return frozenset(slot for slot, kind in self.outputs.items() if item_kind(kind))
 
     def reading(self, *names: str) -> Contract:
-        """The contract with these optional inputs only, beside the required ones and the resume slot.
+        """Return the contract with the required inputs, the resume slot, and of the optional inputs only `names`.
 
         Raises ValueError for a name that is not an optional input.
         """
@@ -187,21 +189,21 @@ class Contract:
         return replace(self, inputs=inputs, optional=kept)
 
     def writing(self, names: Collection[str]) -> Contract:
-        """The contract with these optional outputs only, beside the required ones. None of its outputs is optional."""
+        """Return the contract with the required outputs, and of the optional outputs `names`, which become required."""
         dropped = self.optional_outputs.difference(names)
         outputs = {slot: kind for slot, kind in self.outputs.items() if slot not in dropped}
         return replace(self, outputs=outputs, optional_outputs=frozenset())
 
     def includes(self, part: Contract) -> bool:
-        """Whether `part` is this contract, but for optional slots that it lacks."""
+        """Return whether `part` equals this contract, except that it may lack optional slots."""
         whole = self.reading(*(part.optional & self.optional)).writing(part.outputs)
         return (part.inputs, part.outputs) == (whole.inputs, whole.outputs)
 
 
 def derive_contract(name: str, inputs: type[Any], outputs: type[Any]) -> Contract:
-    """Read a contract off two dataclasses whose fields are artifacts. Raises TypeError for anything else.
+    """Derive a contract from two dataclasses whose fields are artifacts. Raises TypeError for other types.
 
-    Annotations are read as they are written, so that the artifacts' own imports (torch) are not needed.
+    Annotations are parsed as strings, so that torch need not be imported to resolve them.
     """
     read, optional = _slots(inputs)
     written, optional_outputs = _slots(outputs)
@@ -209,7 +211,7 @@ def derive_contract(name: str, inputs: type[Any], outputs: type[Any]) -> Contrac
 
 
 def _resume_slot(inputs: type[Any], optional: frozenset[str]) -> str | None:
-    """The field that is marked with RESUME. Raises TypeError where it is required, or not the only one."""
+    """Return the field that is marked with RESUME. Raises TypeError unless it is optional and the only one."""
     marked = [item.name for item in dataclasses.fields(inputs) if item.metadata == RESUME]
     if len(marked) > 1 or not optional.issuperset(marked):
         raise TypeError(
@@ -236,7 +238,7 @@ def _slots(cls: type[Any]) -> tuple[dict[str, str], frozenset[str]]:
 
 
 def compose_contracts(name: str, contracts: Sequence[Contract]) -> Contract:
-    """The contract of a run of consecutive stages: what it needs from outside, and all that it writes."""
+    """Return the contract of consecutive stages: inputs that no earlier stage writes, and all outputs."""
     inputs: dict[str, str] = {}
     outputs: dict[str, str] = {}
     optional_outputs: set[str] = set()
@@ -255,18 +257,18 @@ def compose_contracts(name: str, contracts: Sequence[Contract]) -> Contract:
 
 
 class PipelineStage(ABC, Generic[In, Out]):
-    """One function of a pipeline. It holds weights, never requests.
+    """One stage of a pipeline. It has weights, but no state of requests.
 
-    Subclass as PipelineStage[MyInput, MyOutput]; `Input`, `Output` and `contract` are set from that. bind() narrows
-    the contract of one stage to the slots that its pipeline uses.
+    Subclass as PipelineStage[MyInput, MyOutput], which sets `Input`, `Output` and `contract`. bind() restricts the
+    contract of an instance to the slots that its pipeline uses.
     """
 
     Input: ClassVar[type[Any]]
     Output: ClassVar[type[Any]]
     contract: Contract
     indifferent_to: ClassVar[frozenset[str] | None] = None
-    """Numbers and texts among the inputs, as slot.field, that make no difference to run(): it may get zeros in their
-    place, and its outputs may be kept and given again for equal inputs. None: not to be kept."""
+    """Scalar input fields, as slot.field, that do not affect run(). They may be zeroed, and outputs may be cached by
+    the remaining inputs. None: outputs must not be cached."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -278,16 +280,16 @@ class PipelineStage(ABC, Generic[In, Out]):
             cls.contract = derive_contract(cls.__name__, cls.Input, cls.Output)
 
     def bind(self, contract: Contract) -> Self:
-        """Use only the optional slots of this contract. Raises ValueError where it is not part of the stage's own."""
+        """Restrict the stage to the optional slots of a contract. Raises ValueError if it is not a part of its own."""
         if not self.contract.includes(contract):
             raise ValueError(f"{contract.name} is not part of the contract of {type(self).__name__}, {self.contract}")
         self.contract = contract
         return self
 
     def writes(self, slot: str) -> bool:
-        """Whether an optional output is read by the pipeline, so that it must be computed."""
+        """Return whether the pipeline reads an optional output, so that it must be computed."""
         return slot in self.contract.outputs
 
     @abstractmethod
     def run(self, x: In, call: Call) -> Out:
-        """Compute the output. Deterministic in x; anything the caller should hear goes through call."""
+        """Compute the output, deterministically in `x`. Progress, warnings and items are reported through `call`."""

@@ -1,4 +1,4 @@
-"""Streams of artifacts while a pipeline runs: between runners, and from an event loop to the thread of a stage."""
+"""Streams of artifacts in a running pipeline: between runners, and from an event loop to the thread of a stage."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from common.errors import InternalError
 from common.stage import Call
 
 STREAM_BYTES = 32 << 20
-"""Most bytes of a stream that its reader has not read yet, beside one item; beyond it the writer waits."""
+"""Maximum unread bytes of a stream, in addition to one item. Beyond it, the writer waits."""
 _POLL_SECONDS = 0.05
 
 
 class ItemBuffer:
-    """The items of one stream of a running pipeline, each kept until the buffer is dropped.
+    """Stores all items of one stream of a running pipeline, until the buffer is released.
 
-    A reader begins with the first item, so that work which was lost with a worker can be done again. The writer waits
-    while the reader is more than `max_unread_bytes` behind. One task writes and one reads, on the same event loop.
+    Each reader starts with the first item, so that work that was lost with a worker can be repeated. The writer waits
+    while more than `max_unread_bytes` are unread. One writer task and one reader task, on the same event loop.
     """
 
     def __init__(self, max_unread_bytes: float = STREAM_BYTES) -> None:
@@ -35,12 +35,12 @@ class ItemBuffer:
         self._changed = asyncio.Event()
 
     async def put(self, index: int, item: Any, byte_size: int) -> None:
-        """Append the item with this index; one that is there already is ignored. Returns once the writer may go on.
+        """Append an item, and wait while too many bytes are unread. An index that is already stored is ignored.
 
-        Raises InternalError where an item was left out.
+        Raises InternalError if an index was skipped.
         """
         if index > len(self._items):
-            raise InternalError(f"item {index} of a stream came where item {len(self._items)} is next")
+            raise InternalError(f"item {index} of a stream was received instead of item {len(self._items)}")
         if index == len(self._items):
             self._items.append((item, byte_size))
             self._unread_bytes += byte_size
@@ -49,19 +49,19 @@ class ItemBuffer:
             await self._changed.wait()
 
     def close(self) -> None:
-        """No more items will come."""
+        """Mark the end of the stream."""
         self._is_closed = True
         self._notify()
 
     async def wait_for_first(self) -> None:
-        """Return once there is an item to read, or there will be none."""
+        """Wait until the first item is stored or the stream is closed."""
         while not self._items and not self._is_closed:
             await self._changed.wait()
 
     async def read(self, *, forgets: bool = False) -> AsyncIterator[tuple[Any, int]]:
         """Yield all items in order, each with its size in bytes, until the stream is closed.
 
-        A reader that `forgets` will not begin again: each item is dropped once it is read.
+        With `forgets`, each item is released once it is read, so that the stream cannot be read again.
         """
         position = 0
         while True:
@@ -86,9 +86,9 @@ class ItemBuffer:
 
 
 class StreamFeed:
-    """A stream input of a stage: filled on the event loop, iterated once on the stage's thread.
+    """Input stream of a stage: filled on the event loop, iterated once on the stage's thread.
 
-    At most `max_bytes` wait to be taken, beside one item. `unpack` makes the artifact, on the stage's thread.
+    At most `max_bytes` and one item are buffered. `unpack` converts an item to an artifact, on the stage's thread.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class StreamFeed:
         self._error: BaseException | None = None
 
     async def put(self, item: Any, byte_size: int) -> None:
-        """Append an item, and return once at most `max_bytes` wait to be taken."""
+        """Append an item, and wait until at most `max_bytes` are buffered."""
         with self._condition:
             self._items.append((item, byte_size))
             self._bytes += byte_size
@@ -117,23 +117,23 @@ class StreamFeed:
                 await self._taken.wait()
 
     def close(self, error: BaseException | None = None) -> None:
-        """End the stream; with an error, the stage raises it when it asks for the next item."""
+        """End the stream. An `error` is raised on the stage's thread when it reads the next item."""
         with self._condition:
             self._is_closed, self._error = True, error
             self._condition.notify()
 
     def has_next(self) -> bool:
-        """Whether an item is there, so that the stage would not wait for it."""
+        """Return whether an item is available without blocking."""
         with self._condition:
             return bool(self._items)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the artifacts in order. Raises the error of close(), and as check_cancelled while it waits."""
+        """Yield the artifacts in order. Raises the error of close(), and while waiting as Call.check_cancelled()."""
         while (taken := self._take()) is not None:
             yield self._unpack(taken[0])
 
     def _take(self) -> tuple[Any, int] | None:
-        """The next item; None after the last."""
+        """Return the next item; None after the last."""
         with self._call.waiting():
             while True:
                 with self._condition:
@@ -153,7 +153,7 @@ class StreamFeed:
 
 
 def wait_on_thread(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None], call: Call) -> None:
-    """Run `work` on the event loop and wait for it on the stage's thread, until the call is cancelled at the latest."""
+    """Run `work` on the event loop and block the stage's thread until it ends or the call is cancelled."""
     future = asyncio.run_coroutine_threadsafe(work, loop)
     with call.waiting():
         while not futures.wait({future}, _POLL_SECONDS).done:
@@ -165,7 +165,7 @@ def wait_on_thread(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, No
 
 
 def call_on(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
-    """Run `callback` on the event loop, from another thread; do nothing where the loop has ended."""
+    """Run `callback` on the event loop, from another thread. No effect if the loop is closed."""
     try:
         loop.call_soon_threadsafe(callback)
     except RuntimeError:
@@ -173,7 +173,7 @@ def call_on(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> 
 
 
 class DeviceLock:
-    """The right to compute on a device: one thread has it at a time, and those that wait get it in their order."""
+    """Fair lock on a device: waiting threads acquire it in FIFO order."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -198,7 +198,7 @@ class DeviceLock:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Release the device while its holder waits, and acquire it again afterwards."""
+        """Release the lock within the block, and acquire it again afterwards."""
         self.__exit__()
         try:
             yield
@@ -208,15 +208,15 @@ class DeviceLock:
 
 @runtime_checkable
 class _HasBytes(Protocol):
-    """A tensor."""
+    """A tensor or array."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """Size of the values in bytes."""
 
 
 def byte_size_of(value: Any) -> int:
-    """Bytes of the tensors and texts in an artifact."""
+    """Return the total size of the tensors and strings in an artifact, in bytes."""
     if dataclasses.is_dataclass(value):
         return sum(byte_size_of(vars(value)[each.name]) for each in dataclasses.fields(value))
     if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
-"""The metrics of a process: its endpoint for Prometheus, and what measures calls and stages.
+"""Prometheus endpoint of a process, and instrumentation of calls and stages. Does not import torch.
 
-Free of torch. Only the fleet's own RPCs are measured: health checks and reflection would drown them.
+Only RPCs of the fleet are measured, not health checks and reflection, which are much more frequent.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _log = get_logger(__name__)
 
 @contextmanager
 def stage_timer(service: str, model: str, stage: str) -> Iterator[None]:
-    """Observe how long a stage computes, whether it succeeds or not."""
+    """Observe the duration of a stage, including failed runs."""
     started = time.perf_counter()
     try:
         yield
@@ -42,50 +42,50 @@ def stage_timer(service: str, model: str, stage: str) -> Iterator[None]:
 
 
 def in_current_context(work: Callable[P, T]) -> Callable[P, T]:
-    """The same function, which runs in a copy of the present context, on whichever thread it is called."""
+    """Return the function, bound to a copy of the current context variables, to be called on another thread."""
     return partial(copy_context().run, work)
 
 
 @dataclass(frozen=True)
 class MetricsServer:
-    """The HTTP endpoint that Prometheus reads."""
+    """The HTTP endpoint that Prometheus scrapes."""
 
     port: int
     _server: WSGIServer
     _thread: threading.Thread
 
     def stop(self) -> None:
-        """End the endpoint and its thread."""
+        """Stop the endpoint and its thread."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
 
 def start_metrics(port: int, address: str = "0.0.0.0") -> MetricsServer:
-    """Serve all metrics of this process over HTTP, with exemplars where a scraper asks for OpenMetrics; port 0: any.
+    """Serve all metrics of this process over HTTP, with exemplars in OpenMetrics format. Port 0 selects a free port.
 
-    Raises InvalidInput for a number that is no port, and FailedPrecondition for a port that cannot be had.
+    Raises InvalidInput for an invalid port number, and FailedPrecondition if the port cannot be bound.
     """
     try:
         server, thread = start_http_server(port, address)
     except OverflowError:
         raise InvalidInput(f"metrics_port: {port} is not from 0 to 65535; 9090 works", field="metrics_port") from None
     except OSError as error:
-        message = f"metrics_port: {port} cannot be listened on: {error.strerror}; choose a free port"
+        message = f"metrics_port: {port} cannot be bound: {error.strerror}; choose a free port"
         raise FailedPrecondition(message, field="metrics_port") from error
-    _log.info("serves metrics", port=server.server_port)
+    _log.info("metrics endpoint started", port=server.server_port)
     return MetricsServer(server.server_port, server, thread)
 
 
 class MetricsInterceptor(grpc.aio.ServerInterceptor):
-    """Counts and times the fleet's own calls."""
+    """Counts and times calls of the fleet's RPCs."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Wrap the method's handler; anything but the fleet's own methods is passed on as it is."""
+        """Wrap the handlers of the fleet's methods; return other handlers unchanged."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method.lstrip("/")
         if handler is None or not method.startswith("fleet."):
@@ -115,7 +115,7 @@ class _MeasuredCall:
 
 
 def _code(context: Context, unset: str) -> str:
-    """The status the handler set, by name; the context holds 0 or None until then, and may hold a plain number."""
+    """Return the name of the status that the handler set, or `unset`. The context may contain 0, None or a number."""
     code: Any = context.code()
     if isinstance(code, grpc.StatusCode):
         return code.name

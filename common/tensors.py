@@ -1,4 +1,4 @@
-"""The torch leaf of the codec: the only place where tensors turn into bytes and back."""
+"""TensorLeaf of the codec for torch: the only module that converts tensors to bytes and back."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ _DTYPES = {number: dtype for dtype, number in _NUMBERS.items()}
 
 
 class TorchTensors:
-    """Tensors on any device out, tensors on the CPU in. Bit patterns are kept, NaNs included."""
+    """Encodes tensors on any device, and decodes to CPU tensors. Bit patterns are preserved, including NaNs."""
 
     def view(self, path: str, value: Any) -> tuple[pb.Dtype.ValueType, Sequence[int], memoryview]:
-        """The Dtype, shape and bytes of a tensor: its own memory where it is dense and on the CPU, else a copy."""
+        """Return Dtype, shape and bytes of a tensor: a view if it is contiguous and on the CPU, else a copy."""
         if not isinstance(value, Tensor):
             raise InvalidInput(f"{path} is a {type(value).__name__}, not a tensor", field=path)
         if value.dtype not in _NUMBERS:
-            raise InvalidInput(f"{path} has dtype {value.dtype}, which does not travel", field=path)
+            raise InvalidInput(f"{path} has dtype {value.dtype}, which has no Dtype on the wire", field=path)
         dense = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         return _NUMBERS[value.dtype], tuple(value.shape), dense.numpy().data
 
     def restore(self, path: str, tensor: pb.Tensor, buffer: bytearray | mmap) -> Tensor:
-        """A tensor over the beginning of buffer. Raises InvalidInput for bytes that a bool cannot have."""
+        """Return a tensor with the beginning of `buffer` as storage. Raises InvalidInput for invalid bool bytes."""
         dtype, count = _DTYPES[tensor.dtype], tensor.byte_size
         if count == 0:
             return torch.empty(tuple(tensor.shape), dtype=dtype)
         flat = torch.frombuffer(buffer, dtype=torch.uint8, count=count)
         if dtype is torch.bool and flat.max().item() > 1:
-            raise InvalidInput(f"{path} holds a byte that is neither 0 nor 1, but is of DTYPE_BOOL", field=path)
+            raise InvalidInput(f"{path} contains a byte that is neither 0 nor 1, but is of DTYPE_BOOL", field=path)
         return flat.view(dtype).reshape(tuple(tensor.shape))
 
 
 TORCH = TorchTensors()
-"""The leaf to pack and unpack with where torch is."""
+"""The TensorLeaf of processes with torch."""

@@ -1,11 +1,11 @@
-"""Starts programs that do not outlive this one, however it ends, SIGKILL included.
+"""Starts child processes that end when this process ends, even by SIGKILL.
 
-On Linux the kernel is asked to kill the child when the thread that started it ends, so start it from a thread that
-stays: the main one. Elsewhere a child outlives a parent that was killed by SIGKILL, and nothing else.
+On Linux, the child sets PR_SET_PDEATHSIG: the kernel kills it when the thread that started it ends. Start children from
+the main thread. On other systems, a child survives only a SIGKILL of its parent.
 
-This file is also the child's first program: it asks the kernel, and then becomes the real one (same process id).
-Doing so between fork and exec of a process with threads would not be safe. It imports nothing beyond the standard
-library, and runs by its path without site-packages, in about 25 ms.
+This file is also the program that the child executes first: it calls prctl and then execs the command, with the same
+process id. Calling prctl between fork and exec of a multi-threaded process would not be safe. It imports only the
+standard library and runs without site-packages, in about 25 ms.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def tethered(command: Sequence[str]) -> list[str]:
-    """The command line that starts `command`, whose first word is a path, tied to this process."""
+    """Return the command line that runs `command`, whose first element is a path, as a tethered child."""
     return [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(os.getpid()), *command]
 
 
 def start_tethered(command: Sequence[str], *, directory: Path, output: int) -> subprocess.Popen[bytes]:
-    """Start a command in a directory, its standard output and error going to a file descriptor.
+    """Start a tethered command in a directory, with standard output and error redirected to a file descriptor.
 
-    It gets a session of its own, so that Ctrl-C at the terminal reaches only this process.
+    The child runs in a new session, so that Ctrl-C at the terminal interrupts only this process.
     """
     return subprocess.Popen(
         tethered(command),
@@ -42,11 +42,11 @@ def start_tethered(command: Sequence[str], *, directory: Path, output: int) -> s
 
 
 def _become(parent: int, command: Sequence[str]) -> None:
-    """Tie this process to its parent, then replace it by the command."""
+    """Set the parent-death signal of this process, then exec the command."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
-        sys.exit("the parent ended before its child began")
+        sys.exit("the parent process ended before its child started")
     os.execv(command[0], list(command))
 
 

@@ -1,7 +1,6 @@
-"""W3C trace contexts, and the current span of a task or thread. Imports nothing of OpenTelemetry.
+"""W3C trace contexts, and the current span of a task or thread. Does not import OpenTelemetry.
 
-A context comes in and goes out as the gRPC metadata `traceparent` and `tracestate`, also where this process exports no
-spans: it passes on what it got.
+The context is propagated in the gRPC metadata `traceparent` and `tracestate`, even if this process exports no spans.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ TRACEPARENT_KEY = "traceparent"
 TRACESTATE_KEY = "tracestate"
 
 _SAMPLED = 1
-_MOST_STATE = 512  # characters of a tracestate that are passed on, as W3C asks for; a longer one is dropped
+_MOST_STATE = 512  # maximum characters of a propagated tracestate, as W3C requires; a longer one is dropped
 _TRACEPARENT = re.compile(
     r"(?P<version>[0-9a-f]{2})-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-(?P<flags>[0-9a-f]{2})"
 )
@@ -26,7 +25,7 @@ _STATE = re.compile(r"[ -~]*")
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    """Ids of a span in lowercase hexadecimal (32 and 16 digits), the trace flags, and the tracestate as it came."""
+    """Ids of a span in lowercase hexadecimal (32 and 16 digits), the trace flags, and the unparsed tracestate."""
 
     trace_id: str
     span_id: str
@@ -35,19 +34,19 @@ class TraceContext:
 
     @property
     def sampled(self) -> bool:
-        """Whether the trace is recorded."""
+        """Whether the sampled flag is set."""
         return bool(self.flags & _SAMPLED)
 
     @property
     def traceparent(self) -> str:
-        """The value of the metadata of that name."""
+        """Value of the metadata key `traceparent`."""
         return f"00-{self.trace_id}-{self.span_id}-{self.flags:02x}"
 
 
 def parse_traceparent(text: str, state: str = "") -> TraceContext | None:
-    """Read a traceparent and its tracestate; None for a traceparent that W3C calls invalid.
+    """Parse a traceparent and its tracestate. Returns None for a traceparent that is invalid by the W3C specification.
 
-    A later version may have more fields after these four. A tracestate that is too long or not printable is dropped.
+    Later versions may have further fields. A tracestate that is too long or not printable ASCII is dropped.
     """
     match = _TRACEPARENT.match(text)
     if match is None or match["version"] == "ff" or not int(match["trace"], 16) or not int(match["span"], 16):
@@ -61,7 +60,7 @@ def parse_traceparent(text: str, state: str = "") -> TraceContext | None:
 
 
 class SpanKind(Enum):
-    """The role of a span's process, as OpenTelemetry distinguishes it."""
+    """Span kind of OpenTelemetry."""
 
     INTERNAL = "INTERNAL"
     SERVER = "SERVER"
@@ -69,9 +68,9 @@ class SpanKind(Enum):
 
 
 class Span:
-    """A span that records nothing. `context` is passed on to other processes; None outside any trace.
+    """A span that records nothing. `context` is propagated to called processes; None outside a trace.
 
-    Attributes are numbers, booleans and short names, never a prompt or the text of an error.
+    Attributes are numbers, booleans and short names, never prompts or error messages.
     """
 
     __slots__ = ("context",)
@@ -80,7 +79,7 @@ class Span:
         self.context = context
 
     def event(self, name: str, **attributes: str | int | float) -> None:
-        """Record that something happened now."""
+        """Add an event with the current time."""
 
     def set(self, **attributes: str | int | float) -> None:
         """Set attributes."""
@@ -97,19 +96,19 @@ _current: ContextVar[Span] = ContextVar("fleet_span", default=NO_SPAN)
 
 
 def current_span() -> Span:
-    """The span of this task or thread."""
+    """Return the span of this task or thread."""
     return _current.get()
 
 
 def current_trace_id() -> str | None:
-    """The id of the current trace, as 32 hexadecimal digits; None where no trace is recorded."""
+    """Return the id of the current trace, as 32 hexadecimal digits; None if the trace is not sampled."""
     context = _current.get().context
     return context.trace_id if context is not None and context.sampled else None
 
 
 @contextmanager
 def entered(span: Span) -> Iterator[Span]:
-    """Make the span the current one of this task or thread, and of the tasks that it starts."""
+    """Make a span the current span of this task or thread, and of tasks that it starts, within the block."""
     token = _current.set(span)
     try:
         yield span
@@ -118,15 +117,15 @@ def entered(span: Span) -> Iterator[Span]:
 
 
 def make_current(span: Span) -> None:
-    """Make the span the current one for the rest of a gRPC call. Interceptors that end after its handler see it.
+    """Make a span the current span for the rest of a gRPC call, including interceptors that end after its handler.
 
-    Never reset: each call is a task with a context of its own.
+    There is no reset: each call is a separate task with a copy of the context.
     """
     _current.set(span)
 
 
 def receive(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
-    """Make the span that a gRPC call's metadata names the current one of the call's task."""
+    """Make the span in a gRPC call's metadata the current span of the call's task."""
     parent, state = "", ""
     for key, value in metadata or ():
         if key == TRACEPARENT_KEY and isinstance(value, str):
@@ -138,7 +137,7 @@ def receive(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
 
 
 def outgoing() -> tuple[tuple[str, str], ...]:
-    """The metadata that names the current span as the parent of what the called process does."""
+    """Return the gRPC metadata that propagates the current span to the called process."""
     context = _current.get().context
     if context is None:
         return ()

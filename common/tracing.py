@@ -1,7 +1,8 @@
-"""Spans, exported by OpenTelemetry where its environment variables ask for it, and otherwise free of cost and imports.
+"""Tracing with OpenTelemetry, if its environment variables enable it. If not, OpenTelemetry is not imported.
 
-Traces are on where OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set, or OTEL_TRACES_EXPORTER is
-"otlp", unless OTEL_SDK_DISABLED is "true" or OTEL_TRACES_EXPORTER is "none". The SDK reads all other variables.
+Tracing is enabled if OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set or OTEL_TRACES_EXPORTER
+is "otlp", and disabled if OTEL_SDK_DISABLED is "true" or OTEL_TRACES_EXPORTER is "none". The SDK reads all other
+variables.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _log = get_logger(__name__)
 
 
 class Tracer(Protocol):
-    """Makes spans and exports them."""
+    """Creates and exports spans."""
 
     def start(
         self,
@@ -40,20 +41,20 @@ class Tracer(Protocol):
         attributes: Mapping[str, str | int | float],
         start_ns: int | None = None,
     ) -> Span:
-        """Start a span below `parent`, or a new trace where that has no context. `start_ns`: since 1970; None: now."""
+        """Start a child of `parent`, or a new trace if `parent` has no context. `start_ns` since 1970; None: now."""
 
     def restart(
         self, name: str, kind: SpanKind, parent: TraceContext | None, context: TraceContext, start_ns: int
     ) -> Span:
-        """Start a span again that another process started and cannot end: with its ids and its start."""
+        """Recreate a span that another process started and cannot end, with its ids and start time."""
 
     def close(self) -> None:
-        """Export what has ended, for a bounded time."""
+        """Export the ended spans, for a bounded time."""
 
 
 @dataclass(frozen=True)
 class NotExported:
-    """Why no spans are exported although variables ask for it, and what to do."""
+    """Reason why spans are not exported although tracing is enabled, and the correction."""
 
     reason: str
     advice: str
@@ -64,12 +65,12 @@ _users = 0
 
 
 def tracer() -> Tracer | None:
-    """What exports the spans of this process; None where nothing does."""
+    """Return the tracer of this process; None if no spans are exported."""
     return _tracer
 
 
 def start_span(name: str, kind: SpanKind = SpanKind.INTERNAL, **attributes: str | int | float) -> Span:
-    """Start a span below the current one; one that records nothing outside any trace. The caller ends it."""
+    """Start a child of the current span, which the caller ends. Outside a trace, it records nothing."""
     parent = current_span()
     if _tracer is None or parent.context is None:
         return NO_SPAN
@@ -79,7 +80,7 @@ def start_span(name: str, kind: SpanKind = SpanKind.INTERNAL, **attributes: str 
 def span(
     name: str, kind: SpanKind = SpanKind.INTERNAL, **attributes: str | int | float
 ) -> AbstractContextManager[Span]:
-    """A span below the current one, which is the current one within. It fails with the exception that ends it."""
+    """Return a context that runs in a child of the current span. An exception marks the span as failed."""
     if _tracer is None or (parent := current_span()).context is None:
         return nullcontext(NO_SPAN)
     return ending(_tracer.start(name, kind, parent, attributes))
@@ -87,9 +88,9 @@ def span(
 
 @contextmanager
 def ending(span: Span) -> Iterator[Span]:
-    """Make a span the current one, and end it afterwards.
+    """Make a span the current span within the block, and end it afterwards.
 
-    An exception is recorded by the name of its class alone. That a call was cancelled or handed over is no failure.
+    An exception is recorded by its class name only. Cancellation and hand-over do not mark the span as failed.
     """
     try:
         with entered(span):
@@ -109,16 +110,16 @@ def ending(span: Span) -> Iterator[Span]:
 
 @contextmanager
 def traced_stage(timed: AbstractContextManager[None], stage: str) -> Iterator[None]:
-    """The context in which a stage runs: its span, and `timed`."""
+    """Run a stage in its span and in the context `timed`."""
     with span(f"stage {stage}"), timed:
         yield
 
 
 @contextmanager
 def exporting(service: str, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Export the spans of this process, where the environment asks for it. Services of one process share the exporter.
+    """Export the spans of this process within the block, if tracing is enabled. Nested uses share the exporter.
 
-    Nothing here fails: where spans cannot be exported, one warning says why.
+    Does not raise: if spans cannot be exported, one warning is logged.
     """
     global _tracer, _users
     if not _users and is_wanted(environ):
@@ -134,7 +135,7 @@ def exporting(service: str, environ: Mapping[str, str] = os.environ) -> Iterator
 
 
 def is_wanted(environ: Mapping[str, str]) -> bool:
-    """Whether the variables ask for traces."""
+    """Return whether the environment variables enable tracing."""
     exporter = environ.get(EXPORTER, "").strip().lower()
     if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or exporter == "none":
         return False
@@ -142,12 +143,12 @@ def is_wanted(environ: Mapping[str, str]) -> bool:
 
 
 def collector_url(environ: Mapping[str, str]) -> str:
-    """The URL that spans are sent to, without a password."""
+    """Return the URL of the collector, without the password."""
     return without_password(next((environ[name] for name in ENDPOINTS if environ.get(name)), _DEFAULT_ENDPOINT))
 
 
 def load_exporter(service: str, environ: Mapping[str, str]) -> OtlpTracer | NotExported:
-    """The exporter, where the variables ask for one; the reason why there cannot be one."""
+    """Return the exporter, or the reason why it cannot be created."""
     exporter = environ.get(EXPORTER, "").strip().lower()
     if exporter not in ("", "otlp"):
         return NotExported(f"{EXPORTER} is {environ[EXPORTER]!r}", "otlp and none are supported")
@@ -155,7 +156,7 @@ def load_exporter(service: str, environ: Mapping[str, str]) -> OtlpTracer | NotE
     if name and environ[name].strip().lower() != "grpc":
         return NotExported(f"{name} is {environ[name]!r}", "grpc is supported")
     try:
-        # OpenTelemetry takes 0.2 s and 20 MB, and is an optional extra.
+        # OpenTelemetry is an optional extra, and its import takes 0.2 s and 20 MB.
         from common.otlp import OtlpTracer
     except ModuleNotFoundError as error:
         given = ", ".join(each for each in (*ENDPOINTS, EXPORTER) if environ.get(each))
@@ -165,11 +166,11 @@ def load_exporter(service: str, environ: Mapping[str, str]) -> OtlpTracer | NotE
     try:
         return OtlpTracer(service, collector_url(environ))
     except Exception as error:  # noqa: BLE001  (the SDK has exceptions of its own for wrong variables)
-        return NotExported(f"an OTEL_ variable is wrong: {without_password(str(error))}", "correct or unset it")
+        return NotExported(f"an OTEL_ variable is invalid: {without_password(str(error))}", "correct or unset it")
 
 
 def _opened(service: str, environ: Mapping[str, str]) -> Tracer | None:
-    """The exporter; None, with a warning, where there cannot be one."""
+    """Return the exporter; None, with a warning, if it cannot be created."""
     found = load_exporter(service, environ)
     if isinstance(found, NotExported):
         _log.warning("no traces are exported", reason=found.reason, advice=found.advice)

@@ -1,4 +1,4 @@
-"""One service for all variants of a model: its united contract, and the stages of each variant."""
+"""Hosts all variants of a model in one service: the union of their contracts, and the stages of each variant."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from common.stage import Call, Contract, PipelineStage
 
 
 def unite_contracts(name: str, contracts: Sequence[Contract]) -> Contract:
-    """The union of the variants' contracts. Slots that one variant lacks are optional, inputs and outputs alike.
+    """Return the union of the variants' contracts. Slots that a variant lacks become optional.
 
-    Raises PipelineError where two variants give one slot different artifacts, or resume from different slots.
+    Raises PipelineError if two variants use different artifacts for one slot, or resume from different slots.
     """
     inputs = _united(name, [contract.inputs for contract in contracts])
     outputs = _united(name, [contract.outputs for contract in contracts])
@@ -40,15 +40,14 @@ def _united(name: str, slots: Sequence[Mapping[str, str]]) -> dict[str, str]:
     for each in slots:
         for slot, kind in each.items():
             if united.setdefault(slot, kind) != kind:
-                raise PipelineError(f"{name}: variants have {slot!r} as {united[slot]} and as {kind}")
+                raise PipelineError(f"{name}: variants declare {slot!r} as {united[slot]} and as {kind}")
     return united
 
 
 def unite_services(variants: Sequence[Sequence[ServiceSpec]]) -> tuple[ServiceSpec, ...]:
-    """The services of all variants, each once, with the union of its contracts and stages.
+    """Return the distinct services of all variants, each with the union of its contracts and stages.
 
-    A service follows the one that precedes it in the first variant that has it. Raises PipelineError as
-    unite_contracts().
+    Each service follows its predecessor in the first variant that uses it. Raises PipelineError as unite_contracts().
     """
     if len(variants) == 1:
         return tuple(variants[0])
@@ -70,10 +69,10 @@ def _united_service(name: str, services: Sequence[ServiceSpec]) -> ServiceSpec:
 
 
 class HostedVariants:
-    """The stages of a service for every variant of a model that uses it; each call is run by those of its variant.
+    """Stages of a service for every variant of a model. Each call runs the stages of its variant.
 
-    `variants` are the stages of each variant, in the model's order. A call without a variant is for the first one.
-    `timed` makes the context that a stage of that name runs in.
+    `variants` maps variant names to stages, in the model's order. A call without a variant runs the first. `timed`
+    returns the context in which a stage of the given name runs.
     """
 
     def __init__(
@@ -91,11 +90,11 @@ class HostedVariants:
 
     @property
     def contracts(self) -> dict[str, Contract]:
-        """What the stages of each variant read and write, in the model's order."""
+        """Contract of each variant, in the model's order."""
         return {name: stages.contract for name, stages in self._variants.items()}
 
     def of(self, variant: str) -> HostedStages:
-        """The stages of one variant. Raises InvalidInput that names the variants for another name."""
+        """Return the stages of a variant. Raises InvalidInput with the variants for an unknown name."""
         if not variant:
             return next(iter(self._variants.values()))
         if variant not in self._variants:
@@ -105,9 +104,9 @@ class HostedVariants:
         return self._variants[variant]
 
     def contract_of(self, variant: str) -> Contract:
-        """What the stages of one variant read and write. Raises as of()."""
+        """Return the contract of a variant. Raises InvalidInput for an unknown name."""
         return self.of(variant).contract
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Run the stages of the call's variant on artifacts by slot; returns the outputs of its contract."""
+        """Run the stages of the call's variant on artifacts by slot. Returns the outputs of its contract."""
         return self.of(call.variant).run(values, call)

@@ -1,7 +1,7 @@
-"""A tokenizer's vocabulary, checked in its files and without the library that runs it.
+"""Validates the vocabulary files of a tokenizer, without the tokenizer's library.
 
-transformers builds a tokenizer whose vocabulary files are missing from its special tokens alone. Every prompt is then
-the same run of unknown tokens, and no error is raised.
+If vocabulary files are missing, transformers builds a tokenizer that has only special tokens, without an error. It
+would encode every prompt as unknown tokens.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ VOCABULARY_FILES: Mapping[str, tuple[str, ...]] = {
     "Qwen2Tokenizer": ("vocab.json", "merges.txt"),
     "T5Tokenizer": ("spiece.model",),
 }
-"""Files that a tokenizer class (without `Fast`) is built from where there is no tokenizer.json; none: it needs that.
+"""Files from which a tokenizer class (without `Fast`) is built if there is no tokenizer.json; empty: it is required.
 
-PixtralProcessor is here for its tokenizer, which alone is used.
+PixtralProcessor is listed because the fleet uses its tokenizer, and nothing else of it.
 """
 
-# Byte-level BPE starts from 256 bytes, CLIP's from twice as many; the others are special tokens.
+# Byte-level BPE has 256 base tokens, CLIP's BPE 512; the remainder is for special tokens.
 _MOST_TOKENS_WITHOUT_MERGE = 1024
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The file that holds the vocabulary, and the highest token id in it plus 1."""
+    """A vocabulary: its file, and its size, the highest token id plus 1."""
 
     file: Path
     size: int
 
 
 def has_vocabulary(class_name: str) -> bool:
-    """Whether read_vocabulary() checks tokenizers of this class."""
+    """Return whether read_vocabulary() supports tokenizers of this class."""
     return class_name.removesuffix("Fast") in VOCABULARY_FILES
 
 
 def read_vocabulary(folder: Path, class_name: str) -> Vocabulary | None:
-    """The vocabulary of a tokenizer's folder; None for a class that VOCABULARY_FILES does not list.
+    """Return the vocabulary in a tokenizer's directory; None for a class that VOCABULARY_FILES does not list.
 
-    Raises CheckpointError that names the file for a vocabulary that is missing, empty or incomplete.
+    Raises CheckpointError with the file for a missing, empty or incomplete vocabulary.
     """
     if not has_vocabulary(class_name):
         return None
@@ -136,7 +136,7 @@ def _check_pieces(path: Path, pieces: Iterable[object]) -> None:
 
 
 def _check_merges(path: Path, merges: Sequence[Any], vocab: Mapping[str, int]) -> None:
-    """Every merge gives a token of a BPE vocabulary, and every longer token of it comes from a merge."""
+    """Raise CheckpointError unless each BPE merge produces a token and the number of merges fits the vocabulary."""
     for merge in merges:
         match merge.split(" ") if isinstance(merge, str) else merge:
             case [str() as left, str() as right] if left + right in vocab:
@@ -149,7 +149,7 @@ def _check_merges(path: Path, merges: Sequence[Any], vocab: Mapping[str, int]) -
 
 
 def _fields(path: Path, data: bytes) -> Iterator[tuple[int, int]]:
-    """Number and wire type of each top-level field of a serialised protobuf message, sentencepiece's ModelProto."""
+    """Yield number and wire type of each top-level field of a serialised sentencepiece ModelProto."""
     position = 0
     while position < len(data):
         key, position = _varint(path, data, position)
@@ -182,4 +182,4 @@ def _varint(path: Path, data: bytes, position: int) -> tuple[int, int]:
 
 
 def _not_sentencepiece(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} is not a whole sentencepiece model; download it again")
+    return CheckpointError(f"{path} is not a complete sentencepiece model; download it again")

@@ -1,4 +1,4 @@
-"""Files that are replaced while the process runs, such as keys and certificates: read again when they change."""
+"""Reloads files that are replaced while the process runs, such as keys and certificates."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _log = get_logger(__name__)
 
 
 class WatchedFiles(Generic[T]):
-    """What `read` made of some files, always as they are now.
+    """Caches the value that `read` computes from files, and reloads it when a file changes.
 
-    Asking for the value looks at the files, at most every `check_seconds`, and reads them again once one is another
-    file, or was written to. Files that are replaced one after the other, as a certificate and its key, do not fit in
-    between: content that `read` refuses with a FleetError is logged once, and what was read before stays in force.
-    Links are followed, so that a mounted Kubernetes secret counts as changed when its link is. Thread-safe: gRPC asks
-    for certificates on threads of its own. The first reading raises what `read` raises.
+    Accessing the value checks inode, modification time and size of the files at most every `check_seconds`. While a
+    certificate and its key are replaced one after the other, they do not match: if `read` raises FleetError, the error
+    is logged once and the previous value remains valid. Symbolic links are followed, as mounted Kubernetes secrets
+    require. Thread-safe, because gRPC reads certificates on its own threads. The constructor raises the errors of
+    `read`.
     """
 
     def __init__(
@@ -43,43 +43,43 @@ class WatchedFiles(Generic[T]):
         self._name = name
         self._clock = clock
         self._lock = threading.Lock()
-        # Before the reading: what is written during it is a change then.
-        self._stamp = self._look()
+        # Before read(), so that a write during read() is detected as a change.
+        self._stamp = self._current_stamp()
         self._value = read()
         self._version = 1
-        self._next_look = clock() + check_seconds
+        self._next_check = clock() + check_seconds
 
     @property
     def value(self) -> T:
-        """The content that is in force."""
+        """The latest valid value."""
         return self.versioned()[1]
 
     def versioned(self) -> tuple[int, T]:
-        """The same, with a number that grows each time that other content comes into force."""
+        """Return a version, which grows with each reload, and the latest valid value."""
         with self._lock:
             now = self._clock()
-            if now >= self._next_look:
-                self._next_look = now + self._check_seconds
-                if (stamp := self._look()) != self._stamp:
+            if now >= self._next_check:
+                self._next_check = now + self._check_seconds
+                if (stamp := self._current_stamp()) != self._stamp:
                     self._stamp = stamp
-                    self._read_again()
+                    self._reload()
             return self._version, self._value
 
-    def _read_again(self) -> None:
+    def _reload(self) -> None:
         try:
             self._value = self._read()
         except FleetError as error:
-            _log.error("changed files refused, the earlier content stays in force", setting=self._name, error=error)
+            _log.error("changed files are invalid, the previous content is used", setting=self._name, error=error)
         else:
             self._version += 1
             _log.info("changed files loaded", setting=self._name, files=self._paths)
 
-    def _look(self) -> _Stamp:
+    def _current_stamp(self) -> _Stamp:
         return tuple(_stamp_of(path) for path in self._paths)
 
 
 def _stamp_of(path: Path) -> tuple[int, int, int] | None:
-    """What changes with a file's content; None for a file that is not there."""
+    """Return inode, modification time in ns and size of a file, which detect changes; None for a missing file."""
     try:
         status = path.stat()
     except OSError:

@@ -1,8 +1,8 @@
-"""Finds the safetensors files of one module: plain ones, shards, and the variants that Diffusers names.
+"""Finds the safetensors files of one module: single files, shards and Diffusers variants.
 
-Names, as Diffusers 0.42 and transformers 5 write and read them, with STEM `diffusion_pytorch_model` or `model`:
-STEM.safetensors and STEM.VARIANT.safetensors; with shards, STEM.safetensors.index.json and
-STEM.safetensors.index.VARIANT.json (STEM.safetensors.VARIANT.index.json in older Diffusers), which name the shards.
+File names of Diffusers 0.42 and transformers 5, with STEM `diffusion_pytorch_model` or `model`: STEM.safetensors and
+STEM.VARIANT.safetensors; the index of shards is STEM.safetensors.index.json or STEM.safetensors.index.VARIANT.json
+(STEM.safetensors.VARIANT.index.json in older Diffusers).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _INDEX = re.compile(
 )
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\..*")
 _ANY_INDEX = re.compile(r".*\.index(\.[^.]+)?\.json")
-# Of several variants without a plain file: bfloat16 before float16, because it has the range of float32.
+# Order of preference if there are only variants. bfloat16 before float16, because it has the range of float32.
 _PREFERRED_VARIANTS = ("fp32", "bf16", "fp16")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _LONGEST_NAME = 255  # bytes
@@ -32,9 +32,9 @@ _LONGEST_NAME = 255  # bytes
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """A module's weights: headers by file in the order of their names, the shard index, and the variant.
+    """Weight files of a module: headers by file, sorted by name, the shard index, and the variant.
 
-    `variant` is None for plain files, else what from_pretrained() takes as `variant`.
+    `variant` is the argument `variant` of from_pretrained(); None for files without a variant.
     """
 
     headers: Mapping[Path, SafetensorsHeader] = field(default_factory=dict)
@@ -43,10 +43,10 @@ class WeightFiles:
 
 
 def read_weights(folder: Path, library: str) -> WeightFiles:
-    """Find a module's weights and read their headers; no headers where there are none. Raises CheckpointError.
+    """Find a module's weight files and read their headers; empty if there are none. Raises CheckpointError.
 
-    `library` is that of model_index.json: where one file and shards lie side by side, transformers reads the file and
-    Diffusers the shards.
+    `library` is the module's library in model_index.json. If a directory contains a single file and shards,
+    transformers reads the single file and Diffusers the shards.
     """
     for stem in _STEMS.get(library, _OTHER_STEMS):
         candidates = _candidates(folder, stem)
@@ -63,26 +63,26 @@ def read_weights(folder: Path, library: str) -> WeightFiles:
 
 
 def no_weights(folder: Path, library: str) -> CheckpointError:
-    """The error for a module without safetensors files; names what lies there instead."""
+    """Return the error for a module without safetensors files, with the weight files that exist instead."""
     names = " or ".join(f"{stem}.safetensors" for stem in _STEMS.get(library, _OTHER_STEMS))
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
         return CheckpointError(
-            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which are not read because they can run "
-            f"code; {names} is needed (save_pretrained() of Diffusers writes it)"
+            f"{folder} contains only pickled weights ({', '.join(pickles[:3])}), which can run code; {names} is "
+            "required (save_pretrained() of Diffusers writes it)"
         )
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
     found = f"; {', '.join(others[:3])} has another name" if others else ""
-    return CheckpointError(f"{folder} holds no weights{found}; {names} is needed, plain or as a variant")
+    return CheckpointError(f"{folder} contains no weights{found}; {names} is required, with or without a variant")
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file is one of weights, or lists them: it counts for a fingerprint only if it is read."""
+    """Return whether a file is a weight file or a shard index."""
     return name.endswith((".safetensors", ".gguf", *_PICKLES)) or _ANY_INDEX.fullmatch(name) is not None
 
 
 def is_file_name(text: str) -> bool:
-    """Whether a file system could have it as the name of one file."""
+    """Return whether a string is a valid name of a single file."""
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
@@ -91,7 +91,7 @@ def is_file_name(text: str) -> bool:
 
 
 def _candidates(folder: Path, stem: str) -> dict[str | None, dict[str, Path]]:
-    """By variant, the single file and the shard index of that stem. Links without target count."""
+    """Return the single file and the shard index of a stem, by variant. Includes dangling links."""
     found: dict[str | None, dict[str, Path]] = {}
     for path in sorted(folder.iterdir()):
         single, index = _SINGLE.fullmatch(path.name), _INDEX.fullmatch(path.name)
@@ -104,7 +104,7 @@ def _candidates(folder: Path, stem: str) -> dict[str | None, dict[str, Path]]:
 
 
 def _choose_variant(folder: Path, candidates: Mapping[str | None, object]) -> str | None:
-    """The plain files; else the only variant; else the first of _PREFERRED_VARIANTS."""
+    """Return the variant to load: the only one, else files without a variant, else the first of _PREFERRED_VARIANTS."""
     if len(candidates) == 1:
         return next(iter(candidates))
     for variant in (None, *_PREFERRED_VARIANTS):
@@ -112,8 +112,8 @@ def _choose_variant(folder: Path, candidates: Mapping[str | None, object]) -> st
             return variant
     names = ", ".join(sorted(map(str, candidates)))
     raise CheckpointError(
-        f"{folder} holds the variants {names} and no plain weights; keep one of them, "
-        f"or add {', '.join(_PREFERRED_VARIANTS)} or plain ones, which are preferred"
+        f"{folder} contains the variants {names} and no weights without a variant; retain one of them, "
+        f"or add {', '.join(_PREFERRED_VARIANTS)} or weights without a variant, which take precedence"
     )
 
 
@@ -132,5 +132,5 @@ def _read_shards(index: Path) -> dict[Path, SafetensorsHeader]:
         headers[path] = read_header(path)
     for tensor, file in weight_map.items():
         if tensor not in headers[index.parent / file].tensors:
-            raise CheckpointError(f"{index} says that {file} holds {tensor}, but it does not")
+            raise CheckpointError(f"{index} assigns {tensor} to {file}, which does not contain it")
     return headers

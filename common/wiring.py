@@ -1,8 +1,9 @@
-"""Wiring: the slots that a coordinator supplies to a service and reads from it, and which workers fit.
+"""Compatibility of coordinators and workers of different releases, by their contracts and wirings.
 
-A coordinator and its workers may be one release apart. Each worker announces its contract; a claim has the wiring of
-its request at the service. The store compares both before it grants a claim: common/state/lua/contracts.lua has the
-same rule. The coordinator compares again, since processes of the last release hand out slots without a comparison.
+A wiring is the slots that a coordinator supplies to a service and reads from it. Each worker announces its contract,
+and each claim has the wiring of its request. The store compares them before it grants a claim;
+common/state/lua/contracts.lua implements the same rule. The coordinator compares again, because processes of the last
+release grant slots unchecked.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _DIGEST_LENGTH = 16
 
 @dataclass(frozen=True)
 class Wiring:
-    """The slots that a coordinator supplies to a service, and those that it reads from it, each with its type.
+    """Slots that a coordinator supplies to a service and reads from it, each with its type.
 
-    `variant` is the model's variant that the request is for; empty for a model with one variant.
+    `variant` is the variant of the request; empty for a model with one variant.
     """
 
     variant: str
@@ -33,23 +34,23 @@ class Wiring:
 
     @cached_property
     def text(self) -> str:
-        """The form that the store reads; equal where the wirings are."""
+        """Canonical JSON for the store: equal for equal wirings."""
         return _json({"variant": self.variant, "supplied": dict(self.supplied), "read": dict(self.read)})
 
     @cached_property
     def digest(self) -> str:
-        """16 hexadecimal digits that stand for the text."""
+        """Digest of the text, 16 hexadecimal digits."""
         return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()[:_DIGEST_LENGTH]
 
     def narrow(self, spec: ServiceSpec) -> ServiceSpec:
-        """The service without the outputs that only its own stages read: another release may not return them."""
+        """Return the service without outputs that only its own stages read: another release may not return them."""
         outputs = {slot: kind for slot, kind in spec.contract.outputs.items() if slot in self.read}
         optional = spec.contract.optional_outputs.intersection(outputs)
         return replace(spec, contract=replace(spec.contract, outputs=outputs, optional_outputs=optional))
 
 
 def wirings_of(variant: str, services: Sequence[ServiceSpec], given: Collection[str]) -> dict[str, Wiring]:
-    """The wiring of each service of a variant. `given` are the slots that validation fills from the request."""
+    """Return the wiring of each service of a variant. `given` are the slots that request validation supplies."""
     result = result_of(services)
     wirings: dict[str, Wiring] = {}
     written = set(given)
@@ -65,11 +66,11 @@ def wirings_of(variant: str, services: Sequence[ServiceSpec], given: Collection[
 
 
 def fault_of(worker: worker_pb2.WorkerInfo, wiring: Wiring) -> str:
-    """Why a worker cannot take claims with a wiring, in one sentence; empty where it can.
+    """Return one sentence that states why a worker cannot run claims with a wiring; empty if it can.
 
-    Its required inputs must be supplied, and its outputs must cover those that are read, with equal types. An optional
-    input that is supplied must have an equal type too, and a stream that is supplied must be read. A worker that
-    announces no contract can take every claim.
+    All required inputs of the worker must be supplied, and all slots that the coordinator reads must be outputs of the
+    worker, with equal types. A supplied optional input must have an equal type, and a supplied stream must be read. A
+    worker that announces no contract is compatible with every claim.
     """
     if not worker.HasField("contract"):
         return ""
@@ -94,9 +95,9 @@ def fault_of(worker: worker_pb2.WorkerInfo, wiring: Wiring) -> str:
 
 
 def contract_of(worker: worker_pb2.WorkerInfo, variant: str) -> Contract | None:
-    """What a worker reads and writes for a variant; None where it does not serve the variant.
+    """Return the contract of a worker for a variant; None if the worker does not serve the variant.
 
-    Without a name, the first variant. A worker of a release that announces no variants has one contract for all.
+    An empty name is the first variant. Workers of earlier releases have one contract for all variants.
     """
     if not worker.variant_contracts:
         return _contract(worker.service, worker.contract)
@@ -107,7 +108,7 @@ def contract_of(worker: worker_pb2.WorkerInfo, variant: str) -> Contract | None:
 
 
 def contract_text(worker: worker_pb2.WorkerInfo) -> str:
-    """The contracts of a worker in the form that the store reads; empty where it announces none."""
+    """Return the contracts of a worker as JSON for the store; empty if it announces none."""
     if not worker.HasField("contract"):
         return ""
     if not worker.variant_contracts:
@@ -119,10 +120,10 @@ def contract_text(worker: worker_pb2.WorkerInfo) -> str:
 
 
 def older_text(worker: worker_pb2.WorkerInfo) -> str:
-    """The contract of a worker as the last release states it: equal texts are equal contracts there."""
+    """Return the contract of a worker in the format of the last release, which compares contracts as strings."""
     contract = _contract(worker.service, worker.contract)
     parts = _slots(contract)
-    if contract.optional_outputs:  # Left out by releases without variants.
+    if contract.optional_outputs:  # Releases without variants omit the key.
         parts["optional_outputs"] = sorted(contract.optional_outputs)
     return _json(parts)
 

@@ -1,4 +1,4 @@
-"""Explains a path that is no Diffusers directory: what it holds instead, and what to pass."""
+"""Error messages for paths that are not Diffusers directories: the actual content, and the path to use instead."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _RIGHT = f"a model is a Diffusers directory with {_INDEX_FILE}"
 
 
 def repository_of(path: Path) -> str | None:
-    """ORG--NAME of a snapshot in the Hugging Face cache, .../models--ORG--NAME/snapshots/HASH; None elsewhere."""
+    """Return ORG--NAME of a snapshot in the Hugging Face cache (models--ORG--NAME/snapshots/HASH); else None."""
     if path.parent.name != "snapshots" or not path.parent.parent.name.startswith(_CACHE_PREFIX):
         return None
     return path.parent.parent.name.removeprefix(_CACHE_PREFIX) or None
 
 
 def explain(path: Path) -> str:
-    """The sentence for a path without model_index.json. It reads names, small JSON files and safetensors headers."""
+    """Return the message for a path without model_index.json. Reads file names, JSON files and safetensors headers."""
     if path.is_file():
         return _explain_file(path)
     if not path.is_dir():
@@ -43,34 +43,34 @@ def explain(path: Path) -> str:
         return f"{path} is one module of a checkpoint, which is {path.parent}; pass that directory"
     files = sorted(each for each in path.iterdir() if each.suffix in _ONE_FILE and each.is_file())
     if (path / "config.json").is_file():
-        return f"{path} holds a single model ({_class_in(path / 'config.json')}) and no pipeline; {_RIGHT}"
+        return f"{path} contains a single model ({_class_in(path / 'config.json')}) and no pipeline; {_RIGHT}"
     if files:
         return _explain_file(files[0], path)
     return f"{path} has no {_INDEX_FILE}, so it is not a Diffusers directory"
 
 
 def _explain_file(file: Path, folder: Path | None = None) -> str:
-    """The sentence for a file, or for a directory that holds it."""
+    """Return the message for a file, or for the directory that contains it."""
     if _is_lora(file):
         return _explain_lora(folder or file, file.name)
     subject = f"{file} is" if folder is None else f"{folder} has no {_INDEX_FILE}, and {file.name} in it is"
     if file.suffix not in _ONE_FILE:
         return f"{file} is a file; {_RIGHT}"
     return (
-        f"{subject} a single-file checkpoint; {_RIGHT}, which Diffusers writes of it: "
-        f"from_single_file({str(file)!r}).save_pretrained(DIRECTORY) of its pipeline class"
+        f"{subject} a single-file checkpoint; {_RIGHT}. Convert it with the pipeline class of Diffusers: "
+        f"from_single_file({str(file)!r}).save_pretrained(DIRECTORY)"
     )
 
 
 def _explain_lora(path: Path, file: str) -> str:
     return (
-        f"{path} holds LoRA weights ({file}), which change a model and are none; {_RIGHT}: load the LoRA into its base "
-        f"model with Diffusers (load_lora_weights, fuse_lora), and save_pretrained() the result"
+        f"{path} contains LoRA weights ({file}), not a model; {_RIGHT}: load the LoRA into its base model with "
+        f"Diffusers (load_lora_weights, fuse_lora), and save_pretrained() the result"
     )
 
 
 def _explain_repository(repository: Path) -> str:
-    """The sentence for one repository of the cache: it holds the snapshots that can be passed."""
+    """Return the message for a repository of the Hugging Face cache, with its snapshots."""
     whole = [str(each.parent) for each in sorted(repository.glob(f"snapshots/*/{_INDEX_FILE}"))]
     name = f"{repository} is a repository in the Hugging Face cache"
     if not whole:

@@ -134,7 +134,7 @@ class FakeWorker:
 
     async def die(self) -> None:
         """Stop serving and sending heartbeats at once, without withdrawing from the store."""
-        self.registry._stop_beat(self.info.worker_id)
+        self.registry._stop_heartbeats(self.info.worker_id)
         await self.hang_up()
 
 

@@ -1,4 +1,4 @@
-"""Addresses to listen on, and those under which others reach them."""
+"""Listen addresses of servers, and the addresses under which clients reach them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from common.errors import FailedPrecondition
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 _LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 _WILDCARDS = ("0.0.0.0", "[::]", "*", "")
-_LONGEST_SOCKET_PATH = 107  # bytes; what the kernel's address structure holds
+_LONGEST_SOCKET_PATH = 107  # bytes, size of sun_path in sockaddr_un without the terminator
 
 
 def check_listenable(listen: str) -> None:
-    """Raise FailedPrecondition, with the reason, when an address cannot be listened on.
+    """Raise FailedPrecondition with the reason if an address cannot be bound.
 
-    gRPC itself says only that it failed, and writes several lines to stderr.
+    The error of gRPC has no reason, and gRPC writes several lines to stderr.
     """
     try:
         if listen.startswith("unix:"):
@@ -39,13 +39,13 @@ def _check_socket_path(path: Path) -> None:
     if not path.parent.is_dir():
         raise OSError(f"there is no directory {path.parent}")
     if not os.access(path.parent, os.W_OK):
-        raise OSError(f"the directory {path.parent} cannot be written to")
+        raise OSError(f"the directory {path.parent} is not writable")
     if path.exists():
         if not path.is_socket():
-            raise OSError("there is a file of that name")
+            raise OSError("a file with this path exists")
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(path)) == 0:
-                raise OSError("another process listens there")
+                raise OSError("another process listens on it")
 
 
 def _check_port(listen: str) -> None:
@@ -62,16 +62,17 @@ def _check_port(listen: str) -> None:
 
 
 def bound_address(listen: str, port: int) -> str:
-    """The address that `listen` became: the same, with the port that the system picked in place of 0."""
+    """Return the listen address with the bound port, which the system has selected if `listen` has port 0."""
     if listen.startswith("unix:"):
         return listen
     return f"{listen.rpartition(':')[0]}:{port}"
 
 
 def advertised_address(bound: str, towards: str) -> str:
-    """The address under which others reach a server bound to a wildcard: this host's, as `towards` (a URL) sees it.
+    """Return the address under which other hosts reach a server that is bound to a wildcard address.
 
-    Finding it sends nothing: a datagram socket is connected, which only picks a route.
+    It is the local address of the route to `towards`, a URL. No packet is sent: connecting a datagram socket only
+    selects a route.
     """
     host, _, port = bound.rpartition(":")
     if bound.startswith("unix:") or host not in _WILDCARDS:
@@ -95,14 +96,14 @@ def _resolve(host: str | None, port: int | None) -> list[Any]:
 
 
 def socket_path(listen: str) -> Path:
-    """The file of unix:PATH or unix://PATH."""
+    """Return PATH of unix:PATH or unix://PATH."""
     return Path(listen.removeprefix("unix:").removeprefix("//"))
 
 
 def target_of(address: str) -> str:
-    """The gRPC target of HOST:PORT or unix:PATH.
+    """Return the gRPC target of HOST:PORT or unix:PATH.
 
-    A target is a URI: %, #, ? and non-ASCII characters of a path are encoded, which an address has as they are.
+    A target is a URI: %, #, ? and non-ASCII characters of a path are percent-encoded.
     """
     if not address.startswith("unix:"):
         return address
@@ -110,12 +111,12 @@ def target_of(address: str) -> str:
 
 
 def _host_of(address: str) -> str:
-    """HOST of HOST:PORT, without the brackets of an IPv6 address."""
+    """Return HOST of HOST:PORT, without the brackets of an IPv6 address."""
     return address.rpartition(":")[0].strip("[]")
 
 
 def is_local(address: str) -> bool:
-    """Whether an address is a unix socket or on the loopback interface."""
+    """Return whether an address is a Unix socket or on the loopback interface."""
     host = _host_of(address)
     if address.startswith("unix:") or host in _LOOPBACK_NAMES:
         return True
@@ -126,9 +127,9 @@ def is_local(address: str) -> bool:
 
 
 def proxy_variable(address: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Name of the environment variable that makes gRPC connect to an address through a proxy; empty without one.
+    """Return the environment variable that makes gRPC connect to an address through a proxy; empty if there is none.
 
-    The variables and their order are gRPC's; it knows them in lower case only.
+    The variables and their precedence are those of gRPC, which supports only the lower-case names.
     """
     if is_local(address):
         return ""

@@ -1,7 +1,8 @@
-"""Buffers that are used again. Memory that the process already touched is what makes a large hop cheap.
+"""Pool of reusable receive buffers. Reusing memory avoids page faults, which dominate the cost of large transfers.
 
-Buffers are anonymous mappings, not bytearrays: those are zeroed when they are made, which for a large one holds up
-the event loop, and would let a header that promises much cost as much. Not thread-safe: one pool, one event loop.
+Buffers are anonymous mappings instead of bytearrays. A bytearray is zeroed at its creation, which blocks the event loop
+and would commit memory for sizes that a header declares, before any data arrives. Not thread-safe: use one pool per
+event loop.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import sys
 from mmap import mmap
 
 _GRAIN = 1 << 20
-_UNSHARED = 2  # references that sys.getrefcount sees when only one local name holds an object
+"""Buffer sizes are multiples of this number of bytes."""
+_UNSHARED = 2  # sys.getrefcount() of an object that only one local variable refers to
 
 
 class BufferPool:
-    """Hands out leases; keeps at most `idle_bytes` of memory between calls."""
+    """Pool of buffers. Retains at most `idle_bytes` of unused memory."""
 
     def __init__(self, idle_bytes: int = 256 << 20) -> None:
         self._idle_bytes = idle_bytes
@@ -22,15 +24,15 @@ class BufferPool:
 
     @property
     def idle_bytes(self) -> int:
-        """Memory that waits to be used again."""
+        """Size of the unused buffers in bytes."""
         return sum(map(len, self._idle))
 
     def lease(self) -> BufferLease:
-        """A set of buffers with one end of life."""
+        """Return a lease: buffers that are returned to the pool together."""
         return BufferLease(self)
 
     def take(self, size: int) -> mmap:
-        """A buffer of at least `size` bytes: the smallest idle one that fits without wasting half, or a new one."""
+        """Return a buffer of at least `size` bytes: the smallest unused one up to twice that size, else a new one."""
         fitting = [buffer for buffer in self._idle if size <= len(buffer) <= max(2 * size, _GRAIN)]
         if not fitting:
             return mmap(-1, -(-size // _GRAIN) * _GRAIN)
@@ -39,16 +41,17 @@ class BufferPool:
         return chosen
 
     def give(self, buffer: mmap) -> None:
-        """Keep a buffer that nobody looks at any more; the oldest idle ones make room."""
+        """Return a buffer without references to the pool. Evicts the oldest unused buffers beyond `idle_bytes`."""
         self._idle.append(buffer)
         while self.idle_bytes > self._idle_bytes:
             self._idle.pop(0)
 
 
 class BufferLease:
-    """Buffers of one call. `close` returns them to the pool, except those that something still refers to.
+    """Buffers of one call. close() returns them to the pool, except buffers that are still referenced.
 
-    A tensor laid over a buffer refers to it, so a stage that keeps a tensor costs the pool a buffer, never its content.
+    A tensor that uses a buffer as storage references it. If a stage retains the tensor, the pool loses the buffer and
+    the tensor remains valid.
     """
 
     def __init__(self, pool: BufferPool) -> None:
@@ -57,7 +60,7 @@ class BufferLease:
         self._views: list[memoryview] = []
 
     def take(self, size: int) -> tuple[mmap, memoryview]:
-        """A buffer, and a view of its first `size` bytes that dies with the lease."""
+        """Return a buffer, and a view of its first `size` bytes that close() releases."""
         buffer = self._pool.take(size)
         view = memoryview(buffer)[:size]
         self._buffers.append(buffer)
@@ -65,7 +68,7 @@ class BufferLease:
         return buffer, view
 
     def close(self) -> None:
-        """End the lease; again is harmless."""
+        """End the lease. Idempotent."""
         while self._views:
             self._views.pop().release()
         while self._buffers:

@@ -1,7 +1,7 @@
-"""Measures calls as gRFC A66 does: how many began, their duration, and the bytes of their messages, by their end.
+"""RPC metrics of gRFC A66: number, duration and message bytes of calls.
 
-grpcio-observability would do that for the synchronous API alone, and in OpenTelemetry's registry. Metrics have no label
-`grpc_target`: addresses of workers come and go, so that its values have no bound.
+grpcio-observability supports only the synchronous API, and OpenTelemetry's registry. The metrics omit the label
+`grpc_target`, because the set of worker addresses is unbounded.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from common.rpc.wrapping import Context, Handler, split_handler
 
 @dataclass
 class Sizes:
-    """Bytes of a call's messages."""
+    """Total size of a call's messages in bytes."""
 
     sent: int = 0
     received: int = 0
 
 
-# The tasks of an attempt share one object: their contexts are copies, and refer to it.
+# All tasks of an attempt share one Sizes object, because their contexts are copies that reference it.
 _attempted: ContextVar[Sizes | None] = ContextVar("fleet_attempted_bytes", default=None)
 
 
 def counted_handler(handler: Handler, sizes: Sizes) -> Handler:
-    """The same handler for one call, whose messages are counted. Replies that are not streamed count at its end."""
+    """Return the handler for one call, with its messages counted. A unary response counts at the end of the call."""
     make, behavior = split_handler(handler)
     deserialize, serialize = handler.request_deserializer, handler.response_serializer
 
@@ -68,7 +68,7 @@ def counted_handler(handler: Handler, sizes: Sizes) -> Handler:
 
 @contextmanager
 def served_call(method: str, sizes: Sizes) -> Iterator[Callable[[str], None]]:
-    """Measure a call that a server handles; the given function sets the name of its status, at first UNKNOWN."""
+    """Measure a call that a server handles. Yields a function that sets the status name, initially UNKNOWN."""
     began, status = time.perf_counter(), ["UNKNOWN"]
     SERVER_CALLS_STARTED.labels(method).inc()
     in_flight = RPC_IN_FLIGHT.labels(method)
@@ -83,7 +83,7 @@ def served_call(method: str, sizes: Sizes) -> Iterator[Callable[[str], None]]:
 
 @dataclass
 class ClientAttempt:
-    """A call that this process makes; its messages are counted in the context in which it is created."""
+    """A call that this process makes. Its messages are counted by counted_stream() in the current context."""
 
     method: str
     _sizes: Sizes = field(default_factory=Sizes)
@@ -94,13 +94,13 @@ class ClientAttempt:
         _attempted.set(self._sizes)
 
     def end(self, code: grpc.StatusCode) -> None:
-        """The call has ended with a status."""
+        """Record the end of the call with a status."""
         histograms = (CLIENT_ATTEMPT_SECONDS, CLIENT_SENT_BYTES, CLIENT_RECEIVED_BYTES)
         _observe_end(histograms, self.method, code.name, self._began, self._sizes)
 
 
 def counted_stream(channel: grpc.aio.Channel, path: str) -> grpc.aio.StreamStreamMultiCallable[bytes, bytes]:
-    """A method whose messages are bytes, counted for the ClientAttempt in whose context it is called."""
+    """Return a method with bytes as messages, which are counted for the ClientAttempt of the calling context."""
 
     def send(raw: bytes) -> bytes:
         if (sizes := _attempted.get()) is not None:

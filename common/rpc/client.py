@@ -1,4 +1,4 @@
-"""Runs stages that are served elsewhere. Values are packets: tensors pass through unopened."""
+"""Runs stages on remote workers. Values are packets, whose tensors are not decoded."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from common.tracing import start_span
 from fleet.v1 import artifacts_pb2 as pb
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 
-_HOP_SECONDS = 0.005  # what a hop keeps of the deadline for itself
+_HOP_SECONDS = 0.005  # subtracted from the deadline of each call, for the transport of its reply
 
 
 def open_channel(
@@ -59,10 +59,10 @@ def open_channel(
     server_name: str = "",
     may_use_proxy: bool = False,
 ) -> grpc.aio.Channel:
-    """A channel to a gRPC target: host:port, or unix:path. It connects at the first call.
+    """Return a channel to host:port or unix:path. It connects at the first call.
 
-    With credentials it speaks TLS, and the server's certificate must be for `server_name`, or else for the host. With
-    `may_use_proxy` an address of another host is reached as gRPC's proxy variables say, such as https_proxy.
+    With `credentials`, the channel uses TLS, and the server's certificate must be valid for `server_name` (default: the
+    host). With `may_use_proxy`, gRPC's proxy variables, such as https_proxy, apply to other hosts.
     """
     target = target_of(address)
     options = CHANNEL_OPTIONS if may_use_proxy and not is_local(address) else (*CHANNEL_OPTIONS, *NO_PROXY)
@@ -73,7 +73,7 @@ def open_channel(
 
 
 async def get_model_info(channel: grpc.aio.Channel, *, seconds: float = 10) -> worker_pb2.WorkerInfo:
-    """What the worker at the other end says about itself. Raises FleetError."""
+    """Return the metadata of the worker behind a channel. Raises FleetError."""
     stub = worker_pb2_grpc.WorkerServiceStub(channel)
     try:
         reply = await stub.GetModelInfo(worker_pb2.GetModelInfoRequest(), timeout=seconds)
@@ -83,20 +83,20 @@ async def get_model_info(channel: grpc.aio.Channel, *, seconds: float = 10) -> w
 
 
 class WorkerLost(Unavailable):
-    """The connection ended after the call's first frame was sent: the call may have begun."""
+    """The connection was lost after the call's first frame was sent: its stages may have started."""
 
 
 class RemoteRunner:
-    """Runs a contract on the worker behind a channel. The twin of common.local.LocalRunner.
+    """Runs a contract on the worker behind a channel. Like common.local.LocalRunner, with packets as values.
 
-    Values are packets, and of a stream the ItemBuffer of its packets, which is read from its first item. Cancelling the
-    task that awaits it cancels the call. All that the worker reports goes to the Call: items of streams, among them
-    step checkpoints, as packets to its sinks, and `on_begun` when the worker starts the call's stages, which workers
-    older than Begun frames do not report (see `reports_begun` of WorkerInfo). Raises the error that the worker raised,
-    and Unavailable when the connection is lost (WorkerLost during the call), so that the caller can try another worker
-    with the same packets. ResourceExhausted has a field where no worker could take the values, and none where this
-    worker has as many calls as it takes. `unread` are outputs beyond the contract that a worker of another release may
-    return; they are dropped, and streams among them.
+    The value of a stream is an ItemBuffer of packets, which is read from the first item. Cancelling the task cancels
+    the call. Reports of the worker are passed to the Call: items of streams and step checkpoints as packets to `sinks`,
+    and `on_begun` when the stages start, which workers report if WorkerInfo.reports_begun is set.
+
+    Raises the error of the worker. Raises Unavailable if the connection is lost (WorkerLost after the first frame), so
+    that the caller can retry with the same packets on another worker. ResourceExhausted has a field if the values are
+    too large for every worker, and no field if this worker is at capacity. `unread` are outputs beyond the contract
+    that a worker of another release may return, including streams; they are dropped.
     """
 
     def __init__(
@@ -121,11 +121,11 @@ class RemoteRunner:
 
     @property
     def contract(self) -> Contract:
-        """What the stages read and write together."""
+        """Contract of all stages together."""
         return self._contract
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
-        """Send the inputs, report what the worker reports, return the outputs but for streams."""
+        """Send the inputs, forward the worker's reports to `call`, and return the outputs, except streams."""
         call.check_cancelled()
         timeout = call.seconds_left()
         if timeout is not None and (timeout := timeout - _HOP_SECONDS) <= 0:
@@ -135,7 +135,7 @@ class RemoteRunner:
         if len(header) > MAX_MESSAGE_BYTES:
             largest = max(packets, key=lambda slot: packets[slot].message.ByteSize())
             raise ResourceExhausted(
-                f"{largest} makes a header of {len(header)} bytes; at most {MAX_MESSAGE_BYTES} travel", field=largest
+                f"{largest}: a header of {len(header)} bytes is not at most {MAX_MESSAGE_BYTES} bytes", field=largest
             )
         sent = asyncio.Event()
         variant = ((VARIANT_KEY, call.variant),) if call.variant else ()
@@ -170,20 +170,20 @@ class RemoteRunner:
                 reason = WorkerLost(reason.message)
             raise reason from error
         except (InvalidInput, DecodeError) as error:
-            raise InternalError(f"{self._service} answered with wrong frames: {error}") from error
+            raise InternalError(f"{self._service} returned invalid frames: {error}") from error
         except asyncio.CancelledError:
             if _being_cancelled():
                 raise
             raise Unavailable(f"the channel to {self._service} was closed during the call") from None
         finally:
             receiver.span.end()
-            rpc.cancel()  # Without effect on a call that has ended.
+            rpc.cancel()  # No effect on a call that has ended.
             attempt.end(await rpc.code())
 
     async def _request_frames(
         self, header: bytes, values: Mapping[str, Any], sent: asyncio.Event
     ) -> AsyncIterator[bytes]:
-        """The frames of a call; `sent` is set once the first one is on its way, so that there is a connection."""
+        """Yield the frames of a call. Sets `sent` after the first frame: from then on, the connection exists."""
         packets = [value for value in values.values() if isinstance(value, Packet)]
         sending = start_span("send inputs", bytes=sum(packet.byte_size for packet in packets))
         try:
@@ -204,7 +204,7 @@ class RemoteRunner:
 
 
 def _report_computed(trailing: Iterable[tuple[str, str | bytes]] | None, call: Call) -> None:
-    """Report the worker's compute seconds; a worker that answered from its cache, or an older one, sends none."""
+    """Report the worker's compute seconds to `call`. Cached replies and workers of earlier releases have none."""
     for key, value in trailing or ():
         if key == COMPUTED_KEY:
             try:
@@ -216,7 +216,7 @@ def _report_computed(trailing: Iterable[tuple[str, str | bytes]] | None, call: C
 
 
 def header_frame(frame: type[Message], values: Mapping[str, Packet]) -> bytes:
-    """The serialised frame of a header with these artifacts."""
+    """Return the serialised frame of a header with these artifacts."""
     header: Any = header_type(frame)()
     for slot, packet in values.items():
         field_of_slot = getattr(header, slot)
@@ -229,7 +229,7 @@ def header_frame(frame: type[Message], values: Mapping[str, Packet]) -> bytes:
 
 
 class _Receiver:
-    """Takes the frames of a reply in the order they come."""
+    """Receives the frames of a reply, in order."""
 
     def __init__(
         self, frame: type[Message], contract: Contract, unread: frozenset[str], call: Call, limits: CallLimits
@@ -246,11 +246,11 @@ class _Receiver:
         self._items = ItemAssembler({**kinds, STEP_CHECKPOINTS: "DenoiseState"}, limits, self._store_of)
 
     def _store_of(self, slot: str) -> StoreFactory:
-        """Where the payloads of a stream's items go: those that nobody reads are dropped."""
+        """Return the storage of the payloads of a stream's items. Payloads of streams without a sink are dropped."""
         return KeptFrames if slot in self._call.sinks else Dropped
 
     def take(self, raw: bytes) -> ReceivedItem | None:
-        """Take a frame; returns the item that it completes."""
+        """Process a frame. Returns the item that it completes, or None."""
         chunk = read_chunk(raw)
         if chunk is not None:
             return self._take_chunk(chunk)
@@ -266,13 +266,13 @@ class _Receiver:
                 self._call.on_warning(frame.warning.field, frame.warning.message)
             case "item":
                 return None if frame.item.slot in self._unread else self._items.begin(frame.item)
-            case "checkpoint":  # of a worker that knows no items
+            case "checkpoint":  # sent by workers without StreamItem frames
                 state = frame.checkpoint.state
                 return self._items.begin(pb.StreamItem(slot=STEP_CHECKPOINTS, index=state.step, denoise_state=state))
             case "header" if self._header is None:
                 self._begin_outputs(frame.header)
             case other:
-                raise InternalError(f"an unexpected frame: {other or 'of a kind that this version does not know'}")
+                raise InternalError(f"an unexpected frame: {other or 'of a kind that this release does not support'}")
         return None
 
     def _begin_outputs(self, header: Message) -> None:
@@ -296,7 +296,7 @@ class _Receiver:
         return None
 
     def finish(self) -> dict[str, Packet]:
-        """The outputs, once the call has ended. Raises Unavailable where they are not complete."""
+        """Return the outputs after the end of the call. Raises Unavailable if they are incomplete."""
         if self._header is None or self._chunks is None or self._items.is_within_item:
             raise Unavailable("the call ended without its result")
         packets = split_packets(self._header, self._chunks.finish())

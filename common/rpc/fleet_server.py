@@ -1,4 +1,4 @@
-"""A gRPC server as every service of the fleet runs one: health, reflection, an address, a graceful end."""
+"""gRPC server of all services: health checks, reflection, bound address and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from common.rpc.interceptor import Admit, CallGate, admit_all
 from common.rpc.options import ServerLimits, server_options
 from common.rpc.wrapping import Handler
 
-_FLUSH_SECONDS = 0.5  # for the last bytes of calls that ended, and for health watches that never do
+_FLUSH_SECONDS = 0.5  # grace period for unsent bytes of ended calls; health watches never end
 
 
 class FleetServer:
-    """One listening server. Add servicers to `grpc_server` or `add`, start, say when it is ready, drain.
+    """One gRPC server. Add servicers to `grpc_server` or with add(), then call start(), set_ready() and drain().
 
-    Without `credentials` it speaks in the clear. `admit` looks at who calls the fleet's own methods. `health_listen` is
-    an address of its own for health checks in the clear: kubelets and other probes have no certificates. The health of
-    the service name `grpc.health.v1.Health` is SERVING until the drain, ready or not: a liveness probe asks for it.
+    Without `credentials`, connections are not encrypted. `admit` authorizes callers of the fleet's methods.
+    `health_listen` is a second, unencrypted address for health checks, because kubelets and other probes have no
+    certificates. The health of the service `grpc.health.v1.Health`, for liveness probes, is SERVING until drain().
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class FleetServer:
         self._health_server: grpc.aio.Server | None = None
 
     def add(self, methods: Mapping[str, Handler] | None, service_name: str) -> None:
-        """Serve the methods of a service, by name, and list it for health checks and reflection.
+        """Register the methods of a service by name, and the service for health checks and reflection.
 
-        Methods that a generated add_…_to_server function has added already are None here.
+        `methods` is None if a generated add_…_to_server function has registered the methods.
         """
         if methods is not None:
             self.grpc_server.add_registered_method_handlers(service_name, dict(methods))
         self._services.append(service_name)
 
     async def start(self) -> str:
-        """Bind and serve, as not ready yet; returns the address, with the port that was bound.
+        """Bind the address and start serving with health NOT_SERVING. Returns the address with the bound port.
 
-        Raises FailedPrecondition when the address cannot be had.
+        Raises FailedPrecondition if the address cannot be bound.
         """
         names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.grpc_server)
@@ -80,18 +80,18 @@ class FleetServer:
         return self.address
 
     async def set_ready(self, ready: bool) -> None:
-        """What health checks are told, for the server as a whole ("") and for each of its services."""
+        """Set the health of the server as a whole ("") and of each of its services."""
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", *self._services):
             await self._health.set(name, status)
 
     async def set_method_ready(self, name: str, ready: bool) -> None:
-        """The health of one method, as SERVICE/METHOD, for those who ask for it by that name."""
+        """Set the health of the method `name`, SERVICE/METHOD."""
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         await self._health.set(name, status)
 
     async def drain(self, grace: float) -> None:
-        """Say not ready, refuse new calls, let those in flight finish within `grace` seconds, end."""
+        """Set health NOT_SERVING, refuse new calls, wait up to `grace` seconds for calls in flight, and stop."""
         await self._health.enter_graceful_shutdown()
         self.gate.close()
         try:
@@ -108,7 +108,7 @@ class FleetServer:
 
 
 def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> str:
-    """Bind a server; returns the address with its port. Raises FailedPrecondition when it cannot be had."""
+    """Bind a server. Returns the address with the bound port. Raises FailedPrecondition."""
     check_listenable(listen)
     target = target_of(listen)
     try:
@@ -121,7 +121,7 @@ def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredenti
 
 @asynccontextmanager
 async def stop_signals() -> AsyncIterator[asyncio.Event]:
-    """An event that SIGTERM and SIGINT set, instead of ending the process."""
+    """Yield an event that SIGTERM and SIGINT set, instead of ending the process."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     caught = (signal.SIGTERM, signal.SIGINT)

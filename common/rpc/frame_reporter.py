@@ -1,4 +1,4 @@
-"""Turns what a stage tells its Call, on the device thread, into frames that the event loop sends."""
+"""Converts the reports of a stage to frames: from callbacks on the device thread to the event loop."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from common.rpc.items import item_frames
 from common.stage import STEP_CHECKPOINTS, Call
 from common.streams import STREAM_BYTES, byte_size_of, wait_on_thread
 
-_MAX_WAITING = 256
+_MAX_WAITING = 256  # queued frames at which progress is dropped
 _LONGEST_BEGUN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class _Item:
-    """An item that waits to be sent."""
+    """A queued item."""
 
     slot: str
     index: int
@@ -33,13 +33,13 @@ class _Item:
 
 
 class FrameReporter:
-    """The frames that a call sends while its stages run.
+    """Queue of the frames that a call sends while its stages run.
 
-    A client that reads slowly gets fewer of them, never a growing queue: progress is left out while many frames wait, a
-    checkpoint replaces the one that waits, and items of other streams hold the stage up while more than `max_bytes` of
-    them wait. Steps that come within `step_seconds` of one that was told are left out too, except the last: each would
-    wake three processes. begin() sends the frame `begun`, if there is one. A caller that does not read items gets
-    checkpoints in frames of their own, and no other streams.
+    The queue is bounded for slow clients: progress is dropped while many frames are queued, a step checkpoint replaces
+    a queued one, and other items block the stage while more than `max_bytes` of items are queued. Progress within
+    `step_seconds` of the last sent progress is dropped, except for the last step, because each progress frame wakes
+    three processes. begin() sends the frame `begun`, if it is not None. Without `sends_items`, step checkpoints are
+    sent in Checkpoint frames, and other streams are dropped.
     """
 
     def __init__(
@@ -71,20 +71,20 @@ class FrameReporter:
         self._sent = asyncio.Event()
 
     def begin(self) -> None:
-        """Send `begun`, and return once it is written, or after a second. Called on the device thread.
+        """Send `begun` and wait until it is written, for at most 1 s. Called on the device thread.
 
-        A stage may kill its process within its first millisecond, and the caller must know by then that it ran.
+        A stage may crash the process within a millisecond; the caller must know that the stage had started.
         """
         if self._begun is not None:
             self._put(self._begun)
             self._begun_sent.wait(_LONGEST_BEGUN_SECONDS)
 
     def release(self) -> None:
-        """Stop waiting for `begun` to be written: nothing is sent any more."""
+        """Unblock begin(), because no more frames are sent."""
         self._begun_sent.set()
 
     def listen(self, call: Call) -> Call:
-        """The same call, telling this reporter."""
+        """Return the call with callbacks that report to this queue."""
 
         def on_item(slot: str, index: int, artifact: Any) -> None:
             if slot == STEP_CHECKPOINTS:
@@ -98,11 +98,11 @@ class FrameReporter:
         )
 
     def end(self) -> None:
-        """No more frames. Called on the event loop."""
+        """Mark the end of the frames. Called on the event loop."""
         self._queue.put_nowait(None)
 
     async def frames(self) -> AsyncIterator[bytes]:
-        """The frames in order, until the end. Those of an item are made one at a time, as they are sent."""
+        """Yield the frames in order, until end(). Frames of an item are created one at a time."""
         while (queued := await self._queue.get()) is not None:
             if isinstance(queued, bytes):
                 yield queued
@@ -110,7 +110,8 @@ class FrameReporter:
                     self._begun_sent.set()
                 continue
             item = self._newest(queued)
-            packet = await asyncio.to_thread(pack, item.slot, item.artifact, self._leaf)  # checksums of many bytes
+            # On a thread, because pack() computes checksums of large tensors.
+            packet = await asyncio.to_thread(pack, item.slot, item.artifact, self._leaf)
             for frame in self._item_frames(item, packet):
                 yield frame
             self._waiting_bytes -= item.byte_size
@@ -126,7 +127,7 @@ class FrameReporter:
         yield from chunk_frames(packet.chunks)
 
     def _newest(self, queued: _Item) -> _Item:
-        """What is sent for a queued item: for a checkpoint the newest one."""
+        """Return the item to send for a queued item: for a step checkpoint, the latest one."""
         if queued.slot != STEP_CHECKPOINTS:
             return queued
         with self._lock:
@@ -137,7 +138,7 @@ class FrameReporter:
         self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     async def _put_item(self, item: _Item) -> None:
-        """Queue an item, and return once there is room for the next one."""
+        """Queue an item, and wait until at most `max_bytes` are queued."""
         self._waiting_bytes += item.byte_size
         self._queue.put_nowait(item)
         while self._waiting_bytes > self._max_bytes:
@@ -145,7 +146,7 @@ class FrameReporter:
             await self._sent.wait()
 
     def _put_checkpoint(self, item: _Item) -> None:
-        """Taken as it is: its tensors are not written to any more, and the loop need not wait for them to be sent."""
+        """Queue a step checkpoint without waiting. Its tensors need no copy, because the stage does not modify them."""
         if not self._sends_checkpoints:
             return
         with self._lock:

@@ -1,9 +1,9 @@
-"""The bytes of a Chunk frame, read and written without a copy of the payload that protobuf would make twice.
+"""Encodes and decodes Chunk frames without the two copies of the payload that protobuf would make.
 
-Every stage RPC spells `oneof frame { header = 1; chunk = 2 }` and Chunk spells `path = 1, offset = 2, data = 3`
-(common.rpc.method checks that), so a chunk frame has the same bytes whichever RPC it belongs to: what one stage sends
-is what the next one reads, and the coordinator hands frames on as they came. A frame that is laid out in another
-order (other protobuf writers may) is not an error: `read_chunk` returns None and the caller parses it as usual.
+All stage RPCs have `oneof frame { header = 1; chunk = 2 }`, which common.rpc.method checks, and Chunk has
+`path = 1, offset = 2, data = 3`. A chunk frame therefore has the same bytes in all RPCs, and the coordinator forwards
+frames unchanged. Other protobuf libraries may write the fields in another order: read_chunk() then returns None, and
+the caller parses the frame with protobuf.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 CHUNK_BYTES = 1 << 20
-"""Largest payload of one chunk."""
+"""Maximum payload of one chunk, in bytes."""
 INLINE_BYTES = 64 << 10
-"""Largest tensor that rides inside its header."""
+"""Maximum size of an inline tensor, in bytes."""
 INLINE_TOTAL_BYTES = 1 << 20
-"""Most bytes of tensors that an artifact puts inside its header; the rest follows in chunks, however small."""
+"""Maximum total size of the inline tensors of an artifact, in bytes. Further tensors are sent in chunks."""
 
 _FRAME_CHUNK = 0x12  # field 2, length-delimited
 _CHUNK_PATH = 0x0A  # field 1, length-delimited
@@ -27,7 +27,7 @@ Data = bytes | memoryview
 
 
 class ChunkView(NamedTuple):
-    """A chunk whose data still lies in the frame it came in. `frame` is empty when the frame cannot be sent on."""
+    """A chunk whose data is a view of its frame. `frame` is empty if the frame cannot be forwarded."""
 
     path: str
     offset: int
@@ -36,7 +36,7 @@ class ChunkView(NamedTuple):
 
 
 def chunk_frame(path: str, offset: int, data: Data) -> bytes:
-    """The serialised frame of a chunk; copies data once, into the result."""
+    """Return the serialised frame of a chunk. Copies `data` once."""
     key = path.encode()
     head = b"".join(
         (
@@ -52,7 +52,7 @@ def chunk_frame(path: str, offset: int, data: Data) -> bytes:
 
 
 def read_chunk(raw: bytes) -> ChunkView | None:
-    """The chunk in a frame, as a view into it; None when the frame is something else or laid out otherwise."""
+    """Return the chunk in a frame, as a view; None for another frame or another field order."""
     try:
         if raw[0] != _FRAME_CHUNK:
             return None
@@ -86,7 +86,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(raw: bytes, at: int) -> tuple[int, int]:
-    """The number at `at` and the place after it. Raises IndexError where none ends."""
+    """Return the varint at the offset `at`, and the offset after it. Raises IndexError for a truncated varint."""
     value = 0
     for position in range(_MAX_VARINT):
         byte = raw[at + position]

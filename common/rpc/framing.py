@@ -1,8 +1,8 @@
-"""Packets, and what is checked before a byte of a tensor is believed.
+"""Packets: the wire representation of artifacts, and the validation of received tensors. Does not import torch.
 
-An artifact travels as a Packet: its message, in which small tensors ride inline, and the payloads of the large ones
-by path ("slot.field.key"). `frames_of` turns packets into frames; an `Assembler` turns chunks back into payloads.
-Every violation is an InvalidInput that names the path. Free of torch: the coordinator moves payloads unopened.
+A Packet is an artifact's message, which contains small tensors inline, and the payloads of large tensors by path
+("slot.field.key"). chunk_frames() converts payloads to frames, and an Assembler collects chunks to payloads. Violations
+raise InvalidInput with the path. The coordinator forwards payloads without decoding them.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ ITEM_BYTES: Mapping[int, int] = {
     pb.DTYPE_INT32: 4,
     pb.DTYPE_BOOL: 1,
 }
-"""Bytes an element takes, by Dtype."""
+"""Element size in bytes, by Dtype."""
 
 
 @dataclass(frozen=True)
 class CallLimits:
-    """What one call may carry in one direction."""
+    """Limits of the tensors of one call, in one direction."""
 
     total_bytes: int = 2 << 30
     tensors: int = 4096
@@ -48,8 +48,8 @@ class CallLimits:
 class Piece:
     """Consecutive bytes of a payload.
 
-    `frame` is the serialised chunk frame that the bytes came in, if they can be sent on as they are. `owner` is the
-    buffer that starts with exactly this payload, if a tensor may be laid over it.
+    `frame` is the serialised chunk frame of the bytes, if it can be forwarded unchanged. `owner` is the buffer that
+    starts with this payload, if a tensor may use it as storage.
     """
 
     data: Data
@@ -62,25 +62,25 @@ Payloads = Mapping[str, Sequence[Piece]]
 
 @dataclass(frozen=True)
 class Packet:
-    """An artifact under way: its message, and the payloads of its large tensors by full path, slot first."""
+    """Wire representation of an artifact: its message, and the payloads of its large tensors by path."""
 
     message: Message
     chunks: Payloads = field(default_factory=dict)
 
     @property
     def byte_size(self) -> int:
-        """Memory that the packet holds on to."""
+        """Size of the message and the payloads in bytes."""
         return self.message.ByteSize() + sum(len(piece.data) for pieces in self.chunks.values() for piece in pieces)
 
     def payload(self, path: str, tensor: pb.Tensor) -> Iterator[Data]:
-        """The bytes of one of the packet's tensors, in parts of at most 1 MiB each where they came in chunks."""
+        """Yield the bytes of a tensor of the packet: inline data as a whole, or the pieces of its payload."""
         if tensor.HasField("data"):
             yield tensor.data
         else:
             yield from (piece.data for piece in self.chunks[path])
 
     def renamed(self, old: str, new: str) -> Packet:
-        """The same artifact for another slot."""
+        """Return the packet with the prefix `old` of its paths replaced by `new`: the artifact for another slot."""
         return Packet(
             self.message,
             {
@@ -91,7 +91,7 @@ class Packet:
 
 
 def checksum(parts: Sequence[Data]) -> int:
-    """XXH3-64 of the parts in order."""
+    """Return the XXH3-64 checksum of concatenated parts."""
     digest = xxhash.xxh3_64()
     for part in parts:
         digest.update(part)
@@ -99,7 +99,7 @@ def checksum(parts: Sequence[Data]) -> int:
 
 
 def tensors_of(path: str, message: Message) -> Iterator[tuple[str, pb.Tensor]]:
-    """Every tensor in a message with its path; `path` is that of the message."""
+    """Yield all tensors of a message with their paths. `path` is the path of the message."""
     if isinstance(message, pb.Tensor):
         yield path, message
         return
@@ -119,9 +119,9 @@ def tensors_of(path: str, message: Message) -> Iterator[tuple[str, pb.Tensor]]:
 
 
 def described_tensors(path: str, message: Message, limits: CallLimits) -> dict[str, pb.Tensor]:
-    """Check every tensor of a header; return those whose payload follows in chunks.
+    """Validate the tensors of a header, and return the tensors whose payloads follow in chunks.
 
-    Raises InvalidInput for a tensor that contradicts itself and ResourceExhausted beyond the limits' total.
+    Raises InvalidInput for an inconsistent tensor, and ResourceExhausted if the tensors exceed `limits.total_bytes`.
     """
     following: dict[str, pb.Tensor] = {}
     total = 0
@@ -132,7 +132,7 @@ def described_tensors(path: str, message: Message, limits: CallLimits) -> dict[s
             raise InvalidInput(f"more than {limits.tensors} tensors in one message", field=at)
         if total > limits.total_bytes:
             raise ResourceExhausted(
-                f"{at} brings the tensors of this message to {total} bytes; at most {limits.total_bytes} are taken",
+                f"{at}: a total of {total} bytes is not at most {limits.total_bytes} bytes, the limit of all tensors",
                 field=at,
             )
         if not tensor.HasField("data"):
@@ -156,77 +156,77 @@ def _check_tensor(path: str, tensor: pb.Tensor, limits: CallLimits) -> None:
         )
     if tensor.HasField("data"):
         if len(tensor.data) != size:
-            raise InvalidInput(f"{path} holds {len(tensor.data)} bytes where {size} belong", field=path)
+            raise InvalidInput(f"{path} has {len(tensor.data)} bytes of inline data instead of {size}", field=path)
         if size > INLINE_BYTES:
-            raise InvalidInput(f"{path} holds {size} bytes inline; above {INLINE_BYTES} send chunks", field=path)
+            raise InvalidInput(f"{path} has {size} bytes inline; above {INLINE_BYTES} send chunks", field=path)
     elif size == 0:
         raise InvalidInput(f"{path} is empty and must be inline", field=path)
 
 
 class Store(Protocol):
-    """Where the payload of one tensor goes."""
+    """Destination of the payload of one tensor."""
 
     def add(self, chunk: ChunkView) -> None:
-        """Take the next bytes."""
+        """Store the next bytes."""
 
     def pieces(self) -> Sequence[Piece]:
-        """The payload, once complete."""
+        """Return the complete payload."""
 
 
 class KeptFrames:
-    """Keeps chunks in the frames they came in: no copy, and ready to be sent on."""
+    """Stores chunks in their received frames: without a copy, and ready to be forwarded."""
 
     def __init__(self, size: int) -> None:
         del size
         self._pieces: list[Piece] = []
 
     def add(self, chunk: ChunkView) -> None:
-        """Take the next bytes."""
+        """Store the next bytes."""
         self._pieces.append(Piece(chunk.data, chunk.frame))
 
     def pieces(self) -> Sequence[Piece]:
-        """One piece a chunk."""
+        """Return one piece per chunk."""
         return self._pieces
 
 
 class PooledPayload:
-    """Copies chunks into one pooled buffer, over which a tensor can be laid."""
+    """Copies chunks to one pooled buffer, which a tensor can use as storage."""
 
     def __init__(self, size: int, lease: BufferLease) -> None:
         self._buffer, self._view = lease.take(size)
 
     def add(self, chunk: ChunkView) -> None:
-        """Take the next bytes."""
+        """Store the next bytes."""
         self._view[chunk.offset : chunk.offset + len(chunk.data)] = chunk.data
 
     def pieces(self) -> Sequence[Piece]:
-        """The whole payload as one piece."""
+        """Return the whole payload as one piece."""
         return (Piece(self._view, owner=self._buffer),)
 
 
 class Dropped:
-    """Forgets the payload: for checkpoints that nobody asked for."""
+    """Discards the payload: for items of streams without a reader."""
 
     def __init__(self, size: int) -> None:
         del size
 
     def add(self, chunk: ChunkView) -> None:
-        """Forget the next bytes."""
+        """Discard the next bytes."""
 
     def pieces(self) -> Sequence[Piece]:
-        """Nothing."""
+        """Return no pieces."""
         return ()
 
 
 class StoreFactory(Protocol):
-    """Makes the store of a payload of so many bytes."""
+    """Creates the Store of one payload."""
 
     def __call__(self, size: int, /) -> Store:
-        """A store for one payload."""
+        """Return a Store for a payload of `size` bytes."""
 
 
 class Assembler:
-    """Collects the payloads that one header announced. Chunks of a tensor come in order; tensors may interleave."""
+    """Collects the payloads that one header describes. Chunks of a tensor arrive in order; tensors may interleave."""
 
     def __init__(self, tensors: Mapping[str, pb.Tensor], make_store: StoreFactory) -> None:
         self._tensors = tensors
@@ -237,19 +237,19 @@ class Assembler:
 
     @property
     def complete(self) -> bool:
-        """Whether every announced payload is there."""
+        """Whether all payloads are complete."""
         return not self._missing
 
     def add(self, chunk: ChunkView) -> None:
-        """Take a chunk. Raises InvalidInput when it does not continue an announced payload, or ends it wrongly."""
+        """Add a chunk. Raises InvalidInput if it is not the next chunk of a payload, or if the checksum is wrong."""
         path, offset, data = chunk.path, chunk.offset, chunk.data
         if path not in self._tensors:
-            raise InvalidInput(f"a chunk of {path!r}, which the header does not announce", field=path)
+            raise InvalidInput(f"a chunk of {path!r}, which the header does not describe", field=path)
         size, received = self._tensors[path].byte_size, self._received[path]
         if not 0 < len(data) <= CHUNK_BYTES:
-            raise InvalidInput(f"a chunk of {path} has {len(data)} bytes; 1 to {CHUNK_BYTES} are right", field=path)
+            raise InvalidInput(f"a chunk of {path} has {len(data)} bytes; 1 to {CHUNK_BYTES} are valid", field=path)
         if offset != received:
-            raise InvalidInput(f"a chunk of {path} begins at {offset}; {received} is next", field=path)
+            raise InvalidInput(f"a chunk of {path} has the offset {offset} instead of {received}", field=path)
         if offset + len(data) > size:
             raise InvalidInput(f"a chunk of {path} ends at {offset + len(data)}, beyond its {size} bytes", field=path)
         self._stores[path].add(chunk)
@@ -265,7 +265,7 @@ class Assembler:
             raise InvalidInput(f"the payload of {path} has checksum {found:016x}, not {announced:016x}", field=path)
 
     def finish(self) -> dict[str, Sequence[Piece]]:
-        """The payloads by path. Raises InvalidInput when one is incomplete."""
+        """Return the payloads by path. Raises InvalidInput if a payload is incomplete."""
         for path, received in self._received.items():
             size = self._tensors[path].byte_size
             if received != size:
@@ -274,7 +274,7 @@ class Assembler:
 
 
 def split_packets(header: Message, payloads: Payloads) -> dict[str, Packet]:
-    """One packet for each slot that is present in a header."""
+    """Return one packet for each slot that is present in a header."""
     chunks: dict[str, dict[str, Sequence[Piece]]] = {}
     for path, pieces in payloads.items():
         chunks.setdefault(path.partition(".")[0], {})[path] = pieces
@@ -282,7 +282,7 @@ def split_packets(header: Message, payloads: Payloads) -> dict[str, Packet]:
 
 
 def chunk_frames(payloads: Payloads) -> Iterator[bytes]:
-    """The chunk frames of payloads, made one at a time; frames that came from elsewhere go on as they are."""
+    """Yield the chunk frames of payloads. Received frames are forwarded unchanged."""
     for path, pieces in payloads.items():
         offset = 0
         for piece in pieces:

@@ -1,9 +1,9 @@
-"""An asyncio gRPC server that a wrong path does not end.
+"""Patch of grpcio's asyncio server: a call whose path is not UTF-8 does not stop the server.
 
-A call's path may be any bytes. grpcio (1.85 at least) decodes them as UTF-8 in the loop that accepts calls, for every
-method that is not registered by name, and a path that is not UTF-8 ends the loop, and with it the server: one frame of
-anybody's who reaches the port. Here every method is registered, so that gRPC's core finds it by its bytes, and what is
-not is refused without a look at its path.
+A call's path may contain arbitrary bytes. For methods that are not registered by name, grpcio (at least 1.85) decodes
+the path as UTF-8 in its accept loop. A path that is not UTF-8 ends the loop, so that any client can stop the server
+with one frame. Here, all methods are registered, so that gRPC core matches paths as bytes, and calls of other methods
+are refused without decoding their paths.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ _PROBE_SECONDS = 5.0
 
 
 def make_server(*, interceptors: Sequence[grpc.aio.ServerInterceptor] = (), options: Options = ()) -> grpc.aio.Server:
-    """A server of methods that are added with add_registered_method_handlers, as generated code does; of no others."""
+    """Return a server that serves only methods added by add_registered_method_handlers(), which generated code uses."""
     return _make_server(_registered_only(), interceptors, options)
 
 
 async def check_server() -> None:
-    """Check that this grpcio lets the server refuse unknown methods: with a server that opens no port.
+    """Check that the patch works with the installed grpcio, with a server that opens no port.
 
-    Raises UnsupportedPackage, which says what to install.
+    Raises UnsupportedPackage with the version to install.
     """
     check_private_api(GRPCIO)
     asked = asyncio.Event()
 
-    class Probe(_registered_only()):  # type: ignore[misc]  # of no type that mypy knows
-        def _refuse_all_else(self) -> Any:
+    class Probe(_registered_only()):  # type: ignore[misc]  # AioServer has no type stub
+        def _refuse_unknown(self) -> Any:
             asked.set()
-            return super()._refuse_all_else()
+            return super()._refuse_unknown()
 
     try:
         cygrpc._ServicerContext(None, None, None, asyncio.get_running_loop())
@@ -70,7 +70,7 @@ async def check_server() -> None:
 def _make_server(
     server_class: type[Any], interceptors: Sequence[grpc.aio.ServerInterceptor], options: Options
 ) -> grpc.aio.Server:
-    # The class is not a parameter of grpc.aio.server, and the parameters of its own constructor change with versions.
+    # grpc.aio.server has no parameter for the class, and the parameters of its constructor change between releases.
     before = cygrpc.AioServer
     cygrpc.AioServer = server_class
     try:
@@ -80,19 +80,19 @@ def _make_server(
 
 
 def _registered_only() -> type[Any]:
-    """The class of the server beneath grpc.aio's: made at its use, as a grpcio without the base must be reported."""
+    """Return a subclass of AioServer. Not defined at import, because check_server() reports a missing AioServer."""
 
-    class RegisteredOnly(cygrpc.AioServer):  # type: ignore[misc]  # of no type that mypy knows
-        """Its accepting loop asks for a future for each method, and one for all else."""
+    class RegisteredOnly(cygrpc.AioServer):  # type: ignore[misc]  # AioServer has no type stub
+        """AioServer whose accept loop refuses calls of methods that are not registered."""
 
         def _make_request_call_future(self, method_bytes: bytes | None) -> asyncio.Future[Any]:
             if method_bytes is not None:
                 registered: asyncio.Future[Any] = super()._make_request_call_future(method_bytes)
                 return registered
-            return asyncio.ensure_future(self._refuse_all_else())
+            return asyncio.ensure_future(self._refuse_unknown())
 
-        async def _refuse_all_else(self) -> None:
-            """Answer calls of unknown methods, until the server stops and the next one cannot be had."""
+        async def _refuse_unknown(self) -> None:
+            """Refuse calls of unknown methods until the server stops."""
             refusals: set[asyncio.Task[None]] = set()
             while True:
                 refusal = asyncio.create_task(_refuse(await self._request_call()))
@@ -104,6 +104,6 @@ def _registered_only() -> type[Any]:
 
 async def _refuse(call: Any) -> None:
     context = cygrpc._ServicerContext(call, None, None, asyncio.get_running_loop())
-    # The caller may be gone, and the abort tells what it does by an error.
+    # abort() raises AbortError, and other errors if the client has disconnected.
     with suppress(grpc.aio.BaseError):
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no such method here")
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "the method is not implemented by this server")

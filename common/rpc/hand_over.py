@@ -1,7 +1,7 @@
-"""Hands the running calls of a leaving worker over to other workers, at a step boundary and without losing a step.
+"""Hands the running calls of a draining worker over to other workers at a step boundary, without losing steps.
 
-A call is handed over as soon as a worker that makes the same bytes has a free slot. The others go on, and those that
-still run near the end of the grace period are handed over then: their requests wait for a slot, and keep their steps.
+A call is handed over once another worker with an equal numerics fingerprint has a free slot. Calls that still run near
+the end of the grace period are handed over then; their requests wait for a slot and resume from their step checkpoints.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from common.log_context import log_scope
 from common.logs import get_logger
 
 POLL_SECONDS = 1.0
-"""Time between two reads of the number of free slots."""
+"""Interval at which the number of free slots is polled."""
 STEPS_AHEAD = 2
-"""Steps that a loop may still do after it was asked: the one that runs, and on CUDA one that is enqueued already."""
+"""Steps that a loop may execute after hand_over(): the running step, and on CUDA a step that is already enqueued."""
 _MARGIN_SECONDS = 1.0
 _MARGIN_OF_GRACE = 0.1
 _NEWEST_STEPS = 4
@@ -29,52 +29,52 @@ _log = get_logger(__name__)
 
 
 class StepTimes:
-    """Durations of the newest steps of one call. Times are `time.monotonic()`."""
+    """Durations of the latest steps of one call. Times are time.monotonic() timestamps in seconds."""
 
     def __init__(self) -> None:
         self._last: float | None = None
         self._seconds: deque[float] = deque(maxlen=_NEWEST_STEPS)
 
     def begin(self, now: float) -> None:
-        """The stages start."""
+        """Record the start of the stages."""
         self._last = now
 
     def step(self, now: float) -> None:
-        """A step is done."""
+        """Record a completed step."""
         if self._last is not None:
             self._seconds.append(now - self._last)
         self._last = now
 
     @property
     def longest(self) -> float:
-        """Seconds of the longest of the newest steps; 0 before the first step is done."""
+        """Duration of the longest of the latest steps in seconds; 0 before the first step is completed."""
         return max(self._seconds, default=0.0)
 
 
 class RunningCall(Protocol):
-    """A call of the worker that has not ended."""
+    """A call that the worker runs."""
 
     request_id: str
     step_times: StepTimes
 
     @property
     def has_begun(self) -> bool:
-        """Whether its stages have started."""
+        """Whether the stages of the call have started."""
 
     @property
     def is_asked(self) -> bool:
         """Whether hand_over() was called."""
 
     def hand_over(self) -> None:
-        """End the call with HandedOver: at once where it has not begun, else at the next step boundary, if any."""
+        """End the call with HandedOver: immediately if its stages have not started, else at the next step boundary."""
 
 
 class HandOver:
-    """Decides when each running call of a leaving worker is handed over.
+    """Decides when each running call of a draining worker is handed over.
 
-    `calls` returns those that have not ended. `free_slots` returns the number of free slots on live workers with an
-    equal numerics fingerprint; it raises FleetError without a store. Other leaving workers may count on the same slots:
-    a request that finds them taken waits in the queue, first of its priority.
+    `calls` returns the running calls. `free_slots` returns the number of free slots of live workers with an equal
+    numerics fingerprint, and raises FleetError if the store is unavailable. Other draining workers may use the same
+    slots: a request whose slot is taken waits in the queue, first of its priority.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class HandOver:
         self._poll_seconds = poll_seconds
 
     async def run(self, grace: float) -> None:
-        """Hand calls over, those that are left by the end of `grace` seconds. Runs until it is cancelled."""
+        """Hand calls over when slots are free, and the others before `grace` seconds end. Runs until cancelled."""
         end = time.monotonic() + grace
         margin = min(_MARGIN_SECONDS, _MARGIN_OF_GRACE * grace)
         poll_at = 0.0
@@ -130,12 +130,12 @@ class HandOver:
         return [call for call in self._calls() if not call.is_asked]
 
     def _hand_to(self, free: int) -> None:
-        """Ask as many calls as there are free slots, less the calls that are on their way: waiting calls first."""
+        """Hand over as many calls as there are free slots, minus calls in hand-over; calls that wait come first."""
         leaving = sum(call.is_asked for call in self._calls())
         for call in sorted(self._unasked(), key=lambda call: call.has_begun)[: max(0, free - leaving)]:
             self._ask(call, "another worker has a free slot")
 
     def _ask(self, call: RunningCall, reason: str) -> None:
         with log_scope(request_id=call.request_id):
-            _log.info("call is handed over", reason=reason)
+            _log.info("call hand-over requested", reason=reason)
         call.hand_over()

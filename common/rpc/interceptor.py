@@ -1,4 +1,4 @@
-"""Stands before every handler of a server: counts calls, refuses them while draining, answers errors."""
+"""Server interceptor: counts calls, refuses calls while draining, and converts exceptions to gRPC statuses."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from common.trace_context import receive
 
 _log = get_logger(__name__)
 
-_HEAR_OUT_SECONDS = 5.0
-_MAX_ASIDE = 1_024  # health checks and reflection, of which watches of health go on for as long as their caller likes
+_READ_REST_SECONDS = 5.0
+_MAX_AUXILIARY = 1_024  # concurrent health checks and reflection calls; health watches do not end by themselves
 _REFLECTION_SECONDS = 60.0
 
 Admit = Callable[[Context], None]
-"""Looks at who calls. Raises FleetError to refuse; what it sets in context variables, the handler sees."""
+"""Authorizes the caller. Raises FleetError to refuse the call. May set context variables for the handler."""
 
 
 def admit_all(_: Context) -> None:
-    """Refuse nobody."""
+    """Authorize every caller."""
 
 
 class CallGate(grpc.aio.ServerInterceptor):
-    """Turns what handlers raise into statuses, and knows when the last call has ended.
+    """Converts exceptions of handlers to gRPC statuses, and limits and counts the calls in flight.
 
-    A FleetError is answered as it is. Anything else is a defect: logged with its traceback, answered as INTERNAL with
-    its type and text; the process goes on. `admit` decides who is served, `limits` how many at a time. A request is
-    read after that, and waited for so long only. Health checks and reflection are for everybody: they are counted for
-    themselves, so that neither crowds the other out.
+    A FleetError is returned as its status. Any other exception is a defect: it is logged with its traceback and
+    returned as INTERNAL with its type and message. `admit` authorizes callers, and `limits` bounds concurrent calls;
+    both apply before the request is read, with a timeout. Health checks and reflection need no authorization and have a
+    separate limit, so that neither kind of call can exhaust the limit of the other.
     """
 
     def __init__(self, admit: Admit = admit_all, limits: ServerLimits | None = None) -> None:
         self._admit = admit
         self._limits = limits or ServerLimits()
-        self._aside = 0
+        self._auxiliary = 0
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -59,7 +59,7 @@ class CallGate(grpc.aio.ServerInterceptor):
         return self._draining
 
     def close(self) -> None:
-        """From now on new calls get UNAVAILABLE; those in flight go on."""
+        """Refuse new calls with UNAVAILABLE. Calls in flight continue."""
         self._draining = True
 
     async def wait_idle(self) -> None:
@@ -79,7 +79,7 @@ class CallGate(grpc.aio.ServerInterceptor):
         handler = waiting_for_request(handler, self._limits.request_seconds)
         if method.startswith("/fleet."):
             return wrap_handler(handler, lambda context: self._call(context, method, streams))
-        return wrap_handler(handler, lambda context: self._call_aside(context, streams))
+        return wrap_handler(handler, lambda context: self._auxiliary_call(context, streams))
 
     @asynccontextmanager
     async def _call(self, context: Context, method: str, streams: bool) -> AsyncIterator[None]:
@@ -89,20 +89,20 @@ class CallGate(grpc.aio.ServerInterceptor):
             if self._draining:
                 raise Unavailable("this process is shutting down")
             if self._in_flight > self._limits.calls:
-                raise ResourceExhausted(f"this process serves {self._limits.calls} calls at a time and has as many")
+                raise ResourceExhausted(f"this process serves its maximum of {self._limits.calls} concurrent calls")
             self._admit(context)
             receive(context.invocation_metadata())
             yield
         except FleetError as error:
             if isinstance(error, InternalError):
                 _log.error("call failed", method=method, error=error.message, exc_info=error)
-            await _hear_out(context, streams)
+            await _read_rest(context, streams)
             await abort_with(context, error)
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001 -- It is logged with its traceback.
             _log.exception("call failed by a defect", method=method)
-            await _hear_out(context, streams)
+            await _read_rest(context, streams)
             await abort_with(context, InternalError(f"{type(error).__name__}: {error}"))
         finally:
             self._in_flight -= 1
@@ -110,20 +110,21 @@ class CallGate(grpc.aio.ServerInterceptor):
                 self._idle.set()
 
     @asynccontextmanager
-    async def _call_aside(self, context: Context, streams: bool) -> AsyncIterator[None]:
-        self._aside += 1
+    async def _auxiliary_call(self, context: Context, streams: bool) -> AsyncIterator[None]:
+        self._auxiliary += 1
         try:
-            if self._aside > _MAX_ASIDE:
-                raise ResourceExhausted(f"{_MAX_ASIDE} health checks and reflections are under way")
+            if self._auxiliary > _MAX_AUXILIARY:
+                message = f"this process serves its maximum of {_MAX_AUXILIARY} health checks and reflection calls"
+                raise ResourceExhausted(message)
             async with _ended_after(_REFLECTION_SECONDS if streams else None):
                 yield
         except FleetError as error:
             await abort_with(context, error)
         except DecodeError:
-            await _hear_out(context, streams)
+            await _read_rest(context, streams)
             await abort_with(context, InvalidInput("the bytes are not a request of this method"))
         finally:
-            self._aside -= 1
+            self._auxiliary -= 1
 
 
 @asynccontextmanager
@@ -135,20 +136,22 @@ async def _ended_after(seconds: float | None) -> AsyncIterator[None]:
         raise DeadlineExceeded(f"the call took longer than {seconds:g} s") from None
 
 
-async def _hear_out(context: Context, streams: bool) -> None:
-    """Let a caller that still sends finish, within limits: grpc's asyncio clients lose the status of a call that ends
-    while they write (grpc issue 36066), and would take a wrong input for a broken connection.
+async def _read_rest(context: Context, streams: bool) -> None:
+    """Read the rest of a request stream, for at most _READ_REST_SECONDS, before the call ends with an error.
+
+    grpc's asyncio clients lose the status of a call that ends while they write (grpc issue 36066), and would report a
+    connection error instead of an invalid input.
     """
     if not streams:
         return
     with suppress(TimeoutError):
-        async with asyncio.timeout(_HEAR_OUT_SECONDS):
-            while await _reads_on(context):
+        async with asyncio.timeout(_READ_REST_SECONDS):
+            while await _read_message(context):
                 pass
 
 
-async def _reads_on(context: Context) -> bool:
-    """Whether something came, right or wrong."""
+async def _read_message(context: Context) -> bool:
+    """Read one message, valid or not. Returns False at the end of the stream."""
     try:
         return await context.read() is not grpc.aio.EOF
     except DecodeError:

@@ -1,4 +1,4 @@
-"""Items of streams on the wire: a StreamItem frame, then the chunks of the tensors that it describes."""
+"""Encodes and decodes items of streams: a StreamItem frame, then the chunks of the tensors that it describes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _FIELDS: Mapping[str, str] = MappingProxyType(
         if field.message_type is not None
     }
 )
-"""The field of StreamItem for a message, by the message's name."""
+"""Field name of StreamItem by message name."""
 
 
 @dataclass(frozen=True)
 class ReceivedItem:
-    """An item that is complete."""
+    """A complete item."""
 
     slot: str
     index: int
@@ -34,7 +34,7 @@ class ReceivedItem:
 
 
 def item_frames(frame: type[Message], slot: str, index: int, packet: Packet) -> Iterator[bytes]:
-    """The serialised frames of an item, made one at a time. `frame` is the type of the frames of the RPC."""
+    """Yield the serialised frames of an item. `frame` is the frame type of the RPC."""
     message: Any = frame()
     message.item.slot, message.item.index = slot, index
     getattr(message.item, _FIELDS[packet.message.DESCRIPTOR.name]).CopyFrom(packet.message)
@@ -43,9 +43,10 @@ def item_frames(frame: type[Message], slot: str, index: int, packet: Packet) -> 
 
 
 class ItemAssembler:
-    """Puts the items of a call together, one after the other.
+    """Assembles the items of a call from frames, one item at a time.
 
-    `kinds` are the messages of the streams' items, by slot; `store_of` makes the stores of a slot's payloads.
+    `kinds` maps slots to the message names of their items. `store_of` returns the factory for storage of a slot's
+    payloads.
     """
 
     def __init__(self, kinds: Mapping[str, str], limits: CallLimits, store_of: Callable[[str], StoreFactory]) -> None:
@@ -57,17 +58,17 @@ class ItemAssembler:
 
     @property
     def is_within_item(self) -> bool:
-        """Whether chunks of an item are still to come."""
+        """Whether an item is incomplete."""
         return self._item is not None
 
     def takes(self, chunk: ChunkView) -> bool:
-        """Whether a chunk belongs to the item whose chunks are to come."""
+        """Return whether a chunk belongs to the incomplete item."""
         return self._item is not None and chunk.path.startswith(f"{self._item[0]}.")
 
     def begin(self, item: pb.StreamItem) -> ReceivedItem | None:
-        """Take the frame of an item; returns the item if no chunks follow. Raises InvalidInput for a wrong one."""
+        """Start an item. Returns it if no chunks follow. Raises InvalidInput for an invalid item."""
         if self._item is not None:
-            raise InvalidInput(f"an item of {item.slot!r} begins before {self._item[0]!r} is complete", field=item.slot)
+            raise InvalidInput(f"an item of {item.slot!r} starts before {self._item[0]!r} is complete", field=item.slot)
         if item.slot not in self._kinds:
             raise InvalidInput(f"an item of {item.slot[:80]!r}, which is no stream of this call", field=item.slot[:80])
         name = item.WhichOneof("artifact")
@@ -79,8 +80,8 @@ class ItemAssembler:
         return self._completed()
 
     def add(self, chunk: ChunkView) -> ReceivedItem | None:
-        """Take a chunk that takes() accepts; returns the item if it was the last one. Raises InvalidInput."""
-        assert self._chunks is not None, "takes() was asked before"
+        """Add a chunk for which takes() is true. Returns the item if it is complete. Raises InvalidInput."""
+        assert self._chunks is not None, "takes() was not checked"
         self._chunks.add(chunk)
         return self._completed()
 

@@ -1,8 +1,8 @@
-"""Finds a stage service's RPC by convention, and reads the widest contract that its messages can carry.
+"""Finds the RPC of a stage service by naming convention, and derives the contract that its messages support.
 
-The service "denoising" lives in fleet.v1.denoising_pb2, which defines one service with one method, whose frames are
+The service "denoising" is defined in fleet.v1.denoising_pb2, which has one service with one method. Its frames are
 `oneof frame { header = 1; chunk = 2; progress = 3; warning = 4; checkpoint = 5; begun = 6; item = 7 }`. A repeated
-field of a header is a stream, whose items come in frames of their own. Nothing is registered anywhere.
+field of a header is a stream, whose items are sent in StreamItem frames. There is no registry of services.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _FRAMES = {
     "item": (7, "StreamItem"),
 }
 BEGUN_KEY = "fleet-begun"
-"""Metadata key of a call whose caller knows Begun frames; its value is "1". Callers of before refuse unknown frames."""
+"""Metadata key of a call: "1" if the caller accepts Begun frames. Older callers refuse unknown frames."""
 ITEMS_KEY = "fleet-items"
-"""Metadata key of a call whose caller reads items; its value is "1". Others get no streams but step checkpoints."""
+"""Metadata key of a call: "1" if the caller accepts StreamItem frames. Others get only step checkpoints."""
 COMPUTED_KEY = "fleet-compute-seconds"
-"""Key of the trailing metadata of a call: the seconds that its stages took on the device thread."""
+"""Trailing metadata key of a call: compute seconds of its stages on the device thread."""
 VARIANT_KEY = "fleet-variant"
-"""Metadata key of a call for one variant of the worker's model; without it the call is for the first variant."""
+"""Metadata key of a call: variant of the worker's model. Default: the first variant."""
 TOKENS_KEY = "fleet-tokens"
-"""Metadata key of a call: tokens that one step of it computes, for metrics alone; older callers send none."""
+"""Metadata key of a call: tokens of one step, for metrics only. Older callers do not send it."""
 _NAME = re.compile(r"[a-z][a-z_]*")
 
 
 def stage_method(service: str) -> MethodDescriptor:
-    """The RPC of a stage service. Raises FailedPrecondition when there is no such service."""
+    """Return the RPC of a stage service. Raises FailedPrecondition if the service does not exist."""
     try:
         if not _NAME.fullmatch(service):
             raise ModuleNotFoundError(service)
@@ -68,27 +68,27 @@ def _framed(method: MethodDescriptor) -> bool:
 
 
 def path_of(method: MethodDescriptor) -> str:
-    """The method's path on the wire."""
+    """Return the method's HTTP/2 path."""
     return f"/{service_name(method)}/{method.name}"
 
 
 def service_name(method: MethodDescriptor) -> str:
-    """Full name of the method's service, as health checks and reflection know it."""
+    """Return the full name of the method's service."""
     return str(method.containing_service.full_name)
 
 
 def request_type(method: MethodDescriptor) -> type[Message]:
-    """The class of a frame of the call."""
+    """Return the message class of request frames."""
     return GetMessageClass(method.input_type)
 
 
 def response_type(method: MethodDescriptor) -> type[Message]:
-    """The class of a frame of the reply."""
+    """Return the message class of response frames."""
     return GetMessageClass(method.output_type)
 
 
 def begun_frame(reply: type[Message]) -> bytes | None:
-    """The serialised frame which says that a call's stages start; None where the reply has no such frame."""
+    """Return the serialised Begun frame; None if the response type has no such frame."""
     if "begun" not in reply.DESCRIPTOR.fields_by_name:
         return None
     frame = cast(Any, reply())
@@ -97,12 +97,12 @@ def begun_frame(reply: type[Message]) -> bytes | None:
 
 
 def header_type(frame: type[Message]) -> type[Message]:
-    """The class of a frame's header."""
+    """Return the message class of a frame's header."""
     return GetMessageClass(cast(Descriptor, frame.DESCRIPTOR.fields_by_name["header"].message_type))
 
 
 def contract_of(method: MethodDescriptor) -> Contract:
-    """All slots that the RPC's messages can carry, every input optional: the union over families."""
+    """Return the contract with all slots of the RPC's messages, every input optional."""
     inputs, outputs = (
         {item.name: _artifact(cast(FieldDescriptor, item)) for item in header_type(frame).DESCRIPTOR.fields}
         for frame in (request_type(method), response_type(method))
@@ -117,7 +117,7 @@ def _artifact(field: FieldDescriptor) -> str:
 
 
 def check_contract(contract: Contract, method: MethodDescriptor) -> None:
-    """Raise PipelineError unless the contract is part of the RPC's messages, with equal types."""
+    """Raise PipelineError unless the RPC's messages have all slots of the contract, with equal types."""
     carried = contract_of(method)
     problems = [
         f"{direction} {slot!r} as {kind}, but {method.name} carries {known.get(slot, 'nothing')} there"

@@ -1,4 +1,4 @@
-"""What connections are opened and accepted with: channel arguments, and the bounds of a server."""
+"""gRPC channel arguments of clients and servers, and limits of a server."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from typing import Any
 Options = tuple[tuple[str, Any], ...]
 
 MAX_MESSAGE_BYTES = 16 << 20
-"""Largest message of a stage RPC: a header with its inline tensors; chunks are far smaller."""
+"""Maximum size of a message in bytes. The largest messages are headers with inline tensors."""
 
 MAX_METADATA_BYTES = 16 << 10
-"""Most metadata that a call may carry, either way; calls with more are RESOURCE_EXHAUSTED."""
+"""Maximum size of a call's metadata in bytes, in each direction. Calls with more end as RESOURCE_EXHAUSTED."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerLimits:
-    """What a server takes on at a time, and how long it waits for peers that send nothing.
+    """Limits and timeouts of a gRPC server.
 
-    A message has `message_bytes` at most, a connection `streams` calls (a client's further calls wait for one of them
-    to end), the process `calls` of the fleet's own methods and `connections` for each address; those beyond are closed.
-    A new connection must have shown that it speaks TLS and HTTP/2 within `handshake_seconds`, and a call for one
-    message must have sent it within `request_seconds`. A connection without calls is closed after
-    `connection_idle_seconds`, any other after `connection_age_seconds`, once its calls have ended, for which they have
-    a day: so no certificate of a peer counts for longer.
+    `message_bytes`: maximum size of a message.
+    `streams`: concurrent calls per connection; further calls of the client wait.
+    `calls`: concurrent calls of the fleet's methods in the process; further calls are refused.
+    `connections`: connections per listen address; further connections are closed.
+    `handshake_seconds`: timeout of the TLS and HTTP/2 handshakes.
+    `request_seconds`: timeout for the request message of a call.
+    `connection_idle_seconds`: a connection without calls is closed after this time.
+    `connection_age_seconds`: every connection is closed after this time, once its calls have ended (at most one day
+    later), so that a peer's certificate is verified again.
     """
 
     message_bytes: int = MAX_MESSAGE_BYTES
@@ -38,15 +41,14 @@ class ServerLimits:
 
 _LONGEST_CALL_MS = 86_400_000
 
-# Soft and hard limit are one: between them gRPC refuses calls by chance.
+# Equal soft and hard limits: between the two, gRPC refuses calls at random.
 _METADATA: Options = (
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
 )
 
-# A peer that vanished without a word is noticed within ten seconds, during calls and between them. Where one of gRPC's
-# other pings is unanswered, such as those that measure bandwidth, none is sent for keepalive, and its own limit counts:
-# a minute by default.
+# A dead peer is detected within 10 s, during calls and between them. While another ping of gRPC is unanswered, such as
+# a bandwidth probe, no keepalive ping is sent, and grpc.http2.ping_timeout_ms applies, by default 1 min.
 _KEEPALIVE: Options = (
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -56,7 +58,7 @@ _KEEPALIVE: Options = (
 )
 
 NO_PROXY: Options = (("grpc.enable_http_proxy", 0),)
-"""For connections within the fleet and on this host: gRPC would send them to the proxy that http_proxy names."""
+"""Arguments for connections within the fleet and on this host, for which gRPC must ignore http_proxy."""
 
 CHANNEL_OPTIONS: Options = (
     *_KEEPALIVE,
@@ -64,15 +66,15 @@ CHANNEL_OPTIONS: Options = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # How long an attempt to connect may take, whatever its name says: a busy peer, or a far one, needs a while. Where
-    # nobody listens, an attempt fails at once, and the next one follows by the other two.
+    # Despite its name, the timeout of a connection attempt; busy and remote peers need several seconds. A refused
+    # connection fails immediately and is retried by the other two settings.
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 
 
 def server_options(limits: ServerLimits) -> Options:
-    """Arguments of a server. Two servers on one port are an error, not load balancing."""
+    """Return the arguments of a server. SO_REUSEPORT is disabled, so that a second server on a port fails."""
     return (
         *_KEEPALIVE,
         *_METADATA,

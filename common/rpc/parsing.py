@@ -1,4 +1,4 @@
-"""Parses messages inside handlers, so that a caller learns which field is wrong instead of getting a bare INTERNAL."""
+"""Parses messages inside handlers, so that errors name the invalid field; gRPC would return a bare INTERNAL."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_DIGITS = 20
 
 
 class _RawField(NamedTuple):
-    """What UnknownFieldSet iterates over; its type stub does not say so."""
+    """Element of UnknownFieldSet, which its type stub does not declare."""
 
     field_number: int
     wire_type: int
@@ -28,7 +28,7 @@ class _RawField(NamedTuple):
 
 
 def parse(message_type: type[M], raw: bytes) -> M:
-    """The message in raw. Raises InvalidInput that names the string field which is not UTF-8, if that is the reason."""
+    """Parse a message. Raises InvalidInput, with the field if a string is not UTF-8."""
     try:
         return message_type.FromString(raw)
     except DecodeError:
@@ -39,17 +39,17 @@ def parse(message_type: type[M], raw: bytes) -> M:
 
 
 def read_tokens(metadata: Mapping[str, str | bytes]) -> int:
-    """The tokens of one step that a call's metadata state; 0 where they state none: no call fails for a metric."""
+    """Return the tokens of one step from a call's metadata; 0 if missing or invalid, because only metrics use them."""
     text = metadata.get(TOKENS_KEY, "")
     is_number = isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < _MOST_DIGITS
     return int(text) if is_number else 0
 
 
 def refuse_unknown_fields(path: str, message: Message) -> None:
-    """Raise InvalidInput for any field that this version does not know: nothing is dropped silently."""
+    """Raise InvalidInput for unknown fields, so that no field is ignored silently."""
     for unknown in _unknown_fields(message):
         at = path or message.DESCRIPTOR.name
-        raise InvalidInput(f"{at} has a field {unknown.field_number} that this version does not know", field=at)
+        raise InvalidInput(f"{at} has the field {unknown.field_number}, which this release does not support", field=at)
     for descriptor, value in message.ListFields():
         if descriptor.message_type is None:
             continue
@@ -70,9 +70,9 @@ def _unknown_fields(message: Message) -> Iterator[_RawField]:
 
 
 def _first_bad_text(descriptor: Descriptor, raw: bytes) -> str:
-    """Path of the first string field that is not UTF-8; empty when there is none, or raw is not a message at all.
+    """Return the path of the first string field that is not UTF-8; empty if there is none or `raw` is not a message.
 
-    Read as a message without fields, raw shows every field of its as bytes; descriptors tell which are texts.
+    Parsing `raw` as Empty yields all fields as unknown fields with their bytes; the descriptor identifies strings.
     """
     try:
         fields = list(_unknown_fields(Empty.FromString(raw)))

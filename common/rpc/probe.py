@@ -1,8 +1,8 @@
-"""Asks a server whether it is ready: `python -m common.rpc.probe ADDRESS`, for the health checks of containers.
+"""Health probe for containers: `python -m common.rpc.probe ADDRESS`.
 
-Exit code 0 when the server says SERVING, 1 with a line on stderr when it says anything else or nothing in time, 2 when
-it is called wrongly. The line is what `docker inspect` shows of a failed check. Where FLEET_HEALTH_LISTEN is set, which
-a server that speaks TLS needs for health checks, that port is asked and not the one of ADDRESS.
+Exit code 0: the server is SERVING. 1: it is not, or does not respond; stderr has one line, which `docker inspect`
+shows. 2: wrong usage. If FLEET_HEALTH_LISTEN is set, which a server with TLS requires for health checks, its port is
+probed instead of ADDRESS.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SECONDS = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Probe the address given as the only argument."""
+    """Probe the address in the only argument, and return the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m common.rpc.probe ADDRESS\n")
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             reply = check(health_pb2.HealthCheckRequest(), timeout=_SECONDS)
         except grpc.RpcError as error:
-            sys.stderr.write(f"{address} does not answer: {error.code().name}\n")
+            sys.stderr.write(f"{address} does not respond: {error.code().name}\n")
             return 1
     if reply.status == health_pb2.HealthCheckResponse.SERVING:
         return 0

@@ -1,8 +1,8 @@
-"""Replies that are given again, to calls whose inputs are the same to the last bit.
+"""Cache of replies, for calls with bit-identical inputs.
 
-For stages that cost much and are asked the same again, such as text encoders. What is kept is the frames as they were
-sent, warnings included, so a hit is byte-equal to what it spares, and memory is counted exactly. The key is a
-cryptographic digest of everything that came: header, tensors and all. Not thread-safe: one cache, one event loop.
+For expensive stages with repeated inputs, such as text encoders. The cache stores the sent frames, including warnings,
+so that a cached reply is byte-equal to a computed one and its size is exact. The key is a cryptographic digest of all
+inputs. Not thread-safe: use one cache per event loop.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from typing import Any, Protocol
 from common.metrics import CACHE_BYTES, CACHE_LOOKUPS
 from common.rpc.framing import Packet
 
-_ENTRY_BYTES = 256  # what an entry costs beside its frames, about
+_ENTRY_BYTES = 256  # estimated overhead of an entry
 
 Frames = tuple[bytes, ...]
 Write = Callable[[bytes], Awaitable[None]]
 
 
 class Shared(Protocol):
-    """Replies that other workers made too; common.state.shared_replies.SharedReplies is one."""
+    """Cache that workers share, implemented by common.state.shared_replies.SharedReplies."""
 
     async def find(self, key: bytes) -> Frames | None:
-        """The frames of a reply, if it is there and worth fetching. Never raises because of the store."""
+        """Return the frames of a reply; None if it is missing or slower to fetch than to compute. Does not raise."""
 
     def offer(self, key: bytes, frames: Frames, seconds: float) -> None:
-        """A reply that was computed here in so long; returns at once."""
+        """Share a reply that took `seconds` to compute. Does not block."""
 
 
 class ReplyCache:
-    """The latest used replies of one service of one model, `max_bytes` of them at most.
+    """LRU cache of the replies of one service of one model, with at most `max_bytes`.
 
-    `indifferent_to` are fields, as slot.field, that make no difference to a reply. They are blanked in the inputs
-    before these are read, by the key and by the stages: what the key leaves out, no stage can depend on.
-    `shared` is asked for what is not here.
+    `indifferent_to` are input fields, as slot.field, that do not affect a reply. They are cleared in the inputs before
+    the key is computed and the stages run, so that no stage can depend on a field that the key omits. `shared` is the
+    second-level cache.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ReplyCache:
         self.used_bytes = 0
 
     def key(self, inputs: Mapping[str, Packet], variant: str = "") -> bytes:
-        """Blank what makes no difference, and digest the rest and the variant of the model that the call is for."""
+        """Clear the `indifferent_to` fields, and return the digest of the inputs and of the variant."""
         for slot, name in self._blank:
             if slot in inputs:
                 inputs[slot].message.ClearField(name)
@@ -76,7 +76,7 @@ class ReplyCache:
         return digest.digest()
 
     def get(self, key: bytes) -> Frames | None:
-        """The frames of a reply; it is now the latest used one."""
+        """Return the frames of a reply from this cache, and mark it as most recently used."""
         frames = self._entries.get(key)
         if frames is None:
             self._misses.inc()
@@ -86,20 +86,20 @@ class ReplyCache:
         return frames
 
     async def find(self, key: bytes) -> Frames | None:
-        """The frames of a reply, from here or from where it is shared; it is now the latest used one."""
+        """Return the frames of a reply from this cache or the shared one, and mark it as most recently used."""
         frames = self.get(key)
         if frames is None and self._shared is not None and (frames := await self._shared.find(key)) is not None:
             self.put(key, frames)
         return frames
 
     def add(self, key: bytes, frames: Frames, seconds: float) -> None:
-        """Keep a reply that took so long to compute, and share it."""
+        """Store a reply that took `seconds` to compute, and offer it to the shared cache."""
         self.put(key, frames)
         if self._shared is not None:
             self._shared.offer(key, frames, seconds)
 
     def put(self, key: bytes, frames: Frames) -> None:
-        """Keep a reply; those that were used longest ago make room. One that is too large is not kept."""
+        """Store a reply, unless it is larger than the cache, and evict the least recently used replies."""
         size = _size(frames)
         if size > self.max_bytes or key in self._entries:
             return
@@ -112,7 +112,7 @@ class ReplyCache:
 
 
 class Recorder:
-    """Writes frames, and caches them as long as they are worth it, except `uncached`: a cached reply begins nothing."""
+    """Writes frames and records them for the cache, up to `max_bytes`, except the Begun frame `uncached`."""
 
     def __init__(self, write: Write, max_bytes: int, *, uncached: bytes | None = None) -> None:
         self._write = write
@@ -133,12 +133,12 @@ class Recorder:
 
     @property
     def frames(self) -> Frames:
-        """All of them, or none where they became too many bytes."""
+        """All recorded frames; empty if they exceed `max_bytes`."""
         return tuple(self._frames) if self._left >= 0 else ()
 
 
 def _add(digest: Any, part: bytes) -> None:
-    """A part with its length, so that no two lists of parts look the same. The header tells the lengths of tensors."""
+    """Add a part with its length, so that different lists of parts have different digests."""
     digest.update(len(part).to_bytes(8, "little"))
     digest.update(part)
 

@@ -1,4 +1,4 @@
-"""Serves a run of stages behind its service's RPC."""
+"""Serves consecutive stages through the RPC of their service."""
 
 from __future__ import annotations
 
@@ -66,24 +66,25 @@ from fleet.v1 import artifacts_pb2
 
 
 class Stages(Protocol):
-    """What is served; common.local.HostedStages is one."""
+    """Interface of the served stages, implemented by common.local.HostedStages and common.variants.HostedVariants."""
 
     contract: Contract
 
     def contract_of(self, variant: str) -> Contract:
-        """What the stages of a variant read and write; empty means the first. Raises InvalidInput for another name."""
+        """Return the contract of a variant; empty for the first. Raises InvalidInput for an unknown name."""
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Artifacts in, artifacts out, by slot."""
+        """Compute output artifacts from input artifacts, by slot."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServicerLimits:
-    """Bounds of a servicer.
+    """Limits of a servicer.
 
-    `capacity` calls run or wait for the device thread at a time; a peer that sends no frame for `idle_seconds` before
-    its inputs are complete, or within an item of a stream, is given up. Steps are told at most every `step_seconds`,
-    and the last one always.
+    `capacity`: concurrent calls, running or waiting for the device thread.
+    `idle_seconds`: timeout for the next frame while the inputs or an item of a stream are incomplete.
+    `step_seconds`: minimum interval of progress frames; the last step is always reported.
+    `call`: limits of the tensors of one call.
     """
 
     capacity: int = 1
@@ -93,14 +94,13 @@ class ServicerLimits:
 
 
 class StageServicer:
-    """Puts stages behind the RPC of a service.
+    """Implements the RPC of a stage service.
 
-    Raises PipelineError when the stages' contract is not part of the RPC's messages. The stages run on `executor`,
-    which has the one thread that may touch the device; unpacking and packing run there too, off the event loop. Calls
-    that read a stream are sessions: each runs on a thread of its own, and has the device while it does not wait for an
-    item or for its reader, so that sessions alternate item by item. With a cache, a call whose inputs came before is
-    answered from it. With a watchdog, a call that is stuck is answered with UNAVAILABLE, and so is each new one until
-    the device thread is free. `model` is the model's name in log lines.
+    Stages, unpacking and packing run on `executor`, whose single thread is the only one that uses the device. Calls
+    with an input stream are sessions: each runs on a separate thread and releases the device while it waits for an item
+    or for its reader, so that sessions alternate item by item. With a `cache`, repeated inputs get the cached reply.
+    With a `watchdog`, a stuck call ends as UNAVAILABLE, and so do new calls until the device thread is free. `model` is
+    the model name in log lines. Raises PipelineError if the RPC's messages do not have all slots of the contract.
     """
 
     def __init__(
@@ -143,18 +143,18 @@ class StageServicer:
         self._jobs: list[StageJob] = []
 
     def close(self) -> None:
-        """End the threads of sessions; waits for those that still compute."""
+        """Stop the threads of sessions, and wait for running computations."""
         if self._sessions is not None:
             self._sessions.shutdown(cancel_futures=True)
 
     def running(self) -> Sequence[RunningCall]:
-        """The calls that have not ended, in the order in which they came."""
+        """Return the calls that have not ended, in order of arrival."""
         return tuple(self._jobs)
 
     async def _handle(self, _requests: object, context: Context) -> None:
         metadata = dict(context.invocation_metadata() or ())
         enter_call(metadata, model=self._model, stage=self._service)
-        with self._place() as leave, span(f"serve {self._service}", SpanKind.SERVER, service=self._service):
+        with self._occupied() as leave, span(f"serve {self._service}", SpanKind.SERVER, service=self._service):
             begun = self._begun if metadata.get(BEGUN_KEY) == "1" else None
             reads_items = metadata.get(ITEMS_KEY) == "1"
             job = StageJob(self.pool.lease(), _call_of(context, metadata), begun, reads_items=reads_items)
@@ -164,7 +164,9 @@ class StageServicer:
             try:
                 contract = self._stages.contract_of(job.call.variant)
                 if contract.output_streams and not reads_items:
-                    raise InvalidInput(f"{contract.name} of this model answers with streams: send {ITEMS_KEY}: 1")
+                    raise InvalidInput(
+                        f"{contract.name} of this model returns streams; send the metadata {ITEMS_KEY}: 1"
+                    )
                 with span("receive inputs") as receiving:
                     await self._receive(context, job, contract)
                     receiving.set(bytes=sum(packet.byte_size for packet in job.inputs.values()))
@@ -190,12 +192,12 @@ class StageServicer:
 
     async def _answer_through(self, cache: ReplyCache, write: Write, job: StageJob, leave: Callable[[], None]) -> None:
         key = cache.key(job.inputs, job.call.variant)
-        if (kept := await cache.find(key)) is not None:
+        if (cached := await cache.find(key)) is not None:
             current_span().set(cached=True)
-            for frame in kept[:-1]:
+            for frame in cached[:-1]:
                 await write(frame)
             leave()
-            await write(kept[-1])
+            await write(cached[-1])
             return
         recorder = Recorder(write, cache.max_bytes, uncached=job.begun)
         await self._compute_and_answer(recorder.write, job, leave)
@@ -203,16 +205,18 @@ class StageServicer:
             cache.add(key, recorder.frames, job.seconds)
 
     @contextmanager
-    def _place(self) -> Iterator[Callable[[], None]]:
-        """One of the servicer's places, and the function that gives it back early.
+    def _occupied(self) -> Iterator[Callable[[], None]]:
+        """Occupy one unit of the capacity, and yield a function that releases it before the end of the block.
 
-        A cancelled call gives its place back at once, although its stage may compute for the rest of a step: the
-        next call's inputs arrive meanwhile, and wait for the device thread.
+        A cancelled call releases it immediately, although its stage may compute for the rest of a step: meanwhile, the
+        next call can receive its inputs.
+
+        Raises Unavailable while the device is stuck, and ResourceExhausted at full capacity.
         """
         if self._watchdog is not None and self._watchdog.is_stuck:
-            raise Unavailable("this worker's device is stuck in the call before; another worker can take this one")
+            raise Unavailable("this worker's device is stuck in an earlier call; retry on another worker")
         if self.in_flight >= self._limits.capacity:
-            raise ResourceExhausted(f"this worker takes {self._limits.capacity} calls at a time and has as many")
+            raise ResourceExhausted(f"this worker runs its maximum of {self._limits.capacity} concurrent calls")
         self.in_flight += 1
         held = [True]
 
@@ -227,7 +231,7 @@ class StageServicer:
             leave()
 
     async def _receive(self, context: Context, job: StageJob, contract: Contract) -> None:
-        """Read the header and the chunks that it announces, until half-close, or until the items of a stream."""
+        """Read the header and its chunks, until half-close or, with an input stream, until the chunks are complete."""
         assembler: Assembler | None = None
         header: Message | None = None
         while not (contract.input_streams and assembler is not None and assembler.complete):
@@ -255,7 +259,7 @@ class StageServicer:
         return unpack(slot, kind, packet, self._leaf)
 
     def _parsed(self, raw: bytes) -> tuple[ChunkView | None, Any]:
-        """The chunk in a frame, or else the frame."""
+        """Return the chunk of a frame and None, or None and the parsed frame."""
         chunk = read_chunk(raw)
         if chunk is not None:
             return chunk, None
@@ -265,7 +269,7 @@ class StageServicer:
         return None, frame
 
     async def _feed(self, context: Context, job: StageJob, contract: Contract) -> None:
-        """Read the items of the call's stream until half-close, and no more of them than its stage has room for."""
+        """Read the items of the call's input stream until half-close, with backpressure of the stage's feed."""
         ((slot, feed),) = job.feeds.items()
         kinds = {slot: cast(str, item_kind(contract.inputs[slot]))}
         items = ItemAssembler(kinds, self._limits.call, lambda _: KeptFrames)
@@ -274,13 +278,13 @@ class StageServicer:
             while (raw := await self._read(context, waits=not items.is_within_item)) is not None:
                 chunk, frame = self._parsed(raw)
                 if chunk is not None and not items.takes(chunk):
-                    raise InvalidInput(f"a chunk of {chunk.path!r}, which no item announces", field=chunk.path)
+                    raise InvalidInput(f"a chunk of {chunk.path!r}, which no item describes", field=chunk.path)
                 if chunk is None and frame.WhichOneof("frame") != "item":
                     raise InvalidInput("a frame that is neither item nor chunk after the header")
                 item = items.begin(frame.item) if chunk is None else items.add(chunk)
                 if item is not None:
                     if item.index != count:
-                        raise InvalidInput(f"item {item.index} of {slot} came where {count} is next", field=slot)
+                        raise InvalidInput(f"item {item.index} of {slot} was received instead of {count}", field=slot)
                     count += 1
                     await feed.put(item.packet, item.packet.byte_size)
             if items.is_within_item:
@@ -291,15 +295,16 @@ class StageServicer:
             feed.close()
 
     async def _read(self, context: Context, *, waits: bool = False) -> bytes | None:
-        """The next frame, None after the last.
+        """Return the next frame; None after the last.
 
-        Raises DeadlineExceeded when the peer falls silent, unless it `waits` for what another worker makes.
+        Raises DeadlineExceeded after `idle_seconds` without a frame, unless `waits`: the caller may be waiting for
+        another worker.
         """
         try:
             async with asyncio.timeout(None if waits else self._limits.idle_seconds):
                 raw = await context.read()
         except TimeoutError:
-            raise DeadlineExceeded(f"no frame came for {self._limits.idle_seconds:g} s") from None
+            raise DeadlineExceeded(f"no frame was received for {self._limits.idle_seconds:g} s") from None
         return None if raw is grpc.aio.EOF else cast(bytes, raw)
 
     def _checked_header(self, frame: Any, contract: Contract) -> Message:
@@ -311,14 +316,14 @@ class StageServicer:
         for slot in sorted(present - contract.inputs.keys()):
             raise InvalidInput(f"{slot} is present, but {contract.name} of this model does not read it", field=slot)
         for slot in sorted(present & contract.input_streams):
-            raise InvalidInput(f"{slot} is a stream: its items come after the header", field=slot)
+            raise InvalidInput(f"{slot} is a stream; send its items after the header", field=slot)
         for slot in contract.inputs:
             if slot not in present and slot not in contract.optional and slot not in contract.input_streams:
-                raise InvalidInput(f"{slot} is missing; {contract.name} of this model needs it", field=slot)
+                raise InvalidInput(f"{slot} is missing; {contract.name} of this model requires it", field=slot)
         return header
 
     async def _run(self, write: Write, job: StageJob) -> Mapping[str, Packet]:
-        """Compute on the device thread; meanwhile send on what the stages report."""
+        """Run the stages on the device thread, and send their reports meanwhile. Returns the outputs."""
         reporter = FrameReporter(
             self._reply,
             self._leaf,
@@ -338,7 +343,7 @@ class StageServicer:
         return job.result()
 
     def _compute(self, job: StageJob, reporter: FrameReporter) -> dict[str, Packet]:
-        """Unpack, run, pack: on the device thread. Empties inputs, so that nothing but tensors holds on to buffers."""
+        """Unpack the inputs, run the stages and pack the outputs, on the device thread."""
         with self._device:
             call = job.timed(reporter.listen(job.call))
             call.check_cancelled()
@@ -349,11 +354,12 @@ class StageServicer:
             try:
                 return self._outputs(job, call)
             finally:
-                job.seconds = time.perf_counter() - began - job.waited_seconds  # packing waits for the device
+                # Includes packing, because copying outputs to the CPU waits for the device.
+                job.seconds = time.perf_counter() - began - job.waited_seconds
 
     @contextmanager
     def _waiting(self, job: StageJob) -> Iterator[None]:
-        """The context in which a stage's thread waits for other workers: without the device, and unwatched."""
+        """Release the device and pause the watchdog while a stage's thread waits for other workers."""
         began = time.perf_counter()
         try:
             with nullcontext() if self._watchdog is None else self._watchdog.paused(), self._device.released():
@@ -362,8 +368,9 @@ class StageServicer:
             job.waited_seconds += time.perf_counter() - began
 
     def _outputs(self, job: StageJob, call: Call) -> dict[str, Packet]:
-        """The outputs of the stages."""
+        """Run the stages and return their outputs as packets."""
         contract = self._stages.contract_of(call.variant)
+        # pop() releases the packets, so that only tensors reference the receive buffers.
         values = {
             slot: unpack(slot, artifact_class(contract.inputs[slot]), job.inputs.pop(slot), self._leaf)
             for slot in list(job.inputs)
@@ -373,10 +380,10 @@ class StageServicer:
         try:
             return {slot: pack(slot, artifact, self._leaf) for slot, artifact in outputs.items()}
         except InvalidInput as error:
-            raise InternalError(f"{contract.name} made something that cannot travel: {error}") from error
+            raise InternalError(f"{contract.name} returned an output that cannot be encoded: {error}") from error
 
     async def _answer(self, write: Write, outputs: Mapping[str, Packet], leave: Callable[[], None]) -> None:
-        """Send the outputs. The place is given back before the last frame: who has read it may call again."""
+        """Send the outputs. Releases capacity before the last frame, so that its reader can call again."""
         with span("send outputs", bytes=sum(packet.byte_size for packet in outputs.values())):
             frame = header_frame(self._reply, outputs)
             for packet in outputs.values():
@@ -388,7 +395,7 @@ class StageServicer:
 
 
 def _prompts(inputs: Mapping[str, Packet]) -> Iterator[str]:
-    """The texts of the prompts among the inputs of a call."""
+    """Yield the prompts in the inputs of a call."""
     for packet in inputs.values():
         if isinstance(packet.message, artifacts_pb2.Prompt):
             yield from (value for _, value in packet.message.ListFields() if isinstance(value, str))

@@ -1,9 +1,9 @@
-"""TLS between the fleet's processes and towards its clients.
+"""TLS between the processes of the fleet, and for its clients.
 
-Within the fleet both ends show a certificate of one authority, and a name in it says what its holder may do: workers
-serve whoever is called `coordinator`, coordinators call whoever is called `worker`. Who holds another certificate of
-that authority may ask a worker for its health, and for nothing else. Files are read again when they change, and count
-from the next handshake on; what asks for certificates of clients at the start does so to its end.
+Within the fleet, connections use mutual TLS with one certificate authority, and the name in a certificate is the role
+of its process: workers serve peers with the name `coordinator`, and coordinators call peers with the name `worker`.
+Other certificates of the authority permit only health checks of a worker. Changed files are reloaded and apply to new
+handshakes. Whether client certificates are required does not change while the process runs.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 @dataclass(frozen=True, kw_only=True)
 class TlsSettings:
-    """The certificate that a process shows, and the authority that it believes. Files are PEM."""
+    """Certificate of a process, and the certificate authority that it trusts. Files are PEM."""
 
-    tls_cert: Path | None = setting(None, help="certificate to show, with its chain; without one nothing is encrypted")
+    tls_cert: Path | None = setting(None, help="certificate with its chain; without it, connections are not encrypted")
     tls_key: Path | None = setting(None, help="private key of tls_cert, without a password")
-    tls_ca: Path | None = setting(None, help="authority of the fleet, which signed what coordinator and workers show")
-    reload_seconds: float = setting(2.0, help="how often files of certificates and keys are looked at for changes")
-    health_listen: str = setting("", help="another address, for health checks alone and in the clear, beside TLS")
+    tls_ca: Path | None = setting(None, help="certificate authority of coordinators and workers; enables mutual TLS")
+    reload_seconds: float = setting(2.0, help="interval in seconds at which certificate and key files are checked")
+    health_listen: str = setting("", help="second address for unencrypted health checks, if TLS is enabled")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A certificate with its chain, and its key; both PEM."""
+    """A certificate with its chain, and its private key, in PEM."""
 
     certificate: bytes
     key: bytes
 
 
 def read_identity(cert: Path | None, key: Path | None, *, name: str = "tls") -> Identity | None:
-    """The certificate of two settings, NAME_cert and NAME_key; None where neither is set.
+    """Read the files of the settings NAME_cert and NAME_key. Returns None if neither is set.
 
-    Raises InvalidInput when one is missing, unreadable or not PEM, and when they are not a pair.
+    Raises InvalidInput if only one is set, a file is unreadable or not PEM, or the key does not match the certificate.
     """
     if cert is None and key is None:
         return None
@@ -56,7 +56,7 @@ def read_identity(cert: Path | None, key: Path | None, *, name: str = "tls") -> 
         raise InvalidInput(f"{name}_{given} is set without {name}_{lacking}", field=f"{name}_{lacking}")
     identity = Identity(_read(cert, f"{name}_cert"), _read(key, f"{name}_key"))
     try:
-        # An empty password fails where a key has one, instead of asking for it on the terminal.
+        # With an empty password, an encrypted key raises an error instead of prompting on the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
     except (OSError, ValueError) as error:
         mismatch = isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH"
@@ -66,12 +66,12 @@ def read_identity(cert: Path | None, key: Path | None, *, name: str = "tls") -> 
 
 
 def read_authority(ca: Path, *, name: str = "tls_ca") -> bytes:
-    """The certificates of an authority. Raises InvalidInput when the setting's file is unreadable or has none."""
+    """Read the certificates of an authority. Raises InvalidInput if the file is unreadable or has no certificate."""
     text = _read(ca, name)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text.decode("ascii"))
     except (ssl.SSLError, ValueError):
-        raise InvalidInput(f"{name}: {ca} holds no certificate in PEM", field=name) from None
+        raise InvalidInput(f"{name}: {ca} contains no certificate in PEM", field=name) from None
     return text
 
 
@@ -84,7 +84,7 @@ def _read(path: Path, name: str) -> bytes:
 
 @dataclass(frozen=True)
 class ServerIdentity:
-    """What a server shows. With `clients`, only holders of that authority's certificates get a connection."""
+    """TLS configuration of a server. With `clients`, an authority, client certificates of it are required."""
 
     identity: Identity
     clients: bytes | None = None
@@ -92,34 +92,32 @@ class ServerIdentity:
 
 @dataclass(frozen=True)
 class Mutual:
-    """A process's side of mutual TLS within the fleet."""
+    """Configuration of a process for mutual TLS within the fleet."""
 
     identity: Identity
     authority: bytes
 
     def server_identity(self) -> ServerIdentity:
-        """What a server shows that talks to holders of the authority's certificates only."""
+        """Return the TLS configuration of a server that requires client certificates."""
         return ServerIdentity(self.identity, self.authority)
 
     def channel(self) -> grpc.ChannelCredentials:
-        """For calling such a server."""
+        """Return channel credentials for servers with mutual TLS."""
         return channel_credentials(self.authority, self.identity)
 
 
 def mutual_of(settings: TlsSettings) -> Mutual | None:
-    """Mutual TLS, where all three files are set; None without `tls_ca`. Raises InvalidInput."""
+    """Return the configuration of mutual TLS; None without `tls_ca`. Raises InvalidInput if a file is not set."""
     identity = read_identity(settings.tls_cert, settings.tls_key)
     if settings.tls_ca is None:
         return None
     if identity is None:
-        raise InvalidInput(
-            "tls_ca is set without tls_cert and tls_key, which this process has to show", field="tls_cert"
-        )
+        raise InvalidInput("tls_ca is set without tls_cert and tls_key, which mutual TLS requires", field="tls_cert")
     return Mutual(identity, read_authority(settings.tls_ca))
 
 
 def watch_mutual(settings: TlsSettings) -> WatchedFiles[Mutual] | None:
-    """The same, always as the files are now."""
+    """Return the configuration of mutual TLS, which is reloaded when files change; None without `tls_ca`."""
     if mutual_of(settings) is None:
         return None
 
@@ -134,33 +132,33 @@ def watch_mutual(settings: TlsSettings) -> WatchedFiles[Mutual] | None:
 
 
 def watch(settings: TlsSettings, files: Sequence[Path | None], read: Callable[[], T], name: str) -> WatchedFiles[T]:
-    """What `read` makes of those of the files that are set, looked at as often as the settings say."""
+    """Return the value of `read`, which is reloaded when one of the files that are set changes."""
     return WatchedFiles(
         [file for file in files if file is not None], read, check_seconds=settings.reload_seconds, name=name
     )
 
 
 def server_credentials(shown: Callable[[], tuple[int, ServerIdentity]]) -> grpc.ServerCredentials:
-    """For a server. Each handshake asks what is to be shown, and a number that tells whether that is something new."""
+    """Return server credentials. Each handshake calls `shown`, which returns a version and the TLS configuration."""
     version, first = shown()
     latest = [version]
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
-        """Called by gRPC on a thread of its own; None leaves things as they were."""
+        """Return the changed configuration; None if it is unchanged. gRPC calls this on its own threads."""
         version, now = shown()
         if latest == [version]:
             return None
         latest[:] = [version]
         return _configuration(now)
 
-    fetcher = cast(Callable[[], grpc.ServerCertificateConfiguration], changed)  # the type stub does not know of None
+    fetcher = cast(Callable[[], grpc.ServerCertificateConfiguration], changed)  # the type stub does not permit None
     return grpc.dynamic_ssl_server_credentials(
         _configuration(first), fetcher, require_client_authentication=first.clients is not None
     )
 
 
 def mutual_credentials(tls: WatchedFiles[Mutual]) -> grpc.ServerCredentials:
-    """For a server that serves holders of the authority's certificates only. Reads changed files again."""
+    """Return credentials of a server that requires client certificates. Changed files are reloaded."""
 
     def shown() -> tuple[int, ServerIdentity]:
         version, mutual = tls.versioned()
@@ -175,20 +173,20 @@ def _configuration(shown: ServerIdentity) -> grpc.ServerCertificateConfiguration
 
 
 def channel_credentials(authority: bytes | None, identity: Identity | None = None) -> grpc.ChannelCredentials:
-    """For a client. Without an authority it believes those that gRPC ships."""
+    """Return channel credentials. Without an authority, the root certificates of gRPC are trusted."""
     key, certificate = (identity.key, identity.certificate) if identity else (None, None)
     return grpc.ssl_channel_credentials(authority, key, certificate)
 
 
 def peer_names(context: Context) -> tuple[str, ...]:
-    """The names in the peer's certificate: subject alternative names, else the common name; () without one."""
+    """Return the names in the peer's certificate: subject alternative names, else the common name; else ()."""
     properties = context.auth_context() or {}
     names = properties.get("x509_subject_alternative_name") or properties.get("x509_common_name") or ()
     return tuple(name.decode("utf-8", "replace") for name in names)
 
 
 class NamedPeers:
-    """Lets peers in whose certificate has one of these names."""
+    """Authorizes peers whose certificate has one of the given names."""
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = frozenset(names)
@@ -198,4 +196,4 @@ class NamedPeers:
         names = peer_names(context)
         if self._names.isdisjoint(names):
             shown = ", ".join(names) or "no name"
-            raise PermissionDenied(f"a certificate for {shown} may not call this service")
+            raise PermissionDenied(f"a certificate for {shown} is not authorized to call this service")

@@ -1,9 +1,9 @@
-"""Finds a call that is stuck: its stage has reported steps, and reports no more of them.
+"""Detects stuck calls: calls whose stage has reported steps and then reports none for too long.
 
-Heartbeats go on while a kernel or a collective does not end, so the store takes such a worker for a live one. The
-watchdog is a thread beside the device thread. It knows the time of each step that a stage reports. A call without a
-step for too long is cancelled, which ends a stage that still reads its Call. A device thread that has not ended some
-seconds later cannot be interrupted: the process ends, and in a worker group the other ranks notice and end too.
+Heartbeats continue while a kernel or a collective hangs, so that the store treats the worker as live. The watchdog is a
+separate thread that records the time of each reported step. A call without a step for too long is cancelled, which ends
+a stage that still checks for cancellation. If the device thread has not ended some seconds later, it cannot be
+interrupted and the process exits; in a worker group, the other ranks detect this and exit too.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from common.stage import Call
 
 _LONGEST_CHECK_SECONDS = 1.0
 _CHECKS_PER_BOUND = 8
-"""How often the watchdog checks within its shortest bound."""
+"""Number of checks within the shortest limit."""
 
 _log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HangLimits:
-    """When a call counts as stuck.
+    """Limits that define a stuck call.
 
-    After its first step a call may be without a step for `seconds`, or for `mean_steps` times the mean seconds per
-    step, whichever is longer. Then the device thread has `exit_seconds` to end. Raises InvalidInput for a bound that is
-    not more than 0.
+    After its first step, a call is stuck if it reports no step for `seconds` or for `mean_steps` times its mean step
+    duration, whichever is longer. The device thread then has `exit_seconds` to end. Raises InvalidInput for a limit
+    that is not positive.
     """
 
     seconds: float = 60.0
@@ -51,23 +51,23 @@ class HangLimits:
 
     @property
     def check_seconds(self) -> float:
-        """Seconds from one check to the next."""
+        """Interval of the checks in seconds."""
         return min(_LONGEST_CHECK_SECONDS, min(self.seconds, self.exit_seconds) / _CHECKS_PER_BOUND)
 
 
 class Verdict(Enum):
-    """What a check of a call has found."""
+    """Result of the check of a call."""
 
-    LIVE = "it makes steps, or has not made its first"
-    STUCK = "it has made no step for too long, and is to be cancelled"
-    CANCELLED = "it was cancelled, and may still end"
-    LOST = "it was cancelled, and has not ended in time"
+    LIVE = "the call reports steps, or has not reported its first step"
+    STUCK = "the call has reported no step for too long and must be cancelled"
+    CANCELLED = "the call was cancelled and has time left to end"
+    LOST = "the call was cancelled and has not ended in time"
 
 
 class StepWatch:
-    """The steps of one call. Times are seconds of one monotonic clock.
+    """Step times of one call, in seconds of one monotonic clock.
 
-    Time in which nothing was checked does not count: this process was stopped or starved, and the stage with it.
+    Time without checks does not count: the whole process was stopped or had no CPU time.
     """
 
     def __init__(self, limits: HangLimits, now: float) -> None:
@@ -81,7 +81,7 @@ class StepWatch:
         self._lock = threading.Lock()
 
     def step(self, now: float) -> None:
-        """The stage has reported a step."""
+        """Record a step."""
         with self._lock:
             self._steps += 1
             if not self._is_cancelled:
@@ -89,7 +89,7 @@ class StepWatch:
 
     @contextmanager
     def paused(self, clock: Callable[[], float]) -> Iterator[None]:
-        """While the stage waits for other workers, its time does not count."""
+        """Exclude the time of the block, in which the stage waits for other workers."""
         with self._lock:
             self._pauses += 1
         began = clock()
@@ -104,12 +104,12 @@ class StepWatch:
 
     @property
     def allowed_seconds(self) -> float:
-        """Longest time from the latest step to the next. The first step counts for the pace, with all before it."""
+        """Maximum time between two steps. The mean includes the first step and the time before it."""
         pace = (self._since - self._began) / max(1, self._steps)
         return max(self._limits.seconds, self._limits.mean_steps * pace)
 
     def check(self, now: float) -> Verdict:
-        """Judge the call. To be called every `limits.check_seconds`."""
+        """Return the state of the call. Must be called every `limits.check_seconds`."""
         with self._lock:
             missed = now - self._checked - self._limits.check_seconds
             if missed > self._limits.check_seconds:
@@ -128,7 +128,7 @@ class StepWatch:
 
 @dataclass
 class _Watched:
-    """The call on the device thread."""
+    """A watched call."""
 
     steps: StepWatch
     request_id: str
@@ -140,9 +140,9 @@ class _Watched:
 
 
 class Watchdog:
-    """Watches the calls of one device: one at a time on the device thread, and sessions on threads of their own.
+    """Watches the calls of one device: calls on the device thread, and sessions on separate threads.
 
-    `on_lost` gets the reason once a cancelled call does not end; by default it ends the process.
+    `on_lost` is called with the reason if a cancelled call does not end. Default: exit the process.
     """
 
     def __init__(
@@ -160,21 +160,21 @@ class Watchdog:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether a call was cancelled because it was stuck, and has not ended yet."""
+        """Whether a stuck call was cancelled and has not ended."""
         return any(watched.is_stuck for watched in list(self._watched.values()))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While the call that is watched on this thread waits for other workers, it is not judged."""
+        """Do not count the time of the block, in which this thread's call waits for other workers."""
         watched = self._watched.get(threading.get_ident())
         with nullcontext() if watched is None else watched.steps.paused(self._clock):
             yield
 
     @contextmanager
     def watch(self, call: Call, on_stuck: Callable[[str], None]) -> Iterator[Call]:
-        """The same call, watched for as long as the block runs on this thread.
+        """Watch a call while the block runs on this thread. Yields the call with a progress callback for the watchdog.
 
-        `on_stuck` is called once with the reason, from the watchdog's thread; it cancels the call.
+        `on_stuck` is called once with the reason, on the watchdog's thread. It must cancel the call.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -199,25 +199,25 @@ class Watchdog:
                 self.check(watched)
 
     def check(self, watched: _Watched) -> None:
-        """Check a call once, and act on the verdict."""
+        """Check a call once, and call `on_stuck` or `on_lost` if necessary."""
         verdict = watched.steps.check(self._clock())
         if watched is not self._watched.get(watched.thread):
-            return  # It has ended meanwhile.
+            return  # The call has ended.
         if verdict is Verdict.STUCK:
             watched.is_stuck = True
-            reason = f"the stage has made no step for {watched.steps.waited_seconds:.1f} s: its device is stuck"
-            watched.context.run(_log.error, "call cancelled", reason=reason, at=_place_of(watched.thread))
+            reason = f"the stage has reported no step for {watched.steps.waited_seconds:.1f} s: its device is stuck"
+            watched.context.run(_log.error, "call cancelled", reason=reason, at=_position_of(watched.thread))
             watched.on_stuck(reason)
         elif verdict is Verdict.LOST:
             watched.context.run(
                 self._on_lost,
                 f"the device thread has not ended {self._limits.exit_seconds:g} s after request {watched.request_id} "
-                f"was cancelled; this process ends, to be restarted; at={_place_of(watched.thread)}",
+                f"was cancelled; this process exits, to be restarted; at={_position_of(watched.thread)}",
             )
 
 
-def _place_of(thread: int) -> str:
-    """The innermost line of Python of a thread, as FILE:LINE:FUNCTION."""
+def _position_of(thread: int) -> str:
+    """Return the innermost Python frame of a thread, as FILE:LINE:FUNCTION."""
     frame = sys._current_frames().get(thread)
     if frame is None:
         return "unknown"

@@ -1,4 +1,4 @@
-"""Puts things around a handler, whichever of gRPC's four kinds it is: a context, and the wait for its request."""
+"""Wraps handlers of all four kinds of gRPC methods: in a context, and with a timeout for the request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Around = Callable[[Context], AbstractAsyncContextManager[None]]
 
 
 def split_handler(handler: Handler) -> tuple[Callable[..., Handler], Any]:
-    """The function that makes a handler of this one's kind, and this one's behavior."""
+    """Return grpc's factory for handlers of this kind, and the behavior of the handler."""
     kinds: Mapping[tuple[bool, bool], tuple[Callable[..., Handler], Any]] = {
         (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
         (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
@@ -30,9 +30,9 @@ def split_handler(handler: Handler) -> tuple[Callable[..., Handler], Any]:
 
 
 def wrap_handler(handler: Handler, around: Around) -> Handler:
-    """The same handler, each call of which runs within `around(context)`.
+    """Return a handler whose calls run in the context `around(context)`.
 
-    A handler that streams its replies is a generator, or a coroutine that writes them.
+    The behavior of a handler with streamed responses is an async generator, or a coroutine that writes the responses.
     """
     make, behavior = split_handler(handler)
     wrap = _generator if inspect.isasyncgenfunction(behavior) else _coroutine
@@ -44,10 +44,10 @@ def wrap_handler(handler: Handler, around: Around) -> Handler:
 
 
 def waiting_for_request(handler: Handler, seconds: float) -> Handler:
-    """The same handler, which reads its one request itself, and waits so long for it at most.
+    """Return a handler that reads a unary request itself, with a timeout of `seconds`.
 
-    gRPC would have it before anything of ours runs: who opens calls and sends nothing would not be noticed, and who
-    sends much would not be looked at before. On the wire one message is one message, streamed or not.
+    gRPC would read the request before interceptors run: a client could hold calls open without sending a request, and
+    could send large requests before it is authorized. Unary and streamed requests have the same wire format.
     """
     if handler.request_streaming:
         return handler
@@ -67,12 +67,12 @@ class _RequestReader:
         self._seconds = seconds
 
     async def __call__(self, context: Context) -> Any:
-        """The request. Raises DeadlineExceeded when none comes, and InvalidInput for bytes that are none."""
+        """Read the request. Raises DeadlineExceeded after the timeout, and InvalidInput for an invalid request."""
         try:
             async with asyncio.timeout(self._seconds):
                 raw: Any = await context.read()
         except TimeoutError:
-            raise DeadlineExceeded(f"no request came for {self._seconds:g} s") from None
+            raise DeadlineExceeded(f"no request was received for {self._seconds:g} s") from None
         if raw is grpc.aio.EOF:
             raise InvalidInput("the call ended before its request")
         try:

@@ -1,4 +1,4 @@
-"""What requests do or wait for, as the store knows it: one operation, whose cost does not grow with the queues."""
+"""Reads the activities of requests from the store, with one operation whose cost does not depend on queue lengths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KINDS = {
 
 
 class StageQueue(NamedTuple):
-    """What an estimate of a wait needs: a service of a model, and its live workers."""
+    """Inputs of a wait time estimate: a service of a model, and the number of its live workers."""
 
     model: str
     service: str
@@ -33,23 +33,23 @@ class StageQueue(NamedTuple):
 
 
 class ActiveRequest(NamedTuple):
-    """A record with its activities, and the queue in which each of them waits; None for one that waits in none."""
+    """A record with its activities, and for each activity the queue in which it waits, or None."""
 
     record: generation_pb2.RequestRecord
     queues: Sequence[StageQueue | None]
 
 
 class Activities(NamedTuple):
-    """Requests that have not ended, then the newest others, at `milliseconds` of the store's clock."""
+    """Open requests, then the latest ended ones. `milliseconds` is the store's time since 1970."""
 
     milliseconds: int
     requests: Sequence[ActiveRequest]
 
 
 async def read_activities(redis: Redis, services: Mapping[str, Sequence[str]], *, caller: str, most: int) -> Activities:
-    """At most `most` requests of the models in `services`, whose services are in the order of the pipeline.
+    """Return at most `most` requests. `services` maps models to their services in the order of the pipeline.
 
-    `caller` restricts them to one caller's; empty for all. Raises Unavailable when the store is unavailable.
+    `caller` restricts the result to requests of one caller; empty for all. Raises Unavailable.
     """
     places = [f"{model}/{service}" for model, names in services.items() for service in names]
     arguments: Arguments = {"caller": caller, "most": min(most, MOST_REQUESTS), "places": places}
@@ -79,6 +79,6 @@ def _request(snapshot: Sequence[Any], rows: Sequence[Sequence[Any]]) -> ActiveRe
 
 
 def _steps(work: bytes, done: bytes) -> tuple[int, int]:
-    """The steps done, and all steps; (0, 0) for a service without steps, and where none were recorded."""
+    """Return the completed steps and all steps; (0, 0) for a service without steps or without stored work."""
     total = int(work.partition(b"|")[0] or 0)
     return (round(float(done or 0) * total), total) if total > 1 else (0, 0)

@@ -1,4 +1,4 @@
-"""Errors for requests that the store does not admit."""
+"""Errors for requests that the store refuses at admission."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fleet.v1 import generation_pb2
 
 
 def check_admitted(reply: Sequence[Any], record: generation_pb2.RequestRecord) -> None:
-    """Raise InvalidInput or ResourceExhausted where the reply to a request's admission is a refusal."""
+    """Raise InvalidInput or ResourceExhausted if the reply to an admission is a refusal."""
     match reply[0]:
         case b"late":
             clock = timestamp_of(int(reply[1])).ToJsonString()
@@ -20,15 +20,18 @@ def check_admitted(reply: Sequence[Any], record: generation_pb2.RequestRecord) -
                 field="deadline",
             )
         case b"crowded":
-            what = f"{int(reply[1])} requests for {record.model} are open, which is the bound"
+            what = f"{int(reply[1])} requests for {record.model} are open, which is the limit"
         case b"quota":
-            what = f"{record.caller} has {int(reply[1])} open requests, which is the bound"
+            what = f"{record.caller} has {int(reply[1])} open requests, which is the limit"
         case b"full":
-            what = f"{int(reply[1])} requests wait for {reply[3].decode()} of {record.model}, which is the bound"
+            what = f"{int(reply[1])} requests wait for {reply[3].decode()} of {record.model}, which is the limit"
         case b"unmeasured":
-            what = f"{int(reply[1])} requests for {record.model} are open, none has ended yet and the pace is unknown"
+            what = (
+                f"{int(reply[1])} requests for {record.model} are open, and none has ended yet, so that "
+                "their duration is unknown"
+            )
         case b"busy":
-            what = f"{record.model} has {int(reply[1]) / 1_000:.1f} s of work before it, which is beyond the bound"
+            what = f"{record.model} has {int(reply[1]) / 1_000:.1f} s of work outstanding, which exceeds the limit"
         case _:
             return
     raise ResourceExhausted(what, retry_seconds=int(reply[2]) / 1_000 or None)

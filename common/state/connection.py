@@ -1,7 +1,7 @@
-"""Redis, as the state modules use it: one pool, one script, and errors that callers understand.
+"""Access of the state modules to Redis: connection pool, script, and conversion of errors.
 
-The state modules raise Unavailable while the server cannot be reached or takes no writes, StoreFull (an Unavailable)
-when its memory is full, FailedPrecondition for a Redis Cluster, and InternalError when it refuses a command.
+The state modules raise Unavailable if the server cannot be reached or does not accept writes, StoreFull (an
+Unavailable) if its memory is full, FailedPrecondition for a Redis Cluster, and InternalError if it refuses a command.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ SCRIPT_FILES = (
     "replies",
     "run",
 )
-"""The files of the script in lua/, in the order in which they make one chunk."""
-# No command blocks longer on the server than this; the socket's own timeout is beyond it.
+"""Files of the script in lua/, in the order in which they are concatenated."""
 BLOCK_SECONDS = 5.0
+"""Maximum time for which a command blocks on the server. Less than the socket timeout."""
 _SOCKET_SECONDS = 10.0
 _CONNECT_SECONDS = 3.0
 _RETRIES = 2
-_AWAY = (ConnectionError, TimeoutError)
+_UNREACHABLE = (ConnectionError, TimeoutError)
 _NO_WRITES = ("MISCONF", "NOREPLICAS", "BUSY", "LOADING", "MASTERDOWN", "READONLY")
 _CLUSTER_ERRORS = re.compile(r"MOVED |ASK |CROSSSLOT|CLUSTERDOWN|.*non local key")
 CLUSTER_UNSUPPORTED = (
@@ -67,32 +67,32 @@ CLUSTER_UNSUPPORTED = (
 
 Word: TypeAlias = str | bytes | int | float
 Arguments: TypeAlias = Mapping[str, Word | Sequence[Word] | Mapping[str, Word]]
-"""The arguments of an operation of the script by name: single values, lists, and lists of pairs."""
+"""Arguments of an operation of the script by name: single values, lists, and lists of pairs."""
 
 
 class StoreFull(Unavailable):
-    """The server has used all of its maxmemory; writes work again once it has free memory."""
+    """The server has reached its maxmemory. Writes fail until memory is freed."""
 
 
 def connect(url: str) -> Redis:
-    """A client of redis://, rediss:// or unix:// with a pool of connections; nothing is opened yet.
+    """Return a client with a connection pool for redis://, rediss:// or unix://. Connections are opened on demand.
 
-    redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DATABASE asks the sentinels who the service's primary is, whenever it
-    connects. Raises InvalidInput for a URL that is none of these.
+    For redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DATABASE, each new connection resolves the primary of the service
+    with the sentinels. Raises InvalidInput for other URLs.
     """
     check_url(url)
     try:
         return _primary(url) if url.startswith(SENTINEL) else TimedClient.from_url(url, **_options())
     except (ValueError, TypeError):
-        # Without the cause, whose text may hold a part of the URL.
+        # Without the cause, whose message may contain a part of the URL.
         raise InvalidInput("redis: redis-py refuses this URL; percent-encode its parts", field="redis") from None
 
 
 def _options() -> dict[str, Any]:
     return {
-        # Each Watch holds a connection while it waits for events. redis-py's default limit is 100.
+        # Each Watch call occupies a connection while it waits for events. redis-py's default limit is 100.
         "max_connections": 2**31 - 1,
-        "protocol": 2,  # so that replies have one form, whatever redis-py's default
+        "protocol": 2,  # independent of redis-py's default, because reply types differ between protocols
         "socket_timeout": _SOCKET_SECONDS,
         "socket_connect_timeout": _CONNECT_SECONDS,
         "retry": Retry(ExponentialBackoff(cap=0.25, base=0.02), _RETRIES),
@@ -100,23 +100,23 @@ def _options() -> dict[str, Any]:
 
 
 def follows_sentinels(redis: Redis) -> bool:
-    """Whether sentinels name the server that this client connects to."""
+    """Return whether this client resolves the server's address with Redis Sentinel."""
     return isinstance(redis, _Primary)
 
 
 class _Primary(TimedClient):
-    """The primary that sentinels name. Closing it closes the connections to the sentinels too."""
+    """Client of the primary that sentinels resolve. aclose() also closes the connections to the sentinels."""
 
     watchers: Any
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
-        """Close everything."""
+        """Close the connections to the primary and to the sentinels."""
         await super().aclose(close_connection_pool)
         await self.watchers.aclose()
 
 
 def _primary(url: str) -> Redis:
-    """A client of the primary of a service that sentinels watch."""
+    """Return a client of the primary of a service that sentinels monitor."""
     places, service, database = sentinel_parts(url)
     watchers = cast(Any, Sentinel)(
         [(host.strip("[]"), int(port)) for host, port in places],
@@ -131,10 +131,10 @@ def _primary(url: str) -> Redis:
 
 @contextmanager
 def cancellation_kept() -> Iterator[None]:
-    """Raise CancelledError when the task was cancelled within the block and something in there swallowed it.
+    """Raise CancelledError if the task was cancelled within the block, but the cancellation was lost.
 
-    redis-py sends under asyncio.wait_for, which until Python 3.12 returns a result that comes at the same moment as a
-    cancellation, and forgets the cancellation: whoever waits for the task's end then waits for ever.
+    redis-py uses asyncio.wait_for(), which before Python 3.12 drops a cancellation that arrives together with the
+    result. The task would then not end, and tasks that wait for it would wait forever.
     """
     task = asyncio.current_task()
     asked = task.cancelling() if task else 0
@@ -147,7 +147,7 @@ def cancellation_kept() -> Iterator[None]:
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Turn Redis's errors into the fleet's, and lose no cancellation."""
+    """Convert errors of Redis to FleetErrors, and preserve cancellation."""
     with cancellation_kept(), _translated():
         yield
 
@@ -159,15 +159,15 @@ def _translated() -> Iterator[None]:
     except AuthenticationError as error:
         raise Unavailable(f"the request store refuses the login: {_text(error)}") from error
     except BusyLoadingError as error:
-        raise Unavailable(f"the request store takes no writes: {_text(error)}") from error
-    except _AWAY as error:
-        raise Unavailable(f"the request store is away: {_text(error)}") from error
+        raise Unavailable(f"the request store does not accept writes: {_text(error)}") from error
+    except _UNREACHABLE as error:
+        raise Unavailable(f"the request store is unavailable: {_text(error)}") from error
     except OutOfMemoryError as error:
         raise StoreFull(
             "the request store is full: it has used its maxmemory; raise maxmemory, or wait until results have expired"
         ) from error
     except ReadOnlyError as error:
-        raise Unavailable(f"the request store takes no writes: {_text(error)}") from error
+        raise Unavailable(f"the request store does not accept writes: {_text(error)}") from error
     except ResponseError as error:
         raise _refused(_text(error)) from error
     except RedisError as error:
@@ -175,16 +175,16 @@ def _translated() -> Iterator[None]:
 
 
 def _text(error: RedisError) -> str:
-    """The error's text without credentials."""
+    """Return the message of an error, without credentials."""
     return without_password(str(error))
 
 
 def _refused(text: str) -> Unavailable | FailedPrecondition | InternalError:
-    """The error of a command that the server refused."""
+    """Return the error for a command that the server refused."""
     if _CLUSTER_ERRORS.match(text):
         return FailedPrecondition(CLUSTER_UNSUPPORTED, field="redis")
     if text.startswith(_NO_WRITES):
-        return Unavailable(f"the request store takes no writes: {text}")
+        return Unavailable(f"the request store does not accept writes: {text}")
     if text.startswith("FLEETCALL "):
         return InternalError(f"an operation of the request store was called wrongly: {text.partition(' ')[2]}")
     if text.startswith(("FLEETKEY ", "FLEETSTORE ")):
@@ -193,9 +193,9 @@ def _refused(text: str) -> Unavailable | FailedPrecondition | InternalError:
 
 
 async def command(redis: Redis, *words: str | bytes | memoryview | float) -> Any:
-    """Run one command; its reply is as the server gives it, texts as bytes.
+    """Run one command and return its reply, with strings as bytes.
 
-    Raises InternalError that names the key where that has another type than the command's.
+    Raises InternalError with the key if the key has another type than the command requires.
     """
     with store_errors():
         try:
@@ -209,32 +209,32 @@ async def command(redis: Redis, *words: str | bytes | memoryview | float) -> Any
 
 
 def is_wrong_type(error: object) -> bool:
-    """Whether a command failed since its key holds a value of another type."""
+    """Return whether a command failed because its key has another type."""
     return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
 
 
 async def ping(redis: Redis) -> None:
-    """Raise Unavailable unless the server answers."""
+    """Raise Unavailable unless the server responds."""
     await command(redis, "PING")
 
 
 @cache
 def script_source() -> str:
-    """The text of the script."""
+    """Return the source of the script."""
     folder = resources.files(__package__).joinpath("lua")
     return "\n".join(folder.joinpath(f"{name}.lua").read_text(encoding="utf-8") for name in SCRIPT_FILES)
 
 
 @cache
 def script_sha() -> str:
-    """The name under which the server keeps the script."""
+    """Return the SHA-1 digest by which EVALSHA calls the script."""
     return hashlib.sha1(script_source().encode(), usedforsecurity=False).hexdigest()
 
 
 def script_call(operation: str, arguments: Arguments) -> list[Word]:
-    """The command that runs an operation of the script, whose arguments are sent as NAME VALUE pairs.
+    """Return the command that runs an operation of the script, with its arguments as NAME VALUE pairs.
 
-    A list repeats its name for each element, so that an empty list is not sent.
+    A list is sent as one pair per element, so that an empty list is omitted.
     """
     words: list[Word] = ["EVALSHA", script_sha(), 0, operation]
     for name, value in arguments.items():
@@ -250,9 +250,9 @@ def _elements(value: Word | Sequence[Word] | Mapping[str, Word]) -> Sequence[Wor
 
 
 async def run_script(redis: Redis, operation: str, arguments: Arguments) -> Any:
-    """Run an operation of the script: one round trip, and one more where the server does not know the script yet.
+    """Run an operation of the script in one round trip, or three if the server must load the script first.
 
-    Raises InternalError for arguments that the operation does not take.
+    Raises InternalError for arguments that the operation does not declare.
     """
     words = script_call(operation, arguments)
     with store_errors():

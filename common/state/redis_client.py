@@ -1,6 +1,7 @@
-"""What the fleet uses of redis-py, imported without OpenTelemetry.
+"""Names of redis-py that the fleet uses, imported without OpenTelemetry.
 
-Where OpenTelemetry is installed, redis-py imports its metrics, which nothing here uses: 4 MB in each process.
+If OpenTelemetry is installed, redis-py imports its metrics, which the fleet does not use and which take 4 MB per
+process.
 """
 
 from __future__ import annotations

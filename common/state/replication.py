@@ -1,7 +1,7 @@
-"""Operations of the script that count as done only once replicas have them, so that a failover loses nothing.
+"""Runs operations of the script that must be acknowledged by replicas, so that a failover does not lose them.
 
-WAIT acknowledges the writes of its own connection. It therefore follows the operation in one pipeline, which stays on
-one connection: a client that asked on another one might ask the new primary of a failover, which never got the write.
+WAIT covers the writes of its own connection. It is therefore sent in the same pipeline as the operation, on one
+connection. On another connection, it could reach the new primary after a failover, which does not have the write.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _CHANNEL = PREFIX + "replication"
 
 @dataclass(frozen=True)
 class Replication:
-    """How many replicas must acknowledge a write; 0 asks for none."""
+    """Number of replicas that must acknowledge a write; 0 for none."""
 
     replicas: int = 0
 
     async def run_script(self, redis: Redis, operation: str, arguments: Arguments) -> Any:
-        """Run an operation of the script. Raises Unavailable when too few replicas acknowledge it in time.
+        """Run an operation of the script. Raises Unavailable if too few replicas acknowledge it in time.
 
-        The operation may have been done then. Repeated with the same arguments, it is acknowledged again.
+        The operation may have been applied nevertheless. Retry with the same arguments until it is acknowledged.
         """
         if not self.replicas:
             return await run_script(redis, operation, arguments)
@@ -50,20 +50,21 @@ class Replication:
                 return list(await pipeline.execute(raise_on_error=False))
 
     def follow(self, pipeline: Any, needed: Collection[str] = ()) -> None:
-        """Have a pipeline wait, as its last commands, until replicas have all that the primary has by then.
+        """Append commands to a pipeline that wait until replicas have acknowledged all earlier writes.
 
-        `needed` are keys that the operation relies on, written before: a failover between may have lost them.
+        `needed` are keys that were written before the operation; a failover may have lost them.
         """
         if not self.replicas:
             return
         if needed:
             pipeline.exists(*needed)
-        # A message is a write: without one, WAIT would not cover an operation that only repeats an earlier answer.
+        # PUBLISH is replicated. Without it, WAIT would not wait for an operation that is a repetition and writes
+        # nothing.
         pipeline.execute_command("PUBLISH", _CHANNEL, b"")
         pipeline.execute_command("WAIT", self.replicas, int(_ACKNOWLEDGE_SECONDS * 1_000))
 
     def check(self, replies: Sequence[Any], needed: Collection[str] = ()) -> None:
-        """Judge the replies to the commands that follow() added. Raises Unavailable when something is missing."""
+        """Check the replies to the commands of follow(). Raises Unavailable if keys or acknowledgements are missing."""
         if not self.replicas:
             return
         with store_errors():
@@ -75,5 +76,5 @@ class Replication:
         if (acknowledged := int(replies[-1])) < self.replicas:
             raise Unavailable(
                 f"store_replicas: {acknowledged} replicas of the request store acknowledged within "
-                f"{_ACKNOWLEDGE_SECONDS:g} s, which is less than {self.replicas}; connect as many, or try again"
+                f"{_ACKNOWLEDGE_SECONDS:g} s, which is less than {self.replicas}; connect more replicas, or retry"
             )

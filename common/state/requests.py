@@ -1,7 +1,7 @@
-"""Requests, their events and their results, as every coordinator sees them.
+"""Stores requests, their events and their results, shared by all coordinators.
 
-A request is admitted once, collects events, and ends once; the last event tells how. All keys of a request that has
-ended expire. Records and events are the public API's messages, stored serialised.
+A request is admitted once, gets events and ends once; its last event contains the terminal state. After the end of a
+request, all its keys expire. Records and events are serialised messages of the public API.
 """
 
 from __future__ import annotations
@@ -55,44 +55,44 @@ from fleet.v1 import generation_pb2
 
 MAX_PAGE = 1000
 PAGE_BYTES = 3 << 20
-"""Most bytes of a page's records, below the 4 MiB that a gRPC client takes by default."""
+"""Maximum size of a page in bytes, below the default message limit of gRPC clients, 4 MiB."""
 _DEFAULT_PAGE = 50
 _FULL_RETRY_SECONDS = 5.0
-_RECORD_BYTES = 4 << 10  # of an admitted request in the store, beside its submission
+_RECORD_BYTES = 4 << 10  # estimated size of an admitted request in the store, without its submission
 _SCAN = 200
 _ENTRY_BYTES = 8  # tag and length of a record in its page
 _UNSUCCESSFUL_SECONDS = 60.0
-"""How long the items of a request that ended without a result are stored at most, for calls that are sending them."""
+"""Maximum TTL of the items of a request that ended without a result, for downloads in progress."""
 _EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 
 @dataclass(frozen=True)
 class AdmissionLimits:
-    """What admission checks besides the request: how much may be open for its model, and wait for one service."""
+    """Limits that admission enforces: open requests of a model, waiting claims of a service, outstanding work."""
 
     services: Sequence[str] = ()
     max_open: int = 1_000
     queue_limit: int = 256
     max_open_of_caller: int = 1_000
     queue_seconds: float = 0.0
-    """Most seconds that the slowest service needs for what is open, at its measured pace; 0 sets no such bound.
+    """Maximum outstanding work of the slowest service in seconds, at its measured pace; 0 for no limit.
 
-    A caller whose part is no more than an equal one may go beyond it. Before a service has a pace, as many requests may
-    be open as its workers take at a time."""
+    A caller whose outstanding work is at most an equal share of the limit is not refused. While a service has no
+    measured pace, the number of open requests is limited to its capacity."""
 
 
 @dataclass(frozen=True)
 class Retention:
-    """How long a request that has ended is remembered, and its files kept, in seconds."""
+    """TTL of the records and of the result files of ended requests, in seconds."""
 
     record_seconds: float = 86_400.0
     result_seconds: float = 3_600.0
 
 
 class Admission(NamedTuple):
-    """An accepted request. `seconds_left` until its deadline, by the store's clock; None without one.
+    """An accepted request. `seconds_left` is the time to its deadline, by the store's clock; None without one.
 
-    `events` are its first ones, as stored; empty where an answer was lost on the way or the request is replayed.
+    `events` are the first stored events; empty if the admission was a repetition or the request is replayed.
     """
 
     record: generation_pb2.RequestRecord
@@ -102,18 +102,20 @@ class Admission(NamedTuple):
 
 
 class StoredEvent(NamedTuple):
-    """An event, and the epoch under which it was added; 0 for an event that no owner of the request added."""
+    """An event, and the epoch of the owner that added it; 0 if the store added it without an owner."""
 
     event: generation_pb2.Event
     epoch: int
 
 
 class RequestStore:
-    """The request state of one fleet. `owner` is the coordinator that admits through it, `memory` bounds that.
-    `items` holds the bytes of streamed results, `timelines` what happened to requests.
+    """Request state of one fleet.
 
-    admit() and finish() return once as many `replicas` of the store have acknowledged the write. They raise Unavailable
-    where fewer do: the write may have been done, and is acknowledged by a repetition.
+    `owner`: id of the coordinator that owns requests admitted by this object. `memory`: memory limit of admission.
+    `items`: bytes of streamed results. `timelines`: timelines of requests.
+
+    admit() and finish() return once `replicas` replicas of the store have acknowledged the write. They raise
+    Unavailable if fewer do; the write may have been applied, and a repetition acknowledges it.
     """
 
     def __init__(
@@ -144,13 +146,16 @@ class RequestStore:
         work: Mapping[str, StageWork] = MappingProxyType({}),
         wirings: Mapping[str, Wiring] = MappingProxyType({}),
     ) -> Admission:
-        """Store a request durably, with its first events: QUEUED, and the warnings it has. One round trip.
+        """Store a request with its first events: QUEUED, and its warnings. One round trip.
 
-        A known key answers with the request that it belongs to; each caller has keys of its own. `submission` is what
-        another coordinator needs to run the request. `costs` say how much it asks of each service, beside other
-        requests; 1 where nothing is said. `work` is what autoscaling counts; workers that do not fit `wirings` count
-        for no limit. Raises InvalidInput for a deadline that has passed and ResourceExhausted beyond the limits or
-        where the store is full, with the time after which to try again.
+        `idempotency_key`: for a known key of this caller, its request is returned.
+        `submission`: serialised inputs with which another coordinator can run the request.
+        `costs`: relative work at each service, default 1.
+        `work`: work at each service, for autoscaling.
+        `wirings`: wiring at each service; workers that do not fit it do not count in capacities.
+
+        Raises InvalidInput for a deadline that has passed, and ResourceExhausted with a retry delay if a limit is
+        reached or the store is full.
         """
         limits = limits or AdmissionLimits()
         memory = await self.memory.use(adding=len(submission) + _RECORD_BYTES)
@@ -184,7 +189,7 @@ class RequestStore:
         if reply[0] == b"memory":
             raise ResourceExhausted(
                 f"the request store is full: it uses {memory}, and accepts requests below {memory.limit / 2**20:.1f} "
-                "MiB; what was accepted goes on",
+                "MiB; accepted requests continue to run",
                 retry_seconds=_FULL_RETRY_SECONDS,
             )
         check_admitted(reply, record)
@@ -194,7 +199,7 @@ class RequestStore:
         return Admission(stored, reply[0] == b"replayed", left, with_ids(events, ids))
 
     async def get(self, request_id: str) -> generation_pb2.RequestRecord:
-        """The record. Raises NotFound."""
+        """Return the record of a request. Raises NotFound."""
         fields = await command(self._redis, "HMGET", key_of("request", request_id), *SNAPSHOT)
         if fields[0] is None:
             raise unknown_request(request_id, self._retention.record_seconds)
@@ -209,13 +214,14 @@ class RequestStore:
         model: str = "",
         caller: str = "",
     ) -> tuple[list[generation_pb2.RequestRecord], str]:
-        """A page of records, newest first, and the token of the next page. Raises InvalidInput for a bad page.
+        """Return a page of records, newest first, and the token of the next page; empty on the last page.
 
-        It has at most `page_size` records and, unless the first one is larger, PAGE_BYTES.
+        A page has at most `page_size` records and PAGE_BYTES, but at least one record. Raises InvalidInput for an
+        invalid size or token.
         """
         wanted = checked_page_size(page_size)
         if page_token and not (page_token.isascii() and page_token.isdigit() and len(page_token) < 16):
-            raise InvalidInput(f"page_token {page_token!r} does not come from a page before", field="page_token")
+            raise InvalidInput(f"page_token {page_token!r} is not the token of an earlier page", field="page_token")
         below = f"({page_token}" if page_token else "+inf"
         found: list[generation_pb2.RequestRecord] = []
         last, size = "", 0
@@ -237,7 +243,7 @@ class RequestStore:
             below = f"({batch[-1][0]}"
 
     async def _scan(self, below: str) -> list[tuple[str, list[Any]]]:
-        """The next ids of the index with their sequence numbers and stored fields."""
+        """Return the next entries of the index: sequence numbers, and stored fields of their requests."""
         with store_errors():
             rows: Any = await self._redis.zrevrangebyscore(
                 PREFIX + "requests", below, "-inf", start=0, num=_SCAN, withscores=True
@@ -252,17 +258,17 @@ class RequestStore:
             for reply in replies:
                 if isinstance(reply, Exception) and not is_wrong_type(reply):
                     raise reply
-        fields = [[None] if isinstance(reply, Exception) else reply for reply in replies]  # no record is there
+        fields = [[None] if isinstance(reply, Exception) else reply for reply in replies]
         return [(str(int(score)), each) for (_, score), each in zip(rows, fields, strict=True)]
 
     async def append(
         self, request_id: str, events: Sequence[generation_pb2.Event], *, number: int, epoch: int = 1
     ) -> list[generation_pb2.Event] | None:
-        """Add events; what they say of state and warnings goes into the record.
+        """Add events to a request. Their states and warnings are added to the record.
 
-        `number` is how many the caller has added before in this epoch: the same ones may be given again, when it is not
-        known whether they were added. Returns them as stored, and None once the request has ended or belongs to another
-        epoch. Events of items count as added once the replicas have them, as their bytes were delivered then.
+        `number` is the number of events that the caller has added before in this epoch, which makes repetitions
+        idempotent. Returns the stored events, or None if the request has ended or the epoch is not current. Events of
+        items must be acknowledged by replicas, because clients receive the bytes of the items afterwards.
         """
         state = next((str(event.state_change.state) for event in events if event.HasField("state_change")), "")
         extra = generation_pb2.RequestRecord(
@@ -297,13 +303,12 @@ class RequestStore:
         epoch: int = 1,
         token: str = "",
     ) -> list[generation_pb2.Event] | None:
-        """End a request: `events` that are still to be told, its files, its state.
+        """End a request: store its files, the pending `events` and the terminal state.
 
-        Returns the events as stored, the terminal one last (none where the first answer was lost on the way), and
-        None for all but the one call that ended it, which only the owner of the latest epoch can. A call that is made
-        again, as its answer was lost, has the same `token`; one with another would delete the files that are there.
-        Unless `stored`, the files are named in the record, but their bytes are not kept. `items` are those of a
-        streamed result, which expire with it.
+        Returns the stored events, the terminal one last (empty for a repetition), or None if the request has already
+        ended or the epoch is not current. `token`: id of the call; a repetition after a lost reply must have the same
+        token, since a call with another token deletes the files. `stored`: False to add the files to the record without
+        storing their bytes. `items`: items of a streamed result, which expire with the result.
         """
         extra = generation_pb2.RequestRecord(
             error=error,
@@ -328,7 +333,7 @@ class RequestStore:
         }
         reply = await self._store_then_run(chunks, "finish", arguments)
         if reply[0] == b"finished":
-            # Only now: this may be a former owner's call, which must not end the items of a request that goes on.
+            # Not before the operation: a former owner must not expire the items of a running request.
             await self.items.expire(request_id, items, self._item_milliseconds(state))
             return with_ids((*events, last), reply[1])
         if chunks:
@@ -342,9 +347,10 @@ class RequestStore:
         return _milliseconds(seconds if succeeded else min(seconds, _UNSUCCESSFUL_SECONDS))
 
     async def _store_then_run(self, chunks: Mapping[str, memoryview], operation: str, arguments: Arguments) -> Any:
-        """Write chunks, each safe to be written twice, and then run an operation; one round trip where they are few.
+        """Write chunks idempotently, then run an operation. One round trip for at most one batch of chunks.
 
-        A transaction, since a full server aborts it as a whole: a request must not succeed without its files.
+        The last batch and the operation are a transaction, which a full server aborts as a whole: a request must not
+        succeed without its files.
         """
         if not chunks:
             return await self._replication.run_script(self._redis, operation, arguments)
@@ -356,7 +362,7 @@ class RequestStore:
                     pipeline.set(key, chunk, px=ttl)
                 with store_errors():
                     await pipeline.execute()
-            # Not a transaction of the client's: in one, WAIT would not wait.
+            # Not a transaction of redis-py, which would include WAIT: within a transaction, WAIT does not wait.
             pipeline.execute_command("MULTI")
             for key, chunk in last.items():
                 pipeline.set(key, chunk, px=ttl)
@@ -366,7 +372,7 @@ class RequestStore:
             with store_errors():
                 replies = await pipeline.execute(raise_on_error=False)
         queued, executed, rest = replies[: len(last) + 2], replies[len(last) + 2], replies[len(last) + 3 :]
-        # A transaction that was aborted has one error for all results; the command that it was aborted for has its own.
+        # EXEC of an aborted transaction returns one error; the command that caused the abort has a separate error.
         *stored, reply = executed if isinstance(executed, list) else [executed]
         with store_errors():
             for each in (*queued, *stored):
@@ -380,10 +386,10 @@ class RequestStore:
         return reply
 
     async def request_cancel(self, request_id: str, *, token: str = "") -> Cancellation:
-        """Ask the coordinator that drives the request to end it, and say how it stands. Raises NotFound.
+        """Ask the owner of a request to cancel it, or cancel it here if its owner is lost. Raises NotFound.
 
-        An ended request stays as it is. Where no coordinator drives it any more, it ends at once. An attempt that is
-        repeated, as its answer was lost, has the same `token`.
+        No effect on a request that has ended. `token`: id of the call; a repetition after a lost reply must have the
+        same token.
         """
         state = State.REQUEST_STATE_CANCELLED
         arguments: Arguments = {
@@ -399,13 +405,13 @@ class RequestStore:
         return Cancellation(read_record(fields), bool(ended_here))
 
     async def events(self, request_id: str, after: str = "") -> AsyncGenerator[generation_pb2.Event, None]:
-        """The events after the given one as they come, up to the terminal one. Raises NotFound, InvalidInput."""
+        """Yield the events after the id `after`, up to the terminal event. Raises NotFound, InvalidInput."""
         async with aclosing(self.stored_events(request_id, after)) as events:
             async for event, _ in events:
                 yield event
 
     async def stored_events(self, request_id: str, after: str = "") -> AsyncGenerator[StoredEvent, None]:
-        """The same with the epoch of each event."""
+        """Yield the events as events(), each with its epoch."""
         if after and not _EVENT_ID.fullmatch(after):
             raise InvalidInput(f"after_event_id {after!r} is not the id of an event", field="after_event_id")
         last = after or "0-0"
@@ -424,7 +430,7 @@ class RequestStore:
                 rows, over = await self._history(request_id, last)
 
     async def _history(self, request_id: str, last: str) -> tuple[list[Any], bool]:
-        """Entries after `last`, and whether the request has ended, read together."""
+        """Return the entries after `last`, and whether the request has ended, read in one transaction."""
         with store_errors():
             async with self._redis.pipeline(transaction=True) as pipeline:
                 pipeline.hget(key_of("request", request_id), "state")
@@ -441,7 +447,7 @@ class RequestStore:
         return list(reply[0][1]) if reply else []
 
     async def delivered_items(self, request_id: str) -> list[StoredItem]:
-        """The items of a request that have an event, in order."""
+        """Return the items of a request that have an event, in order."""
         rows = await command(self._redis, "XRANGE", key_of("events", request_id), "-", "+")
         events = [(generation_pb2.Event.FromString(fields[b"event"]), _epoch_of(fields)) for _, fields in rows]
         return [StoredItem(event.item, epoch) for event, epoch in events if event.HasField("item")]
@@ -449,9 +455,9 @@ class RequestStore:
     async def result_chunks(
         self, request_id: str, index: int, byte_size: int, skipped: int = 0
     ) -> AsyncIterator[bytes]:
-        """The bytes of a stored file of that size after the first `skipped` ones, in chunks of at most 1 MiB.
+        """Yield the bytes of a stored file from the offset `skipped`, in chunks of at most 1 MiB.
 
-        Raises NotFound once they are gone.
+        Raises NotFound if they have expired.
         """
         epoch = (await command(self._redis, "HGET", key_of("request", request_id), "epoch") or b"").decode()
         count = len(range(0, byte_size, CHUNK_BYTES))
@@ -465,14 +471,14 @@ def _milliseconds(seconds: float) -> int:
 
 
 def checked_page_size(size: int) -> int:
-    """The number of records that a page may have; 0 takes the default. Raises InvalidInput beyond MAX_PAGE."""
+    """Return the maximum number of records of a page; 0 is the default. Raises InvalidInput above MAX_PAGE."""
     if not 0 <= size <= MAX_PAGE:
         raise InvalidInput(f"page_size is {size}; it must be at most {MAX_PAGE}", field="page_size")
     return size or _DEFAULT_PAGE
 
 
 def _done(events: Sequence[generation_pb2.Event]) -> dict[str, str]:
-    """The fraction of its work that each service has done, by its latest progress."""
+    """Return the completed fraction of each service's work, from its latest progress."""
     steps = [event.progress for event in events if event.HasField("progress") and event.progress.total_steps]
     return {each.service: f"{each.step / each.total_steps:.6f}" for each in steps}
 

@@ -1,8 +1,7 @@
-"""Bytes of the items of streamed results.
+"""Stores the bytes of the items of streamed results.
 
-An item's bytes are stored first, under keys that contain the writer's epoch. The event that is appended after them
-makes the item a part of the result. A coordinator that has lost a request may still write bytes; no event refers to
-them.
+The bytes of an item are written first, to keys that contain the writer's epoch. The event that is appended afterwards
+makes the item a part of the result. A former owner of a request may still write bytes, but no event refers to them.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from common.state.replication import Replication
 from fleet.v1 import generation_pb2
 
 _UNENDED_MS = 86_400_000
-"""TTL of an item whose request has not ended, in ms. It only removes bytes that no end of a request reaches."""
-_EXPIRE_AT_ONCE = 1_000  # keys whose TTL one round trip sets
+"""TTL of an item whose request has not ended, in ms. It removes only bytes to which no event refers."""
+_EXPIRE_AT_ONCE = 1_000  # keys per PEXPIRE pipeline
 
 
 class StoredItem(NamedTuple):
@@ -37,7 +36,7 @@ class ResultItems:
         self._replication = replication
 
     async def save(self, request_id: str, stored: StoredItem, pieces: Sequence[bytes | memoryview]) -> None:
-        """Store the bytes of an item durably. May be repeated. Raises Unavailable."""
+        """Store the bytes of an item, acknowledged by replicas. Idempotent. Raises Unavailable."""
         chunks = dict(zip(_keys(request_id, stored), chunks_of(pieces), strict=True))
         async with self._redis.pipeline(transaction=False) as pipeline:
             for batch in batches_of(chunks):
@@ -51,16 +50,16 @@ class ResultItems:
         self._replication.check(replies, chunks)
 
     async def chunks(self, request_id: str, stored: StoredItem, skipped: int = 0) -> AsyncIterator[bytes]:
-        """The bytes of an item after the first `skipped` ones, at most 1 MiB each. Raises NotFound if they expired."""
+        """Yield the bytes of an item from the offset `skipped`, at most 1 MiB each. Raises NotFound if they expired."""
         async for chunk in read_chunks(self._redis, request_id, _keys(request_id, stored), skipped):
             yield chunk
 
     async def refresh(self, request_id: str, items: Iterable[StoredItem]) -> None:
-        """Let items that another coordinator stored last as long as those that are stored now."""
+        """Renew the TTL of items that another coordinator has stored."""
         await self.expire(request_id, items, _UNENDED_MS)
 
     async def expire(self, request_id: str, items: Iterable[StoredItem], milliseconds: int) -> None:
-        """Delete the bytes of these items after a time."""
+        """Set the TTL of the bytes of items, in ms."""
         keys = [key for stored in items for key in _keys(request_id, stored)]
         for start in range(0, len(keys), _EXPIRE_AT_ONCE):
             async with self._redis.pipeline(transaction=False) as pipeline:
@@ -71,14 +70,14 @@ class ResultItems:
 
 
 def _keys(request_id: str, stored: StoredItem) -> list[str]:
-    """The keys of an item's chunks."""
+    """Return the keys of an item's chunks."""
     item, epoch = stored
     count = len(range(0, item.byte_size, CHUNK_BYTES))
     return [key_of("item", request_id, epoch, item.item_index, number) for number in range(count)]
 
 
 async def read_chunks(redis: Redis, request_id: str, keys: Sequence[str], skipped: int) -> AsyncIterator[bytes]:
-    """Bytes of a result that are stored in chunks of 1 MiB, after the first `skipped` ones. Raises NotFound."""
+    """Yield bytes that are stored in chunks of 1 MiB, from the offset `skipped`. Raises NotFound."""
     for key in keys[skipped // CHUNK_BYTES :]:
         chunk = await command(redis, "GET", key)
         if chunk is None:

@@ -1,7 +1,7 @@
-"""Replies that the workers of a service share through Redis, where fetching one is quicker than making it.
+"""Second-level cache: replies that the workers of a service share through Redis, if fetching is faster than computing.
 
-Whether it is, measurements tell: what the service takes to compute a reply, and what it takes to fetch one. Everything
-here is a help and never a need: what fails is logged and counted, and the reply is computed.
+The decision uses measured durations of computing and fetching. The cache is optional: failures are logged and counted,
+and the reply is computed.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from common.rpc.replies import Frames
 from common.state.connection import PREFIX, Arguments, command, run_script, store_errors
 from common.state.redis_client import Redis
 
-# What a fetch takes until one has been measured: a Redis on another host sends 8 MB in about 10 ms.
+# Assumed duration of a fetch before the first measurement: Redis on another host sends 8 MiB in about 10 ms.
 _FETCH_SECONDS, _FETCH_SECONDS_A_BYTE = 0.001, 10e-3 / (8 << 20)
-_NEWEST = 0.2  # weight of the newest measurement in an average
-_PARTS_MS = 60_000  # how long the parts of a reply wait for the last one
+_NEWEST = 0.2  # weight of the latest measurement in the moving averages
+_PARTS_MS = 60_000  # TTL of the parts of an incomplete reply
 _BATCH_BYTES = 8 << 20
 _MOST_STORING = 4
 _PAUSE_SECONDS = 10.0
-_PATIENCE_SECONDS = 5.0  # for a fetch that need not pay
+_FETCH_TIMEOUT_SECONDS = 5.0  # if all replies are shared
 
 _log = get_logger(__name__)
 
 
 class SharedReplies:
-    """The replies of one service of one model, by all workers whose replies are equal to the last bit.
+    """Shared replies of one service of one model, for workers that compute bit-identical replies.
 
-    `origin` is equal for those only: it stands for the weights and the numerics. At most `max_bytes` are kept of all
-    services together, the latest used, and each for `keep_seconds` after its last use. A reply is shared where
-    computing takes at least `gain` times what fetching does; 0 shares all.
+    `origin`: identifies the weights and the numerics; equal for these workers only. `max_bytes`: LRU limit of the
+    replies of all services. `keep_seconds`: TTL of a reply after its last use. `gain`: replies are shared if computing
+    takes at least `gain` times as long as fetching; 0 to share all.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class SharedReplies:
 
     @property
     def pays(self) -> bool:
-        """Whether fetching is worth it, by what was measured; not before a first reply was computed."""
+        """Whether fetching is faster than computing by the factor `gain`; False before the first computed reply."""
         return self._computing is not None and self._computing >= self._gain * self._fetching
 
     async def find(self, key: bytes) -> Frames | None:
-        """A kept reply. One that takes longer to fetch than to compute is given up, unless all are shared."""
+        """Return a stored reply; None if there is none or the fetch takes longer than computing it."""
         if not self.pays or self._computing is None or time.monotonic() < self._not_before:
             return None
         began = time.monotonic()
         try:
-            async with asyncio.timeout(self._computing + _FETCH_SECONDS if self._gain else _PATIENCE_SECONDS):
+            async with asyncio.timeout(self._computing + _FETCH_SECONDS if self._gain else _FETCH_TIMEOUT_SECONDS):
                 parts = await command(self._redis, "LRANGE", self._stored(key), 0, -1)
         except (FleetError, TimeoutError) as error:
             self._failed("fetch", error)
@@ -83,7 +83,7 @@ class SharedReplies:
             self._lookups["miss"].inc()
             return None
         if not _is_whole(parts):
-            self._failed("read", ValueError("its checksum is another"))
+            self._failed("read", ValueError("the checksum does not match"))
             return None
         self._fetching += _NEWEST * (time.monotonic() - began - self._fetching)
         self._lookups["hit"].inc()
@@ -91,23 +91,24 @@ class SharedReplies:
         return tuple(parts[1:])
 
     def offer(self, key: bytes, frames: Frames, seconds: float) -> None:
-        """A reply that took so long to compute; it is stored in the background, if that pays and others leave room."""
+        """Store a reply that took `seconds` to compute in the background, if `pays` and few stores are running."""
         size = sum(map(len, frames))
         expected = _FETCH_SECONDS + _FETCH_SECONDS_A_BYTE * size
         if self._computing is None:
             self._computing, self._fetching = seconds, expected
         self._computing += _NEWEST * (seconds - self._computing)
-        self._fetching += _NEWEST * (expected - self._fetching)  # so that a slow moment is forgotten
+        # Without fetches there are no measurements. Approach the assumed duration, so that sharing resumes.
+        self._fetching += _NEWEST * (expected - self._fetching)
         waiting = len(self._tasks) >= _MOST_STORING or time.monotonic() < self._not_before
         if self.pays and size <= self._max_bytes and not waiting:
             self._spawn(self._store(key, frames, size))
 
     async def settle(self) -> None:
-        """Wait until what was offered is stored."""
+        """Wait until all offered replies are stored."""
         await asyncio.gather(*self._tasks)
 
     async def close(self) -> None:
-        """Stop storing."""
+        """Cancel the running stores."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -119,7 +120,7 @@ class SharedReplies:
         return f"{PREFIX}reply:{self._name(key)}"
 
     def _failed(self, what: str, error: Exception) -> None:
-        """Leave the store alone for a while."""
+        """Count and log a failure, and pause the cache for _PAUSE_SECONDS."""
         self._lookups["failed"].inc()
         self._not_before = time.monotonic() + _PAUSE_SECONDS
         _log.warning("shared replies are paused", failed=what, seconds=_PAUSE_SECONDS, error=repr(error))
@@ -136,7 +137,7 @@ class SharedReplies:
             self._failed("touch", error)
 
     async def _store(self, key: bytes, frames: Frames, size: int) -> None:
-        """Push the parts under a name of their own, then let them take their place at once."""
+        """Push the parts to a temporary key, then rename it atomically."""
         parts = f"{PREFIX}reply-parts:{secrets.token_hex(8)}"
         try:
             batch: list[bytes] = [checksum(frames).to_bytes(8, "little")]

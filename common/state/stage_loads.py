@@ -1,4 +1,4 @@
-"""The load of each service, which autoscalers ask for: one read of the store, equal on every coordinator."""
+"""Reads the load of services from the store, for autoscalers. All coordinators return equal values."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from common.state.records import timestamp_of
 from common.state.redis_client import Redis
 from fleet.v1 import generation_pb2
 
-_REUSED = 50  # times the duration of a read, for which its result is recent
+_REUSED = 50  # a result is reused for this multiple of the duration of its read
 
 
 @dataclass(frozen=True)
 class StageActivity:
-    """Whether an open request still needs a service, and when one last ceased to, in ms of the store; 0 for never."""
+    """Whether an open request needs a service, and when a request last stopped needing it.
+
+    `last_needed_ms` is a time of the store's clock in ms since 1970; 0 for never.
+    """
 
     is_active: bool
     last_needed_ms: int
@@ -26,14 +29,14 @@ class StageActivity:
 
 @dataclass(frozen=True)
 class _TimedLoad:
-    """A load, and the time.monotonic() until which it is recent."""
+    """A load, and the time.monotonic() timestamp until which it is reused."""
 
     load: StageLoad
     recent_until: float
 
 
 class StageLoads:
-    """Reads loads. A request of a service at which nothing was measured yet counts `assumed_seconds`."""
+    """Reads the load of services. A request of a service without a measured pace counts as `assumed_seconds`."""
 
     def __init__(self, redis: Redis, assumed_seconds: float) -> None:
         self._redis = redis
@@ -42,15 +45,15 @@ class StageLoads:
         self._reading: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def activity(self, model: str, service: str) -> StageActivity:
-        """Whether a service of a model needs a worker. Raises Unavailable when the store is unavailable."""
+        """Return whether a service of a model needs a worker. Raises Unavailable."""
         is_active, last_needed = await run_script(self._redis, "stage_activity", {"place": f"{model}/{service}"})
         return StageActivity(is_active=bool(is_active), last_needed_ms=int(last_needed))
 
     async def recent(self, model: str, service: str) -> StageLoad:
-        """The load of a service of a model, now or as of at most 50 times the duration of one read ago.
+        """Return the load of a service of a model, at most 50 times the duration of a read old.
 
-        A read visits each request that waits. However many clients watch, these reads take at most about 2% of the
-        store's time. Raises Unavailable when the store is unavailable.
+        A read visits every waiting request. Because of the reuse, reads take at most about 2% of the store's time, for
+        any number of clients. Raises Unavailable.
         """
         key = (model, service)
         async with self._reading[key]:
@@ -60,7 +63,7 @@ class StageLoads:
             return latest.load
 
     async def paces(self, model: str, service: str) -> list[generation_pb2.ServicePace]:
-        """The measured paces of a service by shape, the latest first. Raises Unavailable."""
+        """Return the measured paces of a service by shape, the latest first. Raises Unavailable."""
         reply = await command(self._redis, "HGETALL", f"{PREFIX}paces:{model}/{service}")
         pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
         paces = [_pace(shape, value) for shape, value in pairs]
@@ -68,7 +71,7 @@ class StageLoads:
         return sorted(found, key=lambda each: (-each.measured_at.ToMilliseconds(), each.shape))
 
     async def read(self, model: str, service: str) -> StageLoad:
-        """The load of a service of a model. Raises Unavailable when the store is unavailable."""
+        """Read the current load of a service of a model. Raises Unavailable."""
         began = time.monotonic()
         load = await self._read(model, service)
         now = time.monotonic()
@@ -91,7 +94,7 @@ class StageLoads:
 
 
 def _pace(shape: bytes, value: bytes) -> generation_pb2.ServicePace | None:
-    """A pace as the script writes it: compute seconds, their steps, tokens of a step, when. None for a damaged one."""
+    """Parse a pace of the script: compute seconds, steps, tokens of a step, time. Returns None for a damaged one."""
     try:
         seconds, steps, _, moment = value.split()
         pace = float(seconds) / float(steps)

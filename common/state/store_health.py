@@ -1,4 +1,4 @@
-"""The state of the request store as clients see it: memory, durability, replicas, and the time of a round trip."""
+"""Status of the request store for clients: memory, durability, replicas and round-trip time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from common.state.redis_client import Redis
 from common.state.store_server import ServerFacts, StoreMemory, read_facts
 from fleet.v1 import generation_pb2
 
-_FACTS_SECONDS = 10.0  # between two reads of the server's configuration
+_FACTS_SECONDS = 10.0  # interval at which the server's configuration is read
 
 
 class StoreHealth:
-    """Reads the state of the store. `required_replicas` must acknowledge a request before it is accepted."""
+    """Reads the status of the store. `required_replicas` replicas must acknowledge the admission of a request."""
 
     def __init__(self, redis: Redis, memory: StoreMemory, *, required_replicas: int = 0) -> None:
         self._redis = redis
@@ -25,7 +25,7 @@ class StoreHealth:
         self._read_at = -math.inf
 
     async def read(self) -> generation_pb2.StoreStatus:
-        """The state now; the server's configuration as of the last 10 s. Raises Unavailable."""
+        """Read the current status. The server's configuration is at most 10 s old. Raises Unavailable."""
         began = time.perf_counter()
         await command(self._redis, "PING")
         round_trip = time.perf_counter() - began
@@ -54,7 +54,7 @@ class StoreHealth:
         return self._facts
 
     async def _replicas(self) -> int:
-        """Connected replicas; 0 where the login may not run INFO."""
+        """Return the number of connected replicas; 0 if the user has no permission for INFO."""
         try:
             info = await command(self._redis, "INFO", "replication")
         except InternalError:

@@ -1,4 +1,4 @@
-"""The Redis server behind the store: what its configuration means for accepted requests, and how full its memory is."""
+"""Redis server of the store: validation of its configuration, and its memory usage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from common.state.connection import CLUSTER_UNSUPPORTED, PREFIX, command, follow
 from common.state.redis_client import Redis
 
 DEFAULT_MEMORY_FRACTION = 0.9
-_READ_SECONDS = 1.0  # between two reads of the server's memory
+_READ_SECONDS = 1.0  # interval at which the server's memory usage is read
 _MIB = 1 << 20
 
 _log = get_logger(__name__)
@@ -26,7 +26,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """A server's configuration by Redis's own names; empty where the server did not report a value."""
+    """Configuration of a server, by the names of Redis. Values that the server does not report are empty."""
 
     role: str
     cluster_enabled: str
@@ -36,19 +36,19 @@ class ServerFacts:
 
     @property
     def unknown(self) -> list[str]:
-        """Names of the settings that the server did not report."""
+        """Redis names of the settings that the server does not report."""
         return [name.replace("_", "-") for name, value in vars(self).items() if not value]
 
     @property
     def is_durable(self) -> bool | None:
-        """Whether what was accepted outlives a crash of the server's host; None where the server did not report it."""
+        """Whether accepted requests survive a crash of the server's host; None if the server does not report it."""
         if not self.appendonly or (self.appendonly == "yes" and not self.appendfsync):
             return None
         return self.appendonly == "yes" and self.appendfsync == "always"
 
 
 async def read_facts(redis: Redis) -> ServerFacts:
-    """Ask INFO, and CONFIG for what INFO does not have. Raises Unavailable."""
+    """Read the configuration with INFO, and with CONFIG GET for values that INFO lacks. Raises Unavailable."""
     info = await _info(redis)
     aof = {"0": "no", "1": "yes"}.get(str(info.get("aof_enabled")), "")
     cluster = {"0": "no", "1": "yes"}.get(str(info.get("cluster_enabled")), "")
@@ -62,7 +62,7 @@ async def read_facts(redis: Redis) -> ServerFacts:
 
 
 async def _info(redis: Redis) -> Mapping[str, Any]:
-    """The fields of INFO; none where the login may not run it."""
+    """Return the fields of INFO; empty if the user has no permission for it."""
     try:
         return dict(await command(redis, "INFO"))
     except InternalError:
@@ -70,7 +70,7 @@ async def _info(redis: Redis) -> Mapping[str, Any]:
 
 
 async def _config(redis: Redis, name: str) -> str:
-    """A configuration value; empty where the login may not read it or a managed service has no CONFIG."""
+    """Return a configuration value; empty if the user has no permission or a managed service has no CONFIG."""
     try:
         pair = await command(redis, "CONFIG", "GET", name)
     except InternalError:
@@ -86,17 +86,18 @@ async def _role(redis: Redis) -> str:
 
 
 async def check_server(redis: Redis, *, allow_eviction: bool = False, allow_data_loss: bool = False) -> None:
-    """Log in a line what the server's configuration means for accepted requests.
+    """Validate the server's configuration, and log whether accepted requests are durable.
 
-    Raises FailedPrecondition for a Redis Cluster, a replica, and a server that evicts keys unless `allow_eviction`;
-    Unavailable while the server does not answer. `allow_data_loss` omits the warning about a store that is not durable.
+    Raises FailedPrecondition for a Redis Cluster, for a replica, and for a server that evicts keys unless
+    `allow_eviction`. Raises Unavailable if the server does not respond. `allow_data_loss` omits the warning about a
+    store that is not durable.
     """
     facts = await read_facts(redis)
     _refuse(facts, allow_eviction=allow_eviction, follows=follows_sentinels(redis))
     found = {name: value for name, value in vars(facts).items() if value and name != "unknown"}
     if facts.unknown:
         _log.warning(
-            "request store is not fully checked: its login may not run INFO or CONFIG",
+            "request store is not fully checked: its user has no permission for INFO or CONFIG",
             unknown=facts.unknown,
             needed="a primary without cluster mode; maxmemory-policy noeviction, appendonly yes, appendfsync always",
             **found,
@@ -113,24 +114,24 @@ async def check_server(redis: Redis, *, allow_eviction: bool = False, allow_data
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSettings:
-    """Settings of every process that uses the store: which configurations of its server are accepted."""
+    """Settings of all processes that use the store: accepted configurations of its server."""
 
-    allow_eviction: bool = setting(False, help="start on a store whose maxmemory-policy may delete accepted requests")
+    allow_eviction: bool = setting(False, help="accept a store whose maxmemory-policy can delete accepted requests")
     allow_data_loss: bool = setting(False, help="omit the warning that the store is not durable")
 
     async def check_store(self, redis: Redis) -> None:
-        """Check the server of the store as these settings say. Raises as check_server()."""
+        """Validate the server of the store with these settings. Raises as check_server()."""
         await check_server(redis, allow_eviction=self.allow_eviction, allow_data_loss=self.allow_data_loss)
 
 
 def _refuse(facts: ServerFacts, *, allow_eviction: bool, follows: bool) -> None:
-    """Raise FailedPrecondition for a server that cannot hold the fleet's state."""
+    """Raise FailedPrecondition for a server that cannot store the fleet's state."""
     if facts.cluster_enabled == "yes":
         raise FailedPrecondition(CLUSTER_UNSUPPORTED, field="redis")
     if facts.role in ("slave", "replica"):
-        message = "redis: this server is a replica, not a primary; it takes no writes: give the primary's address, or "
+        message = "redis: this server is a replica and does not accept writes; use the primary's address, or "
         message += "redis+sentinel://HOST:26379/SERVICE to follow the primary"
-        if follows:  # Sentinels name a new primary before that server knows.
+        if follows:  # Sentinels report a new primary before its promotion is complete.
             raise Unavailable(message)
         raise FailedPrecondition(message, field="redis")
     policy = facts.maxmemory_policy
@@ -144,17 +145,17 @@ def _refuse(facts: ServerFacts, *, allow_eviction: bool, follows: bool) -> None:
 
 
 def _loss(facts: ServerFacts) -> str:
-    """What a crash of the server loses; empty where that is nothing, or not known."""
+    """Return the data loss of a crash of the server; empty if there is none or it is unknown."""
     if facts.appendonly == "no":
-        return "it forgets accepted requests when it restarts"
+        return "it loses accepted requests when it restarts"
     if facts.appendonly and facts.appendfsync in ("everysec", "no"):
         span = "last second" if facts.appendfsync == "everysec" else "last half minute"
-        return f"a crash of its host loses what was accepted in the {span}"
+        return f"a crash of its host loses the requests accepted in the {span}"
     return ""
 
 
 class MemoryUse(NamedTuple):
-    """A server's memory in bytes. `limit` is the most at which requests are accepted; 0 where there is no bound."""
+    """Memory of a server in bytes. `limit` is the used memory at which requests are refused; 0 for no limit."""
 
     used: int
     maximum: int
@@ -162,7 +163,7 @@ class MemoryUse(NamedTuple):
 
     @property
     def is_full(self) -> bool:
-        """Whether new requests are refused, so that accepted ones can finish."""
+        """Whether new requests are refused, so that accepted requests can complete."""
         return bool(self.limit) and self.used >= self.limit
 
     def __str__(self) -> str:
@@ -171,10 +172,9 @@ class MemoryUse(NamedTuple):
 
 
 class StoreMemory:
-    """The memory of the store, read at most every `read_seconds`; what was accepted since then is added.
+    """Memory usage of the store, read at most every `read_seconds`, plus the requests accepted since the last read.
 
-    `fraction` of the server's maxmemory is the bound for new requests. There is none where maxmemory is 0 or cannot be
-    read.
+    New requests are refused above `fraction` of the server's maxmemory. There is no limit if maxmemory is 0 or unknown.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class StoreMemory:
         self._reading = asyncio.Lock()
 
     async def use(self, adding: int = 0) -> MemoryUse:
-        """The memory in use. `adding` bytes are about to be stored. Raises Unavailable."""
+        """Return the current memory usage, and add `adding` bytes that will be stored. Raises Unavailable."""
         if time.monotonic() - self._read_at >= self._read_seconds:
             async with self._reading:
                 if time.monotonic() - self._read_at >= self._read_seconds:
@@ -198,10 +198,10 @@ class StoreMemory:
         return self._use._replace(used=self._use.used + self._added - adding)
 
     async def _read(self) -> None:
-        """Read the memory that counts for maxmemory: buffers of replicas and of the append-only file do not."""
+        """Read the memory usage that counts towards maxmemory, without buffers of replicas and of the AOF."""
         try:
             info: Mapping[str, Any] = await command(self._redis, "INFO", "memory")
-        except InternalError:  # A login that may not run INFO; the server itself then refuses what it cannot store.
+        except InternalError:  # The user has no permission for INFO. A full server then refuses writes itself.
             info = {}
         maximum = int(info.get("maxmemory", 0))
         used = int(info.get("used_memory", 0)) - int(info.get("mem_not_counted_for_evict", 0))
@@ -212,15 +212,15 @@ class StoreMemory:
 
 @cache
 def repair_kinds() -> frozenset[str]:
-    """The kinds of damage that the script names: an entry of another kind in the store is not of its making."""
+    """Return the kinds of damage that the script counts, which bound the values of the metric's label."""
     return frozenset(re.findall(r"repaired\('(\w+)'", script_source()))
 
 
 async def read_repairs(redis: Redis) -> dict[str, int]:
-    """How often operations of the script found and removed damage, by kind, since the store was made."""
+    """Return how often the script has removed damage, by kind, since the store was created."""
     try:
         reply = await command(redis, "HGETALL", PREFIX + "repairs")
-    except InternalError:  # of another type; the next repair replaces the key
+    except InternalError:  # The key has another type; the next repair replaces it.
         return {}
     pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
     return {kind.decode(): int(count) for kind, count in pairs}

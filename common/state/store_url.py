@@ -1,7 +1,7 @@
-"""The URL of the request store: which URLs are accepted, and how text that may hold one is shown.
+"""URLs of the request store: validation, and redaction of credentials in texts.
 
-redis-py ignores unknown and malformed parts of a URL or quotes them, password included, in its errors. The fleet
-therefore checks a URL itself before redis-py reads it.
+redis-py ignores unknown and malformed parts of a URL, or quotes them in its errors, including passwords. The fleet
+therefore validates a URL before redis-py parses it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _EXAMPLES = "redis://host:6379/0 or unix:///path"
 _PLACE = re.compile(r"[a-z+]+://[A-Za-z_][\w.-]*(:\d{1,5})?(/\d{0,4})?", re.ASCII)
 _WORD = re.compile(r"[\w.-]+", re.ASCII)
 _NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
-# Up to the last "@": an unquoted password may hold any character. Without "@", up to the end of the word.
+# Up to the last "@", because an unquoted password may contain any character. Without "@", up to the end of the word.
 _IN_TEXT = re.compile(r"\b([a-z][a-z+]*)://.*@", re.DOTALL)
 _WITHOUT_HOST = re.compile(r"\b(rediss?)://:.*", re.DOTALL)
 _UNFINISHED = re.compile(r"\b(rediss?)://[^\s/:]*:(?!\d{1,5}(?![^\s/?#'\",;.)]))\S*")
 _SECRET_OPTION = re.compile(r"\b((?:ssl_)?password=)[^&\s]*")
-# A server that does not know AUTH repeats its arguments.
+# Servers without AUTH quote its arguments in their errors.
 _ECHOED = re.compile(r"(with args beginning with:).*", re.DOTALL)
 
 
 def without_password(text: str) -> str:
-    """The text without the user names, passwords and private options of store URLs in it."""
+    """Redact user names, passwords and secret options of URLs in a text."""
     text = _IN_TEXT.sub(rf"\1://{HIDDEN}@", text)
     text = _WITHOUT_HOST.sub(rf"\1://{HIDDEN}", text)
     text = _UNFINISHED.sub(rf"\1://{HIDDEN}", text)
@@ -37,18 +37,18 @@ def without_password(text: str) -> str:
 
 
 def check_url(url: str) -> None:
-    """Raise InvalidInput unless redis-py reads every part of the URL as it was meant.
+    """Raise InvalidInput unless redis-py interprets every part of the URL.
 
     The message contains no part of a malformed URL that may belong to a password.
     """
     if reason := _fault(url):
         shown = url if _PLACE.fullmatch(url) else HIDDEN
-        message = f"redis: {shown!r} is no Redis URL: {reason}; it reads like {_EXAMPLES}"
+        message = f"redis: {shown!r} is not a Redis URL: {reason}; use a URL such as {_EXAMPLES}"
         raise InvalidInput(message, field="redis")
 
 
 def _fault(url: str) -> str:
-    """The rule that the URL breaks, free of the URL's own text; empty for none."""
+    """Return the rule that the URL violates, without parts of the URL; empty for a valid URL."""
     scheme, mark, rest = url.partition("://")
     if not mark or f"{scheme}{mark}" not in ("redis://", "rediss://", "unix://", SENTINEL):
         return "its scheme is none of redis, rediss, unix and redis+sentinel"
@@ -59,20 +59,20 @@ def _fault(url: str) -> str:
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError:  # Its text quotes the URL.
+    except ValueError:  # Its message quotes the URL.
         return _quoting("its host or port is malformed")
     beyond = rest[len(parts.netloc) :]
     if parts.fragment or "#" in url or ("@" in beyond and (parts.netloc or scheme != "unix")):
-        return _quoting("'#', or an at sign after the host's place, stands in it")
+        return _quoting("it contains '#', or an at sign after the host")
     if port == 0 or parts.netloc.endswith(":"):
         return "its port is not 1 to 65535"
     if scheme == "unix":
         if not parts.path.startswith("/") or parts.path == "/":
-            return _quoting("it has no path of a socket")
+            return _quoting("it has no socket path")
     elif not parts.hostname:
         return _quoting("it has no host")
     elif not re.fullmatch(r"(/\d{0,9})?", parts.path, re.ASCII):
-        return _quoting("its path is not the number of a database")
+        return _quoting("its path is not a database number")
     return _option_fault(parts.query, scheme)
 
 
@@ -82,7 +82,7 @@ def _quoting(reason: str) -> str:
 
 
 def sentinel_parts(url: str) -> tuple[list[tuple[str, str]], str, str]:
-    """Host and port of each sentinel, service and database of a redis+sentinel URL, unchecked."""
+    """Return host and port of each sentinel, the service and the database of a redis+sentinel URL, unvalidated."""
     places, _, path = url.removeprefix(SENTINEL).partition("/")
     service, _, database = path.partition("/")
     return [place.rpartition(":")[::2] for place in places.split(",")], service, database
@@ -91,17 +91,17 @@ def sentinel_parts(url: str) -> tuple[list[tuple[str, str]], str, str]:
 def _sentinel_fault(url: str) -> str:
     places, service, database = sentinel_parts(url)
     if any(mark in url for mark in "@?#"):
-        return "with sentinels it takes no user, password or options"
+        return "user, password and options are not supported with sentinels"
     if not service or not all(host and port.isascii() and port.isdecimal() for host, port in places):
-        return "sentinels read like redis+sentinel://host:26379,host:26379/service"
+        return "its form is not redis+sentinel://host:26379,host:26379/service"
     return "" if not database or re.fullmatch(r"\d{1,9}", database, re.ASCII) else "its database is not a number"
 
 
 def _option_fault(query: str, scheme: str) -> str:
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
-    except ValueError:  # Its text quotes the query.
-        return _quoting("its options do not read like ?name=value&name=value")
+    except ValueError:  # Its message quotes the query.
+        return _quoting("its options are not of the form ?name=value&name=value")
     known = _OPTIONS | (_TLS_OPTIONS if scheme == "rediss" else {})
     names = [name for name, _ in pairs]
     for name, value in pairs:
@@ -121,7 +121,7 @@ _Rule = tuple[str, Callable[[str], bool]]
 _WHOLE: _Rule = ("a whole number", lambda value: value.isascii() and value.isdecimal() and len(value) <= 9)
 _SECONDS: _Rule = ("a number of seconds", lambda value: _NUMBER.fullmatch(value) is not None)
 _BOOLEAN: _Rule = ("true or false", lambda value: value.lower() in ("true", "false", "yes", "no", "1", "0"))
-_TEXT: _Rule = ("a text", bool)
+_TEXT: _Rule = ("a non-empty string", bool)
 _OPTIONS: dict[str, _Rule] = {
     "db": _WHOLE,
     "client_name": ("letters, digits, '.', '_' and '-'", lambda value: _WORD.fullmatch(value) is not None),

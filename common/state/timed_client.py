@@ -1,4 +1,4 @@
-"""A Redis client that observes each round trip, by the operation that it is for."""
+"""Redis client that measures the duration of each round trip by operation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.state.redis_client import NoScriptError, Pipeline, Redis, RedisError
 
 @contextmanager
 def _round_trip(operation: str) -> Iterator[list[Any]]:
-    """Observe a round trip. It failed where it raises, or an error is among the replies that its user adds."""
+    """Observe a round trip. It has failed if the block raises or adds an error to the yielded list of replies."""
     began, result = time.perf_counter(), "error"
     replies: list[Any] = []
     try:
@@ -28,7 +28,7 @@ def _round_trip(operation: str) -> Iterator[list[Any]]:
 
 
 def _has_error(replies: Iterable[Any]) -> bool:
-    """Whether a command of a pipeline, or of a transaction in it, failed. A missing script is loaded and run again."""
+    """Return whether a command of a pipeline or nested transaction failed. NOSCRIPT does not count: it is retried."""
     return any(
         _has_error(each)
         if isinstance(each, list)
@@ -38,12 +38,12 @@ def _has_error(replies: Iterable[Any]) -> bool:
 
 
 def _operation(words: tuple[Any, ...]) -> str:
-    """The operation of the fleet's script that a command runs, or else the command: names that this code writes."""
+    """Return the operation of the fleet's script that a command runs, or the command's name."""
     return str(words[3] if words[0] == "EVALSHA" else words[0])
 
 
 class TimedClient(Redis):
-    """A client whose commands and pipelines are timed; a pipeline is one operation named `pipeline`."""
+    """Client whose commands and pipelines are measured. A pipeline is one operation, named `pipeline`."""
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Run a command."""
@@ -51,7 +51,7 @@ class TimedClient(Redis):
             return await cast(Any, super()).execute_command(*args, **options)
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
-        """A pipeline whose execution is timed."""
+        """Return a pipeline whose execution is measured."""
         return _TimedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
 
 

@@ -1,7 +1,7 @@
-"""The timelines of requests: what happened to each, and when by the store's clock. Drawn by `fleet trace`.
+"""Reads the timelines of requests, which `fleet trace` displays. Times are of the store's clock.
 
-The store's script adds a line to a timeline within the operations that change the request, so that a timeline costs no
-round trip. Changes of state and progress are events, which are stored anyway.
+The store's script adds entries within the operations that change a request, without further round trips. State changes
+and progress are entries of the request's events.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Timelines:
         self._redis = redis
 
     async def read(self, request_id: str) -> list[TimelineEntry]:
-        """What happened to a request, in order of time; only the latest step of each attempt at a service."""
+        """Return the timeline of a request in chronological order, with only the latest step of each attempt."""
         with store_errors():
             async with self._redis.pipeline(transaction=True) as pipeline:
                 pipeline.lrange(key_of("timeline", request_id), 0, -1)
@@ -46,7 +46,7 @@ class Timelines:
 
 
 def _entries_of_lines(lines: Sequence[Any]) -> Iterator[TimelineEntry]:
-    """The entries of the script's lines; a line of a later version, whose kind is unknown, is left out."""
+    """Yield the entries of the script's lines. Skips unknown kinds, which later releases may write."""
     for line in lines:
         fields = bytes(line).split(b"|")
         if len(fields) != 5 or fields[1] not in _KINDS:

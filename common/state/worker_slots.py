@@ -1,10 +1,10 @@
-"""Slots: the right to run one request on one worker of a service.
+"""Worker slots: permits to run one request on one worker of a service.
 
-They are handed out by priority; within one in turn to the callers, so that each gets an equal share of the work
-whatever it has waiting; and to each caller by deadline and arrival.
+Slots are granted by priority, then by fair queueing over callers, then by deadline and arrival of each caller's
+requests.
 
-The store hands a slot that is given back straight to who is next, so that nobody polls. A claim still asks again now
-and then, which heals lost messages, dead workers and dead coordinators.
+The store grants a released slot directly to the next claim and publishes the grant. In addition, waiting claims are
+repeated at a low rate, which recovers from lost messages, lost workers and lost coordinators.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import quote
 
 from common.errors import Unavailable
@@ -21,6 +22,7 @@ from common.logs import get_logger
 from common.state.connection import Arguments, run_script
 from common.state.presence import Presence
 from common.state.redis_client import Redis
+from common.state.retries import retry_until_available
 from common.wiring import Wiring, fault_of
 from fleet.v1 import worker_pb2
 
@@ -32,14 +34,14 @@ _log = get_logger(__name__)
 
 
 class NoWorkers(Unavailable):
-    """No live worker serves the model's service, or none that can take the request."""
+    """No live worker serves the service of the model, or none can run the request."""
 
 
 @dataclass(frozen=True)
 class QueuePriority:
-    """What decides a claim's place in the queue.
+    """Properties of a claim that determine its queue position.
 
-    `deadline_ms` is since the epoch, 0 for none. `cost` says how much the request asks of the service, beside others.
+    `deadline_ms` is in ms since 1970, 0 for none. `cost` is the relative work of the request at the service.
     """
 
     priority: int = 0
@@ -57,9 +59,9 @@ def _ignore(_: str) -> None:
 
 @dataclass(frozen=True)
 class Computed:
-    """The compute seconds of a call, as the worker reported them, and the steps of the request before and after it.
+    """Compute seconds of a call, reported by the worker, and the completed steps of the request before and after it.
 
-    `steps_after` is None for a call that did all steps that were left.
+    `steps_after` is None for a call that computed all remaining steps.
     """
 
     seconds: float
@@ -67,14 +69,14 @@ class Computed:
     steps_after: int | None = None
 
     def arguments(self) -> tuple[str | int, ...]:
-        """The values that the store takes."""
+        """Return the values of the script's argument `computed`."""
         after = () if self.steps_after is None else (self.steps_after,)
         return (f"{self.seconds:.6f}", self.steps_before, *after)
 
 
 @dataclass(frozen=True)
 class WorkerSlot:
-    """The right to run a request on `worker`, until it is released."""
+    """Permit to run a request on `worker`, until it is released."""
 
     ticket: str
     place: str
@@ -83,7 +85,7 @@ class WorkerSlot:
 
 @dataclass
 class _Claim:
-    """What a claim asks for, and when a worker that can take it was last seen, in seconds of the event loop's clock."""
+    """Parameters of a claim. `last_seen` is the event loop time at which a compatible worker was last live."""
 
     place: str
     queue_priority: QueuePriority
@@ -94,14 +96,14 @@ class _Claim:
 
 
 class WorkerSlots:
-    """Claims and releases slots for one coordinator, whose presence must have been started."""
+    """Claims and releases slots for one coordinator. Its Presence must be started before."""
 
     def __init__(self, redis: Redis, presence: Presence, *, ask_again_seconds: float = _ASK_AGAIN_SECONDS) -> None:
         self._redis = redis
         self._owner = presence.owner
         self._ask_again_seconds = ask_again_seconds
         self._waiting: dict[str, asyncio.Future[bytes]] = {}
-        self._tickets: set[str] = set()  # that wait, are held, or are being given back
+        self._tickets: set[str] = set()  # tickets that wait, hold a slot, or are being released
         self._numbers = itertools.count()
         self._releases: set[asyncio.Task[None]] = set()
         presence.on_grant = self._granted
@@ -120,37 +122,40 @@ class WorkerSlots:
         wiring: Wiring | None = None,
         on_no_workers: Callable[[str], None] = _ignore,
     ) -> WorkerSlot:
-        """Wait for a slot; when it is free at once, that is one round trip.
+        """Wait for a slot. One round trip if a slot is free. Cancellation removes the claim from the queue.
 
-        `alone` claims all slots of one worker, and waits for a worker that is idle. `first` is for a request
-        that was handed over: the claim goes first of its priority. `equal_to` is the numerics fingerprint that its
-        checkpoint needs: the claim waits for a worker with that fingerprint for as long as one is live. Only a worker
-        that fits the `wiring` gets the claim. `on_no_workers` is called when no such worker is live, with why another
-        one does not fit, or an empty text. Waits for a store that is unavailable. Raises NoWorkers when for
-        `patience_seconds` there was no such worker at all (None waits for ever). An abandoned claim leaves the queue.
+        `patience_seconds`: raise NoWorkers after this time without a compatible live worker; None to wait forever.
+        `alone`: claim all slots of one idle worker.
+        `first`: schedule the claim first of its priority, for a request that was handed over.
+        `equal_to`: numerics fingerprint of the request's step checkpoint. While a worker with this fingerprint is live,
+        the claim waits for it.
+        `wiring`: only workers that fit it are granted.
+        `on_no_workers`: called when no compatible worker is live, with the fault of another worker or an empty string.
+
+        While the store is unavailable, the claim is retried.
         """
         last_seen = asyncio.get_running_loop().time()
         claim = _Claim(f"{model}/{service}", queue_priority, patience_seconds, wiring, on_no_workers, last_seen)
         digest = f"wiring:{wiring.digest}" if wiring else ""
         while True:
-            wishes = (
+            constraints = (
                 "first" if first else "",
                 f"equal:{equal_to}" if equal_to else "",
                 digest,
                 "alone" if alone else "",
             )
-            ticket = "/".join((request_id, self._owner, str(next(self._numbers)), *filter(None, wishes)))
+            ticket = "/".join((request_id, self._owner, str(next(self._numbers)), *filter(None, constraints)))
             slot = await self._claim_once(ticket, claim)
             fault = fault_of(slot.worker, wiring) if wiring else ""
             if not fault:
                 return slot
-            # Granted by a process of the last release, which compares no contracts. The request keeps its place.
+            # Granted by a process of the last release, which does not compare contracts. Retry, first of the priority.
             _log.info("slot of an incompatible worker returned", worker=slot.worker.worker_id, fault=fault)
             first = True
             await self._refuse(slot)
 
     async def _refuse(self, slot: WorkerSlot) -> None:
-        """Give a slot back, and get none of its worker for a while."""
+        """Release a slot, and avoid its worker for a pause."""
         try:
             await self.avoid(slot.worker.worker_id)
         except Unavailable as error:
@@ -183,14 +188,18 @@ class WorkerSlots:
             "caller": quote(claim.queue_priority.caller, safe=""),
             "wiring": claim.wiring.text if claim.wiring else "",
         }
+
+        def mark_seen() -> None:
+            claim.last_seen = loop.time()
+
         while True:
-            try:
-                reply = await run_script(self._redis, "claim", arguments)
-            except Unavailable as error:
-                _log.warning("claim of a worker slot waits for the request store", place=place, error=error)
-                await asyncio.sleep(_RETRY_SECONDS)
-                claim.last_seen = loop.time()
-                continue
+            reply = await retry_until_available(
+                "claim of a worker slot",
+                partial(run_script, self._redis, "claim", arguments),
+                constant_seconds=_RETRY_SECONDS,
+                on_retry=mark_seen,
+                place=place,
+            )
             if reply[0] == b"granted":
                 return bytes(reply[1])
             if int(reply[1]):
@@ -208,62 +217,61 @@ class WorkerSlots:
                 return granted.result()
 
     async def avoid(self, worker_id: str) -> float:
-        """Get no slot of a worker for a while, of which other coordinators still do; returns the seconds.
+        """Exclude a worker from grants to this coordinator for a pause. Returns the pause in seconds.
 
-        The pause doubles with each call, until a request succeeds there. Raises Unavailable without a store.
+        The pause doubles with each call, until a request succeeds on the worker. Raises Unavailable.
         """
         pause_ms = await run_script(self._redis, "avoid", {"owner": self._owner, "worker": worker_id})
         return int(pause_ms) / 1_000
 
     def release(self, slot: WorkerSlot, used_seconds: float = 0.0, computed: Computed | None = None) -> None:
-        """Give a slot back; it goes to who is next. Done in the background, and for as long as the store is away.
+        """Release a slot in the background, retried while the store is unavailable.
 
-        `used_seconds`, unless 0, is what a request took from beginning to end: the service's pace is measured by it.
-        `computed` is what the worker reported of it.
+        `used_seconds`: time for which a successful request held the slot, from which the pace is measured; 0 if it
+        failed.
+        `computed`: compute seconds, if the worker reported them.
         """
         self._release(slot.ticket, slot.place, used_seconds, computed)
 
     def _release(self, ticket: str, place: str, used_seconds: float = 0.0, computed: Computed | None = None) -> None:
         self._tickets.add(ticket)
-        task = asyncio.create_task(self._keep_releasing(ticket, place, used_seconds, computed))
+        task = asyncio.create_task(self._retry_release(ticket, place, used_seconds, computed))
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
-    async def _keep_releasing(self, ticket: str, place: str, used_seconds: float, computed: Computed | None) -> None:
+    async def _retry_release(self, ticket: str, place: str, used_seconds: float, computed: Computed | None) -> None:
         arguments: Arguments = {
             "ticket": ticket,
             "place": place,
             "used": math.ceil(used_seconds * 1_000),
             "computed": () if computed is None else computed.arguments(),
         }
-        while True:
-            try:
-                await run_script(self._redis, "release", arguments)
-            except Unavailable as error:
-                _log.warning("release of a worker slot waits for the request store", place=place, error=error)
-                await asyncio.sleep(_RETRY_SECONDS)
-            else:
-                self._tickets.discard(ticket)
-                return
+        await retry_until_available(
+            "release of a worker slot",
+            partial(run_script, self._redis, "release", arguments),
+            constant_seconds=_RETRY_SECONDS,
+            place=place,
+        )
+        self._tickets.discard(ticket)
 
     async def give_back_unknown(self, model: str, service: str) -> None:
-        """Release what the store holds for this coordinator, but nobody here does. Raises Unavailable.
+        """Release slots and claims of this coordinator in the store that this process does not use. Raises Unavailable.
 
-        A network that comes back delivers claims that were given up long ago.
+        They exist if the network has delivered a claim after the claiming task gave up.
         """
         place = f"{model}/{service}"
-        known = set(self._tickets)  # some of them may be given back before the reply is read
+        known = set(self._tickets)  # tickets that are released before the reply is read are known too
         for ticket in await run_script(self._redis, "claims", {"place": place, "owner": self._owner}):
             if ticket.decode() not in known | self._tickets:
                 _log.warning("unknown worker slot released", place=place, ticket=ticket.decode())
                 self._release(ticket.decode(), place)
 
     async def settle(self) -> None:
-        """Wait until all that was released is free."""
+        """Wait until all releases are complete."""
         await asyncio.gather(*self._releases)
 
     async def close(self) -> None:
-        """Settle if the store is there; what is not given back then is free once the presence ends."""
+        """Wait up to 1 s for pending releases, then cancel them. Their slots are released with the heartbeat."""
         if self._releases:
             await asyncio.wait(self._releases, timeout=_CLOSE_SECONDS)
         for release in self._releases:
@@ -279,7 +287,7 @@ class WorkerSlots:
 def _no_workers(place: str, patience: float, fault: str) -> NoWorkers:
     if fault:
         return NoWorkers(
-            f"no worker of {place} can take the request, and none came within {patience:g} s: {fault}; run workers and "
-            "coordinators of one release, or of two consecutive ones"
+            f"no worker of {place} has been able to run the request for {patience:g} s: {fault}; run workers and "
+            "coordinators of the same release, or of two consecutive releases"
         )
-    return NoWorkers(f"no worker serves {place}, and none came within {patience:g} s")
+    return NoWorkers(f"no worker has served {place} for {patience:g} s")

@@ -1,4 +1,4 @@
-"""The workers of a fleet: who lives, what they serve, and whether they agree on what a model is."""
+"""Registry of the fleet's workers: heartbeats, metadata, and the checkpoint fingerprint of each model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _always() -> bool:
 
 
 class Incompatible(NamedTuple):
-    """A live worker that cannot take the requests of a variant, and why."""
+    """A live worker that cannot run the requests of a variant, and the reason."""
 
     worker_id: str
     variant: str
@@ -32,10 +32,10 @@ class Incompatible(NamedTuple):
 
 
 class ServiceLoad(NamedTuple):
-    """The live workers of one service of a model, the slots taken on them, and the claims that wait.
+    """Live workers of one service of a model, the number of their taken slots, and the number of waiting claims.
 
-    `dead` counts the workers that were lost within 10 minutes and are not announced again. A worker that is
-    `incompatible` with every variant is not among `workers`.
+    `dead`: workers that were lost in the last 10 minutes and have not registered again. `workers` does not contain
+    workers that are `incompatible` with all variants.
     """
 
     workers: list[worker_pb2.WorkerInfo]
@@ -46,20 +46,20 @@ class ServiceLoad(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Requests that the workers take at a time, together."""
+        """Total number of concurrent requests of the workers."""
         return sum(worker.capacity for worker in self.workers)
 
     @property
     def num_unusable(self) -> int:
-        """Live workers that cannot take the requests of any variant."""
+        """Number of live workers that cannot run the requests of any variant."""
         return len({each.worker_id for each in self.incompatible} - {worker.worker_id for worker in self.workers})
 
 
 class WorkerRegistry:
-    """Announces workers with a heartbeat, and knows the live ones.
+    """Sends heartbeats of workers, and lists live workers.
 
-    The first to declare a model, worker or coordinator, decides its fingerprint for as long as any heartbeat for the
-    model lasts.
+    The first worker or coordinator that declares a model determines its fingerprint, until all heartbeats of the model
+    have expired.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class WorkerRegistry:
         self._redis = redis
         self._heartbeat_seconds = heartbeat_seconds
         self._ttl = int(ttl_seconds * 1_000)
-        self._beats: dict[str, asyncio.Task[None]] = {}
+        self._heartbeats: dict[str, asyncio.Task[None]] = {}
 
     async def declare(self, model: str, fingerprint: str) -> None:
-        """Say which checkpoint a model is, for as long as a beat lasts.
+        """Declare the checkpoint fingerprint of a model, for the TTL of a heartbeat.
 
-        Raises FailedPrecondition when the fleet serves another one under that name.
+        Raises FailedPrecondition if the fleet serves another checkpoint under that name.
         """
         arguments: Arguments = {"model": model, "fingerprint": fingerprint, "lasts": self._ttl}
         reply = await run_script(self._redis, "declare", arguments)
@@ -85,16 +85,17 @@ class WorkerRegistry:
             )
 
     async def announce(self, info: worker_pb2.WorkerInfo, *, is_able: Callable[[], bool] = _always) -> None:
-        """Make a worker known, and keep it so until withdraw(). Raises FailedPrecondition when the model is another.
+        """Register a worker, and send heartbeats until withdraw(). No heartbeat is sent while is_able() is False.
 
-        No heartbeat is sent while the worker is not `is_able`.
+        Raises FailedPrecondition if the fleet serves another checkpoint under the model's name, and InvalidInput for an
+        invalid name.
         """
         for name, value in (("worker_id", info.worker_id), ("model", info.model), ("service", info.service)):
             if not value or any(sign in value for sign in "|/\n"):
                 raise InvalidInput(f"{name} {value!r} must be a name without '|' and '/'", field=name)
         await self._announce(info)
-        self._stop_beat(info.worker_id)
-        self._beats[info.worker_id] = asyncio.create_task(self._keep_announcing(info, is_able))
+        self._stop_heartbeats(info.worker_id)
+        self._heartbeats[info.worker_id] = asyncio.create_task(self._send_heartbeats(info, is_able))
 
     async def _announce(self, info: worker_pb2.WorkerInfo) -> None:
         try:
@@ -129,10 +130,10 @@ class WorkerRegistry:
             _log.warning("refusal of a worker is not recorded", worker=info.worker_id, error=unavailable)
 
     async def refusals(self, model: str) -> list[worker_pb2.RefusedWorker]:
-        """Workers of a model that were refused in the last 10 minutes, the latest first; those refused alike once."""
+        """Return the refusals of a model's workers in the last 10 minutes, the latest first, without duplicates."""
         return [_refused(row) for row in await run_script(self._redis, "refusals", {"model": model})]
 
-    async def _keep_announcing(self, info: worker_pb2.WorkerInfo, is_able: Callable[[], bool]) -> None:
+    async def _send_heartbeats(self, info: worker_pb2.WorkerInfo, is_able: Callable[[], bool]) -> None:
         while True:
             await asyncio.sleep(self._heartbeat_seconds)
             if not is_able():
@@ -143,29 +144,30 @@ class WorkerRegistry:
                 _log.warning("heartbeat failed", worker=info.worker_id, error=error)
             except FailedPrecondition as error:
                 _log.error("worker is refused by the fleet", worker=info.worker_id, error=error)
-            except InternalError:  # the next one may succeed; without any, nobody would ever find this worker again
+            except InternalError:
+                # Continue: if heartbeats stopped, the worker would never get requests again.
                 _log.exception("heartbeat failed", worker=info.worker_id)
 
-    def _stop_beat(self, worker_id: str) -> None:
-        beat = self._beats.pop(worker_id, None)
-        if beat is not None:
-            beat.cancel()
+    def _stop_heartbeats(self, worker_id: str) -> None:
+        task = self._heartbeats.pop(worker_id, None)
+        if task is not None:
+            task.cancel()
 
     async def withdraw(self, worker_id: str, *, grace_seconds: float = 0.0) -> None:
-        """Mark a worker as leaving, and take it off the list: no new request goes there.
+        """Mark a worker as shutting down and remove it from the live workers, so that it gets no new requests.
 
-        It ends within `grace_seconds`. Until a heartbeat's time to live after that, a call that is lost with the worker
-        counts against no request. Raises Unavailable when the store is unavailable.
+        The worker exits within `grace_seconds`. Until one heartbeat TTL after that, calls that are lost with it do not
+        count against their requests. Raises Unavailable.
         """
-        self._stop_beat(worker_id)
+        self._stop_heartbeats(worker_id)
         lasts = self._ttl + int(grace_seconds * 1_000)
         await run_on_leaving(self._redis, "leaving", {"worker": worker_id, "lasts": lasts})
 
     async def free_slots(self, info: worker_pb2.WorkerInfo) -> int:
-        """Free slots of the live workers that make the same bytes as this one, for the same service and model.
+        """Return the number of free slots of live workers of the same service that compute the same bytes.
 
-        They have the same contract, so that they can take the same claims. A worker without a numerics fingerprint has
-        no equals.
+        These workers have an equal numerics fingerprint and an equal contract. Returns 0 without a numerics
+        fingerprint.
         """
         if not info.numerics_fingerprint:
             return 0
@@ -177,11 +179,11 @@ class WorkerRegistry:
         return int(await run_script(self._redis, "spare", arguments))
 
     async def live(self, model: str, service: str) -> list[worker_pb2.WorkerInfo]:
-        """The live workers of a service of a model."""
+        """Return the live workers of a service of a model."""
         return (await self.load(model, service)).workers
 
     async def load(self, model: str, service: str, wirings: Sequence[Wiring] = ()) -> ServiceLoad:
-        """How busy a service of a model is, with these wirings of its variants. Without any, every worker counts."""
+        """Return the load of a service of a model, for the wirings of its variants; without any, all workers count."""
         arguments: Arguments = {"place": f"{model}/{service}", "wirings": [wiring.text for wiring in wirings]}
         infos, *counts, faults = await run_script(self._redis, "status", arguments)
         workers = [worker_pb2.WorkerInfo.FromString(info) for info in infos]

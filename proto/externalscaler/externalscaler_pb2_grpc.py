@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class ExternalScalerStub:
-    """Answers KEDA's questions about the load of one scale target.
+    """Reports the load of one scale target, a stage service of a model, to KEDA.
+    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong metadata,
+    UNAVAILABLE if the request store cannot be read.
     """
 
     def __init__(self, channel):
@@ -63,7 +65,9 @@ class ExternalScalerStub:
 
 
 class ExternalScalerServicer:
-    """Answers KEDA's questions about the load of one scale target.
+    """Reports the load of one scale target, a stage service of a model, to KEDA.
+    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong metadata,
+    UNAVAILABLE if the request store cannot be read.
     """
 
     def IsActive(self, request, context):
@@ -74,28 +78,28 @@ class ExternalScalerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamIsActive(self, request, context):
-        """Sends the same at once, and again whenever it changes.
+        """Sends the result of IsActive immediately and after each change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetMetricSpec(self, request, context):
-        """Returns the metrics of the target and the value of each that one replica may have.
+        """Returns the metrics of the target and their target value per replica.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetMetrics(self, request, context):
-        """Returns the present value of a metric.
+        """Returns the current value of a metric.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamMetricSpec(self, request, context):
-        """Sends what GetMetricSpec returns at once, and again whenever it changes.
+        """Sends the result of GetMetricSpec immediately and after each change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,7 +142,9 @@ def add_ExternalScalerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ExternalScaler:
-    """Answers KEDA's questions about the load of one scale target.
+    """Reports the load of one scale target, a stage service of a model, to KEDA.
+    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong metadata,
+    UNAVAILABLE if the request store cannot be read.
     """
 
     @staticmethod

@@ -11,9 +11,9 @@ from common.log_context import log_scope
 from common.metrics import TAKEN_OVER_REQUESTS
 from common.state.leases import Inherited
 from common.state.requests import Admission
+from common.state.retries import LONGEST_RETRY_SECONDS
 from common.trace_context import entered
 from fleet.v1 import generation_pb2
-from services.coordinator.persistence import LONGEST_RETRY_SECONDS
 from services.coordinator.request_life import Acquire, Acquired, Execution, ExecutionContext, Phase, Submission
 from services.coordinator.request_trace import stored_span
 from services.coordinator.state_lines import log_taken_over

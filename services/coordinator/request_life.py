@@ -23,6 +23,7 @@ from common.state.leases import Leases
 from common.state.presence import TTL_SECONDS
 from common.state.records import ResultFile, State
 from common.state.requests import AdmissionLimits, RequestStore
+from common.state.retries import retry_until_available
 from common.state.worker_slots import QueuePriority
 from common.trace_context import entered
 from common.tracing import span
@@ -30,7 +31,6 @@ from common.wiring import Wiring, wirings_of
 from fleet.v1 import generation_pb2
 from services.coordinator.events import EventLog, EventWriter
 from services.coordinator.outcome import Outcome, failure, success
-from services.coordinator.persistence import persist
 from services.coordinator.progress_reporting import ProgressReportingRunner, RequestProgress
 from services.coordinator.request_trace import RequestTrace
 from services.coordinator.result_stream import FILES, ResultRunner, ResultStream
@@ -320,7 +320,7 @@ class Execution:
 
         try:
             with span("store end", bytes=sum(file.header.byte_size for file in outcome.files)):
-                last = await persist("end of a request", finish)
+                last = await retry_until_available("end of a request", finish)
             if last is not None:
                 events.report_written_with_end()
         except InternalError as error:

@@ -19,10 +19,10 @@ from common.stage import Call, Contract
 from common.state.records import ResultFile
 from common.state.requests import RequestStore
 from common.state.result_items import StoredItem
+from common.state.retries import retry_until_available
 from common.streams import ItemBuffer
 from fleet.v1 import artifacts_pb2, generation_pb2
 from services.coordinator.events import EventWriter
-from services.coordinator.persistence import persist
 
 _log = get_logger(__name__)
 
@@ -120,8 +120,8 @@ class ResultStream:
     async def _load(self) -> None:
         """Read the items that were delivered under earlier epochs, whose owners can no longer deliver any."""
         what = "read of delivered items"
-        delivered = await persist(what, partial(self._store.delivered_items, self._request_id))
-        await persist(what, partial(self._store.items.refresh, self._request_id, delivered))
+        delivered = await retry_until_available(what, partial(self._store.delivered_items, self._request_id))
+        await retry_until_available(what, partial(self._store.items.refresh, self._request_id, delivered))
         for stored in delivered:
             self._count(stored.item)
         self._stored += delivered
@@ -150,7 +150,7 @@ class ResultStream:
             return
         stored = StoredItem(item, self._epoch)
         what = f"save of item {item.item_index} of request {self._request_id}"
-        await persist(what, partial(self._store.items.save, self._request_id, stored, pieces))
+        await retry_until_available(what, partial(self._store.items.save, self._request_id, stored, pieces))
         self._stored.append(stored)
         self._count(item)
         await self._events.add_stored(generation_pb2.Event(item=item))

@@ -25,8 +25,8 @@ from common.rpc.framing import Assembler, CallLimits, KeptFrames, Packet, chunk_
 from common.stage import STEP_CHECKPOINTS
 from common.state.leases import Leases, Loss
 from common.state.presence import TTL_SECONDS
+from common.state.retries import retry_until_available
 from fleet.v1 import artifacts_pb2
-from services.coordinator.persistence import persist
 from services.coordinator.poison import reason_to_give_up
 
 _SHORTEST_WAIT_SECONDS = 0.01
@@ -173,7 +173,7 @@ class Recovery:
         `stage` is the index of the service among the services of the request.
         """
         await self.step_checkpoint.settle()
-        await persist(
+        await retry_until_available(
             "record of a lost call",
             partial(
                 self._leases.add_death,
@@ -195,7 +195,9 @@ class Recovery:
         """
         while self._has_losses:
             recorded = self._recorded
-            losses = await persist("read of lost calls", partial(self._leases.losses, self._request_id, self._epoch))
+            losses = await retry_until_available(
+                "read of lost calls", partial(self._leases.losses, self._request_id, self._epoch)
+            )
             if not losses and recorded == self._recorded:
                 self._has_losses = False
             suspect = [loss for loss in losses if loss.suspect]

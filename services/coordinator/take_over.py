@@ -12,10 +12,10 @@ from google.protobuf.message import DecodeError
 from common.errors import FleetError, InternalError, NotFound, Unavailable
 from common.state.leases import Inherited
 from common.state.requests import RequestStore
+from common.state.retries import retry_until_available
 from common.trace_context import entered
 from fleet.v1 import generation_pb2
 from services.coordinator.outcome import failure
-from services.coordinator.persistence import persist
 from services.coordinator.request_life import Acquired, Execution, Phase, Submission
 from services.coordinator.request_trace import RequestTrace
 
@@ -31,7 +31,7 @@ async def settle(execution: Execution, submission: Submission, store: RequestSto
     execution.phase = Phase.SETTLING
     request_id = execution.request_id
     try:
-        stored = await persist("check of an unanswered admission", partial(store.get, request_id))
+        stored = await retry_until_available("check of an unanswered admission", partial(store.get, request_id))
     except NotFound as error:
         submission.trace.refuse(error)
         return None
@@ -65,7 +65,7 @@ async def inherit(
         failed = failure(error)
         request_id, epoch = execution.request_id, execution.epoch
         finish = partial(store.finish, request_id, failed.state, error=failed.error, epoch=epoch)
-        if await persist("end of a request that cannot be taken over", finish) is not None:
+        if await retry_until_available("end of a request that cannot be taken over", finish) is not None:
             trace = RequestTrace.resume(inherited.record)
             trace.end(failed.state, failed.error)
             with entered(trace.root):

@@ -138,7 +138,7 @@ def test_open_requests_are_bounded_per_caller(store_url: str, keys: Path) -> Non
         _, stub = await running.add_coordinator(api_keys=keys, max_open_of_caller=2)
         first = (await stub.Submit(submission(), metadata=bearer(ALICE))).request.request_id
         code, message = await code_of(stub.Submit(submission(), metadata=bearer(ALICE)))
-        assert (code, message) == ("RESOURCE_EXHAUSTED", "alice has 1 open requests, which is the bound")
+        assert (code, message) == ("RESOURCE_EXHAUSTED", "alice has 1 open requests, which is the limit")
         ids = [(await stub.Submit(submission(), metadata=bearer(BOB))).request.request_id for _ in range(2)]
         assert (await code_of(stub.Submit(submission(), metadata=bearer(BOB))))[0] == "RESOURCE_EXHAUSTED"
         gate.opened.set()
@@ -162,7 +162,7 @@ def test_bounds_on_metadata_and_calls(store_url: str) -> None:
         for watch in watches:
             assert await watch.read()
         code, message = await code_of(stub.ListModels(pb.ListModelsRequest()))
-        assert (code, "2 calls at a time" in message) == ("RESOURCE_EXHAUSTED", True)
+        assert (code, "2 concurrent calls" in message) == ("RESOURCE_EXHAUSTED", True)
         watches[0].cancel()
         await wait_until(lambda: coordinator.calls_in_flight <= 1)
         assert await stub.ListModels(pb.ListModelsRequest())

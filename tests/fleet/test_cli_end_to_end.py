@@ -323,7 +323,7 @@ def test_unavailable_store_is_reported_in_one_line(temporary: Path, tmp_path: Pa
     for command in (["up"], ["generate", "p", "--output", str(tmp_path / "x.png")]):
         done = fleet(temporary, *command, "--redis", missing)
         assert done.returncode == 1
-        assert "the request store is away" in done.stderr
+        assert "the request store is unavailable" in done.stderr
         assert done.stderr.count("\n") == 1
 
 
@@ -358,7 +358,7 @@ def test_missing_weights_end_an_autoscaled_fleet_at_its_first_worker(temporary: 
     lines = output.splitlines()
     errors = [line for line in lines if line.startswith("fleet serve ")]
     assert 1 <= len(errors) <= 4, "a worker was restarted"
-    assert all(f": {model / 'transformer'} holds no weights" in line for line in errors)
+    assert all(f": {model / 'transformer'} contains no weights" in line for line in errors)
     (end,) = [line for line in lines if line.startswith("fleet up: ")]
     assert end.endswith("ended with exit code 2; a restart does not help")
     assert "restarting it" not in output

@@ -52,10 +52,10 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("--model i2v --output a.mp4", "image: no image was sent, which i2v (WanImageToVideoPipeline) requires"),
         ("--model i2v --image nowhere.png --output a.mp4", "cannot read the image nowhere.png"),
-        ("--model i2v --image words.png --output a.mp4", "image is not a PNG, JPEG or WebP picture"),
-        ("--model i2v --image old.gif --output a.mp4", "image is not a PNG, JPEG or WebP picture but GIF"),
+        ("--model i2v --image words.png --output a.mp4", "image is not a PNG, JPEG or WebP image"),
+        ("--model i2v --image old.gif --output a.mp4", "image is not a PNG, JPEG or WebP image but GIF"),
         ("--model i2v --image moving.webp --output a.mp4", "image is an animated WebP"),
-        ("--model i2v --image cut.png --output a.mp4", "image is cut off"),
+        ("--model i2v --image cut.png --output a.mp4", "image is truncated"),
         ("--model i2v --image spoiled.png --output a.mp4", "image cannot be decoded"),
         (
             "--model i2v --image good.png --image good.png --output a.mp4",

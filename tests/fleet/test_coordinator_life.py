@@ -102,7 +102,7 @@ def test_requests_continue_after_the_store_was_unavailable(each_server: RedisSer
         name = (await stub.Submit(submission())).request.request_id
         await gate.wait_reached()
         each_server.kill()
-        with pytest.raises(grpc.aio.AioRpcError, match="store is away") as caught:
+        with pytest.raises(grpc.aio.AioRpcError, match="store is unavailable") as caught:
             await stub.Submit(submission())
         assert error_of(caught.value)[0] == "UNAVAILABLE"
 

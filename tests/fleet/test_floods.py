@@ -211,7 +211,8 @@ def test_call_without_a_request_times_out(path: bytes) -> None:
             async with raw_connection(server.address) as connection:
                 await connection.greet()
                 await connection.send(call_headers(path))
-                assert b"no request came for 0.2 s" in await connection.until(ended(grpc.StatusCode.DEADLINE_EXCEEDED))
+                received = await connection.until(ended(grpc.StatusCode.DEADLINE_EXCEEDED))
+                assert b"no request was received for 0.2 s" in received
             async with raw_connection(server.address) as connection:
                 await connection.greet()
                 await connection.send(call_headers(path, ended=True))

@@ -226,7 +226,7 @@ def test_calls_beyond_the_capacity_are_refused() -> None:
     async def test(stage: Served) -> None:
         first = asyncio.create_task(stage.runner()(packets(), stage.recorded.call()))
         await asyncio.to_thread(gate.entered.wait, 30)
-        with pytest.raises(ResourceExhausted, match="takes 1 calls at a time"):
+        with pytest.raises(ResourceExhausted, match="maximum of 1 concurrent calls"):
             await stage.runner()(packets(), stage.recorded.call())
         gate.opened.set()
         await first
@@ -309,7 +309,7 @@ def test_stale_socket_file_is_replaced(tmp_path: Path) -> None:
 def test_silent_caller_times_out() -> None:
     async def test(stage: Served) -> None:
         call: Any = stage.channel.stream_stream("/fleet.v1.DenoisingService/Denoise")()
-        with pytest.raises(grpc.aio.AioRpcError, match=r"no frame came for 0\.1 s"):
+        with pytest.raises(grpc.aio.AioRpcError, match=r"no frame was received for 0\.1 s"):
             await call.read()
         await wait_until(lambda: not stage.servicer.in_flight)
 
@@ -435,12 +435,12 @@ def test_unusable_address_is_reported(tmp_path: Path) -> None:
         first, second = FleetServer("127.0.0.1:0"), FleetServer(f"unix:{tmp_path}/x.sock")
         for listen, words in (
             (await first.start(), "Address already in use"),
-            (await second.start(), "another process listens there"),
+            (await second.start(), "another process listens on it"),
             ("nonsense", "an address is HOST:PORT"),
             ("127.0.0.1:65536", "an address is HOST:PORT"),
             ("no.such.host.invalid:0", "cannot listen on no.such.host.invalid"),
             (f"unix:{tmp_path}/missing/x.sock", "there is no directory"),
-            (f"unix:{tmp_path}", "there is a file of that name"),
+            (f"unix:{tmp_path}", "a file with this path exists"),
             (f"unix:{tmp_path}/{'x' * 120}", "more than 107 bytes"),
         ):
             with pytest.raises(FailedPrecondition, match=words) as caught:

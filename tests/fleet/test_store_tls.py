@@ -41,7 +41,7 @@ def test_fleet_works_with_a_store_over_tls(name: str, fleet_ca: Authority, tmp_p
 
 def test_passwords_of_the_store_are_not_reported() -> None:
     for url in ("redi://me:secret@host:6379/0", "redi://:sec/ret@host/0", "redi://secret@p@host"):
-        with pytest.raises(InvalidInput, match="is no Redis URL") as caught:
+        with pytest.raises(InvalidInput, match="is not a Redis URL") as caught:
             connect(url)
         assert "secret" not in str(caught.value)
         assert "sec/ret" not in str(caught.value)

@@ -314,9 +314,9 @@ def test_invalid_items_are_refused_with_their_names() -> None:
                 ((item, header), "neither header nor chunk"),
                 ((header, header), "neither item nor chunk"),
                 ((header, chunk), "no item announces"),
-                ((header, item, item), "begins before"),
+                ((header, item, item), "starts before"),
                 ((header, item), "ended within item 0"),
-                ((header, whole, later), "item 2 of denoised_blocks came where 1 is next"),
+                ((header, whole, later), "item 2 of denoised_blocks was received instead of 1"),
                 ((header, other), "no stream of this call"),
                 ((header, wrong), "has denoise_state"),
             ):
@@ -345,7 +345,7 @@ def test_item_buffer_ignores_repeated_items_and_refuses_gaps() -> None:
         buffer = ItemBuffer()
         await buffer.put(0, "a", 1)
         await buffer.put(0, "other", 1)
-        with pytest.raises(InternalError, match="item 2 of a stream came where item 1 is next"):
+        with pytest.raises(InternalError, match="item 2 of a stream was received instead of item 1"):
             await buffer.put(2, "c", 1)
         buffer.close()
         assert [item async for item, _ in buffer.read()] == ["a"]

@@ -67,7 +67,7 @@ def test_worker_serves_only_the_coordinator(
 
             assert await is_serving(worker.health_address, None)
             unknown = await outcome(worker.health_address, None, "")
-            assert "no such method" in str(unknown)
+            assert "not implemented" in str(unknown)
             monkeypatch.setenv("FLEET_HEALTH_LISTEN", worker.health_address)
             assert await asyncio.to_thread(probe, ["127.0.0.1:1"]) == 0
         finally:
@@ -181,7 +181,7 @@ def wrong_files(fleet: Authority, directory: Path) -> dict[str, tuple[dict[str, 
         "missing authority": (right | {"tls_ca": directory / "none.pem"}, "none.pem cannot be read: No such file"),
         "directory": (right | {"tls_key": directory}, "cannot be read: Is a directory"),
         "not PEM": (right | {"tls_cert": text}, "not a certificate and its key in PEM"),
-        "no authority": (right | {"tls_ca": text}, "holds no certificate in PEM"),
+        "no authority": (right | {"tls_ca": text}, "contains no certificate in PEM"),
         "mismatch": (right | {"tls_key": other["tls_key"]}, "the key is of another certificate"),
     }
 

@@ -67,7 +67,7 @@ def test_unknown_request_is_an_error(store_url: str) -> None:
             assert (code, output) == (2, "")
             assert error == (
                 f"fleet trace: request_id: there is no request '{name}'; it may have expired: "
-                "a record is kept for 2 h after the end of its request\n"
+                "records expire 2 h after the end of their requests\n"
             )
 
     run_on_fleet(store_url, scenario)

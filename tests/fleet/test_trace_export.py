@@ -194,11 +194,11 @@ def test_otel_variables_set_certificates_and_service_name(
             {"EXPORTER_OTLP_PROTOCOL": "http/protobuf"},
             "OTEL_EXPORTER_OTLP_PROTOCOL is 'http/protobuf'\" advice=\"grpc is supported",
         ),
-        ({"EXPORTER_OTLP_TIMEOUT": "soon"}, "an OTEL_ variable is wrong: .*soon"),
-        ({"EXPORTER_OTLP_COMPRESSION": "zstd"}, "an OTEL_ variable is wrong: .*zstd"),
+        ({"EXPORTER_OTLP_TIMEOUT": "soon"}, "an OTEL_ variable is invalid: .*soon"),
+        ({"EXPORTER_OTLP_COMPRESSION": "zstd"}, "an OTEL_ variable is invalid: .*zstd"),
         (
             {"EXPORTER_OTLP_CERTIFICATE": "/none.pem"},
-            "an OTEL_ variable is wrong: OTEL_EXPORTER_OTLP_CERTIFICATE: /none.pem cannot be read",
+            "an OTEL_ variable is invalid: OTEL_EXPORTER_OTLP_CERTIFICATE: /none.pem cannot be read",
         ),
     ],
 )

@@ -101,7 +101,7 @@ def test_request_without_compatible_workers_reports_worker_and_slot(store_url: s
         record = (await stub.GetRequest(pb.GetRequestRequest(request_id=accepted.request.request_id))).request
         named = f"worker {odd.info.worker_id}, {FAULT}"
         assert record.error.code == "UNAVAILABLE"
-        assert "no worker of emoji/denoising can take the request, and none came within 0.3 s" in record.error.message
+        assert "no worker of emoji/denoising has been able to run the request for 0.3 s" in record.error.message
         assert named in record.error.message
         warnings = [event.warning.message for event in events if event.HasField("warning")]
         assert warnings == [f"no worker of denoising can serve the request ({named}); the request waits"]

@@ -176,7 +176,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(path: Path, tmp
     def shrink(values: dict[str, Any]) -> None:
         values["text_config"]["vocab_size"] = 99
 
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: tokenizer has \d+ tokens, but text_encoder knows 99"):
+    with pytest.raises(CheckpointError, match=r"tokenizer has \d+ tokens, but text_encoder has embeddings for 99"):
         changed(path, tmp_path / "bad", "text_encoder/config.json", shrink)
 
 

@@ -81,7 +81,7 @@ def test_shards_are_found_through_their_index(flux: Path) -> None:
     assert Checkpoint.open(flux).weight_files("transformer") == (folder / "a.safetensors", folder / "b.safetensors")
 
     index.write_text(json.dumps({"weight_map": {**weight_map, "scale": "a.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"says that a.safetensors holds scale, but it does not"):
+    with pytest.raises(CheckpointError, match=r"assigns scale to a.safetensors, which does not contain it"):
         Checkpoint.open(flux)
     index.write_text(json.dumps({"weight_map": {"weight": "../vae/config.json"}}))
     with pytest.raises(CheckpointError, match="must name a file of the same folder"):
@@ -100,21 +100,21 @@ BROKEN_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no index": (lambda path: (path / "model_index.json").unlink(), "has no model_index.json"),
     "index is not JSON": (lambda path: (path / "model_index.json").write_text("{"), "is not valid JSON"),
     "index is not UTF-8": (lambda path: (path / "model_index.json").write_bytes(b'{"a": "\xff"}'), "is not valid JSON"),
-    "index is a list": (lambda path: (path / "model_index.json").write_text("[]"), "must hold a JSON object"),
+    "index is a list": (lambda path: (path / "model_index.json").write_text("[]"), "must contain a JSON object"),
     "deep nesting": (lambda path: (path / "model_index.json").write_text("[" * 100_000), "is not valid JSON"),
     "no class": (lambda path: (path / "model_index.json").write_text("{}"), "has no _class_name"),
-    "module without folder": (lambda path: shutil.rmtree(path / "vae"), "lacks the folder vae/"),
+    "module without folder": (lambda path: shutil.rmtree(path / "vae"), "lacks the directory vae/"),
     "module entry without a class": (
         lambda path: edit_json(path / "model_index.json", vae=["diffusers"]),
         "library, class",
     ),
     "module outside the checkpoint": (
         lambda path: edit_json(path / "model_index.json", **{"../vae": ["diffusers", "AutoencoderKL"]}),
-        r"module '\.\./vae' cannot be",
+        r"module '\.\./vae' is not a valid directory name",
     ),
     "no config": (lambda path: (path / "vae/config.json").unlink(), r"vae lacks config\.json"),
     "broken config": (lambda path: (path / "vae/config.json").write_text("nul"), r"vae/config\.json is not valid JSON"),
-    "no weights": (lambda path: (path / WEIGHTS).unlink(), "holds no weights"),
+    "no weights": (lambda path: (path / WEIGHTS).unlink(), "contains no weights"),
     "defaults are not JSON": (lambda path: (path / "sampling_defaults.json").write_text("x"), "is not valid JSON"),
     "default of null": (
         lambda path: (path / "sampling_defaults.json").write_text('{"height": null}'),
@@ -132,19 +132,19 @@ def test_a_broken_directory_is_refused(flux: Path, case: str) -> None:
 
 
 BROKEN_WEIGHTS = {
-    "empty": (b"", "is not a whole safetensors file"),
-    "header longer than the file": ((2**40).to_bytes(8, "little") + b"{}", "is not a whole safetensors file"),
+    "empty": (b"", "is not a complete safetensors file"),
+    "header longer than the file": ((2**40).to_bytes(8, "little") + b"{}", "is not a complete safetensors file"),
     "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
     "header is not JSON": ((2).to_bytes(8, "little") + b"{x", "header that is not JSON"),
     "header is a list": (with_header([]), "not a JSON object"),
     "entry without offsets": (with_header({"w": {"dtype": "F32", "shape": []}}), "entry of w lacks"),
     "unknown dtype": (with_header({"w": tensor(dtype="F33")}, bytes(4)), "w has the unknown dtype 'F33'; known are"),
-    "negative extent": (with_header({"w": tensor(shape=[-1, -1])}, bytes(4)), "impossible shape"),
-    "shape and bytes disagree": (with_header({"w": tensor(shape=[2])}, bytes(4)), "does not fill the 4 bytes"),
-    "gap": (with_header({"w": tensor(begin=4, end=8)}, bytes(8)), "begins at byte 4 of the data, but 0 is next"),
+    "negative extent": (with_header({"w": tensor(shape=[-1, -1])}, bytes(4)), "invalid shape"),
+    "shape and bytes disagree": (with_header({"w": tensor(shape=[2])}, bytes(4)), "does not have 4 bytes"),
+    "gap": (with_header({"w": tensor(begin=4, end=8)}, bytes(8)), "starts at byte 4 of the data instead of byte 0"),
     "overlap": (
         with_header({"v": tensor(), "w": tensor()}, bytes(4)),
-        "begins at byte 0 of the data, but 4 is next",
+        "starts at byte 0 of the data instead of byte 4",
     ),
     "truncated": (safetensors_bytes({"w": [0.0] * 9})[:-1], "is truncated: its header describes"),
     "trailing bytes": (safetensors_bytes({"w": [0.0]}) + b"\0", "is too long"),

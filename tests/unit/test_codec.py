@@ -207,9 +207,9 @@ def test_programming_errors_raise_type_error() -> None:
         artifact_class("ParamValue")
     with pytest.raises(TypeError, match="not a Canvas"):
         unpack("slot", Canvas, pack("slot", Prompt(prompt="x")))
-    with pytest.raises(TypeError, match=r"needs common\.tensors\.TORCH"):
+    with pytest.raises(TypeError, match=r"requires common\.tensors\.TORCH"):
         pack("slot", GENERATOR, NO_TENSORS)
-    with pytest.raises(TypeError, match=r"needs common\.tensors\.TORCH"):
+    with pytest.raises(TypeError, match=r"requires common\.tensors\.TORCH"):
         unpack("slot", Generator, pack("slot", GENERATOR, TORCH))
 
 

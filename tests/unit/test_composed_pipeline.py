@@ -142,7 +142,7 @@ def test_a_checkpoint_without_a_required_module_is_refused() -> None:
 
 def test_stage_modules_exist_and_each_role_has_one_module() -> None:
     decode = replace(DECODE, modules={"vae": "vae", "solver": "scheduler"})
-    with pytest.raises(PipelineError, match="decode is built with scheduler, which is no module"):
+    with pytest.raises(PipelineError, match="decode requires scheduler, which is not a module"):
         build(ENCODE, DENOISE, decode)
     pipeline = build(ENCODE, DENOISE, decode, modules=("vae", "scheduler"))
     service = pipeline.service("decode")
@@ -150,7 +150,7 @@ def test_stage_modules_exist_and_each_role_has_one_module() -> None:
     assert [service.module_of(role) for role in ("vae", "solver", "scheduler")] == ["vae", "scheduler", None]
     assert pipeline.roles == {"vae": "vae", "solver": "scheduler"}
     other = replace(ENCODE, modules={"vae": "scheduler"})
-    with pytest.raises(PipelineError, match="role 'vae' is that of scheduler and vae; a role has one module"):
+    with pytest.raises(PipelineError, match="role 'vae' is assigned to scheduler and vae; a role has one module"):
         build(other, DENOISE, decode, modules=("vae", "scheduler"))
 
 

@@ -143,10 +143,10 @@ def test_a_wrong_password_is_reported_in_one_line(each_store_url: str) -> None:
     [
         (
             "redis://:secret@127.0.0.1:1/0",
-            "error redis: the request store is away: Error 111 connecting to 127.0.0.1:1",
+            "error redis: the request store is unavailable: Error 111 connecting to 127.0.0.1:1",
         ),
-        ("rediss://:secret@127.0.0.1:1/0", "error redis: the request store is away: "),
-        ("redis://:sec#ret@host", "error redis: redis: '***' is no Redis URL"),
+        ("rediss://:secret@127.0.0.1:1/0", "error redis: the request store is unavailable: "),
+        ("redis://:sec#ret@host", "error redis: redis: '***' is not a Redis URL"),
     ],
 )
 def test_an_unreachable_store_is_reported_in_one_line(url: str, message: str) -> None:

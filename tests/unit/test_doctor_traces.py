@@ -49,8 +49,8 @@ def test_disabled_traces_are_accepted(monkeypatch: pytest.MonkeyPatch, variables
     ("variables", "text"),
     [
         ({"TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER is 'zipkin' -> otlp and none are supported"),
-        ({"EXPORTER_OTLP_TIMEOUT": "soon"}, "an OTEL_ variable is wrong: "),
-        ({"EXPORTER_OTLP_CERTIFICATE": "/none.pem"}, "an OTEL_ variable is wrong: OTEL_EXPORTER_OTLP_CERTIFICATE: /no"),
+        ({"EXPORTER_OTLP_TIMEOUT": "soon"}, "an OTEL_ variable is invalid: "),
+        ({"EXPORTER_OTLP_CERTIFICATE": "/none.pem"}, "an OTEL_ variable is invalid: OTEL_EXPORTER_OTLP_CERTIFICATE: /"),
     ],
 )
 def test_invalid_variables_are_warnings(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], text: str) -> None:

@@ -9,17 +9,17 @@ import pytest
 from prometheus_client import REGISTRY
 
 from common.errors import InvalidInput, ResourceExhausted, Unavailable
+from common.state import retries
 from common.state.leases import Inherited
 from common.state.records import State
 from driver_case import CANCELLED, FAILED, Case, Gate, Store, restore, run_case, submission
 from fleet.v1 import generation_pb2 as pb
-from services.coordinator import persistence
 from services.coordinator.request_life import Phase, Submission
 
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(persistence, "_RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(retries, "_RETRY_SECONDS", 0.001)
 
 
 def test_cancel_during_admission_ends_a_request_without_a_claim() -> None:

@@ -77,7 +77,7 @@ def _kill_a_parent(number: signal.Signals, environ: dict[str, str]) -> None:
 
 def test_a_server_that_cannot_start_raises_unavailable(tmp_path: Path) -> None:
     (tmp_path / "appendonlydir").write_text("not a directory")
-    with pytest.raises(Unavailable, match="ended at once"), EmbeddedStore(directory=tmp_path):
+    with pytest.raises(Unavailable, match="exited at startup"), EmbeddedStore(directory=tmp_path):
         raise AssertionError("the server started")
 
 

@@ -136,7 +136,7 @@ def tensor(**fields: Any) -> pb.Tensor:
         (tensor(byte_size=SIZE - 1), f"takes {SIZE} bytes, not {SIZE - 1}"),
         (tensor(dtype=pb.DTYPE_FLOAT32), f"takes {4 * SIZE} bytes"),
         (tensor(shape=[2**62, 2**62]), "takes"),
-        (tensor(data=b"abc"), "holds 3 bytes where"),
+        (tensor(data=b"abc"), "has 3 bytes of inline data"),
         (tensor(data=bytes(SIZE)), "inline"),
         (tensor(shape=[0], byte_size=0), "must be inline"),
     ],
@@ -150,7 +150,7 @@ def test_an_inconsistent_tensor_description_is_refused(wrong: pb.Tensor, message
 
 def test_limits_of_a_call_are_enforced() -> None:
     header = pb.Conditioning(prompt_embeds={"x": tensor(), "y": tensor()})
-    with pytest.raises(ResourceExhausted, match=r"c\.prompt_embeds\.y brings"):
+    with pytest.raises(ResourceExhausted, match=r"c\.prompt_embeds\.y: a total of"):
         described_tensors("c", header, CallLimits(total_bytes=SIZE))
     with pytest.raises(InvalidInput, match="more than 1 tensors"):
         described_tensors("c", header, CallLimits(tensors=1))
@@ -165,12 +165,12 @@ def view(offset: int, size: int, path: str = PATH) -> ChunkView:
 @pytest.mark.parametrize(
     ("chunks", "message"),
     [
-        ([view(0, 9, "elsewhere")], "does not announce"),
-        ([view(5, 9)], "begins at 5; 0 is next"),
-        ([view(0, 9), view(0, 9)], "begins at 0; 9 is next"),
-        ([view(0, 9), view(10, 9)], "begins at 10; 9 is next"),
+        ([view(0, 9, "elsewhere")], "does not describe"),
+        ([view(5, 9)], "has the offset 5 instead of 0"),
+        ([view(0, 9), view(0, 9)], "has the offset 0 instead of 9"),
+        ([view(0, 9), view(10, 9)], "has the offset 10 instead of 9"),
         ([view(0, 0)], "has 0 bytes"),
-        ([view(0, CHUNK_BYTES + 1)], "1 to 1048576 are right"),
+        ([view(0, CHUNK_BYTES + 1)], "1 to 1048576 are valid"),
         ([view(0, CHUNK_BYTES), view(CHUNK_BYTES, CHUNK_BYTES)], "beyond its"),
         ([view(0, CHUNK_BYTES)], "ended after 1048576 of"),
         ([], "ended after 0 of"),

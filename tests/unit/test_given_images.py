@@ -45,5 +45,5 @@ def test_image_bytes_are_packed_without_torch_and_unpacked_as_tensors(size: int)
 
 
 def test_values_other_than_bytes_and_tensors_are_refused() -> None:
-    with pytest.raises(TypeError, match="packing tensors needs"):
+    with pytest.raises(TypeError, match="packing tensors requires"):
         pack("image_inputs", ImageInputs(images={"image": "text"}))  # type: ignore[dict-item]

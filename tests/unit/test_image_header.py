@@ -52,7 +52,7 @@ def test_format_and_size_equal_those_of_pillow(data: bytes) -> None:
     ("data", "message"),
     [
         (b"", "image is empty"),
-        (b"hello", "is not a PNG, JPEG or WebP picture$"),
+        (b"hello", "is not a PNG, JPEG or WebP image$"),
         (encoded("GIF"), "but GIF"),
         (encoded("BMP"), "but BMP"),
         (encoded("TIFF"), "but TIFF"),
@@ -60,7 +60,7 @@ def test_format_and_size_equal_those_of_pillow(data: bytes) -> None:
         (encoded("PNG", save_all=True, append_images=[Image.new("RGB", (30, 20), "green")]), "is an animated PNG"),
         (encoded("WEBP", save_all=True, append_images=[Image.new("RGB", (30, 20), "green")]), "is an animated WebP"),
         (encoded("PNG", "1", size=(8200, 8200)), r"at most 67108864 pixels, but is 8200 x 8200"),
-        (encoded("PNG", "1", size=(6500, 100)), "at most 64 times as long as it is wide, but is 6500 x 100"),
+        (encoded("PNG", "1", size=(6500, 100)), "an aspect ratio of at most 64, but is 6500 x 100"),
         (b"\x89PNG\r\n\x1a\n" + bytes(MAX_FILE_BYTES), "at most 20 MiB"),
     ],
 )

@@ -67,7 +67,7 @@ def forbid_weights(model: Path) -> str:
 
 def remove_weights(model: Path) -> str:
     (model / WEIGHTS).unlink()
-    return f"{model / 'transformer'} holds no weights"
+    return f"{model / 'transformer'} contains no weights"
 
 
 def break_link(model: Path) -> str:

@@ -10,9 +10,9 @@ import pytest
 
 from common.errors import InternalError, Unavailable
 from common.rpc.framing import Packet
+from common.state import retries
 from common.state.leases import Leases, Loss
 from fleet.v1 import artifacts_pb2
-from services.coordinator import persistence
 from services.coordinator.poison import reason_to_give_up
 from services.coordinator.resume import Recovery
 
@@ -142,7 +142,7 @@ def test_a_request_waits_for_a_decision_that_can_end_it() -> None:
 
 
 def test_losses_are_reread_until_the_store_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(persistence, "_RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(retries, "_RETRY_SECONDS", 0.001)
     leases = FakeLeases(Unavailable("away"), Unavailable("away"), [QUIET])
     assert asyncio.run(recovery(leases, epoch=2).wait_until_claimable())
     assert leases.asked == 3

@@ -97,7 +97,7 @@ async def running(redis: Redis) -> AsyncIterator[Fleet]:
                 task.cancel()
             await asyncio.gather(*owner.claims.values(), return_exceptions=True)
             await owner.slots.close()
-        for worker in list(fleet.registry._beats):
+        for worker in list(fleet.registry._heartbeats):
             await fleet.registry.withdraw(worker)
         for presence in presences:
             await presence.stop()

@@ -195,7 +195,7 @@ def test_a_missing_directory_for_temporary_files_is_named(
         private_directory()
     assert cli.main(["up", "--port", "0"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("fleet up: TMPDIR: no directory for temporary files can be written to (No usable")
+    assert line.startswith("fleet up: TMPDIR: no directory for temporary files is writable (No usable")
 
 
 def test_output_is_escaped_where_the_encoding_lacks_a_character(monkeypatch: pytest.MonkeyPatch) -> None:

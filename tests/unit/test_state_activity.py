@@ -96,7 +96,7 @@ def run(url: str, test: Callable[[Fleet], Awaitable[None]]) -> None:
             for task in fleet.claims.values():
                 task.cancel()
             await asyncio.gather(*fleet.claims.values(), return_exceptions=True)
-            for worker in list(registry._beats):
+            for worker in list(registry._heartbeats):
                 await registry.withdraw(worker)
             await slots.close()
             await presence.stop()

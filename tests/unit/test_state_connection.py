@@ -74,7 +74,7 @@ def test_a_clean_up_after_a_cancellation_may_call_the_store() -> None:
 
 def test_a_connection_error_becomes_unavailable() -> None:
     async def story() -> None:
-        with pytest.raises(Unavailable, match="away: refused"), store_errors():
+        with pytest.raises(Unavailable, match="unavailable: refused"), store_errors():
             raise ConnectionError("refused")
 
     asyncio.run(story())

@@ -23,7 +23,7 @@ def test_withdrawal_does_not_wait_for_an_answer(tmp_path: Path, monkeypatch: pyt
         await link.start()
         link.hold()
         async with asyncio.timeout(5), connect(f"redis://{link.address}/0") as redis:
-            with pytest.raises(Unavailable, match="has not answered"):
+            with pytest.raises(Unavailable, match="has not responded"):
                 await WorkerRegistry(redis).withdraw("worker")
             await Presence(redis, "coordinator").stop()
         await link.close()

@@ -86,7 +86,7 @@ def test_a_request_is_accepted_only_once_a_replica_has_it() -> None:
         store = RequestStore(redis, replicas=1)
         await store.admit(record("before"))
         servers.stop_replica()
-        refusal = r"store_replicas: 0 replicas .* less than 1; connect as many"
+        refusal = r"store_replicas: 0 replicas .* less than 1; connect more replicas"
         async with connect(servers.url) as fresh:
             # The attempt on another connection writes nothing, because the request or its end exists already.
             for attempt in (store, RequestStore(fresh, replicas=1)):

@@ -87,9 +87,9 @@ def test_an_evicting_server_is_refused_unless_allowed(
 @pytest.mark.parametrize(
     ("values", "loss"),
     [
-        ({"appendonly": "no"}, "forgets accepted requests when it restarts"),
-        ({"appendfsync": "everysec"}, "loses what was accepted in the last second"),
-        ({"appendfsync": "no"}, "loses what was accepted in the last half minute"),
+        ({"appendonly": "no"}, "loses accepted requests when it restarts"),
+        ({"appendfsync": "everysec"}, "loses the requests accepted in the last second"),
+        ({"appendfsync": "no"}, "loses the requests accepted in the last half minute"),
     ],
 )
 def test_a_store_that_is_not_durable_gets_a_warning(
@@ -127,19 +127,21 @@ def test_checks_that_a_login_does_not_permit_are_logged(each_store_url: str, cap
     (level, first), (_, second) = lines(caplog)
     assert level == "WARNING"
     assert (
-        "its login may not run INFO or CONFIG unknown=role,cluster-enabled,maxmemory-policy,appendonly,appendfsync"
-        in first
+        "its user has no permission for INFO or CONFIG "
+        "unknown=role,cluster-enabled,maxmemory-policy,appendonly,appendfsync" in first
     )
-    assert "its login may not run INFO or CONFIG unknown=appendfsync needed=" in second
+    assert "its user has no permission for INFO or CONFIG unknown=appendfsync needed=" in second
 
 
 def test_a_replica_is_refused(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         await command(redis, "REPLICAOF", "127.0.0.1", "1")
         try:
-            with pytest.raises(FailedPrecondition, match=r"is a replica, not a primary; .*redis\+sentinel://"):
+            with pytest.raises(
+                FailedPrecondition, match=r"is a replica and does not accept writes; .*redis\+sentinel://"
+            ):
                 await check_server(redis)
-            with pytest.raises(Unavailable, match="takes no writes"):
+            with pytest.raises(Unavailable, match="does not accept writes"):
                 await run_script(redis, "beat", {"owner": "me", "lasts": 1_000})
         finally:
             await command(redis, "REPLICAOF", "NO", "ONE")
@@ -275,7 +277,7 @@ def test_a_full_store_is_not_unavailable_and_accepts_heartbeats(each_store_url: 
         await run_script(redis, "release", {"ticket": "accepted/me/0", "place": "emoji/denoising", "used": 0})
         with pytest.raises(StoreFull, match="request store is full") as failed:
             await unbounded.finish("accepted", State.REQUEST_STATE_SUCCEEDED, files=[image_file(MIB)], token="t")
-        assert "away" not in str(failed.value)
+        assert "unavailable" not in str(failed.value)
         # A request does not end without its files.
         assert (await unbounded.get("accepted")).state == State.REQUEST_STATE_QUEUED
         await unfill(redis)

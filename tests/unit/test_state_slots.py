@@ -429,7 +429,7 @@ def test_a_slot_released_while_claims_are_read_is_not_unknown(
 def test_patience_ends_only_without_workers(each_store_url: str) -> None:
     async def story(redis: Redis) -> None:
         async with slots_of(redis, "a", ask_again_seconds=0.01) as slots:
-            with pytest.raises(NoWorkers, match="no worker serves emoji/denoising, and none came"):
+            with pytest.raises(NoWorkers, match="no worker has served emoji/denoising for"):
                 await slots.claim("emoji", "denoising", "r", patience_seconds=0.05)
             await slots.settle()
             registry = WorkerRegistry(redis)

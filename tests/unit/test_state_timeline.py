@@ -141,9 +141,7 @@ def test_a_timeline_expires_with_the_record(each_store_url: str) -> None:
             await case.run()
             assert not await redis.exists("fleet:timeline:r")
             await redis.delete("fleet:request:r")
-            with pytest.raises(
-                NotFound, match="there is no request 'r'; it may have expired: a record is kept for 1 min"
-            ):
+            with pytest.raises(NotFound, match="there is no request 'r'; it may have expired: records expire 1 min"):
                 await case.store.get("r")
 
     run_on_empty_store(each_store_url, story)

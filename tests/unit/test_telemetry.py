@@ -99,4 +99,4 @@ def test_a_service_whose_metrics_port_is_in_use_does_not_start(
         code = main(["--redis", "redis://127.0.0.1:1", "--listen", "127.0.0.1:0", "--metrics-port", str(port)])
     assert code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert f"metrics_port: {port} cannot be listened on: Address already in use; choose a free port" in last
+    assert f"metrics_port: {port} cannot be bound: Address already in use; choose a free port" in last

@@ -222,7 +222,7 @@ def test_slots_that_a_variant_lacks_are_optional() -> None:
     assert dict(united.outputs) == {"result": "Latents", "more": "Generator"}
     assert united.optional_outputs == {"more"}
     assert unite_contracts("d", [text]) == text
-    with pytest.raises(PipelineError, match="d: variants have 'noise' as Latents and as Media"):
+    with pytest.raises(PipelineError, match="d: variants declare 'noise' as Latents and as Media"):
         unite_contracts("d", [text, Contract("d", {"noise": "Media"}, {})])
 
 

@@ -125,12 +125,12 @@ BROKEN: dict[str, tuple[str, dict[str, object], str]] = {
     "spiece.model is text": (
         "T5Tokenizer",
         {"spiece__model": b"version https://git-lfs"},
-        r"not a whole sentencepiece",
+        r"not a complete sentencepiece",
     ),
     "spiece.model is truncated": (
         "T5Tokenizer",
         {"spiece__model": b"\x0a\x08\x0a\x01a"},
-        r"not a whole sentencepiece model",
+        r"not a complete sentencepiece",
     ),
 }
 
@@ -156,5 +156,5 @@ def test_a_tokenizer_may_be_smaller_than_its_encoder_but_not_larger(
     if fits:
         Checkpoint.open(path)
     else:
-        with pytest.raises(CheckpointError, match=r"tokenizer\.json: tokenizer has 3 tokens, but text_encoder knows 2"):
+        with pytest.raises(CheckpointError, match=r"tokenizer has 3 tokens, but text_encoder has embeddings for 2"):
             Checkpoint.open(path)

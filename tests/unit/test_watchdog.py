@@ -132,7 +132,7 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_ends(
     asyncio.run(story())
     assert "after request r1 was cancelled; this process ends" in lost[0]
     (line,) = [each for each in map(json.loads, out.getvalue().splitlines()) if each["event"] == "call cancelled"]
-    assert line["reason"].startswith("the stage has made no step for ")
+    assert line["reason"].startswith("the stage has reported no step for ")
     assert line["request_id"] == "r1", "the watchdog's thread has no request in its context"
     assert "wait" in line["at"]
     assert "wait" in lost[0].rpartition("at=")[2]

@@ -56,7 +56,7 @@ def test_invalid_content_leaves_the_old_in_force_and_is_reported_once(
         (record,) = caplog.records
         assert record.levelno == logging.ERROR
         assert record.getMessage().startswith(
-            "changed files refused, the earlier content stays in force setting=api_keys error="
+            "changed files are invalid, the previous content is used setting=api_keys error="
         )
     path.write_text("two")
     assert watched.versioned() == (2, "two")

@@ -82,7 +82,7 @@ def test_of_several_variants_the_one_with_the_widest_range_is_read(flux: Path) -
 
 def test_variants_without_a_rule_are_refused_by_name(flux: Path) -> None:
     put(flux / "transformer", f"{STEM}.ema.safetensors", f"{STEM}.non_ema.safetensors")
-    with pytest.raises(CheckpointError, match=r"transformer holds the variants ema, non_ema and no plain weights"):
+    with pytest.raises(CheckpointError, match=r"transformer contains the variants ema, non_ema and no weights"):
         Checkpoint.open(flux)
 
 
@@ -120,11 +120,11 @@ def test_a_dangling_link_of_an_unread_variant_is_ignored(flux: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        (f"{STEM}.bin", rf"holds only pickled weights \({STEM}\.bin\).*{STEM}\.safetensors .*is needed"),
-        (f"{STEM}.fp16.bin", r"holds only pickled weights"),
-        ("weights.safetensors", r"holds no weights; weights\.safetensors has another name"),
-        ("flux-q4.gguf", r"holds no weights; flux-q4\.gguf has another name"),
-        (f"{STEM}-00001-of-00002.safetensors", r"holds no weights; .*-00001-of-00002\.safetensors has another name"),
+        (f"{STEM}.bin", rf"contains only pickled weights \({STEM}\.bin\).*{STEM}\.safetensors .*is required"),
+        (f"{STEM}.fp16.bin", r"contains only pickled weights"),
+        ("weights.safetensors", r"contains no weights; weights\.safetensors has another name"),
+        ("flux-q4.gguf", r"contains no weights; flux-q4\.gguf has another name"),
+        (f"{STEM}-00001-of-00002.safetensors", r"contains no weights; .*-00001-of-00002\.safetensors has another name"),
     ],
 )
 def test_files_of_another_format_or_name_are_named(flux: Path, file: str, message: str) -> None:

@@ -69,10 +69,10 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda p: write(p / "flux.safetensors", WEIGHTS).parent,
         rf"has no model_index\.json, and flux\.safetensors in it {ONE_FILE}",
     ),
-    "LoRA file": (lambda p: write(p / "style.safetensors", LORA), r"style\.safetensors holds LoRA weights"),
+    "LoRA file": (lambda p: write(p / "style.safetensors", LORA), r"style\.safetensors contains LoRA weights"),
     "LoRA of Diffusers": (
         lambda p: write(p / "pytorch_lora_weights.safetensors", LORA).parent,
-        r"holds LoRA weights \(pytorch_lora_weights\.safetensors\).*fuse_lora",
+        r"contains LoRA weights \(pytorch_lora_weights\.safetensors\).*fuse_lora",
     ),
     "LoRA of PEFT": (lambda p: write(p / "adapter_config.json", b"{}").parent, r"LoRA weights \(adapter_config\.json"),
     "LoRA under another name": (lambda p: write(p / "style.safetensors", LORA).parent, r"LoRA weights \(style\.safe"),
@@ -96,7 +96,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
         r"no snapshot in it has model_index\.json; it holds models--google--t5$",
     ),
     "one module": (lambda p: build_bare_flux(p) / "vae", r"vae is one module of a checkpoint, which is .*; pass that"),
-    "one model": (single_model, r"holds a single model \(T5EncoderModel\) and no pipeline"),
+    "one model": (single_model, r"contains a single model \(T5EncoderModel\) and no pipeline"),
     "empty directory": (
         lambda p: write(p / ".keep", b"").parent,
         r"has no model_index\.json, so it is not a Diffusers",

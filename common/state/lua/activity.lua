@@ -1,13 +1,14 @@
--- What requests do or wait for, for people. Nothing here reads a whole queue or the whole index of requests: the cost
--- depends on the slots of the fleet, on the number of requests that are asked for, and on the bounds below.
+-- Activities of requests, for dashboards and command-line tools. No operation here reads a whole queue or the whole
+-- index of requests: the cost depends on the number of worker slots, the number of requested records and the bounds
+-- below.
 
-local MOST_OPEN = 200  -- open requests that are read beside those with a slot and those at the head of a queue
-local MOST_OPEN_OF_CALLER = 500
-local MOST_NEWEST = 200  -- of the index, among which requests that have ended are looked for
-local MOST_CALLERS = 64  -- of one rank of a queue, in whose turns the place of a claim is estimated
+local MOST_OPEN = 200  -- open requests that are sampled in addition to those with a slot or at the head of a queue
+local MOST_OPEN_OF_CALLER = 500  -- open requests of one caller that are read
+local MOST_NEWEST = 200  -- latest entries of the index that are searched for ended requests
+local MOST_CALLERS = 64  -- callers of one rank that the estimate of a queue position distinguishes
 
--- The callers that have claims of one rank in a queue, each with its first claim and the number of them, and the number
--- of claims of the callers beyond MOST_CALLERS.
+-- Returns the callers with claims of one rank in a queue (name, first claim, number of claims), and the total number of
+-- claims of callers beyond MOST_CALLERS.
 local function callers_of(place, rank)
   local queue, found, rest = P .. 'queue:' .. place, {}, 0
   local last = rank .. '|~'
@@ -29,8 +30,8 @@ local function callers_of(place, rank)
   return found, rest
 end
 
--- The number of claims that get a slot before this one if no other claim comes: those of a higher priority, the
--- caller's own earlier ones, and of each other caller of its priority as many as its turns allow.
+-- Estimates how many claims are granted before this one: all claims of higher ranks, the caller's own earlier claims,
+-- and for each other caller of this rank as many claims as round-robin order grants. Later claims are not considered.
 local function claims_before(place, claim, ranks)
   local queue, rank = P .. 'queue:' .. place, claim.rank
   local key = place .. '|' .. rank
@@ -46,19 +47,20 @@ local function claims_before(place, claim, ranks)
   return before
 end
 
--- Whether each free slot of a service is on a worker that a coordinator avoids, and the number of live workers.
+-- Returns whether all free slots of a service are on workers that the coordinator avoids, and the number of live
+-- workers.
 local function workers_for(place, owner, known)
   local key = place .. '|' .. owner
   if not known[key] then
     index(place)
-    local id, is_any_free = first_free(place, avoided_by(owner))
+    local id, is_any_free = first_free(place, avoided_by(owner), {})
     known[key] = { is_avoiding = not id and is_any_free, live = redis.call('ZCARD', P .. 'workers:' .. place) }
   end
   return known[key]
 end
 
--- What a request does at a service, by its latest ticket there: kind, worker, since when in ms, claims before it;
--- nil for a service that it does not need now, and for a ticket of an earlier coordinator.
+-- Returns the activity of a request at a service, from its latest ticket: kind, worker, start in ms, claims before it.
+-- Returns nil if the request does not need the service now, or if the ticket is of a previous coordinator.
 local function activity_at(place, request, ticket, is_needed, walk)
   if string.match(ticket, '^[^/]*/([^/]*)') ~= request.owner then
     return nil
@@ -79,7 +81,7 @@ local function activity_at(place, request, ticket, is_needed, walk)
   return is_needed and { kind = 'retry' } or nil
 end
 
--- What an open request of read_open() does, in the order of its services.
+-- Returns the activities of an open request from read_open(), in the order of its services.
 local function activities_of(request, services, walk)
   local found, has_ticket = {}, false
   if walk.alive[request.owner] == nil then
@@ -101,14 +103,14 @@ local function activities_of(request, services, walk)
     end
   end
   if #found == 0 then
-    -- A coordinator of an earlier version records no tickets.
+    -- Coordinators of earlier releases store no tickets.
     local is_known = has_ticket or redis.call('EXISTS', P .. 'timeline:' .. request.id) == 0
     found[1] = { kind = is_known and 'coordinator' or 'unknown', service = '' }
   end
   return found
 end
 
--- An open request of a caller ('' for any) and of one of the models; nil for another.
+-- Reads a request. Returns nil unless it is open, of the caller ('' for any) and of one of the models.
 local function read_open(id, caller, models)
   local fields = server.pcall('HMGET', P .. 'request:' .. id, 'state', 'model', 'caller', 'owner', 'created')
   local state = not fields.err and tonumber(fields[1])
@@ -125,7 +127,8 @@ local function read_open(id, caller, models)
     fields = redis.call('HMGET', P .. 'request:' .. id, unpack(names)) }
 end
 
--- Ids of the requests at the head of a queue: the first one of each caller of the highest rank, and the first `most`.
+-- Returns the ids of the requests at the head of a queue: the first of each caller of the highest rank, and the first
+-- `most` of the queue.
 local function head_ids(place, most)
   local ids = {}
   for i, entry in ipairs(redis.call('ZRANGE', P .. 'queue:' .. place, 0, most - 1)) do
@@ -142,8 +145,8 @@ local function head_ids(place, most)
   return ids
 end
 
--- Ids of open requests that may be shown, each once: all those of a caller; else those with a slot, the heads of the
--- queues, and some of the others.
+-- Returns the distinct ids of candidates to return: for a caller, its open requests; else the requests with a slot, the
+-- heads of the queues, and a random sample of the other open requests.
 local function open_ids(a, models, most)
   local found, seen = {}, {}
   local function add(ids)
@@ -177,8 +180,8 @@ end
 
 local ORDER = { running = 2, retry = 1, take_over = 1, queued = 3, no_worker = 3, coordinator = 4, unknown = 4 }
 
--- The open requests by what they do: in trouble, running, waiting, and at their coordinator; the oldest first, of those
--- that wait the first in the queue.
+-- Groups open requests by ORDER: retries and take-overs, running, waiting, at their coordinator. Each group is sorted
+-- by queue position, then by age, the oldest first.
 local function grouped(requests)
   local groups = { {}, {}, {}, {} }
   for _, request in ipairs(requests) do
@@ -200,7 +203,7 @@ local function grouped(requests)
   return groups
 end
 
--- At most `most` requests: in turn one of each group, so that none hides the others.
+-- Selects at most `most` requests, round-robin over the groups, so that a large group does not displace the others.
 local function chosen(groups, most)
   local counts, left = { 0, 0, 0, 0 }, most
   local is_more = true
@@ -221,7 +224,7 @@ local function chosen(groups, most)
   return found
 end
 
--- The newest requests that have ended, of a caller ('' for any) and of the models.
+-- Returns the ids of the latest ended requests of a caller ('' for any) and of the models.
 local function newest_ended(caller, models, most)
   local found = {}
   for _, id in ipairs(most > 0 and redis.call('ZREVRANGE', P .. 'requests', 0, MOST_NEWEST - 1) or {}) do
@@ -237,11 +240,11 @@ local function newest_ended(caller, models, most)
   return found
 end
 
--- Requests that have not ended, and then the newest others, `most` together. Returns the time, and for each its snapshot
--- and its activities: kind, service, worker, since when in ms, number of claims before it, number of live workers, and
--- the fields of its work there. Numbers that do not apply are -1.
+-- Returns the current time in ms and at most `most` requests: open requests, then the latest ended ones. Each row has
+-- the snapshot and the activities of a request. An activity is: kind, service, worker, start in ms, claims before it,
+-- live workers, fields `work` and `done`. Numbers that do not apply are -1.
 takes.activities = {
-  'caller',   -- whose requests, '' for all
+  'caller',   -- name of the caller, '' for all callers
   'most',
   'places*',  -- model/service, of each model in the order of its pipeline
 }

@@ -20,14 +20,14 @@ local function forecast(place, variant, caller, cost, wiring)
   end
   local open, has_variants = redis.call('HGETALL', P .. 'work:' .. place), variant ~= ''
   for i = 1, #open, 2 do
-    local who, of = string.match(open[i], '^([^|]*)|?(.*)$')
+    local name, of = string.match(open[i], '^([^|]*)|?(.*)$')
     has_variants = has_variants or of ~= ''
     local ms = (tonumber(open[i + 1]) or 0) * pace(of) / found.capacity
     found.queued = found.queued + ms
-    if who == caller then
+    if name == caller then
       found.own = found.own + ms
-    elseif not others[who] then
-      others[who] = true
+    elseif not others[name] then
+      others[name] = true
       found.callers = found.callers + 1
     end
   end
@@ -48,7 +48,7 @@ local function overload(model, variant, caller, costs, open, max_work, wirings)
   for i = 1, #costs, 2 do
     local place, text = model .. '/' .. costs[i], wirings[costs[i]]
     local digest = text and string.sub(server.sha1hex(text), 1, 16)
-    keep_wiring(place, digest, text or '')
+    store_wiring(place, digest, text or '')
     local service = forecast(place, variant, caller, tonumber(costs[i + 1]), digest)
     more = math.max(more, service.more)
     unmeasured = unmeasured or not service.pace and open >= service.capacity
@@ -65,7 +65,7 @@ local function overload(model, variant, caller, costs, open, max_work, wirings)
   return nil, int(more)
 end
 
--- Drops ended requests whose records have expired from the index.
+-- Removes ended requests whose records have expired from the index.
 local function prune_index()
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'ended', '-inf', int(now), 'LIMIT', 0, 100)) do
     redis.call('ZREM', P .. 'ended', id)
@@ -73,19 +73,19 @@ local function prune_index()
   end
 end
 
--- Stores a request, unless its idempotency key or its id is known. Refusals return the ms after which to try again. A full
--- store still answers what it has admitted before.
+-- Stores a request, unless its idempotency key or its id is known. A refusal contains the retry delay in ms. A full
+-- store still returns requests that it has admitted before.
 takes.admit = {
   'id', 'model', 'caller', 'owner',
   'variant',               -- or ''
   'record', 'submission',  -- serialised
   'idempotency_key',       -- or ''
   'deadline',              -- ms since 1970, 0 for none
-  'max_open',              -- open requests of the model
-  'max_open_of_caller',
-  'max_queued',            -- claims that wait for one service
-  'max_work',              -- ms of open work of one service, 0 for no bound
-  'is_full',               -- 1 where the store is full, else 0
+  'max_open',              -- maximum number of open requests of the model
+  'max_open_of_caller',    -- maximum number of open requests of the caller
+  'max_queued',            -- maximum number of waiting claims of one service
+  'max_work',              -- maximum open work of one service in ms, 0 for no limit
+  'is_full',               -- 1 if the store is full, else 0
   'costs*',                -- pairs of service and cost
   'work*',                 -- pairs of service and steps|tokens of a step|shape
   'wirings*',              -- pairs of service and the wiring of the request's claims there

@@ -1,89 +1,92 @@
--- Every change of shared state that must happen as a whole. The files of this folder are one script: SCRIPT_FILES in
--- common/state/connection.py has their order. ARGV[1] names the operation; NAME VALUE pairs follow, which are its arguments.
+-- Atomic operations on the fleet's shared state. The files of this directory form one Redis script, concatenated in the
+-- order of SCRIPT_FILES in common/state/connection.py. ARGV[1] is the operation; its arguments follow as NAME VALUE pairs.
 --
--- Messages are stored serialised and never opened here: a protobuf message followed by another of its type is their
--- merge, so a record grows by appending to `extra`. Time is this server's, in milliseconds, never a caller's.
+-- Protobuf messages are stored serialised and never parsed here. Two concatenated messages of one type parse as their
+-- merge, so `extra` is appended to a record. All times are of this server's clock, in ms since 1970.
+--
+-- Terms: a `place` is the queue of one service of one model, named model/service. A `claim` waits there for a slot on a
+-- worker; its `ticket` is its id. A `rank` is the queue class of a claim: its priority, and whether it was handed over.
 --
 --   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, variant,
 --                                         token,
 --                                         and until the request ends: submission, deaths (its calls that were lost with their worker,
 --                                         one line each), point (key of the latest step checkpoint), reached (step of that
---                                         checkpoint), told (number and ids of the latest events), left:<service> (cost of
+--                                         checkpoint), told (number and ids of the latest appended events), left:<service> (cost of
 --                                         the request at that service, until the service has finished the request),
 --                                         work:<service> (steps|tokens of a step|shape of its work there), done:<service>
 --                                         (fraction of that work that is done), ticket:<service> (of its latest claim there)
 --   fleet:events:<id>              stream fields `event`, and `epoch` of the owner that added it, '' for another writer
---   fleet:timeline:<id>            list   what happened, for people: ms|kind|service|worker|number, the newest 256
+--   fleet:timeline:<id>            list   timeline entries ms|kind|service|worker|number, the latest 256
 --   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
 --   fleet:item:<id>:<epoch>:<item>:<n>  string a chunk of an item of a streamed result; only an event makes the item count
 --   fleet:checkpoint:<id>:<epoch>-<n>     hash   a step checkpoint by part: 0 its origin, 1 its header, then its chunks
 --   fleet:idempotency:<key>        string request id
 --   fleet:requests, fleet:ended    zset   ids by sequence number; ended ids by the time their record expires
 --   fleet:open:<model>             set    ids that have not ended
---   fleet:open-by:<caller>         set    the same, of a caller with a name
+--   fleet:open-by:<caller>         set    ids of a named caller that have not ended
 --   fleet:model:<model>            hash   fingerprint, and contract:<service> of processes of the last release
---   fleet:older:<model>/<svc>      string such a contract, moved here for as long as such a process may live
---   fleet:worker:<id>              hash   info, places (its capacity), capacity (the same, 0 where processes of the last
---                                         release must not call it), model, service, granted, lasts (ms of its heartbeat),
+--   fleet:older:<model>/<svc>      string contract:<service> of the last release, moved here while such a process may live
+--   fleet:worker:<id>              hash   info, places (its capacity), capacity (equal to places, or 0 if coordinators of the
+--                                         last release must not call it), model, service, granted, lasts (heartbeat TTL in ms),
 --                                         numerics (its numerics fingerprint), contract
 --   fleet:contracts:<model>/<svc>  hash   worker -> digest of its contract
 --   fleet:wirings:<model>/<svc>    hash   digest -> wiring of claims: the slots that their coordinators supply and read
---   fleet:workers:<model>/<svc>    zset   worker ids by the time their heartbeat runs out
---   fleet:live:<model>/<svc>       hash   worker -> capacity|granted|numerics, copied from its own key, to be read at once
---   fleet:refused:<model>          hash   service | fingerprint -> when, worker id and reason of the latest such refusal
---   fleet:leaving:<id>             string present from a worker's announcement that it ends until it has ended
---   fleet:lost:<model>/<svc>       zset   ids of workers that were lost in the last 10 minutes, by when
---   fleet:accused:<id>             set    requests that lost a call with that worker, until the loss is suspect or not
---   fleet:avoided:<owner>          hash   worker -> until when that coordinator does not call it | the length of the pause
+--   fleet:workers:<model>/<svc>    zset   worker ids by the time at which their heartbeat expires
+--   fleet:live:<model>/<svc>       hash   worker -> capacity|granted|numerics, a copy that one command reads for all workers
+--   fleet:refused:<model>          hash   service|fingerprint -> time, worker id and reason of the latest such refusal
+--   fleet:leaving:<id>             string exists while a worker shuts down
+--   fleet:lost:<model>/<svc>       zset   ids of workers that were lost in the last 10 minutes, by time of loss
+--   fleet:accused:<id>             set    requests that lost a call with that worker, while the loss is undecided
+--   fleet:avoided:<owner>          hash   worker -> time until which that coordinator does not call it|length of the pause
 --   fleet:queue:<model>/<svc>      zset   rank | caller | deadline and number | cost | ticket | owner, in lexical order
 --   fleet:waiting:<model>/<svc>    hash   ticket -> its entry in the queue
---   fleet:load:<model>/<svc>       zset   live worker -> how loaded it is: slot_index.lua has the sum
---   fleet:indexed:<model>/<svc>    hash   of the previous key, while that is true: capacity (of all workers), owners (of slots),
+--   fleet:load:<model>/<svc>       zset   live worker -> load score, see load_score() in slot_index.lua
+--   fleet:indexed:<model>/<svc>    hash   exists while fleet:load is valid: capacity (of all workers), owners (of slots),
 --                                         hidden (workers that the last release must not call), fit:<digest of a wiring>
---                                         (capacity|number|fault of the workers that fit, then ids of the others)
---   fleet:rechecked:<model>/<svc>  string present for a moment after a claim that waits has asked again
---   fleet:shares:<model>/<svc>|<rank>  zset   callers by the work that they were given, '|' by the virtual time
---   fleet:slots:<model>/<svc>      hash   ticket -> worker | owner | cost | when it was granted
---   fleet:pace:<model>/<svc>       string ms that slots were held and the cost of what held them, of the latest
---   fleet:pace:<model>/<svc>@<variant>  string the same of one variant's requests, whose cost may weigh otherwise
---   fleet:paces:<model>/<svc>      hash   shape -> compute seconds, their steps, tokens of a step, when measured
+--                                         (capacity|number|fault of the workers that fit, then ids of the other workers)
+--   fleet:rechecked:<model>/<svc>  string rate limit: exists for RECHECK_MS after a waiting claim was repeated
+--   fleet:shares:<model>/<svc>|<rank>  zset   caller -> virtual finish time of its latest claim, '|' -> virtual time
+--   fleet:slots:<model>/<svc>      hash   ticket -> worker|owner|cost|time of the grant
+--   fleet:pace:<model>/<svc>       string decaying sums over the latest requests: ms that they held slots, and their cost
+--   fleet:pace:<model>/<svc>@<variant>  string the same sums over the requests of one variant
+--   fleet:paces:<model>/<svc>      hash   shape -> compute seconds, number of steps, tokens of a step, time of measurement
 --   fleet:work:<model>/<svc>       hash   caller, or caller|variant -> cost of open requests that still need the service
---   fleet:needed:<model>/<svc>     string when a request last ceased to need the service
+--   fleet:needed:<model>/<svc>     string time at which a request last stopped needing the service
 --   fleet:reply:<name>             list   a reply that workers share: its checksum, then its frames
---   fleet:replies, fleet:reply-sizes   zset, hash   names of these by when they expire; their bytes
---   fleet:coordinator:<owner>      string present while that coordinator's heartbeat lasts; also its channel
---   fleet:resigned:<owner>         string present for a day after that coordinator has ended by itself
+--   fleet:replies, fleet:reply-sizes   zset, hash   names of shared replies by time of expiry; their sizes in bytes
+--   fleet:coordinator:<owner>      string exists while the coordinator's heartbeat is valid; also the name of its channel
+--   fleet:resigned:<owner>         string exists for a day after the coordinator has shut down
 --   fleet:repairs                  hash   kind of damage -> how often an operation found and removed it
 --
--- Keys may be missing, evicted, restored from an older copy or of another type. So no loop depends on two keys that
--- agree: each iterates over what it has read, or at most as often as the key had entries. An entry whose partner is
--- missing is removed and counted in fleet:repairs.
+-- Keys may be missing, evicted, restored from an older copy or of another type. Therefore no loop relies on two keys
+-- being consistent: each loop iterates over values that it has read, or at most once per entry of a key. An entry whose
+-- counterpart is missing is removed and counted in fleet:repairs.
 --
--- A coordinator's heartbeat is its lease on all requests that it owns. `epoch` is the fencing token: it grows when a
--- request changes hands, and a write with another one is refused. Callers repeat an operation whose answer they have
--- lost, and a network may deliver one long after its caller gave up: done twice or late, each must do no harm.
+-- A coordinator's heartbeat is its lease on all requests that it owns. `epoch` is the fencing token: it grows with each
+-- change of the owner, and writes with another epoch are refused. Callers repeat an operation if its reply is lost, and a
+-- network may deliver an operation after its caller has given up: every operation is idempotent and safe when late.
 --
--- The cost of a request is a number that says how much it asks of a service, beside other requests.
+-- `cost` is the relative amount of work that a request causes at a service.
 
-local P = 'fleet:'
-local TERMINAL = 3
-local CHURN_MS = 600000
-local FIRST_PAUSE_MS, LONGEST_PAUSE_MS = 200, 5000
-local AVOIDED_MS = 60000
+local P = 'fleet:'  -- prefix of all keys
+local TERMINAL = 3  -- the lowest RequestState of a request that has ended
+local CHURN_MS = 600000  -- window within which losses of workers are related
+local FIRST_PAUSE_MS, LONGEST_PAUSE_MS = 200, 5000  -- bounds of the pause in which a coordinator avoids a worker
+local AVOIDED_MS = 60000  -- retention of a pause after its end
 local RESIGNED_MS = 86400000
-local REFUSED_MS, MOST_REFUSED = 600000, 16
-local RECHECK_MS = 50
-local MOST_DROPPED = 1000  -- entries of a queue that one operation removes; the next operation goes on
-local MOST_NOTES = 256  -- lines of a request's timeline
-local NOTES_MS = 604800000  -- that the timeline of an open request is kept after its latest line
-local MOST_EXTRA = 524288  -- bytes of additions after which a record gets no more warnings, only its end
+local REFUSED_MS, MOST_REFUSED = 600000, 16  -- retention and number of refusals of a model
+local RECHECK_MS = 50  -- minimum interval of dispatches that repeated claims cause
+local MOST_DROPPED = 1000  -- invalid queue entries that one operation removes; later operations remove the rest
+local MOST_NOTES = 256  -- entries of a request's timeline
+local NOTES_MS = 604800000  -- retention of an open request's timeline after its latest entry
+local MOST_EXTRA = 524288  -- bytes of `extra` at which a record stops accepting warnings
 local server = redis
 local time = server.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 local ops = {}
-local takes = {}  -- by operation, the names of its arguments; a name that ends in * is a list, which may be empty
+local takes = {}  -- operation -> names of its arguments; a name that ends in * is a list, which may be empty
 
--- Counts damage that was found and removed. The counter itself may be of another type.
+-- Counts damage that was found and removed. The counter's key may itself be of another type.
 local function repaired(kind, count)
   local reply = server.pcall('HINCRBY', P .. 'repairs', kind, count or 1)
   if type(reply) == 'table' and reply.err and string.find(reply.err, 'WRONGTYPE', 1, true) then
@@ -92,8 +95,8 @@ local function repaired(kind, count)
   end
 end
 
--- The call() of all operations. A key of another type than the command's holds nothing of the fleet's: it is deleted,
--- and the command repeated. The one exception is the record of a request, which is an error that names the key.
+-- Replaces redis.call() in all operations. A key of the wrong type contains no data of the fleet: it is deleted and the
+-- command is repeated. Exception: the record of a request is not deleted; the error names its key.
 local redis = {}
 function redis.call(command, key, ...)
   local reply = server.pcall(command, key, ...)
@@ -112,13 +115,14 @@ function redis.call(command, key, ...)
   return server.call(command, key, ...)
 end
 
--- A call of an operation that does not fit its declaration: a defect of the caller.
+-- Raises the error for arguments that do not match the operation's declaration: a defect of the caller.
 local function wrong_call(operation, argument, what)
   local text = 'FLEETCALL ' .. operation .. ': ' .. argument .. ' ' .. what
   error({ err = text .. '; it takes ' .. table.concat(takes[operation], ', ') })
 end
 
--- The arguments of an operation by name. A list repeats its name for each element; a list of pairs has the two in turn.
+-- Returns the arguments of an operation by name. A list repeats its name for each element; a list of pairs alternates
+-- between the first and the second elements of the pairs.
 local function named(operation)
   local found, lists = {}, {}
   for _, name in ipairs(takes[operation]) do
@@ -157,7 +161,7 @@ local function is_open(id)
   return state and state < TERMINAL
 end
 
--- nil where the writer may write, else what keeps it from that.
+-- Returns nil if a writer with this epoch may write, else the reason: 'ended' or 'lost'.
 local function refusal(id, epoch)
   if not is_open(id) then
     return 'ended'
@@ -171,7 +175,7 @@ local function snapshot(id)
   return redis.call('HMGET', P .. 'request:' .. id, 'record', 'extra', 'state', 'created', 'updated')
 end
 
--- Adds serialised events under the epoch of the request's owner; returns their ids.
+-- Adds serialised events with the epoch of the request's owner. Returns their ids.
 local function add_events(id, events, epoch)
   local ids = {}
   for i, event in ipairs(events) do
@@ -180,8 +184,8 @@ local function add_events(id, events, epoch)
   return ids
 end
 
--- Adds a line to the timeline of a request, if the store has that request. Checkpoints beyond half of the lines replace
--- each other: they leave the others their places. Returns whether the request is open.
+-- Adds an entry to the timeline of a request, if the request exists. Once the timeline is half full, consecutive
+-- checkpoints replace each other, so that they do not displace other entries. Returns whether the request is open.
 local function note(id, kind, service, worker, number)
   local key, state = P .. 'timeline:' .. id, server.pcall('HGET', P .. 'request:' .. id, 'state')
   if type(state) ~= 'string' then
@@ -203,7 +207,7 @@ local function note(id, kind, service, worker, number)
   return true
 end
 
--- The request and the service of a claim, by its ticket and its place.
+-- Returns the request id and the service of a claim, from its ticket and its place.
 local function parts_of(ticket, place)
   return string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$')
 end
@@ -215,7 +219,7 @@ local function extend(id, extra)
   end
 end
 
--- Notes that a worker of a service was lost, and forgets such losses after 10 minutes.
+-- Records the loss of a worker, and removes losses that are older than CHURN_MS.
 local function note_loss(place, worker, at)
   local key = P .. 'lost:' .. place
   redis.call('ZADD', key, int(at), worker)
@@ -223,7 +227,7 @@ local function note_loss(place, worker, at)
   redis.call('PEXPIRE', key, int(CHURN_MS))
 end
 
--- A number above all that were given before, also where the counter was lost or restored from an older copy.
+-- Returns a number above all earlier ones, even if the counter was lost or restored from an older copy.
 local function next_number()
   local number = redis.call('INCR', P .. 'sequence')
   local newest = tonumber(redis.call('ZREVRANGE', P .. 'requests', 0, 0, 'WITHSCORES')[2])
@@ -235,13 +239,14 @@ local function next_number()
   return number
 end
 
--- The variant of the request that a ticket is for; '' for a model with one variant, and for a request that is forgotten.
+-- Returns the variant of a ticket's request; '' for a model with one variant and for a request that has expired.
 local function variant_of(ticket)
   local variant = server.pcall('HGET', P .. 'request:' .. string.match(ticket, '^[^/]*'), 'variant')
   return type(variant) == 'string' and variant or ''
 end
 
--- ms per unit of cost at a service, of the latest requests of a variant, else of all variants; nil before there are any.
+-- Returns the ms per unit of cost at a service, over the latest requests of a variant, else of all variants; nil before
+-- the first measurement.
 local function pace_of(place, variant)
   for _, key in ipairs(variant ~= '' and { place .. '@' .. variant, place } or { place }) do
     local ms, of = string.match(redis.call('GET', P .. 'pace:' .. key) or '', '^(%S+) (%S+)$')
@@ -257,7 +262,7 @@ local function measure(key, ms, cost)
     ms + 0.8 * (tonumber(held) or 0), cost + 0.8 * (tonumber(of) or 0)), 'PX', 86400000)
 end
 
--- The field of a caller's work with requests of a variant.
+-- Returns the field of fleet:work for a caller and a variant.
 local function work_field(caller, variant)
   return variant ~= '' and caller .. '|' .. variant or caller
 end

@@ -1,30 +1,31 @@
--- Which workers can take which claims. A worker announces its contract: the slots that it reads and writes, with their
+-- Compatibility of workers and claims. A worker announces a contract: the slots that it reads and writes, with their
 -- types. A claim has a wiring: the slots that its coordinator supplies to the service and reads from it. Both are JSON;
--- common/wiring.py has their form, and the same rule. A worker or a claim of a release without them fits as before.
+-- common/wiring.py defines the format and implements the same rule. A worker without a contract and a claim without a
+-- wiring, as earlier releases send them, are compatible with everything.
 
 local WIRINGS_MS = 86400000
 
--- The digest of a claim's wiring, which its ticket says; nil for a claim without one.
+-- Returns the digest of a claim's wiring, which is a part of its ticket; nil for a claim without a wiring.
 local function wiring_of(ticket)
   return string.match(ticket, '/wiring:(%x+)')
 end
 
--- Stores a wiring under its digest, for the operations that hand slots to others' claims.
-local function keep_wiring(place, digest, text)
+-- Stores a wiring by its digest, for operations that grant slots to claims of other coordinators.
+local function store_wiring(place, digest, text)
   if digest and text ~= '' and redis.call('HSETNX', P .. 'wirings:' .. place, digest, text) == 1 then
     redis.call('PEXPIRE', P .. 'wirings:' .. place, WIRINGS_MS)
   end
 end
 
--- The contract on which the processes of the last release agree, while one lives: they compare its text, and fill in a
--- field of the model's record with each heartbeat.
+-- Returns the contract that processes of the last release use, while such a process is live: they write it to a field
+-- of the model's record with each heartbeat, and require equal texts.
 local function older_contract(place)
   local model, service = string.match(place, '^(.*)/([^/]*)$')
   return redis.call('HGET', P .. 'model:' .. model, 'contract:' .. service) or redis.call('GET', P .. 'older:' .. place)
 end
 
--- Moves the contracts that processes of the last release have stated out of their way: one of another release may state
--- others. What was moved expires once nobody states it any more.
+-- Moves contracts that processes of the last release have written to fleet:older, so that a process of the last release
+-- with another contract is not refused. The moved contract expires once no process writes it.
 local function move_older(model, lasts)
   local key = P .. 'model:' .. model
   local fields = redis.call('HGETALL', key)
@@ -46,7 +47,7 @@ local function sorted_keys(slots)
   return keys
 end
 
--- The part of a contract that is for a variant, and, where there is none, the names of the variants.
+-- Returns the part of a contract for a variant, or nil and the names of the contract's variants.
 local function part_of(contract, variant)
   local names = {}
   for i, part in ipairs(contract.variants or {}) do
@@ -61,7 +62,7 @@ local function part_of(contract, variant)
   return nil, table.concat(names, ', ')
 end
 
--- Why a worker with a contract cannot take claims with a wiring, in one sentence; nil where it can.
+-- Returns one sentence that states why a worker with this contract cannot run claims with this wiring; nil if it can.
 local function compare(contract, wiring)
   local part, names = part_of(contract, wiring.variant)
   if not part then
@@ -92,7 +93,7 @@ local function compare(contract, wiring)
   end
 end
 
--- The same for texts. A text that was lost or damaged excludes nobody: the coordinator compares again.
+-- compare() for JSON texts. A missing or damaged text excludes no worker, because the coordinator compares again.
 local function fault_of(contract, wiring)
   if not contract or not wiring or contract == '' then
     return nil
@@ -103,7 +104,8 @@ local function fault_of(contract, wiring)
   return succeeded and fault and (string.gsub(fault, '%c', ' ')) or nil
 end
 
--- The digest of the contract of each of these workers, by id, and the contracts by digest. Few workers' own keys are read.
+-- Returns the contract digests of these workers by id, and the contracts by digest. Digests are cached in
+-- fleet:contracts, so that few keys of workers are read.
 local function contracts_of(place, workers)
   local key, digests, texts, held = P .. 'contracts:' .. place, {}, {}, {}
   local fields = redis.call('HGETALL', key)
@@ -129,8 +131,8 @@ local function contracts_of(place, workers)
   return digests, texts
 end
 
--- Why these workers cannot take claims with a wiring, by id; those that can have no entry. Equal contracts are compared
--- once.
+-- Returns by worker id why the worker cannot run claims with this wiring; compatible workers have no entry. Equal
+-- contracts are compared once.
 local function faults_of(place, workers, wiring)
   local digests, texts = contracts_of(place, workers)
   local found, by_digest = {}, {}
@@ -143,8 +145,8 @@ local function faults_of(place, workers, wiring)
   return found
 end
 
--- The workers that fit a claim's wiring, by its digest: their capacity and number, and the set of those that do not fit,
--- with the `fault` of one of them. For as long as the index is valid, which it must be, this is computed once.
+-- Returns the capacity and the number of the workers that fit a wiring, given by its digest, the set of ids of the
+-- other workers, and the `fault` of one of them. Requires a valid index; the result is cached while the index is valid.
 local function fit_of(place, digest)
   local key, field = P .. 'indexed:' .. place, 'fit:' .. digest
   local text = redis.call('HGET', key, field)

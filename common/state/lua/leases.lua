@@ -1,4 +1,4 @@
--- Fields of a request that the set of open ones names, none of them where that entry is wrong: it is removed then.
+-- Returns fields of a request in fleet:open. If the request is not open, removes its entry and returns no fields.
 local function open_fields(model, id, ...)
   local fields = server.pcall('HMGET', P .. 'request:' .. id, 'state', ...)
   local state = not fields.err and tonumber(table.remove(fields, 1))
@@ -10,14 +10,14 @@ local function open_fields(model, id, ...)
   return {}
 end
 
--- A coordinator becomes the owner of its own requests that it does not run, and of those of dead coordinators. Returns for
--- each id, epoch, submission, cancel, now, the record and the cause (own: its own request, left: the former owner ended by
--- itself, lost: the former owner's heartbeat expired); then the ids of those that it runs and should cancel. Only a
--- coordinator that lives takes anything.
+-- Makes a coordinator the owner of requests that no coordinator runs: its own requests that it does not run, and
+-- requests of lost coordinators. Returns for each: id, epoch, submission, cancel, current time, record and cause (own:
+-- its own request, left: the former owner shut down, lost: the former owner's heartbeat expired); then the ids of
+-- running requests that the coordinator must cancel. A coordinator without a valid heartbeat gets no requests.
 takes.take_over = {
   'owner', 'model',
-  'most',        -- requests that are taken by one call
-  'beyond_own',  -- 1 to take those of dead coordinators too, else 0
+  'most',        -- maximum number of requests to take over
+  'beyond_own',  -- 1 to include requests of lost coordinators, else 0
   'running*',    -- ids that this coordinator runs
 }
 function ops.take_over(a)
@@ -50,9 +50,10 @@ function ops.take_over(a)
   return { taken, cancels }
 end
 
--- The calls of a request that were lost with their worker, in order. Such a loss is `open` until the worker's heartbeat
--- has run out, and `suspect` then; `cleared` if the worker was announced meanwhile or left. `stage` counts the services of
--- the request, `reached` is the step of the checkpoint that was stored at the time.
+-- Returns the calls of a request that were lost with their worker, in chronological order. A loss is `open` until the
+-- worker's heartbeat expires, then `suspect`; it is `cleared` if the worker sends a heartbeat or shuts down before
+-- that. `stage` is the index of the service in the pipeline, `reached` the step of the checkpoint that was stored at
+-- the time.
 local function read_losses(id)
   local losses = {}
   for line in string.gmatch(redis.call('HGET', P .. 'request:' .. id, 'deaths') or '', '[^\n]+') do
@@ -75,7 +76,7 @@ local function write_losses(id, losses)
   redis.call('HSET', P .. 'request:' .. id, 'deaths', table.concat(lines, '\n'))
 end
 
--- Whether a worker of that service which did not run the request was lost within 10 minutes of the loss.
+-- Returns whether a worker of that service that did not run the request was lost within CHURN_MS of the loss.
 local function is_in_churn(place, loss, ran)
   local lost = redis.call('ZRANGEBYSCORE', P .. 'lost:' .. place, int(loss.at - CHURN_MS), int(loss.at + CHURN_MS))
   for _, worker in ipairs(lost) do
@@ -86,8 +87,8 @@ local function is_in_churn(place, loss, ran)
   return false
 end
 
--- Decides what can be decided by now. Returns for each loss that is not cleared worker, service, stage, reached, 1 if it
--- is suspect, 1 if it is in churn, and the ms until it is decided.
+-- Updates the states of a request's losses. Returns for each loss that is not cleared: worker, service, stage, reached,
+-- 1 if it is suspect, 1 if it is in churn, and the ms until it is decided.
 local function judge(id)
   local losses, ran, noted, rows = read_losses(id), {}, {}, {}
   local model = redis.call('HGET', P .. 'request:' .. id, 'model') or ''
@@ -101,7 +102,8 @@ local function judge(id)
       note_silent(place)
     end
     if loss.state == 'open' and loss.due <= now then
-      -- A worker that runs an older script clears nobody when it is announced. Its heartbeat of before has run out.
+      -- A worker that runs an older script does not clear losses with its heartbeat. Its previous heartbeat has
+      -- expired.
       local is_older = redis.call('EXISTS', key) == 1 and redis.call('HEXISTS', key, 'lasts') == 0
       loss.state = is_older and 'cleared' or 'suspect'
     end
@@ -118,7 +120,7 @@ local function judge(id)
   return rows
 end
 
--- A worker lives, or left by itself: losses of it that are not decided yet do not count.
+-- Clears the undecided losses of a worker that has sent a heartbeat or shuts down.
 local function clear(worker)
   local key = P .. 'accused:' .. worker
   for _, id in ipairs(redis.call('SMEMBERS', key)) do
@@ -135,11 +137,11 @@ local function clear(worker)
   redis.call('DEL', key)
 end
 
--- A call of a request that had begun was lost with its worker. Returns the same as losses.
+-- Records that a call which had begun was lost with its worker. Returns the same as ops.losses.
 takes.death = {
   'id', 'epoch', 'worker',
-  'service', 'stage',  -- its name, and its place among the services of the request
-  'lasts',             -- ms of a heartbeat of that worker, where the store does not know it
+  'service', 'stage',  -- name of the service, and its index in the pipeline
+  'lasts',             -- heartbeat TTL of the worker in ms, if the store does not have it
 }
 function ops.death(a)
   local id, worker = a.id, a.worker
@@ -150,7 +152,7 @@ function ops.death(a)
   local losses = {}
   for _, loss in ipairs(read_losses(id)) do
     if loss.worker == worker and loss.state ~= 'cleared' then
-      return judge(id)  -- reported twice
+      return judge(id)  -- the loss was already reported
     elseif loss.worker ~= worker then
       losses[#losses + 1] = loss
     end
@@ -169,7 +171,7 @@ function ops.death(a)
   return judge(id)
 end
 
--- The losses that count, or may count; none where the request is not that owner's any more.
+-- Returns the suspect and undecided losses of a request; none if the epoch is not current.
 takes.losses = { 'id', 'epoch' }
 function ops.losses(a)
   if refusal(a.id, a.epoch) then
@@ -178,12 +180,12 @@ function ops.losses(a)
   return judge(a.id)
 end
 
--- Replaces the step checkpoint of a request by a newer one, but not by an earlier one of its epoch. The field 'point'
--- of the request holds its key.
+-- Replaces the step checkpoint of a request, whose key is in the field `point`. A checkpoint that is older than the
+-- stored one of the same epoch is deleted instead.
 takes.step_checkpoint = {
   'id', 'epoch',
   'checkpoint_key',
-  'step',  -- of the loop
+  'step',  -- number of completed denoising steps
 }
 function ops.step_checkpoint(a)
   local key, checkpoint_key = P .. 'request:' .. a.id, a.checkpoint_key
@@ -202,13 +204,13 @@ function ops.step_checkpoint(a)
   return 1
 end
 
--- The heartbeat of a coordinator, in effect for `lasts` ms.
+-- Stores the heartbeat of a coordinator, valid for `lasts` ms.
 takes.beat = { 'owner', 'lasts' }
 function ops.beat(a)
   redis.call('SET', P .. 'coordinator:' .. a.owner, '1', 'PX', a.lasts)
 end
 
--- A coordinator ends by itself.
+-- Records that a coordinator shuts down.
 takes.resign = { 'owner' }
 function ops.resign(a)
   redis.call('SET', P .. 'resigned:' .. a.owner, '1', 'PX', RESIGNED_MS)

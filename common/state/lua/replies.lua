@@ -1,4 +1,4 @@
--- Keeps a reply for `lasts` ms from now on.
+-- Renews the TTL of a reply to `lasts` ms.
 takes.touch_reply = { 'name', 'lasts' }
 function ops.touch_reply(a)
   local name, lasts = a.name, a.lasts
@@ -15,7 +15,7 @@ local function drop_reply(name)
   redis.call('HDEL', P .. 'reply-sizes', name)
 end
 
--- Bytes by name of the shared replies. A size without a reply, and a reply without a size, are removed.
+-- Returns the sizes of the shared replies in bytes, by name. Removes sizes without a reply and replies without a size.
 local function reply_sizes()
   local sizes, fields, known = {}, redis.call('HGETALL', P .. 'reply-sizes'), {}
   for _, name in ipairs(redis.call('ZRANGE', P .. 'replies', 0, -1)) do
@@ -37,13 +37,13 @@ local function reply_sizes()
   return sizes
 end
 
--- Stores a reply under its name. Those that were unused for longest are dropped for it.
+-- Stores a reply under its name, and evicts the least recently used replies beyond `most` bytes.
 takes.keep_reply = {
-  'parts',  -- key of its frames
+  'parts',  -- key of the reply's frames
   'name',
-  'bytes',  -- of the reply
-  'most',   -- bytes of all replies
-  'lasts',  -- ms that it is kept
+  'bytes',  -- size of the reply
+  'most',   -- maximum size of all replies in bytes
+  'lasts',  -- TTL of the reply in ms
 }
 function ops.keep_reply(a)
   local parts, name, lasts, most = a.parts, a.name, a.lasts, tonumber(a.most)

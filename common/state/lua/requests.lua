@@ -1,12 +1,12 @@
--- Adds events to a request. Refused once the request has ended or changed hands. Written again, as its answer was lost, it
--- gets the same answer.
+-- Adds events to a request. Refused once the request has ended or has another owner. A repetition, sent because the
+-- reply was lost, gets the same reply.
 takes.append = {
   'id', 'epoch',
-  'number',   -- of this owner's events before these
-  'state',    -- the new one, or ''
+  'number',   -- number of events that this owner has added before these
+  'state',    -- new state, or ''
   'extra',    -- addition to the record, serialised
   'events*',  -- serialised
-  'done*',    -- pairs of service and the fraction of its work that is done
+  'done*',    -- pairs of service and completed fraction of its work
 }
 function ops.append(a)
   local refused = refusal(a.id, a.epoch)
@@ -35,7 +35,7 @@ function ops.append(a)
   return { 'appended', ids }
 end
 
--- A request needs a service no more: its cost is open there no more, which counts once.
+-- Records that a request no longer needs a service: subtracts its cost from the open work there, at most once.
 local function settle(id, service)
   local key = P .. 'request:' .. id
   local fields = redis.call('HMGET', key, 'left:' .. service, 'model', 'caller', 'variant')
@@ -49,7 +49,7 @@ local function settle(id, service)
   end
 end
 
--- Ends a request, whose record is kept for `keep` ms from now on.
+-- Ends a request, whose record expires in `keep` ms.
 local function finish(id, token, state, extra, keep)
   local key = P .. 'request:' .. id
   for _, field in ipairs(redis.call('HKEYS', key)) do
@@ -79,12 +79,12 @@ local function finish(id, token, state, extra, keep)
   end
 end
 
--- The owner of a request ends it, once. A repetition by the same owner, which has the same token, gets no refusal.
+-- Ends a request for its owner. A repetition with the same token succeeds; every other later call is refused.
 takes.finish = {
   'id', 'epoch', 'state',
-  'token',    -- of this attempt and its repetitions
+  'token',    -- id of this call and its repetitions
   'extra',    -- addition to the record, serialised
-  'keep',     -- ms that the record is kept
+  'keep',     -- TTL of the record in ms
   'events*',  -- serialised
 }
 function ops.finish(a)
@@ -100,14 +100,14 @@ function ops.finish(a)
   return { 'finished', events }
 end
 
--- Asks the owner of a request to end it; where the owner is dead, the request ends here. Returns 1 where this attempt, or
--- one that it repeats, has ended the request, else 0; then the record.
+-- Asks the owner of a request to cancel it, or ends the request if its owner is lost. Returns 1 if this call or a call
+-- that it repeats has ended the request, else 0; then the record. `state`, `keep` and `events` apply if it ends here.
 takes.cancel = {
   'id',
-  'state',    -- that it ends in here
-  'token',    -- of this attempt and its repetitions
-  'keep',     -- ms that its record is kept then
-  'events*',  -- of its end here, serialised
+  'state',    -- terminal state
+  'token',    -- id of this call and its repetitions
+  'keep',     -- TTL of the record in ms
+  'events*',  -- serialised
 }
 function ops.cancel(a)
   local id, key = a.id, P .. 'request:' .. a.id

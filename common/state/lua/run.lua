@@ -1,11 +1,11 @@
--- A full server refuses a script's first write that takes memory, and none after another write: heartbeats, slots and
--- ends of accepted requests go on, new requests and shared replies do not.
+-- A server at its maxmemory checks only the first write of a script. DEL always passes, so that heartbeats, slots and
+-- ends of accepted requests are still written; new requests and shared replies are refused.
 if ARGV[1] ~= 'admit' and ARGV[1] ~= 'keep_reply' then
   server.pcall('DEL', P .. 'none')
 end
 
--- A failure is a reply of one line, without the place in this file that a traceback has. Some servers turn the table
--- of an error into its text. An error of the server begins with its code in capital letters.
+-- Errors are one line, without the line number in this script. Some servers convert the error table to a string. An
+-- error of the server starts with its code in capital letters.
 local succeeded, reply = pcall(function()
   if not ops[ARGV[1]] then
     error({ err = 'FLEETCALL ' .. ARGV[1] .. ' is not an operation' })

@@ -1,11 +1,10 @@
--- The work that waits or runs at a service, in compute seconds: the steps that are left, times the pace of their shape.
--- A pace is the moving average of the compute seconds of a step, which workers report. A step of a service without
--- steps is the whole request.
+-- Outstanding work of a service in compute seconds: remaining steps times the pace of their shape. A pace is the moving
+-- average of the compute seconds of a step, as workers report them. For a service without steps, a request is one step.
 
 local MOST_SHAPES = 64
-local PACES_MS = 604800000  -- how long paces are kept that no request renews
+local PACES_MS = 604800000  -- TTL of paces that no request updates
 
--- The work of a request at a service: steps, tokens of one step, shape; nil where none was recorded.
+-- Returns the work of a request at a service: steps, tokens of one step, shape; nil if none is stored.
 local function work_of(id, service)
   local fields = server.pcall('HMGET', P .. 'request:' .. id, 'work:' .. service, 'done:' .. service)
   if fields.err then
@@ -22,7 +21,7 @@ local function read_pace(text)
   end
 end
 
--- Adds an attempt to the pace of its shape. The shapes that were measured last are kept.
+-- Adds an attempt to the pace of its shape. Only the latest MOST_SHAPES shapes are retained.
 local function note_pace(place, work, seconds, steps)
   local key = P .. 'paces:' .. place
   local before = read_pace(redis.call('HGET', key, work.shape)) or { seconds = 0, steps = 0 }
@@ -45,8 +44,8 @@ local function note_pace(place, work, seconds, steps)
   end
 end
 
--- Adds the compute seconds of an attempt at a ticket's request. It did the steps after `skipped` up to `reached`, which
--- is nil for an attempt that did all of them.
+-- Adds the compute seconds of an attempt to the pace. The attempt computed the steps after `skipped` up to `reached`,
+-- which is nil if it computed all remaining steps.
 local function note_computed(ticket, place, seconds, skipped, reached)
   local work = work_of(string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$'))
   local last = work and math.min(reached or work.steps, work.steps)
@@ -55,8 +54,8 @@ local function note_computed(ticket, place, seconds, skipped, reached)
   end
 end
 
--- A function from a request's work to the seconds of one step: the pace of its shape, else that of the nearest shape by
--- tokens, scaled by tokens; nil where nothing was measured.
+-- Returns a function that estimates the seconds of one step from a request's work: the pace of its shape, else the pace
+-- of the shape with the closest number of tokens, scaled by tokens; nil if nothing is measured.
 local function paces_of(place)
   local entries, known, nearest = redis.call('HGETALL', P .. 'paces:' .. place), {}, {}
   for i = 1, #entries, 2 do
@@ -81,12 +80,13 @@ local function paces_of(place)
   end
 end
 
--- Whether an open request still needs a service.
+-- Returns whether an open request still needs a service.
 local function is_needed(id, service)
   return server.pcall('HEXISTS', P .. 'request:' .. id, 'left:' .. service) == 1
 end
 
--- Whether an open request still needs a service, 1 or 0, and when one last ceased to, in ms; 0 for never.
+-- Returns 1 if an open request still needs the service, else 0; then the time in ms at which a request last stopped
+-- needing it, 0 for never.
 takes.stage_activity = { 'place' }  -- model/service
 function ops.stage_activity(a)
   local model, service = string.match(a.place, '^(.*)/([^/]*)$')
@@ -99,12 +99,12 @@ function ops.stage_activity(a)
   return { 0, int(ended) }
 end
 
--- The load of a service: workers that hold a slot, seconds that run there, claims that wait, their seconds, open requests
--- that still need the service, and 1 where an assumed time entered the sums, else 0. Claims of coordinators that have
--- died do not count: the coordinator that takes the request over makes a new claim.
+-- Returns the load of a service: busy workers, seconds of running work, waiting claims, seconds of waiting work, open
+-- requests that still need the service, and 1 if the seconds contain assumed durations, else 0. Claims of lost
+-- coordinators do not count: the coordinator that takes the request over makes a new claim.
 takes.stage_load = {
   'place',    -- model/service
-  'assumed',  -- seconds of a request where nothing was measured
+  'assumed',  -- assumed seconds of a request, if nothing is measured
 }
 function ops.stage_load(a)
   local model, service = string.match(a.place, '^(.*)/([^/]*)$')

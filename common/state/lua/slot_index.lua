@@ -1,19 +1,19 @@
--- Which workers of a service are live, how many of their slots are taken, and which of them gets the next claim.
+-- Index of the live workers of a service by load, and the choice of the worker for the next claim.
 --
--- fleet:load has the live workers in the order in which they get claims, so that a claim reads few of them: by slots taken,
--- then by claims granted so far; those without a free slot come last. It is a copy of what fleet:workers and fleet:slots
--- say, and is valid while fleet:indexed exists. It is rebuilt when a worker or a coordinator comes or goes, and after
--- INDEXED_MS, which repairs any damage.
+-- fleet:load sorts the live workers by taken slots, then by claims granted so far; workers without a free slot are
+-- last. A claim therefore reads few of them. The index is derived from fleet:workers and fleet:slots and is valid while
+-- fleet:indexed exists. It is rebuilt when a worker or a coordinator is added or removed, and after INDEXED_MS, which
+-- repairs any damage.
 
 local INDEXED_MS = 1000
 local TAKEN_UNIT, FULL = 4294967296, 4503599627370496  -- 2^32 and 2^52: a score is exact below 2^53
-local MOST_PAIRS = 500  -- of one ZADD
+local MOST_PAIRS = 500  -- pairs of one ZADD command
 
 local function forget_index(place)
   redis.call('DEL', P .. 'indexed:' .. place)
 end
 
--- Takes workers whose heartbeat has run out off the list, and notes them as lost unless they left.
+-- Removes workers whose heartbeat has expired, and records them as lost unless they are shutting down.
 local function note_silent(place)
   local key = P .. 'workers:' .. place
   local silent = redis.call('ZRANGEBYSCORE', key, '-inf', int(now), 'WITHSCORES')
@@ -30,7 +30,7 @@ local function note_silent(place)
   redis.call('ZREMRANGEBYSCORE', key, '-inf', int(now))
 end
 
--- Copies what decides where claims go from a worker's own key. Returns the copy, nil for a worker without that key.
+-- Copies the fields of a worker's key that scheduling needs to fleet:live. Returns the copy, nil if the key is missing.
 local function copy_worker(place, id)
   local fields = redis.call('HMGET', P .. 'worker:' .. id, 'capacity', 'granted', 'info', 'numerics')
   if tonumber(fields[1]) and fields[3] then
@@ -40,8 +40,8 @@ local function copy_worker(place, id)
   end
 end
 
--- The live workers, with three commands however many there are, and one more for each that is `hidden`: the last release
--- reads a capacity of 0.
+-- Returns the live workers. Three commands for any number of workers, and one more for each `hidden` worker, whose
+-- capacity is stored as 0 so that coordinators of the last release do not call it.
 local function live_workers(place)
   note_silent(place)
   local live, copies, fields = {}, {}, redis.call('HGETALL', P .. 'live:' .. place)
@@ -69,22 +69,23 @@ local function live_workers(place)
   return live
 end
 
--- Whether a claim is for all slots of one worker, which its ticket says: no other request may be lost with this one.
+-- Returns whether a claim needs all slots of one worker, so that no other request can be lost with it. Part of its
+-- ticket.
 local function is_alone(ticket)
   return string.match(ticket, '/alone$') ~= nil
 end
 
--- Whether a claim is for a request that was handed over, which its ticket says: it goes first of its priority.
+-- Returns whether a claim is for a request that was handed over: it is first of its priority. Part of its ticket.
 local function is_first(ticket)
   return string.match(ticket, '/first$') ~= nil or string.match(ticket, '/first/') ~= nil
 end
 
--- The numerics fingerprint that the checkpoint of a claim's request needs, which its ticket says; nil for any.
+-- Returns the numerics fingerprint that a claim's step checkpoint requires; nil if there is none. Part of its ticket.
 local function equal_of(ticket)
   return string.match(ticket, '/equal:(%w+)')
 end
 
--- The slots that are held, as they were written: ticket, worker, owner, cost, since. Others are removed.
+-- Returns the taken slots: ticket, worker, owner, cost, time of the grant. Removes malformed entries.
 local function read_slots(place)
   local found, slots = {}, redis.call('HGETALL', P .. 'slots:' .. place)
   for i = 1, #slots, 2 do
@@ -100,8 +101,8 @@ local function read_slots(place)
   return found
 end
 
--- Drops the slots of dead workers and dead coordinators; returns how many each worker has, all that are left, and the set
--- of their owners. `workers` are the live ones: only others are looked up.
+-- Removes the slots of lost workers and lost coordinators. Returns the number of taken slots by worker, the remaining
+-- slots, and the set of their owners. `workers` are the live workers; keys of other workers are read one by one.
 local function busy_slots(place, workers)
   local busy, held, owners, capacities, alive = {}, {}, {}, {}, {}
   for _, worker in ipairs(workers) do
@@ -126,13 +127,13 @@ local function busy_slots(place, workers)
   return busy, held, owners
 end
 
--- The place of a worker in fleet:load.
+-- Returns the score of a worker in fleet:load.
 local function load_score(taken, capacity, granted)
   return int((taken >= capacity and FULL or 0) + taken * TAKEN_UNIT + granted)
 end
 
--- Rebuilds fleet:load. Returns the capacity of all live workers together, the set of owners of slots, and whether there
--- are hidden workers: their capacity is left out, and they are last in fleet:load.
+-- Rebuilds fleet:load. Returns the total capacity of the live workers, the set of owners of slots, and whether there
+-- are hidden workers. Hidden workers are last in fleet:load and do not count in the capacity.
 local function build_index(place)
   local workers = live_workers(place)
   local busy, _, owners = busy_slots(place, workers)
@@ -158,7 +159,7 @@ local function build_index(place)
   return capacity, owners, hidden > 0
 end
 
--- Returns what build_index does. fleet:load is true afterwards. An index that the last release has built is rebuilt.
+-- Makes fleet:load valid and returns the same as build_index(). An index that the last release has built is rebuilt.
 local function index(place)
   note_silent(place)
   local fields = redis.call('HMGET', P .. 'indexed:' .. place, 'capacity', 'owners', 'hidden')
@@ -173,8 +174,8 @@ local function index(place)
   return tonumber(fields[1]), owners, tonumber(fields[3]) > 0
 end
 
--- The worker that gets the next claim: the first one of fleet:load with a free slot that is not avoided by now, nor in the
--- set `unfit`. nil where there is none, and whether that is since all that are free are one of both.
+-- Returns the id of the worker for the next claim: the first of fleet:load with a free slot that is neither avoided now
+-- nor in the set `unfit`. Returns nil if there is none, and whether there are free slots that are avoided or unfit.
 local function first_free(place, avoided, unfit)
   local start, found = 0, nil
   repeat
@@ -189,7 +190,7 @@ local function first_free(place, avoided, unfit)
   return nil, start > 0
 end
 
--- Adds a slot that a ticket has been given (1) or has given back (-1) to what its worker has taken in fleet:load.
+-- Updates the taken slots of a worker in fleet:load after a grant (sign 1) or a release (sign -1).
 local function note_taken(place, id, ticket, sign)
   local score = tonumber(redis.call('ZSCORE', P .. 'load:' .. place, id))
   local capacity, granted = string.match(redis.call('HGET', P .. 'live:' .. place, id) or '', '^(%d+)|(%d+)|')
@@ -202,8 +203,8 @@ local function note_taken(place, id, ticket, sign)
   redis.call('ZADD', P .. 'load:' .. place, load_score(taken, tonumber(capacity), tonumber(granted)), id)
 end
 
--- Records that a coordinator holds a slot, so that fleet:load is rebuilt when the coordinator ends. `owners` is the set
--- of those that hold one.
+-- Records that a coordinator holds a slot, so that fleet:load is rebuilt when the coordinator is lost. `owners` is the
+-- set of recorded coordinators.
 local function note_owner(place, owner, owners)
   if not owners[owner] then
     owners[owner] = true

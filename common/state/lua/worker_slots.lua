@@ -1,4 +1,6 @@
--- Until when a coordinator does not call which workers, and the length of each pause, in ms.
+-- Claims and releases of worker slots. The choice of the worker for a claim is made here, in dispatch().
+
+-- Returns the workers that a coordinator avoids: the end of each pause (ms since 1970) and its length in ms.
 local function avoided_by(owner)
   local found, fields = {}, redis.call('HGETALL', P .. 'avoided:' .. owner)
   for i = 1, #fields, 2 do
@@ -10,8 +12,8 @@ local function avoided_by(owner)
   return found
 end
 
--- The live worker that has the fewest slots taken, and fewer than `most` or than its capacity; among equals the one that
--- got the fewest so far. None that is `reserved` (a set of ids), nor one that is avoided by now.
+-- Returns the worker with the fewest taken slots, and among equals with the fewest grants so far. It has fewer than
+-- `most` (default: its capacity) slots taken, is not in the set `reserved`, and is not avoided now.
 local function least_busy(workers, busy, reserved, avoided, most)
   local best
   for _, worker in ipairs(workers) do
@@ -35,8 +37,8 @@ local function leave_queue(place, ticket)
   end
 end
 
--- Whether a claim is one that a living coordinator waits for: its ticket leads back to its entry, it has no slot yet.
--- Only a dead coordinator is no damage. `walk` caches the answers within one operation.
+-- Returns whether a live coordinator waits for a claim: its ticket maps to its entry, it has no slot, and its owner is
+-- live. The first two are damage if they do not hold; a lost owner is not. `walk` caches results within one operation.
 local function is_wanted(place, claim, walk)
   if walk.wanted[claim.entry] then
     return true
@@ -53,7 +55,7 @@ local function is_wanted(place, claim, walk)
   return walk.alive[claim.owner]
 end
 
--- Removes an entry from the queue, and its ticket if that leads back to the entry.
+-- Removes an entry from the queue, and its ticket if the ticket maps to the entry.
 local function drop_claim(place, entry, ticket)
   redis.call('ZREM', P .. 'queue:' .. place, entry)
   if ticket and redis.call('HGET', P .. 'waiting:' .. place, ticket) == entry then
@@ -71,17 +73,19 @@ local function read_claim(entry)
     owner = owner }
 end
 
--- What decides which workers fit a claim. Once none fits a claim, none fits others of its kind within one operation.
+-- Returns a key of all properties of a claim that decide which workers fit. Within one operation, if no worker fits a
+-- claim, no worker fits claims with the same key.
 local function kind_of(claim)
   return table.concat({ claim.owner, equal_of(claim.ticket) or '', wiring_of(claim.ticket) or '',
     is_alone(claim.ticket) and 'alone' or '' }, '/')
 end
 
--- Who is next: of the highest priority, of the caller who was given the least work, the earliest deadline, the first.
--- This is start-time fair queueing (Goyal, Vin, Cheng 1996): a claim starts when its caller's last one ends, in virtual
--- time, but not in the past, so that nobody saves up a share by staying away. The queue is walked a step a caller, and
--- a step for each entry that fits no worker (passed over) or that nobody waits for (removed). Each step is further on:
--- there are no more than entries.
+-- Returns the next claim: highest priority, then the caller with the least granted work, then the earliest deadline,
+-- then arrival. Callers share by start-time fair queueing (Goyal, Vin, Cheng 1996): a claim's virtual start time is the
+-- virtual finish time of its caller's previous claim, or the current virtual time if that is later, so that an idle
+-- caller accumulates no credit. One iteration per caller, per entry without a fitting worker (skipped) and per entry
+-- without a waiting coordinator (removed); each iteration advances in the queue, so their number is at most the queue's
+-- length.
 local function next_claim(place, walk)
   local queue, best, shares, virtual = P .. 'queue:' .. place, nil, nil, nil
   local entry = redis.call('ZRANGE', queue, 0, 0)[1]
@@ -111,14 +115,14 @@ local function next_claim(place, walk)
   return best
 end
 
--- Writes down that a claim was granted. Who is behind the virtual time afterwards is as good as new, and forgotten.
+-- Charges a granted claim to its caller. Callers whose virtual finish time has passed need no entry and are removed.
 local function charge(claim)
   redis.call('ZADD', claim.shares, int(claim.start), '|', int(claim.start + claim.cost), claim.caller)
   redis.call('ZREMRANGEBYSCORE', claim.shares, '-inf', '(' .. int(claim.start))
   redis.call('PEXPIRE', claim.shares, 3600000)
 end
 
--- The set of workers that do not fit a claim's wiring, read once within one operation.
+-- Returns the set of workers that do not fit a claim's wiring, read once per operation.
 local function unfit_for(place, claim, walk)
   local digest = wiring_of(claim.ticket)
   if not digest then
@@ -128,9 +132,9 @@ local function unfit_for(place, claim, walk)
   return walk.fits[digest].unfit
 end
 
--- The workers that a claim may get: of those that fit its wiring the ones with the numerics fingerprint that its checkpoint
--- needs, as long as there are any. On the others the request would have to start again. A claim of the last release gets
--- no hidden worker.
+-- Returns the workers that a claim can be granted: of the workers that fit its wiring, those with the numerics
+-- fingerprint of its step checkpoint; if there are none, all that fit, on which the request restarts from step 0. A
+-- claim of the last release gets no hidden worker.
 local function fitting(place, workers, claim, walk)
   local unfit, numerics, able, equal = unfit_for(place, claim, walk), equal_of(claim.ticket), {}, {}
   local is_older = not wiring_of(claim.ticket)
@@ -145,7 +149,7 @@ local function fitting(place, workers, claim, walk)
   return #equal > 0 and equal or able
 end
 
--- Gives a claim a slot of a worker, unless the worker's key was lost: then nothing is granted and false returned.
+-- Grants a claim a slot of a worker. Returns false, without a grant, if the worker's key is missing.
 local function grant(place, claim, id, asking)
   local key = P .. 'worker:' .. id
   local info = redis.call('HGET', key, 'info')
@@ -168,16 +172,15 @@ local function grant(place, claim, id, asking)
   return true
 end
 
--- Hands free slots to those who wait, where their claims ask for more than any free slot; see dispatch.
+-- Grants free slots to waiting claims, including claims with constraints; see dispatch().
 --
--- A claim that no free slot fits is passed over: its owner avoids the workers that have one, or they have another
--- numerics fingerprint than its checkpoint needs, or a contract that does not fit its wiring, or it is for a whole worker
--- and none is idle. The first of the latter
--- kind reserves the worker that is idle soonest: nobody else gets a slot there, so that the claim's turn comes after the
--- requests that the worker has now. The reservation is not stored: it lasts while the claim waits, and ends with it.
--- Each iteration grants a claim, finds a kind of claim that does not fit, or finds a worker that has lost its key; there
--- are no more iterations than entries and workers.
-local function dispatch_by_wishes(place, asking, walk)
+-- A claim is skipped if no free slot fits: its owner avoids the workers with free slots, their numerics fingerprint or
+-- contract does not fit, or the claim needs a whole worker and none is idle. The first claim that needs a whole worker
+-- reserves the worker with the fewest taken slots: no other claim is granted there, so the claim is granted once the
+-- worker's current requests end. The reservation is recomputed by each dispatch and not stored. Each iteration grants a
+-- claim, finds a kind of claim without a fitting worker, or finds a worker without a key, so the number of iterations
+-- is at most the number of entries and workers.
+local function dispatch_constrained(place, asking, walk)
   local workers = live_workers(place)
   local busy = busy_slots(place, workers)
   local reserved, avoided, is_reserved = {}, {}, false
@@ -199,9 +202,9 @@ local function dispatch_by_wishes(place, asking, walk)
     elseif not least_busy(workers, busy, reserved, {}) then
       break
     else
-      local sparing = alone and not is_reserved and least_busy(fits, busy, {}, avoided[claim.owner], math.huge)
-      if sparing then
-        is_reserved, reserved[sparing.id] = true, true
+      local soonest_idle = alone and not is_reserved and least_busy(fits, busy, {}, avoided[claim.owner], math.huge)
+      if soonest_idle then
+        is_reserved, reserved[soonest_idle.id] = true, true
       end
       walk.unfit[kind_of(claim)] = true
     end
@@ -209,10 +212,10 @@ local function dispatch_by_wishes(place, asking, walk)
   forget_index(place)
 end
 
--- Hands free slots to those who wait, in order. Coordinators hear of theirs on their channels.
+-- Grants free slots to waiting claims in queue order, and publishes each grant on the channel of the claim's owner.
 --
--- Workers are read one by one from the index. Only the first claim with a wish, for a whole worker or for one with a
--- numerics fingerprint, needs all of them; so does every claim while there are hidden workers.
+-- Workers are read one by one from the index. From the first claim with a constraint (a whole worker, or a numerics
+-- fingerprint) on, and while there are hidden workers, all workers are read instead.
 local function dispatch(place, asking)
   local walk = { length = redis.call('ZCARD', P .. 'queue:' .. place), dropped = 0, wanted = {}, alive = {}, unfit = {},
     fits = {} }
@@ -226,7 +229,7 @@ local function dispatch(place, asking)
     if not claim then
       return
     elseif has_hidden or is_alone(claim.ticket) or equal_of(claim.ticket) then
-      return dispatch_by_wishes(place, asking, walk)
+      return dispatch_constrained(place, asking, walk)
     end
     avoided[claim.owner] = avoided[claim.owner] or avoided_by(claim.owner)
     local id, is_any_free = first_free(place, avoided[claim.owner], unfit_for(place, claim, walk))
@@ -234,7 +237,7 @@ local function dispatch(place, asking)
       note_taken(place, id, claim.ticket, 1)
       note_owner(place, claim.owner, owners)
     elseif id then
-      return dispatch_by_wishes(place, asking, walk)
+      return dispatch_constrained(place, asking, walk)
     elseif is_any_free then
       walk.unfit[kind_of(claim)] = true
     else
@@ -243,7 +246,7 @@ local function dispatch(place, asking)
   end
 end
 
--- Ms until an owner calls one of the live workers again that it avoids, 0 where it avoids none.
+-- Returns the ms until the first pause of a live worker that the owner avoids ends; 0 if it avoids none.
 local function avoids_for(place, owner)
   local soonest = 0
   for id, each in pairs(avoided_by(owner)) do
@@ -255,8 +258,8 @@ local function avoids_for(place, owner)
   return soonest
 end
 
--- A coordinator does not call a worker for a pause that doubles each time; other coordinators do. Returns the pause in ms.
--- Forgotten after a minute, or with a call that succeeds.
+-- Makes a coordinator avoid a worker for a pause that doubles with each call. Returns the pause in ms. The pause is
+-- reset AVOIDED_MS after its end, and by a call that succeeds. Other coordinators are not affected.
 takes.avoid = { 'owner', 'worker' }
 function ops.avoid(a)
   local worker, key, avoided = a.worker, P .. 'avoided:' .. a.owner, avoided_by(a.owner)
@@ -272,8 +275,8 @@ function ops.avoid(a)
   return pause
 end
 
--- Puts a claim, given as the arguments of ops.claim, in the queue, unless it has a slot or a place there. Returns whether
--- it did. A ticket without an entry, and an entry without its ticket, are damage.
+-- Adds a claim, given as the arguments of ops.claim, to the queue, unless it has a slot or is queued. Returns whether
+-- it was added. A ticket without an entry is damage.
 local function enqueue(a)
   local ticket, place = a.ticket, a.place
   if redis.call('HEXISTS', P .. 'slots:' .. place, ticket) == 1 then
@@ -287,8 +290,8 @@ local function enqueue(a)
   end
   local deadline = tonumber(a.deadline)
   local latest = deadline > 0 and math.min(deadline, 9999999999999) or 9999999999999
-  -- The '!' makes a rank of its own, before that of the priority: a request that was handed over has waited already,
-  -- and its caller has been charged for it.
+  -- '!' is a separate rank that precedes the rank of the priority: a request that was handed over has already waited,
+  -- and its caller is already charged.
   local rank = string.format('%03d', 100 - tonumber(a.priority)) .. (is_first(ticket) and '!' or '')
   entry = string.format('%s|%s|%013.0f%016.0f|%s|%s|%s', rank, a.caller, latest, next_number(), a.cost, ticket, a.owner)
   redis.call('ZADD', P .. 'queue:' .. place, 0, entry)
@@ -300,21 +303,21 @@ local function enqueue(a)
   return true
 end
 
--- Claims a slot. The same ticket claims once, however often it asks. One that waits gets the number of live workers that fit
--- its wiring, the ms until its owner stops avoiding one, and, where none fits, the fault of one.
+-- Claims a slot. Idempotent by ticket. The reply to a waiting claim contains the number of live workers that fit its
+-- wiring, the ms until its owner's first pause ends, and the fault of one worker if none fits.
 takes.claim = {
   'ticket', 'owner',
   'place',     -- model/service
   'priority', 'cost',
   'deadline',  -- ms since 1970, 0 for none
   'caller',    -- a name without '|'
-  'wiring',    -- the text whose digest the ticket has, or ''
+  'wiring',    -- JSON whose digest is a part of the ticket, or ''
 }
 function ops.claim(a)
   local ticket, place = a.ticket, a.place
   local digest = wiring_of(ticket)
-  keep_wiring(place, digest, a.wiring)
-  -- Claims that wait ask again; however many do, the workers are read no more often than RECHECK_MS says.
+  store_wiring(place, digest, a.wiring)
+  -- Waiting claims are repeated. However many there are, they cause at most one dispatch per RECHECK_MS.
   if enqueue(a) or redis.call('SET', P .. 'rechecked:' .. place, '1', 'NX', 'PX', RECHECK_MS) then
     dispatch(place, ticket)
   end
@@ -323,7 +326,7 @@ function ops.claim(a)
   local info = worker and redis.call('HGET', P .. 'worker:' .. worker, 'info')
   if info then
     return { 'granted', info }
-  elseif slot then  -- granted while its owner could not hear of it, and the worker has died since
+  elseif slot then  -- granted without the owner receiving the message, and the worker was lost since
     redis.call('HDEL', P .. 'slots:' .. place, ticket)
     forget_index(place)
     if not worker then
@@ -340,7 +343,7 @@ function ops.claim(a)
   return { 'waiting', live, avoids_for(place, a.owner), fault }
 end
 
--- The free slots of the live workers with that numerics fingerprint and that contract, which can take the same claims.
+-- Returns the number of free slots of live workers with this numerics fingerprint and contract.
 takes.spare = {
   'place',  -- model/service
   'numerics', 'contract',
@@ -357,13 +360,13 @@ function ops.spare(a)
   return free
 end
 
--- Gives back a slot, or a place in the queue.
+-- Releases a slot, or removes a claim from the queue.
 takes.release = {
   'ticket',
   'place',  -- model/service
-  'used',   -- ms that a request took which succeeded, else 0
-  'computed*',  -- where the worker reported it: its compute seconds, the steps that an earlier attempt had done, and for
-                -- an attempt that was handed over the steps that are done since then
+  'used',   -- ms that the slot was held if the attempt succeeded, else 0
+  'computed*',  -- if the worker reported them: compute seconds, steps completed before the attempt, and for an attempt
+                -- that was handed over the steps completed after it
 }
 function ops.release(a)
   local ticket, place, ms = a.ticket, a.place, tonumber(a.used)
@@ -397,7 +400,7 @@ function ops.release(a)
   dispatch(place)
 end
 
--- The tickets of a coordinator that have a slot or wait for one; `place` is model/service.
+-- Returns the tickets of a coordinator that hold a slot or wait for one.
 takes.claims = { 'place', 'owner' }
 function ops.claims(a)
   local place, owner, tickets = a.place, a.owner, {}

@@ -1,4 +1,4 @@
--- States what a model is, for `lasts` ms. The first one to declare a model decides.
+-- Declares the checkpoint fingerprint of a model for `lasts` ms. The first declaration is binding until it expires.
 takes.declare = { 'model', 'fingerprint', 'lasts' }
 function ops.declare(a)
   local key = P .. 'model:' .. a.model
@@ -12,8 +12,8 @@ function ops.declare(a)
   return { 'declared' }
 end
 
--- The refusals of workers of a model in the last 10 minutes, the latest first: service, fingerprint, time, worker and
--- reason of each. Older entries are removed, and entries beyond the bound.
+-- Returns the refusals of a model's workers within REFUSED_MS, the latest first: service, fingerprint, time, worker and
+-- reason. Removes older entries and entries beyond MOST_REFUSED.
 local function refusals(model)
   local key, found = P .. 'refused:' .. model, {}
   local fields = redis.call('HGETALL', key)
@@ -35,8 +35,8 @@ local function refusals(model)
   return found
 end
 
--- Notes that a worker was refused. Workers that are refused alike, such as those of one pod that is restarted, share an
--- entry.
+-- Records that a worker was refused. Refusals with equal service and fingerprint, such as those of a restarting pod,
+-- share an entry.
 takes.refuse = { 'model', 'service', 'fingerprint', 'worker', 'reason' }
 function ops.refuse(a)
   local key = P .. 'refused:' .. a.model
@@ -45,22 +45,22 @@ function ops.refuse(a)
   refusals(a.model)
 end
 
--- The latest refusals of workers of a model.
+-- Returns the latest refusals of a model's workers.
 takes.refusals = { 'model' }
 function ops.refusals(a)
   return refusals(a.model)
 end
 
--- The heartbeat of a worker. One that comes after its worker left is late, and changes nothing. A coordinator of the last
--- release sends what its own contract says: it gets no slot of a worker whose contract is another one in its terms.
+-- Stores the heartbeat of a worker, unless the worker is shutting down. Coordinators of the last release assume that
+-- all workers have one contract: they read capacity 0 for a worker whose contract is a different one.
 takes.announce = {
   'worker', 'model', 'service',
-  'capacity',  -- requests that it takes at a time
+  'capacity',  -- number of concurrent requests
   'info',      -- WorkerInfo, serialised
-  'lasts',     -- ms that the heartbeat is in effect
+  'lasts',     -- heartbeat TTL in ms
   'numerics',  -- numerics fingerprint
   'contract',  -- see contracts.lua, or ''
-  'older',     -- the contract as the last release states it
+  'older',     -- the contract in the format of the last release
 }
 function ops.announce(a)
   local worker, lasts = a.worker, a.lasts
@@ -90,8 +90,8 @@ function ops.announce(a)
   end
 end
 
--- A worker ends by itself: it gets no new request, and calls of it that are lost in the next `lasts` ms are no request's
--- fault.
+-- Records that a worker shuts down: it gets no new requests, and calls that are lost with it in the next `lasts` ms do
+-- not count against their requests.
 takes.leaving = { 'worker', 'lasts' }
 function ops.leaving(a)
   local worker = a.worker
@@ -108,11 +108,11 @@ function ops.leaving(a)
   clear(worker)
 end
 
--- The infos of the live workers that fit one of the wirings, and the numbers of slots taken on them, of claims that wait,
--- and of workers that were lost in the last 10 minutes; then the faults: worker, number of the wiring, reason of each.
+-- Returns the infos of the live workers that fit at least one wiring, the number of slots taken on them, the number of
+-- waiting claims, the number of workers lost within CHURN_MS, and the faults: worker, index of the wiring, reason.
 takes.status = {
   'place',     -- model/service
-  'wirings*',  -- none where all workers count
+  'wirings*',  -- empty to count all workers
 }
 function ops.status(a)
   local place = a.place

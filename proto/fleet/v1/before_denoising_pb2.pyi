@@ -19,7 +19,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class PrepareDenoisingRequest(_message.Message):
-    """A frame of the call: the header first, then the chunks it announces."""
+    """A request frame. Order: one header, then the chunks of the tensors that the header describes, then half-close."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -27,11 +27,11 @@ class PrepareDenoisingRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___PrepareDenoisingInputs:
-        """Small values, and the description of large tensors."""
+        """The artifacts; at most 16 MiB. Tensors above 64 KiB are described here and sent in chunks."""
 
     @_builtins.property
     def chunk(self) -> _artifacts_pb2.Chunk:
-        """A part of a large tensor."""
+        """Consecutive bytes of a large tensor, at most 1 MiB."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ Global___PrepareDenoisingRequest: _TypeAlias = PrepareDenoisingRequest  # noqa: 
 
 @_typing.final
 class PrepareDenoisingResponse(_message.Message):
-    """A frame of the reply: progress and warnings while it runs, then the header, then the chunks."""
+    """A response frame. Order: begun, progress and warnings while the stages run, then one header, then its chunks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -62,23 +62,23 @@ class PrepareDenoisingResponse(_message.Message):
     BEGUN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___PrepareDenoisingOutputs:
-        """Small values, and the description of large tensors."""
+        """The artifacts; at most 16 MiB. Tensors above 64 KiB are described here and sent in chunks."""
 
     @_builtins.property
     def chunk(self) -> _artifacts_pb2.Chunk:
-        """A part of a large tensor."""
+        """Consecutive bytes of a large tensor, at most 1 MiB."""
 
     @_builtins.property
     def progress(self) -> _artifacts_pb2.Progress:
-        """How far the call has come, such as the tokens of an autoregressive model."""
+        """Step progress of the call, such as the tokens of an autoregressive model."""
 
     @_builtins.property
     def warning(self) -> _artifacts_pb2.Warning:
-        """Something the caller should know."""
+        """A problem that did not stop the call."""
 
     @_builtins.property
     def begun(self) -> _artifacts_pb2.Begun:
-        """The stages start on the device."""
+        """The stages have started on the device."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ Global___PrepareDenoisingResponse: _TypeAlias = PrepareDenoisingResponse  # noqa
 
 @_typing.final
 class PrepareDenoisingInputs(_message.Message):
-    """What a stage behind this service may read; a model uses some of them."""
+    """Union of the artifacts that stages of this service read. Each model uses a subset; see WorkerInfo.contract."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -111,11 +111,11 @@ class PrepareDenoisingInputs(_message.Message):
     IMAGE_INPUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompt(self) -> _artifacts_pb2.Prompt:
-        """Text."""
+        """Prompts."""
 
     @_builtins.property
     def canvas(self) -> _artifacts_pb2.Canvas:
-        """Size of the result."""
+        """Output size and format."""
 
     @_builtins.property
     def sampling(self) -> _artifacts_pb2.Sampling:
@@ -123,7 +123,7 @@ class PrepareDenoisingInputs(_message.Message):
 
     @_builtins.property
     def image_inputs(self) -> _artifacts_pb2.ImageInputs:
-        """Input images."""
+        """Encoded input images."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ Global___PrepareDenoisingInputs: _TypeAlias = PrepareDenoisingInputs  # noqa: Y0
 
 @_typing.final
 class PrepareDenoisingOutputs(_message.Message):
-    """What a stage behind this service may write; a model uses some of them."""
+    """Union of the artifacts that stages of this service write. Each model uses a subset; see WorkerInfo.contract."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -170,11 +170,11 @@ class PrepareDenoisingOutputs(_message.Message):
     LATENTS_GENERATOR_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def text_conditioning(self) -> _artifacts_pb2.Conditioning:
-        """Conditioning from text."""
+        """Conditioning from the text encoders."""
 
     @_builtins.property
     def image_conditioning(self) -> _artifacts_pb2.Conditioning:
-        """Conditioning from images."""
+        """Conditioning from the image encoders."""
 
     @_builtins.property
     def initial_latents(self) -> _artifacts_pb2.Latents:
@@ -186,11 +186,11 @@ class PrepareDenoisingOutputs(_message.Message):
 
     @_builtins.property
     def schedule(self) -> _artifacts_pb2.Schedule:
-        """Steps of the denoising loop."""
+        """Timesteps and noise levels of the denoising loop."""
 
     @_builtins.property
     def latents_generator(self) -> _artifacts_pb2.Generator:
-        """State of the generator after the draws."""
+        """State of the random number generator after the noise was sampled."""
 
     def __init__(
         self,

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class BeforeDenoisingServiceStub:
-    """Does all work before denoising for a model of the hybrid style, in place of the services for text, images and latents.
+    """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
+    Only models of the hybrid style use it, instead of the three separate services.
     """
 
     def __init__(self, channel):
@@ -43,11 +44,17 @@ class BeforeDenoisingServiceStub:
 
 
 class BeforeDenoisingServiceServicer:
-    """Does all work before denoising for a model of the hybrid style, in place of the services for text, images and latents.
+    """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
+    Only models of the hybrid style use it, instead of the three separate services.
     """
 
     def PrepareDenoising(self, request_iterator, context):
-        """Prepares one request.
+        """Encodes the inputs of one request and prepares its latents.
+        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+        RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+        DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+        UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,7 +77,8 @@ def add_BeforeDenoisingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class BeforeDenoisingService:
-    """Does all work before denoising for a model of the hybrid style, in place of the services for text, images and latents.
+    """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
+    Only models of the hybrid style use it, instead of the three separate services.
     """
 
     @staticmethod

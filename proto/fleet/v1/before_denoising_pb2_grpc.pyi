@@ -27,25 +27,43 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class BeforeDenoisingServiceStub:
-    """Does all work before denoising for a model of the hybrid style, in place of the services for text, images and latents."""
+    """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
+    Only models of the hybrid style use it, instead of the three separate services.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> BeforeDenoisingServiceAsyncStub: ...
     PrepareDenoising: _grpc.StreamStreamMultiCallable[_before_denoising_pb2.PrepareDenoisingRequest, _before_denoising_pb2.PrepareDenoisingResponse]
-    """Prepares one request."""
+    """Encodes the inputs of one request and prepares its latents.
+    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+    UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    """
 
 @_typing.type_check_only
 class BeforeDenoisingServiceAsyncStub(BeforeDenoisingServiceStub):
-    """Does all work before denoising for a model of the hybrid style, in place of the services for text, images and latents."""
+    """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
+    Only models of the hybrid style use it, instead of the three separate services.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PrepareDenoising: _aio.StreamStreamMultiCallable[_before_denoising_pb2.PrepareDenoisingRequest, _before_denoising_pb2.PrepareDenoisingResponse]  # type: ignore[assignment]
-    """Prepares one request."""
+    """Encodes the inputs of one request and prepares its latents.
+    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+    UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    """
 
 class BeforeDenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Does all work before denoising for a model of the hybrid style, in place of the services for text, images and latents."""
+    """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
+    Only models of the hybrid style use it, instead of the three separate services.
+    """
 
     @_abc_1.abstractmethod
     def PrepareDenoising(
@@ -53,6 +71,12 @@ class BeforeDenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_before_denoising_pb2.PrepareDenoisingRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_before_denoising_pb2.PrepareDenoisingResponse], _abc.AsyncIterator[_before_denoising_pb2.PrepareDenoisingResponse]]:
-        """Prepares one request."""
+        """Encodes the inputs of one request and prepares its latents.
+        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+        RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+        DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+        UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+        """
 
 def add_BeforeDenoisingServiceServicer_to_server(servicer: BeforeDenoisingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

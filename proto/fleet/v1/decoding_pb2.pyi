@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class DecodeRequest(_message.Message):
-    """A frame of the call: the header first, then the chunks it announces."""
+    """A request frame. Order: one header, then the chunks of the tensors that the header describes, then half-close."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -30,15 +30,15 @@ class DecodeRequest(_message.Message):
     ITEM_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___DecodeInputs:
-        """Small values, and the description of large tensors."""
+        """The artifacts; at most 16 MiB. Tensors above 64 KiB are described here and sent in chunks."""
 
     @_builtins.property
     def chunk(self) -> _artifacts_pb2.Chunk:
-        """A part of a large tensor."""
+        """Consecutive bytes of a large tensor, at most 1 MiB."""
 
     @_builtins.property
     def item(self) -> _artifacts_pb2.StreamItem:
-        """An item of a stream, after the header and its chunks."""
+        """An item of an input stream. Items follow the header and its chunks."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ Global___DecodeRequest: _TypeAlias = DecodeRequest  # noqa: Y015
 
 @_typing.final
 class DecodeResponse(_message.Message):
-    """A frame of the reply: progress and warnings while it runs, then the header, then the chunks."""
+    """A response frame. Order: begun, progress and warnings while the stages run, then one header, then its chunks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -71,27 +71,27 @@ class DecodeResponse(_message.Message):
     ITEM_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___DecodeOutputs:
-        """Small values, and the description of large tensors."""
+        """The artifacts; at most 16 MiB. Tensors above 64 KiB are described here and sent in chunks."""
 
     @_builtins.property
     def chunk(self) -> _artifacts_pb2.Chunk:
-        """A part of a large tensor."""
+        """Consecutive bytes of a large tensor, at most 1 MiB."""
 
     @_builtins.property
     def progress(self) -> _artifacts_pb2.Progress:
-        """How far the call has come."""
+        """Step progress of the call."""
 
     @_builtins.property
     def warning(self) -> _artifacts_pb2.Warning:
-        """Something the caller should know."""
+        """A problem that did not stop the call."""
 
     @_builtins.property
     def begun(self) -> _artifacts_pb2.Begun:
-        """The stages start on the device."""
+        """The stages have started on the device."""
 
     @_builtins.property
     def item(self) -> _artifacts_pb2.StreamItem:
-        """An item of a stream."""
+        """An item of an output stream."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ Global___DecodeResponse: _TypeAlias = DecodeResponse  # noqa: Y015
 
 @_typing.final
 class DecodeInputs(_message.Message):
-    """What a stage behind this service may read; a model uses some of them."""
+    """Union of the artifacts that stages of this service read. Each model uses a subset; see WorkerInfo.contract."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -126,23 +126,23 @@ class DecodeInputs(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def denoised_latents(self) -> _artifacts_pb2.Latents:
-        """The denoiser's result."""
+        """Final latents of the denoising loop."""
 
     @_builtins.property
     def canvas(self) -> _artifacts_pb2.Canvas:
-        """Size and format of what is made."""
+        """Output size and format."""
 
     @_builtins.property
     def denoising_generator(self) -> _artifacts_pb2.Generator:
-        """Random numbers, for decoders that draw."""
+        """State of the random number generator, for decoders that sample noise."""
 
     @_builtins.property
     def denoised_blocks(self) -> _containers.RepeatedCompositeFieldContainer[_artifacts_pb2.Latents]:
-        """A stream, whose items come in frames of their own: the denoiser's result, block by block in the order of time."""
+        """Stream: final latents in blocks, in temporal order. Items are sent in StreamItem frames, never in the header."""
 
     @_builtins.property
     def sampling(self) -> _artifacts_pb2.Sampling:
-        """How latents are decoded. Only models whose decoder removes noise read it."""
+        """Sampling parameters. Only models whose decoder denoises read them."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ Global___DecodeInputs: _TypeAlias = DecodeInputs  # noqa: Y015
 
 @_typing.final
 class DecodeOutputs(_message.Message):
-    """What a stage behind this service may write; a model uses some of them."""
+    """Union of the artifacts that stages of this service write. Each model uses a subset; see WorkerInfo.contract."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -186,11 +186,11 @@ class DecodeOutputs(_message.Message):
     MEDIA_ITEMS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def media(self) -> _artifacts_pb2.Media:
-        """The finished files."""
+        """The encoded files."""
 
     @_builtins.property
     def media_items(self) -> _containers.RepeatedCompositeFieldContainer[_artifacts_pb2.MediaItem]:
-        """A stream, whose items come in frames of their own: the next bytes of files that can be shown while they grow."""
+        """Stream: consecutive bytes of files that can be played while they are written, in StreamItem frames."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class DecodingServiceStub:
-    """Turns latents into files.
+    """Decodes latents to image and video files.
     """
 
     def __init__(self, channel):
@@ -43,11 +43,16 @@ class DecodingServiceStub:
 
 
 class DecodingServiceServicer:
-    """Turns latents into files.
+    """Decodes latents to image and video files.
     """
 
     def Decode(self, request_iterator, context):
-        """Decodes one request.
+        """Decodes the latents of one request.
+        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+        RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+        DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+        UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,7 +75,7 @@ def add_DecodingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DecodingService:
-    """Turns latents into files.
+    """Decodes latents to image and video files.
     """
 
     @staticmethod

@@ -27,25 +27,37 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class DecodingServiceStub:
-    """Turns latents into files."""
+    """Decodes latents to image and video files."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DecodingServiceAsyncStub: ...
     Decode: _grpc.StreamStreamMultiCallable[_decoding_pb2.DecodeRequest, _decoding_pb2.DecodeResponse]
-    """Decodes one request."""
+    """Decodes the latents of one request.
+    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+    UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    """
 
 @_typing.type_check_only
 class DecodingServiceAsyncStub(DecodingServiceStub):
-    """Turns latents into files."""
+    """Decodes latents to image and video files."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Decode: _aio.StreamStreamMultiCallable[_decoding_pb2.DecodeRequest, _decoding_pb2.DecodeResponse]  # type: ignore[assignment]
-    """Decodes one request."""
+    """Decodes the latents of one request.
+    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+    UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    """
 
 class DecodingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Turns latents into files."""
+    """Decodes latents to image and video files."""
 
     @_abc_1.abstractmethod
     def Decode(
@@ -53,6 +65,12 @@ class DecodingServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_decoding_pb2.DecodeRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_decoding_pb2.DecodeResponse], _abc.AsyncIterator[_decoding_pb2.DecodeResponse]]:
-        """Decodes one request."""
+        """Decodes the latents of one request.
+        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+        RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+        DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+        UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+        """
 
 def add_DecodingServiceServicer_to_server(servicer: DecodingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class DenoiseRequest(_message.Message):
-    """A frame of the call: the header first, then the chunks it announces."""
+    """A request frame. Order: one header, then the chunks of the tensors that the header describes, then half-close."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -29,11 +29,11 @@ class DenoiseRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___DenoiseInputs:
-        """Small values, and the description of large tensors."""
+        """The artifacts; at most 16 MiB. Tensors above 64 KiB are described here and sent in chunks."""
 
     @_builtins.property
     def chunk(self) -> _artifacts_pb2.Chunk:
-        """A part of a large tensor."""
+        """Consecutive bytes of a large tensor, at most 1 MiB."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ Global___DenoiseRequest: _TypeAlias = DenoiseRequest  # noqa: Y015
 
 @_typing.final
 class DenoiseResponse(_message.Message):
-    """A frame of the reply: progress and warnings while it runs, then the header, then the chunks."""
+    """A response frame. Order: begun, progress and warnings while the stages run, then one header, then its chunks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -66,31 +66,31 @@ class DenoiseResponse(_message.Message):
     ITEM_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___DenoiseOutputs:
-        """Small values, and the description of large tensors."""
+        """The artifacts; at most 16 MiB. Tensors above 64 KiB are described here and sent in chunks."""
 
     @_builtins.property
     def chunk(self) -> _artifacts_pb2.Chunk:
-        """A part of a large tensor."""
+        """Consecutive bytes of a large tensor, at most 1 MiB."""
 
     @_builtins.property
     def progress(self) -> _artifacts_pb2.Progress:
-        """How far the call has come."""
+        """Step progress of the call."""
 
     @_builtins.property
     def warning(self) -> _artifacts_pb2.Warning:
-        """Something the caller should know."""
+        """A problem that did not stop the call."""
 
     @_builtins.property
     def checkpoint(self) -> _artifacts_pb2.Checkpoint:
-        """A place to resume from."""
+        """A step checkpoint, for callers that do not send `fleet-items: 1`; others get it as an item."""
 
     @_builtins.property
     def begun(self) -> _artifacts_pb2.Begun:
-        """The stages start on the device."""
+        """The stages have started on the device."""
 
     @_builtins.property
     def item(self) -> _artifacts_pb2.StreamItem:
-        """An item of a stream, only to callers that send `fleet-items: 1` in the metadata of the call."""
+        """An item of an output stream or a step checkpoint, for callers that send the metadata `fleet-items: 1`."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ Global___DenoiseResponse: _TypeAlias = DenoiseResponse  # noqa: Y015
 
 @_typing.final
 class DenoiseInputs(_message.Message):
-    """What a stage behind this service may read; a model uses some of them."""
+    """Union of the artifacts that stages of this service read. Each model uses a subset; see WorkerInfo.contract."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -130,39 +130,39 @@ class DenoiseInputs(_message.Message):
     IMAGE_LATENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def initial_latents(self) -> _artifacts_pb2.Latents:
-        """The noise to start from."""
+        """Initial noise."""
 
     @_builtins.property
     def schedule(self) -> _artifacts_pb2.Schedule:
-        """The steps to take."""
+        """Timesteps and noise levels of the loop."""
 
     @_builtins.property
     def text_conditioning(self) -> _artifacts_pb2.Conditioning:
-        """What the text encoders made."""
+        """Conditioning from the text encoders."""
 
     @_builtins.property
     def image_conditioning(self) -> _artifacts_pb2.Conditioning:
-        """What the image encoders made."""
+        """Conditioning from the image encoders."""
 
     @_builtins.property
     def sampling(self) -> _artifacts_pb2.Sampling:
-        """Guidance."""
+        """Guidance scales and model-specific parameters."""
 
     @_builtins.property
     def canvas(self) -> _artifacts_pb2.Canvas:
-        """Size of what is made."""
+        """Output size and format."""
 
     @_builtins.property
     def latents_generator(self) -> _artifacts_pb2.Generator:
-        """Random numbers, for loops that draw."""
+        """State of the random number generator, for loops that sample noise."""
 
     @_builtins.property
     def resume_from(self) -> _artifacts_pb2.DenoiseState:
-        """Where an earlier worker got to."""
+        """Step checkpoint to resume from; absent to start at step 0."""
 
     @_builtins.property
     def image_latents(self) -> _artifacts_pb2.Latents:
-        """Pictures in latent space, beside the noise."""
+        """Latents of the input images."""
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ Global___DenoiseInputs: _TypeAlias = DenoiseInputs  # noqa: Y015
 
 @_typing.final
 class DenoiseOutputs(_message.Message):
-    """What a stage behind this service may write; a model uses some of them."""
+    """Union of the artifacts that stages of this service write. Each model uses a subset; see WorkerInfo.contract."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -231,15 +231,15 @@ class DenoiseOutputs(_message.Message):
     DENOISED_BLOCKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def denoised_latents(self) -> _artifacts_pb2.Latents:
-        """The result, in the denoiser's layout."""
+        """Final latents, in the denoiser's layout."""
 
     @_builtins.property
     def denoising_generator(self) -> _artifacts_pb2.Generator:
-        """Random numbers after the loop."""
+        """State of the random number generator after the loop."""
 
     @_builtins.property
     def denoised_blocks(self) -> _containers.RepeatedCompositeFieldContainer[_artifacts_pb2.Latents]:
-        """A stream, whose items come in frames of their own: the result, block by block in the order of time."""
+        """Stream: final latents in blocks, in temporal order. Items are sent in StreamItem frames, never in the header."""
 
     def __init__(
         self,

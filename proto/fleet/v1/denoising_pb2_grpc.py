@@ -47,7 +47,12 @@ class DenoisingServiceServicer:
     """
 
     def Denoise(self, request_iterator, context):
-        """Denoises one request.
+        """Runs the denoising loop of one request.
+        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+        RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+        DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+        UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,13 @@ class DenoisingServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DenoisingServiceAsyncStub: ...
     Denoise: _grpc.StreamStreamMultiCallable[_denoising_pb2.DenoiseRequest, _denoising_pb2.DenoiseResponse]
-    """Denoises one request."""
+    """Runs the denoising loop of one request.
+    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+    UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    """
 
 @_typing.type_check_only
 class DenoisingServiceAsyncStub(DenoisingServiceStub):
@@ -42,7 +48,13 @@ class DenoisingServiceAsyncStub(DenoisingServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Denoise: _aio.StreamStreamMultiCallable[_denoising_pb2.DenoiseRequest, _denoising_pb2.DenoiseResponse]  # type: ignore[assignment]
-    """Denoises one request."""
+    """Runs the denoising loop of one request.
+    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+    UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    """
 
 class DenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs the denoising loop on a worker group."""
@@ -53,6 +65,12 @@ class DenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_denoising_pb2.DenoiseRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_denoising_pb2.DenoiseResponse], _abc.AsyncIterator[_denoising_pb2.DenoiseResponse]]:
-        """Denoises one request."""
+        """Runs the denoising loop of one request.
+        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+        RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+        DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+        UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+        """
 
 def add_DenoisingServiceServicer_to_server(servicer: DenoisingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Turns prompts into images and videos.
+    """Generates images and videos from prompts and images.
     """
 
     def __init__(self, channel):
@@ -78,63 +78,68 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Turns prompts into images and videos.
+    """Generates images and videos from prompts and images.
     """
 
     def Submit(self, request, context):
-        """Accepts a request. It answers once the request is validated and stored; from then on the request
-        reaches exactly one terminal state. INVALID_ARGUMENT names the field that is wrong.
+        """Validates and stores a request, and returns its record. A request that Submit has returned reaches exactly one
+        terminal state. INVALID_ARGUMENT: a field is malformed, or the deadline has passed. RESOURCE_EXHAUSTED: an
+        admission limit is reached or the store is full; the trailing metadata `retry-after-ms` states when to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """Submits, follows and downloads in one call. Without an idempotency key, a client that leaves cancels.
+        """Submits a request, streams its events and downloads its result, in one call. Errors: as Submit; a request that
+        fails later ends the stream with a StateChange event, not with an error. If the client cancels the call, the
+        request is cancelled, unless it has an idempotency key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Follows a request, from its first event or from a given one, until its terminal state. Leaving changes nothing.
+        """Streams the events of a request, from the first event or after a given one, up to its terminal state. Cancelling
+        the call does not affect the request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DownloadResult(self, request, context):
-        """Streams the files of a request that succeeded. FAILED_PRECONDITION before that, NOT_FOUND once expired.
-        With `follow`, also those of a request that has not ended, as they grow: FAILED_PRECONDITION if it then ends without
-        a result, UNAVAILABLE if this coordinator shuts down (call again at another one, with the offset reached).
+        """Streams the files of a request. FAILED_PRECONDITION: the request has not succeeded, or its result is never stored.
+        NOT_FOUND: the result has expired. With `follow`, files are sent while they are written; FAILED_PRECONDITION if the
+        request then ends without a result, UNAVAILABLE if this coordinator shuts down (retry with the offset reached).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetRequest(self, request, context):
-        """Tells how a request stands.
+        """Returns the record of a request, and optionally its timeline.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelRequest(self, request, context):
-        """Asks for a request to end as CANCELLED. A request that has ended stays as it is.
+        """Requests the cancellation of a request, which then ends as CANCELLED within one denoising step. No effect on a
+        request that has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRequests(self, request, context):
-        """Lists requests, newest first.
+        """Lists requests, newest first. With caller authentication, only the caller's own requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists the models with their parameters, and the workers that serve them.
+        """Lists the models with their parameters and workers, and the state of the request store.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,7 +197,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Turns prompts into images and videos.
+    """Generates images and videos from prompts and images.
     """
 
     @staticmethod

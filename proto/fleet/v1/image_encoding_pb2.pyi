@@ -19,7 +19,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class EncodeImageRequest(_message.Message):
-    """A frame of the call: the header first, then the chunks it announces."""
+    """A request frame. Order: one header, then the chunks of the tensors that the header describes, then half-close."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -27,11 +27,11 @@ class EncodeImageRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___EncodeImageInputs:
-        """Small values, and the description of large tensors."""
+        """The artifacts; at most 16 MiB. Tensors above 64 KiB are described here and sent in chunks."""
 
     @_builtins.property
     def chunk(self) -> _artifacts_pb2.Chunk:
-        """A part of a large tensor."""
+        """Consecutive bytes of a large tensor, at most 1 MiB."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ Global___EncodeImageRequest: _TypeAlias = EncodeImageRequest  # noqa: Y015
 
 @_typing.final
 class EncodeImageResponse(_message.Message):
-    """A frame of the reply: progress and warnings while it runs, then the header, then the chunks."""
+    """A response frame. Order: begun, progress and warnings while the stages run, then one header, then its chunks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -62,23 +62,23 @@ class EncodeImageResponse(_message.Message):
     BEGUN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___EncodeImageOutputs:
-        """Small values, and the description of large tensors."""
+        """The artifacts; at most 16 MiB. Tensors above 64 KiB are described here and sent in chunks."""
 
     @_builtins.property
     def chunk(self) -> _artifacts_pb2.Chunk:
-        """A part of a large tensor."""
+        """Consecutive bytes of a large tensor, at most 1 MiB."""
 
     @_builtins.property
     def progress(self) -> _artifacts_pb2.Progress:
-        """How far the call has come."""
+        """Step progress of the call."""
 
     @_builtins.property
     def warning(self) -> _artifacts_pb2.Warning:
-        """Something the caller should know."""
+        """A problem that did not stop the call."""
 
     @_builtins.property
     def begun(self) -> _artifacts_pb2.Begun:
-        """The stages start on the device."""
+        """The stages have started on the device."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ Global___EncodeImageResponse: _TypeAlias = EncodeImageResponse  # noqa: Y015
 
 @_typing.final
 class EncodeImageInputs(_message.Message):
-    """What a stage behind this service may read; a model uses some of them."""
+    """Union of the artifacts that stages of this service read. Each model uses a subset; see WorkerInfo.contract."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -110,15 +110,15 @@ class EncodeImageInputs(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def image_inputs(self) -> _artifacts_pb2.ImageInputs:
-        """The pictures, as files."""
+        """Encoded image files."""
 
     @_builtins.property
     def canvas(self) -> _artifacts_pb2.Canvas:
-        """Size of what is made."""
+        """Output size and format."""
 
     @_builtins.property
     def sampling(self) -> _artifacts_pb2.Sampling:
-        """How images are prepared. Only models that compress images before encoding them, or draw their latents, read it."""
+        """Sampling parameters. Only models that compress images before encoding, or sample their latents, read them."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ Global___EncodeImageInputs: _TypeAlias = EncodeImageInputs  # noqa: Y015
 
 @_typing.final
 class EncodeImageOutputs(_message.Message):
-    """What a stage behind this service may write; a model uses some of them."""
+    """Union of the artifacts that stages of this service write. Each model uses a subset; see WorkerInfo.contract."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -156,11 +156,11 @@ class EncodeImageOutputs(_message.Message):
     IMAGE_LATENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def image_conditioning(self) -> _artifacts_pb2.Conditioning:
-        """What the denoiser attends to."""
+        """Conditioning tensors for the denoiser."""
 
     @_builtins.property
     def image_latents(self) -> _artifacts_pb2.Latents:
-        """The pictures in latent space, as the denoiser gets them beside the noise."""
+        """Latents of the images, which the denoiser reads in addition to the noise."""
 
     def __init__(
         self,

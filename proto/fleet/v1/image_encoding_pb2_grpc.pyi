@@ -27,25 +27,37 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ImageEncodingServiceStub:
-    """Turns the pictures of a request into conditioning and latents."""
+    """Encodes the input images of a request to conditioning and latents."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ImageEncodingServiceAsyncStub: ...
     EncodeImage: _grpc.StreamStreamMultiCallable[_image_encoding_pb2.EncodeImageRequest, _image_encoding_pb2.EncodeImageResponse]
-    """Decodes and encodes the pictures of one request. INVALID_ARGUMENT names the one that cannot be read."""
+    """Decodes and encodes the images of one request.
+    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact or the image role.
+    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+    UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    """
 
 @_typing.type_check_only
 class ImageEncodingServiceAsyncStub(ImageEncodingServiceStub):
-    """Turns the pictures of a request into conditioning and latents."""
+    """Encodes the input images of a request to conditioning and latents."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     EncodeImage: _aio.StreamStreamMultiCallable[_image_encoding_pb2.EncodeImageRequest, _image_encoding_pb2.EncodeImageResponse]  # type: ignore[assignment]
-    """Decodes and encodes the pictures of one request. INVALID_ARGUMENT names the one that cannot be read."""
+    """Decodes and encodes the images of one request.
+    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact or the image role.
+    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+    UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    """
 
 class ImageEncodingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Turns the pictures of a request into conditioning and latents."""
+    """Encodes the input images of a request to conditioning and latents."""
 
     @_abc_1.abstractmethod
     def EncodeImage(
@@ -53,6 +65,12 @@ class ImageEncodingServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_image_encoding_pb2.EncodeImageRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_image_encoding_pb2.EncodeImageResponse], _abc.AsyncIterator[_image_encoding_pb2.EncodeImageResponse]]:
-        """Decodes and encodes the pictures of one request. INVALID_ARGUMENT names the one that cannot be read."""
+        """Decodes and encodes the images of one request.
+        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact or the image role.
+        RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+        DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+        UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+        """
 
 def add_ImageEncodingServiceServicer_to_server(servicer: ImageEncodingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

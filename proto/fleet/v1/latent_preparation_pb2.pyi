@@ -19,7 +19,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class PrepareLatentsRequest(_message.Message):
-    """A frame of the call: the header first, then the chunks it announces."""
+    """A request frame. Order: one header, then the chunks of the tensors that the header describes, then half-close."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -27,11 +27,11 @@ class PrepareLatentsRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___PrepareLatentsInputs:
-        """Small values, and the description of large tensors."""
+        """The artifacts; at most 16 MiB. Tensors above 64 KiB are described here and sent in chunks."""
 
     @_builtins.property
     def chunk(self) -> _artifacts_pb2.Chunk:
-        """A part of a large tensor."""
+        """Consecutive bytes of a large tensor, at most 1 MiB."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ Global___PrepareLatentsRequest: _TypeAlias = PrepareLatentsRequest  # noqa: Y015
 
 @_typing.final
 class PrepareLatentsResponse(_message.Message):
-    """A frame of the reply: progress and warnings while it runs, then the header, then the chunks."""
+    """A response frame. Order: begun, progress and warnings while the stages run, then one header, then its chunks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -62,23 +62,23 @@ class PrepareLatentsResponse(_message.Message):
     BEGUN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___PrepareLatentsOutputs:
-        """Small values, and the description of large tensors."""
+        """The artifacts; at most 16 MiB. Tensors above 64 KiB are described here and sent in chunks."""
 
     @_builtins.property
     def chunk(self) -> _artifacts_pb2.Chunk:
-        """A part of a large tensor."""
+        """Consecutive bytes of a large tensor, at most 1 MiB."""
 
     @_builtins.property
     def progress(self) -> _artifacts_pb2.Progress:
-        """How far the call has come."""
+        """Step progress of the call."""
 
     @_builtins.property
     def warning(self) -> _artifacts_pb2.Warning:
-        """Something the caller should know."""
+        """A problem that did not stop the call."""
 
     @_builtins.property
     def begun(self) -> _artifacts_pb2.Begun:
-        """The stages start on the device."""
+        """The stages have started on the device."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ Global___PrepareLatentsResponse: _TypeAlias = PrepareLatentsResponse  # noqa: Y0
 
 @_typing.final
 class PrepareLatentsInputs(_message.Message):
-    """What a stage behind this service may read; a model uses some of them."""
+    """Union of the artifacts that stages of this service read. Each model uses a subset; see WorkerInfo.contract."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -109,11 +109,11 @@ class PrepareLatentsInputs(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def canvas(self) -> _artifacts_pb2.Canvas:
-        """Size of what is made."""
+        """Output size and format."""
 
     @_builtins.property
     def sampling(self) -> _artifacts_pb2.Sampling:
-        """Seed and steps."""
+        """Seed, number of steps and custom sigmas."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ Global___PrepareLatentsInputs: _TypeAlias = PrepareLatentsInputs  # noqa: Y015
 
 @_typing.final
 class PrepareLatentsOutputs(_message.Message):
-    """What a stage behind this service may write; a model uses some of them."""
+    """Union of the artifacts that stages of this service write. Each model uses a subset; see WorkerInfo.contract."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -147,15 +147,15 @@ class PrepareLatentsOutputs(_message.Message):
     LATENTS_GENERATOR_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def initial_latents(self) -> _artifacts_pb2.Latents:
-        """The noise to start from."""
+        """Initial noise."""
 
     @_builtins.property
     def schedule(self) -> _artifacts_pb2.Schedule:
-        """The steps to take."""
+        """Timesteps and noise levels of the denoising loop."""
 
     @_builtins.property
     def latents_generator(self) -> _artifacts_pb2.Generator:
-        """Random numbers after the draw."""
+        """State of the random number generator after the noise was sampled."""
 
     def __init__(
         self,

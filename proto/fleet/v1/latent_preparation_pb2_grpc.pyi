@@ -27,25 +27,37 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class LatentPreparationServiceStub:
-    """Draws the starting noise and lays out the steps."""
+    """Samples the initial noise and computes the denoising schedule."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> LatentPreparationServiceAsyncStub: ...
     PrepareLatents: _grpc.StreamStreamMultiCallable[_latent_preparation_pb2.PrepareLatentsRequest, _latent_preparation_pb2.PrepareLatentsResponse]
-    """Prepares one request."""
+    """Prepares the latents and the schedule of one request.
+    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+    UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    """
 
 @_typing.type_check_only
 class LatentPreparationServiceAsyncStub(LatentPreparationServiceStub):
-    """Draws the starting noise and lays out the steps."""
+    """Samples the initial noise and computes the denoising schedule."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PrepareLatents: _aio.StreamStreamMultiCallable[_latent_preparation_pb2.PrepareLatentsRequest, _latent_preparation_pb2.PrepareLatentsResponse]  # type: ignore[assignment]
-    """Prepares one request."""
+    """Prepares the latents and the schedule of one request.
+    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+    UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    """
 
 class LatentPreparationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Draws the starting noise and lays out the steps."""
+    """Samples the initial noise and computes the denoising schedule."""
 
     @_abc_1.abstractmethod
     def PrepareLatents(
@@ -53,6 +65,12 @@ class LatentPreparationServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_latent_preparation_pb2.PrepareLatentsRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_latent_preparation_pb2.PrepareLatentsResponse], _abc.AsyncIterator[_latent_preparation_pb2.PrepareLatentsResponse]]:
-        """Prepares one request."""
+        """Prepares the latents and the schedule of one request.
+        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+        RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+        DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+        UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+        """
 
 def add_LatentPreparationServiceServicer_to_server(servicer: LatentPreparationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

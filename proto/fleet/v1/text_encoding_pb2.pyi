@@ -19,7 +19,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class EncodeTextRequest(_message.Message):
-    """A frame of the call: the header first, then the chunks it announces."""
+    """A request frame. Order: one header, then the chunks of the tensors that the header describes, then half-close."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -27,11 +27,11 @@ class EncodeTextRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___EncodeTextInputs:
-        """Small values, and the description of large tensors."""
+        """The artifacts; at most 16 MiB. Tensors above 64 KiB are described here and sent in chunks."""
 
     @_builtins.property
     def chunk(self) -> _artifacts_pb2.Chunk:
-        """A part of a large tensor."""
+        """Consecutive bytes of a large tensor, at most 1 MiB."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ Global___EncodeTextRequest: _TypeAlias = EncodeTextRequest  # noqa: Y015
 
 @_typing.final
 class EncodeTextResponse(_message.Message):
-    """A frame of the reply: progress and warnings while it runs, then the header, then the chunks."""
+    """A response frame. Order: begun, progress and warnings while the stages run, then one header, then its chunks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -62,23 +62,23 @@ class EncodeTextResponse(_message.Message):
     BEGUN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___EncodeTextOutputs:
-        """Small values, and the description of large tensors."""
+        """The artifacts; at most 16 MiB. Tensors above 64 KiB are described here and sent in chunks."""
 
     @_builtins.property
     def chunk(self) -> _artifacts_pb2.Chunk:
-        """A part of a large tensor."""
+        """Consecutive bytes of a large tensor, at most 1 MiB."""
 
     @_builtins.property
     def progress(self) -> _artifacts_pb2.Progress:
-        """How far the call has come."""
+        """Step progress of the call."""
 
     @_builtins.property
     def warning(self) -> _artifacts_pb2.Warning:
-        """Something the caller should know."""
+        """A problem that did not stop the call."""
 
     @_builtins.property
     def begun(self) -> _artifacts_pb2.Begun:
-        """The stages start on the device."""
+        """The stages have started on the device."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ Global___EncodeTextResponse: _TypeAlias = EncodeTextResponse  # noqa: Y015
 
 @_typing.final
 class EncodeTextInputs(_message.Message):
-    """What a stage behind this service may read; a model uses some of them."""
+    """Union of the artifacts that stages of this service read. Each model uses a subset; see WorkerInfo.contract."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -111,19 +111,19 @@ class EncodeTextInputs(_message.Message):
     CANVAS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompt(self) -> _artifacts_pb2.Prompt:
-        """What to draw."""
+        """Prompts."""
 
     @_builtins.property
     def sampling(self) -> _artifacts_pb2.Sampling:
-        """Whether guidance needs the negative branch."""
+        """Guidance scales, which decide whether the negative prompt is encoded."""
 
     @_builtins.property
     def image_inputs(self) -> _artifacts_pb2.ImageInputs:
-        """Pictures that the text encoder looks at."""
+        """Encoded images, for text encoders that also read images."""
 
     @_builtins.property
     def canvas(self) -> _artifacts_pb2.Canvas:
-        """Size, for encoders that depend on it."""
+        """Output size, for encoders that depend on it."""
 
     def __init__(
         self,
@@ -158,14 +158,14 @@ Global___EncodeTextInputs: _TypeAlias = EncodeTextInputs  # noqa: Y015
 
 @_typing.final
 class EncodeTextOutputs(_message.Message):
-    """What a stage behind this service may write; a model uses some of them."""
+    """Union of the artifacts that stages of this service write. Each model uses a subset; see WorkerInfo.contract."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_CONDITIONING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def text_conditioning(self) -> _artifacts_pb2.Conditioning:
-        """What the denoiser attends to."""
+        """Conditioning tensors for the denoiser."""
 
     def __init__(
         self,

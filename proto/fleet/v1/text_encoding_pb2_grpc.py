@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class TextEncodingServiceStub:
-    """Turns prompts into conditioning.
+    """Encodes prompts to conditioning tensors.
     """
 
     def __init__(self, channel):
@@ -43,11 +43,16 @@ class TextEncodingServiceStub:
 
 
 class TextEncodingServiceServicer:
-    """Turns prompts into conditioning.
+    """Encodes prompts to conditioning tensors.
     """
 
     def EncodeText(self, request_iterator, context):
-        """Encodes the prompt and, under classifier-free guidance, the negative prompt.
+        """Encodes the prompt and, with classifier-free guidance, the negative prompt.
+        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+        RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+        DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+        UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,7 +75,7 @@ def add_TextEncodingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TextEncodingService:
-    """Turns prompts into conditioning.
+    """Encodes prompts to conditioning tensors.
     """
 
     @staticmethod

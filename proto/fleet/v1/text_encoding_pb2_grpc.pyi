@@ -27,25 +27,37 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TextEncodingServiceStub:
-    """Turns prompts into conditioning."""
+    """Encodes prompts to conditioning tensors."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TextEncodingServiceAsyncStub: ...
     EncodeText: _grpc.StreamStreamMultiCallable[_text_encoding_pb2.EncodeTextRequest, _text_encoding_pb2.EncodeTextResponse]
-    """Encodes the prompt and, under classifier-free guidance, the negative prompt."""
+    """Encodes the prompt and, with classifier-free guidance, the negative prompt.
+    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+    UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    """
 
 @_typing.type_check_only
 class TextEncodingServiceAsyncStub(TextEncodingServiceStub):
-    """Turns prompts into conditioning."""
+    """Encodes prompts to conditioning tensors."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     EncodeText: _aio.StreamStreamMultiCallable[_text_encoding_pb2.EncodeTextRequest, _text_encoding_pb2.EncodeTextResponse]  # type: ignore[assignment]
-    """Encodes the prompt and, under classifier-free guidance, the negative prompt."""
+    """Encodes the prompt and, with classifier-free guidance, the negative prompt.
+    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+    UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    """
 
 class TextEncodingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Turns prompts into conditioning."""
+    """Encodes prompts to conditioning tensors."""
 
     @_abc_1.abstractmethod
     def EncodeText(
@@ -53,6 +65,12 @@ class TextEncodingServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_text_encoding_pb2.EncodeTextRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_text_encoding_pb2.EncodeTextResponse], _abc.AsyncIterator[_text_encoding_pb2.EncodeTextResponse]]:
-        """Encodes the prompt and, under classifier-free guidance, the negative prompt."""
+        """Encodes the prompt and, with classifier-free guidance, the negative prompt.
+        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+        RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+        DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
+        UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
+        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+        """
 
 def add_TextEncodingServiceServicer_to_server(servicer: TextEncodingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -45,7 +45,7 @@ class GetModelInfoResponse(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def worker(self) -> Global___WorkerInfo:
-        """Who and what the worker is."""
+        """This worker."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ Global___GetModelInfoResponse: _TypeAlias = GetModelInfoResponse  # noqa: Y015
 
 @_typing.final
 class WorkerInfo(_message.Message):
-    """A worker, as it announces itself."""
+    """Metadata of a worker, as it registers with the fleet."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -103,47 +103,49 @@ class WorkerInfo(_message.Message):
     KERNELS_FIELD_NUMBER: _builtins.int
     VARIANT_CONTRACTS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
-    """Unique to the process."""
+    """Id of the worker process, unique in the fleet."""
     service: _builtins.str
-    """Service it hosts, such as "denoising"."""
+    """Stage service that the worker hosts, such as "denoising"."""
     model: _builtins.str
-    """Name under which requests ask for the model."""
+    """Name of the model in requests."""
     pipeline_name: _builtins.str
     """The pipeline's _class_name in model_index.json."""
     model_fingerprint: _builtins.str
-    """Digest of the checkpoint; equal where the weights are."""
+    """Digest of the checkpoint: equal for equal weights."""
     numerics_fingerprint: _builtins.str
-    """Digest of all that decides the bits of a result: backend, degrees, dtype, options, package versions, device."""
+    """Digest of everything that affects the bits of a result: backend, parallel degrees, dtype, options, package versions
+    and device.
+    """
     address: _builtins.str
-    """Where to call it, as a gRPC target."""
+    """Address of the worker, as a gRPC target."""
     capacity: _builtins.int
-    """Requests it takes at a time."""
+    """Number of concurrent requests."""
     dtype: _builtins.str
-    """Element type that it computes in."""
+    """Element type of the computation, such as "bfloat16"."""
     device: _builtins.str
-    """Device that it computes on, such as "cpu" or "cuda:0"."""
+    """Device of the computation, such as "cpu" or "cuda:0"."""
     reports_begun: _builtins.bool
-    """It sends Begun frames to callers that ask for them."""
+    """Whether the worker sends Begun frames to callers that send the metadata `fleet-begun: 1`."""
     @_builtins.property
     def contract(self) -> Global___StageContract:
-        """What the hosted stages read and write."""
+        """Slots that the hosted stages read and write."""
 
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Package versions, by package."""
+        """Versions of the installed packages, by package name."""
 
     @_builtins.property
     def degrees(self) -> Global___Degrees:
-        """How many processes compute together in it; absent where it is one process."""
+        """Parallel degrees of the worker group; absent if the worker is a single process."""
 
     @_builtins.property
     def kernels(self) -> _containers.RepeatedCompositeFieldContainer[Global___KernelPackage]:
-        """Optional kernel packages that are installed and were tried at the start, on a GPU."""
+        """Optional kernel packages that are installed; the worker has tested each of them on its GPU at startup."""
 
     @_builtins.property
     def variant_contracts(self) -> _containers.RepeatedCompositeFieldContainer[Global___VariantContract]:
-        """What the hosted stages read and write for each variant of the model, in the model's order; `contract` is the union.
-        Release 0.1.0 announces none.
+        """Slots that the hosted stages read and write for each variant of the model, in the order of the model's variants;
+        `contract` is their union. Workers of release 0.1.0 leave it empty.
         """
 
     def __init__(
@@ -176,7 +178,7 @@ Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
 
 @_typing.final
 class IncompatibleWorker(_message.Message):
-    """A live worker that cannot take requests, since it is of another release than the coordinator: their contracts differ."""
+    """A live worker whose contract does not match the coordinator's, because they are of different releases."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -184,11 +186,11 @@ class IncompatibleWorker(_message.Message):
     VARIANT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
-    """Its worker_id."""
+    """Id of the worker."""
     variant: _builtins.str
-    """Variant of the model whose requests it cannot take; empty for a model with one variant."""
+    """Variant of the model whose requests the worker cannot run; empty for a model with one variant."""
     reason: _builtins.str
-    """Why, in one sentence that names the slot at fault."""
+    """One sentence that names the slot that does not match."""
     def __init__(
         self,
         *,
@@ -206,7 +208,9 @@ Global___IncompatibleWorker: _TypeAlias = IncompatibleWorker  # noqa: Y015
 
 @_typing.final
 class RefusedWorker(_message.Message):
-    """A worker that wanted to join and was refused, since its model is not the one that the fleet serves under that name."""
+    """A worker whose registration was refused because its checkpoint is not the one that the fleet serves under that name.
+    Refusals with equal service and fingerprint share one message.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -216,16 +220,16 @@ class RefusedWorker(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     REFUSED_AT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
-    """Its worker_id; of several that were refused alike, the latest."""
+    """Id of the worker that was refused last."""
     service: _builtins.str
-    """Service it hosts."""
+    """Stage service that the worker hosts."""
     model_fingerprint: _builtins.str
-    """Digest of its checkpoint."""
+    """Digest of the worker's checkpoint."""
     reason: _builtins.str
-    """Why, in one sentence."""
+    """Reason of the refusal, in one sentence."""
     @_builtins.property
     def refused_at(self) -> _timestamp_pb2.Timestamp:
-        """When the latest was refused."""
+        """Time of the last refusal."""
 
     def __init__(
         self,
@@ -246,7 +250,7 @@ Global___RefusedWorker: _TypeAlias = RefusedWorker  # noqa: Y015
 
 @_typing.final
 class KernelPackage(_message.Message):
-    """An optional kernel package, as a GPU worker found it at its start."""
+    """State of an optional kernel package, determined at the startup of a GPU worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -259,9 +263,9 @@ class KernelPackage(_message.Message):
     version: _builtins.str
     """Installed version."""
     error: _builtins.str
-    """Why the package is unusable; empty where the worker uses it."""
+    """Reason why the package is not used; empty if the worker uses it."""
     replacement: _builtins.str
-    """What the worker uses instead of an unusable package."""
+    """Implementation that the worker uses instead of an unusable package."""
     def __init__(
         self,
         *,
@@ -280,7 +284,7 @@ Global___KernelPackage: _TypeAlias = KernelPackage  # noqa: Y015
 
 @_typing.final
 class Degrees(_message.Message):
-    """How many ranks of a worker group share the work of one model along each axis; the group has as many as their product."""
+    """Parallel degrees of a worker group. The number of ranks is the product of the degrees; each degree is at least 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -289,13 +293,13 @@ class Degrees(_message.Message):
     RING_FIELD_NUMBER: _builtins.int
     CFG_FIELD_NUMBER: _builtins.int
     tp: _builtins.int
-    """Ranks among which the weights are cut: tensor parallelism."""
+    """Tensor parallelism: number of shards of the weights."""
     ulysses: _builtins.int
-    """Ranks that exchange attention heads for shares of the sequence."""
+    """Ulysses sequence parallelism: ranks that exchange attention heads for sequence shards (all-to-all)."""
     ring: _builtins.int
-    """Ranks that pass keys and values around."""
+    """Ring attention: ranks that pass keys and values in a ring."""
     cfg: _builtins.int
-    """Ranks among which the branches of classifier-free guidance are shared out."""
+    """Guidance parallelism: ranks that each compute a part of the branches of classifier-free guidance."""
     def __init__(
         self,
         *,
@@ -314,7 +318,7 @@ Global___Degrees: _TypeAlias = Degrees  # noqa: Y015
 
 @_typing.final
 class StageContract(_message.Message):
-    """The slots that a run of stages reads and writes."""
+    """Slots that consecutive stages read and write."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -365,23 +369,23 @@ class StageContract(_message.Message):
     OPTIONAL_OUTPUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def stages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Stages, in order."""
+        """Names of the stages, in order."""
 
     @_builtins.property
     def inputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Artifact type of each slot that is read."""
+        """Artifact type of each input slot."""
 
     @_builtins.property
     def outputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Artifact type of each slot that is written."""
+        """Artifact type of each output slot."""
 
     @_builtins.property
     def optional_inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Slots that may be absent."""
+        """Input slots that may be absent."""
 
     @_builtins.property
     def optional_outputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Written slots that some variants of the model do not write."""
+        """Output slots that some variants of the model do not write."""
 
     def __init__(
         self,
@@ -402,17 +406,17 @@ Global___StageContract: _TypeAlias = StageContract  # noqa: Y015
 
 @_typing.final
 class VariantContract(_message.Message):
-    """The slots that the stages of one variant read and write."""
+    """Slots that the stages of one variant read and write."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     VARIANT_FIELD_NUMBER: _builtins.int
     CONTRACT_FIELD_NUMBER: _builtins.int
     variant: _builtins.str
-    """The variant; empty for a model with one variant."""
+    """Name of the variant; empty for a model with one variant."""
     @_builtins.property
     def contract(self) -> Global___StageContract:
-        """What its stages read and write, without the stages' names."""
+        """Contract of the variant; `stages` is empty."""
 
     def __init__(
         self,

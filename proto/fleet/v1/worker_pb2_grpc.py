@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class WorkerServiceStub:
-    """What every stage service says about itself.
+    """Metadata of a worker. Every stage service implements it.
     """
 
     def __init__(self, channel):
@@ -43,11 +43,12 @@ class WorkerServiceStub:
 
 
 class WorkerServiceServicer:
-    """What every stage service says about itself.
+    """Metadata of a worker. Every stage service implements it.
     """
 
     def GetModelInfo(self, request, context):
-        """Tells which model this worker serves, and how.
+        """Returns the model, the contract and the configuration of this worker.
+        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. UNAVAILABLE: the worker drains.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,7 +71,7 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WorkerService:
-    """What every stage service says about itself.
+    """Metadata of a worker. Every stage service implements it.
     """
 
     @staticmethod

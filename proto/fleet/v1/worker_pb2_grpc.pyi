@@ -27,25 +27,29 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class WorkerServiceStub:
-    """What every stage service says about itself."""
+    """Metadata of a worker. Every stage service implements it."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WorkerServiceAsyncStub: ...
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetModelInfoRequest, _worker_pb2.GetModelInfoResponse]
-    """Tells which model this worker serves, and how."""
+    """Returns the model, the contract and the configuration of this worker.
+    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. UNAVAILABLE: the worker drains.
+    """
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
-    """What every stage service says about itself."""
+    """Metadata of a worker. Every stage service implements it."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetModelInfoRequest, _worker_pb2.GetModelInfoResponse]  # type: ignore[assignment]
-    """Tells which model this worker serves, and how."""
+    """Returns the model, the contract and the configuration of this worker.
+    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. UNAVAILABLE: the worker drains.
+    """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What every stage service says about itself."""
+    """Metadata of a worker. Every stage service implements it."""
 
     @_abc_1.abstractmethod
     def GetModelInfo(
@@ -53,6 +57,8 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.GetModelInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.GetModelInfoResponse, _abc.Awaitable[_worker_pb2.GetModelInfoResponse]]:
-        """Tells which model this worker serves, and how."""
+        """Returns the model, the contract and the configuration of this worker.
+        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. UNAVAILABLE: the worker drains.
+        """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
