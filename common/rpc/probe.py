@@ -29,6 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     (address,) = arguments
     if health := os.environ.get("FLEET_HEALTH_LISTEN", ""):
         address = health if health.startswith("unix:") else f"127.0.0.1:{health.rpartition(':')[2]}"
+    if fault := health_fault(address):
+        sys.stderr.write(f"{address} {fault}\n")
+        return 1
+    return 0
+
+
+def health_fault(address: str) -> str:
+    """The result of a health check without TLS that is not SERVING, such as "is not serving"; empty if it is."""
     with grpc.insecure_channel(target_of(address), options=NO_PROXY) as channel:
         check: grpc.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
         check = channel.unary_unary(
@@ -37,14 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             response_deserializer=health_pb2.HealthCheckResponse.FromString,
         )
         try:
-            reply = check(health_pb2.HealthCheckRequest(), timeout=_SECONDS)
+            status = check(health_pb2.HealthCheckRequest(), timeout=_SECONDS).status
         except grpc.RpcError as error:
-            sys.stderr.write(f"{address} does not respond: {error.code().name}\n")
-            return 1
-    if reply.status == health_pb2.HealthCheckResponse.SERVING:
-        return 0
-    sys.stderr.write(f"{address} is not serving\n")
-    return 1
+            return f"does not respond: {error.code().name}"
+    return "" if status == health_pb2.HealthCheckResponse.SERVING else "is not serving"
 
 
 if __name__ == "__main__":

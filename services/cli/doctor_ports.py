@@ -8,11 +8,8 @@ from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
-import grpc
-from grpc_health.v1 import health_pb2
-
-from common.rpc.address import is_local, socket_path, target_of
-from common.rpc.options import NO_PROXY
+from common.rpc.address import is_local, socket_path
+from common.rpc.probe import health_fault
 from services.cli.doctor_results import Result, ok, warning
 from services.cli.doctor_settings import OTHER_PORTS, addresses_of
 
@@ -35,7 +32,7 @@ def check_endpoint_ports(endpoint: str, values: Mapping[str, Any]) -> Iterator[R
             fault, advice = _connection_fault(address), "check the coordinator's log and its scaler_listen"
             right = "accepts connections; callers need a client certificate"
         else:
-            fault, advice = _health_fault(address), f"check the coordinator's log and its {name}"
+            fault, advice = health_fault(address), f"check the coordinator's log and its {name}"
             right = "is ready"
         if fault:
             yield warning("endpoint ports", f"{name}: {address} {fault}", f"{advice}, and the firewalls in between")
@@ -68,22 +65,6 @@ def _metrics_fault(address: str) -> str:
     finally:
         connection.close()
     return "" if reply.status == HTTPStatus.OK and _OWN_METRIC in text else "serves no coordinator metrics"
-
-
-def _health_fault(address: str) -> str:
-    """The fault of the gRPC health check at an address, or ""."""
-    with grpc.insecure_channel(target_of(address), options=NO_PROXY) as channel:
-        check: grpc.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
-        check = channel.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
-        try:
-            status = check(health_pb2.HealthCheckRequest(), timeout=_SECONDS).status
-        except grpc.RpcError as error:
-            return f"does not answer health checks: {error.code().name}"
-    return "" if status == health_pb2.HealthCheckResponse.SERVING else "is not ready"
 
 
 def _connection_fault(address: str) -> str:

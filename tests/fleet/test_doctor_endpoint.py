@@ -178,8 +178,8 @@ def test_other_ports_of_a_fleet_are_checked(store_url: str) -> None:
         await coordinator.stop(0)
         gone = await asyncio.to_thread(lambda: ports_of(endpoint, **values))
         assert [each.partition(" -> ")[0] for each in gone] == [
-            f"warning endpoint ports: health_listen: {health} does not answer health checks: UNAVAILABLE",
-            f"warning endpoint ports: scaler_listen: {scaler} does not answer health checks: UNAVAILABLE",
+            f"warning endpoint ports: health_listen: {health} does not respond: UNAVAILABLE",
+            f"warning endpoint ports: scaler_listen: {scaler} does not respond: UNAVAILABLE",
             f"warning endpoint ports: metrics_port: 127.0.0.1:{metrics.port} does not answer: Connection refused",
         ]
         tls = await asyncio.to_thread(lambda: ports_of(endpoint, scaler_listen=scaler, tls_cert="x"))
