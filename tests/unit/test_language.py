@@ -1,6 +1,6 @@
 """Documents, comments, strings and names of definitions avoid words that have a precise replacement.
 
-language.toml lists directories that still contain such words, and permitted lines. Each of its entries must match.
+language.toml lists permitted lines, each with a reason. Each of its entries must match a line.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LIST = "tests/unit/language.toml"
@@ -47,12 +47,6 @@ class Finding:
     number: int
     word: str
     line: str
-
-    @property
-    def folder(self) -> str:
-        """The file's directory; the file itself at the root."""
-        parent = PurePosixPath(self.path).parent.as_posix()
-        return self.path if parent == "." else parent
 
     def __str__(self) -> str:
         word = re.sub(r"[\s_]+", " ", self.word.lower())
@@ -97,12 +91,6 @@ def found() -> Sequence[Finding]:
 
 
 @cache
-def pending() -> frozenset[str]:
-    """Directories and root files that are not rewritten yet."""
-    return frozenset(tomllib.loads((ROOT / LIST).read_text(encoding="utf-8"))["pending"])
-
-
-@cache
 def allowed() -> Sequence[tuple[str, str, str]]:
     """(path, regular expression of the line, reason) of permitted lines."""
     entries = tomllib.loads((ROOT / LIST).read_text(encoding="utf-8"))["allowed"]
@@ -114,19 +102,13 @@ def _permits(entry: tuple[str, str, str], finding: Finding) -> bool:
     return path == finding.path and re.search(line, finding.line) is not None
 
 
-def test_no_other_file_has_a_refused_word() -> None:
-    rest = [each for each in found() if each.folder not in pending()]
-    refused = [str(each) for each in rest if not any(_permits(entry, each) for entry in allowed())]
+def test_no_file_has_a_refused_word() -> None:
+    refused = [str(each) for each in found() if not any(_permits(entry, each) for entry in allowed())]
     assert not refused, "\n".join(refused)
 
 
-def test_every_pending_directory_has_a_refused_word() -> None:
-    assert not pending() - {each.folder for each in found()}, f"remove these entries from {LIST}"
-
-
 def test_every_allowed_line_exists() -> None:
-    rest = [each for each in found() if each.folder not in pending()]
-    unused = [entry for entry in allowed() if not any(_permits(entry, each) for each in rest)]
+    unused = [entry for entry in allowed() if not any(_permits(entry, each) for each in found())]
     assert not unused, f"remove these entries from {LIST}"
     assert all(reason for _, _, reason in allowed())
 
