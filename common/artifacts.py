@@ -61,7 +61,10 @@ class ImageInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """Keyword tensors for the denoiser's prepare(), batch 1; only positive ones without classifier-free guidance."""
+    """Keyword tensors for the denoiser's prepare(), with batch size 1.
+
+    `negative_prompt_embeds` is empty without classifier-free guidance.
+    """
 
     prompt_embeds: Mapping[str, Tensor]
     negative_prompt_embeds: Mapping[str, Tensor] = field(default_factory=dict)
@@ -100,7 +103,7 @@ class Generator:
 
 
 MESSAGES: Mapping[str, str] = MappingProxyType({"StepCheckpoint": "DenoiseState"})
-"""Messages whose names differ from those of their artifacts: renaming a message breaks clients and older workers."""
+"""Message name by artifact name, if they differ. Renaming a message would break clients and older workers."""
 
 
 def message_name(artifact: str) -> str:
@@ -119,7 +122,7 @@ STEP_CHECKPOINT_FORMAT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class StepCheckpoint:
-    """State of a denoising loop after `step` steps. A loop that resumes from it produces the same bytes."""
+    """State of a denoising loop after `step` steps. A loop that resumes from the checkpoint produces the same bytes."""
 
     step: int
     latents: Latents

@@ -68,7 +68,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Name of the directory; for a snapshot in the Hugging Face cache ORG--NAME of its repository."""
+        """Name of the directory, or ORG--NAME of the repository for a snapshot in the Hugging Face cache."""
         return repository_of(self.path) or self.path.name
 
     @property
@@ -81,7 +81,7 @@ class Checkpoint:
         return self._module(name).config
 
     def with_roles(self, roles: Mapping[str, str]) -> Checkpoint:
-        """Return a copy for a pipeline, which assigns roles to module names."""
+        """Return a copy that resolves `roles`, the module name of each role of a pipeline."""
         served = copy.copy(self)
         served._roles = roles
         return served
@@ -106,7 +106,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Hex digest of the checkpoint, equal for equal weights and independent of the directory's name.
 
-        Includes configurations and tokenizers completely, and of the weights the headers, the file sizes and the first,
+        Covers all bytes of configurations and tokenizers. Covers the headers and sizes of weight files, and the first,
         middle and last KiB of every tensor. Excludes sampling_defaults.json, which changes requests, not computations.
         """
         digest = hashlib.sha256()

@@ -80,8 +80,7 @@ def pack(slot: str, artifact: Any, leaf: TensorLeaf = NO_TENSORS) -> Packet:
 def unpack(slot: str, cls: type[T], packet: Packet, leaf: TensorLeaf = NO_TENSORS) -> T:
     """Return the artifact in a packet. Maps are sorted by key, because protobuf maps are unordered.
 
-    Raises InvalidInput for a missing field, and TypeError if the packet contains an artifact of another class than
-    `cls`.
+    Raises InvalidInput for a missing field, and TypeError if the artifact is not a `cls`.
     """
     if packet.message.DESCRIPTOR.name != message_name(cls.__name__):
         raise TypeError(f"{slot} contains a {packet.message.DESCRIPTOR.name}, not a {cls.__name__}")
@@ -92,7 +91,7 @@ def unpack(slot: str, cls: type[T], packet: Packet, leaf: TensorLeaf = NO_TENSOR
 
 @cache
 def _fields(name: str) -> tuple[tuple[FieldDescriptor, bool], ...]:
-    """Return the fields of an artifact's message, and for each whether the dataclass field has a default."""
+    """Return each field of an artifact's message, and whether the dataclass field of that name has a default."""
     cls, descriptor = artifact_class(name), pb.DESCRIPTOR.message_types_by_name[name]
     ours = {item.name: item for item in dataclasses.fields(cls)}
     theirs = {item.name: item for item in descriptor.fields}
@@ -251,7 +250,7 @@ def read_param(path: str, message: pb.ParamValue) -> ParamValue:
 
 @contextmanager
 def _refusing(path: str, value: object) -> Iterator[None]:
-    """Raise InvalidInput for errors of protobuf about a value."""
+    """Convert protobuf's errors for an invalid value to InvalidInput."""
     try:
         yield
     except (ValueError, TypeError) as error:

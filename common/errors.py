@@ -60,7 +60,7 @@ class Unavailable(FleetError):
 
 
 class HandedOver(Unavailable):
-    """The worker drains and has ended the call at a step boundary. Another worker resumes from its step checkpoint."""
+    """The draining worker ended the call at a step boundary. Another worker resumes from the step checkpoint."""
 
 
 class Cancelled(FleetError):

@@ -33,7 +33,7 @@ _JPEG_SCAN = 0xDA
 _JPEG_APP1 = 0xE1
 _PNG_NAME = re.compile(rb"\w{4}")
 _PNG_GREY_16 = b"\x10\0"
-"""Bit depth and colour type."""
+"""Bit depth 16 and colour type 0, as in the IHDR chunk."""
 _WEBP_FLAGS = {b"EXIF": 0x08, b"XMP ": 0x04}
 """Flags of the VP8X chunk. Decoders ignore a chunk whose flag is not set."""
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -85,7 +85,7 @@ def read_image_header(role: str, data: bytes | memoryview) -> ImageHeader:
 
 
 def image_order(role: str) -> tuple[str, int]:
-    """Sorting key of the roles of a request's images: "image", "image_1" ... "image_10"."""
+    """Return the sort key of an image's role, for the order "image", "image_1" ... "image_10"."""
     name, _, number = role.rpartition("_")
     return (name, int(number)) if number.isdecimal() else (role, 0)
 

@@ -46,15 +46,15 @@ _TYPES: dict[int, tuple[int, str]] = {
 _EXIF, _RAW_EXIF, _XMP_TEXT, _XMP_BYTES = "exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"
 _PNG_KEYS = {key.encode(): key for key in (_EXIF, _RAW_EXIF, _XMP_TEXT, _XMP_BYTES)}
 _MAX_TEXT_BYTES = 2**20
-"""Of one decompressed PNG text chunk. Pillow has the same limit."""
+"""Maximum size in bytes of one decompressed PNG text chunk. Pillow has the same limit."""
 _MAX_ALL_TEXT_BYTES = 2**23
-"""Of all decompressed PNG text chunks of one image that may hold an orientation."""
+"""Maximum total size in bytes of an image's decompressed PNG text chunks that may contain an orientation."""
 _MAX_EXIF_SEGMENTS = 256
-"""Of one JPEG file. Pillow copies all earlier segments for each further one."""
+"""Maximum number of EXIF segments of one JPEG file. For each segment, Pillow copies all earlier segments."""
 
 
 class ImageMetadata:
-    """Metadata of one image file that may hold an orientation, collected in the order of the file."""
+    """Metadata of one image file that may contain an orientation, added in file order."""
 
     def __init__(self, role: str) -> None:
         self._role = role
@@ -63,7 +63,7 @@ class ImageMetadata:
         self._exif_segments = 0
 
     def add_jpeg_app1(self, data: bytes) -> None:
-        """Add an APP1 segment, without its length. EXIF segments are concatenated; the last XMP segment counts."""
+        """Add an APP1 segment, without its length. EXIF segments are concatenated; the last XMP segment is used."""
         if data.startswith(_EXIF_START):
             self._exif_segments += 1
             if self._exif_segments > _MAX_EXIF_SEGMENTS:
@@ -73,12 +73,12 @@ class ImageMetadata:
             self._info[_XMP_BYTES] = data.removeprefix(_JPEG_XMP)
 
     def add_webp_chunk(self, kind: bytes, data: bytes) -> None:
-        """Add a chunk of an extended WebP file. The first chunk of a kind counts."""
+        """Add a chunk of an extended WebP file. The first chunk of each kind is used."""
         if key := {b"EXIF": _EXIF, b"XMP ": _XMP_BYTES}.get(kind):
             self._info.setdefault(key, data)
 
     def add_png_chunk(self, kind: bytes, data: bytes) -> None:
-        """Add a PNG chunk. The last chunk of a key counts. Raises InvalidInput for text that expands too far."""
+        """Add a PNG chunk. The last chunk of each key is used. Raises InvalidInput for too much decompressed text."""
         if kind == b"eXIf":
             self._info[_EXIF] = _EXIF_START + data
         if kind not in (b"tEXt", b"zTXt", b"iTXt"):
@@ -94,7 +94,7 @@ class ImageMetadata:
             self._add_international_text(key, rest)
 
     def orientation(self) -> int:
-        """The orientation, 1 to 8; 1 where the metadata has none. EXIF takes precedence over XMP."""
+        """Return the orientation, 1 to 8; 1 if the metadata has none. EXIF takes precedence over XMP."""
         try:
             found = _exif_orientation(self._exif())
         except ValueError:
@@ -105,7 +105,7 @@ class ImageMetadata:
         return found if found in range(1, 9) else UPRIGHT
 
     def _exif(self) -> bytes:
-        """The TIFF file inside the EXIF data. ImageMagick writes it into PNG text as hex, after three lines."""
+        """Return the TIFF file in the EXIF data. ImageMagick writes hexadecimal PNG text after three header lines."""
         if (data := self._info.get(_EXIF)) is None:
             lines = self._info.get(_RAW_EXIF, b"").split(b"\n")[3:]
             data = bytes.fromhex(b"".join(lines).decode("latin-1"))
@@ -126,14 +126,14 @@ class ImageMetadata:
             self._info[key] = text
 
     def _decompressed(self, data: bytes) -> bytes | None:
-        """Decompressed text; None where zlib cannot decompress the data. Never expands beyond the limits."""
+        """Return the decompressed text; None for data that zlib rejects. Never expands beyond the limits."""
         decompressor = zlib.decompressobj()
         try:
             text = decompressor.decompress(data, _MAX_TEXT_BYTES)
             is_too_large = bool(decompressor.unconsumed_tail)
         except zlib.error:
             text, is_too_large = None, False
-        # Data that zlib rejects may have expanded to the limit before.
+        # zlib may expand data up to the limit before it rejects the data.
         self._decompressed_bytes += _MAX_TEXT_BYTES if text is None else len(text)
         if is_too_large or self._decompressed_bytes > _MAX_ALL_TEXT_BYTES:
             most = f"{_MAX_TEXT_BYTES} bytes in one chunk or {_MAX_ALL_TEXT_BYTES} bytes together"
@@ -153,7 +153,7 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def _exif_orientation(tiff: bytes) -> int | None:
-    """The orientation entry of a TIFF file; 0 for a value that is no whole number, None where there is no entry.
+    """Return the orientation entry of a TIFF file; 0 for a value outside 1 to 8, None without an entry.
 
     Raises ValueError for data that is not a TIFF file.
     """
@@ -169,7 +169,7 @@ def _exif_orientation(tiff: bytes) -> int | None:
 
 
 def _entries(tiff: bytes, order: str) -> Iterator[tuple[int, int, bytes]]:
-    """Tag, type and data of each entry of the first directory. Ends at an entry that the file is too short for."""
+    """Yield tag, type and data of each entry of the first directory, up to the first truncated entry."""
     (at,) = struct.unpack_from(order + "L", tiff, 4)
     if at + 2 > len(tiff):
         return
@@ -195,7 +195,7 @@ def _entries(tiff: bytes, order: str) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _whole_number(data: bytes, order: str, layout: str) -> int:
-    """The first value; 0 where it is text, bytes, or a number with a fraction."""
+    """Return the first value if it is an integer from 1 to 8, else 0."""
     if not layout:
         return 0
     number, *denominator = struct.unpack_from(order + layout, data)

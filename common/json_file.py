@@ -23,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_settings(path: Path) -> dict[str, Any]:
     """Return a non-empty JSON object. Libraries would replace `{}` by the defaults of another model.
 
-    Raises CheckpointError for an empty object, and as read_json().
+    Raises CheckpointError as read_json(), and for an empty object.
     """
     value = read_json(path)
     if not value:
@@ -46,6 +46,6 @@ def is_listed(path: Path) -> bool:
 
 
 def check_link(path: Path) -> None:
-    """Raise CheckpointError with the target for a symbolic link whose target does not exist."""
+    """Raise CheckpointError, with the target, for a dangling symbolic link."""
     if path.is_symlink() and not path.exists():
         raise CheckpointError(f"{path} is a link to {path.readlink()}, which does not exist; download it again")

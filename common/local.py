@@ -21,7 +21,7 @@ def untimed(_: str) -> AbstractContextManager[None]:
 
 
 class HostedStages:
-    """Consecutive stages of one service as one function over slots.
+    """Runs consecutive stages of one service as one function from input slots to output slots.
 
     `timed` returns the context in which a stage of the given name runs, for example a timer.
     """
@@ -58,7 +58,7 @@ class HostedStages:
 
 
 def _outputs_of(stage: PipelineStage[Any, Any], output: object) -> dict[str, Any]:
-    """Return a stage's output artifacts by slot, except streams. Raises InternalError if one is None."""
+    """Return a stage's output artifacts by slot, except streams. Raises InternalError if an artifact is None."""
     streams = stage.contract.output_streams
     outputs = {name: getattr(output, name) for name in stage.contract.outputs if name not in streams}
     if absent := [name for name, artifact in outputs.items() if artifact is None]:
@@ -67,7 +67,7 @@ def _outputs_of(stage: PipelineStage[Any, Any], output: object) -> dict[str, Any
 
 
 def common_indifference(declared: Sequence[frozenset[str] | None]) -> frozenset[str] | None:
-    """Return the input fields that affect the output of no stage; None if the replies of a stage must not be cached."""
+    """Return the input fields that no stage's output depends on; None if a stage's replies must not be cached."""
     named = [each for each in declared if each is not None]
     return frozenset.intersection(*named) if named and len(named) == len(declared) else None
 

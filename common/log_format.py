@@ -25,7 +25,7 @@ from common.state.store_url import without_password
 LogFormat = Literal["text", "json"]
 
 RESERVED = ("time", "level", "service", "event", "logger", "exception")
-"""Fields that records have by default. A pair with such a key gets a trailing underscore."""
+"""Fields that records have by default. A pair with an equal key gets an underscore after the key."""
 
 OWN_LOGGERS = ("common", "configs", "models", "services")
 """Top-level packages whose records omit the field `logger`."""

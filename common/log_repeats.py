@@ -1,8 +1,8 @@
 """Log handler that limits repeated records, so that an unavailable store does not fill a disk with one warning.
 
-For records at WARNING or above with the same event and call site, the first 10 within 60 s are written. Further records
-are counted; at the end of the 60 s, or of the process, one record with `repeated=COUNT` replaces them. Records below
-WARNING, such as state changes of requests, are always written.
+Of the records at WARNING or above with the same event and call site, the first 10 within 60 s are written. After the
+60 s, or when the process exits, one record with `repeated=COUNT` replaces the others. Records below WARNING, such as
+state changes of requests, are always written.
 """
 
 from __future__ import annotations

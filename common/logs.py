@@ -50,7 +50,7 @@ class EventLogger:
         self._write(logging.CRITICAL, event, pairs, exc_info)
 
     def announce(self, event: str, /, **pairs: object) -> None:
-        """Write an INFO record at every log level, because other programs wait for it."""
+        """Write an INFO record regardless of the configured log level, because other programs wait for it."""
         name, line = self._logger.name, 0
         self._logger.handle(self._logger.makeRecord(name, logging.INFO, "", line, Event(event, pairs), (), None))
 

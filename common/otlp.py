@@ -61,7 +61,7 @@ class OtlpTracer:
     def start(
         self, name: str, kind: SpanKind, parent: Span, attributes: Attributes, start_ns: int | None = None
     ) -> Span:
-        """Start a child of `parent`, or a new trace if `parent` has no context. `start_ns` since 1970; None: now."""
+        """Start a child of `parent`, or a new trace if `parent` has no context. `start_ns`: ns since 1970, or now."""
         started = self._tracer.start_span(
             name, _context_of(parent), kind=_KINDS[kind], attributes=_prefixed(attributes), start_time=start_ns
         )
@@ -157,11 +157,11 @@ class _OtlpSpan(Span):
 
     def end(self) -> None:
         if self._span.is_recording():
-            self._span.end(max(time.time_ns(), self._not_before_ns))  # the start time may be of another host's clock
+            self._span.end(max(time.time_ns(), self._not_before_ns))  # another host's clock may have set the start time
 
 
 class _Ids(RandomIdGenerator):
-    """Random ids, except for spans that are recreated."""
+    """Generates random ids, except for spans that are recreated."""
 
     def __init__(self) -> None:
         self._preset = threading.local()

@@ -43,7 +43,7 @@ class UnsupportedPackage(FailedPrecondition):
 
 
 class Missing(Exception):
-    """A fact does not hold. The message is the missing or changed API, as an object of `relies on`."""
+    """A fact does not hold. The message names the missing or changed API and completes "X relies on ..."."""
 
 
 class Fact(Protocol):

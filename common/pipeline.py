@@ -27,7 +27,7 @@ class PipelineError(Exception):
 
 
 class Cost(IntEnum):
-    """Quantity to which the work of a stage is proportional. A service has the largest value of its stages."""
+    """Quantity that is proportional to the work of a stage. The cost of a service is the largest cost of its stages."""
 
     REQUEST = 0
     """Constant per request."""
@@ -84,7 +84,7 @@ class ServiceSpec:
 
     @property
     def cost(self) -> Cost:
-        """Quantity to which the service's work is proportional."""
+        """Largest cost of the stages: the quantity that is proportional to the service's work."""
         return max(stage.cost for stage in self.stages)
 
     @property

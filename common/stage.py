@@ -69,9 +69,9 @@ class ItemSink(Protocol):
     """Receives the items of one stream from a runner."""
 
     async def put(self, index: int, item: Any, byte_size: int) -> None:
-        """Store an item, which has the type of the runner's values.
+        """Store an item: an artifact or a packet, like the values of the runner.
 
-        Waits while the reader is too slow. An index that was put before is ignored.
+        Waits while the reader is too slow. An index that is already stored is ignored.
         """
 
 
@@ -211,7 +211,7 @@ def derive_contract(name: str, inputs: type[Any], outputs: type[Any]) -> Contrac
 
 
 def _resume_slot(inputs: type[Any], optional: frozenset[str]) -> str | None:
-    """Return the field that is marked with RESUME. Raises TypeError unless it is optional and the only one."""
+    """Return the field with RESUME, or None. Raises TypeError for several such fields and for a required field."""
     marked = [item.name for item in dataclasses.fields(inputs) if item.metadata == RESUME]
     if len(marked) > 1 or not optional.issuperset(marked):
         raise TypeError(
@@ -280,7 +280,7 @@ class PipelineStage(ABC, Generic[In, Out]):
             cls.contract = derive_contract(cls.__name__, cls.Input, cls.Output)
 
     def bind(self, contract: Contract) -> Self:
-        """Restrict the stage to the optional slots of a contract. Raises ValueError if it is not a part of its own."""
+        """Restrict the stage to a contract that its own contract includes. Raises ValueError for any other contract."""
         if not self.contract.includes(contract):
             raise ValueError(f"{contract.name} is not part of the contract of {type(self).__name__}, {self.contract}")
         self.contract = contract

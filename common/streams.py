@@ -23,7 +23,7 @@ class ItemBuffer:
     """Stores all items of one stream of a running pipeline, until the buffer is released.
 
     Each reader starts with the first item, so that work that was lost with a worker can be repeated. The writer waits
-    while more than `max_unread_bytes` are unread. One writer task and one reader task, on the same event loop.
+    while more than `max_unread_bytes` are unread. Use one writer task and one reader task, on the same event loop.
     """
 
     def __init__(self, max_unread_bytes: float = STREAM_BYTES) -> None:

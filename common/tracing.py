@@ -41,7 +41,7 @@ class Tracer(Protocol):
         attributes: Mapping[str, str | int | float],
         start_ns: int | None = None,
     ) -> Span:
-        """Start a child of `parent`, or a new trace if `parent` has no context. `start_ns` since 1970; None: now."""
+        """Start a child of `parent`, or a new trace if `parent` has no context. `start_ns`: ns since 1970, or now."""
 
     def restart(
         self, name: str, kind: SpanKind, parent: TraceContext | None, context: TraceContext, start_ns: int
@@ -165,7 +165,7 @@ def load_exporter(service: str, environ: Mapping[str, str]) -> OtlpTracer | NotE
         )
     try:
         return OtlpTracer(service, collector_url(environ))
-    except Exception as error:  # noqa: BLE001  (the SDK has exceptions of its own for wrong variables)
+    except Exception as error:  # noqa: BLE001  (the SDK raises its own exceptions for invalid variables)
         return NotExported(f"an OTEL_ variable is invalid: {without_password(str(error))}", "correct or unset it")
 
 

@@ -23,9 +23,9 @@ VOCABULARY_FILES: Mapping[str, tuple[str, ...]] = {
     "Qwen2Tokenizer": ("vocab.json", "merges.txt"),
     "T5Tokenizer": ("spiece.model",),
 }
-"""Files from which a tokenizer class (without `Fast`) is built if there is no tokenizer.json; empty: it is required.
+"""Files from which a tokenizer is built without tokenizer.json, by class name without the suffix `Fast`.
 
-PixtralProcessor is listed because the fleet uses its tokenizer, and nothing else of it.
+Classes without such files require tokenizer.json. PixtralProcessor is listed because the fleet uses only its tokenizer.
 """
 
 # Byte-level BPE has 256 base tokens, CLIP's BPE 512; the remainder is for special tokens.

@@ -1,9 +1,9 @@
 """Compatibility of coordinators and workers of different releases, by their contracts and wirings.
 
-A wiring is the slots that a coordinator supplies to a service and reads from it. Each worker announces its contract,
+A wiring lists the slots that a coordinator supplies to a service and reads from it. Each worker announces its contract,
 and each claim has the wiring of its request. The store compares them before it grants a claim;
-common/state/lua/contracts.lua implements the same rule. The coordinator compares again, because processes of the last
-release grant slots unchecked.
+common/state/lua/contracts.lua implements the same rule. The coordinator compares again, because processes of the
+previous release grant slots unchecked.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def contract_text(worker: worker_pb2.WorkerInfo) -> str:
 
 
 def older_text(worker: worker_pb2.WorkerInfo) -> str:
-    """Return the contract of a worker in the format of the last release, which compares contracts as strings."""
+    """Return the contract of a worker in the format of the previous release, which compares strings."""
     contract = _contract(worker.service, worker.contract)
     parts = _slots(contract)
     if contract.optional_outputs:  # Releases without variants omit the key.

@@ -1,8 +1,7 @@
 """Pool of reusable receive buffers. Reusing memory avoids page faults, which dominate the cost of large transfers.
 
-Buffers are anonymous mappings instead of bytearrays. A bytearray is zeroed at its creation, which blocks the event loop
-and would commit memory for sizes that a header declares, before any data arrives. Not thread-safe: use one pool per
-event loop.
+Buffers are anonymous mappings, not bytearrays. Zeroing a new bytearray would block the event loop, and would commit the
+memory that a header declares before any data arrives. Not thread-safe: use one pool per event loop.
 """
 
 from __future__ import annotations

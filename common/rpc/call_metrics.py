@@ -1,7 +1,7 @@
 """RPC metrics of gRFC A66: number, duration and message bytes of calls.
 
-grpcio-observability supports only the synchronous API, and OpenTelemetry's registry. The metrics omit the label
-`grpc_target`, because the set of worker addresses is unbounded.
+grpcio-observability is not used: it supports only the synchronous API and OpenTelemetry's registry. The metrics omit
+the label `grpc_target`, because the set of worker addresses is unbounded.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _attempted: ContextVar[Sizes | None] = ContextVar("fleet_attempted_bytes", defau
 
 
 def counted_handler(handler: Handler, sizes: Sizes) -> Handler:
-    """Return the handler for one call, with its messages counted. A unary response counts at the end of the call."""
+    """Return the handler for one call, with its messages counted. A unary response is counted when the call ends."""
     make, behavior = split_handler(handler)
     deserialize, serialize = handler.request_deserializer, handler.response_serializer
 

@@ -205,7 +205,7 @@ class PooledPayload:
 
 
 class Dropped:
-    """Discards the payload: for items of streams without a reader."""
+    """Discards the payload of an item whose stream has no reader."""
 
     def __init__(self, size: int) -> None:
         del size

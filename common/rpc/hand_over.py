@@ -74,7 +74,7 @@ class HandOver:
 
     `calls` returns the running calls. `free_slots` returns the number of free slots of live workers with an equal
     numerics fingerprint, and raises FleetError if the store is unavailable. Other draining workers may use the same
-    slots: a request whose slot is taken waits in the queue, first of its priority.
+    slots: a request that finds no free slot waits in the queue, before other claims of its priority.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class HandOver:
         return [call for call in self._calls() if not call.is_asked]
 
     def _hand_to(self, free: int) -> None:
-        """Hand over as many calls as there are free slots, minus calls in hand-over; calls that wait come first."""
+        """Hand over one call per free slot, minus the calls in hand-over. Calls that have not started come first."""
         leaving = sum(call.is_asked for call in self._calls())
         for call in sorted(self._unasked(), key=lambda call: call.has_begun)[: max(0, free - leaving)]:
             self._ask(call, "another worker has a free slot")

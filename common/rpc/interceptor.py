@@ -50,7 +50,7 @@ class CallGate(grpc.aio.ServerInterceptor):
 
     @property
     def in_flight(self) -> int:
-        """Calls being served."""
+        """Number of calls in flight."""
         return self._in_flight
 
     @property

@@ -1,8 +1,8 @@
 """Health probe for containers: `python -m common.rpc.probe ADDRESS`.
 
 Exit code 0: the server is SERVING. 1: it is not, or does not respond; stderr has one line, which `docker inspect`
-shows. 2: wrong usage. If FLEET_HEALTH_LISTEN is set, which a server with TLS requires for health checks, its port is
-probed instead of ADDRESS.
+shows. 2: wrong usage. If FLEET_HEALTH_LISTEN is set, the probe uses that address on this host instead of ADDRESS; a
+server with TLS serves health checks without certificates only there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def health_fault(address: str) -> str:
-    """The result of a health check without TLS that is not SERVING, such as "is not serving"; empty if it is."""
+    """Check the health of a server without TLS. Returns the fault, such as "is not serving"; empty if SERVING."""
     with grpc.insecure_channel(target_of(address), options=NO_PROXY) as channel:
         check: grpc.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
         check = channel.unary_unary(

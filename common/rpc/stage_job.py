@@ -26,8 +26,9 @@ def do_nothing() -> None:
 
 
 class StageJob:
-    """Work of one call on the device thread, and its buffers, which are released after the work, not after the call.
+    """Work of one call on the device thread, and the call's receive buffers.
 
+    The buffers are released when the work ends, which may be after the end of the call.
     `begun`: Begun frame to send when the work starts; None if the caller does not accept it. `reads_items`: the caller
     accepts StreamItem frames. `seconds`: compute time of the stages, without the time in which they wait for other
     workers.

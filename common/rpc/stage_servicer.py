@@ -383,7 +383,7 @@ class StageServicer:
             raise InternalError(f"{contract.name} returned an output that cannot be encoded: {error}") from error
 
     async def _answer(self, write: Write, outputs: Mapping[str, Packet], leave: Callable[[], None]) -> None:
-        """Send the outputs. Releases capacity before the last frame, so that its reader can call again."""
+        """Send the outputs. Releases capacity before the last frame, so that the caller can start its next call."""
         with span("send outputs", bytes=sum(packet.byte_size for packet in outputs.values())):
             frame = header_frame(self._reply, outputs)
             for packet in outputs.values():

@@ -1,9 +1,9 @@
 """TLS between the processes of the fleet, and for its clients.
 
-Within the fleet, connections use mutual TLS with one certificate authority, and the name in a certificate is the role
-of its process: workers serve peers with the name `coordinator`, and coordinators call peers with the name `worker`.
-Other certificates of the authority permit only health checks of a worker. Changed files are reloaded and apply to new
-handshakes. Whether client certificates are required does not change while the process runs.
+Within the fleet, connections use mutual TLS with one certificate authority. The name in a certificate is the role of
+its process: workers serve only peers named `coordinator`, and coordinators call only peers named `worker`. Other
+certificates of the authority permit only health checks of a worker. Changed files are reloaded and apply to new
+handshakes. A change does not affect whether client certificates are required.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _read(path: Path, name: str) -> bytes:
 
 @dataclass(frozen=True)
 class ServerIdentity:
-    """TLS configuration of a server. With `clients`, an authority, client certificates of it are required."""
+    """TLS configuration of a server. `clients` is the authority of required client certificates, or None."""
 
     identity: Identity
     clients: bytes | None = None

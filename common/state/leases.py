@@ -43,8 +43,9 @@ class Loss(NamedTuple):
     """A call whose stages had started and that was lost with its worker.
 
     `stage`: index of the service in the request's pipeline. `reached`: step of the stored step checkpoint. `suspect`:
-    the worker's heartbeat has expired, so that the request may have crashed it; decided in `undecided_seconds`.
-    `in_churn`: a worker of the service that did not run the request was lost within 10 minutes of this loss.
+    the worker's heartbeat has expired, so that the request may have crashed the worker. A loss that is not suspect is
+    decided in `undecided_seconds`. `in_churn`: another worker of the service, which did not run the request, was lost
+    within 10 minutes of this loss.
     """
 
     worker_id: str

@@ -99,7 +99,7 @@ def duration(seconds: float) -> str:
 
 
 def require_own(record: generation_pb2.RequestRecord, caller: str, record_seconds: float) -> None:
-    """Raise NotFound for a request of another caller, as if it did not exist. An empty `caller` may access all."""
+    """Raise NotFound for a request of another caller, as if it did not exist. An empty `caller` has access to all."""
     if caller and record.caller != caller:
         raise unknown_request(record.request_id, record_seconds)
 

@@ -115,7 +115,7 @@ class RequestStore:
     `items`: bytes of streamed results. `timelines`: timelines of requests.
 
     admit() and finish() return once `replicas` replicas of the store have acknowledged the write. They raise
-    Unavailable if fewer do; the write may have been applied, and a repetition acknowledges it.
+    Unavailable if fewer do. The write may have been applied nevertheless: retry with the same arguments.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class RequestStore:
         `submission`: serialised inputs with which another coordinator can run the request.
         `costs`: relative work at each service, default 1.
         `work`: work at each service, for autoscaling.
-        `wirings`: wiring at each service; workers that do not fit it do not count in capacities.
+        `wirings`: wiring at each service. Capacities include only workers that fit the wiring.
 
         Raises InvalidInput for a deadline that has passed, and ResourceExhausted with a retry delay if a limit is
         reached or the store is full.

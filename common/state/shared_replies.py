@@ -91,7 +91,7 @@ class SharedReplies:
         return tuple(parts[1:])
 
     def offer(self, key: bytes, frames: Frames, seconds: float) -> None:
-        """Store a reply that took `seconds` to compute in the background, if `pays` and few stores are running."""
+        """Store a reply in the background, if `pays` and few stores are running. Computing it took `seconds`."""
         size = sum(map(len, frames))
         expected = _FETCH_SECONDS + _FETCH_SECONDS_A_BYTE * size
         if self._computing is None:

@@ -145,7 +145,7 @@ def _refuse(facts: ServerFacts, *, allow_eviction: bool, follows: bool) -> None:
 
 
 def _loss(facts: ServerFacts) -> str:
-    """Return the data loss of a crash of the server; empty if there is none or it is unknown."""
+    """Describe which accepted requests a crash of the server loses; empty if none are lost or it is unknown."""
     if facts.appendonly == "no":
         return "it loses accepted requests when it restarts"
     if facts.appendonly and facts.appendfsync in ("everysec", "no"):

@@ -126,11 +126,11 @@ class WorkerSlots:
 
         `patience_seconds`: raise NoWorkers after this time without a compatible live worker; None to wait forever.
         `alone`: claim all slots of one idle worker.
-        `first`: schedule the claim first of its priority, for a request that was handed over.
+        `first`: schedule the claim before other claims of its priority; for a request that was handed over.
         `equal_to`: numerics fingerprint of the request's step checkpoint. While a worker with this fingerprint is live,
         the claim waits for it.
         `wiring`: only workers that fit it are granted.
-        `on_no_workers`: called when no compatible worker is live, with the fault of another worker or an empty string.
+        `on_no_workers`: called when no compatible worker is live, with the fault of one incompatible worker or "".
 
         While the store is unavailable, the claim is retried.
         """
@@ -149,7 +149,7 @@ class WorkerSlots:
             fault = fault_of(slot.worker, wiring) if wiring else ""
             if not fault:
                 return slot
-            # Granted by a process of the last release, which does not compare contracts. Retry, first of the priority.
+            # A process of the previous release granted the slot without comparing contracts. Retry before other claims.
             _log.info("slot of an incompatible worker returned", worker=slot.worker.worker_id, fault=fault)
             first = True
             await self._refuse(slot)
@@ -255,9 +255,9 @@ class WorkerSlots:
         self._tickets.discard(ticket)
 
     async def give_back_unknown(self, model: str, service: str) -> None:
-        """Release slots and claims of this coordinator in the store that this process does not use. Raises Unavailable.
+        """Release stored slots and claims of this coordinator that this process does not know. Raises Unavailable.
 
-        They exist if the network has delivered a claim after the claiming task gave up.
+        They exist if the store received a claim after the claiming task had ended.
         """
         place = f"{model}/{service}"
         known = set(self._tickets)  # tickets that are released before the reply is read are known too

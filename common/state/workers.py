@@ -32,7 +32,7 @@ class Incompatible(NamedTuple):
 
 
 class ServiceLoad(NamedTuple):
-    """Live workers of one service of a model, the number of their taken slots, and the number of waiting claims.
+    """Live workers of one service of a model, the number of taken slots, and the number of waiting claims.
 
     `dead`: workers that were lost in the last 10 minutes and have not registered again. `workers` does not contain
     workers that are `incompatible` with all variants.
@@ -156,8 +156,8 @@ class WorkerRegistry:
     async def withdraw(self, worker_id: str, *, grace_seconds: float = 0.0) -> None:
         """Mark a worker as shutting down and remove it from the live workers, so that it gets no new requests.
 
-        The worker exits within `grace_seconds`. Until one heartbeat TTL after that, calls that are lost with it do not
-        count against their requests. Raises Unavailable.
+        The worker exits within `grace_seconds`. Calls that are lost with the worker do not count against their requests
+        until one heartbeat TTL after the grace period. Raises Unavailable.
         """
         self._stop_heartbeats(worker_id)
         lasts = self._ttl + int(grace_seconds * 1_000)
@@ -183,7 +183,7 @@ class WorkerRegistry:
         return (await self.load(model, service)).workers
 
     async def load(self, model: str, service: str, wirings: Sequence[Wiring] = ()) -> ServiceLoad:
-        """Return the load of a service of a model, for the wirings of its variants; without any, all workers count."""
+        """Return the load of a service of a model, from workers that fit one of `wirings`; from all workers if empty."""
         arguments: Arguments = {"place": f"{model}/{service}", "wirings": [wiring.text for wiring in wirings]}
         infos, *counts, faults = await run_script(self._redis, "status", arguments)
         workers = [worker_pb2.WorkerInfo.FromString(info) for info in infos]

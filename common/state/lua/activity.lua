@@ -145,8 +145,8 @@ local function head_ids(place, most)
   return ids
 end
 
--- Returns the distinct ids of candidates to return: for a caller, its open requests; else the requests with a slot, the
--- heads of the queues, and a random sample of the other open requests.
+-- Returns distinct ids of open requests. For a caller: a random sample of its open requests. Else: the requests with a
+-- slot, the heads of the queues, and a random sample of all open requests.
 local function open_ids(a, models, most)
   local found, seen = {}, {}
   local function add(ids)

@@ -1,4 +1,5 @@
--- Estimated work of a service, from the pace of its latest requests; `pace` is nil before the first measurement.
+-- Estimates the work of a service from the pace of its latest requests. Returns these fields:
+-- `pace`: ms per unit of cost; nil before the first measurement.
 -- `queued`: ms until all open work is done. `own`: ms of the caller's share of `queued`.
 -- `more`: ms that a request of this variant and cost adds.
 -- `callers`: number of callers with open work, including this caller. `capacity`: number of concurrent requests, on
@@ -39,8 +40,8 @@ local function forecast(place, variant, caller, cost, wiring)
   return found
 end
 
--- The refusal of a request, or nil, and the ms that the slowest service needs for this request alone. A request is
--- refused when the open work exceeds `max_work`, or, while a service has no measured pace, when the number of open
+-- Returns the refusal of a request or nil, then the ms that the slowest service needs for this request alone. A request
+-- is refused when the open work exceeds `max_work`, or, while a service has no measured pace, when the number of open
 -- requests reaches its capacity. A caller whose open work is at most an equal share of `max_work` is not refused
 -- because of other callers' work.
 local function overload(model, variant, caller, costs, open, max_work, wirings)

@@ -8,8 +8,8 @@
 -- worker; its `ticket` is its id. A `rank` is the queue class of a claim: its priority, and whether it was handed over.
 --
 --   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, variant,
---                                         token,
---                                         and until the request ends: submission, deaths (its calls that were lost with their worker,
+--                                         token
+--                                         and, until the request ends: submission, deaths (its calls that were lost with their worker,
 --                                         one line each), point (key of the latest step checkpoint), reached (step of that
 --                                         checkpoint), told (number and ids of the latest appended events), left:<service> (cost of
 --                                         the request at that service, until the service has finished the request),
@@ -24,10 +24,10 @@
 --   fleet:requests, fleet:ended    zset   ids by sequence number; ended ids by the time their record expires
 --   fleet:open:<model>             set    ids that have not ended
 --   fleet:open-by:<caller>         set    ids of a named caller that have not ended
---   fleet:model:<model>            hash   fingerprint, and contract:<service> of processes of the last release
---   fleet:older:<model>/<svc>      string contract:<service> of the last release, moved here while such a process may live
+--   fleet:model:<model>            hash   fingerprint, and contract:<service> of processes of the previous release
+--   fleet:older:<model>/<svc>      string contract:<service> of the previous release, moved here while such a process may live
 --   fleet:worker:<id>              hash   info, places (its capacity), capacity (equal to places, or 0 if coordinators of the
---                                         last release must not call it), model, service, granted, lasts (heartbeat TTL in ms),
+--                                         previous release must not call it), model, service, granted, lasts (heartbeat TTL in ms),
 --                                         numerics (its numerics fingerprint), contract
 --   fleet:contracts:<model>/<svc>  hash   worker -> digest of its contract
 --   fleet:wirings:<model>/<svc>    hash   digest -> wiring of claims: the slots that their coordinators supply and read
@@ -42,7 +42,7 @@
 --   fleet:waiting:<model>/<svc>    hash   ticket -> its entry in the queue
 --   fleet:load:<model>/<svc>       zset   live worker -> load score, see load_score() in slot_index.lua
 --   fleet:indexed:<model>/<svc>    hash   exists while fleet:load is valid: capacity (of all workers), owners (of slots),
---                                         hidden (workers that the last release must not call), fit:<digest of a wiring>
+--                                         hidden (workers that the previous release must not call), fit:<digest of a wiring>
 --                                         (capacity|number|fault of the workers that fit, then ids of the other workers)
 --   fleet:rechecked:<model>/<svc>  string rate limit: exists for RECHECK_MS after a waiting claim was repeated
 --   fleet:shares:<model>/<svc>|<rank>  zset   caller -> virtual finish time of its latest claim, '|' -> virtual time
@@ -115,7 +115,7 @@ function redis.call(command, key, ...)
   return server.call(command, key, ...)
 end
 
--- Raises the error for arguments that do not match the operation's declaration: a defect of the caller.
+-- Raises the error for arguments that do not match the operation's declaration, which is a defect of the caller.
 local function wrong_call(operation, argument, what)
   local text = 'FLEETCALL ' .. operation .. ': ' .. argument .. ' ' .. what
   error({ err = text .. '; it takes ' .. table.concat(takes[operation], ', ') })
@@ -161,7 +161,7 @@ local function is_open(id)
   return state and state < TERMINAL
 end
 
--- Returns nil if a writer with this epoch may write, else the reason: 'ended' or 'lost'.
+-- Returns nil if a writer with this epoch may write to the request, else the reason: 'ended' or 'lost'.
 local function refusal(id, epoch)
   if not is_open(id) then
     return 'ended'
@@ -227,7 +227,7 @@ local function note_loss(place, worker, at)
   redis.call('PEXPIRE', key, int(CHURN_MS))
 end
 
--- Returns a number above all earlier ones, even if the counter was lost or restored from an older copy.
+-- Returns a number greater than all earlier numbers, even if the counter was lost or restored from an older copy.
 local function next_number()
   local number = redis.call('INCR', P .. 'sequence')
   local newest = tonumber(redis.call('ZREVRANGE', P .. 'requests', 0, 0, 'WITHSCORES')[2])

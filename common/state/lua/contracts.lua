@@ -1,7 +1,7 @@
 -- Compatibility of workers and claims. A worker announces a contract: the slots that it reads and writes, with their
 -- types. A claim has a wiring: the slots that its coordinator supplies to the service and reads from it. Both are JSON;
 -- common/wiring.py defines the format and implements the same rule. A worker without a contract and a claim without a
--- wiring, as earlier releases send them, are compatible with everything.
+-- wiring come from earlier releases and are compatible with everything.
 
 local WIRINGS_MS = 86400000
 
@@ -17,15 +17,15 @@ local function store_wiring(place, digest, text)
   end
 end
 
--- Returns the contract that processes of the last release use, while such a process is live: they write it to a field
--- of the model's record with each heartbeat, and require equal texts.
+-- Returns the contract of processes of the previous release, while such a process is live. These processes write their
+-- contract to a field of the model's record with each heartbeat, and require equal texts.
 local function older_contract(place)
   local model, service = string.match(place, '^(.*)/([^/]*)$')
   return redis.call('HGET', P .. 'model:' .. model, 'contract:' .. service) or redis.call('GET', P .. 'older:' .. place)
 end
 
--- Moves contracts that processes of the last release have written to fleet:older, so that a process of the last release
--- with another contract is not refused. The moved contract expires once no process writes it.
+-- Moves contracts of the previous release from the model's record to fleet:older, so that a process of the previous
+-- release with another contract is not refused. A moved contract expires once no process writes it.
 local function move_older(model, lasts)
   local key = P .. 'model:' .. model
   local fields = redis.call('HGETALL', key)
@@ -131,8 +131,8 @@ local function contracts_of(place, workers)
   return digests, texts
 end
 
--- Returns by worker id why the worker cannot run claims with this wiring; compatible workers have no entry. Equal
--- contracts are compared once.
+-- Returns the faults of the workers that cannot run claims with this wiring, by worker id. Equal contracts are compared
+-- once.
 local function faults_of(place, workers, wiring)
   local digests, texts = contracts_of(place, workers)
   local found, by_digest = {}, {}
@@ -145,8 +145,9 @@ local function faults_of(place, workers, wiring)
   return found
 end
 
--- Returns the capacity and the number of the workers that fit a wiring, given by its digest, the set of ids of the
--- other workers, and the `fault` of one of them. Requires a valid index; the result is cached while the index is valid.
+-- Returns the workers that fit the wiring with this digest: `capacity` in total, and their number `live`. Of the other
+-- workers, returns the set of ids `unfit`, and the `fault` of one worker. Requires a valid index; the result is cached
+-- while the index is valid.
 local function fit_of(place, digest)
   local key, field = P .. 'indexed:' .. place, 'fit:' .. digest
   local text = redis.call('HGET', key, field)

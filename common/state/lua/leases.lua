@@ -76,7 +76,8 @@ local function write_losses(id, losses)
   redis.call('HSET', P .. 'request:' .. id, 'deaths', table.concat(lines, '\n'))
 end
 
--- Returns whether a worker of that service that did not run the request was lost within CHURN_MS of the loss.
+-- Returns whether another worker of the service was lost within CHURN_MS of the loss. `ran` is the set of workers that
+-- were lost while they ran the request; these workers do not count.
 local function is_in_churn(place, loss, ran)
   local lost = redis.call('ZRANGEBYSCORE', P .. 'lost:' .. place, int(loss.at - CHURN_MS), int(loss.at + CHURN_MS))
   for _, worker in ipairs(lost) do
@@ -102,8 +103,8 @@ local function judge(id)
       note_silent(place)
     end
     if loss.state == 'open' and loss.due <= now then
-      -- A worker that runs an older script does not clear losses with its heartbeat. Its previous heartbeat has
-      -- expired.
+      -- A worker that runs an older script does not clear losses with its heartbeat. Its key still exists only if
+      -- it has sent a heartbeat since the loss.
       local is_older = redis.call('EXISTS', key) == 1 and redis.call('HEXISTS', key, 'lasts') == 0
       loss.state = is_older and 'cleared' or 'suspect'
     end
@@ -137,7 +138,7 @@ local function clear(worker)
   redis.call('DEL', key)
 end
 
--- Records that a call which had begun was lost with its worker. Returns the same as ops.losses.
+-- Records that a call whose stages had started was lost with its worker. Returns the same as ops.losses.
 takes.death = {
   'id', 'epoch', 'worker',
   'service', 'stage',  -- name of the service, and its index in the pipeline
@@ -180,8 +181,8 @@ function ops.losses(a)
   return judge(a.id)
 end
 
--- Replaces the step checkpoint of a request, whose key is in the field `point`. A checkpoint that is older than the
--- stored one of the same epoch is deleted instead.
+-- Replaces the step checkpoint of a request: sets the field `point` to the new key and deletes the old key. If the
+-- stored checkpoint of the same epoch is later, deletes the new key instead.
 takes.step_checkpoint = {
   'id', 'epoch',
   'checkpoint_key',

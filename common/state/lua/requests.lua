@@ -1,5 +1,5 @@
--- Adds events to a request. Refused once the request has ended or has another owner. A repetition, sent because the
--- reply was lost, gets the same reply.
+-- Adds events to a request. Refused once the request has ended or has another owner. If the reply is lost, a repetition
+-- returns the same reply.
 takes.append = {
   'id', 'epoch',
   'number',   -- number of events that this owner has added before these
@@ -100,8 +100,9 @@ function ops.finish(a)
   return { 'finished', events }
 end
 
--- Asks the owner of a request to cancel it, or ends the request if its owner is lost. Returns 1 if this call or a call
--- that it repeats has ended the request, else 0; then the record. `state`, `keep` and `events` apply if it ends here.
+-- Asks the owner of a request to cancel it, or ends the request if its owner is lost. Returns 1 if this call, or an
+-- earlier attempt of it with the same token, ended the request, else 0; then the record. `state`, `keep` and `events`
+-- are used only if this call ends the request.
 takes.cancel = {
   'id',
   'state',    -- terminal state

@@ -44,8 +44,8 @@ local function note_pace(place, work, seconds, steps)
   end
 end
 
--- Adds the compute seconds of an attempt to the pace. The attempt computed the steps after `skipped` up to `reached`,
--- which is nil if it computed all remaining steps.
+-- Adds the compute seconds of an attempt to the pace. The attempt computed the steps `skipped` + 1 to
+-- `reached`; `reached` is nil if the attempt computed all remaining steps.
 local function note_computed(ticket, place, seconds, skipped, reached)
   local work = work_of(string.match(ticket, '^[^/]*'), string.match(place, '[^/]*$'))
   local last = work and math.min(reached or work.steps, work.steps)
@@ -54,8 +54,8 @@ local function note_computed(ticket, place, seconds, skipped, reached)
   end
 end
 
--- Returns a function that estimates the seconds of one step from a request's work: the pace of its shape, else the pace
--- of the shape with the closest number of tokens, scaled by tokens; nil if nothing is measured.
+-- Returns a function that estimates the seconds of one step of a request's work. The estimate is the pace of the work's
+-- shape, else the pace of the shape with the closest number of tokens, scaled by tokens; nil if nothing is measured.
 local function paces_of(place)
   local entries, known, nearest = redis.call('HGETALL', P .. 'paces:' .. place), {}, {}
   for i = 1, #entries, 2 do

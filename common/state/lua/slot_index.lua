@@ -41,7 +41,7 @@ local function copy_worker(place, id)
 end
 
 -- Returns the live workers. Three commands for any number of workers, and one more for each `hidden` worker, whose
--- capacity is stored as 0 so that coordinators of the last release do not call it.
+-- capacity is stored as 0 so that coordinators of the previous release do not call it.
 local function live_workers(place)
   note_silent(place)
   local live, copies, fields = {}, {}, redis.call('HGETALL', P .. 'live:' .. place)
@@ -69,18 +69,19 @@ local function live_workers(place)
   return live
 end
 
--- Returns whether a claim needs all slots of one worker, so that no other request can be lost with it. Part of its
--- ticket.
+-- Returns whether a claim needs all slots of one worker, so that no other request can be lost with that worker. The
+-- ticket contains this flag.
 local function is_alone(ticket)
   return string.match(ticket, '/alone$') ~= nil
 end
 
--- Returns whether a claim is for a request that was handed over: it is first of its priority. Part of its ticket.
+-- Returns whether a claim precedes other claims of its priority, because its request was handed over. The ticket
+-- contains this flag.
 local function is_first(ticket)
   return string.match(ticket, '/first$') ~= nil or string.match(ticket, '/first/') ~= nil
 end
 
--- Returns the numerics fingerprint that a claim's step checkpoint requires; nil if there is none. Part of its ticket.
+-- Returns the numerics fingerprint that a claim's step checkpoint requires, from the ticket; nil if there is none.
 local function equal_of(ticket)
   return string.match(ticket, '/equal:(%w+)')
 end
@@ -159,7 +160,7 @@ local function build_index(place)
   return capacity, owners, hidden > 0
 end
 
--- Makes fleet:load valid and returns the same as build_index(). An index that the last release has built is rebuilt.
+-- Makes fleet:load valid and returns the same as build_index(). An index of the previous release is rebuilt.
 local function index(place)
   note_silent(place)
   local fields = redis.call('HMGET', P .. 'indexed:' .. place, 'capacity', 'owners', 'hidden')

@@ -38,7 +38,7 @@ local function leave_queue(place, ticket)
 end
 
 -- Returns whether a live coordinator waits for a claim: its ticket maps to its entry, it has no slot, and its owner is
--- live. The first two are damage if they do not hold; a lost owner is not. `walk` caches results within one operation.
+-- live. A violation of the first two rules is damage; a lost owner is not. `walk` caches results within one operation.
 local function is_wanted(place, claim, walk)
   if walk.wanted[claim.entry] then
     return true
@@ -73,8 +73,8 @@ local function read_claim(entry)
     owner = owner }
 end
 
--- Returns a key of all properties of a claim that decide which workers fit. Within one operation, if no worker fits a
--- claim, no worker fits claims with the same key.
+-- Returns a cache key: the properties of a claim that determine the fitting workers. Within one operation, if no worker
+-- fits a claim, no worker fits claims with the same key.
 local function kind_of(claim)
   return table.concat({ claim.owner, equal_of(claim.ticket) or '', wiring_of(claim.ticket) or '',
     is_alone(claim.ticket) and 'alone' or '' }, '/')
@@ -132,9 +132,9 @@ local function unfit_for(place, claim, walk)
   return walk.fits[digest].unfit
 end
 
--- Returns the workers that a claim can be granted: of the workers that fit its wiring, those with the numerics
--- fingerprint of its step checkpoint; if there are none, all that fit, on which the request restarts from step 0. A
--- claim of the last release gets no hidden worker.
+-- Returns the workers that can be granted to a claim: workers that fit its wiring and have the numerics fingerprint of
+-- its step checkpoint. If there are none, returns all workers that fit its wiring; the request then restarts from step
+-- 0. A hidden worker is never granted to a claim of the previous release.
 local function fitting(place, workers, claim, walk)
   local unfit, numerics, able, equal = unfit_for(place, claim, walk), equal_of(claim.ticket), {}, {}
   local is_older = not wiring_of(claim.ticket)
@@ -246,7 +246,7 @@ local function dispatch(place, asking)
   end
 end
 
--- Returns the ms until the first pause of a live worker that the owner avoids ends; 0 if it avoids none.
+-- Returns the ms until the owner stops avoiding one of the service's live workers; 0 if it avoids none.
 local function avoids_for(place, owner)
   local soonest = 0
   for id, each in pairs(avoided_by(owner)) do
@@ -317,7 +317,7 @@ function ops.claim(a)
   local ticket, place = a.ticket, a.place
   local digest = wiring_of(ticket)
   store_wiring(place, digest, a.wiring)
-  -- Waiting claims are repeated. However many there are, they cause at most one dispatch per RECHECK_MS.
+  -- Repetitions of all waiting claims together cause at most one dispatch per RECHECK_MS.
   if enqueue(a) or redis.call('SET', P .. 'rechecked:' .. place, '1', 'NX', 'PX', RECHECK_MS) then
     dispatch(place, ticket)
   end
@@ -326,7 +326,7 @@ function ops.claim(a)
   local info = worker and redis.call('HGET', P .. 'worker:' .. worker, 'info')
   if info then
     return { 'granted', info }
-  elseif slot then  -- granted without the owner receiving the message, and the worker was lost since
+  elseif slot then  -- the owner did not receive the grant, and the worker is lost
     redis.call('HDEL', P .. 'slots:' .. place, ticket)
     forget_index(place)
     if not worker then

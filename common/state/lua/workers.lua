@@ -51,8 +51,8 @@ function ops.refusals(a)
   return refusals(a.model)
 end
 
--- Stores the heartbeat of a worker, unless the worker is shutting down. Coordinators of the last release assume that
--- all workers have one contract: they read capacity 0 for a worker whose contract is a different one.
+-- Stores the heartbeat of a worker, unless the worker is shutting down. Coordinators of the previous release assume
+-- that all workers have the same contract; for a worker with another contract, they read capacity 0.
 takes.announce = {
   'worker', 'model', 'service',
   'capacity',  -- number of concurrent requests
@@ -60,7 +60,7 @@ takes.announce = {
   'lasts',     -- heartbeat TTL in ms
   'numerics',  -- numerics fingerprint
   'contract',  -- see contracts.lua, or ''
-  'older',     -- the contract in the format of the last release
+  'older',     -- the contract in the format of the previous release
 }
 function ops.announce(a)
   local worker, lasts = a.worker, a.lasts
