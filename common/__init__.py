@@ -1,1 +1,1 @@
-"""Model-independent code that all services share: artifacts, stages, pipelines, errors, transport, request state."""
+"""Model-independent code of all services: artifacts, stages, pipelines, errors, transport, state."""

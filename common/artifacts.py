@@ -132,9 +132,10 @@ class StepCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class MediaItem:
-    """An output file, uint8 (bytes,); in a stream, consecutive bytes of a file, which contain `num_frames` frames.
+    """An output file, uint8 (bytes,); in a stream, consecutive bytes of a file.
 
-    `file_index` is the index of the file among the `file_count` files of the result.
+    The bytes contain `num_frames` frames. `file_index` is the index of the file among the `file_count` files of the
+    result.
     """
 
     data: Tensor

@@ -187,7 +187,7 @@ def _module_classes(path: Path, index: Mapping[str, Any]) -> dict[str, tuple[str
 
 
 def kind_of(class_name: str) -> str | None:
-    """Return the kind of a module without weights, a key of _OTHER_CONFIGS; None for a class that may have weights.
+    """Return the kind of a module without weights, a key of _OTHER_CONFIGS; None for other classes.
 
     A processor counts as a tokenizer if only its tokenizer is used.
     """

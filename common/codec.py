@@ -91,7 +91,7 @@ def unpack(slot: str, cls: type[T], packet: Packet, leaf: TensorLeaf = NO_TENSOR
 
 @cache
 def _fields(name: str) -> tuple[tuple[FieldDescriptor, bool], ...]:
-    """Return each field of an artifact's message, and whether the dataclass field of that name has a default."""
+    """Return each field of an artifact's message, and whether the dataclass field has a default."""
     cls, descriptor = artifact_class(name), pb.DESCRIPTOR.message_types_by_name[name]
     ours = {item.name: item for item in dataclasses.fields(cls)}
     theirs = {item.name: item for item in descriptor.fields}

@@ -1,4 +1,6 @@
-"""Errors that callers receive, independent of the transport. common.rpc.status maps them to gRPC status codes and back.
+"""Errors that callers receive, independent of the transport.
+
+The module common.rpc.status converts them to gRPC status codes and back.
 
 FleetError
 ├── InvalidInput          a value is invalid               INVALID_ARGUMENT

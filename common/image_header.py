@@ -91,9 +91,10 @@ def image_order(role: str) -> tuple[str, int]:
 
 
 def check_total_size(headers: Mapping[str, ImageHeader]) -> None:
-    """Raise InvalidInput if the images of one request, by role, have more than MAX_TOTAL_PIXELS pixels in total.
+    """Raise InvalidInput if the images of one request have more than MAX_TOTAL_PIXELS pixels in total.
 
-    All images of a request are in memory at the same time, and a file of a few KiB can have 2^26 pixels of one colour.
+    `headers` are the headers by image role. All images of a request are in memory at the same time, and a file of a few
+    KiB can have 2^26 pixels of one colour.
     """
     total = sum(header.height * header.width for header in headers.values())
     if total > MAX_TOTAL_PIXELS:

@@ -1,8 +1,8 @@
-"""The orientation of an image file, from its EXIF and XMP metadata, by the rules of Pillow's ImageOps.exif_transpose.
+"""The orientation of an image file, from its EXIF and XMP metadata.
 
-The header reader and the decoder both use this module, so they agree on the size of an image. Pure Python: the
-coordinator has no image library. Differs from Pillow in one case: Pillow raises an error for EXIF data that is not a
-TIFF file, in a PNG or WebP file; here such an image is not rotated.
+The rules are those of Pillow's ImageOps.exif_transpose. The header reader and the decoder both use this module, so they
+agree on the size of an image. Pure Python: the coordinator has no image library. Differs from Pillow in one case:
+Pillow raises an error for EXIF data that is not a TIFF file, in a PNG or WebP file; here such an image is not rotated.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _PNG_KEYS = {key.encode(): key for key in (_EXIF, _RAW_EXIF, _XMP_TEXT, _XMP_BYT
 _MAX_TEXT_BYTES = 2**20
 """Maximum size in bytes of one decompressed PNG text chunk. Pillow has the same limit."""
 _MAX_ALL_TEXT_BYTES = 2**23
-"""Maximum total size in bytes of an image's decompressed PNG text chunks that may contain an orientation."""
+"""Maximum total size in bytes of an image's decompressed PNG text chunks with metadata."""
 _MAX_EXIF_SEGMENTS = 256
 """Maximum number of EXIF segments of one JPEG file. For each segment, Pillow copies all earlier segments."""
 

@@ -67,7 +67,7 @@ def _outputs_of(stage: PipelineStage[Any, Any], output: object) -> dict[str, Any
 
 
 def common_indifference(declared: Sequence[frozenset[str] | None]) -> frozenset[str] | None:
-    """Return the input fields that no stage's output depends on; None if a stage's replies must not be cached."""
+    """Return the input fields that no output depends on; None if a stage's replies must not be cached."""
     named = [each for each in declared if each is not None]
     return frozenset.intersection(*named) if named and len(named) == len(declared) else None
 

@@ -1,4 +1,4 @@
-"""Log handler that limits repeated records, so that an unavailable store does not fill a disk with one warning.
+"""Log handler that limits repeated records, such as one warning per retry of an unavailable store.
 
 Of the records at WARNING or above with the same event and call site, the first 10 within 60 s are written. After the
 60 s, or when the process exits, one record with `repeated=COUNT` replaces the others. Records below WARNING, such as

@@ -65,7 +65,7 @@ def get_logger(name: str) -> EventLogger:
 
 
 class _LibraryLogger(logging.Logger):
-    """Logger of a library: discards the library's console handlers and propagates records to the root logger."""
+    """Logger of a library, without its console handlers, that propagates records to the root logger."""
 
     _is_redirected = False
     _propagate = True
@@ -93,7 +93,7 @@ def _is_console(handler: logging.Handler) -> bool:
 
 
 def redirect_libraries() -> None:
-    """Route the records of libraries through the root logger, for libraries imported before and after this call.
+    """Route the records of libraries through the root logger, including libraries imported later.
 
     torch, transformers and diffusers add console handlers and disable propagation.
     """

@@ -1,4 +1,4 @@
-"""Startup checks of packages whose private APIs the fleet uses: their versions, and the properties of those APIs.
+"""Startup checks of packages whose private APIs the fleet uses: versions and properties of the APIs.
 
 A process runs the checks before it opens a port, and a worker group before it starts a rank. Private APIs may change in
 any release. Without a check, a change would cause wrong results, or errors far from their cause.
@@ -64,7 +64,10 @@ class PrivateApi:
 
 @dataclass(frozen=True)
 class Called:
-    """Fact: `path` ("module:name" or "module:Class.name") accepts `positional` arguments and these keywords."""
+    """Fact: the callable `path` accepts this number of positional arguments and these keywords.
+
+    `path` is "module:name" or "module:Class.name".
+    """
 
     path: str
     positional: int = 0
@@ -104,7 +107,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Attributes:
-    """Fact: instances of the class `path` have these attributes, assigned in __init__ or defined in the class."""
+    """Fact: the class `path` defines these attributes, or its __init__ assigns them."""
 
     path: str
     names: tuple[str, ...]

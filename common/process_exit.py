@@ -1,4 +1,4 @@
-"""Exits a process that cannot shut down normally, because a thread waits for an unresponsive device or peer."""
+"""Exits a process that cannot shut down, because a thread waits for an unresponsive device or peer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads and validates the header of a safetensors file, without the safetensors library and without tensor data.
+"""Reads and validates the header of a safetensors file, without the safetensors library.
 
 Layout: header length n (8 bytes, little-endian), n bytes of JSON, then the concatenated tensors. Source: the format
 description at https://github.com/huggingface/safetensors.

@@ -21,7 +21,7 @@ Out = TypeVar("Out")
 Item = TypeVar("Item", covariant=True)
 
 RESUME: Mapping[str, bool] = MappingProxyType({"resume": True})
-"""Dataclass metadata of the resume slot: the input field with the step checkpoint from which a stage resumes."""
+"""Dataclass metadata of the resume slot, the input field with the step checkpoint to resume from."""
 
 STEP_CHECKPOINTS = "checkpoint"
 """Name of the implicit stream of step checkpoints, which every stage may emit. No slot may have this name."""
@@ -60,7 +60,7 @@ EMITTED: Stream[Any] = _Emitted()
 
 
 def item_kind(kind: str) -> str | None:
-    """Return the message name of a stream's items for a `kind` such as "Stream[Latents]"; None if it is no stream."""
+    """Return the message name of the items of a `kind` such as "Stream[Latents]"; None for other kinds."""
     match = _STREAM.match(kind)
     return match["item"] if match else None
 
@@ -152,7 +152,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Contract:
-    """Slots that one or several consecutive stages read and write, each with the message name of its artifact.
+    """Slots that consecutive stages read and write, each with the message name of its artifact.
 
     `optional` inputs may be absent. `optional_outputs` are computed only if the pipeline reads them. `resume_slot` is
     the input with the step checkpoint to resume from; None if the stages always start at the beginning.
@@ -176,7 +176,7 @@ class Contract:
         return frozenset(slot for slot, kind in self.outputs.items() if item_kind(kind))
 
     def reading(self, *names: str) -> Contract:
-        """Return the contract with the required inputs, the resume slot, and of the optional inputs only `names`.
+        """Return the contract without optional inputs, except the resume slot and `names`.
 
         Raises ValueError for a name that is not an optional input.
         """
@@ -189,7 +189,7 @@ class Contract:
         return replace(self, inputs=inputs, optional=kept)
 
     def writing(self, names: Collection[str]) -> Contract:
-        """Return the contract with the required outputs, and of the optional outputs `names`, which become required."""
+        """Return the contract without optional outputs, except `names`, which become required."""
         dropped = self.optional_outputs.difference(names)
         outputs = {slot: kind for slot, kind in self.outputs.items() if slot not in dropped}
         return replace(self, outputs=outputs, optional_outputs=frozenset())

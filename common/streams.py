@@ -1,4 +1,4 @@
-"""Streams of artifacts in a running pipeline: between runners, and from an event loop to the thread of a stage."""
+"""Streams of artifacts between the runners of a pipeline, and from an event loop to a stage's thread."""
 
 from __future__ import annotations
 

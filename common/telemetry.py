@@ -42,7 +42,7 @@ def stage_timer(service: str, model: str, stage: str) -> Iterator[None]:
 
 
 def in_current_context(work: Callable[P, T]) -> Callable[P, T]:
-    """Return the function, bound to a copy of the current context variables, to be called on another thread."""
+    """Return the function, bound to a copy of the current context variables, for use on another thread."""
     return partial(copy_context().run, work)
 
 

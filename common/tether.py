@@ -27,7 +27,7 @@ def tethered(command: Sequence[str]) -> list[str]:
 
 
 def start_tethered(command: Sequence[str], *, directory: Path, output: int) -> subprocess.Popen[bytes]:
-    """Start a tethered command in a directory, with standard output and error redirected to a file descriptor.
+    """Start a tethered command in a directory, with stdout and stderr redirected to a file descriptor.
 
     The child runs in a new session, so that Ctrl-C at the terminal interrupts only this process.
     """

@@ -25,7 +25,7 @@ _STATE = re.compile(r"[ -~]*")
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    """Ids of a span in lowercase hexadecimal (32 and 16 digits), the trace flags, and the unparsed tracestate."""
+    """Trace and span id (32 and 16 lowercase hexadecimal digits), trace flags, unparsed tracestate."""
 
     trace_id: str
     span_id: str
@@ -117,9 +117,10 @@ def entered(span: Span) -> Iterator[Span]:
 
 
 def make_current(span: Span) -> None:
-    """Make a span the current span for the rest of a gRPC call, including interceptors that end after its handler.
+    """Make a span the current span for the rest of a gRPC call.
 
-    There is no reset: each call is a separate task with a copy of the context.
+    Includes interceptors that end after the handler. There is no reset: each call is a separate task with a copy of the
+    context.
     """
     _current.set(span)
 

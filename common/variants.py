@@ -1,4 +1,4 @@
-"""Hosts all variants of a model in one service: the union of their contracts, and the stages of each variant."""
+"""Hosts all variants of a model in one service: the union of their contracts, and all their stages."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ VOCABULARY_FILES: Mapping[str, tuple[str, ...]] = {
     "Qwen2Tokenizer": ("vocab.json", "merges.txt"),
     "T5Tokenizer": ("spiece.model",),
 }
-"""Files from which a tokenizer is built without tokenizer.json, by class name without the suffix `Fast`.
+"""Files from which a tokenizer is built without tokenizer.json, by class name without `Fast`.
 
 Classes without such files require tokenizer.json. PixtralProcessor is listed because the fleet uses only its tokenizer.
 """
@@ -46,7 +46,7 @@ def has_vocabulary(class_name: str) -> bool:
 
 
 def read_vocabulary(folder: Path, class_name: str) -> Vocabulary | None:
-    """Return the vocabulary in a tokenizer's directory; None for a class that VOCABULARY_FILES does not list.
+    """Return the vocabulary in a tokenizer's directory; None for a class not in VOCABULARY_FILES.
 
     Raises CheckpointError with the file for a missing, empty or incomplete vocabulary.
     """
@@ -136,7 +136,7 @@ def _check_pieces(path: Path, pieces: Iterable[object]) -> None:
 
 
 def _check_merges(path: Path, merges: Sequence[Any], vocab: Mapping[str, int]) -> None:
-    """Raise CheckpointError unless each BPE merge produces a token and the number of merges fits the vocabulary."""
+    """Raise CheckpointError unless each BPE merge produces a token and the vocabulary has enough merges."""
     for merge in merges:
         match merge.split(" ") if isinstance(merge, str) else merge:
             case [str() as left, str() as right] if left + right in vocab:

@@ -79,7 +79,7 @@ class WatchedFiles(Generic[T]):
 
 
 def _stamp_of(path: Path) -> tuple[int, int, int] | None:
-    """Return inode, modification time in ns and size of a file, which detect changes; None for a missing file."""
+    """Return inode, modification time in ns and size of a file; None for a missing file."""
     try:
         status = path.stat()
     except OSError:

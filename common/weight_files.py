@@ -104,7 +104,7 @@ def _candidates(folder: Path, stem: str) -> dict[str | None, dict[str, Path]]:
 
 
 def _choose_variant(folder: Path, candidates: Mapping[str | None, object]) -> str | None:
-    """Return the variant to load: the only one, else files without a variant, else the first of _PREFERRED_VARIANTS."""
+    """Return the variant to load: the only variant, else None (no variant), else by _PREFERRED_VARIANTS."""
     if len(candidates) == 1:
         return next(iter(candidates))
     for variant in (None, *_PREFERRED_VARIANTS):

@@ -43,7 +43,10 @@ class Wiring:
         return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()[:_DIGEST_LENGTH]
 
     def narrow(self, spec: ServiceSpec) -> ServiceSpec:
-        """Return the service without outputs that only its own stages read: another release may not return them."""
+        """Return the service without outputs that only its own stages read.
+
+        A worker of another release may not return these outputs.
+        """
         outputs = {slot: kind for slot, kind in spec.contract.outputs.items() if slot in self.read}
         optional = spec.contract.optional_outputs.intersection(outputs)
         return replace(spec, contract=replace(spec.contract, outputs=outputs, optional_outputs=optional))

@@ -1,4 +1,4 @@
-"""Error messages for paths that are not Diffusers directories: the actual content, and the path to use instead."""
+"""Error messages for paths that are not Diffusers directories: actual content, and the path to use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RIGHT = f"a model is a Diffusers directory with {_INDEX_FILE}"
 
 
 def repository_of(path: Path) -> str | None:
-    """Return ORG--NAME of a snapshot in the Hugging Face cache (models--ORG--NAME/snapshots/HASH); else None."""
+    """Return ORG--NAME of a Hugging Face cache path models--ORG--NAME/snapshots/HASH; None otherwise."""
     if path.parent.name != "snapshots" or not path.parent.parent.name.startswith(_CACHE_PREFIX):
         return None
     return path.parent.parent.name.removeprefix(_CACHE_PREFIX) or None

@@ -127,7 +127,7 @@ def is_local(address: str) -> bool:
 
 
 def proxy_variable(address: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Return the environment variable that makes gRPC connect to an address through a proxy; empty if there is none.
+    """Return the environment variable that makes gRPC use a proxy for an address; empty if none does.
 
     The variables and their precedence are those of gRPC, which supports only the lower-case names.
     """

@@ -31,7 +31,7 @@ class BufferPool:
         return BufferLease(self)
 
     def take(self, size: int) -> mmap:
-        """Return a buffer of at least `size` bytes: the smallest unused one up to twice that size, else a new one."""
+        """Return the smallest unused buffer of `size` to 2 * `size` bytes, or of 1 MiB, else a new buffer."""
         fitting = [buffer for buffer in self._idle if size <= len(buffer) <= max(2 * size, _GRAIN)]
         if not fitting:
             return mmap(-1, -(-size // _GRAIN) * _GRAIN)

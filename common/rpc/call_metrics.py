@@ -100,7 +100,7 @@ class ClientAttempt:
 
 
 def counted_stream(channel: grpc.aio.Channel, path: str) -> grpc.aio.StreamStreamMultiCallable[bytes, bytes]:
-    """Return a method with bytes as messages, which are counted for the ClientAttempt of the calling context."""
+    """Return a method with messages of type bytes, counted for the ClientAttempt of the context."""
 
     def send(raw: bytes) -> bytes:
         if (sizes := _attempted.get()) is not None:

@@ -80,7 +80,7 @@ class Packet:
             yield from (piece.data for piece in self.chunks[path])
 
     def renamed(self, old: str, new: str) -> Packet:
-        """Return the packet with the prefix `old` of its paths replaced by `new`: the artifact for another slot."""
+        """Return the packet for another slot: replaces the prefix `old` of its paths by `new`."""
         return Packet(
             self.message,
             {

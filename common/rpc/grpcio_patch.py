@@ -35,7 +35,10 @@ _PROBE_SECONDS = 5.0
 
 
 def make_server(*, interceptors: Sequence[grpc.aio.ServerInterceptor] = (), options: Options = ()) -> grpc.aio.Server:
-    """Return a server that serves only methods added by add_registered_method_handlers(), which generated code uses."""
+    """Return a server of registered methods only.
+
+    Generated code registers methods with add_registered_method_handlers().
+    """
     return _make_server(_registered_only(), interceptors, options)
 
 

@@ -1,4 +1,4 @@
-"""Hands the running calls of a draining worker over to other workers at a step boundary, without losing steps.
+"""Hands calls of a draining worker over to other workers at a step boundary, without losing steps.
 
 A call is handed over once another worker with an equal numerics fingerprint has a free slot. Calls that still run near
 the end of the grace period are handed over then; their requests wait for a slot and resume from their step checkpoints.
@@ -19,7 +19,7 @@ from common.logs import get_logger
 POLL_SECONDS = 1.0
 """Interval at which the number of free slots is polled."""
 STEPS_AHEAD = 2
-"""Steps that a loop may execute after hand_over(): the running step, and on CUDA a step that is already enqueued."""
+"""Maximum number of steps after hand_over(): the running step, and on CUDA an enqueued step."""
 _MARGIN_SECONDS = 1.0
 _MARGIN_OF_GRACE = 0.1
 _NEWEST_STEPS = 4
@@ -66,7 +66,7 @@ class RunningCall(Protocol):
         """Whether hand_over() was called."""
 
     def hand_over(self) -> None:
-        """End the call with HandedOver: immediately if its stages have not started, else at the next step boundary."""
+        """End the call with HandedOver, at the next step boundary if its stages have started."""
 
 
 class HandOver:

@@ -1,4 +1,4 @@
-"""Server interceptor: counts calls, refuses calls while draining, and converts exceptions to gRPC statuses."""
+"""Server interceptor: counts calls, refuses calls while draining, converts exceptions to statuses."""
 
 from __future__ import annotations
 
@@ -137,10 +137,10 @@ async def _ended_after(seconds: float | None) -> AsyncIterator[None]:
 
 
 async def _read_rest(context: Context, streams: bool) -> None:
-    """Read the rest of a request stream, for at most _READ_REST_SECONDS, before the call ends with an error.
+    """Read the rest of a request stream before the call ends with an error.
 
-    grpc's asyncio clients lose the status of a call that ends while they write (grpc issue 36066), and would report a
-    connection error instead of an invalid input.
+    Reads for at most _READ_REST_SECONDS. grpc's asyncio clients lose the status of a call that ends while they write
+    (grpc issue 36066), and would report a connection error instead of an invalid input.
     """
     if not streams:
         return

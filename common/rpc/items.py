@@ -1,4 +1,4 @@
-"""Encodes and decodes items of streams: a StreamItem frame, then the chunks of the tensors that it describes."""
+"""Encodes and decodes items of streams: a StreamItem frame, then the chunks of its tensors."""
 
 from __future__ import annotations
 

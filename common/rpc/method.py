@@ -1,4 +1,4 @@
-"""Finds the RPC of a stage service by naming convention, and derives the contract that its messages support.
+"""Finds the RPC of a stage service by naming convention, and derives a contract from its messages.
 
 The service "denoising" is defined in fleet.v1.denoising_pb2, which has one service with one method. Its frames are
 `oneof frame { header = 1; chunk = 2; progress = 3; warning = 4; checkpoint = 5; begun = 6; item = 7 }`. A repeated

@@ -1,4 +1,7 @@
-"""Parses messages inside handlers, so that errors name the invalid field; gRPC would return a bare INTERNAL."""
+"""Parses messages in handlers, so that errors name the invalid field.
+
+If gRPC parsed them, it would return INTERNAL without a reason.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def parse(message_type: type[M], raw: bytes) -> M:
 
 
 def read_tokens(metadata: Mapping[str, str | bytes]) -> int:
-    """Return the tokens of one step from a call's metadata; 0 if missing or invalid, because only metrics use them."""
+    """Return the tokens of one step from a call's metadata, for metrics; 0 if missing or invalid."""
     text = metadata.get(TOKENS_KEY, "")
     is_number = isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < _MOST_DIGITS
     return int(text) if is_number else 0
@@ -70,9 +73,10 @@ def _unknown_fields(message: Message) -> Iterator[_RawField]:
 
 
 def _first_bad_text(descriptor: Descriptor, raw: bytes) -> str:
-    """Return the path of the first string field that is not UTF-8; empty if there is none or `raw` is not a message.
+    """Return the path of the first string field that is not UTF-8; empty if there is none.
 
-    Parsing `raw` as Empty yields all fields as unknown fields with their bytes; the descriptor identifies strings.
+    Also returns an empty path if `raw` is not a message. Parsing `raw` as Empty yields all fields as unknown fields
+    with their bytes; the descriptor identifies strings.
     """
     try:
         fields = list(_unknown_fields(Empty.FromString(raw)))

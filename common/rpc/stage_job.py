@@ -87,7 +87,7 @@ class StageJob:
         return self.call.hand_over.is_set()
 
     def hand_over(self) -> None:
-        """End the call with HandedOver: immediately if its stages have not started, else at the next step boundary."""
+        """End the call with HandedOver, at the next step boundary if its stages have started."""
         self.call.hand_over.set()
         if self._future is not None and self._future.cancel():
             self._failure = HandedOver(_NOT_BEGUN)

@@ -66,7 +66,10 @@ from fleet.v1 import artifacts_pb2
 
 
 class Stages(Protocol):
-    """Interface of the served stages, implemented by common.local.HostedStages and common.variants.HostedVariants."""
+    """Interface of the served stages.
+
+    Implemented by common.local.HostedStages and common.variants.HostedVariants.
+    """
 
     contract: Contract
 
@@ -231,7 +234,10 @@ class StageServicer:
             leave()
 
     async def _receive(self, context: Context, job: StageJob, contract: Contract) -> None:
-        """Read the header and its chunks, until half-close or, with an input stream, until the chunks are complete."""
+        """Read the header and its chunks.
+
+        Ends at half-close or, with an input stream, once the chunks are complete.
+        """
         assembler: Assembler | None = None
         header: Message | None = None
         while not (contract.input_streams and assembler is not None and assembler.complete):

@@ -21,9 +21,9 @@ FIELD_KEY = "fleet-error-field"
 RETRY_KEY = "retry-after-ms"
 # Percent-encoding takes up to 3 bytes per byte, and metadata above 16 KiB is refused together with the status.
 MAX_MESSAGE = 2_048
-"""Maximum length of the message of an error or a warning: bytes of UTF-8 in a status, characters in a record."""
+"""Maximum length of an error's or warning's message: UTF-8 bytes in a status, characters in a record."""
 MAX_FIELD = 256
-"""Maximum length of the field of an error or a warning: bytes of UTF-8 in a status, characters in a record."""
+"""Maximum length of an error's or warning's field: UTF-8 bytes in a status, characters in a record."""
 
 _CODES: dict[type[FleetError], grpc.StatusCode] = {
     errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,

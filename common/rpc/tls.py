@@ -179,7 +179,7 @@ def channel_credentials(authority: bytes | None, identity: Identity | None = Non
 
 
 def peer_names(context: Context) -> tuple[str, ...]:
-    """Return the names in the peer's certificate: subject alternative names, else the common name; else ()."""
+    """Return the subject alternative names of the peer's certificate, else its common name, else ()."""
     properties = context.auth_context() or {}
     names = properties.get("x509_subject_alternative_name") or properties.get("x509_common_name") or ()
     return tuple(name.decode("utf-8", "replace") for name in names)

@@ -1,4 +1,4 @@
-"""Reads the activities of requests from the store, with one operation whose cost does not depend on queue lengths."""
+"""Reads the activities of requests from the store, at a cost that does not depend on queue lengths."""
 
 from __future__ import annotations
 

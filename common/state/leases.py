@@ -1,4 +1,4 @@
-"""Recovery of requests after the loss of a process: their next owner, lost workers and step checkpoints.
+"""Recovery of requests after the loss of a process: next owners, lost workers, step checkpoints.
 
 A coordinator's heartbeat is its lease on all requests that it owns. A coordinator that takes a request over gets the
 next epoch, a fencing token: the store refuses writes with an earlier epoch, so that a former owner that is still
@@ -58,7 +58,7 @@ class Loss(NamedTuple):
 
 
 class Leases:
-    """Takes requests over for one coordinator, and stores losses and step checkpoints for their next owners."""
+    """Takes requests over for one coordinator, and stores losses and step checkpoints for next owners."""
 
     def __init__(self, redis: Redis, owner: str) -> None:
         self._redis = redis
@@ -103,7 +103,7 @@ class Leases:
         return [_loss(row) for row in await run_script(self._redis, "death", arguments)]
 
     async def losses(self, request_id: str, epoch: int) -> list[Loss]:
-        """Return the suspect and undecided losses of a request, in order; empty if another coordinator owns it."""
+        """Return the suspect and undecided losses of a request, in order; empty for a former owner."""
         arguments: Arguments = {"id": request_id, "epoch": epoch}
         return [_loss(row) for row in await run_script(self._redis, "losses", arguments)]
 

@@ -24,7 +24,7 @@ SNAPSHOT = ("record", "extra", "state", "created", "updated")
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A file of a result: its header and its bytes, in pieces of any size; no bytes if it is stored as items."""
+    """A file of a result: header, and bytes in pieces of any size; no bytes if it is stored as items."""
 
     header: generation_pb2.FileHeader
     pieces: Sequence[bytes | memoryview] = field(repr=False)

@@ -1,4 +1,4 @@
-"""Runs operations of the script that must be acknowledged by replicas, so that a failover does not lose them.
+"""Runs operations of the script and waits until replicas acknowledge them, for failovers.
 
 WAIT covers the writes of its own connection. It is therefore sent in the same pipeline as the operation, on one
 connection. On another connection, it could reach the new primary after a failover, which does not have the write.

@@ -68,7 +68,7 @@ _EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 @dataclass(frozen=True)
 class AdmissionLimits:
-    """Limits that admission enforces: open requests of a model, waiting claims of a service, outstanding work."""
+    """Limits of admission: open requests of a model, waiting claims of a service, outstanding work."""
 
     services: Sequence[str] = ()
     max_open: int = 1_000

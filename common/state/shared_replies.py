@@ -1,7 +1,7 @@
-"""Second-level cache: replies that the workers of a service share through Redis, if fetching is faster than computing.
+"""Second-level cache: replies that the workers of a service share through Redis.
 
-The decision uses measured durations of computing and fetching. The cache is optional: failures are logged and counted,
-and the reply is computed.
+Replies are shared if fetching is faster than computing. The decision uses measured durations of computing and fetching.
+The cache is optional: failures are logged and counted, and the reply is computed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class SharedReplies:
 
     @property
     def pays(self) -> bool:
-        """Whether fetching is faster than computing by the factor `gain`; False before the first computed reply."""
+        """Whether fetching is `gain` times faster than computing; False before the first computed reply."""
         return self._computing is not None and self._computing >= self._gain * self._fetching
 
     async def find(self, key: bytes) -> Frames | None:

@@ -41,7 +41,7 @@ class ServerFacts:
 
     @property
     def is_durable(self) -> bool | None:
-        """Whether accepted requests survive a crash of the server's host; None if the server does not report it."""
+        """Whether accepted requests survive a crash of the server's host; None if unknown."""
         if not self.appendonly or (self.appendonly == "yes" and not self.appendfsync):
             return None
         return self.appendonly == "yes" and self.appendfsync == "always"
@@ -70,7 +70,7 @@ async def _info(redis: Redis) -> Mapping[str, Any]:
 
 
 async def _config(redis: Redis, name: str) -> str:
-    """Return a configuration value; empty if the user has no permission or a managed service has no CONFIG."""
+    """Return a configuration value; empty without permission, or without CONFIG in a managed service."""
     try:
         pair = await command(redis, "CONFIG", "GET", name)
     except InternalError:
@@ -145,7 +145,7 @@ def _refuse(facts: ServerFacts, *, allow_eviction: bool, follows: bool) -> None:
 
 
 def _loss(facts: ServerFacts) -> str:
-    """Describe which accepted requests a crash of the server loses; empty if none are lost or it is unknown."""
+    """Describe which accepted requests a crash of the server loses; empty for none or unknown."""
     if facts.appendonly == "no":
         return "it loses accepted requests when it restarts"
     if facts.appendonly and facts.appendfsync in ("everysec", "no"):
@@ -172,9 +172,10 @@ class MemoryUse(NamedTuple):
 
 
 class StoreMemory:
-    """Memory usage of the store, read at most every `read_seconds`, plus the requests accepted since the last read.
+    """Memory usage of the store, plus the requests accepted since the last read.
 
-    New requests are refused above `fraction` of the server's maxmemory. There is no limit if maxmemory is 0 or unknown.
+    The usage is read at most every `read_seconds`. New requests are refused above `fraction` of the server's maxmemory.
+    There is no limit if maxmemory is 0 or unknown.
     """
 
     def __init__(

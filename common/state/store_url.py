@@ -82,7 +82,7 @@ def _quoting(reason: str) -> str:
 
 
 def sentinel_parts(url: str) -> tuple[list[tuple[str, str]], str, str]:
-    """Return host and port of each sentinel, the service and the database of a redis+sentinel URL, unvalidated."""
+    """Return the sentinels (host, port), service and database of a redis+sentinel URL, unvalidated."""
     places, _, path = url.removeprefix(SENTINEL).partition("/")
     service, _, database = path.partition("/")
     return [place.rpartition(":")[::2] for place in places.split(",")], service, database

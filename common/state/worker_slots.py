@@ -59,9 +59,10 @@ def _ignore(_: str) -> None:
 
 @dataclass(frozen=True)
 class Computed:
-    """Compute seconds of a call, reported by the worker, and the completed steps of the request before and after it.
+    """Compute seconds of a call, as the worker reports them, and the completed steps of the request.
 
-    `steps_after` is None for a call that computed all remaining steps.
+    `steps_before` and `steps_after` are steps before and after the call. `steps_after` is None for a call that computed
+    all remaining steps.
     """
 
     seconds: float

@@ -130,7 +130,7 @@ class WorkerRegistry:
             _log.warning("refusal of a worker is not recorded", worker=info.worker_id, error=unavailable)
 
     async def refusals(self, model: str) -> list[worker_pb2.RefusedWorker]:
-        """Return the refusals of a model's workers in the last 10 minutes, the latest first, without duplicates."""
+        """Return the distinct refusals of a model's workers in the last 10 minutes, the latest first."""
         return [_refused(row) for row in await run_script(self._redis, "refusals", {"model": model})]
 
     async def _send_heartbeats(self, info: worker_pb2.WorkerInfo, is_able: Callable[[], bool]) -> None:
@@ -183,7 +183,7 @@ class WorkerRegistry:
         return (await self.load(model, service)).workers
 
     async def load(self, model: str, service: str, wirings: Sequence[Wiring] = ()) -> ServiceLoad:
-        """Return the load of a service of a model, from workers that fit one of `wirings`; from all workers if empty."""
+        """Return the load of a service of a model, from workers that fit one of `wirings`; if empty, from all."""
         arguments: Arguments = {"place": f"{model}/{service}", "wirings": [wiring.text for wiring in wirings]}
         infos, *counts, faults = await run_script(self._redis, "status", arguments)
         workers = [worker_pb2.WorkerInfo.FromString(info) for info in infos]
