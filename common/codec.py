@@ -67,7 +67,7 @@ def artifact_class(name: str) -> type[Any]:
 
 
 def pack(slot: str, artifact: Any, leaf: TensorLeaf = NO_TENSORS) -> Packet:
-    """Return the packet of an artifact for a slot. Refers to the memory of large CPU tensors instead of copying it."""
+    """Return the packet of an artifact for a slot. References the memory of large CPU tensors without a copy."""
     name = message_name(type(artifact).__name__)
     if artifact_class(name) is not type(artifact):
         raise TypeError(f"{slot}: {name} is not an artifact")

@@ -12,7 +12,7 @@ FleetError
 │   └── HandedOver        another worker resumes the call
 ├── Cancelled             the request was cancelled        CANCELLED
 ├── DeadlineExceeded      the deadline has passed          DEADLINE_EXCEEDED
-├── Aborted               a concurrent process won         ABORTED
+├── Aborted               a concurrent write succeeded     ABORTED
 ├── Unauthenticated       no valid credentials             UNAUTHENTICATED
 ├── PermissionDenied      the caller is not authorized     PERMISSION_DENIED
 └── InternalError         a defect of the fleet            INTERNAL

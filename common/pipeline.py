@@ -200,11 +200,12 @@ def result_of(services: Sequence[ServiceSpec]) -> str:
 async def run_pipeline(
     runners: Sequence[Runner], values: Mapping[str, Any], call: Call, *, wanted: Sequence[str]
 ) -> dict[str, Any]:
-    """Run each service once its inputs are available, so that independent services overlap. Return the `wanted` slots.
+    """Run each service as soon as its inputs are available. Return the values of the `wanted` slots.
 
-    The value of a stream is an ItemBuffer: its reader starts at the first item, while the writer runs. For a wanted
-    stream, a tuple of all items is returned. A slot's value is released after its last reader. The first error cancels
-    the other services and is raised unchanged; cancellation of the calling task takes precedence over errors.
+    Independent services overlap. The value of a stream is an ItemBuffer: its reader starts at the first item, while the
+    writer runs. For a wanted stream, a tuple of all items is returned. A slot's value is released after its last
+    reader. The first error cancels the other services and is raised unchanged; cancellation of the calling task takes
+    precedence over errors.
     """
     loop = asyncio.get_running_loop()
     produced = [slot for runner in runners for slot in runner.contract.outputs]

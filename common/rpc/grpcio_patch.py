@@ -1,4 +1,4 @@
-"""Patch of grpcio's asyncio server: a call whose path is not UTF-8 does not stop the server.
+"""Patch of grpcio's asyncio server, so that a call with a non-UTF-8 path does not stop the server.
 
 A call's path may contain arbitrary bytes. For methods that are not registered by name, grpcio (at least 1.85) decodes
 the path as UTF-8 in its accept loop. A path that is not UTF-8 ends the loop, so that any client can stop the server

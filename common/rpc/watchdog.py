@@ -1,4 +1,4 @@
-"""Detects stuck calls: calls whose stage has reported steps and then reports none for too long.
+"""Detects stuck calls: calls that have reported steps and then report no step for too long.
 
 Heartbeats continue while a kernel or a collective hangs, so that the store treats the worker as live. The watchdog is a
 separate thread that records the time of each reported step. A call without a step for too long is cancelled, which ends

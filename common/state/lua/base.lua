@@ -25,7 +25,7 @@
 --   fleet:open:<model>             set    ids that have not ended
 --   fleet:open-by:<caller>         set    ids of a named caller that have not ended
 --   fleet:model:<model>            hash   fingerprint, and contract:<service> of processes of the previous release
---   fleet:older:<model>/<svc>      string contract:<service> of the previous release, moved here while such a process may live
+--   fleet:older:<model>/<svc>      string contract:<service> of the previous release, while one of its processes may live
 --   fleet:worker:<id>              hash   info, places (its capacity), capacity (equal to places, or 0 if coordinators of the
 --                                         previous release must not call it), model, service, granted, lasts (heartbeat TTL in ms),
 --                                         numerics (its numerics fingerprint), contract
@@ -184,8 +184,9 @@ local function add_events(id, events, epoch)
   return ids
 end
 
--- Adds an entry to the timeline of a request, if the request exists. Once the timeline is half full, consecutive
--- checkpoints replace each other, so that they do not displace other entries. Returns whether the request is open.
+-- Adds an entry to the timeline of a request, if the request exists. Once the timeline is half full, a checkpoint entry
+-- replaces the entry before it if that is a checkpoint too, so that checkpoints do not displace other entries. Returns
+-- whether the request is open.
 local function note(id, kind, service, worker, number)
   local key, state = P .. 'timeline:' .. id, server.pcall('HGET', P .. 'request:' .. id, 'state')
   if type(state) ~= 'string' then

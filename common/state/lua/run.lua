@@ -1,5 +1,6 @@
--- A server at its maxmemory checks only the first write of a script. DEL always passes, so that heartbeats, slots and
--- ends of accepted requests are still written; new requests and shared replies are refused.
+-- A server at its maxmemory checks only the first write of a script, and always accepts DEL. With DEL as the first
+-- write, heartbeats, slots and ends of accepted requests are still written. New requests and shared replies are
+-- refused.
 if ARGV[1] ~= 'admit' and ARGV[1] ~= 'keep_reply' then
   server.pcall('DEL', P .. 'none')
 end

@@ -30,7 +30,7 @@ local function note_silent(place)
   redis.call('ZREMRANGEBYSCORE', key, '-inf', int(now))
 end
 
--- Copies the fields of a worker's key that scheduling needs to fleet:live. Returns the copy, nil if the key is missing.
+-- Copies to fleet:live the fields of a worker's key that scheduling reads. Returns the copy; nil if the key is missing.
 local function copy_worker(place, id)
   local fields = redis.call('HMGET', P .. 'worker:' .. id, 'capacity', 'granted', 'info', 'numerics')
   if tonumber(fields[1]) and fields[3] then
@@ -40,8 +40,8 @@ local function copy_worker(place, id)
   end
 end
 
--- Returns the live workers. Three commands for any number of workers, and one more for each `hidden` worker, whose
--- capacity is stored as 0 so that coordinators of the previous release do not call it.
+-- Returns the live workers. Runs three commands for any number of workers, and one more for each `hidden` worker. The
+-- stored capacity of a hidden worker is 0, so that coordinators of the previous release do not call it.
 local function live_workers(place)
   note_silent(place)
   local live, copies, fields = {}, {}, redis.call('HGETALL', P .. 'live:' .. place)

@@ -12,8 +12,9 @@ local function avoided_by(owner)
   return found
 end
 
--- Returns the worker with the fewest taken slots, and among equals with the fewest grants so far. It has fewer than
--- `most` (default: its capacity) slots taken, is not in the set `reserved`, and is not avoided now.
+-- Returns the worker with the fewest taken slots; of equal workers, the worker with the fewest grants. Considers only
+-- workers with fewer than `most` (default: capacity) taken slots that are neither in the set `reserved` nor avoided
+-- now.
 local function least_busy(workers, busy, reserved, avoided, most)
   local best
   for _, worker in ipairs(workers) do
@@ -81,11 +82,12 @@ local function kind_of(claim)
 end
 
 -- Returns the next claim: highest priority, then the caller with the least granted work, then the earliest deadline,
--- then arrival. Callers share by start-time fair queueing (Goyal, Vin, Cheng 1996): a claim's virtual start time is the
--- virtual finish time of its caller's previous claim, or the current virtual time if that is later, so that an idle
--- caller accumulates no credit. One iteration per caller, per entry without a fitting worker (skipped) and per entry
--- without a waiting coordinator (removed); each iteration advances in the queue, so their number is at most the queue's
--- length.
+-- then arrival. Callers are scheduled by start-time fair queueing (Goyal, Vin, Cheng 1996): a claim's virtual start
+-- time is the virtual finish time of its caller's previous claim, or the current virtual time if that is later. An idle
+-- caller therefore accumulates no credit.
+--
+-- Each iteration handles one caller, one entry without a fitting worker (skipped) or one entry without a waiting
+-- coordinator (removed), and advances in the queue. The number of iterations is therefore at most the queue's length.
 local function next_claim(place, walk)
   local queue, best, shares, virtual = P .. 'queue:' .. place, nil, nil, nil
   local entry = redis.call('ZRANGE', queue, 0, 0)[1]
@@ -214,8 +216,8 @@ end
 
 -- Grants free slots to waiting claims in queue order, and publishes each grant on the channel of the claim's owner.
 --
--- Workers are read one by one from the index. From the first claim with a constraint (a whole worker, or a numerics
--- fingerprint) on, and while there are hidden workers, all workers are read instead.
+-- Reads workers one by one from the index. Reads all workers instead while there are hidden workers, once a claim with
+-- a constraint (a whole worker, or a numerics fingerprint) is next, and if the key of the chosen worker is missing.
 local function dispatch(place, asking)
   local walk = { length = redis.call('ZCARD', P .. 'queue:' .. place), dropped = 0, wanted = {}, alive = {}, unfit = {},
     fits = {} }
