@@ -84,7 +84,7 @@ def connect(url: str) -> Redis:
     try:
         return _primary(url) if url.startswith(SENTINEL) else TimedClient.from_url(url, **_options())
     except (ValueError, TypeError):
-        # Without the cause, whose message may contain a part of the URL.
+        # Omit the cause, because its message may contain a part of the URL.
         raise InvalidInput("redis: redis-py refuses this URL; percent-encode its parts", field="redis") from None
 
 

@@ -58,8 +58,7 @@ class Replication:
             return
         if needed:
             pipeline.exists(*needed)
-        # PUBLISH is replicated. Without it, WAIT would not wait for an operation that is a repetition and writes
-        # nothing.
+        # PUBLISH is replicated. Without PUBLISH, WAIT would not wait after a repeated operation, which writes nothing.
         pipeline.execute_command("PUBLISH", _CHANNEL, b"")
         pipeline.execute_command("WAIT", self.replicas, int(_ACKNOWLEDGE_SECONDS * 1_000))
 

@@ -28,7 +28,7 @@ _PARTS_MS = 60_000  # TTL of the parts of an incomplete reply
 _BATCH_BYTES = 8 << 20
 _MOST_STORING = 4
 _PAUSE_SECONDS = 10.0
-_FETCH_TIMEOUT_SECONDS = 5.0  # if all replies are shared
+_FETCH_TIMEOUT_SECONDS = 5.0  # timeout of a fetch if all replies are shared
 
 _log = get_logger(__name__)
 

@@ -261,7 +261,7 @@ class WorkerSlots:
         They exist if the store received a claim after the claiming task had ended.
         """
         place = f"{model}/{service}"
-        known = set(self._tickets)  # tickets that are released before the reply is read are known too
+        known = set(self._tickets)  # includes tickets that are released before the reply is read
         for ticket in await run_script(self._redis, "claims", {"place": place, "owner": self._owner}):
             if ticket.decode() not in known | self._tickets:
                 _log.warning("unknown worker slot released", place=place, ticket=ticket.decode())
