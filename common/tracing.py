@@ -41,7 +41,7 @@ class Tracer(Protocol):
         attributes: Mapping[str, str | int | float],
         start_ns: int | None = None,
     ) -> Span:
-        """Start a child of `parent`, or a new trace if `parent` has no context. `start_ns`: ns since 1970; None: now."""
+        """Start a child of `parent`, or a new trace without a context. `start_ns`: Unix time in ns; None: now."""
 
     def restart(
         self, name: str, kind: SpanKind, parent: TraceContext | None, context: TraceContext, start_ns: int
