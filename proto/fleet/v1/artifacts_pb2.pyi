@@ -4,7 +4,7 @@ isort:skip_file
 Artifacts (the values that stages exchange) and the frames that transport them.
 
 All stage RPCs use the same framing in both directions: a header whose fields are artifacts, then the chunks of each
-tensor that the header describes without its payload, then half-close.
+tensor whose payload the header does not contain, then the end of the stream.
 """
 
 from collections import abc as _abc
@@ -227,11 +227,11 @@ class Prompt(_message.Message):
     negative_prompt: _builtins.str
     """Negative prompt. Absent and empty differ: an empty negative prompt can still be encoded."""
     prompt_2: _builtins.str
-    """Prompt for the second text encoder, for models with two. Default: `prompt`."""
+    """Prompt for the second text encoder, for models with two text encoders. Default: `prompt`."""
     negative_prompt_2: _builtins.str
     """Negative prompt for the second text encoder. Default: `negative_prompt`."""
     max_sequence_length: _builtins.int
-    """Maximum number of prompt tokens for the text encoder with the longest context. Default: that of the model."""
+    """Maximum number of prompt tokens for the text encoder with the longest context. Default: the model's maximum."""
     def __init__(
         self,
         *,
@@ -350,7 +350,7 @@ class Sampling(_message.Message):
     """Scale of classifier-free guidance for models whose `guidance_scale` is an embedding."""
     @_builtins.property
     def sigmas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Custom noise levels, highest first, before the scheduler's shift. Default (empty): those of the model."""
+        """Custom noise levels, highest first, before the scheduler's shift. Default (empty): the model's noise levels."""
 
     @_builtins.property
     def params(self) -> _containers.MessageMap[_builtins.str, Global___ParamValue]:
@@ -797,7 +797,7 @@ Global___Progress: _TypeAlias = Progress  # noqa: Y015
 
 @_typing.final
 class Begun(_message.Message):
-    """The stages of the call have started on the device. A call that waits for the device has not begun. A worker sends
+    """The stages of the call have started on the device; a call that waits for the device has not begun. A worker sends
     this frame only to callers that send the metadata `fleet-begun: 1`, and never with a cached reply.
     """
 
@@ -842,7 +842,7 @@ Global___Warning: _TypeAlias = Warning  # noqa: Y015
 
 @_typing.final
 class Checkpoint(_message.Message):
-    """A step checkpoint, as workers send it to callers that do not read StreamItem frames."""
+    """Frame with a step checkpoint for callers that do not read StreamItem frames."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -866,8 +866,8 @@ Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
 
 @_typing.final
 class StreamItem(_message.Message):
-    """An item of a stream: a slot with any number of artifacts, which are sent in order while the call runs. Tensors above
-    64 KiB follow in chunks whose paths start with the slot, before the next item of any stream.
+    """An item of a stream. A stream is a slot with any number of artifacts, which are sent in order while the call runs.
+    Tensors above 64 KiB follow in chunks whose paths start with the slot, before the next item of any stream.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

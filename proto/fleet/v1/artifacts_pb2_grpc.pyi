@@ -4,7 +4,7 @@ isort:skip_file
 Artifacts (the values that stages exchange) and the frames that transport them.
 
 All stage RPCs use the same framing in both directions: a header whose fields are artifacts, then the chunks of each
-tensor that the header describes without its payload, then half-close.
+tensor whose payload the header does not contain, then the end of the stream.
 """
 
 from collections import abc as _abc

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class BeforeDenoisingServiceStub:
     """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
-    Only models of the hybrid style use it, instead of the three separate services.
+    Models of the hybrid style (see README.md) use this service instead of the three separate services.
     """
 
     def __init__(self, channel):
@@ -45,16 +45,18 @@ class BeforeDenoisingServiceStub:
 
 class BeforeDenoisingServiceServicer:
     """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
-    Only models of the hybrid style use it, instead of the three separate services.
+    Models of the hybrid style (see README.md) use this service instead of the three separate services.
     """
 
     def PrepareDenoising(self, request_iterator, context):
         """Encodes the inputs of one request and prepares its latents.
         INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
-        RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+        RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
+        capacity (no `fleet-error-field`).
         DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
         UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
-        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+        PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.
+        CANCELLED: the caller cancelled the call. INTERNAL: a defect of the worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,7 +80,7 @@ def add_BeforeDenoisingServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class BeforeDenoisingService:
     """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
-    Only models of the hybrid style use it, instead of the three separate services.
+    Models of the hybrid style (see README.md) use this service instead of the three separate services.
     """
 
     @staticmethod

@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class BeforeDenoisingServiceStub:
     """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
-    Only models of the hybrid style use it, instead of the three separate services.
+    Models of the hybrid style (see README.md) use this service instead of the three separate services.
     """
 
     @_typing.overload
@@ -38,31 +38,35 @@ class BeforeDenoisingServiceStub:
     PrepareDenoising: _grpc.StreamStreamMultiCallable[_before_denoising_pb2.PrepareDenoisingRequest, _before_denoising_pb2.PrepareDenoisingResponse]
     """Encodes the inputs of one request and prepares its latents.
     INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
-    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
+    capacity (no `fleet-error-field`).
     DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
     UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
-    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.
+    CANCELLED: the caller cancelled the call. INTERNAL: a defect of the worker.
     """
 
 @_typing.type_check_only
 class BeforeDenoisingServiceAsyncStub(BeforeDenoisingServiceStub):
     """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
-    Only models of the hybrid style use it, instead of the three separate services.
+    Models of the hybrid style (see README.md) use this service instead of the three separate services.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PrepareDenoising: _aio.StreamStreamMultiCallable[_before_denoising_pb2.PrepareDenoisingRequest, _before_denoising_pb2.PrepareDenoisingResponse]  # type: ignore[assignment]
     """Encodes the inputs of one request and prepares its latents.
     INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
-    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
+    capacity (no `fleet-error-field`).
     DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
     UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
-    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.
+    CANCELLED: the caller cancelled the call. INTERNAL: a defect of the worker.
     """
 
 class BeforeDenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
-    Only models of the hybrid style use it, instead of the three separate services.
+    Models of the hybrid style (see README.md) use this service instead of the three separate services.
     """
 
     @_abc_1.abstractmethod
@@ -73,10 +77,12 @@ class BeforeDenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_before_denoising_pb2.PrepareDenoisingResponse], _abc.AsyncIterator[_before_denoising_pb2.PrepareDenoisingResponse]]:
         """Encodes the inputs of one request and prepares its latents.
         INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
-        RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+        RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
+        capacity (no `fleet-error-field`).
         DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
         UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
-        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+        PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.
+        CANCELLED: the caller cancelled the call. INTERNAL: a defect of the worker.
         """
 
 def add_BeforeDenoisingServiceServicer_to_server(servicer: BeforeDenoisingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -21,7 +21,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class DecodeRequest(_message.Message):
-    """A request frame. Order: one header, then the chunks of the tensors that the header describes, then half-close."""
+    """A request frame. Order: one header, the chunks of the tensors that the header describes, the items of the input
+    stream, each with its chunks, then half-close.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -59,7 +61,9 @@ Global___DecodeRequest: _TypeAlias = DecodeRequest  # noqa: Y015
 
 @_typing.final
 class DecodeResponse(_message.Message):
-    """A response frame. Order: begun, progress and warnings while the stages run, then one header, then its chunks."""
+    """A response frame. Order: begun; then progress, warnings and items while the stages run; then one header and its
+    chunks. The chunks of an item follow its frame.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -49,10 +49,12 @@ class DecodingServiceServicer:
     def Decode(self, request_iterator, context):
         """Decodes the latents of one request.
         INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
-        RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+        RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
+        capacity (no `fleet-error-field`).
         DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
         UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
-        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+        PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.
+        CANCELLED: the caller cancelled the call. INTERNAL: a defect of the worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

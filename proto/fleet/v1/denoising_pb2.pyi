@@ -53,7 +53,9 @@ Global___DenoiseRequest: _TypeAlias = DenoiseRequest  # noqa: Y015
 
 @_typing.final
 class DenoiseResponse(_message.Message):
-    """A response frame. Order: begun, progress and warnings while the stages run, then one header, then its chunks."""
+    """A response frame. Order: begun; then progress, warnings, checkpoints and items while the stages run; then one header
+    and its chunks. The chunks of a checkpoint or an item follow its frame.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -36,10 +36,12 @@ class DenoisingServiceStub:
     Denoise: _grpc.StreamStreamMultiCallable[_denoising_pb2.DenoiseRequest, _denoising_pb2.DenoiseResponse]
     """Runs the denoising loop of one request.
     INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
-    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
+    capacity (no `fleet-error-field`).
     DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
     UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
-    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.
+    CANCELLED: the caller cancelled the call. INTERNAL: a defect of the worker.
     """
 
 @_typing.type_check_only
@@ -50,10 +52,12 @@ class DenoisingServiceAsyncStub(DenoisingServiceStub):
     Denoise: _aio.StreamStreamMultiCallable[_denoising_pb2.DenoiseRequest, _denoising_pb2.DenoiseResponse]  # type: ignore[assignment]
     """Runs the denoising loop of one request.
     INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
-    RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+    RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
+    capacity (no `fleet-error-field`).
     DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
     UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
-    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+    PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.
+    CANCELLED: the caller cancelled the call. INTERNAL: a defect of the worker.
     """
 
 class DenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -67,10 +71,12 @@ class DenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_denoising_pb2.DenoiseResponse], _abc.AsyncIterator[_denoising_pb2.DenoiseResponse]]:
         """Runs the denoising loop of one request.
         INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
-        RESOURCE_EXHAUSTED: the worker is at capacity, or the tensors exceed a size limit (then with a field).
+        RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
+        capacity (no `fleet-error-field`).
         DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
         UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
-        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. CANCELLED and INTERNAL also occur.
+        PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.
+        CANCELLED: the caller cancelled the call. INTERNAL: a defect of the worker.
         """
 
 def add_DenoisingServiceServicer_to_server(servicer: DenoisingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

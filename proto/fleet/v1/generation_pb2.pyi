@@ -5,7 +5,7 @@ The public API: submit a generation request, watch its events and download its r
 
 Error codes of every RPC: INVALID_ARGUMENT if a field is malformed; the trailing metadata `fleet-error-field` names
 the field. UNAUTHENTICATED if the caller has no valid credentials. UNAVAILABLE if the coordinator shuts down or the
-request store is unavailable; retry. INTERNAL for a defect. RPCs that take a request_id: NOT_FOUND if the request is
+request store is unavailable: retry. INTERNAL for a defect. RPCs that take a request_id: NOT_FOUND if the request is
 unknown, expired, or belongs to another caller.
 """
 
@@ -103,7 +103,7 @@ class _ActivityKind:
 class _ActivityKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ActivityKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ACTIVITY_KIND_UNSPECIFIED: _ActivityKind.ValueType  # 0
-    """Unknown: the request's coordinator is of an earlier release."""
+    """Unknown: the request's coordinator runs an earlier release."""
     ACTIVITY_KIND_RUNNING: _ActivityKind.ValueType  # 1
     """The request runs on the worker `worker_id`."""
     ACTIVITY_KIND_QUEUED: _ActivityKind.ValueType  # 2
@@ -111,8 +111,8 @@ class _ActivityKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Activity
     ACTIVITY_KIND_NO_WORKER: _ActivityKind.ValueType  # 3
     """The request waits for a worker of the service; no worker is live."""
     ACTIVITY_KIND_RETRY: _ActivityKind.ValueType  # 4
-    """An attempt ended without an output and the request waits for the next attempt. `worker_id` is set if the worker is
-    lost but the coordinator has not detected the loss.
+    """An attempt ended without an output, and the request waits for the next attempt. `worker_id` is set if the worker of
+    the attempt is lost and the coordinator has not detected the loss.
     """
     ACTIVITY_KIND_TAKE_OVER: _ActivityKind.ValueType  # 5
     """The request's coordinator is lost; another coordinator takes the request over."""
@@ -123,7 +123,7 @@ class ActivityKind(_ActivityKind, metaclass=_ActivityKindEnumTypeWrapper):
     """Kind of a RequestActivity."""
 
 ACTIVITY_KIND_UNSPECIFIED: ActivityKind.ValueType  # 0
-"""Unknown: the request's coordinator is of an earlier release."""
+"""Unknown: the request's coordinator runs an earlier release."""
 ACTIVITY_KIND_RUNNING: ActivityKind.ValueType  # 1
 """The request runs on the worker `worker_id`."""
 ACTIVITY_KIND_QUEUED: ActivityKind.ValueType  # 2
@@ -131,8 +131,8 @@ ACTIVITY_KIND_QUEUED: ActivityKind.ValueType  # 2
 ACTIVITY_KIND_NO_WORKER: ActivityKind.ValueType  # 3
 """The request waits for a worker of the service; no worker is live."""
 ACTIVITY_KIND_RETRY: ActivityKind.ValueType  # 4
-"""An attempt ended without an output and the request waits for the next attempt. `worker_id` is set if the worker is
-lost but the coordinator has not detected the loss.
+"""An attempt ended without an output, and the request waits for the next attempt. `worker_id` is set if the worker of
+the attempt is lost and the coordinator has not detected the loss.
 """
 ACTIVITY_KIND_TAKE_OVER: ActivityKind.ValueType  # 5
 """The request's coordinator is lost; another coordinator takes the request over."""
@@ -378,8 +378,8 @@ class SubmitRequest(_message.Message):
     model: _builtins.str
     """Name of the model. May be empty if the fleet serves only one model."""
     idempotency_key: _builtins.str
-    """Idempotency key, at most 128 characters. A later Submit of the same caller with the same key returns the request of
-    the first. Default (empty): each call creates a request.
+    """Idempotency key, at most 128 characters. A later Submit of the same caller with the same key returns the
+    first request. Default (empty): each call creates a request.
     """
     priority: _builtins.int
     """Priority from -100 to 100; requests with a higher priority run first. Default: 0."""
@@ -417,7 +417,7 @@ class SubmitResponse(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
-    """Whether the idempotency key was known, so that `request` is an earlier request."""
+    """Whether `request` is an earlier request with the same idempotency key."""
     @_builtins.property
     def request(self) -> Global___RequestRecord:
         """Record of the accepted request."""
@@ -446,7 +446,7 @@ class GenerateRequest(_message.Message):
     FOLLOW_FIELD_NUMBER: _builtins.int
     follow: _builtins.bool
     """Whether to send the bytes of a streamed result as soon as they are stored, interleaved with the events. All bytes
-    are then sent as `file_data`. Default: false, files are sent after the last event.
+    are then sent as `file_data`. Default: false; files are sent after the last event.
     """
     @_builtins.property
     def request(self) -> Global___SubmitRequest:
@@ -770,8 +770,8 @@ class StateChange(_message.Message):
     state: Global___RequestState.ValueType
     """The new state."""
     steps_saved: _builtins.int
-    """For CANCELLED and EXPIRED: number of denoising steps that were not executed, by the latest reported progress; all
-    steps if the denoising loop had not started.
+    """For CANCELLED and EXPIRED: number of denoising steps that were not executed, from the latest reported progress. If
+    the denoising loop had not started, the number of all steps.
     """
     @_builtins.property
     def error(self) -> Global___Error:
@@ -1056,8 +1056,8 @@ class RequestActivity(_message.Message):
     total_steps: _builtins.int
     """Total number of steps; unset for a service that reports no steps."""
     requests_ahead: _builtins.int
-    """For QUEUED, NO_WORKER and RETRY: number of requests that are scheduled earlier, by the current priorities, caller
-    shares and deadlines.
+    """For QUEUED, NO_WORKER and RETRY: estimated number of requests that will run before this request, from the current
+    priorities, caller shares and deadlines.
     """
     estimated_seconds: _builtins.float
     """For QUEUED: estimated time until a worker is assigned, in seconds; unset if no pace of the service is measured."""
@@ -1162,8 +1162,8 @@ class GetRequestResponse(_message.Message):
 
     @_builtins.property
     def timeline(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimelineEntry]:
-        """Timeline in chronological order; only with `with_timeline`. In addition to the entries of events, the store retains
-        the latest 256 entries of a request, for as long as its record.
+        """Timeline in chronological order; only with `with_timeline`. Contains entries for the events with a state or a step,
+        and the latest 256 other entries. The store retains the timeline for as long as the record.
         """
 
     def __init__(

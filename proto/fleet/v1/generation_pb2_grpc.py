@@ -100,7 +100,7 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Streams the events of a request, from the first event or after a given one, up to its terminal state. Cancelling
+        """Streams the events of a request, from the first event or after a given event, up to the terminal state. Cancelling
         the call does not affect the request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -109,8 +109,8 @@ class GenerationServiceServicer:
 
     def DownloadResult(self, request, context):
         """Streams the files of a request. FAILED_PRECONDITION: the request has not succeeded, or its result is never stored.
-        NOT_FOUND: the result has expired. With `follow`, files are sent while they are written; FAILED_PRECONDITION if the
-        request then ends without a result, UNAVAILABLE if this coordinator shuts down (retry with the offset reached).
+        NOT_FOUND: the result has expired. With `follow`, files are sent while they are written. FAILED_PRECONDITION: the
+        request then ends without a result. UNAVAILABLE: this coordinator shuts down; retry with the next byte's offset.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,7 +132,7 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListRequests(self, request, context):
-        """Lists requests, newest first. With caller authentication, only the caller's own requests.
+        """Lists requests, newest first. With caller authentication, lists only the caller's own requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -5,7 +5,7 @@ The public API: submit a generation request, watch its events and download its r
 
 Error codes of every RPC: INVALID_ARGUMENT if a field is malformed; the trailing metadata `fleet-error-field` names
 the field. UNAUTHENTICATED if the caller has no valid credentials. UNAVAILABLE if the coordinator shuts down or the
-request store is unavailable; retry. INTERNAL for a defect. RPCs that take a request_id: NOT_FOUND if the request is
+request store is unavailable: retry. INTERNAL for a defect. RPCs that take a request_id: NOT_FOUND if the request is
 unknown, expired, or belongs to another caller.
 """
 
@@ -50,13 +50,13 @@ class GenerationServiceStub:
     request is cancelled, unless it has an idempotency key.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_generation_pb2.WatchRequest, _generation_pb2.WatchResponse]
-    """Streams the events of a request, from the first event or after a given one, up to its terminal state. Cancelling
+    """Streams the events of a request, from the first event or after a given event, up to the terminal state. Cancelling
     the call does not affect the request.
     """
     DownloadResult: _grpc.UnaryStreamMultiCallable[_generation_pb2.DownloadResultRequest, _generation_pb2.DownloadResultResponse]
     """Streams the files of a request. FAILED_PRECONDITION: the request has not succeeded, or its result is never stored.
-    NOT_FOUND: the result has expired. With `follow`, files are sent while they are written; FAILED_PRECONDITION if the
-    request then ends without a result, UNAVAILABLE if this coordinator shuts down (retry with the offset reached).
+    NOT_FOUND: the result has expired. With `follow`, files are sent while they are written. FAILED_PRECONDITION: the
+    request then ends without a result. UNAVAILABLE: this coordinator shuts down; retry with the next byte's offset.
     """
     GetRequest: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetRequestRequest, _generation_pb2.GetRequestResponse]
     """Returns the record of a request, and optionally its timeline."""
@@ -65,7 +65,7 @@ class GenerationServiceStub:
     request that has ended.
     """
     ListRequests: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ListRequestsRequest, _generation_pb2.ListRequestsResponse]
-    """Lists requests, newest first. With caller authentication, only the caller's own requests."""
+    """Lists requests, newest first. With caller authentication, lists only the caller's own requests."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ListModelsRequest, _generation_pb2.ListModelsResponse]
     """Lists the models with their parameters and workers, and the state of the request store."""
 
@@ -85,13 +85,13 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     request is cancelled, unless it has an idempotency key.
     """
     Watch: _aio.UnaryStreamMultiCallable[_generation_pb2.WatchRequest, _generation_pb2.WatchResponse]  # type: ignore[assignment]
-    """Streams the events of a request, from the first event or after a given one, up to its terminal state. Cancelling
+    """Streams the events of a request, from the first event or after a given event, up to the terminal state. Cancelling
     the call does not affect the request.
     """
     DownloadResult: _aio.UnaryStreamMultiCallable[_generation_pb2.DownloadResultRequest, _generation_pb2.DownloadResultResponse]  # type: ignore[assignment]
     """Streams the files of a request. FAILED_PRECONDITION: the request has not succeeded, or its result is never stored.
-    NOT_FOUND: the result has expired. With `follow`, files are sent while they are written; FAILED_PRECONDITION if the
-    request then ends without a result, UNAVAILABLE if this coordinator shuts down (retry with the offset reached).
+    NOT_FOUND: the result has expired. With `follow`, files are sent while they are written. FAILED_PRECONDITION: the
+    request then ends without a result. UNAVAILABLE: this coordinator shuts down; retry with the next byte's offset.
     """
     GetRequest: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetRequestRequest, _generation_pb2.GetRequestResponse]  # type: ignore[assignment]
     """Returns the record of a request, and optionally its timeline."""
@@ -100,7 +100,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     request that has ended.
     """
     ListRequests: _aio.UnaryUnaryMultiCallable[_generation_pb2.ListRequestsRequest, _generation_pb2.ListRequestsResponse]  # type: ignore[assignment]
-    """Lists requests, newest first. With caller authentication, only the caller's own requests."""
+    """Lists requests, newest first. With caller authentication, lists only the caller's own requests."""
     ListModels: _aio.UnaryUnaryMultiCallable[_generation_pb2.ListModelsRequest, _generation_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models with their parameters and workers, and the state of the request store."""
 
@@ -135,7 +135,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.WatchResponse], _abc.AsyncIterator[_generation_pb2.WatchResponse]]:
-        """Streams the events of a request, from the first event or after a given one, up to its terminal state. Cancelling
+        """Streams the events of a request, from the first event or after a given event, up to the terminal state. Cancelling
         the call does not affect the request.
         """
 
@@ -146,8 +146,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.DownloadResultResponse], _abc.AsyncIterator[_generation_pb2.DownloadResultResponse]]:
         """Streams the files of a request. FAILED_PRECONDITION: the request has not succeeded, or its result is never stored.
-        NOT_FOUND: the result has expired. With `follow`, files are sent while they are written; FAILED_PRECONDITION if the
-        request then ends without a result, UNAVAILABLE if this coordinator shuts down (retry with the offset reached).
+        NOT_FOUND: the result has expired. With `follow`, files are sent while they are written. FAILED_PRECONDITION: the
+        request then ends without a result. UNAVAILABLE: this coordinator shuts down; retry with the next byte's offset.
         """
 
     @_abc_1.abstractmethod
@@ -174,7 +174,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.ListRequestsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.ListRequestsResponse, _abc.Awaitable[_generation_pb2.ListRequestsResponse]]:
-        """Lists requests, newest first. With caller authentication, only the caller's own requests."""
+        """Lists requests, newest first. With caller authentication, lists only the caller's own requests."""
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -62,7 +62,7 @@ Global___GetModelInfoResponse: _TypeAlias = GetModelInfoResponse  # noqa: Y015
 
 @_typing.final
 class WorkerInfo(_message.Message):
-    """Metadata of a worker, as it registers with the fleet."""
+    """Metadata with which a worker registers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -113,8 +113,8 @@ class WorkerInfo(_message.Message):
     model_fingerprint: _builtins.str
     """Digest of the checkpoint: equal for equal weights."""
     numerics_fingerprint: _builtins.str
-    """Digest of everything that affects the bits of a result: backend, parallel degrees, dtype, options, package versions
-    and device.
+    """Digest of all settings that affect the bits of a result: backend, parallel degrees, dtype, options, package
+    versions and device.
     """
     address: _builtins.str
     """Address of the worker, as a gRPC target."""
@@ -144,8 +144,8 @@ class WorkerInfo(_message.Message):
 
     @_builtins.property
     def variant_contracts(self) -> _containers.RepeatedCompositeFieldContainer[Global___VariantContract]:
-        """Slots that the hosted stages read and write for each variant of the model, in the order of the model's variants;
-        `contract` is their union. Workers of release 0.1.0 leave it empty.
+        """Contract of each variant of the model, in the order of the model's variants; `contract` is their union.
+        Workers of release 0.1.0 leave this field empty.
         """
 
     def __init__(
@@ -178,7 +178,7 @@ Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
 
 @_typing.final
 class IncompatibleWorker(_message.Message):
-    """A live worker whose contract does not match the coordinator's, because they are of different releases."""
+    """A live worker whose contract does not match the coordinator's contract, because their releases differ."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -208,7 +208,7 @@ Global___IncompatibleWorker: _TypeAlias = IncompatibleWorker  # noqa: Y015
 
 @_typing.final
 class RefusedWorker(_message.Message):
-    """A worker whose registration was refused because its checkpoint is not the one that the fleet serves under that name.
+    """A worker whose registration was refused, because the fleet serves a different checkpoint under the model's name.
     Refusals with equal service and fingerprint share one message.
     """
 

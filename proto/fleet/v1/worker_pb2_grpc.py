@@ -48,7 +48,8 @@ class WorkerServiceServicer:
 
     def GetModelInfo(self, request, context):
         """Returns the model, the contract and the configuration of this worker.
-        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. UNAVAILABLE: the worker drains.
+        PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.
+        UNAVAILABLE: the worker drains.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

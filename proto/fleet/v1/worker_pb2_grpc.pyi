@@ -35,7 +35,8 @@ class WorkerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> WorkerServiceAsyncStub: ...
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetModelInfoRequest, _worker_pb2.GetModelInfoResponse]
     """Returns the model, the contract and the configuration of this worker.
-    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. UNAVAILABLE: the worker drains.
+    PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.
+    UNAVAILABLE: the worker drains.
     """
 
 @_typing.type_check_only
@@ -45,7 +46,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetModelInfoRequest, _worker_pb2.GetModelInfoResponse]  # type: ignore[assignment]
     """Returns the model, the contract and the configuration of this worker.
-    PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. UNAVAILABLE: the worker drains.
+    PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.
+    UNAVAILABLE: the worker drains.
     """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -58,7 +60,8 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.GetModelInfoResponse, _abc.Awaitable[_worker_pb2.GetModelInfoResponse]]:
         """Returns the model, the contract and the configuration of this worker.
-        PERMISSION_DENIED: the certificate of the caller is not that of a coordinator. UNAVAILABLE: the worker drains.
+        PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.
+        UNAVAILABLE: the worker drains.
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
