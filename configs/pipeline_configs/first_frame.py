@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class FirstFrameConfig(ImageLatentsConfig, DenoisingConfig):
     """The input image is the first latent frame: it has timestep 0 and is restored after the loop.
 
-    This class must precede the family's config in the list of bases, because it overrides some of its callbacks.
+    This class must precede the family's config in the list of bases, because its callbacks override the family's.
     """
 
     frame_dim: ClassVar[int] = 2

@@ -48,7 +48,7 @@ class WanDMDSamplingParams(WanSamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """As Wan 2.1; also sets the number of steps to that of the timesteps."""
+        """Validate as Wan 2.1, and set the number of steps to the number of timesteps."""
         params, warnings = super().round_and_validate(checkpoint, given)
         steps = len(self.dmd_denoising_steps)
         params = replace(params, num_inference_steps=steps)
@@ -69,7 +69,7 @@ class WanDMDSamplingParams(WanSamplingParams):
 
 @dataclass(frozen=True, kw_only=True)
 class WanCausalDMDSamplingParams(WanDMDSamplingParams):
-    """Self Forcing: four steps for each block of latent frames, of the flow schedule with shift 5."""
+    """Self Forcing: each block of latent frames takes four steps of the flow schedule with shift 5."""
 
     other_versions: ClassVar[Mapping[str, str]] = WanSamplingParams.other_versions
 
@@ -79,7 +79,7 @@ class WanCausalDMDSamplingParams(WanDMDSamplingParams):
 
     @classmethod
     def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
-        """As the base class. Also raises CheckpointError for a transformer without causal attention."""
+        """The base class's defaults. Raises CheckpointError, also for a transformer without causal attention."""
         _causal_config(checkpoint)
         return super().model_defaults(checkpoint)
 
