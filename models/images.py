@@ -1,6 +1,7 @@
-"""Opens the images of a request as Diffusers' load_image does: oriented by their metadata, converted to RGB or RGBA.
+"""Opens the images of a request as Diffusers' load_image does.
 
-The orientation is read by `common.image_header`, as in validation, so that both agree on the size.
+Images are oriented by their metadata and converted to RGB or RGBA. `common.image_header` reads the orientation, as in
+validation, so that both agree on the size.
 """
 
 from __future__ import annotations

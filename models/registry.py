@@ -113,7 +113,7 @@ def resolve(reference: str) -> Any:
 
 
 def load_registry(plugins: Iterable[Path] = ()) -> Registry:
-    """Register the families of models/pipelines, then those of the plugin directories.
+    """Register the families of models/pipelines, then the families of the plugin directories.
 
     Each plugin directory is appended to sys.path, so that references can name its files. Files that define `EntryClass`
     are pipeline files; other files are not imported here, as they may import torch. Errors raised by a plugin are not

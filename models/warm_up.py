@@ -39,7 +39,7 @@ from models.media import png_bytes
 from models.registry import resolve
 
 STEPS = 3
-"""Steps per expert: the first compiles kernels, the second captures a CUDA graph, the third replays it."""
+"""Steps per expert: compile kernels, capture a CUDA graph, replay the graph."""
 
 _LEVELS = 1000
 """Number of candidate noise levels of a synthetic schedule."""
@@ -61,10 +61,11 @@ class WarmUp:
 
     @classmethod
     def parse(cls, model: ServedModel, texts: Sequence[str], *, service: str = _DENOISING) -> Self:
-        """Parse sizes: HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for all variants or for the one in a suffix @VARIANT.
+        """Parse sizes, HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, with an optional suffix @VARIANT.
 
-        Without FRAMES, the variant's default number of frames is used. Raises InvalidInput for malformed sizes, unknown
-        variants, sizes that requests cannot have, and models without the standard denoising stage.
+        Without a suffix, a size is for all variants. Without FRAMES, the variant's default number of frames is used.
+        Raises InvalidInput for malformed sizes, unknown variants, sizes that requests cannot have, and models without
+        the standard denoising stage.
         """
         return cls(model, service, tuple(each for text in texts for each in _sizes(model, service, text)))
 

@@ -108,8 +108,8 @@ def load_module(
 ) -> None:
     """Load weights into a module built on the meta device, freeze it and set eval mode.
 
-    The files must contain every parameter under its own name and unsharded shape, and no other names except those that
-    contain one of `unused`. Biases that are absent from checkpoints become zeros. Names that contain one of
+    The files must contain every parameter under its own name and unsharded shape, and no other names except names
+    that contain one of `unused`. Biases that are absent from checkpoints become zeros. Names that contain one of
     `keep_float32` are loaded as float32, other names as `dtype`. Raises CheckpointError.
     """
     began = time.monotonic()

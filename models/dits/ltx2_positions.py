@@ -1,4 +1,4 @@
-"""Positions of video and audio latents in the LTX-2 DiT: centres of the latents, in seconds and pixels."""
+"""Positions of the LTX-2 DiT: centers of the video and audio latents, in seconds and pixels."""
 
 from __future__ import annotations
 

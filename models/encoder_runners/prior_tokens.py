@@ -54,7 +54,7 @@ PRIVATE_API = PrivateApi(
         Attributes("transformers:GenerationConfig", ("_from_model_config",)),
     ),
 )
-"""forward() is called with positional arguments. Only `_from_model_config` shows a missing generation_config.json."""
+"""forward() gets positional arguments. `_from_model_config` is the only sign of a missing generation_config.json."""
 
 # transformers' defaults for settings that generation_config.json omits.
 _TEMPERATURE, _TOP_K, _TOP_P = 1.0, 50, 1.0

@@ -82,7 +82,7 @@ def _by_flash_attention_2(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -
 
 @_PLAIN.register("flash_attn_3")
 def _by_flash_attention_3(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
-    # torch.compile can trace the function that returns a tensor, but not the one that writes to an argument.
+    # torch.compile can trace the function that returns a tensor, but not the function that writes to an argument.
     if torch.compiler.is_compiling():
         return _placed(attention_backends.flash_attention_3(q, k, v), out)
     return attention_backends.flash_attention_3_into(q, k, v, torch.empty_like(q) if out is None else out)

@@ -63,7 +63,7 @@ def flash_attention_3_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
 
 
 def flash_attention_3_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-    """Write flash_attention_3() to `out`, with adjacent channels, by one or two calls: see head_shares()."""
+    """Write flash_attention_3() to `out`, whose channels are adjacent, by the calls of head_shares()."""
     # The import registers torch.ops.fa3_fwd; the package's Python function has no argument `out`.
     import fa3_fwd_interface  # noqa: F401
 

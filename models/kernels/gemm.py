@@ -89,7 +89,8 @@ def multiply_gelu_into(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> 
 def try_add_gated(x: Tensor, weight: Weight, bias: Tensor, gate: Tensor, onto: Tensor) -> bool:
     """onto += gate * (x @ weight.T + bias), if an epilogue supports it for all rows of the batch.
 
-    x is (B, tokens, K), gate (B, N), onto (B, tokens, N). Returns False, with `onto` unchanged, if it does not.
+    Shapes: x (B, tokens, K), gate (B, N), onto (B, tokens, N). Returns False, with `onto` unchanged, if no
+    epilogue supports the addition.
     """
     rows = list(zip(x, gate, onto, strict=True))
     if not all(choose_gemm("gated addition", x_MK, weight, onto_MN) for x_MK, _, onto_MN in rows):

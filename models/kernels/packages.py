@@ -30,7 +30,7 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class KernelPackage:
-    """An optional package: name on PyPI, module to import, fallback where the package is missing or broken.
+    """An optional package: name on PyPI, module to import, fallback if the package is unusable.
 
     `capabilities` are the compute capabilities of the GPUs on which the package is used; empty: all GPUs.
     """

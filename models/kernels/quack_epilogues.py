@@ -18,10 +18,10 @@ from torch import Tensor
 from models.kernels.gemm_support import HEAD_EPS, HEAD_SIZE
 
 WIDE = {"tile_M": 128, "tile_N": 192, "cluster_M": 2, "cluster_N": 1}
-"""Tiles for N that are multiples of 192."""
+"""Tile shape for N divisible by 192."""
 
 TALL = {"tile_M": 192, "tile_N": 128, "cluster_M": 1, "cluster_N": 2}
-"""Tiles for all other N, and for epilogues over whole heads of 128 channels."""
+"""Tile shape for all other N, and for epilogues over whole heads of 128 channels."""
 
 
 @gemm_epilogue(ops={"bias": RowVecLoad("bias")})

@@ -48,7 +48,7 @@ class StepCache:
         return float(self._stored.change)
 
     def store(self, first: Tensor, rest: Tensor) -> None:
-        """Store what the first block and what the other blocks added to the residual stream, (B, S, D) each."""
+        """Store the updates of the residual stream by the first block and by the other blocks, (B, S, D) each."""
         if self._stored is None:
             self._stored = _StoredStep(first.clone(), rest.clone(), torch.zeros((), device=first.device))
         else:
@@ -80,7 +80,7 @@ class CacheUse(NamedTuple):
 def run_blocks(residual: Residual, blocks: Sequence[Block], use: CacheUse | None) -> Residual:
     """The residual stream after all blocks; with a step cache it has no pending update.
 
-    A computed step has the same bits with a cache and without.
+    A computed step is bit-identical with and without a cache.
     """
     if use is None:
         for block in blocks:

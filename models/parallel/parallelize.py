@@ -43,7 +43,7 @@ def parallelize(
 
     `mesh` None: one rank. `heads` and `feed_forward` are as in Degrees.check_model(). Raises InvalidInput for degrees
     that do not divide the attention heads or the feed-forward width, and TypeError where the plan names a module of
-    another type, a method that is no entry point, or an argument that the method lacks.
+    another type, a method that is not an entry point, or an argument that the method lacks.
     """
     check_entry_points(model, plan)
     if mesh is None:

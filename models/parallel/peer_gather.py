@@ -24,12 +24,13 @@ NUM_BUFFERS = 2
 """Attention layers use the buffers alternately: see PeerGather."""
 
 MAX_GROUPS = 2
-"""Largest number of head groups that are sent one after the other."""
+"""Largest number of head groups; groups are sent sequentially."""
 
 MIN_GROUPED_WORK = 350_000
-"""Smallest batch x heads x tokens for which head groups pay off: attention to a group must still occupy the whole GPU.
+"""Smallest batch x heads x tokens for which head groups pay off.
 
-On two H100s groups made a Wan step (12 heads x 32,760 tokens) faster, and a Flux step (24 x 4,608) slower.
+Attention to a group must still occupy the whole GPU. On two H100s groups made a Wan step (12 heads x 32,760 tokens)
+faster, and a Flux step (24 x 4,608) slower.
 """
 
 ALIGNMENT = 512
@@ -44,7 +45,7 @@ class PeerGather:
 
     A buffer is reused two layers later. A peer writes to a buffer in layer n only after it has received this rank's
     chunk of layer n - 1. This rank sent that chunk after its attention in layer n - 2, which was the last to read the
-    buffer. Between two forward passes, the all-gather of the first one's result has the same effect. All ranks must
+    buffer. Between two forward passes, the all-gather of the first pass's result has the same effect. All ranks must
     call the methods in the same order.
     """
 
@@ -132,7 +133,7 @@ class Gathered(KeyValues):
         self._buffers.send(self._index, self._layout)
 
     def attend(self, q: Tensor, out: Tensor | None = None) -> Tensor:
-        """Attention of queries (B, L, H, K) to the keys of all ranks, one head group after the other."""
+        """Attention of queries (B, L, H, K) to the keys of all ranks, by head group."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
         whole = (q, *self._whole.unbind(2), out)
         groups = zip(*(each.chunk(self._layout.groups, dim=2) for each in whole), strict=True)

@@ -97,7 +97,7 @@ class USPAttention(Attention):
         return q if self.ulysses.size == 1 else self.scatter_heads(q)
 
     def _send(self, k: Tensor, v: Tensor) -> KeyValues:
-        """Start the transfer of keys and values (B, L, H, K): within the ulysses group, or else along the ring."""
+        """Start the transfer of keys and values (B, L, H, K), within the ulysses group or along the ring."""
         return self._send_in_ring(k, v) if self.ulysses.size == 1 else _ScatteredHeads(k, v, self)
 
     def scatter_heads(self, x: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ PRIVATE_API = {
         (Attributes(_UNIPC, ("timesteps", "sigmas", *_SET_UNIPC)), Called(f"{_UNIPC}.set_begin_index", 2)),
     ),
 }
-"""Attributes of Diffusers' schedulers set by the solvers; a renamed attribute would be ignored silently."""
+"""Attributes of Diffusers' schedulers that the solvers set. Setting a renamed attribute would have no effect."""
 
 
 def check_empty(state: Mapping[str, Tensor]) -> None:

@@ -153,7 +153,7 @@ class StepMemory:
     def runs_eagerly(self, kind: StepKind) -> bool:
         """Whether a step runs without a graph.
 
-        These are the first step of its kind, which loads kernels, and steps beyond MAX_GRAPHS.
+        The first step of a kind runs eagerly, because it loads kernels; so do steps beyond MAX_GRAPHS.
         """
         is_full = len(self._graphs) >= MAX_GRAPHS and kind not in self._graphs
         if self._capture is None or kind not in self._ran or is_full:
@@ -237,7 +237,7 @@ class StepMemoryPool:
 
     @contextmanager
     def leases(self) -> Iterator[Lease]:
-        """Context manager of a function that leases memory until the context ends."""
+        """Context manager that yields a Lease; leased memory returns to the pool when the context ends."""
         leased: list[StepMemory] = []
 
         def lease(
