@@ -86,7 +86,7 @@ class Registry:
         return PipelineEntry(self._pipelines[pipeline_name], self._configs[pipeline_name])
 
     def relative(self, pipeline_name: str) -> str | None:
-        """Return the supported `_class_name` with the longest common prefix, or None without any.
+        """Return the supported `_class_name` with the longest common prefix; None: no name has one.
 
         For example, QwenImageEditInpaintPipeline matches QwenImageEdit rather than QwenImage.
         """

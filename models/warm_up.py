@@ -70,7 +70,10 @@ class WarmUp:
         return cls(model, service, tuple(each for text in texts for each in _sizes(model, service, text)))
 
     def run(self, stages: Callable[[Mapping[str, Any], Call], object], dtype: torch.dtype, call: Call) -> None:
-        """Run the stages at each size, for a few denoising steps. `dtype` is the stages' dtype; raises as they do."""
+        """Run the stages at each size, for a few denoising steps. Raises the errors of the stages.
+
+        `dtype` is the stages' dtype.
+        """
         for (variant, params), inputs in zip(self.sizes, self.inputs(dtype), strict=True):
             began = time.monotonic()
             stages(inputs, replace(call, variant=variant.name))
@@ -172,7 +175,7 @@ def _latents(config: DenoisingConfig, shapes: Shapes, dtype: torch.dtype) -> Lat
 
 
 def _schedule(config: DenoisingConfig, steps: int) -> Schedule:
-    """A schedule with `steps` noise levels between 1 and 0 per expert; kernels ignore the values."""
+    """A schedule with `steps` noise levels between 1 and 0 per expert. The levels do not affect the kernels."""
     levels = [(_LEVELS - level) / _LEVELS for level in range(1, _LEVELS)]
     by_expert: dict[str, list[float]] = {}
     for index, (level, below) in enumerate(pairwise([*levels, 0.0])):

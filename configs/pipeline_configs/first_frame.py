@@ -34,7 +34,7 @@ class FirstFrameConfig(ImageLatentsConfig, DenoisingConfig):
         return {"condition": encode(images["image"][:, :, None])}
 
     def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """Timestep 0 for the first latent frame and the schedule's timestep for the others: (steps, B, 2)."""
+        """Timestep 0 for the first latent frame, the schedule's timestep for all other frames; (steps, B, 2)."""
         return torch.stack((torch.zeros_like(timesteps), timesteps), dim=-1)
 
     def after_loop(self, latents: Parts, conditions: Parts) -> Parts:

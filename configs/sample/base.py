@@ -172,7 +172,7 @@ class SamplingParams:
     ) -> dict[str, ParamValue]:
         """Defaults that depend on the request's images, such as the output size.
 
-        `values` are the caller's values, not validated yet, and the other defaults. Raises InvalidInput.
+        `values` contains the caller's values, not validated yet, and all other defaults. Raises InvalidInput.
         """
         del images, values
         return {}

@@ -123,7 +123,7 @@ class Captioner:
 
 
 class _EachToken(StoppingCriteria):  # type: ignore[misc]
-    """Calls `on_token` for each token after the first `begin`; never stops the generation."""
+    """Calls `on_token` for each token after the first `begin` tokens; never requests a stop."""
 
     def __init__(self, begin: int, on_token: OnToken) -> None:
         self._begin = begin

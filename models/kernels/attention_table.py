@@ -80,7 +80,8 @@ def choose_backend(
     """Choose the backend of attention without a mask. "sdpa" leaves the choice to PyTorch.
 
     A `choice` other than auto replaces the table. The result is "sdpa" for dtypes other than bfloat16, for head sizes
-    above 128, and for fewer keys than the backend supports: the text of an empty prompt can be a single token.
+    above 128 or not divisible by 8, and for fewer keys than the backend supports: the text of an empty prompt can be a
+    single token.
     """
     if not has_backends(dtype, head_size):
         return "sdpa"

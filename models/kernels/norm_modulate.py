@@ -16,7 +16,7 @@ from models.token_segments import SegmentVectors
 
 
 class Modulated(NamedTuple):
-    """Parameters of norm(x) * (1 + scale) + shift. `is_centred`: layer norm (subtracts the mean), else RMS norm."""
+    """Parameters of norm(x) * (1 + scale) + shift. `is_centred`: layer norm; otherwise RMS norm."""
 
     scale: SegmentVectors
     shift: SegmentVectors

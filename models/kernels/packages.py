@@ -72,8 +72,8 @@ ATTENTION_PACKAGES: dict[AttentionBackend, PackageName] = {
 class KernelChoice:
     """The settings `kernels` and `attention_backend` of a worker.
 
-    `auto` uses all packages that work. A package that a setting names is required to work. Without `auto` all other
-    packages are unused. Raises InvalidInput for `none` together with another value.
+    `auto` uses all packages that work. A package that a setting names must work. Without `auto`, all other packages
+    are unused. Raises InvalidInput for `none` together with another value.
     """
 
     packages: tuple[PackageChoice, ...] = ("auto",)

@@ -92,7 +92,7 @@ def outcomes_on(device: torch.device, capability: Capability, choice: KernelChoi
 
 
 def try_package(package: KernelPackage, device: torch.device) -> Outcome | None:
-    """Import a package and run it on a tiny input. None: it is not installed. A failure is logged."""
+    """Import a package, run it on a tiny input, and log a failure. Returns None if it is not installed."""
     try:
         version = importlib.metadata.version(package.name)
     except importlib.metadata.PackageNotFoundError:

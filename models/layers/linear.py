@@ -54,7 +54,7 @@ class Linear(nn.Linear):
         multiply_into(x, self.scaled_weight, self.bias, out)
 
     def gelu_into(self, x: Tensor, out: Tensor) -> None:
-        """As into(), followed by GELU (tanh approximation)."""
+        """Write GELU (tanh approximation) of the result of into() to `out`."""
         multiply_gelu_into(x, self.scaled_weight, self.bias, out)
 
     def add_gated(self, x: Tensor, inputs: Tensor, gate: SegmentVectors) -> Residual:

@@ -1,8 +1,8 @@
-"""Step cache: a step may compute only the first block, and reuse the output of the others.
+"""Step cache: a step may compute only the first block, and reuse the output of all other blocks.
 
-This is the First Block Cache of ParaAttention, a relative of TeaCache (arXiv 2411.19108). The output of the blocks
-changes little over many steps, and the change of the first block's output predicts the change of the others'. The host
-reads that change, one number per step, and decides whether to compute the whole step.
+This is the First Block Cache of ParaAttention, a relative of TeaCache (arXiv 2411.19108). Block outputs change
+little over many steps, and the change of the first block's output predicts the change of the other blocks'. The host
+reads the change, one number per step, and decides whether to compute the whole step.
 
 Shapes: B batch, S tokens, D hidden size.
 """
@@ -71,7 +71,7 @@ class _StoredStep(NamedTuple):
 
 
 class CacheUse(NamedTuple):
-    """Use of a step cache by a prediction. `probe`: reuse all blocks but the first; else compute and store them."""
+    """Use of a step cache by a prediction. `probe`: reuse the outputs of all blocks but the first."""
 
     cache: StepCache
     probe: bool

@@ -73,7 +73,7 @@ class PeerGather:
         return Gathered(buffers, self._layers % NUM_BUFFERS, layout)
 
     def _buffers_for(self, needed: int) -> _PeerBuffers:
-        """The latest buffers, or larger ones. Smaller ones are retained: captured CUDA graphs may use them."""
+        """The latest buffers if large enough, else new ones. Old buffers are retained: CUDA graphs may use them."""
         if not self._buffers or self._buffers[-1].size < needed:
             size = -(-needed // ALIGNMENT) * ALIGNMENT
             memory = self._allocate(self._axis, self._device, NUM_BUFFERS * size + _PeerBuffers.flag_bytes(self._axis))
@@ -83,9 +83,10 @@ class PeerGather:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Layout of a buffer: one tensor (B, tokens, 2, H, K) of all ranks. This rank has `tokens` tokens from `first` on.
+    """Layout of a buffer: one tensor (B, tokens, 2, H, K) of all ranks.
 
-    Heads are sent in groups, so that attention to the first group does not wait for the others.
+    This rank's tokens are `first` to `first + tokens - 1`. Heads are sent in groups, so that attention to the first
+    group does not wait for the other groups.
     """
 
     shape: tuple[int, ...]
@@ -156,7 +157,7 @@ class _PeerBuffers:
 
     @staticmethod
     def flag_bytes(axis: Axis) -> int:
-        """Size of all flags of a rank, in bytes. They follow the buffers in memory."""
+        """Size of all flags of a rank, in bytes. The flags follow the buffers in memory."""
         return _FLAG_BYTES * NUM_BUFFERS * MAX_GROUPS * axis.size
 
     def view(self, index: int, layout: _Layout) -> Tensor:
@@ -170,7 +171,7 @@ class _PeerBuffers:
         streams.await_stream(streams.side, streams.current)
         for group in range(layout.groups):
             for offset in range(1, self._axis.size):
-                # Each rank starts with the next one, so that no two ranks send to the same rank at once.
+                # Each rank first sends to the next rank, so that no two ranks send to the same rank at once.
                 rank = (self._axis.index + offset) % self._axis.size
                 if layout.tokens:
                     self._copy(rank, index, group, layout)
@@ -204,6 +205,6 @@ class _PeerBuffers:
                 self._streams.copy_rows(self._streams.side, to + at, source + at, pitch, width, layout.tokens)
 
     def _flag(self, rank: int, index: int, group: int, writer: int) -> int:
-        """Address of the flag in rank `rank` that rank `writer` sets for a head group of a buffer."""
+        """Address of the flag in `rank`'s memory that `writer` sets for a head group of a buffer."""
         flag = (index * MAX_GROUPS + group) * self._axis.size + writer
         return self._memory.addresses[rank] + NUM_BUFFERS * self.size + _FLAG_BYTES * flag

@@ -66,7 +66,7 @@ class RowParallelLinear(Sharded, Linear):
         torch.add(self._sum(x), self.bias, out=out)
 
     def gelu_into(self, x: Tensor, out: Tensor) -> None:
-        """As into(), followed by GELU (tanh approximation)."""
+        """Write GELU (tanh approximation) of the result of into() to `out`."""
         write_gelu(self(x), out)
 
     def add_gated(self, x: Tensor, inputs: Tensor, gate: SegmentVectors) -> Residual:

@@ -121,7 +121,7 @@ class UniPCSolver:
         return state
 
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
-        """Set history and step counter. Raises InvalidInput unless the state is that of this solver at that step."""
+        """Set history and step counter. Raises InvalidInput for the state of another solver or step."""
         scheduler = self._scheduler
         order, total = scheduler.config.solver_order, len(scheduler.timesteps)
         known = min(step, order)

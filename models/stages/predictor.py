@@ -28,8 +28,8 @@ from models.stages.step_memory import NO_FLAGS, Flags, Lease, StepInputs, StepKi
 class StepCaching:
     """Settings of the step cache.
 
-    A step reuses cached block outputs if the first block's change is below `threshold`. The change is a relative L1
-    distance. Ranks along `axes` decide together.
+    A step reuses cached block outputs if the first block's output changed by less than `threshold` (relative L1
+    distance). Ranks along `axes` make the same decision.
     """
 
     threshold: float

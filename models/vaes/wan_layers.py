@@ -19,7 +19,7 @@ from models.kernels.channel_norm import channel_norm_silu
 
 
 class FrameLayer(Protocol):
-    """Maps a stream of frames (1, C, H, W) to another; each input frame yields zero to two frames."""
+    """Maps a stream of frames (1, C, H, W) to another stream; each input frame yields zero to two frames."""
 
     def feed(self, frame: Tensor) -> Iterator[Tensor]:
         """Yield the output frames of the next input frame."""
