@@ -44,7 +44,7 @@ _ZERO = c_float(0)
 
 
 def can_multiply(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
-    """Whether linear_into() pays off: bfloat16 on a GPU, aligned, at least MIN_ROWS rows."""
+    """Whether linear_into() is usable and pays off: aligned bfloat16 on a GPU, at least MIN_ROWS rows."""
     matrices = (x, weight) if out is None else (x, weight, out)
     if not (can_load(*matrices) and len(x) >= MIN_ROWS and is_usable("nvmath-python")):
         return False

@@ -54,8 +54,8 @@ class ParallelPlan:
     replicated queries attend to sharded keys. `sharded_arguments` begin the sharded region of the model, and
     `gathered_results` end it.
 
-    Raises ValueError where an argument or a result belongs to a segment that is not sharded, where a sharded segment
-    has no argument, and for an `unquantized` layer that is neither a column nor a row layer.
+    Raises ValueError if an argument or a result belongs to a segment that is not sharded, if a sharded segment has no
+    argument, and for an `unquantized` layer that is neither a column nor a row layer.
     """
 
     column: tuple[str, ...]

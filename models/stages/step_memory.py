@@ -194,7 +194,7 @@ class StepMemory:
 
 
 def byte_size_of(transformer: DiffusionTransformer, inputs: StepInputs, *, has_cache: bool, has_graphs: bool) -> int:
-    """Maximum bytes of a StepMemory: its tensors, its step cache and, with graphs, the input buffers."""
+    """Maximum bytes of a StepMemory: tensors, step cache and, with graphs, buffers of inputs and predictions."""
     size = sum(spec.byte_size for spec in inputs.memory.values())
     if has_cache:
         first = next(iter(inputs.latents.values()))
@@ -284,7 +284,7 @@ class StepMemoryPool:
 
     def _evict_for(self, size: int) -> None:
         """Free idle memory until `size` bytes fit. Raises ResourceExhausted if they cannot fit."""
-        # Measured graph sizes are excluded, so that all ranks of a worker group decide alike.
+        # Measured graph sizes are excluded, so that all ranks of a worker group make the same decision.
         free = self._max_bytes - sum(memory.tensor_bytes for memory in self._leased.values())
         if size > free:
             message = f"step_memory_bytes: this request needs {size} bytes, but {free} of {self._max_bytes} are free"
