@@ -94,7 +94,7 @@ class ServedModel:
         return [(each, spec) for each in self.variants for spec in each.services if spec.service == service]
 
     def parameters(self) -> tuple[ParameterSpec, ...]:
-        """The parameters of all variants; the default is that of the first variant with the parameter."""
+        """The parameters of all variants; the default is taken from the first variant with the parameter."""
         required = frozenset.intersection(*(frozenset(each.roles.required) for each in self.variants))
         roles = dict.fromkeys(role for each in self.variants for role in (*each.roles.required, *each.roles.optional))
         images = ImageRoles(
@@ -139,7 +139,7 @@ def open_model(reference: str, registry: Registry) -> ServedModel:
 
 
 def _pipelines(entry: PipelineEntry, checkpoint: Checkpoint) -> tuple[dict[str, ComposedPipeline], dict[str, str]]:
-    """The pipelines of the variants whose modules are present, and why the other variants are not served.
+    """The pipelines of the served variants, and the reasons why the other variants are not served.
 
     Raises MissingModules if no variant can be served, and PipelineError for an invalid variant name.
     """

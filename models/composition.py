@@ -25,7 +25,7 @@ DENOISING_STAGE = "models.stages.denoising:DenoisingStage"
 
 @dataclass(frozen=True)
 class Denoising:
-    """A denoising loop: contract, implementation ("package.module:Class") and optional inputs to read."""
+    """A denoising loop: contract, implementation ("package.module:Class") and optional inputs."""
 
     contract: Contract
     implementation: str
@@ -34,7 +34,7 @@ class Denoising:
 
 @dataclass(frozen=True)
 class Decoding:
-    """A decoder: contract, implementation ("package.module:Class"), result slot and optional inputs to read."""
+    """A decoder: contract, implementation ("package.module:Class"), result slot and optional inputs."""
 
     contract: Contract
     implementation: str
@@ -47,7 +47,7 @@ DMD_DENOISING = Denoising(
     contracts.DENOISING, "models.stages.dmd_denoising:DmdDenoisingStage", inputs=("latents_generator",)
 )
 GENERATOR_DENOISING = Denoising(contracts.DENOISING, DENOISING_STAGE, inputs=("latents_generator",))
-"""The standard loop that passes the request's generator on to a decoder that draws noise."""
+"""The standard loop for models whose decoder draws noise: it passes the generator on to the decoder."""
 CAUSAL_DMD_DENOISING = Denoising(
     contracts.CAUSAL_DENOISING,
     "models.stages.causal_dmd_denoising:CausalDMDDenoisingStage",

@@ -66,7 +66,7 @@ class ImageEncodingOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageVAEEncodingInput:
-    """Inputs of a VAE's encoder. A pipeline lists the optional input if it uses it."""
+    """Inputs of a VAE's encoder. The stage receives the optional input only if the pipeline lists it."""
 
     image_inputs: ImageInputs
     canvas: Canvas
@@ -113,7 +113,10 @@ class TimestepPreparationOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class BeforeDenoisingInput:
-    """Inputs of a hybrid model's own stage: the whole request. A pipeline lists the optional input if it uses it."""
+    """Inputs of a hybrid model's own stage: the whole request.
+
+    The stage receives the optional input only if the pipeline lists it.
+    """
 
     prompt: Prompt
     canvas: Canvas
@@ -133,7 +136,10 @@ class BeforeDenoisingOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingInput:
-    """Inputs of the denoising loop, which resumes from `resume_from` if given. A pipeline lists its optional inputs."""
+    """Inputs of the denoising loop, which resumes from `resume_from` if it is set.
+
+    The stage receives `resume_from`, and only those of the other optional inputs that the pipeline lists.
+    """
 
     initial_latents: Latents
     schedule: Schedule

@@ -1,6 +1,7 @@
-"""Opens the images of a request as Diffusers' load_image does: oriented by their metadata, converted to RGB or RGBA.
+"""Opens the images of a request as Diffusers' load_image does.
 
-The orientation is read by `common.image_header`, as in validation, so that both agree on the size.
+Images are oriented by their metadata and converted to RGB or RGBA. `common.image_header` reads the orientation, as in
+validation, so that both agree on the size.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ _TRANSPOSITIONS = {
 def open_images(inputs: ImageInputs, mode: Literal["RGB", "RGBA"] = "RGB") -> Mapping[str, Image.Image]:
     """Decode all images, keyed by role and sorted: image, image_1 ..., last_image. `mode` is Pillow's.
 
-    Raises InvalidInput with the role of an image that cannot be decoded or is too large, and if all images together are
-    too large.
+    Raises InvalidInput with the role of an image that cannot be decoded or is too large, and for images whose total
+    size is too large.
     """
     files = {role: _file(inputs.images[role]) for role in sorted(inputs.images, key=image_order)}
     check_total_size({role: read_image_header(role, data) for role, data in files.items()})

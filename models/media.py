@@ -110,9 +110,9 @@ class Audio:
 
 
 class Mp4File:
-    """In-memory MP4: H.264 video (4:2:0, BT.709, even height and width), an AAC track, and the index first.
+    """In-memory MP4 with H.264 video (4:2:0, BT.709, even height and width) and AAC audio.
 
-    Audio packets are interleaved with the frames of the same time.
+    The index precedes the data. Audio packets are interleaved with the frames of the same time.
     """
 
     def __init__(self, height: int, width: int, frame_rate: float, audio: Audio) -> None:
@@ -225,7 +225,7 @@ def _yuv_frame(pixels: Tensor) -> Any:
 class EncodingAhead:
     """Runs encoder calls in order on a thread, concurrently with the decoding of later frames.
 
-    submit() and wait() raise the errors of earlier calls.
+    The methods submit() and wait() raise the errors of earlier calls.
     """
 
     def __init__(self, executor: ThreadPoolExecutor) -> None:

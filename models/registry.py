@@ -86,9 +86,10 @@ class Registry:
         return PipelineEntry(self._pipelines[pipeline_name], self._configs[pipeline_name])
 
     def relative(self, pipeline_name: str) -> str | None:
-        """Return the supported `_class_name` with the longest common prefix, or None without any.
+        """Return the supported pipeline whose prefix is the longest one that `pipeline_name` starts with, or None.
 
-        For example, QwenImageEditInpaintPipeline matches QwenImageEdit rather than QwenImage.
+        Prefixes are the pipeline's name without "Pipeline" and the names in its `relatives`. For example,
+        QwenImageEditInpaintPipeline matches QwenImageEdit rather than QwenImage.
         """
         prefixes = {
             prefix: name
@@ -113,11 +114,12 @@ def resolve(reference: str) -> Any:
 
 
 def load_registry(plugins: Iterable[Path] = ()) -> Registry:
-    """Register the families of models/pipelines, then those of the plugin directories.
+    """Register the families of models/pipelines, then the families of the plugin directories.
 
     Each plugin directory is appended to sys.path, so that references can name its files. Files that define `EntryClass`
     are pipeline files; other files are not imported here, as they may import torch. Errors raised by a plugin are not
-    wrapped. Raises TypeError for a pipeline file without register_configs().
+    wrapped. Raises CheckpointError for a directory that does not exist or has no pipeline file, and TypeError for a
+    pipeline file without register_configs().
     """
     registry = Registry()
     for info in pkgutil.iter_modules(pipelines.__path__):

@@ -63,7 +63,7 @@ def apply_rotary(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def rotate_heads(x: Tensor, rotation: HeadRotation) -> Tensor:
-    """Apply RoPE with separate angles for each head to x (B, T, H, K), as apply_rotary()."""
+    """Apply RoPE with separate angles for each head to x (B, T, H, K); see apply_rotary()."""
     pairs = (2, x.shape[-1] // 2) if rotation.is_neox_style else (x.shape[-1] // 2, 2)
     axis = -2 if rotation.is_neox_style else -1
     first, second = x.float().reshape(*x.shape[:-1], *pairs).unbind(axis)

@@ -75,7 +75,7 @@ def vectors_of_rows(
     first_BMD: Tensor | None,  # noqa: N803
     rest_BMD: Tensor,  # noqa: N803
 ) -> list[SegmentVectors]:
-    """Split rows (B, M, D) of two segments into M vectors; without a first segment, rows of all tokens."""
+    """Convert rows (B, M, D) to M vectors of two segments; `first_BMD` None: `rest_BMD` is for all tokens."""
     assert (segments is None) == (first_BMD is None), "the first segment has rows of its own"
     rest = rest_BMD.unbind(1)
     if segments is None or first_BMD is None:

@@ -44,10 +44,10 @@ class InputValidationStage:
     def choose(self, given: Collection[str], images: Collection[str], recorded: str = "") -> ServedVariant:
         """Select the variant for a request's parameters and image roles.
 
-        Of the variants that accept the images, the first that has all parameters is selected, otherwise the first.
-        `recorded` is the variant selected when the request was accepted; empty: none yet. Raises InvalidInput, which
-        lists the variants and their images, if no variant accepts the images, and FailedPrecondition if the recorded
-        variant is not served here.
+        Selects the first variant that accepts the images and has all parameters; if there is none, the first variant
+        that accepts the images. `recorded` is the variant selected when the request was accepted; empty: none yet.
+        Raises InvalidInput, which lists the variants and their images, if no variant accepts the images, and
+        FailedPrecondition if the recorded variant is not served here.
         """
         if recorded:
             return self._recorded(recorded)

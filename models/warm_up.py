@@ -39,7 +39,7 @@ from models.media import png_bytes
 from models.registry import resolve
 
 STEPS = 3
-"""Steps per expert: the first compiles kernels, the second captures a CUDA graph, the third replays it."""
+"""Steps per expert: compile kernels, capture a CUDA graph, replay the graph."""
 
 _LEVELS = 1000
 """Number of candidate noise levels of a synthetic schedule."""
@@ -61,15 +61,19 @@ class WarmUp:
 
     @classmethod
     def parse(cls, model: ServedModel, texts: Sequence[str], *, service: str = _DENOISING) -> Self:
-        """Parse sizes: HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, for all variants or for the one in a suffix @VARIANT.
+        """Parse sizes, HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, with an optional suffix @VARIANT.
 
-        Without FRAMES, the variant's default number of frames is used. Raises InvalidInput for malformed sizes, unknown
-        variants, sizes that requests cannot have, and models without the standard denoising stage.
+        Without a suffix, a size is for all variants. Without FRAMES, the variant's default number of frames is used.
+        Raises InvalidInput for malformed sizes, unknown variants, sizes that requests cannot have, and models without
+        the standard denoising stage.
         """
         return cls(model, service, tuple(each for text in texts for each in _sizes(model, service, text)))
 
     def run(self, stages: Callable[[Mapping[str, Any], Call], object], dtype: torch.dtype, call: Call) -> None:
-        """Run the stages at each size, for a few denoising steps. `dtype` is the stages' dtype; raises as they do."""
+        """Run the stages at each size, for a few denoising steps. Raises the errors of the stages.
+
+        `dtype` is the stages' dtype.
+        """
         for (variant, params), inputs in zip(self.sizes, self.inputs(dtype), strict=True):
             began = time.monotonic()
             stages(inputs, replace(call, variant=variant.name))
@@ -171,7 +175,7 @@ def _latents(config: DenoisingConfig, shapes: Shapes, dtype: torch.dtype) -> Lat
 
 
 def _schedule(config: DenoisingConfig, steps: int) -> Schedule:
-    """A schedule with `steps` noise levels between 1 and 0 per expert; kernels ignore the values."""
+    """A schedule with `steps` noise levels between 1 and 0 per expert. The levels do not affect the kernels."""
     levels = [(_LEVELS - level) / _LEVELS for level in range(1, _LEVELS)]
     by_expert: dict[str, list[float]] = {}
     for index, (level, below) in enumerate(pairwise([*levels, 0.0])):

@@ -84,7 +84,7 @@ class Weights:
         return part
 
     def load(self, name: str, shard: Shard | None, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Load a tensor, or a shard of it, to the device. The host holds at most one segment at a time."""
+        """Load a tensor, or a shard of it, to the device. The host holds at most one chunk of the shard at a time."""
         if shard is None:
             return self.read(name).to(device, dtype)
         parts = [self.read(name, index).to(device, dtype) for index in shard.slices()]
@@ -108,8 +108,8 @@ def load_module(
 ) -> None:
     """Load weights into a module built on the meta device, freeze it and set eval mode.
 
-    The files must contain every parameter under its own name and unsharded shape, and no other names except those that
-    contain one of `unused`. Biases that are absent from checkpoints become zeros. Names that contain one of
+    The files must contain every parameter under its own name and unsharded shape, and no other names except names
+    that contain one of `unused`. Biases that are absent from checkpoints become zeros. Names that contain one of
     `keep_float32` are loaded as float32, other names as `dtype`. Raises CheckpointError.
     """
     began = time.monotonic()

@@ -1,6 +1,6 @@
-"""Callbacks of the standard stages, one class per group: text, image, preparation, denoising, decoding.
+"""Callbacks of the standard stages: a class each for text, image, preparation, denoising and decoding.
 
-A family's config inherits the groups of the standard stages in its pipelines; a hybrid model requires only the groups
+A family's config inherits the classes of the standard stages in its pipelines; a hybrid model requires only the classes
 of denoising and decoding. Configs are frozen and independent of the process: device, requested dtype and worker group
 are in `models.runtime.Runtime`.
 
@@ -122,7 +122,7 @@ class LatentLayout(PipelineConfig):
         return latents.reshape(raw_latent_shape)
 
     def posterior_shape(self, canvas: Canvas) -> tuple[int, ...] | None:
-        """Shape of the noise that samples image latents from the VAE's distribution; None: use the mode.
+        """Shape of the noise for sampling image latents from the VAE's distribution; None: use the mode.
 
         This noise is the first draw of a request, before the initial noise, in the VAE's dtype.
         """
@@ -174,7 +174,7 @@ class PreparationConfig(LatentLayout):
 
     @abstractmethod
     def sigmas(self, sampling: Sampling) -> Sequence[float] | None:
-        """Noise levels before the scheduler's shift, one per step, descending; None: the scheduler's own."""
+        """Noise levels before the shift, one per step, descending; None: the scheduler's own noise levels."""
 
     def timesteps(self, sampling: Sampling) -> Sequence[float] | None:
         """Timesteps, one per step; None: the scheduler computes them from the shifted sigmas."""
@@ -198,7 +198,7 @@ class PreparationConfig(LatentLayout):
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a denoising loop; `sigma` and `next_sigma` are its noise levels before and after, by part."""
+    """A denoising step; `sigma` and `next_sigma` are the noise levels before and after the step, by part."""
 
     index: int
     timestep: float
@@ -273,7 +273,7 @@ class DenoisingConfig(LatentLayout):
         """Map the schedule's timesteps (steps, B) to the denoiser's, (steps, B) or (steps, B, segments)."""
 
     def prepared_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Timesteps (rows,) for prepare(): those of the schedule, optionally followed by others."""
+        """Timesteps (rows,) for prepare(): the schedule's timesteps, optionally followed by further ones."""
         return timesteps
 
     def expert(self, step: Step) -> str:
@@ -292,7 +292,7 @@ class DenoisingConfig(LatentLayout):
         return latents
 
     def model_input(self, latents: Parts, conditions: Parts) -> Parts:
-        """Combine the loop's latents and the batched image latents to the denoiser's latents, by part."""
+        """Combine the loop's latents and the batched image latents into the denoiser's latents, by part."""
         del conditions
         return latents
 
@@ -318,7 +318,10 @@ class DenoisingConfig(LatentLayout):
 
 @dataclass(frozen=True)
 class DecodingNoise:
-    """Settings of a decoder that removes noise, in [0, 1]; `scale` is the noise fraction of the latents."""
+    """Settings of a decoder that removes noise, both in [0, 1].
+
+    `scale` is the fraction of noise mixed into the latents; `timestep` conditions the decoder.
+    """
 
     scale: float
     timestep: float
@@ -362,7 +365,7 @@ class DecodingConfig(LatentLayout):
 
     @abstractmethod
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Denormalise raw latents for the VAE's decoder, in their dtype."""
+        """Denormalise raw latents for the VAE's decoder; the dtype does not change."""
 
 
 class StandardPipelineConfig(TextConfig, PreparationConfig, DenoisingConfig, DecodingConfig):

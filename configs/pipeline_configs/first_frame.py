@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class FirstFrameConfig(ImageLatentsConfig, DenoisingConfig):
     """The input image is the first latent frame: it has timestep 0 and is restored after the loop.
 
-    This class must precede the family's config in the list of bases, because it overrides some of its callbacks.
+    This class must precede the family's config in the list of bases, because its callbacks override the family's.
     """
 
     frame_dim: ClassVar[int] = 2
@@ -34,7 +34,7 @@ class FirstFrameConfig(ImageLatentsConfig, DenoisingConfig):
         return {"condition": encode(images["image"][:, :, None])}
 
     def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """Timestep 0 for the first latent frame and the schedule's timestep for the others: (steps, B, 2)."""
+        """Timestep 0 for the first latent frame, the schedule's timestep for all other frames; (steps, B, 2)."""
         return torch.stack((torch.zeros_like(timesteps), timesteps), dim=-1)
 
     def after_loop(self, latents: Parts, conditions: Parts) -> Parts:

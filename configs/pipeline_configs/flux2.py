@@ -153,7 +153,7 @@ class Flux2FamilyConfig(StandardPipelineConfig):
         return sampling.sigmas or np.linspace(1.0, 1.0 / steps, steps).tolist()
 
     def mu(self, canvas: Canvas) -> float:
-        """The shift for 200 steps; for large images, the shift for any number of steps."""
+        """The shift for 200 steps; above MAX_TOKENS_SHIFTED_BY_STEPS tokens, for any number of steps."""
         return 0.00016927 * self._tokens(canvas) + 0.45666666
 
     def mu_of_steps(self, canvas: Canvas, sampling: Sampling) -> float:
@@ -168,7 +168,7 @@ class Flux2FamilyConfig(StandardPipelineConfig):
         return slope * steps + of_200_steps - 200.0 * slope
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Positions (image, row, column, text token) and, for a DiT that embeds it, the guidance scale (B,)."""
+        """Positions (image, row, column, text token), and the guidance scale (B,) if the DiT embeds guidance."""
         text = torch.arange(embeds["encoder_hidden_states"].shape[1], dtype=torch.float32)
         images = [shapes[part] for part in ("image", *condition_parts(shapes))]
         guidance = torch.full((shapes["image"][0],), sampling.guidance_scale or 0.0) if self.guidance_embeds else None

@@ -107,7 +107,7 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
         return {"image": (batch, self.vae.latent_channels, canvas.height // factor, canvas.width // factor)}
 
     def sigmas(self, sampling: Sampling) -> Sequence[float]:
-        """The request's sigmas, or those of the timesteps."""
+        """The request's sigmas, or timesteps() / train_timesteps."""
         return sampling.sigmas or (self._timesteps(sampling) / self.train_timesteps).tolist()
 
     def timesteps(self, sampling: Sampling) -> Sequence[float]:

@@ -19,7 +19,7 @@ def wants_guidance(sampling: Sampling) -> bool:
 
 
 def wants_true_guidance(prompt: Prompt, sampling: Sampling) -> bool:
-    """Whether `true_cfg_scale` enables guidance: a scale above 1 and a negative prompt, which may be empty."""
+    """Whether `true_cfg_scale` enables guidance: a scale above 1 and a (possibly empty) negative prompt."""
     return prompt.negative_prompt is not None and (sampling.true_cfg_scale or 1.0) > 1.0
 
 

@@ -116,7 +116,7 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
         return (llama, clip)
 
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Whether true guidance is enabled: a scale above 1 and a negative prompt, which may be empty."""
+        """Whether true guidance is enabled: a scale above 1 and a (possibly empty) negative prompt."""
         return wants_true_guidance(prompt, sampling)
 
     def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:

@@ -144,7 +144,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         return (gemma,)
 
     def _connect(self, connectors: Any, hidden_states: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Run the connectors: the denoiser's text keywords. Registers replace padding, so that no mask is needed."""
+        """Run the connectors; returns the denoiser's text keywords. Registers replace padding: no mask is needed."""
         video, audio, text_mask = connectors(hidden_states, mask, padding_side="left")
         texts = {"encoder_hidden_states": video, "audio_encoder_hidden_states": audio}
         return texts if self.connectors.registers is not None else texts | {"encoder_attention_mask": text_mask}
@@ -256,13 +256,13 @@ class LTX2ImageToVideoPipelineConfig(FirstFrameConfig, LTX2PipelineConfig):
         return factor
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Also whether the audio's timestep modulates the first frame's cross-modal attention."""
+        """Add the keyword use_cross_timestep from the request."""
         crosses = bool(sampling.params.get("use_cross_timestep", True))
         rate = super().prepare_pos_cond_kwargs(embeds, shapes, sampling)
         return {**rate, "use_cross_timestep": torch.tensor([crosses])}
 
     def before_step(self, step: Step, latents: Parts, conditions: Parts) -> Parts:
-        """Restore the image as the first latent frame, on which guidance depends."""
+        """Restore the image as the first latent frame, because guidance depends on that frame."""
         del step
         return self.with_first_frame(latents, conditions)
 

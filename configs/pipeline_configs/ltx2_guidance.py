@@ -32,7 +32,7 @@ class GuidanceScales:
     rescale: float
 
     def guided(self, clean: Mapping[str, Tensor]) -> Tensor:
-        """Combine the branches' clean latents to guided clean latents; absent branches are skipped."""
+        """Combine the branches' clean latents into guided clean latents; absent branches are skipped."""
         positive = clean[POSITIVE]
         guided = positive
         for branch, weight in ((NEGATIVE, self.scale - 1), (PERTURBED, self.stg), (ISOLATED, self.modality - 1)):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def channel_statistics(mean: Sequence[float], std: Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation as (1, C, 1, ...), with dtype, device and number of dimensions of `like`."""
+    """Mean and standard deviation, (1, C, 1, ...), with `like`'s dtype, device and number of dimensions."""
     shape = (1, -1, *[1] * (like.ndim - 2))
     of_mean, of_std = (torch.tensor(values).view(shape).to(like) for values in (mean, std))
     return of_mean, of_std

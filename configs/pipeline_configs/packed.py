@@ -43,7 +43,7 @@ class SequenceShift:
 
     @classmethod
     def from_dict(cls, module: str, values: Mapping[str, Any], defaults: Self | None = None) -> Self:
-        """Parse the scheduler's config; `defaults` are for missing entries. Raises CheckpointError."""
+        """Parse the scheduler's config; `defaults` has the values of missing entries. Raises CheckpointError."""
         fields, default = ConfigFields(module, values), defaults or cls()
         shift = cls(
             base_image_seq_len=fields.integer("base_image_seq_len", default.base_image_seq_len),
@@ -81,7 +81,7 @@ class PackedPipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingCon
         return canvas.height // side, canvas.width // side
 
     def wants_negative(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Whether true guidance is enabled: a scale above 1 and a negative prompt, which may be empty."""
+        """Whether true guidance is enabled: a scale above 1 and a (possibly empty) negative prompt."""
         return wants_true_guidance(prompt, sampling)
 
     def sigmas(self, sampling: Sampling) -> Sequence[float]:
@@ -143,7 +143,7 @@ def check_channels(inputs: int, outputs: int, latent_channels: int) -> None:
 
 
 def check_patch_channels(inputs: int, outputs: int, latent_channels: int) -> None:
-    """Check that the transformer's channels are those of 2x2 patches of the VAE's latents. Raises CheckpointError."""
+    """Check that the transformer's channels equal the channels of a 2x2 patch of latents. Raises CheckpointError."""
     expected = 4 * latent_channels
     if not inputs == outputs == expected:
         raise CheckpointError(

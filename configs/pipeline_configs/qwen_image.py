@@ -164,7 +164,7 @@ class QwenImagePipelineConfig(QwenImageFamilyConfig, TextConfig):
 
 
 def check_flags(transformer: QwenImageTransformerConfig, flags: Mapping[str, bool]) -> None:
-    """Check that the DiT's flags are those of the pipeline. Raises CheckpointError."""
+    """Check that the DiT's flags equal the pipeline's required flags. Raises CheckpointError."""
     found = {name: vars(transformer)[name] for name in flags}
     for name, value in flags.items():
         if found[name] is not value:
@@ -178,7 +178,10 @@ def text_positions(embeds: Parts, start: int) -> Tensor:
 
 
 def positions(image: int, rows: int, columns: int) -> Tensor:
-    """Positions of an image's tokens (rows * columns, 3); 0 is the center, or just after it."""
+    """Positions (image, row, column) of an image's tokens, (rows * columns, 3).
+
+    Row 0 and column 0 directly follow the center.
+    """
     down = torch.arange(rows, dtype=torch.float32) - (rows - rows // 2)
     across = torch.arange(columns, dtype=torch.float32) - (columns - columns // 2)
     return torch.cartesian_prod(torch.tensor([float(image)]), down, across)

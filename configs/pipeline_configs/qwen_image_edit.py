@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit: the input image is encoded with the text, and as latents after the noise tokens."""
+"""Qwen-Image-Edit: the text encoder and the VAE encode the input image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EDIT_TEMPLATE = Template(
 
 @dataclass(frozen=True, kw_only=True)
 class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageLatentsConfig):
-    """QwenImageEditPipeline's callbacks, in addition to those of QwenImagePipeline."""
+    """QwenImageEditPipeline's callbacks; image latents follow the noise tokens."""
 
     title: ClassVar[str] = "Qwen-Image-Edit"
     deviations: ClassVar[str] = "A single step is rejected, as it is NaN in Diffusers."
@@ -78,6 +78,6 @@ class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageL
         return {condition_name(index): self._normalised(each) for index, each in enumerate(latents)}
 
     def _text_positions_with(self, height: int, width: int) -> int:
-        """Number of text positions that remain with an image of this size (pixels)."""
+        """Number of positions of the RoPE table that an image of this size (pixels) leaves for text."""
         side = max(image_size_of_area(height, width, self.vae_image_area)) // (2 * self.pixels_per_latent)
         return MAX_POSITIONS - side // 2

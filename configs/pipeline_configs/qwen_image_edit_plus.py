@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit-Plus: several input images, numbered in the text, each with latents of its own size."""
+"""Qwen-Image-Edit-Plus: several input images of different sizes, numbered in the text."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ class QwenImageEditPlusPipelineConfig(QwenImageEditPipelineConfig):
 
     @property
     def image_text_encoding(self) -> ImageTextEncoding:
-        """As QwenImageEditPipeline's, with numbered images."""
+        """QwenImageEditPipeline's encoding, with numbered images."""
         return replace(super().image_text_encoding, template=plus_template)

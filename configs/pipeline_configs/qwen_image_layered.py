@@ -1,7 +1,7 @@
 """Qwen-Image-Layered, a hybrid model: decomposes an image into transparent layers.
 
-The frames of an output's latents are the whole image, which the loop regenerates and decoding drops, followed by the
-layers. `Canvas.num_frames` is the number of layers.
+The first latent frame of an output is the whole image, which the loop regenerates and decoding drops. The other frames
+are the layers; `Canvas.num_frames` is their number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INPUT_FRAME = -1
 
 @dataclass(frozen=True, kw_only=True)
 class QwenImageLayeredPipelineConfig(QwenImagePipelineConfig, ImageLatentsConfig):
-    """QwenImageLayeredPipeline's callbacks, in addition to those of QwenImagePipeline."""
+    """QwenImageLayeredPipeline's callbacks; an input image follows the noise tokens."""
 
     title: ClassVar[str] = "Qwen-Image-Layered"
     deviations: ClassVar[str] = (
@@ -67,7 +67,7 @@ class QwenImageLayeredPipelineConfig(QwenImagePipelineConfig, ImageLatentsConfig
         return sampling.sigmas or np.linspace(1.0, 0.0, steps + 1)[:-1].tolist()
 
     def mu(self, canvas: Canvas) -> float:
-        """The square root of a layer's tokens over BASE_TOKENS; the scheduler's bounds have no effect."""
+        """sqrt(tokens of a layer / BASE_TOKENS); the scheduler's bounds have no effect."""
         return math.sqrt(math.prod(self.patches(canvas)) / BASE_TOKENS)
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:

@@ -71,7 +71,7 @@ class WanPipelineConfig(StandardPipelineConfig):
 
     @classmethod
     def input_channels(cls, vae: AutoencoderKLWanConfig) -> int:
-        """The transformer's input channels: those of the noise."""
+        """The transformer's input channels: the channels of the noise."""
         return vae.z_dim
 
     @property
@@ -104,7 +104,7 @@ class WanPipelineConfig(StandardPipelineConfig):
         return {"video": (batch, self.vae.z_dim, frames, canvas.height // side, canvas.width // side)}
 
     def sigmas(self, sampling: Sampling) -> Sequence[float] | None:
-        """None: the scheduler's own."""
+        """None: the scheduler's own noise levels."""
         del sampling
         return None
 
@@ -134,7 +134,7 @@ class WanPipelineConfig(StandardPipelineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class WanImageToVideoPipelineConfig(WanPipelineConfig, VisionConfig, ImageLatentsConfig):
-    """WanImageToVideoPipeline's callbacks: mask and latents of the input frames are further input channels.
+    """WanImageToVideoPipeline's callbacks; mask and image latents are further input channels of the DiT.
 
     `vision_tokens_per_image` is the vision encoder's number of tokens per image.
     """
@@ -146,7 +146,7 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig, VisionConfig, ImageLatent
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Also parse the vision encoder's config; it has one token per patch and a class token."""
+        """Parse all modules' config.json. The vision encoder has one token per patch and a class token."""
         config = super().from_checkpoint(checkpoint)
         if config.transformer.image_dim is None:
             return config
@@ -156,11 +156,11 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig, VisionConfig, ImageLatent
 
     @classmethod
     def input_channels(cls, vae: AutoencoderKLWanConfig) -> int:
-        """Channels of the noise, of a mask per frame of a latent frame, and of the images' latents."""
+        """Channels of noise, image latents and mask; the mask has one channel per frame of a latent frame."""
         return 2 * vae.z_dim + vae.temporal_factor
 
     def conditioning_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Also the vision encoder's tokens of one image, or of two for models with `pos_embed_seq_len`."""
+        """Shapes of text and vision tokens; models with `pos_embed_seq_len` have the tokens of two images."""
         shapes = dict(super().conditioning_shapes())
         if self.transformer.image_dim is not None:
             tokens = self.transformer.pos_embed_seq_len or self.vision_tokens_per_image
@@ -168,7 +168,7 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig, VisionConfig, ImageLatent
         return shapes
 
     def condition_shapes(self, canvas: Canvas) -> Shapes:
-        """Mask and latents, in the size of the video's latents."""
+        """Mask and image latents, which have the frames, rows and columns of the video's latents."""
         batch, channels, *grid = self.raw_latent_shapes(canvas, 1)["video"]
         return {"condition": (batch, self.vae.temporal_factor + channels, *grid)}
 
@@ -179,7 +179,7 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig, VisionConfig, ImageLatent
     def vision_tokens(self, hidden_states: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """Hidden states (1, tokens, image_dim) of the second-to-last layer, concatenated for both frames.
 
-        Raises InvalidInput for another number of tokens than the transformer's.
+        Raises InvalidInput if the number of tokens differs from the transformer's `pos_embed_seq_len`.
         """
         tokens = hidden_states[-2].flatten(0, 1)[None]
         expected = self.transformer.pos_embed_seq_len

@@ -36,7 +36,7 @@ class WanA14BPipelineConfig(WanPipelineConfig):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Also parse both experts and the boundary.
+        """Parse the modules' config.json, including both experts, and the boundary.
 
         Raises CheckpointError for experts with different architectures or with a vision encoder.
         """

@@ -31,7 +31,7 @@ class WanTI2VPipelineConfig(WanPipelineConfig):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Parse the modules' config.json. Also raises CheckpointError for a transformer other than TI2V's."""
+        """Parse the modules' config.json. Raises CheckpointError, also for a transformer other than TI2V's."""
         config = super().from_checkpoint(checkpoint)
         transformer = config.transformer
         if transformer.image_dim is not None:

@@ -139,7 +139,10 @@ class ZImagePipelineConfig(StandardPipelineConfig):
         return (1000 - timesteps) / 1000
 
     def active(self, step: Step, branches: Sequence[str], sampling: Sampling) -> Sequence[str]:
-        """Drop the negative branch at noise levels beyond cfg_truncation; compared in float32, as in Diffusers."""
+        """Drop the negative branch once the normalised time, from 0 (noise) to 1, exceeds cfg_truncation.
+
+        Computed in float32, as in Diffusers.
+        """
         done = float((np.float32(1000) - np.float32(step.timestep)) / np.float32(1000))
         return (POSITIVE,) if done > _number(sampling, "cfg_truncation", math.inf) else branches
 
@@ -149,7 +152,7 @@ class ZImagePipelineConfig(StandardPipelineConfig):
         return {part: -each for part, each in predictions.items()}
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Classifier-free guidance with the norm limited to cfg_normalization times the positive prediction's."""
+        """Classifier-free guidance; cfg_normalization limits the norm relative to the positive prediction's."""
         del latents, step
         positive, negative = predictions[POSITIVE]["image"], predictions[NEGATIVE]["image"]
         guided = positive + (sampling.guidance_scale or 0.0) * (positive - negative)

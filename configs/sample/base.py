@@ -47,11 +47,11 @@ class ParameterSpec:
     minimum: float | None = None
     maximum: float | None = None
     unset: str = ""
-    """The effect of leaving the parameter unset, if it is not the default value."""
+    """Effect of an unset parameter; empty: the default value is used."""
 
     @property
     def expected(self) -> str:
-        """The rule for valid values, to end a sentence "VALUE is not ..."."""
+        """The rule for valid values, which completes the sentence "VALUE is not ..."."""
         noun = _NOUNS.get(self.type, "a list of finite numbers")
         if self.minimum is None and self.maximum is None:
             return noun
@@ -172,7 +172,7 @@ class SamplingParams:
     ) -> dict[str, ParamValue]:
         """Defaults that depend on the request's images, such as the output size.
 
-        `values` are the caller's values, not validated yet, and the other defaults. Raises InvalidInput.
+        `values` contains the caller's values, not validated yet, and all other defaults. Raises InvalidInput.
         """
         del images, values
         return {}

@@ -14,8 +14,8 @@ from configs.sample.packed import PackedSamplingParams
 class FluxSamplingParams(PackedSamplingParams):
     """FLUX.1-dev, FLUX.1-schnell and their fine-tunes.
 
-    guidance_scale is the guidance embedding of guidance-distilled models. true_cfg_scale above 1 with a negative prompt
-    enables classifier-free guidance. Sizes are multiples of a packed 2x2 patch of latents.
+    Guidance-distilled models embed guidance_scale. A true_cfg_scale above 1 with a negative prompt enables
+    classifier-free guidance. Sizes are multiples of a packed 2x2 patch of latents.
     """
 
     num_inference_steps: int = 28

@@ -27,7 +27,7 @@ _PATCH = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2SamplingParams(SigmasSamplingParams):
-    """FLUX.2 dev. guidance_scale is the guidance embedding; there is no negative prompt.
+    """FLUX.2 dev. The model embeds guidance_scale; there is no negative prompt.
 
     The shift of the noise levels depends on the number of steps. If sigmas replace num_inference_steps, shift_steps
     stores the original value for the shift.
@@ -73,7 +73,7 @@ class Flux2SamplingParams(SigmasSamplingParams):
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2ImageSamplingParams(Flux2SamplingParams):
-    """FLUX.2 dev with reference images. The default size is that of the first image."""
+    """FLUX.2 dev with reference images. The default size is the size of the first image."""
 
     @classmethod
     def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:
@@ -97,7 +97,7 @@ class Flux2ImageSamplingParams(Flux2SamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """As the base class, without warnings about a default size."""
+        """Validate as the base class, but do not warn about a default size."""
         params, warnings = super().round_and_validate(checkpoint, given)
         sizes = {"height", "width"} - set(given)
         return params, tuple(each for each in warnings if each.field not in sizes)

@@ -11,7 +11,7 @@ from common.artifacts import Canvas, Prompt, Sampling
 def with_conditioning_frame_rate(
     made: Mapping[str, Prompt | Canvas | Sampling], frame_rate: float
 ) -> dict[str, Prompt | Canvas | Sampling]:
-    """Add `conditioning_frame_rate` (Hz) to the sampling artifact; `made` is by slot."""
+    """Add `conditioning_frame_rate` (Hz) to the sampling artifact; `made` maps slots to artifacts."""
     sampling = made["sampling"]
     assert isinstance(sampling, Sampling), "SamplingParams.artifacts() has one artifact per slot"
     params = {**sampling.params, "conditioning_frame_rate": frame_rate}

@@ -19,9 +19,9 @@ _SIZE_MULTIPLE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class HunyuanVideoSamplingParams(VideoSamplingParams, SigmasSamplingParams):
-    """HunyuanVideo, text to video. guidance_scale is the guidance embedding.
+    """HunyuanVideo, text to video. The model embeds guidance_scale.
 
-    true_cfg_scale above 1 with a negative prompt enables classifier-free guidance.
+    A true_cfg_scale above 1 with a negative prompt enables classifier-free guidance.
     """
 
     height: int = 720

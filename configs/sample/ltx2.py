@@ -84,7 +84,7 @@ class LTX2SamplingParams(VideoSamplingParams, SigmasSamplingParams):
         return 1 + sum(is_on)
 
     def artifacts(self) -> dict[str, Prompt | Canvas | Sampling]:
-        """Also the frame rate for conditioning, which accounts for `motion_speed`."""
+        """Add the frame rate for conditioning, which accounts for `motion_speed`."""
         return with_conditioning_frame_rate(super().artifacts(), self.frame_rate / self.motion_speed)
 
     def round_and_validate(

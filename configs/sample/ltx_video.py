@@ -54,7 +54,7 @@ class LTXVideoSamplingParams(VideoSamplingParams):
         return 2 if self.guidance_scale > 1 else 1
 
     def artifacts(self) -> dict[str, Prompt | Canvas | Sampling]:
-        """Also the frame rate for conditioning."""
+        """Add the frame rate for conditioning."""
         return with_conditioning_frame_rate(super().artifacts(), self.frame_rate)
 
     def round_and_validate(
@@ -92,7 +92,7 @@ class LTXVideoImageToVideoSamplingParams(LTXVideoSamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """As for text to video; also checks that there are frames after the image."""
+        """Validate as for text to video, and check that there are frames after the image."""
         params, warnings = super().round_and_validate(checkpoint, given)
         if params.num_frames == 1:
             vae = LTXVideoVAEConfig.from_dict("vae", checkpoint.module_config("vae"))

@@ -20,7 +20,7 @@ _PATCH = 2
 class PackedSamplingParams(SigmasSamplingParams):
     """Sizes are multiples of a packed 2x2 patch of latents; custom sigmas may replace the schedule.
 
-    true_cfg_scale above 1 with a negative prompt enables classifier-free guidance.
+    A true_cfg_scale above 1 with a negative prompt enables classifier-free guidance.
     """
 
     true_cfg_scale: float = parameter(

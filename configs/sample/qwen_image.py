@@ -31,7 +31,7 @@ class QwenImageSamplingParams(PackedSamplingParams):
         return spatial_factor(ConfigFields("vae", checkpoint.module_config("vae")))
 
     def without_effect(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """Also guidance_scale."""
+        """The base class's parameters without effect, and guidance_scale."""
         return {
             **super().without_effect(checkpoint),
             "guidance_scale": "on this model, which has no guidance embedding",
@@ -60,7 +60,7 @@ class QwenImageEditSamplingParams(QwenImageSamplingParams):
         return {"height": height, "width": width}
 
     def without_effect(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """Also max_sequence_length: the whole prompt is read, as in Diffusers."""
+        """Add max_sequence_length: the encoder reads the whole prompt, as in Diffusers."""
         return {
             **super().without_effect(checkpoint),
             "max_sequence_length": "on this model, which reads the whole prompt",

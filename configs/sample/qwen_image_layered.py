@@ -55,7 +55,7 @@ class QwenImageLayeredSamplingParams(QwenImageSamplingParams):
         checkpoint: Checkpoint,
         images: Mapping[str, ImageHeader] = MappingProxyType({}),
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """As SamplingParams.build(); also raises InvalidInput for a size other than the computed one."""
+        """Build as SamplingParams.build() does. Raises InvalidInput, also for a size other than the computed size."""
         params, warnings = super().build(given, checkpoint, images)
         for name, side in cls.image_defaults(images, {"resolution": params.resolution}).items():
             if (asked := params.extent[name]) != side:
@@ -95,7 +95,7 @@ class QwenImageLayeredSamplingParams(QwenImageSamplingParams):
         return {**super().extent, "layers": 1 + self.layers}
 
     def artifacts(self) -> dict[str, Prompt | Canvas | Sampling]:
-        """As the base class, with the number of layers as the canvas' frames."""
+        """The base class's artifacts, with the number of layers as `Canvas.num_frames`."""
         made = super().artifacts()
         canvas = made["canvas"]
         assert isinstance(canvas, Canvas), "SamplingParams.artifacts() has one artifact per slot"

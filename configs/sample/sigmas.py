@@ -25,7 +25,7 @@ class SigmasSamplingParams(SamplingParams):
     )
 
     def with_steps_of_sigmas(self, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Set the number of steps to that of sigmas, with a warning if the caller set a different number.
+        """Set the number of steps to the number of sigmas; warn if the caller set a different number.
 
         Raises InvalidInput for sigmas that increase.
         """

@@ -30,7 +30,7 @@ class WanSamplingParams(VideoSamplingParams):
         "boundary_ratio": "two transformers",
         "expand_timesteps": "a timestep for each token",
     }
-    """Entries of model_index.json of other Wan versions, each with its meaning."""
+    """Entries of model_index.json that identify other Wan versions, each with its meaning."""
 
     height: int = 480
     width: int = 832
@@ -101,7 +101,7 @@ class WanImageToVideoSamplingParams(WanSamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """As for text to video; also checks that a first and a last frame are different frames."""
+        """Validate as for text to video, and check that a first and a last frame are different frames."""
         params, warnings = super().round_and_validate(checkpoint, given)
         if params.num_frames == 1 and "last_image" in self.image_roles(checkpoint).required:
             message = f"num_frames: {self.num_frames} is not at least 5, the minimum with a last_image"

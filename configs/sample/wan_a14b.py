@@ -21,7 +21,8 @@ _MAX_SCALE = 1000.0
 class WanA14BSamplingParams(WanSamplingParams):
     """Wan 2.2 T2V A14B. guidance_scale above 1 enables classifier-free guidance for all steps.
 
-    guidance_scale_2 is the scale at low noise levels. Defaults are those of Diffusers' call, as for Wan 2.1.
+    The parameter guidance_scale_2 overrides the scale at low noise levels. Defaults are those of Diffusers' call, as
+    for Wan 2.1.
     """
 
     supported_version: ClassVar[str] = "Wan 2.2 A14B"
@@ -47,7 +48,7 @@ class WanA14BImageSamplingParams(WanA14BSamplingParams):
         checkpoint: Checkpoint,
         images: Mapping[str, ImageHeader] = MappingProxyType({}),
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """As for text to video; also checks that a first and a last frame are different frames."""
+        """Build as for text to video, and check that a first and a last frame are different frames."""
         params, warnings = super().build(given, checkpoint, images)
         if params.num_frames == 1 and "last_image" in images:
             raise InvalidInput("num_frames: 1 is not at least 5, the minimum with a last_image", field="num_frames")

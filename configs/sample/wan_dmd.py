@@ -48,7 +48,7 @@ class WanDMDSamplingParams(WanSamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """As Wan 2.1; also sets the number of steps to that of the timesteps."""
+        """Validate as Wan 2.1, and set the number of steps to the number of timesteps."""
         params, warnings = super().round_and_validate(checkpoint, given)
         steps = len(self.dmd_denoising_steps)
         params = replace(params, num_inference_steps=steps)
@@ -69,7 +69,7 @@ class WanDMDSamplingParams(WanSamplingParams):
 
 @dataclass(frozen=True, kw_only=True)
 class WanCausalDMDSamplingParams(WanDMDSamplingParams):
-    """Self Forcing: four steps for each block of latent frames, of the flow schedule with shift 5."""
+    """Self Forcing: each block of latent frames takes four steps of the flow schedule with shift 5."""
 
     other_versions: ClassVar[Mapping[str, str]] = WanSamplingParams.other_versions
 
@@ -79,12 +79,12 @@ class WanCausalDMDSamplingParams(WanDMDSamplingParams):
 
     @classmethod
     def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
-        """As the base class. Also raises CheckpointError for a transformer without causal attention."""
+        """The base class's defaults. Raises CheckpointError, also for a transformer without causal attention."""
         _causal_config(checkpoint)
         return super().model_defaults(checkpoint)
 
     def _with_whole_latent_frames(self, checkpoint: Checkpoint) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Round frames down to whole blocks, at least one.
+        """Round frames down to whole blocks, or up to one block.
 
         Raises InvalidInput for more frames than the model supports.
         """

@@ -62,7 +62,7 @@ class ZImageSamplingParams(SigmasSamplingParams):
         checkpoint: Checkpoint,
         images: Mapping[str, ImageHeader] = MappingProxyType({}),
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """As SamplingParams.build(); cfg_normalization may also be a boolean, as in Diffusers."""
+        """Build as SamplingParams.build() does; cfg_normalization may also be a boolean, as in Diffusers."""
         if isinstance(given.get(_NORMALIZATION), bool):
             given = {**given, _NORMALIZATION: float(bool(given[_NORMALIZATION]))}
         return super().build(given, checkpoint, images)
@@ -70,7 +70,7 @@ class ZImageSamplingParams(SigmasSamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Check that the size is whole patches, and apply sigmas."""
+        """Check that the size is a multiple of the patch size, and apply sigmas."""
         check_multiples({"height": self.height, "width": self.width}, _PATCH * vae_scale_factor(checkpoint))
         params, warnings = self.with_steps_of_sigmas(given)
         check_stretched(checkpoint, params.num_inference_steps, params.sigmas)

@@ -39,9 +39,9 @@ class MemorySpec:
 class Prepared:
     """Inputs of predict() for all steps of a request, without the latents.
 
-    `steps` are tensors (steps, ...) with one row per step; `constants` are tensors for all steps. The names of both are
-    keywords of predict(). So are the names of `memory`, which the caller allocates at fixed addresses. `lengths` are
-    set by a parallel plan only: the full lengths of the token segments that it sharded in prepare().
+    `steps` are tensors (steps, ...) with one row per step; `constants` are tensors for all steps; `memory` specifies
+    tensors that the caller allocates at fixed addresses. The names in all three are keywords of predict(). `lengths`
+    are the full lengths of the token segments that a parallel plan sharded in prepare(); empty without a plan.
     """
 
     steps: Mapping[str, Tensor]
@@ -97,7 +97,7 @@ def entry_point(
 class DiffusionTransformer(nn.Module, ABC):
     """Model that predicts from latents, a timestep and conditioning.
 
-    The keywords of forward() are those of Diffusers' model.
+    forward() has the keywords of Diffusers' model.
     """
 
     block_linears: tuple[str, ...]
@@ -111,7 +111,7 @@ class DiffusionTransformer(nn.Module, ABC):
     def prepare(self, timesteps: Tensor, **conditioning: Any) -> Prepared:
         """Compute everything that does not depend on the latents, from timesteps (steps, B) and conditioning.
 
-        Timesteps are (steps, B, segments) where token segments have different timesteps. `conditioning` are the other
+        Timesteps are (steps, B, segments) if token segments have different timesteps. `conditioning` are the other
         keywords of forward(). All timesteps are embedded in one batch, which reads the weights of the embedding once
         per request instead of once per step.
         """
@@ -120,8 +120,9 @@ class DiffusionTransformer(nn.Module, ABC):
     def predict(self, *, use: CacheUse | None = None, **inputs: Any) -> Predictions:
         """Predict one step. Keywords are the latents, a row of Prepared.steps, Prepared.constants and the memory.
 
-        The method never reads tensor values on the host, so that a CUDA graph can capture it. `use` is the use of a
-        step cache; None: there is no step cache. All further keywords are static flags of a guidance branch.
+        The method never reads tensor values on the host, so that a CUDA graph can capture it. `use` states how this
+        step uses the step cache; None: there is no step cache. All further keywords are static flags of a guidance
+        branch.
         """
 
     @abstractmethod
@@ -129,9 +130,9 @@ class DiffusionTransformer(nn.Module, ABC):
         """Upper bound of the number of elements of the residual stream (B, S, D) for these latents."""
 
     def cached_tensors(self, latents: Mapping[str, Tensor]) -> object:
-        """Tensors that predict() takes from a module-level cache for these latents, such as RoPE angles.
+        """Tensors that predict() reads from a module-level cache for these latents, such as RoPE angles.
 
-        A captured CUDA graph reads them at fixed addresses: the owner of the graph must hold references to them.
+        A captured CUDA graph reads these tensors at fixed addresses: the graph's owner must hold references to them.
         """
         del latents
         return None
@@ -141,11 +142,11 @@ class DiffusionTransformer(nn.Module, ABC):
         return self._sharded_forms.get(entered)
 
     def shard_entry_point(self, name: str, form: ShardedForm) -> None:
-        """Replace an entry point by its sharded form. Raises TypeError for a method that is no entry point."""
+        """Replace an entry point by its sharded form. Raises TypeError for a method that is not an entry point."""
         self._sharded_forms[self._entry_point(name)] = form
 
     def entry_point_signature(self, name: str) -> inspect.Signature:
-        """Signature of an entry point, without self. Raises TypeError for a method that is no entry point."""
+        """Signature of an entry point, without self. Raises TypeError for a method that is not an entry point."""
         return inspect.signature(partial(self._entry_point(name), self))
 
     def _entry_point(self, name: str) -> Callable[..., Any]:

@@ -1,11 +1,11 @@
 """The causal Wan DiT: predicts a video in blocks of frames. A block attends to itself and to earlier frames.
 
 The KV cache `kv_cache` of a request holds keys and values of earlier frames. Each prediction writes the keys and values
-of its own frames to the cache. The last prediction of a block runs on the denoised latents at timestep 0: later blocks
-attend to the keys and values that it writes. RoPE positions count from the start of the video.
+of its block to the cache. The last prediction of a block runs on the denoised latents at timestep 0; later blocks
+attend to the keys and values from that prediction. RoPE positions count from the start of the video.
 
 With an attention window the cache holds the first frames (the sink), followed by a ring buffer, in which new frames
-overwrite frames that have left the window. Shapes: as in models.dits.wan; S are the tokens of the whole video.
+overwrite frames that have left the window. Shapes: as in models.dits.wan; S tokens of the whole video.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def prepare(  # type: ignore[override]  # keywords differ by model
         self, timesteps: Tensor, encoder_hidden_states: Tensor, video_grid: Tensor
     ) -> Prepared:
-        """As the Wan DiT's, with RoPE (S, K / 2) of the whole video, and the KV cache as memory.
+        """Prepare as the Wan DiT, with RoPE (S, K / 2) of the whole video and the KV cache as memory.
 
         `video_grid` is an empty tensor (1, 0, frames, rows, columns): the size of the whole video's latents.
         """

@@ -81,13 +81,13 @@ class FluxTransformerBlock(nn.Module):
     def forward(
         self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """Return the next residual. Takes the next twelve of `modulations`."""
+        """Return the residual stream after the block. Takes the next twelve of `modulations`."""
         halves = block_modulations(segments, modulations)
         return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), halves, rotation, segments)
 
 
 class FluxSingleTransformerBlock(nn.Module):
-    """Block with the same weights for all tokens: attention and feed-forward in parallel, then a projection."""
+    """Block with the same weights for all tokens: parallel attention and feed-forward, then a projection."""
 
     def __init__(self, config: FluxTransformerConfig) -> None:
         super().__init__()
@@ -101,7 +101,10 @@ class FluxSingleTransformerBlock(nn.Module):
     def forward(
         self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """Return the next residual. Takes the next three of `modulations`, which are the same for all segments."""
+        """Return the residual stream after the block.
+
+        Takes the next three of `modulations`; all segments have the same modulations.
+        """
         del segments
         shift, scale, gate = (SegmentVectors.same(each[0]) for each in islice(modulations, 3))
         x_BSD, normed = self.layer_norm.after(residual, scale, shift)
@@ -143,9 +146,11 @@ class FluxTransformer2DModel(DiffusionTransformer):
     ) -> Tensor:
         """Velocity (B, I, channels) of hidden_states (B, I, channels).
 
-        timestep is float32 (B,) in [0, 1]; guidance is float32 (B,), or None for models without a guidance embedding;
-        encoder_hidden_states (B, T, joint_attention_dim); pooled_projections (B, pooled_projection_dim); the positions
-        img_ids (I, 3) and txt_ids (T, 3).
+        - timestep: float32 (B,) in [0, 1].
+        - guidance: float32 (B,), or None for models without a guidance embedding.
+        - encoder_hidden_states: (B, T, joint_attention_dim).
+        - pooled_projections: (B, pooled_projection_dim).
+        - img_ids and txt_ids: positions (I, 3) and (T, 3).
         """
         prepared = self.prepare(
             timestep[None], encoder_hidden_states, pooled_projections, guidance, img_ids=img_ids, txt_ids=txt_ids
@@ -203,7 +208,7 @@ class FluxTransformer2DModel(DiffusionTransformer):
 def modulations_of(
     blocks: Iterable[nn.Module], single_blocks: Iterable[nn.Module], last: ModulationLinear
 ) -> Iterator[ModulationLinear]:
-    """Modulation layers of Flux blocks and of the last norm, in the order in which blocks read them."""
+    """Modulation layers of Flux blocks and of the last norm, in the order in which the blocks read them."""
     for block in blocks:
         assert isinstance(block, FluxTransformerBlock)
         yield from (block.norm1, block.norm1_context)

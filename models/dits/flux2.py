@@ -1,6 +1,6 @@
 """The FLUX.2 DiT: blocks with separate weights for text and image, then blocks with shared weights.
 
-Shapes: N steps, B batch, T text tokens, I image tokens (those of the output, then those of each reference image),
+Shapes: N steps, B batch, T text tokens, I image tokens (the output image, then each reference image),
 S = T + I (text first), D hidden size, F feed-forward size, M all modulations. Parameter names are the checkpoint's. No
 projection has a bias. All blocks of one kind have the same modulations.
 """
@@ -33,7 +33,10 @@ from models.rotation import Rotation
 from models.token_segments import SegmentVectors, TokenSegments
 
 DOUBLE_VECTORS = 12
-"""Modulations of a block with separate weights: shift, scale and gate of two halves, for image and text."""
+"""Modulations of a block with separate weights, for image and text each.
+
+They are shift, scale and gate of attention, then of the feed-forward.
+"""
 
 SINGLE_VECTORS = 3
 """Modulations of a block with shared weights: shift, scale and gate."""
@@ -86,7 +89,10 @@ class Flux2FeedForward(nn.Module):
 
 
 class Flux2ParallelSelfAttention(nn.Module):
-    """Parallel attention and SwiGLU: one projection for both inputs, one projection of both results."""
+    """Parallel attention and SwiGLU.
+
+    One projection computes the inputs of both, and one projection combines their results.
+    """
 
     def __init__(self, size: int, head_size: int) -> None:
         super().__init__()
@@ -99,7 +105,7 @@ class Flux2ParallelSelfAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, rotation: Rotation) -> Tensor:
         """(B, S, D) to (B, S, D)."""
-        # From the weight: a sharded layer has fewer heads than the config.
+        # The size follows from the weight, because a sharded layer has fewer heads than the config states.
         size = len(self.to_qkv_mlp_proj.weight) // (3 + 2 * MLP_RATIO)
         projected = x_BSD.new_empty(*x_BSD.shape[:2], (3 + 2 * MLP_RATIO) * size)
         self.to_qkv_mlp_proj.into(x_BSD, projected)
@@ -127,7 +133,7 @@ class Flux2TransformerBlock(nn.Module):
     def forward(
         self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """Return the next residual. Takes the next twelve of `modulations`."""
+        """Return the residual stream after the block. Takes the next twelve of `modulations`."""
         halves = block_modulations(segments, modulations)
         return joint_block(residual, self.norm, self.attn, (self.ff_context, self.ff), halves, rotation, segments)
 
@@ -143,7 +149,10 @@ class Flux2SingleTransformerBlock(nn.Module):
     def forward(
         self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """Return the next residual. Takes the next three of `modulations`, which are the same for all segments."""
+        """Return the residual stream after the block.
+
+        Takes the next three of `modulations`; all segments have the same modulations.
+        """
         del segments
         shift, scale, gate = (SegmentVectors.same(each[0]) for each in islice(modulations, SINGLE_VECTORS))
         x_BSD, normed = self.norm.after(residual, scale, shift)
@@ -180,10 +189,12 @@ class Flux2Transformer2DModel(DiffusionTransformer):
         txt_ids: Tensor,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        """Velocity (B, I, channels) of hidden_states (B, I, channels), reference tokens included.
+        """Velocity (B, I, channels) of hidden_states (B, I, channels), including reference tokens.
 
-        timestep is float32 (B,) in [0, 1]; guidance is float32 (B,), or None for models without a guidance embedding;
-        encoder_hidden_states (B, T, joint_attention_dim); the positions img_ids (I, 4) and txt_ids (T, 4).
+        - timestep: float32 (B,) in [0, 1].
+        - guidance: float32 (B,), or None for models without a guidance embedding.
+        - encoder_hidden_states: (B, T, joint_attention_dim).
+        - img_ids and txt_ids: positions (I, 4) and (T, 4).
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, guidance, img_ids=img_ids, txt_ids=txt_ids)
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]

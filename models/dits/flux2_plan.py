@@ -33,7 +33,7 @@ FLUX2_PLAN = ParallelPlan(
         # The heads, then the feed-forward.
         f"{SINGLE}.attn.to_out": (1, MLP_RATIO),
     },
-    # The image segment holds the tokens of the output, then those of each reference image.
+    # The image segment contains the tokens of the output image, then the tokens of each reference image.
     token_segments=FLUX_PLAN.token_segments,
     attention=FLUX_PLAN.attention,
     sharded_arguments=FLUX_PLAN.sharded_arguments,

@@ -36,7 +36,10 @@ EPS = 1e-5
 """Epsilon of all layer norms."""
 
 MODULATIONS = 12
-"""Modulations of a block: shift, scale and gate of attention, then of the feed-forward; each for image, then glyphs."""
+"""Number of modulations of a block.
+
+They are shift, scale and gate of attention, then of the feed-forward; each for the image, then for the glyphs.
+"""
 
 
 class TimeAndSizeEmbedding(nn.Module):
@@ -86,7 +89,7 @@ class ImageProjector(nn.Module):
 
 
 class GlmImageAttention(SelfAttention):
-    """Self-attention of glyph and image tokens, with layer norms without weights for queries and keys."""
+    """Self-attention of glyph and image tokens. Queries and keys have layer norms without weights."""
 
     def __init__(self, size: int, head_size: int) -> None:
         super().__init__(size, head_size, eps=EPS, norm=PlainLayerNorm)
@@ -107,7 +110,7 @@ class GlmImageTransformerBlock(nn.Module):
     def forward(
         self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """Return the next residual. Takes the next twelve of `modulations`."""
+        """Return the residual stream after the block. Takes the next twelve of `modulations`."""
         vectors_BD = [each[0] for each in islice(modulations, MODULATIONS)]
         pairs = zip(vectors_BD[::2], vectors_BD[1::2], strict=True)
         vectors = [segments.vectors(glyph, image) for image, glyph in pairs]
@@ -127,7 +130,7 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
     def __init__(self, config: GlmImageTransformerConfig) -> None:
         super().__init__()
         size = config.hidden_size
-        # Half of the channels of a head rotate by the token's row, the other half by its column.
+        # RoPE rotates half of the channels of a head by the token's row, the other half by its column.
         self.axes_dims = (config.attention_head_dim // 2,) * 2
         self.out_channels = config.out_channels
         self.image_projector = ImageProjector(4 * config.in_channels, size)
@@ -152,9 +155,12 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
     ) -> Tensor:
         """Velocity (B, out_channels, rows, columns) of hidden_states (B, in_channels, rows, columns).
 
-        timestep is (B,) in [0, 1000]; encoder_hidden_states (B, T, text_embed_dim), without padding; prior_token_id is
-        int64 (B, I); prior_token_drop is bool (B, I), True where the prior token is not used; target_size (B, 2) are
-        height and width of the image, crop_coords (B, 2) row and column of the crop's corner, in pixels.
+        - timestep: (B,) in [0, 1000].
+        - encoder_hidden_states: (B, T, text_embed_dim), without padding.
+        - prior_token_id: int64 (B, I).
+        - prior_token_drop: bool (B, I), True where the prior token is not used.
+        - target_size: height and width of the image in pixels, (B, 2).
+        - crop_coords: row and column of the crop's corner in pixels, (B, 2).
         """
         prepared = self.prepare(
             timestep[None], encoder_hidden_states, prior_token_id, prior_token_drop, target_size, crop_coords
@@ -171,7 +177,7 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         target_size: Tensor,
         crop_coords: Tensor,
     ) -> Prepared:
-        """Modulations of all blocks (N, B, M) for timesteps (N, B), embedded glyphs (B, T, D) and prior tokens."""
+        """Modulations (N, B, M) for timesteps (N, B), embedded glyphs (B, T, D) and embedded prior tokens."""
         activated_NBE = self.time_condition_embed(timesteps, target_size, crop_coords)
         modulations = torch.cat([each(activated_NBE) for each in self._modulations()], dim=-1)
         embedded: Tensor = self.prior_token_embedding(prior_token_id)

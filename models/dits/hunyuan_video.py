@@ -78,9 +78,11 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
     ) -> Tensor:
         """Velocity (B, C, frames, rows, columns) of hidden_states of the same shape.
 
-        timestep is float32 (B,) in [0, 1000]; guidance is float32 (B,), or None for models without a guidance
-        embedding; encoder_hidden_states (B, T, text_embed_dim), without padding; pooled_projections
-        (B, pooled_projection_dim); video_ids (I, 3) are frame, row and column of each token.
+        - timestep: float32 (B,) in [0, 1000].
+        - guidance: float32 (B,), or None for models without a guidance embedding.
+        - encoder_hidden_states: (B, T, text_embed_dim), without padding.
+        - pooled_projections: (B, pooled_projection_dim).
+        - video_ids: frame, row and column of each token, (I, 3).
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, pooled_projections, guidance, video_ids)
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
@@ -118,7 +120,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         sin: Tensor,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocity (B, C, frames, rows, columns), with the modulations (B, M) and the text (B, T, D) of a step."""
+        """Velocity (B, C, frames, rows, columns) from the modulations (B, M) and text (B, T, D) of a step."""
         velocity = self.predict_tokens(self.x_embedder(hidden_states), cos, sin, modulation, text_BTD, use)
         batch, _, frames, rows, columns = hidden_states.shape
         # The order of a patch's channels is (channel, y, x).

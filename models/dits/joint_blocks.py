@@ -30,8 +30,8 @@ def run_joint_blocks(
     """Image tokens (B, I, D) after all blocks and the final norm.
 
     `modulation_BM` are vectors of size D, in the order in which the blocks read them; the last two are the scale and
-    shift of the final norm. `reference` is for reference images with a timestep of their own: the number of their
-    tokens, which are the last of the image tokens, and their modulations (B, M).
+    shift of the final norm. `reference` is for reference images with a separate timestep: the number of their tokens,
+    which are the last image tokens, and their modulations (B, M).
     """
     size = final_norm.size
     if reference is None:
@@ -52,14 +52,14 @@ def run_modulated_blocks(
     use: CacheUse | None,
     reference_tokens: int = 0,
 ) -> Tensor:
-    """As run_joint_blocks(), with the modulations as a list, in which several blocks may share tensors.
+    """Run blocks as run_joint_blocks() does; several blocks may share tensors of the list `modulations`.
 
     With two tensors in each of `modulations`, the last `reference_tokens` of the image tokens are the third segment.
     """
     text, image = text_BTD.shape[1], image_BID.shape[1]
     lengths = (text, image) if len(modulations[0]) == 1 else (text, image - reference_tokens, reference_tokens)
-    # One iterator for all blocks: each block takes the next of the modulations.
-    # A tuple: torch.compile cannot trace an iterator of a list.
+    # All blocks share one iterator, and each block takes its modulations from it. The iterator is of a tuple, because
+    # torch.compile cannot trace an iterator of a list.
     inputs: dict[str, object] = {
         "modulations": iter(tuple(modulations)),
         "rotation": rotation,

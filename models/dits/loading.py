@@ -42,8 +42,8 @@ class TransformerLoader(Generic[Config, Transformer]):
     `build` makes the DiT from its config. `heads` and `feed_forward` return the number of attention heads and the width
     of the feed-forward layers, which the parallel degrees must divide; `feed_forward` None: the width is a multiple of
     the number of heads. `keep_float32` are substrings of the names of parameters that stay in float32. `unused` are
-    substrings of the names of weights in checkpoints that no module reads. `own_entries` are the entries of config.json
-    that the DiT reads and that Diffusers' class of the same name does not have.
+    substrings of the names of checkpoint weights that no module reads. `own_entries` are entries of config.json that
+    the DiT reads, but Diffusers' class of the same name does not.
     """
 
     config: type[Config]

@@ -1,4 +1,4 @@
-"""The LTX-2 DiT: video and audio tokens with self-attention, and cross-attention to text and each other.
+"""The LTX-2 DiT: self-attention of video and of audio, cross-attention to text and to each other.
 
 Shapes: N steps, B batch, F frames, h rows and w columns of video latents, S = F * h * w video tokens, L audio tokens, M
 mel bins of an audio latent, C channels, T text tokens, D hidden size of a modality. Parameter names are the
@@ -93,10 +93,11 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
     ) -> tuple[Tensor, Tensor]:
         """Velocities of hidden_states (B, C, F, h, w) and audio_hidden_states (B, C, L, M), in their shapes.
 
-        timestep is (B,) in [0, 1000], or (B, 2): first that of the first latent frame, then that of the other frames;
-        encoder_hidden_states and audio_encoder_hidden_states (B, T, captions) are the text for video and for audio;
-        encoder_attention_mask (B, T) is 1 for text and 0 for padding of both; fps (1,) are frames per second. See
-        prepare() for use_cross_timestep, and predict() for the other keywords.
+        - timestep: (B,) in [0, 1000], or (B, 2): the first latent frame's timestep, then the other frames' timestep.
+        - encoder_hidden_states and audio_encoder_hidden_states: text for video and for audio, (B, T, captions).
+        - encoder_attention_mask: (B, T), 1 for text and 0 for padding; for both modalities.
+        - fps: frames per second, (1,).
+        - use_cross_timestep: see prepare(). For the other keywords, see predict().
         """
         prepared = self.prepare(
             timestep[None],
@@ -128,9 +129,9 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
     ) -> Prepared:
         """Modulations of each modality (N, B, rows, D), float32, for timesteps (N, B); projected text.
 
-        For timesteps (N, B, 2) of two segments, "first_rows" are the modulations of the first latent frame, and
-        "video_rows" those of the other frames. `use_cross_timestep` is bool (1,). True or None: the cross-attention
-        between the first frame and the audio is modulated by the audio's timestep; False: by the first frame's.
+        For timesteps (N, B, 2) of two segments, "first_rows" modulate the first latent frame, and "video_rows" the
+        other frames. `use_cross_timestep` is bool (1,). True or None: the audio's timestep modulates the
+        cross-attention between the first frame and the audio; False: the first frame's timestep does.
         """
         own_NB = timesteps[..., -1] if timesteps.ndim == 3 else timesteps
         steps = {"video_rows": self._video_rows(own_NB, own_NB), "audio_rows": self._audio_rows(own_NB)}
@@ -191,9 +192,9 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
     ) -> Predictions:
         """Velocities of both latents, with the modulations (B, rows, D) of a step.
 
-        `first_rows` are the modulations of the first latent frame; None: they are those of the other frames. Static
-        flags of a branch: in `spatio_temporal_guidance_blocks` (STG) self-attention returns its values unchanged; with
-        `isolate_modalities` video and audio do not attend to each other.
+        `first_rows` modulate the first latent frame; None: `video_rows` modulate all frames. Static flags of a branch:
+        in `spatio_temporal_guidance_blocks` (STG), self-attention returns its values unchanged; with
+        `isolate_modalities`, video and audio do not attend to each other.
         """
         _, _, *grid = hidden_states.shape
         positions = video_positions(self.config, grid, fps)

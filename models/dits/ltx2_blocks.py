@@ -31,7 +31,7 @@ from models.rotation import HeadRotation
 from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
 
 EXCHANGE = 4
-"""Modulations of the exchange: scale and shift for audio-to-video, then scale and shift for video-to-audio."""
+"""Modulations of the exchange: scale and shift of audio-to-video, then of video-to-audio."""
 
 
 class Modalities(NamedTuple):
@@ -42,7 +42,7 @@ class Modalities(NamedTuple):
 
 
 class SegmentRows(NamedTuple):
-    """Modulations (B, M, D), float32. `first` are those of the first frame; None: `rest` are those of all tokens."""
+    """Modulations (B, M, D), float32. `first` modulates the first frame; None: `rest` modulates all tokens."""
 
     first: Tensor | None
     rest: Tensor
@@ -63,8 +63,8 @@ class SegmentRows(NamedTuple):
 class StepRows(NamedTuple):
     """Modulations of a modality in one step.
 
-    They are those of the blocks, of the exchange, of the gate of the exchange's result, of the output norm, and of the
-    text, which is empty in models without text modulation.
+    `exchange` modulates the inputs of the exchange and `gate` its result; `output` modulates the output norm. `text` is
+    empty in models without text modulation.
     """
 
     blocks: SegmentRows
@@ -75,7 +75,7 @@ class StepRows(NamedTuple):
 
     @classmethod
     def split(cls, rows: SegmentRows, blocks: int) -> StepRows:
-        """Split modulations (B, rows, D) in the order of the fields. The first `blocks` rows are those of blocks."""
+        """Split modulations (B, rows, D) into the fields, in order. The first `blocks` rows are the field blocks."""
         ends = (0, blocks, blocks + EXCHANGE, blocks + EXCHANGE + 1, blocks + EXCHANGE + 2, rows.rest.shape[1])
         return cls(*(rows.of(slice(start, end)) for start, end in pairwise(ends)))
 
@@ -145,7 +145,7 @@ class LTX2Attention(nn.Module):
         return split_heads(x, self.head_size)
 
     def _gated(self, x_BSD: Tensor, attended: Tensor) -> Tensor:
-        """Heads (B, S, heads, K), each multiplied by its gate, as (B, S, heads * K). A logit of 0 is a gate of 1."""
+        """Multiply heads (B, S, heads, K) by their gates; returns (B, S, heads * K). A gate is 2 * sigmoid(logit)."""
         if self.to_gate_logits is None:
             return attended.flatten(2)
         gates: Tensor = 2.0 * torch.sigmoid(self.to_gate_logits(x_BSD))
@@ -176,7 +176,7 @@ class LTX2VideoTransformerBlock(nn.Module):
             LTX2Attention((each.hidden_size, each.hidden_size), each, eps, is_gated=each.is_gated)
             for each in (video, audio, video, audio)
         )
-        # Both have the audio's number of heads and head size.
+        # Both cross-attentions have the audio's number of heads and head size.
         self.audio_to_video_attn = LTX2Attention(sizes, audio, eps, is_gated=video.is_gated)
         self.video_to_audio_attn = LTX2Attention(sizes[::-1], audio, eps, is_gated=audio.is_gated)
         self.ff, self.audio_ff = FeedForward(video.hidden_size), FeedForward(audio.hidden_size)
@@ -196,7 +196,10 @@ class LTX2VideoTransformerBlock(nn.Module):
         is_skipped: bool,
         is_isolated: bool,
     ) -> Modalities:
-        """Return the next residuals. `is_skipped`: without self-attention; `is_isolated`: without the exchange."""
+        """Return both residual streams after the block.
+
+        `is_skipped`: without self-attention. `is_isolated`: without the exchange.
+        """
         pairs = ((self._video_modules, video), (self._audio_modules, audio))
         attended = Modalities(
             *(
@@ -210,7 +213,7 @@ class LTX2VideoTransformerBlock(nn.Module):
         return Modalities(*(_feed_forward(modules, residual, inputs) for (modules, inputs), residual in zipped))
 
     def _exchange(self, modalities: Modalities, video: ModalityInputs, audio: ModalityInputs) -> Modalities:
-        """Cross-attention in both directions. Both read the tokens before the exchange."""
+        """Cross-attention in both directions. Both directions read the tokens from before the exchange."""
         tables = (self.video_a2v_cross_attn_scale_shift_table, self.audio_a2v_cross_attn_scale_shift_table)
         norms = (self.video_norm, self.audio_norm)
         added, to_video, to_audio, gates = [], [], [], []
@@ -242,7 +245,10 @@ class LTX2VideoTransformerBlock(nn.Module):
 
 
 def block_rows(modality: LTX2ModalityConfig) -> int:
-    """Number of a block's modulations: shift, scale, gate of self-attention, feed-forward, text attention."""
+    """Number of a block's modulations.
+
+    They are shift, scale and gate of self-attention, of the feed-forward and, with text modulation, of text attention.
+    """
     return 9 if modality.modulates_text else 6
 
 
@@ -285,7 +291,7 @@ def run_both_modalities(
 ) -> Modalities:
     """Both residual streams after all blocks; with a step cache they have no pending updates.
 
-    A computed step has the same bits with a cache and without. The cache holds both modalities, flattened and
+    A computed step is bit-identical with and without a cache. The cache holds both modalities, flattened and
     concatenated: (B, video tokens * D + audio tokens * D).
     """
     if use is None:

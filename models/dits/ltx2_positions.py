@@ -1,4 +1,4 @@
-"""Positions of video and audio latents in the LTX-2 DiT: centres of the latents, in seconds and pixels."""
+"""Positions of the LTX-2 DiT: centers of the video and audio latents, in seconds and pixels."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def _edges(size: int, device: torch.device) -> Tensor:
 
 
 def _causal(edges: Tensor, factor: int, offset: int) -> Tensor:
-    """Convert edges from latents to frames. The first latent covers `offset` frames, the others `factor` frames."""
+    """Convert edges from latents to frames.
+
+    The first latent covers `offset` frames, every other latent covers `factor` frames.
+    """
     return (edges * factor + (offset - factor)).clamp(min=0)
 
 

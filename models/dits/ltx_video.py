@@ -83,7 +83,10 @@ class LTXVideoTransformerBlock(nn.Module):
         cos: Tensor,
         sin: Tensor,
     ) -> Residual:
-        """Return the next residual. The six modulations are float32. Cross-attention has no norm before it."""
+        """Return the residual stream after the block.
+
+        The six modulations are float32. There is no norm before cross-attention.
+        """
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
         x_BSD, normed = self.norm.after(residual, scale, shift)
         attended = self.attn1(normed, self.attn1.rotation_of(cos, sin))
@@ -122,10 +125,10 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
     ) -> Tensor:
         """Velocity (B, S, C) of hidden_states of the same shape.
 
-        timestep is (B,) in [0, 1000], or (B, 2): first that of the first latent frame, then that of the other frames;
-        encoder_hidden_states (B, T, captions), without padding. positions (S, 3) are time (seconds), row and column
-        (pixels) of each token. With two timesteps, first_positions are those of the first latent frame, and positions
-        those of the other frames.
+        - timestep: (B,) in [0, 1000], or (B, 2): the first latent frame's timestep, then the other frames' timestep.
+        - encoder_hidden_states: (B, T, captions), without padding.
+        - positions: time (seconds), row and column (pixels) of each token, (S, 3). With two timesteps, first_positions
+          are for the first latent frame, and positions for the other frames.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, positions, first_positions)
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
@@ -138,10 +141,10 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         positions: Tensor,
         first_positions: Tensor | None = None,
     ) -> Prepared:
-        """Modulations (N, B, 6 * blocks + 2, D), float32, for timesteps (N, B); keys and values of the text; RoPE.
+        """Float32 modulations (N, B, 6 * blocks + 2, D) for timesteps (N, B), keys and values of text, RoPE.
 
-        For timesteps (N, B, 2) of two segments, "first_modulation" is that of the first latent frame, and "modulation"
-        that of the other frames. Keys and values are (blocks, B, T, 2 * D), cos and sin (S, H, K / 2).
+        For timesteps (N, B, 2) of two segments, "first_modulation" is for the first latent frame, and "modulation" for
+        the other frames. Keys and values are (blocks, B, T, 2 * D), cos and sin (S, H, K / 2).
         """
         segments = timesteps.unbind(-1) if timesteps.ndim == 3 else (timesteps,)
         names = ("first_modulation", "modulation")[-len(segments) :]
@@ -158,7 +161,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         return Prepared({name: self._modulation(each) for name, each in zip(names, segments, strict=True)}, constants)
 
     def _modulation(self, timesteps_NB: Tensor) -> Tensor:
-        """Modulations (N, B, 6 * blocks + 2, D), float32: six of each block, then shift and scale of the last norm."""
+        """Float32 modulations (N, B, 6 * blocks + 2, D): six per block, then shift and scale of the last norm."""
         rows, embedding = self.time_embed(timesteps_NB.flatten())
         tables = [block.scale_shift_table.float() + rows for block in self._blocks()]
         joined = torch.cat((*tables, self.scale_shift_table.float() + embedding), dim=1)
@@ -182,7 +185,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         first_sin: Tensor | None = None,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocity (B, S, C) of hidden_states (B, S, C), with the modulations (B, 6 * blocks + 2, D) of a step.
+        """Velocity (B, S, C) of hidden_states (B, S, C) at a step with modulations (B, 6 * blocks + 2, D).
 
         The `first_` arguments are for the first latent frame; None: it has the same timestep as the other frames.
         """

@@ -21,7 +21,7 @@ LTX_VIDEO_PLAN = ParallelPlan(
         ShardedArgument("predict_tokens", "x_BSD", VIDEO),
         ShardedArgument("predict_tokens", "cos", VIDEO, dim=0),
         ShardedArgument("predict_tokens", "sin", VIDEO, dim=0),
-        # A first frame with a separate timestep is a segment of its own: each rank has a chunk of both segments.
+        # A first frame with a separate timestep is a separate segment: each rank has a chunk of both segments.
         ShardedArgument("predict_tokens", "first_BSD", FIRST_FRAME),
         ShardedArgument("predict_tokens", "first_cos", FIRST_FRAME, dim=0),
         ShardedArgument("predict_tokens", "first_sin", FIRST_FRAME, dim=0),

@@ -87,7 +87,7 @@ class QwenImageTransformerBlock(nn.Module):
     def forward(
         self, residual: Residual, modulations: Iterator[ImageModulation], rotation: Rotation, segments: TokenSegments
     ) -> Residual:
-        """Return the next residual. Takes the next twelve of `modulations`."""
+        """Return the residual stream after the block. Takes the next twelve of `modulations`."""
         halves = block_modulations(segments, modulations)
         feed_forwards = (self.txt_mlp, self.img_mlp)
         return joint_block(residual, self.norm, self.attn, feed_forwards, halves, rotation, segments)
@@ -122,9 +122,10 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
     ) -> Tensor:
         """Velocity (B, I, token channels) of hidden_states (B, I, in_channels).
 
-        timestep is float32 (B,) in [0, 1]; encoder_hidden_states (B, T, joint_attention_dim), without padding;
-        condition_states (B, C, in_channels) are the input images; the positions img_ids (I, 3), txt_ids (T, 3) and
-        condition_ids (C, 3).
+        - timestep: float32 (B,) in [0, 1].
+        - encoder_hidden_states: (B, T, joint_attention_dim), without padding.
+        - condition_states: tokens of the input images, (B, C, in_channels).
+        - img_ids, txt_ids and condition_ids: positions (I, 3), (T, 3) and (C, 3).
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, img_ids, txt_ids, condition_ids)
         predictions = self.predict(hidden_states, condition_states=condition_states, use=None, **prepared.inputs(0))

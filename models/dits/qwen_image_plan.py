@@ -22,11 +22,11 @@ QWEN_IMAGE_PLAN = ParallelPlan(
         f"{BLOCK}.img_mlp.net.2",
         f"{BLOCK}.txt_mlp.net.2",
     ),
-    # These layers run once per request but hold a third of the weights: replicas would cost much memory on each rank.
+    # These layers run once per request but hold a third of the weights: replicas would use much memory on each rank.
     gathered=(f"{BLOCK}.img_mod.1", f"{BLOCK}.txt_mod.1"),
     token_segments={"text": "sharded", "image": "sharded", "condition": "sharded"},
     attention=(f"{BLOCK}.attn.inner",),
-    # Input images may have a separate timestep, so that they are a segment of their own: each rank has a chunk of both.
+    # Input images may have a separate timestep. They are a separate segment: each rank has a chunk of both segments.
     sharded_arguments=(
         ShardedArgument("prepare", "encoder_hidden_states", "text"),
         ShardedArgument("prepare", "txt_ids", "text", dim=0),

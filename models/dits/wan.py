@@ -1,4 +1,4 @@
-"""The Wan DiT: video tokens with self-attention, then cross-attention to text and, in some models, an image.
+"""The Wan DiT: self-attention of video tokens, then cross-attention to text and, optionally, images.
 
 Shapes: N steps, B batch, S video tokens (frames, rows, columns of patches), T text tokens, V vision tokens, D hidden
 size. Parameter names are the checkpoint's. The residual stream is in the model's dtype; norms, modulation and gates
@@ -34,10 +34,10 @@ from models.rotation import Rotation
 from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
 
 FLOAT32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
-"""Substrings of the names of parameters that stay in float32 in a model of any dtype, as in Diffusers."""
+"""Substrings of the names of parameters that stay in float32 for any dtype, as in Diffusers."""
 
 UNUSED_PARAMETERS = ("norm_added_q",)
-"""Substrings of the names of weights in published image-to-video checkpoints that no module reads."""
+"""Substrings of the names of weights that no module reads; image-to-video checkpoints contain them."""
 
 IMAGE_NORM_EPS = 1e-5
 """Epsilon of the norms of the image embedding."""
@@ -159,7 +159,10 @@ class WanTransformerBlock(nn.Module):
         rotation: Rotation,
         cache: KeyValueCache | None = None,
     ) -> Residual:
-        """Return the next residual. The six modulations are float32. `cache` is the KV cache of self-attention."""
+        """Return the residual stream after the block.
+
+        The six modulations are float32. `cache` is the KV cache of self-attention.
+        """
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
         x_BSD, normed = self.norm.after(residual, scale, shift)
         attended = self.attn1(normed, rotation, cache=cache)
@@ -206,9 +209,9 @@ class WanTransformer3DModel(DiffusionTransformer):
     ) -> Tensor:
         """Velocity (B, out_channels, frames, rows, columns) of hidden_states (B, in_channels, frames, rows, columns).
 
-        timestep is (B,) in [0, 1000], or (B, 2): first that of the first latent frame, then that of the other frames;
-        encoder_hidden_states (B, T, text_dim); encoder_hidden_states_image (B, V, image_dim), with the tokens of first
-        and last frame concatenated where the model takes both.
+        - timestep: (B,) in [0, 1000], or (B, 2): the first latent frame's timestep, then the other frames' timestep.
+        - encoder_hidden_states: (B, T, text_dim).
+        - encoder_hidden_states_image: (B, V, image_dim). Tokens of a first and a last frame are concatenated.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, encoder_hidden_states_image)
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
@@ -220,11 +223,11 @@ class WanTransformer3DModel(DiffusionTransformer):
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor | None = None,
     ) -> Prepared:
-        """Modulations (N, B, 6 * blocks + 2, D), float32, for timesteps (N, B); keys and values of text and image.
+        """Float32 modulations (N, B, 6 * blocks + 2, D) for timesteps (N, B); keys and values of text, image.
 
-        For timesteps (N, B, 2) of two segments, "first_modulation" is that of the first latent frame, and "modulation"
-        that of the other frames. Keys and values of the text are (blocks, B, T, 2 * D), those of the image
-        (blocks, B, V, 2 * D).
+        For timesteps (N, B, 2) of two segments, "first_modulation" is for the first latent frame, and "modulation" for
+        the other frames. Keys and values are (blocks, B, T, 2 * D) for the text and (blocks, B, V, 2 * D) for the
+        image.
         """
         embed = self.condition_embedder
         segments = timesteps.unbind(-1) if timesteps.ndim == 3 else (timesteps,)
@@ -258,9 +261,9 @@ class WanTransformer3DModel(DiffusionTransformer):
         first_modulation: Tensor | None = None,
         use: CacheUse | None = None,
     ) -> Predictions:
-        """Velocity (B, out_channels, frames, rows, columns), with the modulations (B, 6 * blocks + 2, D) of a step.
+        """Velocity (B, out_channels, frames, rows, columns) at a step with modulations (B, 6 * blocks + 2, D).
 
-        `first_modulation` is that of the first latent frame; None: it is that of the other frames.
+        `first_modulation` is for the first latent frame; None: `modulation` is for all frames.
         """
         grid, rotation = self._grid(hidden_states), self._rotation(hidden_states)
         x_BSD = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2)
@@ -360,7 +363,7 @@ class WanTransformer3DModel(DiffusionTransformer):
 
 
 def _concatenated(first: Tensor | None, rest: Tensor, dim: int) -> Tensor:
-    """Both segments, concatenated along `dim`. Without a first segment, `rest` itself, not a copy."""
+    """Both segments, concatenated along `dim`; without a first segment, `rest` itself, without a copy."""
     return rest if first is None else torch.cat((first, rest), dim)
 
 

@@ -1,4 +1,4 @@
-"""The Z-Image DiT: separate refiner blocks for text and image, then blocks for the concatenated tokens.
+"""The Z-Image DiT: separate refiner blocks for text and image, then blocks for all tokens.
 
 Shapes: N steps, B batch, T text tokens, I image tokens, S = T + I (text first), C channels of a latent, D hidden size,
 E size of the time embedding, M all modulations. Text and image are padded with learnt tokens, which take part in
@@ -75,10 +75,10 @@ class ZImageAttention(SelfAttention):
 
 
 class ZImageTransformerBlock(nn.Module):
-    """Attention, then a gated feed-forward; both have a norm before and after them, and a gate.
+    """Attention, then a gated feed-forward, each with a norm before and after it, and a gate.
 
-    A half of the block is x + gate * norm(f(norm(x) * (1 + scale))). The weights of the norms are folded into scale and
-    gate; see vectors().
+    Each half of the block computes x + gate * norm(f(norm(x) * (1 + scale))). The weights of the norms are folded into
+    scale and gate; see vectors().
     """
 
     def __init__(self, config: ZImageTransformerConfig, *, is_modulated: bool = True) -> None:
@@ -113,7 +113,7 @@ class ZImageTransformerBlock(nn.Module):
     def forward(
         self, residual: Residual, vectors: Sequence[SegmentVectors], no_shift: SegmentVectors, rotation: Rotation
     ) -> Residual:
-        """Return the next residual. `vectors` are the four modulations, `no_shift` is zeros."""
+        """Return the residual stream after the block. `vectors` are the four modulations, `no_shift` is zeros."""
         scale, gate, ff_scale, ff_gate = vectors
         x_BSD, normed = self.norm.after(residual, scale, no_shift)
         attended = self.attention(normed, rotation)
@@ -165,8 +165,9 @@ class ZImageTransformer2DModel(DiffusionTransformer):
     ) -> Tensor:
         """Negated velocity (B, C, rows, columns) of hidden_states (B, C, rows, columns).
 
-        timestep is (B,) from 0 (noise) to 1; encoder_hidden_states (B, tokens, text_size), without padding; text_ids
-        (T, 3) and image_ids (I, 3) are the positions of all tokens, including padding.
+        - timestep: (B,), from 0 (noise) to 1.
+        - encoder_hidden_states: (B, tokens, text_size), without padding.
+        - text_ids and image_ids: positions (T, 3) and (I, 3) of all tokens, including padding.
         """
         prepared = self.prepare(timestep[None], encoder_hidden_states, text_ids, image_ids)
         return self.predict(hidden_states, use=None, **prepared.inputs(0))["hidden_states"]
@@ -231,7 +232,7 @@ class ZImageTransformer2DModel(DiffusionTransformer):
         text_sin: Tensor,
         use: CacheUse | None = None,
     ) -> Tensor:
-        """Run the other blocks on refined image and text; returns patches (B, I, 4C) of the negated velocity."""
+        """Run the blocks after the refiners; returns patches (B, I, 4C) of the negated velocity."""
         rotation = Rotation(torch.cat((text_cos, cos)), torch.cat((text_sin, sin)))
         *vectors, scale, no_shift = self._vectors(modulation)
         vectors = vectors[VECTORS * len(self.noise_refiner) :]

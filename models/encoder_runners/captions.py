@@ -98,7 +98,7 @@ class Captioner:
         self._settings.update(do_sample=False, temperature=None, top_k=None, top_p=None, use_cache=True)
 
     def caption(self, image: Image.Image, on_token: OnToken, *, in_english: bool) -> str:
-        """Return a caption of at most 512 tokens, in English or Chinese. Raises what `on_token` raises."""
+        """Return a caption of at most 512 tokens, in English or Chinese. Propagates exceptions of `on_token`."""
         seen = self._processor(images=[image], return_tensors="pt")
         (grid,) = seen.image_grid_thw
         marks = IMAGE_TOKEN * (int(grid.prod()) // self._processor.merge_size**2)
@@ -123,7 +123,7 @@ class Captioner:
 
 
 class _EachToken(StoppingCriteria):  # type: ignore[misc]
-    """Calls `on_token` for each token after the first `begin`; never stops the generation."""
+    """Calls `on_token` for each token after the first `begin` tokens; never requests a stop."""
 
     def __init__(self, begin: int, on_token: OnToken) -> None:
         self._begin = begin

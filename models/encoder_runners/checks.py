@@ -18,9 +18,9 @@ _PROBE_SIZE = (96, 64)
 
 
 def check_tokenizer(tokenizer_name: str, tokenizer: Any, encoder_name: str, known: int) -> None:
-    """Check that the tokenizer has a vocabulary of at most `known` tokens, the encoder's embeddings.
+    """Check that the tokenizer has a vocabulary, and that it fits the encoder.
 
-    Raises CheckpointError.
+    `known` is the number of the encoder's token embeddings. Raises CheckpointError.
     """
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     if size > known:

@@ -54,7 +54,7 @@ PRIVATE_API = PrivateApi(
         Attributes("transformers:GenerationConfig", ("_from_model_config",)),
     ),
 )
-"""forward() is called with positional arguments. Only `_from_model_config` shows a missing generation_config.json."""
+"""forward() gets positional arguments. `_from_model_config` is the only sign of a missing generation_config.json."""
 
 # transformers' defaults for settings that generation_config.json omits.
 _TEMPERATURE, _TOP_K, _TOP_P = 1.0, 50, 1.0
@@ -97,7 +97,8 @@ class PriorTokenSampler:
         """Sample prior tokens, int64 (1, 4 * rows * columns) on the CPU, for a grid of 32x32-pixel cells.
 
         Each sampled token is upsampled to 2x2 prior tokens. Raises InvalidInput for a prompt that contains image tokens
-        or is too long, and for a seed with which the model ends the image early.
+        or is too long, and for a seed with which the model ends the image early or samples an unusable
+        token.
         """
         ids, grids = self._encode(prompt, grid)
         positions = _positions(ids.shape[1], grids[::-1]).to(self._device)

@@ -74,7 +74,7 @@ class TextEncoder:
             source.text, return_tensors="pt", verbose=False, add_special_tokens=adds_special_tokens
         ).input_ids
         if whole.shape[1] > limit:
-            # With an end-of-sequence token, the last token is that token before and after truncation.
+            # If the tokenizer adds an end-of-sequence token, truncation retains that token as the last one.
             has_end = adds_special_tokens and whole[0, -1] in self._tokenizer.all_special_ids
             removed = whole[0, limit - 1 : -1] if has_end else whole[0, limit:]
             self._warn_of_truncation(warn, source, limit, whole.shape[1], removed)
@@ -84,7 +84,7 @@ class TextEncoder:
     def _encode_in_template(
         self, template: Template, source: PromptText, prompt: Prompt, warn: Warn
     ) -> tuple[Tensor, Tensor]:
-        """Encode a text within its template; output and mask as _encode()."""
+        """Encode a text within its template. Returns output and mask as _encode() does."""
         whole = self._tokenizer(template.before + source.text + template.after, return_tensors="pt").input_ids
         limit = self._encoding.max_length(prompt) or self._tokenizer.model_max_length
         after = len(self._tokenizer(template.after, add_special_tokens=False).input_ids)

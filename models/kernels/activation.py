@@ -1,4 +1,4 @@
-"""Activations as separate kernels, for GEMM whose epilogue does not include them."""
+"""Activation kernels, for GEMM backends without an epilogue for the activation."""
 
 from __future__ import annotations
 

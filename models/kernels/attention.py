@@ -42,8 +42,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, out: 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """attention() and the log-sum-exp of each query's scores, float32 (batch, tokens, heads).
 
-    merge_attention() merges such results for disjoint sets of keys. Needs at least one query and one key. Where the
-    table leaves the choice to PyTorch, this function calls a PyTorch kernel that returns the log-sum-exp.
+    Results for disjoint sets of keys can be merged by merge_attention(). Requires at least one query and one key. If
+    the table leaves the choice to PyTorch, this function calls a PyTorch kernel that returns the log-sum-exp.
     """
     return _WITH_LSE[_backend_for(q, k)](q, k, v)
 
@@ -82,7 +82,7 @@ def _by_flash_attention_2(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -
 
 @_PLAIN.register("flash_attn_3")
 def _by_flash_attention_3(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
-    # torch.compile can trace the function that returns a tensor, but not the one that writes to an argument.
+    # torch.compile can trace the function that returns a tensor, but not the function that writes to an argument.
     if torch.compiler.is_compiling():
         return _placed(attention_backends.flash_attention_3(q, k, v), out)
     return attention_backends.flash_attention_3_into(q, k, v, torch.empty_like(q) if out is None else out)

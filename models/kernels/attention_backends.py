@@ -63,7 +63,7 @@ def flash_attention_3_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
 
 
 def flash_attention_3_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-    """Write flash_attention_3() to `out`, with adjacent channels, by one or two calls: see head_shares()."""
+    """Write flash_attention_3() to `out`, whose channels are adjacent; head_shares() plans the calls."""
     # The import registers torch.ops.fa3_fwd; the package's Python function has no argument `out`.
     import fa3_fwd_interface  # noqa: F401
 
@@ -97,7 +97,7 @@ def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> 
 
 
 def head_shares(tiles: int, heads: int, processors: int) -> list[tuple[slice, int]]:
-    """The heads of each kernel call, and the number of splits of its keys.
+    """Plan kernel calls: for each call the heads, and the number of splits of the keys.
 
     A head has `tiles` tiles of queries, and each of `processors` multiprocessors computes one tile at a time. Where the
     last wave would leave most multiprocessors idle, its heads get a separate call, which splits the keys.

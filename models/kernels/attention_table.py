@@ -1,8 +1,8 @@
 """Table of attention backends by GPU and shape.
 
 The table is part of the code, not tuned at run time, so that workers with the same GPU give bit-identical results.
-tests/bench/attention.py measures it. `work` is batch x heads x tokens, with the smaller of the numbers of queries and
-keys as tokens.
+tests/bench/attention.py measures it. `work` is batch x heads x min(query tokens,
+key tokens).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from models.kernels.packages import ATTENTION_PACKAGES, AttentionBackend, Attent
 _MAX_HEAD_SIZE = 128
 
 _MIN_KEYS: dict[AttentionBackend, int] = {"cudnn": 2}
-"""Smallest number of keys of a backend, where it is more than 1."""
+"""Smallest number of keys that a backend supports; 1 for all other backends."""
 
 
 class Row(NamedTuple):
@@ -80,7 +80,8 @@ def choose_backend(
     """Choose the backend of attention without a mask. "sdpa" leaves the choice to PyTorch.
 
     A `choice` other than auto replaces the table. The result is "sdpa" for dtypes other than bfloat16, for head sizes
-    above 128, and for fewer keys than the backend supports: the text of an empty prompt can be a single token.
+    above 128 or not divisible by 8, and for fewer keys than the backend supports: the text of an empty prompt can be a
+    single token.
     """
     if not has_backends(dtype, head_size):
         return "sdpa"

@@ -13,9 +13,9 @@ _OPERATION: Operation[Callable[[Tensor, Tensor, float], Tensor]] = Operation("ch
 
 
 def channel_norm_silu(frame: Tensor, weight: Tensor, root: float) -> Tensor:
-    """SiLU(x / |x| * root * weight), for the channels x of each pixel of the frame (1, C, H, W).
+    """Compute SiLU(x / |x| * root * weight) for the channels x of each pixel of a frame (1, C, H, W).
 
-    |x| is the L2 norm; weight is (C,). With `root` = sqrt(C) this is an RMS norm.
+    The denominator |x| is the L2 norm; weight is (C,). With `root` = sqrt(C) this is an RMS norm.
     """
     return _OPERATION.for_device_of(frame)(frame, weight, root)
 

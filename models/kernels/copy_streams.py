@@ -16,7 +16,7 @@ class CopyStreams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # With a higher priority copies start before kernels that are ready to run.
+        # The higher priority makes copies start before kernels that are ready to run.
         self.side: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     @property

@@ -37,14 +37,14 @@ _TRANSPOSED = 1
 """CUBLAS_OP_T of cublasOperation_t."""
 
 _ONE = c_float(1)
-"""Factor alpha of the product."""
+"""Factor alpha of the matrix multiplication."""
 
 _ZERO = c_float(0)
 """Factor beta of the previous contents of the output."""
 
 
 def can_multiply(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
-    """Whether linear_into() pays off: bfloat16 on a GPU, aligned, at least MIN_ROWS rows."""
+    """Whether linear_into() is usable and pays off: aligned bfloat16 on a GPU, at least MIN_ROWS rows."""
     matrices = (x, weight) if out is None else (x, weight, out)
     if not (can_load(*matrices) and len(x) >= MIN_ROWS and is_usable("nvmath-python")):
         return False
@@ -54,8 +54,8 @@ def can_multiply(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
 def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, gelu: bool = False) -> None:
     """out = x @ weight.T + bias, followed by GELU (tanh approximation) if `gelu`.
 
-    x is (M, K), weight (N, K), bias (N,), out (M, N), all bfloat16; accumulation is in float32. x and out may have any
-    row stride. Raises RuntimeError where cuBLASLt has no algorithm.
+    All are bfloat16: x (M, K), weight (N, K), bias (N,), out (M, N); accumulation is in float32. The row strides of x
+    and out are arbitrary. Raises RuntimeError where cuBLASLt has no algorithm.
     """
     library = _library()
     rows, size = x.shape

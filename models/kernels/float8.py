@@ -48,7 +48,7 @@ def _quantize_rows_by_triton(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def float8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., K) @ weight.T + bias (N,), (..., N) in x's dtype, for float8 weights (N, K) with scales (N,)."""
+    """x (..., K) @ weight.T + bias (N,) for float8 weights (N, K) with scales (N,); (..., N) in x's dtype."""
     rows = x.reshape(-1, x.shape[-1])
     return _multiply(rows, weight, scale, bias).view(*x.shape[:-1], len(weight))
 

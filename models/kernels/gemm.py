@@ -41,8 +41,8 @@ _NORM_ROTATION: Operation[Callable[[Tensor, Weight, Tensor, Tensor, Tensor, Tens
 def choose_gemm(epilogue: Epilogue, x: Tensor, weight: Weight, out: Tensor | None) -> str | None:
     """Choose the backend of out (M, N) = x (M, K) @ weight (N, K).T with an epilogue.
 
-    None: no backend fuses the epilogue; the caller must run it separately. `out` None: the result is a new tensor, only
-    for the epilogue "bias".
+    Returns None if no backend fuses the epilogue: the caller must run the epilogue separately. `out` may be None only
+    for the epilogue "bias"; the result is then a new tensor.
     """
     if epilogue != "bias" and weight.scale is None and out is not None:
         can_fuse = quack_gemm.can_add if epilogue == "gated addition" else quack_gemm.can_fuse
@@ -89,7 +89,8 @@ def multiply_gelu_into(x: Tensor, weight: Weight, bias: Tensor, out: Tensor) -> 
 def try_add_gated(x: Tensor, weight: Weight, bias: Tensor, gate: Tensor, onto: Tensor) -> bool:
     """onto += gate * (x @ weight.T + bias), if an epilogue supports it for all rows of the batch.
 
-    x is (B, tokens, K), gate (B, N), onto (B, tokens, N). Returns False, with `onto` unchanged, if it does not.
+    Shapes: x (B, tokens, K), gate (B, N), onto (B, tokens, N). Returns False, with `onto` unchanged, if no
+    epilogue supports the addition.
     """
     rows = list(zip(x, gate, onto, strict=True))
     if not all(choose_gemm("gated addition", x_MK, weight, onto_MN) for x_MK, _, onto_MN in rows):
@@ -172,7 +173,7 @@ def _rows(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _matrices(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """x and out as pairs of matrices: one pair if the rows of the batch are adjacent, else one per row."""
+    """Pairs of matrices of x and out: a single pair if batch rows are adjacent, otherwise a pair per row."""
     if len(x) == 1 or (_is_adjacent(x) and _is_adjacent(out)):
         return [(x.view(-1, x.shape[-1]) if _is_adjacent(x) else x[0], out.flatten(0, 1) if len(x) > 1 else out[0])]
     return _rows(x, out)

@@ -1,4 +1,4 @@
-"""Layer norm or RMS norm without weights, then scale and shift; optionally a gated addition before.
+"""Layer norm or RMS norm without weights, then scale and shift; optionally after a gated addition.
 
 Statistics and modulation are computed in float32; results are in x's dtype. Shapes: B batch, S tokens, D hidden size.
 """
@@ -16,7 +16,7 @@ from models.token_segments import SegmentVectors
 
 
 class Modulated(NamedTuple):
-    """Parameters of norm(x) * (1 + scale) + shift. `is_centred`: layer norm (subtracts the mean), else RMS norm."""
+    """Parameters of norm(x) * (1 + scale) + shift. `is_centred`: layer norm; otherwise RMS norm."""
 
     scale: SegmentVectors
     shift: SegmentVectors

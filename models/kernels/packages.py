@@ -30,7 +30,7 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class KernelPackage:
-    """An optional package: name on PyPI, module to import, fallback where the package is missing or broken.
+    """An optional package: name on PyPI, module to import, fallback if the package is unusable.
 
     `capabilities` are the compute capabilities of the GPUs on which the package is used; empty: all GPUs.
     """
@@ -72,8 +72,8 @@ ATTENTION_PACKAGES: dict[AttentionBackend, PackageName] = {
 class KernelChoice:
     """The settings `kernels` and `attention_backend` of a worker.
 
-    `auto` uses all packages that work. A package that a setting names is required to work. Without `auto` all other
-    packages are unused. Raises InvalidInput for `none` together with another value.
+    `auto` uses all packages that work. A package that a setting names must work. Without `auto`, all other packages
+    are unused. Raises InvalidInput for `none` together with another value.
     """
 
     packages: tuple[PackageChoice, ...] = ("auto",)

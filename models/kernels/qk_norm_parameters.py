@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class NormParameters(NamedTuple):
-    """An RMS norm over `size` channels with a weight, or a layer norm over them without a weight.
+    """Norm over `size` channels: an RMS norm with a weight, or a layer norm without a weight.
 
     A sharded norm has the weight of this rank's channels only.
     """
@@ -23,7 +23,7 @@ class NormParameters(NamedTuple):
 class QKNormParameters:
     """Norms of the parts of a tensor (B, S, parts * D): of queries and keys, or of queries only.
 
-    `first` are the norms of the tokens of the first segment, `rest` those of all other tokens. A norm of size
+    `first` are the norms of the first segment's tokens, `rest` are the norms of all other tokens. A norm of size
     `head_size` is over each head, a norm of another size over all heads together. All norms are RMS norms, or all are
     layer norms of size `head_size`.
     """

@@ -29,11 +29,11 @@ def qk_norm_rotate(
     square_sums: Tensor | None,
     out: Sequence[Tensor],
 ) -> None:
-    """Write norms and RoPE of the parts of x (B, S, parts * D) to `out` (B, S, heads, head size) each.
+    """Apply norms and RoPE to the parts of x (B, S, parts * D), and write the results to `out`.
 
-    Parts without a norm, which are the last ones, are copied. `out` may be views of x. The first `first_tokens` tokens
-    are the first segment. `square_sums`, float32 (B, S, parts with a norm), are sums of squares over all ranks; they
-    are needed where x has only some of the channels of a norm.
+    `out` has a tensor (B, S, heads, head size) for each part, which may be a view of x. Parts without a norm come last,
+    and are copied. The first `first_tokens` tokens are the first segment. `square_sums`, float32 (B, S, parts with a
+    norm), are sums of squares over all ranks; they are required if x has only some of the channels of a norm.
     """
     # Triton's tl.arange() needs a power of two.
     is_power_of_two = norms.head_size.bit_count() == 1

@@ -1,7 +1,7 @@
 """QuACK implementation of models.kernels.quack_gemm: epilogues and tile shapes.
 
-The tile shapes are the fastest of those measured on an H100. With ping-pong scheduling the epilogue of one warpgroup
-overlaps with the main loop of the other: an epilogue costs no time while it is shorter than the main loop of a tile.
+The tile shapes are the fastest of those measured on an H100. With ping-pong scheduling, the epilogue of one warpgroup
+overlaps with the main loop of the other warpgroup: an epilogue that is shorter than a tile's main loop is free.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 from models.kernels.gemm_support import HEAD_EPS, HEAD_SIZE
 
 WIDE = {"tile_M": 128, "tile_N": 192, "cluster_M": 2, "cluster_N": 1}
-"""Tiles for N that are multiples of 192."""
+"""Tile shape for N divisible by 192."""
 
 TALL = {"tile_M": 192, "tile_N": 128, "cluster_M": 1, "cluster_N": 2}
-"""Tiles for all other N, and for epilogues over whole heads of 128 channels."""
+"""Tile shape for all other N, and for epilogues over whole heads of 128 channels."""
 
 
 @gemm_epilogue(ops={"bias": RowVecLoad("bias")})

@@ -43,7 +43,7 @@ def add_gated(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, onto: Tenso
 def normed_heads_into(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, angles: Tensor, out: Tensor) -> None:
     """out = x @ weight.T + bias, followed by RMS norm of each head of HEAD_SIZE channels, scale and RoPE.
 
-    scale is (N,); angles are float32 (M, HEAD_SIZE): cos and sin of each pair of a head's channels, interleaved.
+    `scale` is (N,). `angles` are float32 (M, HEAD_SIZE): cos and sin of each pair of a head's channels, interleaved.
     """
     _epilogues().normed_heads_into(x, weight, bias, scale, angles, out)
 

@@ -1,4 +1,4 @@
-"""Trials of optional kernel packages when a GPU worker starts: each is imported and run on a tiny input.
+"""Trials of optional kernel packages at worker start: import each package, run it on a tiny input.
 
 Without a trial, a broken package would fail the first request. A missing package is not an error and logs no warning.
 """
@@ -92,7 +92,7 @@ def outcomes_on(device: torch.device, capability: Capability, choice: KernelChoi
 
 
 def try_package(package: KernelPackage, device: torch.device) -> Outcome | None:
-    """Import a package and run it on a tiny input. None: it is not installed. A failure is logged."""
+    """Import a package, run it on a tiny input, and log a failure. Returns None if it is not installed."""
     try:
         version = importlib.metadata.version(package.name)
     except importlib.metadata.PackageNotFoundError:
@@ -129,7 +129,7 @@ def _require_cudnn(device: torch.device) -> None:
 
 
 def _packages_to_try(capability: Capability, choice: KernelChoice) -> Iterator[KernelPackage]:
-    """Packages to try: required packages; with auto also those that layers or the attention table use."""
+    """Packages to try: required packages; with auto, also the packages of layers and the attention table."""
     rows = TABLE.get(capability, ()) if choice.attention == "auto" else ()
     in_table = {ATTENTION_PACKAGES.get(row.backend) for row in rows}
     for package in PACKAGES:

@@ -284,7 +284,7 @@ def _quantize_rows_kernel(
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype = FLOAT8) -> tuple[Tensor, Tensor]:
-    """See models.kernels.float8.quantize_rows. `dtype` is that of the values; channels of x must be adjacent."""
+    """See models.kernels.float8.quantize_rows. `dtype` is the values' dtype; channels of x must be adjacent."""
     rows, size = x.shape
     assert x.stride(1) == 1, "channels must be adjacent"
     values = torch.empty(rows, size, dtype=dtype, device=x.device)

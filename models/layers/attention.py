@@ -98,7 +98,7 @@ class PendingAttention(NamedTuple):
 
 
 class Attention(nn.Module):
-    """attention() as a module, which a plan can replace in a model.
+    """attention() as a module, which a parallel plan can replace.
 
     A replacement may transfer queries, keys and values asynchronously. A block with independent computation calls
     start(), computes, and calls finish(): the computation overlaps with the transfer. Other blocks call attend().
@@ -181,7 +181,7 @@ class SelfAttention(JoinsWeights):
         return self.inner.attend(_HeadProjection(self, x_BSD, rotation, segments), cache).flatten(2)
 
     def start(self, x_BSD: Tensor, rotation: AnyRotation, segments: TokenSegments | None = None) -> PendingAttention:
-        """Project the tokens and start the attention call. See Attention for what may run before finish()."""
+        """Project the tokens and start the attention call. Independent computation may run before finish()."""
         return self.inner.start(_HeadProjection(self, x_BSD, rotation, segments))
 
     def finish(self, pending: PendingAttention, out: Tensor | None = None) -> Tensor:
@@ -207,7 +207,7 @@ class SelfAttention(JoinsWeights):
     def _project_normed(
         self, x_BSD: Tensor, out: Tensor, rotation: AnyRotation, segments: TokenSegments | None, which: slice
     ) -> None:
-        """As _project(), with norms and RoPE for queries and keys."""
+        """Run _project(), then apply norms and RoPE to queries and keys."""
         if isinstance(rotation, Rotation) and self._can_fuse(x_BSD, out):
             self._write_normed(x_BSD, out, rotation.interleaved, which)
         else:
@@ -239,7 +239,7 @@ class SelfAttention(JoinsWeights):
 
     @property
     def _size(self) -> int:
-        """Output size of one projection. From the weight: a sharded layer has fewer heads than the config."""
+        """Output size of one projection, read from the weight: a shard has fewer heads than the config."""
         return len(self.to_q.weight)
 
     def _norms(self) -> QKNormModules:

@@ -10,7 +10,10 @@ from torch.nn.functional import gelu, silu
 
 
 def sinusoidal_embedding(values: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding of values (batch,), float32 (batch, size): cosines, then sines, at falling frequencies."""
+    """Sinusoidal embedding of values (batch,), float32 (batch, size).
+
+    Cosines, then sines, at falling frequencies.
+    """
     half = size // 2
     falling = torch.arange(half, dtype=torch.float32, device=values.device) / half
     angles = values[:, None].float() * torch.exp(-math.log(max_period) * falling)

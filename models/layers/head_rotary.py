@@ -16,7 +16,7 @@ from models.rotation import HeadRotation
 
 
 class SelectHeads(nn.Module):
-    """Identity on a tensor with a dimension of all heads. A plan can replace it by a selection of heads."""
+    """Identity on a tensor with a dimension of all heads. A parallel plan can replace it by a selection."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H, K) to (..., selected heads, K)."""
@@ -36,8 +36,8 @@ def head_rotation(
     """RoPE for positions (T, A), where axis i ranges over [0, extents[i]] and is scaled to [-1, 1].
 
     The heads * head_size / 2 channel pairs are divided evenly between the axes, interleaved. The frequencies of an axis
-    are spaced geometrically from pi / 2 to theta * pi / 2; they are computed in float64 with `is_double`, else in
-    float32. Where the number of axes does not divide the number of pairs, the first pairs are not rotated.
+    are spaced geometrically from pi / 2 to theta * pi / 2, and computed in float64 (`is_double`) or float32. Where the
+    number of axes does not divide the number of pairs, the first pairs are not rotated.
     """
     pairs, axes = heads * head_size // 2, positions_TA.shape[1]
     precision = torch.float64 if is_double else torch.float32

@@ -86,7 +86,7 @@ def _text_and_rest(segments: TokenSegments | None) -> tuple[slice, slice]:
 
 
 ImageModulation = tuple[Tensor, ...]
-"""A modulation (B, D) of the image tokens, then that of the third segment if there is one (reference images)."""
+"""Modulation (B, D) of the image tokens, optionally followed by the modulation of reference images."""
 
 
 class Modulation(NamedTuple):
@@ -105,9 +105,9 @@ class BlockFeedForward(Protocol):
 
 
 def block_modulations(segments: TokenSegments, modulations: Iterator[ImageModulation]) -> tuple[Modulation, Modulation]:
-    """Take the next twelve of `modulations`: those of a block's attention and of its feed-forwards.
+    """Take the next twelve of `modulations`, and return the modulations of attention and of feed-forwards.
 
-    The first six are of the image, the last six of the text. Of a text modulation only the first tensor is used.
+    The first six are for the image, the last six for the text. Only the first tensor of a text modulation is used.
     """
     image, text = (list(islice(modulations, 6)) for _ in range(2))
     vectors = [segments.vectors(of_text[0], *of_image) for of_text, of_image in zip(text, image, strict=True)]

@@ -17,15 +17,14 @@ from models.layers.norms import Residual
 from models.token_segments import SegmentVectors
 
 ALL = slice(None)
-"""All of several joined layers."""
+"""Selects all of the joined layers."""
 
 
 class Linear(nn.Linear):
     """nn.Linear that can also write to a slice of a larger tensor, and multiply in float8.
 
     After quantize() `weight` holds float8 values, and `scale` (out_features,) the factor of each row. `has_bias`:
-    whether checkpoints have a bias for the layer. The bias is zeros if they do not, so that all layers run the same
-    kernels.
+    whether checkpoints have a bias for the layer; if not, the bias is zeros, so that all layers run the same kernels.
     """
 
     scale: Tensor | None
@@ -55,14 +54,14 @@ class Linear(nn.Linear):
         multiply_into(x, self.scaled_weight, self.bias, out)
 
     def gelu_into(self, x: Tensor, out: Tensor) -> None:
-        """As into(), followed by GELU (tanh approximation)."""
+        """Write GELU (tanh approximation) of the result of into() to `out`."""
         multiply_gelu_into(x, self.scaled_weight, self.bias, out)
 
     def add_gated(self, x: Tensor, inputs: Tensor, gate: SegmentVectors) -> Residual:
-        """x + gate * self(inputs), for x (B, S, out_features). x is modified in place where the epilogue can add.
+        """x + gate * self(inputs), for x (B, S, out_features); in place if a GEMM epilogue can add.
 
-        Where it cannot, the result has the sum as its pending update. The last segment decides between the two for all
-        segments: the other segments often have too few tokens for the epilogue.
+        Otherwise, the result has a pending update. The choice for all segments depends on the last segment only,
+        because the other segments often have too few tokens for an epilogue.
         """
         *others, (rows, vector) = gate.used()
         if not try_add_gated(inputs[:, rows], self.scaled_weight, self.bias, vector, x[:, rows]):

@@ -86,10 +86,10 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def square_sums(self, x: Tensor, parts: int) -> Tensor | None:
-        """Sums of squares (B, S, parts) over all normalised channels, if x has only some of them; else None.
+        """Sums of squares (B, S, parts) over all normalised channels; None if x has all of these channels.
 
-        x (B, S, parts * channels) are `parts` tensors, concatenated, each with a norm of its own. This class returns
-        None: x has all channels.
+        The tensor x (B, S, parts * channels) contains `parts` concatenated tensors with separate norms. This class
+        returns None.
         """
         del x, parts
         return None

@@ -22,7 +22,7 @@ class QKNormModules:
     """Norm modules of the parts of a tensor (B, S, parts * D): of queries and keys, or of queries only.
 
     A norm of size `head_size` is over each head, a norm of another size over all heads together. `first` are the norms
-    of the tokens of the first segment; None: `norms` are those of all tokens.
+    of the tokens of the first segment; None: `norms` apply to all tokens.
     """
 
     norms: tuple[QKNorm, ...]
@@ -41,10 +41,11 @@ def apply_qk_norm(
     segments: TokenSegments | None = None,
     out: Sequence[Tensor] | None = None,
 ) -> None:
-    """Apply norms and RoPE to the parts of x (B, S, parts * D), in place unless `out` is given; in float32.
+    """Apply norms and RoPE to the parts of x (B, S, parts * D), in place unless `out` is given.
 
-    `out` has a tensor (B, S, heads, head size) for each part of x, which may be a view of that part. With `out`, x may
-    have further parts without a norm at its end; these are copied. `segments` are needed where `norms.first` is set.
+    Computes in float32. `out` has a tensor (B, S, heads, head size) for each part of x, which may be a view of that
+    part. With `out`, x may have further parts without a norm at its end; these are copied. `segments` are needed where
+    `norms.first` is set.
     """
     out = head_views(x, len(norms.norms), norms.head_size) if out is None else out
     normed = x[..., : len(norms.norms) * x.shape[-1] // len(out)]
@@ -61,7 +62,10 @@ def apply_qk_norm(
 
 @dataclass(frozen=True)
 class ProjectedHeads:
-    """Projected queries, keys, values, concatenated (B, S, 3 * D), before norms and RoPE. For a single use."""
+    """Projected queries, keys, values, concatenated (B, S, 3 * D), before norms and RoPE.
+
+    For a single use: all() and all_into() modify `qkv` in place.
+    """
 
     qkv: Tensor
     norms: QKNormModules

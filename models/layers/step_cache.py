@@ -1,8 +1,8 @@
-"""Step cache: a step may compute only the first block, and reuse the output of the others.
+"""Step cache: a step may compute only the first block, and reuse the output of all other blocks.
 
-This is the First Block Cache of ParaAttention, a relative of TeaCache (arXiv 2411.19108). The output of the blocks
-changes little over many steps, and the change of the first block's output predicts the change of the others'. The host
-reads that change, one number per step, and decides whether to compute the whole step.
+This is the First Block Cache of ParaAttention, a relative of TeaCache (arXiv 2411.19108). Block outputs change
+little over many steps, and the change of the first block's output predicts the change of the other blocks'. The host
+reads the change, one number per step, and decides whether to compute the whole step.
 
 Shapes: B batch, S tokens, D hidden size.
 """
@@ -48,7 +48,7 @@ class StepCache:
         return float(self._stored.change)
 
     def store(self, first: Tensor, rest: Tensor) -> None:
-        """Store what the first block and what the other blocks added to the residual stream, (B, S, D) each."""
+        """Store the updates of the residual stream by the first block and by the other blocks, (B, S, D) each."""
         if self._stored is None:
             self._stored = _StoredStep(first.clone(), rest.clone(), torch.zeros((), device=first.device))
         else:
@@ -71,7 +71,7 @@ class _StoredStep(NamedTuple):
 
 
 class CacheUse(NamedTuple):
-    """Use of a step cache by a prediction. `probe`: reuse all blocks but the first; else compute and store them."""
+    """Use of a step cache by a prediction. `probe`: reuse the outputs of all blocks but the first."""
 
     cache: StepCache
     probe: bool
@@ -80,7 +80,7 @@ class CacheUse(NamedTuple):
 def run_blocks(residual: Residual, blocks: Sequence[Block], use: CacheUse | None) -> Residual:
     """The residual stream after all blocks; with a step cache it has no pending update.
 
-    A computed step has the same bits with a cache and without.
+    A computed step is bit-identical with and without a cache.
     """
     if use is None:
         for block in blocks:

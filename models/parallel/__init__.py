@@ -1,1 +1,1 @@
-"""Parallel execution of a DiT on several ranks: mesh, plans, collectives, sharded layers and attention."""
+"""Parallel execution of a DiT on several ranks: mesh, plans, collectives, layers and attention."""

@@ -26,7 +26,7 @@ def wait(started: Tensor) -> Tensor:
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Sum over all ranks, with the same bytes on each rank. The callee owns x and may overwrite it with the sum."""
-    # torch.compile needs the functional operator; the compiler itself makes it in place where it can.
+    # torch.compile needs the functional operator, which the compiler makes in-place where possible.
     reduce = _OPS.all_reduce if torch.compiler.is_compiling() else _OPS.all_reduce_
     started: Tensor = reduce(x.contiguous(), "sum", axis.group)
     return wait(started)

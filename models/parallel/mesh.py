@@ -25,7 +25,7 @@ from models.kernels.packages import is_usable
 AxisName = Literal["cfg", "ring", "ulysses", "tp"]
 
 AXES: tuple[AxisName, ...] = get_args(AxisName)
-"""Axes from the outermost to the innermost: consecutive ranks differ in the last one."""
+"""Axes from the outermost to the innermost: consecutive ranks differ in the last axis."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Degrees:
         return math.prod(self.of(axis) for axis in AXES)
 
     def check_model(self, heads: int, feed_forward: int | None = None) -> None:
-        """Check that the degrees divide the number of attention heads and the width of the feed-forward layers.
+        """Check that the degrees divide the number of attention heads and the feed-forward width.
 
         `feed_forward` None: the width is a multiple of `heads`. Raises InvalidInput, with the degrees that divide both.
         """

@@ -43,7 +43,7 @@ def parallelize(
 
     `mesh` None: one rank. `heads` and `feed_forward` are as in Degrees.check_model(). Raises InvalidInput for degrees
     that do not divide the attention heads or the feed-forward width, and TypeError where the plan names a module of
-    another type, a method that is no entry point, or an argument that the method lacks.
+    another type, a method that is not an entry point, or an argument that the method lacks.
     """
     check_entry_points(model, plan)
     if mesh is None:
@@ -90,9 +90,9 @@ def _replace(model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: C
 def _replace_each(
     model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: Callable[[str, M], nn.Module]
 ) -> None:
-    """As _replace(). Raises TypeError for a pattern that matches no module.
+    """Run _replace() for each pattern. Raises TypeError for a pattern that matches no module.
 
-    Such a pattern would silently mix replicated tokens or heads with sharded ones.
+    Such a pattern would silently mix replicated tokens or heads with sharded tokens or heads.
     """
     if unmatched := [pattern for pattern in patterns if not list(matching(model, pattern, kind))]:
         message = f"{type(model).__name__} has no module {', '.join(unmatched)}, which its plan shards"

@@ -24,12 +24,13 @@ NUM_BUFFERS = 2
 """Attention layers use the buffers alternately: see PeerGather."""
 
 MAX_GROUPS = 2
-"""Largest number of head groups that are sent one after the other."""
+"""Largest number of head groups; groups are sent sequentially."""
 
 MIN_GROUPED_WORK = 350_000
-"""Smallest batch x heads x tokens for which head groups pay off: attention to a group must still occupy the whole GPU.
+"""Smallest batch x heads x tokens for which head groups pay off.
 
-On two H100s groups made a Wan step (12 heads x 32,760 tokens) faster, and a Flux step (24 x 4,608) slower.
+Attention to a group must still occupy the whole GPU. On two H100s groups made a Wan step (12 heads x 32,760 tokens)
+faster, and a Flux step (24 x 4,608) slower.
 """
 
 ALIGNMENT = 512
@@ -44,7 +45,7 @@ class PeerGather:
 
     A buffer is reused two layers later. A peer writes to a buffer in layer n only after it has received this rank's
     chunk of layer n - 1. This rank sent that chunk after its attention in layer n - 2, which was the last to read the
-    buffer. Between two forward passes, the all-gather of the first one's result has the same effect. All ranks must
+    buffer. Between two forward passes, the all-gather of the first pass's result has the same effect. All ranks must
     call the methods in the same order.
     """
 
@@ -72,7 +73,7 @@ class PeerGather:
         return Gathered(buffers, self._layers % NUM_BUFFERS, layout)
 
     def _buffers_for(self, needed: int) -> _PeerBuffers:
-        """The latest buffers, or larger ones. Smaller ones are retained: captured CUDA graphs may use them."""
+        """The latest buffers if large enough, else new ones. Old buffers are retained: CUDA graphs may use them."""
         if not self._buffers or self._buffers[-1].size < needed:
             size = -(-needed // ALIGNMENT) * ALIGNMENT
             memory = self._allocate(self._axis, self._device, NUM_BUFFERS * size + _PeerBuffers.flag_bytes(self._axis))
@@ -82,9 +83,10 @@ class PeerGather:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Layout of a buffer: one tensor (B, tokens, 2, H, K) of all ranks. This rank has `tokens` tokens from `first` on.
+    """Layout of a buffer: one tensor (B, tokens, 2, H, K) of all ranks.
 
-    Heads are sent in groups, so that attention to the first group does not wait for the others.
+    This rank's tokens are `first` to `first + tokens - 1`. Heads are sent in groups, so that attention to the first
+    group does not wait for the other groups.
     """
 
     shape: tuple[int, ...]
@@ -132,7 +134,7 @@ class Gathered(KeyValues):
         self._buffers.send(self._index, self._layout)
 
     def attend(self, q: Tensor, out: Tensor | None = None) -> Tensor:
-        """Attention of queries (B, L, H, K) to the keys of all ranks, one head group after the other."""
+        """Attention of queries (B, L, H, K) to the keys of all ranks, by head group."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
         whole = (q, *self._whole.unbind(2), out)
         groups = zip(*(each.chunk(self._layout.groups, dim=2) for each in whole), strict=True)
@@ -155,7 +157,7 @@ class _PeerBuffers:
 
     @staticmethod
     def flag_bytes(axis: Axis) -> int:
-        """Size of all flags of a rank, in bytes. They follow the buffers in memory."""
+        """Size of all flags of a rank, in bytes. The flags follow the buffers in memory."""
         return _FLAG_BYTES * NUM_BUFFERS * MAX_GROUPS * axis.size
 
     def view(self, index: int, layout: _Layout) -> Tensor:
@@ -169,7 +171,7 @@ class _PeerBuffers:
         streams.await_stream(streams.side, streams.current)
         for group in range(layout.groups):
             for offset in range(1, self._axis.size):
-                # Each rank starts with the next one, so that no two ranks send to the same rank at once.
+                # Each rank first sends to the next rank, so that no two ranks send to the same rank at once.
                 rank = (self._axis.index + offset) % self._axis.size
                 if layout.tokens:
                     self._copy(rank, index, group, layout)
@@ -203,6 +205,6 @@ class _PeerBuffers:
                 self._streams.copy_rows(self._streams.side, to + at, source + at, pitch, width, layout.tokens)
 
     def _flag(self, rank: int, index: int, group: int, writer: int) -> int:
-        """Address of the flag in rank `rank` that rank `writer` sets for a head group of a buffer."""
+        """Address of the flag in `rank`'s memory that `writer` sets for a head group of a buffer."""
         flag = (index * MAX_GROUPS + group) * self._axis.size + writer
         return self._memory.addresses[rank] + NUM_BUFFERS * self.size + _FLAG_BYTES * flag

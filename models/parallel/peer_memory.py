@@ -16,7 +16,7 @@ class PeerMemory:
     """A buffer of the same size on each rank of an axis, mapped into the address spaces of all ranks.
 
     `own` (bytes,) is this rank's buffer, uint8. `addresses` are the buffers of all ranks in this device's address
-    space. `mapping` keeps the peers' buffers mapped while this object lives.
+    space. The peers' buffers remain mapped while `mapping` is referenced.
     """
 
     own: Tensor

@@ -50,11 +50,12 @@ class ParallelPlan:
     `block_linears`: float8 does not pay off for small layers and for layers that run once per request.
 
     Sequence parallelism: `token_segments` are the model's token segments (text, image, video ...). `attention` are the
-    Attention modules in which sharded tokens attend to each other; `sharded_keys` are those in which replicated queries
-    attend to sharded keys. `sharded_arguments` begin the sharded region of the model, and `gathered_results` end it.
+    Attention modules in which sharded tokens attend to each other; `sharded_keys` are Attention modules in which
+    replicated queries attend to sharded keys. `sharded_arguments` begin the sharded region of the model, and
+    `gathered_results` end it.
 
-    Raises ValueError where an argument or a result belongs to a segment that is not sharded, where a sharded segment
-    has no argument, and for an `unquantized` layer that is neither a column nor a row layer.
+    Raises ValueError if an argument or a result belongs to a segment that is not sharded, if a sharded segment has no
+    argument, and for an `unquantized` layer that is neither a column nor a row layer.
     """
 
     column: tuple[str, ...]
@@ -84,7 +85,7 @@ class ParallelPlan:
 
     @property
     def block_linears(self) -> tuple[str, ...]:
-        """Path patterns of the large linear layers: those of the blocks' attention and feed-forwards."""
+        """Path patterns of the large linear layers in the blocks' attention and feed-forwards."""
         return tuple(pattern for pattern in (*self.column, *self.row) if pattern not in self.unquantized)
 
     def parts_of(self, path: str, size: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ def chunk_sizes(length: int, parts: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class SegmentLengths:
-    """Full lengths of token segments. Each segment is sharded by itself over `ranks` ranks; `index` is this rank.
+    """Full lengths of token segments. Each segment is sharded separately over `ranks` ranks; `index` is this rank.
 
     The sizes of all ranks' chunks follow from the full lengths: ranks never exchange sizes and never pad chunks.
     """
@@ -42,7 +42,7 @@ class SegmentLengths:
         return whole.narrow(dim, sum(sizes[: self.index]), sizes[self.index])
 
     def extended(self, lengths: Mapping[str, int]) -> SegmentLengths:
-        """These lengths and further ones. Raises ValueError for a segment that already has another length."""
+        """These lengths and `lengths`. Raises ValueError for a segment that already has a different length."""
         for segment, length in lengths.items():
             if self.lengths.get(segment, length) != length:
                 message = f"{segment}: {length} tokens is not the segment's length, {self.lengths[segment]}"
@@ -51,10 +51,10 @@ class SegmentLengths:
 
 
 class SegmentScope:
-    """Segment lengths of a model's current forward pass, for `ranks` ranks of which this one is `index`.
+    """Segment lengths of a model's current forward pass, on rank `index` of `ranks` ranks.
 
     Lengths differ between requests and between guidance branches. Each call of an entry point adds its lengths for the
-    duration of the call; nested calls add theirs to the lengths of the outer call.
+    duration of the call; a nested call adds its lengths to the lengths of the outer call.
     """
 
     def __init__(self, ranks: int, index: int) -> None:

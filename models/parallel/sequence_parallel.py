@@ -1,8 +1,8 @@
 """Sequence parallelism of a model's entry points: shards their arguments and gathers their results.
 
-prepare() runs once per request and predict() once per step; prepare() of other requests or guidance branches may run in
-between. The result of prepare() therefore contains the full lengths of the segments that prepare() sharded, and
-predict() receives them as static keywords. As part of a CUDA graph's key they also distinguish segment lengths that
+The method prepare() runs once per request and predict() once per step; prepare() of other requests or guidance branches
+may run in between. The result of prepare() therefore contains the full lengths of the segments that prepare() sharded,
+and predict() receives them as static keywords. As part of a CUDA graph's key they also distinguish segment lengths that
 give this rank chunks of the same size.
 """
 
@@ -42,7 +42,7 @@ def shard_entry_points(model: DiffusionTransformer, plan: ParallelPlan, mesh: Wo
 
 
 def check_entry_points(model: DiffusionTransformer, plan: ParallelPlan) -> None:
-    """Raise TypeError where the plan names a method that is no entry point, or an unknown argument."""
+    """Raise TypeError if the plan names a method that is not an entry point, or an unknown argument."""
     for result in plan.gathered_results:
         model.entry_point_signature(result.method)
     for sharded in plan.sharded_arguments:
@@ -128,7 +128,7 @@ class _ShardedPredict:
 
 
 class _Gather:
-    """Gathers the chunks of a segment: within each ulysses group first, then between groups along the ring."""
+    """Gathers the chunks of a segment, first within each ulysses group, then along the ring."""
 
     def __init__(self, gathered: GatheredResult, mesh: WorkerMesh) -> None:
         self._gathered = gathered

@@ -17,7 +17,7 @@ from models.parallel.segment_lengths import SegmentScope
 
 
 class ShardedKeysAttention(Attention):
-    """Attention of replicated queries to the keys of all ranks; the result has the same bytes on all ranks.
+    """Attention of replicated queries to the keys of all ranks; results are bit-identical on all ranks.
 
     A rank may have no keys. A collective call: all ranks must make it.
     """

@@ -26,8 +26,8 @@ from models.token_segments import SegmentVectors
 class ColumnParallelLinear(Sharded, Linear):
     """Linear layer with sharded outputs: this rank has an equal chunk of each part of them.
 
-    With `gather` forward() all-gathers the outputs of all ranks. Raises ValueError for `gather` with several parts: the
-    gathered outputs would not be in the order of the whole layer.
+    With `gather`, forward() all-gathers the outputs of all ranks. Raises ValueError for `gather` with several parts:
+    the gathered outputs would not be in the order of the whole layer.
     """
 
     def __init__(self, in_features: int, parts: Sequence[int], axis: Axis, *, gather: bool = False) -> None:
@@ -66,11 +66,11 @@ class RowParallelLinear(Sharded, Linear):
         torch.add(self._sum(x), self.bias, out=out)
 
     def gelu_into(self, x: Tensor, out: Tensor) -> None:
-        """As into(), followed by GELU (tanh approximation)."""
+        """Write GELU (tanh approximation) of the result of into() to `out`."""
         write_gelu(self(x), out)
 
     def add_gated(self, x: Tensor, inputs: Tensor, gate: SegmentVectors) -> Residual:
-        """x + gate * self(inputs), as a pending update: a GEMM epilogue cannot add before the all-reduce."""
+        """x with a pending update, gate * self(inputs): a GEMM epilogue cannot add before the all-reduce."""
         return Residual(x, self(inputs), gate)
 
     def _sum(self, x: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class USPAttention(Attention):
     def finish(
         self, pending: PendingAttention, out: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """Complete the attention call; (B, L, H, K). KV caches are not supported on a ring."""
+        """Complete the attention call; returns (B, L, H, K). KV caches are not supported on a ring."""
         assert cache is None or self.ring.size == 1, "the loader of a causal model refuses a ring"
         if self.ulysses.size == 1:
             return self._attend(pending.queries, pending.key_values, out)
@@ -97,7 +97,7 @@ class USPAttention(Attention):
         return q if self.ulysses.size == 1 else self.scatter_heads(q)
 
     def _send(self, k: Tensor, v: Tensor) -> KeyValues:
-        """Start the transfer of keys and values (B, L, H, K): within the ulysses group, or else along the ring."""
+        """Start the transfer of keys and values (B, L, H, K), within the ulysses group or along the ring."""
         return self._send_in_ring(k, v) if self.ulysses.size == 1 else _ScatteredHeads(k, v, self)
 
     def scatter_heads(self, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class Flux2Pipeline(StandardPipeline):
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """Variants "text" without and "image" with reference images."""
+        """Variants: "text" without reference images, "image" with reference images."""
         del checkpoint
         return {"text": cls, "image": Flux2ImagePipeline}
 

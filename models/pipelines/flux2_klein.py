@@ -20,7 +20,7 @@ class Flux2KleinPipeline(Flux2Pipeline):
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """Variants "text" without and "image" with reference images."""
+        """Variants: "text" without reference images, "image" with reference images."""
         del checkpoint
         return {"text": cls, "image": Flux2KleinImagePipeline}
 

@@ -1,4 +1,4 @@
-"""Z-Image: a language model as text encoder, a flow-matching DiT of one stream, a 16-channel image VAE."""
+"""Z-Image: a language model as text encoder, a single-stream DiT, a 16-channel image VAE."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ PRIVATE_API = {
         (Attributes(_UNIPC, ("timesteps", "sigmas", *_SET_UNIPC)), Called(f"{_UNIPC}.set_begin_index", 2)),
     ),
 }
-"""Attributes of Diffusers' schedulers set by the solvers; a renamed attribute would be ignored silently."""
+"""Attributes of Diffusers' schedulers that the solvers set. Setting a renamed attribute would have no effect."""
 
 
 def check_empty(state: Mapping[str, Tensor]) -> None:
@@ -121,7 +121,7 @@ class UniPCSolver:
         return state
 
     def restore(self, step: int, state: Mapping[str, Tensor]) -> None:
-        """Set history and step counter. Raises InvalidInput unless the state is that of this solver at that step."""
+        """Set history and step counter. Raises InvalidInput for the state of another solver or step."""
         scheduler = self._scheduler
         order, total = scheduler.config.solver_order, len(scheduler.timesteps)
         known = min(step, order)

@@ -87,14 +87,14 @@ class CausalDMDDenoisingStage(PipelineStage[DenoisingInput, BlockDenoisingOutput
             if number + 1 < len(steps):
                 checkpoints.send_if_due()
                 continue
-            # Send the checkpoint before the block: a received block's steps are then never repeated.
+            # Send the checkpoint before the block, so that the steps of a received block are never repeated.
             checkpoints.send()
             self._emit(state, block, call)
             if block + 1 < blocks:
                 self._write_context(request, branches, state, block)
 
     def _write_context(self, request: LoopRequest, branches: Branches, state: LoopState, block: int) -> None:
-        """Write a finished block to the KV cache: predict it at timestep 0, the row after the steps."""
+        """Write a finished block to the KV cache by a prediction at timestep 0, the row after the steps."""
         clean = dict.fromkeys(state.latents, 0.0)
         step = Step(len(request.steps), 0.0, clean, clean)
         latents = state.block(self._config.frames_of(block))

@@ -19,7 +19,7 @@ from models.stages.decoded_media import DEFAULT_FRAME_RATE, check_finite, media_
 
 
 class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
-    """Decodes with the VAE and encodes a PNG per image or layer, an MP4 per video, or one safetensors file.
+    """Decodes to one PNG per image or layer, one MP4 per video, or one safetensors file.
 
     Videos have audio, for which the model has an audio VAE and a vocoder. The video VAE yields frames; each is encoded
     while the next one is decoded.

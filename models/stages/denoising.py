@@ -88,7 +88,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 
 
 def _step_caching(runtime: Runtime) -> StepCaching | None:
-    """Step caching of this runtime. Ranks that compute one branch decide together, branches independently."""
+    """Step caching of this runtime. Ranks that compute the same branch make the same decision."""
     threshold = runtime.approximation.step_cache_threshold
     if threshold <= 0:
         return None

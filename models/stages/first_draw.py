@@ -15,7 +15,7 @@ def first_draw(
     """Draw the noise that samples image latents, if the model samples them.
 
     Returns the noise or None, and the request's generator after this draw. Image encoding uses the noise, latent
-    preparation the generator, so that neither stage depends on the other.
+    preparation uses the generator: neither stage depends on the other stage.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = config.posterior_shape(canvas)

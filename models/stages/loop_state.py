@@ -110,7 +110,7 @@ class LoopState:
         return whole
 
     def step_checkpoint(self) -> StepCheckpoint:
-        """Checkpoint of the current state on the CPU; the receiver owns the tensors."""
+        """Checkpoint of the current state on the CPU; later steps do not modify its tensors."""
         solver = {f"{part}.{name}": each for part, own in self.solvers.items() for name, each in own.state().items()}
         copies = on_cpu({**solver, **{f"{_LATENTS}.{part}": each for part, each in self.latents.items()}})
         latents = {part: copies.pop(f"{_LATENTS}.{part}") for part in self.latents}

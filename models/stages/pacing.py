@@ -33,9 +33,9 @@ class DeviceEvent(Protocol):
 
 
 def paced_steps(start: int, total: int, call: Call, device: torch.device) -> Iterator[int]:
-    """Yield each step from `start` to `total` - 1 when it is due to be enqueued, and report finished steps.
+    """Yield each step from `start` to `total` - 1 when it must be enqueued, and report finished steps.
 
-    Raises as call.check_cancelled(). On a CPU a step is finished when the caller requests the next step.
+    Raises the errors of call.check_cancelled(). On a CPU a step is finished when the caller requests the next step.
     """
     if device.type == "cuda":
         return event_paced_steps(start, total, call, lambda: _recorded(device))
@@ -56,7 +56,7 @@ def _recorded(device: torch.device) -> DeviceEvent:
 
 
 def event_paced_steps(start: int, total: int, call: Call, record: Callable[[], DeviceEvent]) -> Iterator[int]:
-    """Yield steps as paced_steps() for an asynchronous device.
+    """Yield steps as paced_steps() does, for an asynchronous device.
 
     `record` records an event after the enqueued work. Waits for the first two steps, to measure the duration of a step,
     and for the last step.

@@ -28,8 +28,8 @@ from models.stages.step_memory import NO_FLAGS, Flags, Lease, StepInputs, StepKi
 class StepCaching:
     """Settings of the step cache.
 
-    A step reuses cached block outputs if the first block's change is below `threshold`. The change is a relative L1
-    distance. Ranks along `axes` decide together.
+    A step reuses cached block outputs if the first block's output changed by less than `threshold` (relative L1
+    distance). Ranks along `axes` make the same decision.
     """
 
     threshold: float
@@ -108,8 +108,8 @@ class Branches:
     """The guidance branches of one request on each of its denoisers.
 
     Rank r of the cfg axis computes branches r, r + cfg, ... of `names`; ranks exchange the predictions. Results are
-    bit-identical to one rank, because branches are never batched together. All ranks compute a single branch. `dtype`
-    is the dtype of the predictions.
+    bit-identical to one rank, because branches are never batched together. If there is only one branch,
+    all ranks compute it. `dtype` is the dtype of the predictions.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class Predictor:
         """Prepare the request's branches on the denoisers that `steps` use.
 
         `latents` are examples with the shapes of the latents in predict(). The denoiser of the last steps is prepared
-        first: if denoisers are swapped, it is still on the device after the previous request.
+        first: if experts are swapped, that denoiser is still on the device after the previous request.
         """
         roles = tuple(dict.fromkeys(self._config.expert(step) for step in reversed(steps)))
         given = self.model_input(latents, request.conditions)

@@ -153,7 +153,7 @@ class StepMemory:
     def runs_eagerly(self, kind: StepKind) -> bool:
         """Whether a step runs without a graph.
 
-        These are the first step of its kind, which loads kernels, and steps beyond MAX_GRAPHS.
+        The first step of a kind runs eagerly, because it loads kernels; so do steps beyond MAX_GRAPHS.
         """
         is_full = len(self._graphs) >= MAX_GRAPHS and kind not in self._graphs
         if self._capture is None or kind not in self._ran or is_full:
@@ -194,7 +194,7 @@ class StepMemory:
 
 
 def byte_size_of(transformer: DiffusionTransformer, inputs: StepInputs, *, has_cache: bool, has_graphs: bool) -> int:
-    """Maximum bytes of a StepMemory: its tensors, its step cache and, with graphs, the input buffers."""
+    """Maximum bytes of a StepMemory: tensors, step cache and, with graphs, buffers of inputs and predictions."""
     size = sum(spec.byte_size for spec in inputs.memory.values())
     if has_cache:
         first = next(iter(inputs.latents.values()))
@@ -237,7 +237,7 @@ class StepMemoryPool:
 
     @contextmanager
     def leases(self) -> Iterator[Lease]:
-        """Context manager of a function that leases memory until the context ends."""
+        """Context manager that yields a Lease; leased memory returns to the pool when the context ends."""
         leased: list[StepMemory] = []
 
         def lease(
@@ -284,7 +284,7 @@ class StepMemoryPool:
 
     def _evict_for(self, size: int) -> None:
         """Free idle memory until `size` bytes fit. Raises ResourceExhausted if they cannot fit."""
-        # Measured graph sizes are excluded, so that all ranks of a worker group decide alike.
+        # Measured graph sizes are excluded, so that all ranks of a worker group make the same decision.
         free = self._max_bytes - sum(memory.tensor_bytes for memory in self._leased.values())
         if size > free:
             message = f"step_memory_bytes: this request needs {size} bytes, but {free} of {self._max_bytes} are free"

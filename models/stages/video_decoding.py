@@ -125,7 +125,7 @@ class _Decoder:
         return self._config.saved_latents(name, packed, tuple(raw.shape), self._vae).contiguous()
 
     def num_frames(self, canvas: Canvas) -> int:
-        """Frames of one output."""
+        """Number of frames of one output."""
         return self._config.num_frames(canvas)
 
     def drawn_noise(self, raw: Tensor, x: VideoDecodingInput) -> _Noise | None:

@@ -22,7 +22,7 @@ class LTX2VideoVAE(NormalisedVideoVAE):
     """Encoder and decoder of one video at a time, to and from normalised latents."""
 
     def encode(self, video: Tensor) -> Tensor:
-        """Mode of the latents, float32 (1, C, latent frames, h, w), of a video (1, 3, frames, H, W) in [-1, 1]."""
+        """Latents' mode, float32 (1, C, latent frames, h, w), of a video (1, 3, frames, H, W) in [-1, 1]."""
         return self.normalised(self.distribution(video).mode())
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:

@@ -43,7 +43,7 @@ RESIDUAL_DECODING_BYTES = 12_000_000_000
 Sufficient for 704x1280 in one strip in float32; in bfloat16, that size takes 4.9 GB for any number of frames.
 """
 
-# Activations in the size of a frame of the widest layer that are in memory at once, excluding the cached frames.
+# Number of activations, each the size of a frame in the widest layer, in memory at once; excludes cached frames.
 _WORKING_FRAMES = 12
 
 

@@ -1,6 +1,6 @@
 """Layers of the Wan VAE decoder that process one frame at a time and cache previous frames.
 
-The weights are those of Diffusers' AutoencoderKLWan: each class wraps one of its modules. The decoder of Wan 2.2's VAE
+Each class wraps a module of Diffusers' AutoencoderKLWan. The decoder of Wan 2.2's VAE
 (`is_residual`) differs in its up blocks, which add a shortcut from their input to their output, and in `patch_size`:
 its last convolution returns a square of pixels as channels.
 """
@@ -19,7 +19,7 @@ from models.kernels.channel_norm import channel_norm_silu
 
 
 class FrameLayer(Protocol):
-    """Maps a stream of frames (1, C, H, W) to another; each input frame yields zero to two frames."""
+    """Maps a stream of frames (1, C, H, W) to another stream; each input frame yields zero to two frames."""
 
     def feed(self, frame: Tensor) -> Iterator[Tensor]:
         """Yield the output frames of the next input frame."""

@@ -15,11 +15,11 @@ CLASS_NAME = "CausalWanTransformer3DModel"
 
 @dataclass(frozen=True, kw_only=True)
 class CausalWanTransformerConfig(WanTransformerConfig):
-    """config.json of CausalWanTransformer3DModel; the defaults are those of Self Forcing's Wan2.1-T2V-1.3B.
+    """CausalWanTransformer3DModel's config.json; the defaults are those of Self Forcing's Wan2.1-T2V-1.3B.
 
-    All sizes are in latent frames. A block attends to itself and to all previous frames. With `local_attn_size`, it
-    attends to a window of that many frames, including its own: the first `sink_size` frames and the latest ones.
-    Without a window, a video has at most `sliding_window_num_frames`.
+    All sizes are in latent frames. A block attends to itself and to all previous frames. With `local_attn_size`, a
+    block attends to a window of `local_attn_size` frames: the first `sink_size` frames of the video, and the latest
+    frames, which include the block itself. Without a window, a video has at most `sliding_window_num_frames` frames.
     """
 
     own_entries = (
@@ -44,7 +44,7 @@ class CausalWanTransformerConfig(WanTransformerConfig):
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
         """Parse config.json. Raises CheckpointError, also for a Wan DiT without causal attention.
 
-        Published checkpoints have the causal class name; those of FastVideo's converter also have the block size.
+        Published checkpoints have the causal class name; checkpoints of FastVideo's converter also have the block size.
         """
         if values.get("_class_name") != CLASS_NAME and "num_frames_per_block" not in values:
             raise CheckpointError(

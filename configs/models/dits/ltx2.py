@@ -38,11 +38,11 @@ class LTX2TransformerConfig:
     """LTX2VideoTransformer3DModel's config.json; a latent is a token. The defaults are those of LTX-2.0.
 
     `caption_channels` is the size of text embeddings, which the model projects; None if the connectors already project
-    them to the hidden sizes (LTX-2.3). `spatial_factor` (pixels) and `temporal_factor` (frames) are the size of a video
-    latent, `audio_factor` (spectrogram frames) of an audio latent. Positions are normalised by `max_seconds` and
-    `audio_max_seconds`, and by `base_height` and `base_width` (pixels). `gate_timestep_factor` scales the timestep of
-    the gates of cross-modal attention. `skips_attention`: a guidance branch may skip self-attention of some blocks
-    (STG).
+    them to the hidden sizes (LTX-2.3). A video latent covers `spatial_factor` pixels along each side and
+    `temporal_factor` frames; an audio latent covers `audio_factor` spectrogram frames. Positions are normalised by
+    `max_seconds` and `audio_max_seconds`, and by `base_height` and `base_width` (pixels). `gate_timestep_factor` scales
+    the timestep of the gates of cross-modal attention. `skips_attention`: a guidance branch may skip self-attention of
+    some blocks (STG).
     """
 
     video: LTX2ModalityConfig

@@ -36,7 +36,7 @@ class AutoencoderKLFlux2Config:
 
 
 def area_limited(height: int, width: int) -> tuple[int, int]:
-    """Scale a height and width (pixels) above MAX_PIXELS down, preserving the aspect ratio."""
+    """Reduce height and width (pixels) to an area of at most MAX_PIXELS, preserving the aspect ratio."""
     if height * width <= MAX_PIXELS:
         return height, width
     scale = math.sqrt(MAX_PIXELS / (width * height))

@@ -50,7 +50,7 @@ def spatial_factor(fields: ConfigFields) -> int:
 
 
 def image_size_of_area(height: int, width: int, area: int = IMAGE_AREA) -> tuple[int, int]:
-    """Height and width (pixels, multiples of 32) of about `area` pixels with about the given aspect ratio."""
+    """Height and width (multiples of 32 pixels) for about `area` pixels and about the same aspect ratio."""
     exact_width = math.sqrt(area * (width / height))
     exact_height = exact_width / (width / height)
     return round(exact_height / _IMAGE_MULTIPLE) * _IMAGE_MULTIPLE, round(

@@ -16,7 +16,7 @@ class AutoencoderKLWanConfig(FrameGrid):
     """AutoencoderKLWan's config.json, entries that determine the shape and the scale of the latents.
 
     The denoiser's latents are (z - mean) / std, per channel. A latent covers `spatial_factor` pixels along each side: 8
-    for Wan 2.1's VAE, 16 for that of Wan 2.2 TI2V-5B, which encodes patches of 2x2 pixels as channels (`patch_size`).
+    for Wan 2.1's VAE, 16 for Wan 2.2 TI2V-5B's VAE, which encodes patches of 2x2 pixels as channels (`patch_size`).
     """
 
     z_dim: int
@@ -57,7 +57,7 @@ def _factors(fields: ConfigFields) -> tuple[int, int]:
     """Temporal factor (frames) and spatial factor (pixels) of a latent.
 
     Diffusers computes the size of latents from scale_factor_*, but dim_mult, patch_size and temperal_downsample
-    determine the layers. If they contradict each other, the video would not have the requested size. Raises
+    determine the layers. If the entries contradict each other, the video would not have the requested size. Raises
     CheckpointError.
     """
     fields.flag("is_residual", False)
