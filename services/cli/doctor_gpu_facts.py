@@ -100,9 +100,9 @@ def _trials(outcomes: Sequence[Outcome]) -> Iterator[KernelTrial]:
 
 
 def attention_rows(capability: Capability, choice: KernelChoice, outcomes: Sequence[Outcome]) -> str:
-    """The attention backends in use, in order of preference, as text; `outcomes` are the results of the trials.
+    """The attention backends in use, in order of preference, as text. `outcomes` are the results of the trials.
 
-    The last, PyTorch's SDPA, covers inputs that no other backend supports, such as other dtypes and larger heads.
+    The last backend, PyTorch's SDPA, computes inputs that no other backend supports, such as larger heads.
     """
     if choice.attention != "auto":
         return f"{choice.attention} (set by attention_backend), else sdpa"

@@ -214,7 +214,7 @@ class GenerationService:
                 yield pb.WatchResponse(event=event)
 
     async def _until_closing(self, request_id: str, events: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """Yield the events of a request. Raises Unavailable after close() if the request runs at another coordinator."""
+        """Yield the events of a request. Raises Unavailable after close() if it runs at another coordinator."""
         closing = asyncio.create_task(self._closing.wait())
         upcoming: asyncio.Future[T | None] = asyncio.get_running_loop().create_future()
         try:

@@ -417,7 +417,8 @@ class WorkerRunner:
     async def _lost(self, attempt: _Attempt, error: FleetError) -> None:
         """Record a lost call, and avoid the worker for a while.
 
-        A call that had begun counts against the request, unless the worker reappears. Raises Unavailable when no worker was reachable for `patience_seconds`.
+        A call that had begun counts against the request, unless the worker reappears. Raises Unavailable when no worker
+        was reachable for `patience_seconds`.
         """
         worker, service = attempt.worker_slot.worker, self._spec.service
         _log.warning("attempt lost", **_worker_of(attempt), begun=attempt.begun, error=error)
