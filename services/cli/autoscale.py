@@ -77,7 +77,7 @@ class ScalerClient:
             return (await self._stub.IsActive(self._object, timeout=_CALL_SECONDS)).result
 
     async def demand(self) -> float:
-        """The needed replicas: each metric divided by its target value per replica, and the maximum of the quotients."""
+        """The number of replicas needed: the maximum over all metrics of value divided by target value per replica."""
         with _translated():
             spec = await self._stub.GetMetricSpec(self._object, timeout=_CALL_SECONDS)
             return max([await self._ratio(each) for each in spec.metricSpecs], default=0.0)

@@ -40,7 +40,7 @@ class TrialSettings:
 
 def main(argv: Sequence[str]) -> int:
     """Print the facts; returns 0."""
-    # A service's file has other keys too; `fleet doctor` passes the values of these two settings as flags.
+    # Ignores the settings file of the service, which has other keys. `fleet doctor` passes both settings as flags.
     environ = {name: value for name, value in os.environ.items() if name != "FLEET_CONFIG"}
     settings = load_settings(TrialSettings, argv, prog="doctor_gpu_facts", environ=environ)
     sys.stdout.write(json.dumps(facts(KernelChoice(settings.kernels, settings.attention_backend))) + "\n")
