@@ -91,7 +91,7 @@ def one_line(error: FleetError) -> str:
 
 
 def escape_output() -> None:
-    """Write characters that the encoding of stdout or stderr lacks as escapes such as \\xe9, instead of failing."""
+    """Escape characters that the encoding of stdout or stderr lacks, for example as \\xe9."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -111,7 +111,7 @@ def _unexpected_code(error: BaseException) -> int:
 
 
 def _shows_tracebacks(flags: Sequence[str], environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the log level is DEBUG in the configured logging, else in --log-level, else in FLEET_LOG_LEVEL."""
+    """Whether the log level is DEBUG: in logging, else in --log-level, else in FLEET_LOG_LEVEL."""
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         return True
     for flag, value in zip(flags, [*flags, ""][1:], strict=True):

@@ -1,4 +1,4 @@
-"""The worker of a stage service: loads the stages of a model, serves and announces them, and shuts down gracefully."""
+"""The worker of a stage service: loads, serves and announces stages, until a graceful stop."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Worker:
         return self._server.health_address
 
     async def stop(self, grace: float) -> None:
-        """Withdraw the worker, finish or hand over its calls within `grace` seconds, and release all resources."""
+        """Withdraw the worker, end or hand over its calls within `grace` seconds, release all resources."""
         await leave(self.info, self._registry, self._server, self._servicer, grace)
         await self._resources.aclose()
 
@@ -283,7 +283,7 @@ async def _announce(
     settings: WorkerSettings,
     unchecked: Redis | None,
 ) -> None:
-    """Announce the worker; waits up to `announce_seconds` for the store, because services start in any order.
+    """Announce the worker. Waits up to `announce_seconds` for the store, because services start in any order.
 
     Checks the store first if `unchecked` is set. While the device hangs, the worker sends no heartbeats, so that
     coordinators count its calls as lost.
@@ -307,7 +307,7 @@ Settings = TypeVar("Settings", bound=WorkerSettings)
 
 
 def main_for(service: str, settings_class: type[Settings]) -> Callable[[Sequence[str] | None], int]:
-    """The main() of a stage service; exit code 0 after a graceful stop, 2 for a wrong configuration, else 1."""
+    """The main() of a stage service. Exit code 0 after a graceful stop, 2 for a wrong configuration, else 1."""
 
     def run(model: ServedModel, settings: Settings, _: Sequence[str]) -> int:
         warm_up = None

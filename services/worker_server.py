@@ -141,7 +141,7 @@ def cache_of(
 
 
 def shared_of(redis: Redis, info: worker_pb2.WorkerInfo, settings: WorkerSettings) -> SharedReplies | None:
-    """The reply cache shared by workers with equal weights and numerics; None unless the settings enable it."""
+    """The cache shared by workers with equal weights and numerics; None unless the settings enable it."""
     if not isinstance(settings, CachingSettings) or settings.reply_cache_redis_bytes <= 0:
         return None
     return SharedReplies(

@@ -1,4 +1,4 @@
-"""An autoscaler for one host: polls the coordinator's external scaler, as KEDA does, and resizes worker pools."""
+"""An autoscaler for one host: polls the external scaler, as KEDA does, and resizes worker pools."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class ScalerClient:
             return (await self._stub.IsActive(self._object, timeout=_CALL_SECONDS)).result
 
     async def demand(self) -> float:
-        """The number of replicas needed: the maximum over all metrics of value divided by target value per replica."""
+        """The number of replicas needed: the maximum ratio of a metric to its target value per replica."""
         with _translated():
             spec = await self._stub.GetMetricSpec(self._object, timeout=_CALL_SECONDS)
             return max([await self._ratio(each) for each in spec.metricSpecs], default=0.0)
@@ -98,7 +98,7 @@ def _translated() -> Iterator[None]:
 
 
 class StageAutoscaler:
-    """Scales one pool: polls its metric every `poll_seconds`, and starts a first replica when activity is pushed."""
+    """Scales one pool. Polls its metric every `poll_seconds`, and starts a first replica when activity is pushed."""
 
     def __init__(
         self,

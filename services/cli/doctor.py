@@ -1,4 +1,4 @@
-"""`fleet doctor`: checks this host, a checkpoint, the request store and a running fleet, and gives advice."""
+"""`fleet doctor`: checks this host, a checkpoint, the request store and a running fleet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint: weight files of every module, and whether they fit in the memory of a GPU or this host."""
+"""Checks of a checkpoint: weight files of every module, and their size relative to the device memory."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _stated_bytes(weights: WeightFiles) -> int | None:
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU or a host that holds weights: name, total and free bytes, and bytes per floating-point element."""
+    """A GPU or host that holds weights: name, total and free bytes, bytes per floating-point element."""
 
     name: str
     total_bytes: int
@@ -184,7 +184,7 @@ def host_memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = _CGROUP_LIM
 
 
 def check_memory(reference: str, facts: GpuFacts, settings: Mapping[str, Any]) -> Iterator[Result]:
-    """Compare the weights of each service of a model with the memory of the largest GPU, else of this host.
+    """Compare the weights of each service with the memory of the largest GPU, else of this host.
 
     Uses dtype, tp and swap_experts of `settings`, the settings of the checked service. Yields nothing for a model that
     cannot be opened, which check_model() reports.

@@ -142,7 +142,7 @@ async def _contract_result(channel: grpc.aio.Channel) -> Result:
 
 
 def contract_result(theirs: Mapping[str, str], ours: Mapping[str, str]) -> Result:
-    """Compare two versions of the API, each a mapping of field and method names to types; see elements_of()."""
+    """Compare two versions of the API, each a mapping of names to types. See elements_of()."""
     if not theirs:
         return error("contract", f"the endpoint has no {_SERVICE}", "give the address of a coordinator")
     if changed := [name for name in ours if name in theirs and theirs[name] != ours[name]]:
@@ -174,7 +174,7 @@ def own_files() -> list[FileDescriptorProto]:
 
 
 def elements_of(files: Iterable[FileDescriptorProto]) -> dict[str, str]:
-    """Map the full name of each message field to its number and type, and of each method to its input and output."""
+    """Map full names of fields to number and type, and full names of methods to input and output."""
     found: dict[str, str] = {}
     for file in files:
         if file.package.startswith("fleet."):

@@ -26,7 +26,7 @@ _SKEW_SECONDS = 1.0
 """Clock skew above which the result is a warning."""
 
 _MOST_SKEW_SECONDS = 30.0
-"""Clock skew above which services may refuse valid tokens and certificates: the default of jwt_leeway_seconds."""
+"""Clock skew above which services may refuse valid tokens. The default of jwt_leeway_seconds."""
 
 _Results: TypeAlias = AsyncIterator[Result]
 

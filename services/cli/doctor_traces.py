@@ -1,4 +1,4 @@
-"""Check of the OTEL_ variables: whether services on this host export traces, and whether the collector accepts them."""
+"""Check of the OTEL_ variables: whether spans are exported, and whether the collector accepts them."""
 
 from __future__ import annotations
 

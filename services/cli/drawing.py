@@ -1,4 +1,4 @@
-"""One request of `fleet generate`: shows its progress, receives its files, and resumes after a lost connection."""
+"""One request of `fleet generate`: shows its progress, receives its files, reconnects."""
 
 from __future__ import annotations
 

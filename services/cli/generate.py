@@ -42,7 +42,7 @@ from services.cli.store import check_store
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `fleet generate`. Validates all arguments before anything starts."""
+    """Run `fleet generate`. Validates all arguments before it starts a fleet or sends a request."""
     args = _arguments(argv)
     output = check_output(args.output)
     given, images = given_parameters(args), given_images(args)

@@ -22,7 +22,10 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class LocalFleet:
-    """A coordinator and workers in one process, created by start_fleet(). stop() also ends a partly started fleet."""
+    """A coordinator and workers in one process.
+
+    start_fleet() creates it. stop() also ends a partly started fleet.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint

@@ -1,4 +1,4 @@
-"""Shared parts of the subcommands: flags, exit codes, and a runner that cancels asyncio programs on a signal."""
+"""Shared parts of the subcommands: flags, exit codes, and a runner of asyncio programs."""
 
 from __future__ import annotations
 

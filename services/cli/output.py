@@ -1,4 +1,4 @@
-"""The files that `fleet generate` writes: complete files, and videos that can be played while they grow."""
+"""Output files of `fleet generate`: complete files, and videos that can be played while they grow."""
 
 from __future__ import annotations
 

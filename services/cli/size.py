@@ -1,4 +1,4 @@
-"""`fleet size`: replicas of each service for a load, and remarks on services that need no separate process."""
+"""`fleet size`: replicas of each service for a load. Remarks on services that need no separate process."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def _transformer(model: ServedModel) -> Mapping[str, object]:
 
 
 def _request(model: ServedModel, args: argparse.Namespace) -> tuple[tuple[str, ...], Shape]:
-    """Services and shape of a request: of the first variant that needs no images, else of the first variant."""
+    """Services and shape of a request, for the first variant without required images, else the first."""
     given: dict[str, ParamValue] = {"prompt": ""}
     given |= dict(zip(_AXES, args.size or (), strict=False))
     if args.steps is not None:

@@ -15,7 +15,7 @@ _FILE = "stage_seconds.toml"
 
 @dataclass(frozen=True)
 class Shape:
-    """The factors of a request's work: pixels of all frames, denoising steps, and guidance branches per step."""
+    """The factors of a request's work: pixels of all frames, denoising steps, branches per step."""
 
     pixels: int
     steps: int
@@ -57,7 +57,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Transport:
-    """Transport time of separate processes, in seconds: per request, and per hop of 4 MB through the coordinator."""
+    """Transport time in seconds: per request, and per hop of 4 MB through the coordinator."""
 
     request_seconds: float
     hop_seconds: float
@@ -65,7 +65,7 @@ class Transport:
 
 @dataclass(frozen=True)
 class GroupSpeed:
-    """Speed-up of a denoising step by a worker group of these degrees over one GPU, for one model and size."""
+    """Speed-up of a denoising step by a worker group over one GPU, for one model and size."""
 
     model: str
     size: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""`fleet status`: the services of a running fleet, its store and the activity of its requests; live on a terminal."""
+"""`fleet status`: the services, store and requests of a running fleet. Live on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Supervises the processes of `fleet up`: starts them, restarts them when they exit, and stops them by process id."""
+"""Supervisor of the processes of `fleet up`: starts, restarts and stops them."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _models(references: Sequence[str]) -> list[ServedModel]:
 
 
 def _check_degrees(degrees: Mapping[str, Any], models: Sequence[ServedModel]) -> None:
-    """Check the parallel degrees before anything starts. Raises InvalidInput and FailedPrecondition."""
+    """Check the parallel degrees before any process starts. Raises InvalidInput and FailedPrecondition."""
     if not degrees:
         return
     # Imported here because it imports torch, which this process needs only for worker groups.

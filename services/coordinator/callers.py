@@ -1,4 +1,4 @@
-"""Authentication of callers: by API key or token where configured, else by client certificate, else none.
+"""Authentication of callers: by API key or token if configured, else by client certificate, else none.
 
 The keys file stores digests, so that a leaked file discloses no key:
 

@@ -1,4 +1,4 @@
-"""The cost of a request at each service, which queues use to distinguish large requests from small ones.
+"""The cost of a request at each service. Queues use it to distinguish large from small requests.
 
 Costs are comparable only between requests of one model at one service.
 """

@@ -49,7 +49,7 @@ def parts_in_memory(files: Sequence[ResultFile]) -> Iterator[Part]:
 
 
 class Download:
-    """Sends the files of one result, each byte once: items while the request runs, and the rest after its end.
+    """Sends each byte of one result once: items while the request runs, the rest after its end.
 
     With `index`, sends only that file, from byte `offset`.
     """

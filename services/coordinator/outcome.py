@@ -23,7 +23,7 @@ class Outcome:
 
 
 def success(slot: str, media: Packet, *, max_bytes: int | None = None) -> Outcome:
-    """SUCCEEDED with the files of the Media packet in `slot`; FAILED if the files exceed `max_bytes` in total."""
+    """SUCCEEDED with the files of the Media packet in `slot`; FAILED if they exceed `max_bytes` in total."""
     try:
         files = result_files(slot, media)
     except InternalError as error:

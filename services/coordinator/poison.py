@@ -13,7 +13,7 @@ MOST_WITHOUT_PROGRESS = 3
 """Number of suspect losses without progress at which a request fails."""
 
 MOST_IN_CHURN = 10
-"""Number of suspect losses without progress at which a request fails, if one of these losses is in churn.
+"""Number of suspect losses without progress at which a request fails, if one of them is in churn.
 
 In churn, workers that did not run the request were lost too, so the request may not be the cause.
 """

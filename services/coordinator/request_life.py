@@ -40,7 +40,7 @@ from services.coordinator.state_lines import described, log_state, prompts_of
 from services.coordinator.worker_runner import WorkerRunner, Workers
 
 _LATER_SECONDS = 1.0
-"""Seconds by which the deadline of worker calls follows the request's deadline, so that the coordinator expires it."""
+"""Seconds added to the deadline for worker calls, so that the coordinator reports the expiry."""
 
 
 _log = get_logger(__name__)

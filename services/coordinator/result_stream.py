@@ -1,7 +1,8 @@
-"""The result of a request as a stream of items: each item is stored, with its event, before the next one is accepted.
+"""The result of a request as a stream of items.
 
-An item is delivered when its event is stored. Only the owner of the latest epoch can store events. After a take-over,
-the coordinator reads the delivered items from the events, and skips them when workers recompute them.
+Each item and its event are stored before the next item is accepted. An item is delivered when its event is stored. Only
+the owner of the latest epoch can store events. After a take-over, the coordinator reads the delivered items from the
+events, and skips them when workers recompute them.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ FILES = "files"
 
 @dataclass(frozen=True)
 class ResultRunner:
-    """The last runner of a pipeline with a streamed result: stores the stream in `slot`, and returns the files."""
+    """The last runner of a pipeline with a streamed result. Stores the stream in `slot` and returns the files."""
 
     slot: str
     result: ResultStream

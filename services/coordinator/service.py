@@ -1,4 +1,4 @@
-"""GenerationService, the public API, without transport: takes and returns messages, raises FleetErrors."""
+"""GenerationService, the public API, without transport. Takes and returns messages; raises FleetErrors."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class GenerationService:
                 yield stored
 
     async def _rest(self, request_id: str, execution: Execution | None, download: Download) -> AsyncIterator[Part]:
-        """The remaining parts of a successful result: from memory if all files are in memory, else from the store."""
+        """The remaining parts of a successful result: from memory if all are there, else from the store."""
         files = None if execution is None else execution.files
         if files is not None and not any(file.header.num_items for file in files):
             for part in parts_in_memory(files):

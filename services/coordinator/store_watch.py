@@ -1,4 +1,4 @@
-"""Polls the store while the coordinator runs: free memory for new requests, and repairs of damaged entries."""
+"""Polls the store for free memory and for repairs of damaged entries, while the coordinator runs."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class VerificationKey:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRules:
-    """Required audience and issuer of tokens, claim with the caller's name, and tolerated clock skew in seconds."""
+    """Required audience and issuer of tokens, claim with the caller's name, tolerated clock skew."""
 
     audience: str
     issuer: str

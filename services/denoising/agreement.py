@@ -1,4 +1,4 @@
-"""Synchronizes the ranks of a group: rank 0 decides when a call stops, and sends each decision to the followers.
+"""Stops a call at the same point on all ranks: rank 0 decides, and sends each answer to the followers.
 
 A stage asks its Call whether to continue at each step, at each emitted item, and in between. All ranks run the same
 code on equal inputs, so that rank 0's answer to the n-th question is also the answer to the n-th question of each
@@ -40,7 +40,7 @@ def stop_of(answer: bytes) -> FleetError:
 
 @dataclass(frozen=True)
 class LeadingCall(Call):
-    """The call of rank 0: decides by cancellation, deadline and hand-over, and sends each answer to the followers."""
+    """The call of rank 0. Decides by cancellation, deadline and hand-over, and sends each answer to the followers."""
 
     send: Callable[[bytes], None] = field(kw_only=True)
 

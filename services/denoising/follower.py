@@ -1,4 +1,4 @@
-"""A follower of a worker group: receives the calls of rank 0 without polling, and runs them in step with rank 0."""
+"""A follower of a worker group, which receives calls from rank 0 and runs them in step with rank 0."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from services.denoising.meeting import Meeting
 from services.denoising.settings import SERVICE, DenoisingSettings
 
 BAD_INPUT = 2
-"""Exit code of a rank after an error that a restart does not resolve, such as an unreadable checkpoint."""
+"""Exit code of a rank after an error that a restart does not resolve, such as a bad checkpoint."""
 
 _MONITOR_SECONDS = 0.2
 

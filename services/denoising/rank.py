@@ -1,4 +1,4 @@
-"""One rank of a worker group: joins the other ranks, loads its shard of the model, and serves (rank 0) or follows."""
+"""One rank of a worker group: joins the other ranks, loads its shard, and serves (rank 0) or follows."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def _join_and_run(model: ServedModel, settings: DenoisingSettings, place: Place,
 
 
 def _exit(*_: object) -> NoReturn:
-    """Exit at once on a signal while no call runs, because loading weights cannot be interrupted otherwise."""
+    """Exit at once on a signal while no call runs, because loading weights cannot be interrupted."""
     sys.stderr.flush()
     os._exit(0)
 
 
 def _of_rank(settings: DenoisingSettings, place: Place) -> DenoisingSettings:
-    """Settings of this rank: the GPU with its local rank; on a CPU, which ranks share, one thread by default."""
+    """Settings of this rank: the GPU with its local rank. On a CPU, ranks share cores: one thread by default."""
     if device_of(settings.device).type == "cuda":
         return replace(settings, device=f"cuda:{place.local_rank}")
     return replace(settings, threads=settings.threads or 1)
