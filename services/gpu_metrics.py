@@ -1,6 +1,6 @@
 """Exports memory and utilization of a worker's GPUs, read at each scrape.
 
-torch reads both from NVML through nvidia-ml-py. Neither enqueues work on a GPU, nor creates a CUDA context.
+torch reads both from NVML through nvidia-ml-py. A read enqueues no work on a GPU, and creates no CUDA context.
 """
 
 from __future__ import annotations

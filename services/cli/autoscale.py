@@ -39,7 +39,7 @@ class Pool(Protocol):
 
 @dataclass(frozen=True)
 class StageTarget:
-    """A stage of a model as scaling target. `target_seconds` is the targeted queued work per worker, in seconds."""
+    """A stage of a model, and its target: `target_seconds` of queued work per worker."""
 
     model: str
     stage: str

@@ -32,7 +32,7 @@ def check_python() -> Iterator[Result]:
 
 
 def check_packages() -> Iterator[Result]:
-    """Check the base packages and those of the tracing, worker, gpu and flash-attn extras."""
+    """Check the base packages, and the packages of the extras tracing, worker, gpu and flash-attn."""
     yield from _extra_results("packages", "")
     yield from _optional_results("tracing")
     if has_worker_extra():

@@ -57,7 +57,7 @@ class Check:
     """A function that returns or yields results, with its timeout.
 
     After a timeout of `seconds`, the check reports its results so far and an error. A check is skipped without output
-    if the check named by `needs` had an error or was skipped. `advice` is the advice of a FleetError or a timeout.
+    if the check named by `needs` had an error or was skipped. `advice` is used for a FleetError and for a timeout.
     """
 
     name: str

@@ -92,8 +92,8 @@ def let_threads_sleep() -> None:
 def run_async(program: Coroutine[Any, Any, int], *, abandon: Callable[[], None] | None = None) -> int:
     """Run a program and return its exit code. SIGINT and SIGTERM cancel the program and determine the exit code.
 
-    If the program has not ended a few seconds after the signal, or at a second signal, calls `abandon` for cleanup and
-    exits. Without `abandon`, waits until the program ends. Loading weights, for example, cannot be interrupted.
+    Some work cannot be interrupted, such as loading weights. If the program has not ended a few seconds after the
+    signal, or at a second signal, calls `abandon` for cleanup and exits. Without `abandon`, waits for the program.
     """
     return asyncio.run(_until_signal(program, abandon))
 

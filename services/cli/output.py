@@ -48,7 +48,7 @@ class ResultFiles:
         self._files: dict[int, _File] = {}
         self._current = -1
         self.count: int | None = None
-        """Number of files in the result; None until the first one has begun."""
+        """Number of files in the result; None until the first file has begun."""
 
     def __enter__(self) -> Self:
         return self

@@ -32,7 +32,7 @@ class TerminalReporter(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Mark all stages as finished: the result has arrived."""
+        """Show all stages as finished. Call it after the result has arrived."""
 
     @abstractmethod
     def close(self) -> None:

@@ -81,12 +81,12 @@ def pace_text(service: generation_pb2.ServiceStatus) -> str:
 
 
 def workers_text(service: generation_pb2.ServiceStatus) -> str:
-    """Live workers, and the number of dead ones: "2 (1 dead)"."""
+    """Number of live workers, and of dead workers if any, such as "2 (1 dead)"."""
     return f"{service.workers} ({service.dead_workers} dead)" if service.dead_workers else str(service.workers)
 
 
 def activity_text(record: generation_pb2.RequestRecord) -> str:
-    """The current activity of an open request, or the error code of a failed one."""
+    """The current activity of an open request, or the error code of a failed request."""
     if record.activities:
         return "; ".join(map(_one_activity, record.activities))
     return plain(record.error.code) if record.state == generation_pb2.REQUEST_STATE_FAILED else ""

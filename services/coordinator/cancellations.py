@@ -43,7 +43,7 @@ class Cancellations:
         return await self._attempt(request_id, token)
 
     async def settle(self) -> None:
-        """Repeat unsettled attempts, until the store is unavailable."""
+        """Repeat unsettled attempts. Stops when the store is unavailable."""
         for request_id, token in list(self._unsettled.items()):
             with log_scope(request_id=request_id):
                 try:

@@ -104,7 +104,7 @@ class Driver:
         return Acquired(submission, admitted.seconds_left)
 
     async def take_over(self, model: str, restore: Restore, *, beyond_own: bool = True) -> None:
-        """Continue open requests of a model without a live owner, and apply cancellations. Raises Unavailable.
+        """Continue a model's open requests that have no live owner, and apply cancellations. Raises Unavailable.
 
         With `beyond_own` False, continues only requests that this coordinator already owns but does not run, because
         the reply to an earlier take-over was lost. A request that cannot run here ends as FAILED.
@@ -149,7 +149,7 @@ class Driver:
             execution.cancel()
 
     async def drain(self, grace: float) -> None:
-        """Let running requests finish within `grace` seconds. Other coordinators continue the rest.
+        """Wait at most `grace` seconds for running requests, then leave the rest to other coordinators.
 
         A raw request ends as FAILED, because no other coordinator can deliver its result.
         """

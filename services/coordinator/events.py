@@ -113,7 +113,10 @@ class EventWriter:
         self._wake.set()
 
     async def add_stored(self, event: generation_pb2.Event) -> None:
-        """Add an event and wait until it is stored. Raises Aborted if the request ended or continues elsewhere."""
+        """Add an event and wait until it is stored.
+
+        Raises Aborted if the request has ended or continues at another coordinator.
+        """
         waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiters.append((event, waiter))
         self.add(event)

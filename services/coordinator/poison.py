@@ -1,6 +1,6 @@
 """The rule for failing a request whose workers are repeatedly lost.
 
-A loss is suspect once the worker's heartbeat has expired: the request may have crashed the worker.
+A loss is suspect after the worker's heartbeat has expired, because the request may have crashed the worker.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class RequestTrace:
         self.root.end()
 
     def replay(self, request_id: str) -> None:
-        """End the trace of a replayed request: the original request has its own trace."""
+        """End the trace of a replayed request, because the original request has its own trace."""
         self.root.set(replayed=request_id)
         self.root.end()
 

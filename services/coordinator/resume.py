@@ -55,7 +55,7 @@ def origin_of(numerics: str, values: Mapping[str, Packet]) -> str:
 
 
 class NewestStepCheckpoint:
-    """The newest step checkpoint of one request. `inherited`: the store may contain one of an earlier epoch."""
+    """The newest step checkpoint of one request. If `inherited`, it may be in the store, from an earlier epoch."""
 
     def __init__(self, leases: Leases, request_id: str, epoch: int, *, inherited: bool = False) -> None:
         self._leases = leases
@@ -96,7 +96,7 @@ class NewestStepCheckpoint:
         return self._latest is not None
 
     async def find(self, origin: str, slot: str, *, with_any_numerics: bool = False) -> Packet | None:
-        """The step checkpoint to resume from, as value of `slot`; None if the newest one has another origin.
+        """The newest step checkpoint, as value of `slot`; None if it has another origin, or none exists.
 
         `with_any_numerics` also accepts a step checkpoint of the same inputs from a worker with other numerics.
         """

@@ -55,10 +55,10 @@ _CANCEL_AGAIN_SECONDS = 0.05
 _MAX_KEY = 128
 _MAX_PRIORITY = 100
 _MOST_GROUPS = 1_000
-"""Worker groups per service in a response of ListModels."""
+"""Maximum worker groups per service in a response of ListModels."""
 
 _MOST_INCOMPATIBLE = 1_000
-"""Incompatible workers per service in a response of ListModels."""
+"""Maximum incompatible workers per service in a response of ListModels."""
 
 _REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _LAST_SECOND = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp())

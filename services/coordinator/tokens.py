@@ -93,7 +93,10 @@ class TokenVerifier:
         raise Unauthenticated("the token is not signed by an accepted key")
 
     def _candidates(self, token: str) -> list[VerificationKey]:
-        """The keys that may have signed a token: keys with its `kid`, and keys without one."""
+        """The keys that may have signed a token: keys with its `kid` and keys without `kid`.
+
+        For a token without `kid`, all keys.
+        """
         try:
             key_id = jwt.get_unverified_header(token).get("kid")
         except (jwt.InvalidTokenError, ValueError):
@@ -198,7 +201,7 @@ def _from_jwk_set(path: Path, data: bytes) -> list[VerificationKey]:
 
 
 def _verifies(path: Path, member: dict[str, Any]) -> bool:
-    """Whether a key is for signatures: the JWK Sets of identity providers also contain encryption keys."""
+    """Whether a key is for signatures. JWK Sets of identity providers also contain encryption keys."""
     if member.get("use", "sig") == "sig":
         return True
     _log.info("jwt_keys: key ignored, it is not for signatures", file=path, use=repr(member["use"])[:40])

@@ -45,7 +45,7 @@ class LeadingCall(Call):
     send: Callable[[bytes], None] = field(kw_only=True)
 
     def check_cancelled(self) -> None:
-        """Raise Cancelled or DeadlineExceeded on all ranks, as Call.check_cancelled() does on one."""
+        """Raise Cancelled or DeadlineExceeded on all ranks if the call must stop."""
         try:
             super().check_cancelled()
         except (Cancelled, DeadlineExceeded) as error:

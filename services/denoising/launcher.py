@@ -70,7 +70,7 @@ def launch(settings: DenoisingSettings, flags: Sequence[str]) -> int:
 
 
 def _silence(package: str) -> None:
-    """Disable the loggers of a package: this module logs the exits of ranks with more detail than torch."""
+    """Disable the loggers of a package, because this module logs exits of ranks in more detail than torch."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(package):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)

@@ -2,9 +2,9 @@
 
 A stopped rank, or a rank on a lost host, does not close its connections, so that collectives with it block until their
 timeout, which must be longer than loading and warm-up. Therefore, every follower has a connection with rank 0, on which
-both send heartbeats from a separate thread. A peer is lost when its connection is closed, or silent for
-`rank_lost_seconds`. The rank that detects a loss exits and thereby closes its connections, so that all other ranks
-detect the loss too.
+both ranks send heartbeats from a separate thread. A peer is lost when its connection is closed, or silent for
+`rank_lost_seconds`. A rank that detects a loss exits and thereby closes its connections, so that all other ranks detect
+a loss too.
 """
 
 from __future__ import annotations

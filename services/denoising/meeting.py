@@ -1,8 +1,8 @@
 """The rendezvous of a worker group's hosts, before each start of its ranks.
 
 Node 0 serves a store. For each start, its agent offers a new token. When the agents of all other nodes have accepted
-the offer, node 0 confirms it. A node that finds a confirmed offer which it has not accepted joins late, and waits for
-the next offer. torch's dynamic rendezvous is not used, because it unpickles values from its store, and because any node
+the offer, node 0 confirms it. A node that finds a confirmed offer without having accepted it is late, and waits for the
+next offer. torch's dynamic rendezvous is not used, because it unpickles values from its store, and because any node
 may serve the store.
 """
 
@@ -133,7 +133,7 @@ class Meeting(RendezvousHandler):
         """Do nothing, because the other nodes may wait for the next start."""
 
     def num_nodes_waiting(self) -> int:
-        """1 if another node waits for the next start, else 0. Its ranks of this start are then lost."""
+        """1 if another node waits for the next start, so that its ranks of this start are lost; else 0."""
         try:
             if self._served is not None:
                 return int(self._served.check([f"{self.token}/{_LATE}"]))
