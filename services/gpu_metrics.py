@@ -1,6 +1,6 @@
 """Exports memory and utilization of a worker's GPUs, read at each scrape.
 
-torch reads both from NVML through nvidia-ml-py, without enqueuing work on a GPU or creating a CUDA context.
+torch reads both from NVML through nvidia-ml-py. A read enqueues no work on a GPU, and creates no CUDA context.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _utilization(index: int) -> float:
 
 
 def _or_nan(read: Callable[[int], float], index: int) -> float:
-    """Read a metric; NaN while NVML fails, so that all other metrics are still exported."""
+    """Read a metric. Returns NaN if NVML fails, so that the scrape still exports all other metrics."""
     try:
         return read(index)
     except _ERRORS:

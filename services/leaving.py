@@ -1,4 +1,4 @@
-"""Shutdown of a worker: withdraws it, hands running calls over, lets the others finish, and stops its server."""
+"""Shutdown of a worker: withdraws it, hands over or finishes running calls, and stops its server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures a worker's device: seconds per step, and the time with and without calls."""
+"""Metrics of a worker's device: seconds per step, busy and idle time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from common.stage import Call, Contract
 
 
 class MeasuredStages:
-    """Stages with metrics. Concurrent sessions of streams count as one call of the device.
+    """Stages with metrics. The device is busy while at least one call or session runs.
 
-    The step time excludes the first step, which includes the preparation of the loop.
+    The step time excludes the first step of a call, which includes the preparation of the loop.
     """
 
     def __init__(self, stages: Stages, service: str, model: str) -> None:
@@ -27,8 +27,8 @@ class MeasuredStages:
         self._lock = threading.Lock()
         self._running = 0
         self._since: float | None = None
-        """When a call last started or ended; `time.monotonic()`."""
-        # Create the series, so that a worker without requests exports zeros.
+        """`time.monotonic()` timestamp of the last start, step or end of a call."""
+        # Creates the series, so that a worker without requests exports zeros.
         DEVICE_BUSY_SECONDS.labels(*self._labels)
         DEVICE_IDLE_SECONDS.labels(*self._labels)
 
@@ -50,7 +50,7 @@ class MeasuredStages:
             self._change(-1)
 
     def _change(self, by: int) -> None:
-        """Account for the time since the last change, when a call starts, makes a step, or ends."""
+        """Add the time since the last change to the busy or idle time. `by`: calls that start (1) or end (-1)."""
         now = time.monotonic()
         with self._lock:
             was_running, self._running = self._running > 0, self._running + by
@@ -66,7 +66,7 @@ class MeasuredStages:
 
         def progress(step: int, total_steps: int) -> None:
             nonlocal last
-            self._change(0)  # Otherwise a call longer than a rate()'s window would show no busy time.
+            self._change(0)  # Otherwise, PromQL's rate() would return 0 during a call longer than its window.
             now = time.monotonic()
             if last is not None and step > last[0]:
                 observe(histogram, (now - last[1]) / (step - last[0]))

@@ -1,6 +1,6 @@
 """The services that read each setting, for error messages about a setting of another service.
 
-A table of names, so that services do not import each other's settings; a test compares it with the settings classes.
+It is a table of names, so that services do not import each other's settings. A test compares it with the classes.
 """
 
 from __future__ import annotations

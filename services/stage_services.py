@@ -1,4 +1,4 @@
-"""Stage services without code of their own: each runs the stages of its name with its settings class."""
+"""Stage services that need no code beyond services.worker and a settings class."""
 
 from __future__ import annotations
 

@@ -36,16 +36,16 @@ def run_program(
     *,
     exit_code: Callable[[FleetError], int] = service_exit_code,
 ) -> int:
-    """Run a program to its exit code; an error becomes one line on stderr with the prefix `prog`, or a JSON record.
+    """Run a program and return its exit code. Writes an error as one line with prefix `prog` on stderr, or as JSON.
 
-    `exit_code` maps a FleetError. Other errors give 2, because the environment causes them (a missing module, a full
-    disk), or 1 for a failed connection. SystemExit and KeyboardInterrupt propagate.
+    `exit_code` maps a FleetError to an exit code. Failed connections and timeouts give 1. Other errors give 2, because
+    the environment causes them (a missing module, a full disk). SystemExit and KeyboardInterrupt propagate.
     """
     try:
         return program()
     except (SystemExit, KeyboardInterrupt):
         raise
-    except BaseException as error:  # noqa: BLE001 -- a panic in a Rust library is no Exception
+    except BaseException as error:  # noqa: BLE001 -- a panic in a Rust library is not an Exception
         errors = list(_leaves(error))
         if writes_json():
             shown = error if _shows_tracebacks(flags) else None
@@ -58,7 +58,10 @@ def run_program(
 
 
 def describe(error: BaseException) -> str:
-    """The error on one line, without credentials: the message of a FleetError; else type, message and location."""
+    """The error on one line, without credentials.
+
+    The message of a FleetError; for other errors, type, message and location.
+    """
     if isinstance(error, FleetError):
         return one_line(error)
     # Unlike str(), this also formats an error whose own __str__ fails.
@@ -88,7 +91,7 @@ def one_line(error: FleetError) -> str:
 
 
 def escape_output() -> None:
-    """Escape characters that the encoding of stdout or stderr lacks, such as \\xe9, instead of failing."""
+    """Escape characters that the encoding of stdout or stderr lacks, for example as \\xe9."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -108,7 +111,7 @@ def _unexpected_code(error: BaseException) -> int:
 
 
 def _shows_tracebacks(flags: Sequence[str], environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the log level is DEBUG: that of configured logging, else of the flag, else of the variable."""
+    """Whether the log level is DEBUG: in logging, else in --log-level, else in FLEET_LOG_LEVEL."""
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         return True
     for flag, value in zip(flags, [*flags, ""][1:], strict=True):

@@ -1,4 +1,4 @@
-"""The worker of a stage service: loads the stages of a model, serves and announces them, and shuts down gracefully."""
+"""The worker of a stage service: loads, serves and announces stages, until a graceful stop."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ _log = get_logger(__name__)
 _PACKAGES = ("diffusion-fleet", "torch", "diffusers", "transformers")
 _ANNOUNCE_AGAIN_SECONDS = 1.0
 _CHECK_SECONDS = 3.0
-"""Timeout of the store's check before weights are loaded. It is repeated before the worker is announced."""
+"""Timeout of the store check before weights are loaded. After a timeout, the check is repeated before announcing."""
 
 
 class Ranks(Protocol):
@@ -85,7 +85,7 @@ class Ranks(Protocol):
 
     degrees: Degrees
     ranks_here: int
-    """Ranks on this host; on GPUs, each has its own."""
+    """Number of ranks on this host. Each rank has its own GPU, unless the ranks use the CPU."""
     shares_memory: bool
     """Whether ranks write to each other's memory; set by make_mesh()."""
 
@@ -96,14 +96,14 @@ class Ranks(Protocol):
         """Return once all ranks have loaded their shards. Called on the device's thread."""
 
     def lead(self, stages: HostedVariants) -> Stages:
-        """The same stages, run on all ranks together."""
+        """Wrap stages so that each call runs on all ranks together."""
 
     def on_stopping(self, stop: Callable[[], object]) -> None:
-        """Register `stop`, which any thread calls when another rank received a stop signal."""
+        """Register `stop`. Another thread calls it when another rank has received a stop signal."""
 
 
 class Worker:
-    """A running worker. Only `stop` ends it: it first withdraws the worker from the registry."""
+    """A running worker. End it with stop(), which first withdraws it from the registry."""
 
     def __init__(
         self, info: worker_pb2.WorkerInfo, server: FleetServer, servicer: StageServicer, registry: WorkerRegistry
@@ -125,7 +125,7 @@ class Worker:
         return self._server.health_address
 
     async def stop(self, grace: float) -> None:
-        """Withdraw the worker, finish or hand over its calls within `grace` seconds, and release all resources."""
+        """Withdraw the worker, end or hand over its calls within `grace` seconds, release all resources."""
         await leave(self.info, self._registry, self._server, self._servicer, grace)
         await self._resources.aclose()
 
@@ -145,8 +145,9 @@ async def start_worker(
 ) -> Worker:
     """Load, warm up, serve and announce a worker; returns once coordinators can find it.
 
-    With `ranks`, it leads a worker group. Raises CheckpointError for a model that cannot be loaded, FailedPrecondition
-    for an unsuitable device, address or fleet, Unavailable when the request store does not become available.
+    With `ranks`, the worker leads a worker group. Raises CheckpointError for a model that cannot be loaded,
+    FailedPrecondition for an unsuitable device, address or fleet, and Unavailable if the request store does not become
+    available.
     """
     await check_server()
     spec = model.service(service)
@@ -162,7 +163,7 @@ async def start_worker(
             resources.callback(start_metrics(settings.metrics_port).stop)
         prepare = partial(prepare_thread, device, settings.threads)
         executor = ThreadPoolExecutor(1, thread_name_prefix=f"{service}-device", initializer=prepare)
-        # Waits for a stage that is still computing: it ends within a step, and its callbacks need this loop.
+        # Runs on another thread: it waits for a running stage, which ends within a step and needs this event loop.
         resources.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
         hosted = await loop.run_in_executor(executor, _load, model, spec, settings, device, dtype, ranks)
         degrees = ranks.degrees if ranks else None
@@ -215,7 +216,7 @@ async def start_worker(
 
 
 def _log_serving(info: worker_pb2.WorkerInfo, *, shares_memory: bool) -> None:
-    """Log that coordinators can find the worker. `shares_memory`: its ranks write to each other's memory."""
+    """Log that coordinators can find the worker. `shares_memory`: the ranks write to each other's memory."""
     _log.info(
         "serves",
         stage=info.service,
@@ -251,7 +252,7 @@ def _load(
 
 
 async def _warm_up(warm_up: WarmUp, stages: Stages, dtype: torch.dtype, executor: ThreadPoolExecutor) -> None:
-    """Run synthetic requests on the device's thread, and in a worker group on all ranks. Cancels within a step."""
+    """Run synthetic requests on the device's thread; in a worker group, on all ranks. Can be cancelled at each step."""
     call = Call("warm-up")
     try:
         with log_scope(request_id=call.request_id, model=warm_up.model.name, stage=warm_up.service):
@@ -263,7 +264,7 @@ async def _warm_up(warm_up: WarmUp, stages: Stages, dtype: torch.dtype, executor
 
 
 async def _is_store_checked(settings: WorkerSettings) -> bool:
-    """Check the store before weights are loaded; False if it is unavailable. Raises FailedPrecondition."""
+    """Check the store before weights are loaded. Returns False if it is unavailable. Raises FailedPrecondition."""
     redis = connect(settings.redis)
     try:
         async with asyncio.timeout(_CHECK_SECONDS):
@@ -282,10 +283,10 @@ async def _announce(
     settings: WorkerSettings,
     unchecked: Redis | None,
 ) -> None:
-    """Announce the worker once the store is available, because services start in any order.
+    """Announce the worker. Waits up to `announce_seconds` for the store, because services start in any order.
 
-    Checks an `unchecked` store. While the device hangs, the worker sends no heartbeats: coordinators then count its
-    calls as lost.
+    Checks the store first if `unchecked` is set. While the device hangs, the worker sends no heartbeats, so that
+    coordinators count its calls as lost.
     """
     loop = asyncio.get_running_loop()
     give_up = loop.time() + settings.announce_seconds
@@ -306,7 +307,7 @@ Settings = TypeVar("Settings", bound=WorkerSettings)
 
 
 def main_for(service: str, settings_class: type[Settings]) -> Callable[[Sequence[str] | None], int]:
-    """The main() of a stage service; exit code 0 after a graceful stop, 2 for a wrong configuration, else 1."""
+    """The main() of a stage service. Exit code 0 after a graceful stop, 2 for a wrong configuration, else 1."""
 
     def run(model: ServedModel, settings: Settings, _: Sequence[str]) -> int:
         warm_up = None
@@ -327,9 +328,9 @@ def run_service(
     run: Callable[[ServedModel, Settings, Sequence[str]], int],
     argv: Sequence[str] | None,
 ) -> int:
-    """Read settings, open the model, and call `run` with both and the flags; returns the exit code.
+    """Read the settings, open the model, and call `run` with model, settings and flags. Returns the exit code.
 
-    A wrong configuration or environment gives exit code 2, other errors 1. An error is one line on stderr.
+    A wrong configuration or environment gives exit code 2, other errors 1. Each error is one line on stderr.
     """
     prog = f"fleet serve {service}"
     flags = sys.argv[1:] if argv is None else argv
@@ -376,7 +377,7 @@ async def serve(
     ranks: Ranks | None = None,
     warm_up: WarmUp | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain and stop. Raises as start_worker()."""
+    """Serve until SIGTERM or SIGINT, then drain and stop. Raises the errors of start_worker()."""
     async with stop_signals() as stop:
         if ranks is not None:
             loop = asyncio.get_running_loop()
@@ -392,12 +393,12 @@ async def serve(
         await stopping
         _log.info("draining", grace_seconds=settings.grace_seconds)
         await worker.stop(settings.grace_seconds)
-        # Exempt all objects from the final garbage collection, which takes a second with torch and transformers.
+        # The final garbage collection takes a second with torch and transformers; this exempts all objects from it.
         gc.freeze()
 
 
 def _exit_while_loading() -> None:
-    """End the process at once: a thread that loads weights cannot be interrupted."""
+    """End the process at once, because a thread that loads weights cannot be interrupted."""
     logging.shutdown()
     sys.stderr.flush()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The gRPC server of a stage service: servicers, reply caches and the description of the worker."""
+"""The gRPC server of a stage service: servicers, reply caches, and messages that describe the worker."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def contract_message(contract: Contract, stages: Iterable[str] = ()) -> worker_p
 
 
 def variant_messages(contracts: Mapping[str, Contract]) -> list[worker_pb2.VariantContract]:
-    """The contracts by variant as messages, in the model's order."""
+    """The contracts of the variants as messages, in the model's order."""
     return [
         worker_pb2.VariantContract(variant=variant, contract=contract_message(contract))
         for variant, contract in contracts.items()
@@ -56,7 +56,7 @@ def degrees_message(degrees: Degrees) -> worker_pb2.Degrees:
 
 
 def kernel_messages(outcomes: Iterable[Outcome]) -> list[worker_pb2.KernelPackage]:
-    """The kernel packages tried at the start, with their outcomes, as messages."""
+    """The kernel packages and the outcomes of their trials at start-up, as messages."""
     return [
         worker_pb2.KernelPackage(
             name=each.package.name,
@@ -69,7 +69,7 @@ def kernel_messages(outcomes: Iterable[Outcome]) -> list[worker_pb2.KernelPackag
 
 
 def tls_of(settings: WorkerSettings) -> WatchedFiles[Mutual] | None:
-    """Mutual TLS of a worker; None for plain text. Raises InvalidInput for an incomplete set of files."""
+    """Mutual TLS of a worker; None for plain text. Raises InvalidInput for missing or unusable files."""
     tls = watch_mutual(settings)
     if tls is None and settings.tls_cert is not None:
         raise InvalidInput("tls_cert is set without tls_ca, which verifies coordinators; set both", field="tls_ca")
@@ -94,7 +94,7 @@ def make_server(
     cache: ReplyCache | None,
     watchdog: Watchdog | None,
 ) -> tuple[FleetServer, StageServicer]:
-    """The server of a worker, with WorkerService, and the servicer of its stages. The caller starts the server."""
+    """Create the server of a worker, and the servicer of its stages. The caller starts the server."""
     limits = ServicerLimits(
         capacity=settings.concurrency(stages.contract),
         idle_seconds=settings.idle_seconds,
@@ -141,7 +141,7 @@ def cache_of(
 
 
 def shared_of(redis: Redis, info: worker_pb2.WorkerInfo, settings: WorkerSettings) -> SharedReplies | None:
-    """The reply cache shared by workers with equal weights and numerics; None unless the settings enable it."""
+    """The cache shared by workers with equal weights and numerics; None unless the settings enable it."""
     if not isinstance(settings, CachingSettings) or settings.reply_cache_redis_bytes <= 0:
         return None
     return SharedReplies(

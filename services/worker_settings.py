@@ -1,14 +1,14 @@
 """Settings classes of the stage services, and the device and dtype that they select.
 
-Each service has only the settings that it reads; SETTINGS in its module (see services.cli.serve) is its class.
+Each service has only the settings that it reads. SETTINGS in its module (see services.cli.serve) names its class.
 
-    WorkerSettings      read by every stage service; latent_preparation has no others
+    WorkerSettings      all stage services; latent_preparation has no further settings
     CachingSettings     reply caches: text_encoding
     KernelSettings      optional kernel packages on a GPU: image_encoding, decoding, denoising
     StepSettings        stages that report steps: before_denoising, decoding, denoising
     WarmUpSettings      StepSettings and warm-up requests: before_denoising, denoising
     DecodingSettings    KernelSettings and StepSettings
-    LoopSettings        a denoising loop; DenoisingSettings in services.denoising.settings adds the worker group
+    LoopSettings        denoising loops; DenoisingSettings in services.denoising.settings adds the worker group
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class StepSettings(WorkerSettings):
 
     @property
     def hang_limits(self) -> HangLimits:
-        """Bounds after which a call counts as hung. Raises InvalidInput for a bound that is not more than 0."""
+        """Bounds beyond which a call counts as hung. Raises InvalidInput for a bound that is not more than 0."""
         return HangLimits(
             seconds=self.hang_seconds, mean_steps=self.hang_mean_steps, exit_seconds=self.hang_exit_seconds
         )
@@ -144,7 +144,7 @@ class DecodingSettings(KernelSettings, StepSettings):
     sessions: int = setting(4, help="concurrent videos of a model that streams latents, instead of capacity")
 
     def concurrency(self, contract: Contract) -> int:
-        """Sessions for streams, because they mostly wait for items and alternate on the device; else the capacity."""
+        """`sessions` for stages that read streams, whose sessions mostly wait for items; else `capacity`."""
         return self.sessions if contract.input_streams else self.capacity
 
 
@@ -164,7 +164,7 @@ class LoopSettings(KernelSettings, StepSettings):
 
     @property
     def approximation(self) -> Approximation:
-        """Deviations from the exact computation that the loop may use."""
+        """The approximations that the loop may use."""
         return EXACT
 
     @property
@@ -184,7 +184,10 @@ class LoopSettings(KernelSettings, StepSettings):
 
 
 def device_of(name: str) -> torch.device:
-    """The device of a setting; a CUDA device with its index. Raises FailedPrecondition if this host lacks it."""
+    """The device of the setting `device`, with the index of a CUDA device.
+
+    Raises InvalidInput for an unknown name, FailedPrecondition for a device that this host lacks.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -202,7 +205,7 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a setting on a device."""
+    """The dtype of the setting `dtype` on this device."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return _DTYPES[name]
@@ -217,10 +220,10 @@ def prepare_thread(device: torch.device, threads: int) -> None:
 
 
 def prepare_session_thread(device: torch.device, threads: int) -> None:
-    """Prepare the thread of a session, which computes beside the device's thread.
+    """Prepare the thread of a session, which computes concurrently with the device's thread.
 
-    On a GPU, its stream has a higher priority than those of other threads of this process: a late item is displayed
-    late, while the loop that computes the next items is ahead of the display.
+    On a GPU, its CUDA stream has a higher priority than the streams of other threads, because a delay of an item delays
+    its display, whereas the loop that computes later items is ahead of the display.
     """
     prepare_thread(device, threads)
     if device.type == "cuda":

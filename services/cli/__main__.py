@@ -30,7 +30,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `fleet ARGV`; returns 0 for success, 1 for failure, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run `fleet ARGV` and return the exit code.
+
+    0 for success, 1 for failure, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     escape_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
@@ -62,7 +65,7 @@ def _run(name: str, words: Sequence[str]) -> int:
     command: Callable[[Sequence[str]], int] = vars(importlib.import_module(f"services.cli.{name}"))["main"]
     try:
         return command(words)
-    except BrokenPipeError:  # The reader of the output has closed it.
+    except BrokenPipeError:  # The reader of stdout has closed the pipe.
         sys.stderr.close()
         return FAILED
 

@@ -28,7 +28,7 @@ IN_THE_CLEAR = Access()
 
 
 def access_of(args: argparse.Namespace, environ: Mapping[str, str] | None = None) -> Access:
-    """Read the credentials from flags, else from environment variables. Raises InvalidInput for unusable TLS files."""
+    """Read the credentials from flags, else from FLEET_* variables. Raises InvalidInput for unusable TLS files."""
     environ = os.environ if environ is None else environ
     given = {name: vars(args)[name] or environ.get(f"FLEET_{name.upper()}") or None for name in ACCESS_FLAGS}
     api_key = given["api_key"] or ""

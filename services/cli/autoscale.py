@@ -1,4 +1,4 @@
-"""An autoscaler for one host: polls the coordinator's external scaler, as KEDA does, and resizes worker pools."""
+"""An autoscaler for one host: polls the external scaler, as KEDA does, and resizes worker pools."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from services.cli.replica_policy import ReplicaPolicy
 
 _RETRY_SECONDS = 0.5
 _CALL_SECONDS = 5.0
-# Errors after which a later call may succeed.
+# After these errors, a later call may succeed.
 _TEMPORARY = (Unavailable, DeadlineExceeded, ResourceExhausted)
 
 
@@ -31,15 +31,15 @@ class Pool(Protocol):
 
     @property
     def most(self) -> int:
-        """Largest number of replicas."""
+        """Maximum number of replicas."""
 
     def resize(self, count: int) -> None:
-        """Start or stop replicas until there are `count`. Returns at once."""
+        """Start or stop replicas until `count` replicas remain. Does not wait for them."""
 
 
 @dataclass(frozen=True)
 class StageTarget:
-    """A stage of a model, as scaling target. `target_seconds` is the queued work per worker, in seconds."""
+    """A stage of a model, and its target: `target_seconds` of queued work per worker."""
 
     model: str
     stage: str
@@ -47,7 +47,7 @@ class StageTarget:
 
     @property
     def scaled_object(self) -> pb.ScaledObjectRef:
-        """The target as KEDA sends it to the scaler."""
+        """The message by which KEDA identifies the target to the scaler."""
         metadata = {"model": self.model, "stage": self.stage, "targetSeconds": f"{self.target_seconds:g}"}
         return pb.ScaledObjectRef(name=self.stage, namespace=self.model, scalerMetadata=metadata)
 
@@ -77,7 +77,7 @@ class ScalerClient:
             return (await self._stub.IsActive(self._object, timeout=_CALL_SECONDS)).result
 
     async def demand(self) -> float:
-        """Replicas needed: the largest metric of the target, each divided by its target value per replica."""
+        """The number of replicas needed: the maximum ratio of a metric to its target value per replica."""
         with _translated():
             spec = await self._stub.GetMetricSpec(self._object, timeout=_CALL_SECONDS)
             return max([await self._ratio(each) for each in spec.metricSpecs], default=0.0)
@@ -98,7 +98,7 @@ def _translated() -> Iterator[None]:
 
 
 class StageAutoscaler:
-    """Scales one pool: polls its metric every `poll_seconds`, and reacts at once when the scaler pushes activity."""
+    """Scales one pool. Polls its metric every `poll_seconds`, and starts a first replica when activity is pushed."""
 
     def __init__(
         self,
@@ -132,9 +132,9 @@ class StageAutoscaler:
             await asyncio.sleep(_RETRY_SECONDS)
 
     def _activate(self, is_active: bool) -> None:
-        """Start the first replica. The next poll decides on further replicas, from the metric.
+        """Start the first replica. The next poll decides on further replicas by the metric.
 
-        The push also counts as activity at the next poll: a short burst of work is over before most polls.
+        The push also counts as activity at the next poll, because short work may end before that poll.
         """
         self._was_active |= is_active
         if is_active and self._pool.size == 0:
@@ -157,7 +157,7 @@ class StageAutoscaler:
 
     @contextlib.contextmanager
     def _noting_failures(self) -> Iterator[None]:
-        """Ignore temporary errors, and report the first of a series. The pool stays as it is meanwhile."""
+        """Ignore temporary errors, so that the pool keeps its size. Reports the first error of a series."""
         try:
             yield
         except _TEMPORARY as error:

@@ -21,7 +21,7 @@ Events = AsyncGenerator[generation_pb2.Event, None]
 Downloaded = AsyncGenerator[generation_pb2.DownloadResultResponse, None]
 
 RETRIES = 5
-"""Attempts in a row, each without a message from a coordinator, after which a command gives up."""
+"""Maximum consecutive retries without a message from a coordinator."""
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class FleetClient:
         self._stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
 
     async def generate(self, request: generation_pb2.SubmitRequest, *, follow: bool = False) -> Responses:
-        """Submit, follow and download. Closing the stream early cancels a request without an idempotency key."""
+        """Submit a request, yield its events and its files. Closing early cancels it if it has no idempotency key."""
         call = self._stub.Generate(
             generation_pb2.GenerateRequest(request=request, follow=follow), metadata=self._metadata
         )
@@ -61,7 +61,7 @@ class FleetClient:
             call.cancel()
 
     async def watch(self, request_id: str, after: str = "") -> Events:
-        """The events of a request after the event ID `after`, until its terminal state."""
+        """Yield the events of a request after the event ID `after`, until its terminal state."""
         call = self._stub.Watch(
             generation_pb2.WatchRequest(request_id=request_id, after_event_id=after), metadata=self._metadata
         )
@@ -73,7 +73,7 @@ class FleetClient:
             call.cancel()
 
     async def download(self, request_id: str, index: int, offset: int) -> Downloaded:
-        """The bytes of a result file from `offset` to its end; follows a file that is still being written."""
+        """Yield the bytes of a result file from `offset` to its end. Follows a growing file."""
         request = generation_pb2.DownloadResultRequest(request_id=request_id, index=index, offset=offset, follow=True)
         call = self._stub.DownloadResult(request, metadata=self._metadata)
         try:
@@ -98,7 +98,7 @@ class FleetClient:
             return await self._stub.GetRequest(request, metadata=self._metadata)
 
     async def cancel(self, request_id: str) -> generation_pb2.RequestRecord:
-        """Request cancellation; returns the record as it is right after the call."""
+        """Request cancellation. Returns the current record, in which the request may still run."""
         with self._translated():
             response = await self._stub.CancelRequest(
                 generation_pb2.CancelRequestRequest(request_id=request_id), metadata=self._metadata
@@ -106,7 +106,7 @@ class FleetClient:
         return response.request
 
     async def activities(self, count: int) -> generation_pb2.ListRequestsResponse:
-        """Requests with their current activity: those that have not ended, then the newest others."""
+        """Requests with their current activity: open requests, then the newest ended requests."""
         with self._translated():
             return await self._stub.ListRequests(
                 generation_pb2.ListRequestsRequest(page_size=count, with_activity=True), metadata=self._metadata
@@ -150,7 +150,7 @@ class FleetClient:
 
 @contextlib.asynccontextmanager
 async def connect(endpoint: str, access: Access = IN_THE_CLEAR) -> AsyncIterator[FleetClient]:
-    """A client of the fleet at HOST:PORT or unix:PATH. The first call connects."""
+    """Create a client of the fleet at HOST:PORT or unix:PATH. Its first call connects."""
     channel = open_channel(endpoint, access.credentials, may_use_proxy=True)
     try:
         yield FleetClient(endpoint, channel, api_key=access.api_key, is_tls=access.credentials is not None)
@@ -159,15 +159,15 @@ async def connect(endpoint: str, access: Access = IN_THE_CLEAR) -> AsyncIterator
 
 
 async def pause(failures: int) -> None:
-    """Wait before a retry: 0.2 s, doubled for each failed attempt in a row."""
+    """Wait before a retry: 0.2 s, doubled for each consecutive failure."""
     await asyncio.sleep(0.2 * 2**failures)
 
 
 async def retry_unavailable(attempt: Callable[[], Awaitable[T]], num_received: Callable[[], int]) -> T:
     """Run `attempt` until it returns, with exponential backoff after each Unavailable.
 
-    `num_received` returns the number of messages received so far; an attempt that receives some resets the backoff.
-    Raises Unavailable at once where no message was ever received, else after RETRIES attempts in a row without one.
+    `num_received` returns the number of messages received so far; a new message resets the backoff. Raises Unavailable
+    at once if no message was ever received, else after RETRIES consecutive retries without a new message.
     """
     failures = 0
     while True:

@@ -1,4 +1,4 @@
-"""`fleet doctor`: checks this host, a checkpoint, the request store and a running fleet, and gives advice."""
+"""`fleet doctor`: checks this host, a checkpoint, the request store and a running fleet."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     args = _arguments(argv)
     shows_tracebacks = os.environ.get("FLEET_LOG_LEVEL") == "DEBUG"
     if not shows_tracebacks:
-        # The checked modules log warnings, which the results of the checks repeat.
+        # Discards the warnings of the checked modules, because the results contain the same findings.
         logging.getLogger().addHandler(logging.NullHandler())
     results = []
     console = Console(highlight=False, soft_wrap=True)
@@ -66,7 +66,7 @@ def line_of(result: Result) -> Text:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags; variables such as FLEET_REDIS are the defaults. Raises SettingsError."""
+    """Parse the flags, with variables such as FLEET_REDIS as defaults. Raises SettingsError."""
     parser = command_parser(
         "doctor",
         "Check this host, a checkpoint, the request store and a running fleet; exit code 1: warnings, 2: errors.",
@@ -132,7 +132,7 @@ def checks_of(args: argparse.Namespace, read_gpus: Callable[[Sequence[str]], Gpu
 
 
 def _model_checks(reference: str, facts: Callable[[], GpuFacts], source: ServiceSource) -> Iterator[Check]:
-    """The checks of a checkpoint, and of its memory use where the worker extra is installed."""
+    """The checks of a checkpoint, and of its memory use if the worker extra is installed."""
     yield Check("checkpoint", lambda: check_model(reference), f"check that {reference} can be read", MODEL_SECONDS)
     if has_worker_extra():
         yield Check(
@@ -141,7 +141,7 @@ def _model_checks(reference: str, facts: Callable[[], GpuFacts], source: Service
 
 
 def _kernel_flags(values: Mapping[str, Any]) -> list[str]:
-    """The worker flags that select kernel packages to try; empty for settings without these fields."""
+    """The worker flags that select the kernel packages to try. Empty for a service without kernel settings."""
     flags = [word for package in values.get("kernels", ()) for word in ("--kernels", package)]
     return [*flags, "--attention-backend", values["attention_backend"]] if "attention_backend" in values else flags
 

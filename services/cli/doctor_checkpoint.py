@@ -1,4 +1,4 @@
-"""Checks of a checkpoint: weight files of every module, and their size against the memory of this host."""
+"""Checks of a checkpoint: weight files of every module, and their size relative to the device memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MIB = 1 << 20
 _AVAILABLE = re.compile(r"^MemAvailable:\s+(\d+) kB$", re.MULTILINE)
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _FULL = 0.8
-"""Fraction of the memory above which the weights leave little for activations."""
+"""Fraction of the device memory above which weights leave too little memory for activations."""
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0"})
 
@@ -96,7 +96,7 @@ def _module_results(folder: Path, library: str) -> Iterator[Result]:
             yield error("checkpoint", fault, _AGAIN)
         return
     if not weights.headers:
-        # A module of a plugin may have no weights; open_model() checks that.
+        # Modules of plugins may have no weights. open_model() refuses other modules without weights.
         return
     size = sum(map(_data_bytes, weights.headers.values()))
     files = "1 file" if len(weights.headers) == 1 else f"{len(weights.headers)} files"
@@ -113,7 +113,7 @@ def _module_results(folder: Path, library: str) -> Iterator[Result]:
 
 
 def _faults(folder: Path) -> Iterator[str]:
-    """The faults of all weight files of a folder; read_weights() stops at the first."""
+    """The faults of all weight files of a folder, because read_weights() reports only the first fault."""
     for index in sorted(folder.glob("*.index*.json")):
         try:
             named = read_json(index).get("weight_map")
@@ -136,7 +136,7 @@ def _data_bytes(header: SafetensorsHeader) -> int:
 
 
 def _stated_bytes(weights: WeightFiles) -> int | None:
-    """metadata.total_size of a shard index, in bytes; None without one."""
+    """The bytes in metadata.total_size of a shard index; None without an index or this field."""
     metadata = read_json(weights.index).get("metadata") if weights.index else None
     size = metadata.get("total_size") if isinstance(metadata, dict) else None
     return int(size) if isinstance(size, int | float) else None
@@ -144,7 +144,7 @@ def _stated_bytes(weights: WeightFiles) -> int | None:
 
 @dataclass(frozen=True)
 class Device:
-    """A memory for weights: name, total and free bytes, and bytes per floating-point element."""
+    """A GPU or host that holds weights: name, total and free bytes, bytes per floating-point element."""
 
     name: str
     total_bytes: int
@@ -153,7 +153,7 @@ class Device:
 
 
 def device_of(facts: GpuFacts, dtype: str = "auto") -> Device:
-    """The GPU with the most memory, else the host. `dtype` is the setting; auto means bfloat16 on a GPU."""
+    """The GPU with the most memory, else this host. `dtype` is the setting of that name."""
     if not facts.gpus:
         return Device("this host", *host_memory(), 2 if dtype == "bfloat16" else 4)
     number, gpu = max(enumerate(facts.gpus), key=lambda each: each[1].total_bytes)
@@ -161,7 +161,7 @@ def device_of(facts: GpuFacts, dtype: str = "auto") -> Device:
 
 
 def fingerprints(references: Sequence[str]) -> dict[str, str]:
-    """Checkpoint fingerprints by model name. Skips models that cannot be opened: check_model() reports them."""
+    """Checkpoint fingerprints by model name. Skips models that cannot be opened, which check_model() reports."""
     found = {}
     for reference in references:
         try:
@@ -173,7 +173,7 @@ def fingerprints(references: Sequence[str]) -> dict[str, str]:
 
 
 def host_memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = _CGROUP_LIMIT) -> tuple[int, int]:
-    """Total and available memory in bytes: the host's, or the container's limit where it is lower."""
+    """Total and available memory in bytes: the memory of the host, at most the limit of the container."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     available = total
     if meminfo.exists() and (match := _AVAILABLE.search(meminfo.read_text())):
@@ -184,10 +184,10 @@ def host_memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = _CGROUP_LIM
 
 
 def check_memory(reference: str, facts: GpuFacts, settings: Mapping[str, Any]) -> Iterator[Result]:
-    """Compare the weights of each service of a model with the memory of a GPU; without one, of this host.
+    """Compare the weights of each service with the memory of the largest GPU, else of this host.
 
-    `settings` are the settings of the checked service; dtype, tp and swap_experts are used. Yields nothing for a model
-    that cannot be opened: check_model() reports it.
+    Uses dtype, tp and swap_experts of `settings`, the settings of the checked service. Yields nothing for a model that
+    cannot be opened, which check_model() reports.
     """
     try:
         model = opened(reference)
@@ -220,7 +220,7 @@ def _memory_result(service: str, model: str, need: int, device: Device) -> Resul
 
 
 def _loaded_bytes(model: ServedModel, module: str, element_bytes: int) -> int:
-    """Bytes of a module's weights on the device. Elements of floating-point tensors take `element_bytes` each."""
+    """Bytes of a module's weights on the device, with `element_bytes` per floating-point element."""
     return sum(
         element_bytes * math.prod(tensor.shape) if tensor.dtype in _FLOATS else tensor.end - tensor.begin
         for header in model.checkpoint.weight_headers(module).values()

@@ -32,7 +32,7 @@ _MOST_NAMED = 5
 
 
 def check_proxies(endpoint: str, environ: Mapping[str, str] = os.environ) -> Iterator[Result]:
-    """Whether proxy variables redirect gRPC connections to `endpoint`, or to any host where it is empty."""
+    """Check whether proxy variables redirect gRPC connections to `endpoint`; to any host if it is empty."""
     given = {name: environ[name] for name in _PROXIES if environ.get(name)}
     if not given:
         yield ok("proxies", f"none of {', '.join(_PROXIES)} is set")
@@ -64,7 +64,8 @@ def _host(proxy: str) -> str:
 def check_endpoint(endpoint: str, access: Access, own: Mapping[str, str]) -> Iterable[Result]:
     """Check health, API contract, models and workers of the fleet at an endpoint.
 
-    `own` maps the models of --model to their checkpoint fingerprints. Raises Unavailable where no fleet answers.
+    `own` maps the names of the models in --model to their checkpoint fingerprints. Raises Unavailable if no fleet
+    answers.
     """
     return asyncio.run(_collect(endpoint, access, own))
 
@@ -92,7 +93,7 @@ async def _collect(endpoint: str, access: Access, own: Mapping[str, str]) -> lis
 
 
 async def _health_result(endpoint: str, channel: grpc.aio.Channel) -> Result:
-    """The health of the server, of GenerationService and of Submit."""
+    """Check the health of the server, of GenerationService and of Submit."""
     check: grpc.aio.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
     check = channel.unary_unary(
         "/grpc.health.v1.Health/Check",
@@ -141,7 +142,7 @@ async def _contract_result(channel: grpc.aio.Channel) -> Result:
 
 
 def contract_result(theirs: Mapping[str, str], ours: Mapping[str, str]) -> Result:
-    """Compare two versions of the API, each as type strings by full name of a field or method."""
+    """Compare two versions of the API, each a mapping of names to types. See elements_of()."""
     if not theirs:
         return error("contract", f"the endpoint has no {_SERVICE}", "give the address of a coordinator")
     if changed := [name for name in ours if name in theirs and theirs[name] != ours[name]]:
@@ -173,7 +174,7 @@ def own_files() -> list[FileDescriptorProto]:
 
 
 def elements_of(files: Iterable[FileDescriptorProto]) -> dict[str, str]:
-    """Number and type of each message field, and input and output of each method, by full name."""
+    """Map full names of fields to number and type, and full names of methods to input and output."""
     found: dict[str, str] = {}
     for file in files:
         if file.package.startswith("fleet."):
@@ -204,7 +205,7 @@ def _all_model_results(overview: generation_pb2.ListModelsResponse, own: Mapping
 
 
 def model_results(model: generation_pb2.Model, own_fingerprint: str) -> Iterator[Result]:
-    """Results for a served model; `own_fingerprint` is the fingerprint of the local checkpoint, or empty."""
+    """Results for a served model. `own_fingerprint` is the fingerprint of the local checkpoint; empty without one."""
     name = f"model {model.name}"
     without = [each.service for each in model.services if not each.workers]
     if without:

@@ -1,7 +1,7 @@
 """Checks of GPUs, driver, kernel packages and attention backends.
 
-services.cli.doctor_gpu_facts reads the facts in its own process: a broken CUDA library or kernel package can crash or
-hang the process, and a CUDA context uses GPU memory until its process ends.
+services.cli.doctor_gpu_facts reads the facts in a separate process, because a broken CUDA library or kernel package can
+crash or hang a process, and because a CUDA context occupies GPU memory until its process ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from models.kernels.packages import PACKAGES
 from services.cli.doctor_results import Result, error, ok, warning
 
 SECONDS = 300.0
-"""Timeout for reading the facts, in seconds: QuACK and Triton compile kernels on first use."""
+"""Timeout for reading the facts, in seconds. It includes the compilation of kernels by QuACK and Triton."""
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _VERSION = re.compile(r"\s(\d+\.\d+(?:\.\d+)?)\s")
@@ -45,7 +45,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class KernelTrial:
-    """The result of testing one kernel package on a GPU; `error` is empty where the package works."""
+    """The result of testing one kernel package on a GPU. `error` is empty if the package works."""
 
     name: str
     version: str
@@ -65,9 +65,9 @@ class Driver:
 class GpuFacts:
     """Versions, GPUs and kernel trials of this host.
 
-    `torch_cuda` is the CUDA version of the torch build, empty for a CPU build. `cuda_error` is the reason why torch
-    sees no GPU, `required_error` the reason why a package named in the settings is unusable. `attention` maps each
-    compute capability to its attention backends.
+    `torch_cuda` is the CUDA version of the torch build; empty for a CPU build. `cuda_error` is the error with which
+    torch cannot initialize CUDA. `required_error` is the error of a package that the settings name. `attention` maps
+    each compute capability to its attention backends.
     """
 
     torch: str
@@ -81,7 +81,7 @@ class GpuFacts:
 
 
 def read_gpu_facts(flags: Sequence[str] = ()) -> GpuFacts:
-    """Run services.cli.doctor_gpu_facts with the given flags. Raises FailedPrecondition where it fails."""
+    """Run services.cli.doctor_gpu_facts with the given flags. Raises FailedPrecondition if it fails."""
     command = tethered([sys.executable, "-m", "services.cli.doctor_gpu_facts", *flags])
     try:
         done = subprocess.run(

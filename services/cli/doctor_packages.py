@@ -18,7 +18,7 @@ _INSTALL = f"pip install '{DISTRIBUTION}"
 
 
 def has_worker_extra() -> bool:
-    """Whether torch is installed; the coordinator and client commands do not need it."""
+    """Whether torch is installed. The coordinator and client commands do not need it."""
     return installed_version("torch") is not None
 
 
@@ -32,7 +32,7 @@ def check_python() -> Iterator[Result]:
 
 
 def check_packages() -> Iterator[Result]:
-    """Check the base packages and those of the tracing, worker, gpu and flash-attn extras."""
+    """Check the base packages, and the packages of the extras tracing, worker, gpu and flash-attn."""
     yield from _extra_results("packages", "")
     yield from _optional_results("tracing")
     if has_worker_extra():
@@ -44,7 +44,7 @@ def check_packages() -> Iterator[Result]:
 
 
 def requirements_of(extra: str) -> list[Requirement]:
-    """The requirements of an extra, or the base requirements for "", that apply to this platform."""
+    """The requirements of an extra that apply to this platform; for "", the base requirements."""
     found = []
     for text in importlib.metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(text)
@@ -56,7 +56,7 @@ def requirements_of(extra: str) -> list[Requirement]:
 
 
 def _extra_results(name: str, extra: str) -> Iterator[Result]:
-    """One result per package that is missing or out of bounds, and one for all others."""
+    """One result per package that is missing or out of bounds, and one result for all other packages."""
     install = f"{_INSTALL}[{extra}]'" if extra else f"{_INSTALL}'"
     requirements = requirements_of(extra)
     faults = list(_faults(requirements))
@@ -67,7 +67,7 @@ def _extra_results(name: str, extra: str) -> Iterator[Result]:
 
 
 def _optional_results(extra: str) -> Iterator[Result]:
-    """One result per installed package that is out of bounds; a missing package is no fault."""
+    """One result per installed package that is out of bounds. Missing packages are permitted."""
     for fault in _faults(requirements_of(extra)):
         if not fault.is_missing:
             yield warning(f"{extra} packages", f"{fault.package}: {fault.found}", fault.command)

@@ -22,7 +22,7 @@ _OWN_METRIC = b"fleet_requests_total"
 def check_endpoint_ports(endpoint: str, values: Mapping[str, Any]) -> Iterator[Result]:
     """One result per port of the coordinator settings, on the host of `endpoint`.
 
-    Skips ports bound to the loopback interface of another host: they cannot be checked from here.
+    Skips ports bound to the loopback interface of another host, because this host cannot reach them.
     """
     for name, address in reached_addresses(endpoint, values).items():
         if name == "metrics_port":
@@ -41,7 +41,7 @@ def check_endpoint_ports(endpoint: str, values: Mapping[str, Any]) -> Iterator[R
 
 
 def reached_addresses(endpoint: str, values: Mapping[str, Any]) -> dict[str, str]:
-    """The addresses of the ports in the settings as reachable from this host, by setting."""
+    """The addresses at which this host can reach the ports of the settings, by setting."""
     host = "127.0.0.1" if endpoint.startswith("unix:") else endpoint.rpartition(":")[0]
     found = {}
     for name, address in addresses_of(values).items():

@@ -17,16 +17,16 @@ from common.state.store_server import StoreMemory, StoreSettings, check_server, 
 from services.cli.doctor_results import Check, Result, error, ok, warning
 
 _OLDEST = (5, 0)
-"""Oldest version with streams, and with scripts that read TIME and then write."""
+"""Oldest server version with streams, and in which scripts may write after they have read TIME."""
 
 _OLDEST_TESTED = (7, 0)
-"""Oldest version that the tests run against."""
+"""Oldest server version that the tests cover."""
 
 _SKEW_SECONDS = 1.0
-"""Clock skew from which a warning is given."""
+"""Clock skew above which the result is a warning."""
 
 _MOST_SKEW_SECONDS = 30.0
-"""Clock skew from which valid tokens and certificates are refused: the default of jwt_leeway_seconds."""
+"""Clock skew above which services may refuse valid tokens. The default of jwt_leeway_seconds."""
 
 _Results: TypeAlias = AsyncIterator[Result]
 
@@ -65,7 +65,7 @@ async def _collect(url: str, probe: Callable[[Redis], _Results]) -> Iterable[Res
 
 
 async def _info(redis: Redis, section: str) -> Mapping[str, Any]:
-    """The fields of a section of INFO; empty where the ACL user may not run it."""
+    """The fields of a section of INFO; empty if the ACL user may not run INFO."""
     try:
         return dict(await command(redis, "INFO", section))
     except InternalError:
@@ -73,7 +73,7 @@ async def _info(redis: Redis, section: str) -> Mapping[str, Any]:
 
 
 async def _server(redis: Redis, url: str) -> _Results:
-    """Check that the server answers, its latency and its version."""
+    """Check that the server answers, and report its latency and version."""
     started = time.monotonic()
     await command(redis, "PING")
     milliseconds = 1e3 * (time.monotonic() - started)
@@ -202,7 +202,7 @@ async def _clock(redis: Redis, most_seconds: float) -> _Results:
 
     The error of the measured skew is at most half the round-trip time.
     """
-    await command(redis, "PING")  # Connect first: that takes several round trips.
+    await command(redis, "PING")  # Connects, which takes several round trips that must not count.
     before = time.time()
     seconds, microseconds = await command(redis, "TIME")
     after = time.time()
@@ -211,7 +211,7 @@ async def _clock(redis: Redis, most_seconds: float) -> _Results:
 
 
 def skew_result(skew: float, tolerance: float, most_seconds: float) -> Result:
-    """The result for a clock `skew` seconds ahead of the server's, measured to ±`tolerance` seconds."""
+    """The result for a clock that is `skew` ± `tolerance` seconds ahead of the server's clock."""
     found = f"this host is {abs(skew):.3f} s {'ahead of' if skew > 0 else 'behind'} the Redis server"
     advice = "synchronise the clocks of both hosts (chrony, systemd-timesyncd)"
     if abs(skew) - tolerance > max(most_seconds, _SKEW_SECONDS):

@@ -1,4 +1,4 @@
-"""Results of `fleet doctor`, and the runner of its checks with timeouts and isolation of failures."""
+"""Results of `fleet doctor`, and a runner of its checks with timeouts. A failed check does not end other checks."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def ok(name: str, found: str) -> Result:
 
 
 def warning(name: str, found: str, advice: str) -> Result:
-    """A finding with which services run, but slower, without a safeguard or for fewer requests."""
+    """A finding that makes services slower or less safe, or limits the requests that they serve."""
     return Result(Status.WARNING, name, found, advice)
 
 
 def error(name: str, found: str, advice: str) -> Result:
-    """A finding with which a service does not start, or a request fails."""
+    """A finding that prevents a service from starting, or makes requests fail."""
     return Result(Status.ERROR, name, found, advice)
 
 
@@ -56,8 +56,8 @@ def error(name: str, found: str, advice: str) -> Result:
 class Check:
     """A function that returns or yields results, with its timeout.
 
-    After `seconds`, the results so far are reported together with an error. A check is skipped without output where the
-    check named by `needs` had an error. `advice` is shown for a FleetError raised by `run`, and for a timeout.
+    After a timeout of `seconds`, the check reports its results so far and an error. A check is skipped without output
+    if the check named by `needs` had an error or was skipped. `advice` is used for a FleetError and for a timeout.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Check:
 
 
 def run_checks(checks: Sequence[Check], *, shows_tracebacks: bool = False) -> Iterator[Result]:
-    """Run checks in order; yields the results of each as soon as it has ended, without credentials."""
+    """Run checks in order. Yields the results of each check when it ends, without credentials."""
     failed: set[str] = set()
     for check in checks:
         if check.needs in failed:
@@ -81,7 +81,7 @@ def run_checks(checks: Sequence[Check], *, shows_tracebacks: bool = False) -> It
 
 
 def _run(check: Check, shows_tracebacks: bool) -> list[Result]:
-    """Run a check on its own thread, because a hanging call cannot be interrupted."""
+    """Run a check on a separate thread, because a hanging call cannot be interrupted."""
     found: list[Result] = []
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Settings of the service that is checked, and checks of its addresses and ports."""
+"""Settings of the service that `fleet doctor` checks, and checks of its addresses and ports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from services.setting_readers import READERS
 
 COORDINATOR = "coordinator"
 OTHER_PORTS = ("health_listen", "scaler_listen", "metrics_port")
-"""Settings of listen addresses besides `listen`."""
+"""Settings of further listen addresses and ports, besides `listen`."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ServiceSource:
 
     @cached_property
     def settings(self) -> Any:
-        """The settings. Raises SettingsError as the service would; worker settings need torch."""
+        """The settings. Raises SettingsError where the service does. Worker settings need torch."""
         flags = [*(("--config", self.config) if self.config else ()), *(("--redis", self.redis) if self.redis else ())]
         return load_settings(
             settings_class(self.service), flags, prog=f"fleet serve {self.service}", readers=READERS, environ=os.environ
@@ -45,7 +45,7 @@ class ServiceSource:
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """Settings by name; empty where they cannot be read, which check_settings() reports."""
+        """Settings by name; empty if they cannot be read, which check_settings() reports."""
         try:
             return vars(self.settings) if self.is_readable else {}
         except (FleetError, ImportError, OSError):
@@ -53,7 +53,7 @@ class ServiceSource:
 
     @property
     def store(self) -> StoreSettings:
-        """The accepted store configurations; the defaults where settings cannot be read."""
+        """The accepted store configurations; the defaults if the settings cannot be read."""
         values = self.values
         return StoreSettings(
             allow_eviction=values.get("allow_eviction", False), allow_data_loss=values.get("allow_data_loss", False)
@@ -61,7 +61,7 @@ class ServiceSource:
 
 
 def check_settings(source: ServiceSource) -> Iterator[Result]:
-    """Check that the service accepts its variables and its file."""
+    """Check that the service accepts its FLEET_* variables and its settings file."""
     if not source.is_readable:
         yield warning("settings", WORKER_EXTRA_ABSENT, "pip install 'diffusion-fleet[worker]'")
         return
@@ -75,7 +75,7 @@ def _variables(settings: object) -> Iterator[str]:
 
 
 def addresses_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """The listen addresses of a service by setting, without those with a port chosen by the system."""
+    """The listen addresses of a service by setting. Omits addresses with port 0."""
     found = {name: str(values[name]) for name in ("listen", *OTHER_PORTS) if values.get(name)}
     if "metrics_port" in found:
         found["metrics_port"] = f"0.0.0.0:{found['metrics_port']}"
@@ -87,7 +87,7 @@ def addresses_of(values: Mapping[str, Any]) -> dict[str, str]:
 def check_ports(source: ServiceSource, endpoint: str = "") -> Iterator[Result]:
     """Check that each address is free, or in use by the fleet at `endpoint`.
 
-    check_endpoint_ports() then verifies that the other ports in use belong to that fleet.
+    check_endpoint_ports() verifies later that ports in use belong to that fleet.
     """
     addresses = addresses_of(source.values)
     runs_here = is_local(endpoint) and _port(endpoint) == _port(addresses.get("listen", ""))
@@ -116,5 +116,5 @@ def _before(name: str, names: Mapping[str, str]) -> Sequence[str]:
 
 
 def _port(address: str) -> str:
-    """The port of HOST:PORT, or all of unix:PATH."""
+    """The port of HOST:PORT; for unix:PATH, the address itself."""
     return address if address.startswith("unix:") else address.rpartition(":")[2]

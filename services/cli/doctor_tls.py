@@ -17,17 +17,17 @@ from common.rpc.tls import read_authority, read_identity
 from services.cli.doctor_results import Result, error, ok, warning
 
 _NOTICE = datetime.timedelta(days=14)
-"""Remaining validity below which a warning is given."""
+"""Remaining validity below which the result is a warning."""
 
 _SHARE_LEFT = 0.25
-"""Fraction of the validity below which a warning is given. Issuers renew when a third is left."""
+"""Remaining fraction of the validity below which the result is a warning. Issuers renew at a third."""
 
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """A certificate, key and authority, by the prefix of their settings, and the name that peers verify.
+    """Certificate, key and authority files with one prefix of settings, and the name that peers verify.
 
-    `peers` describes the peers that verify `name`; both are empty where any name is accepted.
+    `peers` describes the peers that verify `name`. Both are empty if any name is accepted.
     """
 
     prefix: str
@@ -39,9 +39,9 @@ class TlsFiles:
 
 
 def check_service_tls(values: Mapping[str, Any], service: str) -> Iterator[Result]:
-    """Check the TLS files of a service's settings, and that none is missing.
+    """Check the TLS files of a service's settings, and whether required files are missing.
 
-    `service` is empty for a host that runs only clients, whose variables have the same names.
+    `service` is empty for a host that runs only clients, because their variables have the same names.
     """
     own = bool(values.get("tls_cert") or values.get("tls_key"))
     public = bool(values.get("tls_public_cert") or values.get("tls_public_key"))
@@ -59,7 +59,7 @@ def _lacking(given: str, missing: str) -> Result:
 
 
 def files_of(values: Mapping[str, Any], service: str) -> list[TlsFiles]:
-    """The TLS files of a service's settings, with the name that peers verify by default; empty without a service."""
+    """The TLS files of a service's settings, with the name that peers verify by default."""
     ca = values.get("tls_ca")
     wanted = ("", "")
     if ca and service == "coordinator":
@@ -73,7 +73,7 @@ def files_of(values: Mapping[str, Any], service: str) -> list[TlsFiles]:
 
 
 def check_tls(files: Sequence[TlsFiles], now: datetime.datetime | None = None) -> Iterator[Result]:
-    """Check each certificate and authority of the files that are set."""
+    """Check each certificate, key and authority that is set."""
     now = now or datetime.datetime.now(datetime.UTC)
     for each in files:
         authorities = yield from _authority_results(each, now)
@@ -148,7 +148,7 @@ def _validity(label: str, certificate: x509.Certificate, now: datetime.datetime)
 def _is_signed(
     leaf: x509.Certificate, chain: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]
 ) -> bool:
-    """Whether the chain of signatures leads from the certificate to an authority."""
+    """Whether an authority has signed the certificate, directly or through certificates of the chain."""
     reached, waiting = [leaf], list(chain)
     while reached:
         certificate = reached.pop()

@@ -1,4 +1,4 @@
-"""One request of `fleet generate`: shows its progress and receives its files, across lost connections."""
+"""One request of `fleet generate`: shows its progress, receives its files, reconnects."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Message = generation_pb2.GenerateResponse | generation_pb2.DownloadResultRespons
 async def draw(
     client: FleetClient, request: generation_pb2.SubmitRequest, output: Path, report: TerminalReporter
 ) -> list[Path]:
-    """Send the request, show its progress, write its files. Raises RequestFailed for a request without a result."""
+    """Send the request, show its progress, write its files. Raises RequestFailed if the request does not succeed."""
     with ResultFiles(output) as files:
         drawing = _Drawing(client, files, report)
-        # Only videos are streamed; a coordinator of an earlier version refuses the field `follow`.
+        # Set only for videos, because coordinators of earlier versions refuse the field `follow`.
         await drawing.generate(request, follow=output.suffix.lower() == ".mp4")
         report.finish()
         if not files.paths:
@@ -78,7 +78,7 @@ class _Drawing:
             await self._download()
             await watching
         except FailedPrecondition:
-            await watching  # Raises RequestFailed, with the reason.
+            await watching  # Raises RequestFailed with the reason if the request has failed.
             raise
         finally:
             watching.cancel()

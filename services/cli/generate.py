@@ -42,7 +42,7 @@ from services.cli.store import check_store
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `fleet generate`. Validates all arguments before anything starts."""
+    """Run `fleet generate`. Validates all arguments before it starts a fleet or sends a request."""
     args = _arguments(argv)
     output = check_output(args.output)
     given, images = given_parameters(args), given_images(args)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
         directory = private_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        # The store is discarded with this process, so its writes need not reach the disk.
+        # The store is discarded when this process ends, so that its writes need not reach the disk.
         redis_url = args.redis or stack.enter_context(EmbeddedStore(appendfsync="no")).url
         return run_async(_in_process(model, args.dtype, redis_url, directory, request, output), abandon=stack.close)
 
@@ -80,7 +80,7 @@ def _validate(model: ServedModel, given: Mapping[str, ParamValue], output: Path,
         )
     validation.run({**given, "output_format": name}, images)
     if images:
-        # Imported here because it imports torch. The services also refuse such an image, but only with weights loaded.
+        # Imported here because it imports torch. Services also refuse an unreadable image, but after loading weights.
         from models.images import open_image
 
         for role, data in images.items():
@@ -88,7 +88,7 @@ def _validate(model: ServedModel, given: Mapping[str, ParamValue], output: Path,
 
 
 def plugin_directories() -> list[Path]:
-    """Directories of FLEET_PLUGINS, with model families from outside this tree."""
+    """The directories in FLEET_PLUGINS, which contain model families from outside this tree."""
     return [Path(each) for each in os.environ.get("FLEET_PLUGINS", "").split(",") if each.strip()]
 
 
@@ -164,7 +164,7 @@ async def _in_process(
                 paths = await draw(client, request, output, report)
         finally:
             await fleet.stop()
-            # Exempt all objects from the final garbage collection, which takes a second with torch and transformers.
+            # The final garbage collection takes a second with torch and transformers; this exempts all objects from it.
             gc.freeze()
     return _print_paths(paths)
 

@@ -9,7 +9,7 @@ HEAD = ("MODEL", "SERVICE", "VARIANT", "INCOMPATIBLE WORKER", "REASON")
 
 
 def incompatible_rows(overview: generation_pb2.ListModelsResponse) -> list[tuple[str, str, str, str, str]]:
-    """One row, with the columns of HEAD, for each worker and each variant that it cannot serve."""
+    """One row with the columns of HEAD per incompatible worker and variant."""
     return [
         (model.name, service.service, plain(each.variant) or "-", plain(each.worker_id), plain(each.reason))
         for model in overview.models

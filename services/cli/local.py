@@ -1,4 +1,4 @@
-"""A whole fleet in one process: the same services over gRPC, on unix sockets in a private directory."""
+"""A whole fleet in one process. Its services use gRPC on unix sockets in a private directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class LocalFleet:
-    """A coordinator and workers in one process. start_fleet() creates it; stop() also ends one that is half started."""
+    """A coordinator and workers in one process.
+
+    start_fleet() creates it. stop() also ends a partly started fleet.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
@@ -36,11 +39,11 @@ class LocalFleet:
         self._coordinators.append(await start_coordinator(models, settings))
 
     async def add_worker(self, service: str, model: ServedModel, settings: WorkerSettings) -> None:
-        """Start a worker; a thread of its own loads the weights."""
+        """Start a worker, which loads its weights on a separate thread."""
         self._workers.append(await start_worker(service, model, settings))
 
     async def stop(self) -> None:
-        """Stop all services, the coordinator first: it needs the workers to finish its requests."""
+        """Stop the coordinator, then the workers, which it needs to finish its requests."""
         await asyncio.gather(*(each.stop(_GRACE_SECONDS) for each in self._coordinators))
         await asyncio.gather(*(each.stop(_GRACE_SECONDS) for each in self._workers))
         self._tracing.close()
@@ -49,11 +52,10 @@ class LocalFleet:
 async def start_fleet(
     models: Sequence[ServedModel], *, redis_url: str, dtype: Dtype | None, directory: Path
 ) -> LocalFleet:
-    """Start every service of the models concurrently, with sockets in `directory`; returns when all are ready.
+    """Start all services of the models concurrently, with sockets in `directory`. Returns when all are ready.
 
-    The store is not checked: it is embedded, or the command has checked it.
-
-    Raises the first FleetError, such as CheckpointError for unreadable weights, after stopping all services.
+    Accepts any store, because it is embedded, or the command has checked it. If a service fails, stops all services
+    and raises the first error, such as CheckpointError for unreadable weights.
     """
     fleet = LocalFleet(f"unix:{directory}/coordinator.sock")
     settings = CoordinatorSettings(
@@ -88,6 +90,6 @@ async def start_fleet(
 
 
 def _settings_class(service: str) -> type[WorkerSettings]:
-    """The settings class of a service; LoopSettings for a service of a plugin."""
+    """The settings class of a service; LoopSettings for a service that only a plugin has."""
     cls: type[WorkerSettings] = settings_class(service) if service in service_names() else LoopSettings
     return cls

@@ -15,15 +15,15 @@ _PROMPTS = ("a red apple on a table", "a blue boat on a lake")
 
 
 async def measure_request(endpoint: str, access: Access, model: str, parameters: Mapping[str, int]) -> dict[str, float]:
-    """Run a warm-up request and a second one; return the seconds of the second by service.
+    """Run a warm-up request and a measured request, and return the seconds of the latter by service.
 
-    Services are in pipeline order. Raises Unavailable where no fleet answers, NotFound for an unknown model, and
-    RequestFailed for a request that fails.
+    Services are in pipeline order. Raises Unavailable if no fleet answers, NotFound for an unknown model, and
+    RequestFailed for a failed request.
     """
     async with connect(endpoint, access) as client:
         for prompt in _PROMPTS:
             request = generation_pb2.SubmitRequest(model=model)
-            # Workers cache replies, also those of an earlier measurement: every prompt must be new.
+            # Random, because workers cache the replies to the prompts of earlier measurements.
             request.parameters.prompt = f"{prompt} {secrets.token_hex(4)}"
             for name, value in parameters.items():
                 setattr(request.parameters, name, value)

@@ -28,7 +28,7 @@ async def _models(endpoint: str, access: Access) -> int:
 
 
 def lines_of(model: generation_pb2.Model) -> Iterator[str]:
-    """The lines of a model: its parameters, and its variants where the inputs of a request select one."""
+    """The lines of a model: its parameters and its named variants."""
     yield f"{model.name} ({model.pipeline_name}), checkpoint {model.fingerprint[:12]}"
     for parameter in model.parameters:
         yield f"  {_line(parameter)}"

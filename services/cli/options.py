@@ -1,4 +1,4 @@
-"""Shared parts of the subcommands: flags, exit codes, and asyncio programs that end on a signal."""
+"""Shared parts of the subcommands: flags, exit codes, and a runner of asyncio programs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _request_id(text: str) -> str:
 
 
 def endpoint_of(given: str | None, environ: Mapping[str, str] = os.environ) -> str:
-    """The flag, else FLEET_ENDPOINT, else the default port of `fleet up`. Raises SettingsError when malformed."""
+    """The value of --endpoint, else FLEET_ENDPOINT, else DEFAULT_ENDPOINT. Raises SettingsError if malformed."""
     endpoint = given or environ.get("FLEET_ENDPOINT") or DEFAULT_ENDPOINT
     if endpoint.startswith("unix:"):
         return endpoint
@@ -76,24 +76,24 @@ def endpoint_of(given: str | None, environ: Mapping[str, str] = os.environ) -> s
 
 
 def exit_code(error: FleetError) -> int:
-    """2 for errors of the caller's input or of an unsupported package, 1 for all others."""
+    """2 for an error in the caller's input or an unsupported package, 1 for other errors."""
     return BAD_INPUT if isinstance(error, _CALLERS_FAULT) else FAILED
 
 
 def let_threads_sleep() -> None:
     """Set OMP_WAIT_POLICY=PASSIVE unless it is set. Call it before torch is imported.
 
-    By default, OpenMP threads spin after every operation. Where several processes share the cores, this slows down the
-    computing threads: 20 steps of the emoji model took 10 s instead of 0.6 s on two busy cores.
+    By default, OpenMP threads spin after every operation, which slows down other processes on the same cores: 20 steps
+    of the emoji model took 10 s instead of 0.6 s on two busy cores.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def run_async(program: Coroutine[Any, Any, int], *, abandon: Callable[[], None] | None = None) -> int:
-    """Run a program to its exit code; SIGINT and SIGTERM cancel it, and then determine the exit code.
+    """Run a program and return its exit code. SIGINT and SIGTERM cancel the program and determine the exit code.
 
-    With `abandon`, a cleanup function, the process exits a few seconds after the signal, or at the second signal, even
-    if the program has not ended: loading weights cannot be interrupted.
+    Some work cannot be interrupted, such as loading weights. If the program has not ended a few seconds after the
+    signal, or at a second signal, calls `abandon` for cleanup and exits. Without `abandon`, waits for the program.
     """
     return asyncio.run(_until_signal(program, abandon))
 
@@ -133,5 +133,5 @@ def _signal_code(number: int) -> int:
 
 
 def interrupt(*_: object) -> NoReturn:
-    """Handler of SIGTERM outside asyncio: unwinds like Ctrl-C, with exit code 143."""
+    """Handle SIGTERM outside asyncio: raise SystemExit with exit code 143."""
     raise SystemExit(TERMINATED)

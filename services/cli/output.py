@@ -1,4 +1,4 @@
-"""The files that `fleet generate` writes: complete files, and videos that can be played while they grow."""
+"""Output files of `fleet generate`: complete files, and videos that can be played while they grow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class OutputError(FleetError):
 
 
 def check_output(path: Path) -> Path:
-    """Refuse early an output path that cannot be written. Raises InvalidInput."""
+    """Check that an output path is writable, before the request is sent. Raises InvalidInput."""
     if path.suffix.lower() not in FORMATS:
         raise InvalidInput(f"--output must end in {', '.join(FORMATS)}, not {str(path)!r}", field="output")
     if not path.parent.is_dir():
@@ -37,10 +37,10 @@ def numbered(path: Path, index: int, count: int) -> Path:
 
 
 class ResultFiles:
-    """Receives the files of a result, and deletes unfinished ones on exit.
+    """Receives the files of a result. On exit, deletes incomplete files.
 
-    A file gets its name once it is complete, a growing file with its first bytes, so that it can be played while it
-    grows. Raises OutputError for errors of the file system, and InternalError for bytes out of order.
+    A file has a temporary name until it is complete. A growing file is renamed at its first bytes, so that it can be
+    played while it grows. Raises OutputError for errors of the file system, and InternalError for bytes out of order.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +48,7 @@ class ResultFiles:
         self._files: dict[int, _File] = {}
         self._current = -1
         self.count: int | None = None
-        """Number of files in the result; None until the first one has begun."""
+        """Number of files in the result; None until the first file has begun."""
 
     def __enter__(self) -> Self:
         return self
@@ -65,7 +65,7 @@ class ResultFiles:
         return [file.target for _, file in sorted(self._files.items()) if file.is_complete]
 
     def received(self, index: int) -> int:
-        """Number of bytes received of a file."""
+        """Number of received bytes of a file."""
         return self._files[index].received if index in self._files else 0
 
     def is_complete(self, index: int) -> bool:
@@ -73,7 +73,7 @@ class ResultFiles:
         return index in self._files and self._files[index].is_complete
 
     def begin(self, index: int, count: int, byte_size: int | None) -> None:
-        """Begin a file (`byte_size` None while it grows), or set the final size of a growing file."""
+        """Begin a file, or set the final size of a growing file. `byte_size` is None for a growing file."""
         self.count = count
         if index in self._files:
             if byte_size is not None:
@@ -98,7 +98,7 @@ class ResultFiles:
         self._files[index].write(data)
 
     def check_complete(self, *, growing: bool = True) -> None:
-        """Raise InternalError unless every file that has begun is complete; `growing` also checks growing files."""
+        """Raise InternalError if a file is incomplete. With `growing` False, ignores growing files."""
         for file in self._files.values():
             if file.size is not None and file.received < file.size:
                 raise InternalError(f"{file.target.name} ended {file.size - file.received} bytes before its size")
@@ -142,7 +142,7 @@ class _File:
     def discard(self) -> None:
         """Remove the file unless it is complete."""
         if not self.is_complete:
-            with suppress(OSError):  # Flushing the buffer to a full disk fails.
+            with suppress(OSError):  # Closing flushes the buffer, which fails on a full disk.
                 self._file.close()
             (self.target if self._is_shown else Path(self._file.name)).unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
 """Converts flags to the parameters of a request.
 
-Flags that are not given stay unset, so that the model's defaults apply. `--param KEY=VALUE` sets any other argument of
-the model's Diffusers call; the coordinator checks that the model has it.
+Parameters without a flag stay unset, so that the model's defaults apply. `--param KEY=VALUE` sets any other argument of
+the model's Diffusers call. The coordinator checks that the model accepts it.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _check(name: str, value: ParamValue) -> None:
 
 
 def given_images(args: argparse.Namespace) -> list[tuple[str, bytes]]:
-    """Images by role: files of --image, and of --param for image arguments. Raises InvalidInput if unreadable."""
+    """Images by role, from the files of --image and of image arguments in --param. Raises InvalidInput."""
     named: list[tuple[str, Path]] = [("image" if i == 0 else f"image_{i}", path) for i, path in enumerate(args.image)]
     for text in args.param:
         key, _, value = text.partition("=")
@@ -154,7 +154,7 @@ def given_images(args: argparse.Namespace) -> list[tuple[str, bytes]]:
 def parameters_message(
     given: Mapping[str, ParamValue], images: Sequence[tuple[str, bytes]], suffix: str
 ) -> generation_pb2.GenerationParameters:
-    """The message: parameters with a field of their own there, the others under params."""
+    """The message: a parameter with a field of its own is set there, other parameters in `params`."""
     message = generation_pb2.GenerationParameters(
         output_format=FORMATS[suffix],
         images=[generation_pb2.ImageInput(role=role, data=data) for role, data in images],

@@ -15,7 +15,7 @@ from services.start_up import plain
 
 
 class TerminalReporter(ABC):
-    """Shows progress and messages of a command. Use it as a context manager: leaving it restores the terminal."""
+    """Shows progress and messages of a command. A context manager, which restores the terminal on exit."""
 
     @abstractmethod
     def note(self, text: str) -> None:
@@ -32,7 +32,7 @@ class TerminalReporter(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Mark all stages as finished: the result has arrived."""
+        """Show all stages as finished. Call it after the result has arrived."""
 
     @abstractmethod
     def close(self) -> None:
@@ -56,15 +56,15 @@ class LineReporter(TerminalReporter):
         sys.stderr.flush()
 
     def progress(self, progress: generation_pb2.StageProgress) -> None:
-        """Print a line per step; only the name for stages without steps."""
+        """Print a line per step. For a stage without steps, the line contains only its name."""
         steps = f" {progress.step}/{progress.total_steps}" if progress.total_steps else ""
         self.note(f"{progress.service}{steps}")
 
     def finish(self) -> None:
-        """Do nothing: every line is printed already."""
+        """Do nothing, because all lines are printed."""
 
     def close(self) -> None:
-        """Do nothing: every line is printed already."""
+        """Do nothing, because lines do not change the terminal."""
 
 
 class BarReporter(TerminalReporter):

@@ -1,7 +1,7 @@
-"""The decision of an autoscaler: the number of replicas of a service, computed as KEDA and Kubernetes' HPA do.
+"""Computes the number of replicas of a service with the algorithms of KEDA and of Kubernetes' HPA.
 
-KEDA scales between zero and one by activity, the HPA scales from one by the metric. The HPA's default limit on scaling
-out (100% or 4 pods in 15 s) is left out: workers on one host start in seconds.
+KEDA scales between 0 and 1 replica by activity. The HPA scales from 1 replica on by the metric. This module omits the
+HPA's default limit on scale-out (100% or 4 pods in 15 s), because workers on one host start in seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from common.errors import InvalidInput
 
 TOLERANCE = 0.1
-"""Relative distance from the target within which the number of replicas does not change; the HPA's default."""
+"""Relative deviation from the target up to which the number of replicas does not change. The HPA's default."""
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,26 @@ class ReplicaBounds:
 
 @dataclass(frozen=True)
 class _Recommendation:
-    """A number of replicas recommended by the metric, with its time in seconds."""
+    """A number of replicas recommended by the metric, and the time of the recommendation in seconds."""
 
     time: float
     replicas: int
 
 
 def with_headroom(demand: float, headroom: float) -> float:
-    """Add spare replicas to the demand: `headroom` times its square root, so that zero stays zero.
+    """Add spare replicas to the demand: `headroom` times the square root of the demand.
 
-    The number of random arrivals varies by its square root: a large stage needs a smaller share of spare replicas.
+    The standard deviation of Poisson arrivals is the square root of their mean, so that larger stages need a smaller
+    fraction of spare replicas.
     """
     return demand + headroom * math.sqrt(demand)
 
 
 @dataclass
 class ReplicaPolicy:
-    """Decides the number of replicas of one service. `clock` returns seconds and is monotonic.
+    """Decides the number of replicas of one service. `clock` is monotonic, in seconds.
 
-    `headroom` is applied to the demand, like a formula in KEDA's scalingModifiers.
+    `headroom` is added to the demand, as a formula in KEDA's scalingModifiers does; see with_headroom().
     """
 
     bounds: ReplicaBounds
@@ -66,8 +67,8 @@ class ReplicaPolicy:
     def decide(self, current: int, *, is_active: bool, demand: float | None) -> int:
         """The number of replicas to run, given the `current` number.
 
-        `demand` is the metric divided by its target per replica. With None, for a metric that could not be read, the
-        number of replicas stays as it is, within its bounds.
+        `demand` is the metric divided by its target per replica. If it is None, because the metric is unavailable, the
+        number of replicas changes only to stay within the bounds.
         """
         now = self.clock()
         if is_active or self._active_at is None:
@@ -80,18 +81,18 @@ class ReplicaPolicy:
         return self._stabilized(current, self._recommended(current, demand), now)
 
     def _recommended(self, current: int, demand: float | None) -> int:
-        """The number of replicas for the metric and the headroom, within the bounds and never zero."""
+        """The number of replicas for the demand with headroom, within the bounds and at least 1."""
         return min(max(self._wanted(current, demand), self.bounds.least, 1), self.bounds.most)
 
     def _wanted(self, current: int, demand: float | None) -> int:
         if demand is None:
             return current
         wanted = with_headroom(demand, self.headroom)
-        # Kubernetes rounds to thousandths, so that a rounding error adds no replica.
+        # Rounded to thousandths as in Kubernetes, so that a floating-point error adds no replica.
         return current if round(abs(wanted / current - 1), 3) <= TOLERANCE else _ceil(wanted)
 
     def _stabilized(self, current: int, recommended: int, now: float) -> int:
-        """The recommendation; for a scale-in the largest one within the window, at most the current number."""
+        """The recommendation. A scale-in uses the largest recommendation within the stabilization window."""
         if not self._recommendations:
             self._recommendations.append(_Recommendation(now, min(current, self.bounds.most)))
         oldest = now - self.bounds.idle_seconds

@@ -61,6 +61,6 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"fleet serve: {what}; services are {', '.join(names)}\n")
         return BAD_INPUT
     let_threads_sleep()
-    # Check before the import, which can fail for an unsupported version with an error that does not name the package.
+    # Checked before the import, because an import with an unsupported version may fail without naming the package.
     check_versions(*(COORDINATOR_PACKAGES if name == "coordinator" else WORKER_PACKAGES))
     return _main(name)(argv[1:])

@@ -1,4 +1,4 @@
-"""`fleet size`: replicas of each service for a load, and remarks where separate services do not pay off."""
+"""`fleet size`: replicas of each service for a load. Remarks on services that need no separate process."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from services.cli.stage_seconds import (
 from services.cli.status_cells import table
 
 _LITTLE = 0.2
-"""Utilisation of one worker below which a service can share a device with another service."""
+"""Utilisation of a worker below which its service can share the device of another service."""
 
 _TRANSPORT_SHARE = 0.02
-"""Share of a request's compute time above which transport is reported as noticeable."""
+"""Transport time, as a fraction of the compute time of a request, above which a remark is printed."""
 
 _DENOISING = "denoising"
 _ON_CPU = frozenset({"latent_preparation"})
@@ -43,9 +43,9 @@ _GROUP_AXES = ("tp", "ulysses", "ring", "cfg")
 
 @dataclass(frozen=True)
 class Load:
-    """Load of a fleet. `seconds` are the compute seconds of one request by service, in pipeline order.
+    """The load of a fleet. `seconds` maps services, in pipeline order, to the compute seconds of one request.
 
-    Each denoising worker is a group of `ranks` GPUs.
+    `ranks` is the number of GPUs per denoising worker.
     """
 
     requests_per_second: float
@@ -54,13 +54,13 @@ class Load:
     ranks: int = 1
 
     def devices(self, size: ServiceSize) -> int:
-        """Devices of a service's workers."""
+        """Number of devices of all workers of a service."""
         return size.replicas * (self.ranks if size.service == _DENOISING else 1)
 
 
 @dataclass(frozen=True)
 class ServiceSize:
-    """Replicas of a service, one request at a time each, and their utilisation as a fraction."""
+    """Replicas of a service, each with one request at a time, and their utilisation (0 to 1)."""
 
     service: str
     seconds: float
@@ -134,7 +134,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _degrees(text: str) -> str:
-    """Degrees in the order of the worker group's axes, without those that are 1."""
+    """Normalize degrees: sort them in the order of _GROUP_AXES, and remove degrees of 1. Raises SettingsError."""
     degrees: dict[str, int] = {}
     for pair in text.split(","):
         axis, _, degree = pair.partition("=")
@@ -148,7 +148,7 @@ def _degrees(text: str) -> str:
 
 
 def _ranks(degrees: str) -> int:
-    """GPUs of a worker group."""
+    """Number of GPUs of a worker group."""
     return math.prod(int(pair.partition("=")[2]) for pair in degrees.split(",") if pair)
 
 
@@ -198,7 +198,7 @@ def _measured_at(endpoint: str, access: Access, args: argparse.Namespace) -> tup
 
 
 def _committed(args: argparse.Namespace, given: Mapping[str, float]) -> tuple[Seconds, str]:
-    """The committed measurement of a published model, or of a directory like one, scaled to the request."""
+    """The committed measurement of a model or of one with the same architecture, scaled to the request."""
     if args.model in measurements() and args.model not in shipped_models():
         measurement = measurements()[args.model]
         size, steps = args.size or measurement.size, args.steps or measurement.steps
@@ -223,7 +223,7 @@ def _transformer(model: ServedModel) -> Mapping[str, object]:
 
 
 def _request(model: ServedModel, args: argparse.Namespace) -> tuple[tuple[str, ...], Shape]:
-    """Services and shape of a request without images, or of the first variant if all variants need images."""
+    """Services and shape of a request, for the first variant without required images, else the first."""
     given: dict[str, ParamValue] = {"prompt": ""}
     given |= dict(zip(_AXES, args.size or (), strict=False))
     if args.steps is not None:
@@ -242,7 +242,10 @@ def _scaled_to(
     given: Mapping[str, float],
     degrees: str | None,
 ) -> tuple[Seconds, str]:
-    """The seconds of a request of this shape, denoised by a worker group of these degrees, and their source."""
+    """Scale a measurement to a shape and to worker groups of these degrees. Returns the seconds and their source.
+
+    Services in `given` have no seconds, because --stage-seconds sets them.
+    """
     seconds: dict[str, float | None] = {
         service: measurement.seconds_of(service, shape)
         if service in measurement.seconds and service not in given
@@ -278,7 +281,7 @@ def _group_speed(model: str, degrees: str, pixels: int) -> GroupSpeed:
 
 
 def sizes_of(load: Load) -> list[ServiceSize]:
-    """The fewest workers of each service with at most the target utilisation."""
+    """The minimum number of workers of each service whose utilisation is at most the target."""
     sizes = []
     for service, seconds in load.seconds.items():
         busy = load.requests_per_second * seconds
@@ -305,7 +308,7 @@ def _three_digits(seconds: float) -> str:
 
 
 def remarks(load: Load, costs: Transport) -> Iterator[str]:
-    """Remarks on services for which a separate process does not pay off."""
+    """Remarks on services that need no separate process."""
     sizes = [each for each in sizes_of(load) if each.service not in _ON_CPU]
     total = sum(load.seconds.values())
     split = sum(map(load.devices, sizes))

@@ -1,4 +1,4 @@
-"""Measured seconds per service of one request to published models, from stage_seconds.toml."""
+"""Measured seconds per service of one request to each published model, from stage_seconds.toml."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FILE = "stage_seconds.toml"
 
 @dataclass(frozen=True)
 class Shape:
-    """The factors of a request's work: pixels of all frames, denoising steps, and guidance branches per step."""
+    """The factors of a request's work: pixels of all frames, denoising steps, branches per step."""
 
     pixels: int
     steps: int
@@ -24,7 +24,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model on one device. `seconds` are those of a request of this size, by service; `size` is (H, W[, F])."""
+    """One model on one device. `seconds` maps services to the seconds of a request of `size` (H, W[, F])."""
 
     model: str
     device: str
@@ -48,7 +48,7 @@ class Measurement:
         )
 
     def seconds_of(self, service: str, shape: Shape) -> float:
-        """Seconds for another shape, scaled by pixels, steps and branches. Raises KeyError if it was not measured."""
+        """Seconds of a service, scaled to a shape. Raises KeyError for a service without a measurement."""
         measured, pixels = self.shape, shape.pixels / self.shape.pixels
         loop = shape.steps * shape.branches / (measured.steps * measured.branches)
         factor = {"request": 1.0, "pixel": pixels, "pixel_step": pixels * loop}[self.proportional[service]]
@@ -57,7 +57,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Transport:
-    """Cost of separate processes in seconds: in total per request, and of one hop of 4 MB through the coordinator."""
+    """Transport time in seconds: per request, and per hop of 4 MB through the coordinator."""
 
     request_seconds: float
     hop_seconds: float
@@ -65,7 +65,7 @@ class Transport:
 
 @dataclass(frozen=True)
 class GroupSpeed:
-    """Speed-up of a model's denoising step over one GPU, by a worker group of these degrees, at one size."""
+    """Speed-up of a denoising step by a worker group over one GPU, for one model and size."""
 
     model: str
     size: tuple[int, ...]
@@ -80,7 +80,7 @@ def group_speeds() -> Sequence[GroupSpeed]:
 
 
 def group_device() -> str:
-    """GPU of the speed-ups."""
+    """The GPU on which the speed-ups were measured."""
     return str(_content()["groups"]["device"])
 
 

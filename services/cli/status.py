@@ -1,4 +1,4 @@
-"""`fleet status`: the services of a running fleet, its store and the activity of its requests; live on a terminal."""
+"""`fleet status`: the services, store and requests of a running fleet. Live on a terminal."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _interval(text: str) -> float:
 
 
 def _ended(code: int, *, is_live: bool) -> int:
-    """The exit code of a view: Ctrl-C is the regular end of a live view."""
+    """The exit code of a view: 0 for a live view that Ctrl-C has ended."""
     return SUCCESS if is_live and code == INTERRUPTED else code
 
 

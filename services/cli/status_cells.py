@@ -1,4 +1,4 @@
-"""The texts of `fleet status`: the cells of its tables, shared by the plain output and the live view."""
+"""The cell texts of `fleet status`, shared by the plain output and the live view."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Rows: TypeAlias = Sequence[Sequence[str]]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Responses of a fleet, and the time of this host at which they arrived."""
+    """Responses of a fleet, and their time of arrival by the clock of this host."""
 
     overview: generation_pb2.ListModelsResponse
     listing: generation_pb2.ListRequestsResponse
@@ -30,7 +30,7 @@ class Snapshot:
 
     @property
     def store_time(self) -> datetime:
-        """The time of the store; the time of this host for a coordinator of an earlier version."""
+        """The time of the store; for a coordinator of an earlier version, the time of this host."""
         return self.listing.time.ToDatetime(UTC) if self.listing.HasField("time") else self.taken_at
 
     def age(self, record: generation_pb2.RequestRecord) -> float:
@@ -69,7 +69,7 @@ NOTICES: Sequence[Notice] = (
 
 
 def seconds_text(service: generation_pb2.ServiceStatus) -> str:
-    """Queued seconds of a service; a leading ~ marks a sum with an assumed pace."""
+    """Queued seconds of a service. A leading ~ marks a sum that includes an assumed pace."""
     return f"{'~' if service.unmeasured else ''}{service.queued_seconds:.1f}"
 
 
@@ -81,12 +81,12 @@ def pace_text(service: generation_pb2.ServiceStatus) -> str:
 
 
 def workers_text(service: generation_pb2.ServiceStatus) -> str:
-    """Live workers, and the number of dead ones: "2 (1 dead)"."""
+    """Number of live workers, and of dead workers if any, such as "2 (1 dead)"."""
     return f"{service.workers} ({service.dead_workers} dead)" if service.dead_workers else str(service.workers)
 
 
 def activity_text(record: generation_pb2.RequestRecord) -> str:
-    """The current activity of an open request, or the error code of a failed one."""
+    """The current activity of an open request, or the error code of a failed request."""
     if record.activities:
         return "; ".join(map(_one_activity, record.activities))
     return plain(record.error.code) if record.state == generation_pb2.REQUEST_STATE_FAILED else ""
@@ -191,8 +191,8 @@ def plain_text(snapshot: Snapshot) -> str:
 
 
 def store_health_text(store: generation_pb2.StoreStatus) -> str:
-    """The store's role, durability, replicas and round-trip time. Empty where they are unknown."""
-    if not store.round_trip_seconds:  # A coordinator of an earlier version does not send it.
+    """Role, durability, replicas and round-trip time of the store. Empty for coordinators of earlier versions."""
+    if not store.round_trip_seconds:  # Coordinators of earlier versions do not send it.
         return ""
     parts = ["primary" if store.role == "master" else plain(store.role) or "role unknown"]
     if store.follows_sentinels:

@@ -1,4 +1,4 @@
-"""`fleet status --json`: one document per call. Its fields are a contract, which services/README.md documents."""
+"""`fleet status --json`: one JSON document per call. Its fields are a public contract; see services/README.md."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ FIELDS: Mapping[str, str] = {
     "store.follows_sentinels": "whether Sentinel selects the server",
     "store.round_trip_seconds": "time of one PING from the coordinator",
 }
-"""Descriptions by path; [] stands for each element of a list. Times are RFC 3339 in UTC."""
+"""Descriptions of fields by path. [] denotes each element of a list. Times are RFC 3339 in UTC."""
 
 
 def document(endpoint: str, snapshot: Snapshot) -> dict[str, Any]:

@@ -34,13 +34,13 @@ from services.start_up import one_line, plain
 
 MOST_REQUESTS = 100
 _NARROW = 80
-"""Columns below which headings are abbreviated and parallel degrees are hidden."""
+"""Terminal width in columns below which headings are abbreviated and parallel degrees are hidden."""
 
 _WIDE, _WIDEST = 100, 130
-"""Columns from which the model of a request, and its prompt, are shown."""
+"""Minimum terminal widths, in columns, at which the model and the prompt of a request are shown."""
 
 _LONGEST_SECONDS = 5.0
-"""Timeout of a call."""
+"""Timeout of a read."""
 
 _STATES = {"RUNNING": "cyan", "SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "yellow", "EXPIRED": "yellow"}
 
@@ -49,7 +49,7 @@ Read = Callable[[], Awaitable[Snapshot]]
 
 @dataclass(frozen=True)
 class Failure:
-    """The error of the calls that fail, and the time of the first failure."""
+    """The latest error of consecutive failed calls, and the time of the first failure."""
 
     message: str
     since: datetime
@@ -57,7 +57,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class StatusView:
-    """The content of the terminal: the latest snapshot, and the failure of the calls since then, if any."""
+    """The content of the terminal: the latest snapshot, and the failure of later calls, if any."""
 
     endpoint: str
     interval: float
@@ -157,14 +157,14 @@ def _stage_cells(service: generation_pb2.ServiceStatus) -> tuple[str, ...]:
 
 
 def _stage_style(service: generation_pb2.ServiceStatus) -> str:
-    """Red where open requests need a stage without workers, yellow where workers are dead."""
+    """Red if open requests need a stage without workers, yellow if workers are dead."""
     if service.open_requests and not service.workers:
         return "red"
     return "yellow" if service.dead_workers else ""
 
 
 async def show_live(view: StatusView, read: Read, console: Console) -> None:
-    """Show the view until the task is cancelled; refresh it every `interval` and when the terminal is resized.
+    """Show the view until cancellation. Refreshes it every `interval` seconds and when the terminal is resized.
 
     Raises permanent FleetErrors, such as a refused API key.
     """

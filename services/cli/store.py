@@ -16,10 +16,9 @@ _VARIABLES = tuple(f"FLEET_{item.name.upper()}" for item in fields(StoreSettings
 
 
 def check_store(url: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Check the store before anything starts.
+    """Check the store before any process starts.
 
-    Raises InvalidInput for a malformed URL and for an unsuitable server, Unavailable for a server that does not
-    answer.
+    Raises InvalidInput for a malformed URL or an unsuitable server, Unavailable for a server that does not answer.
     """
     given = {name: environ[name] for name in _VARIABLES if name in environ}
     asyncio.run(_check(url, load_settings(StoreSettings, (), prog="fleet", environ=given)))

@@ -1,4 +1,4 @@
-"""Supervises the processes of `fleet up`: starts them, restarts them when they exit, and stops them by process id."""
+"""Supervisor of the processes of `fleet up`: starts, restarts and stops them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from common.errors import FleetError
 from common.tether import tethered
 from services.cli.options import BAD_INPUT
 
-# By default, glibc returns every large buffer to the kernel and then faults its pages in again, which takes most of the
-# time of moving a tensor.
+# By default, glibc returns each freed large buffer to the kernel. The page faults of the next buffer then take most of
+# the time of a tensor copy.
 _MALLOC = "glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=268435456:glibc.malloc.arena_max=4"
 
 _STEADY_SECONDS = 60.0
-"""Run time after which failures are no longer counted as consecutive; most models load, or fail to, in less time."""
+"""Run time after which a failure is not consecutive to earlier failures. Most models load in less time."""
 
 _MOST_FAILURES = 5
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 10.0
 _EXTERNAL_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM)
-"""Exit codes that are no failures. The kernel's out-of-memory killer sends SIGKILL too."""
+"""Exit codes that do not count as failures. The kernel's out-of-memory killer also sends SIGKILL."""
 
 _GRACE_SECONDS = 40.0
 
@@ -49,10 +49,10 @@ class Program:
 class Supervisor:
     """Runs programs until it is stopped.
 
-    A program that exits before the fleet is ready stops the fleet, because its configuration is wrong. Exit code 2,
-    for example for unreadable weights, stops the fleet at any time, because a restart does not help. Otherwise the
-    program is restarted, with delays of up to 10 s. Five failures in a row, each within a minute, also stop the fleet;
-    SIGKILL and SIGTERM from outside do not count as failures.
+    A program that exits before the fleet is ready ends the fleet, because its configuration is probably wrong. Exit
+    code 2, for example for unreadable weights, always ends the fleet, because a restart would fail too. Otherwise, the
+    program restarts after a delay of at most 10 s. Five consecutive failures, each within a minute, end the fleet.
+    SIGKILL and SIGTERM from other processes do not count as failures.
     """
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -67,7 +67,7 @@ class Supervisor:
         return list(self._running)
 
     async def supervise(self, program: Program) -> None:
-        """Start the program and restart it until it is retired. Raises ServiceEnded when restarts do not help."""
+        """Run the program, with restarts, until it is retired. Raises ServiceEnded if a restart is not permitted."""
         retired = self._retired.setdefault(program.name, asyncio.Event())
         failures, delay = 0, _FIRST_DELAY
         try:
@@ -94,7 +94,7 @@ class Supervisor:
             del self._retired[program.name]
 
     def retire(self, program: Program) -> None:
-        """Stop a supervised program for good: SIGTERM now, SIGKILL after the grace time. Its exit is no failure."""
+        """Stop a program without a restart: SIGTERM now, SIGKILL after the grace time. Does not wait for its exit."""
         self._retired.setdefault(program.name, asyncio.Event()).set()
         if program.name in self._running:
             _retire(self._running[program.name])

@@ -23,7 +23,7 @@ _OUTCOMES = {
 
 @dataclass
 class Attempt:
-    """A wait for a worker of a service, and the run on the worker. Times are seconds since admission of the request."""
+    """A wait for a worker of a service, and the run on it. Times are in seconds since the request's admission."""
 
     service: str
     number: int
@@ -46,7 +46,7 @@ class Attempt:
 
 @dataclass
 class Timeline:
-    """A request with its attempts by start time. `seconds` is the time of its end, or of its latest entry."""
+    """A request and its attempts, by start time. `seconds` is the time of the request's end or of its latest entry."""
 
     record: generation_pb2.RequestRecord
     attempts: list[Attempt] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Timeline:
 
     @property
     def title(self) -> str:
-        """A line about the request, with its trace id if it has one."""
+        """A line about the request, with its trace ID if it has one."""
         record = self.record
         how_long = f"for {self.seconds:.2f} s so far" if self.is_open else f"after {self.seconds:.2f} s"
         trace = record.trace.traceparent or record.trace.client_traceparent
@@ -70,7 +70,7 @@ class Timeline:
 
 
 def read_timeline(record: generation_pb2.RequestRecord, entries: Sequence[TimelineEntry]) -> Timeline:
-    """Build a timeline from entries in order of time. Entries of an old request may be missing."""
+    """Build a timeline from entries, sorted by time. Entries may be missing."""
     timeline = Timeline(record)
     began = record.created_at.ToNanoseconds()
     for entry in entries:
@@ -123,13 +123,13 @@ def _open(timeline: Timeline, service: str = "") -> Iterator[Attempt]:
 
 
 def _running(timeline: Timeline, service: str) -> Attempt | None:
-    """The attempt of a service with an assigned worker, before its stages begin."""
+    """The attempt of a service that has a worker, but whose stages have not begun."""
     found = (each for each in _open(timeline, service) if each.granted is not None and each.begun is None)
     return next(found, None)
 
 
 def _note_step(timeline: Timeline, entry: TimelineEntry) -> None:
-    """Set the step of the latest attempt of the service: the entry may be later than the end of the attempt."""
+    """Set the step of the latest begun attempt of the service, which may have ended before the entry."""
     for attempt in reversed(timeline.attempts):
         if attempt.service == entry.service and attempt.begun is not None:
             attempt.step, attempt.total_steps = entry.step, entry.total_steps
@@ -137,7 +137,7 @@ def _note_step(timeline: Timeline, entry: TimelineEntry) -> None:
 
 
 def _end(timeline: Timeline, entry: TimelineEntry, moment: float) -> None:
-    """End the attempt on the worker of the entry, or the wait for a worker if the entry has none."""
+    """End the attempt on the worker of the entry; for an entry without a worker, the wait for a worker."""
     for attempt in _open(timeline, entry.service):
         if attempt.worker == entry.worker_id or (
             entry.worker_id and not attempt.worker and attempt.granted is not None

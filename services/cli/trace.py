@@ -1,4 +1,4 @@
-"""`fleet trace ID`: the timeline of a request as text or as a PNG: waits, attempts, checkpoints, lost workers."""
+"""`fleet trace ID`: the timeline of a request, as text or as a PNG."""
 
 from __future__ import annotations
 

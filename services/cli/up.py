@@ -43,7 +43,7 @@ _COORDINATOR = "coordinator"
 
 @dataclass(frozen=True)
 class StageWorkers:
-    """The workers of one service of a model. `name` and `socket` are prefixes of a worker's number."""
+    """The workers of one service of a model. A worker's number is appended to `name` and to `socket`."""
 
     model: str
     service: str
@@ -60,7 +60,7 @@ class StageWorkers:
 
 @dataclass(frozen=True)
 class Plan:
-    """The processes to run. `scaler` is the external scaler's address; `target_seconds` is None without autoscaling."""
+    """The processes to run. `scaler` is the external scaler's address. `target_seconds` None: no autoscaling."""
 
     endpoint: str
     scaler: str
@@ -71,7 +71,7 @@ class Plan:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run until Ctrl-C or SIGTERM, which end it with exit code 0."""
+    """Run a fleet until Ctrl-C or SIGTERM, after which the exit code is 0."""
     args = up_flags.arguments(argv)
     access = _access(os.environ)
     models = _models(args.model or [DEFAULT_MODEL])
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
         directory = private_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        # The store is discarded with this process, so its writes need not reach the disk.
+        # The store is discarded when this process ends, so that its writes need not reach the disk.
         store = None if args.redis else stack.enter_context(EmbeddedStore(appendfsync="no"))
         redis_words = ("--redis", store.url, "--allow-data-loss") if store else ("--redis", args.redis)
         plan = _plan(models, bounds, args, endpoint, scaler, redis_words, directory)
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _access(environ: Mapping[str, str]) -> Access:
-    """The credentials for this fleet's coordinator, which inherits the environment of this process."""
+    """The credentials for the coordinator. Refuses TLS variables, which the coordinator would inherit."""
     if unused := sorted(name for name in environ if name.startswith("FLEET_TLS") and environ[name]):
         raise SettingsError(
             f"{unused[0]} is set, but `fleet up` serves only this host, without TLS; unset it, "
@@ -116,10 +116,10 @@ def _models(references: Sequence[str]) -> list[ServedModel]:
 
 
 def _check_degrees(degrees: Mapping[str, Any], models: Sequence[ServedModel]) -> None:
-    """Check the parallel degrees before anything starts. Raises InvalidInput and FailedPrecondition."""
+    """Check the parallel degrees before any process starts. Raises InvalidInput and FailedPrecondition."""
     if not degrees:
         return
-    # Imported here because it imports torch, which only the workers of a fleet without worker groups need.
+    # Imported here because it imports torch, which this process needs only for worker groups.
     from services.denoising.settings import DenoisingSettings, check_group
 
     for model in models:
@@ -177,7 +177,7 @@ async def _run(plan: Plan, store: EmbeddedStore | None, access: Access) -> int:
             code = BAD_INPUT if bad_input else FAILED
     finally:
         _note("stopping")
-        await supervisor.stop([_COORDINATOR])  # Stop it first: it needs the workers to finish its requests.
+        await supervisor.stop([_COORDINATOR])  # First, because it needs the workers to finish its requests.
         await supervisor.stop(supervisor.running)
     return code
 
@@ -192,7 +192,7 @@ def _leaves(failures: ExceptionGroup[FleetError]) -> Iterator[FleetError]:
 
 
 async def _serve(plan: Plan, pools: Sequence[WorkerPool], supervisor: Supervisor, access: Access) -> None:
-    """Announce that the fleet is ready, then run the autoscalers if the plan has a target."""
+    """Print that the fleet is ready, then run the autoscalers if `target_seconds` is set."""
     await _announce_ready(plan, supervisor, access)
     if plan.target_seconds is None:
         return
@@ -214,7 +214,7 @@ async def _serve(plan: Plan, pools: Sequence[WorkerPool], supervisor: Supervisor
 
 
 async def _announce_ready(plan: Plan, supervisor: Supervisor, access: Access) -> None:
-    """Wait until the coordinator answers and sees the minimum number of workers of each service."""
+    """Wait until the coordinator lists the minimum number of workers of each service, then print a line."""
     began = time.monotonic()
     async with connect(plan.endpoint, access) as client:
         while not supervisor.ready:
@@ -234,7 +234,7 @@ async def _announce_ready(plan: Plan, supervisor: Supervisor, access: Access) ->
 
 
 async def _watch_store(store: EmbeddedStore) -> None:
-    while store.is_running():  # noqa: ASYNC110 -- another process, which sends no event
+    while store.is_running():  # noqa: ASYNC110 -- the store is another process, which sets no asyncio.Event
         await asyncio.sleep(_POLL_SECONDS * 5)
     raise Unavailable("the embedded store ended")
 

@@ -98,7 +98,7 @@ def _add_autoscaling(parser: FlagParser) -> None:
 
 
 def _check_autoscaling(args: argparse.Namespace) -> None:
-    """Refuse flags without an effect and numbers out of range; set the defaults."""
+    """Refuse autoscaling flags without --autoscale and numbers out of range; set the defaults. Raises SettingsError."""
     for name in _AUTOSCALING:
         if vars(args)[name] is not None and not args.autoscale:
             flag = "--" + name.replace("_", "-")
@@ -160,7 +160,7 @@ def degrees(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def free_port(port: int, flag: str = "port") -> int:
-    """The port, after a check that it can be bound; for 0 a free port. Raises InvalidInput."""
+    """Check that a port can be bound, and return it; for 0, return a free port. Raises InvalidInput."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -22,7 +22,7 @@ from services.start_up import plain
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print one line per event; exit code 0 when the request succeeds, 1 when it ends otherwise."""
+    """Print one line per event. The exit code is 0 if the request succeeds, 1 if it ends otherwise."""
     parser = command_parser("watch", "Follow a request, from its first event to its terminal state.")
     add_request_id(parser)
     add_endpoint(parser)
@@ -37,7 +37,7 @@ async def _watch(endpoint: str, access: Access, request_id: str) -> int:
 
 
 class _Watch:
-    """Follows the events of a request, each once."""
+    """Follows the events of a request, and prints each event once."""
 
     def __init__(self, client: FleetClient, request_id: str) -> None:
         self.num_received = 0

@@ -12,10 +12,10 @@ from services.cli.supervisor import Program, ServiceEnded, Supervisor
 class WorkerPool:
     """Runs a requested number of workers of one service.
 
-    `program` returns the program of a worker number; numbers are reused when their programs have exited. `spawn` runs a
-    program's coroutine in the background. Scale-in stops the newest workers with SIGTERM; they finish or hand over
-    their requests, and no longer count. If a worker of a ready fleet cannot run beside the others, for example without
-    free memory, `most` becomes the number of the others.
+    `program` returns the program of a worker number. A number is reused after its program has exited. `spawn` runs a
+    coroutine in the background. Scale-in stops the newest workers with SIGTERM. These workers finish or hand over their
+    requests, and do not count in `size`. If a worker of a ready fleet fails permanently, for example because memory is
+    exhausted, `most` becomes the number of the remaining workers.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class WorkerPool:
 
     @property
     def most(self) -> int:
-        """Largest number of workers that can run, as far as known."""
+        """Maximum number of workers, which decreases when a worker fails permanently."""
         return self._most
 
     def resize(self, count: int) -> None:
-        """Start or stop workers until there are `count`. Returns at once."""
+        """Start or stop workers until `size` is `count`. Does not wait for them."""
         while len(self._numbers) < count:
             number = next(each for each in range(count + len(self._ending)) if each not in self._taken)
             self._numbers.append(number)
@@ -69,7 +69,7 @@ class WorkerPool:
             self._ending.discard(number)
 
     def _give_up(self, number: int) -> bool:
-        """Remove a worker for good. Returns whether others are left."""
+        """Remove a worker permanently. Returns whether other workers remain."""
         if number in self._numbers:
             self._numbers.remove(number)
             self._most = len(self._numbers)

@@ -1,1 +1,1 @@
-"""The coordinator: accepts requests, runs their stages on workers, keeps its state in Redis. Does not import torch."""
+"""The coordinator: accepts requests, runs their stages on workers, stores its state in Redis. Imports no torch."""

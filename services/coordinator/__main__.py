@@ -26,7 +26,7 @@ _log = get_logger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; exit code 0 after a graceful stop, 2 for a wrong configuration, else 1."""
+    """Serve until SIGTERM or SIGINT. Exit code 0 after a graceful stop, 2 for a wrong configuration, else 1."""
     flags = sys.argv[1:] if argv is None else argv
     return run_program("coordinator", lambda: _run(flags), flags)
 

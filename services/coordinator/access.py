@@ -40,7 +40,10 @@ def public_credentials(settings: CoordinatorSettings) -> grpc.ServerCredentials 
 
 
 def scaler_credentials(settings: CoordinatorSettings) -> grpc.ServerCredentials | None:
-    """Server credentials for mutual TLS of the scaler port; None for plain text. Raises InvalidInput as above."""
+    """Server credentials for mutual TLS of the scaler port; None for plain text.
+
+    Raises InvalidInput for unusable files.
+    """
     tls = watch_mutual(settings)
     return None if tls is None else mutual_credentials(tls)
 
@@ -65,12 +68,12 @@ class WorkerAccess:
 
     @classmethod
     def of(cls, settings: CoordinatorSettings) -> WorkerAccess:
-        """Read the TLS files of the settings. Raises InvalidInput as above."""
+        """Read the TLS files of the settings. Raises InvalidInput for unusable files."""
         return cls(watch_mutual(settings), settings.tls_worker_name)
 
     @property
     def version(self) -> int:
-        """Version of the files, which grows when they change: open channels still use the previous certificate."""
+        """Version of the TLS files, which increases at each change. Open channels still use the earlier certificate."""
         return 0 if self.tls is None else self.tls.versioned()[0]
 
     def open(self, address: str) -> grpc.aio.Channel:

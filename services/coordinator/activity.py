@@ -13,16 +13,16 @@ from fleet.v1 import generation_pb2 as pb
 
 
 class RequestActivities:
-    """Reads activities in one operation of the store, plus one read per queue with waiting requests."""
+    """Reads activities in one store operation, plus one per queue with waiting requests."""
 
     def __init__(self, redis: Redis, loads: StageLoads) -> None:
         self._redis = redis
         self._loads = loads
 
     async def list(self, services: Mapping[str, Sequence[str]], *, caller: str, most: int) -> pb.ListRequestsResponse:
-        """Open requests of the models in `services`, then the newest others. Raises Unavailable.
+        """List open requests of the models in `services`, then the newest ended requests. Raises Unavailable.
 
-        `caller` restricts the list to requests of one caller; empty for all callers.
+        `caller` restricts the list to requests of one caller. An empty `caller` selects all callers.
         """
         found = await read_activities(self._redis, services, caller=caller, most=most)
         queues = {queue for request in found.requests for queue in request.queues if queue is not None}

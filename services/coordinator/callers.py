@@ -1,4 +1,4 @@
-"""Authentication of callers: by API key or token where configured, else by client certificate, else none.
+"""Authentication of callers: by API key or token if configured, else by client certificate, else none.
 
 The keys file stores digests, so that a leaked file discloses no key:
 
@@ -6,8 +6,8 @@ The keys file stores digests, so that a leaked file discloses no key:
     key_sha256 = ["9f86d081…"]    # hex digest of each valid key; several, so that keys can be rotated
     max_open = 20                 # optional: bound on the open requests of this caller
 
-Keys are long and random, not passwords, so that a plain digest cannot be reversed. services.coordinator.tokens verifies
-tokens. Files of both kinds are reread when they change.
+API keys are long random strings, so that an unsalted digest cannot be reversed. services.coordinator.tokens verifies
+tokens. The keys file and the files for tokens are reread when they change.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Caller:
-    """An authenticated caller; `max_open` None stands for the bound of the fleet."""
+    """An authenticated caller. `max_open` bounds its open requests; None: the setting max_open_of_caller applies."""
 
     name: str
     max_open: int | None = None
@@ -105,7 +105,7 @@ def by_certificate(context: Context) -> None:
 class ByBearer:
     """Authenticates callers by `authorization: Bearer KEY` or `Bearer TOKEN` in the metadata.
 
-    A token may lower the caller's bound, which is set in the keys file or else by `max_open_of_caller`.
+    The keys file, else `max_open_of_caller`, bounds the open requests of a caller. A token can only lower this bound.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Keys:
         self._bounds = {caller.name: caller.max_open for caller in callers.values()}
 
     def find(self, key: str) -> Caller:
-        """The caller with this key, found in constant time. Raises Unauthenticated."""
+        """The caller with this key. Compares all digests in constant time. Raises Unauthenticated."""
         digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
         found: Caller | None = None
         for known, caller in self._callers.items():
@@ -165,12 +165,12 @@ class Keys:
         return found
 
     def bound(self, name: str) -> int | None:
-        """The bound of a caller in the file; None without one."""
+        """The `max_open` of a caller in the keys file; None if the file has none."""
         return self._bounds.get(name)
 
 
 def read_keys(path: Path) -> dict[bytes, Caller]:
-    """Callers by the SHA-256 of their keys. Raises InvalidInput with the fault in the file."""
+    """Callers by the SHA-256 of their keys. Raises InvalidInput for an unreadable or malformed file."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

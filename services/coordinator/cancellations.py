@@ -23,9 +23,9 @@ _log = get_logger(__name__)
 class Cancellations:
     """Cancellations of one coordinator.
 
-    The store's answer may be lost, or the RPC cancelled while it waits. Such an attempt is unsettled: settle() repeats
-    it with the same token, so that a request ended by it is counted exactly once. Beyond 1,000 unsettled attempts, the
-    oldest is dropped.
+    An attempt is unsettled if the store's reply is lost, or if the RPC is cancelled before the reply. settle() repeats
+    unsettled attempts with the same token, so that each request that they end is counted exactly once. Beyond 1,000
+    unsettled attempts, the oldest is dropped.
     """
 
     def __init__(self, store: RequestStore) -> None:
@@ -33,14 +33,17 @@ class Cancellations:
         self._unsettled: dict[str, str] = {}
 
     async def cancel(self, request_id: str) -> generation_pb2.RequestRecord:
-        """Ask the owner of a request to cancel it, or end it without a live owner. Raises NotFound, Unavailable."""
+        """Ask the owner of a request to cancel it; without a live owner, end the request in the store.
+
+        Raises NotFound, Unavailable.
+        """
         token = self._unsettled.setdefault(request_id, secrets.token_hex(8))
         while len(self._unsettled) > _MOST_UNSETTLED:
             del self._unsettled[next(iter(self._unsettled))]
         return await self._attempt(request_id, token)
 
     async def settle(self) -> None:
-        """Repeat unsettled attempts. Attempts that the store cannot answer now stay unsettled."""
+        """Repeat unsettled attempts. Stops when the store is unavailable."""
         for request_id, token in list(self._unsettled.items()):
             with log_scope(request_id=request_id):
                 try:
@@ -57,7 +60,7 @@ class Cancellations:
             if not isinstance(error, Unavailable):
                 self._forget(request_id, token)
             raise
-        # Concurrent attempts share a token, and each of them learns that it ended the request.
+        # Concurrent attempts share a token, so the store reports to each of them that it ended the request.
         if self._forget(request_id, token) and ended_here:
             _count_end(record)
         return record

@@ -41,16 +41,16 @@ from services.coordinator.store_watch import SUBMIT_HEALTH, StoreWatch
 from services.coordinator.worker_runner import ArtifactMemory, Connections, Workers
 
 _DELIVERY_SECONDS = 1.0
-"""Time for callers to receive terminal events that are sent at the end of the grace time."""
+"""Minimum time for callers to receive terminal events, even if the grace time is over."""
 
 
 _log = get_logger(__name__)
 
 
 class Coordinator:
-    """Accepts requests at `address` from start() to stop(). Health checks report it as ready while the store answers.
+    """Accepts requests at `address` from start() to stop().
 
-    The health of SUBMIT_HEALTH additionally depends on free memory in the store.
+    Health checks return SERVING while the store is available. SUBMIT_HEALTH also requires free memory in the store.
     """
 
     def __init__(self, models: Sequence[ServedModel], settings: CoordinatorSettings) -> None:
@@ -126,7 +126,7 @@ class Coordinator:
 
     @property
     def scaler_address(self) -> str:
-        """The listen address of the external scaler; empty without one."""
+        """The listen address of the external scaler; empty if `scaler_listen` is not set."""
         return self._scaler.address if self._scaler else ""
 
     @property
@@ -135,9 +135,9 @@ class Coordinator:
         return self._server.gate.in_flight
 
     async def start(self) -> None:
-        """Listen, and become ready once the store answers.
+        """Listen, and become ready once the store is available.
 
-        Raises FailedPrecondition for a store that is unsuitable or has another checkpoint for a model.
+        Raises FailedPrecondition for an unsuitable store, or if the fleet serves a model from another checkpoint.
         """
         descriptor = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
         handler = ServiceHandler(descriptor, self._service.functions)
@@ -153,7 +153,7 @@ class Coordinator:
         self._housekeeping = asyncio.create_task(self._repeat_housekeeping())
 
     async def stop(self, grace: float) -> None:
-        """Refuse new requests, let running ones finish within `grace` seconds, and withdraw from the store."""
+        """Refuse new requests, wait at most `grace` seconds for running requests, and withdraw from the store."""
         began = asyncio.get_running_loop().time()
         self._server.gate.close()
         await self._set_unready()
@@ -172,7 +172,7 @@ class Coordinator:
         await self._redis.aclose()
 
     def _scaler_server(self) -> FleetServer:
-        """The server of KEDA's external scaler. Callers need no API key, but a certificate where workers need one."""
+        """The server of KEDA's external scaler. Requires no API key; requires mutual TLS if workers use it."""
         stages = {name: tuple(spec.service for spec in model.services) for name, model in self._models.items()}
         descriptor = externalscaler_pb2.DESCRIPTOR.services_by_name["ExternalScaler"]
         handler = ServiceHandler(descriptor, ScalerService(stages, self._loads).functions)
@@ -197,7 +197,7 @@ class Coordinator:
         await self._server.set_method_ready(SUBMIT_HEALTH, False)
 
     async def _run_housekeeping(self) -> None:
-        """Announce coordinator and models, take over requests of lost coordinators; ready if all operations succeed."""
+        """Announce the coordinator and its models, take over requests, then set the server ready."""
         must_await_heartbeats = self._must_await_heartbeats()
         if not self._store_checked:
             await self._settings.check_store(self._redis)
@@ -223,7 +223,7 @@ class Coordinator:
         await self._watch.poll()
 
     def _must_await_heartbeats(self) -> bool:
-        """Whether live coordinators may appear lost: after an outage of the store, each needs time for a heartbeat."""
+        """Whether live coordinators may appear lost. After a store outage, each has one TTL to send a heartbeat."""
         now, settings = asyncio.get_running_loop().time(), self._settings
         if now - self._last_housekeeping > settings.heartbeat_ttl_seconds - settings.heartbeat_seconds:
             self._await_heartbeats_until = now + settings.heartbeat_ttl_seconds

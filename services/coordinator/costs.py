@@ -1,6 +1,6 @@
-"""The cost of a request at each service, by which queues distinguish a video from an icon.
+"""The cost of a request at each service. Queues use it to distinguish large from small requests.
 
-A cost is relative to other requests of one model at one service; the seconds per unit are the service's measured pace.
+Costs are comparable only between requests of one model at one service.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def costs_of(services: Sequence[ServiceSpec], params: SamplingParams) -> dict[st
 
 
 def work_of(services: Sequence[ServiceSpec], params: SamplingParams, variant: str) -> dict[str, StageWork]:
-    """The work of a request by service, for autoscaling; in denoising steps where a service reports steps."""
+    """The work of a request by service, for autoscaling. A service without reported steps has one step per request."""
     pixels = math.prod(params.extent.values()) * params.num_outputs_per_prompt
     extent = "x".join(str(length) for length in params.extent.values())
     shape = f"{variant} {extent} outputs={params.num_outputs_per_prompt} branches={params.branches}".strip()

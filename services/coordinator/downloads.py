@@ -1,4 +1,4 @@
-"""The files of results as DownloadResult and Generate send them: stored files, and growing files item by item."""
+"""Streams result files for DownloadResult and Generate: stored files, and growing files item by item."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Part: TypeAlias = pb.FileHeader | pb.FileData
 
 
 def generate_response(part: Part, *, follow: bool) -> pb.GenerateResponse:
-    """The Generate message with a payload."""
+    """The message of Generate with this payload."""
     if isinstance(part, pb.FileHeader):
         return pb.GenerateResponse(file=part)
     return pb.GenerateResponse(file_data=part) if follow else pb.GenerateResponse(data=part.data)
 
 
 def download_response(part: Part, *, follow: bool) -> pb.DownloadResultResponse:
-    """The DownloadResult message with a payload."""
+    """The message of DownloadResult with this payload."""
     if isinstance(part, pb.FileHeader):
         return pb.DownloadResultResponse(file=part)
     return pb.DownloadResultResponse(file_data=part) if follow else pb.DownloadResultResponse(data=part.data)
@@ -49,7 +49,7 @@ def parts_in_memory(files: Sequence[ResultFile]) -> Iterator[Part]:
 
 
 class Download:
-    """Sends the files of one result, each byte once: items while the request runs, and the rest after its end.
+    """Sends each byte of one result once: items while the request runs, the rest after its end.
 
     With `index`, sends only that file, from byte `offset`.
     """
@@ -64,7 +64,10 @@ class Download:
         self._begun: set[int] = set()
 
     async def item(self, stored: StoredItem) -> AsyncIterator[Part]:
-        """Yield the bytes of the next item, after a header if its file begins. Raises InvalidInput, NotFound."""
+        """Yield the bytes of the next item, after a header for the first item of a file.
+
+        Raises InvalidInput, NotFound.
+        """
         item = stored.item
         self._check_index(item.file_count)
         if self._index not in (None, item.file_index):
@@ -83,9 +86,10 @@ class Download:
             yield part
 
     async def rest(self, record: pb.RequestRecord) -> AsyncIterator[Part]:
-        """Yield the rest once the request has succeeded. Raises InvalidInput, NotFound, FailedPrecondition.
+        """Yield the remaining parts after the request has succeeded.
 
-        A file that item() has begun is complete, and only its final header is sent. Other files are sent whole.
+        For a file that item() has sent, yields only the final header. Yields all bytes of the other files. Raises
+        InvalidInput, NotFound, FailedPrecondition.
         """
         require_stored(record)
         self._check_index(len(record.files))
@@ -103,7 +107,7 @@ class Download:
                 yield header
                 continue
             parts = self._whole(header, [each for each in items if each.item.file_index == header.index])
-            first = await anext(parts, None)  # Read it before the header: the file may have expired.
+            first = await anext(parts, None)  # Read before the header is sent, because the file may have expired.
             yield header
             if first is not None:
                 yield first
@@ -128,7 +132,7 @@ class Download:
                 position += len(chunk)
 
     async def _bytes_of(self, stored: StoredItem) -> AsyncIterator[Part]:
-        """The bytes of an item from the offset."""
+        """The bytes of an item at or after the offset in its file."""
         item = stored.item
         skipped = min(max(self._offset - item.offset, 0), item.byte_size)
         position = item.offset + skipped

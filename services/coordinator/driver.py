@@ -23,7 +23,7 @@ from services.coordinator.take_over import Restore, inherit, settle
 class Registry:
     """The executions of this coordinator that are not closed.
 
-    A request has several while its take-over waits for the end of its executions under earlier epochs.
+    A request has several executions while its take-over waits until the executions under earlier epochs end.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class Driver:
     async def _acquire(
         self, submission: Submission, admission: asyncio.Task[Admission], execution: Execution
     ) -> Acquired | None:
-        """Wait for the answer to an admission; None for a refused or replayed request."""
+        """Wait for the store's reply to an admission; None for a refused or replayed request."""
         try:
             admitted = await admission
         except Unavailable:
@@ -104,13 +104,13 @@ class Driver:
         return Acquired(submission, admitted.seconds_left)
 
     async def take_over(self, model: str, restore: Restore, *, beyond_own: bool = True) -> None:
-        """Continue open requests of a model without a live owner, and apply cancellations. Raises Unavailable.
+        """Continue a model's open requests that have no live owner, and apply cancellations. Raises Unavailable.
 
-        With `beyond_own` False, only requests owned by this coordinator: the store's answer to an earlier take-over
-        may have been lost. A request that cannot run here ends as FAILED.
+        With `beyond_own` False, continues only requests that this coordinator already owns but does not run, because
+        the reply to an earlier take-over was lost. A request that cannot run here ends as FAILED.
         """
         is_more = True
-        while is_more and not self._stopping:  # After stop, requests left here would be taken over again.
+        while is_more and not self._stopping:  # Otherwise, it would take over the requests that it has just left.
             running = self._registry.request_ids()
             taken, cancelled = await self._context.leases.take_over(model, running=running, beyond_own=beyond_own)
             for inherited in taken:
@@ -149,7 +149,7 @@ class Driver:
             execution.cancel()
 
     async def drain(self, grace: float) -> None:
-        """Let running requests finish within `grace` seconds. Other coordinators continue the rest.
+        """Wait at most `grace` seconds for running requests, then leave the rest to other coordinators.
 
         A raw request ends as FAILED, because no other coordinator can deliver its result.
         """

@@ -54,12 +54,12 @@ class EventLog:
 
 
 class EventWriter:
-    """Writes events in batches, one write at a time; of the steps of a stage in a batch, only the latest is kept.
+    """Writes events in batches, one write at a time. A batch contains only the latest step of each stage.
 
-    If the answer to a write is lost, the same events are written again with the same numbers, so that each is stored
-    once. Steps wait until `step_seconds` after the previous write, which bounds the load of fast steps. `log` receives
-    the stored events. `on_ended` is called when the store reports that the request has ended or continues at another
-    coordinator.
+    If the reply to a write is lost, the same events are written again with the same numbers, so that each is stored
+    once. A batch of only steps waits until `step_seconds` after the previous write, which bounds the write rate. `log`
+    receives the stored events. `on_ended` is called when the store returns that the request has ended or continues at
+    another coordinator.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class EventWriter:
         self._task.add_done_callback(self._release)
 
     def progress(self, service: str, step: int, total_steps: int) -> None:
-        """Add the progress of a stage in steps; 0 when the stage begins."""
+        """Add the progress of a stage. `step` is 0 when the stage begins."""
         if step:
             self._pending = [each for each in self._pending if not _is_step_of(each, service)]
         self.add(
@@ -113,7 +113,10 @@ class EventWriter:
         self._wake.set()
 
     async def add_stored(self, event: generation_pb2.Event) -> None:
-        """Add an event and wait until it is stored. Raises Aborted if the request ended or continues elsewhere."""
+        """Add an event and wait until it is stored.
+
+        Raises Aborted if the request has ended or continues at another coordinator.
+        """
         waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiters.append((event, waiter))
         self.add(event)
@@ -127,16 +130,16 @@ class EventWriter:
         await self._task
 
     async def rest(self) -> list[generation_pb2.Event]:
-        """After close(): the events that are not written yet, to be stored with the request's end. Raises Unavailable.
+        """Return the events that remain to be stored with the end of the request. Call it after close().
 
-        Events with an unknown write result are written again first.
+        First repeats a write whose result is unknown. Raises Unavailable.
         """
         if self._unsure:
             await self._store_unsure()
         return self._pending
 
     def report_written_with_end(self) -> None:
-        """Log the states that rest() returned, once the store has them."""
+        """Log the states that rest() returned. Call it after they are stored."""
         _report_states(self._pending)
 
     async def _store_unsure(self) -> None:
@@ -191,7 +194,7 @@ class EventWriter:
                 self._wake.set()
 
     async def _woken_before(self, moment: float) -> None:
-        """Wait for a new event, at most until `moment`, a time of the event loop."""
+        """Wait for a new event, at most until `moment`, a `loop.time()` timestamp."""
         try:
             async with asyncio.timeout_at(moment):
                 await self._wake.wait()

@@ -14,7 +14,7 @@ from fleet.v1 import artifacts_pb2, generation_pb2
 
 @dataclass(frozen=True)
 class Outcome:
-    """Terminal state of a request. `steps_saved` counts denoising steps skipped because the request ended early."""
+    """Terminal state of a request. `steps_saved` is the number of denoising steps that an early end has skipped."""
 
     state: StateValue
     error: generation_pb2.Error | None = None
@@ -23,7 +23,7 @@ class Outcome:
 
 
 def success(slot: str, media: Packet, *, max_bytes: int | None = None) -> Outcome:
-    """SUCCEEDED with the files in a packet of Media, the value of `slot`; FAILED if they exceed `max_bytes`."""
+    """SUCCEEDED with the files of the Media packet in `slot`; FAILED if they exceed `max_bytes` in total."""
     try:
         files = result_files(slot, media)
     except InternalError as error:
@@ -45,7 +45,7 @@ def failure(error: FleetError) -> Outcome:
 
 
 def result_files(slot: str, packet: Packet) -> list[ResultFile]:
-    """The files in a packet of Media, the value of `slot`. Raises InternalError for another artifact."""
+    """The files of the Media packet in `slot`. Raises InternalError for a packet with another artifact."""
     media = packet.message
     if not isinstance(media, artifacts_pb2.Media):
         raise InternalError(f"the result is a {media.DESCRIPTOR.name}, not Media")

@@ -57,7 +57,7 @@ def given_images(message: generation_pb2.GenerationParameters) -> dict[str, byte
 
 
 def recorded_parameters(values: Mapping[str, ParamValue]) -> generation_pb2.GenerationParameters:
-    """The message with every value of a validated request."""
+    """The message with all parameter values of a validated request, including defaults."""
     message = generation_pb2.GenerationParameters()
     for name, value in values.items():
         if name == _FORMAT:

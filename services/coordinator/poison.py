@@ -1,4 +1,7 @@
-"""The rule for failing a request whose workers are repeatedly lost."""
+"""The rule for failing a request whose workers are repeatedly lost.
+
+A loss is suspect after the worker's heartbeat has expired, because the request may have crashed the worker.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,16 @@ from collections.abc import Sequence
 from common.state.leases import Loss
 
 MOST_WITHOUT_PROGRESS = 3
-"""Suspect losses without progress after which a request fails."""
+"""Number of suspect losses without progress at which a request fails."""
 
 MOST_IN_CHURN = 10
-"""Suspect losses without progress after which a request fails if one of them is in churn.
+"""Number of suspect losses without progress at which a request fails, if one of them is in churn.
 
-In churn, other workers were lost as well, so that the request may not be the cause.
+In churn, workers that did not run the request were lost too, so the request may not be the cause.
 """
 
 MOST_OUTSIDE_CHURN = 10
-"""Suspect losses outside churn, with or without progress, after which a request fails."""
+"""Number of suspect losses outside churn, with or without progress, at which a request fails."""
 
 
 def reason_to_give_up(losses: Sequence[Loss]) -> str:
@@ -32,7 +35,7 @@ def reason_to_give_up(losses: Sequence[Loss]) -> str:
 
 
 def _since_progress(losses: Sequence[Loss]) -> list[Loss]:
-    """The losses since the request last progressed: to a later step or service than at any earlier loss."""
+    """The losses since the latest progress, which is a later step or service than at any earlier loss."""
     since: list[Loss] = []
     stage, reached = -1, -1
     for loss in losses:

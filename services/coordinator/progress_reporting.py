@@ -17,8 +17,8 @@ from services.coordinator.worker_runner import WorkerRunner
 class RequestProgress:
     """The progress of one request.
 
-    The total is initially the number of denoising steps for a service that reports steps, and one for other services. A
-    service may later report a larger total, such as the frames of a video or the steps of all its blocks.
+    The initial total is the number of denoising steps for a service that reports steps, and 1 for other services. A
+    service may later report a larger total, such as the frames of a video or the steps of all blocks.
     """
 
     def __init__(self, record: generation_pb2.RequestRecord, events: EventWriter) -> None:
@@ -33,14 +33,14 @@ class RequestProgress:
         return max(0, self._steps - self._steps_done)
 
     def begin(self, spec: ServiceSpec) -> None:
-        """A worker starts a service; the first one makes the request RUNNING."""
+        """Report that a worker has started a service. The first report makes the request RUNNING."""
         if not self._begun:
             self._begun = True
             self._events.add(state_event(State.REQUEST_STATE_RUNNING))
         self._events.progress(spec.service, 0, self._steps if spec.reports_steps else 1)
 
     def step(self, spec: ServiceSpec, step: int, total_steps: int) -> None:
-        """A worker has completed `step` of `total_steps`."""
+        """Report that a worker has completed `step` of `total_steps`."""
         if spec.reports_steps:
             self._steps_done, self._steps = step, max(self._steps, total_steps)
         self._events.progress(spec.service, step, total_steps)
@@ -48,7 +48,7 @@ class RequestProgress:
 
 @dataclass(frozen=True)
 class ProgressReportingRunner:
-    """A runner that reports its progress as events. Without reported steps, its completion counts as one step."""
+    """A runner that reports its progress as events. If the worker reports no steps, completion counts as one step."""
 
     runner: WorkerRunner
     spec: ServiceSpec

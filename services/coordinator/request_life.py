@@ -40,7 +40,7 @@ from services.coordinator.state_lines import described, log_state, prompts_of
 from services.coordinator.worker_runner import WorkerRunner, Workers
 
 _LATER_SECONDS = 1.0
-"""Seconds from the request's deadline to the workers' deadline: the coordinator must report the expiry."""
+"""Seconds added to the deadline for worker calls, so that the coordinator reports the expiry."""
 
 
 _log = get_logger(__name__)
@@ -48,9 +48,9 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Submission:
-    """A validated request. `raw` results are held in memory for the caller of Generate, and never stored.
+    """A validated request. A `raw` result stays in memory for the caller of Generate, and is never stored.
 
-    `costs` are the request's costs by service; see services.coordinator.costs.
+    `costs` maps services to the costs of the request; see services.coordinator.costs.
     """
 
     record: generation_pb2.RequestRecord
@@ -92,7 +92,7 @@ class Phase(enum.Enum):
     ADMITTING = enum.auto()
     """The store was asked to admit the request."""
     SETTLING = enum.auto()
-    """The answer to the admission was lost. The store is asked whether it admitted the request."""
+    """The reply to the admission was lost. The store is asked whether it admitted the request."""
     INHERITED = enum.auto()
     """The request was taken over. Its execution under an earlier epoch, if any, ends first."""
     RUNNING = enum.auto()
@@ -113,9 +113,10 @@ Acquire: TypeAlias = Callable[["Execution"], Awaitable[Acquired | None]]
 
 
 class Execution:
-    """A request in this coordinator under one epoch. `files` are the result, once the request has ended here.
+    """A request in this coordinator under one epoch.
 
-    The constructor starts its task; `on_closed` is called at the end of the task. See _live().
+    `files` is the result, after the request has ended here. The constructor starts the task, which runs _live() and
+    finally calls `on_closed`.
     """
 
     def __init__(
@@ -191,7 +192,7 @@ class Execution:
             on_closed(self)
 
     async def _run(self, acquired: Acquired) -> None:
-        """Run the stages and store the end. A request that is left for another coordinator has no end here."""
+        """Run the stages and store the end, unless the request is left for another coordinator."""
         context, record = self._context, acquired.submission.record
         events = EventWriter(
             context.store, self.request_id, self.log, self.cancel, epoch=self.epoch, step_seconds=context.step_seconds
@@ -302,7 +303,7 @@ class Execution:
     ) -> None:
         """Store the end of the request; retries until the store is available."""
         store, model = self._context.store, submission.record.model
-        token = secrets.token_hex(8)  # Identifies retries: a lost answer may have ended the request.
+        token = secrets.token_hex(8)  # Identifies retries, because an attempt with a lost reply may have succeeded.
 
         async def finish() -> list[generation_pb2.Event] | None:
             return await store.finish(

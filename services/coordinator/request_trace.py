@@ -1,7 +1,7 @@
-"""The trace of a request. The coordinator that ends the request exports its root span, whichever admitted it.
+"""The trace of a request. The coordinator that ends the request exports the root span.
 
-The ids of the root span are stored with the request, so that it is the ancestor of the spans of all coordinators and
-workers. A coordinator that takes the request over restarts the root span with the same ids and start time.
+The IDs of the root span are stored with the request, so that all coordinators and workers create descendants of it. A
+coordinator that takes the request over restarts the root span with the same IDs and start time.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _NAME = "request"
 
 
 def stored_span(record: generation_pb2.RequestRecord) -> Span:
-    """The root span of a stored request, without recording: it names the trace in log lines."""
+    """A non-recording root span of a stored request, which adds the trace ID to log lines."""
     stored = record.trace
     own = parse_traceparent(stored.traceparent, stored.tracestate)
     return Span(own or parse_traceparent(stored.client_traceparent, stored.tracestate))
 
 
 class RequestTrace:
-    """`root` is the ancestor of all spans of the request; `stored` is the trace context for the request's record.
+    """The root span of a request, and its trace context for the request's record (`stored`).
 
-    Where this process exports no spans, `root` does not record, and propagates the trace context of the client.
+    If this process exports no spans, `root` is non-recording and propagates the client's trace context.
     """
 
     def __init__(self, root: Span = NO_SPAN, client: TraceContext | None = None) -> None:
@@ -49,7 +49,7 @@ class RequestTrace:
     def begin(cls) -> RequestTrace:
         """Start the trace of a new request, as a child of the client's span.
 
-        The root becomes the current span of the RPC, so that the RPC's metrics have the trace id as exemplar.
+        The root becomes the current span of the RPC, so that the RPC's metrics have the trace ID as exemplar.
         """
         parent = current_span()
         spans = tracer()
@@ -59,7 +59,10 @@ class RequestTrace:
 
     @classmethod
     def resume(cls, record: generation_pb2.RequestRecord) -> RequestTrace:
-        """Continue the trace of a request that another coordinator admitted. Starts one if that exported no spans."""
+        """Continue the trace of a request that another coordinator admitted.
+
+        Starts a new root span if that coordinator exported no spans.
+        """
         stored, spans = record.trace, tracer()
         client = parse_traceparent(stored.client_traceparent, stored.tracestate)
         own = parse_traceparent(stored.traceparent, stored.tracestate)
@@ -88,7 +91,7 @@ class RequestTrace:
         )
 
     def describe(self, record: generation_pb2.RequestRecord) -> None:
-        """Set the attributes of the root span: names and sizes, without text of the request."""
+        """Set the attributes of the root span: names and sizes, but no prompts."""
         parameters = record.parameters
         self.root.set(
             request_id=record.request_id,
@@ -103,7 +106,7 @@ class RequestTrace:
 
     @contextmanager
     def accepting(self) -> Iterator[None]:
-        """The span of validation and admission. A refusal ends the trace; a lost answer of the store does not."""
+        """The span of validation and admission. A refusal ends the trace; Unavailable does not."""
         try:
             with span("accept"):
                 yield
@@ -119,7 +122,7 @@ class RequestTrace:
         self.root.end()
 
     def replay(self, request_id: str) -> None:
-        """End the trace of a replayed request: the original request has its own trace."""
+        """End the trace of a replayed request, because the original request has its own trace."""
         self.root.set(replayed=request_id)
         self.root.end()
 

@@ -1,7 +1,8 @@
-"""The result of a request as a stream of items: each item is stored, with its event, before the next one is accepted.
+"""The result of a request as a stream of items.
 
-An item is delivered once its event is stored, which only the owner of the latest epoch can do. After a take-over, the
-coordinator reads the delivered items from the events, and skips them when they are computed again.
+Each item and its event are stored before the next item is accepted. An item is delivered when its event is stored. Only
+the owner of the latest epoch can store events. After a take-over, the coordinator reads the delivered items from the
+events, and skips them when workers recompute them.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ _log = get_logger(__name__)
 
 
 class ResultStream:
-    """Stores the items of one request's result, as ItemSink of the result's slot. Holds one item in memory.
+    """ItemSink that stores the items of one request's result. Holds one item in memory.
 
     A `raw` result is not stored: its bytes stay in memory for the caller of Generate, and its items have no events.
-    put() raises ResourceExhausted beyond `max_bytes` in total. Call close() before that of the EventWriter.
+    put() raises ResourceExhausted beyond `max_bytes` in total. Call close() before EventWriter.close().
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class ResultStream:
         return self._stored
 
     async def take(self, items: AsyncIterable[tuple[int, Packet]]) -> list[ResultFile]:
-        """Store all items of a stream, each with its index, and return the files. Raises as put() and files()."""
+        """Store all items of a stream and return the files. Raises the errors of put() and files()."""
         async for index, packet in items:
             await self.put(index, packet, packet.byte_size)
         return self.files()
@@ -75,11 +76,11 @@ class ResultStream:
         return bool(self._sizes)
 
     async def put(self, index: int, item: Packet, byte_size: int) -> None:
-        """Store the item with this index and its event; skips an item that was delivered before.
+        """Store the item with this index and its event. Skips an item that was delivered before.
 
-        Waits while the store is unavailable or full. Cancellation does not interrupt the write, so that the same item
-        may be put again. Raises ResourceExhausted beyond the bound, Aborted if the request has ended or continues
-        elsewhere, and InternalError for an item out of order.
+        Waits while the store is unavailable or full. Cancellation does not interrupt the write; the caller may then put
+        the same item again. Raises ResourceExhausted beyond `max_bytes`, Aborted if the request has ended or continues
+        at another coordinator, and InternalError for an item out of order.
         """
         del byte_size
         await self._settle()
@@ -97,13 +98,13 @@ class ResultStream:
         await self._settle()
 
     async def close(self) -> None:
-        """Stop storing. An item whose event is not stored is delivered with the request's end, or not at all."""
+        """Stop storing items. An event that is not yet stored is stored with the request's end, or not at all."""
         if self._storing is not None:
             self._storing.cancel()
             await asyncio.gather(self._storing, return_exceptions=True)
 
     def files(self) -> list[ResultFile]:
-        """The files of the complete result. Only files of a raw result contain bytes; others are stored already.
+        """The files of the complete result. Only files of a raw result contain bytes, because they are not stored.
 
         Raises InternalError for a missing file.
         """
@@ -118,7 +119,7 @@ class ResultStream:
             await asyncio.shield(self._storing)
 
     async def _load(self) -> None:
-        """Read the items that were delivered under earlier epochs, whose owners can no longer deliver any."""
+        """Read the items delivered under earlier epochs. The owners of these epochs can deliver no further items."""
         what = "read of delivered items"
         delivered = await retry_until_available(what, partial(self._store.delivered_items, self._request_id))
         await retry_until_available(what, partial(self._store.items.refresh, self._request_id, delivered))
@@ -156,7 +157,7 @@ class ResultStream:
         await self._events.add_stored(generation_pb2.Event(item=item))
 
     def _described(self, message: artifacts_pb2.MediaItem) -> generation_pb2.ResultItem:
-        """The item for its event. Raises InternalError for an item that does not match the items before it."""
+        """The message for the item's event. Raises InternalError for an item that contradicts earlier items."""
         count = message.file_count or 1
         before = self._headers.get(message.file_index)
         counts = {header.count for header in self._headers.values()} or {count}
@@ -195,7 +196,7 @@ class ResultStream:
 
 
 def _pieces_of(packet: Packet, message: artifacts_pb2.MediaItem) -> list[bytes | memoryview]:
-    """The bytes of an item, whose only tensor is its data."""
+    """The bytes of an item. The packet of an item has one tensor, the data."""
     paths = list(packet.chunks)
     return list(packet.payload(paths[0] if paths else "", message.data))
 
@@ -206,7 +207,7 @@ FILES = "files"
 
 @dataclass(frozen=True)
 class ResultRunner:
-    """The last runner of a pipeline with a streamed result: stores the stream in `slot`, and returns the files."""
+    """The last runner of a pipeline with a streamed result. Stores the stream in `slot` and returns the files."""
 
     slot: str
     result: ResultStream

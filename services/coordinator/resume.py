@@ -1,7 +1,7 @@
 """Resumes the denoising of a request from a step checkpoint after its worker or coordinator is lost.
 
-The newest step checkpoint is held in memory and saved to the store in the background. Only a worker with the same
-numerics fingerprint can use it, for the same inputs (verified by a digest): otherwise the result would differ.
+The newest step checkpoint is held in memory and saved to the store in the background. It is used only for the same
+inputs (verified by a digest) and on a worker with the same numerics fingerprint, because otherwise the result differs.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class StepCheckpointPacket:
-    """A step checkpoint as sent by a worker, and the origin that it is valid for."""
+    """A step checkpoint as sent by a worker, and its origin; see origin_of()."""
 
     origin: str
     packet: Packet = field(repr=False)
 
 
 def origin_of(numerics: str, values: Mapping[str, Packet]) -> str:
-    """Origin of a checkpoint: a digest of inputs and format and, after a dot, a digest of the numerics fingerprint.
+    """The origin of a step checkpoint: INPUTS.NUMERICS.
 
-    Messages contain the checksums of their tensors, so that the tensors need not be hashed.
+    INPUTS is a digest of the inputs and the step checkpoint format, NUMERICS a digest of the numerics fingerprint.
+    Hashes only messages, which contain the checksums of their tensors.
     """
     digest = hashlib.sha256(f"{STEP_CHECKPOINT_FORMAT}".encode())
     for slot in sorted(values):
@@ -54,7 +55,7 @@ def origin_of(numerics: str, values: Mapping[str, Packet]) -> str:
 
 
 class NewestStepCheckpoint:
-    """The newest step checkpoint of one request. With `inherited`, the store may contain one already."""
+    """The newest step checkpoint of one request. If `inherited`, it may be in the store, from an earlier epoch."""
 
     def __init__(self, leases: Leases, request_id: str, epoch: int, *, inherited: bool = False) -> None:
         self._leases = leases
@@ -67,7 +68,7 @@ class NewestStepCheckpoint:
         self._saving: asyncio.Task[None] | None = None
 
     def remember(self, origin: str, packet: Packet) -> None:
-        """Hold a new checkpoint, and save it in the background; while the store is slow, only the newest is saved."""
+        """Hold a new step checkpoint, and save it in the background. While the store is slow, saves only the newest."""
         self._latest = self._unsaved = StepCheckpointPacket(origin, packet)
         if self._saving is None or self._saving.done():
             self._saving = asyncio.create_task(self._save())
@@ -91,13 +92,13 @@ class NewestStepCheckpoint:
 
     @property
     def is_known(self) -> bool:
-        """Whether a worker has sent a checkpoint to this coordinator."""
+        """Whether a worker has sent a step checkpoint to this coordinator."""
         return self._latest is not None
 
     async def find(self, origin: str, slot: str, *, with_any_numerics: bool = False) -> Packet | None:
-        """The checkpoint to resume from, for the resume slot `slot`; None without a checkpoint of this origin.
+        """The newest step checkpoint, as value of `slot`; None if it has another origin, or none exists.
 
-        `with_any_numerics` also accepts a checkpoint of the same inputs from a worker with other numerics.
+        `with_any_numerics` also accepts a step checkpoint of the same inputs from a worker with other numerics.
         """
         if self._load and self._latest is None:
             self._latest = await self._loaded()
@@ -120,7 +121,7 @@ class NewestStepCheckpoint:
             return None
 
     async def settle(self) -> None:
-        """Wait until the newest checkpoint is stored, or its write has failed."""
+        """Wait until the newest step checkpoint is stored, or its write has failed."""
         if self._saving is not None:
             await asyncio.wait({self._saving})
 
@@ -132,12 +133,12 @@ class NewestStepCheckpoint:
 
 
 def step_of(packet: Packet) -> int:
-    """The step of a checkpoint."""
+    """The denoising step of a step checkpoint."""
     return cast(artifacts_pb2.DenoiseState, packet.message).step
 
 
 def _packet(state: bytes, frames: list[bytes]) -> Packet:
-    """Decode a stored checkpoint. Raises InvalidInput for an incomplete one."""
+    """Decode a stored step checkpoint. Raises InvalidInput for an incomplete one."""
     message = artifacts_pb2.DenoiseState.FromString(state)
     assembler = Assembler(described_tensors(STEP_CHECKPOINTS, message, CallLimits()), KeptFrames)
     for frame in frames:
@@ -151,10 +152,9 @@ def _packet(state: bytes, frames: list[bytes]) -> Packet:
 class Recovery:
     """The losses of one request, and its step checkpoint.
 
-    `has_emitted` is whether a reader has received items of the request's stream. The request then continues after them,
-    also on a worker with other numerics: delivered items are not computed again. A loss is undecided until the worker's
-    heartbeat expires. Meanwhile the request continues, unless it would fail with that loss as suspect.
-    loss were suspect.
+    `has_emitted`: a reader has received items of the request's stream. The request then resumes after these items, even
+    on a worker with other numerics. A loss is undecided until the worker reappears or its heartbeat expires. Meanwhile
+    the request continues, unless it would fail if the loss were suspect.
     """
 
     def __init__(self, leases: Leases, request_id: str, *, epoch: int = 1, ttl_seconds: float = TTL_SECONDS) -> None:
@@ -164,11 +164,11 @@ class Recovery:
         self._epoch = epoch
         self._ttl_seconds = ttl_seconds
         self.has_emitted = False
-        self._has_losses = epoch > 1  # An earlier owner may have recorded some.
+        self._has_losses = epoch > 1  # An earlier owner may have recorded losses.
         self._recorded = 0
 
     async def worker_lost(self, worker_id: str, service: str, stage: int) -> None:
-        """Record the loss of a call that had begun. Waits until the store is available: the count must be right.
+        """Record the loss of a call that had begun. Waits until the store is available, so that no loss is missed.
 
         `stage` is the index of the service among the services of the request.
         """
@@ -189,7 +189,7 @@ class Recovery:
         self._recorded += 1
 
     async def wait_until_claimable(self) -> bool:
-        """Wait until the request may be claimed; returns whether it must claim all slots of a worker.
+        """Wait until the request may claim a worker slot. Returns whether it must claim all slots of a worker.
 
         Raises InternalError if the request repeatedly loses its workers.
         """

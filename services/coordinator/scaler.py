@@ -30,7 +30,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class ScaleTarget:
-    """The target in a trigger's metadata. `seconds` is the value of the metric per replica."""
+    """The target in a trigger's metadata. `seconds` is the target value of the metric per replica."""
 
     model: str
     stage: str
@@ -58,7 +58,7 @@ class ScalerService:
         return pb.IsActiveResponse(result=(await self._loads.activity(target.model, target.stage)).is_active)
 
     async def stream_is_active(self, request: pb.ScaledObjectRef) -> AsyncGenerator[pb.IsActiveResponse, None]:
-        """Stream the activity at once and after each change. While the store is unavailable, nothing is sent.
+        """Stream the current activity, then each change. Sends nothing while the store is unavailable.
 
         A stage that was needed only between two reads is reported as active, then as inactive.
         """
@@ -81,12 +81,12 @@ class ScalerService:
         return _spec(self._target(request.scalerMetadata))
 
     async def stream_metric_spec(self, request: pb.ScaledObjectRef) -> AsyncGenerator[pb.GetMetricSpecResponse, None]:
-        """Send the metric of the target once, and then only hold the stream open: the metric never changes."""
+        """Send the metric of the target once, then hold the stream open, because the metric never changes."""
         yield _spec(self._target(request.scalerMetadata))
         await asyncio.Event().wait()
 
     async def get_metrics(self, request: pb.GetMetricsRequest) -> pb.GetMetricsResponse:
-        """The current value of the target's metric. KEDA may prefix the metric's name, which is not verified."""
+        """The current value of the target's metric. The requested name is not verified, because KEDA may prefix it."""
         target = self._target(request.scaledObjectRef.scalerMetadata)
         value = _METRICS[target.metric](await self._loads.read(target.model, target.stage), target.seconds)
         return pb.GetMetricsResponse(

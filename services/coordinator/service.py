@@ -1,4 +1,4 @@
-"""GenerationService, the public API, independent of transport: messages in, messages out, FleetErrors."""
+"""GenerationService, the public API, without transport. Takes and returns messages; raises FleetErrors."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ _CANCEL_AGAIN_SECONDS = 0.05
 _MAX_KEY = 128
 _MAX_PRIORITY = 100
 _MOST_GROUPS = 1_000
-"""Worker groups per service in a response of ListModels."""
+"""Maximum worker groups per service in a response of ListModels."""
 
 _MOST_INCOMPATIBLE = 1_000
-"""Incompatible workers per service in a response of ListModels."""
+"""Maximum incompatible workers per service in a response of ListModels."""
 
 _REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _LAST_SECOND = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp())
@@ -125,7 +125,7 @@ class GenerationService:
         }
 
     def close(self) -> None:
-        """End streams of requests that run elsewhere: their callers can continue at another coordinator."""
+        """End streams of requests that run at other coordinators, where their callers can continue."""
         self._closing.set()
 
     async def submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
@@ -195,7 +195,7 @@ class GenerationService:
                 yield stored
 
     async def _rest(self, request_id: str, execution: Execution | None, download: Download) -> AsyncIterator[Part]:
-        """The rest of a successful result: from memory if it was computed here completely, else from the store."""
+        """The remaining parts of a successful result: from memory if all are there, else from the store."""
         files = None if execution is None else execution.files
         if files is not None and not any(file.header.num_items for file in files):
             for part in parts_in_memory(files):
@@ -214,7 +214,7 @@ class GenerationService:
                 yield pb.WatchResponse(event=event)
 
     async def _until_closing(self, request_id: str, events: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """Yield the events of a request, until this coordinator closes while the request runs elsewhere."""
+        """Yield the events of a request. Raises Unavailable after close() if it runs at another coordinator."""
         closing = asyncio.create_task(self._closing.wait())
         upcoming: asyncio.Future[T | None] = asyncio.get_running_loop().create_future()
         try:
@@ -238,7 +238,7 @@ class GenerationService:
     async def download_result(
         self, request: pb.DownloadResultRequest
     ) -> AsyncGenerator[pb.DownloadResultResponse, None]:
-        """DownloadResult: stream the files; with `follow`, also while they grow."""
+        """DownloadResult: stream the files. With `follow`, also streams growing files."""
         record = await self._own(request.request_id)
         download = Download(
             self._store, record.request_id, request.index if request.HasField("index") else None, request.offset
@@ -257,7 +257,7 @@ class GenerationService:
             yield download_response(part, follow=request.follow)
 
     async def get_request(self, request: pb.GetRequestRequest) -> pb.GetRequestResponse:
-        """GetRequest: return the record of a request, and its timeline on demand."""
+        """GetRequest: return the record of a request, with its timeline if `with_timeline` is set."""
         record = await self._own(request.request_id)
         timeline = await self._store.timelines.read(record.request_id) if request.with_timeline else ()
         return pb.GetRequestResponse(request=record, timeline=timeline)
@@ -338,7 +338,7 @@ class GenerationService:
     def _validated(self, request: pb.SubmitRequest, trace: RequestTrace, variant: str = "") -> Submission:
         """Validate a request as far as possible without weights, and set its defaults.
 
-        Its inputs select the variant, unless `variant` names that of an earlier admission.
+        The inputs select the variant, unless `variant` names the variant of an earlier admission.
         """
         caller = current_caller()
         model = self._chosen(request.model)
@@ -376,7 +376,7 @@ class GenerationService:
         """Restore a request that another coordinator admitted. Raises FleetError if it cannot run here."""
         trace = RequestTrace.resume(record)
         submission = self._validated(pb.SubmitRequest.FromString(stored), trace, record.variant)
-        record.variant = submission.record.variant  # A coordinator of an earlier version recorded no variant.
+        record.variant = submission.record.variant  # Coordinators of earlier versions record no variant.
         return replace(submission, record=record, stored=stored)
 
     def _checked_id(self, request_id: str) -> str:
@@ -419,7 +419,7 @@ def _service_status(
 
 
 def _stored(request: pb.SubmitRequest, record: pb.RequestRecord) -> bytes:
-    """The request as submitted, with images, and with the seed that was drawn."""
+    """The serialized submission for a take-over: model, parameters with images, and the drawn seed."""
     stored = pb.SubmitRequest(model=record.model, parameters=request.parameters)
     stored.parameters.seed = record.parameters.seed
     return stored.SerializeToString()
@@ -432,7 +432,7 @@ def _distinct(packages: Iterable[worker_pb2.KernelPackage]) -> list[worker_pb2.K
 
 
 def _check_envelope(request: pb.SubmitRequest) -> None:
-    """Check the fields of a request besides its parameters. Raises InvalidInput."""
+    """Check idempotency key, priority and deadline of a request. Raises InvalidInput."""
     if len(request.idempotency_key) > _MAX_KEY:
         raise InvalidInput(
             f"idempotency_key has {len(request.idempotency_key)} characters, more than {_MAX_KEY}",

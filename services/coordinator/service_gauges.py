@@ -43,7 +43,7 @@ _COUNTED = (
 
 
 def create_series(model: str, services: Iterable[str]) -> None:
-    """Create all series of a model with zeros: PromQL's increase() misses the event that creates a series."""
+    """Create all series of a model with zeros. PromQL's increase() misses an event that creates its series."""
     for state in filter(is_terminal, State.values()):
         name = state_label(state)
         REQUESTS.labels(model, name)

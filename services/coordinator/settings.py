@@ -153,6 +153,6 @@ class CoordinatorSettings(StoreSettings, TlsSettings):
         )
 
     def limits(self, services: tuple[str, ...], max_open_of_caller: int | None = None) -> AdmissionLimits:
-        """Limits on open and waiting requests of a model with these services, and of one caller."""
+        """Admission limits for a model with these services and a caller. `max_open_of_caller` None: the setting."""
         theirs = self.max_open_of_caller if max_open_of_caller is None else max_open_of_caller
         return AdmissionLimits(services, self.max_open_requests, self.queue_limit, theirs, self.queue_seconds)

@@ -1,4 +1,4 @@
-"""Log lines of request states: one per change, from the coordinator that made the change."""
+"""Log lines of request states: one per state change, from the coordinator that stores the change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Polls the store while the coordinator runs: free memory for new requests, and repaired damage."""
+"""Polls the store for free memory and for repairs of damaged entries, while the coordinator runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from common.state.redis_client import Redis
 from common.state.store_server import StoreMemory, read_repairs, repair_kinds
 
 SUBMIT_HEALTH = "fleet.v1.GenerationService/Submit"
-"""Health-check name of Submit: NOT_SERVING while the store is full, when all other RPCs still work."""
+"""Health-check name of Submit: NOT_SERVING while the store is full. All other RPCs still work then."""
 
 _log = get_logger(__name__)
 
@@ -38,7 +38,7 @@ class StoreWatch:
         await self._report_repairs()
 
     async def _report_repairs(self) -> None:
-        """Report repairs. Repairs before the first poll are exported, but not logged as new."""
+        """Export all repairs as metrics, and log the repairs since the previous poll."""
         repairs = await read_repairs(self._redis)
         known = repairs if self._repairs is None else self._repairs
         for kind in repair_kinds():

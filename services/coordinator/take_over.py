@@ -1,4 +1,4 @@
-"""Acquires requests without an answer to their admission: settled and inherited requests."""
+"""Acquires requests after a lost reply to their admission (settle), or after a take-over (inherit)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Restore: TypeAlias = Callable[[generation_pb2.RequestRecord, bytes], Submission]
 
 
 async def settle(execution: Execution, submission: Submission, store: RequestStore) -> Acquired | None:
-    """Find out whether a request was admitted although the answer was lost; None if it was not.
+    """Check whether a request was admitted although the reply was lost; None if it was not admitted.
 
-    A request with an idempotency key runs, because its caller can ask for it again. Other requests are cancelled.
+    A request with an idempotency key runs, because its caller can retry with the key. Other requests are cancelled.
     """
     execution.phase = Phase.SETTLING
     request_id = execution.request_id
@@ -51,10 +51,9 @@ async def inherit(
     restore: Restore,
     store: RequestStore,
 ) -> Acquired | None:
-    """Continue a request after a take-over.
+    """Continue a request after a take-over; None if it cannot run here, in which case it ends as FAILED.
 
-    Waits for the end of its executions under earlier epochs (`formers`). Returns None for a request that cannot
-    run here, which ends as FAILED.
+    Waits until its executions under earlier epochs (`formers`) have ended.
     """
     try:
         await _end(formers)
@@ -83,7 +82,7 @@ def _restored(inherited: Inherited, restore: Restore) -> Submission:
 
 
 async def _end(formers: Sequence[Execution]) -> None:
-    """Stop the executions under earlier epochs, whose results no longer count."""
+    """Cancel the executions under earlier epochs, whose results the store refuses, and wait for their end."""
     for former in formers:
         former.cancel()
     if formers:

@@ -1,8 +1,8 @@
 """Authentication by JSON Web Tokens (RFC 7519), verified with the keys of the operator's issuer.
 
-Each key is bound to one algorithm when the keys are read, by the kind of key (and, in a JWK Set, its `alg`). A token
-only selects a key, by `kid`. So no key accepts a token with alg "none" or with a public key as HMAC secret (RFC 8725,
-sections 2.1 and 3.1). Keys are read from files; nothing is fetched over the network.
+The kind of a key (and its `alg` in a JWK Set) determines the only algorithm that the key verifies. A token can select a
+key by `kid`, but no algorithm. Tokens with alg "none", and tokens with a public key as HMAC secret, are therefore
+refused (RFC 8725, sections 2.1 and 3.1). Keys are read from files, never over the network.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class VerificationKey:
-    """A key, the one algorithm that it may verify, and its `kid`; empty without one."""
+    """A key, the only algorithm that it verifies, and its `kid` (empty for a key without `kid`)."""
 
     key: PublicKey | bytes
     algorithm: str
@@ -51,10 +51,7 @@ class VerificationKey:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRules:
-    """Required audience and issuer of tokens, and the claim with the caller's name.
-
-    Clocks may differ by `leeway_seconds`.
-    """
+    """Required audience and issuer of tokens, claim with the caller's name, tolerated clock skew."""
 
     audience: str
     issuer: str
@@ -96,7 +93,10 @@ class TokenVerifier:
         raise Unauthenticated("the token is not signed by an accepted key")
 
     def _candidates(self, token: str) -> list[VerificationKey]:
-        """The keys that may have signed a token: keys with its `kid`, and keys without one."""
+        """The keys that may have signed a token: keys with its `kid` and keys without `kid`.
+
+        For a token without `kid`, all keys.
+        """
         try:
             key_id = jwt.get_unverified_header(token).get("kid")
         except (jwt.InvalidTokenError, ValueError):
@@ -104,7 +104,10 @@ class TokenVerifier:
         return [key for key in self._keys if not key_id or key.key_id in ("", key_id)]
 
     def _decoded(self, token: str, key: VerificationKey) -> dict[str, Any]:
-        """The claims of a token signed by this key. Reports other errors only after a valid signature."""
+        """The claims of a token signed by this key.
+
+        Raises Unauthenticated for an invalid claim, which is checked only after the signature.
+        """
         try:
             return jwt.decode(
                 token,
@@ -198,7 +201,7 @@ def _from_jwk_set(path: Path, data: bytes) -> list[VerificationKey]:
 
 
 def _verifies(path: Path, member: dict[str, Any]) -> bool:
-    """Whether a key is for signatures: the JWK Sets of identity providers also contain encryption keys."""
+    """Whether a key is for signatures. JWK Sets of identity providers also contain encryption keys."""
     if member.get("use", "sig") == "sig":
         return True
     _log.info("jwt_keys: key ignored, it is not for signatures", file=path, use=repr(member["use"])[:40])
@@ -214,7 +217,7 @@ def _from_jwk(path: Path, member: dict[str, Any]) -> VerificationKey:
     if "d" in member:
         raise _wrong(path, f"contains the private key {key_id[:64]!r}; only public keys work")
     try:
-        # Removed because PyJWT would trust the key's alg, even "none".
+        # Without `alg`, because PyJWT trusts it, even "none".
         key = jwt.PyJWK({name: value for name, value in member.items() if name != "alg"}).key
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError, UnsupportedAlgorithm):
         raise _wrong(path, f"contains the key {key_id[:64]!r}, which is unreadable or of an unsupported kind") from None

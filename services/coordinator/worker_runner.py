@@ -1,4 +1,4 @@
-"""Runs a service of a model on a worker with a free slot, and on another worker when that one is lost.
+"""Runs a service of a model on a worker with a free slot, and retries on another worker after a loss.
 
 The store chooses the worker: `dispatch` in common/state/lua/worker_slots.lua.
 """
@@ -47,7 +47,7 @@ from services.coordinator.state_lines import log_resumed
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 1.0
 _CLOSING_SECONDS = 3_600.0
-"""Grace time of a dropped channel, in which a worker that is shutting down finishes its calls."""
+"""Grace time of a dropped channel, so that a worker that is shutting down can finish its calls."""
 
 
 _log = get_logger(__name__)
@@ -56,7 +56,7 @@ _log = get_logger(__name__)
 class Connections:
     """Cached channels to workers.
 
-    A channel is replaced after a lost call or hand-over, and all channels when the TLS files change.
+    A channel is replaced after a lost call or hand-over. All channels are replaced when the TLS files change.
     """
 
     def __init__(self, limits: CallLimits, access: WorkerAccess | None = None) -> None:
@@ -138,19 +138,19 @@ class Workers:
 
 @dataclass
 class _Attempt:
-    """A call to one worker. `begun` is whether its stages have started; `on_begin` is called when they do.
+    """A call to one worker. `on_begin` is called when its stages start, and `begun` is then True.
 
-    Workers of earlier versions send no Begun frame. For them, `on_begin` is called at the start of the call, and a lost
-    call counts as begun if the worker may have received it.
+    Workers of earlier versions send no Begun frame. For these workers, `on_begin` is called at the start of the call,
+    and a lost call counts as begun if the worker may have received it.
     """
 
     worker_slot: WorkerSlot
     on_begin: Callable[[], None]
     begun: bool = False
     steps_before: int = 0
-    """The step of the checkpoint from which the worker resumes."""
+    """The step of the step checkpoint from which the worker resumes."""
     steps_after: int = 0
-    """The step of the newest checkpoint sent by the worker."""
+    """The step of the newest step checkpoint that the worker has sent."""
     computed: Computed | None = None
     span: Span = NO_SPAN
     since: float = field(default_factory=time.monotonic)
@@ -160,7 +160,7 @@ class _Attempt:
             self.on_begin()
 
     def begin(self) -> None:
-        """The worker has started the stages, or has replied from its cache."""
+        """Record that the worker has started the stages, or has replied from its cache."""
         if not self.begun:
             self.span.event("begun")
             if self.worker_slot.worker.reports_begun:
@@ -172,7 +172,7 @@ class _Attempt:
         self.computed = Computed(seconds, self.steps_before)
 
     def hand_over(self) -> None:
-        """After a hand-over, attribute the compute seconds to the steps up to the last checkpoint."""
+        """Attribute the compute seconds of a handed-over call to the steps up to its last step checkpoint."""
         if self.computed is not None:
             self.computed = replace(self.computed, steps_after=self.steps_after)
 
@@ -209,7 +209,7 @@ class _StepCheckpoints:
     labels: _MetricLabels
 
     async def put(self, index: int, item: Packet, byte_size: int) -> None:
-        """Receive a checkpoint."""
+        """Receive a step checkpoint."""
         del index
         STEP_CHECKPOINTS_RECEIVED.labels(*self.labels).inc()
         STEP_CHECKPOINT_BYTES.labels(*self.labels).inc(byte_size)
@@ -220,7 +220,7 @@ class _StepCheckpoints:
 
 @dataclass(frozen=True)
 class _WorkerItems:
-    """Passes the items of a worker's stream to their sink, once the checkpoint before them is stored."""
+    """Forwards each item of a worker's stream to `sink`, after the preceding step checkpoint is stored."""
 
     slot: str
     sink: ItemSink
@@ -229,7 +229,7 @@ class _WorkerItems:
     span: Span
 
     async def put(self, index: int, item: Packet, byte_size: int) -> None:
-        """Pass on an item. Raises ResourceExhausted, with the slot as field, beyond the bound on artifacts."""
+        """Forward an item. Raises ResourceExhausted, with the slot as field, if artifacts exceed their memory bound."""
         await self.recovery.step_checkpoint.settle()
         try:
             self.memory.hold([item])
@@ -243,11 +243,11 @@ class _WorkerItems:
 class WorkerRunner:
     """One service of a model for one request: a Runner whose values are packets.
 
-    A worker receives the values in its own contract, because its release may differ from this coordinator's. `stage` is
-    the index of the service in the request. `on_begin` is called each time a worker begins. `tokens` is the work of one
-    step, for the worker's metrics. A lost worker is avoided for a while by this coordinator, and a full worker is tried
-    again later. Raises Unavailable when no worker was reachable for `patience_seconds`, and InternalError for a request
-    that repeatedly loses its workers.
+    A worker receives only the values in its announced contract, because its release may differ from this coordinator's.
+    `stage` is the index of the service in the request. `on_begin` is called each time a worker begins. `tokens` is the
+    work of one step, for the worker's metrics. After a loss, this coordinator avoids the worker for a while; a full
+    worker is retried with backoff. Raises Unavailable when no worker was reachable for `patience_seconds`, and
+    InternalError for a request that repeatedly loses its workers.
     """
 
     def __init__(
@@ -279,11 +279,11 @@ class WorkerRunner:
 
     @property
     def contract(self) -> Contract:
-        """The combined inputs of the service's stages, and their outputs for other services or as result."""
+        """The combined inputs of the service's stages, and the outputs that other services or the result need."""
         return self._spec.contract
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
-        """Claim a worker, run there, release its slot. After a loss, another worker reads streams from the start."""
+        """Claim a worker slot, run the service, release the slot. A retry reads input streams from the start."""
         with log_scope(stage=self._spec.service):
             return await self._run_until_done(values, call)
 
@@ -325,7 +325,7 @@ class WorkerRunner:
 
     @contextmanager
     def _attempt_span(self, attempt: _Attempt) -> Iterator[None]:
-        """The span of a call to a worker. On failure, its status is the class of the error."""
+        """Trace a call to a worker as a span. The status of a failed call is the class of the error."""
         worker, service = attempt.worker_slot.worker, self._spec.service
         _log.debug("attempt started", **_worker_of(attempt))
         with span(
@@ -340,7 +340,7 @@ class WorkerRunner:
         _log.debug("attempt finished", seconds=attempt.seconds, **_worker_of(attempt))
 
     async def _run(self, attempt: _Attempt, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
-        """Run on one worker. Resumes from a step checkpoint where that yields the same bytes."""
+        """Run on one worker. Resumes from a step checkpoint if this does not change the result."""
         worker = attempt.worker_slot.worker
         announced = self._contract_of(worker)
         values = {slot: value for slot, value in values.items() if slot in announced.inputs}
@@ -367,12 +367,15 @@ class WorkerRunner:
         return await runner(values, replace(call, sinks={**sinks, STEP_CHECKPOINTS: checkpoints}))
 
     def _contract_of(self, worker: worker_pb2.WorkerInfo) -> Contract:
-        """The contract that a worker announced; without one, that of this coordinator's release."""
+        """The contract that a worker announced, else the contract of this coordinator's release."""
         announced = contract_of(worker, self._wiring.variant) if worker.HasField("contract") else None
         return announced or self._spec.contract
 
     async def _claim(self, call: Call, left: worker_pb2.WorkerInfo | None) -> WorkerSlot:
-        """Claim a slot. Waits without a timeout, also for the store. `left` is the worker that handed the call over."""
+        """Wait for a worker slot, and for the store. `left` is the worker that handed the call over, if any.
+
+        Raises Unavailable after `patience_seconds` without a compatible live worker.
+        """
         resumes = self._spec.resume_slot is not None and self._recovery.step_checkpoint.is_known
         service = self._spec.service
         with span(f"queue {service}", service=service) as waiting:
@@ -402,7 +405,7 @@ class WorkerRunner:
             call.warn("", f"no worker of {self._spec.service} {what}; the request waits")
 
     def _handed_over(self, attempt: _Attempt, error: HandedOver) -> None:
-        """After a hand-over by a worker that shuts down, continue at once. The call does not count as lost."""
+        """Record a hand-over by a worker that shuts down. The call does not count as lost, and is retried at once."""
         worker = attempt.worker_slot.worker
         _log.info("attempt handed over", **_worker_of(attempt), reason=error)
         HANDED_OVER_CALLS.labels(*self._labels).inc()
@@ -412,9 +415,10 @@ class WorkerRunner:
         self._unreached_since = None
 
     async def _lost(self, attempt: _Attempt, error: FleetError) -> None:
-        """After a lost call, avoid the worker for a while. A call that had begun counts unless the worker reappears.
+        """Record a lost call, and avoid the worker for a while.
 
-        Raises Unavailable when no worker was reachable for `patience_seconds`.
+        A call that had begun counts against the request, unless the worker reappears. Raises Unavailable when no worker
+        was reachable for `patience_seconds`.
         """
         worker, service = attempt.worker_slot.worker, self._spec.service
         _log.warning("attempt lost", **_worker_of(attempt), begun=attempt.begun, error=error)

@@ -39,7 +39,7 @@ def _run(model: ServedModel, settings: DenoisingSettings, flags: Sequence[str]) 
     if place is not None:
         return run_rank(model, settings, place, warm_up)
     check_private_api(ELASTIC)
-    # This import fails with a torch version that does not have ELASTIC.
+    # Imported after the check, because this import fails with a torch version without the API in ELASTIC.
     from services.denoising.launcher import launch
 
     return launch(settings, flags)

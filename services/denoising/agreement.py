@@ -1,10 +1,10 @@
-"""Keeps the ranks of a group in step: rank 0 decides when a call stops, and sends each decision to the followers.
+"""Stops a call at the same point on all ranks: rank 0 decides, and sends each answer to the followers.
 
 A stage asks its Call whether to continue at each step, at each emitted item, and in between. All ranks run the same
-code on equal inputs, so that they ask equally often, and rank 0's answer to the n-th question holds on every rank. A
-rank that stopped by its own clock or event would leave the others waiting in a collective. An answer costs rank 0 one
-small send per follower. A follower waits only while rank 0 is behind; no answer synchronizes with the device.
-behind them: the device is not asked.
+code on equal inputs, so that rank 0's answer to the n-th question is also the answer to the n-th question of each
+follower. If each rank decided by its own clock, a rank could stop while the other ranks wait for it in a collective. An
+answer costs rank 0 one small send per follower. A follower waits only if rank 0 has not asked yet. No answer
+synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from common.errors import Cancelled, DeadlineExceeded, FleetError
 from common.stage import STEP_CHECKPOINTS, Call
 
 CONTINUE = b""
-"""The answer to continue; other answers are outcome() of the error that ends the stage, or HAND_OVER."""
+"""The answer to continue. Other answers are HAND_OVER, and outcome() of the error that ends the stage."""
 
 HAND_OVER = b"hand over"
 """The answer to must_hand_over() that ends a stage at the current step boundary."""
@@ -26,12 +26,12 @@ _STOPS: dict[str, type[FleetError]] = {kind.__name__: kind for kind in (Cancelle
 
 
 def outcome(error: FleetError) -> bytes:
-    """An error in a form that ranks can compare: kind and message."""
+    """Encode the class and message of an error, so that ranks can compare errors."""
     return f"{type(error).__name__}\n{error.message}".encode()
 
 
 def stop_of(answer: bytes) -> FleetError:
-    """The error in an answer. Raises ValueError for an error that rank 0 does not send."""
+    """Decode the error in an answer. Raises ValueError for an error that rank 0 never sends."""
     kind, _, message = answer.decode().partition("\n")
     if kind not in _STOPS:
         raise ValueError(f"{kind!r} does not stop a call")
@@ -40,12 +40,12 @@ def stop_of(answer: bytes) -> FleetError:
 
 @dataclass(frozen=True)
 class LeadingCall(Call):
-    """Rank 0's call: decides by cancellation and deadline, and sends each answer before acting on it."""
+    """The call of rank 0. Decides by cancellation, deadline and hand-over, and sends each answer to the followers."""
 
     send: Callable[[bytes], None] = field(kw_only=True)
 
     def check_cancelled(self) -> None:
-        """Raise as Call does, on all ranks."""
+        """Raise Cancelled or DeadlineExceeded on all ranks if the call must stop."""
         try:
             super().check_cancelled()
         except (Cancelled, DeadlineExceeded) as error:
@@ -54,9 +54,9 @@ class LeadingCall(Call):
         self.send(CONTINUE)
 
     def emit(self, slot: str, artifact: Any, index: int | None = None) -> None:
-        """Emit an item, or raise as Call does, on all ranks: a slow reader blocks rank 0 until the call is cancelled.
+        """Emit an item. If a slow reader blocks rank 0 until cancellation or deadline, all ranks raise the error.
 
-        Step checkpoints never block, and ranks with different clocks send them at different steps.
+        Sends no answer for step checkpoints, which never block, and which followers do not emit at the same steps.
         """
         if slot == STEP_CHECKPOINTS:
             super().emit(slot, artifact, index)
@@ -69,7 +69,7 @@ class LeadingCall(Call):
         self.send(CONTINUE)
 
     def must_hand_over(self) -> bool:
-        """Decide for all ranks."""
+        """Decide for all ranks whether to hand over at this step boundary."""
         decided = super().must_hand_over()
         self.send(HAND_OVER if decided else CONTINUE)
         return decided
@@ -77,21 +77,21 @@ class LeadingCall(Call):
 
 @dataclass(frozen=True)
 class FollowingCall(Call):
-    """A follower's call: continues and stops with rank 0, and discards progress and items."""
+    """The call of a follower: stops when rank 0 stops, and discards progress and items."""
 
     ask: Callable[[], bytes] = field(kw_only=True)
 
     def check_cancelled(self) -> None:
-        """Wait for rank 0's answer, and raise its error if it has one."""
+        """Wait for rank 0's answer. Raises the error in the answer, if any."""
         if answer := self.ask():
             raise stop_of(answer)
 
     def emit(self, slot: str, artifact: Any, index: int | None = None) -> None:
-        """Wait until rank 0 has emitted the item, or raise its error. Only rank 0 sends step checkpoints."""
+        """Wait until rank 0 has emitted the item. Raises rank 0's error. Ignores step checkpoints."""
         del artifact, index
         if slot != STEP_CHECKPOINTS:
             self.check_cancelled()
 
     def must_hand_over(self) -> bool:
-        """Wait for rank 0's answer."""
+        """Wait for rank 0's answer. Returns whether it is HAND_OVER."""
         return self.ask() == HAND_OVER

@@ -33,12 +33,12 @@ class CallHeader(NamedTuple):
 
     @classmethod
     def decoded(cls, payload: bytes) -> Self:
-        """Decode a payload. Replaces invalid UTF-8, because names are used only in logs."""
+        """Decode a payload. Escapes invalid UTF-8 instead of failing."""
         return cls(*payload.decode(errors="backslashreplace").split("\n")[: len(cls._fields)])
 
     @contextmanager
     def scope(self, stage: str) -> Iterator[None]:
-        """Set the log and trace context of the call, as on rank 0."""
+        """Set the same log and trace context as on rank 0 while the call runs."""
         attempt = int(self.attempt) if self.attempt.isascii() and self.attempt.isdecimal() else 0
         trace = parse_traceparent(self.traceparent)
         with (

@@ -1,4 +1,4 @@
-"""Compares, before weights are loaded, the facts of all ranks that determine the bytes of a result."""
+"""Compares the facts of all ranks that determine the bytes of a result, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_NAMED = 4
 
 
 def facts_of(settings: DenoisingSettings, device: torch.device) -> list[str]:
-    """Facts of this rank, after kernel packages have been tried: packages, torch, device, numerics fingerprint."""
+    """Facts of this rank: kernel packages, torch, device, numerics fingerprint. Call it after the kernel trials."""
     dtype = dtype_of(settings.dtype, device)
     fingerprint = numerics_fingerprint(
         device, dtype, settings.degrees, settings.approximation, plugins=settings.plugins
@@ -30,9 +30,9 @@ def facts_of(settings: DenoisingSettings, device: torch.device) -> list[str]:
 
 
 def compare_facts(links: Sequence[Link], facts: Sequence[str], seconds: float) -> None:
-    """Exchange facts with every peer; all ranks call it. Raises FailedPrecondition for different facts.
+    """Exchange facts with every peer. All ranks call it.
 
-    Raises OutOfStep when a peer exits, or does not send its facts in time.
+    Raises FailedPrecondition for different facts, OutOfStep if a peer exits or sends no facts within `seconds`.
     """
     for link in links:
         link.send(Kind.FACTS, "\n".join(facts).encode())
@@ -47,5 +47,5 @@ def compare_facts(links: Sequence[Link], facts: Sequence[str], seconds: float) -
 
 
 def _without(facts: Sequence[str], others: Sequence[str]) -> str:
-    """Facts missing in the others, on one line."""
+    """The facts that are not in `others`, on one line."""
     return ", ".join([fact for fact in facts if fact not in others][:_MOST_NAMED]) or "nothing else"

@@ -1,4 +1,4 @@
-"""A follower of a worker group: waits for calls of rank 0 without polling, and runs them in step with it."""
+"""A follower of a worker group, which receives calls from rank 0 and runs them in step with rank 0."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Follower:
         self._pool = BufferPool()
 
     def follow(self) -> None:
-        """Run calls until END. Raises OutOfStep when this rank and rank 0 are no longer in step."""
+        """Run calls until END. Raises OutOfStep if this rank and rank 0 are no longer in step."""
         while True:
             kind, called = self._link.receive(Kind.CALL, Kind.END)
             if kind is Kind.END:
@@ -66,7 +66,7 @@ class Follower:
         compare(self._link, reply)
 
     def _compute(self, values: Mapping[str, Any], call: FollowingCall) -> None:
-        """Run the stages. Rank 0 sends the outputs; here they are discarded."""
+        """Run the stages and discard the outputs, because rank 0 sends them."""
         self._stages.run(values, call)
 
     def _ask(self) -> bytes:
@@ -85,6 +85,6 @@ class Follower:
         return self._unpacked(split_packets(header, chunks.finish()))
 
     def _unpacked(self, packets: dict[str, Packet]) -> dict[str, Any]:
-        """Unpack and remove packets, so that only the tensors hold references to the buffers."""
+        """Unpack packets and remove them from the dict, so that only the tensors reference the buffers."""
         kinds = self._stages.contract.inputs
         return {slot: unpack(slot, artifact_class(kinds[slot]), packets.pop(slot), TORCH) for slot in list(packets)}

@@ -1,4 +1,4 @@
-"""Rank 0 of a worker group: every call of the server runs on all ranks together."""
+"""Rank 0 of a worker group, which runs every call of its server on all ranks together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from services.denoising.call_header import CallHeader
 from services.denoising.messages import Kind, Link, OutOfStep
 
 SETTLE_SECONDS = 30.0
-"""Maximum time between the ends of one call on two ranks. Ranks compute in step, so that more means a hang."""
+"""Maximum time between the ends of one call on two ranks. A longer time is a hang, because ranks compute in step."""
 
 _log = get_logger(__name__)
 
@@ -28,8 +28,8 @@ _log = get_logger(__name__)
 class LeadingStages:
     """Stages that this rank runs together with followers, with the same interface as other stages.
 
-    An error that all ranks raise, such as InvalidInput, is the result of the call. Any difference between ranks leaves
-    them out of step, which cannot be repaired: `abandon` is called, and does not return.
+    An error that all ranks raise, such as InvalidInput, is the result of the call. If ranks differ, they are out of
+    step, which only a restart repairs: `abandon` is called, and does not return.
     """
 
     def __init__(self, service: str, stages: Stages, links: Sequence[Link], abandon: Callable[[str], NoReturn]) -> None:
@@ -48,7 +48,7 @@ class LeadingStages:
         return self._stages.contract_of(variant)
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Run the stages on all ranks: artifacts by slot. Raises the errors that all ranks raise."""
+        """Run the stages on all ranks, and return artifacts by slot. Raises the errors that all ranks raise."""
         leading = LeadingCall(
             request_id=call.request_id,
             on_progress=call.on_progress,
@@ -81,7 +81,7 @@ class LeadingStages:
             raise OutOfStep(f"rank 0 raised {type(error).__name__}: {error}") from error
 
     def _hand_out(self, call: Call, values: Mapping[str, Any]) -> None:
-        """Send the inputs to every follower, in the same frames as from a coordinator."""
+        """Send the inputs to every follower, in the frames that a coordinator sends."""
         self._send(Kind.CALL, CallHeader.of(call).encoded())
         for frame in self._frames(values):
             self._send(Kind.INPUT, frame)
@@ -107,7 +107,7 @@ class LeadingStages:
 
 
 def compare(link: Link, own: bytes) -> None:
-    """Compare the outcome with a peer's. Raises OutOfStep if it differs, or does not arrive in time."""
+    """Compare the outcome of a call with a peer's. Raises OutOfStep if they differ, or after SETTLE_SECONDS."""
     _, theirs = link.receive(Kind.OUTCOME, seconds=SETTLE_SECONDS)
     if theirs != own:
         raise OutOfStep(f"a call ended with {_text(theirs)} on rank {link.peer}, but with {_text(own)} on this rank")

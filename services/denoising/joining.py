@@ -1,8 +1,8 @@
-"""Connects the ranks of a worker group: their places, which the agent sets, and two connections per follower.
+"""Connects rank 0 of a worker group with each follower.
 
 Rank 0 listens, and publishes its address in the agents' store. Each follower opens two connections, for control
-(services.denoising.messages) and for heartbeats (services.denoising.liveness), and authenticates with the group's
-token, which the agents create for each start.
+(services.denoising.messages) and for heartbeats (services.denoising.liveness). It authenticates with the group's token,
+which the agent of node 0 creates for each start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from common.errors import Unavailable
 from services.denoising.messages import read_exactly
 
 GROUP_TOKEN = "DIFFUSION_FLEET_GROUP_TOKEN"
-"""Environment variable with the group's token: it makes a process a rank. Every start of the group has a new token."""
+"""Environment variable with the token of this start of the group. A process with this variable is a rank."""
 
 _ADDRESS_KEY = "rank0"
 _HELLO = struct.Struct(">32sBI")
@@ -51,7 +51,7 @@ class Place:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Place | None:
-        """Read the agent's variables; None for a process that no agent started."""
+        """Read the environment variables that the agent sets; None for a process that no agent has started."""
         if not environ.get(GROUP_TOKEN):
             return None
         return cls(
@@ -65,7 +65,7 @@ class Place:
         )
 
     def store(self, seconds: float) -> Store:
-        """Connect to the part of the agents' store for this start. Raises Unavailable when it cannot be reached."""
+        """Connect to the agents' store, with a prefix for the keys of this start. Raises Unavailable."""
         timeout = timedelta(seconds=seconds)
         try:
             whole = TCPStore(self.store_host, self.store_port, is_master=False, timeout=timeout)
@@ -80,7 +80,7 @@ Connections = dict[int, dict[Purpose, socket.socket]]
 
 
 def join(place: Place, store: Store, seconds: float) -> Connections:
-    """Connect rank 0 with every follower; all ranks call it. Raises Unavailable if a rank does not join in time."""
+    """Connect rank 0 with every follower. All ranks call it. Raises Unavailable if a rank does not join in time."""
     deadline = time.monotonic() + seconds
     return _connect(place, store, deadline) if place.rank else _accept(place, store, deadline)
 
@@ -97,14 +97,14 @@ def _accept(place: Place, store: Store, deadline: float) -> Connections:
                 raise Unavailable(f"ranks {missing} of {place.world_size} have not joined in time") from None
             hello = _hello_of(connection, place)
             if hello is None or hello[0] not in joined or hello[1] in joined[hello[0]]:
-                connection.close()  # Not a rank of this start.
+                connection.close()  # The peer is not a rank of this start.
             else:
                 joined[hello[0]][hello[1]] = connection
     return joined
 
 
 def _listener(place: Place) -> socket.socket:
-    """A server socket: on the loopback interface for a group on one host."""
+    """A server socket; on the loopback interface for a group on one host, else on all interfaces."""
     if place.num_nodes == 1:
         return socket.create_server(("127.0.0.1", 0))
     if socket.has_dualstack_ipv6():
@@ -113,7 +113,7 @@ def _listener(place: Place) -> socket.socket:
 
 
 def _hello_of(connection: socket.socket, place: Place) -> tuple[int, Purpose] | None:
-    """Rank and purpose of a connection; None without the group's token."""
+    """Read the rank and purpose of a connection; None without the group's token."""
     connection.settimeout(_HELLO_SECONDS)
     try:
         token, purpose, rank = _HELLO.unpack(read_exactly(connection, _HELLO.size))
@@ -141,6 +141,6 @@ def _connect(place: Place, store: Store, deadline: float) -> Connections:
 
 
 def _prepare(connection: socket.socket) -> None:
-    """Send small messages without delay, and receive without a timeout."""
+    """Disable Nagle's algorithm, which delays small messages, and the receive timeout."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.settimeout(None)

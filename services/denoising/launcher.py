@@ -1,8 +1,8 @@
-"""Starts the ranks of a worker group on this host, and restarts them when one is lost.
+"""Starts the ranks of a worker group on this host, and restarts them when a rank is lost.
 
 It extends torchrun's elastic agent for a long-running service: it detects stopped ranks, kills ranks that hang in a
-collective, delays restarts with backoff, resets the restart count once the group has served for a while, and ends all
-ranks with the agent.
+collective, delays restarts with backoff, resets the restart count after a minute without a restart, and ends all ranks
+when the agent ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from services.denoising.meeting import Meeting
 from services.denoising.settings import SERVICE, DenoisingSettings
 
 BAD_INPUT = 2
-"""Exit code of a rank that failed for a reason that a restart does not change, such as its checkpoint."""
+"""Exit code of a rank after an error that a restart does not resolve, such as a bad checkpoint."""
 
 _MONITOR_SECONDS = 0.2
 
@@ -40,7 +40,7 @@ _STEADY_SECONDS = 60.0
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0
 
 _FAREWELL_SECONDS = 2.0
-"""Time to wait for other hosts' agents after all ranks have exited."""
+"""Time to wait for the agents of other hosts after all ranks have exited."""
 
 _MARGIN_SECONDS = 8.0
 """Time beyond settings.grace_seconds before ranks are killed at shutdown."""
@@ -52,8 +52,8 @@ _log = get_logger(__name__)
 def launch(settings: DenoisingSettings, flags: Sequence[str]) -> int:
     """Run this host's ranks of the group until SIGTERM or SIGINT; returns the exit code.
 
-    0: stopped by a signal, and all ranks finished their calls. 2: a rank exited with 2. 1: max_restarts is exhausted,
-    or a rank had to be killed.
+    0: a signal stopped the group, and all ranks finished their calls. 1: max_restarts is exhausted, or a rank was
+    killed. 2: a rank exited with 2.
     """
     _silence("torch.distributed.elastic")
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -70,19 +70,19 @@ def launch(settings: DenoisingSettings, flags: Sequence[str]) -> int:
 
 
 def _silence(package: str) -> None:
-    """Disable the loggers of a package: this module logs the exits of ranks with more detail than torch."""
+    """Disable the loggers of a package, because this module logs exits of ranks in more detail than torch."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(package):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def _exit(*_: object) -> NoReturn:
-    """Handle a signal before there are ranks. Afterwards, the agent installs its own handler."""
+    """Exit on a signal before the ranks start. The agent then installs its own handler."""
     raise SystemExit(0)
 
 
 class GroupAgent(LocalElasticAgent):
-    """Supervises the ranks of one host, which it starts with its own command line."""
+    """Supervises the ranks of one host. Starts them with the flags of this process."""
 
     def __init__(self, settings: DenoisingSettings, flags: Sequence[str]) -> None:
         self._meeting = Meeting(settings.nnodes, settings.node_rank, settings.rdzv_endpoint)
@@ -113,7 +113,7 @@ class GroupAgent(LocalElasticAgent):
         return self._pcontext.subprocess_handlers if isinstance(self._pcontext, SubprocessContext) else {}
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        """Rendezvous with the other hosts' agents; the processes of an earlier start have exited."""
+        """Rendezvous with the agents of other hosts, after the ranks of an earlier start have exited."""
         self._pcontext = None
         super()._rendezvous(worker_group)
 
@@ -128,7 +128,7 @@ class GroupAgent(LocalElasticAgent):
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        """Check the ranks, and stop all of them when one has failed: the others wait for it in a collective."""
+        """Check the ranks. If a rank has failed, stop all ranks, because they wait for it in a collective."""
         self._kill_stopped()
         codes = self.exit_codes()
         if failed := {rank: code for rank, code in codes.items() if code}:
@@ -141,13 +141,16 @@ class GroupAgent(LocalElasticAgent):
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         """Stop the ranks, with time to finish their calls."""
-        del timeout  # Fixed in the agent; only torch 2.13 and later pass it here.
+        del timeout  # The agent sets its own timeout; only torch 2.13 and later pass one here.
         if self._pcontext is not None:
             self._pcontext.close(death_sig, self._shutdown_seconds)
         super()._shutdown(death_sig)
 
     def _kill_stopped(self) -> None:
-        """Kill ranks that are stopped for too long. Before a rank joins, only its agent can detect this."""
+        """Kill ranks that are stopped for more than `rank_lost_seconds`.
+
+        Heartbeats do not detect a rank that is stopped before it joins.
+        """
         now = time.monotonic()
         for local, each in self._handlers().items():
             if each.proc.poll() is not None or not _is_stopped(each.proc.pid):
@@ -179,9 +182,9 @@ class GroupAgent(LocalElasticAgent):
 
 
 def _is_stopped(pid: int) -> bool:
-    """Whether a child process is stopped, for example by SIGSTOP. The child can still be waited for."""
+    """Whether a child process is stopped, for example by SIGSTOP. Does not reap the child (WNOWAIT)."""
     if sys.platform != "linux":
-        return False  # There, only the heartbeats of the ranks detect it.
+        return False  # On other systems, only the heartbeats of the ranks detect a stopped rank.
     try:
         found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:

@@ -1,10 +1,10 @@
 """Heartbeats between the ranks of a worker group, by which a rank detects the loss of another rank.
 
-A stopped rank, or a rank on a lost host, does not close its connections, and a collective with it never returns: the
-timeout of collectives must be longer than loading and warm-up. So every follower has a connection with rank 0 for
-heartbeats in both directions, sent by a separate thread. When the connection is closed, or silent for
-`rank_lost_seconds`, the peer is lost. The detecting rank exits, which closes its connections, so that all other ranks
-detect the loss as well.
+A stopped rank, or a rank on a lost host, does not close its connections, so that collectives with it block until their
+timeout, which must be longer than loading and warm-up. Therefore, every follower has a connection with rank 0, on which
+both ranks send heartbeats from a separate thread. A peer is lost when its connection is closed, or silent for
+`rank_lost_seconds`. A rank that detects a loss exits and thereby closes its connections, so that all other ranks detect
+a loss too.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import NoReturn
 from common.process_exit import TEMPORARY_FAILURE, exit_at_once
 
 LOST = TEMPORARY_FAILURE
-"""Exit code of a rank that exits because another rank is lost: the launcher restarts the group."""
+"""Exit code of a rank that exits because another rank is lost. The launcher then restarts the group."""
 
 _HEARTBEAT, _STOPPING, _END = b".", b"!", b"$"
 
 
 def abandon(reason: str, code: int = LOST) -> NoReturn:
-    """Log the reason and end this process at once: a thread that waits in a collective cannot be unwound."""
+    """Log the reason and end this process at once, because a thread in a collective cannot be interrupted."""
     exit_at_once(f"{reason}; this rank exits, so that the group can restart", code)
 
 
@@ -46,14 +46,14 @@ class Watch:
         self._received_at[peer] = now
 
     def forget(self, peer: int) -> None:
-        """Stop watching a peer that exits regularly."""
+        """Stop watching a peer."""
         self._received_at.pop(peer, None)
 
     def silent(self, now: float) -> int | None:
-        """A lost peer, or None. Call it often, after received() for all messages that have arrived.
+        """Return a lost peer, or None. Call it often, each time after received() for all messages in the buffers.
 
-        If this process itself was not running for a good part of the time (a paused host, a starved process), silence
-        does not indicate a loss: all timers restart.
+        If the previous call was more than half of `rank_lost_seconds` ago (a paused host, a starved process), silence
+        does not indicate a loss, and all timers restart.
         """
         if now - self._checked_at > self._lost_seconds / 2:
             self._received_at = dict.fromkeys(self._received_at, now)
@@ -62,7 +62,7 @@ class Watch:
 
 
 class Liveness:
-    """The heartbeat connections of this rank: with all followers for rank 0, with rank 0 for a follower."""
+    """The heartbeat connections of this rank: with all followers on rank 0, with rank 0 on a follower."""
 
     def __init__(
         self, peers: Mapping[int, socket.socket], *, rank_heartbeat_seconds: float, rank_lost_seconds: float
@@ -79,8 +79,8 @@ class Liveness:
     def start(self, *, on_lost: Callable[[str], None] = abandon, on_stopping: Callable[[], None] | None = None) -> None:
         """Start sending heartbeats and watching the peers.
 
-        A separate thread calls `on_lost` with a reason when a peer is lost, and `on_stopping` when a peer received a
-        stop signal, possibly repeatedly.
+        A separate thread calls `on_lost` with a reason when a peer is lost, and `on_stopping`, at least once, when a
+        peer has received a stop signal.
         """
         self._on_lost, self._on_stopping = on_lost, on_stopping or _ignore
         for each in (*self._peers.values(), self._woken, self._waker):
@@ -93,7 +93,7 @@ class Liveness:
         self._wake()
 
     def end(self) -> None:
-        """Exit regularly: the peers stop watching this rank, and this rank stops watching them."""
+        """Announce a regular exit, so that the peers stop watching this rank; close the connections."""
         self._message = _END
         self._wake()
         self._thread.join()
@@ -134,10 +134,10 @@ class Liveness:
             try:
                 connection.send(message)
             except OSError:
-                continue  # The peer hangs or has exited, which its silence or its closed connection shows.
+                continue  # The peer hangs or has exited. _receive() or silent() detects this.
 
     def _receive(self, peer: int, watch: Watch) -> bool:
-        """Receive messages of a peer; returns whether more may follow."""
+        """Receive messages of a peer. Returns whether more messages may follow."""
         try:
             messages = self._peers[peer].recv(64)
         except BlockingIOError:

@@ -1,9 +1,9 @@
 """The rendezvous of a worker group's hosts, before each start of its ranks.
 
-Node 0 serves a store. For each start, its agent creates a token and offers it; the other agents accept, and once all
-have accepted, node 0 confirms the start. A confirmed offer belongs to an earlier start for a node that did not accept
-it: a node that joins late, or rejoins, waits for the next offer. torch's dynamic rendezvous is not used because it
-unpickles values from its store, and lets any node serve the store.
+Node 0 serves a store. For each start, its agent offers a new token. When the agents of all other nodes have accepted
+the offer, node 0 confirms it. A node that finds a confirmed offer without having accepted it is late, and waits for the
+next offer. torch's dynamic rendezvous is not used, because it unpickles values from its store, and because any node
+may serve the store.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from common.errors import FailedPrecondition
 
 _OFFER = "offer"
 _CONFIRMED = "word"
-"""Key of a confirmed offer. Its value stays, because agents of two releases may share a store."""
+"""Key of a confirmed offer. It must not change, because agents of two releases may share a store."""
 
 _LATE = "late"
-# Short, because signals are handled only between waits, and a node may wait for hours.
+# Python handles signals only between two waits, and a node may wait for hours.
 _WAIT = timedelta(seconds=1)
 _PAUSE_SECONDS = 0.1
 
@@ -35,7 +35,10 @@ class Meeting(RendezvousHandler):
     """The rendezvous of `num_nodes` hosts at a store, for the agent of one host."""
 
     def __init__(self, num_nodes: int, node_rank: int, endpoint: str) -> None:
-        """`endpoint` is HOST:PORT on node 0, unused for one node. Raises FailedPrecondition for a port in use."""
+        """Serve the store on node 0. `endpoint` is HOST:PORT of node 0, unused for one node.
+
+        Raises FailedPrecondition if the port cannot be bound.
+        """
         self._num_nodes = num_nodes
         self._node_rank = node_rank
         self._host, self._port = "127.0.0.1", 0
@@ -47,7 +50,7 @@ class Meeting(RendezvousHandler):
         self.token = ""
 
     def _serve_store(self) -> Store:
-        """Serve the store; for a group on one host, on the loopback interface."""
+        """Serve the store. A group on one host uses the loopback interface."""
         try:
             if self._num_nodes == 1:
                 listener = socket.create_server((self._host, 0))
@@ -71,7 +74,7 @@ class Meeting(RendezvousHandler):
         else:
             store, self.token = self._join()
             self._seen = store
-        # Separates the keys from those of earlier starts.
+        # The prefix separates the keys of this start from the keys of earlier starts.
         of_this_start = PrefixStore(self.token, store)
         place = RendezvousStoreInfo(self._host, self._port)
         return RendezvousInfo(of_this_start, self._node_rank, self._num_nodes, place)
@@ -87,11 +90,11 @@ class Meeting(RendezvousHandler):
     def _join(self) -> tuple[Store, str]:
         while True:
             try:
-                # TCPStore would fill the log with stack traces while node 0 is unavailable.
+                # Connect first, because TCPStore logs a stack trace per attempt while node 0 is unavailable.
                 socket.create_connection((self._host, self._port), _WAIT.total_seconds()).close()
                 store = TCPStore(self._host, self._port, is_master=False, timeout=_WAIT)
                 return store, self._answer(store)
-            except (OSError, DistError):  # Node 0 is unavailable.
+            except (OSError, DistError):
                 time.sleep(_PAUSE_SECONDS)
 
     def _answer(self, store: Store) -> str:
@@ -106,12 +109,12 @@ class Meeting(RendezvousHandler):
                 store.set(f"{token}/{self._node_rank}", "1")
                 accepted = token
             if confirmed and token != accepted:
-                store.set(f"{token}/{_LATE}", "1")  # Node 0 may not know yet that its group has lost this node.
+                store.set(f"{token}/{_LATE}", "1")  # Node 0 may not have detected the loss of this node's ranks yet.
             time.sleep(_PAUSE_SECONDS)
 
     @property
     def use_agent_store(self) -> bool:
-        """True: ranks connect through the store of the agents."""
+        """True, because ranks use the store of the agents."""
         return True
 
     def get_backend(self) -> str:
@@ -123,20 +126,20 @@ class Meeting(RendezvousHandler):
         return "denoising"
 
     def is_closed(self) -> bool:
-        """False: nodes can always join the next start."""
+        """False, because nodes can always join the next start."""
         return False
 
     def set_closed(self) -> None:
-        """Do nothing: the other nodes wait for the next start."""
+        """Do nothing, because the other nodes may wait for the next start."""
 
     def num_nodes_waiting(self) -> int:
-        """1 when another node waits for the next start, so that the ranks here wait for its ranks in vain."""
+        """1 if another node waits for the next start, so that its ranks of this start are lost; else 0."""
         try:
             if self._served is not None:
                 return int(self._served.check([f"{self.token}/{_LATE}"]))
             return int(self._seen is not None and self._seen.get(_OFFER).decode() != self.token)
         except DistError:
-            return 0  # Node 0 is lost with its ranks, which the ranks here detect.
+            return 0  # Node 0 is lost, and so is rank 0, which the ranks of this host detect.
 
     def shutdown(self) -> bool:
         """Close the store."""

@@ -1,16 +1,16 @@
 """The messages between rank 0 and a follower on their control connection, and their encoding.
 
-A message is its kind (one byte), the size of its payload (four bytes, big endian) and the payload. For one call:
+A message consists of kind (one byte), payload size (four bytes, big endian) and payload. The messages of one call:
 
     rank 0                                   follower
-    CALL     request id, variant    ──▶      as lines of text
-    INPUT    header, then chunks    ──▶      the frames of the stage's RPC, as a coordinator would send them
+    CALL     call header            ──▶      fields of CallHeader, one per line
+    INPUT    header, then chunks    ──▶      the frames of the stage's RPC, as a coordinator sends them
     RUN                             ──▶      both run the stage
-    CHECK    continue, or the error ──▶      once per question of the stage whether to continue, or to hand over
-    OUTCOME  result or error        ◀─▶      the outcome of the call, which each side compares with its own
+    CHECK    answer                 ──▶      one per question of the stage; see services.denoising.agreement
+    OUTCOME  result or error        ◀─▶      each side compares the other's outcome with its own
 
-END ends the follower. FACTS, once from each side before the first call, contains the sender's facts of
-services.denoising.facts, one per line. Nothing is pickled.
+END ends the follower. Before the first call, each side sends FACTS: the facts of services.denoising.facts, one per
+line. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Kind(IntEnum):
 
 
 class OutOfStep(Exception):
-    """The ranks of a group no longer run the same call, or a rank is lost: the group must restart."""
+    """The ranks of a group no longer run the same call, or a rank is lost. The group must restart."""
 
 
 class Link:
-    """One end of a control connection. Its two directions are independent, and each is used by one thread."""
+    """One end of a control connection. One thread may send while another thread receives."""
 
     def __init__(self, peer: int, connection: socket.socket) -> None:
         self.peer = peer
@@ -55,7 +55,7 @@ class Link:
             raise OutOfStep(f"rank {self.peer} is disconnected: {error}") from error
 
     def receive(self, *expected: Kind, seconds: float | None = None) -> tuple[Kind, bytes]:
-        """Receive the next message, for at most `seconds`. Blocks without polling.
+        """Receive the next message, without polling. `seconds` is the timeout; None waits forever.
 
         Raises OutOfStep for an unexpected kind of message, a timeout, or a disconnected peer.
         """
@@ -81,7 +81,7 @@ class Link:
 
 
 def read_exactly(connection: socket.socket, size: int) -> bytes:
-    """Read `size` bytes. Raises OSError when the connection ends before, or on timeout."""
+    """Read exactly `size` bytes. Raises OSError if the connection ends earlier or times out."""
     buffer = bytearray(size)
     view = memoryview(buffer)
     while view:

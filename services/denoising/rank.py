@@ -1,4 +1,4 @@
-"""One rank of a worker group: joins the others, loads its shard of the model, and serves (rank 0) or follows."""
+"""One rank of a worker group: joins the other ranks, loads its shard, and serves (rank 0) or follows."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from services.gpu_metrics import export_gpus, gpu_indices
 from services.worker import serve
 from services.worker_settings import device_of, dtype_of, prepare_thread
 
-# Longer than any difference between two ranks, such as in warm-up. Heartbeats detect lost ranks.
+# Longer than any rank waits for another rank, for example during loading. Heartbeats detect lost ranks earlier.
 _COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 def run_rank(model: ServedModel, settings: DenoisingSettings, place: Place, warm_up: WarmUp) -> int:
-    """Run one rank until the group ends; returns the exit code. Raises Unavailable when another rank does not join.
+    """Run one rank until the group ends; returns the exit code. Raises Unavailable if another rank does not join.
 
-    All ranks warm up together: rank 0 sends synthetic requests to the followers like other requests.
+    All ranks warm up together, because rank 0 runs the synthetic requests like other requests.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _exit)
     try:
         _join_and_run(model, _of_rank(settings, place), place, warm_up)
     except (RuntimeError, MemoryError) as error:
-        # Possible causes are the loss of another rank and a full device: the launcher may restart the group.
+        # The cause may be temporary, such as the loss of another rank or a full device: permit a restart of the group.
         raise Unavailable(f"rank {place.rank}: {type(error).__name__}: {error}") from error
     return 0
 
@@ -70,13 +70,13 @@ def _join_and_run(model: ServedModel, settings: DenoisingSettings, place: Place,
 
 
 def _exit(*_: object) -> NoReturn:
-    """Exit on a signal while there is no call to finish: loading weights cannot be interrupted otherwise."""
+    """Exit at once on a signal while no call runs, because loading weights cannot be interrupted."""
     sys.stderr.flush()
     os._exit(0)
 
 
 def _of_rank(settings: DenoisingSettings, place: Place) -> DenoisingSettings:
-    """Settings of this rank: its own GPU of the host; on a CPU, which ranks share, one thread by default."""
+    """Settings of this rank: the GPU with its local rank. On a CPU, ranks share cores: one thread by default."""
     if device_of(settings.device).type == "cuda":
         return replace(settings, device=f"cuda:{place.local_rank}")
     return replace(settings, threads=settings.threads or 1)
@@ -98,16 +98,16 @@ class _Rank:
         self._liveness = liveness
 
     def make_mesh(self, device: torch.device) -> WorkerMesh:
-        """Connect the devices of all ranks, for collectives.
+        """Create the process group and the device mesh of all ranks.
 
-        Call it after kernel packages have been tried. Raises FailedPrecondition for ranks with different facts.
+        Call it after the kernel trials. Raises FailedPrecondition for ranks with different facts.
         """
         try:
             compare_facts(self._links, facts_of(self._settings, device), self._settings.rank_join_seconds)
         except OutOfStep as error:
             abandon(str(error))
         if self._place.num_nodes == 1 and sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # The default is the address of the host name.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # By default, Gloo resolves the host name.
         cuda = device.type == "cuda"
         distributed.init_process_group(
             "nccl" if cuda else "gloo",
@@ -122,17 +122,17 @@ class _Rank:
         return mesh
 
     def wait_for_all(self) -> None:
-        """Return once all ranks have loaded, because ranks must start every call together."""
+        """Return when all ranks have loaded their shards, because ranks must start every call together."""
         distributed.barrier()
 
 
 class LeadingRank(_Rank):
-    """Rank 0, which serves the coordinators as the worker."""
+    """Rank 0, which is the worker that coordinators call."""
 
     _stop_serving: Callable[[], object] | None = None
 
     def run(self, model: ServedModel, warm_up: WarmUp) -> None:
-        """Serve until a signal to this rank or a follower, then end the followers."""
+        """Serve until this rank or a follower receives a stop signal, then end the followers."""
         self._liveness.start(on_lost=abandon, on_stopping=self._stop)
         asyncio.run(serve(SERVICE, model, self._settings, ranks=self, warm_up=warm_up))
         self._liveness.end()
@@ -141,22 +141,22 @@ class LeadingRank(_Rank):
                 link.send(Kind.END)
 
     def lead(self, stages: HostedVariants) -> LeadingStages:
-        """The stages, run on all ranks."""
+        """Wrap stages so that each call runs on all ranks together."""
         return LeadingStages(SERVICE, stages, self._links, abandon)
 
     def on_stopping(self, stop: Callable[[], object]) -> None:
-        """Register `stop`, which another thread calls when a follower received a stop signal."""
+        """Register `stop`. Another thread calls it when a follower has received a stop signal."""
         self._stop_serving = stop
 
     def _stop(self) -> None:
         if self._stop_serving is None:
             _exit()
-        with suppress(RuntimeError):  # The event loop has ended, so that the worker is stopping already.
+        with suppress(RuntimeError):  # The event loop has ended, because the worker is already stopping.
             self._stop_serving()
 
 
 class FollowingRank(_Rank):
-    """A rank other than 0: computes in step with rank 0, and passes stop signals on to it."""
+    """A rank other than 0, which computes in step with rank 0 and forwards stop signals to it."""
 
     _is_stopping = False
 
@@ -164,7 +164,7 @@ class FollowingRank(_Rank):
         """Follow rank 0 until END."""
         self._liveness.start(on_lost=self._lost)
         device = device_of(self._settings.device)
-        if self._place.local_rank == 0:  # On another host than rank 0, which exports its own host's GPUs.
+        if self._place.local_rank == 0:  # One rank per host exports all GPUs of the host; on rank 0's host, rank 0.
             self._export_metrics(device)
         prepare_thread(device, self._settings.threads)
         try_packages(device, self._settings.kernel_choice)
@@ -192,7 +192,7 @@ class FollowingRank(_Rank):
         self._liveness.request_stop()
 
     def _lost(self, reason: str) -> None:
-        """Handle the loss of rank 0; during a shutdown it may exit before it has sent END."""
+        """Handle the loss of rank 0. During a shutdown, rank 0 may exit before it sends END."""
         if self._is_stopping:
             _exit()
         abandon(reason)

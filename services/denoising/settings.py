@@ -50,7 +50,7 @@ class DenoisingSettings(LoopSettings, WarmUpSettings):
 
     @property
     def approximation(self) -> Approximation:
-        """Deviations from the exact computation that the loop may use."""
+        """The approximations that the loop may use."""
         return Approximation(self.linear_dtype, self.step_cache_threshold)
 
     def runtime(self, device: torch.device, dtype: torch.dtype, mesh: WorkerMesh | None = None) -> Runtime:
@@ -59,7 +59,7 @@ class DenoisingSettings(LoopSettings, WarmUpSettings):
 
     @property
     def degrees(self) -> Degrees:
-        """The number of ranks by axis. Raises InvalidInput for invalid degrees."""
+        """The parallel degrees. Raises InvalidInput for invalid degrees."""
         return Degrees(tp=self.tp, ulysses=self.ulysses, ring=self.ring, cfg=self.cfg)
 
     @property
@@ -69,10 +69,10 @@ class DenoisingSettings(LoopSettings, WarmUpSettings):
 
 
 def check_group(model: ServedModel, settings: DenoisingSettings) -> None:
-    """Check a worker group before anything is started.
+    """Check the settings of a worker group before its ranks start.
 
-    Raises InvalidInput for degrees that do not match the model or each other, FailedPrecondition for degrees that do
-    not match this host.
+    Raises InvalidInput for degrees that the model does not support and for invalid settings, FailedPrecondition for
+    more ranks than this host has GPUs.
     """
     degrees = settings.degrees
     if settings.nnodes < 1 or degrees.world_size % settings.nnodes:
@@ -114,7 +114,7 @@ def check_degrees(model: ServedModel, degrees: Degrees) -> None:
 
 
 def check_attention(model: ServedModel, settings: DenoisingSettings) -> None:
-    """Check that the attention backend supports the model's heads in the dtype of the GPU. Raises InvalidInput."""
+    """Check that the attention backend supports the model's head sizes and the dtype. Raises InvalidInput."""
     device = device_of(settings.device)
     if device.type == "cuda":
         sizes = [size for module in model.service(SERVICE).modules for size in head_sizes(model, module)]
@@ -141,7 +141,10 @@ def _check_branches(model: ServedModel, degrees: Degrees) -> None:
 
 
 def _check_device(settings: DenoisingSettings) -> None:
-    """Check that each rank has its own GPU, or that all ranks use the CPU. Raises InvalidInput, FailedPrecondition."""
+    """Check that each rank can have its own GPU, unless all ranks use the CPU.
+
+    Raises InvalidInput for another device, FailedPrecondition for too few GPUs.
+    """
     if settings.device not in ("auto", "cpu", "cuda"):
         raise InvalidInput(
             f"device: {settings.device!r} is not auto, cpu or cuda, as a worker group needs: each rank uses the GPU "
