@@ -144,7 +144,7 @@ def test_coordinator_presents_its_reloaded_certificate(
             stranger = fleet_ca.issue("stranger")
             files["tls_cert"].write_bytes(stranger.cert.read_bytes())
             files["tls_key"].write_bytes(stranger.key.read_bytes())
-            with pytest.raises(RequestFailed, match="a certificate for stranger may not call"):
+            with pytest.raises(RequestFailed, match="a certificate for stranger is not authorized to call"):
                 await draw(client)
             async with connect_client(coordinator.address, access) as newcomer:
                 with pytest.raises(Unavailable):

@@ -235,7 +235,7 @@ def test_size_measures_a_running_fleet_with_uncached_prompts(up: tuple[str, Runn
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        (("--model", "emojis"), 2, "model 'emojis' is not served; this fleet serves emoji"),
+        (("--model", "emojis"), 2, "model: 'emojis' is not served; this fleet serves emoji"),
         (("--size", "7x7"), 2, "height: 7 is not at least 16"),
         (("--size", "64x64x5"), 2, "FluxPipeline has no parameter 'num_frames'"),
         (("--endpoint", "127.0.0.1:1"), 1, "no fleet answers at 127.0.0.1:1"),

@@ -269,7 +269,7 @@ def test_waiting_for_workers_is_optional(each_store_url: str) -> None:
         name = (await stub.Submit(submission())).request.request_id
         change = (await terminal(stub, name))[-1].state_change
         assert change.error.code == "UNAVAILABLE"
-        assert "no worker serves emoji/" in change.error.message
+        assert "no worker has served emoji/" in change.error.message
 
     run_on_fleet(each_store_url, scenario)
 

@@ -65,9 +65,7 @@ def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, capl
             await wait_until(lambda: is_submit_served(SERVING))
             later = (await stub.Submit(submission())).request.request_id
             assert (await terminal(stub, later))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
-            assert store_text((await stub.ListModels(pb.ListModelsRequest())).store).endswith(
-                "refused from 36.0 MiB on"
-            )
+            assert store_text((await stub.ListModels(pb.ListModelsRequest())).store).endswith("refused above 36.0 MiB")
 
     run_on_fleet(url, scenario)
     logged = [record.getMessage() for record in caplog.records]

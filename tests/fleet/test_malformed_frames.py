@@ -60,8 +60,8 @@ MALFORMED: dict[str, tuple[list[bytes], str, str]] = {
     "gap": ([frames()[0], chunk_frame(PATH, 1, b"z")], "has the offset 1 instead of 0", PATH),
     "flipped bit": ([frames()[0], frames()[1][:-1] + b"\x00"], "has checksum", PATH),
     "big chunk": ([frames()[0], chunk_frame(PATH, 0, bytes((1 << 20) + 1))], "1 to 1048576 are valid", PATH),
-    "unknown frame": ([b"\x7a\x00"], "does not know", "DenoiseRequest"),
-    "unknown slot": ([frames()[0][:1] + b"\x03" + b"\xf8\x01\x01"], "does not know", "header"),
+    "unknown frame": ([b"\x7a\x00"], "does not support", "DenoiseRequest"),
+    "unknown slot": ([frames()[0][:1] + b"\x03" + b"\xf8\x01\x01"], "does not support", "header"),
     "shape against bytes": (
         [header_with(lambda header: latents_of(header).shape.append(2)), frames()[1]],
         "takes 800000 bytes, not 400000",

@@ -271,7 +271,7 @@ def test_unread_and_missing_slots_are_refused() -> None:
 
 def test_call_size_is_bounded() -> None:
     async def test(stage: Served) -> None:
-        with pytest.raises(ResourceExhausted, match=r"initial_latents\.parts\.image\.latents brings"):
+        with pytest.raises(ResourceExhausted, match=r"initial_latents\.parts\.image\.latents: a total of"):
             await stage.runner()(packets(), stage.recorded.call())
         await stage.runner()(packets(8), stage.recorded.call())
 
@@ -289,7 +289,7 @@ def test_reply_size_is_bounded() -> None:
 def test_too_large_header_is_refused_before_it_is_sent() -> None:
     async def test(stage: Served) -> None:
         sampling = Sampling(num_inference_steps=1, seed=1, params={"text": "x" * (17 << 20)})
-        with pytest.raises(ResourceExhausted, match="sampling makes a header of") as caught:
+        with pytest.raises(ResourceExhausted, match="sampling: a header of") as caught:
             await stage.runner()(packets(sampling=sampling), stage.recorded.call())
         assert caught.value.field == "sampling"
 
@@ -375,7 +375,7 @@ def test_handed_over_call_ends_as_unavailable_with_its_checkpoint() -> None:
         first, second = stage.servicer.running()
         assert (first.has_begun, second.has_begun) == (True, False)
         second.hand_over()
-        with pytest.raises(HandedOver, match="before it began") as caught:
+        with pytest.raises(HandedOver, match="before its stages started") as caught:
             await waiting
         cause = cast(grpc.aio.AioRpcError, caught.value.__cause__)
         assert cause.code() is grpc.StatusCode.UNAVAILABLE

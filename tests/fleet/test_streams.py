@@ -313,7 +313,7 @@ def test_invalid_items_are_refused_with_their_names() -> None:
             for frames, says in (
                 ((item, header), "neither header nor chunk"),
                 ((header, header), "neither item nor chunk"),
-                ((header, chunk), "no item announces"),
+                ((header, chunk), "no item describes"),
                 ((header, item, item), "starts before"),
                 ((header, item), "ended within item 0"),
                 ((header, whole, later), "item 2 of denoised_blocks was received instead of 1"),

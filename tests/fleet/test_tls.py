@@ -53,7 +53,7 @@ def test_worker_serves_only_the_coordinator(
             assert await outcome(worker.address, mutual(fleet_ca, coordinator)) is None
             refused = await outcome(worker.address, mutual(fleet_ca, other))
             assert isinstance(refused, PermissionDenied)
-            assert "decoding may not" in refused.message
+            assert "decoding is not authorized" in refused.message
             assert await is_serving(worker.address, mutual(fleet_ca, other))
             assert isinstance(await outcome(worker.address, None, ""), Unavailable)
             assert isinstance(

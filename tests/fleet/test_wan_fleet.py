@@ -139,7 +139,7 @@ def test_invalid_images_are_refused_at_submission(
 
 
 def test_undecodable_image_fails_the_request_and_not_the_worker(fleet: ServedFleet) -> None:
-    with pytest.raises(RequestFailed, match="INVALID_ARGUMENT: image cannot be decoded") as caught:
+    with pytest.raises(RequestFailed, match="INVALID_ARGUMENT: image: the image cannot be decoded") as caught:
         fleet.generate("i2v", images={"image": _corrupted(image_file(1))}, **GIVEN)
     assert caught.value.field == "image"
     assert fleet.generate("i2v", images=IMAGES["i2v"], **GIVEN).files

@@ -162,12 +162,12 @@ def test_worker_info_health_and_metrics(toy: ServedModel, store_url: str, tmp_pa
     ("service", "more", "kind", "words"),
     [
         ("image_encoding", {}, InvalidInput, "has no image_encoding service; it has text_encoding"),
-        ("denoising", {"device": "cuda:99"}, FailedPrecondition, "device cuda:99 is not here"),
+        ("denoising", {"device": "cuda:99"}, FailedPrecondition, "device: cuda:99 is not available"),
         ("denoising", {"device": "meta"}, InvalidInput, "device: 'meta'"),
-        ("denoising", {"device": "gpu"}, InvalidInput, "device must be"),
+        ("denoising", {"device": "gpu"}, InvalidInput, "is not auto, cpu, cuda or cuda:N"),
         ("denoising", {"listen": "nowhere"}, FailedPrecondition, "cannot listen on nowhere"),
-        ("denoising", {"redis": "unix:///nowhere", "announce_seconds": 0.0}, Unavailable, "away"),
-        ("denoising", {"redis": "http://x"}, InvalidInput, "no Redis URL"),
+        ("denoising", {"redis": "unix:///nowhere", "announce_seconds": 0.0}, Unavailable, "is unavailable"),
+        ("denoising", {"redis": "http://x"}, InvalidInput, "is not a Redis URL"),
     ],
 )
 def test_invalid_settings_start_no_worker(
@@ -200,7 +200,7 @@ def test_another_model_under_the_same_name_is_refused(
         (["--nonsense"], 2, "--nonsense"),
         ([], 2, "--redis is missing"),
         (["--model", "no-such-model", "--redis", "unix:///x"], 2, "neither a directory nor a shipped model"),
-        (["--model", "emoji", "--redis", "unix:///x", "--device", "gpu"], 2, "device must be"),
+        (["--model", "emoji", "--redis", "unix:///x", "--device", "gpu"], 2, "is not auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_invalid_settings_of_a_service_are_reported_in_one_line(

@@ -136,7 +136,7 @@ PLANTED_IN_WORKERS = [
         "coordinator: cannot connect to the collector otel-collector.observability.svc:4318",
         set_shared("OTEL_EXPORTER_OTLP_ENDPOINT", "http://otel-collector.observability.svc:4318"),
     ),
-    Planted("settings", "production", "OTEL_EXPORTER_ENDPOINT is read", set_shared("OTEL_EXPORTER_ENDPOINT", "x")),
+    Planted("settings", "production", "OTEL_EXPORTER_ENDPOINT is not read", set_shared("OTEL_EXPORTER_ENDPOINT", "x")),
     Planted(
         "outside_flows",
         "keda",

@@ -55,7 +55,7 @@ def test_total_pixels_of_a_request_are_bounded() -> None:
     each = png(side, side)
     with pytest.raises(LookupError):
         validation().run({}, {"image": each, "image_1": each})
-    with pytest.raises(InvalidInput, match=r"at most 134217728 pixels together") as caught:
+    with pytest.raises(InvalidInput, match=r"at most 134217728 pixels in total") as caught:
         validation().run({}, {"image": each, "image_1": each, "image_2": png(1, 1)})
     assert caught.value.field == "images"
 

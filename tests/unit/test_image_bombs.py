@@ -79,7 +79,9 @@ CONTRADICTORY_FILES: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", CONTRADICTORY_FILES)
 def test_an_image_with_two_sizes_is_refused(name: str) -> None:
-    words = {"PNG": "must come first, and once", "JPE": "the header states", "Web": "cannot be decoded"}[name[:3]]
+    words = {"PNG": "must be the first chunk and occur once", "JPE": "the header states", "Web": "cannot be decoded"}[
+        name[:3]
+    ]
     data = CONTRADICTORY_FILES[name]()
     with measured_growth() as growth, pytest.raises(InvalidInput, match=words) as caught:
         open_image("image", data)
@@ -132,11 +134,11 @@ def test_total_pixels_of_all_images_are_bounded() -> None:
     side = 2**13
     headers = {f"image_{number}": ImageHeader("PNG", side, side) for number in range(MAX_TOTAL_PIXELS // side**2)}
     check_total_size(headers)
-    with pytest.raises(InvalidInput, match="at most 134217728 pixels together") as caught:
+    with pytest.raises(InvalidInput, match="at most 134217728 pixels in total") as caught:
         check_total_size(headers | {"image": ImageHeader("PNG", 1, 1)})
     assert caught.value.field == "images"
     file = io.BytesIO()
     Image.new("1", (side, side)).save(file, "PNG")
-    with measured_growth() as growth, pytest.raises(InvalidInput, match="pixels together"):
+    with measured_growth() as growth, pytest.raises(InvalidInput, match="pixels in total"):
         open_images(ImageInputs(images={f"image_{number}": file.getvalue() for number in range(3)}))
     assert growth.peak_bytes < MOST_BYTES

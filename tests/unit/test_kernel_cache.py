@@ -37,4 +37,4 @@ def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path, capsys
         raise AssertionError("the service was started")
 
     assert run_service("decoding", DecodingSettings, run, [*FLAGS, str(tmp_path / "file")]) == 2
-    assert f"fleet serve decoding: kernel_cache {tmp_path / 'file'} cannot be written to" in capsys.readouterr().err
+    assert f"fleet serve decoding: kernel_cache: {tmp_path / 'file'} is not writable" in capsys.readouterr().err

@@ -353,7 +353,7 @@ def test_ranks_with_different_facts_raise() -> None:
 
     thread = threading.Thread(target=follow)
     thread.start()
-    words = "rank 1 has quack-kernels 0.6.5 unusable and this rank has quack-kernels 0.6.5 in use; use equal GPUs"
+    words = "rank 1 has quack-kernels 0.6.5 unusable and this rank has quack-kernels 0.6.5 in use; use the same GPUs"
     with pytest.raises(FailedPrecondition, match=words):
         compare_facts([left], ["triton 3.6.0 in use", "quack-kernels 0.6.5 in use"], 5.0)
     thread.join(5)

@@ -180,7 +180,7 @@ def test_a_full_store_refuses_items_and_a_killed_store_is_unavailable() -> None:
                 small = stored_item(0, 3)
                 assert await deliver(store, name, small, b"abc", 0)
                 server.kill()
-                with pytest.raises(Unavailable, match="away"):
+                with pytest.raises(Unavailable, match="is unavailable"):
                     await store.items.save(name, small, [b"abc"])
                 server.start()
                 assert await read(store, name, small) == b"abc"

@@ -97,7 +97,7 @@ def test_a_claim_without_a_worker_ends_its_wait(each_store_url: str) -> None:
             case = Case(redis, slots)
             await case.admit()
             await WorkerRegistry(redis).withdraw("w1")
-            with pytest.raises(Exception, match="no worker serves"):
+            with pytest.raises(Exception, match="no worker has served"):
                 await slots.claim("emoji", "denoising", "r", patience_seconds=0.01)
             await slots.settle()
             assert await case.read() == ["state QUEUED", "queued denoising", "ended denoising"]

@@ -117,7 +117,7 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_ends(
             assert fleet.recorded.progress == [(1, 3), (2, 3)]
             assert stage.calls[0].cancelled.is_set()
             assert watchdog.is_stuck
-            with pytest.raises(Unavailable, match="another worker can take this one"):
+            with pytest.raises(Unavailable, match="retry on another worker"):
                 await fleet.runner()(packets(8), fleet.recorded.call())
             assert len(stage.calls) == 1
             assert await asyncio.to_thread(is_lost.wait, 20)
