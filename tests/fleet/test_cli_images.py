@@ -81,9 +81,9 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             "--model emoji-video --output a.png",
-            "generates videos, and .png needs an image model; give .mp4 or .safetensors",
+            "generates videos, and .png needs an image model; give .mp4",
         ),
-        ("--model emoji --output a.mp4", "generates images, and .mp4 needs a video model; give .png or .safetensors"),
+        ("--model emoji --output a.mp4", "generates images, and .mp4 needs a video model; give .png"),
         ("--model emoji-video --num-frames 0 --output a.mp4", "num_frames: 0 is not a whole number from 1"),
         ("--model emoji-video --height 72 --output a.mp4", "height: 72 is not a multiple of 16"),
     ],

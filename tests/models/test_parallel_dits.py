@@ -134,9 +134,7 @@ def test_a_causal_model_refuses_a_ring(cases: dict[str, Case]) -> None:
     model = open_model(cases["wan-causal"].checkpoint, load_registry())
     degrees = Degrees(ring=2)
     mesh = WorkerMesh(degrees, torch.device("cpu"), 0, {axis: Axis(degrees.of(axis)) for axis in AXES})
-    with pytest.raises(
-        InvalidInput, match=r"ring: 2 is not 1; the parallel plan of WanCausalDMDPipeline has the axes tp, ulysses$"
-    ) as caught:
+    with pytest.raises(InvalidInput, match=r"ring: 2 is not 1; .* has the axes tp, ulysses$") as caught:
         load_stages(model, model.service("denoising"), Runtime(mesh=mesh))
     assert caught.value.field == "ring"
 

@@ -244,7 +244,7 @@ def test_a_family_without_a_plan_is_refused(tmp_path: Path, degrees: Degrees) ->
         load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, mesh=rank_of(Degrees())))
         with pytest.raises(
             InvalidInput,
-            match=f"degrees: {degrees} are not supported, as ToyPipeline has no parallel plan for denoising",
+            match=f"degrees: {degrees} are not supported, as ToyPipeline has no parallel plan",
         ):
             load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, mesh=rank_of(degrees)))
 

@@ -130,7 +130,7 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_ends(
             assert await fleet.runner()(packets(8), fleet.recorded.call())
 
     asyncio.run(story())
-    assert "after request r1 was cancelled; this process ends" in lost[0]
+    assert "after request r1 was cancelled; this process exits" in lost[0]
     (line,) = [each for each in map(json.loads, out.getvalue().splitlines()) if each["event"] == "call cancelled"]
     assert line["reason"].startswith("the stage has reported no step for ")
     assert line["request_id"] == "r1", "the watchdog's thread has no request in its context"
