@@ -16,9 +16,9 @@ SCHEDULER = "scheduler"
 TRANSFORMER = "transformer"
 """Role of the transformer in the standard stages."""
 _ONE_TRANSFORMER: Mapping[str, str] = MappingProxyType({TRANSFORMER: "transformer"})
-"""Role to module name for a model with a single denoiser."""
+"""Module names by role, for a model with a single denoiser."""
 _VAE: Mapping[str, str] = MappingProxyType({"vae": "vae"})
-"""Role to module name for decoding without sound."""
+"""Module names by role, for decoding without audio."""
 DENOISING_STAGE = "models.stages.denoising:DenoisingStage"
 """Reference to the standard denoising loop."""
 

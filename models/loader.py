@@ -75,14 +75,14 @@ def load_variants(
 def load_stages(
     model: ServedModel, service: ServiceSpec, runtime: Runtime, *, variant: str = ""
 ) -> list[PipelineStage[Any, Any]]:
-    """Load the service's stages for one variant, by default the first. Raises as load_variants()."""
+    """Load the service's stages for one variant, by default the first. Raises the errors of load_variants()."""
     pairs = [pair for pair in model.variants_of(service.service) if variant in ("", pair[0].name)][:1]
     (stages,) = _load_variants(model, service, pairs, runtime).values()
     return stages
 
 
 # transformers changes process-wide defaults, such as the default dtype, while it loads a model. Services in one process
-# therefore load one at a time.
+# therefore load one model at a time.
 _LOADING = threading.Lock()
 
 

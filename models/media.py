@@ -166,8 +166,8 @@ def _seconds(packet: av.Packet[Any]) -> Fraction:
 class Mp4Fragment:
     """Consecutive frames of a fragmented MP4 video (ISO/IEC 14496-12, 8.8); height and width are even.
 
-    `first_frame` is the video index of the first frame. The file is the concatenation of all fragments in order; the
-    first fragment begins with the index (ftyp and moov). Each fragment has its own encoder and starts with an IDR
+    `first_frame` is the index of the first frame in the video. The file is the concatenation of all fragments in order;
+    the first fragment begins with the index (ftyp and moov). Each fragment has its own encoder and starts with an IDR
     frame, so that its bytes depend only on its frames, their index, the size and the frame rate.
     """
 

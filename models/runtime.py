@@ -24,7 +24,7 @@ class Runtime:
 
     Stages move their inputs to `device` and their outputs back to the CPU. `mesh` is the device mesh of the denoising
     worker group; None: one rank. A denoising stage sends a step checkpoint every `step_checkpoint_every` steps, and
-    when the last checkpoint is `step_checkpoint_seconds` old; a value of 0 disables its rule. `step_memory_bytes`
+    `step_checkpoint_seconds` after the last checkpoint; 0 disables the respective interval. `step_memory_bytes`
     bounds CUDA graphs, their inputs, and the memory that steps update in place. `swap_experts`: host memory holds all
     denoisers of a model, the device holds one at a time.
     """

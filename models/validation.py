@@ -66,7 +66,7 @@ class InputValidationStage:
         """Validate a request and fill in defaults. `images` are the request's image files by role.
 
         Reads only the headers of the images. `recorded` is the variant of a request accepted earlier. Raises
-        InvalidInput, which states the field, the value and valid values, and FailedPrecondition as choose().
+        InvalidInput, which states the field, the value and valid values, and FailedPrecondition as choose() does.
         """
         variant = self.choose(given, images, recorded)
         headers = {role: read_image_header(role, data) for role, data in images.items()}

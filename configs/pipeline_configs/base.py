@@ -1,4 +1,4 @@
-"""Callbacks of the standard stages: a class each for text, image, preparation, denoising and decoding.
+"""Callbacks of the standard stages, by class: text, images, preparation, denoising and decoding.
 
 A family's config inherits the classes of the standard stages in its pipelines; a hybrid model requires only the classes
 of denoising and decoding. Configs are frozen and independent of the process: device, requested dtype and worker group
@@ -46,7 +46,7 @@ class PipelineConfig(ABC):
     """Differences from Diffusers with reasons, in one or two short sentences; empty: none."""
 
     module_loaders: ClassVar[Mapping[str, str]] = {}
-    """Class name in model_index.json to "package.module:function", a models.loader.ModuleLoader.
+    """References "package.module:function" to a models.loader.ModuleLoader, by class in model_index.json.
 
     Only for classes without a loader in models.loader.
     """
@@ -122,7 +122,7 @@ class LatentLayout(PipelineConfig):
         return latents.reshape(raw_latent_shape)
 
     def posterior_shape(self, canvas: Canvas) -> tuple[int, ...] | None:
-        """Shape of the noise for sampling image latents from the VAE's distribution; None: use the mode.
+        """Shape of the noise that samples image latents from the VAE's distribution; None: use the mode.
 
         This noise is the first draw of a request, before the initial noise, in the VAE's dtype.
         """
@@ -207,7 +207,7 @@ class Step:
 
 
 class DenoisingConfig(LatentLayout):
-    """Callbacks of the denoising loop: for warm-up, once per request, at each step, and after the loop.
+    """Callbacks of the denoising loop, called at warm-up, once per request, at each step, and at the end.
 
     A step calls before_step(), model_input(), active(), expert(), model_output(), guide() and after_step(), in this
     order. The defaults are for models with one denoiser, two branches and no hooks. Models override `expert` for two
@@ -216,10 +216,10 @@ class DenoisingConfig(LatentLayout):
     """
 
     part_keywords: ClassVar[Mapping[str, str]]
-    """Denoised part to keyword of predict()."""
+    """Keywords of predict() by denoised part."""
 
     condition_keywords: ClassVar[Mapping[str, str]] = {}
-    """Conditioning part returned by model_input() to keyword of predict()."""
+    """Keywords of predict() by conditioning part of model_input()'s result."""
 
     prediction_dtype: ClassVar[torch.dtype | None] = None
     """Dtype of guidance and steps; None: the denoiser's dtype."""

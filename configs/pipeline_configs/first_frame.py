@@ -42,7 +42,7 @@ class FirstFrameConfig(ImageLatentsConfig, DenoisingConfig):
         return self.with_first_frame(latents, conditions)
 
     def with_first_frame(self, latents: Parts, conditions: Parts) -> Parts:
-        """Replace the video's first latent frame by the image's latents, both float32."""
+        """Replace the video's first latent frame with the image's latents, both float32."""
         first, video, dim = conditions["condition"], latents["video"], self.frame_dim
         length = first.shape[dim]
         rest = video.narrow(dim, length, video.shape[dim] - length)

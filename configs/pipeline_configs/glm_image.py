@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 MAX_GLYPH_TOKENS = 2048
 TYPICAL_GLYPH_TOKENS = 1
-"""Glyph tokens of a prompt without quoted text, the end-of-sequence token. Glyphs are not padded."""
+"""Number of glyph tokens without quoted text: the end-of-sequence token. Glyphs are not padded."""
 
 
 @dataclass(frozen=True, kw_only=True)

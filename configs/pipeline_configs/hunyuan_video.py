@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 MAX_SEQUENCE_LENGTH = 256
 CLIP_LENGTH = 77
 TYPICAL_TOKENS = 64
-"""Tokens of a typical prompt, for warm-up. Text is not padded."""
+"""Number of tokens of a typical prompt, for warm-up. Text is not padded."""
 
 TEMPLATE = Template(
     before="<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
@@ -95,7 +95,7 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
 
     @property
     def text_encodings(self) -> tuple[TextEncoding, ...]:
-        """Llama's third-to-last hidden states after the template's prefix, and CLIP's pooled output."""
+        """Hidden states of Llama's third-to-last layer after the template's prefix; CLIP's pooled output."""
         llama = TextEncoding(
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",

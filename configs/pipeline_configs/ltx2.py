@@ -164,7 +164,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         return LTX2Guidance.of(sampling).wants_negative
 
     def raw_latent_shapes(self, canvas: Canvas, batch: int) -> Shapes:
-        """Video, then audio, which has the duration of the requested frames."""
+        """Shapes of video, then audio; the audio has the duration of the requested frames."""
         side, frames = self.vae.spatial_factor, self.vae.latent_frames(canvas.num_frames)
         length = self.audio_vae.latent_length(canvas.num_frames, canvas.frame_rate or _FRAME_RATE)
         return {
@@ -209,7 +209,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         return tuple(sorted(set(guidance.blocks).intersection(blocks)))
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """The frame rate to compute positions, in Hz."""
+        """The frame rate in Hz, for the positions."""
         del embeds, shapes
         frame_rate = sampling.params.get("conditioning_frame_rate", _FRAME_RATE)
         return {"fps": torch.tensor([frame_rate], dtype=torch.float32)}

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCE_LENGTH = 128
 TYPICAL_TOKENS = 64
-"""Tokens of a typical prompt, for warm-up. Padding is removed."""
+"""Number of tokens of a typical prompt, for warm-up. Padding is removed."""
 _FRAME_RATE = 25.0
 
 

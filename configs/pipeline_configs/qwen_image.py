@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MAX_SEQUENCE_LENGTH = 512
 
 TYPICAL_TOKENS = 64
-"""Tokens of a typical prompt, for warm-up. Text is not padded."""
+"""Number of tokens of a typical prompt, for warm-up. Text is not padded."""
 
 TEMPLATE = Template(
     before="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "

@@ -63,5 +63,5 @@ class WanTI2VImagePipelineConfig(FirstFrameConfig, WanTI2VPipelineConfig):
         return {"condition": normalised(latents, self.vae.latents_mean, self.vae.latents_std)}
 
     def model_input(self, latents: Parts, conditions: Parts) -> Parts:
-        """Replace the first latent frame by the image."""
+        """Replace the first latent frame with the image."""
         return self.with_first_frame(latents, conditions)

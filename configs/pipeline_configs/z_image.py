@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCE_LENGTH = 512
 TYPICAL_TOKENS = 64
-"""Tokens of a typical prompt, for warm-up. Text is padded only to a multiple of SEGMENT."""
+"""Number of tokens of a typical prompt, for warm-up. Text is padded only to a multiple of SEGMENT."""
 SEGMENT = 32
 """Numbers of text and image tokens are padded to multiples of SEGMENT."""
 
@@ -85,7 +85,7 @@ class ZImagePipelineConfig(StandardPipelineConfig):
 
     @property
     def text_encodings(self) -> tuple[TextEncoding, ...]:
-        """The language model's second-to-last hidden states, including the template, without padding."""
+        """Hidden states of the second-to-last layer, including the template, without padding."""
         qwen = TextEncoding(
             keyword="encoder_hidden_states",
             tokenizer="tokenizer",
@@ -152,7 +152,10 @@ class ZImagePipelineConfig(StandardPipelineConfig):
         return {part: -each for part, each in predictions.items()}
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Classifier-free guidance; cfg_normalization limits the norm relative to the positive prediction's."""
+        """Classifier-free guidance.
+
+        A cfg_normalization above 0 limits the norm to cfg_normalization times the positive prediction's norm.
+        """
         del latents, step
         positive, negative = predictions[POSITIVE]["image"], predictions[NEGATIVE]["image"]
         guided = positive + (sampling.guidance_scale or 0.0) * (positive - negative)

@@ -172,7 +172,7 @@ class SamplingParams:
     ) -> dict[str, ParamValue]:
         """Defaults that depend on the request's images, such as the output size.
 
-        `values` contains the caller's values, not validated yet, and all other defaults. Raises InvalidInput.
+        `values` contains the caller's unvalidated values, and all other defaults. Raises InvalidInput.
         """
         del images, values
         return {}
@@ -291,7 +291,7 @@ class SamplingParams:
 
 
 def warnings_without_effect(reasons: Mapping[str, str], given: Collection[str]) -> tuple[ParamWarning, ...]:
-    """Warnings about the caller's parameters that have no effect. `reasons` are by parameter name."""
+    """Warnings about the caller's parameters that have no effect. `reasons` is keyed by parameter name."""
     return tuple(ParamWarning(name, f"no effect {why}") for name, why in reasons.items() if name in given)
 
 

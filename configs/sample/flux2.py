@@ -97,7 +97,7 @@ class Flux2ImageSamplingParams(Flux2SamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Validate as the base class, but do not warn about a default size."""
+        """Validate as the base class does, but without a warning about a default size."""
         params, warnings = super().round_and_validate(checkpoint, given)
         sizes = {"height", "width"} - set(given)
         return params, tuple(each for each in warnings if each.field not in sizes)

@@ -29,7 +29,7 @@ class Flux2KleinSamplingParams(Flux2SamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Validate as FLUX.2 dev, and drop the guidance of a distilled model with a warning."""
+        """Validate as for FLUX.2 dev, and drop the guidance of a distilled model with a warning."""
         params, warnings = super().round_and_validate(checkpoint, given)
         if params.guidance_scale <= 1 or not _is_distilled(checkpoint):
             return params, warnings
@@ -38,7 +38,7 @@ class Flux2KleinSamplingParams(Flux2SamplingParams):
 
     @property
     def branches(self) -> int:
-        """Two with classifier-free guidance, otherwise one."""
+        """2 with classifier-free guidance, otherwise 1."""
         return 2 if self.guidance_scale > 1 else 1
 
 

@@ -53,5 +53,5 @@ class GlmImageSamplingParams(SigmasSamplingParams):
 
     @property
     def branches(self) -> int:
-        """Two with classifier-free guidance, otherwise one."""
+        """2 with classifier-free guidance, otherwise 1."""
         return 2 if self.guidance_scale > 1 else 1

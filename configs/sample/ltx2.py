@@ -75,7 +75,7 @@ class LTX2SamplingParams(VideoSamplingParams, SigmasSamplingParams):
 
     @property
     def branches(self) -> int:
-        """One, plus one for each enabled kind of guidance."""
+        """1, plus 1 for each enabled kind of guidance."""
         is_on = (
             max(self.guidance_scale, self.audio_guidance_scale) > 1,
             max(self.stg_scale, self.audio_stg_scale) > 0,
@@ -90,7 +90,7 @@ class LTX2SamplingParams(VideoSamplingParams, SigmasSamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Check values against the modules, replace audio scales of 0 by the video's, and apply sigmas."""
+        """Check values against the modules, replace audio scales of 0, and apply sigmas."""
         vae = LTX2VideoVAEConfig.from_dict("vae", checkpoint.module_config("vae"))
         self._check_size(vae)
         self._check_audio(LTX2AudioVAEConfig.from_dict("audio_vae", checkpoint.module_config("audio_vae")))
@@ -132,7 +132,7 @@ class LTX2SamplingParams(VideoSamplingParams, SigmasSamplingParams):
             raise InvalidInput(f"{message}; {lower} works", field="max_sequence_length")
 
     def _with_audio_scales(self, given: Collection[str]) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Replace audio values of 0 by the video's, as in Diffusers."""
+        """Replace audio values of 0 with the video's values, as in Diffusers."""
         pairs = {
             "audio_guidance_scale": (self.audio_guidance_scale, self.guidance_scale),
             "audio_stg_scale": (self.audio_stg_scale, self.stg_scale),

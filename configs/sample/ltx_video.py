@@ -50,7 +50,7 @@ class LTXVideoSamplingParams(VideoSamplingParams):
 
     @property
     def branches(self) -> int:
-        """Two with classifier-free guidance, otherwise one."""
+        """2 with classifier-free guidance, otherwise 1."""
         return 2 if self.guidance_scale > 1 else 1
 
     def artifacts(self) -> dict[str, Prompt | Canvas | Sampling]:

@@ -52,7 +52,7 @@ class PackedSamplingParams(SigmasSamplingParams):
 
     @property
     def branches(self) -> int:
-        """Two with classifier-free guidance, otherwise one."""
+        """2 with classifier-free guidance, otherwise 1."""
         return 2 if self.true_cfg_scale > 1 and self.negative_prompt is not None else 1
 
     def without_effect(self, checkpoint: Checkpoint) -> dict[str, str]:

@@ -42,7 +42,7 @@ class WanSamplingParams(VideoSamplingParams):
 
     @property
     def branches(self) -> int:
-        """Two with classifier-free guidance, otherwise one."""
+        """2 with classifier-free guidance, otherwise 1."""
         return 2 if self.guidance_scale > 1 else 1
 
     @classmethod

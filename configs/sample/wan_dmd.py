@@ -48,7 +48,7 @@ class WanDMDSamplingParams(WanSamplingParams):
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Validate as Wan 2.1, and set the number of steps to the number of timesteps."""
+        """Validate as for Wan 2.1, and set the number of steps to the number of timesteps."""
         params, warnings = super().round_and_validate(checkpoint, given)
         steps = len(self.dmd_denoising_steps)
         params = replace(params, num_inference_steps=steps)

@@ -81,5 +81,5 @@ class ZImageSamplingParams(SigmasSamplingParams):
 
     @property
     def branches(self) -> int:
-        """Two with classifier-free guidance, otherwise one."""
+        """2 with classifier-free guidance, otherwise 1."""
         return 2 if self.guidance_scale > 0 else 1

@@ -142,7 +142,7 @@ class DiffusionTransformer(nn.Module, ABC):
         return self._sharded_forms.get(entered)
 
     def shard_entry_point(self, name: str, form: ShardedForm) -> None:
-        """Replace an entry point by its sharded form. Raises TypeError for a method that is not an entry point."""
+        """Replace an entry point with its sharded form. Raises TypeError for a method that is not an entry point."""
         self._sharded_forms[self._entry_point(name)] = form
 
     def entry_point_signature(self, name: str) -> inspect.Signature:

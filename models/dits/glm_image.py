@@ -43,7 +43,7 @@ They are shift, scale and gate of attention, then of the feed-forward; each for 
 
 
 class TimeAndSizeEmbedding(nn.Module):
-    """Activated time embedding (E): the sum of embedded timestep, crop and image size, through SiLU."""
+    """Activated time embedding (E): SiLU of the sum of the embedded timestep, crop and image size."""
 
     def __init__(self, config: GlmImageTransformerConfig) -> None:
         super().__init__()

@@ -75,7 +75,7 @@ class StepRows(NamedTuple):
 
     @classmethod
     def split(cls, rows: SegmentRows, blocks: int) -> StepRows:
-        """Split modulations (B, rows, D) into the fields, in order. The first `blocks` rows are the field blocks."""
+        """Split modulations (B, rows, D) into the fields, in order. The first `blocks` rows are the field `blocks`."""
         ends = (0, blocks, blocks + EXCHANGE, blocks + EXCHANGE + 1, blocks + EXCHANGE + 2, rows.rest.shape[1])
         return cls(*(rows.of(slice(start, end)) for start, end in pairwise(ends)))
 
@@ -318,7 +318,7 @@ def _added(modalities: Modalities) -> Modalities:
 
 
 def _flattened(modalities: Modalities) -> Tensor:
-    """Both residual streams, flattened and concatenated, in a new tensor. They must have no pending updates."""
+    """Residual streams, without pending updates, flattened and concatenated in a new tensor."""
     return torch.cat([each.x.flatten(1) for each in modalities], dim=1)
 
 

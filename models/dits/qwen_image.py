@@ -30,7 +30,7 @@ from models.token_segments import TokenSegments
 
 SINUSOID_SIZE = 256
 NUM_ADDITION_EMBEDDINGS = 2
-"""Rows of the embedding of the additional condition, `addition_t_embedding`."""
+"""Number of rows of the embedding of the additional condition, `addition_t_embedding`."""
 
 
 class TimeEmbedding(nn.Module):

@@ -176,7 +176,7 @@ class WanTransformerBlock(nn.Module):
         return Residual(x_BSD, ff_out, ff_gate)
 
     def _cross_norm(self, residual: Residual) -> tuple[Tensor, Tensor]:
-        """The value of the residual stream, and norm2 of it. Weight and bias of norm2 are passed as scale and shift."""
+        """Value of the residual stream, and norm2 of the value. Weight and bias of norm2 become scale and shift."""
         if self.norm2 is None:
             x_BSD = residual.added()
             return x_BSD, x_BSD

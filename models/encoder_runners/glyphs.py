@@ -21,7 +21,7 @@ _PATTERNS = tuple(re.compile(f"{start}([^{start}{end}]*){end}") for start, end i
 def quoted_texts(prompt: str) -> list[str]:
     """Return the quoted texts of a prompt, ordered by kind of quotation mark, then by position.
 
-    A single apostrophe is paired with the next one.
+    Apostrophes also count as quotation marks: an apostrophe is paired with the next apostrophe.
     """
     return [text for pattern in _PATTERNS for text in pattern.findall(prompt)]
 

@@ -54,7 +54,10 @@ PRIVATE_API = PrivateApi(
         Attributes("transformers:GenerationConfig", ("_from_model_config",)),
     ),
 )
-"""forward() gets positional arguments. `_from_model_config` is the only sign of a missing generation_config.json."""
+"""Private attributes and signatures that the sampler depends on.
+
+forward() gets positional arguments. Only `_from_model_config` indicates that generation_config.json is missing.
+"""
 
 # transformers' defaults for settings that generation_config.json omits.
 _TEMPERATURE, _TOP_K, _TOP_P = 1.0, 50, 1.0
@@ -97,8 +100,7 @@ class PriorTokenSampler:
         """Sample prior tokens, int64 (1, 4 * rows * columns) on the CPU, for a grid of 32x32-pixel cells.
 
         Each sampled token is upsampled to 2x2 prior tokens. Raises InvalidInput for a prompt that contains image tokens
-        or is too long, and for a seed with which the model ends the image early or samples an unusable
-        token.
+        or is too long, and for a seed with which the model ends the image early or samples an unusable token.
         """
         ids, grids = self._encode(prompt, grid)
         positions = _positions(ids.shape[1], grids[::-1]).to(self._device)
@@ -194,7 +196,7 @@ def _chat(prompt: str) -> list[Any]:
 
 
 def _image_tokens(tokenizer: Any, config: Any) -> tuple[str, ...]:
-    """The texts of the image token and its start and end tokens. Raises CheckpointError if one is missing."""
+    """The texts of the image token and its start and end tokens. Raises CheckpointError for a missing token."""
     ids = {
         "image_token_id": config.image_token_id,
         "image_start_token_id": config.image_start_token_id,

@@ -74,7 +74,7 @@ class TextEncoder:
             source.text, return_tensors="pt", verbose=False, add_special_tokens=adds_special_tokens
         ).input_ids
         if whole.shape[1] > limit:
-            # If the tokenizer adds an end-of-sequence token, truncation retains that token as the last one.
+            # If the tokenizer adds an end-of-sequence token, truncation retains that token as the last token.
             has_end = adds_special_tokens and whole[0, -1] in self._tokenizer.all_special_ids
             removed = whole[0, limit - 1 : -1] if has_end else whole[0, limit:]
             self._warn_of_truncation(warn, source, limit, whole.shape[1], removed)

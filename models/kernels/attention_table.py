@@ -1,8 +1,7 @@
 """Table of attention backends by GPU and shape.
 
 The table is part of the code, not tuned at run time, so that workers with the same GPU give bit-identical results.
-tests/bench/attention.py measures it. `work` is batch x heads x min(query tokens,
-key tokens).
+tests/bench/attention.py measures the backends. `work` is batch x heads x min(query tokens, key tokens).
 """
 
 from __future__ import annotations

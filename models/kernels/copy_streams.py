@@ -40,7 +40,7 @@ class CopyStreams:
         _check(runtime.cudaMemcpy2DAsync(to, pitch, source, pitch, width, rows, kind, stream.cuda_stream))
 
     def write_flag(self, stream: Any, address: int, value: int) -> None:
-        """Write a 32-bit flag after all earlier operations of the stream; their writes are visible before it.
+        """Write a 32-bit flag after all earlier operations of the stream and after their writes are visible.
 
         Raises RuntimeError where CUDA refuses the operation.
         """

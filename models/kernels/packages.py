@@ -112,7 +112,7 @@ class Outcome:
 
 
 class _NotTried(RuntimeError):
-    """is_usable() or a similar function was called before the trials."""
+    """Error for a call of is_usable() or a similar function before the trials."""
 
     def __init__(self) -> None:
         super().__init__("kernel packages have not been tried; call models.kernels.trials.try_packages() first")

@@ -60,7 +60,7 @@ class Projection(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type of the projected tensors."""
+        """Dtype of the projected tensors."""
 
     def all(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, by one GEMM."""
@@ -91,7 +91,7 @@ class KeyValues:
 
 
 class PendingAttention(NamedTuple):
-    """Inputs of an attention call that start() began. A transfer may be pending: only finish() may read them."""
+    """Inputs of an attention call that start() began. Only finish() may read them, as a transfer may be pending."""
 
     queries: Tensor
     key_values: KeyValues

@@ -1,6 +1,6 @@
-"""Cross-attention to a context that is constant during a request. Names are those of Diffusers' checkpoints.
+"""Cross-attention to a context that is constant during a request.
 
-Shapes: B batch, S tokens, T tokens of the context, D hidden size.
+Parameter names are those of Diffusers' checkpoints. Shapes: B batch, S tokens, T tokens of the context, D hidden size.
 """
 
 # ruff: noqa: N803  (a tensor name ends in its shape, in capitals)
@@ -18,7 +18,7 @@ from models.layers.qk_norm import QKNormModules, apply_qk_norm
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention to a context such as a text. Its keys and values are computed once per request.
+    """Cross-attention to a context such as a text, whose keys and values are computed once per request.
 
     The norms of queries and keys are over all heads together. Tokens and context have the same hidden size.
     """

@@ -67,7 +67,10 @@ class FeedForward(nn.Module):
 
 
 class GatedFeedForward(JoinsWeights):
-    """SwiGLU feed-forward without biases, w2(SiLU(w1(x)) * w3(x)). Names are those of Meta's Llama checkpoints."""
+    """SwiGLU feed-forward without biases, w2(SiLU(w1(x)) * w3(x)).
+
+    Parameter names are those of Meta's Llama checkpoints.
+    """
 
     def __init__(self, size: int, hidden: int) -> None:
         super().__init__()

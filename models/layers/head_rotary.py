@@ -16,7 +16,7 @@ from models.rotation import HeadRotation
 
 
 class SelectHeads(nn.Module):
-    """Identity on a tensor with a dimension of all heads. A parallel plan can replace it by a selection."""
+    """Identity on a tensor with a dimension of all heads. A parallel plan can replace it with a selection."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H, K) to (..., selected heads, K)."""

@@ -40,7 +40,7 @@ class Linear(nn.Linear):
         return Weight(self.weight, self.scale)
 
     def quantize(self) -> None:
-        """Replace the weights by float8 values. Layers that were joined must be joined again afterwards."""
+        """Quantize the weights to float8. Joined layers must be joined again afterwards."""
         values, scale = quantize_rows(self.weight.data)
         self.weight = nn.Parameter(values, requires_grad=False)
         self.scale = scale.flatten()
@@ -89,7 +89,7 @@ def only_linear(layers: nn.ModuleList) -> Linear:
 class JoinedLinear:
     """Several linear layers with the same input, computed by one GEMM.
 
-    The parameters of the layers become views of the joined parameters: their names stay, and no memory is added.
+    The parameters of the layers become views of the joined parameters, under unchanged names and without a copy.
     Raises ValueError where only some of the layers are in float8.
     """
 
@@ -142,7 +142,7 @@ class JoinsWeights(nn.Module, ABC):
 
     @abstractmethod
     def join_weights(self) -> None:
-        """Join the layers. Their parameters become views of the joined ones."""
+        """Join the layers. Their parameters become views of the joined parameters."""
 
 
 def join_all_weights(model: nn.Module) -> None:

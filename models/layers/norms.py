@@ -54,7 +54,7 @@ class LayerNormScaleShift(nn.Module):
         return norm_modulate(x_BSD, Modulated(scale, shift, self.eps, self.is_centred))
 
     def after(self, residual: Residual, scale: SegmentVectors, shift: SegmentVectors) -> tuple[Tensor, Tensor]:
-        """The value of the residual stream (B, S, D), and forward() of it."""
+        """Value of the residual stream (B, S, D), and forward() of this value."""
         x_BSD, update_BSD, gate = residual
         if update_BSD is None or gate is None:
             return x_BSD, self(x_BSD, scale, shift)

@@ -80,7 +80,7 @@ class ProjectedHeads:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type of the projected tensors."""
+        """Dtype of the projected tensors."""
         return self.qkv.dtype
 
     def all(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Step cache: a step may compute only the first block, and reuse the output of all other blocks.
 
-This is the First Block Cache of ParaAttention, a relative of TeaCache (arXiv 2411.19108). Block outputs change
-little over many steps, and the change of the first block's output predicts the change of the other blocks'. The host
-reads the change, one number per step, and decides whether to compute the whole step.
+This is the First Block Cache of ParaAttention, which is similar to TeaCache (arXiv 2411.19108). Block outputs often
+change little between consecutive steps, and the change of the first block's output predicts the changes of the other
+blocks' outputs. The host reads the change, one number per step, and decides whether to compute the whole step.
 
 Shapes: B batch, S tokens, D hidden size.
 """

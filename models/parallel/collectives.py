@@ -1,9 +1,9 @@
 """Functional collectives on one axis of the mesh.
 
-They are the operators beneath torch.distributed's functional collectives, which torch.compile traces and CUDA graphs
-capture. The result of a start_...() function may be read only after wait(); computation between the two calls overlaps
-with the transfer. Ranks never exchange sizes, which all ranks know, and the host never waits for the device. An axis
-with one rank has no process group: callers must skip its collectives.
+The functions call the operators beneath torch.distributed's functional collectives: torch.compile can trace these
+operators, and CUDA graphs can capture them. The result of a start_...() function may be read only after wait();
+computation between the two calls overlaps with the transfer. Ranks never exchange sizes, which all ranks know, and the
+host never waits for the device. An axis with one rank has no process group: callers must skip its collectives.
 """
 
 from __future__ import annotations

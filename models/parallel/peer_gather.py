@@ -21,7 +21,7 @@ from models.parallel.mesh import Axis
 from models.parallel.peer_memory import PeerMemory, share_memory
 
 NUM_BUFFERS = 2
-"""Attention layers use the buffers alternately: see PeerGather."""
+"""Number of buffers. Consecutive attention layers alternate between the buffers: see PeerGather."""
 
 MAX_GROUPS = 2
 """Largest number of head groups; groups are sent sequentially."""
@@ -108,7 +108,7 @@ class _Layout:
         return MAX_GROUPS if heads % MAX_GROUPS == 0 and batch * tokens * heads >= MIN_GROUPED_WORK else 1
 
     def parts(self, group: int) -> tuple[tuple[int, int], ...]:
-        """Offset in a token, and width, of a group's keys and of its values, in bytes."""
+        """Offset within a token and width, in bytes: of a group's keys, then of its values."""
         if self.groups == 1:
             return ((0, self.token_bytes),)
         width = self.token_bytes // 2 // self.groups

@@ -46,8 +46,8 @@ class ParallelPlan:
     Tensor parallelism: `column` layers shard their outputs and `row` layers their inputs. `gathered` layers shard their
     outputs and all-gather them. `norms` are RMS norms over the outputs of column layers. `select_heads` are the
     SelectHeads modules. All other modules are replicated. `parts` are the sizes, as ratios, of the parts of a layer's
-    sharded dimension, where the parts have different meanings. `unquantized` are column and row layers that stay out of
-    `block_linears`: float8 does not pay off for small layers and for layers that run once per request.
+    sharded dimension, where the parts have different meanings. `unquantized` are column and row layers that
+    `block_linears` excludes: float8 does not pay off for small layers and for layers that run once per request.
 
     Sequence parallelism: `token_segments` are the model's token segments (text, image, video ...). `attention` are the
     Attention modules in which sharded tokens attend to each other; `sharded_keys` are Attention modules in which

@@ -18,7 +18,7 @@ def chunk_sizes(length: int, parts: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class SegmentLengths:
-    """Full lengths of token segments. Each segment is sharded separately over `ranks` ranks; `index` is this rank.
+    """Full lengths of token segments. Each segment is sharded separately; this rank is rank `index` of `ranks`.
 
     The sizes of all ranks' chunks follow from the full lengths: ranks never exchange sizes and never pad chunks.
     """

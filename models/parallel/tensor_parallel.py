@@ -24,7 +24,7 @@ from models.token_segments import SegmentVectors
 
 
 class ColumnParallelLinear(Sharded, Linear):
-    """Linear layer with sharded outputs: this rank has an equal chunk of each part of them.
+    """Linear layer with sharded outputs: each rank has an equal chunk of each part of the outputs.
 
     With `gather`, forward() all-gathers the outputs of all ranks. Raises ValueError for `gather` with several parts:
     the gathered outputs would not be in the order of the whole layer.
@@ -46,7 +46,7 @@ class ColumnParallelLinear(Sharded, Linear):
 
 
 class RowParallelLinear(Sharded, Linear):
-    """Linear layer with sharded inputs: this rank has an equal chunk of each part of them.
+    """Linear layer with sharded inputs: each rank has an equal chunk of each part of the inputs.
 
     The bias is replicated, and added once, after the all-reduce.
     """

@@ -198,7 +198,7 @@ class _RingBlocks(KeyValues):
         return attended if out is None else out.copy_(attended)
 
     def _block(self, step: int) -> int:
-        """Number of tokens of the block that this rank holds in a step of the ring. In step 0 it is its own block."""
+        """Number of tokens of the block that this rank holds in a step of the ring; its own block in step 0."""
         return self._sizes[(self._ring.index - step) % self._ring.size]
 
     def _start_exchange(self, step: int) -> None:

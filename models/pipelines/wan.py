@@ -16,7 +16,7 @@ _MODULES = ("text_encoder", "tokenizer", "transformer", "scheduler", "vae")
 EXPERTS = "experts"
 """The only variant of checkpoints with two experts."""
 TWO_EXPERTS = {TRANSFORMER: "transformer", "transformer_2": "transformer_2"}
-"""Role to module name of the two experts."""
+"""Module names of the two experts, by role."""
 
 
 class WanPipeline(StandardPipeline):

@@ -87,7 +87,7 @@ class FlowMatchEulerSolver:
 
 
 class UniPCSolver:
-    """UniPC: a multistep predictor with a corrector that refines each step by the next prediction.
+    """UniPC: a multistep predictor with a corrector that refines each step with the next prediction.
 
     The state is the last `solver_order` predictions of the clean latents, newest last, and the latents before the last
     step. The step number determines how many predictions a step uses.

@@ -21,8 +21,8 @@ from models.stages.decoded_media import DEFAULT_FRAME_RATE, check_finite, media_
 class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
     """Decodes to one PNG per image or layer, one MP4 per video, or one safetensors file.
 
-    Videos have audio, for which the model has an audio VAE and a vocoder. The video VAE yields frames; each is encoded
-    while the next one is decoded.
+    MP4 requires a model with an audio VAE and a vocoder. The video VAE yields frames, and each frame is encoded while
+    the next frame is decoded.
     """
 
     def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:

@@ -80,7 +80,7 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
         return ImageVAEEncodingOutput(image_latents=Latents(parts=parts))
 
     def _encoder(self, x: ImageVAEEncodingInput) -> Callable[[Tensor], Tensor]:
-        """The VAE's encoder: its mode, or a sample with the request's noise."""
+        """Encoder that returns the mode of the VAE's distribution, or a sample with the request's noise."""
         noise = None
         if x.sampling is not None:
             noise, _ = first_draw(self._config, x.canvas, x.sampling.seed, self._dtype)

@@ -82,7 +82,7 @@ def _memory_outside_torch() -> int:
 class StepInputs:
     """Example inputs of a step.
 
-    `latents` are by the denoiser's keyword, `row` has one row of each prepared tensor.
+    `latents` is keyed by the denoiser's keyword; `row` has one row of each prepared tensor.
     """
 
     latents: Tensors
@@ -153,7 +153,7 @@ class StepMemory:
     def runs_eagerly(self, kind: StepKind) -> bool:
         """Whether a step runs without a graph.
 
-        The first step of a kind runs eagerly, because it loads kernels; so do steps beyond MAX_GRAPHS.
+        The first step of a kind runs eagerly, because it loads kernels. Kinds beyond MAX_GRAPHS always run eagerly.
         """
         is_full = len(self._graphs) >= MAX_GRAPHS and kind not in self._graphs
         if self._capture is None or kind not in self._ran or is_full:

@@ -43,7 +43,7 @@ RESIDUAL_DECODING_BYTES = 12_000_000_000
 Sufficient for 704x1280 in one strip in float32; in bfloat16, that size takes 4.9 GB for any number of frames.
 """
 
-# Number of activations, each the size of a frame in the widest layer, in memory at once; excludes cached frames.
+# Largest number of frames of the widest layer in memory at once, excluding cached frames.
 _WORKING_FRAMES = 12
 
 

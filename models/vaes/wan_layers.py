@@ -1,8 +1,8 @@
 """Layers of the Wan VAE decoder that process one frame at a time and cache previous frames.
 
-Each class wraps a module of Diffusers' AutoencoderKLWan. The decoder of Wan 2.2's VAE
-(`is_residual`) differs in its up blocks, which add a shortcut from their input to their output, and in `patch_size`:
-its last convolution returns a square of pixels as channels.
+Each class wraps a module of Diffusers' AutoencoderKLWan. The decoder of Wan 2.2's VAE (`is_residual`) differs in its up
+blocks, which add a shortcut from their input to their output, and in `patch_size`: its last convolution returns a
+square of pixels as channels.
 """
 
 from __future__ import annotations

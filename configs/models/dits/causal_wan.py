@@ -44,7 +44,8 @@ class CausalWanTransformerConfig(WanTransformerConfig):
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> Self:
         """Parse config.json. Raises CheckpointError, also for a Wan DiT without causal attention.
 
-        Published checkpoints have the causal class name; checkpoints of FastVideo's converter also have the block size.
+        A causal DiT has the causal class name, as in published checkpoints, or the entry num_frames_per_block, as in
+        checkpoints of FastVideo's converter.
         """
         if values.get("_class_name") != CLASS_NAME and "num_frames_per_block" not in values:
             raise CheckpointError(

@@ -15,7 +15,7 @@ MAX_PIXELS = 1024 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLFlux2Config:
-    """AutoencoderKLFlux2's config.json, entries that determine the latents.
+    """Entries of AutoencoderKLFlux2's config.json that determine the latents.
 
     A latent covers `spatial_factor` pixels along each side.
     """

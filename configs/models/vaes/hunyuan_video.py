@@ -12,7 +12,7 @@ from configs.models.vaes.frames import FrameGrid
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLHunyuanVideoConfig(FrameGrid):
-    """AutoencoderKLHunyuanVideo's config.json, entries that determine the latents.
+    """Entries of AutoencoderKLHunyuanVideo's config.json that determine the latents.
 
     The denoiser's latents are z * scaling_factor. A latent covers `spatial_factor` pixels along each side.
     """

@@ -11,7 +11,7 @@ from configs.models.fields import ConfigFields
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLConfig:
-    """AutoencoderKL's config.json, entries that determine the latents.
+    """Entries of AutoencoderKL's config.json that determine the latents.
 
     The denoiser's latents are (z - shift_factor) * scaling_factor. A latent covers `spatial_factor` pixels along each
     side.

@@ -10,14 +10,14 @@ from configs.models.fields import ConfigFields
 from configs.models.vaes.frames import FrameGrid
 
 _AUDIO_FACTOR = 4
-"""Spectrogram frames and mel bins along each side of an audio latent."""
+"""Size of an audio latent: number of spectrogram frames, and number of mel bins."""
 _AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 """Sampling rates of AAC, in Hz."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LTX2VideoVAEConfig(FrameGrid):
-    """AutoencoderKLLTX2Video's config.json, entries that determine the shape of the latents.
+    """Entries of AutoencoderKLLTX2Video's config.json that determine the shape of the latents.
 
     A latent covers `spatial_factor` pixels along each side. Statistics to normalise latents are stored in the weights.
     Latents must have at least `min_latents` rows and columns, as the decoder may use reflection padding.
@@ -45,7 +45,7 @@ class LTX2VideoVAEConfig(FrameGrid):
 
 @dataclass(frozen=True, kw_only=True)
 class LTX2AudioVAEConfig:
-    """AutoencoderKLLTX2Audio's config.json, entries that determine the shape of the latents.
+    """Entries of AutoencoderKLLTX2Audio's config.json that determine the shape of the latents.
 
     A latent covers 4 spectrogram frames of `hop_length` samples and 4 of the `mel_bins`. The spectrogram has `channels`
     channels.

@@ -14,7 +14,7 @@ _DEFAULT_SCALING = (True, True, True, False)
 
 @dataclass(frozen=True, kw_only=True)
 class LTXVideoVAEConfig(FrameGrid):
-    """AutoencoderKLLTXVideo's config.json, entries that determine the latents.
+    """Entries of AutoencoderKLLTXVideo's config.json that determine the latents.
 
     A latent covers `spatial_factor` pixels along each side. Statistics to normalise latents are stored in the weights.
     `removes_noise` (0.9.5): noise is added to the latents, and the decoder, conditioned on a timestep, removes it.

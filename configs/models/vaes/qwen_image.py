@@ -17,7 +17,7 @@ _IMAGE_MULTIPLE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLQwenImageConfig:
-    """AutoencoderKLQwenImage's config.json, entries that determine the latents.
+    """Entries of AutoencoderKLQwenImage's config.json that determine the latents.
 
     It is a video VAE; an image is a video of one frame. The denoiser's latents are (z - mean) / std, per channel. A
     latent covers `spatial_factor` pixels along each side.

@@ -13,7 +13,7 @@ from configs.models.vaes.statistics import latent_statistics
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLWanConfig(FrameGrid):
-    """AutoencoderKLWan's config.json, entries that determine the shape and the scale of the latents.
+    """Entries of AutoencoderKLWan's config.json that determine the shape and the scale of the latents.
 
     The denoiser's latents are (z - mean) / std, per channel. A latent covers `spatial_factor` pixels along each side: 8
     for Wan 2.1's VAE, 16 for Wan 2.2 TI2V-5B's VAE, which encodes patches of 2x2 pixels as channels (`patch_size`).
