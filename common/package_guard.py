@@ -86,8 +86,8 @@ class Called:
 class Parameters:
     """Fact: the parameters of `path` start with `required`, in this order. "a|b" is a parameter with the name a or b.
 
-    If the fleet overrides the method (`overridden`), all further parameters must be in `optional`, in its order and
-    from its start, because the overriding method must accept all arguments.
+    If the fleet overrides the method (`overridden`), any further parameters must be the first parameters of `optional`,
+    because the overriding method must accept all arguments.
     """
 
     path: str
