@@ -54,7 +54,7 @@ _OTHERS = {
 class ImageHeader:
     """Format ("PNG", "JPEG" or "WebP"), size in pixels after `orientation` is applied, and pixel format.
 
-    `orientation` is an EXIF value, 1 to 8. `is_16_bit_grey` is true of PNG files with colour type 0 and bit depth 16.
+    `orientation` is an EXIF value, 1 to 8. `is_16_bit_grey` is true for PNG files with colour type 0 and bit depth 16.
     """
 
     format: str

@@ -26,7 +26,7 @@ _EXIF_PREFIX = re.compile(rb"^(Exif\0\0){1,2}")
 _XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"MM\0+")
-# Size in bytes of one value of each TIFF type that Pillow reads, and its struct format where the value is a number.
+# TIFF types that Pillow reads: size of one value in bytes, and its struct format, empty for values without a format.
 _TYPES: dict[int, tuple[int, str]] = {
     1: (1, ""),
     2: (1, ""),

@@ -23,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_settings(path: Path) -> dict[str, Any]:
     """Return a non-empty JSON object. Libraries would replace `{}` by the defaults of another model.
 
-    Raises CheckpointError as read_json(), and for an empty object.
+    Raises the errors of read_json(), and CheckpointError for an empty object.
     """
     value = read_json(path)
     if not value:

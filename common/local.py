@@ -73,10 +73,10 @@ def common_indifference(declared: Sequence[frozenset[str] | None]) -> frozenset[
 
 
 class LocalRunner:
-    """Runs stages on one thread of this process. Like common.rpc.client.RemoteRunner, with artifacts as values.
+    """Runs stages on one thread of this process. Values are artifacts; in common.rpc.client.RemoteRunner, packets.
 
     `executor` has one thread, because stages of one device must not interleave; several runners may share it. Stages
-    with stream inputs run on a separate thread and release `device`, a lock that all runners of a device share, while
+    with stream inputs run on a separate thread. They release `device`, a lock that all runners of a device share, while
     they wait for items.
     """
 
@@ -129,6 +129,6 @@ async def _pump(source: ItemBuffer, feed: StreamFeed) -> None:
 
 
 def _put_item(loop: asyncio.AbstractEventLoop, call: Call, slot: str, index: int, item: Any) -> None:
-    """Put an item into its sink. Called on the thread of the stage that emits it; blocks while the sink is full."""
+    """Put an item into its sink. Called on the thread of the emitting stage; blocks while the sink is full."""
     if (sink := call.sinks.get(slot)) is not None:
         wait_on_thread(loop, sink.put(index, item, byte_size_of(item)), call)

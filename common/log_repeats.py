@@ -20,7 +20,7 @@ from common.log_format import Event
 
 MOST_REPEATS = 10
 WINDOW_SECONDS = 60.0
-_MOST_WINDOWS = 1_024  # events that are counted at a time; records of further events are written without a limit
+_MOST_WINDOWS = 1_024  # maximum number of windows; records of further events are written without a limit
 
 
 @dataclass
@@ -35,7 +35,10 @@ class _Window:
 
 
 class RepeatLimitingHandler(logging.StreamHandler[TextIO]):
-    """Writes records to a stream, at most `most` per event and call site in `seconds`. `clock` returns seconds."""
+    """Writes records to a stream, with a limit for repeated records.
+
+    Writes at most `most` records per event and call site within `seconds`. `clock` returns seconds.
+    """
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ class EventLogger:
         self._write(logging.ERROR, event, pairs, sys.exc_info()[1])
 
     def critical(self, event: str, /, *, exc_info: BaseException | None = None, **pairs: object) -> None:
-        """Log the reason for which the process exits, with the traceback of `exc_info`."""
+        """Log the reason why the process exits, with the traceback of `exc_info`."""
         self._write(logging.CRITICAL, event, pairs, exc_info)
 
     def announce(self, event: str, /, **pairs: object) -> None:

@@ -61,7 +61,7 @@ class OtlpTracer:
     def start(
         self, name: str, kind: SpanKind, parent: Span, attributes: Attributes, start_ns: int | None = None
     ) -> Span:
-        """Start a child of `parent`, or a new trace without a context. `start_ns`: Unix time in ns; None: now."""
+        """Start a child of `parent`; a new trace if `parent` has no context. `start_ns`: Unix time in ns; None: now."""
         started = self._tracer.start_span(
             name, _context_of(parent), kind=_KINDS[kind], attributes=_prefixed(attributes), start_time=start_ns
         )

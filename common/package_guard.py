@@ -86,8 +86,8 @@ class Called:
 class Parameters:
     """Fact: the parameters of `path` start with `required`, in this order. "a|b" is a parameter with the name a or b.
 
-    For an `overridden` method, any further parameters must be the first ones of `optional`: the overriding method must
-    accept all arguments.
+    If the fleet overrides the method (`overridden`), any further parameters must be the first parameters of `optional`,
+    because the overriding method must accept all arguments.
     """
 
     path: str

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class StageWork:
     """Work of a request at a service: `steps` steps of `tokens` tokens each.
 
-    Steps of requests with equal `shape` take equally long. `tokens` is the relative size of a step, which makes shapes
-    comparable: the number of pixels over all outputs and guidance branches if the work is proportional to it, else 1.
+    Steps of requests with equal `shape` take equally long. `tokens` is the relative size of a step, by which shapes
+    are compared: the number of pixels over all outputs and guidance branches if the work is proportional to that
+    number, else 1.
     """
 
     steps: int

@@ -33,8 +33,8 @@ _STREAM = re.compile(r"^Stream\[(?P<item>\w+)\]$")
 class Stream(Protocol[Item]):
     """A slot with an ordered sequence of artifacts. The reader runs concurrently with the writer.
 
-    A stage declares it as `Stream[Latents]`. An input stream is iterated once; each iteration blocks until the next
-    item arrives, or raises Cancelled or DeadlineExceeded. The items of an output stream are passed to Call.emit(), and
+    A stage declares it as `Stream[Latents]`. An input stream is iterated once; `next()` blocks until the next item
+    arrives, or raises Cancelled or DeadlineExceeded. The items of an output stream are passed to Call.emit(), and
     the output field has the value EMITTED.
     """
 
@@ -114,7 +114,7 @@ class Call:
     def emit(self, slot: str, artifact: Any, index: int | None = None) -> None:
         """Send the next item of a stream to its reader. Blocks while the reader is too slow, until cancellation.
 
-        `index` is the index of the item in the stream, from 0. Default: the next one. A stage that resumes passes the
+        `index` is the index of the item in the stream, from 0. Default: the next index. A stage that resumes passes the
         original index. The item's tensors must be on the CPU, and the stage must not modify them afterwards.
         """
         number = self.emitted.get(slot, 0) if index is None else index
@@ -122,11 +122,11 @@ class Call:
         self.on_item(slot, number, artifact)
 
     def checkpoint(self, state: Any) -> None:
-        """Emit a StepCheckpoint. It replaces an earlier one that is not sent yet."""
+        """Emit a StepCheckpoint. It replaces an earlier step checkpoint that is not sent yet."""
         self.emit(STEP_CHECKPOINTS, state)
 
     def progress(self, step: int, total_steps: int) -> None:
-        """Report a completed step. Raises as check_cancelled(), so that a cancelled loop ends within one step."""
+        """Report a completed step. Raises the errors of check_cancelled(): a cancelled loop ends within one step."""
         self.check_cancelled()
         self.on_progress(step, total_steps)
 
@@ -138,7 +138,7 @@ class Call:
             raise DeadlineExceeded(f"request {self.request_id} is past its deadline")
 
     def must_hand_over(self) -> bool:
-        """Return whether the stage must end at this step with a checkpoint and HandedOver. Equal on all ranks."""
+        """Return whether the stage must emit a checkpoint and raise HandedOver at this step. Equal on all ranks."""
         return self.hand_over.is_set()
 
     def seconds_left(self) -> float | None:

@@ -128,7 +128,7 @@ class StreamFeed:
             return bool(self._items)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the artifacts in order. Raises the error of close(), and while waiting as Call.check_cancelled()."""
+        """Yield the artifacts in order. Raises the errors of close() and of Call.check_cancelled()."""
         while (taken := self._take()) is not None:
             yield self._unpack(taken[0])
 

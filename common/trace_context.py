@@ -119,8 +119,8 @@ def entered(span: Span) -> Iterator[Span]:
 def make_current(span: Span) -> None:
     """Make a span the current span for the rest of a gRPC call.
 
-    Includes interceptors that end after the handler. There is no reset: each call is a separate task with a copy of the
-    context.
+    The span is also current in interceptors that end after the handler. There is no reset: each call is a separate task
+    with a copy of the context.
     """
     _current.set(span)
 

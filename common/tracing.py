@@ -41,7 +41,7 @@ class Tracer(Protocol):
         attributes: Mapping[str, str | int | float],
         start_ns: int | None = None,
     ) -> Span:
-        """Start a child of `parent`, or a new trace without a context. `start_ns`: Unix time in ns; None: now."""
+        """Start a child of `parent`; a new trace if `parent` has no context. `start_ns`: Unix time in ns; None: now."""
 
     def restart(
         self, name: str, kind: SpanKind, parent: TraceContext | None, context: TraceContext, start_ns: int
@@ -70,7 +70,7 @@ def tracer() -> Tracer | None:
 
 
 def start_span(name: str, kind: SpanKind = SpanKind.INTERNAL, **attributes: str | int | float) -> Span:
-    """Start a child of the current span, which the caller ends. Outside a trace, it records nothing."""
+    """Start a child of the current span. The caller must end it. Outside a trace, the span records nothing."""
     parent = current_span()
     if _tracer is None or parent.context is None:
         return NO_SPAN

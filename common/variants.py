@@ -47,7 +47,7 @@ def _united(name: str, slots: Sequence[Mapping[str, str]]) -> dict[str, str]:
 def unite_services(variants: Sequence[Sequence[ServiceSpec]]) -> tuple[ServiceSpec, ...]:
     """Return the distinct services of all variants, each with the union of its contracts and stages.
 
-    Each service follows its predecessor in the first variant that uses it. Raises PipelineError as unite_contracts().
+    Each service follows its predecessor in the first variant that uses it. Raises the errors of unite_contracts().
     """
     if len(variants) == 1:
         return tuple(variants[0])

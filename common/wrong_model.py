@@ -1,4 +1,4 @@
-"""Error messages for paths that are not Diffusers directories: actual content, and the path to use."""
+"""Error messages for paths that are not Diffusers directories. They state the actual content and the path to use."""
 
 from __future__ import annotations
 

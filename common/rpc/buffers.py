@@ -40,7 +40,7 @@ class BufferPool:
         return chosen
 
     def give(self, buffer: mmap) -> None:
-        """Return a buffer without references to the pool. Evicts the oldest unused buffers beyond `idle_bytes`."""
+        """Return an unreferenced buffer to the pool. Evicts the oldest unused buffers beyond `idle_bytes`."""
         self._idle.append(buffer)
         while self.idle_bytes > self._idle_bytes:
             self._idle.pop(0)
@@ -49,8 +49,8 @@ class BufferPool:
 class BufferLease:
     """Buffers of one call. close() returns them to the pool, except buffers that are still referenced.
 
-    A tensor that uses a buffer as storage references it. If a stage retains the tensor, the pool loses the buffer and
-    the tensor remains valid.
+    A tensor that uses a buffer as storage references it. If a stage retains the tensor, the buffer is not
+    returned to the pool, and the tensor remains valid.
     """
 
     def __init__(self, pool: BufferPool) -> None:

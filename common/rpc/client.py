@@ -87,7 +87,7 @@ class WorkerLost(Unavailable):
 
 
 class RemoteRunner:
-    """Runs a contract on the worker behind a channel. Like common.local.LocalRunner, with packets as values.
+    """Runs a contract on the worker behind a channel. Values are packets; in common.local.LocalRunner, artifacts.
 
     The value of a stream is an ItemBuffer of packets, which is read from the first item. Cancelling the task cancels
     the call. Reports of the worker are passed to the Call: items of streams and step checkpoints as packets to `sinks`,
@@ -183,7 +183,7 @@ class RemoteRunner:
     async def _request_frames(
         self, header: bytes, values: Mapping[str, Any], sent: asyncio.Event
     ) -> AsyncIterator[bytes]:
-        """Yield the frames of a call. Sets `sent` after the first frame: from then on, the connection exists."""
+        """Yield the frames of a call. Sets `sent` after the first frame, when the connection is established."""
         packets = [value for value in values.values() if isinstance(value, Packet)]
         sending = start_span("send inputs", bytes=sum(packet.byte_size for packet in packets))
         try:

@@ -18,7 +18,7 @@ from common.rpc.interceptor import Admit, CallGate, admit_all
 from common.rpc.options import ServerLimits, server_options
 from common.rpc.wrapping import Handler
 
-_FLUSH_SECONDS = 0.5  # grace period for unsent bytes of ended calls; health watches never end
+_FLUSH_SECONDS = 0.5  # time to send the last bytes of ended calls; bounded, because health watches never end
 
 
 class FleetServer:

@@ -18,7 +18,7 @@ from common.rpc.items import item_frames
 from common.stage import STEP_CHECKPOINTS, Call
 from common.streams import STREAM_BYTES, byte_size_of, wait_on_thread
 
-_MAX_WAITING = 256  # queued frames at which progress is dropped
+_MAX_WAITING = 256  # progress is dropped while at least this number of frames is queued
 _LONGEST_BEGUN_SECONDS = 1.0
 
 

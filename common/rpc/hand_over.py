@@ -1,7 +1,8 @@
 """Hands calls of a draining worker over to other workers at a step boundary, without losing steps.
 
 A call is handed over once another worker with an equal numerics fingerprint has a free slot. Calls that still run near
-the end of the grace period are handed over then; their requests wait for a slot and resume from their step checkpoints.
+the end of the grace period are handed over without a free slot. Their requests wait for a slot and resume from their
+step checkpoints.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class HandOver:
         self._poll_seconds = poll_seconds
 
     async def run(self, grace: float) -> None:
-        """Hand calls over when slots are free, and the others before `grace` seconds end. Runs until cancelled."""
+        """Hand calls over while slots are free, and all others before `grace` seconds end. Runs until cancelled."""
         end = time.monotonic() + grace
         margin = min(_MARGIN_SECONDS, _MARGIN_OF_GRACE * grace)
         poll_at = 0.0
@@ -130,7 +131,7 @@ class HandOver:
         return [call for call in self._calls() if not call.is_asked]
 
     def _hand_to(self, free: int) -> None:
-        """Hand over one call per free slot, minus the calls in hand-over. Calls that have not started come first."""
+        """Hand over one call per free slot, minus hand-overs in progress. Calls that have not started come first."""
         leaving = sum(call.is_asked for call in self._calls())
         for call in sorted(self._unasked(), key=lambda call: call.has_begun)[: max(0, free - leaving)]:
             self._ask(call, "another worker has a free slot")

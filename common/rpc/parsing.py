@@ -75,7 +75,7 @@ def _unknown_fields(message: Message) -> Iterator[_RawField]:
 def _first_bad_text(descriptor: Descriptor, raw: bytes) -> str:
     """Return the path of the first string field that is not UTF-8; empty if there is none.
 
-    Also returns an empty path if `raw` is not a message. Parsing `raw` as Empty yields all fields as unknown fields
+    The path is also empty if `raw` is not a valid message. Parsing `raw` as Empty yields all fields as unknown fields
     with their bytes; the descriptor identifies strings.
     """
     try:

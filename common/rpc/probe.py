@@ -1,8 +1,8 @@
 """Health probe for containers: `python -m common.rpc.probe ADDRESS`.
 
-Exit code 0: the server is SERVING. 1: it is not, or does not respond; stderr has one line, which `docker inspect`
-shows. 2: wrong usage. If FLEET_HEALTH_LISTEN is set, the probe uses that address on this host instead of ADDRESS; a
-server with TLS serves health checks without certificates only there.
+Exit code 0: the server is SERVING. 1: the server is not SERVING or does not respond; stderr has one line, which
+`docker inspect` shows. 2: wrong usage. If FLEET_HEALTH_LISTEN is set, the probe uses that address on this host instead
+of ADDRESS; a server with TLS serves health checks without certificates only there.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class StageJob:
 def _without_frame_references(work: Callable[[], dict[str, Packet]]) -> dict[str, Packet]:
     """Run the work. Clears the frames of an error's traceback, so that the error does not reference tensors.
 
-    These tensors would occupy device memory and the call's receive buffers.
+    Referenced tensors would occupy device memory and the call's receive buffers.
     """
     try:
         return work()

@@ -211,8 +211,8 @@ class StageServicer:
     def _occupied(self) -> Iterator[Callable[[], None]]:
         """Occupy one unit of the capacity, and yield a function that releases it before the end of the block.
 
-        A cancelled call releases it immediately, although its stage may compute for the rest of a step: meanwhile, the
-        next call can receive its inputs.
+        A cancelled call releases its unit immediately, although its stage may compute for the rest of a step, so that
+        the next call can receive its inputs in that time.
 
         Raises Unavailable while the device is stuck, and ResourceExhausted at full capacity.
         """

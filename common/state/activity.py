@@ -40,7 +40,7 @@ class ActiveRequest(NamedTuple):
 
 
 class Activities(NamedTuple):
-    """Open requests, then the latest ended ones. `milliseconds` is the store's time since 1970."""
+    """Open requests, then the latest ended requests. `milliseconds` is the store's time since 1970."""
 
     milliseconds: int
     requests: Sequence[ActiveRequest]

@@ -1,4 +1,4 @@
-"""Heartbeat of a coordinator, and its channel for messages of the store.
+"""Heartbeat of a coordinator, and its pub/sub channel for messages of the store.
 
 While the heartbeat is valid, the coordinator's slots and queued claims are valid. The channel delivers grants of slots
 and cancellations of requests. A message that is lost with a connection is recovered: a grant by the next claim

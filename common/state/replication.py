@@ -50,7 +50,7 @@ class Replication:
                 return list(await pipeline.execute(raise_on_error=False))
 
     def follow(self, pipeline: Any, needed: Collection[str] = ()) -> None:
-        """Append commands to a pipeline that wait until replicas have acknowledged all earlier writes.
+        """Append to a pipeline the commands that wait until replicas have acknowledged all earlier writes.
 
         `needed` are keys that were written before the operation; a failover may have lost them.
         """

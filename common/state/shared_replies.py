@@ -69,7 +69,7 @@ class SharedReplies:
         return self._computing is not None and self._computing >= self._gain * self._fetching
 
     async def find(self, key: bytes) -> Frames | None:
-        """Return a stored reply; None if there is none or the fetch takes longer than computing it."""
+        """Return a stored reply; None if there is none or fetching takes longer than computing."""
         if not self.pays or self._computing is None or time.monotonic() < self._not_before:
             return None
         began = time.monotonic()

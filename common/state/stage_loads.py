@@ -50,7 +50,7 @@ class StageLoads:
         return StageActivity(is_active=bool(is_active), last_needed_ms=int(last_needed))
 
     async def recent(self, model: str, service: str) -> StageLoad:
-        """Return the load of a service of a model, at most 50 times the duration of a read old.
+        """Return the load of a service of a model. Its age is at most 50 times the duration of its read.
 
         A read visits every waiting request. Because of the reuse, reads take at most about 2% of the store's time, for
         any number of clients. Raises Unavailable.
@@ -94,7 +94,7 @@ class StageLoads:
 
 
 def _pace(shape: bytes, value: bytes) -> generation_pb2.ServicePace | None:
-    """Parse a pace of the script: compute seconds, steps, tokens of a step, time. Returns None for a damaged one."""
+    """Parse a pace of the script: compute seconds, steps, tokens of a step, time. Returns None if damaged."""
     try:
         seconds, steps, _, moment = value.split()
         pace = float(seconds) / float(steps)

@@ -120,7 +120,7 @@ class StoreSettings:
     allow_data_loss: bool = setting(False, help="omit the warning that the store is not durable")
 
     async def check_store(self, redis: Redis) -> None:
-        """Validate the server of the store with these settings. Raises as check_server()."""
+        """Validate the server of the store with these settings. Raises the errors of check_server()."""
         await check_server(redis, allow_eviction=self.allow_eviction, allow_data_loss=self.allow_data_loss)
 
 

@@ -14,7 +14,7 @@ from common.state.redis_client import NoScriptError, Pipeline, Redis, RedisError
 
 @contextmanager
 def _round_trip(operation: str) -> Iterator[list[Any]]:
-    """Observe a round trip. It has failed if the block raises or adds an error to the yielded list of replies."""
+    """Observe a round trip, as failed if the block raises or adds an error to the yielded list of replies."""
     began, result = time.perf_counter(), "error"
     replies: list[Any] = []
     try:

@@ -97,7 +97,7 @@ class _Claim:
 
 
 class WorkerSlots:
-    """Claims and releases slots for one coordinator. Its Presence must be started before."""
+    """Claims and releases slots for one coordinator. Start the coordinator's Presence first."""
 
     def __init__(self, redis: Redis, presence: Presence, *, ask_again_seconds: float = _ASK_AGAIN_SECONDS) -> None:
         self._redis = redis

@@ -110,7 +110,8 @@ local function activities_of(request, services, walk)
   return found
 end
 
--- Reads a request. Returns nil unless it is open, of the caller ('' for any) and of one of the models.
+-- Reads a request. Returns nil unless the request is open, belongs to the caller ('' for any) and uses one of the
+-- models.
 local function read_open(id, caller, models)
   local fields = server.pcall('HMGET', P .. 'request:' .. id, 'state', 'model', 'caller', 'owner', 'created')
   local state = not fields.err and tonumber(fields[1])

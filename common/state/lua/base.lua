@@ -18,7 +18,7 @@
 --   fleet:events:<id>              stream fields `event`, and `epoch` of the owner that added it, '' for another writer
 --   fleet:timeline:<id>            list   timeline entries ms|kind|service|worker|number, the latest 256
 --   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
---   fleet:item:<id>:<epoch>:<item>:<n>  string a chunk of an item of a streamed result; only an event makes the item count
+--   fleet:item:<id>:<epoch>:<item>:<n>  string a chunk of an item of a streamed result; valid if an event refers to it
 --   fleet:checkpoint:<id>:<epoch>-<n>     hash   a step checkpoint by part: 0 its origin, 1 its header, then its chunks
 --   fleet:idempotency:<key>        string request id
 --   fleet:requests, fleet:ended    zset   ids by sequence number; ended ids by the time their record expires
@@ -64,7 +64,8 @@
 --
 -- A coordinator's heartbeat is its lease on all requests that it owns. `epoch` is the fencing token: it grows with each
 -- change of the owner, and writes with another epoch are refused. Callers repeat an operation if its reply is lost, and a
--- network may deliver an operation after its caller has given up: every operation is idempotent and safe when late.
+-- network may deliver an operation after its caller's timeout: every operation is idempotent, and harmless when
+-- it arrives late.
 --
 -- `cost` is the relative amount of work that a request causes at a service.
 

@@ -52,8 +52,8 @@ end
 
 -- Returns the calls of a request that were lost with their worker, in chronological order. A loss is `open` until the
 -- worker's heartbeat expires, then `suspect`; it is `cleared` if the worker sends a heartbeat or shuts down before
--- that. `stage` is the index of the service in the pipeline, `reached` the step of the checkpoint that was stored at
--- the time.
+-- the expiry. `stage` is the index of the service in the pipeline, `reached` the step of the checkpoint that was stored
+-- at the time.
 local function read_losses(id)
   local losses = {}
   for line in string.gmatch(redis.call('HGET', P .. 'request:' .. id, 'deaths') or '', '[^\n]+') do

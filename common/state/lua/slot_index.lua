@@ -176,7 +176,7 @@ local function index(place)
 end
 
 -- Returns the id of the worker for the next claim: the first of fleet:load with a free slot that is neither avoided now
--- nor in the set `unfit`. Returns nil if there is none, and whether there are free slots that are avoided or unfit.
+-- nor in the set `unfit`. If there is none, returns nil, and whether the avoided or unfit workers have free slots.
 local function first_free(place, avoided, unfit)
   local start, found = 0, nil
   repeat

@@ -367,8 +367,8 @@ takes.release = {
   'ticket',
   'place',  -- model/service
   'used',   -- ms that the slot was held if the attempt succeeded, else 0
-  'computed*',  -- if the worker reported them: compute seconds, steps completed before the attempt, and for an attempt
-                -- that was handed over the steps completed after it
+  'computed*',  -- if the worker reported them: compute seconds, steps completed before the attempt, and, only for a
+                -- hand-over, steps completed after the attempt
 }
 function ops.release(a)
   local ticket, place, ms = a.ticket, a.place, tonumber(a.used)
