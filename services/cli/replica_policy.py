@@ -46,7 +46,7 @@ class _Recommendation:
 def with_headroom(demand: float, headroom: float) -> float:
     """Add spare replicas to the demand: `headroom` times the square root of the demand.
 
-    The standard deviation of Poisson arrivals is the square root of their mean, so that larger stages need a smaller
+    The standard deviation of Poisson arrivals is the square root of their mean, so larger stages need a smaller
     fraction of spare replicas.
     """
     return demand + headroom * math.sqrt(demand)

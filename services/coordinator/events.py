@@ -56,7 +56,7 @@ class EventLog:
 class EventWriter:
     """Writes events in batches, one write at a time. A batch contains only the latest step of each stage.
 
-    If the reply to a write is lost, the same events are written again with the same numbers, so that each is stored
+    If the reply to a write is lost, the write is retried with the same events and numbers, so that each is stored
     once. A batch that contains only steps waits until `step_seconds` after the previous write, which bounds the write
     rate. `log` receives the stored events. `on_ended` is called when the store reports that the request has ended or
     continues at another coordinator.
