@@ -50,7 +50,7 @@ class MeasuredStages:
             self._change(-1)
 
     def _change(self, by: int) -> None:
-        """Add the time since the last change to the busy or idle time. `by`: calls that start (1) or end (-1)."""
+        """Add the time since the last change to the busy or idle time. `by`: 1 at a start, -1 at an end, else 0."""
         now = time.monotonic()
         with self._lock:
             was_running, self._running = self._running > 0, self._running + by

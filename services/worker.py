@@ -163,7 +163,7 @@ async def start_worker(
             resources.callback(start_metrics(settings.metrics_port).stop)
         prepare = partial(prepare_thread, device, settings.threads)
         executor = ThreadPoolExecutor(1, thread_name_prefix=f"{service}-device", initializer=prepare)
-        # Runs on another thread: it waits for a running stage, which ends within a step and needs this event loop.
+        # On another thread, because shutdown() waits up to a step for a running stage, which needs this event loop.
         resources.push_async_callback(asyncio.to_thread, executor.shutdown, cancel_futures=True)
         hosted = await loop.run_in_executor(executor, _load, model, spec, settings, device, dtype, ranks)
         degrees = ranks.degrees if ranks else None

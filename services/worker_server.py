@@ -128,7 +128,7 @@ def make_server(
 def cache_of(
     stages: HostedVariants, info: worker_pb2.WorkerInfo, settings: WorkerSettings, shared: SharedReplies | None
 ) -> ReplyCache | None:
-    """The reply cache; None unless the settings enable it and the stages support it."""
+    """The reply cache, if the settings enable it and the stages support it; else None."""
     if not isinstance(settings, CachingSettings) or settings.reply_cache_bytes <= 0 or stages.indifferent_to is None:
         return None
     return ReplyCache(
@@ -141,7 +141,7 @@ def cache_of(
 
 
 def shared_of(redis: Redis, info: worker_pb2.WorkerInfo, settings: WorkerSettings) -> SharedReplies | None:
-    """The cache shared by workers with equal weights and numerics; None unless the settings enable it."""
+    """The cache shared by workers with equal weights and numerics, if the settings enable it; else None."""
     if not isinstance(settings, CachingSettings) or settings.reply_cache_redis_bytes <= 0:
         return None
     return SharedReplies(

@@ -157,7 +157,7 @@ class StageAutoscaler:
 
     @contextlib.contextmanager
     def _noting_failures(self) -> Iterator[None]:
-        """Ignore temporary errors, so that the pool keeps its size. Reports the first error of a series."""
+        """Ignore temporary errors, which do not change the pool's size. Reports the first of consecutive errors."""
         try:
             yield
         except _TEMPORARY as error:

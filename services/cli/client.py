@@ -21,7 +21,7 @@ Events = AsyncGenerator[generation_pb2.Event, None]
 Downloaded = AsyncGenerator[generation_pb2.DownloadResultResponse, None]
 
 RETRIES = 5
-"""Maximum consecutive retries without a message from a coordinator."""
+"""Maximum number of consecutive retries that receive no message from a coordinator."""
 
 T = TypeVar("T")
 
@@ -98,7 +98,7 @@ class FleetClient:
             return await self._stub.GetRequest(request, metadata=self._metadata)
 
     async def cancel(self, request_id: str) -> generation_pb2.RequestRecord:
-        """Request cancellation. Returns the current record, in which the request may still run."""
+        """Request cancellation. Returns the current record, whose state may not be terminal yet."""
         with self._translated():
             response = await self._stub.CancelRequest(
                 generation_pb2.CancelRequestRequest(request_id=request_id), metadata=self._metadata

@@ -39,11 +39,11 @@ _TORCH = "repair or reinstall torch and the kernel packages, or name working one
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print one line per result; exit code 0 without findings, 1 with warnings, 2 with errors."""
+    """Print one line per result; exit code 0 if all results are OK, 1 with warnings, 2 with errors."""
     args = _arguments(argv)
     shows_tracebacks = os.environ.get("FLEET_LOG_LEVEL") == "DEBUG"
     if not shows_tracebacks:
-        # Discards the warnings of the checked modules, because the results contain the same findings.
+        # Discards warnings that the checked modules log, because the results report the same problems.
         logging.getLogger().addHandler(logging.NullHandler())
     results = []
     console = Console(highlight=False, soft_wrap=True)

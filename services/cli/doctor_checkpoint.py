@@ -63,7 +63,7 @@ def directory_of(reference: str) -> Path:
 
 
 def _model_results(reference: str) -> Iterator[Result]:
-    """Check the other files of the checkpoint, and list the served variants."""
+    """Check the files of the checkpoint that are not weights, and report variants that are not served."""
     try:
         model = opened(reference)
     except FleetError as failure:

@@ -32,7 +32,7 @@ _MOST_NAMED = 5
 
 
 def check_proxies(endpoint: str, environ: Mapping[str, str] = os.environ) -> Iterator[Result]:
-    """Check whether proxy variables redirect gRPC connections to `endpoint`; to any host if it is empty."""
+    """Check whether proxy variables redirect gRPC connections to `endpoint`, or to any host if `endpoint` is empty."""
     given = {name: environ[name] for name in _PROXIES if environ.get(name)}
     if not given:
         yield ok("proxies", f"none of {', '.join(_PROXIES)} is set")
@@ -205,7 +205,7 @@ def _all_model_results(overview: generation_pb2.ListModelsResponse, own: Mapping
 
 
 def model_results(model: generation_pb2.Model, own_fingerprint: str) -> Iterator[Result]:
-    """Results for a served model. `own_fingerprint` is the fingerprint of the local checkpoint; empty without one."""
+    """Results for a served model. `own_fingerprint`: fingerprint of the local checkpoint, or empty."""
     name = f"model {model.name}"
     without = [each.service for each in model.services if not each.workers]
     if without:

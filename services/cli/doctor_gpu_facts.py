@@ -40,7 +40,7 @@ class TrialSettings:
 
 def main(argv: Sequence[str]) -> int:
     """Print the facts; returns 0."""
-    # Ignores the settings file of the service, which has other keys. `fleet doctor` passes both settings as flags.
+    # Ignores the service's settings file, which has other keys. `fleet doctor` passes the settings as flags.
     environ = {name: value for name, value in os.environ.items() if name != "FLEET_CONFIG"}
     settings = load_settings(TrialSettings, argv, prog="doctor_gpu_facts", environ=environ)
     sys.stdout.write(json.dumps(facts(KernelChoice(settings.kernels, settings.attention_backend))) + "\n")
@@ -102,7 +102,7 @@ def _trials(outcomes: Sequence[Outcome]) -> Iterator[KernelTrial]:
 def attention_rows(capability: Capability, choice: KernelChoice, outcomes: Sequence[Outcome]) -> str:
     """The attention backends in use, in order of preference, as text. `outcomes` are the results of the trials.
 
-    The last backend, PyTorch's SDPA, computes inputs that no other backend supports, such as larger heads.
+    The last backend, PyTorch's SDPA, is used for inputs that no other backend supports, such as larger head sizes.
     """
     if choice.attention != "auto":
         return f"{choice.attention} (set by attention_backend), else sdpa"

@@ -41,7 +41,7 @@ def check_endpoint_ports(endpoint: str, values: Mapping[str, Any]) -> Iterator[R
 
 
 def reached_addresses(endpoint: str, values: Mapping[str, Any]) -> dict[str, str]:
-    """The addresses at which this host can reach the ports of the settings, by setting."""
+    """The addresses at which this host can reach the configured ports, by name of the setting."""
     host = "127.0.0.1" if endpoint.startswith("unix:") else endpoint.rpartition(":")[0]
     found = {}
     for name, address in addresses_of(values).items():
@@ -68,7 +68,7 @@ def _metrics_fault(address: str) -> str:
 
 
 def _connection_fault(address: str) -> str:
-    """The fault when connecting to an address, or ""."""
+    """The fault of a connection attempt to an address, or ""."""
     try:
         if address.startswith("unix:"):
             with socket.socket(socket.AF_UNIX) as connection:

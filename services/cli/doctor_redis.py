@@ -17,7 +17,7 @@ from common.state.store_server import StoreMemory, StoreSettings, check_server, 
 from services.cli.doctor_results import Check, Result, error, ok, warning
 
 _OLDEST = (5, 0)
-"""Oldest server version with streams, and in which scripts may write after they have read TIME."""
+"""Oldest server version that has streams, and in which scripts may write after calling TIME."""
 
 _OLDEST_TESTED = (7, 0)
 """Oldest server version that the tests cover."""
@@ -26,7 +26,7 @@ _SKEW_SECONDS = 1.0
 """Clock skew above which the result is a warning."""
 
 _MOST_SKEW_SECONDS = 30.0
-"""Clock skew above which services may refuse valid tokens. The default of jwt_leeway_seconds."""
+"""Clock skew above which services may refuse valid tokens: the default of jwt_leeway_seconds."""
 
 _Results: TypeAlias = AsyncIterator[Result]
 

@@ -38,17 +38,17 @@ class Result:
 
 
 def ok(name: str, found: str) -> Result:
-    """A result without a finding."""
+    """A result that needs no action. `found` describes the checked item."""
     return Result(Status.OK, name, found)
 
 
 def warning(name: str, found: str, advice: str) -> Result:
-    """A finding that makes services slower or less safe, or limits the requests that they serve."""
+    """A result for a problem that makes services slower or less safe, or limits the requests that they serve."""
     return Result(Status.WARNING, name, found, advice)
 
 
 def error(name: str, found: str, advice: str) -> Result:
-    """A finding that prevents a service from starting, or makes requests fail."""
+    """A result for a problem that prevents a service from starting, or makes requests fail."""
     return Result(Status.ERROR, name, found, advice)
 
 

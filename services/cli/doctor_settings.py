@@ -19,7 +19,7 @@ from services.setting_readers import READERS
 
 COORDINATOR = "coordinator"
 OTHER_PORTS = ("health_listen", "scaler_listen", "metrics_port")
-"""Settings of further listen addresses and ports, besides `listen`."""
+"""Settings of listen addresses and ports other than `listen`."""
 
 
 @dataclass(frozen=True)

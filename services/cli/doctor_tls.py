@@ -20,14 +20,14 @@ _NOTICE = datetime.timedelta(days=14)
 """Remaining validity below which the result is a warning."""
 
 _SHARE_LEFT = 0.25
-"""Remaining fraction of the validity below which the result is a warning. Issuers renew at a third."""
+"""Remaining fraction of the validity below which the result is a warning. Issuers renew earlier, at one third."""
 
 
 @dataclass(frozen=True)
 class TlsFiles:
     """Certificate, key and authority files with one prefix of settings, and the name that peers verify.
 
-    `peers` describes the peers that verify `name`. Both are empty if any name is accepted.
+    `peers` describes the peers that verify `name`. `name` and `peers` are empty if any name is accepted.
     """
 
     prefix: str

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
         directory = private_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        # The store is discarded when this process ends, so that its writes need not reach the disk.
+        # The store is discarded when this process ends, so its writes need no fsync.
         redis_url = args.redis or stack.enter_context(EmbeddedStore(appendfsync="no")).url
         return run_async(_in_process(model, args.dtype, redis_url, directory, request, output), abandon=stack.close)
 

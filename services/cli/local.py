@@ -43,7 +43,7 @@ class LocalFleet:
         self._workers.append(await start_worker(service, model, settings))
 
     async def stop(self) -> None:
-        """Stop the coordinator, then the workers, which it needs to finish its requests."""
+        """Stop the coordinator before the workers, because its running requests need the workers."""
         await asyncio.gather(*(each.stop(_GRACE_SECONDS) for each in self._coordinators))
         await asyncio.gather(*(each.stop(_GRACE_SECONDS) for each in self._workers))
         self._tracing.close()
@@ -54,8 +54,8 @@ async def start_fleet(
 ) -> LocalFleet:
     """Start all services of the models concurrently, with sockets in `directory`. Returns when all are ready.
 
-    Accepts any store, because it is embedded, or the command has checked it. If a service fails, stops all services
-    and raises the first error, such as CheckpointError for unreadable weights.
+    Does not check the store, because the store is embedded or the command has checked it. If a service fails, stops
+    all services and raises the first error, such as CheckpointError for unreadable weights.
     """
     fleet = LocalFleet(f"unix:{directory}/coordinator.sock")
     settings = CoordinatorSettings(

@@ -1,7 +1,8 @@
 """Computes the number of replicas of a service with the algorithms of KEDA and of Kubernetes' HPA.
 
-KEDA scales between 0 and 1 replica by activity. The HPA scales from 1 replica on by the metric. This module omits the
-HPA's default limit on scale-out (100% or 4 pods in 15 s), because workers on one host start in seconds.
+KEDA scales between 0 and 1 replica, based on activity. The HPA scales between 1 and the maximum number of replicas,
+based on the metric. This module omits the HPA's default limit on scale-out (100% or 4 pods in 15 s), because workers on
+one host start in seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from common.errors import InvalidInput
 
 TOLERANCE = 0.1
-"""Relative deviation from the target up to which the number of replicas does not change. The HPA's default."""
+"""Relative deviation from the target up to which the number of replicas does not change: the HPA's default."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class _Recommendation:
 def with_headroom(demand: float, headroom: float) -> float:
     """Add spare replicas to the demand: `headroom` times the square root of the demand.
 
-    The standard deviation of Poisson arrivals is the square root of their mean, so that larger stages need a smaller
+    The standard deviation of Poisson arrivals is the square root of their mean, so larger stages need a smaller
     fraction of spare replicas.
     """
     return demand + headroom * math.sqrt(demand)

@@ -1,4 +1,4 @@
-"""`fleet size`: replicas of each service for a load. Remarks on services that need no separate process."""
+"""`fleet size`: computes the replicas of each service for a load, with remarks on unneeded processes."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def _measured_at(endpoint: str, access: Access, args: argparse.Namespace) -> tup
 
 
 def _committed(args: argparse.Namespace, given: Mapping[str, float]) -> tuple[Seconds, str]:
-    """The committed measurement of a model or of one with the same architecture, scaled to the request."""
+    """The committed measurement of the model, or of a model with the same architecture, scaled to the request."""
     if args.model in measurements() and args.model not in shipped_models():
         measurement = measurements()[args.model]
         size, steps = args.size or measurement.size, args.steps or measurement.steps
@@ -308,7 +308,7 @@ def _three_digits(seconds: float) -> str:
 
 
 def remarks(load: Load, costs: Transport) -> Iterator[str]:
-    """Remarks on services that need no separate process."""
+    """Remarks on services for which a separate process is unnecessary."""
     sizes = [each for each in sizes_of(load) if each.service not in _ON_CPU]
     total = sum(load.seconds.values())
     split = sum(map(load.devices, sizes))

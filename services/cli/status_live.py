@@ -40,7 +40,7 @@ _WIDE, _WIDEST = 100, 130
 """Minimum terminal widths, in columns, at which the model and the prompt of a request are shown."""
 
 _LONGEST_SECONDS = 5.0
-"""Timeout of a read."""
+"""Timeout of one call to the fleet, in seconds."""
 
 _STATES = {"RUNNING": "cyan", "SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "yellow", "EXPIRED": "yellow"}
 

@@ -47,7 +47,7 @@ async def _trace(endpoint: str, access: Access, request_id: str, draw: Callable[
 
 
 def _drawing(output: Path | None) -> Callable[[Timeline], None]:
-    """A function that prints a timeline, or writes it to a file. Raises InvalidInput without .png suffix or Pillow."""
+    """A function that prints a timeline, or writes it to a file. Raises InvalidInput."""
     if output is None:
         return lambda timeline: print_timeline(timeline, Console(file=sys.stdout, highlight=False))
     if output.suffix.lower() != ".png":

@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
         directory = private_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        # The store is discarded when this process ends, so that its writes need not reach the disk.
+        # The store is discarded when this process ends, so its writes need no fsync.
         store = None if args.redis else stack.enter_context(EmbeddedStore(appendfsync="no"))
         redis_words = ("--redis", store.url, "--allow-data-loss") if store else ("--redis", args.redis)
         plan = _plan(models, bounds, args, endpoint, scaler, redis_words, directory)
@@ -177,7 +177,7 @@ async def _run(plan: Plan, store: EmbeddedStore | None, access: Access) -> int:
             code = BAD_INPUT if bad_input else FAILED
     finally:
         _note("stopping")
-        await supervisor.stop([_COORDINATOR])  # First, because it needs the workers to finish its requests.
+        await supervisor.stop([_COORDINATOR])  # First, because its running requests need the workers.
         await supervisor.stop(supervisor.running)
     return code
 

@@ -36,6 +36,6 @@ class RequestActivities:
 
 
 def _wait_seconds(load: StageLoad, queue: StageQueue, ahead: int) -> float:
-    """Seconds until the live workers finish the running work and `ahead` requests of mean queued work."""
+    """Seconds until the live workers finish the running work and `ahead` waiting requests of mean size."""
     mean = load.waiting_seconds / load.waiting_claims if load.waiting_claims else 0.0
     return (load.running_seconds + ahead * mean) / max(queue.live_workers, 1)

@@ -6,7 +6,7 @@ The keys file stores digests, so that a leaked file discloses no key:
     key_sha256 = ["9f86d081…"]    # hex digest of each valid key; several, so that keys can be rotated
     max_open = 20                 # optional: bound on the open requests of this caller
 
-API keys are long random strings, so that an unsalted digest cannot be reversed. services.coordinator.tokens verifies
+API keys are long random strings, so an unsalted digest cannot be reversed. services.coordinator.tokens verifies
 tokens. The keys file and the files for tokens are reread when they change.
 """
 

@@ -41,7 +41,7 @@ from services.coordinator.store_watch import SUBMIT_HEALTH, StoreWatch
 from services.coordinator.worker_runner import ArtifactMemory, Connections, Workers
 
 _DELIVERY_SECONDS = 1.0
-"""Minimum time for callers to receive terminal events, even if the grace time is over."""
+"""Minimum time, in seconds, for callers to receive terminal events, even if the grace time is over."""
 
 
 _log = get_logger(__name__)

@@ -110,7 +110,7 @@ class Driver:
         the reply to an earlier take-over was lost. A request that cannot run here ends as FAILED.
         """
         is_more = True
-        while is_more and not self._stopping:  # Otherwise, it would take over the requests that it has just left.
+        while is_more and not self._stopping:  # Otherwise, drain() would release requests and this loop retake them.
             running = self._registry.request_ids()
             taken, cancelled = await self._context.leases.take_over(model, running=running, beyond_own=beyond_own)
             for inherited in taken:

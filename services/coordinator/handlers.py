@@ -17,7 +17,7 @@ Function = Callable[[Any], Awaitable[Message]] | Callable[[Any], AsyncGenerator[
 
 
 class ServiceHandler:
-    """gRPC method handlers of a service, one per function by name. Raises KeyError for a missing function."""
+    """gRPC method handlers of a service. `functions` maps method names to functions; KeyError if one is missing."""
 
     def __init__(self, service: ServiceDescriptor, functions: Mapping[str, Function]) -> None:
         self.service_name = str(service.full_name)

@@ -35,7 +35,7 @@ def reason_to_give_up(losses: Sequence[Loss]) -> str:
 
 
 def _since_progress(losses: Sequence[Loss]) -> list[Loss]:
-    """The losses since the latest progress, which is a later step or service than at any earlier loss."""
+    """The losses since the latest progress. Progress: a later step or service than at all earlier losses."""
     since: list[Loss] = []
     stage, reached = -1, -1
     for loss in losses:

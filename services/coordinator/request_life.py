@@ -272,7 +272,7 @@ class Execution:
         return self._stages
 
     def _is_left_behind(self, submission: Submission, stages: asyncio.Task[dict[str, Any]], *, late: bool) -> bool:
-        """Whether the request was stopped only by the shutdown, so that another coordinator can continue it."""
+        """Whether only the shutdown stopped the request, in which case another coordinator can continue it."""
         ends_here = self._cancel_requested or late or submission.raw or not submission.stored
         return self._stopped and stages.cancelled() and not ends_here
 

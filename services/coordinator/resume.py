@@ -55,7 +55,7 @@ def origin_of(numerics: str, values: Mapping[str, Packet]) -> str:
 
 
 class NewestStepCheckpoint:
-    """The newest step checkpoint of one request. If `inherited`, it may be in the store, from an earlier epoch."""
+    """The newest step checkpoint of one request. If `inherited`, the store may contain one of an earlier epoch."""
 
     def __init__(self, leases: Leases, request_id: str, epoch: int, *, inherited: bool = False) -> None:
         self._leases = leases
@@ -153,8 +153,8 @@ class Recovery:
     """The losses of one request, and its step checkpoint.
 
     `has_emitted`: a reader has received items of the request's stream. The request then resumes after these items, even
-    on a worker with other numerics. A loss is undecided until the worker reappears or its heartbeat expires. Meanwhile
-    the request continues, unless it would fail if the loss were suspect.
+    on a worker with other numerics. A loss is undecided until the worker reappears or its heartbeat expires; it is
+    suspect after the expiry. The request waits only if it would fail with all undecided losses counted as suspect.
     """
 
     def __init__(self, leases: Leases, request_id: str, *, epoch: int = 1, ttl_seconds: float = TTL_SECONDS) -> None:

@@ -225,7 +225,7 @@ def _from_jwk(path: Path, member: dict[str, Any]) -> VerificationKey:
 
 
 def _algorithm_of(path: Path, key: Any, asked: str) -> str:
-    """The algorithm of a key: `asked` if the kind of key supports it, else the first of its kind."""
+    """`asked`, or the default algorithm of this kind of key if `asked` is empty. Raises InvalidInput."""
     possible: tuple[str, ...] = ()
     if isinstance(key, RSAPublicKey):
         if key.key_size < _LEAST_RSA_BITS:

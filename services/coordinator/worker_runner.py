@@ -279,7 +279,7 @@ class WorkerRunner:
 
     @property
     def contract(self) -> Contract:
-        """The combined inputs of the service's stages, and the outputs that other services or the result need."""
+        """The inputs of all stages of the service, and the outputs that other services or the result need."""
         return self._spec.contract
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
@@ -372,7 +372,7 @@ class WorkerRunner:
         return announced or self._spec.contract
 
     async def _claim(self, call: Call, left: worker_pb2.WorkerInfo | None) -> WorkerSlot:
-        """Wait for a worker slot, and for the store. `left` is the worker that handed the call over, if any.
+        """Claim a worker slot; waits for it, and for the store. `left`: the worker that handed the call over, if any.
 
         Raises Unavailable after `patience_seconds` without a compatible live worker.
         """

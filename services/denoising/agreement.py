@@ -1,7 +1,7 @@
 """Stops a call at the same point on all ranks: rank 0 decides, and sends each answer to the followers.
 
-A stage asks its Call whether to continue at each step, at each emitted item, and in between. All ranks run the same
-code on equal inputs, so that rank 0's answer to the n-th question is also the answer to the n-th question of each
+A stage asks its Call whether to continue at each step, at each emitted item, and between them. All ranks run the same
+code on equal inputs, so rank 0's answer to the n-th question is also the answer to the n-th question of each
 follower. If each rank decided by its own clock, a rank could stop while the other ranks wait for it in a collective. An
 answer costs rank 0 one small send per follower. A follower waits only if rank 0 has not asked yet. No answer
 synchronizes with the device.
@@ -56,7 +56,7 @@ class LeadingCall(Call):
     def emit(self, slot: str, artifact: Any, index: int | None = None) -> None:
         """Emit an item. If a slow reader blocks rank 0 until cancellation or deadline, all ranks raise the error.
 
-        Sends no answer for step checkpoints, which never block, and which followers do not emit at the same steps.
+        Sends no answer for step checkpoints, because they never block, and because followers emit fewer of them.
         """
         if slot == STEP_CHECKPOINTS:
             super().emit(slot, artifact, index)

@@ -20,7 +20,7 @@ from services.denoising.call_header import CallHeader
 from services.denoising.messages import Kind, Link, OutOfStep
 
 SETTLE_SECONDS = 30.0
-"""Maximum time between the ends of one call on two ranks. A longer time is a hang, because ranks compute in step."""
+"""Maximum seconds between the ends of one call on two ranks. A longer time is a hang: ranks compute in step."""
 
 _log = get_logger(__name__)
 

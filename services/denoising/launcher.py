@@ -34,16 +34,16 @@ BAD_INPUT = 2
 _MONITOR_SECONDS = 0.2
 
 _UNWIND_SECONDS = 1.0
-"""Time for ranks to detect and report the loss of a rank before they are killed."""
+"""Time, in seconds, for ranks to detect and report the loss of a rank before they are killed."""
 
 _STEADY_SECONDS = 60.0
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0
 
 _FAREWELL_SECONDS = 2.0
-"""Time to wait for the agents of other hosts after all ranks have exited."""
+"""Time, in seconds, to wait for the agents of other hosts after all ranks have exited."""
 
 _MARGIN_SECONDS = 8.0
-"""Time beyond settings.grace_seconds before ranks are killed at shutdown."""
+"""Time, in seconds, beyond settings.grace_seconds before ranks are killed at shutdown."""
 
 
 _log = get_logger(__name__)
@@ -77,7 +77,7 @@ def _silence(package: str) -> None:
 
 
 def _exit(*_: object) -> NoReturn:
-    """Exit on a signal before the ranks start. The agent then installs its own handler."""
+    """Exit on a signal before the ranks start. When they start, the agent installs its own handler."""
     raise SystemExit(0)
 
 

@@ -1,9 +1,9 @@
 """Heartbeats between the ranks of a worker group, by which a rank detects the loss of another rank.
 
-A stopped rank, or a rank on a lost host, does not close its connections, so that collectives with it block until their
+A stopped rank, or a rank on a lost host, does not close its connections, so collectives with it block until their
 timeout, which must be longer than loading and warm-up. Therefore, every follower has a connection with rank 0, on which
 both ranks send heartbeats from a separate thread. A peer is lost when its connection is closed, or silent for
-`rank_lost_seconds`. A rank that detects a loss exits and thereby closes its connections, so that all other ranks detect
+`rank_lost_seconds`. A rank that detects a loss exits and thereby closes its connections, so all other ranks detect
 a loss too.
 """
 

@@ -2,8 +2,8 @@
 
 Node 0 serves a store. For each start, its agent offers a new token. When the agents of all other nodes have accepted
 the offer, node 0 confirms it. A node that finds a confirmed offer without having accepted it is late, and waits for the
-next offer. torch's dynamic rendezvous is not used, because it unpickles values from its store, and because any node
-may serve the store.
+next offer. torch's dynamic rendezvous is not used, because it unpickles values from its store, and because its store
+may be on any node.
 """
 
 from __future__ import annotations
@@ -133,13 +133,13 @@ class Meeting(RendezvousHandler):
         """Do nothing, because the other nodes may wait for the next start."""
 
     def num_nodes_waiting(self) -> int:
-        """1 if another node waits for the next start, so that its ranks of this start are lost; else 0."""
+        """1 if another node waits for the next start, because its ranks of this start are lost; else 0."""
         try:
             if self._served is not None:
                 return int(self._served.check([f"{self.token}/{_LATE}"]))
             return int(self._seen is not None and self._seen.get(_OFFER).decode() != self.token)
         except DistError:
-            return 0  # Node 0 is lost, and so is rank 0, which the ranks of this host detect.
+            return 0  # Node 0 is lost. The ranks of this host detect the loss of its rank 0.
 
     def shutdown(self) -> bool:
         """Close the store."""

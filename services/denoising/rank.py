@@ -76,7 +76,7 @@ def _exit(*_: object) -> NoReturn:
 
 
 def _of_rank(settings: DenoisingSettings, place: Place) -> DenoisingSettings:
-    """Settings of this rank: the GPU with its local rank. On a CPU, ranks share cores: one thread by default."""
+    """Settings of this rank: the GPU with its local rank; on a CPU, one thread by default, as ranks share cores."""
     if device_of(settings.device).type == "cuda":
         return replace(settings, device=f"cuda:{place.local_rank}")
     return replace(settings, threads=settings.threads or 1)
@@ -164,7 +164,7 @@ class FollowingRank(_Rank):
         """Follow rank 0 until END."""
         self._liveness.start(on_lost=self._lost)
         device = device_of(self._settings.device)
-        if self._place.local_rank == 0:  # One rank per host exports all GPUs of the host; on rank 0's host, rank 0.
+        if self._place.local_rank == 0:  # One rank per host exports the metrics of its GPUs: on rank 0's host, rank 0.
             self._export_metrics(device)
         prepare_thread(device, self._settings.threads)
         try_packages(device, self._settings.kernel_choice)
