@@ -206,7 +206,7 @@ def test_a_step_cache_changes_no_bit_of_a_computed_step(tmp_path: Path) -> None:
 
 @VERSIONS
 def test_a_prediction_reads_no_value_on_the_host(tmp_path: Path, version: str) -> None:
-    """CUDA graphs cannot capture host reads. Meta tensors have no values, so a host read raises an error."""
+    """CUDA graphs cannot capture host reads. FakeTensors have no values, so a host read raises an error."""
     _, ours = pair(tmp_path, version)
     given = inputs(version)
     latents = {name: given.pop(name) for name in ("hidden_states", "audio_hidden_states")}
