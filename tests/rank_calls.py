@@ -72,7 +72,7 @@ def join(rank: int, degrees: dict[str, int], store: str, kind: str = "cpu") -> d
 
 
 def leave(rank: int) -> None:  # noqa: ARG001  (every function takes the rank)
-    """Destroy the process group. All ranks must call leave() together, because NCCL blocks until every rank has called it."""
+    """Destroy the process group. All ranks must call leave() together, because NCCL blocks until then."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

@@ -7,8 +7,8 @@ ours divides them among the ranks of the cfg axis, Diffusers predicts one after 
 first branch against Diffusers' model in float32 on one rank. Memory is the peak beside the weights on rank 0.
 
 Run it with: torchrun --nproc-per-node 2 tests/bench/denoise_step_group.py --ulysses 2; the number of GPUs
-must equal the product of the degrees. To check it without GPUs, add --device cpu --scale tiny --alone: Diffusers' parallelism
-needs GPUs, and its Ulysses needs token counts that are divisible by the number of ranks
+must equal the product of the degrees. To check it without GPUs, add --device cpu --scale tiny --alone: Diffusers'
+parallelism needs GPUs, and its Ulysses needs token counts that are divisible by the number of ranks
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ _CLUSTER_WIDE = frozenset({"Namespace"})
 
 
 def selectors(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A workload's selector matches its own pods; every other selector matches pods of its own service only."""
+    """Selectors match existing pods; Services and PodDisruptionBudgets match no pods of another service."""
     for each in of_kind(manifests, "Deployment"):
         if not matches(each["spec"]["selector"], each["spec"]["template"]["metadata"]["labels"]):
             yield f"{name_of(each)}: selector does not match its own pods"
