@@ -10,7 +10,7 @@ _POLL_SECONDS = 0.005
 
 
 def run_within(seconds: float, test: Callable[[], Awaitable[None]]) -> None:
-    """Run a test on an event loop of its own. Raises TimeoutError after `seconds`."""
+    """Run a test on a new event loop. Raises TimeoutError after `seconds`."""
 
     async def bounded() -> None:
         async with asyncio.timeout(seconds):

@@ -50,7 +50,7 @@ def build_bare_flux(
     vae_blocks: int = 4,
     sampling_defaults: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write a FluxPipeline directory whose weights are one small tensor a module; returns it."""
+    """Write a FluxPipeline directory with one small tensor per module as weights; returns the directory."""
     configs = dict(_CONFIGS)
     configs["transformer"] = {"guidance_embeds": guidance_embeds}
     configs["vae"] = {"block_out_channels": [8] * vae_blocks}

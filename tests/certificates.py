@@ -37,7 +37,7 @@ class Authority:
         self.ca.write_bytes(_pem(certificate.sign(self._key, hashes.SHA256())))
 
     def subordinate(self, name: str, valid: datetime.timedelta = _DAY) -> Authority:
-        """An intermediate authority that this one has signed; `path_length` must allow it."""
+        """An intermediate authority signed by this authority. `path_length` must allow it."""
         other = Authority(self._directory / name, name)
         constraints = x509.BasicConstraints(ca=True, path_length=0)
         builder = _builder(other._name, self._name, other._key.public_key(), valid)
@@ -48,7 +48,7 @@ class Authority:
     def issue(
         self, *names: str, valid: datetime.timedelta = _DAY, usage: x509.ObjectIdentifier | None = None
     ) -> Certificate:
-        """Issue a certificate for DNS names or IP addresses. Files of the same first name are replaced.
+        """Issue a certificate for DNS names or IP addresses. Files of an equal first name are replaced.
 
         It expires after `valid`, which may be negative. `usage` is its only extended key usage; None: no restriction.
         """

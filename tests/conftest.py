@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-# Runs Triton kernels on the CPU. Triton reads it when it is first imported, which importing torch does.
+# Runs Triton kernels on the CPU. Triton reads this variable at its first import, which `import torch` triggers.
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
@@ -29,7 +29,7 @@ from toy_checkpoint import build_toy_checkpoint, toy_family
 def own_logging() -> Iterator[None]:
     """Restore the root logger, which a service's main() configures for its process.
 
-    Otherwise a later log record is written to a closed stream, and logging prints an error on stderr.
+    Without this, a later log record is written to a closed stream, and logging prints an error on stderr.
     """
     root = logging.getLogger()
     level, handlers, logger_class = root.level, list(root.handlers), logging.getLoggerClass()

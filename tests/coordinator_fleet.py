@@ -212,7 +212,7 @@ class FakeFleet:
         return coordinator, generation_pb2_grpc.GenerationServiceStub(channel)
 
     async def start_process(self, listen: str, *more: str) -> Process:
-        """Start a coordinator in a process of its own, which is killed with the fleet if it still runs."""
+        """Start a coordinator in a separate process, which is killed with the fleet if it still runs."""
         beat = ("--heartbeat-seconds", "0.1", "--heartbeat-ttl-seconds", "0.5")
         words = ("--listen", listen, "--redis", self.url, *beat, "--log-level", "ERROR", *more)
         command = (sys.executable, "-m", "services.coordinator", *words)
@@ -248,7 +248,7 @@ async def running_fleet(url: str, model: ServedModel) -> AsyncIterator[FakeFleet
 
 
 def run_on_fleet(url: str, test: Callable[[FakeFleet], Awaitable[None]]) -> None:
-    """Run a test on a fleet of its own, which serves the shipped model."""
+    """Run a test on a new fleet, which serves the shipped model."""
 
     async def whole() -> None:
         async with asyncio.timeout(60), running_fleet(url, emoji()) as fleet:
@@ -273,6 +273,6 @@ async def terminal(stub: Stub, request_id: str) -> list[pb.Event]:
 
 
 def error_of(error: grpc.aio.AioRpcError) -> tuple[str, str]:
-    """The code of a call's error, and the field it names."""
+    """The code of a call's error, and the field that the error names."""
     metadata = dict(error.trailing_metadata() or ())
     return error.code().name, str(metadata.get("fleet-error-field", ""))

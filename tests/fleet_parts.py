@@ -60,7 +60,7 @@ class Parts:
 
 
 def run_parts(model: ServedModel, directory: Path, test: Callable[[Parts], Awaitable[None]]) -> None:
-    """Run a test on a store of its own."""
+    """Run a test on a new store."""
 
     async def main(url: str) -> None:
         async with asyncio.timeout(60), AsyncExitStack() as stack:

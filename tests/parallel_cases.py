@@ -165,7 +165,7 @@ FAMILIES = {
         condition=((1, 15, 64), (1, 1, 16, 6, 10)),
         tokens=35,
     ),
-    # Input images of 15 and 8 tokens, with a timestep of their own.
+    # Input images of 15 and 8 tokens, with a separate timestep.
     "qwen-image-edit-plus": Family(
         build_tiny_qwen_image_edit_plus,
         Canvas(height=80, width=112),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# Imported here, in the process that forks the ranks: otherwise each rank would import it to load a stage.
+# Imported in the process that forks the ranks, so that ranks do not import it again to load a stage.
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
@@ -72,7 +72,7 @@ def join(rank: int, degrees: dict[str, int], store: str, kind: str = "cpu") -> d
 
 
 def leave(rank: int) -> None:  # noqa: ARG001  (every function takes the rank)
-    """Destroy the process group. All ranks must call it together, as NCCL blocks until all have."""
+    """Destroy the process group. All ranks must call leave() together, because NCCL blocks until then."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -129,7 +129,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> DenoisingStage | CausalDMDDenoisingStage:
-    """The denoising stage of the registered pipeline, or one with another config."""
+    """The denoising stage of the registered pipeline, with the registered config or another config."""
     if config:
         opened, made = open_with(checkpoint, config)
         modules = {name: load_module(opened, name, made, runtime) for name in ("transformer", "scheduler")}

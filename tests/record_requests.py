@@ -36,7 +36,7 @@ _SERVICES = ("text_encoding", "image_encoding", "latent_preparation", "denoising
 _FRAME = {"height": 64, "width": 64, "num_frames": 1}
 _STREAM = {"height": 32, "width": 32}
 _LARGEST_STREAM = 16_000
-"""Largest streamed result in bytes; a request with a larger one fails."""
+"""Largest streamed result in bytes; a request with a larger result fails."""
 _STEP_SECONDS = 0.1
 _LONG_STEPS = 300
 _BLOCKS, _BLOCK_STEPS = 3, 40

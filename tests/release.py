@@ -1,6 +1,6 @@
 """The latest release in tests/golden: its source, Lua script and protos, and requests that it stored.
 
-CI checkouts may lack git history, so that this module does not read it: source.tar.xz has the source of a fleet,
+This module does not read git history, which CI checkouts may lack: source.tar.xz has the source of a fleet,
 without the shipped weights. tests/write_release.py writes the directory.
 """
 

@@ -156,7 +156,7 @@ async def served(family: Family) -> AsyncIterator[Served]:
 
 
 async def is_complete(stub: Stub, workers: Mapping[str, int]) -> bool:
-    """Whether a coordinator knows all workers that should be there."""
+    """Whether a coordinator lists the expected number of workers of each service."""
     (model,) = (await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True)).models
     return {each.service: each.workers for each in model.services} == workers
 

@@ -71,7 +71,7 @@ def overview() -> pb.ListModelsResponse:
 def record(
     name: str, state: pb.RequestState.ValueType, prompt: str, *activities: pb.RequestActivity
 ) -> pb.RequestRecord:
-    """A request that was accepted 75 s ago; an ended one took 20 s."""
+    """A request that was accepted 75 s ago; an ended request took 20 s."""
     return pb.RequestRecord(
         request_id=name,
         state=state,
@@ -111,7 +111,7 @@ def requests() -> list[pb.RequestRecord]:
 
 
 def snapshot(*records: pb.RequestRecord) -> Snapshot:
-    """The replies, with these requests or, by default, with those of requests()."""
+    """The replies, with the given requests or, by default, with the requests of requests()."""
     listing = pb.ListRequestsResponse(requests=records or requests(), time=timestamp_of(NOW_MS))
     return Snapshot(overview(), listing, TAKEN_AT)
 

@@ -1,4 +1,4 @@
-"""A Redis's keys as JSON: texts as they are, other bytes as base64, and the time to live of each key."""
+"""Keys of a Redis server as JSON: text unchanged, other bytes as base64, and the time to live of each key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STORE = "store"
 """Stem of the file of keys that belong to no single request."""
 _REQUEST_ID = "request_id"
 _EXPIRES = "fleet:ended"
-"""Its scores are times, in ms since 1970."""
+"""Sorted set whose scores are times in ms since the Unix epoch."""
 
 Json: TypeAlias = Any
 
@@ -35,7 +35,7 @@ def _number(score: bytes) -> float:
 
 
 async def _read(redis: Redis, key: bytes, kind: str) -> Json:
-    """A key's value. The fields of a hash or of an entry of a stream are texts."""
+    """The value of a key. Fields of a hash and of a stream entry are text."""
     match kind:
         case "string":
             return _text(await command(redis, "GET", key))
@@ -55,7 +55,7 @@ async def _read(redis: Redis, key: bytes, kind: str) -> Json:
 
 
 def _words(reply: Any) -> Sequence[bytes]:
-    """A flat reply, whether the client made pairs of it or not."""
+    """A reply as a flat sequence, even if the client has grouped it into pairs."""
     return [
         str(each).encode() if isinstance(each, float) else each
         for row in reply
@@ -68,7 +68,7 @@ def _pairs(reply: Mapping[bytes, bytes]) -> dict[str, Json]:
 
 
 def _commands(key: str, kind: str, value: Json, shift_ms: int) -> Iterable[list[Any]]:
-    """The commands that write a key. Times of expiry are `shift_ms` later."""
+    """The commands that write a key. Expiry times are moved `shift_ms` later."""
     match kind:
         case "string":
             yield ["SET", key, _bytes(value)]
@@ -93,7 +93,7 @@ async def _clock(redis: Redis) -> int:
 
 
 async def dump_store(redis: Redis, requests: Mapping[str, str], directory: Path) -> None:
-    """Write all keys, in a file for each of the `requests` (name to id) and in one for the rest."""
+    """Write all keys: one file for each of the `requests` (name to id), and one file for all other keys."""
     found: dict[str, dict[str, Json]] = {name: {} for name in (*requests, STORE)}
     for key in sorted(await command(redis, "KEYS", "*")):
         kind = (await command(redis, "TYPE", key)).decode()
@@ -108,12 +108,12 @@ async def dump_store(redis: Redis, requests: Mapping[str, str], directory: Path)
 
 
 def read_dump(directory: Path) -> dict[str, Json]:
-    """The files of a dump by their stems."""
+    """The parsed files of a dump, by stem."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.json"))}
 
 
 async def load_store(redis: Redis, directory: Path) -> dict[str, str]:
-    """Write a dump's keys to an empty store, as if it had been dumped now; returns the ids of the requests by name."""
+    """Write the keys of a dump to an empty store, with expiry times relative to now; returns request ids by name."""
     dump = read_dump(directory)
     shift_ms = await _clock(redis) - dump[STORE]["clock_ms"]
     for part in dump.values():

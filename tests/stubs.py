@@ -16,7 +16,7 @@ SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
 
 
 def script(name: str) -> str:
-    """Path of a console script of this environment, which may not be on PATH."""
+    """Path of a console script of this environment. The script may be missing from PATH."""
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 

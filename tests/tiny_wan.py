@@ -38,7 +38,7 @@ def build_tiny_wan(path: Path, *, seed: int = 0) -> Path:
 
 
 def build_tiny_wan_i2v(path: Path, *, last_image: bool = False, seed: int = 0) -> Path:
-    """Write an image-to-video checkpoint, or one for first and last frame."""
+    """Write an image-to-video checkpoint, or a checkpoint for first and last frame."""
     torch.manual_seed(seed)
     modules = _text_modules() | {
         "image_encoder": _vision_model(),
@@ -57,7 +57,7 @@ def build_tiny_wan_i2v(path: Path, *, last_image: bool = False, seed: int = 0) -
 
 
 def build_tiny_wan_a14b(path: Path, *, seed: int = 0) -> Path:
-    """Write a text-to-video checkpoint like Wan 2.2 T2V A14B: an expert for high noise and one for low."""
+    """Write a text-to-video checkpoint like Wan 2.2 T2V A14B: one expert for high and one for low noise."""
     torch.manual_seed(seed)
     experts = {name: _transformer(LATENT_CHANNELS) for name in ("transformer", "transformer_2")}
     modules = _text_modules() | experts | {"vae": _vae()}

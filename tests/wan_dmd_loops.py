@@ -199,7 +199,7 @@ class MaskedSelfAttention(WanAttnProcessor):  # type: ignore[misc]  # Diffusers'
 def block_mask(frames: int, tokens: int, block: int, window: int | None, sink: int) -> Tensor:
     """Attention mask (queries, keys): tokens of a frame attend to all frames up to the end of its block.
 
-    With a window, they attend to the sink frames and the latest frames, `window` frames in total.
+    With a window, tokens attend to the sink frames and the latest frames, `window` frames in total.
     """
     allowed = torch.zeros(frames, frames, dtype=torch.bool)
     for query in range(frames):

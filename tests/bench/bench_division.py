@@ -19,7 +19,7 @@ PIXELS_ALONE = "decoding, pixels on the device"
 def shared_stages(services: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Stages that are measured on both sides; each maps to its services.
 
-    Diffusers prepares latents and timesteps between other work, so that they count as denoising, unless the model has
+    Diffusers prepares latents and timesteps between other work: preparation counts as denoising, unless the model has
     one service for all work before denoising.
     """
     if PREPARATION not in services:

@@ -90,7 +90,7 @@ COMPILED_SHAPES = (
 class Operands:
     """Inputs (SETS, rows, size), weights (SETS, width, size), biases (SETS, width), and a buffer for the result.
 
-    A separate generator is used, as a failed capture leaves the default one unusable.
+    A separate generator is used, because a failed capture leaves the default generator unusable.
     """
 
     def __init__(self, shape: Shape) -> None:

@@ -61,7 +61,7 @@ class Scale:
 
 SCALES = {
     # zai-org/GLM-Image as published, without the language model's image encoder, which text-to-image does not use, and
-    # without the special tokens among its output codes (128 of 16512), which would end an image.
+    # without the 128 special tokens among its 16512 output codes, because a special token would end an image.
     "full": Scale(
         dit=WORKS["glm-image"].sizes,
         text={

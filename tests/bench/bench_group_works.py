@@ -1,4 +1,4 @@
-"""Works for worker groups: those of one GPU, and larger ones with both branches of classifier-free guidance."""
+"""Works for worker groups: works of one GPU, and larger works with both classifier-free guidance branches."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class KernelTimes:
     """Milliseconds of one call on this rank's GPU.
 
     `communication` is the time in which a collective or a copy between GPUs runs. `exposed` is the part of the call in
-    which no other kernel runs: communication that nothing hides, waits for other ranks, and gaps between kernels.
+    which no other kernel runs: communication that does not overlap, waits for other ranks, and gaps between kernels.
     """
 
     total: float

@@ -65,7 +65,7 @@ class Side:
 
     @torch.inference_mode()
     def build(self, name: str) -> dict[str, Any]:
-        """Draw the workload's weights, run a few steps, and return a digest of the last one.
+        """Draw the workload's weights, run a few steps, and return a digest of the last step.
 
         Raises RuntimeError if a prediction is not finite, as its digest would be meaningless.
         """

@@ -1,7 +1,7 @@
 """Discrete-event simulation of one model's stages, their queues, and replicas controlled by a policy.
 
 A replica serves after its load time and costs GPU seconds from start to end. On scale-in, a loading or idle replica
-ends at once; a busy one finishes its request and accepts no further one.
+ends at once; a busy replica finishes its request and accepts no further request.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Arrival:
 class Trace:
     """Arrivals in order of time over `seconds`; `replicas` are ready at time 0.
 
-    The first `lead_seconds` are excluded from the results, to let a policy settle.
+    The first `lead_seconds` are excluded from the results, because a policy needs time to settle.
     """
 
     name: str

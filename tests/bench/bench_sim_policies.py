@@ -49,7 +49,7 @@ class HpaPolicy:
 
 @dataclass
 class UtilisationPolicy:
-    """Adds replicas above a share of busy time, removes one below another share, and waits for a cooldown."""
+    """Adds replicas above one share of busy time, removes a replica below another, and waits for a cooldown."""
 
     above: float
     below: float

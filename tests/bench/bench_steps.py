@@ -24,7 +24,7 @@ def new_pool(device: torch.device) -> StepMemoryPool:
 
 
 class RequestSteps:
-    """A prepared request; `latents` are by argument name, close() returns its memory to the pool."""
+    """A prepared request. `latents` are by argument name; close() returns its memory to the pool."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Cost of step checkpoints in the denoising loop: 34 MB of Wan 2.1 latents and UniPC history, 40 ms per step.
 
 Three worker processes denoise alternately, with a coordinator and a Redis that syncs every write: without step
-checkpoints, with the default interval, and with one every 25 steps. The transformer sleeps instead of using a GPU;
+checkpoints, with the default interval, and with one checkpoint per 25 steps. The transformer only sleeps;
 everything else is real. The cost of one checkpoint is measured with the last worker: its 12 steps after a checkpoint
 are compared with the 12 steps before the next one, so that a temporarily slow host affects both. Run it with: python
 tests/bench/checkpoint_cost.py
@@ -42,7 +42,7 @@ def steps_of(log: Path, steps: int) -> list[list[float]]:
 
 
 def checkpoint_costs(requests: list[list[float]]) -> list[float]:
-    """Milliseconds by which each checkpoint delayed the following steps, compared with those before the next one.
+    """Delay in ms of the steps after each checkpoint, compared with the steps before the next checkpoint.
 
     A checkpoint is taken at the end of step 25, 50 ..., so that its time is included in step 25.
     """

@@ -4,7 +4,7 @@ Both sides share the weights in memory, about 36 GB in bfloat16. Diffusers' pipe
 the fleet's stages in this process, without RPCs (cuda_flux.py includes RPCs). The output has times, peak memory
 without the weights, the fraction of equal prior tokens, and the relative error of latents computed from Diffusers'
 tokens; then time and error of one prediction against Diffusers' model in float32. The language model cannot sample the
-end of an image, so that random weights sample as many tokens as trained ones. No network and no disk space are needed.
+end of an image, so random weights sample as many tokens as trained weights. No network and no disk space are needed.
 
 Run it with: python tests/bench/cuda_glm_image.py; to try it without a GPU: --device cpu --scale tiny
 """

@@ -1,10 +1,10 @@
 """Worker groups of any number of GPUs: layouts against one rank, then a fleet whose ranks are killed and stopped.
 
-First small random models of every family, in float32 over NCCL, by each layout; then the emoji model as a fleet by each
-layout, its denoising group in bfloat16 and in processes. Of each group, the last rank and rank 0 are killed once and
-stopped once in the middle of a request, which must return the file of an undisturbed request, byte for byte.
+First small random models of every family, in float32 over NCCL, in each layout; then the emoji model as a fleet in each
+layout, its denoising group in bfloat16 and in processes. In each group, the last rank and rank 0 are killed once and
+stopped once during a request. The request must return the same bytes as an undisturbed request.
 
-Layouts are those of `--ranks`, by default of all GPUs, or those given by `--layout`. Run it with:
+`--layout` sets the layouts; the default is every layout of `--ranks` ranks, by default of all GPUs. Run it with:
 python tests/bench/cuda_group.py; to check it without GPUs: --device cpu --ranks 4
 """
 
@@ -53,13 +53,13 @@ LAYOUTS: dict[int, tuple[Degrees, ...]] = {
         Degrees(ring=8),
     ),
 }
-"""By the number of ranks."""
+"""Layouts by number of ranks."""
 
 WITHOUT_RING = ("wan-causal",)
 """Families whose loaders refuse a ring: its ranks would merge partial attention over a key-value cache."""
 
 MOST_APART = 0.02
-"""Relative L2 of two images that were computed in bfloat16 with sums in another order."""
+"""Largest relative L2 error between two bfloat16 images whose sums have different orders."""
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def degrees_of(text: str) -> Degrees:
 
 
 def models(folder: Path, device: str, families: Sequence[str], layouts: Sequence[Degrees]) -> None:
-    """Every family by every layout, against one rank on the same device."""
+    """Compare every family in every layout with one rank on the same device."""
     rows: list[tuple[str, ...]] = []
     pool = RankPool(folder, device, max(layout.world_size for layout in layouts))
     try:
@@ -122,7 +122,7 @@ def on_one_rank(pool: RankPool, function: Any, **keywords: Any) -> object:
 
 
 def fleets(folder: Path, layouts: Sequence[Degrees], workload: Workload) -> bool:
-    """One rank, then every layout, undisturbed and disturbed; whether all results were right."""
+    """Run one rank, then every layout, undisturbed and disturbed. Returns whether all results were correct."""
     with group_fleet(subfolder(folder, "alone"), workload=workload) as fleet:
         alone = fleet.generate()
     were_right = [layout_is_right(folder, layout, workload, alone) for layout in layouts]
@@ -130,7 +130,7 @@ def fleets(folder: Path, layouts: Sequence[Degrees], workload: Workload) -> bool
 
 
 def layout_is_right(folder: Path, degrees: Degrees, workload: Workload, alone: Generated) -> bool:
-    """A fleet whose group has that layout, undisturbed and disturbed, against a fleet with one rank."""
+    """Compare a fleet whose group has this layout, undisturbed and disturbed, with a fleet of one rank."""
     axes = [axis for axis in AXES if degrees.of(axis) > 1]
     flags = [word for axis in axes for word in (f"--{axis}", str(degrees.of(axis)))]
     directory = subfolder(folder, "-".join(f"{axis}{degrees.of(axis)}" for axis in axes))
@@ -178,7 +178,7 @@ def disturbed(fleet: GroupFleet, rank: int, number: signal.Signals) -> tuple[flo
 
 
 def image_error(one: Generated, other: Generated) -> float:
-    """Relative L2 of two requests' images."""
+    """Relative L2 error between the images of two requests."""
     first, second = (torch.from_numpy(np.array(Image.open(io.BytesIO(each.file)))) for each in (one, other))
     return relative_error(first, second)
 

@@ -2,7 +2,7 @@
 
 Both sides share the weights in memory, as two copies of 68 GB (LTX-2) or 71 GB (LTX-2.3) would not fit. Diffusers'
 pipelines run first, divided into stages; then the fleet's stages run in this process, without RPCs (cuda_flux.py
-includes those). The output has times and peak memory of the stages, the relative error of the latents, and time and
+includes RPCs). The output has times and peak memory of the stages, the relative error of the latents, and time and
 error of one prediction against Diffusers' model in float32. No network and no disk space are needed.
 
 Run it with: python tests/bench/cuda_ltx2.py; to try it without a GPU: --device cpu --scale tiny

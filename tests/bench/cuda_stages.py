@@ -221,7 +221,7 @@ def call_of(case: Case) -> dict[str, Any]:
 
 
 class LastStepTaken(Exception):
-    """Ends a reference call after its last step, as not every pipeline can return latents."""
+    """Ends a reference call after its last step, because some pipelines cannot return latents."""
 
 
 def run_in_float32(pipeline: Any, case: Case) -> Side:

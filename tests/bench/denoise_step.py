@@ -83,7 +83,7 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
         quantize_linears(quantised, work.plan.block_linears)
         sides["ours, float8"] = side(quantised)
     if args.step_cache is not None:
-        # The inputs never change: a threshold above 0 reuses every step but the first, a negative one reuses none.
+        # The inputs never change: a threshold above 0 reuses all steps but the first, a negative threshold no step.
         for name, threshold in (("ours, reused", 1.0), ("ours, probed and computed", -1.0)):
             sides[name] = side(ours, StepCaching(threshold))
     errors = {name: largest_error(run(), exact) for name, run in sides.items()}

@@ -6,9 +6,9 @@ alternate and are timed by CUDA events; the time of the slowest rank counts. Gui
 ours divides them among the ranks of the cfg axis, Diffusers predicts one after the other. Errors are relative L2 of the
 first branch against Diffusers' model in float32 on one rank. Memory is the peak beside the weights on rank 0.
 
-Run it with: torchrun --nproc-per-node 2 tests/bench/denoise_step_group.py --ulysses 2; any number of GPUs works that is
-the product of the degrees. To check it without GPUs, add --device cpu --scale tiny --alone: Diffusers' parallelism is
-for GPUs only, and its Ulysses takes only as many tokens as its ranks divide
+Run it with: torchrun --nproc-per-node 2 tests/bench/denoise_step_group.py --ulysses 2; the number of GPUs
+must equal the product of the degrees. To check it without GPUs, add --device cpu --scale tiny --alone: Diffusers'
+parallelism needs GPUs, and its Ulysses needs token counts that are divisible by the number of ranks
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Run = Callable[[], tuple[Tensor, ...]]
 
 ROLE = "transformer"
 CALLS = 5
-"""Steps of a round, which follow on each other without a synchronization."""
+"""Steps of a round, enqueued without synchronization between steps."""
 LONG_STEP_MS = 1500.0
 """Rounds of longer steps have one step."""
 
@@ -128,7 +128,7 @@ def measure(group_work: GroupWork, mesh: WorkerMesh, args: argparse.Namespace) -
 
 
 def exact_predictions(theirs: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """The reference's predictions in float32. A backend set on the model before is active for the process."""
+    """The reference's predictions in float32. A backend that was set on the model stays active in the process."""
     with attention_backend("native"):
         return float32_predictions(theirs, dict(inputs))
 
@@ -160,7 +160,7 @@ def our_step(
 
 
 def their_step(theirs: Any, inputs: Mapping[str, Any], branches: int) -> tuple[Tensor, ...]:
-    """A step of Diffusers' model: its branches follow on each other."""
+    """A step of Diffusers' model, which computes its branches sequentially."""
     made: tuple[Tensor, ...] = ()
     for _ in range(branches):
         made = theirs(**inputs, return_dict=False)
@@ -207,7 +207,7 @@ def in_rounds(
 
 
 def profiled(run: Run, device: torch.device) -> KernelTimes:
-    """Times of this rank's kernels; not a number on a CPU."""
+    """Times of this rank's kernels; NaN on a CPU."""
     distributed.barrier()
     if device.type != "cuda":
         run()

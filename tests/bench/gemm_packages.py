@@ -6,8 +6,8 @@ in a graph. Figures are medians of rounds in which the methods alternate, so tha
 are ours / theirs: above 1, theirs is faster. A method that fails is shown as "-", with its error below the table.
 
 Matmul objects are planned once per shape. Each call sets its operands by reset_operands_unchecked(), or by
-reset_operands() in columns named "checked". They have no workspace, as ours; columns named "workspace" have the
-library's default.
+reset_operands() in columns named "checked". Matmul objects and our GEMM have no workspace; columns named "workspace"
+have the library's default.
 
 Run it with: python tests/bench/gemm_packages.py; it needs nvmath-python with cuda-core, and torchao
 """

@@ -52,7 +52,7 @@ LARGE_GB_PER_SECOND = 1.0
 LARGE_TIMES_TCP = 3.0
 STALL_MS = 25.0
 UNDER_WAY_MIB = 32.0  # frames in flight, and memory of smaller payloads that malloc retains
-# A FLUX.1-dev request of 28 steps takes about 3.6 s on one H100; its hops are one of embeddings and two of latents.
+# A FLUX.1-dev request of 28 steps takes about 3.6 s on one H100, with one hop of embeddings and two of latents.
 REQUEST_MS, REQUEST_SHARE = 3600.0, 0.01
 MALLOC = "glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=268435456:glibc.malloc.arena_max=4"
 

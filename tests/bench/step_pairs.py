@@ -139,7 +139,7 @@ def main() -> int:
 
 
 def measure_all(works: list[str], before: Side, after: Side, pairs: int, found: dict[str, Pairs]) -> list[str]:
-    """Measure workloads until one fails; returns the remaining ones, which need new processes."""
+    """Measure workloads until a workload fails. Returns the remaining workloads, which need new processes."""
     for index, name in enumerate(works):
         began = time.perf_counter()
         found[name] = Pairs(is_equal=False)
@@ -159,7 +159,7 @@ def measure(name: str, before: Side, after: Side, count: int) -> Pairs:
         side.send(build=name)
     digests = {side.receive()["digest"] for side in sides}
     pairs = Pairs(is_equal=len(digests) == 1)
-    # After the builds, during which both sides share the GPU.
+    # Measure only after both builds, because both sides share the GPU during the builds.
     steps = max(1, round(BURST_MS / max(side.measure(1) for side in sides)))
     for _ in range(count):
         pairs.before.append(before.measure(steps))

@@ -2,7 +2,7 @@
 
 Slots are claimed and released at a service with 100 and 1,000 live workers. Then requests with few and with many steps
 run sequentially on a fleet of processes; the difference is the cost of a step. Redis syncs the writes of one event-loop
-iteration together, so that a write is cheaper under load: each figure is measured with appendfsync always and with
+iteration together, so a write is cheaper under load: each figure is measured with appendfsync always and with
 appendfsync no. The numbers of coordinators and Redis servers for a number of GPUs follow from both. Run it with: python
 tests/bench/store_cost.py
 """

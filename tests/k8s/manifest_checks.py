@@ -55,7 +55,7 @@ _CLUSTER_WIDE = frozenset({"Namespace"})
 
 
 def selectors(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A workload's selector matches its own pods; every other selector matches a pod, but none of another service."""
+    """Selectors match existing pods; Services and PodDisruptionBudgets match no pods of another service."""
     for each in of_kind(manifests, "Deployment"):
         if not matches(each["spec"]["selector"], each["spec"]["template"]["metadata"]["labels"]):
             yield f"{name_of(each)}: selector does not match its own pods"
@@ -134,7 +134,7 @@ def _grpc_port(service: Manifest) -> Manifest:
 
 
 def disruptions(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """maxUnavailable is 1: with 0, a node could not be drained."""
+    """maxUnavailable is 1, because 0 would block the draining of a node."""
     for each in of_kind(manifests, "PodDisruptionBudget"):
         if each["spec"].get("maxUnavailable") != 1 or "minAvailable" in each["spec"]:
             yield f"{name_of(each)}: maxUnavailable is not 1"

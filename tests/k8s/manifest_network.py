@@ -14,7 +14,7 @@ DNS = {
     "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
 }
 _REDIS_PORTS = frozenset({6379, 6380})
-_OPEN_TO_ALL = {"coordinator": {"grpc", "health"}}  # public API; other pods only serve health checks to everyone
+_OPEN_TO_ALL = {"coordinator": {"grpc", "health"}}  # public API; all other pods accept only health checks from any peer
 
 
 def admitted_ports(manifests: Sequence[Manifest]) -> Iterator[str]:

@@ -80,7 +80,7 @@ def test_the_dashboard_has_rows_for_stages_store_and_gpus() -> None:
 
 
 def test_quantiles_of_latencies_show_exemplars() -> None:
-    """Recorded metrics have none."""
+    """Recorded metrics have no exemplars, so quantile panels query the histograms."""
     targets = [target for panel in monitoring.dashboard()["panels"] for target in panel.get("targets", [])]
     shown = [target["expr"] for target in targets if target.get("exemplar") is True]
     assert len(shown) > 5

@@ -107,7 +107,7 @@ def latents_of(stage: DenoisingStage, x: DenoisingInput, call: Call | None = Non
 
 
 def test_float8_is_applied_to_all_large_layers_and_no_others(case: Case) -> None:
-    """Each large weight of the blocks is stored once, as float8; the result is close to the exact one."""
+    """Each large weight of the blocks is stored once, as float8; the result is close to the exact result."""
     model, x, parts = case
     stage = stage_of(model, FLOAT8_LINEARS)
     transformer: Any = stage._predictor.transformers["transformer"]
@@ -130,7 +130,7 @@ def cached(model: ServedModel, threshold: float) -> DenoisingStage:
 
 
 def test_a_step_cache_without_reused_steps_changes_no_bit(case: Case) -> None:
-    """Probes run, but no step is within the threshold of the previous step."""
+    """Probes run, but no step differs from the previous step by less than the threshold."""
     model, x, _ = case
     before = reused()
     assert torch.equal(latents_of(cached(model, 1e-9), x), latents_of(stage_of(model, EXACT), x))

@@ -41,7 +41,7 @@ def frames_below(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def files_to_read() -> list[str]:
-    """Files of the call stack, from a denoising stage's run() to the caller of this function's caller."""
+    """Files of the call stack, from a denoising stage's run() down to the second caller of this function."""
     files: list[str] = []
     for frame in frames_below(sys._getframe(2)):
         path, name = Path(frame.f_code.co_filename), frame.f_code.co_name

@@ -87,7 +87,7 @@ class Build(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """A small request of one variant of a family; without a builder, the model is a shipped one."""
+    """A small request of one variant of a family; without a builder, the model is a shipped model."""
 
     build: Build | str
     given: Mapping[str, Any]

@@ -184,7 +184,7 @@ def test_resuming_after_any_step_gives_the_same_bytes(dev: Pair, prepared: Slots
 
 
 def travelled(state: StepCheckpoint) -> StepCheckpoint:
-    """The step checkpoint after serialization and parsing, as another worker receives it."""
+    """The step checkpoint after serialization and parsing, as received by another worker."""
     packet = pack("checkpoint", state, TORCH).renamed("checkpoint", "resume_from")
     return unpack("resume_from", StepCheckpoint, packet, TORCH)
 

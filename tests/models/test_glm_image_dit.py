@@ -44,7 +44,7 @@ def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, GlmImageTransformer
 
 
 def keywords(grid: tuple[int, int], dtype: torch.dtype, *, tokens: int = 9, drop: bool = False) -> dict[str, Tensor]:
-    """Inputs of two outputs with different prior tokens."""
+    """Keyword arguments for two outputs with different prior tokens."""
     rows, columns = grid
     return {
         "hidden_states": torch.randn(2, 4, 2 * rows, 2 * columns, dtype=dtype),

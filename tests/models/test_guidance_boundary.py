@@ -1,4 +1,4 @@
-"""Classifier-free guidance of 1 runs one branch, above 1 it runs two, in every family except Z-Image.
+"""A guidance scale of 1 runs one branch, a scale above 1 two branches, in every family except Z-Image.
 
 Z-Image has guidance at any scale above 0: see test_z_image_loop.py.
 """

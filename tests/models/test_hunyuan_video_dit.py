@@ -47,7 +47,7 @@ def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, HunyuanVideoTransfo
 
 
 def keywords(grid: tuple[int, int, int], tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Inputs of two outputs with different texts."""
+    """Keyword arguments for two outputs with different texts."""
     frames, rows, columns = grid
     return {
         "hidden_states": torch.randn(2, 4, frames, 2 * rows, 2 * columns, dtype=dtype),

@@ -98,7 +98,7 @@ def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], most: flo
 def test_predictions_match_diffusers(
     tmp_path: Path, version: str, dtype: torch.dtype, most: float, has_image: bool
 ) -> None:
-    """Each batch row has its own timestep; with an image, the first frame's tokens have another one."""
+    """Each batch row has its own timestep; with an image, the first frame's tokens have a separate timestep."""
     reference, ours = pair(tmp_path, version, dtype)
     given = inputs(version, dtype)
     timestep = torch.tensor([[30.0, 900.5], [0.0, 750.25]]) if has_image else torch.tensor([900.5, 750.25])
@@ -206,7 +206,7 @@ def test_a_step_cache_changes_no_bit_of_a_computed_step(tmp_path: Path) -> None:
 
 @VERSIONS
 def test_a_prediction_reads_no_value_on_the_host(tmp_path: Path, version: str) -> None:
-    """CUDA graphs cannot capture host reads, so that a prediction must run on meta tensors."""
+    """CUDA graphs cannot capture host reads. FakeTensors have no values, so a host read raises an error."""
     _, ours = pair(tmp_path, version)
     given = inputs(version)
     latents = {name: given.pop(name) for name in ("hidden_states", "audio_hidden_states")}

@@ -183,7 +183,7 @@ def test_the_first_latent_frame_equals_the_image(model: ServedModel) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_keeps_latents_in_float32(model: ServedModel, kind: str) -> None:
-    """With all branches, and with one branch, which is not guided."""
+    """Cases: all branches, and one branch without guidance."""
     loop = Loop(model, kind, torch.bfloat16)
     off: dict[str, ParamValue] = dict.fromkeys(("guidance_scale", "modality_scale"), 1.0)
     off |= {"audio_guidance_scale": 1.0, "audio_modality_scale": 1.0, "stg_scale": 0.0, "audio_stg_scale": 0.0}

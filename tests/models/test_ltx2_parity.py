@@ -1,7 +1,7 @@
 """Parity of all LTX-2 stages with both of Diffusers' pipelines on the same directory.
 
 The weights are random, but the scale factors are the published ones. A request with an image is compared with
-LTX2ImageToVideoPipeline, a request without one with LTX2Pipeline.
+LTX2ImageToVideoPipeline, a request without an image with LTX2Pipeline.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def test_every_input_changes_the_result(sides: Sides, usual: dict[str, Tensor], 
 
 
 def test_the_image_changes_later_frames_and_the_audio(sides: Sides) -> None:
-    """The image also affects frames after the first one, and the audio."""
+    """The image also affects frames after the first frame, and the audio."""
     image, other = (coarse_image(150, 90, seed) for seed in (1, 2))
     usual = sides.ours({}, image)
     for request, given_image in (({}, other), ({"image_crf": 0}, image), ({"use_cross_timestep": False}, image)):
@@ -221,7 +221,7 @@ def test_an_mp4_has_the_frames_and_the_audio(sides: Sides) -> None:
             frames = [torch.from_numpy(each.to_ndarray(format="rgb24")) for each in container.decode(video=0)]
             assert container.streams.audio[0].rate == 48000
         video = torch.stack(frames).permute(0, 3, 1, 2) / 255
-        # 4:2:0 and compression change random pixels, but preserve their averages.
+        # 4:2:0 subsampling and compression change random pixels, but preserve their averages.
         differences = [float(avg_pool2d(video - each, 16).abs().mean()) for each in tensors["pixels"]]
         assert 2 * differences[index] < differences[1 - index]
         recorded = decoded_sound(item.data.numpy().tobytes())
@@ -234,7 +234,7 @@ def test_an_mp4_has_the_frames_and_the_audio(sides: Sides) -> None:
 
 
 def test_an_image_that_cannot_be_compressed_is_refused(sides: Sides) -> None:
-    """H.264 subsamples colours, so that one row of pixels cannot be encoded; without compression, it is accepted."""
+    """H.264 subsamples colours and cannot encode one row of pixels; without compression, the image is accepted."""
     image = coarse_image(40, 1, seed=1)
     with pytest.raises(InvalidInput, match="image: 40 x 1 pixels are not enough to compress") as refused:
         sides.ours({}, image)

@@ -83,7 +83,7 @@ def theirs(reference: Reference, given: dict[str, Tensor]) -> Tensor:
 def test_predictions_match_diffusers(
     tmp_path: Path, heads: int, tokens: int, has_first: bool, dtype: torch.dtype, most: float
 ) -> None:
-    """40 channels in 5 heads are no multiple of 6, so that RoPE does not rotate the first channels."""
+    """RoPE does not rotate the first channels, because 40 channels in 5 heads are no multiple of 6."""
     reference, ours = pair(tmp_path, dtype, num_attention_heads=heads, cross_attention_dim=8 * heads)
     given = inputs(tokens, dtype, has_first=has_first)
     with torch.inference_mode():
@@ -104,7 +104,7 @@ def test_every_keyword_changes_the_prediction(tmp_path: Path) -> None:
 
 
 def test_a_prediction_reads_nothing_on_the_host(tmp_path: Path) -> None:
-    """FakeTensors have no values, so that reading a value raises an error."""
+    """FakeTensors have no values: reading a value raises an error."""
     _, ours = pair(tmp_path, torch.float32)
     given = inputs(9, torch.float32, has_first=True)
     latents, timestep = given.pop("hidden_states"), given.pop("timestep")

@@ -200,7 +200,7 @@ def test_bfloat16_is_close_to_diffusers(sides: dict[str, Sides], image: Image.Im
     assert relative_error(ours, sides["0.9.5"].ours(BASE, image)["latents"]) < 0.1
 
 
-# The number of latents is no multiple of 16: torch then draws different numbers in bfloat16 and in float32.
+# The number of latents is no multiple of 16, so torch draws different numbers in bfloat16 and in float32.
 ODD: dict[str, Any] = {**BASE, "height": 96, "width": 96, "num_frames": 17}
 ODD_SHAPE = (1, 8, 3, 3, 3)
 

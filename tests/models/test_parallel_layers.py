@@ -50,7 +50,7 @@ def test_attention_over_a_sharded_sequence_equals_one_rank(
 
 @pytest.mark.parametrize("degrees", SEQUENCE_LAYOUTS, ids=str)
 def test_attention_of_all_queries_to_sharded_keys(rank_pool: RankPool, tmp_path: Path, degrees: Degrees) -> None:
-    """The result is byte-equal on every rank, also if some ranks have no keys."""
+    """The result is byte-equal on every rank, even if some ranks have no keys."""
     torch.manual_seed(0)
     rank_pool.join(degrees)
     for keys in (35, 5, 3, 1):

@@ -80,7 +80,7 @@ EVERY_PLAN = pytest.mark.parametrize(("plan", "kind", "configs"), PLANS.values()
 
 
 def rank_of(degrees: Degrees, **places: int) -> WorkerMesh:
-    """The mesh of one rank without the other ranks: it can load weights, but not compute."""
+    """The mesh of one rank without the other ranks. Its model can load weights, but not compute."""
     return WorkerMesh(degrees, CPU, 0, {axis: Axis(degrees.of(axis), places.get(axis, 0)) for axis in AXES})
 
 

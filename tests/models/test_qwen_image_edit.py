@@ -1,6 +1,6 @@
 """Parity of all Qwen-Image-Edit stages with Diffusers' pipeline: same weights, seed and image.
 
-The input image has about 4000 tokens at any output size, so that tests use few steps and few cases.
+The input image has about 4000 tokens at any output size, so the tests use few steps and few cases.
 """
 
 from __future__ import annotations

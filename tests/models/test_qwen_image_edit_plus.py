@@ -50,7 +50,7 @@ def files(images: list[Image.Image]) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Pair]]:
-    """Models like 2511 and 2509, by zero_cond_t."""
+    """Models in the form of releases 2511 and 2509, by zero_cond_t."""
     torch.set_num_threads(1)
     opened: dict[bool, Pair] = {}
     for zero_cond_t in (True, False):

@@ -170,7 +170,7 @@ def test_one_step_is_refused_where_the_schedule_has_two_fixed_ends(edited: Calla
 def test_noise_levels_that_are_not_finite_are_refused_at_the_request(
     edited: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The parameter checks do not detect this case; the model is served, as other requests run."""
+    """The parameter checks do not detect this case. The model is served because other requests run."""
     model = opened(edited("wan"))
     (stage,) = load(model, "latent_preparation")[1:]
     config = WanPipelineConfig.from_checkpoint(model.checkpoint)

@@ -147,7 +147,7 @@ def test_a_video_is_emitted_in_fragments_of_a_few_latent_frames(stages: Stages, 
     for item, expected in zip(joined(emitted.items).items, pixels, strict=True):
         assert (item.content_type, item.num_frames, item.height, item.width) == ("video/mp4", 21, 32, 48)
         assert shown(item).shape == expected.shape
-        # 4:2:0 blurs the colours of random latents, so that brightness is compared.
+        # 4:2:0 subsampling blurs the colours of random latents, so the test compares brightness.
         assert float((shown(item).mean(1) - expected.mean(1)).abs().mean()) < 0.06
 
 
@@ -234,7 +234,7 @@ def test_decoding_ends_within_a_frame_when_cancelled(stages: Stages, latents: Te
 
 
 def test_an_encoder_error_is_raised(stages: Stages, latents: Tensor) -> None:
-    """libx264 refuses odd sizes, which validation excludes."""
+    """libx264 refuses odd sizes. Validation of requests excludes odd sizes."""
     given = stages.video.Input(denoised_latents=artifact(latents), canvas=replace(CANVAS, width=47))
     with pytest.raises(av.error.FFmpegError, match="libx264"):
         stages.video.run(given, Call("test"))

@@ -75,7 +75,7 @@ def swaps() -> float:
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(
     stage: DenoisingStage, swapping: DenoisingStage, x: DenoisingInput
 ) -> None:
-    """Also after the boundary, where one expert suffices, and on a worker that swaps experts."""
+    """Covers resume after the boundary, where one expert suffices, and a worker that swaps experts."""
     states: list[StepCheckpoint] = []
     whole = run(stage, x, states)
     assert [state.step for state in states] == [*range(1, STEPS)]

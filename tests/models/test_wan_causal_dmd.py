@@ -68,7 +68,7 @@ def test_several_blocks_match_a_loop_without_a_cache(loop: CausalLoop) -> None:
 
 
 def test_a_window_with_a_sink_matches_a_loop_without_a_cache(windowed: CausalLoop) -> None:
-    """Five blocks, so that the window moves three times."""
+    """With five blocks, the window moves three times."""
     x = windowed.inputs(37)
     got = windowed.run(x)
     request = Request.of(x)
@@ -132,7 +132,7 @@ def predicted(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, int]]:
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(
     request: pytest.FixtureRequest, predicted: Counter[tuple[int, int]], kind: str
 ) -> None:
-    """Also between blocks. Of a finished block, only the context pass is repeated, once."""
+    """Covers resume between blocks. A finished block repeats only its context pass, once."""
     loop: CausalLoop = request.getfixturevalue(kind)
     x, recorded = loop.inputs(FRAMES), RecordedCall()
     whole = loop.run(x, recorded)
@@ -173,7 +173,7 @@ def test_cancellation_ends_the_rebuilding_of_contexts(loop: CausalLoop, predicte
 
 
 def test_a_hand_over_ends_the_rebuilding_of_contexts(loop: CausalLoop, predicted: Counter[tuple[int, int]]) -> None:
-    """No step checkpoint is sent, as the receiver has the one from which the loop resumed."""
+    """No step checkpoint is sent, because the receiver has the step checkpoint from which the loop resumed."""
     x, recorded, again = loop.inputs(FRAMES), RecordedCall(), RecordedCall()
     loop.run(x, recorded)
     predicted.clear()

@@ -115,7 +115,7 @@ def test_a_hand_over_includes_the_generator(loop: DmdLoop) -> None:
 
 
 def test_noise_levels_match_diffusers_flow_schedule() -> None:
-    """FastWan's timesteps belong to the shifted schedule; Self Forcing's are shifted by it."""
+    """FastWan lists timesteps of the shifted schedule; Self Forcing's timesteps are shifted by the schedule."""
     levels = dict(nearest_levels((1000.0, 757.0, 522.0), 8.0))
     assert levels[1000.0] == 1.0
     assert all(abs(level - timestep / 1000) < 1e-3 for timestep, level in levels.items())

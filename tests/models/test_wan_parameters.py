@@ -93,7 +93,7 @@ def test_each_16_bit_grey_image_gets_a_warning(tmp_path: Path) -> None:
 
 
 def test_sizes_are_floored_to_whole_patches(tmp_path: Path) -> None:
-    """A patch of 4 latents is 32 pixels, so that a multiple of 16 may need rounding."""
+    """A patch of 4 latents is 32 pixels, so a multiple of 16 may need rounding."""
     path = build_tiny_wan(tmp_path / "m")
     config = json.loads((path / "transformer" / "config.json").read_text())
     (path / "transformer" / "config.json").write_text(json.dumps(config | {"patch_size": [1, 4, 4]}))

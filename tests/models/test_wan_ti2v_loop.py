@@ -184,7 +184,7 @@ def request(loop: Loop, canvas: Canvas, guidance_scale: float, outputs: int) -> 
 @CASES
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_latents_match_diffusers(path: Path, kind: str, canvas: Canvas, guidance_scale: float, outputs: int) -> None:
-    """At the end and after each step; the loop also denoises its own first frame."""
+    """Latents match after each step and at the end; the loop also denoises its own first frame."""
     loop = Loop(path, WanTI2VPipelineConfig if kind == "text" else WanTI2VImagePipelineConfig)
     x = request(loop, canvas, guidance_scale, outputs)
     states: list[StepCheckpoint] = []

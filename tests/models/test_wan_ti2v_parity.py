@@ -1,7 +1,7 @@
 """Parity of all Wan 2.2 TI2V-5B stages with both of Diffusers' pipelines on the same directory.
 
 The weights are random, but the scale factors are the published ones: 16x16 pixels and 4 frames per latent. A request
-with an image is compared with WanImageToVideoPipeline, a request without one with WanPipeline.
+with an image is compared with WanImageToVideoPipeline, a request without an image with WanPipeline.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def test_every_input_changes_the_result(sides: Sides, has_image: bool, change: R
 
 
 def test_the_image_changes_all_frames(sides: Sides) -> None:
-    """The image also affects the frames after the first one."""
+    """The image also affects the frames after the first frame."""
     latents = [sides.ours({}, image)["latents"] for image in (None, *(coarse_image(64, 64, seed) for seed in (1, 2)))]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert relative_error(latents[one][:, :, 1:], latents[other][:, :, 1:]) > 10 * LATENTS_WITHIN

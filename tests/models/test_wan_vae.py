@@ -68,7 +68,7 @@ def published_session(frames: int, concurrent: int) -> DecodingSession:
 
 @pytest.mark.parametrize("concurrent", [1, 2])
 def test_interleaved_sessions_decode_within_the_bound(concurrent: int) -> None:
-    """One 480x832 video is decoded incrementally; two caches exceed the bound, so that both are decoded at the end."""
+    """One 480x832 video is decoded incrementally. Two caches exceed the bound: both videos are decoded at the end."""
     sessions = [published_session(6, concurrent) for _ in range(concurrent)]
     latents = torch.empty(1, 16, 3, 60, 104, dtype=torch.bfloat16, device="meta")
     with torch.inference_mode(), PeakBytes() as memory:

@@ -145,7 +145,7 @@ def test_warm_up_of_before_denoising_has_a_request(tmp_path: Path) -> None:
 
 
 def test_warm_up_of_before_denoising_has_an_image(tmp_path: Path) -> None:
-    """The prompt is empty, so that the image is captioned; the loop gets latents of the service's shapes."""
+    """The prompt is empty, so the service captions the image; the loop gets latents of the service's shapes."""
     model = opened(build_tiny_qwen_image_layered(tmp_path / "layered"))
     warm_up = WarmUp.parse(model, ("32x64",), service="before_denoising")
     (request,) = warm_up.inputs(torch.float32)

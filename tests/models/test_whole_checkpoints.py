@@ -1,6 +1,6 @@
 """Damage to each file of a checkpoint: the model is refused with the file's name, or the damage is harmless.
 
-Families are the `build_tiny_*` functions of tests/tiny_*.py and the shipped models, so that new families are covered.
+Families are the `build_tiny_*` functions of tests/tiny_*.py and the shipped models, so new families are covered.
 """
 
 from __future__ import annotations

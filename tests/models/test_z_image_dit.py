@@ -44,7 +44,7 @@ def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, ZImageTransformer2D
 
 
 def keywords(grid: tuple[int, int], tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Inputs of two outputs. Position ids as in Diffusers: text from 1, then the image; padding is 0."""
+    """Keyword arguments for two outputs. Position ids as in Diffusers: text from 1, then the image; padding is 0."""
     rows, columns = grid
     text, image = (-(-length // 32) * 32 for length in (tokens, rows * columns))
     text_ids = torch.tensor([(1 + index, 0, 0) for index in range(text)])

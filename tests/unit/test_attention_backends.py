@@ -150,7 +150,7 @@ def test_a_setting_overrides_the_table(choice: AttentionChoice) -> None:
 
 @pytest.mark.parametrize("choice", ["auto", "cudnn"])
 def test_a_single_key_falls_back_to_sdpa(choice: AttentionChoice) -> None:
-    """An empty prompt of LTX-Video is one token, and cuDNN does not support a single key."""
+    """cuDNN does not support a single key, and LTX-Video encodes an empty prompt as one token."""
     assert choose_backend(HOPPER, torch.bfloat16, 24, 1, 128, only("fa3-fwd"), choice) == "sdpa"
     assert choose_backend(HOPPER, torch.bfloat16, 24, 2, 128, only("fa3-fwd"), choice) == "cudnn"
 

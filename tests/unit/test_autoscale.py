@@ -114,7 +114,7 @@ def run(
     poll_seconds: float = 0.02,
     policy: ReplicaPolicy | None = None,
 ) -> None:
-    """Run a test with a StageAutoscaler, whose run() the test calls."""
+    """Run a test with a StageAutoscaler. The test calls run()."""
 
     async def main(directory: str) -> None:
         scaler, server = FakeScaler(), grpc.aio.server()

@@ -42,7 +42,7 @@ def value_of(name: str) -> float:
 
 
 def predict(name: Any) -> Parts:
-    """Prediction of a fake branch, which is only a name: all elements equal `value_of(name)`."""
+    """Prediction of a fake branch: all elements equal `value_of(name)`."""
     return {part: torch.full_like(each, value_of(name)) for part, each in LATENTS.items()}
 
 

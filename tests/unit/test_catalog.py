@@ -150,7 +150,7 @@ class UnscheduledPipeline(FluxPipeline):
     """Flux's stages without the scheduler's role."""
 
     def add_stage(self, stage: StageSpec) -> None:
-        """Add the stage with all roles renamed."""
+        """Add the stage with the prefix `my_` on all roles."""
         super().add_stage(replace(stage, modules={f"my_{role}": name for role, name in stage.modules.items()}))
 
 

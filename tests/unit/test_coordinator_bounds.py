@@ -84,7 +84,7 @@ def test_submit_fields_at_their_bounds_are_accepted() -> None:
 
 
 def test_the_stored_request_has_the_drawn_seed() -> None:
-    """Otherwise a coordinator that takes the request over would generate another image."""
+    """A coordinator that takes over the request must generate the same image."""
     submitted = request(parameters=pb.GenerationParameters(prompt="a cat"), idempotency_key="k")
     record = pb.RequestRecord(model="emoji", parameters=pb.GenerationParameters(prompt="a cat", seed=41))
     stored = pb.SubmitRequest.FromString(_stored(submitted, record))

@@ -36,7 +36,7 @@ def found(url: str, store: StoreSettings = STRICT, **values: Any) -> list[str]:
 
 
 def configure(url: str, **values: str) -> None:
-    """Set `values`; configuration values that are not given get DEFAULTS."""
+    """Set `values`, and reset all other configuration values to DEFAULTS."""
 
     async def scenario(redis: Redis) -> None:
         await command(redis, "ACL", "SETUSER", "default", "on", "nopass", "~*", "&*", "+@all")

@@ -23,7 +23,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def found(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
-    """Output line of the check with these variables, given without the prefix OTEL_."""
+    """Output line of the check. Names in `variables` omit the prefix OTEL_."""
     for name, value in variables.items():
         monkeypatch.setenv(f"OTEL_{name}", value)
     (line,) = lines(check_traces())

@@ -1,4 +1,4 @@
-"""Commands in documents are valid: `fleet` lines parse, tasks of poe exist, and so do files that a command names."""
+"""Commands in documents are valid: `fleet` lines parse, and named poe tasks and files exist."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FLAG = re.compile(r"--[a-z][\w-]*")
 
 
 class Parsed(Exception):
-    """The parser of a command has accepted the arguments."""
+    """Raised once the parser of a command has accepted the arguments."""
 
 
 def segments(line: str) -> Iterator[list[str]]:
@@ -90,7 +90,7 @@ def parse_fleet(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def flags_of(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> set[str]:
-    """Flags of a `fleet` command, from its help; of all services for `serve`."""
+    """Flags of a `fleet` command, parsed from its help; for `serve`, the flags of all services."""
     calls: list[Callable[[Sequence[str]], object]]
     if words[0] == "serve":
         services = [name for name in words[1:2] if name in service_names()] or service_names()
@@ -109,7 +109,7 @@ def tasks() -> set[str]:
 
 
 def faults(words: Sequence[str]) -> list[str]:
-    """Tasks, files, folders and flags of scripts that a command names and that do not exist."""
+    """Nonexistent tasks, files, directories and script flags that a command names."""
     program, *rest = words
     if program == "poe":
         return [word for word in rest[:1] if word not in tasks()]
@@ -117,7 +117,7 @@ def faults(words: Sequence[str]) -> list[str]:
     wrong = [path for path in paths if not (ROOT / path.partition("::")[0]).exists()]
     scripts = [ROOT / path for path in paths if path.endswith(".py")]
     if program in ("python", "torchrun") and scripts and not wrong:
-        # A script's flags are in its source, or in a module beside it; those of degrees are formed from their names.
+        # A script's flags are in its source or in a module beside it; flags of degrees are formed from DEGREES.
         source = "".join(path.read_text(encoding="utf-8") for path in scripts[0].parent.glob("*.py"))
         flags = [word.partition("=")[0] for word in rest[rest.index(paths[0]) :] if word.startswith("--")]
         wrong += [flag for flag in flags if f'"{flag}"' not in source and flag.removeprefix("--") not in DEGREES]

@@ -176,7 +176,7 @@ def test_a_caller_that_disconnects_during_admission_does_not_stop_the_request() 
 
 
 def test_a_request_in_any_phase_is_not_taken_over_again() -> None:
-    """An inherited request counts as running at once; otherwise the take-over loop would not end."""
+    """An inherited request counts as running immediately, so that the take-over loop ends."""
 
     async def test(case: Case) -> None:
         gate = case.store.admit_gate = Gate()

@@ -55,7 +55,7 @@ def test_data_in_a_given_directory_persist(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_server_exits_with_its_parent(number: signal.Signals) -> None:
-    directory = tempfile.mkdtemp(prefix="t-", dir="/tmp")  # a killed parent leaves files; sockets need short paths
+    directory = tempfile.mkdtemp(prefix="t-", dir="/tmp")  # a killed parent leaves files; socket paths must be short
     try:
         _kill_a_parent(number, {**os.environ, "TMPDIR": directory})
     finally:

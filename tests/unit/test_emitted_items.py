@@ -32,7 +32,7 @@ LOOP = ServiceSpec(
 
 
 class Store(WorkerSlots):
-    """Worker slots; each claim returns a worker with another numerics fingerprint."""
+    """Worker slots; each claim returns a worker with a different numerics fingerprint."""
 
     def __init__(self) -> None:
         self.claimed = 0

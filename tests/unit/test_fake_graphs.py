@@ -1,4 +1,4 @@
-"""The fake CUDA graphs behave as CUDA graphs where tests of step memory depend on it."""
+"""Fake CUDA graphs reproduce the behaviour of CUDA graphs on which tests of step memory depend."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_capture_computes_nothing() -> None:
 
 
 def test_a_replay_reads_addresses_and_runs_no_python() -> None:
-    """A replay reads tensors that were overwritten in place, also through views, but no replacements."""
+    """A replay reads in-place updates of captured tensors and their views, but no replacement tensors."""
     given = {"x": torch.ones(2, 3), "row": torch.ones(2)}
     calls: list[int] = []
 

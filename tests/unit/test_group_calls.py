@@ -29,7 +29,7 @@ TOTAL_BYTES = 1 << 28
 
 
 class Abandoned(BaseException):
-    """Raised in place of the exit of the process."""
+    """Raised instead of exiting the process."""
 
 
 @dataclass

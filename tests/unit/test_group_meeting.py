@@ -63,7 +63,7 @@ def test_hosts_meet_before_each_start_and_a_restarted_host_waits_for_the_next() 
 
     (first,) = tokens(meetings)
     assert [each.num_nodes_waiting() for each in meetings] == [0, 0]
-    # A new process replaces that of node 1. It must not join the start that was offered before.
+    # A new process replaces the process of node 1. The new process must not join the earlier start.
     replaced, meetings[1] = meetings[1], Meeting(2, 1, endpoint)
     with ThreadPoolExecutor(1) as executor:
         pending = executor.submit(meetings[1].next_rendezvous)

@@ -147,7 +147,7 @@ def test_free_slots_bound_the_hand_overs_and_waiting_calls_go_first(
         for seconds in (1.0, 1.5):
             await asyncio.sleep(seconds)
             handed_over.append([runs.is_asked, waits.is_asked, last.is_asked])
-        # The only free slot is reserved for the waiting call until that call has left.
+        # The only free slot is reserved for the waiting call until that call has been handed over.
         assert handed_over == [[False, True, False], [True, True, False], [True, True, True]]
         await leaving
 
@@ -168,7 +168,7 @@ def test_an_unavailable_or_slow_store_does_not_delay_the_last_hand_overs(monkeyp
 
 
 def test_a_call_that_starts_while_the_worker_leaves_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call was accepted before, and its inputs were still being received."""
+    """The worker accepted the call before it began to leave, and was still receiving inputs of the call."""
 
     async def scenario(clock: Clock) -> None:
         calls: list[FakeCall] = []

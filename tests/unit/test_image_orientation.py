@@ -232,7 +232,7 @@ WEBP_PIECES = [
 
 @st.composite
 def mutated(draw: st.DrawFn, piece: Piece) -> Piece:
-    """A piece that may be truncated and have changed bytes."""
+    """A copy of `piece` that may be truncated and may have changed bytes."""
     kind, data = piece
     changed = bytearray(data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data)
     for at, value in draw(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4)):

@@ -104,7 +104,7 @@ HOSTILE = '\x1b[2J\r\n2026-11-30T01:02:03.456Z INFO coordinator forged\u2028\x85
 @example(text=HOSTILE, form="text")
 @example(text=HOSTILE, form="json")
 def test_no_value_writes_newlines_or_control_characters(text: str, form: LogFormat) -> None:
-    """The text is a field, a key of a table, an ID, an exception and a message of a library."""
+    """The text is logged as a field, a table key, an ID, an exception and a message of a library."""
     out = io.StringIO()
     _set_up(out, form)
     error = ValueError(text)

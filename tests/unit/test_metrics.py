@@ -143,7 +143,7 @@ class _Clock:
 
 
 class _Loop:
-    """Stages that report `steps`, pairs of step number and time in seconds, and end at `ends`."""
+    """Stages that report `steps` and end at `ends`. A step is (step number, time in seconds)."""
 
     contract = Contract("loop", {}, {})
 

@@ -98,7 +98,7 @@ def run(clock: Clock, seconds: list[float]) -> tuple[Device, list[float], list[t
 @pytest.mark.parametrize("seconds", [0.01, 0.04, 0.3, 20.0])
 def test_the_device_never_idles_and_steps_are_enqueued_at_most_the_lead_early(clock: Clock, seconds: float) -> None:
     device, enqueued, reported = run(clock, [seconds] * 12)
-    assert device.idle <= 0.003 * 3  # the host waits for two steps, and the device is idle before the first one
+    assert device.idle <= 0.003 * 3  # the host waits for two steps, and the device is idle before the first step
     for step in range(2, 12):
         assert device.ends[step - 1] - enqueued[step] <= min(LEAD_SECONDS, seconds) + 1e-6
     assert [step for step, _ in reported] == list(range(1, 13))

@@ -1,4 +1,4 @@
-"""The rule for giving up a request after losses of workers, and the wait for its decision."""
+"""The rule that gives up a request after losses of workers, and the wait for the rule's decision."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_after_a_loss_a_request_claims_a_whole_worker_until_the_loss_is_cleared(
 
 
 def test_a_loss_is_recorded_after_the_checkpoint_before_it() -> None:
-    """Otherwise the loss would have too early a step, and the next loss would look like progress."""
+    """In the reverse order, the loss would record too early a step, and the next loss would look like progress."""
 
     async def story() -> None:
         leases = FakeLeases([])

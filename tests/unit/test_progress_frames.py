@@ -14,7 +14,7 @@ from fleet.v1 import denoising_pb2
 
 
 def reported(total: int, *, step_seconds: float = 0.0) -> list[int]:
-    """Steps that are received from a stage that makes `total` steps before the reader reads."""
+    """Steps received from a stage that completes `total` steps before the reader starts to read."""
 
     async def main() -> list[int]:
         reporter = FrameReporter(denoising_pb2.DenoiseResponse, TORCH, step_seconds=step_seconds)

@@ -87,7 +87,7 @@ def random_weights(module: nn.Module) -> nn.Module:
 
 
 class Block(nn.Module):
-    """A block of two streams with its own modulations."""
+    """A block of two token segments, with norms, joint attention, feed-forwards and modulations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,12 +110,12 @@ def test_a_fused_block_of_two_streams_equals_the_unfused_block(
     expected = block(Residual(x)).added()
     fuse(monkeypatch)
     torch.testing.assert_close(block(Residual(x)).added(), expected)
-    # Only the image stream is fused: the text stream has too few rows.
+    # Only the image segment is fused: the text segment has too few rows.
     assert kernels.calls == {"normed_heads_into": 1, "gelu_into": 1}
 
 
 class AddingBlock(nn.Module):
-    """A block of one stream that adds the gated output of a linear layer."""
+    """A block of one token segment that adds the gated output of a linear layer."""
 
     def __init__(self, batch: int) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ def test_equal_values_in_other_slots_have_another_key() -> None:
 
 
 def test_a_reply_stored_twice_counts_once() -> None:
-    """Two concurrent calls with equal inputs may both miss."""
+    """Two concurrent calls with equal inputs may both miss the cache and store the reply."""
     kept = cache()
     kept.put(b"k", (b"x" * 1_000,))
     used = kept.used_bytes

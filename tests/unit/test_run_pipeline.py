@@ -190,7 +190,7 @@ def test_a_runner_that_omits_an_output_is_named() -> None:
 
 @pytest.mark.parametrize("reply", [asyncio.CancelledError(), Unavailable("the channel closed")])
 def test_a_cancelled_caller_sees_its_own_cancellation(reply: BaseException) -> None:
-    """Even if the runner replies to the cancellation with another error."""
+    """The caller gets its CancelledError even if the runner raises another error on cancellation."""
 
     async def scenario() -> None:
         began = asyncio.Event()

@@ -132,7 +132,7 @@ def test_the_order_of_projections_and_messages(monkeypatch: pytest.MonkeyPatch, 
         project(x, out, joined, layers, which)
 
     class Recording(KeyValues):
-        """Records the message that its construction sends."""
+        """Records that its constructor sends a message."""
 
         def __init__(self, k: Tensor, v: Tensor) -> None:
             super().__init__(k, v)

@@ -1,4 +1,4 @@
-"""Replies cached in Redis: only where fetching saves time, within a bound, and never in part."""
+"""Replies cached in Redis: only if fetching saves time, within a bound in bytes, and always complete."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_worker_fetches_a_reply_that_another_worker_computed(each_store_url: s
     async def story(redis: Redis) -> None:
         one, other = shared(redis), shared(redis)
         await stored(one, b"apple")
-        assert await other.find(b"apple") is None  # this worker has not measured yet how long computing takes
+        assert await other.find(b"apple") is None  # this worker has not measured a computation yet
         await stored(other, b"pear", (b"p",))
         assert await other.find(b"apple") == FRAMES
         assert await one.find(b"pear") == (b"p",)

@@ -176,7 +176,7 @@ def test_exit_codes_and_lines_of_exception_groups(capsys: pytest.CaptureFixture[
 
 
 def test_a_failed_rank_may_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit code 2 of a rank ends the group for good, so errors that another rank can cause give another code."""
+    """Exit code 2 ends the group without a restart, so errors that another rank can cause have another code."""
     place = Place(rank=0, local_rank=0, world_size=1, num_nodes=1, store_host="localhost", store_port=1, token="t")
     model = open_model("emoji", load_registry())
     for error in (distributed.DistNetworkError("reset"), torch.OutOfMemoryError("full"), MemoryError()):

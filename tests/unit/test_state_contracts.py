@@ -214,7 +214,7 @@ def test_coordinators_of_the_last_release_get_only_workers_that_accept_their_inp
             await queued(registry, 1)
             held = [await slots.claim("emoji", "denoising", f"r{number}", wiring=wiring) for number in range(2)]
             assert {slot.worker.worker_id for slot in held} == {"newer"}
-            full = 2**52  # from this score on, the last release grants no worker
+            full = 2**52  # the last release grants no worker with this score or a higher score
             assert await redis.zcount(f"fleet:load:{PLACE}", "-inf", f"({full}") == 0
             waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r3", wiring=wiring))
             await queued(registry, 2)

@@ -197,7 +197,7 @@ def test_entries_of_a_queue_without_a_ticket_are_dropped_and_counted(store: Stor
     orphans = {f"095|caller{n}|{n:029}|1|gone/c-1/{n}|c-1": 0 for n in range(1_500)}
     store.redis.zadd(f"fleet:queue:{PLACE}", {**orphans, "no claim at all": 0})
     store.run("announce", announcement("w-large", capacity=9))
-    assert 450 < store.redis.zcard(f"fleet:queue:{PLACE}") < 550  # one operation drops about a thousand
+    assert 450 < store.redis.zcard(f"fleet:queue:{PLACE}") < 550  # one operation drops about a thousand entries
     assert store.run("claim", claim("new/c-1/0", cost=1)) == [b"granted", b"info"]
     assert store.redis.zcard(f"fleet:queue:{PLACE}") == 0
     assert store.redis.hget("fleet:repairs", "queue") == b"1501"

@@ -186,5 +186,5 @@ def test_a_wrong_index_expires(store: Store) -> None:
     assert 0 < store.redis.pttl(f"fleet:indexed:{PLACE}") <= 1_000
     store.redis.delete(f"fleet:slots:{PLACE}")  # as in an older copy of the store
     assert store.run("claim", claim("r2/c-1/0"))[0] == b"waiting"
-    store.redis.delete(f"fleet:indexed:{PLACE}", f"fleet:rechecked:{PLACE}")  # as after their time to live
+    store.redis.delete(f"fleet:indexed:{PLACE}", f"fleet:rechecked:{PLACE}")  # as if both keys had expired
     assert store.run("claim", claim("r2/c-1/0"))[0] == b"granted"

@@ -235,7 +235,7 @@ def test_work_of_all_variants_counts_towards_the_share_of_the_caller(each_store_
                 b"bob|image",
                 b"bob|text",
             ]
-            # 8 s of work: 4 s of each caller, which exceeds an equal share of the bound. A new caller has none.
+            # 8 s of work: 4 s of each caller, which exceeds an equal share of the bound. A new caller has no work.
             await fleet.refused(r"8\.0 s of work", caller="ann", variant="text")
             names.append(await fleet.admit(caller="cid", variant="text"))
             for name in names:

@@ -51,7 +51,7 @@ class Journal:
 
 
 class RecordingTransformer(LoopTransformer):
-    """Records each call of predict(), of which a replay makes none."""
+    """Records each call of predict(). A replay does not call predict()."""
 
     def __init__(self, name: str, journal: Journal) -> None:
         super().__init__(1.0, remembers=True)
@@ -404,7 +404,7 @@ def test_a_runtime_captures_only_on_a_gpu(monkeypatch: pytest.MonkeyPatch, trans
 def test_flags_beyond_the_bound_of_graphs_run_eagerly(
     pool: StepMemoryPool, capture: FakeCapture, transformer: LoopTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They compute the same bytes, and flags that have a graph are still replayed."""
+    """Eager steps compute the same bytes, and flags that have a graph are still replayed."""
     monkeypatch.setattr(step_memory, "MAX_GRAPHS", 2)
     step = loop_step(transformer)
     reference = EagerBranch(transformer, step)

@@ -59,7 +59,7 @@ def test_live_leases_of_equal_steps_share_no_memory(pool: StepMemoryPool) -> Non
 
 
 def test_every_denoiser_that_caches_tensors_names_them() -> None:
-    """Otherwise a graph of another family could read freed memory."""
+    """Graphs of a family that does not name its cached tensors could read freed memory."""
     caching = {path.stem for path in DITS.glob("*.py") if "@lru_cache" in path.read_text()}
     naming = {path.stem for path in DITS.glob("*.py") if "def cached_tensors" in path.read_text()} - {"base"}
     assert caching <= naming, (
@@ -69,7 +69,7 @@ def test_every_denoiser_that_caches_tensors_names_them() -> None:
 
 
 def test_a_returned_memory_is_leased_again_only_to_an_equal_key(pool: StepMemoryPool) -> None:
-    """It is not leased to another expert, branch, size or module, although the first two have equal shapes."""
+    """Another expert, branch, size or module gets other memory, although experts and branches have equal shapes."""
     with pool.leases() as lease:
         first = lease("transformer", TRANSFORMER, inputs())
     with pool.leases() as lease:
@@ -189,7 +189,7 @@ def test_the_least_recently_used_memory_is_freed_first() -> None:
 
 
 def test_idle_memory_is_bounded_in_bytes_rather_than_in_number() -> None:
-    """Ten small memories fit where a large one fits. The large one frees as many small ones as it needs."""
+    """Ten small memories fit in the bytes of a large one. A lease of a large one frees only as many as it needs."""
     small = [inputs(batch=1, skipped=number) for number in range(1, 11)]
     large = inputs(batch=8)
     spare = size_of(small[0]) // 2

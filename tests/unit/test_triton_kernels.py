@@ -58,7 +58,7 @@ def operands(norms: QKNormModules) -> QKNormParameters:
 
 
 def modulations(dtype: torch.dtype) -> list[SegmentVectors]:
-    """Scale, shift and gate of two streams, as views of one tensor."""
+    """Scale, shift and gate of two token segments, as views of one tensor."""
     parts = torch.randn(BATCH, 6 * SIZE, dtype=dtype).chunk(6, dim=1)
     return [SEGMENTS.vectors(parts[start], parts[start + 1]) for start in (0, 2, 4)]
 
@@ -245,7 +245,7 @@ def test_channel_norm_silu_equals_pytorch(dtype: torch.dtype, most: float) -> No
 @DTYPES
 @pytest.mark.parametrize("stride", [SIZE, 2 * SIZE], ids=["adjacent", "apart"])
 def test_quantize_rows_equals_pytorch(dtype: torch.dtype, most: float, stride: int) -> None:
-    """Without the cast to float8, which the interpreter rounds wrongly just below powers of two."""
+    """The kernel writes float32: the interpreter rounds casts to float8 wrongly just below powers of two."""
     x = torch.randn(TOKENS, stride, dtype=dtype)[:, :SIZE] * torch.logspace(-4, 4, TOKENS, dtype=dtype)[:, None]
     x[1] = 0
     values, scale = kernels.quantize_rows(x, torch.float32)

@@ -1,4 +1,4 @@
-"""Devices of a worker's setting. A CUDA device has an index, without which torch.cuda.set_device() fails."""
+"""Devices of a worker's setting. A CUDA device has an index, because torch.cuda.set_device() needs an index."""
 
 from __future__ import annotations
 

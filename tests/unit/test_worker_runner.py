@@ -190,7 +190,7 @@ def lost(service: str, begun: str) -> float:
 
 
 def test_a_handed_over_call_continues_at_once_and_counts_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next claim goes first, to a worker that can resume. The pace counts the steps of each attempt."""
+    """The next claim is first in the queue and gets a worker that can resume. The pace counts steps of each attempt."""
 
     async def fail(*_: object) -> None:
         raise AssertionError("a loss is counted")
