@@ -167,7 +167,7 @@ def test_states_of_a_taken_over_request_are_logged_once(store_url: str, lines: L
                 return record.state == pb.REQUEST_STATE_RUNNING
 
             await wait_until(is_running)
-            await asyncio.sleep(0.5)  # the line is written after the store
+            await asyncio.sleep(0.5)  # the log line is written after the store is updated
         process.kill()
         _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
 

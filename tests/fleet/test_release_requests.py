@@ -137,7 +137,7 @@ def run_on_coordinator(
 
 
 def _scalars(parameters: pb.GenerationParameters) -> dict[str, Any]:
-    """Scalar parameters. A record has no images, and has the defaults of omitted parameters."""
+    """Scalar parameters. A record contains no images, and the defaults of omitted parameters."""
     fields = parameters.ListFields()
     return {field.name: value for field, value in fields if field.name not in ("images", "params")}
 

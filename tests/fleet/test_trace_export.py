@@ -291,7 +291,7 @@ def test_opentelemetry_is_imported_only_with_the_variables(
 
 
 def warnings_of_a_coordinator(url: str) -> list[str]:
-    """The warnings of a coordinator process that serves two requests, with a second between them."""
+    """The warnings of a coordinator process that serves two requests, one second apart."""
     warnings: list[str] = []
 
     async def scenario(fleet: FakeFleet) -> None:

@@ -2,10 +2,11 @@
 
     python tests/fleet/chaos/run_upgrade.py
 
-Two coordinators, and workers of each service of a Flux checkpoint and of a causal Wan checkpoint with a streamed
-result. All processes first run the release. Each pass stops every process with SIGTERM and starts the other version in
-its place: workers first, coordinators first, or interleaved. Every second pass is a rollback. At the end every accepted
-request has succeeded once, its client has received each event once, and its files have the bytes of a single process.
+The fleet has two coordinators, and workers of each service of a Flux checkpoint and of a causal Wan checkpoint, whose
+result is streamed. All processes first run the release. Each pass stops every process with SIGTERM and starts the other
+version in its place: workers first, coordinators first, or interleaved. Every second pass is a rollback. At the end
+every accepted request has succeeded once, its client has received each event once, and its files have the bytes of a
+single process.
 
 The exit status is 1 if a check failed; findings are printed. The release's source is read from tests/golden, without
 git history.

@@ -135,7 +135,7 @@ def inputs(draw: st.DrawFn, seeds: Sequence[Frames], types: Sequence[Descriptor]
         if draw(st.booleans()):
             frames[index] = draw(mutated(frames[index], pieces))
         if types and draw(st.integers(0, 2)) == 0:
-            # Concatenated messages are merged by protobuf, so that this sets only the given fields.
+            # Protobuf merges concatenated messages: only the fields of the second message change.
             frames[index] += draw(messages(draw(st.sampled_from(types)))).SerializeToString()
     match draw(st.integers(0, 9)):
         case 0 if frames:
@@ -163,7 +163,7 @@ _MORE_TOKENS = (
 
 
 def any_input(rng: random.Random, seeds: Sequence[Frames]) -> Frames:
-    """Like inputs(), without shrinking, and many times faster."""
+    """Draw frames like inputs() does, without Hypothesis: no shrinking, but many times faster."""
     pieces = [frame for seed in seeds for frame in seed] or [b""]
     frames = [_mutate(rng, frame, pieces) if rng.random() < 0.6 else frame for frame in rng.choice(seeds)]
     match rng.randint(0, 12):

@@ -255,7 +255,7 @@ class _Registry:
 
 
 class _Activities:
-    """No store."""
+    """Activities without a store."""
 
     async def list(self, *_: Any, **__: Any) -> NoReturn:
         raise Unavailable("no store")
