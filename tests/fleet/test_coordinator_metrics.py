@@ -156,7 +156,7 @@ def _take_overs() -> _Counted:
 
 
 def test_take_over_from_a_stopped_coordinator_is_counted(store_url: str) -> None:
-    """A rolling update stops coordinators."""
+    """A rolling update stops coordinators gracefully, as here."""
     counted = _take_overs()
 
     async def scenario(fleet: FakeFleet) -> None:

@@ -96,7 +96,7 @@ class ProcessPool:
 
     @property
     def most(self) -> int:
-        """Largest number of workers, above the autoscaler's own limit."""
+        """No bound: the autoscaler has its own limit."""
         return sys.maxsize
 
     def resize(self, count: int) -> None:

@@ -104,7 +104,7 @@ def _check_outcome(stored: Mapping[str, Stored], outcome: Outcome) -> list[str]:
 
 
 def _check_strays(stored: Mapping[str, Stored], outcomes: Sequence[Outcome], known: Collection[str]) -> list[str]:
-    """Check that unknown requests are explained by lost replies to clients without an idempotency key."""
+    """Check that lost submission replies explain the requests of no client, which must not have failed."""
     lost = sum(outcome.lost_answers for outcome in outcomes)
     strays = stored.keys() - {outcome.request_id for outcome in outcomes} - set(known)
     findings = [

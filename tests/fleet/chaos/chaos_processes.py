@@ -67,8 +67,8 @@ COORDINATOR = Role("coordinator")
 class Process:
     """A process of the fleet. `store` is its link to Redis; `access` is the coordinators' link to a worker.
 
-    `left_early`: the process received SIGTERM before it listened. It cannot have lost a request. Without signal
-    handlers yet, SIGTERM ended the process with its default action.
+    `left_early`: the process received SIGTERM before it listened. It cannot have lost a request. If its
+    signal handlers were not installed yet, SIGTERM ended the process by the default action.
     `tree`: the source tree that the process runs.
     """
 
@@ -274,7 +274,7 @@ class Fleet:
         return successor
 
     async def stop(self, seconds: float = 30.0) -> None:
-        """Send SIGTERM to all processes, coordinators first; a process that does not exit is killed: a finding."""
+        """Send SIGTERM to all processes, coordinators first; one that does not exit is killed and reported."""
         self._closing = True
         self.heal()
         for coordinators in (True, False):

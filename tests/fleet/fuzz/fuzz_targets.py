@@ -184,7 +184,7 @@ class _Channel:
 
 
 def header_type(frame: type[Message]) -> Descriptor:
-    """Message type of a frame, through which all other types are reached."""
+    """Message type of a frame, which contains all other message types, directly or indirectly."""
     return cast(Descriptor, frame.DESCRIPTOR)
 
 
