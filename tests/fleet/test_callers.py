@@ -1,4 +1,4 @@
-"""Authentication of a coordinator's callers: API keys and tokens, own requests, bounds on open requests and calls."""
+"""API keys and tokens of a coordinator's callers, access to own requests only, and bounds per caller."""
 
 from __future__ import annotations
 

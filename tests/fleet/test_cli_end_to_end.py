@@ -1,4 +1,4 @@
-"""The command line as a process: commands that use real fleets of the emoji model, exit codes and cleanup."""
+"""The command line as a process: commands with real fleets of the emoji model, exit codes and cleanup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images and videos on the command line: invalid ones exit with 2 after one line, before any process starts."""
+"""Images and videos on the command line. Invalid ones exit with 2 after one line, before a process starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of a coordinator: waiting, losses, retries, step checkpoints, resumes and take-overs of requests."""
+"""Metrics of a coordinator: waiting, losses, retries, step checkpoints, resumes and take-overs."""
 
 from __future__ import annotations
 

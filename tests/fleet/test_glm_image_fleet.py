@@ -1,4 +1,4 @@
-"""GLM-Image, a pipeline of the hybrid style, through real services: equal bytes, progress, cancel and recovery."""
+"""GLM-Image, a hybrid pipeline, through real services: equal bytes, progress, cancel and recovery."""
 
 from __future__ import annotations
 

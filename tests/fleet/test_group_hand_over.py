@@ -1,4 +1,4 @@
-"""A worker group that receives SIGTERM during a request hands it over to another group at a step boundary."""
+"""At SIGTERM, a worker group hands its request over to another group at a step boundary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker group with one agent per rank, as on two nodes: ranks that stop between requests are replaced."""
+"""A worker group with one agent per rank, as on two nodes. Ranks that stop between requests are replaced."""
 
 from __future__ import annotations
 

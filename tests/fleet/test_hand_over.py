@@ -1,4 +1,4 @@
-"""A draining worker hands its running request over: no step is lost or repeated, and no loss is counted."""
+"""A draining worker hands its running request over. No step is lost or repeated; no loss is counted."""
 
 from __future__ import annotations
 

@@ -320,7 +320,7 @@ def test_prompt_is_logged_only_at_acceptance_and_by_setting(store_url: str, line
 
 @pytest.mark.parametrize("kind", [ValueError, InvalidInput])
 def test_prompt_in_an_error_is_redacted(store_url: str, lines: Lines, kind: type[Exception]) -> None:
-    """Errors about the input may quote part of the prompt; messages and tracebacks of defects may quote all of it."""
+    """Errors about the input may quote a part of the prompt. Messages and tracebacks of defects may quote all."""
 
     async def scenario(fleet: FakeFleet) -> None:
         def quote(_: Call) -> None:

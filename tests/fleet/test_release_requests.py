@@ -1,4 +1,4 @@
-"""Requests that the latest release stored in each state: this code reads them, and finishes the open ones.
+"""Stored requests of the latest release, in each state. This code reads all and finishes the open ones.
 
 tests/golden/v0.1.0/requests has the Redis keys of a killed coordinator of the release.
 """

@@ -1,4 +1,4 @@
-"""SIGKILL of a request's worker, or of worker and coordinator, at any denoising step does not change the result.
+"""SIGKILL of worker, or of worker and coordinator, at any denoising step does not change the result.
 
 At SIGTERM, the worker hands the request over. All processes are real. Families: Flux (Euler), Wan (UniPC, whose solver
 has a history), an image request of Wan 2.2 TI2V, whose first frame is replaced after the last step, and GLM-Image,

@@ -1,4 +1,4 @@
-"""Text encoders with a shared reply cache: the second worker returns the first worker's replies bit for bit."""
+"""Text encoders with a shared reply cache. The second worker returns the first worker's replies bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A coordinator with `store_replicas`: requests are accepted and ended only after a replica has the write."""
+"""A coordinator with `store_replicas` accepts and ends requests only after a replica has the write."""
 
 from __future__ import annotations
 

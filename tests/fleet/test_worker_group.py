@@ -1,4 +1,4 @@
-"""A worker group in a fleet: its images match those of one process, and requests survive lost and hung ranks."""
+"""A worker group in a fleet. Its images match those of one process; requests survive lost and hung ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients of a chaos run: each sends one request, and retries at other coordinators until it is complete."""
+"""Clients of a chaos run. Each completes one request, with retries at other coordinators."""
 
 from __future__ import annotations
 

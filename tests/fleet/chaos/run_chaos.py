@@ -129,7 +129,7 @@ async def _run(plan: Plan, models: Mapping[str, Path], references: References, d
 
 
 def run_chaos(plan: Plan, directory: Path) -> Report:
-    """Run a plan; the logs of its processes go to `directory`, whose path must be short enough for unix sockets."""
+    """Run a plan. Processes log to `directory`, whose path must be short enough for Unix sockets."""
     models = build_models(directory / "models", plan)
     return asyncio.run(_run(plan, models, make_references(models, plan.media_requests), directory))
 

@@ -176,7 +176,7 @@ async def _run(
 
 
 def run_upgrade(seed: int, clients: int, passes: Sequence[Order], directory: Path) -> Summary:
-    """Run passes; the logs of processes go to `directory`, whose path must be short enough for unix sockets."""
+    """Run passes. Processes log to `directory`, whose path must be short enough for Unix sockets."""
     media_requests = [each for each in MEDIA_REQUESTS if each.model in _MODELS]
     plan = Plan(seed, clients, (), (), 0.0, media_requests)
     models = build_models(directory / "models", plan)

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for untrusted input: mutated valid input, messages with unusual values, and noise."""
+"""Hypothesis strategies for untrusted input: mutated valid input, unusual messages, and noise."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def mutated(draw: st.DrawFn, frame: bytes, others: Sequence[bytes]) -> bytes:
 
 @st.composite
 def inputs(draw: st.DrawFn, seeds: Sequence[Frames], types: Sequence[Descriptor]) -> Frames:
-    """Frames for a target: a seed with frames mutated, merged with unusual fields, dropped or duplicated; or noise."""
+    """Frames for a target: noise, or a changed seed. Changes mutate, drop, duplicate or extend frames."""
     pieces = [frame for seed in seeds for frame in seed] or [b""]
     if not seeds or draw(st.integers(0, 9)) == 0:
         return tuple(draw(st.lists(st.binary(max_size=64), max_size=3)))

@@ -104,7 +104,7 @@ def _hello(purpose: Purpose, rank: int = 1) -> bytes:
 
 
 class _Store:
-    """A fake store: when rank 0 publishes its address, each frame connects as an unknown client, then the follower."""
+    """A fake store. When rank 0 publishes its address, one unknown client per frame connects, then the follower."""
 
     def __init__(self, strangers: Frames) -> None:
         self._strangers = strangers
