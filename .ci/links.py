@@ -1,4 +1,4 @@
-"""Provides the host's pip settings to a Docker build: writes a pip.conf, and serves local folders on loopback.
+"""Provides the host's pip settings to a Docker build. Writes a pip.conf, and serves local folders on loopback.
 
 A build container has no access to the host's folders. `python .ci/links.py PIP_CONF` reads pip's settings, replaces
 every local folder in find-links and extra-index-url by a loopback address (the build runs with --network=host), copies
@@ -30,7 +30,7 @@ def pip_settings() -> dict[str, str]:
 
 
 def served(place: str, folder: Path, address: str) -> str:
-    """Address of `place` for a build: a local folder is linked into the served `folder`; a URL is unchanged.
+    """Address of `place` for a build. A local folder is linked into the served `folder`; a URL is unchanged.
 
     The link points to the parent, as an index refers to its files by relative paths.
     """

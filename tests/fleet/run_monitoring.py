@@ -1,10 +1,10 @@
 """Checks that each query of rules and dashboard returns data: `python tests/fleet/run_monitoring.py`.
 
 `promtool` checks the rules and runs their tests. Prometheus then scrapes a fleet of the emoji model on this host while
-requests run. Each recording rule must return a number, each panel a number of at least one service, and each alert must
-be valid; queries of EXEMPT are required only on a host with a GPU. After 1,000 requests of 50 callers, the number of
-series must be unchanged. All processes export traces, and each histogram of EXEMPLARS must have an exemplar with the
-trace id of a request. Requires `prometheus` and `promtool` (Debian package prometheus).
+requests run. Each recording rule must return a number, each panel a number for at least one service, and each alert
+must be valid. Queries of the metrics in EXEMPT may return no data on a host without a GPU. After 1,000 requests of 50
+callers, the number of series must be unchanged. All processes export traces, and each histogram of EXEMPLARS must have
+an exemplar with the trace id of a request. Requires `prometheus` and `promtool` (Debian package prometheus).
 
 The exit status is 1 if a check failed; findings are printed.
 """
@@ -33,7 +33,7 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(TESTS / "k8s")]
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # grpc reads the variable at import
 
 import monitoring  # noqa: E402
 import torch  # noqa: E402

@@ -19,7 +19,7 @@ LOAD = Load(requests=10, scale_ins=3, steps=3)
 
 
 def test_requests_succeed_in_a_burst_from_zero_and_during_scale_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A shared host may start the first worker late; only the program checks the limit of a second.
+    # A busy host may start the first worker late; only run_autoscale.py itself applies the limit of 1 s.
     monkeypatch.setattr(program, "_PUSH_SECONDS", 10.0)
     directory = Path(tempfile.mkdtemp(prefix="scale-"))  # paths of Unix sockets must be short
     report = run_autoscale(LOAD, directory)

@@ -26,7 +26,7 @@ from stage_server import METHOD, SERVICE, Gate, ScriptedStage, Served, packets, 
 
 BEGUN = denoising_pb2.DenoiseResponse(begun=artifacts_pb2.Begun()).SerializeToString()
 
-# A worker whose stage first kills its process.
+# A worker whose stage kills the worker process.
 KILLED_WORKER = """
 import asyncio, os, signal, sys
 from stage_server import served

@@ -1,4 +1,4 @@
-"""Authentication of a coordinator's callers: API keys and tokens, own requests, bounds on open requests and calls."""
+"""API keys and tokens of a coordinator's callers, access to own requests only, and bounds per caller."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_token_identifies_the_caller_and_may_lower_its_bound(store_url: str, key
         _, stub = await running.add_coordinator(**settings)
 
         async def opened(name: str, **claims: Any) -> int:
-            """Number of accepted requests, of three."""
+            """Submit three requests; returns the number of accepted ones."""
             metadata = bearer(token("Ed", "EdDSA", sub=name, **claims))
             codes = [(await stub.Submit(submission(), metadata=metadata).code()).name for _ in range(3)]
             assert codes == sorted(codes)

@@ -1,4 +1,4 @@
-"""A cancelled, abandoned or expired request frees its worker within a step, and leaves nothing in the store."""
+"""A cancelled, abandoned or expired request frees its worker within a step, and its store keys."""
 
 from __future__ import annotations
 

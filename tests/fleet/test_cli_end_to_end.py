@@ -1,4 +1,4 @@
-"""The command line as a process: commands at real fleets of the emoji model, exit codes and cleanup."""
+"""The command line as a process: commands with real fleets of the emoji model, exit codes and cleanup."""
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ def test_autoscaled_fleet_starts_without_workers_and_scales_to_zero(temporary: P
         assert len(running.descendants()) == 2, "processes other than the store and the coordinator run"
         done = fleet(temporary, "generate", "a red apple", *flags, "--endpoint", endpoint)
         assert done.returncode == 0, done.stderr
-        running.line("autoscaler: emoji/text_encoding: 1 -> 2 workers")  # one for the request, one of headroom
+        running.line("autoscaler: emoji/text_encoding: 1 -> 2 workers")  # one for the request, one for headroom
         running.line("autoscaler: emoji/decoding: 1 -> 0 workers")
         running.line(r"decoding-0 \(pid \d+\) ended with exit code 0; it is no longer needed")
         code, output_after = running.end(signal.SIGTERM)
@@ -342,7 +342,7 @@ def test_unreadable_checkpoint_ends_up_with_exit_code_2(temporary: Path, tmp_pat
 
 
 def test_missing_weights_end_an_autoscaled_fleet_at_its_first_worker(temporary: Path, tmp_path: Path) -> None:
-    """A restart would fail again, so that the fleet ends, and with it the waiting request."""
+    """A restarted worker would fail, too: the fleet ends, and with it the waiting request."""
     model = tmp_path / "emoji"
     shutil.copytree(Path(__file__).parents[2] / "models" / "checkpoints" / "emoji", model)
     up = ("up", "--port=0", "--autoscale", "--model", str(model))

@@ -1,4 +1,4 @@
-"""Images and videos on the command line: invalid ones are reported in one line, with exit code 2, before any start."""
+"""Images and videos on the command line. Invalid ones exit with 2 after one line, before a process starts."""
 
 from __future__ import annotations
 

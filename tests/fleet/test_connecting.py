@@ -1,4 +1,4 @@
-"""A worker with a high latency until its first reply is reached."""
+"""A client connects to a worker whose first reply is slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Events of a request are stored in order, without blocking the request; only repeated progress is dropped."""
+"""Events of a request are stored in order without blocking it. Only repeated progress is dropped."""
 
 from __future__ import annotations
 

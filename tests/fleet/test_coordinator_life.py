@@ -79,7 +79,7 @@ def test_requests_continue_elsewhere_after_the_grace_period(each_server: RedisSe
         foreign = (await other.Submit(submission())).request.request_id
         watch = stub.Watch(pb.WatchRequest(request_id=foreign))
         await anext(aiter(watch))
-        reading = asyncio.create_task(_read_warnings(watch))  # unread events hide a call's status
+        reading = asyncio.create_task(_read_warnings(watch))  # a call has a status only after its last event is read
         await leaving.stop(0)
         with pytest.raises(grpc.aio.AioRpcError, match="repeat the call from the last event"):
             await reading

@@ -1,4 +1,4 @@
-"""Metrics of a coordinator: waiting, losses, retries, step checkpoints, resumes and take-overs of requests."""
+"""Metrics of a coordinator: waiting, losses, retries, step checkpoints, resumes and take-overs."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _take_overs() -> _Counted:
 
 
 def test_take_over_from_a_stopped_coordinator_is_counted(store_url: str) -> None:
-    """A rollout stops coordinators in this way."""
+    """A rolling update stops coordinators gracefully, as here."""
     counted = _take_overs()
 
     async def scenario(fleet: FakeFleet) -> None:
@@ -270,7 +270,7 @@ def test_cancellation_that_fails_in_the_store_is_dropped(
             errors[:] = [Unavailable("unavailable"), StoreFull("full"), InternalError("damaged")]
             with pytest.raises(Unavailable):
                 await cancellations.cancel("orphan")
-            for _ in range(3):  # the last call has no cancellation left
+            for _ in range(3):  # the third call has no pending cancellation
                 await cancellations.settle()
             assert not errors
             assert "cancellation given up error=damaged" in caplog.text
@@ -279,7 +279,7 @@ def test_cancellation_that_fails_in_the_store_is_dropped(
 
 
 def test_cancellation_without_a_waiting_caller_is_counted(store_url: str) -> None:
-    """Housekeeping repeats an attempt whose reply was not received."""
+    """Housekeeping repeats a cancellation whose caller did not wait for the reply."""
     counted = _Counted(("fleet_requests_total", {**_MODEL, "state": "CANCELLED"}))
 
     async def scenario() -> None:

@@ -227,7 +227,7 @@ def test_unreachable_workers_do_not_count_as_attempts(each_store_url: str) -> No
 
             await wait_until(all_are_avoided)
             assert not await redis.hexists(f"fleet:request:{name}", "deaths")
-            assert await redis.zcard("fleet:workers:emoji/text_encoding") == 4  # their heartbeats continue
+            assert await redis.zcard("fleet:workers:emoji/text_encoding") == 4  # avoided workers still send heartbeats
         await fleet.add_worker("text_encoding")
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 

@@ -1,4 +1,4 @@
-"""FLUX.2 dev and klein through real services equal one process bit for bit, with and without reference images."""
+"""FLUX.2 dev and klein through real services equal one process bit for bit. Some requests have images."""
 
 from __future__ import annotations
 

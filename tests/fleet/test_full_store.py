@@ -1,4 +1,4 @@
-"""A store without free memory: submissions are refused with a retry delay, and accepted requests finish."""
+"""A store without free memory: submissions fail with a retry delay, and accepted requests finish."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GLM-Image, a pipeline of the hybrid style, through real services: equal bytes, progress, cancel and recovery."""
+"""GLM-Image, a hybrid pipeline, through real services: equal bytes, progress, cancel and recovery."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "without guidance": {"guidance_scale": 1.0},
     "two outputs": {"num_outputs_per_prompt": 2, "prompt": "a cat"},
 }
-# 256 tokens of the preview, 400 of the image.
+# 256 preview tokens and 400 image tokens.
 LARGE: dict[str, Any] = {**GIVEN, "height": 640, "width": 640}
 LARGE_TOKENS = 256 + 20 * 20
 
@@ -110,7 +110,7 @@ def submission(**given: Any) -> pb.SubmitRequest:
 
 @asynccontextmanager
 async def own_worker(parts: Parts) -> AsyncIterator[Worker]:
-    """A worker of before_denoising that reports every token, for the block."""
+    """Run a worker of before_denoising in the block; it reports every token."""
     settings = WarmUpSettings(
         model="glm",
         redis=parts.url,

@@ -1,4 +1,4 @@
-"""A worker group that receives SIGTERM during a request hands it over to another group at a step boundary."""
+"""At SIGTERM, a worker group hands its request over to another group at a step boundary."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def undisturbed(fleet: GroupFleet) -> Generated:
 
 
 def counted() -> tuple[float, float]:
-    """Numbers of handed over and of lost denoiser calls."""
+    """Number of handed-over denoiser calls, and number of lost ones."""
     handed_over, lost = 0.0, 0.0
     for metric in REGISTRY.collect():
         for sample in metric.samples:
@@ -93,7 +93,7 @@ def check(generated: Generated, undisturbed: Generated) -> None:
 
 
 def test_sigterm_hands_a_request_over_to_an_equal_group(fleet: GroupFleet, undisturbed: Generated, slow: Path) -> None:
-    """The group that has served no request yet continues the request."""
+    """The other group, which has served no request yet, continues the request."""
     leaving = fleet.add_group("leaving")
     ranks, before = fleet.ranks_of(leaving), counted()
     with slow_request(fleet, slow, leaving) as request:
@@ -108,7 +108,7 @@ def test_sigterm_hands_a_request_over_to_an_equal_group(fleet: GroupFleet, undis
 def test_sigterm_of_the_only_group_hands_over_within_the_grace_period(
     fleet: GroupFleet, undisturbed: Generated, slow: Path
 ) -> None:
-    """The last test of this fleet's first group. A group that starts later finishes the request."""
+    """This test is last, as it ends the first group. A group that starts later finishes the request."""
     ranks, before, began = fleet.ranks(), counted(), time.monotonic()
     with slow_request(fleet, slow, fleet.agent) as request:
         assert fleet.run(fleet.agent.wait()) == 0

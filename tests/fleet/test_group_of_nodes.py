@@ -1,4 +1,4 @@
-"""A worker group with one agent per rank, as on two nodes: ranks that stop between requests are replaced."""
+"""A worker group with one agent per rank, as on two nodes. Ranks that stop between requests are replaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.cli.up_flags import free_port
 
 
 def scraped(port: int) -> str:
-    """The text of a process' metrics endpoint."""
+    """The text of a process's metrics endpoint."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
         return str(reply.read().decode())
 

@@ -1,4 +1,4 @@
-"""A draining worker hands its running request over: no step is lost or repeated, and no loss is counted."""
+"""A draining worker hands its running request over. No step is lost or repeated; no loss is counted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Journal:
     steps: list[tuple[str, str, int]] = field(default_factory=list)
     results: list[torch.Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    """Duration of each run of a loop in seconds, including handed over ones."""
+    """Duration of each run of a loop in seconds, including handed-over runs."""
 
     def of(self, request: str) -> list[tuple[str, int]]:
         """Worker and step of each computed step of a request."""
@@ -114,7 +114,7 @@ def lost_calls() -> float:
 
 
 def handed_over() -> tuple[float, float]:
-    """Numbers of handed over calls, and of attempts that continued one."""
+    """Number of handed-over calls, and number of attempts that continued such a call."""
     return counted("fleet_handed_over_calls_total"), counted("fleet_retried_calls_total", reason="handed_over")
 
 

@@ -55,7 +55,7 @@ _HANGS = ("--hang-seconds", "1", "--hang-exit-seconds", "0.5")
 
 
 class Fleet:
-    """A fleet of the toy family: one denoiser is a separate process, the other workers run in this process."""
+    """A fleet of the toy family. One denoiser is a separate process; other workers run in this process."""
 
     def __init__(
         self, stub: Stub, redis_url: str, model: ServedModel, plugins: Path, denoiser: Process, stack: AsyncExitStack

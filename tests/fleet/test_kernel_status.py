@@ -1,4 +1,4 @@
-"""ListModels has the kernel packages of a service's workers, without duplicates."""
+"""ListModels returns the kernel packages of a service's workers, without duplicates."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def test_states_of_a_taken_over_request_are_logged_once(store_url: str, lines: L
                 return record.state == pb.REQUEST_STATE_RUNNING
 
             await wait_until(is_running)
-            await asyncio.sleep(0.5)  # the line is written after the store
+            await asyncio.sleep(0.5)  # the log line is written after the store is updated
         process.kill()
         _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
 
@@ -320,7 +320,7 @@ def test_prompt_is_logged_only_at_acceptance_and_by_setting(store_url: str, line
 
 @pytest.mark.parametrize("kind", [ValueError, InvalidInput])
 def test_prompt_in_an_error_is_redacted(store_url: str, lines: Lines, kind: type[Exception]) -> None:
-    """Errors about the input may quote part of the prompt; messages and tracebacks of defects may quote all of it."""
+    """Errors about the input may quote a part of the prompt. Messages and tracebacks of defects may quote all."""
 
     async def scenario(fleet: FakeFleet) -> None:
         def quote(_: Call) -> None:

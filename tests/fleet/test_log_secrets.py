@@ -97,7 +97,7 @@ async def _generate(endpoint: str, output: Path, *arguments: str) -> int | None:
 
 
 async def _run_fleet(directory: Path, server: RedisServer) -> None:
-    """Generate an image, refuse a request and stop without the store; each process writes to DIRECTORY/NAME.log.
+    """Generate an image, refuse a request and stop without the store. Each process logs to DIRECTORY/NAME.log.
 
     Processes other than those of the worker group are forked from one process, as each import of the libraries takes
     several seconds.
@@ -133,7 +133,7 @@ async def _run_fleet(directory: Path, server: RedisServer) -> None:
 
 
 def test_no_secret_is_written_at_debug(directory: Path, server: RedisServer) -> None:
-    """test_log_lines.py asserts that a setting logs the prompt; test_logs.py tests redaction in text lines."""
+    """test_log_lines.py tests the setting that logs prompts. test_logs.py tests redaction in text lines."""
     run_within(300, lambda: _run_fleet(directory, server))
     written = "".join(path.read_text() for path in sorted(directory.glob("*.log")))
     assert "canary" not in written.lower(), [line for line in written.splitlines() if "canary" in line.lower()]

@@ -1,4 +1,4 @@
-"""LTX-Video through real services: one fleet serves text and image requests of one checkpoint, with equal bytes."""
+"""LTX-Video through real services. One fleet serves text and image requests of one checkpoint, with equal bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Malformed frames: calls are refused with the field's name, replies are errors, and the worker continues."""
+"""Malformed frames. Calls are refused with the field's name, replies are errors, and the worker continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts of requests that are paths: no process of the fleet uses them as paths."""
+"""Request texts that are valid paths: no process of the fleet uses them as paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A poison request, which kills its worker at step 5 after a checkpoint at step 4, in a fleet of real processes."""
+"""A poison request in a fleet of real processes. It kills its worker at step 5, after a checkpoint at step 4."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class WorkerKiller:
         return last
 
     async def _kill(self, name: str) -> None:
-        """Wait for the stored checkpoint, and SIGKILL the worker of the request's slot; worker ids contain the PID."""
+        """Wait for the stored checkpoint, and SIGKILL the request's worker. Worker ids contain the PID."""
 
         async def is_stored() -> bool:
             reached = await command(self._redis, "HGET", f"fleet:request:{name}", "reached")

@@ -1,4 +1,4 @@
-"""Requests that the latest release stored in each state: this code reads them, and finishes the open ones.
+"""Stored requests of the latest release, in each state. This code reads all and finishes the open ones.
 
 tests/golden/v0.1.0/requests has the Redis keys of a killed coordinator of the release.
 """
@@ -137,7 +137,7 @@ def run_on_coordinator(
 
 
 def _scalars(parameters: pb.GenerationParameters) -> dict[str, Any]:
-    """Scalar parameters. A record has no images, and has the defaults of omitted parameters."""
+    """Scalar parameters. A record contains no images, and the defaults of omitted parameters."""
     fields = parameters.ListFields()
     return {field.name: value for field, value in fields if field.name not in ("images", "params")}
 

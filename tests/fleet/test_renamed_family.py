@@ -1,4 +1,4 @@
-"""A family without standard names of slots, roles and services runs on a real coordinator and real workers.
+"""A family with other names of slots, roles and services runs on a real coordinator and real workers.
 
 Services rely on the stages' declarations only, for costs, progress, resume, cancel and download.
 """

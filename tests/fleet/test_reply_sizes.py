@@ -1,4 +1,4 @@
-"""Every RPC of GenerationService with the largest data: no message reaches gRPC's default limit of 4 MiB."""
+"""Every RPC of GenerationService with the largest data. All messages are below gRPC's default of 4 MiB."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGKILL of a request's worker, or of worker and coordinator, at any denoising step does not change the result.
+"""SIGKILL of worker, or of worker and coordinator, at any denoising step does not change the result.
 
 At SIGTERM, the worker hands the request over. All processes are real. Families: Flux (Euler), Wan (UniPC, whose solver
 has a history), an image request of Wan 2.2 TI2V, whose first frame is replaced after the last step, and GLM-Image,
@@ -24,7 +24,7 @@ FAMILIES = {
     "flux": Family("emoji", {"height": 384, "width": 384}, b"\x89PNG"),
     "wan": Family("emoji-video", {"num_frames": 17}, b"\x00\x00\x00"),
 }
-# Quick steps, hence more of them.
+# More steps, as each step is short.
 TI2V = Family(
     "ti2v",
     {"height": 256, "width": 384, "num_frames": 9, "num_inference_steps": 3 * STEPS},
@@ -36,7 +36,7 @@ TI2V = Family(
 )
 
 
-# The 640 prior tokens take longer than the few steps, and longer than the delivery of their progress.
+# Sampling the 640 prior tokens takes longer than both denoising steps, and longer than the delivery of progress.
 GLM_IMAGE = Family(
     "glm",
     {"height": 512, "width": 768, "num_inference_steps": 2},

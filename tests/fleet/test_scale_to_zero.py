@@ -1,4 +1,4 @@
-"""A fleet without workers: the coordinator is ready, requests wait, Watch reports that, and new workers run them."""
+"""A fleet without workers. The coordinator is ready; requests wait, as Watch reports, until workers start."""
 
 from __future__ import annotations
 

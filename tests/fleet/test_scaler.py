@@ -87,7 +87,7 @@ def test_short_activity_of_a_stage_is_pushed(store_url: str) -> None:
         scaler, stub = await keda(fleet)
         activity = aiter(scaler.stub.StreamIsActive(target(stage="text_encoding")))
         assert not (await anext(activity)).result
-        for _ in range(3):  # each needs the stage for less than the polling interval
+        for _ in range(3):  # each request needs the stage for less than the polling interval
             name = (await stub.Submit(submission())).request.request_id
             assert (await anext(activity)).result
             assert not (await anext(activity)).result

@@ -1,4 +1,4 @@
-"""Text encoders with a shared reply cache: the second worker returns the first worker's replies bit for bit."""
+"""Text encoders with a shared reply cache. The second worker returns the first worker's replies bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from services.worker_settings import CachingSettings
 from stage_server import RecordedCall
 
 MODEL = open_model("emoji", load_registry())
-LONG = "a red apple " * 90  # is truncated with a warning
+LONG = "a red apple " * 90  # truncated with a warning
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Encoder:
 
 @asynccontextmanager
 async def encoders(url: str, *dtypes: str) -> AsyncIterator[list[Encoder]]:
-    """Workers that share all replies; each has encoded one prompt, by which it knows the cost of a reply."""
+    """Workers that share all replies; each has encoded one prompt to measure the cost of a reply."""
     async with AsyncExitStack() as stack:
         found = []
         for number, dtype in enumerate(dtypes):

@@ -230,7 +230,7 @@ def test_calls_beyond_the_capacity_are_refused() -> None:
             await stage.runner()(packets(), stage.recorded.call())
         gate.opened.set()
         await first
-        for _ in range(20):  # the slot is free when the caller has the result
+        for _ in range(20):  # the worker slot is free once the caller has the result
             await stage.runner()(packets(8), stage.recorded.call())
 
     run_served(test, gate)

@@ -1,4 +1,4 @@
-"""`fleet status` at a running fleet: the live view on a terminal, output for scripts, and callers' permissions."""
+"""`fleet status` at a running fleet: live view on a terminal, output for scripts, permissions."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def on_terminal(*words: str, width: int = 120, height: int = 40) -> AsyncI
 
 
 async def fleet_with_gate(fleet: FakeFleet, **settings: Any) -> tuple[str, Any, Gate, str]:
-    """Start a fleet whose only denoiser waits at a gate; returns endpoint, stub, gate and the running request's id."""
+    """Start a fleet whose only denoiser waits at a gate. Returns endpoint, stub, gate and the running request's id."""
     gate = Gate()
     for service in OTHERS:
         await fleet.add_worker(service)

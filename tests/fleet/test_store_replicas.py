@@ -1,4 +1,4 @@
-"""A coordinator with `store_replicas`: requests are accepted and ended only if a replica of the store has the write."""
+"""A coordinator with `store_replicas` accepts and ends requests only after a replica has the write."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_request_is_accepted_and_ends_only_with_a_replica() -> None:
             await stub.Submit(keyed)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         servers.continue_replica()
-        # The primary has stored the request: a retry of its caller replays it, and it succeeds with the replica.
+        # The primary has stored the request: the retry is a replay, and the request succeeds once the replica runs.
         again = await stub.Submit(keyed)
         assert again.replayed
         assert (await terminal(stub, again.request.request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED

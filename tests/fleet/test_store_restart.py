@@ -1,4 +1,4 @@
-"""A killed Redis restarts from its append-only file while requests are in every state: no request is lost."""
+"""A killed Redis restarts from its append-only file. Requests are in every state; none is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A streamed video survives lost and stopped processes: each byte is delivered once, and no block is denoised twice.
+"""A streamed video survives lost and stopped processes. Bytes are delivered once, blocks are denoised once.
 
 More faults, between blocks and with processes that stop: python tests/fleet/chaos/run_stream_faults.py
 """

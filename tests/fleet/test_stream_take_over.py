@@ -1,4 +1,4 @@
-"""A streamed video survives lost coordinators and decoders: equal bytes, and each item is delivered once."""
+"""A streamed video survives lost coordinators and decoders. Bytes are equal; each item is delivered once."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ VIDEO = b"".join(map(item_bytes, range(ITEMS)))
 
 @dataclass
 class VideoScript(Script):
-    """A decoder whose first call waits before item `stop_before` until `opened` is set or the call is cancelled."""
+    """A decoder whose first call waits before item `stop_before` until `opened` is set or a cancellation."""
 
     stop_before: int = ITEMS + 1
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -103,7 +103,7 @@ class Case:
         assert await asyncio.to_thread(self.script.stopped.wait, 20)
 
     async def check(self, request_id: str) -> list[int]:
-        """Check that the stored result is the video and each item was delivered once; returns the items' epochs."""
+        """Check the stored video, and that each item was delivered once. Returns the items' epochs."""
         async with connect(self.fleet.url) as redis:
             store = RequestStore(redis)
             record = await store.get(request_id)
@@ -207,7 +207,7 @@ def test_download_at_another_coordinator_survives_the_owners_loss(store_url: str
 
 @pytest.mark.parametrize(("stop_before", "resumed_at"), [(0, 0), (2, 3)])
 def test_take_over_with_other_numerics_resumes_after_an_item(store_url: str, stop_before: int, resumed_at: int) -> None:
-    """After a delivered item, the loop resumes even with other numerics, as a restart would change delivered bytes."""
+    """After a delivered item, the loop resumes even with other numerics. A restart would change delivered bytes."""
 
     async def test(case: Case) -> None:
         began: list[int] = []

@@ -1,4 +1,4 @@
-"""Streams between stages: both runners return equal items, which are read before the stream ends, in bounded memory."""
+"""Streams between stages. Both runners return equal items during the stream, in bounded memory."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_both_runners_return_equal_items_and_checkpoints(count: int) -> None:
         ours = [state.step for state in recorded["local"]]
         theirs = [unpack("checkpoint", StepCheckpoint, state, TORCH).step for state in recorded["remote"]]
         assert ours == [*range(1, BLOCKS + 1)]
-        assert theirs[-1] == BLOCKS  # a checkpoint that was replaced before it was sent is dropped
+        assert theirs[-1] == BLOCKS  # a newer checkpoint replaces an unsent one
         assert theirs == sorted(set(theirs))
 
     run_within(60, test)
@@ -239,7 +239,7 @@ def _ended() -> ItemBuffer:
 
 
 def test_sessions_share_their_device_item_by_item() -> None:
-    """Two streams on one worker: while one stream waits for its second item, the other is decoded completely."""
+    """Two streams on one worker. While one stream waits for its second item, the other is decoded completely."""
 
     async def test() -> None:
         async with served(consumer(), capacity=2) as service:

@@ -1,4 +1,4 @@
-"""`fleet trace` at a running fleet: running and ended requests with lost workers, and an unknown request."""
+"""`fleet trace` at a running fleet: running, ended and unknown requests, and lost workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trace export by OTEL_ variables: spans, samplers, exemplars, invalid variables and unreachable collectors."""
+"""Trace export by OTEL_ variables: spans, samplers, exemplars, and errors of variables and collectors."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_tracing_can_be_disabled(
 def test_client_context_survives_a_coordinator_without_exporter(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A coordinator with exporter takes over from one without; its root span is a child of the client's span."""
+    """A coordinator with an exporter takes over from one without. Its root span is a child of the client's span."""
 
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
@@ -291,7 +291,7 @@ def test_opentelemetry_is_imported_only_with_the_variables(
 
 
 def warnings_of_a_coordinator(url: str) -> list[str]:
-    """The warnings of a coordinator process that serves two requests, with a second between them."""
+    """The warnings of a coordinator process that serves two requests, one second apart."""
     warnings: list[str] = []
 
     async def scenario(fleet: FakeFleet) -> None:

@@ -1,4 +1,4 @@
-"""A coordinator with workers of other releases: inputs and outputs by contract, and reports of incompatible workers."""
+"""A coordinator with workers of other releases: contracts, and reports of incompatible workers."""
 
 from __future__ import annotations
 

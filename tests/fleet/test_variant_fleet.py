@@ -1,4 +1,4 @@
-"""A model with two variants in a real fleet: a request's images select the variant, and workers serve both."""
+"""A model with two variants in a real fleet. A request's images select the variant; workers serve both."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_calls_specify_their_variant(twin: ServedModel, tmp_path: Path) -> None:
 
 
 def test_reply_cache_separates_variants(twin: ServedModel, tmp_path: Path) -> None:
-    """The second call of a variant is a cache hit without a begun frame; the other variant's first call is a miss."""
+    """The second call of a variant is a cache hit without a begun frame. The other variant's first call is a miss."""
 
     async def test(parts: Parts) -> None:
         address = await parts.add_worker("text_encoding")

@@ -1,4 +1,4 @@
-"""Wan 2.2 TI2V through real services: one fleet serves text and image requests of one checkpoint, with equal bytes."""
+"""Wan 2.2 TI2V through real services. One fleet serves text and image requests of one checkpoint, with equal bytes."""
 
 from __future__ import annotations
 

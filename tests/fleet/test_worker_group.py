@@ -1,4 +1,4 @@
-"""A worker group in a fleet: its images match those of one process, and requests survive lost and hung ranks."""
+"""A worker group in a fleet. Its images match those of one process; requests survive lost and hung ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_cancelled(call):
 
 FollowingCall.check_cancelled = check_cancelled
 """
-# Longer than the detection of the other tests' faults.
+# Longer than the other tests need to detect their faults.
 _HANGS = ("--hang-seconds", "4", "--hang-mean-steps", "4", "--hang-exit-seconds", "1")
 
 
@@ -125,7 +125,7 @@ def test_request_survives_a_hung_rank(fleet: GroupFleet, undisturbed: Generated,
 
 
 def test_sigterm_finishes_the_running_request(fleet: GroupFleet, undisturbed: Generated) -> None:
-    """The last test of this group, as the group ends."""
+    """This test is last, as it ends the group."""
     ranks = fleet.ranks()
     generated = fleet.generate(2, fleet.agent.terminate)
     assert generated.state == pb.REQUEST_STATE_SUCCEEDED

@@ -261,7 +261,7 @@ def test_sigterm_finishes_calls_withdraws_and_exits_with_0(
                 await wait_until(announced)
                 call: Any = channel.stream_stream(METHOD)()
                 await call.write(header)
-                info = await get_model_info(channel)  # replied after the call's header was read
+                info = await get_model_info(channel)  # the worker replies after it has read the call's header
                 process.send_signal(signal.SIGTERM)
                 await wait_until(withdrawn)
                 left = await redis.pttl(f"fleet:leaving:{info.worker_id}")

@@ -1,11 +1,11 @@
-# Checks that the checkpoints of FLEET_MODEL are readable and whole. Exit code 1 and one line that names the path if not.
+# Checks that the checkpoints of FLEET_MODEL are readable and complete. Otherwise prints the path and exits with 1.
 # A name without a slash is a model that ships in the image.
 fail() {
     echo "weights: $1 is $2; mount a volume with Diffusers directories there" >&2
     exit 1
 }
 
-# A safetensors file begins with the length of its header, which holds where each tensor ends.
+# A safetensors file begins with the length of its header; the header contains the end offset of each tensor.
 check_file() {
     [ -s "$1" ] || fail "$1" "empty"
     header=$(od -An -tu8 -N8 "$1" 2>/dev/null) || fail "$1" "not readable"

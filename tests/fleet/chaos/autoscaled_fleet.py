@@ -34,8 +34,10 @@ _EVERY_STEP = {"denoising": ("--step-checkpoint-every", "1", "--step-seconds", "
 
 @dataclass(eq=False)
 class ScaledWorker:
-    """A worker process. `left_early`: it received SIGTERM before it listened, perhaps before its signal handlers
-    ran."""
+    """A worker process.
+
+    `left_early`: the worker received SIGTERM before it listened, perhaps before it installed its signal handlers.
+    """
 
     name: str
     socket: Path
@@ -46,7 +48,7 @@ class ScaledWorker:
 
 @dataclass(frozen=True)
 class ScaleIn:
-    """A scale-in of a worker: requests that ran on it, and on any worker, when it received SIGTERM."""
+    """A scale-in: requests on its worker, and on all workers, when the worker received SIGTERM."""
 
     worker: str
     own_requests: tuple[str, ...]
@@ -55,7 +57,7 @@ class ScaleIn:
 
 @dataclass
 class ScalingHistory:
-    """Recorded scaling events. `started` has the time.monotonic() of the first start, by service.
+    """Recorded scaling events. `started`: time.monotonic() of the first worker's start, by service.
 
     `most` is the largest number of workers by service; `notes` are the autoscalers' messages.
     """
@@ -89,12 +91,12 @@ class ProcessPool:
 
     @property
     def size(self) -> int:
-        """Number of workers that run or start, without ending ones."""
+        """Number of running and starting workers, without workers that are ending."""
         return len(self._workers)
 
     @property
     def most(self) -> int:
-        """Largest number of workers, above the autoscaler's own limit."""
+        """No bound: the autoscaler has its own limit."""
         return sys.maxsize
 
     def resize(self, count: int) -> None:

@@ -21,7 +21,7 @@ from fleet.v1 import generation_pb2 as pb
 
 State = pb.RequestState
 
-# Store keys without a TTL, and the reason.
+# Store keys that have no TTL by design, with the reason.
 PERMANENT = {
     "fleet:requests": "index of requests; entries are removed after their record has expired",
     "fleet:ended": "expiry times of records, by which the index is pruned",
@@ -104,7 +104,7 @@ def _check_outcome(stored: Mapping[str, Stored], outcome: Outcome) -> list[str]:
 
 
 def _check_strays(stored: Mapping[str, Stored], outcomes: Sequence[Outcome], known: Collection[str]) -> list[str]:
-    """Check that unknown requests are explained by lost replies to clients without an idempotency key."""
+    """Check that lost submission replies explain the requests of no client, which must not have failed."""
     lost = sum(outcome.lost_answers for outcome in outcomes)
     strays = stored.keys() - {outcome.request_id for outcome in outcomes} - set(known)
     findings = [
@@ -167,7 +167,7 @@ def descriptors(process: Process) -> Descriptors:
     remote = [each.raddr.port for each in view.net_connections("tcp") if each.raddr]
     to_store = remote.count(process.store.port)
     local = [each for each in view.net_connections("unix") if str(each.laddr) == str(process.socket)]
-    accepted = len(local) - 1  # one of the sockets listens
+    accepted = len(local) - 1  # without the listening socket
     return Descriptors(to_store, len(remote) - to_store, accepted, total - len(remote) - accepted)
 
 
@@ -184,8 +184,7 @@ class Baseline:
             self.own[process.role] = max(own, self.own.get(process.role, 0))
 
     def exceeded(self, fleet: Fleet) -> list[str]:
-        """Return findings for processes with more descriptors than the baseline explains, or with unused
-        connections."""
+        """Return findings for processes with more descriptors or connections than expected."""
         workers = len([each for each in fleet.living if each.role != COORDINATOR])
         coordinators = len([each for each in fleet.living if each.role == COORDINATOR])
         findings: list[str] = []
@@ -213,7 +212,7 @@ async def settled(fleet: Fleet, redis: Redis, baseline: Baseline | None) -> list
 
 
 def check_logs(logs: Mapping[str, Path]) -> list[str]:
-    """Check logs for unexpected errors. gRPC logs an expected one if a client disconnects during a write."""
+    """Check logs for unexpected errors. gRPC logs an expected error if a client disconnects during a write."""
     findings: list[str] = []
     for name, log in logs.items():
         text = log.read_text(errors="replace").splitlines() if log.exists() else []

@@ -1,4 +1,4 @@
-"""Timed churn: every process of the fleet is killed repeatedly, and poison requests kill their workers."""
+"""Timed churn: kills every process of the fleet repeatedly, and kills the workers of poison requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients of a chaos run: each sends one request, and retries at other coordinators until it is complete."""
+"""Clients of a chaos run. Each completes one request, with retries at other coordinators."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Channels:
 
 
 class RunProgress:
-    """Progress of the run: ended orders and received events. Faults are triggered by it, never by time."""
+    """Ended orders and received events of the run. This progress triggers faults; time never does."""
 
     def __init__(self) -> None:
         self.orders = 0
@@ -252,7 +252,7 @@ class Client:
         self.outcome.gave_up |= is_there and self._order.behaviour is Behaviour.LEAVE
 
     async def _follow(self) -> None:
-        """Receive every event once, to the last, from any coordinator; cancel meanwhile if the order says so."""
+        """Receive every event once, from any coordinator; cancel meanwhile if the order requires it."""
 
         async def watch(stub: Stub) -> None:
             received = self.outcome.received

@@ -49,7 +49,7 @@ class Chaos:
         self._lasting: list[asyncio.Task[None]] = []
 
     async def run(self, faults: Sequence[Fault], run_progress: RunProgress) -> None:
-        """Inject all faults in order; a lasting fault overlaps with the next ones."""
+        """Inject all faults in order; a lasting fault overlaps with the next faults."""
         for fault in faults:
             await run_progress.reach(fault.after_orders, fault.after_events)
             self._lasting.append(asyncio.create_task(self._inject(fault)))
@@ -195,7 +195,7 @@ class Chaos:
         return True
 
     async def runs_by_worker(self) -> dict[int, tuple[str, ...]]:
-        """Like runs_by_pid(); empty while the store is unavailable, when the affected requests are unknown."""
+        """Result of runs_by_pid(); empty while the store is unavailable, as the requests are then unknown."""
         try:
             return await runs_by_pid(self._redis)
         except Unavailable:
@@ -220,7 +220,7 @@ def _drawn(candidates: Sequence[T], draw: float) -> T | None:
 
 
 async def runs_by_pid(redis: Redis) -> dict[int, tuple[str, ...]]:
-    """Requests that hold a slot, by the worker's process id, which is a part of the worker id."""
+    """Requests that hold a worker slot, by the PID, which is a part of the worker id."""
     runs: dict[int, tuple[str, ...]] = {}
     for key in await command(redis, "KEYS", "fleet:slots:*"):
         for ticket, slot in (await command(redis, "HGETALL", key)).items():

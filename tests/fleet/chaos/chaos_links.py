@@ -13,7 +13,7 @@ _ACCEPTING_ITERATIONS = 3
 
 
 async def end(writer: asyncio.StreamWriter) -> None:
-    """Reset a connection and wait until its socket is closed, as the event loop may end next."""
+    """Reset a connection and wait until its socket is closed, as the caller may close the event loop."""
     writer.transport.abort()
     with suppress(OSError):
         await writer.wait_closed()
@@ -80,7 +80,7 @@ class Link:
             await end(writer)
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)  # here, as a task that is cancelled before its start runs no code
+        self._writers.add(writer)  # not in _join(): a task that is cancelled before it starts runs no code
         task = asyncio.get_running_loop().create_task(self._join(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -81,7 +81,7 @@ class Peers:
                     )
 
     async def _call_in_silence(self, process: Process, _: random.Random) -> None:
-        """Start a call without sending a message or half-closing it; it occupies a worker for a while."""
+        """Start a call without sending a message or half-closing; the call occupies a worker for a while."""
         if process.role == COORDINATOR:
             await self._stay_half_open(process, random.Random(0))
             return

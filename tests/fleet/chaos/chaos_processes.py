@@ -26,7 +26,7 @@ _IDLE_SECONDS = 2.0
 _KILLED_SECONDS = 10.0
 _OWNER = re.compile(r"coordinator-[0-9a-f]{12}")
 
-# Short heartbeat intervals, as a take-over waits for several of them.
+# Short heartbeat intervals, as a take-over waits for several intervals.
 QUICK_COORDINATOR = (
     *("--heartbeat-seconds", "0.3", "--heartbeat-ttl-seconds", "1.5", "--step-seconds", "0", "--grace-seconds", "2"),
 )
@@ -67,9 +67,9 @@ COORDINATOR = Role("coordinator")
 class Process:
     """A process of the fleet. `store` is its link to Redis; `access` is the coordinators' link to a worker.
 
-    `left_early`: it received SIGTERM before it listened. No request can have been lost then; before its signal handlers
-    are installed, SIGTERM ends the process with its default action.
-    `tree` is the source tree that it runs.
+    `left_early`: the process received SIGTERM before it listened. It cannot have lost a request. If its
+    signal handlers were not installed yet, SIGTERM ended the process by the default action.
+    `tree`: the source tree that the process runs.
     """
 
     name: str
@@ -101,9 +101,9 @@ class Process:
 class Fleet:
     """Starts processes, and replaces each one that ends. `findings` are unexpected exits.
 
-    Each of the `services` has `workers` workers, denoising has `denoisers` if it is set. With `callers`, coordinators
-    serve only them. `coordinator_flags` and `worker_flags` are settings of the processes.
-    A process runs one of the source `trees`: the value of `tree` when the process starts, initially the first.
+    Each of the `services` has `workers` workers; `denoisers` overrides this number for denoising. If `callers` are
+    given, coordinators serve only these callers. `coordinator_flags` and `worker_flags` are settings of the processes.
+    A new process runs the source tree in the attribute `tree`, which is initially the first of `trees`.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class Fleet:
         listened = process.socket.exists()
         try:
             os.kill(process.pid, number)
-        except ProcessLookupError:  # It has exited already, which its parent has not reported yet.
+        except ProcessLookupError:  # The process has exited; its parent has not reported the exit yet.
             return
         process.is_ending |= number in (signal.SIGKILL, signal.SIGTERM)
         process.is_stopped = number == signal.SIGSTOP
@@ -259,7 +259,7 @@ class Fleet:
         return sorted(roles) == sorted(self.roles) and not self._tasks
 
     async def replace(self, process: Process, tree: Path) -> Process:
-        """End a process gracefully; returns that of its role which replaces it and runs `tree`, once it listens."""
+        """End a process gracefully; returns its replacement, which runs `tree` and listens."""
         self.tree = tree
         before = len(self.all)
         self.signal(process, signal.SIGTERM)
@@ -274,8 +274,7 @@ class Fleet:
         return successor
 
     async def stop(self, seconds: float = 30.0) -> None:
-        """Send SIGTERM to all processes, coordinators first; a process that does not exit is a finding and is
-        killed."""
+        """Send SIGTERM to all processes, coordinators first; one that does not exit is killed and reported."""
         self._closing = True
         self.heal()
         for coordinators in (True, False):
@@ -289,7 +288,7 @@ class Fleet:
         await self._wait_ended(self.living, seconds)
 
     async def kill(self) -> None:
-        """SIGKILL every process, and start none again; the store stays."""
+        """SIGKILL every process except the store, and replace none."""
         self._closing = True
         killed = list(self.living)
         for process in killed:

@@ -18,7 +18,7 @@ from fleet.v1 import generation_pb2 as pb
 
 @dataclass
 class Denoising:
-    """Number of times that a request's denoising resumed or restarted after completed steps, from its events."""
+    """Counts of a request's denoising resumes and restarts after completed steps, from its events."""
 
     resumed: int = 0
     restarted: int = 0

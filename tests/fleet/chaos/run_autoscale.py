@@ -27,7 +27,7 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(Path(__file__).parent)]
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # grpc reads it when it is imported
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # grpc reads the variable at import
 
 import torch  # noqa: E402
 from autoscaled_fleet import AutoscaledFleet, ScalingHistory  # noqa: E402
@@ -53,7 +53,7 @@ _WAVE = 2 * _DENOISERS
 _LONG = 2
 """Number of longer requests per wave."""
 _LONG_STEPS = 12
-"""Factor of steps of the longer requests."""
+"""Factor by which the longer requests have more steps."""
 _BOUNDS = {
     service: ReplicaBounds(0, most, _IDLE_SECONDS)
     for service, most in {"text_encoding": 2, "latent_preparation": 1, "denoising": _DENOISERS, "decoding": 2}.items()

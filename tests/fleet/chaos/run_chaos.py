@@ -3,11 +3,11 @@
     python tests/fleet/chaos/run_chaos.py --requests 1000 --seed 1
     python tests/fleet/chaos/run_chaos.py --churn --requests 1000 --poison 3
 
-The fleet has several coordinators, and several workers for each stage of a Flux and a Wan checkpoint; Redis syncs every
-write. Processes are killed, stopped, terminated and partitioned; Redis is killed and restarted; clients do not read,
-submit twice, cancel and disconnect; peers send malformed data; and every process has a skewed clock. At the end, every
-accepted request must have ended once, every result must have the bytes of a single process, and no resources may be
-left.
+The fleet has several coordinators, and several workers for each stage of a Flux and a Wan checkpoint; Redis runs with
+`appendfsync always`. Processes are killed, stopped, terminated and partitioned; Redis is killed and restarted; clients
+do not read, submit twice, cancel and disconnect; peers send malformed data; and every process has a skewed clock. At
+the end, every accepted request must have ended once, every result must have the bytes of a single process, and no
+resources may be left.
 
 With --churn, the fleet has two coordinators, two denoisers and one worker of each other stage of the Flux checkpoint,
 with default settings, and each process is killed every 8 seconds on average. Exactly the requests that kill their
@@ -129,7 +129,7 @@ async def _run(plan: Plan, models: Mapping[str, Path], references: References, d
 
 
 def run_chaos(plan: Plan, directory: Path) -> Report:
-    """Run a plan; the logs of its processes go to `directory`, whose path must be short enough for unix sockets."""
+    """Run a plan. Processes log to `directory`, whose path must be short enough for Unix sockets."""
     models = build_models(directory / "models", plan)
     return asyncio.run(_run(plan, models, make_references(models, plan.media_requests), directory))
 

@@ -2,10 +2,11 @@
 
     python tests/fleet/chaos/run_upgrade.py
 
-Two coordinators, and workers of each service of a Flux checkpoint and of a causal Wan checkpoint with a streamed
-result. All processes first run the release. Each pass stops every process with SIGTERM and starts the other version in
-its place: workers first, coordinators first, or interleaved. Every second pass is a rollback. At the end every accepted
-request has succeeded once, its client has received each event once, and its files have the bytes of a single process.
+The fleet has two coordinators, and workers of each service of a Flux checkpoint and of a causal Wan checkpoint, whose
+result is streamed. All processes first run the release. Each pass stops every process with SIGTERM and starts the other
+version in its place: workers first, coordinators first, or interleaved. Every second pass is a rollback. At the end
+every accepted request has succeeded once, its client has received each event once, and its files have the bytes of a
+single process.
 
 The exit status is 1 if a check failed; findings are printed. The release's source is read from tests/golden, without
 git history.
@@ -175,7 +176,7 @@ async def _run(
 
 
 def run_upgrade(seed: int, clients: int, passes: Sequence[Order], directory: Path) -> Summary:
-    """Run passes; the logs of processes go to `directory`, whose path must be short enough for unix sockets."""
+    """Run passes. Processes log to `directory`, whose path must be short enough for Unix sockets."""
     media_requests = [each for each in MEDIA_REQUESTS if each.model in _MODELS]
     plan = Plan(seed, clients, (), (), 0.0, media_requests)
     models = build_models(directory / "models", plan)

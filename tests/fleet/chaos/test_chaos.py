@@ -208,7 +208,7 @@ def test_a_second_or_unexplained_end_is_a_finding() -> None:
         (finding,) = check_requests({"failed": stored["failed"]}, [outcome("failed")], ())
         assert "unexplained: by chance" in finding
         found = check_requests({"stray": stored["stray"]}, [], ())
-        assert len(found) == 2  # no client submitted it, and it has not succeeded
+        assert len(found) == 2  # no client submitted the request, and the request has not succeeded
         cancelled, expired = state_event(pb.REQUEST_STATE_CANCELLED), state_event(pb.REQUEST_STATE_EXPIRED)
         hurry = outcome("c", Behaviour.HURRY, received=[expired])
         explained = ((outcome("c", Behaviour.LEAVE, gave_up=True), cancelled), (hurry, expired))

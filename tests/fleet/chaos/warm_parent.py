@@ -5,7 +5,7 @@
 It loads and discards the models once, for their imports, and writes {"ready": PID}. Then it reads JSON lines from
 stdin, {"program", "arguments", "log", "skew"}, and replies {"started": PID} in order; it writes {"ended": PID, "code":
 N} for each process that exits (N below 0 is a signal). At the end of stdin, it kills the remaining processes. It has a
-single thread, as a fork inherits locks, but no other threads.
+single thread, as a forked child inherits held locks without the threads that would release them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _run_child(order: dict[str, Any], parent: int) -> int:
 
 
 class WarmParent:
-    """Processes start commands until the end of stdin."""
+    """Executes the commands on stdin, which start services, until end of file."""
 
     def __init__(self) -> None:
         self._children: set[int] = set()

@@ -25,7 +25,7 @@ class Forked:
 
 
 class WarmStarter:
-    """Forks processes of one source tree; close() kills the ones that still run."""
+    """Forks processes of one source tree; close() kills all running ones."""
 
     def __init__(self, tree: Path = TREE) -> None:
         self._tree = tree

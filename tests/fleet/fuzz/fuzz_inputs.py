@@ -1,4 +1,4 @@
-"""Hypothesis strategies for untrusted input: mutated valid input, messages with unusual values, and noise."""
+"""Hypothesis strategies for untrusted input: mutated valid input, unusual messages, and noise."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def mutated(draw: st.DrawFn, frame: bytes, others: Sequence[bytes]) -> bytes:
 
 @st.composite
 def inputs(draw: st.DrawFn, seeds: Sequence[Frames], types: Sequence[Descriptor]) -> Frames:
-    """Frames for a target: a seed with frames mutated, merged with unusual fields, dropped or duplicated; or noise."""
+    """Frames for a target: noise, or a changed seed. Changes mutate, drop, duplicate or extend frames."""
     pieces = [frame for seed in seeds for frame in seed] or [b""]
     if not seeds or draw(st.integers(0, 9)) == 0:
         return tuple(draw(st.lists(st.binary(max_size=64), max_size=3)))
@@ -135,7 +135,7 @@ def inputs(draw: st.DrawFn, seeds: Sequence[Frames], types: Sequence[Descriptor]
         if draw(st.booleans()):
             frames[index] = draw(mutated(frames[index], pieces))
         if types and draw(st.integers(0, 2)) == 0:
-            # Concatenated messages are merged by protobuf, so that this sets only the given fields.
+            # Protobuf merges concatenated messages: only the fields of the second message change.
             frames[index] += draw(messages(draw(st.sampled_from(types)))).SerializeToString()
     match draw(st.integers(0, 9)):
         case 0 if frames:
@@ -163,7 +163,7 @@ _MORE_TOKENS = (
 
 
 def any_input(rng: random.Random, seeds: Sequence[Frames]) -> Frames:
-    """Like inputs(), without shrinking, and many times faster."""
+    """Draw frames like inputs() does, without Hypothesis: no shrinking, but many times faster."""
     pieces = [frame for seed in seeds for frame in seed] or [b""]
     frames = [_mutate(rng, frame, pieces) if rng.random() < 0.6 else frame for frame in rng.choice(seeds)]
     match rng.randint(0, 12):

@@ -34,13 +34,13 @@ WORKER = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"]
 
 _SECONDS = 4.0
 _WATCH = "/grpc.health.v1.Health/Watch"
-# Status codes with which no call may end; the last one stands for a timeout of the server.
+# Status codes that no call may return. DEADLINE_EXCEEDED: the server has not replied in time.
 _DEFECTS = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED}
 
 
 @contextlib.contextmanager
 def all_targets(directory: Path) -> Iterator[list[Target]]:
-    """All targets: of fuzz_targets, between ranks, and behind a server."""
+    """All targets: those of fuzz_targets, of fuzz_ranks and of this module."""
     with targets(directory) as without, live_targets() as live:
         yield [*without, *rank_targets(), *live]
 

@@ -1,7 +1,7 @@
 """Fuzz targets between the ranks of a worker group: calls, outcomes, hello messages, heartbeats.
 
-Ranks trust each other, but a rank that is out of step must raise OutOfStep, after which the group restarts, and an
-unknown client at rank 0's port must be ignored.
+Ranks trust each other. A rank that is out of step must raise OutOfStep, after which the group restarts. Rank 0 must
+ignore unknown clients at its port.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _on_the_wire(message: bytes) -> bytes:
 
 
 def _calls() -> Iterator[Frames]:
-    """Messages of rank 0 for valid calls: one that succeeds, one that is cancelled; then END."""
+    """Messages of rank 0 for a valid call, which succeeds or is cancelled, and END."""
     for frames in framed_seeds(request_type(stage_method(_SERVICE)))[:2]:
         for answer, end in ((CONTINUE, b""), (_CANCELLED, _CANCELLED)):
             yield (
@@ -104,7 +104,7 @@ def _hello(purpose: Purpose, rank: int = 1) -> bytes:
 
 
 class _Store:
-    """A fake store: when rank 0 publishes its address, each frame connects as an unknown client, then the follower."""
+    """A fake store. When rank 0 publishes its address, one unknown client per frame connects, then the follower."""
 
     def __init__(self, strangers: Frames) -> None:
         self._strangers = strangers

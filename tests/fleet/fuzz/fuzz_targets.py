@@ -184,7 +184,7 @@ class _Channel:
 
 
 def header_type(frame: type[Message]) -> Descriptor:
-    """Message type of a frame, through which all other types are reached."""
+    """Message type of a frame, which contains all other message types, directly or indirectly."""
     return cast(Descriptor, frame.DESCRIPTOR)
 
 
@@ -196,7 +196,7 @@ def _chunk(frames: Frames) -> None:
 
 
 def _image_seeds() -> Iterator[Frames]:
-    """Images of each format, some with separately parsed data: EXIF, texts, colour profiles, several frames."""
+    """Images of each format. Some have separately parsed data: EXIF, texts, colour profiles, several frames."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
     text = PngImagePlugin.PngInfo()
@@ -255,7 +255,7 @@ class _Registry:
 
 
 class _Activities:
-    """No store."""
+    """Activities without a store."""
 
     async def list(self, *_: Any, **__: Any) -> NoReturn:
         raise Unavailable("no store")

@@ -1,4 +1,6 @@
-"""Fuzzes all code that parses untrusted bytes: python tests/fleet/fuzz/run_fuzz.py --seconds 600 [--target NAME]
+"""Fuzzes all code that parses untrusted bytes.
+
+    python tests/fleet/fuzz/run_fuzz.py --seconds 600 [--target NAME]
 
 Exits with 1 at the first finding, whose minimal input is added to the corpus as a regression test. The table has, for
 each target, the number of inputs, the slowest input, and the memory growth of the process.
@@ -35,7 +37,7 @@ from process_memory import measured_growth, resident_bytes  # noqa: E402
 
 CORPUS = Path(__file__).parent / "corpus"
 HANG_SECONDS = 5.0
-FAST_TURNS = 20  # ratio of fast inputs to Hypothesis inputs
+FAST_TURNS = 20  # fast inputs per Hypothesis input
 MOST_SEEDS = 60
 NEW_SEED = 0.01
 MOST_GAINED_BYTES = 512 << 20

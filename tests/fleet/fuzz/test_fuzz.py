@@ -1,4 +1,4 @@
-"""A short deterministic fuzz of all code that parses untrusted bytes, and the corpus of earlier findings.
+"""A short deterministic fuzz of all code that parses untrusted bytes. Replays earlier findings, too.
 
 Longer runs: python tests/fleet/fuzz/run_fuzz.py --seconds 600
 """
