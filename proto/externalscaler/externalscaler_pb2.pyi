@@ -101,7 +101,7 @@ class GetMetricSpecResponse(_message.Message):
     METRICSPECS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def metricSpecs(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricSpec]:
-        """The metrics of the target; always exactly one."""
+        """The metrics of the target; the list always has exactly one element."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class GetMetricsResponse(_message.Message):
     METRICVALUES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def metricValues(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricValue]:
-        """Current values; always exactly one."""
+        """Current values; the list always has exactly one element."""
 
     def __init__(
         self,

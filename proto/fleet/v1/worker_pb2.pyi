@@ -295,11 +295,11 @@ class Degrees(_message.Message):
     tp: _builtins.int
     """Tensor parallelism: number of shards of the weights."""
     ulysses: _builtins.int
-    """Ulysses sequence parallelism: ranks that exchange attention heads for sequence shards (all-to-all)."""
+    """Ulysses sequence parallelism: number of ranks that exchange attention heads for sequence shards (all-to-all)."""
     ring: _builtins.int
-    """Ring attention: ranks that pass keys and values in a ring."""
+    """Ring attention: number of ranks that pass keys and values in a ring."""
     cfg: _builtins.int
-    """Guidance parallelism: ranks that each compute a part of the branches of classifier-free guidance."""
+    """Guidance parallelism: number of ranks that each compute a part of the branches of classifier-free guidance."""
     def __init__(
         self,
         *,
