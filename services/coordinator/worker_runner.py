@@ -279,7 +279,7 @@ class WorkerRunner:
 
     @property
     def contract(self) -> Contract:
-        """The inputs of all stages of the service, and the outputs that other services or the result need."""
+        """The combined inputs of the service's stages, and the outputs that other services or the result need."""
         return self._spec.contract
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
