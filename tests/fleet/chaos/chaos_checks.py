@@ -129,16 +129,18 @@ def check_files(
     return [f"the result of request {name} ({media_request}) has other bytes than its reference; sizes are {sizes}"]
 
 
-async def check_store(redis: Redis) -> list[str]:
+async def check_store(redis: Redis, permitted_fields: tuple[str, ...] = ()) -> list[str]:
     """Check that no slot, claim or open request is left, and that every key but the index has a TTL.
 
     Redis deletes empty keys, so that the sets of slots, claims and open requests, and the counters of open work, must
-    not exist. A record must not have fields that only an open request needs.
+    not exist. A record must not have fields that only an open request needs, except those that start with one of
+    `permitted_fields`.
     """
     findings: list[str] = []
     for key in sorted(each.decode() for each in await command(redis, "KEYS", "*")):
         if key.startswith("fleet:request:"):
             fields = {field.decode() for field in await command(redis, "HKEYS", key)}
+            fields = {field for field in fields if not field.startswith(permitted_fields)}
             findings += [f"the store has {field} left in {key}" for field in sorted(fields - _LASTING_FIELDS)]
         if key.startswith(_TAKEN):
             findings.append(f"the store has {key} left")
@@ -197,15 +199,17 @@ class Baseline:
         return findings
 
 
-async def settled(fleet: Fleet, redis: Redis, baseline: Baseline | None) -> list[str]:
+async def settled(
+    fleet: Fleet, redis: Redis, baseline: Baseline | None, permitted_fields: tuple[str, ...] = ()
+) -> list[str]:
     """Poll until the store and processes are clean; returns the findings that remain after a timeout.
 
-    Without a baseline, file descriptors are not compared.
+    Without a baseline, file descriptors are not compared. `permitted_fields`: see check_store().
     """
     loop = asyncio.get_running_loop()
     give_up = loop.time() + _SETTLE_SECONDS
     while True:
-        findings = await check_store(redis) + (baseline.exceeded(fleet) if baseline else [])
+        findings = await check_store(redis, permitted_fields) + (baseline.exceeded(fleet) if baseline else [])
         if not findings or loop.time() > give_up:
             return findings
         await asyncio.sleep(0.2)

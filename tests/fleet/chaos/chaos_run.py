@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import grpc
 import torch
@@ -52,6 +53,9 @@ def make_references(models: Mapping[str, Path], media_requests: Sequence[MediaRe
 
 class FleetRun:
     """A fleet and its clients. `findings` are failed checks; `stored` is the content of the store."""
+
+    permitted_fields: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of fields that the records of ended requests may have."""
 
     def __init__(self, plan: Plan, fleet: Fleet, redis: Redis, references: References) -> None:
         self.plan = plan
@@ -129,7 +133,7 @@ class FleetRun:
         outcomes = [client.outcome for client in self.clients]
         await self.channels.close()
         gc.collect()  # tracebacks of failed calls reference them and keep their connections open
-        self.findings += await settled(self.fleet, self.redis, baseline)
+        self.findings += await settled(self.fleet, self.redis, baseline, self.permitted_fields)
         self.stored = await read_store(self.redis)
         self.findings += check_requests(self.stored, outcomes, self._warmed)
         received = {outcome.request_id: outcome.files for outcome in outcomes if outcome.files}

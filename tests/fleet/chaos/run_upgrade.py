@@ -96,6 +96,9 @@ class Summary:
 class Upgrade(FleetRun):
     """A run. Its clients send requests until the last pass ends."""
 
+    # A release deletes only the fields that it knows; those of a newer one expire with the record.
+    permitted_fields = ("ticket:",)
+
     def __init__(self, plan: Plan, fleet: Fleet, redis: Redis, references: References, trees: Sequence[Path]) -> None:
         super().__init__(plan, fleet, redis, references)
         self._rng = random.Random(plan.seed)
