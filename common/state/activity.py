@@ -25,7 +25,7 @@ _KINDS = {
 
 
 class StageQueue(NamedTuple):
-    """Inputs of a wait time estimate: a service of a model, and the number of its live workers."""
+    """Inputs of a wait time estimate: a service of a model, and the number of compatible live workers."""
 
     model: str
     service: str

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from async_tests import wait_until
 from common.scaling import StageLoad, StageWork
-from common.state.activity import Activities, read_activities
+from common.state.activity import Activities, StageQueue, read_activities
 from common.state.connection import command
 from common.state.leases import Leases
 from common.state.presence import Presence
@@ -21,6 +21,8 @@ from common.state.requests import AdmissionLimits, RequestStore
 from common.state.stage_loads import StageLoads
 from common.state.worker_slots import Computed, QueuePriority, WorkerSlot, WorkerSlots
 from common.state.workers import WorkerRegistry
+from common.wiring import Wiring
+from contracts import NEEDING, WIRING, contract, worker_with
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
 from redis_servers import run_on_empty_store, running_server
@@ -52,6 +54,10 @@ class Fleet:
         info = worker_pb2.WorkerInfo(worker_id=name, service=service, model="emoji", capacity=capacity)
         await self.registry.announce(info)
 
+    async def add_incompatible_worker(self, name: str) -> None:
+        """Announce a worker that no claim with WIRING fits."""
+        await self.registry.announce(worker_with(NEEDING, name))
+
     async def submit(self, name: str, caller: str = "", priority: int = 0, *, claims: bool = True) -> None:
         """Admit a request and, with `claims`, claim a slot of the denoising service for it."""
         work = {"denoising": StageWork(20, 64, "64x64")}
@@ -61,9 +67,9 @@ class Fleet:
         if claims:
             await self.claim(name, caller, priority)
 
-    async def claim(self, name: str, caller: str = "", priority: int = 0) -> None:
+    async def claim(self, name: str, caller: str = "", priority: int = 0, wiring: Wiring | None = None) -> None:
         """Claim a slot, and wait until the store has the claim."""
-        claim = self.slots.claim("emoji", "denoising", name, QueuePriority(priority, caller=caller))
+        claim = self.slots.claim("emoji", "denoising", name, QueuePriority(priority, caller=caller), wiring=wiring)
         self.claims[name] = asyncio.create_task(claim)
         await wait_until(lambda: self._has_claim(name))
 
@@ -102,6 +108,21 @@ def run(url: str, test: Callable[[Fleet], Awaitable[None]]) -> None:
             await presence.stop()
 
     run_on_empty_store(url, story)
+
+
+def test_incompatible_workers_do_not_count(unsynced_store_url: str) -> None:
+    async def story(fleet: Fleet) -> None:
+        await fleet.add_incompatible_worker("odd")
+        for name in ("first", "second"):
+            await fleet.submit(name, claims=False)
+            await fleet.claim(name, wiring=WIRING)
+        assert await fleet.kinds() == {"first": ["NO_WORKER"], "second": ["NO_WORKER"]}
+        await fleet.registry.announce(worker_with(contract(), "fitting"))
+        assert await fleet.kinds() == {"first": ["RUNNING"], "second": ["QUEUED"]}
+        found = {each.record.request_id: each.queues for each in (await fleet.read()).requests}
+        assert found["second"] == [StageQueue("emoji", "denoising", live_workers=1)]
+
+    run(unsynced_store_url, story)
 
 
 def test_each_wait_has_its_kind(unsynced_store_url: str) -> None:

@@ -47,14 +47,17 @@ local function claims_before(place, claim, ranks)
   return before
 end
 
--- Returns whether all free slots of a service are on workers that the coordinator avoids, and the number of live
+-- Returns whether the coordinator avoids all compatible workers with free slots, and the number of compatible live
 -- workers.
-local function workers_for(place, owner, known)
-  local key = place .. '|' .. owner
+local function workers_for(place, claim, known)
+  local digest = wiring_of(claim.ticket)
+  local key = table.concat({ place, claim.owner, digest or '' }, '|')
   if not known[key] then
     index(place)
-    local id, is_any_free = first_free(place, avoided_by(owner), {})
-    known[key] = { is_avoiding = not id and is_any_free, live = redis.call('ZCARD', P .. 'workers:' .. place) }
+    local fit = digest and fit_of(place, digest) or { unfit = {}, live = redis.call('ZCARD', P .. 'workers:' .. place) }
+    local is_avoiding = not first_free(place, avoided_by(claim.owner), fit.unfit)
+      and first_free(place, {}, fit.unfit) ~= nil
+    known[key] = { is_avoiding = is_avoiding, live = fit.live }
   end
   return known[key]
 end
@@ -74,9 +77,9 @@ local function activity_at(place, request, ticket, is_needed, walk)
   local entry = redis.call('HGET', P .. 'waiting:' .. place, ticket)
   local claim = entry and read_claim(entry)
   if claim then
-    local workers = workers_for(place, claim.owner, walk.workers)
+    local workers = workers_for(place, claim, walk.workers)
     local kind = workers.live == 0 and 'no_worker' or workers.is_avoiding and 'retry' or 'queued'
-    return { kind = kind, before = claims_before(place, claim, walk.ranks) }
+    return { kind = kind, before = claims_before(place, claim, walk.ranks), live = workers.live }
   end
   return is_needed and { kind = 'retry' } or nil
 end
@@ -97,7 +100,7 @@ local function activities_of(request, services, walk)
       local place = request.model .. '/' .. service
       local each = activity_at(place, request, ticket, request.fields[2 * i], walk)
       if each then
-        each.service, each.place = service, place
+        each.service = service
         found[#found + 1] = each
       end
     end
@@ -243,7 +246,7 @@ end
 
 -- Returns the current time in ms and at most `most` requests: open requests, then the latest ended ones. Each row has
 -- the snapshot and the activities of a request. An activity is: kind, service, worker, start in ms, claims before it,
--- live workers, fields `work` and `done`. Numbers that do not apply are -1.
+-- compatible live workers of a waiting one, fields `work` and `done`. Numbers that do not apply are -1.
 takes.activities = {
   'caller',   -- name of the caller, '' for all callers
   'most',
@@ -269,9 +272,8 @@ function ops.activities(a)
     local shown = {}
     for i, each in ipairs(request.activities) do
       local work = redis.call('HMGET', P .. 'request:' .. request.id, 'work:' .. each.service, 'done:' .. each.service)
-      local live = each.place and redis.call('ZCARD', P .. 'workers:' .. each.place) or -1
-      shown[i] = { each.kind, each.service, each.worker or '', int(each.since or -1), each.before or -1, live,
-        work[1] or '', work[2] or '' }
+      shown[i] = { each.kind, each.service, each.worker or '', int(each.since or -1), each.before or -1,
+        each.live or -1, work[1] or '', work[2] or '' }
     end
     rows[#rows + 1] = { snapshot(request.id), shown }
   end
