@@ -5,7 +5,8 @@ from __future__ import annotations
 from configs.models.dits.ltx_video import LTXVideoTransformerConfig
 from models.dits.loading import TransformerLoader
 from models.dits.ltx_video import FIRST_FRAME, VIDEO, LTXVideoTransformer3DModel
-from models.parallel.plan import GatheredResult, ParallelPlan, ShardedArgument
+from models.dits.wan_plan import WAN_PLAN
+from models.parallel.plan import ParallelPlan
 
 BLOCK = "transformer_blocks.*"
 
@@ -17,19 +18,9 @@ LTX_VIDEO_PLAN = ParallelPlan(
     select_heads=(f"{BLOCK}.attn1.select_heads",),
     token_segments={VIDEO: "sharded", FIRST_FRAME: "sharded", "text": "replicated"},
     attention=(f"{BLOCK}.attn1.inner",),
-    sharded_arguments=(
-        ShardedArgument("predict_tokens", "x_BSD", VIDEO),
-        ShardedArgument("predict_tokens", "cos", VIDEO, dim=0),
-        ShardedArgument("predict_tokens", "sin", VIDEO, dim=0),
-        # A first frame with a separate timestep is a separate segment: each rank has a chunk of both segments.
-        ShardedArgument("predict_tokens", "first_BSD", FIRST_FRAME),
-        ShardedArgument("predict_tokens", "first_cos", FIRST_FRAME, dim=0),
-        ShardedArgument("predict_tokens", "first_sin", FIRST_FRAME, dim=0),
-    ),
-    gathered_results=(
-        GatheredResult("predict_tokens", VIDEO, result=VIDEO),
-        GatheredResult("predict_tokens", FIRST_FRAME, result=FIRST_FRAME),
-    ),
+    # predict_tokens() has the segments and arguments of Wan's.
+    sharded_arguments=WAN_PLAN.sharded_arguments,
+    gathered_results=WAN_PLAN.gathered_results,
 )
 
 load_ltx_video_transformer = TransformerLoader(
