@@ -12,11 +12,9 @@ The exit status is 1 if a check failed; findings are printed.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import secrets
-import shutil
 import sys
 import tempfile
 import time
@@ -31,6 +29,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # grpc reads the variable at i
 
 import torch  # noqa: E402
 from autoscaled_fleet import AutoscaledFleet, ScalingHistory  # noqa: E402
+from chaos_command import end_run, explain_findings, new_parser  # noqa: E402
 
 from common.errors import FleetError, Unavailable  # noqa: E402
 from common.state.connection import connect as connect_store  # noqa: E402
@@ -243,22 +242,16 @@ def run_autoscale(load: Load, directory: Path) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run once and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--requests", type=int, default=200, help="requests of the burst from zero (default: 200)")
     parser.add_argument("--scale-ins", type=int, default=100, help="scale-ins while requests run (default: 100)")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps of a short request (default: 4)")
     args = parser.parse_args(argv)
     directory = Path(tempfile.mkdtemp(prefix="scale-"))
     report = run_autoscale(Load(args.requests, args.scale_ins, args.steps), directory)
-    sys.stdout.write(f"{report.table()}\n")
-    if report.history.findings:
-        lines = "\n".join((*report.history.notes, f"findings (logs are in {directory}):", *report.history.findings))
-        sys.stdout.write(f"{lines}\n")
-        return 1
-    shutil.rmtree(directory)
-    return 0
+    findings = report.history.findings
+    explanation = explain_findings(report.history.notes, findings, directory) if findings else ""
+    return end_run(report.table(), explanation, directory)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import secrets
-import shutil
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(
 import psutil  # noqa: E402
 from chaos_checks import Baseline, check_logs  # noqa: E402
 from chaos_churn import Churn  # noqa: E402
+from chaos_command import end_run, explain_findings, new_parser  # noqa: E402
 from chaos_faults import Chaos  # noqa: E402
 from chaos_plan import CALLERS, Behaviour, Plan, make_churn_plan, make_plan  # noqa: E402
 from chaos_processes import Fleet  # noqa: E402
@@ -140,8 +140,7 @@ def explain(report: Report, directory: Path) -> str:
     if report.plan.is_churn:
         poison = sum(order.behaviour is Behaviour.POISON for order in report.plan.orders)
         again += f" --churn --death-seconds {report.plan.death_seconds:g} --poison {poison}"
-    lines = [*report.details, f"findings of {again} (logs are in {directory}):", *report.findings]
-    return "\n".join(lines)
+    return explain_findings(report.details, report.findings, directory, f"findings of {again}")
 
 
 def _plan_of(args: argparse.Namespace) -> Plan:
@@ -161,9 +160,7 @@ def _plan_of(args: argparse.Namespace) -> Plan:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run once and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--requests", type=int, default=60, help="number of requests (default: 60)")
     parser.add_argument("--seed", type=int, help="seed of requests and faults (default: random)")
     parser.add_argument("--clients", type=int, default=6, help="concurrent clients (default: 6)")
@@ -184,12 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
     sys.stdout.write(f"seed {plan.seed}\n")
     report = run_chaos(plan, directory)
-    sys.stdout.write(f"{report.table()}\n")
-    if report.findings:
-        sys.stdout.write(f"{explain(report, directory)}\n")
-        return 1
-    shutil.rmtree(directory)
-    return 0
+    return end_run(report.table(), explain(report, directory) if report.findings else "", directory)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ git history.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -33,6 +31,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(
 import psutil  # noqa: E402
 from chaos_checks import check_logs  # noqa: E402
 from chaos_clients import Client  # noqa: E402
+from chaos_command import end_run, explain_findings, new_parser  # noqa: E402
 from chaos_plan import CALLERS, CAUSAL, FLUX, INNOCENT, MEDIA_REQUESTS, Plan, make_order  # noqa: E402
 from chaos_processes import COORDINATOR, Fleet, Process  # noqa: E402
 from chaos_run import FleetRun, References, build_models, make_references  # noqa: E402
@@ -188,9 +187,7 @@ def run_upgrade(seed: int, clients: int, passes: Sequence[Order], directory: Pat
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run once, print the summary."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--seed", type=int, default=1, help="seed of requests and of the order of workers (default: 1)")
     parser.add_argument("--clients", type=int, default=4, help="concurrent clients (default: 4)")
     parser.add_argument("--passes", type=int, default=6, help="number of upgrades and rollbacks (default: 6)")
@@ -198,13 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = Path(tempfile.mkdtemp(prefix="upgrade-"))
     passes = list(itertools.islice(itertools.cycle(PASSES), args.passes))
     summary = run_upgrade(args.seed, args.clients, passes, directory)
-    sys.stdout.write(f"{summary.line()}\n")
-    if summary.findings:
-        lines = "\n".join((*summary.details, f"findings (logs are in {directory}):", *summary.findings))
-        sys.stdout.write(f"{lines}\n")
-        return 1
-    shutil.rmtree(directory)
-    return 0
+    findings = summary.findings
+    explanation = explain_findings(summary.details, findings, directory) if findings else ""
+    return end_run(summary.line(), explanation, directory)
 
 
 if __name__ == "__main__":
