@@ -24,8 +24,9 @@ from common.rpc.client import open_channel
 from common.rpc.fleet_server import FleetServer
 from common.rpc.stage_servicer import ServicerLimits, StageServicer
 from common.stage import Call, Contract
-from common.state.connection import connect
+from common.state.connection import command, connect
 from common.state.presence import TTL_SECONDS
+from common.state.requests import RequestStore
 from common.state.workers import WorkerRegistry
 from common.tensors import TORCH
 from fleet.v1 import generation_pb2 as pb
@@ -270,6 +271,17 @@ def submission(prompt: str = "a red apple", **fields: Any) -> pb.SubmitRequest:
 async def terminal(stub: Stub, request_id: str) -> list[pb.Event]:
     """All events of a request, once it has ended."""
     return [response.event async for response in stub.Watch(pb.WatchRequest(request_id=request_id))]
+
+
+async def admit_late(fleet: FakeFleet, stub: Stub) -> None:
+    """Admit the request "late" in the store for the coordinator of `stub`, which does not know the request."""
+    known = (await stub.Submit(submission())).request
+    await terminal(stub, known.request_id)
+    async with connect(fleet.url) as redis:
+        owner = await command(redis, "HGET", f"fleet:request:{known.request_id}", "owner")
+        late = pb.RequestRecord(request_id="late", model=known.model, parameters=known.parameters)
+        stored = pb.SubmitRequest(model=known.model, parameters=known.parameters).SerializeToString()
+        await RequestStore(redis, owner=owner.decode()).admit(late, submission=stored)
 
 
 def error_of(error: grpc.aio.AioRpcError) -> tuple[str, str]:

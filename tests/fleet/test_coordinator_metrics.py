@@ -17,7 +17,7 @@ from common.stage import Call
 from common.state.connection import StoreFull, command, connect
 from common.state.records import Cancellation
 from common.state.requests import RequestStore
-from coordinator_fleet import FakeFleet, Gate, Script, Stub, latents_of, run_on_fleet, submission, terminal
+from coordinator_fleet import FakeFleet, Gate, Script, Stub, admit_late, latents_of, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 from services.coordinator.cancellations import Cancellations
@@ -204,13 +204,7 @@ def test_take_over_of_an_unknown_own_request_is_counted(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
-        known = (await stub.Submit(submission())).request
-        await terminal(stub, known.request_id)
-        async with connect(fleet.url) as redis:
-            owner = await command(redis, "HGET", f"fleet:request:{known.request_id}", "owner")
-            late = pb.RequestRecord(request_id="late", model=known.model, parameters=known.parameters)
-            stored = pb.SubmitRequest(model=known.model, parameters=known.parameters).SerializeToString()
-            await RequestStore(redis, owner=owner.decode()).admit(late, submission=stored)
+        await admit_late(fleet, stub)
         assert (await terminal(stub, "late"))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         assert counted.grown() == [0, 0, 1]
 

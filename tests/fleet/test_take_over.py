@@ -21,6 +21,7 @@ from coordinator_fleet import (
     Gate,
     Script,
     Stub,
+    admit_late,
     emoji,
     error_of,
     run_on_fleet,
@@ -151,13 +152,7 @@ def test_late_admission_is_run(each_server: RedisServer) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
-        known = (await stub.Submit(submission())).request
-        await terminal(stub, known.request_id)
-        async with connect(fleet.url) as redis:
-            owner = await command(redis, "HGET", f"fleet:request:{known.request_id}", "owner")
-            late = pb.RequestRecord(request_id="late", model=known.model, parameters=known.parameters)
-            stored = pb.SubmitRequest(model=known.model, parameters=known.parameters).SerializeToString()
-            await RequestStore(redis, owner=owner.decode()).admit(late, submission=stored)
+        await admit_late(fleet, stub)
         assert ends(await terminal(stub, "late")) == [pb.REQUEST_STATE_SUCCEEDED]
         assert await download(stub, "late") == b"\x07" * 100
 
