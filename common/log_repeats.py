@@ -66,7 +66,8 @@ class RepeatLimitingHandler(logging.StreamHandler[TextIO]):
 
     def close(self) -> None:
         """Write the pending counts and stop the timer."""
-        with self.lock or threading.RLock():
+        assert self.lock is not None, "logging.Handler.__init__() creates it"
+        with self.lock:
             self._summarize(float("inf"))
             if self._timer is not None:
                 self._timer.cancel()
@@ -108,7 +109,8 @@ class RepeatLimitingHandler(logging.StreamHandler[TextIO]):
         self._timer.start()
 
     def _on_timer(self) -> None:
-        with self.lock or threading.RLock():
+        assert self.lock is not None, "logging.Handler.__init__() creates it"
+        with self.lock:
             if self._timer is not threading.current_thread():
                 return  # The handler was closed meanwhile.
             self._timer = None
