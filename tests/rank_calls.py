@@ -23,6 +23,7 @@ from configs.pipeline_configs.base import PipelineConfig
 from denoising_files import load_input
 from models.catalog import open_model
 from models.contracts import DenoisingOutput
+from models.kernels.trials import try_packages
 from models.loader import load_module, load_stages
 from models.parallel.collectives import gather_chunks
 from models.parallel.mesh import AXES, Degrees, WorkerMesh, make_mesh
@@ -58,6 +59,7 @@ def join(rank: int, degrees: dict[str, int], store: str, kind: str = "cpu") -> d
     RANK.device = torch.device(kind, rank) if cuda else CPU
     if cuda:
         torch.cuda.set_device(RANK.device)
+        try_packages(RANK.device)
     if layout.world_size > 1:
         distributed.init_process_group(
             "nccl" if cuda else "gloo",
