@@ -173,13 +173,13 @@ STAGE_SECONDS = Histogram(
 )
 STEP_SECONDS = Histogram(
     "fleet_step_seconds",
-    "Time between two reported steps, by the pixels of a step over outputs and guidance branches",
+    "Time per step between two progress reports, by the pixels of a step over outputs and guidance branches",
     ("service", "model", "work"),
     buckets=SECONDS,
 )
 DEVICE_IDLE_SECONDS = Histogram(
     "fleet_device_idle_seconds",
-    "Time between two calls in which the worker's device was idle",
+    "Time for which the worker's device was idle between two calls",
     ("service", "model"),
     buckets=SECONDS,
 )

@@ -225,7 +225,7 @@ def test_an_operator_with_other_arguments_is_an_error(arguments: tuple[str, ...]
     fact = Operator("aten._addmm_activation.out", arguments, keywords)
     if arguments == ("self", "mat1"):
         return fact.check()
-    with pytest.raises(Missing, match=r"torch\.ops\.aten\._addmm_activation.out with other arguments"):
+    with pytest.raises(Missing, match=r"torch\.ops\.aten\._addmm_activation.out, which has other arguments"):
         fact.check()
     return None
 
@@ -302,7 +302,7 @@ def _other_shutdown(patch: pytest.MonkeyPatch) -> None:
     [
         (_no_agent, "LocalElasticAgent, "),
         (_no_method, "_restart_workers, "),
-        (_other_shutdown, "_shutdown with other "),
+        (_other_shutdown, "_shutdown, which has other "),
     ],
 )
 def test_a_changed_elastic_agent_ends_a_group_before_its_ranks_start(
