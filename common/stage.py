@@ -146,7 +146,7 @@ class Call:
         return None if self.deadline is None else self.deadline - time.monotonic()
 
     def warn(self, field: str, message: str) -> None:
-        """Send a warning about the parameter `field`: one sentence that states what was done instead."""
+        """Send a warning about the parameter `field`: one sentence with the problem and its consequence."""
         self.on_warning(field, message)
 
 

@@ -219,7 +219,7 @@ class _HasBytes(Protocol):
 
 
 def byte_size_of(value: Any) -> int:
-    """Return the total size of the tensors and strings in an artifact, in bytes; 1 byte per character of a string."""
+    """Return the total size of the tensors and strings in an artifact, in bytes. A character counts as 1 byte."""
     if dataclasses.is_dataclass(value):
         return sum(byte_size_of(vars(value)[each.name]) for each in dataclasses.fields(value))
     if isinstance(value, Mapping):

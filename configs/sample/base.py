@@ -189,7 +189,7 @@ class SamplingParams:
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Round values to supported ones as the Diffusers pipeline does, with warnings.
+        """Round values to supported values as the Diffusers pipeline does, with warnings.
 
         `given` are the names of the caller's values. Raises InvalidInput for values that rounding cannot correct.
         """
