@@ -183,7 +183,7 @@ def _module_classes(path: Path, index: Mapping[str, Any]) -> dict[str, tuple[str
             raise CheckpointError(f"{where}: module {name!r} is not a valid directory name; use an identifier")
         check_link(path / name)
         if not (path / name).is_dir():
-            raise CheckpointError(f"{path} lacks the directory {name}/ of a module in {INDEX_FILE}")
+            raise CheckpointError(f"{path} lacks the directory {name}/ of a module in {INDEX_FILE}; download it again")
     return modules
 
 

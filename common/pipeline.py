@@ -134,7 +134,7 @@ class ComposedPipeline:
         self.create_pipeline_stages()
         for stage in self._stages:
             if absent := [name for name in stage.modules.values() if name not in modules]:
-                raise PipelineError(f"{stage.contract.name} requires {', '.join(absent)}, which is not a module")
+                raise PipelineError(f"{stage.contract.name} requires {', '.join(absent)}, which model_index.json lacks")
         self.roles = unite_roles(stage.modules for stage in self._stages)
         self._leave_out_unread()
         check(self.services, given=self.given, wanted=(result_of(self.services),))
