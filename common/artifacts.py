@@ -41,7 +41,7 @@ class Canvas:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Sampling parameters. `params` contains the model-specific ones by their names in Diffusers."""
+    """Sampling parameters. `params` contains the model-specific parameters, by their names in Diffusers."""
 
     num_inference_steps: int
     seed: int
@@ -117,12 +117,12 @@ def artifact_name(message: str) -> str:
 
 
 STEP_CHECKPOINT_FORMAT = 2
-"""Version of the meaning of StepCheckpoint's fields. Checkpoints of another version are not resumed."""
+"""Version of the meaning of StepCheckpoint's fields. Step checkpoints of another version are not resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCheckpoint:
-    """State of a denoising loop after `step` steps. A loop that resumes from the checkpoint produces the same bytes."""
+    """State of a denoising loop after `step` steps. A loop that resumes from this state produces the same bytes."""
 
     step: int
     latents: Latents

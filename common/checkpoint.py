@@ -1,7 +1,8 @@
 """Reads and validates a Diffusers checkpoint directory, without torch.
 
-Only JSON files and safetensors headers are read, never weights. Every process that serves the model, including the
-coordinator, therefore detects a truncated download in milliseconds.
+Opening a checkpoint reads configurations, vocabularies and safetensors headers, but no weights, so that every process
+that serves the model, including the coordinator, detects a truncated download at its start. Only the fingerprint reads
+samples of the weights.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Checkpoint:
         return served
 
     def config_of(self, role: str) -> Mapping[str, Any]:
-        """Return the configuration of the module with a role. Without a pipeline, roles are module names."""
+        """Return the configuration of the module with a role. A role that with_roles() did not set is a module name."""
         return self.module_config(self._roles.get(role, role))
 
     def weight_files(self, name: str) -> tuple[Path, ...]:
@@ -182,7 +183,7 @@ def _module_classes(path: Path, index: Mapping[str, Any]) -> dict[str, tuple[str
             raise CheckpointError(f"{where}: module {name!r} is not a valid directory name; use an identifier")
         check_link(path / name)
         if not (path / name).is_dir():
-            raise CheckpointError(f"{path} lacks the directory {name}/ of a module in {INDEX_FILE}")
+            raise CheckpointError(f"{path} lacks the directory {name}/ of a module in {INDEX_FILE}; download it again")
     return modules
 
 

@@ -1,8 +1,8 @@
 """Encodes artifacts as packets and decodes them. A dataclass and its message have fields of the same names.
 
 This module does not import torch. A TensorLeaf converts tensors: common.tensors.TORCH in workers, NO_TENSORS in
-processes that pack only Prompt, Canvas, Sampling and files. A dataclass and a message with different fields raise
-TypeError at the first use; a value that its field cannot hold raises InvalidInput with the path of the field.
+processes that pack only Prompt, Canvas, Sampling and files. If the fields of a dataclass and its message differ, the
+first use raises TypeError. A value that its field cannot hold raises InvalidInput with the path of the field.
 """
 
 from __future__ import annotations

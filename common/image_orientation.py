@@ -136,7 +136,7 @@ class ImageMetadata:
         # zlib may expand data up to the limit before it rejects the data.
         self._decompressed_bytes += _MAX_TEXT_BYTES if text is None else len(text)
         if is_too_large or self._decompressed_bytes > _MAX_ALL_TEXT_BYTES:
-            most = f"{_MAX_TEXT_BYTES} bytes in one chunk or {_MAX_ALL_TEXT_BYTES} bytes together"
+            most = f"{_MAX_TEXT_BYTES} bytes in one chunk or {_MAX_ALL_TEXT_BYTES} bytes in total"
             raise self._too_large(f"compressed metadata that expands to more than {most}")
         return text
 

@@ -41,7 +41,7 @@ class HostedStages:
     def contract_of(self, variant: str) -> Contract:
         """Return the contract. Raises InvalidInput for a non-empty `variant`: the model has one, unnamed variant."""
         if variant:
-            message = f"variant: {variant[:80]!r} is not a variant of this model, which has one without a name"
+            message = f"variant: {variant[:80]!r} is not a variant of this model; the empty variant works"
             raise InvalidInput(message, field="variant")
         return self.contract
 

@@ -21,8 +21,8 @@ LABELS = {
     "reason": "lost, handed_over, full",
     "cause": "left: the owner shut down; lost: its heartbeat expired; own: this coordinator already owned the request",
     "kind": "kinds of damage that the script of the request store counts",
-    "work": "bounds of pixels in a step, over outputs and guidance branches: 65536, 262144, 1048576, 4194304, "
-    "16777216, 67108864, 268435456, 1073741824; `more` above; `unknown` for a caller that sends none",
+    "work": "upper bounds of the pixels of a step, over outputs and guidance branches: 65536, 262144, 1048576, "
+    "4194304, 16777216, 67108864, 268435456, 1073741824; `more` above; `unknown` if the caller sends no number",
     "operation": "operations of the script of the request store, and Redis commands of the fleet",
     "device": "indices of the GPUs that are visible to the process",
     "grpc_method": "methods of the fleet's services",
@@ -102,7 +102,7 @@ OPEN_REQUESTS = Gauge(
 )
 TAKEN_OVER_REQUESTS = Counter(
     "fleet_taken_over_requests",
-    "Requests that this coordinator took over, by the reason for which their owner was lost",
+    "Requests that this coordinator took over, by the cause of the take-over",
     ("model", "cause"),
 )
 RESUMED_CALLS = Counter("fleet_resumed_calls", "Calls that resumed from a step checkpoint", ("service", "model"))
@@ -162,7 +162,7 @@ WORKERS_DEAD = Gauge(
 )
 SUSPECTED_WORKERS = Counter(
     "fleet_suspected_workers",
-    "Pauses for which this coordinator avoids a worker after the loss of a call",
+    "Exclusions of a worker from grants to this coordinator, each after the loss of a call",
     ("service", "model"),
 )
 ARTIFACT_BYTES = Gauge("fleet_artifact_bytes", "Size of the artifacts of running requests in this coordinator's memory")
@@ -173,13 +173,13 @@ STAGE_SECONDS = Histogram(
 )
 STEP_SECONDS = Histogram(
     "fleet_step_seconds",
-    "Time between two reported steps, by the pixels of a step over outputs and guidance branches",
+    "Time per step between two progress reports, by the pixels of a step over outputs and guidance branches",
     ("service", "model", "work"),
     buckets=SECONDS,
 )
 DEVICE_IDLE_SECONDS = Histogram(
     "fleet_device_idle_seconds",
-    "Time between two calls in which the worker's device was idle",
+    "Time for which the worker's device was idle between two calls",
     ("service", "model"),
     buckets=SECONDS,
 )
@@ -201,9 +201,7 @@ EXPERT_SWAP_SECONDS = Summary(
 )
 
 # GPUs of a worker.
-GPU_MEMORY_USED_BYTES = Gauge(
-    "fleet_gpu_memory_used_bytes", "Memory of a GPU that is used by all processes", ("device",)
-)
+GPU_MEMORY_USED_BYTES = Gauge("fleet_gpu_memory_used_bytes", "Used memory of a GPU, over all processes", ("device",))
 GPU_MEMORY_TOTAL_BYTES = Gauge("fleet_gpu_memory_total_bytes", "Total memory of a GPU", ("device",))
 GPU_UTILIZATION_RATIO = Gauge(
     "fleet_gpu_utilization_ratio", "Fraction of the last sample period in which a kernel ran on a GPU", ("device",)
@@ -222,7 +220,7 @@ STORE_REPAIRS = Gauge("fleet_store_repairs", "Damaged entries removed from the r
 
 
 def work_label(tokens: int) -> str:
-    """Return the value of the label `work` for a step of `tokens`; 0 if their number is unknown."""
+    """Return the value of the label `work` for a step. `tokens` as in StageWork; 0 if the caller does not send it."""
     if tokens <= 0:
         return "unknown"
     return next((str(bound) for bound in _WORK if tokens <= bound), "more")

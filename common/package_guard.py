@@ -43,7 +43,7 @@ class UnsupportedPackage(FailedPrecondition):
 
 
 class Missing(Exception):
-    """A fact does not hold. The message names the missing or changed API and completes "X relies on ..."."""
+    """A fact does not hold. The message completes "X relies on ...": "NAME, which does not exist"."""
 
 
 class Fact(Protocol):
@@ -79,7 +79,7 @@ class Called:
         try:
             signature.bind(*range(self.positional), **dict.fromkeys(self.keywords))
         except TypeError as error:
-            raise Missing(f"{_name(self.path)} with other parameters ({error})") from None
+            raise Missing(f"{_name(self.path)}, which does not accept the arguments ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Parameters:
         found = names if self.overridden else names[: len(expected)]
         matches = all(name in each.split("|") for name, each in zip(found, expected, strict=False))
         if not matches or not len(self.required) <= len(found) <= len(expected):
-            raise Missing(f"{_name(self.path)} with other parameters ({', '.join(names)})")
+            raise Missing(f"{_name(self.path)}, which has other parameters ({', '.join(names)})")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Attributes:
         cls = find(self.path)
         stored = set(dir(cls)).union(*map(_stored, inspect.getmro(cls)))
         if missing := [name for name in self.names if name not in stored]:
-            raise Missing(f"{_name(self.path)}.{missing[0]}")
+            raise Missing(f"{_name(self.path)}.{missing[0]}, which does not exist")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Abstract:
     def check(self) -> None:
         """Raise Missing if the class does not exist or has further abstract methods."""
         if further := sorted(set(getattr(find(self.path), "__abstractmethods__", ())).difference(self.methods)):
-            raise Missing(f"{_name(self.path)} without the abstract method {further[0]}")
+            raise Missing(f"{_name(self.path)}, which has the further abstract method {further[0]}")
 
 
 def check_versions(*packages: str) -> None:
@@ -147,7 +147,7 @@ def check_private_api(api: PrivateApi) -> None:
         try:
             fact.check()
         except Missing as error:
-            raise unsupported(api.package, f"{api.user} relies on {error}, which is not there") from None
+            raise unsupported(api.package, f"{api.user} relies on {error}") from None
 
 
 def unsupported(package: str, reason: str) -> UnsupportedPackage:
@@ -167,7 +167,7 @@ def find(path: str) -> Any:
         for name in qualified.split("."):
             found = getattr(found, name)
     except (ImportError, AttributeError):
-        raise Missing(_name(path)) from None
+        raise Missing(f"{_name(path)}, which does not exist") from None
     return found
 
 
@@ -180,7 +180,7 @@ def _signature(path: str) -> inspect.Signature:
     try:
         return inspect.signature(found)
     except (ValueError, TypeError):
-        raise Missing(f"{_name(path)} as a function with a signature") from None
+        raise Missing(f"{_name(path)}, which has no signature") from None
 
 
 def _stored(cls: type) -> Iterator[str]:

@@ -134,7 +134,7 @@ class ComposedPipeline:
         self.create_pipeline_stages()
         for stage in self._stages:
             if absent := [name for name in stage.modules.values() if name not in modules]:
-                raise PipelineError(f"{stage.contract.name} requires {', '.join(absent)}, which is not a module")
+                raise PipelineError(f"{stage.contract.name} requires {', '.join(absent)}, which model_index.json lacks")
         self.roles = unite_roles(stage.modules for stage in self._stages)
         self._leave_out_unread()
         check(self.services, given=self.given, wanted=(result_of(self.services),))
@@ -318,8 +318,8 @@ def check(services: Sequence[ServiceSpec], *, given: Mapping[str, str], wanted: 
         if inner := sorted(written_here & {slot for stage in service.stages for slot in stage.contract.inputs}):
             problems.append(f"{service.service} reads the stream {', '.join(inner)}, which it writes itself")
         if service.contract.input_streams and service.resume_slot is not None:
-            problems.append(f"{service.service} has a resume slot and reads a stream; a service can have one of both")
+            problems.append(f"{service.service} has a resume slot and reads a stream; a service cannot do both")
         if len(several := sorted(service.contract.input_streams)) > 1:
-            problems.append(f"{service.service} reads the streams {', '.join(several)}; a service reads one at most")
+            problems.append(f"{service.service} reads the streams {', '.join(several)}; a service reads at most one")
     if problems:
         raise PipelineError("; ".join(problems))

@@ -88,7 +88,7 @@ def _tensor(path: Path, name: str, entry: Any) -> TensorInfo:
         case _:
             raise CheckpointError(f"{path}: the header's entry of {name} lacks dtype, shape or data_offsets")
     if dtype not in _BITS:
-        raise CheckpointError(f"{path}: {name} has the unknown dtype {dtype!r}; known are {', '.join(_BITS)}")
+        raise CheckpointError(f"{path}: {name} has the unknown dtype {dtype!r}; known dtypes are {', '.join(_BITS)}")
     if not all(type(extent) is int and extent >= 0 for extent in shape):
         raise CheckpointError(f"{path}: {name} has the invalid shape {shape}")
     if end - begin != math.prod(shape) * _BITS[dtype] // 8:

@@ -51,8 +51,8 @@ class StageLoad:
     def wanted_seconds(self, target_seconds: float) -> float:
         """Return the scaler metric. Divided by `target_seconds` and rounded up, it is the desired number of workers.
 
-        Each worker that runs a request counts as one worker, so that it is not removed. Each waiting request counts as
-        at most one worker, because it can run on only one.
+        Each worker that runs a request counts as one worker, so that it is not removed. The number of workers for the
+        waiting requests is at most the number of these requests, because a request can run on only one worker.
         """
         waiting = min(self.waiting_seconds, target_seconds * self.waiting_claims)
         return target_seconds * self.workers_held + waiting

@@ -8,9 +8,9 @@
     settings = load_settings(WorkerSettings, argv, prog="fleet serve denoising")
 
 The field `queue_bound` is the flag --queue-bound, the variable FLEET_QUEUE_BOUND and the TOML key queue_bound.
-Supported types: bool, int, float, str, Path, Literal of strings, each of these or None, and tuples of them. A tuple is
-a repeated flag, a comma-separated variable or a TOML array. Annotations must be importable when the settings are
-loaded.
+Supported types: bool, int, float, str, Path and Literal of strings, `T | None` for each of these types T, and tuples of
+these types. A tuple is a repeated flag, a comma-separated variable or a TOML array. Annotations must be importable when
+the settings are loaded.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _from_toml(path: Path, kinds: Mapping[str, _Kind], readers: Mapping[str, Seq
         if services := readers.get(unknown[0]):
             raise _not_read(f"{unknown[0]} in {path}", services, unknown[0])
         raise SettingsError(
-            f"{path} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(kinds))}", field=unknown[0]
+            f"{path} has the unknown key {unknown[0]!r}; known keys are {', '.join(sorted(kinds))}", field=unknown[0]
         )
     return {name: _from_toml_value(value, kinds[name], f"{name} in {path}") for name, value in table.items()}
 

@@ -138,7 +138,7 @@ class Call:
             raise DeadlineExceeded(f"request {self.request_id} is past its deadline")
 
     def must_hand_over(self) -> bool:
-        """Return whether the stage must emit a checkpoint and raise HandedOver at this step. Equal on all ranks."""
+        """Return whether the stage must emit a step checkpoint and raise HandedOver now. Equal on all ranks."""
         return self.hand_over.is_set()
 
     def seconds_left(self) -> float | None:
@@ -146,7 +146,7 @@ class Call:
         return None if self.deadline is None else self.deadline - time.monotonic()
 
     def warn(self, field: str, message: str) -> None:
-        """Send a warning about the parameter `field`: one sentence that states what was done instead."""
+        """Send a warning about the parameter `field`: one sentence with the problem and its consequence."""
         self.on_warning(field, message)
 
 
@@ -215,7 +215,8 @@ def _resume_slot(inputs: type[Any], optional: frozenset[str]) -> str | None:
     marked = [item.name for item in dataclasses.fields(inputs) if item.metadata == RESUME]
     if len(marked) > 1 or not optional.issuperset(marked):
         raise TypeError(
-            f"{inputs.__name__}: {', '.join(marked)} is not one optional field; a stage has one resume slot"
+            f"{inputs.__name__}: resume slot {', '.join(marked)} is not a single, optional field; "
+            "a stage has at most one resume slot"
         )
     return marked[0] if marked else None
 
@@ -232,7 +233,7 @@ def _slots(cls: type[Any]) -> tuple[dict[str, str], frozenset[str]]:
             optional.add(item.name)
         of_stream = item_kind(kind)
         if not (of_stream or kind).isidentifier():
-            raise TypeError(f"{cls.__name__}.{item.name}: {kind!r} is not an artifact, an optional one or a stream")
+            raise TypeError(f"{cls.__name__}.{item.name}: {kind!r} is not an artifact, optional artifact or stream")
         slots[item.name] = f"Stream[{message_name(of_stream)}]" if of_stream else message_name(kind)
     return slots, frozenset(optional)
 

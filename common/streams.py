@@ -153,7 +153,10 @@ class StreamFeed:
 
 
 def wait_on_thread(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None], call: Call) -> None:
-    """Run `work` on the event loop and block the stage's thread until it ends or the call is cancelled."""
+    """Run `work` on the event loop and block the stage's thread until it ends.
+
+    Cancels `work` and returns if the call is cancelled or its deadline passes.
+    """
     future = asyncio.run_coroutine_threadsafe(work, loop)
     with call.waiting():
         while not futures.wait({future}, _POLL_SECONDS).done:
@@ -216,7 +219,7 @@ class _HasBytes(Protocol):
 
 
 def byte_size_of(value: Any) -> int:
-    """Return the total size of the tensors and strings in an artifact, in bytes."""
+    """Return the total size of the tensors and strings in an artifact, in bytes. A character counts as 1 byte."""
     if dataclasses.is_dataclass(value):
         return sum(byte_size_of(vars(value)[each.name]) for each in dataclasses.fields(value))
     if isinstance(value, Mapping):

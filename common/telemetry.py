@@ -1,6 +1,6 @@
 """Prometheus endpoint of a process, and instrumentation of calls and stages. Does not import torch.
 
-Only RPCs of the fleet are measured, not health checks and reflection, which are much more frequent.
+Only RPCs of the fleet are measured. Health checks, which are much more frequent, and reflection are not.
 """
 
 from __future__ import annotations

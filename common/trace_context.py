@@ -16,7 +16,7 @@ TRACEPARENT_KEY = "traceparent"
 TRACESTATE_KEY = "tracestate"
 
 _SAMPLED = 1
-_MOST_STATE = 512  # maximum characters of a propagated tracestate, as W3C requires; a longer one is dropped
+_MOST_STATE = 512  # maximum characters of a propagated tracestate; W3C recommends at least 512
 _TRACEPARENT = re.compile(
     r"(?P<version>[0-9a-f]{2})-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-(?P<flags>[0-9a-f]{2})"
 )

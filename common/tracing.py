@@ -1,8 +1,8 @@
 """Tracing with OpenTelemetry, if its environment variables enable it. If not, OpenTelemetry is not imported.
 
-Tracing is enabled if OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set or OTEL_TRACES_EXPORTER
-is "otlp", and disabled if OTEL_SDK_DISABLED is "true" or OTEL_TRACES_EXPORTER is "none". The SDK reads all other
-variables.
+Tracing is enabled if OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or OTEL_TRACES_EXPORTER is set,
+and disabled if OTEL_SDK_DISABLED is "true" or OTEL_TRACES_EXPORTER is "none". The only supported exporter is "otlp".
+The SDK reads all other variables.
 """
 
 from __future__ import annotations

@@ -56,11 +56,11 @@ def read_vocabulary(folder: Path, class_name: str) -> Vocabulary | None:
     if is_listed(folder / TOKENIZER_FILE):
         return _read_tokenizer_json(folder / TOKENIZER_FILE)
     if not names:
-        raise CheckpointError(f"{folder} lacks {TOKENIZER_FILE}, which {class_name} is built from")
+        raise CheckpointError(f"{folder} lacks {TOKENIZER_FILE}, which {class_name} is built from; download it again")
     if absent := [name for name in names if not is_listed(folder / name)]:
         raise CheckpointError(
             f"{folder} lacks {' and '.join(absent)}: {class_name} is built from {TOKENIZER_FILE}, "
-            f"or from {' and '.join(names)}"
+            f"or from {' and '.join(names)}; download the files again"
         )
     if names == ("spiece.model",):
         return _read_sentencepiece(folder / "spiece.model")
@@ -71,14 +71,14 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
     content = read_json(path)
     model, added = content.get("model"), content.get("added_tokens")
     if not isinstance(model, dict) or not isinstance(added, list):
-        raise CheckpointError(f"{path} lacks model or added_tokens, so it holds no vocabulary")
+        raise CheckpointError(f"{path} lacks model or added_tokens, so it holds no vocabulary; download it again")
     match model.get("vocab"):
         case dict() as vocab:
             ids = _ids(path, vocab)
         case [*pieces]:
             vocab, ids = _by_piece(path, pieces), set(range(len(pieces)))
         case _:
-            raise CheckpointError(f"{path} lacks model.vocab, so it holds no vocabulary")
+            raise CheckpointError(f"{path} lacks model.vocab, so it holds no vocabulary; download it again")
     special = _added(path, added)
     _check_pieces(path, vocab.keys() - special.keys())
     if model.get("type") == "BPE":

@@ -3,7 +3,7 @@
 A wiring lists the slots that a coordinator supplies to a service and reads from it. Each worker announces its contract,
 and each claim has the wiring of its request. The store compares them before it grants a claim;
 common/state/lua/contracts.lua implements the same rule. The coordinator compares again, because processes of the
-previous release grant slots unchecked.
+previous release grant claims without this comparison.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Operator:
         overload = find(f"torch:ops.{self.name}")
         names = tuple(each.name for each in overload._schema.arguments)
         if names[: len(self.arguments)] != self.arguments or not set(self.keywords).issubset(names):
-            raise Missing(f"torch.ops.{self.name} with other arguments ({', '.join(names)})")
+            raise Missing(f"torch.ops.{self.name}, which has other arguments ({', '.join(names)})")
 
 
 _SPLITS = ("input", "output_split_sizes", "input_split_sizes", "group_name")

@@ -11,8 +11,9 @@ from configs.models.fields import ConfigFields
 
 @dataclass(frozen=True, kw_only=True)
 class LTX2ConnectorsConfig:
-    """LTX2TextConnectors' config.json: maps all layers of a language model to text for video and audio.
+    """LTX2TextConnectors' config.json.
 
+    The connectors map the hidden states of all layers of a language model to text features for video and for audio.
     `caption_channels` is the hidden size of the language model; `num_layers` includes the embeddings. `video_size` and
     `audio_size` are the hidden sizes of the results. `registers` is the number of learned tokens, repeated to replace
     padding; None: padding remains and is masked.

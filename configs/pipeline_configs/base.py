@@ -270,10 +270,10 @@ class DenoisingConfig(LatentLayout):
 
     @abstractmethod
     def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """Map the schedule's timesteps (steps, B) to the denoiser's, (steps, B) or (steps, B, segments)."""
+        """Map the schedule's timesteps (steps, B) to model timesteps, (steps, B) or (steps, B, segments)."""
 
     def prepared_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Timesteps (rows,) for prepare(): the schedule's timesteps, optionally followed by further ones."""
+        """Timesteps (rows,) for prepare(): the schedule's timesteps, optionally followed by others."""
         return timesteps
 
     def expert(self, step: Step) -> str:

@@ -125,7 +125,7 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
         }
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo scaling, then shift."""
+        """Undo the scaling, then undo the shift."""
         return raw / self.vae.scaling_factor + self.vae.shift_factor
 
 

@@ -72,7 +72,7 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
         vae = AutoencoderKLConfig.from_dict("vae", fields.values)
         check_channels(transformer.in_channels, transformer.out_channels, vae.latent_channels)
         if 4 * vae.spatial_factor != GRID:
-            raise fields.error("block_out_channels", f"a list of 4 entries; a patch of latents is {GRID // 2} pixels")
+            raise fields.error("block_out_channels", f"a list of 4 entries; a patch is {GRID // 2} pixels wide")
         glyphs = ConfigFields("text_encoder", checkpoint.module_config("text_encoder"))
         check_text_size(
             glyphs.integer("d_model", transformer.text_embed_dim), "text_encoder", transformer.text_embed_dim

@@ -141,7 +141,7 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
         }
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:
-        """Guidance for distilled models, and positions (frame, row, column) of all tokens."""
+        """Guidance for distilled models, and positions (frame, row, column) of the video's tokens."""
         del embeds
         batch, _, frames, rows, columns = shapes["video"]
         guidance = None

@@ -144,7 +144,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         return (gemma,)
 
     def _connect(self, connectors: Any, hidden_states: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Run the connectors; returns the denoiser's text keywords. Registers replace padding: no mask is needed."""
+        """Run the connectors; returns the text keywords, without a mask if registers replace padding."""
         video, audio, text_mask = connectors(hidden_states, mask, padding_side="left")
         texts = {"encoder_hidden_states": video, "audio_encoder_hidden_states": audio}
         return texts if self.connectors.registers is not None else texts | {"encoder_attention_mask": text_mask}

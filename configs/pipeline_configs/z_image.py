@@ -168,7 +168,7 @@ class ZImagePipelineConfig(StandardPipelineConfig):
         return {"image": guided}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo scaling, then shift."""
+        """Undo the scaling, then undo the shift."""
         return raw / self.vae.scaling_factor + self.vae.shift_factor
 
 

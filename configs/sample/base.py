@@ -110,7 +110,9 @@ class SamplingParams:
     seed: int = parameter(
         "Seed of the noise; drawn at random if unset.", minimum=0, maximum=_MAX_SEED, unset="a random seed is drawn"
     )
-    num_outputs_per_prompt: int = parameter("Number of outputs, drawn with one generator.", 1, minimum=1, maximum=64)
+    num_outputs_per_prompt: int = parameter(
+        "Number of outputs; one generator draws their noise.", 1, minimum=1, maximum=64
+    )
     output_format: str = parameter("File format of the result.", "png")
 
     @classmethod
@@ -156,7 +158,8 @@ class SamplingParams:
         specs = tuple(cls._spec(item, defaults.get(item.name)) for item in fields(cls))
         if unknown := defaults.keys() - {spec.name for spec in specs}:
             raise InvalidInput(
-                f"{min(unknown)!r} is not a parameter; {', '.join(spec.name for spec in specs)} are", field=min(unknown)
+                f"{min(unknown)!r} is not a parameter; parameters are {', '.join(spec.name for spec in specs)}",
+                field=min(unknown),
             )
         return specs
 
@@ -186,7 +189,7 @@ class SamplingParams:
     def round_and_validate(
         self, checkpoint: Checkpoint, given: Collection[str]
     ) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Round values to supported ones as the Diffusers pipeline does, with warnings.
+        """Round values to supported values as the Diffusers pipeline does, with warnings.
 
         `given` are the names of the caller's values. Raises InvalidInput for values that rounding cannot correct.
         """

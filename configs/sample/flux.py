@@ -20,8 +20,10 @@ class FluxSamplingParams(PackedSamplingParams):
 
     num_inference_steps: int = 28
     guidance_scale: float = 3.5
-    prompt_2: str | None = parameter("Prompt for the T5 encoder; unset: prompt.", None)
-    negative_prompt_2: str | None = parameter("Negative prompt for T5; unset: negative_prompt.", None)
+    prompt_2: str | None = parameter("Prompt for the T5 encoder; if unset, prompt is used.", None)
+    negative_prompt_2: str | None = parameter(
+        "Negative prompt for the T5 encoder; if unset, negative_prompt is used.", None
+    )
     max_sequence_length: int = parameter("Maximum number of prompt tokens for T5.", 512, minimum=1, maximum=512)
 
     @classmethod

@@ -33,7 +33,7 @@ class GlmImageSamplingParams(SigmasSamplingParams):
         "Maximum number of tokens (bytes) of each quoted text for the glyph encoder.", 2048, minimum=1, maximum=2048
     )
     crops_coords_top_left: tuple[float, ...] = parameter(
-        "Top and left crop coordinates for conditioning, in pixels; unset: 0 and 0.", (), minimum=0.0
+        "Top and left crop coordinates for conditioning, in pixels; if unset, both are 0.", (), minimum=0.0
     )
 
     def round_and_validate(
@@ -43,7 +43,7 @@ class GlmImageSamplingParams(SigmasSamplingParams):
         check_multiples({"height": self.height, "width": self.width}, GRID)
         if self.crops_coords_top_left and len(self.crops_coords_top_left) != 2:
             count = len(self.crops_coords_top_left)
-            raise InvalidInput(f"{_CROP}: {count} numbers are not 2; top and left work", field=_CROP)
+            raise InvalidInput(f"{_CROP}: a list of length {count} is not [top, left]; two numbers work", field=_CROP)
         params, warnings = self.with_steps_of_sigmas(given)
         check_stretched(checkpoint, params.num_inference_steps, params.sigmas)
         if "negative_prompt" in given and self.negative_prompt:

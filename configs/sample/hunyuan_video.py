@@ -32,8 +32,10 @@ class HunyuanVideoSamplingParams(VideoSamplingParams, SigmasSamplingParams):
     true_cfg_scale: float = parameter(
         "Scale of classifier-free guidance; enabled above 1 with a negative prompt.", 1.0, minimum=0.0, maximum=1000.0
     )
-    prompt_2: str | None = parameter("Prompt for the CLIP encoder; unset: prompt.", None)
-    negative_prompt_2: str | None = parameter("Negative prompt for CLIP; unset: negative_prompt.", None)
+    prompt_2: str | None = parameter("Prompt for the CLIP encoder; if unset, prompt is used.", None)
+    negative_prompt_2: str | None = parameter(
+        "Negative prompt for the CLIP encoder; if unset, negative_prompt is used.", None
+    )
     max_sequence_length: int = parameter("Maximum number of prompt tokens for Llama.", 256, minimum=1, maximum=1024)
 
     def round_and_validate(

@@ -26,8 +26,8 @@ _STG_PARAMETERS = ("stg_scale", "audio_stg_scale", "spatio_temporal_guidance_blo
 class LTX2SamplingParams(VideoSamplingParams, SigmasSamplingParams):
     """LTX-2, text to a video with audio. Parameters with the prefix audio_ are for the audio.
 
-    There are three kinds of guidance, each with its own prediction: by a negative prompt (enabled above 1), by skipped
-    self-attention (stg, enabled above 0), and by predictions without cross-modal attention (modality, enabled above 1).
+    There are three kinds of guidance, each with its own prediction: by a negative prompt (guidance_scale above 1), by
+    skipped self-attention (stg_scale above 0), and by omitted cross-modal attention (modality_scale above 1).
     Defaults are those of Diffusers' call, for LTX-2.3.
     """
 
@@ -50,16 +50,16 @@ class LTX2SamplingParams(VideoSamplingParams, SigmasSamplingParams):
         "Fraction of the guided video rescaled to the unguided standard deviation.", 0.7, minimum=0.0, maximum=1.0
     )
     audio_guidance_scale: float = parameter(
-        "guidance_scale of the audio; 0: that of the video.", 7.0, minimum=0.0, maximum=_MAX_SCALE
+        "guidance_scale of the audio; 0: the video's value.", 7.0, minimum=0.0, maximum=_MAX_SCALE
     )
     audio_stg_scale: float = parameter(
-        "stg_scale of the audio; 0: that of the video.", 1.0, minimum=0.0, maximum=_MAX_SCALE
+        "stg_scale of the audio; 0: the video's value.", 1.0, minimum=0.0, maximum=_MAX_SCALE
     )
     audio_modality_scale: float = parameter(
-        "modality_scale of the audio; 0: that of the video.", 3.0, minimum=0.0, maximum=_MAX_SCALE
+        "modality_scale of the audio; 0: the video's value.", 3.0, minimum=0.0, maximum=_MAX_SCALE
     )
     audio_guidance_rescale: float = parameter(
-        "guidance_rescale of the audio; 0: that of the video.", 0.7, minimum=0.0, maximum=1.0
+        "guidance_rescale of the audio; 0: the video's value.", 0.7, minimum=0.0, maximum=1.0
     )
     spatio_temporal_guidance_blocks: tuple[float, ...] = parameter(
         "Indices of blocks whose self-attention is skipped for spatio-temporal guidance.",
@@ -141,7 +141,7 @@ class LTX2SamplingParams(VideoSamplingParams, SigmasSamplingParams):
         }
         changed = {name: video for name, (audio, video) in pairs.items() if not audio and video}
         warnings = [
-            ParamWarning(name, f"0 means that of the video; {video} is used")
+            ParamWarning(name, f"0 means the video's value; {video} is used")
             for name, video in changed.items()
             if name in given
         ]

@@ -41,7 +41,7 @@ class LTXVideoSamplingParams(VideoSamplingParams):
         "Timestep for the decoder: its noise level, from 0 to 1 for pure noise.", 0.0, minimum=0.0, maximum=1.0
     )
     decode_noise_scale: float | None = parameter(
-        "Fraction of noise mixed into the latents before decoding; unset: decode_timestep.",
+        "Fraction of noise mixed into the latents before decoding; if unset, decode_timestep is used.",
         None,
         minimum=0.0,
         maximum=1.0,

@@ -22,8 +22,8 @@ def check_stretched(checkpoint: Checkpoint, steps: int, sigmas: Sequence[float] 
     if not checkpoint.config_of("scheduler").get("shift_terminal"):
         return
     if sigmas and sigmas[-1] > _HIGHEST_LAST_SIGMA:
-        message = f"sigmas: {sigmas[-1]}, the last one, is not at most {_HIGHEST_LAST_SIGMA}"
-        raise InvalidInput(f"{message}; this model stretches the schedule between 1 and the last one", field="sigmas")
+        message = f"sigmas: {sigmas[-1]}, the last value, is not at most {_HIGHEST_LAST_SIGMA}"
+        raise InvalidInput(f"{message}; this model stretches the schedule between 1 and the last value", field="sigmas")
     if steps < 2 and not sigmas:
         message = f"num_inference_steps: {steps} is not at least 2"
         raise InvalidInput(f"{message}; this model's schedule has two fixed ends", field="num_inference_steps")

@@ -51,7 +51,7 @@ class WanSamplingParams(VideoSamplingParams):
         for name, meaning in cls.other_versions.items():
             if checkpoint.index.get(name):
                 message = f"{checkpoint.name} is Wan 2.2 with {meaning} ({name})"
-                raise CheckpointError(f"{message}; supported is {cls.supported_version}")
+                raise CheckpointError(f"{message}; this pipeline supports {cls.supported_version}")
         return {}
 
     def round_and_validate(

@@ -143,7 +143,7 @@ def test_each_prior_token_is_reported(pair: Pair) -> None:
         ({"width": 31}, "width", "width: 31 is not a multiple of 32; 32 works"),
         ({"images": {"image": b""}}, "images", "1 is not 0; .* takes no images"),
         ({"images": {"image": b"", "image_1": b""}}, "images", "2 is not 0; .* takes no images"),
-        ({"crops_coords_top_left": (1.0,)}, "crops_coords_top_left", "1 numbers are not 2"),
+        ({"crops_coords_top_left": (1.0,)}, "crops_coords_top_left", r"a list of length 1 is not \[top, left\]"),
         ({"sigmas": (0.5, 0.7)}, "sigmas", "is not in descending order"),
         ({"max_sequence_length": 2049}, "max_sequence_length", "from 1 to 2048"),
         ({"guidance_scale": float("nan")}, "guidance_scale", "finite"),

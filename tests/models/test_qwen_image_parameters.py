@@ -121,7 +121,7 @@ def test_schedules_without_an_end_are_refused(
     if finite:
         QwenImageSamplingParams.build(given, checkpoint)
     else:
-        with pytest.raises(InvalidInput, match="the last one, is not at most"):
+        with pytest.raises(InvalidInput, match="the last value, is not at most"):
             QwenImageSamplingParams.build(given, checkpoint)
 
 

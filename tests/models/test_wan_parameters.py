@@ -105,7 +105,11 @@ def test_sizes_are_floored_to_whole_patches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "entries", "message"),
     [
-        (build_tiny_wan_ti2v, {"boundary_ratio": 0.9}, "two transformers (boundary_ratio); supported is Wan 2.2 TI2V"),
+        (
+            build_tiny_wan_ti2v,
+            {"boundary_ratio": 0.9},
+            "two transformers (boundary_ratio); this pipeline supports Wan 2.2 TI2V",
+        ),
         (build_tiny_wan, {"boundary_ratio": 0.9}, "transformer_2"),
         (build_tiny_wan_i2v, {"boundary_ratio": 0.9}, "transformer_2"),
     ],

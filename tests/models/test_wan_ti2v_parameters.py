@@ -94,10 +94,12 @@ def test_only_the_image_variant_takes_an_image(ti2v: Checkpoint) -> None:
 def test_two_transformers_are_refused(tmp_path: Path, kind: type[SamplingParams]) -> None:
     path = build_tiny_wan_ti2v(tmp_path / "m")
     edit_json(path / "model_index.json", boundary_ratio=0.9)
-    with pytest.raises(CheckpointError, match=r"two transformers \(boundary_ratio\); supported is Wan 2\.2 TI2V"):
+    with pytest.raises(
+        CheckpointError, match=r"two transformers \(boundary_ratio\); this pipeline supports Wan 2\.2 TI2V"
+    ):
         kind.build({"prompt": "x"}, Checkpoint.open(path))
 
 
 def test_wan_2_1_refuses_a_timestep_per_token(ti2v: Checkpoint) -> None:
-    with pytest.raises(CheckpointError, match=r"a timestep for each token .* supported is Wan 2\.1"):
+    with pytest.raises(CheckpointError, match=r"a timestep for each token .* this pipeline supports Wan 2\.1"):
         WanSamplingParams.build({"prompt": "x"}, ti2v)

@@ -138,7 +138,10 @@ BROKEN_WEIGHTS = {
     "header is not JSON": ((2).to_bytes(8, "little") + b"{x", "header that is not JSON"),
     "header is a list": (with_header([]), "not a JSON object"),
     "entry without offsets": (with_header({"w": {"dtype": "F32", "shape": []}}), "entry of w lacks"),
-    "unknown dtype": (with_header({"w": tensor(dtype="F33")}, bytes(4)), "w has the unknown dtype 'F33'; known are"),
+    "unknown dtype": (
+        with_header({"w": tensor(dtype="F33")}, bytes(4)),
+        "w has the unknown dtype 'F33'; known dtypes are",
+    ),
     "negative extent": (with_header({"w": tensor(shape=[-1, -1])}, bytes(4)), "invalid shape"),
     "shape and bytes disagree": (with_header({"w": tensor(shape=[2])}, bytes(4)), "does not have 4 bytes"),
     "gap": (with_header({"w": tensor(begin=4, end=8)}, bytes(8)), "starts at byte 4 of the data instead of byte 0"),

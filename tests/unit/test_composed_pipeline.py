@@ -142,7 +142,7 @@ def test_a_checkpoint_without_a_required_module_is_refused() -> None:
 
 def test_stage_modules_exist_and_each_role_has_one_module() -> None:
     decode = replace(DECODE, modules={"vae": "vae", "solver": "scheduler"})
-    with pytest.raises(PipelineError, match="decode requires scheduler, which is not a module"):
+    with pytest.raises(PipelineError, match=r"decode requires scheduler, which model_index\.json lacks"):
         build(ENCODE, DENOISE, decode)
     pipeline = build(ENCODE, DENOISE, decode, modules=("vae", "scheduler"))
     service = pipeline.service("decode")

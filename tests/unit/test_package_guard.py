@@ -130,7 +130,7 @@ def test_every_fact_is_checked(private: PrivateApi, monkeypatch: pytest.MonkeyPa
 
         def find(each: str, missing: str = path, real: Callable[[str], Any] = real) -> Any:
             if each == missing:
-                raise Missing(each.replace(":", "."))
+                raise Missing(f"{each.replace(':', '.')}, which does not exist")
             return real(each)
 
         with monkeypatch.context() as patch:
@@ -141,7 +141,7 @@ def test_every_fact_is_checked(private: PrivateApi, monkeypatch: pytest.MonkeyPa
         supported = SUPPORTED[private.package]
         message = caught.value.message
         assert message.startswith(f"{private.package}: {importlib.metadata.version(private.package)} is not usable: ")
-        assert f"{private.user} relies on {path.replace(':', '.')}, which is not there; " in message
+        assert f"{private.user} relies on {path.replace(':', '.')}, which does not exist; " in message
         assert f"versions {supported.versions} " in message
         assert message.endswith(f"pip install '{private.package}=={supported.tested}'")
 
@@ -179,21 +179,27 @@ HOLD: list[Fact] = [
     Abstract("changing:Kind", ("listed", "more")),
 ]
 BREAK: list[tuple[Fact, str]] = [
-    (Called("changing:Kind.method", 4), "changing.Kind.method with other parameters (too many positional arguments)"),
+    (
+        Called("changing:Kind.method", 4),
+        "changing.Kind.method, which does not accept the arguments (too many positional arguments)",
+    ),
     (
         Called("changing:Kind.method", 1),
-        "changing.Kind.method with other parameters (missing a required argument: 'a')",
+        "changing.Kind.method, which does not accept the arguments (missing a required argument: 'a')",
     ),
-    (Called("changing:Kind", 1, ("third",)), "changing.Kind with other parameters"),
-    (Called("changing:Kind.gone"), "changing.Kind.gone"),
-    (Called("changing.gone:Kind"), "changing.gone.Kind"),
-    (Called("changing:number"), "changing.number as a function with a signature"),
-    (Parameters("changing:Kind.method", ("self", "a")), "changing.Kind.method with other parameters (self, a, b)"),
-    (Parameters("changing:Kind.method", ("self", "b", "a")), "changing.Kind.method with other parameters"),
-    (Parameters("changing:Kind.method", ("self", "a", "b", "c")), "changing.Kind.method with other parameters"),
-    (Parameters("changing:Kind.method", ("self", "b"), overridden=False), "changing.Kind.method with other"),
-    (Attributes("changing:Kind", ("stored", "moved")), "changing.Kind.moved"),
-    (Abstract("changing:Kind", ("more",)), "changing.Kind without the abstract method listed"),
+    (Called("changing:Kind", 1, ("third",)), "changing.Kind, which does not accept the arguments"),
+    (Called("changing:Kind.gone"), "changing.Kind.gone, which does not exist"),
+    (Called("changing.gone:Kind"), "changing.gone.Kind, which does not exist"),
+    (Called("changing:number"), "changing.number, which has no signature"),
+    (
+        Parameters("changing:Kind.method", ("self", "a")),
+        "changing.Kind.method, which has other parameters (self, a, b)",
+    ),
+    (Parameters("changing:Kind.method", ("self", "b", "a")), "changing.Kind.method, which has other parameters"),
+    (Parameters("changing:Kind.method", ("self", "a", "b", "c")), "changing.Kind.method, which has other parameters"),
+    (Parameters("changing:Kind.method", ("self", "b"), overridden=False), "changing.Kind.method, which has other"),
+    (Attributes("changing:Kind", ("stored", "moved")), "changing.Kind.moved, which does not exist"),
+    (Abstract("changing:Kind", ("more",)), "changing.Kind, which has the further abstract method listed"),
 ]
 
 
@@ -219,7 +225,7 @@ def test_an_operator_with_other_arguments_is_an_error(arguments: tuple[str, ...]
     fact = Operator("aten._addmm_activation.out", arguments, keywords)
     if arguments == ("self", "mat1"):
         return fact.check()
-    with pytest.raises(Missing, match=r"torch\.ops\.aten\._addmm_activation.out with other arguments"):
+    with pytest.raises(Missing, match=r"torch\.ops\.aten\._addmm_activation.out, which has other arguments"):
         fact.check()
     return None
 
@@ -296,7 +302,7 @@ def _other_shutdown(patch: pytest.MonkeyPatch) -> None:
     [
         (_no_agent, "LocalElasticAgent, "),
         (_no_method, "_restart_workers, "),
-        (_other_shutdown, "_shutdown with other "),
+        (_other_shutdown, "_shutdown, which has other "),
     ],
 )
 def test_a_changed_elastic_agent_ends_a_group_before_its_ranks_start(
@@ -369,7 +375,7 @@ def test_a_language_model_with_other_arguments_is_refused(monkeypatch: pytest.Mo
         del self, input_ids, position_ids, attention_mask, cache, inputs_embeds
 
     monkeypatch.setattr(GlmImageTextModel, "forward", forward)
-    with pytest.raises(UnsupportedPackage, match=r"GlmImageTextModel\.forward with other parameters"):
+    with pytest.raises(UnsupportedPackage, match=r"GlmImageTextModel\.forward, which has other parameters"):
         prior_tokens.PriorTokenSampler(None, None, 1, None)  # type: ignore[arg-type]
 
 

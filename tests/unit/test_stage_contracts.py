@@ -64,7 +64,7 @@ def test_evaluated_annotations_give_the_same_contract() -> None:
         (
             make_dataclass("Inputs", [("state", "DenoiseState", field(metadata=RESUME))]),
             DrawOutput,
-            "Inputs: state is not one optional field; a stage has one resume slot",
+            "Inputs: resume slot state is not a single, optional field; a stage has at most one resume slot",
         ),
         (
             make_dataclass("Inputs", [("prompts", "list[Prompt]")]),

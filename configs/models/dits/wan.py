@@ -75,5 +75,5 @@ class WanTransformerConfig:
             pos_embed_seq_len=fields.integer("pos_embed_seq_len", 0, minimum=0) or None,
         )
         if (config.image_dim is None) != (config.added_kv_proj_dim is None):
-            raise fields.error("added_kv_proj_dim", "set if, and only if, image_dim is set")
+            raise fields.error("added_kv_proj_dim", "consistent with image_dim; set both entries or neither")
         return config
