@@ -74,7 +74,7 @@ MALFORMED: dict[str, tuple[list[bytes], str, str]] = {
     ),
     "no dtype": ([header_with(lambda header: latents_of(header).ClearField("dtype"))], "not a Dtype", PATH),
     "slot missing": ([header_with(lambda header: header.ClearField("sampling"))], "sampling is missing", "sampling"),
-    "slot unread": ([header_with(lambda header: header.canvas.SetInParent())], "canvas: an artifact was sent", "canvas"),
+    "slot unread": ([header_with(lambda header: header.canvas.SetInParent())], "canvas: an artifact", "canvas"),
     "field missing": (
         [header_with(lambda header: header.initial_latents.parts["image"].ClearField("latents"))],
         "latents is missing",

@@ -154,7 +154,7 @@ def test_limits_of_a_call_are_enforced() -> None:
         described_tensors("c", header, CallLimits(total_bytes=SIZE))
     with pytest.raises(InvalidInput, match="2 tensors are not at most 1"):
         described_tensors("c", header, CallLimits(tensors=1))
-    with pytest.raises(InvalidInput, match="a path of .* characters is not at most 512"):
+    with pytest.raises(InvalidInput, match="characters is not at most 512"):
         described_tensors("c", pb.Conditioning(prompt_embeds={"x" * 600: tensor()}), CallLimits())
 
 
