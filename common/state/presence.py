@@ -88,7 +88,7 @@ class Presence:
             except Unavailable as error:
                 _log.warning("heartbeat failed", error=error)
             except InternalError:
-                # Continue: if heartbeats stopped, other coordinators would take over the requests of this one.
+                # Continue: if heartbeats stopped, other coordinators would take over the requests of this coordinator.
                 _log.exception("heartbeat failed")
 
     async def _listen(self, subscribed: asyncio.Event) -> None:

@@ -115,7 +115,8 @@ class RequestStore:
     `items`: bytes of streamed results. `timelines`: timelines of requests.
 
     admit() and finish() return once `replicas` replicas of the store have acknowledged the write. They raise
-    Unavailable if fewer do. The write may have been applied nevertheless: retry with the same arguments.
+    Unavailable if fewer replicas acknowledge it. The write may have been applied nevertheless: retry with the same
+    arguments.
     """
 
     def __init__(

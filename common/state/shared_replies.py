@@ -70,7 +70,7 @@ class SharedReplies:
         return self._computing is not None and self._computing >= self._gain * self._fetching
 
     async def find(self, key: bytes) -> Frames | None:
-        """Return a stored reply; None if there is none or fetching takes longer than computing."""
+        """Return a stored reply; None if no reply is stored, `pays` is False, or fetches fail."""
         if not self.pays or self._computing is None or time.monotonic() < self._not_before:
             return None
         began = time.monotonic()

@@ -34,7 +34,7 @@ _log = get_logger(__name__)
 
 
 class NoWorkers(Unavailable):
-    """No live worker serves the service of the model, or none can run the request."""
+    """No live worker serves the service of the model, or no live worker can run the request."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class WorkerSlots:
         `first`: schedule the claim before other claims of its priority; for a request that was handed over.
         `equal_to`: numerics fingerprint of the request's step checkpoint. While a worker with this fingerprint is live,
         the claim waits for it.
-        `wiring`: only workers that fit it are granted.
+        `wiring`: only worker slots of workers that fit the wiring are granted.
         `on_no_workers`: called when no compatible worker is live, with the fault of one incompatible worker or "".
 
         While the store is unavailable, the claim is retried.

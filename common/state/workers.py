@@ -185,7 +185,7 @@ class WorkerRegistry:
         return (await self.load(model, service)).workers
 
     async def load(self, model: str, service: str, wirings: Sequence[Wiring] = ()) -> ServiceLoad:
-        """Return the load of a service of a model, from workers that fit one of `wirings`; if empty, from all."""
+        """Return the load of a service's workers that fit one of `wirings`; of all workers if `wirings` is empty."""
         arguments: Arguments = {"place": f"{model}/{service}", "wirings": [wiring.text for wiring in wirings]}
         infos, *counts, faults = await run_script(self._redis, "status", arguments)
         workers = [worker_pb2.WorkerInfo.FromString(info) for info in infos]

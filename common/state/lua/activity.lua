@@ -30,7 +30,7 @@ local function callers_of(place, rank)
   return found, rest
 end
 
--- Estimates how many claims are granted before this one: all claims of higher ranks, the caller's own earlier claims,
+-- Estimates how many claims are granted before this claim: all claims of higher ranks, the caller's own earlier claims,
 -- and for each other caller of this rank as many claims as round-robin order grants. Later claims are not considered.
 local function claims_before(place, claim, ranks)
   local queue, rank = P .. 'queue:' .. place, claim.rank
@@ -208,7 +208,7 @@ local function grouped(requests)
   return groups
 end
 
--- Selects at most `most` requests, round-robin over the groups, so that a large group does not displace the others.
+-- Selects at most `most` requests, round-robin over the groups, so that a large group displaces no other group.
 local function chosen(groups, most)
   local counts, left = { 0, 0, 0, 0 }, most
   local is_more = true
@@ -245,10 +245,10 @@ local function newest_ended(caller, models, most)
   return found
 end
 
--- Returns the current time in ms and at most `most` requests: open requests, then the latest ended ones. Each row has
--- the snapshot and the activities of a request. An activity is: kind, service, worker, start in ms, claims before its
--- claim, number of compatible live workers if its claim waits, fields `work` and `done`. Numbers that do not apply are
--- -1.
+-- Returns the current time in ms and at most `most` requests: open requests, then the latest ended requests. Each row
+-- has the snapshot and the activities of a request. An activity is: kind, service, worker, start in ms, claims before
+-- its claim, number of compatible live workers if its claim waits, fields `work` and `done`. Numbers that do not apply
+-- are -1.
 takes.activities = {
   'caller',   -- name of the caller, '' for all callers
   'most',

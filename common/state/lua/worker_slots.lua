@@ -136,8 +136,8 @@ local function unfit_for(place, claim, walk)
 end
 
 -- Returns the workers that can be granted to a claim: workers that fit its wiring and have the numerics fingerprint of
--- its step checkpoint. If there are none, returns all workers that fit its wiring; the request then restarts from step
--- 0. A hidden worker is never granted to a claim of the previous release.
+-- its step checkpoint. If there is no such worker, returns all workers that fit its wiring; the request then restarts
+-- from step 0. A hidden worker is never granted to a claim of the previous release.
 local function fitting(place, workers, claim, walk)
   local unfit, numerics, able, equal = unfit_for(place, claim, walk), equal_of(claim.ticket), {}, {}
   local is_older = not wiring_of(claim.ticket)
