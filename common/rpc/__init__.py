@@ -1,1 +1,1 @@
-"""Stages over gRPC: one framing, one runner, one servicer."""
+"""gRPC transport of stages: framing of tensors, client, servicer, server and TLS."""

@@ -87,7 +87,7 @@ class WorkerLost(Unavailable):
 
 
 class RemoteRunner:
-    """Runs a contract on the worker behind a channel. Values are packets; in common.local.LocalRunner, artifacts.
+    """Runs a contract on the worker behind a channel. Values are packets; LocalRunner's values are artifacts.
 
     The value of a stream is an ItemBuffer of packets, which is read from the first item. Cancelling the task cancels
     the call. Reports of the worker are passed to the Call: items of streams and step checkpoints as packets to `sinks`,
@@ -272,7 +272,9 @@ class _Receiver:
             case "header" if self._header is None:
                 self._begin_outputs(frame.header)
             case other:
-                raise InternalError(f"an unexpected frame: {other or 'of a kind that this release does not support'}")
+                raise InternalError(
+                    f"the reply has an unexpected frame: {other or 'of a kind that this release does not support'}"
+                )
         return None
 
     def _begin_outputs(self, header: Message) -> None:
@@ -280,7 +282,7 @@ class _Receiver:
         for slot in present & self._unread:
             header.ClearField(slot)
         if present - self._unread != self._outputs:
-            raise InternalError(f"outputs {sorted(present)} instead of {sorted(self._outputs)}")
+            raise InternalError(f"the reply has the outputs {sorted(present)}, not {sorted(self._outputs)}")
         self._header = header
         self.span = start_span("receive outputs")
         self._chunks = Assembler(described_tensors("", header, self._limits), KeptFrames)
@@ -291,7 +293,7 @@ class _Receiver:
         if chunk.path.partition(".")[0] in self._unread:
             return None
         if self._chunks is None:
-            raise InternalError(f"a chunk of {chunk.path!r} before its header")
+            raise InternalError(f"a chunk of {chunk.path!r} was received before its header")
         self._chunks.add(chunk)
         return None
 

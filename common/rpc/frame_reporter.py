@@ -36,10 +36,10 @@ class FrameReporter:
     """Queue of the frames that a call sends while its stages run.
 
     The queue is bounded for slow clients: progress is dropped while many frames are queued, a step checkpoint replaces
-    a queued one, and other items block the stage while more than `max_bytes` of items are queued. Progress within
-    `step_seconds` of the last sent progress is dropped, except for the last step, because each progress frame wakes
-    three processes. begin() sends the frame `begun`, if it is not None. Without `sends_items`, step checkpoints are
-    sent in Checkpoint frames, and other streams are dropped.
+    a queued step checkpoint, and other items block the stage while more than `max_bytes` of items are queued. Progress
+    within `step_seconds` of the last sent progress is dropped, except for the last step, because each progress frame
+    wakes three processes. begin() sends the frame `begun`, if it is not None. Without `sends_items`, step checkpoints
+    are sent in Checkpoint frames, and other streams are dropped.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class FrameReporter:
         yield from chunk_frames(packet.chunks)
 
     def _newest(self, queued: _Item) -> _Item:
-        """Return the item to send for a queued item: for a step checkpoint, the latest one."""
+        """Return the item to send for a queued item: for a step checkpoint, the latest step checkpoint."""
         if queued.slot != STEP_CHECKPOINTS:
             return queued
         with self._lock:

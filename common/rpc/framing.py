@@ -129,7 +129,9 @@ def described_tensors(path: str, message: Message, limits: CallLimits) -> dict[s
         _check_tensor(at, tensor, limits)
         total += tensor.byte_size
         if count > limits.tensors:
-            raise InvalidInput(f"more than {limits.tensors} tensors in one message", field=at)
+            raise InvalidInput(
+                f"{at}: {count} tensors are not at most {limits.tensors}, the limit of one message", field=at
+            )
         if total > limits.total_bytes:
             raise ResourceExhausted(
                 f"{at}: a total of {total} bytes is not at most {limits.total_bytes} bytes, the limit of all tensors",
@@ -142,25 +144,35 @@ def described_tensors(path: str, message: Message, limits: CallLimits) -> dict[s
 
 def _check_tensor(path: str, tensor: pb.Tensor, limits: CallLimits) -> None:
     if len(path) > limits.path_length:
-        raise InvalidInput(f"tensor path of {len(path)} characters; at most {limits.path_length}", field=path[:64])
+        raise InvalidInput(
+            f"{path[:64]}: a path of {len(path)} characters is not at most {limits.path_length}", field=path[:64]
+        )
     shape = list(tensor.shape)
     if tensor.dtype not in ITEM_BYTES:
-        raise InvalidInput(f"{path} has dtype {tensor.dtype}, which is not a Dtype", field=path)
+        raise InvalidInput(f"{path}: dtype {tensor.dtype} is not a Dtype of this release", field=path)
     if len(shape) > limits.dimensions or any(extent < 0 for extent in shape):
-        raise InvalidInput(f"{path} has shape {shape[:16]}; at most {limits.dimensions} extents, none < 0", field=path)
+        raise InvalidInput(
+            f"{path}: shape {shape[:16]} is not valid; at most {limits.dimensions} extents of at least 0 work",
+            field=path,
+        )
     size = math.prod(shape) * ITEM_BYTES[tensor.dtype]
     if size != tensor.byte_size:
         raise InvalidInput(
-            f"{path}: shape {shape} of {pb.Dtype.Name(tensor.dtype)} takes {size} bytes, not {tensor.byte_size}",
+            f"{path}: byte_size {tensor.byte_size} is not {size}, the size of shape {shape} of "
+            f"{pb.Dtype.Name(tensor.dtype)}",
             field=path,
         )
     if tensor.HasField("data"):
         if len(tensor.data) != size:
-            raise InvalidInput(f"{path} has {len(tensor.data)} bytes of inline data instead of {size}", field=path)
+            raise InvalidInput(
+                f"{path}: {len(tensor.data)} bytes of inline data are not {size} bytes, the byte_size", field=path
+            )
         if size > INLINE_BYTES:
-            raise InvalidInput(f"{path} has {size} bytes inline; above {INLINE_BYTES} send chunks", field=path)
+            raise InvalidInput(
+                f"{path}: {size} bytes of inline data are not at most {INLINE_BYTES}; chunks work", field=path
+            )
     elif size == 0:
-        raise InvalidInput(f"{path} is empty and must be inline", field=path)
+        raise InvalidInput(f"{path}: an empty tensor is not inline; inline data of 0 bytes works", field=path)
 
 
 class Store(Protocol):
@@ -244,14 +256,20 @@ class Assembler:
         """Add a chunk. Raises InvalidInput if it is not the next chunk of a payload, or if the checksum is wrong."""
         path, offset, data = chunk.path, chunk.offset, chunk.data
         if path not in self._tensors:
-            raise InvalidInput(f"a chunk of {path!r}, which the header does not describe", field=path)
+            raise InvalidInput(f"{path!r}: a chunk was sent for a tensor that the header does not describe", field=path)
         size, received = self._tensors[path].byte_size, self._received[path]
         if not 0 < len(data) <= CHUNK_BYTES:
-            raise InvalidInput(f"a chunk of {path} has {len(data)} bytes; 1 to {CHUNK_BYTES} are valid", field=path)
+            raise InvalidInput(
+                f"{path}: a chunk of {len(data)} bytes is not valid; 1 to {CHUNK_BYTES} bytes work", field=path
+            )
         if offset != received:
-            raise InvalidInput(f"a chunk of {path} has the offset {offset} instead of {received}", field=path)
+            raise InvalidInput(
+                f"{path}: chunk offset {offset} is not {received}, the number of received bytes", field=path
+            )
         if offset + len(data) > size:
-            raise InvalidInput(f"a chunk of {path} ends at {offset + len(data)}, beyond its {size} bytes", field=path)
+            raise InvalidInput(
+                f"{path}: a chunk that ends at {offset + len(data)} is not within the tensor's {size} bytes", field=path
+            )
         self._stores[path].add(chunk)
         self._digests[path].update(data)
         self._received[path] = offset + len(data)
@@ -262,14 +280,17 @@ class Assembler:
     def _check_digest(self, path: str) -> None:
         announced, found = self._tensors[path].checksum, self._digests[path].intdigest()
         if announced != found:
-            raise InvalidInput(f"the payload of {path} has checksum {found:016x}, not {announced:016x}", field=path)
+            raise InvalidInput(
+                f"{path}: the payload's checksum {found:016x} is not {announced:016x}, the header's checksum",
+                field=path,
+            )
 
     def finish(self) -> dict[str, Sequence[Piece]]:
         """Return the payloads by path. Raises InvalidInput if a payload is incomplete."""
         for path, received in self._received.items():
             size = self._tensors[path].byte_size
             if received != size:
-                raise InvalidInput(f"{path} ended after {received} of {size} bytes", field=path)
+                raise InvalidInput(f"{path}: the payload ended after {received} of {size} bytes", field=path)
         return {path: store.pieces() for path, store in self._stores.items()}
 
 

@@ -1,8 +1,8 @@
 """Hands calls of a draining worker over to other workers at a step boundary, without losing steps.
 
-A call is handed over once another worker with an equal numerics fingerprint has a free slot. Calls that still run near
-the end of the grace period are handed over without a free slot. Their requests wait for a slot and resume from their
-step checkpoints.
+A call is handed over once another worker with an equal numerics fingerprint has a free worker slot. Calls that still
+run near the end of the grace period are handed over without a free worker slot. Their requests wait for a worker slot
+and resume from their step checkpoints.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from common.log_context import log_scope
 from common.logs import get_logger
 
 POLL_SECONDS = 1.0
-"""Interval at which the number of free slots is polled."""
+"""Interval at which the number of free worker slots is polled."""
 STEPS_AHEAD = 2
 """Maximum number of steps after hand_over(): the running step, and on CUDA an enqueued step."""
-_MARGIN_SECONDS = 1.0
-_MARGIN_OF_GRACE = 0.1
+_MARGIN_SECONDS = 1.0  # maximum margin before the end of the grace period
+_MARGIN_OF_GRACE = 0.1  # maximum margin as a fraction of the grace period
 _NEWEST_STEPS = 4
 _IDLE_SECONDS = 0.1
 
@@ -73,9 +73,9 @@ class RunningCall(Protocol):
 class HandOver:
     """Decides when each running call of a draining worker is handed over.
 
-    `calls` returns the running calls. `free_slots` returns the number of free slots of live workers with an equal
-    numerics fingerprint, and raises FleetError if the store is unavailable. Other draining workers may use the same
-    slots: a request that finds no free slot waits in the queue, before other claims of its priority.
+    `calls` returns the running calls. `free_slots` returns the number of free worker slots of live workers with an
+    equal numerics fingerprint, and raises FleetError if the store is unavailable. Other draining workers may use the
+    same worker slots: a request that finds no free worker slot waits in the queue, before other claims of its priority.
     """
 
     def __init__(
@@ -90,7 +90,10 @@ class HandOver:
         self._poll_seconds = poll_seconds
 
     async def run(self, grace: float) -> None:
-        """Hand calls over while slots are free, and all others before `grace` seconds end. Runs until cancelled."""
+        """Hand calls over while worker slots are free, and all other calls before `grace` seconds end.
+
+        Runs until cancelled.
+        """
         end = time.monotonic() + grace
         margin = min(_MARGIN_SECONDS, _MARGIN_OF_GRACE * grace)
         poll_at = 0.0
@@ -124,17 +127,17 @@ class HandOver:
         try:
             return await self._free_slots()
         except FleetError as error:
-            _log.warning("free slots of other workers are unknown", error=error)
+            _log.warning("number of free worker slots unknown", error=error)
             return 0
 
     def _unasked(self) -> list[RunningCall]:
         return [call for call in self._calls() if not call.is_asked]
 
     def _hand_to(self, free: int) -> None:
-        """Hand over one call per free slot, minus hand-overs in progress. Calls that have not started come first."""
+        """Hand over one call per free worker slot, minus hand-overs in progress; calls that have not started first."""
         leaving = sum(call.is_asked for call in self._calls())
         for call in sorted(self._unasked(), key=lambda call: call.has_begun)[: max(0, free - leaving)]:
-            self._ask(call, "another worker has a free slot")
+            self._ask(call, "another worker has a free worker slot")
 
     def _ask(self, call: RunningCall, reason: str) -> None:
         with log_scope(request_id=call.request_id):

@@ -101,7 +101,7 @@ class CallGate(grpc.aio.ServerInterceptor):
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001 -- It is logged with its traceback.
-            _log.exception("call failed by a defect", method=method)
+            _log.exception("call failed with an unexpected exception", method=method)
             await _read_rest(context, streams)
             await abort_with(context, InternalError(f"{type(error).__name__}: {error}"))
         finally:

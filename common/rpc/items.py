@@ -68,12 +68,19 @@ class ItemAssembler:
     def begin(self, item: pb.StreamItem) -> ReceivedItem | None:
         """Start an item. Returns it if no chunks follow. Raises InvalidInput for an invalid item."""
         if self._item is not None:
-            raise InvalidInput(f"an item of {item.slot!r} starts before {self._item[0]!r} is complete", field=item.slot)
+            raise InvalidInput(
+                f"{item.slot!r}: an item starts before the item of {self._item[0]!r} is complete", field=item.slot
+            )
         if item.slot not in self._kinds:
-            raise InvalidInput(f"an item of {item.slot[:80]!r}, which is no stream of this call", field=item.slot[:80])
+            raise InvalidInput(
+                f"{item.slot[:80]!r}: an item was sent for a slot that is no stream of this call", field=item.slot[:80]
+            )
         name = item.WhichOneof("artifact")
         if name is None or name != _FIELDS.get(self._kinds[item.slot]):
-            raise InvalidInput(f"an item of {item.slot} has {name or 'no artifact'}", field=item.slot)
+            raise InvalidInput(
+                f"{item.slot}: an item has {name or 'no artifact'}, not {_FIELDS.get(self._kinds[item.slot])}",
+                field=item.slot,
+            )
         message: Message = getattr(item, name)
         tensors = described_tensors(item.slot, message, self._limits)
         self._item, self._chunks = (item.slot, item.index, message), Assembler(tensors, self._store_of(item.slot))

@@ -31,13 +31,13 @@ _FRAMES = {
 BEGUN_KEY = "fleet-begun"
 """Metadata key of a call: "1" if the caller accepts Begun frames. Older callers refuse unknown frames."""
 ITEMS_KEY = "fleet-items"
-"""Metadata key of a call: "1" if the caller accepts StreamItem frames. Others get only step checkpoints."""
+"""Metadata key of a call: "1" if the caller accepts StreamItem frames. Other callers get only step checkpoints."""
 COMPUTED_KEY = "fleet-compute-seconds"
 """Trailing metadata key of a call: compute seconds of its stages on the device thread."""
 VARIANT_KEY = "fleet-variant"
 """Metadata key of a call: variant of the worker's model. Default: the first variant."""
 TOKENS_KEY = "fleet-tokens"
-"""Metadata key of a call: tokens of one step, for metrics only. Older callers do not send it."""
+"""Metadata key of a call: number of tokens of one step, for metrics only. Older callers do not send it."""
 _NAME = re.compile(r"[a-z][a-z_]*")
 
 
@@ -48,11 +48,13 @@ def stage_method(service: str) -> MethodDescriptor:
             raise ModuleNotFoundError(service)
         module = importlib.import_module(f"fleet.v1.{service}_pb2")
     except ModuleNotFoundError:
-        raise FailedPrecondition(f"there is no stage service {service!r}", field="service") from None
+        raise FailedPrecondition(
+            f"service: {service!r} is not the name of a stage service; denoising works", field="service"
+        ) from None
     services: list[ServiceDescriptor] = list(module.DESCRIPTOR.services_by_name.values())
     methods = [method for each in services for method in each.methods]
     if len(methods) != 1 or not _framed(methods[0]):
-        raise FailedPrecondition(f"{service!r} is not a stage service", field="service")
+        raise FailedPrecondition(f"service: {service!r} is not a stage service; denoising works", field="service")
     return methods[0]
 
 

@@ -1,6 +1,6 @@
 """Parses messages in handlers, so that errors name the invalid field.
 
-If gRPC parsed them, it would return INTERNAL without a reason.
+If gRPC parsed the messages, it would return INTERNAL without a reason.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def parse(message_type: type[M], raw: bytes) -> M:
 
 
 def read_tokens(metadata: Mapping[str, str | bytes]) -> int:
-    """Return the tokens of one step from a call's metadata, for metrics; 0 if missing or invalid."""
+    """Return the number of tokens of one step from a call's metadata, for metrics; 0 if missing or invalid."""
     text = metadata.get(TOKENS_KEY, "")
     is_number = isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < _MOST_DIGITS
     return int(text) if is_number else 0
@@ -52,7 +52,7 @@ def refuse_unknown_fields(path: str, message: Message) -> None:
     """Raise InvalidInput for unknown fields, so that no field is ignored silently."""
     for unknown in _unknown_fields(message):
         at = path or message.DESCRIPTOR.name
-        raise InvalidInput(f"{at} has the field {unknown.field_number}, which this release does not support", field=at)
+        raise InvalidInput(f"{at}: this release does not support the field {unknown.field_number}", field=at)
     for descriptor, value in message.ListFields():
         if descriptor.message_type is None:
             continue

@@ -1,8 +1,8 @@
 """Cache of replies, for calls with bit-identical inputs.
 
 For expensive stages with repeated inputs, such as text encoders. The cache stores the sent frames, including warnings,
-so that a cached reply is byte-equal to a computed one and its size is exact. The key is a cryptographic digest of all
-inputs. Not thread-safe: use one cache per event loop.
+so that a cached reply is byte-equal to a computed reply, and its exact size is known. The key is a cryptographic digest
+of all inputs. Not thread-safe: use one cache per event loop.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ReplyCache:
         return frames
 
     async def find(self, key: bytes) -> Frames | None:
-        """Return the frames of a reply from this cache or the shared one, and mark it as most recently used."""
+        """Return the frames of a reply from this cache or the shared cache, and mark it as most recently used."""
         frames = self.get(key)
         if frames is None and self._shared is not None and (frames := await self._shared.find(key)) is not None:
             self.put(key, frames)

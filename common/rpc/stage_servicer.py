@@ -74,7 +74,7 @@ class Stages(Protocol):
     contract: Contract
 
     def contract_of(self, variant: str) -> Contract:
-        """Return the contract of a variant; empty for the first. Raises InvalidInput for an unknown name."""
+        """Return the contract of a variant, of the first variant for "". Raises InvalidInput for an unknown name."""
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
         """Compute output artifacts from input artifacts, by slot."""
@@ -99,9 +99,9 @@ class ServicerLimits:
 class StageServicer:
     """Implements the RPC of a stage service.
 
-    Stages, unpacking and packing run on `executor`, whose single thread is the only one that uses the device. Calls
-    with an input stream are sessions: each runs on a separate thread and releases the device while it waits for an item
-    or for its reader, so that sessions alternate item by item. With a `cache`, repeated inputs get the cached reply.
+    Stages, unpacking and packing run on the single thread of `executor`. Calls with an input stream are sessions: each
+    runs on a separate thread and releases the device while it waits for an item or for its reader, so that sessions
+    alternate item by item. One thread at a time uses the device. With a `cache`, repeated inputs get the cached reply.
     With a `watchdog`, a stuck call ends as UNAVAILABLE, and so do new calls until the device thread is free. `model` is
     the model name in log lines. Raises PipelineError if the RPC's messages do not have all slots of the contract.
     """
@@ -246,10 +246,10 @@ class StageServicer:
             chunk, frame = self._parsed(raw)
             if chunk is not None:
                 if assembler is None:
-                    raise InvalidInput(f"a chunk of {chunk.path!r} before the header", field=chunk.path)
+                    raise InvalidInput(f"{chunk.path!r}: a chunk was sent before the header", field=chunk.path)
                 assembler.add(chunk)
             elif header is not None:
-                raise InvalidInput("a second header")
+                raise InvalidInput("the call has a second header")
             else:
                 header = self._checked_header(frame, contract)
                 tensors = described_tensors("", header, self._limits.call)
@@ -284,17 +284,21 @@ class StageServicer:
             while (raw := await self._read(context, waits=not items.is_within_item)) is not None:
                 chunk, frame = self._parsed(raw)
                 if chunk is not None and not items.takes(chunk):
-                    raise InvalidInput(f"a chunk of {chunk.path!r}, which no item describes", field=chunk.path)
+                    raise InvalidInput(
+                        f"{chunk.path!r}: a chunk was sent for a tensor that no item describes", field=chunk.path
+                    )
                 if chunk is None and frame.WhichOneof("frame") != "item":
-                    raise InvalidInput("a frame that is neither item nor chunk after the header")
+                    raise InvalidInput("a frame after the header is neither item nor chunk")
                 item = items.begin(frame.item) if chunk is None else items.add(chunk)
                 if item is not None:
                     if item.index != count:
-                        raise InvalidInput(f"item {item.index} of {slot} was received instead of {count}", field=slot)
+                        raise InvalidInput(
+                            f"{slot}: item {item.index} was received instead of item {count}", field=slot
+                        )
                     count += 1
                     await feed.put(item.packet, item.packet.byte_size)
             if items.is_within_item:
-                raise InvalidInput(f"the call ended within item {count} of {slot}", field=slot)
+                raise InvalidInput(f"{slot}: the call ended within item {count}", field=slot)
         except FleetError as error:
             feed.close(error)
         else:
@@ -316,11 +320,13 @@ class StageServicer:
     def _checked_header(self, frame: Any, contract: Contract) -> Message:
         refuse_unknown_fields("", frame)
         if not frame.HasField("header"):
-            raise InvalidInput("a frame that is neither header nor chunk")
+            raise InvalidInput("the first frame is neither header nor chunk")
         header: Message = frame.header
         present = {descriptor.name for descriptor, _ in header.ListFields()}
         for slot in sorted(present - contract.inputs.keys()):
-            raise InvalidInput(f"{slot} is present, but {contract.name} of this model does not read it", field=slot)
+            raise InvalidInput(
+                f"{slot}: an artifact was sent, but {contract.name} of this model does not read this slot", field=slot
+            )
         for slot in sorted(present & contract.input_streams):
             raise InvalidInput(f"{slot} is a stream; send its items after the header", field=slot)
         for slot in contract.inputs:

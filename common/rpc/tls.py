@@ -112,7 +112,9 @@ def mutual_of(settings: TlsSettings) -> Mutual | None:
     if settings.tls_ca is None:
         return None
     if identity is None:
-        raise InvalidInput("tls_ca is set without tls_cert and tls_key, which mutual TLS requires", field="tls_cert")
+        raise InvalidInput(
+            "tls_ca is set without tls_cert and tls_key, which mutual TLS requires; set all three", field="tls_cert"
+        )
     return Mutual(identity, read_authority(settings.tls_ca))
 
 

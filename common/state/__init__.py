@@ -1,1 +1,1 @@
-"""Request state in Redis: records, events, results, workers, slots."""
+"""State of the fleet in Redis: requests, events, results, workers and worker slots."""

@@ -16,7 +16,7 @@ def check_admitted(reply: Sequence[Any], record: generation_pb2.RequestRecord) -
         case b"late":
             clock = timestamp_of(int(reply[1])).ToJsonString()
             raise InvalidInput(
-                f"deadline {record.deadline.ToJsonString()} has passed: the fleet's clock reads {clock}",
+                f"deadline: {record.deadline.ToJsonString()} is not in the future; the fleet's clock reads {clock}",
                 field="deadline",
             )
         case b"crowded":

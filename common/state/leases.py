@@ -20,7 +20,7 @@ from common.state.redis_client import Redis
 from fleet.v1 import generation_pb2
 
 _MOST_AT_ONCE = 50
-_KEPT_MS = 3_600_000
+_KEPT_MS = 3_600_000  # TTL of a step checkpoint
 _BATCH_BYTES = 8 << 20
 
 

@@ -1,8 +1,8 @@
 """Heartbeat of a coordinator, and its pub/sub channel for messages of the store.
 
-While the heartbeat is valid, the coordinator's slots and queued claims are valid. The channel delivers grants of slots
-and cancellations of requests. A message that is lost with a connection is recovered: a grant by the next claim
-operation, a cancellation by the next take_over operation.
+While the heartbeat is valid, the coordinator's worker slots and queued claims are valid. The channel delivers grants of
+worker slots and cancellations of requests. A message that is lost with a connection is recovered: a grant by the next
+claim operation, a cancellation by the next take_over operation.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Presence:
         await subscribed.wait()
 
     async def stop(self) -> None:
-        """Stop heartbeats. The slots and queued claims of the coordinator are released."""
+        """Stop heartbeats. The worker slots and queued claims of the coordinator are released."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -88,7 +88,7 @@ class Presence:
             except Unavailable as error:
                 _log.warning("heartbeat failed", error=error)
             except InternalError:
-                # Continue: if heartbeats stopped, other coordinators would take over the requests of this one.
+                # Continue: if heartbeats stopped, other coordinators would take over the requests of this coordinator.
                 _log.exception("heartbeat failed")
 
     async def _listen(self, subscribed: asyncio.Event) -> None:

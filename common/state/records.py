@@ -81,7 +81,9 @@ def require_succeeded(record: generation_pb2.RequestRecord) -> None:
     if record.state != State.REQUEST_STATE_SUCCEEDED:
         name = State.Name(record.state).removeprefix("REQUEST_STATE_")
         why = f" ({record.error.code}: {record.error.message})" if record.HasField("error") else ""
-        raise FailedPrecondition(f"request {record.request_id} is {name}{why}; only one that SUCCEEDED has a result")
+        raise FailedPrecondition(
+            f"request {record.request_id} is {name}{why}; only a request that SUCCEEDED has a result"
+        )
 
 
 def unknown_request(request_id: str, record_seconds: float) -> NotFound:
@@ -110,7 +112,7 @@ def timestamp_of(milliseconds: int) -> Timestamp:
 
 
 def with_ids(events: Sequence[generation_pb2.Event], ids: Sequence[bytes]) -> list[generation_pb2.Event]:
-    """Return events with the ids that the store has assigned; empty without ids."""
+    """Return events with the ids that the store has assigned; an empty list without ids."""
     return [read_event(each.decode(), event.SerializeToString()) for event, each in zip(events, ids, strict=False)]
 
 

@@ -1,7 +1,8 @@
 """Runs operations of the script and waits until replicas acknowledge them, for failovers.
 
 WAIT covers the writes of its own connection. It is therefore sent in the same pipeline as the operation, on one
-connection. On another connection, it could reach the new primary after a failover, which does not have the write.
+connection. On another connection, WAIT could reach the new primary after a failover, and the new primary may lack the
+write.
 """
 
 from __future__ import annotations

@@ -115,7 +115,8 @@ class RequestStore:
     `items`: bytes of streamed results. `timelines`: timelines of requests.
 
     admit() and finish() return once `replicas` replicas of the store have acknowledged the write. They raise
-    Unavailable if fewer do. The write may have been applied nevertheless: retry with the same arguments.
+    Unavailable if fewer replicas acknowledge it. The write may have been applied nevertheless: retry with the same
+    arguments.
     """
 
     def __init__(
@@ -221,7 +222,7 @@ class RequestStore:
         """
         wanted = checked_page_size(page_size)
         if page_token and not (page_token.isascii() and page_token.isdigit() and len(page_token) < 16):
-            raise InvalidInput(f"page_token {page_token!r} is not the token of an earlier page", field="page_token")
+            raise InvalidInput(f"page_token: {page_token!r} is not the token of an earlier page", field="page_token")
         below = f"({page_token}" if page_token else "+inf"
         found: list[generation_pb2.RequestRecord] = []
         last, size = "", 0
@@ -413,7 +414,7 @@ class RequestStore:
     async def stored_events(self, request_id: str, after: str = "") -> AsyncGenerator[StoredEvent, None]:
         """Yield the events as events(), each with its epoch."""
         if after and not _EVENT_ID.fullmatch(after):
-            raise InvalidInput(f"after_event_id {after!r} is not the id of an event", field="after_event_id")
+            raise InvalidInput(f"after_event_id: {after!r} is not the id of an event", field="after_event_id")
         last = after or "0-0"
         rows, over = await self._history(request_id, last)
         while True:
@@ -473,7 +474,7 @@ def _milliseconds(seconds: float) -> int:
 def checked_page_size(size: int) -> int:
     """Return the maximum number of records of a page; 0 is the default. Raises InvalidInput above MAX_PAGE."""
     if not 0 <= size <= MAX_PAGE:
-        raise InvalidInput(f"page_size is {size}; it must be at most {MAX_PAGE}", field="page_size")
+        raise InvalidInput(f"page_size: {size} is not from 0 to {MAX_PAGE}; {_DEFAULT_PAGE} works", field="page_size")
     return size or _DEFAULT_PAGE
 
 

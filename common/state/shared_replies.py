@@ -21,7 +21,8 @@ from common.rpc.replies import Frames
 from common.state.connection import PREFIX, Arguments, command, run_script, store_errors
 from common.state.redis_client import Redis
 
-# Assumed duration of a fetch before the first measurement: Redis on another host sends 8 MiB in about 10 ms.
+# Assumed duration of a fetch before the first measurement: constant part, and duration per byte. Redis on another host
+# sends 8 MiB in about 10 ms.
 _FETCH_SECONDS, _FETCH_SECONDS_A_BYTE = 0.001, 10e-3 / (8 << 20)
 _NEWEST = 0.2  # weight of the latest measurement in the moving averages
 _PARTS_MS = 60_000  # TTL of the parts of an incomplete reply
@@ -69,7 +70,7 @@ class SharedReplies:
         return self._computing is not None and self._computing >= self._gain * self._fetching
 
     async def find(self, key: bytes) -> Frames | None:
-        """Return a stored reply; None if there is none or fetching takes longer than computing."""
+        """Return a stored reply; None if no reply is stored, `pays` is False, or fetches fail."""
         if not self.pays or self._computing is None or time.monotonic() < self._not_before:
             return None
         began = time.monotonic()

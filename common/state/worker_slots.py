@@ -1,10 +1,10 @@
 """Worker slots: permits to run one request on one worker of a service.
 
-Slots are granted by priority, then by fair queueing over callers, then by deadline and arrival of each caller's
+Worker slots are granted by priority, then by fair queueing over callers, then by deadline and arrival of each caller's
 requests.
 
-The store grants a released slot directly to the next claim and publishes the grant. In addition, waiting claims are
-repeated at a low rate, which recovers from lost messages, lost workers and lost coordinators.
+The store grants a released worker slot directly to the next claim and publishes the grant. In addition, waiting claims
+are repeated at a low rate, which recovers from lost messages, lost workers and lost coordinators.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _log = get_logger(__name__)
 
 
 class NoWorkers(Unavailable):
-    """No live worker serves the service of the model, or none can run the request."""
+    """No live worker serves the service of the model, or no live worker can run the request."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ class _Claim:
 
 
 class WorkerSlots:
-    """Claims and releases slots for one coordinator. Start the coordinator's Presence first."""
+    """Claims and releases worker slots for one coordinator. Start the coordinator's Presence first."""
 
     def __init__(self, redis: Redis, presence: Presence, *, ask_again_seconds: float = _ASK_AGAIN_SECONDS) -> None:
         self._redis = redis
         self._owner = presence.owner
         self._ask_again_seconds = ask_again_seconds
         self._waiting: dict[str, asyncio.Future[bytes]] = {}
-        self._tickets: set[str] = set()  # tickets that wait, hold a slot, or are being released
+        self._tickets: set[str] = set()  # tickets that wait, hold a worker slot, or are being released
         self._numbers = itertools.count()
         self._releases: set[asyncio.Task[None]] = set()
         presence.on_grant = self._granted
@@ -123,14 +123,14 @@ class WorkerSlots:
         wiring: Wiring | None = None,
         on_no_workers: Callable[[str], None] = _ignore,
     ) -> WorkerSlot:
-        """Wait for a slot. One round trip if a slot is free. Cancellation removes the claim from the queue.
+        """Wait for a worker slot; one round trip if one is free. Cancellation removes the claim from the queue.
 
         `patience_seconds`: raise NoWorkers after this time without a compatible live worker; None to wait forever.
-        `alone`: claim all slots of one idle worker.
+        `alone`: claim all worker slots of one idle worker.
         `first`: schedule the claim before other claims of its priority; for a request that was handed over.
         `equal_to`: numerics fingerprint of the request's step checkpoint. While a worker with this fingerprint is live,
         the claim waits for it.
-        `wiring`: only workers that fit it are granted.
+        `wiring`: only worker slots of workers that fit the wiring are granted.
         `on_no_workers`: called when no compatible worker is live, with the fault of one incompatible worker or "".
 
         While the store is unavailable, the claim is retried.
@@ -150,13 +150,14 @@ class WorkerSlots:
             fault = fault_of(slot.worker, wiring) if wiring else ""
             if not fault:
                 return slot
-            # A process of the previous release granted the slot without comparing contracts. Retry before other claims.
-            _log.info("slot of an incompatible worker returned", worker=slot.worker.worker_id, fault=fault)
+            # A process of the previous release granted the worker slot without comparing contracts. Retry before other
+            # claims.
+            _log.info("worker slot of an incompatible worker released", worker=slot.worker.worker_id, fault=fault)
             first = True
             await self._refuse(slot)
 
     async def _refuse(self, slot: WorkerSlot) -> None:
-        """Release a slot, and avoid its worker for a pause."""
+        """Release a worker slot, and avoid its worker for a pause."""
         try:
             await self.avoid(slot.worker.worker_id)
         except Unavailable as error:
@@ -226,10 +227,10 @@ class WorkerSlots:
         return int(pause_ms) / 1_000
 
     def release(self, slot: WorkerSlot, used_seconds: float = 0.0, computed: Computed | None = None) -> None:
-        """Release a slot in the background, retried while the store is unavailable.
+        """Release a worker slot in the background, retried while the store is unavailable.
 
-        `used_seconds`: time for which a successful request held the slot, from which the pace is measured; 0 if it
-        failed.
+        `used_seconds`: time for which a successful request held the worker slot, from which the pace is measured; 0
+        if the request failed.
         `computed`: compute seconds, if the worker reported them.
         """
         self._release(slot.ticket, slot.place, used_seconds, computed)
@@ -256,9 +257,9 @@ class WorkerSlots:
         self._tickets.discard(ticket)
 
     async def give_back_unknown(self, model: str, service: str) -> None:
-        """Release stored slots and claims of this coordinator that this process does not know. Raises Unavailable.
+        """Release stored worker slots and claims of this coordinator that this process does not know.
 
-        They exist if the store received a claim after the claiming task had ended.
+        They exist if the store received a claim after the claiming task had ended. Raises Unavailable.
         """
         place = f"{model}/{service}"
         known = set(self._tickets)  # includes tickets that are released before the reply is read
@@ -272,7 +273,7 @@ class WorkerSlots:
         await asyncio.gather(*self._releases)
 
     async def close(self) -> None:
-        """Wait up to 1 s for pending releases, then cancel them. Their slots are released with the heartbeat."""
+        """Wait up to 1 s for pending releases, then cancel them. Their worker slots are released with the heartbeat."""
         if self._releases:
             await asyncio.wait(self._releases, timeout=_CLOSE_SECONDS)
         for release in self._releases:

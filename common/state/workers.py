@@ -32,7 +32,7 @@ class Incompatible(NamedTuple):
 
 
 class ServiceLoad(NamedTuple):
-    """Live workers of one service of a model, the number of taken slots, and the number of waiting claims.
+    """Live workers of one service of a model, the number of taken worker slots, and the number of waiting claims.
 
     `dead`: workers that were lost in the last 10 minutes and have not registered again. `workers` does not contain
     workers that are `incompatible` with all variants.
@@ -79,8 +79,8 @@ class WorkerRegistry:
         reply = await run_script(self._redis, "declare", arguments)
         if reply[0] == b"fingerprint":
             raise FailedPrecondition(
-                f"the fleet serves {model} from a checkpoint with fingerprint {reply[1].decode()}, this one has "
-                f"{fingerprint}; serve it under another name, or stop the others first",
+                f"the fleet serves {model} from a checkpoint with fingerprint {reply[1].decode()}, this checkpoint "
+                f"has {fingerprint}; serve it under another name, or stop the processes of the other checkpoint first",
                 field="model_fingerprint",
             )
 
@@ -92,7 +92,9 @@ class WorkerRegistry:
         """
         for name, value in (("worker_id", info.worker_id), ("model", info.model), ("service", info.service)):
             if not value or any(sign in value for sign in "|/\n"):
-                raise InvalidInput(f"{name} {value!r} must be a name without '|' and '/'", field=name)
+                raise InvalidInput(
+                    f"{name}: {value!r} is not a non-empty name without '|', '/' and line breaks", field=name
+                )
         await self._announce(info)
         self._stop_heartbeats(info.worker_id)
         self._heartbeats[info.worker_id] = asyncio.create_task(self._send_heartbeats(info, is_able))
@@ -164,7 +166,7 @@ class WorkerRegistry:
         await run_on_leaving(self._redis, "leaving", {"worker": worker_id, "lasts": lasts})
 
     async def free_slots(self, info: worker_pb2.WorkerInfo) -> int:
-        """Return the number of free slots of live workers of the same service that compute the same bytes.
+        """Return the number of free worker slots of live workers of the same service that compute the same bytes.
 
         These workers have an equal numerics fingerprint and an equal contract. Returns 0 without a numerics
         fingerprint.
@@ -183,7 +185,7 @@ class WorkerRegistry:
         return (await self.load(model, service)).workers
 
     async def load(self, model: str, service: str, wirings: Sequence[Wiring] = ()) -> ServiceLoad:
-        """Return the load of a service of a model, from workers that fit one of `wirings`; if empty, from all."""
+        """Return the load of a service's workers that fit one of `wirings`; of all workers if `wirings` is empty."""
         arguments: Arguments = {"place": f"{model}/{service}", "wirings": [wiring.text for wiring in wirings]}
         infos, *counts, faults = await run_script(self._redis, "status", arguments)
         workers = [worker_pb2.WorkerInfo.FromString(info) for info in infos]

@@ -197,7 +197,7 @@ def test_download_of_an_unsuccessful_request_fails(unsynced_url: str, state: pb.
         await owner.deliver(b"first")
         await follower.receive(0, 5)
         await owner.end(state, pb.Error(code="INTERNAL", message="a defect"))
-        with pytest.raises(grpc.aio.AioRpcError, match=r"INTERNAL: a defect\); only one that SUCCEEDED") as caught:
+        with pytest.raises(grpc.aio.AioRpcError, match=r"a defect\); only a request that SUCCEEDED") as caught:
             await follower.rest()
         assert error_of(caught.value)[0] == "FAILED_PRECONDITION"
 

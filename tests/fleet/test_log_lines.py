@@ -287,7 +287,7 @@ def test_lines_of_interleaved_requests_have_their_own_request_id(store_url: str,
         assert line["request_id"] == line["of"]
         assert (line["trace_id"], line["model"], line["stage"]) == (TRACE_ID, "emoji", "decoding")
         assert line["attempt"] == 1
-    failed = [line for line in lines.all() if line["event"] == "call failed by a defect"]
+    failed = [line for line in lines.all() if line["event"] == "call failed with an unexpected exception"]
     assert len(failed) == 2
     for line in failed:
         assert line["exception"].endswith(f"ZeroDivisionError: {line['request_id']}")
@@ -336,7 +336,7 @@ def test_prompt_in_an_error_is_redacted(store_url: str, lines: Lines, kind: type
     assert line["code"] == ("INTERNAL" if kind is ValueError else "INVALID_ARGUMENT")
     if kind is ValueError:
         assert line["error"] == "ValueError: cannot read [hidden]"
-        (failed,) = [line for line in lines.all() if line["event"] == "call failed by a defect"]
+        (failed,) = [line for line in lines.all() if line["event"] == "call failed with an unexpected exception"]
         assert failed["exception"].endswith("ValueError: cannot read [hidden]")
     assert "canary" not in lines.text
 

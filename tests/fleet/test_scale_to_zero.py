@@ -78,6 +78,6 @@ def test_worker_with_another_checkpoint_is_refused_and_listed(
         lines = capsys.readouterr().out.splitlines()
         (line,) = [line for line in lines if other.worker_id in line]
         assert line.split()[:3] == ["emoji", "denoising", other.worker_id]
-        assert f"this one has {other.model_fingerprint}" in line
+        assert f"this checkpoint has {other.model_fingerprint}" in line
 
     run_on_fleet(store_url, scenario)

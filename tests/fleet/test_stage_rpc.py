@@ -256,7 +256,7 @@ def test_buffers_are_reused_and_never_shared() -> None:
 
 def test_unread_and_missing_slots_are_refused() -> None:
     async def test(stage: Served) -> None:
-        with pytest.raises(InvalidInput, match="canvas is present, but") as caught:
+        with pytest.raises(InvalidInput, match="canvas: an artifact was sent, but") as caught:
             await stage.runner()(packets(canvas=CANVAS), stage.recorded.call())
         assert caught.value.field == "canvas"
         for slot in ("sampling", "initial_latents"):

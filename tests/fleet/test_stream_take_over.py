@@ -330,7 +330,7 @@ def test_a_cancelled_request_ends_its_followers(store_url: str, tmp_path: Path) 
             following = asyncio.create_task(follow(stub, request_id, received))
             await wait_until_received(received, delivered_before(2))
             await client.cancel(request_id)
-            with pytest.raises(grpc.aio.AioRpcError, match="CANCELLED; only one that SUCCEEDED") as caught:
+            with pytest.raises(grpc.aio.AioRpcError, match="CANCELLED; only a request that SUCCEEDED") as caught:
                 await following
             assert error_of(caught.value)[0] == "FAILED_PRECONDITION"
             with pytest.raises(RequestFailed, match="was cancelled"):

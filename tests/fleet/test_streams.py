@@ -315,8 +315,8 @@ def test_invalid_items_are_refused_with_their_names() -> None:
                 ((header, header), "neither item nor chunk"),
                 ((header, chunk), "no item describes"),
                 ((header, item, item), "starts before"),
-                ((header, item), "ended within item 0"),
-                ((header, whole, later), "item 2 of denoised_blocks was received instead of 1"),
+                ((header, item), "denoised_blocks: the call ended within item 0"),
+                ((header, whole, later), "denoised_blocks: item 2 was received instead of item 1"),
                 ((header, other), "no stream of this call"),
                 ((header, wrong), "has denoise_state"),
             ):

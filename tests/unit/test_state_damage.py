@@ -246,6 +246,6 @@ def test_a_failure_is_one_line_without_a_traceback(store: Store) -> None:
     store.redis.hset(f"fleet:work:{MODEL}/denoising", "ann", "many")
     with pytest.raises(ResponseError) as caught:
         store.run("admit", admission("new", "c-1", "ann", costs={"denoising": 5}))
-    assert str(caught.value).startswith("FLEETSTORE admit cannot use what the store holds: ERR hash value is not an")
+    assert str(caught.value).startswith("FLEETSTORE admit cannot process the stored data: ERR hash value is not an")
     with pytest.raises(ResponseError, match=r"^FLEETCALL no_such is not an operation$"):
         store.run("no_such", {})

@@ -105,7 +105,7 @@ def test_refusals_are_bounded_in_number_and_time(each_store_url: str) -> None:
         assert len(refused) == await redis.hlen("fleet:refused:emoji") == 16
         newest = next(each for each in refused if each.model_fingerprint == "g19")
         assert newest.worker_id == "w19"
-        assert "fingerprint f, this one has g19" in newest.reason
+        assert "fingerprint f, this checkpoint has g19" in newest.reason
         assert 0 < await redis.pttl("fleet:refused:emoji") <= 600_000
         await redis.hset("fleet:refused:emoji", "denoising|old", "1|w|long ago")
         assert "old" not in [each.model_fingerprint for each in await registry.refusals("emoji")]

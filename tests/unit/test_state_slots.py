@@ -450,7 +450,7 @@ def test_all_workers_of_a_model_serve_one_checkpoint(each_store_url: str) -> Non
         registry = WorkerRegistry(redis)
         await registry.declare("emoji", "f")
         await registry.announce(worker("w"))
-        with pytest.raises(FailedPrecondition, match="fingerprint f, this one has other") as caught:
+        with pytest.raises(FailedPrecondition, match="fingerprint f, this checkpoint has other") as caught:
             await registry.announce(worker("x", fingerprint="other"))
         assert caught.value.field == "model_fingerprint"
         assert [each.worker_id for each in await registry.live("emoji", "denoising")] == ["w"]

@@ -2,7 +2,7 @@
 -- index of requests: the cost depends on the number of worker slots, the number of requested records and the bounds
 -- below.
 
-local MOST_OPEN = 200  -- open requests that are sampled in addition to those with a slot or at the head of a queue
+local MOST_OPEN = 200  -- random open requests, in addition to requests with a worker slot or at a queue's head
 local MOST_OPEN_OF_CALLER = 500  -- open requests of one caller that are read
 local MOST_NEWEST = 200  -- latest entries of the index that are searched for ended requests
 local MOST_CALLERS = 64  -- callers of one rank that the estimate of a queue position distinguishes
@@ -30,7 +30,7 @@ local function callers_of(place, rank)
   return found, rest
 end
 
--- Estimates how many claims are granted before this one: all claims of higher ranks, the caller's own earlier claims,
+-- Estimates how many claims are granted before this claim: all claims of higher ranks, the caller's own earlier claims,
 -- and for each other caller of this rank as many claims as round-robin order grants. Later claims are not considered.
 local function claims_before(place, claim, ranks)
   local queue, rank = P .. 'queue:' .. place, claim.rank
@@ -47,8 +47,8 @@ local function claims_before(place, claim, ranks)
   return before
 end
 
--- Returns whether the coordinator avoids all compatible workers with free slots, and the number of compatible live
--- workers.
+-- Returns whether the coordinator avoids all compatible workers with free worker slots, and the number of compatible
+-- live workers.
 local function workers_for(place, claim, known)
   local digest = wiring_of(claim.ticket)
   local key = table.concat({ place, claim.owner, digest or '' }, '|')
@@ -62,7 +62,8 @@ local function workers_for(place, claim, known)
   return known[key]
 end
 
--- Returns the activity of a request at a service, from its latest ticket: kind, worker, start in ms, claims before it.
+-- Returns the activity of a request at a service, from its latest ticket: kind, worker, start in ms, claims before its
+-- claim, number of compatible live workers.
 -- Returns nil if the request does not need the service now, or if the ticket is of a previous coordinator.
 local function activity_at(place, request, ticket, is_needed, walk)
   if string.match(ticket, '^[^/]*/([^/]*)') ~= request.owner then
@@ -150,7 +151,7 @@ local function head_ids(place, most)
 end
 
 -- Returns distinct ids of open requests. For a caller: a random sample of its open requests. Else: the requests with a
--- slot, the heads of the queues, and a random sample of all open requests.
+-- worker slot, the heads of the queues, and a random sample of all open requests.
 local function open_ids(a, models, most)
   local found, seen = {}, {}
   local function add(ids)
@@ -207,7 +208,7 @@ local function grouped(requests)
   return groups
 end
 
--- Selects at most `most` requests, round-robin over the groups, so that a large group does not displace the others.
+-- Selects at most `most` requests, round-robin over the groups, so that a large group displaces no other group.
 local function chosen(groups, most)
   local counts, left = { 0, 0, 0, 0 }, most
   local is_more = true
@@ -244,9 +245,10 @@ local function newest_ended(caller, models, most)
   return found
 end
 
--- Returns the current time in ms and at most `most` requests: open requests, then the latest ended ones. Each row has
--- the snapshot and the activities of a request. An activity is: kind, service, worker, start in ms, claims before it,
--- compatible live workers of a waiting one, fields `work` and `done`. Numbers that do not apply are -1.
+-- Returns the current time in ms and at most `most` requests: open requests, then the latest ended requests. Each row
+-- has the snapshot and the activities of a request. An activity is: kind, service, worker, start in ms, claims before
+-- its claim, number of compatible live workers if its claim waits, fields `work` and `done`. Numbers that do not apply
+-- are -1.
 takes.activities = {
   'caller',   -- name of the caller, '' for all callers
   'most',

@@ -66,7 +66,7 @@ local function overload(model, variant, caller, costs, open, max_work, wirings)
   return nil, int(more)
 end
 
--- Removes ended requests whose records have expired from the index.
+-- Removes ended requests from the index once their records have expired.
 local function prune_index()
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'ended', '-inf', int(now), 'LIMIT', 0, 100)) do
     redis.call('ZREM', P .. 'ended', id)
@@ -74,8 +74,8 @@ local function prune_index()
   end
 end
 
--- Stores a request, unless its idempotency key or its id is known. A refusal contains the retry delay in ms. A full
--- store still returns requests that it has admitted before.
+-- Stores a request, unless its idempotency key or its id is known. Refusals except `late` and `memory` contain the
+-- retry delay in ms. A full store still returns requests that it has admitted before.
 takes.admit = {
   'id', 'model', 'caller', 'owner',
   'variant',               -- or ''

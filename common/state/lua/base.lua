@@ -1,71 +1,107 @@
 -- Atomic operations on the fleet's shared state. The files of this directory form one Redis script, concatenated in the
--- order of SCRIPT_FILES in common/state/connection.py. ARGV[1] is the operation; its arguments follow as NAME VALUE pairs.
+-- order of SCRIPT_FILES in common/state/connection.py. ARGV[1] is the operation; its arguments follow as pairs of
+-- NAME and VALUE.
 --
 -- Protobuf messages are stored serialised and never parsed here. Two concatenated messages of one type parse as their
 -- merge, so `extra` is appended to a record. All times are of this server's clock, in ms since 1970.
 --
--- Terms: a `place` is the queue of one service of one model, named model/service. A `claim` waits there for a slot on a
--- worker; its `ticket` is its id. A `rank` is the queue class of a claim: its priority, and whether it was handed over.
+-- Terms: a `place` is the queue of one service of one model, named model/service. A worker slot is the right to run one
+-- request on a worker; a `slot` of a contract or a wiring is the name of an artifact. A `claim` waits at a place for a
+-- worker slot; its `ticket` is its id. A `rank` is the queue class of a claim: its priority, and whether its request
+-- was handed over.
 --
---   fleet:request:<id>             hash   record, extra, state, created, updated, model, owner, epoch, cancel, key, caller, variant,
---                                         token
---                                         and, until the request ends: submission, deaths (its calls that were lost with their worker,
---                                         one line each), point (key of the latest step checkpoint), reached (step of that
---                                         checkpoint), told (number and ids of the latest appended events), left:<service> (cost of
---                                         the request at that service, until the service has finished the request),
---                                         work:<service> (steps|tokens of a step|shape of its work there), done:<service>
---                                         (fraction of that work that is done), ticket:<service> (of its latest claim there)
---   fleet:events:<id>              stream fields `event`, and `epoch` of the owner that added it, '' for another writer
---   fleet:timeline:<id>            list   timeline entries ms|kind|service|worker|number, the latest 256
+--   fleet:request:<id>                    hash   record, extra, state, created, updated, model, owner, epoch, cancel,
+--                                                key, caller, variant, token; and, until the request ends:
+--                                                - submission
+--                                                - deaths: calls of the request that were lost with their worker, one
+--                                                  line each
+--                                                - point: key of the latest step checkpoint
+--                                                - reached: step of that step checkpoint
+--                                                - told (number and ids of the latest appended events)
+--                                                - left:<service>: cost of the request at that service, until the
+--                                                  service has finished the request
+--                                                - work:<service>: steps|tokens of a step|shape of the request's work
+--                                                  at that service
+--                                                - done:<service>: fraction of that work that is done
+--                                                - ticket:<service>: ticket of the request's latest claim at that
+--                                                  service
+--   fleet:events:<id>                     stream fields `event`, and `epoch` of the owner that added the event, '' for
+--                                                another writer
+--   fleet:timeline:<id>                   list   timeline entries ms|kind|service|worker|number, the latest 256
 --   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
---   fleet:item:<id>:<epoch>:<item>:<n>  string a chunk of an item of a streamed result; valid if an event refers to it
+--   fleet:item:<id>:<epoch>:<item>:<n>    string a chunk of an item of a streamed result; valid if an event refers to
+--                                                the item
 --   fleet:checkpoint:<id>:<epoch>-<n>     hash   a step checkpoint by part: 0 its origin, 1 its header, then its chunks
---   fleet:idempotency:<key>        string request id
---   fleet:requests, fleet:ended    zset   ids by sequence number; ended ids by the time their record expires
---   fleet:open:<model>             set    ids that have not ended
---   fleet:open-by:<caller>         set    ids of a named caller that have not ended
---   fleet:model:<model>            hash   fingerprint, and contract:<service> of processes of the previous release
---   fleet:older:<model>/<svc>      string contract:<service> of the previous release, while one of its processes may live
---   fleet:worker:<id>              hash   info, places (its capacity), capacity (equal to places, or 0 if coordinators of the
---                                         previous release must not call it), model, service, granted, lasts (heartbeat TTL in ms),
---                                         numerics (its numerics fingerprint), contract
---   fleet:contracts:<model>/<svc>  hash   worker -> digest of its contract
---   fleet:wirings:<model>/<svc>    hash   digest -> wiring of claims: the slots that their coordinators supply and read
---   fleet:workers:<model>/<svc>    zset   worker ids by the time at which their heartbeat expires
---   fleet:live:<model>/<svc>       hash   worker -> capacity|granted|numerics, a copy that one command reads for all workers
---   fleet:refused:<model>          hash   service|fingerprint -> time, worker id and reason of the latest such refusal
---   fleet:leaving:<id>             string exists while a worker shuts down
---   fleet:lost:<model>/<svc>       zset   ids of workers that were lost in the last 10 minutes, by time of loss
---   fleet:accused:<id>             set    requests that lost a call with that worker, while the loss is undecided
---   fleet:avoided:<owner>          hash   worker -> time until which that coordinator does not call it|length of the pause
---   fleet:queue:<model>/<svc>      zset   rank | caller | deadline and number | cost | ticket | owner, in lexical order
---   fleet:waiting:<model>/<svc>    hash   ticket -> its entry in the queue
---   fleet:load:<model>/<svc>       zset   live worker -> load score, see load_score() in slot_index.lua
---   fleet:indexed:<model>/<svc>    hash   exists while fleet:load is valid: capacity (of all workers), owners (of slots),
---                                         hidden (workers that the previous release must not call), fit:<digest of a wiring>
---                                         (capacity|number|fault of the workers that fit, then ids of the other workers)
---   fleet:rechecked:<model>/<svc>  string rate limit: exists for RECHECK_MS after a waiting claim was repeated
---   fleet:shares:<model>/<svc>|<rank>  zset   caller -> virtual finish time of its latest claim, '|' -> virtual time
---   fleet:slots:<model>/<svc>      hash   ticket -> worker|owner|cost|time of the grant
---   fleet:pace:<model>/<svc>       string decaying sums over the latest requests: ms that they held slots, and their cost
---   fleet:pace:<model>/<svc>@<variant>  string the same sums over the requests of one variant
---   fleet:paces:<model>/<svc>      hash   shape -> compute seconds, number of steps, tokens of a step, time of measurement
---   fleet:work:<model>/<svc>       hash   caller, or caller|variant -> cost of open requests that still need the service
---   fleet:needed:<model>/<svc>     string time at which a request last stopped needing the service
---   fleet:reply:<name>             list   a reply that workers share: its checksum, then its frames
---   fleet:replies, fleet:reply-sizes   zset, hash   names of shared replies by time of expiry; their sizes in bytes
---   fleet:coordinator:<owner>      string exists while the coordinator's heartbeat is valid; also the name of its channel
---   fleet:resigned:<owner>         string exists for a day after the coordinator has shut down
---   fleet:repairs                  hash   kind of damage -> how often an operation found and removed it
+--   fleet:idempotency:<key>               string request id
+--   fleet:sequence                        string the latest number of a request or of a queue entry
+--   fleet:requests                        zset   ids of all requests by sequence number
+--   fleet:ended                           zset   ids of ended requests by the time at which their record expires
+--   fleet:open:<model>                    set    ids of requests that have not ended
+--   fleet:open-by:<caller>                set    ids of a named caller's requests that have not ended
+--   fleet:model:<model>                   hash   fingerprint, and contract:<service> of processes of the previous
+--                                                release
+--   fleet:older:<model>/<svc>             string contract:<service> of the previous release, while a process of that
+--                                                release may live
+--   fleet:worker:<id>                     hash   - info, model, service, contract
+--                                                - numerics: numerics fingerprint
+--                                                - lasts: heartbeat TTL in ms
+--                                                - granted: number of claims granted so far
+--                                                - places: capacity of the worker
+--                                                - capacity: equal to places, or 0 if coordinators of the previous
+--                                                  release must not call the worker
+--   fleet:contracts:<model>/<svc>         hash   worker -> digest of its contract
+--   fleet:wirings:<model>/<svc>           hash   digest -> wiring of claims: the slots that their coordinators supply
+--                                                and read
+--   fleet:workers:<model>/<svc>           zset   worker ids by the time at which their heartbeat expires
+--   fleet:live:<model>/<svc>              hash   worker -> capacity|granted|numerics, copied from fleet:worker so that
+--                                                one command reads these fields of all workers
+--   fleet:refused:<model>                 hash   service|fingerprint -> time, worker id and reason of the latest such
+--                                                refusal
+--   fleet:leaving:<id>                    string exists while a worker shuts down
+--   fleet:lost:<model>/<svc>              zset   ids of workers that were lost in the last 10 minutes, by time of loss
+--   fleet:accused:<id>                    set    requests that lost a call with that worker, while the loss is
+--                                                undecided
+--   fleet:avoided:<owner>                 hash   worker -> time until which that coordinator does not call it|length of
+--                                                the pause
+--   fleet:queue:<model>/<svc>             zset   rank | caller | deadline and number | cost | ticket | owner, in
+--                                                lexical order
+--   fleet:waiting:<model>/<svc>           hash   ticket -> its entry in the queue
+--   fleet:load:<model>/<svc>              zset   live worker -> load score, see load_score() in slot_index.lua
+--   fleet:indexed:<model>/<svc>           hash   exists while fleet:load is valid:
+--                                                - capacity: total capacity of the workers that are not hidden
+--                                                - owners: coordinators that hold worker slots
+--                                                - hidden: number of workers that the previous release must not call
+--                                                - fit:<digest of a wiring>: capacity and number of the workers that
+--                                                  fit, and the fault of one other worker, separated by |; then
+--                                                  the ids of all other workers
+--   fleet:rechecked:<model>/<svc>         string rate limit: exists for RECHECK_MS after a waiting claim was repeated
+--   fleet:shares:<model>/<svc>|<rank>     zset   caller -> virtual finish time of its latest claim, '|' -> virtual time
+--   fleet:slots:<model>/<svc>             hash   taken worker slots: ticket -> worker|owner|cost|time of the grant
+--   fleet:pace:<model>/<svc>              string decaying sums over the latest requests: ms for which the requests held
+--                                                worker slots, and cost of the requests
+--   fleet:pace:<model>/<svc>@<variant>    string the same sums over the requests of one variant
+--   fleet:paces:<model>/<svc>             hash   shape -> compute seconds, number of steps, tokens of a step, time of
+--                                                measurement
+--   fleet:work:<model>/<svc>              hash   caller, or caller|variant -> cost of open requests that still need the
+--                                                service
+--   fleet:needed:<model>/<svc>            string time at which a request last stopped needing the service
+--   fleet:reply:<name>                    list   a reply that workers share: its checksum, then its frames
+--   fleet:reply-parts:<random>            list   the same list while it is written
+--   fleet:replies                         zset   names of shared replies by time of expiry
+--   fleet:reply-sizes                     hash   name of a shared reply -> its size in bytes
+--   fleet:coordinator:<owner>             string exists while the coordinator's heartbeat is valid; also the name of
+--                                                its channel
+--   fleet:resigned:<owner>                string exists for a day after the coordinator has shut down
+--   fleet:repairs                         hash   kind of damage -> how often an operation found and removed it
 --
 -- Keys may be missing, evicted, restored from an older copy or of another type. Therefore no loop relies on two keys
 -- being consistent: each loop iterates over values that it has read, or at most once per entry of a key. An entry whose
 -- counterpart is missing is removed and counted in fleet:repairs.
 --
 -- A coordinator's heartbeat is its lease on all requests that it owns. `epoch` is the fencing token: it grows with each
--- change of the owner, and writes with another epoch are refused. Callers repeat an operation if its reply is lost, and a
--- network may deliver an operation after its caller's timeout: every operation is idempotent, and harmless when
--- it arrives late.
+-- change of the owner, and writes with another epoch are refused. Callers repeat an operation if its reply is lost, and
+-- a network may deliver an operation after its caller's timeout: every operation is idempotent, and harmless when it
+-- arrives late.
 --
 -- `cost` is the relative amount of work that a request causes at a service.
 
@@ -75,7 +111,7 @@ local CHURN_MS = 600000  -- window within which losses of workers are related
 local FIRST_PAUSE_MS, LONGEST_PAUSE_MS = 200, 5000  -- bounds of the pause in which a coordinator avoids a worker
 local AVOIDED_MS = 60000  -- retention of a pause after its end
 local RESIGNED_MS = 86400000
-local REFUSED_MS, MOST_REFUSED = 600000, 16  -- retention and number of refusals of a model
+local REFUSED_MS, MOST_REFUSED = 600000, 16  -- retention, and maximum number, of refusals of a model
 local RECHECK_MS = 50  -- minimum interval of dispatches that repeated claims cause
 local MOST_DROPPED = 1000  -- invalid queue entries that one operation removes; later operations remove the rest
 local MOST_NOTES = 256  -- entries of a request's timeline
@@ -186,8 +222,8 @@ local function add_events(id, events, epoch)
 end
 
 -- Adds an entry to the timeline of a request, if the request exists. Once the timeline is half full, a checkpoint entry
--- replaces the entry before it if that is a checkpoint too, so that checkpoints do not displace other entries. Returns
--- whether the request is open.
+-- replaces the latest entry if the latest entry is a checkpoint entry too, so that checkpoint entries do not displace
+-- other entries. Returns whether the request is open.
 local function note(id, kind, service, worker, number)
   local key, state = P .. 'timeline:' .. id, server.pcall('HGET', P .. 'request:' .. id, 'state')
   if type(state) ~= 'string' then
@@ -195,7 +231,7 @@ local function note(id, kind, service, worker, number)
   end
   local line = table.concat({ int(now), kind, service, worker, number or 0 }, '|')
   if tonumber(state) and tonumber(state) >= TERMINAL then
-    redis.call('RPUSHX', key, line)  -- it expires with the record
+    redis.call('RPUSHX', key, line)  -- the timeline expires with the record
     return false
   end
   if kind == 'checkpoint' and redis.call('LLEN', key) > MOST_NOTES / 2
@@ -221,7 +257,7 @@ local function extend(id, extra)
   end
 end
 
--- Records the loss of a worker, and removes losses that are older than CHURN_MS.
+-- Records the loss of a worker, and removes losses older than CHURN_MS.
 local function note_loss(place, worker, at)
   local key = P .. 'lost:' .. place
   redis.call('ZADD', key, int(at), worker)

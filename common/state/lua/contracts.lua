@@ -10,7 +10,7 @@ local function wiring_of(ticket)
   return string.match(ticket, '/wiring:(%x+)')
 end
 
--- Stores a wiring by its digest, for operations that grant slots to claims of other coordinators.
+-- Stores a wiring by its digest, for operations that grant worker slots to claims of other coordinators.
 local function store_wiring(place, digest, text)
   if digest and text ~= '' and redis.call('HSETNX', P .. 'wirings:' .. place, digest, text) == 1 then
     redis.call('PEXPIRE', P .. 'wirings:' .. place, WIRINGS_MS)

@@ -37,7 +37,8 @@ function ops.take_over(a)
         cancels[#cancels + 1] = id
       end
     elseif #taken < tonumber(a.most)
-      and (is_own or a.beyond_own == '1' and fields[1] and redis.call('EXISTS', P .. 'coordinator:' .. fields[1]) == 0) then
+      and (is_own or a.beyond_own == '1' and fields[1]
+        and redis.call('EXISTS', P .. 'coordinator:' .. fields[1]) == 0) then
       redis.call('HSET', key, 'owner', owner)
       redis.call('HDEL', key, 'told')
       local epoch = redis.call('HINCRBY', key, 'epoch', 1)
@@ -52,8 +53,8 @@ end
 
 -- Returns the calls of a request that were lost with their worker, in chronological order. A loss is `open` until the
 -- worker's heartbeat expires, then `suspect`; it is `cleared` if the worker sends a heartbeat or shuts down before
--- the expiry. `stage` is the index of the service in the pipeline, `reached` the step of the checkpoint that was stored
--- at the time.
+-- the expiry. `stage` is the index of the service in the pipeline, `reached` the step of the step checkpoint that was
+-- stored when the call was lost.
 local function read_losses(id)
   local losses = {}
   for line in string.gmatch(redis.call('HGET', P .. 'request:' .. id, 'deaths') or '', '[^\n]+') do
@@ -70,8 +71,8 @@ end
 local function write_losses(id, losses)
   local lines = {}
   for i, loss in ipairs(losses) do
-    lines[i] = table.concat({ loss.worker, loss.service, loss.stage, loss.reached, int(loss.at), int(loss.due), loss.state,
-      loss.churn and '1' or '0' }, '|')
+    lines[i] = table.concat({ loss.worker, loss.service, loss.stage, loss.reached, int(loss.at), int(loss.due),
+      loss.state, loss.churn and '1' or '0' }, '|')
   end
   redis.call('HSET', P .. 'request:' .. id, 'deaths', table.concat(lines, '\n'))
 end
@@ -181,8 +182,9 @@ function ops.losses(a)
   return judge(a.id)
 end
 
--- Replaces the step checkpoint of a request: sets the field `point` to the new key and deletes the old key. If the
--- stored checkpoint of the same epoch is later, deletes the new key instead.
+-- Replaces the step checkpoint of a request: sets the field `point` to the new key and deletes the old key. Deletes the
+-- new key instead if a later step checkpoint of the same epoch is stored, the request has ended, or the epoch is not
+-- current.
 takes.step_checkpoint = {
   'id', 'epoch',
   'checkpoint_key',

@@ -1,5 +1,5 @@
--- Adds events to a request. Refused once the request has ended or has another owner. If the reply is lost, a repetition
--- returns the same reply.
+-- Adds events to a request. Refused once the request has ended or the epoch is not current. If the reply is lost, a
+-- repetition returns the same reply.
 takes.append = {
   'id', 'epoch',
   'number',   -- number of events that this owner has added before these

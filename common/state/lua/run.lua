@@ -1,5 +1,5 @@
 -- A server at its maxmemory checks only the first write of a script, and always accepts DEL. With DEL as the first
--- write, heartbeats, slots and ends of accepted requests are still written. New requests and shared replies are
+-- write, heartbeats, worker slots and ends of accepted requests are still written. New requests and shared replies are
 -- refused.
 if ARGV[1] ~= 'admit' and ARGV[1] ~= 'keep_reply' then
   server.pcall('DEL', P .. 'none')
@@ -18,6 +18,6 @@ if succeeded then
 end
 local failure = string.gsub(type(reply) == 'table' and reply.err or tostring(reply), '^@?user_script: ?%d+: %-?', '')
 if not string.find(failure, '^%u+ ') or string.find(failure, '^ERR ') then
-  failure = 'FLEETSTORE ' .. ARGV[1] .. ' cannot use what the store holds: ' .. failure
+  failure = 'FLEETSTORE ' .. ARGV[1] .. ' cannot process the stored data: ' .. failure
 end
 return { err = failure }

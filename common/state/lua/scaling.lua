@@ -4,14 +4,16 @@
 local MOST_SHAPES = 64
 local PACES_MS = 604800000  -- TTL of paces that no request updates
 
--- Returns the work of a request at a service: steps, tokens of one step, shape; nil if none is stored.
+-- Returns the work of a request at a service: steps, tokens of one step, shape, completed fraction; nil if none is
+-- stored.
 local function work_of(id, service)
   local fields = server.pcall('HMGET', P .. 'request:' .. id, 'work:' .. service, 'done:' .. service)
   if fields.err then
     return nil
   end
   local steps, tokens, shape = string.match(fields[1] or '', '^(%d+)|(%d+)|(.*)$')
-  return steps and { steps = tonumber(steps), tokens = tonumber(tokens), shape = shape, done = tonumber(fields[2]) or 0 }
+  return steps and { steps = tonumber(steps), tokens = tonumber(tokens), shape = shape,
+    done = tonumber(fields[2]) or 0 }
 end
 
 local function read_pace(text)

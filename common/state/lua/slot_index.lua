@@ -1,9 +1,9 @@
 -- Index of the live workers of a service by load, and the choice of the worker for the next claim.
 --
--- fleet:load sorts the live workers by taken slots, then by claims granted so far; workers without a free slot are
--- last. A claim therefore reads few of them. The index is derived from fleet:workers and fleet:slots and is valid while
--- fleet:indexed exists. It is rebuilt when a worker or a coordinator is added or removed, and after INDEXED_MS, which
--- repairs any damage.
+-- fleet:load sorts the live workers by taken worker slots, then by claims granted so far; workers without a free worker
+-- slot are last. A claim therefore reads few workers. The index is derived from fleet:workers and fleet:slots and is
+-- valid while fleet:indexed exists. It is rebuilt when a worker is added, changed or removed, when a coordinator with
+-- worker slots is lost, and after INDEXED_MS, which repairs any damage.
 
 local INDEXED_MS = 1000
 local TAKEN_UNIT, FULL = 4294967296, 4503599627370496  -- 2^32 and 2^52: a score is exact below 2^53
@@ -69,8 +69,8 @@ local function live_workers(place)
   return live
 end
 
--- Returns whether a claim needs all slots of one worker, so that no other request can be lost with that worker. The
--- ticket contains this flag.
+-- Returns whether a claim needs all worker slots of one worker, so that no other request can be lost with that worker.
+-- The ticket contains this flag.
 local function is_alone(ticket)
   return string.match(ticket, '/alone$') ~= nil
 end
@@ -86,7 +86,7 @@ local function equal_of(ticket)
   return string.match(ticket, '/equal:(%w+)')
 end
 
--- Returns the taken slots: ticket, worker, owner, cost, time of the grant. Removes malformed entries.
+-- Returns the taken worker slots: ticket, worker, owner, cost, time of the grant. Removes malformed entries.
 local function read_slots(place)
   local found, slots = {}, redis.call('HGETALL', P .. 'slots:' .. place)
   for i = 1, #slots, 2 do
@@ -102,8 +102,9 @@ local function read_slots(place)
   return found
 end
 
--- Removes the slots of lost workers and lost coordinators. Returns the number of taken slots by worker, the remaining
--- slots, and the set of their owners. `workers` are the live workers; keys of other workers are read one by one.
+-- Removes the worker slots of lost workers and lost coordinators. Returns the number of taken worker slots by worker,
+-- the remaining worker slots, and the set of their owners. `workers` are the live workers; keys of other workers are
+-- read one by one.
 local function busy_slots(place, workers)
   local busy, held, owners, capacities, alive = {}, {}, {}, {}, {}
   for _, worker in ipairs(workers) do
@@ -133,8 +134,8 @@ local function load_score(taken, capacity, granted)
   return int((taken >= capacity and FULL or 0) + taken * TAKEN_UNIT + granted)
 end
 
--- Rebuilds fleet:load. Returns the total capacity of the live workers, the set of owners of slots, and whether there
--- are hidden workers. Hidden workers are last in fleet:load and do not count in the capacity.
+-- Rebuilds fleet:load. Returns the total capacity of the live workers, the set of owners of worker slots, and whether
+-- there are hidden workers. Hidden workers are last in fleet:load and do not count in the capacity.
 local function build_index(place)
   local workers = live_workers(place)
   local busy, _, owners = busy_slots(place, workers)
@@ -169,14 +170,16 @@ local function index(place)
     owners[owner] = true
     keys[#keys + 1] = P .. 'coordinator:' .. owner
   end
-  if not tonumber(fields[1]) or not tonumber(fields[3]) or (#keys > 0 and redis.call('EXISTS', unpack(keys)) < #keys) then
+  if not tonumber(fields[1]) or not tonumber(fields[3])
+    or (#keys > 0 and redis.call('EXISTS', unpack(keys)) < #keys) then
     return build_index(place)
   end
   return tonumber(fields[1]), owners, tonumber(fields[3]) > 0
 end
 
--- Returns the id of the worker for the next claim: the first of fleet:load with a free slot that is neither avoided now
--- nor in the set `unfit`. If there is none, returns nil, and whether the avoided or unfit workers have free slots.
+-- Returns the id of the worker for the next claim: the first worker of fleet:load with a free worker slot that is
+-- neither avoided now nor in the set `unfit`. If there is no such worker, returns nil, and whether the avoided or unfit
+-- workers have free worker slots.
 local function first_free(place, avoided, unfit)
   local start, found = 0, nil
   repeat
@@ -191,7 +194,7 @@ local function first_free(place, avoided, unfit)
   return nil, start > 0
 end
 
--- Updates the taken slots of a worker in fleet:load after a grant (sign 1) or a release (sign -1).
+-- Updates the taken worker slots of a worker in fleet:load after a grant (sign 1) or a release (sign -1).
 local function note_taken(place, id, ticket, sign)
   local score = tonumber(redis.call('ZSCORE', P .. 'load:' .. place, id))
   local capacity, granted = string.match(redis.call('HGET', P .. 'live:' .. place, id) or '', '^(%d+)|(%d+)|')
@@ -204,8 +207,8 @@ local function note_taken(place, id, ticket, sign)
   redis.call('ZADD', P .. 'load:' .. place, load_score(taken, tonumber(capacity), tonumber(granted)), id)
 end
 
--- Records that a coordinator holds a slot, so that fleet:load is rebuilt when the coordinator is lost. `owners` is the
--- set of recorded coordinators.
+-- Records that a coordinator holds a worker slot, so that fleet:load is rebuilt when the coordinator is lost. `owners`
+-- is the set of recorded coordinators.
 local function note_owner(place, owner, owners)
   if not owners[owner] then
     owners[owner] = true

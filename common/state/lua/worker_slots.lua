@@ -12,9 +12,9 @@ local function avoided_by(owner)
   return found
 end
 
--- Returns the worker with the fewest taken slots; of equal workers, the worker with the fewest grants. Considers only
--- workers with fewer than `most` (default: capacity) taken slots that are neither in the set `reserved` nor avoided
--- now.
+-- Returns the worker with the fewest taken worker slots; of equal workers, the worker with the fewest grants. Considers
+-- only workers with fewer than `most` (default: capacity) taken worker slots that are neither in the set `reserved` nor
+-- avoided now.
 local function least_busy(workers, busy, reserved, avoided, most)
   local best
   for _, worker in ipairs(workers) do
@@ -38,8 +38,9 @@ local function leave_queue(place, ticket)
   end
 end
 
--- Returns whether a live coordinator waits for a claim: its ticket maps to its entry, it has no slot, and its owner is
--- live. A violation of the first two rules is damage; a lost owner is not. `walk` caches results within one operation.
+-- Returns whether a live coordinator waits for a claim: the claim's ticket maps to its entry, the claim has no worker
+-- slot, and its owner is live. A violation of the first two rules is damage; a lost owner is not. `walk` caches results
+-- within one operation.
 local function is_wanted(place, claim, walk)
   if walk.wanted[claim.entry] then
     return true
@@ -135,8 +136,8 @@ local function unfit_for(place, claim, walk)
 end
 
 -- Returns the workers that can be granted to a claim: workers that fit its wiring and have the numerics fingerprint of
--- its step checkpoint. If there are none, returns all workers that fit its wiring; the request then restarts from step
--- 0. A hidden worker is never granted to a claim of the previous release.
+-- its step checkpoint. If there is no such worker, returns all workers that fit its wiring; the request then restarts
+-- from step 0. A hidden worker is never granted to a claim of the previous release.
 local function fitting(place, workers, claim, walk)
   local unfit, numerics, able, equal = unfit_for(place, claim, walk), equal_of(claim.ticket), {}, {}
   local is_older = not wiring_of(claim.ticket)
@@ -151,7 +152,7 @@ local function fitting(place, workers, claim, walk)
   return #equal > 0 and equal or able
 end
 
--- Grants a claim a slot of a worker. Returns false, without a grant, if the worker's key is missing.
+-- Grants a claim a worker slot of a worker. Returns false, without a grant, if the worker's key is missing.
 local function grant(place, claim, id, asking)
   local key = P .. 'worker:' .. id
   local info = redis.call('HGET', key, 'info')
@@ -174,14 +175,14 @@ local function grant(place, claim, id, asking)
   return true
 end
 
--- Grants free slots to waiting claims, including claims with constraints; see dispatch().
+-- Grants free worker slots to waiting claims, including claims with constraints; see dispatch().
 --
--- A claim is skipped if no free slot fits: its owner avoids the workers with free slots, their numerics fingerprint or
--- contract does not fit, or the claim needs a whole worker and none is idle. The first claim that needs a whole worker
--- reserves the worker with the fewest taken slots: no other claim is granted there, so the claim is granted once the
--- worker's current requests end. The reservation is recomputed by each dispatch and not stored. Each iteration grants a
--- claim, finds a kind of claim without a fitting worker, or finds a worker without a key, so the number of iterations
--- is at most the number of entries and workers.
+-- A claim is skipped if no free worker slot fits: its owner avoids the workers with free worker slots, the numerics
+-- fingerprint or contract of these workers does not fit, or the claim needs a whole worker and no worker is idle. The
+-- first claim that needs a whole worker reserves the worker with the fewest taken worker slots: no other claim is
+-- granted there, so the claim is granted once the worker's current requests end. The reservation is recomputed by each
+-- dispatch and not stored. Each iteration grants a claim, finds a kind of claim without a fitting worker, or finds a
+-- worker without a key, so the number of iterations is at most the number of entries and workers.
 local function dispatch_constrained(place, asking, walk)
   local workers = live_workers(place)
   local busy = busy_slots(place, workers)
@@ -214,7 +215,8 @@ local function dispatch_constrained(place, asking, walk)
   forget_index(place)
 end
 
--- Grants free slots to waiting claims in queue order, and publishes each grant on the channel of the claim's owner.
+-- Grants free worker slots to waiting claims in queue order, and publishes each grant on the channel of the claim's
+-- owner.
 --
 -- Reads workers one by one from the index. Reads all workers instead while there are hidden workers, once a claim with
 -- a constraint (a whole worker, or a numerics fingerprint) is next, and if the key of the chosen worker is missing.
@@ -277,8 +279,8 @@ function ops.avoid(a)
   return pause
 end
 
--- Adds a claim, given as the arguments of ops.claim, to the queue, unless it has a slot or is queued. Returns whether
--- it was added. A ticket without an entry is damage.
+-- Adds a claim, given as the arguments of ops.claim, to the queue, unless it has a worker slot or is queued. Returns
+-- whether it was added. A ticket without an entry is damage.
 local function enqueue(a)
   local ticket, place = a.ticket, a.place
   if redis.call('HEXISTS', P .. 'slots:' .. place, ticket) == 1 then
@@ -305,8 +307,8 @@ local function enqueue(a)
   return true
 end
 
--- Claims a slot. Idempotent by ticket. The reply to a waiting claim contains the number of live workers that fit its
--- wiring, the ms until its owner's first pause ends, and the fault of one worker if none fits.
+-- Claims a worker slot. Idempotent by ticket. The reply to a waiting claim contains the number of live workers that fit
+-- its wiring, the ms until its owner's first pause ends, and the fault of one worker if none fits.
 takes.claim = {
   'ticket', 'owner',
   'place',     -- model/service
@@ -345,7 +347,7 @@ function ops.claim(a)
   return { 'waiting', live, avoids_for(place, a.owner), fault }
 end
 
--- Returns the number of free slots of live workers with this numerics fingerprint and contract.
+-- Returns the number of free worker slots of live workers with this numerics fingerprint and contract.
 takes.spare = {
   'place',  -- model/service
   'numerics', 'contract',
@@ -362,11 +364,11 @@ function ops.spare(a)
   return free
 end
 
--- Releases a slot, or removes a claim from the queue.
+-- Releases a worker slot, or removes a claim from the queue.
 takes.release = {
   'ticket',
   'place',  -- model/service
-  'used',   -- ms that the slot was held if the attempt succeeded, else 0
+  'used',   -- ms for which the worker slot was held if the attempt succeeded, else 0
   'computed*',  -- if the worker reported them: compute seconds, steps completed before the attempt, and, only for a
                 -- hand-over, steps completed after the attempt
 }
@@ -402,7 +404,7 @@ function ops.release(a)
   dispatch(place)
 end
 
--- Returns the tickets of a coordinator that hold a slot or wait for one.
+-- Returns the tickets of a coordinator that hold a worker slot or wait for one.
 takes.claims = { 'place', 'owner' }
 function ops.claims(a)
   local place, owner, tickets = a.place, a.owner, {}

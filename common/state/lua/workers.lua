@@ -108,8 +108,9 @@ function ops.leaving(a)
   clear(worker)
 end
 
--- Returns the infos of the live workers that fit at least one wiring, the number of slots taken on them, the number of
--- waiting claims, the number of workers lost within CHURN_MS, and the faults: worker, index of the wiring, reason.
+-- Returns the infos of the live workers that fit at least one wiring, the number of taken worker slots of these
+-- workers, the number of waiting claims, the number of workers lost within CHURN_MS, and the faults: worker, index of
+-- the wiring, reason.
 takes.status = {
   'place',     -- model/service
   'wirings*',  -- empty to count all workers
