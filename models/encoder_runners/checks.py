@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.errors import CheckpointError
 
-# Tokenizers without a vocabulary encode both texts as unknown tokens.
+# A tokenizer without a vocabulary encodes both texts as unknown tokens.
 _PROBES = ("a red apple", "two old stones in the river")
 _PROBE_SIZE = (96, 64)
 
@@ -25,7 +25,8 @@ def check_tokenizer(tokenizer_name: str, tokenizer: Any, encoder_name: str, know
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     if size > known:
         raise CheckpointError(
-            f"{tokenizer_name}: {size} tokens are not at most {known}, the embeddings of {encoder_name}"
+            f"{tokenizer_name}: {size} tokens are not at most {known}, the embeddings of {encoder_name}; "
+            "both modules must belong to one model"
         )
     first, second = (_pieces(tokenizer, text) for text in _PROBES)
     if not first or not second or first == second:
