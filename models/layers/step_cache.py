@@ -30,7 +30,8 @@ class StepCache:
 
     Tensors are allocated once and keep their addresses, which captured CUDA graphs require. The caller sets `is_filled`
     after a computed step, since the replay of a graph does not run this code. `reduce_sums` all-reduces a float32
-    tensor over all ranks of a sharded model, so that all ranks make the same decision; by default it is the identity.
+    tensor over the ranks that compute the branch together, so that they make the same decision; by default it is the
+    identity.
     """
 
     def __init__(self, reduce_sums: Callable[[Tensor], Tensor] = _identity) -> None:

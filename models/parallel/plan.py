@@ -79,9 +79,7 @@ class ParallelPlan:
             message = f"token_segments: {unsharded} are not sharded, but their arguments or results are"
             raise ValueError(f"{message}; mark them as sharded")
         if missing := sorted(sharded - begun):
-            raise ValueError(
-                f"token_segments: {missing} are sharded, but have no entry in sharded_arguments; add one for each segment"
-            )
+            raise ValueError(f"token_segments: {missing} are sharded, but not in sharded_arguments; add one entry each")
         if unknown := sorted({*self.unquantized} - {*self.column, *self.row}):
             raise ValueError(f"unquantized: {unknown} are neither column nor row layers; name column or row layers")
 

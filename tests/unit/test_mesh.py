@@ -31,7 +31,7 @@ def test_degrees_below_one_are_refused(axis: str) -> None:
     [(Degrees(tp=5), "tp"), (Degrees(ulysses=5), "ulysses"), (Degrees(tp=4, ulysses=4), "ulysses")],
 )
 def test_tp_and_ulysses_must_divide_the_attention_heads(degrees: Degrees, field: str) -> None:
-    with pytest.raises(InvalidInput, match=r"24 attention heads; possible products: 1, 2, 3, 4, 6, 8, 12, 24\.") as caught:
+    with pytest.raises(InvalidInput, match=r"24 attention heads; possible .*: 1, 2, 3, 4, 6, 8, 12, 24\.") as caught:
         degrees.check_model(heads=24)
     assert caught.value.field == field
 
