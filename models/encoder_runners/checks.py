@@ -56,9 +56,9 @@ def check_patch_processor(processor_name: str, processor: Any, encoder_name: str
     made = (patches.shape[-1], processor.merge_size)
     if made != (taken, vision.spatial_merge_size):
         raise CheckpointError(
-            f"{processor_name}: patches of {made[0]} values with a merge size of {made[1]} are not those of "
-            f"{encoder_name}, {taken} and {vision.spatial_merge_size}; {processor_name}/preprocessor_config.json "
-            f"belongs to another model"
+            f"{processor_name}: patches of {made[0]} values with a merge size of {made[1]} are not patches of {taken} "
+            f"values with a merge size of {vision.spatial_merge_size}, the input of {encoder_name}; "
+            f"{processor_name}/preprocessor_config.json belongs to another model"
         )
 
 
