@@ -95,9 +95,9 @@ def entry_point(
 
 
 class DiffusionTransformer(nn.Module, ABC):
-    """Model that predicts from latents, a timestep and conditioning.
+    """Denoiser: predicts, for example, a velocity from latents, a timestep and conditioning.
 
-    forward() has the keywords of Diffusers' model.
+    forward() runs prepare() and predict() for a single step.
     """
 
     block_linears: tuple[str, ...]
@@ -111,7 +111,7 @@ class DiffusionTransformer(nn.Module, ABC):
     def prepare(self, timesteps: Tensor, **conditioning: Any) -> Prepared:
         """Compute everything that does not depend on the latents, from timesteps (steps, B) and conditioning.
 
-        Timesteps are (steps, B, segments) if token segments have different timesteps. `conditioning` are the other
+        Timesteps are (steps, B, segments) if token segments have different timesteps. `conditioning` are further
         keywords of forward(). All timesteps are embedded in one batch, which reads the weights of the embedding once
         per request instead of once per step.
         """

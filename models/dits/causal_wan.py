@@ -73,7 +73,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         )
 
     def cached_tensors(self, latents: Mapping[str, Tensor]) -> None:
-        """None: RoPE of the whole video is one of Prepared.constants."""
+        """None: Prepared.constants contains RoPE of the whole video."""
         del latents
 
     @entry_point

@@ -33,16 +33,16 @@ from models.rotation import Rotation
 from models.token_segments import SegmentVectors, TokenSegments
 
 DOUBLE_VECTORS = 12
-"""Modulations of a block with separate weights, for image and text each.
+"""Number of modulations of a block with separate weights: six for the image, then six for the text.
 
-They are shift, scale and gate of attention, then of the feed-forward.
+The six are shift, scale and gate of attention, then of the feed-forward.
 """
 
 SINGLE_VECTORS = 3
-"""Modulations of a block with shared weights: shift, scale and gate."""
+"""Number of modulations of a block with shared weights: shift, scale and gate."""
 
 FINAL_VECTORS = 2
-"""Modulations of the last norm: scale and shift."""
+"""Number of modulations of the last norm: scale and shift."""
 
 
 class ModulationLinear(nn.Module):

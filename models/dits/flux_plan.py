@@ -25,7 +25,7 @@ FLUX_PLAN = ParallelPlan(
         f"{DOUBLE}.ff_context.net.2",
         f"{SINGLE}.proj_out",
     ),
-    # These layers run once per request but hold a third of the weights: replicas would use much memory on each rank.
+    # These layers run once per request but hold 27% of the weights: replicas would use much memory on each rank.
     gathered=(f"{DOUBLE}.norm1.linear", f"{DOUBLE}.norm1_context.linear", f"{SINGLE}.norm.linear"),
     # The inputs are the heads, then the feed-forward, which is four times as wide.
     parts={f"{SINGLE}.proj_out": (1, 4)},

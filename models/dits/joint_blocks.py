@@ -58,8 +58,8 @@ def run_modulated_blocks(
     """
     text, image = text_BTD.shape[1], image_BID.shape[1]
     lengths = (text, image) if len(modulations[0]) == 1 else (text, image - reference_tokens, reference_tokens)
-    # All blocks share one iterator, and each block takes its modulations from it. The iterator is of a tuple, because
-    # torch.compile cannot trace an iterator of a list.
+    # All blocks share one iterator, and each block takes its modulations from it. It iterates over a tuple, because
+    # torch.compile cannot trace the iterator of a list.
     inputs: dict[str, object] = {
         "modulations": iter(tuple(modulations)),
         "rotation": rotation,

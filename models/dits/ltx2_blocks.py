@@ -31,7 +31,7 @@ from models.rotation import HeadRotation
 from models.token_segments import SegmentVectors, TokenSegments, vectors_of_rows
 
 EXCHANGE = 4
-"""Modulations of the exchange: scale and shift of audio-to-video, then of video-to-audio."""
+"""Number of modulations of the exchange: scale and shift of audio-to-video, then of video-to-audio."""
 
 
 class Modalities(NamedTuple):
@@ -95,7 +95,11 @@ class ModalityInputs:
 
 
 class LTX2Attention(nn.Module):
-    """Self-attention or cross-attention of a modality. Norms of queries and keys are over all heads together."""
+    """Self-attention or cross-attention of a modality. Norms of queries and keys are over all heads together.
+
+    `sizes` are the hidden sizes of the tokens and of the context. `modality` determines the heads, and `is_gated`
+    whether each head of the output has a gate.
+    """
 
     def __init__(self, sizes: tuple[int, int], modality: LTX2ModalityConfig, eps: float, *, is_gated: bool) -> None:
         super().__init__()

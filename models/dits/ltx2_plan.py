@@ -21,7 +21,7 @@ _GATE_LOGITS = f"{_ATTENTION}.to_gate_logits"
 LTX2_PLAN = ParallelPlan(
     column=(f"{_ATTENTION}.to_[qkv]", _GATE_LOGITS, f"{_FEED_FORWARD}.net.0.proj"),
     row=(f"{_ATTENTION}.to_out.0", f"{_FEED_FORWARD}.net.2"),
-    # These layers have one output per head.
+    # These layers are small: they have one output per head.
     unquantized=(_GATE_LOGITS,),
     norms=(f"{_ATTENTION}.norm_[qk]",),
     select_heads=(f"{_ATTENTION}.select_heads",),

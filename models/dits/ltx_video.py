@@ -39,7 +39,7 @@ ATTENTION_EPS = 1e-5
 """Epsilon of the norms of queries and keys."""
 
 BLOCK_ROWS = 6
-"""Modulations of a block: shift, scale and gate of self-attention, then of the feed-forward."""
+"""Number of modulations of a block: shift, scale and gate of self-attention, then of the feed-forward."""
 
 _OUTPUT_NORM_EPS = 1e-6
 

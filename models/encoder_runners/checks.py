@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.errors import CheckpointError
 
-# Tokenizers without a vocabulary encode both texts as unknown tokens.
+# A tokenizer without a vocabulary encodes both texts as unknown tokens.
 _PROBES = ("a red apple", "two old stones in the river")
 _PROBE_SIZE = (96, 64)
 
@@ -25,7 +25,8 @@ def check_tokenizer(tokenizer_name: str, tokenizer: Any, encoder_name: str, know
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     if size > known:
         raise CheckpointError(
-            f"{tokenizer_name}: {size} tokens are not at most {known}, the embeddings of {encoder_name}"
+            f"{tokenizer_name}: {size} tokens are not at most {known}, the embeddings of {encoder_name}; "
+            "both modules must belong to one model"
         )
     first, second = (_pieces(tokenizer, text) for text in _PROBES)
     if not first or not second or first == second:
@@ -55,9 +56,9 @@ def check_patch_processor(processor_name: str, processor: Any, encoder_name: str
     made = (patches.shape[-1], processor.merge_size)
     if made != (taken, vision.spatial_merge_size):
         raise CheckpointError(
-            f"{processor_name}: patches of {made[0]} values with a merge size of {made[1]} are not those of "
-            f"{encoder_name}, {taken} and {vision.spatial_merge_size}; {processor_name}/preprocessor_config.json "
-            f"belongs to another model"
+            f"{processor_name}: patches of {made[0]} values with a merge size of {made[1]} are not patches of {taken} "
+            f"values with a merge size of {vision.spatial_merge_size}, the input of {encoder_name}; "
+            f"{processor_name}/preprocessor_config.json belongs to another model"
         )
 
 

@@ -46,7 +46,7 @@ class GlyphEncoder:
             if len(row) < (length := len(self._tokenizer(text, verbose=False).input_ids)):
                 message = f"a quoted text of {length} tokens is truncated to {max_length}, the limit of text_encoder"
                 warn("prompt", f"{message}: {shorten(text)}")
-        # If the number of texts is even, each text gets a leading padding token, as in training.
+        # If the number of texts is even, each text gets a leading padding token, as in Diffusers.
         lead = [self._tokenizer.pad_token_id] if len(rows) % 2 == 0 else []
         sequences = [torch.tensor(lead + row) for row in rows]
         tokens = torch.nn.utils.rnn.pad_sequence(sequences, True, self._tokenizer.pad_token_id)

@@ -51,7 +51,7 @@ class ImageTextEncoder:
         length = whole.shape[1] - template.skipped
         limit = min(encoding.max_tokens(image.height, image.width) for image in images)
         if length > limit:
-            message = f"{source.field}: {length} tokens, including those of the images, are not at most {limit}"
+            message = f"{source.field}: {length} tokens, including image tokens, are not at most {limit}"
             raise InvalidInput(f"{message}; a shorter text works", field=source.field)
         output = self._encoder(
             input_ids=whole.to(self._device),

@@ -1,8 +1,8 @@
 """Samples an image's prior tokens with GLM-Image's autoregressive language model.
 
 The model continues the prompt with a small preview image of about 256 tokens, then with the image's tokens, one for
-32x32 pixels. Sampling uses the request's own generator with the draws of transformers' generate(), so that the tokens
-equal those of Diffusers' pipeline for the same seed.
+32x32 pixels. Each request has its own generator, from which tokens are drawn in the same way as in transformers'
+generate(): for the same seed, the tokens equal the tokens of Diffusers' pipeline.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def load_glm_image_language_model(checkpoint: Checkpoint, name: str, device: tor
 
 
 def load_glm_image_processor(checkpoint: Checkpoint, name: str, *_: object) -> Any:
-    """Load the processor with its tokenizer and chat template. Raises CheckpointError, which lists the files."""
+    """Load the processor with its tokenizer and chat template. Raises CheckpointError, which lists the needed files."""
     try:
         return load_tokenizer(checkpoint, name)
     except CheckpointError as error:
@@ -227,7 +227,7 @@ def _warpers(settings: Any) -> Any:
     """Logits warpers of the settings in generation_config.json. Raises CheckpointError for unsupported settings."""
     values = settings.to_dict()
     if values.get("_from_model_config"):
-        raise CheckpointError(f"{_SETTINGS_FILE} is missing, which has the sampling settings; download it again")
+        raise CheckpointError(f"{_SETTINGS_FILE}: the file with the sampling settings is missing; download it again")
     for name, neutral in _NEUTRAL.items():
         if values.get(name) not in neutral:
             message = (

@@ -40,7 +40,7 @@ class TextEncoder:
         if names.template is None and positions is not None and longest > positions:
             raise CheckpointError(
                 f"{names.tokenizer}: a length of {longest} tokens is not at most {positions}, the positions of "
-                f"{names.encoder}"
+                f"{names.encoder}; both modules must belong to one model"
             )
 
     def encode(self, prompt: Prompt, warn: Warn) -> Mapping[str, Tensor]:

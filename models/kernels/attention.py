@@ -42,8 +42,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, out: 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """attention() and the log-sum-exp of each query's scores, float32 (batch, tokens, heads).
 
-    Results for disjoint sets of keys can be merged by merge_attention(). Requires at least one query and one key. If
-    the table leaves the choice to PyTorch, this function calls a PyTorch kernel that returns the log-sum-exp.
+    Results for disjoint sets of keys can be merged by merge_attention(). Requires at least one query and one key. With
+    the backend "sdpa", this function calls a PyTorch kernel that returns the log-sum-exp.
     """
     return _WITH_LSE[_backend_for(q, k)](q, k, v)
 

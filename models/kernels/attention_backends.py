@@ -99,8 +99,9 @@ def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> 
 def head_shares(tiles: int, heads: int, processors: int) -> list[tuple[slice, int]]:
     """Plan kernel calls: for each call the heads, and the number of splits of the keys.
 
-    A head has `tiles` tiles of queries, and each of `processors` multiprocessors computes one tile at a time. Where the
-    last wave would leave most multiprocessors idle, its heads get a separate call, which splits the keys.
+    A head has `tiles` tiles of queries, and each of `processors` multiprocessors computes one tile at a time. If the
+    last wave is incomplete and a separate call for its heads saves enough waves, these heads get a call that splits the
+    keys.
     """
     single_call = [(slice(0, heads), 1)]
     full = processors * (tiles * heads // processors) // tiles if tiles else heads

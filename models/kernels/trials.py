@@ -1,6 +1,7 @@
 """Trials of optional kernel packages at worker start: import each package, run it on a tiny input.
 
-Without a trial, a broken package would fail the first request. A missing package is not an error and logs no warning.
+Without a trial, a broken package would fail the first request. A missing package is not an error and logs no warning,
+unless a setting names the package.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def outcomes_on(device: torch.device, capability: Capability, choice: KernelChoi
         outcome = try_package(package, device)
         if required and (outcome is None or outcome.error):
             error = "is not installed" if outcome is None else f"{outcome.version} is broken: {outcome.error}"
-            message = f"{choice.setting_of(package.name)} is not usable here, {package.name} {error}"
+            message = f"{choice.setting_of(package.name)} is not usable: {package.name} {error}"
             raise FailedPrecondition(f"{message}; install a working version, or use auto", field=field)
         if outcome is not None:
             found.append(outcome)
@@ -156,7 +157,7 @@ def _check_device(device: torch.device, package: KernelPackage) -> None:
         torch.zeros(1, device=device).add_(1).item()
     except RuntimeError as error:
         raise FailedPrecondition(
-            f"kernels: {package.name} left {device} unusable; uninstall it, or name the packages to use in kernels"
+            f"kernels: {package.name} left {device} unusable; uninstall it, or list other packages in kernels"
         ) from error
 
 

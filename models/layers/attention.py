@@ -229,7 +229,7 @@ class SelfAttention(JoinsWeights):
     def _write_normed(self, x: Tensor, out: Tensor, angles: Tensor, which: slice) -> None:
         """_project_normed() by GEMM epilogues: one GEMM for queries and keys, one for values. Needs _can_fuse()."""
         assert self.joined is not None, "weights are not joined"
-        assert self.scales is not None, "norms are not over each head"
+        assert self.scales is not None, "an epilogue cannot apply these norms; call _can_fuse() first"
         normed, values = _split(which)
         weight, bias = self.joined.of(normed)
         scale = self.scales[normed].flatten()

@@ -2,8 +2,8 @@
 
 Parameter names are those of Diffusers' checkpoints.
 
-Shapes: B batch, S tokens of all segments (text first), D hidden size, K head size. One tensor holds all segments: each
-GEMM writes its own tokens of the next tensor, so that no concatenation is needed.
+Shapes: B batch, S tokens of all segments (text first), D hidden size, K head size. One tensor holds all segments: the
+GEMM of a segment writes the segment's tokens of the output tensor, so that no concatenation is needed.
 """
 
 # ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)

@@ -22,5 +22,5 @@ def matching(model: nn.Module, pattern: str, kind: type[M]) -> Iterator[tuple[st
     for path, module in list(model.named_modules()):
         if matches(path, pattern):
             if not isinstance(module, kind):
-                raise TypeError(f"{path} is {type(module).__name__}, but {pattern} is for {kind.__name__}")
+                raise TypeError(f"{path}: {type(module).__name__} is not {kind.__name__}; correct pattern {pattern}")
             yield path, module

@@ -1,8 +1,9 @@
-"""Step cache: a step may compute only the first block, and reuse the output of all other blocks.
+"""Step cache: a step may compute only the first block, and reuse the contribution of the other blocks.
 
-This is the First Block Cache of ParaAttention, which is similar to TeaCache (arXiv 2411.19108). Block outputs often
-change little between consecutive steps, and the change of the first block's output predicts the changes of the other
-blocks' outputs. The host reads the change, one number per step, and decides whether to compute the whole step.
+This is the First Block Cache of ParaAttention, which is similar to TeaCache (arXiv 2411.19108). The contribution of
+blocks is the output of the last block minus the input of the first block. Contributions often change little between
+consecutive steps, and the change of the first block's contribution is an estimate of the change of the other blocks'
+contribution. The host reads this change, one number per step, and decides whether to compute all blocks.
 
 Shapes: B batch, S tokens, D hidden size.
 """
@@ -25,11 +26,11 @@ def _identity(sums: Tensor) -> Tensor:
 
 
 class StepCache:
-    """Block outputs of the last computed step of one guidance branch of a request.
+    """Contributions from the last completely computed step of one guidance branch of a request.
 
     Tensors are allocated once and keep their addresses, which captured CUDA graphs require. The caller sets `is_filled`
     after a computed step, since the replay of a graph does not run this code. `reduce_sums` all-reduces a float32
-    tensor over all devices of a sharded model, so that all of them make the same decision; by default it is the
+    tensor over the ranks that compute the branch together, so that they make the same decision; by default it is the
     identity.
     """
 
@@ -43,12 +44,12 @@ class StepCache:
         self.is_filled = False
 
     def change(self) -> float:
-        """Relative L1 change of the first block's output since the last computed step. Waits for the device."""
+        """Relative L1 change of the first block's contribution since the stored step. Waits for the device."""
         assert self._stored is not None, "no step has been computed"
         return float(self._stored.change)
 
     def store(self, first: Tensor, rest: Tensor) -> None:
-        """Store the updates of the residual stream by the first block and by the other blocks, (B, S, D) each."""
+        """Store the contribution of the first block, and the contribution of the other blocks, (B, S, D) each."""
         if self._stored is None:
             self._stored = _StoredStep(first.clone(), rest.clone(), torch.zeros((), device=first.device))
         else:
@@ -56,7 +57,10 @@ class StepCache:
             self._stored.rest.copy_(rest)
 
     def reuse(self, first: Tensor) -> Tensor:
-        """The stored output (B, S, D) of the other blocks. Also computes the change of the first block's output."""
+        """The stored contribution (B, S, D) of the other blocks. `first` is the first block's current contribution.
+
+        Computes the value of change().
+        """
         assert self._stored is not None, "no step has been computed"
         before = self._stored.first.float()
         sums = self._reduce_sums(torch.stack(((first.float() - before).abs().sum(), before.abs().sum())))
@@ -71,7 +75,7 @@ class _StoredStep(NamedTuple):
 
 
 class CacheUse(NamedTuple):
-    """Use of a step cache by a prediction. `probe`: reuse the outputs of all blocks but the first."""
+    """Use of a step cache by a prediction. `probe`: compute only the first block, and reuse the stored contribution."""
 
     cache: StepCache
     probe: bool

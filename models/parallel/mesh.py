@@ -2,9 +2,9 @@
 
 One DiT runs on tp x ulysses x ring x cfg ranks, with one process and one device each. `tp` shards the weights,
 `ulysses` and `ring` (together `sp`) shard the token sequence, and `cfg` distributes the branches of classifier-free
-guidance. From the innermost to the outermost the axes are tp, which communicates most, ulysses, ring and cfg. The ranks
-of a tp group have consecutive numbers, so that a launcher that fills nodes in order of rank places the group on the
-NVLink of one node.
+guidance. The axes from the innermost to the outermost are tp, ulysses, ring and cfg. tp communicates most: the ranks of
+a tp group have consecutive numbers, so that a launcher that fills nodes in order of rank places them on one node, where
+NVLink connects the GPUs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Degrees:
         for axis in fields(self):
             degree = self.of(axis.name)
             if degree < 1:
-                raise InvalidInput(f"{axis.name} is {degree}; it must be at least 1", field=axis.name)
+                raise InvalidInput(f"{axis.name}: {degree} is not at least 1; 1 works", field=axis.name)
 
     def of(self, axis: str) -> int:
         """The degree of one axis."""
@@ -61,18 +61,18 @@ class Degrees:
     def check_model(self, heads: int, feed_forward: int | None = None) -> None:
         """Check that the degrees divide the number of attention heads and the feed-forward width.
 
-        `feed_forward` None: the width is a multiple of `heads`. Raises InvalidInput, with the degrees that divide both.
+        `feed_forward` None: the width is a multiple of `heads`. Raises InvalidInput, whose message lists the divisors.
         """
         if heads % (self.tp * self.ulysses):
             raise InvalidInput(
-                f"tp x ulysses is {self.tp} x {self.ulysses}, but the model has {heads} attention heads; the product "
-                f"must be one of {_divisors(heads)}. ring has no such bound",
+                f"tp x ulysses: {self.tp} x {self.ulysses} is not a divisor of the model's {heads} attention heads; "
+                f"possible products: {_divisors(heads)}. ring has no such bound",
                 field="tp" if heads % self.tp else "ulysses",
             )
         if feed_forward is not None and feed_forward % self.tp:
             possible = _divisors(math.gcd(heads, feed_forward))
-            message = f"tp is {self.tp}, but the model's feed-forward layers are {feed_forward} wide; it must be one of"
-            raise InvalidInput(f"{message} {possible}", field="tp")
+            message = f"tp: {self.tp} is not a divisor of the model's feed-forward width {feed_forward}"
+            raise InvalidInput(f"{message}; possible degrees: {possible}", field="tp")
 
     def __str__(self) -> str:
         return " ".join(f"{axis}={self.of(axis)}" for axis in reversed(AXES))
@@ -82,7 +82,7 @@ class Degrees:
 class Axis:
     """One mesh axis from the view of one rank: number of ranks, own index, and name of the process group.
 
-    Functional collectives take the name. It is empty for an axis with one rank.
+    Functional collectives take the name, which is empty for an axis with one rank.
     """
 
     size: int = 1
@@ -144,7 +144,7 @@ def make_mesh(degrees: Degrees, device: torch.device, *, one_host: bool = False)
         return WorkerMesh(degrees, device, 0, {axis: Axis() for axis in AXES})
     ranks = distributed.get_world_size() if distributed.is_initialized() else 1
     if ranks != degrees.world_size:
-        message = f"{degrees} takes {degrees.world_size} ranks, but the worker group has {ranks}"
+        message = f"{degrees} requires {degrees.world_size} ranks, but the worker group has {ranks}"
         raise InvalidInput(f"{message}; start as many ranks as the product of the degrees")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -160,7 +160,7 @@ def make_mesh(degrees: Degrees, device: torch.device, *, one_host: bool = False)
 
 
 def _have_peer_access(device: torch.device, ranks: int) -> bool:
-    """Whether GPUs 0 to ranks - 1 of this host can all write to each other's memory."""
+    """Whether cuda-bindings is usable and GPUs 0 to ranks - 1 of this host can all write to each other's memory."""
     if device.type != "cuda" or torch.cuda.device_count() < ranks or not is_usable("cuda-bindings"):
         return False
     return all(torch.cuda.can_device_access_peer(*pair) for pair in itertools.permutations(range(ranks), 2))

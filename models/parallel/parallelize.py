@@ -42,8 +42,9 @@ def parallelize(
     """Shard a model on the meta device for this rank. Weights that are loaded afterwards are read shard by shard.
 
     `mesh` None: one rank. `heads` and `feed_forward` are as in Degrees.check_model(). Raises InvalidInput for degrees
-    that do not divide the attention heads or the feed-forward width, and TypeError where the plan names a module of
-    another type, a method that is not an entry point, or an argument that the method lacks.
+    that do not divide the attention heads or the feed-forward width. Raises TypeError where the plan names a module of
+    another type, a missing Attention or SelectHeads module, a method that is not an entry point, or an argument that
+    the method lacks.
     """
     check_entry_points(model, plan)
     if mesh is None:
@@ -90,7 +91,7 @@ def _replace(model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: C
 def _replace_each(
     model: nn.Module, patterns: tuple[str, ...], kind: type[M], make: Callable[[str, M], nn.Module]
 ) -> None:
-    """Run _replace() for each pattern. Raises TypeError for a pattern that matches no module.
+    """Run _replace(). Raises TypeError for a pattern that matches no module.
 
     Such a pattern would silently mix replicated tokens or heads with sharded tokens or heads.
     """

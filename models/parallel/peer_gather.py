@@ -108,7 +108,10 @@ class _Layout:
         return MAX_GROUPS if heads % MAX_GROUPS == 0 and batch * tokens * heads >= MIN_GROUPED_WORK else 1
 
     def parts(self, group: int) -> tuple[tuple[int, int], ...]:
-        """Offset within a token and width, in bytes: of a group's keys, then of its values."""
+        """Offset within a token and width in bytes: of the group's keys, then of its values.
+
+        With a single group, keys and values are one part.
+        """
         if self.groups == 1:
             return ((0, self.token_bytes),)
         width = self.token_bytes // 2 // self.groups

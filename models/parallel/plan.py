@@ -76,12 +76,12 @@ class ParallelPlan:
         begun = {each.segment for each in self.sharded_arguments}
         ended = {each.segment for each in self.gathered_results}
         if unsharded := sorted((begun | ended) - sharded):
-            message = f"token_segments: {unsharded} are not sharded, but arguments or results of them are"
+            message = f"token_segments: {unsharded} are not sharded, but their arguments or results are"
             raise ValueError(f"{message}; mark them as sharded")
         if missing := sorted(sharded - begun):
-            raise ValueError(f"token_segments: {missing} are sharded, but no sharded_arguments have them; add one each")
+            raise ValueError(f"token_segments: {missing} are sharded, but not in sharded_arguments; add one entry each")
         if unknown := sorted({*self.unquantized} - {*self.column, *self.row}):
-            raise ValueError(f"unquantized: {unknown} are neither column nor row layers; name layers of these")
+            raise ValueError(f"unquantized: {unknown} are neither column nor row layers; name column or row layers")
 
     @property
     def block_linears(self) -> tuple[str, ...]:

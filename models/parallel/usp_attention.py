@@ -82,7 +82,7 @@ class USPAttention(Attention):
         self, pending: PendingAttention, out: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """Complete the attention call; returns (B, L, H, K). KV caches are not supported on a ring."""
-        assert cache is None or self.ring.size == 1, "the loader of a causal model refuses a ring"
+        assert cache is None or self.ring.size == 1, "check_parallel() rejects a ring for models with a KV cache"
         if self.ulysses.size == 1:
             return self._attend(pending.queries, pending.key_values, out)
         keys, values = pending.key_values.wait()

@@ -99,7 +99,7 @@ def _no_store_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("up --autoscale --target-seconds inf", "--target-seconds: inf is not a number above 0; 10 works"),
         ("up --port 65536", "--port must be 0 to 65535"),
         ("up --redis nonsense", "is not a Redis URL"),
-        ("up --tp 3", "tp x ulysses is 3 x 1, but the model has 4 attention heads"),
+        ("up --tp 3", "tp x ulysses: 3 x 1 is not a divisor of the model's 4 attention heads"),
         ("up --cfg 3", "cfg: 3 is not at most 2; FluxPipeline has 2 branches: positive, negative"),
         ("up --ring two", "--ring: must be a whole number, not 'two'"),
         ("generate p --output X.png --tp 2", "start one with `fleet up --tp N`"),

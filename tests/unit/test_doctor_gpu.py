@@ -97,8 +97,8 @@ def test_broken_and_absent_kernel_packages_are_named(monkeypatch: pytest.MonkeyP
         "reinstall fa3-fwd for torch 2.13.0+cu130, or uninstall it",
         "ok kernels: not installed (affects speed only): flash-attn-4, flash-attn",
     ]
-    required = dataclasses.replace(HEALTHY, trials=[], required_error="kernels: triton is not usable here")
-    assert lines(check_kernels(required))[0].startswith("error kernels: kernels: triton is not usable here -> repair")
+    required = dataclasses.replace(HEALTHY, trials=[], required_error="kernels: triton is not usable")
+    assert lines(check_kernels(required))[0].startswith("error kernels: kernels: triton is not usable -> repair")
 
 
 def test_the_driver_version_is_that_of_the_kernel_module(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_packages_are_tried_once_per_compute_capability(tmp_path: Path, monkeypa
     ]
     assert found["attention"] == {"9.0": "cudnn, else sdpa", "8.0": "flash_attn_2, else sdpa"}
     required = doctor_gpu_facts.facts(KernelChoice(("fa3-fwd",)))
-    assert "kernels: fa3-fwd is not usable here, fa3-fwd 0.0.3 is broken" in required["required_error"]
+    assert "kernels: fa3-fwd is not usable: fa3-fwd 0.0.3 is broken" in required["required_error"]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def settings_of(**given: Any) -> DenoisingSettings:
 @pytest.mark.parametrize(
     ("given", "kind", "field", "message"),
     [
-        ({"tp": 3}, InvalidInput, "tp", "4 attention heads; the product must be one of 1, 2, 4"),
+        ({"tp": 3}, InvalidInput, "tp", "4 attention heads; possible products: 1, 2, 4"),
         ({"tp": 2, "ulysses": 4}, InvalidInput, "ulysses", "2 x 4"),
         ({"tp": 0}, InvalidInput, "tp", "at least 1"),
         ({"cfg": 3}, InvalidInput, "cfg", "2 branches"),
@@ -124,7 +124,7 @@ def test_the_service_prints_one_line_and_starts_no_group(
     monkeypatch.setattr(launcher, "launch", start)
     flags = ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu"]
     assert denoising.main([*flags, "--tp", "3"]) == 2
-    assert capsys.readouterr().err.startswith("fleet serve denoising: tp x ulysses is 3 x 1, but the model has 4")
+    assert capsys.readouterr().err.startswith("fleet serve denoising: tp x ulysses: 3 x 1 is not a divisor of")
     assert not started
     causal = ["--model", f"causal={build_tiny_wan_causal(tmp_path)}", *flags[2:]]
     capsys.readouterr()  # discards the progress bars of the checkpoint writer

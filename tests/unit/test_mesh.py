@@ -21,7 +21,7 @@ def test_world_size_is_the_product_of_the_degrees() -> None:
 
 @pytest.mark.parametrize("axis", AXES)
 def test_degrees_below_one_are_refused(axis: str) -> None:
-    with pytest.raises(InvalidInput, match=f"{axis} is 0; it must be at least 1") as caught:
+    with pytest.raises(InvalidInput, match=f"{axis}: 0 is not at least 1; 1 works") as caught:
         Degrees(**{axis: 0})
     assert caught.value.field == axis
 
@@ -31,14 +31,14 @@ def test_degrees_below_one_are_refused(axis: str) -> None:
     [(Degrees(tp=5), "tp"), (Degrees(ulysses=5), "ulysses"), (Degrees(tp=4, ulysses=4), "ulysses")],
 )
 def test_tp_and_ulysses_must_divide_the_attention_heads(degrees: Degrees, field: str) -> None:
-    with pytest.raises(InvalidInput, match=r"24 attention heads; .* one of 1, 2, 3, 4, 6, 8, 12, 24\.") as caught:
+    with pytest.raises(InvalidInput, match=r"24 attention heads; possible .*: 1, 2, 3, 4, 6, 8, 12, 24\.") as caught:
         degrees.check_model(heads=24)
     assert caught.value.field == field
 
 
 def test_tp_must_divide_the_feed_forward_width() -> None:
     Degrees(tp=4, ulysses=3, ring=7, cfg=2).check_model(heads=12, feed_forward=8960)
-    with pytest.raises(InvalidInput, match=r"8960 wide; it must be one of 1, 2, 4$"):
+    with pytest.raises(InvalidInput, match=r"feed-forward width 8960; possible degrees: 1, 2, 4$"):
         Degrees(tp=3).check_model(heads=12, feed_forward=8960)
 
 
@@ -49,7 +49,7 @@ def test_one_rank_needs_no_process_group() -> None:
 
 
 def test_a_mesh_larger_than_the_group_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="tp=2 ulysses=1 ring=1 cfg=1 takes 2 ranks, but the worker group has 1"):
+    with pytest.raises(InvalidInput, match="tp=2 ulysses=1 ring=1 cfg=1 requires 2 ranks, but the worker group has 1"):
         make_mesh(Degrees(tp=2), CPU)
 
 
