@@ -108,8 +108,8 @@ class Branches:
     """The guidance branches of one request on each of its denoisers.
 
     Rank r of the cfg axis computes branches r, r + cfg, ... of `names`; ranks exchange the predictions. Results are
-    bit-identical to one rank, because branches are never batched together. If there is only one branch,
-    all ranks compute it. `dtype` is the dtype of the predictions.
+    bit-identical to one rank, because branches are never batched together. If there is only one branch, all ranks
+    compute it. `dtype` is the dtype of the predictions.
     """
 
     def __init__(
