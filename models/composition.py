@@ -65,7 +65,7 @@ BLOCK_DECODING = Decoding(
 
 
 class StandardPipeline(ComposedPipeline):
-    """Adds sequences of standard stages; a model overrides the module names that differ from the defaults.
+    """Adds sequences of standard stages; a pipeline passes the module names that differ from the defaults.
 
     The role of a text encoder or tokenizer is its module name, by which the model's config refers to it.
     """

@@ -33,7 +33,7 @@ class ConfigReferences:
 
 @dataclass(frozen=True)
 class PipelineEntry:
-    """A pipeline class with the configs of its variants, by name."""
+    """A pipeline class with the configs of its variants, by variant name."""
 
     pipeline: type[ComposedPipeline]
     configs: Mapping[str, ConfigReferences]

@@ -75,9 +75,10 @@ def vectors_of_rows(
     first_BMD: Tensor | None,  # noqa: N803
     rest_BMD: Tensor,  # noqa: N803
 ) -> list[SegmentVectors]:
-    """Return M SegmentVectors: number m has row m of `first_BMD` for the first segment, of `rest_BMD` for the second.
+    """Return M SegmentVectors from the M rows of each of two segments.
 
-    Without segments, `first_BMD` is None and the rows of `rest_BMD` are for all tokens.
+    The first segment has the rows `first_BMD`, the second segment has the rows `rest_BMD`. Without segments,
+    `first_BMD` is None and the rows `rest_BMD` are for all tokens.
     """
     assert (segments is None) == (first_BMD is None), "rows of the first segment are passed only with segments"
     rest = rest_BMD.unbind(1)

@@ -74,7 +74,7 @@ class FlowMatchEulerSolver:
     def step(
         self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """latents + (next sigma - sigma) * velocity, computed in float32; the result has the prediction's dtype."""
+        """latents + (next sigma - sigma) * velocity, in float32, converted to the prediction's dtype."""
         del generator
         stepped: Tensor = self._scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         return stepped

@@ -90,7 +90,8 @@ class LoopState:
     def advance(self, predictions: Mapping[str, Tensor], frames: slice | None = None) -> None:
         """Take a step of all latent parts with their predictions.
 
-        With `frames`, only this block of the latents (B, channels, frames, ...) is stepped; predictions are for it.
+        With `frames`, only this block of the latents (B, channels, frames, ...) takes a step; the predictions have the
+        block's shape.
         """
         timestep = self.timesteps[self.step % len(self.timesteps)]
         now = self.latents if frames is None else self.block(frames)
