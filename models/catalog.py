@@ -164,7 +164,7 @@ def _variant(name: str, pipeline: ComposedPipeline, entry: PipelineEntry, checkp
     configs = entry.configs_of(name)
     params = resolve(configs.sampling_params)
     if not (isinstance(params, type) and issubclass(params, SamplingParams)):
-        raise TypeError(f"{configs.sampling_params} is not a SamplingParams")
+        raise TypeError(f"sampling_params: {configs.sampling_params} is not a subclass of SamplingParams")
     _check_scheduler(pipeline, checkpoint)
     _check_defaults(params, checkpoint)
     roles, specs = params.image_roles(checkpoint), params.parameters(checkpoint)
@@ -177,7 +177,7 @@ def _locate(reference: str) -> tuple[str, Path]:
     if separator and "/" not in name:
         if not _NAME.fullmatch(name):
             message = f"model: {name!r} is not a model name"
-            raise InvalidInput(f"{message}; letters, digits, '.', '_' and '-' work", field="model")
+            raise InvalidInput(f"{message}; 1 to 64 letters, digits, '.', '_' and '-' work", field="model")
         return name, Path(directory)
     if reference in shipped_models():
         return reference, _SHIPPED / reference

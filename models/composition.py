@@ -65,7 +65,7 @@ BLOCK_DECODING = Decoding(
 
 
 class StandardPipeline(ComposedPipeline):
-    """Adds sequences of standard stages; a model overrides the module names that differ from the defaults.
+    """Adds sequences of standard stages; a pipeline passes the module names that differ from the defaults.
 
     The role of a text encoder or tokenizer is its module name, by which the model's config refers to it.
     """
@@ -80,7 +80,7 @@ class StandardPipeline(ComposedPipeline):
         decoding: Decoding = MEDIA_DECODING,
         transformers: Mapping[str, str] = _ONE_TRANSFORMER,
     ) -> None:
-        """Add text to image or text to video: encode text, draw noise, build the schedule, denoise, decode.
+        """Add the stages of text to image or video: encode text, draw noise, build the schedule, denoise, decode.
 
         `scheduler` None: the model defines its own schedule.
         """
@@ -186,7 +186,7 @@ class StandardImagePipeline(StandardPipeline):
     def add_standard_ti2i_stages(
         self, *, text_modules: Sequence[str] = ("text_encoder", "tokenizer", "processor"), scheduler: str = "scheduler"
     ) -> None:
-        """Add text and images to image: the text encoder reads the images, the denoiser reads their latents."""
+        """Add the stages of image editing: the text encoder reads the images, the denoiser reads their latents."""
         self.add_stage(
             StageSpec(
                 contracts.IMAGE_TEXT_ENCODING,
@@ -212,9 +212,10 @@ class StandardImagePipeline(StandardPipeline):
         image_inputs: Sequence[str] = (),
         transformers: Mapping[str, str] = _ONE_TRANSFORMER,
     ) -> None:
-        """Add text and images to video: the denoiser reads the images' latents and a vision encoder's tokens.
+        """Add the stages of image to video: the denoiser reads image latents and a vision encoder's tokens.
 
-        With MEDIA_DECODING the result is an image. Unlike in ti2i stages, the text encoder does not read the images.
+        Unlike in ti2i stages, the text encoder does not read the images. With MEDIA_DECODING, the result is an image or
+        a video with audio.
 
         `image_encoder` None: the model has no vision encoder. `image_inputs` are the optional inputs of the stage that
         encodes images with the VAE.

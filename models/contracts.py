@@ -75,7 +75,7 @@ class ImageVAEEncodingInput:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageVAEEncodingOutput:
-    """Image latents, in the part "condition"; the denoiser reads them in addition to the noise."""
+    """Image latents, in the parts "condition", "condition_1" ...; the denoiser also reads the noise."""
 
     image_latents: Latents
 
@@ -184,7 +184,7 @@ class VideoDecodingInput(DecodingInput):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDecodingInput:
-    """Inputs of a decoder of a video that arrives block by block, in temporal order."""
+    """Inputs of a video decoder whose latents arrive block by block, in temporal order."""
 
     denoised_blocks: Stream[Latents]
     canvas: Canvas

@@ -112,7 +112,7 @@ def _build_stages(
         pipeline = model.checkpoint.pipeline_name
         raise InvalidInput(
             f"approximation: {runtime.approximation} is not supported by {pipeline}, which has no transformer in "
-            f"{spec.service}"
+            f"{spec.service}; linear_dtype same and step_cache_threshold 0 work"
         )
     return [_construct(stage, config, runtime, loaded) for stage in spec.stages]
 
@@ -213,7 +213,7 @@ def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig, runti
         raise CheckpointError(f"{name}: class {class_name} is not supported; supported are {supported}")
     if files := checkpoint.weight_files(name):
         variant = checkpoint.weight_variant(name) or "none"
-        _log.info("weights", module=name, variant=variant, files=[file.name for file in files])
+        _log.info("weight files selected", module=name, variant=variant, files=[file.name for file in files])
     return loader(checkpoint, name, runtime.device, config.dtype_of(name, runtime.dtype))
 
 
@@ -330,8 +330,8 @@ def numerics_fingerprint(
 ) -> str:
     """Hash of everything that determines a stage's output bytes; 32 hexadecimal digits.
 
-    Workers with equal hashes compute equal bytes. The hash covers the host, the device, library versions, and the
-    source code of `models`, `configs` and `plugins` (directories of further families).
+    Workers with equal hashes compute equal bytes. The hash covers the processor, the device, `dtype`, library versions,
+    and the source code of `models`, `configs` and `plugins` (directories of further families).
 
     `degrees` None: one rank. Parallel degrees are included because sums over ranks round differently. `shares_memory`
     is included because ranks that share memory attend to all keys at once. With `uses_kernels`, versions and trial

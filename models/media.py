@@ -21,10 +21,10 @@ PNG = "image/png"
 MP4 = "video/mp4"
 SAFETENSORS = "application/vnd.safetensors"
 
-# Visually near-lossless and reproducible. The thread count is fixed because x264's output depends on it.
-# Macroblock-tree rate control (mbtree) is off because on AVX-512 CPUs it changes the bytes of about one in 2,000
-# encodings (x264 165).
+# Visually near-lossless and reproducible. Macroblock-tree rate control (mbtree) is off because on AVX-512 CPUs it
+# changes the bytes of about one in 2,000 encodings (x264 165).
 _X264_OPTIONS = {"crf": "17", "preset": "medium", "mbtree": "0"}
+# Fixed, because x264's output depends on the number of threads.
 _X264_THREADS = 4
 # No B-frames: players differ in handling frames whose presentation order is not the decoding order.
 _FRAGMENT_OPTIONS = {**_X264_OPTIONS, "bf": "0"}
@@ -208,7 +208,7 @@ def _offset_of(kind: bytes, data: bytes) -> int:
 def _add_h264(
     container: av.container.OutputContainer, height: int, width: int, frame_rate: float, options: dict[str, str]
 ) -> Any:
-    """Add a video track, 4:2:0 in BT.709. The frame rate is rounded to a fraction of at most 1001ths."""
+    """Add a video track, 4:2:0 in BT.709. The frame rate is rounded to a fraction with a denominator up to 1001."""
     stream: Any = container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
     stream.options, stream.codec_context.thread_count = options, _X264_THREADS

@@ -1,4 +1,4 @@
-"""Undocumented PyTorch operators that layers call, with the arguments passed."""
+"""Undocumented PyTorch operators that models and worker groups call, with the arguments that they pass."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class ConfigReferences:
 
 @dataclass(frozen=True)
 class PipelineEntry:
-    """A pipeline class with the configs of its variants, by name."""
+    """A pipeline class with the configs of its variants, by variant name."""
 
     pipeline: type[ComposedPipeline]
     configs: Mapping[str, ConfigReferences]
@@ -43,7 +43,7 @@ class PipelineEntry:
         if variant not in self.configs:
             name = self.pipeline.pipeline_name
             raise ValueError(
-                f"variant {variant!r} of pipeline {name} has no configs; register_configs() must name them"
+                f"variant {variant!r} of pipeline {name} has no configs; its register_configs() must register them"
             )
         return self.configs[variant]
 
@@ -66,7 +66,7 @@ class Registry:
         variants[variant] = ConfigReferences(sampling_params, pipeline_config)
 
     def register_pipeline(self, pipeline: type[ComposedPipeline]) -> None:
-        """Register a pipeline class. Raises ValueError on a duplicate."""
+        """Register a pipeline class. Raises TypeError for another object, and ValueError on a duplicate."""
         if not (isinstance(pipeline, type) and issubclass(pipeline, ComposedPipeline)):
             raise TypeError(f"EntryClass: {pipeline!r} is not a subclass of ComposedPipeline")
         name = pipeline.pipeline_name
@@ -82,7 +82,7 @@ class Registry:
                 message = f"{message}; the closest match is {relative}"
             raise CheckpointError(message)
         if pipeline_name not in self._configs:
-            raise ValueError(f"pipeline {pipeline_name} has no configs; call register_configs() in its family")
+            raise ValueError(f"pipeline {pipeline_name} has no configs; its register_configs() must register them")
         return PipelineEntry(self._pipelines[pipeline_name], self._configs[pipeline_name])
 
     def relative(self, pipeline_name: str) -> str | None:
@@ -141,7 +141,7 @@ def _load_plugins(registry: Registry, directory: Path) -> None:
     for path in found:
         module = importlib.import_module(path.stem)
         if module.__file__ is None or Path(module.__file__).resolve() != path:
-            raise ImportError(f"{path} cannot be imported: {path.stem!r} is {module.__file__}; give it another name")
+            raise ImportError(f"{path} cannot be imported: {path.stem!r} is {module.__file__}; rename the file")
         _add_family(registry, module)
 
 

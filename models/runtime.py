@@ -20,13 +20,13 @@ def _cpu() -> torch.device:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Device, requested dtype, worker group and policies of a process.
+    """Device, requested dtype, worker group, checkpoint intervals and memory bounds of a process.
 
     Stages move their inputs to `device` and their outputs back to the CPU. `mesh` is the device mesh of the denoising
     worker group; None: one rank. A denoising stage sends a step checkpoint every `step_checkpoint_every` steps, and
     `step_checkpoint_seconds` after the last checkpoint; 0 disables the respective interval. `step_memory_bytes`
-    bounds CUDA graphs, their inputs, and the memory that steps update in place. `swap_experts`: host memory holds all
-    denoisers of a model, the device holds one at a time.
+    bounds CUDA graphs, their inputs, step caches, and the memory that steps update in place. `swap_experts`: host
+    memory holds all denoisers of a model, and the device holds one at a time.
     """
 
     device: torch.device = field(default_factory=_cpu)
@@ -44,5 +44,5 @@ class Runtime:
         return StepMemoryPool(self.step_memory_bytes, cuda_capture() if self.device.type == "cuda" else None)
 
     def axis(self, name: AxisName) -> Axis:
-        """This rank's position on an axis of the worker mesh; a single rank without a mesh."""
+        """This rank's position on an axis of the worker mesh. Without a mesh, the axis has one rank."""
         return Axis() if self.mesh is None else self.mesh.axis(name)

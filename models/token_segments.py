@@ -75,8 +75,12 @@ def vectors_of_rows(
     first_BMD: Tensor | None,  # noqa: N803
     rest_BMD: Tensor,  # noqa: N803
 ) -> list[SegmentVectors]:
-    """Convert rows (B, M, D) to M vectors of two segments; `first_BMD` None: `rest_BMD` is for all tokens."""
-    assert (segments is None) == (first_BMD is None), "the first segment has rows of its own"
+    """Return M SegmentVectors from the M rows of each of two segments.
+
+    The first segment has the rows `first_BMD`, the second segment has the rows `rest_BMD`. Without segments,
+    `first_BMD` is None and the rows `rest_BMD` are for all tokens.
+    """
+    assert (segments is None) == (first_BMD is None), "rows of the first segment are passed only with segments"
     rest = rest_BMD.unbind(1)
     if segments is None or first_BMD is None:
         return [SegmentVectors.same(row) for row in rest]

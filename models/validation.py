@@ -105,13 +105,13 @@ class InputValidationStage:
         for role in roles.required:
             if role not in images:
                 raise InvalidInput(
-                    f"{role}: no image was sent, which {name} requires; send an image with the role {role!r}",
+                    f"{role}: no image was sent; {name} requires an image with the role {role!r}",
                     field=role,
                 )
         if unknown := [role for role in images if role not in known]:
             sent = ", ".join(images)
             raise InvalidInput(
-                f"images: {sent} are not among the roles of {name}, {', '.join(known)}", field=unknown[0]
+                f"images: {sent} is not a set of images of {name}, which takes: {', '.join(known)}", field=unknown[0]
             )
 
 

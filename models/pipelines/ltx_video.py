@@ -34,7 +34,7 @@ class LTXPipeline(StandardPipeline):
 
 
 class LTXImagePipeline(StandardImagePipeline):
-    """Diffusers' LTXImageToVideoPipeline with the same checkpoint: text and image to video."""
+    """Diffusers' LTXImageToVideoPipeline for an LTXPipeline checkpoint: text and image to video."""
 
     pipeline_name = "LTXPipeline"
     _required_config_modules = MODULES

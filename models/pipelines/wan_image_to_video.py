@@ -1,7 +1,7 @@
 """Wan image to video: Wan 2.1 I2V, Wan 2.1 FLF2V and Wan 2.2 I2V A14B (two experts).
 
 Wan 2.1 is conditioned on CLIP tokens of the image, and on its latents, which are concatenated to the noise as channels.
-Wan 2.2 I2V A14B has two experts and no CLIP.
+Wan 2.2 I2V A14B has two experts and no CLIP encoder.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Solver(Protocol):
     def step(
         self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Take the next step; the result has the prediction's dtype. Only stochastic solvers use the generator."""
+        """Take the next step; the solver determines the result's dtype. Only stochastic solvers use the generator."""
 
     def state(self) -> Mapping[str, Tensor]:
         """State besides the step counter, such as a multistep solver's history; read-only device tensors."""
@@ -49,7 +49,10 @@ PRIVATE_API = {
         (Attributes(_UNIPC, ("timesteps", "sigmas", *_SET_UNIPC)), Called(f"{_UNIPC}.set_begin_index", 2)),
     ),
 }
-"""Attributes of Diffusers' schedulers that the solvers set. Setting a renamed attribute would have no effect."""
+"""Attributes and methods of Diffusers' schedulers that the solvers set and call, by class name.
+
+If Diffusers renamed an attribute, setting the old name would have no effect and would raise no error.
+"""
 
 
 def check_empty(state: Mapping[str, Tensor]) -> None:
@@ -71,7 +74,7 @@ class FlowMatchEulerSolver:
     def step(
         self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """latents + (next sigma - sigma) * velocity, in float32."""
+        """latents + (next sigma - sigma) * velocity, in float32, converted to the prediction's dtype."""
         del generator
         stepped: Tensor = self._scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         return stepped

@@ -1,4 +1,4 @@
-"""Checks whether the denoising loop supports a scheduler, from its config and without torch."""
+"""Checks whether the denoising loop supports a scheduler, from its config, without importing torch."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def try_schedules(
         except InvalidInput as error:
             if given.get("num_inference_steps") != 1:
                 raise _refusal(checkpoint, name, scheduler, sampling, error) from error
-            _log.warning("requests for 1 step will be refused", reason=error.message)
+            _log.warning("requests for 1 step will be rejected", reason=error.message)
         except (*_FAILURES, ValueError) as error:
             raise _refusal(checkpoint, name, scheduler, sampling, error) from error
 

@@ -1,1 +1,1 @@
-"""The standard stages, which contain no model-specific code."""
+"""The standard stages, and the stages of hybrid models in model_specific_stages."""

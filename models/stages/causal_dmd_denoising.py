@@ -94,7 +94,10 @@ class CausalDMDDenoisingStage(PipelineStage[DenoisingInput, BlockDenoisingOutput
                 self._write_context(request, branches, state, block)
 
     def _write_context(self, request: LoopRequest, branches: Branches, state: LoopState, block: int) -> None:
-        """Write a finished block to the KV cache by a prediction at timestep 0, the row after the steps."""
+        """Write a finished block to the KV cache by a prediction at timestep 0.
+
+        The prepared row of timestep 0 follows the rows of the steps.
+        """
         clean = dict.fromkeys(state.latents, 0.0)
         step = Step(len(request.steps), 0.0, clean, clean)
         latents = state.block(self._config.frames_of(block))

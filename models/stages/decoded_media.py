@@ -20,12 +20,12 @@ def pixels_of(decoded: Tensor) -> Tensor:
 def check_finite(values: Tensor, kind: str) -> Tensor:
     """Return `values` unchanged. Raises InternalError for non-finite values."""
     if not values.isfinite().all():
-        raise InternalError(f"{kind}: non-finite values from the model; its weights or latents overflowed")
+        raise InternalError(f"{kind}: the model returned non-finite values; its weights or latents may have overflowed")
     return values
 
 
 def media_item(data: bytes, content_type: str, canvas: Canvas, num_frames: int) -> MediaItem:
-    """The media item of a complete file."""
+    """The media item of a file, or of a fragment that has `num_frames` frames."""
     return MediaItem(
         data=torch.frombuffer(bytearray(data), dtype=torch.uint8),
         content_type=content_type,

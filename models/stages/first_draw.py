@@ -12,10 +12,10 @@ from configs.pipeline_configs.base import LatentLayout
 def first_draw(
     config: LatentLayout, canvas: Canvas, seed: int, vae_dtype: torch.dtype
 ) -> tuple[Tensor | None, torch.Generator]:
-    """Draw the noise that samples image latents, if the model samples them.
+    """Draw the noise for sampling image latents, if the model samples them.
 
-    Returns the noise or None, and the request's generator after this draw. Image encoding uses the noise, latent
-    preparation uses the generator: neither stage depends on the other stage.
+    Returns the noise or None, and the request's generator after this draw. Image encoding uses the noise, and latent
+    preparation uses the generator. Both stages call this function, so that neither depends on the other.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = config.posterior_shape(canvas)

@@ -33,7 +33,7 @@ _FILTERS: Mapping[str, Image.Resampling] = {
 
 
 class ImageEncodingStage(PipelineStage[ImageEncodingInput, ImageEncodingOutput]):
-    """Runs the model's vision encoder on all images as one batch; its processor resizes and crops them."""
+    """Runs the vision encoder on all images as one batch; the image processor resizes and crops the images."""
 
     def __init__(self, config: VisionConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config
@@ -64,7 +64,10 @@ class ImageVAEEncodingStage(PipelineStage[ImageVAEEncodingInput, ImageVAEEncodin
 
     @torch.inference_mode()
     def run(self, x: ImageVAEEncodingInput, call: Call) -> ImageVAEEncodingOutput:
-        """Latents of batch 1 on the CPU: the mode or a sample of the VAE's distribution."""
+        """Latents of batch 1 on the CPU: the mode or a sample of the VAE's distribution.
+
+        Raises InvalidInput for undecodable images, and for images that are too small to compress.
+        """
         call.check_cancelled()
         tensors: dict[str, Tensor] = {}
         for role, image in open_images(x.image_inputs, self._config.image_mode).items():

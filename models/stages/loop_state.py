@@ -88,7 +88,11 @@ class LoopState:
         return self
 
     def advance(self, predictions: Mapping[str, Tensor], frames: slice | None = None) -> None:
-        """Step all parts, or only a block's `frames` of (B, channels, frames, ...), by the predictions."""
+        """Take a step of all latent parts with their predictions.
+
+        With `frames`, only this block of the latents (B, channels, frames, ...) takes a step; the predictions have the
+        block's shape.
+        """
         timestep = self.timesteps[self.step % len(self.timesteps)]
         now = self.latents if frames is None else self.block(frames)
         stepped = {

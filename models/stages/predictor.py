@@ -59,7 +59,10 @@ class Branch:
         self.reused = 0
 
     def predict(self, latents: Tensors, step: int, flags: Flags = NO_FLAGS) -> Predictions:
-        """Predict at a step, from latents by the denoiser's keyword. `flags` are static keywords of this call."""
+        """Predict at a step.
+
+        `latents` are keyed by the denoiser's keywords; `flags` are static keywords of this call.
+        """
         row, memory = self._prepared.row(step), self._memory
         if memory.cache is not None and memory.cache.is_filled:
             predictions = predict_step(memory, latents, row, StepKind(probe=True, flags=flags))
@@ -108,8 +111,8 @@ class Branches:
     """The guidance branches of one request on each of its denoisers.
 
     Rank r of the cfg axis computes branches r, r + cfg, ... of `names`; ranks exchange the predictions. Results are
-    bit-identical to one rank, because branches are never batched together. If there is only one branch,
-    all ranks compute it. `dtype` is the dtype of the predictions.
+    bit-identical to one rank, because branches are never batched together. If there is only one branch, all ranks
+    compute it. `dtype` is the dtype of the predictions.
     """
 
     def __init__(

@@ -58,7 +58,7 @@ Capture = Callable[[Callable[[], Predictions]], Captured]
 
 
 def cuda_capture() -> Capture:
-    """Return a capture function for CUDA graphs with one memory pool; they never run concurrently."""
+    """Return a function that captures CUDA graphs in one memory pool. The graphs never run concurrently."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(run: Callable[[], Predictions]) -> Captured:
@@ -194,7 +194,7 @@ class StepMemory:
 
 
 def byte_size_of(transformer: DiffusionTransformer, inputs: StepInputs, *, has_cache: bool, has_graphs: bool) -> int:
-    """Maximum bytes of a StepMemory: tensors, step cache and, with graphs, buffers of inputs and predictions."""
+    """Maximum `tensor_bytes` of a StepMemory: tensors, step cache and, with graphs, input and output buffers."""
     size = sum(spec.byte_size for spec in inputs.memory.values())
     if has_cache:
         first = next(iter(inputs.latents.values()))
@@ -217,9 +217,9 @@ class Lease(Protocol):
         inputs: StepInputs,
         new_cache: Callable[[], StepCache] | None = None,
     ) -> StepMemory:
-        """Lease reset memory for steps of these shapes on a role's denoiser. `new_cache` adds a step cache.
+        """Lease memory for steps of these shapes on a role's denoiser. `new_cache` adds a step cache.
 
-        Raises ResourceExhausted.
+        The tensors that steps update in place are zero, and the cache is empty. Raises ResourceExhausted.
         """
 
 

@@ -22,7 +22,7 @@ from models.runtime import Runtime
 from models.stages.decoded_media import DEFAULT_FRAME_RATE, media_item, pixels_of, unsupported_format
 
 FRAGMENT_LATENT_FRAMES = 4
-"""Latent frames per MP4 fragment of a finished video: about one second at 16 frames per second."""
+"""Latent frames per MP4 fragment of a finished video: about one second of Wan's 16 frames per second."""
 
 _SLOT = "media_items"
 
@@ -191,7 +191,7 @@ class _Videos:
     def check_complete(self) -> None:
         """Check that all frames have been decoded. Raises InternalError."""
         if self._done != self._total:
-            raise InternalError(f"latents: {self._done} frames are not {self._total}, the frames of the request")
+            raise InternalError(f"latents: {self._done} decoded frames are not the {self._total} frames of the request")
 
 
 class _Fragments:

@@ -31,7 +31,7 @@ class Flux2VAE:
         return (patches - mean) / std
 
     def decode(self, patches: Tensor, *, return_dict: bool = False) -> tuple[Tensor]:
-        """Decode normalised patches (B, 4C, h, w) to pixels (B, 3, H, W) in about [-1, 1]."""
+        """Decode normalised patches (B, 4C, h, w) to a tuple of pixels (B, 3, H, W) in about [-1, 1]."""
         del return_dict
         latents = self.denormalised(patches).to(self._vae.dtype)
         pixels: Tensor = self._vae.decode(latents, return_dict=False)[0]

@@ -45,7 +45,7 @@ class LTX2AudioVAE:
         return spectrogram
 
     def denormalised(self, latents: Tensor) -> Tensor:
-        """Decoder input of normalised latents, in their dtype; statistics are per channel and mel bin."""
+        """Decoder input of normalised latents, in their dtype; statistics are per channel and latent bin."""
         shape = (1, latents.shape[1], 1, latents.shape[3])
         mean, std = (each.view(shape).to(latents) for each in (self._vae.latents_mean, self._vae.latents_std))
         raw: Tensor = latents * std + mean

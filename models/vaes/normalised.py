@@ -1,4 +1,4 @@
-"""Base of the video VAEs of LTX-Video and LTX-2, with latent statistics in their weights."""
+"""Base class of the video VAEs of LTX-Video and LTX-2, whose weights contain latent statistics."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class QwenImageVAE:
-    """Wraps Diffusers' AutoencoderKLQwenImage; takes and returns tensors."""
+    """Wraps Diffusers' AutoencoderKLQwenImage: encode() returns the mode instead of a distribution."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae

@@ -19,7 +19,7 @@ from models.kernels.channel_norm import channel_norm_silu
 
 
 class FrameLayer(Protocol):
-    """Maps a stream of frames (1, C, H, W) to another stream; each input frame yields zero to two frames."""
+    """Maps a stream of frames (1, C, H, W) to another stream; each input frame yields one or two frames."""
 
     def feed(self, frame: Tensor) -> Iterator[Tensor]:
         """Yield the output frames of the next input frame."""
@@ -51,7 +51,7 @@ def up_blocks(decoder: Any, *, is_residual: bool) -> list[UpBlock]:
 
 
 def arrange_weights(decoder: Any) -> None:
-    """Register a 2D weight over a window of frames with each 3D convolution.
+    """Register with each 3D convolution its weight in 2D, `window`, for frames stacked as channels.
 
     The 2D weight (out, frames * in, h, w) and the 3D weight (out, in, frames, h, w) share memory. On CUDA the 2D weight
     is channels-last.
@@ -142,7 +142,7 @@ class _Residual:
 
 
 class _PerFrame:
-    """One of Diffusers' modules that depends on a single frame, called with a video of one frame."""
+    """A Diffusers module that processes each frame independently, called with a video of one frame."""
 
     def __init__(self, module: Any) -> None:
         self._module = module

@@ -50,7 +50,7 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model i2v --output a.mp4", "image: no image was sent, which i2v (WanImageToVideoPipeline) requires"),
+        ("--model i2v --output a.mp4", "image: no image was sent; i2v (WanImageToVideoPipeline) requires an image"),
         ("--model i2v --image nowhere.png --output a.mp4", "cannot read the image nowhere.png"),
         ("--model i2v --image words.png --output a.mp4", "image is not a PNG, JPEG or WebP image"),
         ("--model i2v --image old.gif --output a.mp4", "image is not a PNG, JPEG or WebP image but GIF"),
@@ -59,12 +59,12 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--model i2v --image spoiled.png --output a.mp4", "image cannot be decoded"),
         (
             "--model i2v --image good.png --image good.png --output a.mp4",
-            "images: image, image_1 are not among",
+            "images: image, image_1 is not a set of images",
         ),
         ("--model i2v --image good.png --param image=good.png --output a.mp4", "image is given twice"),
         (
             "--model i2v --image good.png --param last_image=good.png --output a.mp4",
-            "image, last_image are not among",
+            "image, last_image is not a set of images",
         ),
         ("--model flf2v --image good.png --output a.mp4", "last_image: no image was sent"),
         (

@@ -122,7 +122,7 @@ def _corrupted(data: bytes) -> bytes:
             "i2v",
             {"image": image_file(1), "image_1": image_file(1)},
             "image_1",
-            "image, image_1 are not among",
+            "image, image_1 is not a set of images",
         ),
         ("i2v", {"image": b"no image"}, "image", "is not a PNG, JPEG or WebP image"),
         ("i2v", {"image": _truncated(image_file(1))}, "image", "is truncated"),

@@ -251,7 +251,7 @@ def test_weight_variants_of_diffusers_are_loaded(
     fleet.close()
     for module in ("text_encoder", "text_encoder_2", "transformer", "vae"):
         files = ",".join(file.name for file in Checkpoint.open(tmp_path).weight_files(module))
-        assert f"weights module={module} variant={variant} files={files}" in caplog.text
+        assert f"weight files selected module={module} variant={variant} files={files}" in caplog.text
 
 
 def draw(fleet: LocalFleet) -> Tensor:

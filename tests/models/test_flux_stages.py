@@ -261,7 +261,7 @@ def test_an_image_model_refuses_mp4(dev: Pair, prepared: Slots) -> None:
 def test_nan_pixels_are_an_error(dev: Pair, prepared: Slots) -> None:
     noise = prepared["initial_latents"].parts["image"]
     broken = dataclasses.replace(noise, latents=torch.full_like(noise.latents, torch.nan))
-    with pytest.raises(InternalError, match="pixels: non-finite values"):
+    with pytest.raises(InternalError, match="pixels: the model returned non-finite values"):
         run(dev, "decoding", {"denoised_latents": Latents(parts={"image": broken}), "canvas": CANVAS})
 
 

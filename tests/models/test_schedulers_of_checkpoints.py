@@ -183,7 +183,7 @@ def test_noise_levels_that_are_not_finite_are_refused_at_the_request(
     assert refused.value.field == "num_inference_steps"
     with caplog.at_level(logging.WARNING):
         try_schedules(model.checkpoint, WanSamplingParams, config, "scheduler", scheduler)
-    assert "requests for 1 step will be refused" in caplog.text
+    assert "requests for 1 step will be rejected" in caplog.text
 
 
 def test_the_default_and_the_fewest_steps_are_tried(

@@ -253,7 +253,7 @@ def test_other_formats_are_refused(stages: Stages, latents: Tensor, output_forma
 @pytest.mark.parametrize("output_format", ["mp4", "safetensors"])
 def test_missing_blocks_are_an_error(stages: Stages, latents: Tensor, output_format: str) -> None:
     canvas = replace(CANVAS, output_format=output_format)
-    with pytest.raises(InternalError, match="26 frames are not 42, the frames of the request"):
+    with pytest.raises(InternalError, match="26 decoded frames are not the 42 frames of the request"):
         decode_blocks(stages, blocks_of(latents[:, :, :4], (2, 2)), canvas)
-    with pytest.raises(InternalError, match="0 frames are not 21, the frames of the request"):
+    with pytest.raises(InternalError, match="0 decoded frames are not the 21 frames of the request"):
         decode_blocks(stages, Blocks([]), canvas)

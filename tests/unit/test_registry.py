@@ -109,7 +109,7 @@ def test_a_name_is_registered_once(plugins: Path) -> None:
 def test_a_pipeline_without_configs_is_a_defect() -> None:
     registry = Registry()
     registry.register_pipeline(FluxPipeline)
-    with pytest.raises(ValueError, match="FluxPipeline has no configs; call register_configs"):
+    with pytest.raises(ValueError, match="FluxPipeline has no configs; its register_configs"):
         registry.entry("FluxPipeline")
 
 
@@ -134,7 +134,7 @@ def test_an_import_error_of_a_plugin_is_raised(plugins: Path) -> None:
 
 def test_a_plugin_cannot_take_the_name_of_another_module(plugins: Path) -> None:
     (plugins / "json.py").write_text(PLUGIN.format(name="JsonPipeline"))
-    with pytest.raises(ImportError, match=r"json\.py cannot be imported: 'json' is .*; give it another name"):
+    with pytest.raises(ImportError, match=r"json\.py cannot be imported: 'json' is .*; rename the file"):
         load_registry([plugins])
 
 

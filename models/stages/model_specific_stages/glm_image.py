@@ -53,7 +53,7 @@ class GlmImageBeforeDenoisingStage(PipelineStage[BeforeDenoisingInput, BeforeDen
         return BeforeDenoisingOutput(text_conditioning=conditioning, initial_latents=noise, schedule=schedule)
 
     def _conditioning(self, x: BeforeDenoisingInput, call: Call) -> Conditioning:
-        """Glyphs and prior tokens; the negative branch has an empty text and drops the prior tokens."""
+        """Glyphs and prior tokens. The negative branch encodes an empty text; the denoiser drops its prior tokens."""
         length = self._config.max_glyph_tokens(x.prompt)
         glyphs = self._glyphs.encode(x.prompt.prompt, length, call.warn).to("cpu", self._dtype)
         rows, columns = self._config.prior_grid(x.canvas)

@@ -53,7 +53,7 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage[BeforeDenoisingInput, B
         """Conditioning and image latents of batch 1, the noise of all outputs, and the schedule, on the CPU.
 
         Reports every token of a caption, and the caption as a warning; ends within one token when cancelled. Raises
-        InvalidInput for an undecodable image.
+        InvalidInput for a missing or undecodable image.
         """
         if x.image_inputs is None:
             raise InvalidInput("image: no image was sent; an image to decompose into layers is required", field="image")
