@@ -17,12 +17,12 @@ from common.rpc.tls import read_authority, read_identity
 from services.cli.doctor_results import Result, error, ok, warning
 
 _NOTICE = datetime.timedelta(days=14)
-"""Remaining validity below which the result is a warning, if _SHARE_LEFT of the validity is longer."""
+"""Remaining validity below which the result is a warning, for a validity of at least 56 days."""
 
 _SHARE_LEFT = 0.25
-"""Remaining fraction of the validity below which the result is a warning, if it is shorter than _NOTICE.
+"""Remaining fraction of the validity below which the result is a warning, for a validity of less than 56 days.
 
-Certificates are renewed earlier: by default, cert-manager renews a certificate when one third of its validity remains.
+By default, cert-manager renews certificates earlier: when one third of their validity remains.
 """
 
 
