@@ -78,7 +78,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--service",
         metavar="SERVICE",
-        help=f"service that runs on this host, with its settings (default: {COORDINATOR})",
+        help=f"service of this host whose settings are checked (default: {COORDINATOR})",
     )
     parser.add_argument(
         "--config", metavar="FILE", help="TOML file with settings of that service (default: FLEET_CONFIG)"

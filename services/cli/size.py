@@ -119,7 +119,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="AXIS=N[,...]",
         help="parallel degrees of each denoising worker, such as ring=2 or tp=2,cfg=2 (default: one GPU)",
     )
-    add_endpoint(parser, "none, use committed measurements")
+    add_endpoint(parser, "none; committed measurements are used")
     args = parser.parse_args(argv)
     for name, most in (("requests_per_second", math.inf), ("utilisation", 1.0)):
         value = vars(args)[name]
@@ -315,8 +315,8 @@ def remarks(load: Load, costs: Transport) -> Iterator[str]:
     whole = max(1, math.ceil(load.requests_per_second * sum(each.seconds for each in sizes) / load.utilisation - 1e-9))
     if load.ranks == 1 and split > whole:
         yield (
-            f"Separate services need {split} devices; {whole} devices suffice if each runs the whole pipeline. Split "
-            "only if one device cannot hold all weights, or to restart and scale each service separately."
+            f"Separate services need {split} devices; instances of the whole pipeline need {whole}. Split only "
+            "if one device cannot hold all weights, or to restart and scale each service separately."
         )
     longest = max(sizes, key=lambda each: each.seconds)
     for each in sizes:

@@ -249,7 +249,7 @@ def test_package_guard_and_doctor_share_the_version_check(monkeypatch: pytest.Mo
 
 def test_settings_are_checked_for_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines(check_settings(ServiceSource())) == [
-        "ok settings: coordinator accepts its defaults: no FLEET_* variable is set"
+        "ok settings: coordinator accepts its defaults: none of its variables is set"
     ]
     monkeypatch.setenv("FLEET_QUEUE_LIMIT", "many")
     checks = [Check("settings", lambda: check_settings(ServiceSource()), "correct it")]
