@@ -22,7 +22,7 @@ def check_output(path: Path) -> Path:
     """Check that an output path is writable, before the request is sent. Raises InvalidInput."""
     if path.suffix.lower() not in FORMATS:
         raise InvalidInput(
-            f"--output: {str(path)!r} does not end in {', '.join(FORMATS)}; image.png works", field="output"
+            f"--output: {str(path)!r} does not end in {' or '.join(FORMATS)}; image.png works", field="output"
         )
     if not path.parent.is_dir():
         raise InvalidInput(f"--output: the directory {path.parent} does not exist; create it", field="output")

@@ -44,7 +44,7 @@ def _no_store_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("draw", "unknown command 'draw'; commands are generate, up,"),
         ("generate", "required: PROMPT, --output"),
         ("generate p --output X.png --hight 3", "unrecognized arguments: --hight 3"),
-        ("generate p --output X.gif", "x.gif' does not end in .png, .mp4, .safetensors; image.png works"),
+        ("generate p --output X.gif", "x.gif' does not end in .png or .mp4 or .safetensors; image.png works"),
         ("generate p --output X/y.png", "does not exist"),
         ("generate p --output X.png --height tall", "--height: 'tall' is not a whole number"),
         ("generate p --output X.png --height 7", "height: 7 is not at least 16"),
