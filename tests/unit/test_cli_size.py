@@ -80,7 +80,7 @@ def test_the_default_model_needs_no_stage_seconds_and_no_fleet(capsys: pytest.Ca
 
 def test_remarks_name_inefficient_services(capsys: pytest.CaptureFixture[str]) -> None:
     text = "\n".join(run(EMOJI_VIDEO, capsys))
-    assert "Separate services need 5 devices; 4 devices" in text
+    assert "Separate services need 5 devices; instances of the whole pipeline need 4." in text
     assert "text_encoding computes for 4.0 ms, less than one hop of 4 MB (6.9 ms)" in text
     assert "decoding uses 10% of one device: it can share another service's device" in text
     assert "Transport takes 13 ms per request, 3% of its compute time" in text
