@@ -77,7 +77,7 @@ _log = get_logger(__name__)
 _PACKAGES = ("diffusion-fleet", "torch", "diffusers", "transformers")
 _ANNOUNCE_AGAIN_SECONDS = 1.0
 _CHECK_SECONDS = 3.0
-"""Timeout of the store check before weights are loaded. After a timeout, the check is repeated before announcing."""
+"""Timeout, in seconds, of the store check before loading. After a timeout, the check is repeated before announcing."""
 
 
 class Ranks(Protocol):

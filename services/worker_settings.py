@@ -49,7 +49,7 @@ class WorkerSettings(StoreSettings, TlsSettings):
         "auto", help="dtype of the computation; auto: bfloat16 on CUDA, float32 elsewhere"
     )
     threads: int = setting(0, help="CPU threads per operation; 0: torch's default")
-    capacity: int = setting(1, help="concurrent requests; the device computes one at a time")
+    capacity: int = setting(1, help="concurrent requests; the device computes one request at a time")
     plugins: tuple[Path, ...] = setting((), help="directory with model families from outside this tree; repeatable")
     grace_seconds: float = setting(
         30.0, help="seconds for running calls to finish, or to be handed over, after SIGTERM"
@@ -57,7 +57,7 @@ class WorkerSettings(StoreSettings, TlsSettings):
     announce_seconds: float = setting(60.0, help="seconds to wait for the request store at the start")
     idle_seconds: float = setting(30.0, help="seconds without a message after which an incomplete call is ended")
     max_call_bytes: int = setting(2 << 30, help="maximum bytes of tensors in a call")
-    tls_callers: tuple[str, ...] = setting(("coordinator",), help="names of accepted client certificates")
+    tls_callers: tuple[str, ...] = setting(("coordinator",), help="names of accepted client certificates; repeatable")
     metrics_port: int | None = setting(None, help="port for Prometheus metrics; unset: no metrics")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="minimum level of log lines")
     log_format: Literal["text", "json"] = setting(
@@ -90,9 +90,11 @@ class CachingSettings(WorkerSettings):
     reply_cache_redis_bytes: int = setting(
         0, help="memory of the reply cache in Redis, shared with other workers, in bytes; 0: no cache"
     )
-    reply_cache_redis_seconds: float = setting(3_600.0, help="seconds after its last use until a shared reply expires")
+    reply_cache_redis_seconds: float = setting(
+        3_600.0, help="seconds from the last use of a shared reply until it expires"
+    )
     reply_cache_redis_gain: float = setting(
-        2.0, help="minimum ratio of measured compute time to fetch time of a shared reply; 0: share all"
+        2.0, help="minimum ratio of compute time to fetch time for a reply to be shared; 0: share all replies"
     )
 
 
@@ -101,9 +103,10 @@ class KernelSettings(WorkerSettings):
     """Serve a stage with optional kernel packages on a GPU, such as image encoding."""
 
     kernels: tuple[PackageChoice, ...] = setting(
-        ("auto",), help="kernel packages on a GPU: auto uses all that work, a named package must work; or none"
+        ("auto",),
+        help="kernel packages on a GPU; auto: all that work; a named package must work; none: no package; repeatable",
     )
-    kernel_cache: Path | None = setting(None, help="directory to cache compiled kernels in, across restarts")
+    kernel_cache: Path | None = setting(None, help="directory that caches compiled kernels across restarts")
 
     @property
     def kernel_choice(self) -> KernelChoice | None:
@@ -116,8 +119,10 @@ class StepSettings(WorkerSettings):
     """Serve a stage that reports steps."""
 
     hang_seconds: float = setting(60.0, help="seconds without a step, after the first one, until a call is cancelled")
-    hang_mean_steps: float = setting(20.0, help="minimum hang_seconds as a multiple of the call's mean step time")
-    hang_exit_seconds: float = setting(30.0, help="seconds from that cancellation to the end of the process")
+    hang_mean_steps: float = setting(20.0, help="lower bound of hang_seconds, as a multiple of a call's mean step time")
+    hang_exit_seconds: float = setting(
+        30.0, help="seconds from the cancellation of a hung call to the end of the process"
+    )
     step_seconds: float = setting(0.25, help="minimum seconds between two reported steps of a call")
 
     @property
@@ -133,7 +138,8 @@ class WarmUpSettings(StepSettings):
     """Serve a stage that can run warm-up requests at the start, such as before_denoising."""
 
     warm_up: tuple[str, ...] = setting(
-        (), help="size of a warm-up request: HEIGHTxWIDTH[xFRAMES][@VARIANT] (default: all variants); repeatable"
+        (),
+        help="size of a warm-up request: HEIGHTxWIDTH[xFRAMES][@VARIANT]; without @VARIANT: all variants; repeatable",
     )
 
 
@@ -153,13 +159,13 @@ class LoopSettings(KernelSettings, StepSettings):
     """Serve a denoising loop."""
 
     attention_backend: AttentionChoice = setting(
-        "auto", help="attention backend on a GPU; auto: by the committed table; a named backend must work"
+        "auto", help="attention backend on a GPU; auto: by the GPU and the shape; a named backend must work"
     )
     step_checkpoint_every: int = setting(0, help="denoising steps between two step checkpoints; 0: by time only")
     step_checkpoint_seconds: float = setting(5.0, help="maximum seconds between two step checkpoints; 0: by steps only")
     step_memory_bytes: int = setting(
         DEFAULT_STEP_MEMORY_BYTES,
-        help="memory of CUDA graphs, their inputs and buffers that denoising steps update in place, in bytes",
+        help="maximum memory of CUDA graphs, their inputs, and buffers that steps update in place, in bytes",
     )
 
     @property
@@ -193,9 +199,9 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InvalidInput(f"device: {name!r} is not auto, cpu, cuda or cuda:N", field="device") from None
+        raise InvalidInput(f"device: {name!r} is not auto, cpu, cuda or cuda:N; auto works", field="device") from None
     if device.type not in ("cpu", "cuda"):
-        raise InvalidInput(f"device: {name!r} is not auto, cpu, cuda or cuda:N", field="device")
+        raise InvalidInput(f"device: {name!r} is not auto, cpu, cuda or cuda:N; auto works", field="device")
     if device.type == "cpu":
         return device
     index, count = device.index or 0, torch.cuda.device_count()

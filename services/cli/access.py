@@ -33,7 +33,9 @@ def access_of(args: argparse.Namespace, environ: Mapping[str, str] | None = None
     given = {name: vars(args)[name] or environ.get(f"FLEET_{name.upper()}") or None for name in ACCESS_FLAGS}
     api_key = given["api_key"] or ""
     if not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
-        raise SettingsError("--api-key must consist of printable ASCII characters without spaces", field="api_key")
+        raise SettingsError(
+            "--api-key: the key is not printable ASCII without spaces; letters and digits work", field="api_key"
+        )
     files = {name: Path(path) for name in ("tls_ca", "tls_cert", "tls_key") if (path := given[name])}
     identity = read_identity(files.get("tls_cert"), files.get("tls_key"))
     if "tls_ca" in files:

@@ -21,7 +21,7 @@ Events = AsyncGenerator[generation_pb2.Event, None]
 Downloaded = AsyncGenerator[generation_pb2.DownloadResultResponse, None]
 
 RETRIES = 5
-"""Maximum number of consecutive retries that receive no message from a coordinator."""
+"""Maximum number of consecutive retries without a message from a coordinator."""
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class FleetClient:
         self._stub: generation_pb2_grpc.GenerationServiceAsyncStub = generation_pb2_grpc.GenerationServiceStub(channel)
 
     async def generate(self, request: generation_pb2.SubmitRequest, *, follow: bool = False) -> Responses:
-        """Submit a request, yield its events and its files. Closing early cancels it if it has no idempotency key."""
+        """Submit a request, and yield its events and files. Closing early cancels a request without idempotency key."""
         call = self._stub.Generate(
             generation_pb2.GenerateRequest(request=request, follow=follow), metadata=self._metadata
         )

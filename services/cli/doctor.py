@@ -76,11 +76,15 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--redis", metavar="URL", help="request store to check (default: FLEET_REDIS)")
     parser.add_argument(
-        "--service", metavar="SERVICE", help=f"service of this host, for its settings (default: {COORDINATOR})"
+        "--service",
+        metavar="SERVICE",
+        help=f"service of this host whose settings are checked (default: {COORDINATOR})",
     )
-    parser.add_argument("--config", metavar="FILE", help="TOML file of the service (default: FLEET_CONFIG)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_endpoint(parser)
+    parser.add_argument(
+        "--config", metavar="FILE", help="TOML file with settings of that service (default: FLEET_CONFIG)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
+    add_endpoint(parser, "FLEET_ENDPOINT, else no fleet is checked")
     args = parser.parse_args(argv)
     args.redis = args.redis or os.environ.get("FLEET_REDIS") or ""
     models = os.environ.get("FLEET_MODEL", "").split(",")

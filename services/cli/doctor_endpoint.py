@@ -45,7 +45,7 @@ def check_proxies(endpoint: str, environ: Mapping[str, str] = os.environ) -> Ite
             yield ok("proxies", f"{shown}; {beyond}")
         else:
             advice = "list the hosts of fleets in no_proxy"
-            yield warning("proxies", f"{shown}, and {beyond}: gRPC connects to other hosts through it", advice)
+            yield warning("proxies", f"{shown}, and {beyond}: gRPC connects to other hosts through the proxy", advice)
     elif variable := proxy_variable(endpoint, environ):
         yield warning(
             "proxies",
@@ -210,15 +210,15 @@ def model_results(model: generation_pb2.Model, own_fingerprint: str) -> Iterator
     without = [each.service for each in model.services if not each.workers]
     if without:
         advice = "start workers, unless autoscaling starts them at the first request"
-        yield warning(name, f"no worker serves {', '.join(without)}: requests wait for one", advice)
+        yield warning(name, f"no worker serves {', '.join(without)}: requests wait for a worker", advice)
     else:
         workers = ", ".join(f"{each.service} {each.workers}" for each in model.services)
         yield ok(name, f"live workers: {workers}")
     if own_fingerprint and own_fingerprint != model.fingerprint:
         yield error(
             name,
-            f"the fleet serves checkpoint {model.fingerprint[:12]}, and --model is {own_fingerprint[:12]}: "
-            "the fleet would refuse a worker with it",
+            f"the fleet serves checkpoint {model.fingerprint[:12]}, but --model is {own_fingerprint[:12]}: "
+            "the fleet refuses workers with the latter",
             "use one checkpoint on all hosts",
         )
     for refused in model.refused_workers:

@@ -111,7 +111,7 @@ def attention_rows(capability: Capability, choice: KernelChoice, outcomes: Seque
     for row in TABLE.get(capability, ()):
         package = ATTENTION_PACKAGES.get(row.backend)
         if package is None or package in usable:
-            texts.append(row.backend + (f" from {row.min_work} heads x tokens on" if row.min_work else ""))
+            texts.append(row.backend + (f" for at least {row.min_work} heads x tokens" if row.min_work else ""))
     return ", else ".join([*texts, "sdpa"])
 
 

@@ -40,7 +40,7 @@ def check_packages() -> Iterator[Result]:
         yield from _optional_results("gpu")
         yield from _optional_results("flash-attn")
     else:
-        yield warning("worker packages", WORKER_EXTRA_ABSENT, f"where workers run here: {_INSTALL}[worker]'")
+        yield warning("worker packages", WORKER_EXTRA_ABSENT, f"if workers run on this host: {_INSTALL}[worker]'")
 
 
 def requirements_of(extra: str) -> list[Requirement]:

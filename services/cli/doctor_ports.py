@@ -35,7 +35,9 @@ def check_endpoint_ports(endpoint: str, values: Mapping[str, Any]) -> Iterator[R
             fault, advice = health_fault(address), f"check the coordinator's log and its {name}"
             right = "is ready"
         if fault:
-            yield warning("endpoint ports", f"{name}: {address} {fault}", f"{advice}, and the firewalls in between")
+            yield warning(
+                "endpoint ports", f"{name}: {address} {fault}", f"{advice}, and the firewalls between both hosts"
+            )
         else:
             yield ok("endpoint ports", f"{name}: {address} {right}")
 
@@ -53,7 +55,7 @@ def reached_addresses(endpoint: str, values: Mapping[str, Any]) -> dict[str, str
 
 
 def _metrics_fault(address: str) -> str:
-    """The fault of the metrics endpoint at HOST:PORT, or "". Uses no proxy, as Prometheus does by default."""
+    """The fault of the metrics endpoint at HOST:PORT, or "". Uses no proxy, like Prometheus by default."""
     host, _, port = address.rpartition(":")
     connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=_SECONDS)
     try:

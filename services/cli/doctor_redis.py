@@ -83,7 +83,7 @@ async def _server(redis: Redis, url: str) -> _Results:
     found = f"{url} answers in {milliseconds:.0f} ms"
     numbers = tuple(int(each) for each in re.findall(r"\d+", version)[:2])
     if not numbers:
-        advice = f"allow the ACL user to run INFO, or make sure of Redis {_dotted(_OLDEST_TESTED)} or newer"
+        advice = f"allow the ACL user to run INFO, or check that the server is Redis {_dotted(_OLDEST_TESTED)} or newer"
         yield warning("redis", f"{found}; its version is unknown", advice)
     elif numbers < _OLDEST_TESTED:
         lacks = error if numbers < _OLDEST else warning
@@ -109,7 +109,8 @@ async def _policy(redis: Redis, store: StoreSettings) -> _Results:
         yield warning(
             "redis policy",
             f"{', '.join(unknown)} cannot be read",
-            "allow the ACL user INFO and CONFIG GET, or make sure of a primary with maxmemory-policy noeviction",
+            "allow the ACL user to run INFO and CONFIG GET, or check that the server is a primary with "
+            "maxmemory-policy noeviction",
         )
     elif facts.maxmemory_policy != "noeviction":
         yield warning(
@@ -151,7 +152,7 @@ async def _scripts(redis: Redis) -> _Results:
     if known:
         yield ok("redis scripts", f"the fleet's script is loaded, and scripts may write {PREFIX}*")
     else:
-        advice = "give the URL of one server, not of a proxy in front of several"
+        advice = "set --redis to the URL of one server, not of a proxy for several servers"
         yield error("redis scripts", "SCRIPT LOAD succeeded, but SCRIPT EXISTS does not find the script", advice)
 
 
@@ -202,7 +203,7 @@ async def _clock(redis: Redis, most_seconds: float) -> _Results:
 
     The error of the measured skew is at most half the round-trip time.
     """
-    await command(redis, "PING")  # Connects, which takes several round trips that must not count.
+    await command(redis, "PING")  # Connect first, because connecting takes several round trips.
     before = time.time()
     seconds, microseconds = await command(redis, "TIME")
     after = time.time()

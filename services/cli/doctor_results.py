@@ -105,7 +105,9 @@ def _run(check: Check, shows_tracebacks: bool) -> list[Result]:
 def _failed(check: Check, failure: BaseException) -> Result:
     if isinstance(failure, FleetError):
         return error(check.name, describe(failure), check.advice)
-    return error(check.name, f"the check failed: {describe(failure)}", "repair what the error names, or report it")
+    return error(
+        check.name, f"the check failed: {describe(failure)}", "fix the cause that the error names, or report a bug"
+    )
 
 
 def _without_credentials(result: Result) -> Result:

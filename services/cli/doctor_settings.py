@@ -66,7 +66,7 @@ def check_settings(source: ServiceSource) -> Iterator[Result]:
         yield warning("settings", WORKER_EXTRA_ABSENT, "pip install 'diffusion-fleet[worker]'")
         return
     given = [*sorted(_variables(source.settings)), *([source.config] if source.config else [])]
-    yield ok("settings", f"{source.service} accepts {', '.join(given) or 'its defaults: no FLEET_* variable is set'}")
+    yield ok("settings", f"{source.service} accepts {', '.join(given) or 'its defaults: none of its variables is set'}")
 
 
 def _variables(settings: object) -> Iterator[str]:

@@ -17,10 +17,13 @@ from common.rpc.tls import read_authority, read_identity
 from services.cli.doctor_results import Result, error, ok, warning
 
 _NOTICE = datetime.timedelta(days=14)
-"""Remaining validity below which the result is a warning."""
+"""Remaining validity below which the result is a warning, for a validity of at least 56 days."""
 
 _SHARE_LEFT = 0.25
-"""Remaining fraction of the validity below which the result is a warning. Issuers renew earlier, at one third."""
+"""Remaining fraction of the validity below which the result is a warning, for a validity of less than 56 days.
+
+By default, cert-manager renews certificates earlier: when one third of their validity remains.
+"""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def _identity_results(
         yield error("tls", failure.message, f"set {label} and {files.prefix}_key to a certificate and its own key")
         return
     if identity is None:
-        raise AssertionError("a file is set")
+        raise AssertionError("read_identity() returned None although a file is set")
     leaf, *chain = x509.load_pem_x509_certificates(identity.certificate)
     names = names_of(leaf)
     yield _validity(f"{label} {files.cert} (for {', '.join(names) or 'no name'}; key matches)", leaf, now)

@@ -16,7 +16,7 @@ def check_traces(environ: Mapping[str, str] = os.environ) -> Iterator[Result]:
     if not is_wanted(environ):
         given = sorted(name for name in (*ENDPOINTS, EXPORTER) if environ.get(name))
         switch = "OTEL_SDK_DISABLED" if environ.get("OTEL_SDK_DISABLED") else EXPORTER
-        reason = f"{switch} switches them off" if given else f"none of {', '.join((*ENDPOINTS, EXPORTER))} is set"
+        reason = f"{switch} disables traces" if given else f"none of {', '.join((*ENDPOINTS, EXPORTER))} is set"
         yield ok("traces", f"not exported: {reason}")
         return
     found = load_exporter("doctor", environ)

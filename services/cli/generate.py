@@ -95,11 +95,23 @@ def plugin_directories() -> list[Path]:
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("generate", "Generate an image or video. The path of the result is printed on stdout.")
     add_parameters(parser)
-    parser.add_argument("--model", metavar="DIR|NAME", help=f"Diffusers directory or name (default: {DEFAULT_MODEL})")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the computation, without --endpoint")
-    parser.add_argument("--endpoint", metavar="HOST:PORT", help="running fleet (default: a fleet in this process)")
-    parser.add_argument("--redis", metavar="URL", help="request store, without --endpoint (default: an embedded one)")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="ends in .png, .mp4 or .safetensors")
+    parser.add_argument(
+        "--model", metavar="DIR|NAME", help=f"Diffusers directory, or name of a model (default: {DEFAULT_MODEL})"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="dtype of the computation; only without --endpoint"
+    )
+    parser.add_argument(
+        "--endpoint", metavar="HOST:PORT", help="address of a running fleet (default: a fleet in this process)"
+    )
+    parser.add_argument("--redis", metavar="URL", help="request store; only without --endpoint (default: embedded)")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="file of the result; ends in .png, .mp4 or .safetensors",
+    )
     parser.add_argument(
         "--idempotency-key",
         metavar="KEY",
@@ -128,8 +140,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
                 )
         if args.model and (os.sep in args.model or "=" in args.model or not args.model.isascii()):
             raise SettingsError(
-                f"with --endpoint, --model must be the name of a served model (`fleet models` lists them), "
-                f"not {args.model!r}",
+                f"--model: {args.model!r} is not the name of a served model, which --endpoint requires; `fleet models` "
+                "lists the names",
                 field="model",
             )
     return args

@@ -30,7 +30,7 @@ async def measure_request(endpoint: str, access: Access, model: str, parameters:
             seconds = await _run(client, request)
         served = next(each for each in await client.models() if each.name == model)
     if not seconds:
-        raise Unavailable(f"{model} at {endpoint} reported no progress events, nothing was measured")
+        raise Unavailable(f"{model} at {endpoint} reported no progress events, so nothing was measured")
     return {each.service: seconds[each.service] for each in served.services if each.service in seconds}
 
 

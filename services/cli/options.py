@@ -35,21 +35,23 @@ def command_parser(name: str, description: str) -> FlagParser:
     return FlagParser(prog=f"fleet {name}", description=description, allow_abbrev=False)
 
 
-def add_endpoint(parser: FlagParser) -> None:
-    """Add --endpoint and the access flags to a command that calls a running fleet."""
-    parser.add_argument(
-        "--endpoint", metavar="HOST:PORT", help=f"address of the fleet (default: FLEET_ENDPOINT, {DEFAULT_ENDPOINT})"
-    )
+def add_endpoint(parser: FlagParser, default: str = f"FLEET_ENDPOINT, else {DEFAULT_ENDPOINT}") -> None:
+    """Add --endpoint and the access flags to a command that calls a running fleet. `default` is text for --help."""
+    parser.add_argument("--endpoint", metavar="HOST:PORT", help=f"address of a running fleet (default: {default})")
     add_access(parser)
 
 
 def add_access(parser: FlagParser) -> None:
     """Add the TLS and API key flags to a command that calls a running fleet."""
     group = parser.add_argument_group("access", "each flag has a variable, such as FLEET_TLS_CA or FLEET_API_KEY")
-    group.add_argument("--tls", action="store_true", default=None, help="connect with TLS; FLEET_TLS=1")
+    group.add_argument(
+        "--tls", action="store_true", default=None, help="connect with TLS, and trust public authorities; FLEET_TLS=1"
+    )
     group.add_argument("--tls-ca", metavar="FILE", help="connect with TLS, and trust this authority (PEM)")
-    group.add_argument("--tls-cert", metavar="FILE", help="client certificate, where the fleet requires one (PEM)")
-    group.add_argument("--tls-key", metavar="FILE", help="private key of --tls-cert")
+    group.add_argument(
+        "--tls-cert", metavar="FILE", help="client certificate, if the fleet requires client certificates (PEM)"
+    )
+    group.add_argument("--tls-key", metavar="FILE", help="private key of --tls-cert (PEM)")
     group.add_argument("--api-key", metavar="KEY", help="API key; prefer the variable, which `ps` does not show")
 
 
@@ -60,7 +62,7 @@ def add_request_id(parser: FlagParser) -> None:
 
 def _request_id(text: str) -> str:
     if not (text.isascii() and text.isprintable() and text):
-        raise argparse.ArgumentTypeError(f"must be the ID of a request, not {text!r}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not the ID of a request; `fleet status` lists the IDs")
     return text
 
 
@@ -71,7 +73,9 @@ def endpoint_of(given: str | None, environ: Mapping[str, str] = os.environ) -> s
         return endpoint
     host, colon, port = endpoint.rpartition(":")
     if not (host and colon and port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
-        raise SettingsError(f"--endpoint must be HOST:PORT or unix:PATH, not {endpoint!r}", field="endpoint")
+        raise SettingsError(
+            f"--endpoint: {endpoint!r} is not HOST:PORT or unix:PATH; {DEFAULT_ENDPOINT} works", field="endpoint"
+        )
     return endpoint
 
 

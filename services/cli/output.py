@@ -21,9 +21,11 @@ class OutputError(FleetError):
 def check_output(path: Path) -> Path:
     """Check that an output path is writable, before the request is sent. Raises InvalidInput."""
     if path.suffix.lower() not in FORMATS:
-        raise InvalidInput(f"--output must end in {', '.join(FORMATS)}, not {str(path)!r}", field="output")
+        raise InvalidInput(
+            f"--output: {str(path)!r} does not end in {' or '.join(FORMATS)}; image.png works", field="output"
+        )
     if not path.parent.is_dir():
-        raise InvalidInput(f"--output: the directory {path.parent} does not exist", field="output")
+        raise InvalidInput(f"--output: the directory {path.parent} does not exist; create it", field="output")
     if path.is_dir():
         raise InvalidInput(f"--output: {path} is a directory; give a file", field="output")
     if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):

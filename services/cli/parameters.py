@@ -47,7 +47,7 @@ def whole_number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def number(text: str) -> float:
@@ -55,7 +55,7 @@ def number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def add_parameters(parser: FlagParser) -> None:
@@ -64,25 +64,31 @@ def add_parameters(parser: FlagParser) -> None:
     parser.add_argument("--negative-prompt", metavar="T", help="text to steer away from")
     parser.add_argument("--seed", type=whole_number, metavar="N", help="seed of the random generator (default: random)")
     parser.add_argument("--num-inference-steps", type=whole_number, metavar="N", help="steps of the denoising loop")
-    parser.add_argument("--guidance-scale", type=number, metavar="X", help="guidance strength")
-    parser.add_argument("--true-cfg-scale", type=number, metavar="X", help="classifier-free guidance; enabled above 1")
+    parser.add_argument(
+        "--guidance-scale", type=number, metavar="X", help="scale of guidance, distilled or classifier-free"
+    )
+    parser.add_argument(
+        "--true-cfg-scale", type=number, metavar="X", help="scale of classifier-free guidance, which is enabled above 1"
+    )
     parser.add_argument("--height", type=whole_number, metavar="H", help="height in pixels")
     parser.add_argument("--width", type=whole_number, metavar="W", help="width in pixels")
     parser.add_argument("--num-frames", type=whole_number, metavar="F", help="number of frames of a video")
-    parser.add_argument("--image", action="append", default=[], type=Path, metavar="FILE", help="input image")
+    parser.add_argument(
+        "--image", action="append", default=[], type=Path, metavar="FILE", help="input image; repeatable"
+    )
     parser.add_argument(
         "--num-outputs",
         dest="num_outputs_per_prompt",
         type=whole_number,
         metavar="N",
-        help="images per prompt, drawn from one generator; written to NAME-0.png, NAME-1.png ...",
+        help="images per prompt, all from one random generator; written to NAME-0.png, NAME-1.png ...",
     )
     parser.add_argument(
         "--param",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="another argument of the model's Diffusers call; VALUE is JSON, else text",
+        help="another argument of the model's Diffusers call; VALUE is JSON, else text; repeatable",
     )
 
 
@@ -93,10 +99,10 @@ def given_parameters(args: argparse.Namespace) -> dict[str, ParamValue]:
     for text in args.param:
         key, equals, value = text.partition("=")
         if not (equals and key):
-            raise InvalidInput(f"--param must be KEY=VALUE, not {text!r}", field="param")
+            raise InvalidInput(f"--param: {text!r} is not KEY=VALUE; guidance_scale=3.5 works", field="param")
         name = _DIFFUSERS_NAMES.get(key, key)
         if name in given:
-            raise InvalidInput(f"{name} is given twice", field=name)
+            raise InvalidInput(f"{name}: the parameter is given twice; once works", field=name)
         if key not in IMAGE_PARAMS:
             given[name] = _param_value(key, value)
     for name, each in given.items():
@@ -115,7 +121,7 @@ def _param_value(key: str, text: str) -> ParamValue:
     if isinstance(value, (bool, int, float, str)):
         return value
     raise InvalidInput(
-        f"--param {key} must be a text, a number, true, false or a list of numbers, not {text}", field=key
+        f"--param {key}: {text} is not a text, a number, true, false or a list of numbers; [1, 0.5] works", field=key
     )
 
 
@@ -124,13 +130,13 @@ def _check(name: str, value: ParamValue) -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise InvalidInput(f"{name} must be valid UTF-8", field=name) from None
+            raise InvalidInput(f"{name}: the text is not valid UTF-8", field=name) from None
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise InvalidInput(f"{name} must fit in 64 bits, not {value}", field=name)
+        raise InvalidInput(f"{name}: {value} is not a signed 64-bit integer", field=name)
     if field := _MESSAGE_FIELDS.get(name):
         types, expected = _PYTHON_TYPES[field.cpp_type]
         if not isinstance(value, types) or isinstance(value, bool):
-            raise InvalidInput(f"{name} must be {expected}, not {value!r}", field=name)
+            raise InvalidInput(f"{name}: {value!r} is not {expected}", field=name)
 
 
 def given_images(args: argparse.Namespace) -> list[tuple[str, bytes]]:
@@ -143,7 +149,7 @@ def given_images(args: argparse.Namespace) -> list[tuple[str, bytes]]:
     files: list[tuple[str, bytes]] = []
     for role, path in named:
         if role in dict(files):
-            raise InvalidInput(f"{role} is given twice", field=role)
+            raise InvalidInput(f"{role}: the image is given twice; once works", field=role)
         try:
             files.append((role, path.read_bytes()))
         except OSError as error:

@@ -1,4 +1,4 @@
-"""`fleet size`: computes the replicas of each service for a load, with remarks on unneeded processes."""
+"""`fleet size`: computes the replicas of each service for a load, with remarks on services that may share a device."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--requests-per-second", required=True, type=number, metavar="X", help="mean request rate")
     parser.add_argument("--size", metavar="HxW[xF]", help="height, width and frames (default: the model's)")
-    parser.add_argument("--steps", type=whole_number, metavar="N", help="steps of the loop (default: the model's)")
+    parser.add_argument("--steps", type=whole_number, metavar="N", help="denoising steps (default: the model's)")
     parser.add_argument(
         "--utilisation", type=number, default=0.7, metavar="U", help="target utilisation of each worker (default: 0.7)"
     )
@@ -112,14 +112,14 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="SERVICE=SECONDS",
-        help="compute seconds of such a request at a service, instead of the committed measurement; repeatable",
+        help="compute seconds of one request at a service, instead of the committed measurement; repeatable",
     )
     parser.add_argument(
         "--degrees",
         metavar="AXIS=N[,...]",
-        help="degrees of each denoising worker group, such as ring=2 or tp=2,cfg=2 (default: one GPU)",
+        help="parallel degrees of each denoising worker, such as ring=2 or tp=2,cfg=2 (default: one GPU)",
     )
-    add_endpoint(parser)
+    add_endpoint(parser, "none; committed measurements are used")
     args = parser.parse_args(argv)
     for name, most in (("requests_per_second", math.inf), ("utilisation", 1.0)):
         value = vars(args)[name]
@@ -315,13 +315,13 @@ def remarks(load: Load, costs: Transport) -> Iterator[str]:
     whole = max(1, math.ceil(load.requests_per_second * sum(each.seconds for each in sizes) / load.utilisation - 1e-9))
     if load.ranks == 1 and split > whole:
         yield (
-            f"Separate services need {split} devices; {whole} devices for the whole pipeline suffice. Split only "
-            "where one device cannot hold all weights, or to restart and scale each service separately."
+            f"Separate services need {split} devices; instances of the whole pipeline need {whole}. Split only "
+            "if one device cannot hold all weights, or to restart and scale each service separately."
         )
     longest = max(sizes, key=lambda each: each.seconds)
     for each in sizes:
         if each is not longest and each.replicas == 1 and each.utilisation < _LITTLE:
-            yield f"{each.service} is busy {each.utilisation:.0%} of one device: share the device of another service."
+            yield f"{each.service} uses {each.utilisation:.0%} of one device: it can share another service's device."
         if each.seconds < costs.hop_seconds:
             yield (
                 f"{each.service} computes for {1e3 * each.seconds:.1f} ms, less than one hop of 4 MB "

@@ -196,7 +196,7 @@ def store_health_text(store: generation_pb2.StoreStatus) -> str:
         return ""
     parts = ["primary" if store.role == "master" else plain(store.role) or "role unknown"]
     if store.follows_sentinels:
-        parts[0] += ", named by sentinels"
+        parts[0] += ", selected by Sentinel"
     settings = f"appendonly={plain(store.appendonly) or '?'} appendfsync={plain(store.appendfsync) or '?'}"
     durable = "durability unknown"
     if store.HasField("is_durable"):

@@ -22,10 +22,10 @@ FIELDS: Mapping[str, str] = {
     "models[].fingerprint": "digest of the checkpoint",
     "models[].services[].service": "service of the stage, such as `denoising`",
     "models[].services[].workers": "live workers",
-    "models[].services[].dead_workers": "workers lost within the last 10 minutes and not announced since",
+    "models[].services[].dead_workers": "workers lost within the last 10 minutes that have not registered again",
     "models[].services[].slots_busy": "requests running on its workers",
     "models[].services[].slots_total": "concurrent requests of all live workers together",
-    "models[].services[].queued_requests": "requests waiting for a slot",
+    "models[].services[].queued_requests": "requests waiting for a worker slot",
     "models[].services[].open_requests": "open requests that still need the service",
     "models[].services[].queued_seconds": "compute seconds of waiting and running work",
     "models[].services[].is_assumed": "whether `queued_seconds` includes an assumed pace, before the first measurement",
@@ -60,7 +60,7 @@ FIELDS: Mapping[str, str] = {
     "requests[].prompt": "first 48 characters of the prompt",
     "requests[].error_code": "gRPC status code of a failed request",
     "requests[].activities[].kind": (
-        "RUNNING, QUEUED (for a slot), NO_WORKER (no live worker), RETRY, TAKE_OVER (its coordinator is lost), "
+        "RUNNING, QUEUED (for a worker slot), NO_WORKER (no live worker), RETRY, TAKE_OVER (its coordinator is lost), "
         "COORDINATOR (between stages) or UNSPECIFIED (its coordinator is of an earlier version)"
     ),
     "requests[].activities[].service": "service that runs the request, or that it waits for",

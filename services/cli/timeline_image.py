@@ -57,7 +57,7 @@ def draw_timeline(timeline: Timeline) -> Image.Image:
         x = _x(moment, timeline.seconds)
         draw.line((x, _TOP, x, _TOP + _ROW * rows), _TAKE_OVER, 2)
         draw.text((x + 4, _TOP - 2), f"coordinator {epoch} took over", _TAKE_OVER, small)
-    legend = "grey: waiting for a worker    diamond: checkpoint    cross: worker lost"
+    legend = "grey: waiting for a worker    diamond: step checkpoint    cross: worker lost"
     draw.text((_LEFT, height - _MARGIN - _SMALL), legend, _FAINT, small)
     return image
 

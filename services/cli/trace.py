@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
     """Print the timeline, or write it to --output and print the path; returns the exit code."""
     parser = command_parser(
         "trace",
-        "Show the timeline of a request: waits for workers, attempts, checkpoints, lost workers, take-overs. "
-        "The store keeps the timeline as long as the record of the request.",
+        "Show the timeline of a request: waits for workers, attempts, step checkpoints, lost workers, take-overs. "
+        "The timeline is stored as long as the record of the request.",
     )
     add_request_id(parser)
     parser.add_argument("--output", metavar="FILE.png", type=Path, help="write a PNG instead of text")
@@ -87,7 +87,7 @@ def print_timeline(timeline: Timeline, console: Console) -> None:
         bar = Text(" " * _column(moment, timeline.seconds, width) + _TAKE_OVER)
         table.add_row("coordinator", str(epoch), bar, f"took over at {moment:.2f} s")
     console.print(table)
-    marks = ((_WAIT, "waiting"), (_RUN, "running"), (_CHECKPOINT, "checkpoint"), (_DEATH, "worker lost"))
+    marks = ((_WAIT, "waiting"), (_RUN, "running"), (_CHECKPOINT, "step checkpoint"), (_DEATH, "worker lost"))
     console.print("  ".join(f"{mark} {meaning}" for mark, meaning in marks), style="dim")
 
 
@@ -105,7 +105,7 @@ def note_of(attempt: Attempt) -> str:
     if attempt.total_steps > 1:
         parts.append(f"steps {attempt.step}/{attempt.total_steps}")
     if attempt.checkpoints:
-        parts.append(f"checkpoints {len(attempt.checkpoints)}, last at step {attempt.checkpoints[-1][1]}")
+        parts.append(f"step checkpoints {len(attempt.checkpoints)}, last at step {attempt.checkpoints[-1][1]}")
     return ", ".join(parts) + (f", on {attempt.worker}" if attempt.worker else "")
 
 

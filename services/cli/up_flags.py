@@ -40,7 +40,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="SERVICE=N",
-        help="workers of a service, per model (default: 1)",
+        help="number of workers of a service, per model (default: 1); repeatable",
     )
     parser.add_argument(
         "--scaler-port",
@@ -49,7 +49,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="port of KEDA's external scaler on 127.0.0.1; 0: any free port (default: none)",
     )
     _add_autoscaling(parser)
-    parser.add_argument("--redis", metavar="URL", help="request store (default: an embedded one, discarded at the end)")
+    parser.add_argument("--redis", metavar="URL", help="request store (default: embedded, discarded at the end)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the computation")
     for axis in DEGREES:
         parser.add_argument(
@@ -59,7 +59,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("port", "scaler_port"):
         if not 0 <= (vars(args)[name] or 0) < 65536:
             flag = "--" + name.replace("_", "-")
-            raise SettingsError(f"{flag} must be 0 to 65535, not {vars(args)[name]}", field=name)
+            raise SettingsError(f"{flag}: {vars(args)[name]} is not from 0 to 65535; 0 works", field=name)
     _check_autoscaling(args)
     return args
 
@@ -75,19 +75,19 @@ def _add_autoscaling(parser: FlagParser) -> None:
         "--max-replicas",
         action="append",
         metavar="SERVICE=N",
-        help="maximum workers of a service, per model (default: 1, because workers share the memory of the host)",
+        help="maximum workers of a service, per model (default: 1, since workers share the host's memory); repeatable",
     )
     group.add_argument(
         "--idle-seconds",
         type=number,
         metavar="S",
-        help=f"idle time in seconds after which a worker is stopped (default: {_IDLE_SECONDS:g})",
+        help=f"seconds until workers without demand are stopped (default: {_IDLE_SECONDS:g})",
     )
     group.add_argument(
         "--target-seconds",
         type=number,
         metavar="S",
-        help=f"queued seconds of work per worker before another one starts (default: {_TARGET_SECONDS:g})",
+        help=f"target seconds of queued work per worker (default: {_TARGET_SECONDS:g})",
     )
     group.add_argument(
         "--headroom",
@@ -129,8 +129,8 @@ def service_counts(field: str, texts: Sequence[str], models: Sequence[ServedMode
         service, _, count = text.partition("=")
         if service not in known or not (count.isascii() and count.isdecimal() and 0 < int(count) <= _MOST_REPLICAS):
             raise InvalidInput(
-                f"--{field.replace('_', '-')} must be SERVICE=N with N from 1 to {_MOST_REPLICAS} and SERVICE one of "
-                f"{', '.join(known)}, not {text!r}",
+                f"--{field.replace('_', '-')}: {text!r} is not SERVICE=N with N from 1 to {_MOST_REPLICAS} and SERVICE "
+                f"one of {', '.join(known)}; {known[0]}=1 works",
                 field=field,
             )
         counts[service] = int(count)

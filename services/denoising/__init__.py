@@ -1,1 +1,1 @@
-"""The denoising service, which runs the denoising loop over the transformer."""
+"""The denoising service, which runs the denoising loop of a model."""

@@ -1,10 +1,10 @@
 """Stops a call at the same point on all ranks: rank 0 decides, and sends each answer to the followers.
 
-A stage asks its Call whether to continue at each step, at each emitted item, and between them. All ranks run the same
+A stage asks its Call whether to continue, for example at each step and at each emitted item. All ranks run the same
 code on equal inputs, so rank 0's answer to the n-th question is also the answer to the n-th question of each
 follower. If each rank decided by its own clock, a rank could stop while the other ranks wait for it in a collective. An
-answer costs rank 0 one small send per follower. A follower waits only if rank 0 has not asked yet. No answer
-synchronizes with the device.
+answer costs rank 0 one small send per follower. A follower waits only while rank 0 has not reached the same question.
+Answers do not synchronize with the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from common.errors import Cancelled, DeadlineExceeded, FleetError
 from common.stage import STEP_CHECKPOINTS, Call
 
 CONTINUE = b""
-"""The answer to continue. Other answers are HAND_OVER, and outcome() of the error that ends the stage."""
+"""The answer that continues the stage. Other answers are HAND_OVER, and outcome() of the error that ends the stage."""
 
 HAND_OVER = b"hand over"
 """The answer to must_hand_over() that ends a stage at the current step boundary."""
@@ -56,7 +56,8 @@ class LeadingCall(Call):
     def emit(self, slot: str, artifact: Any, index: int | None = None) -> None:
         """Emit an item. If a slow reader blocks rank 0 until cancellation or deadline, all ranks raise the error.
 
-        Sends no answer for step checkpoints, because they never block, and because followers emit fewer of them.
+        Sends no answer for step checkpoints, because their emission never blocks, and because a follower emits fewer
+        step checkpoints than rank 0.
         """
         if slot == STEP_CHECKPOINTS:
             super().emit(slot, artifact, index)

@@ -14,7 +14,7 @@ from services.denoising.settings import DenoisingSettings
 from services.worker_settings import dtype_of
 
 _MOST_NAMED = 4
-"""Maximum facts of a rank in an error message."""
+"""Maximum number of facts of a rank in an error message."""
 
 
 def facts_of(settings: DenoisingSettings, device: torch.device) -> list[str]:

@@ -1,8 +1,8 @@
 """Connects rank 0 of a worker group with each follower.
 
 Rank 0 listens, and publishes its address in the agents' store. Each follower opens two connections, for control
-(services.denoising.messages) and for heartbeats (services.denoising.liveness). It authenticates with the group's token,
-which the agent of node 0 creates for each start.
+(services.denoising.messages) and for heartbeats (services.denoising.liveness). A follower authenticates with the
+group's token, which the agent of node 0 creates for each start.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _listener(place: Place) -> socket.socket:
 
 
 def _hello_of(connection: socket.socket, place: Place) -> tuple[int, Purpose] | None:
-    """Read the rank and purpose of a connection; None without the group's token."""
+    """Read the rank and purpose of a connection. Returns None if the peer does not send the group's token."""
     connection.settimeout(_HELLO_SECONDS)
     try:
         token, purpose, rank = _HELLO.unpack(read_exactly(connection, _HELLO.size))

@@ -141,7 +141,7 @@ class GroupAgent(LocalElasticAgent):
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         """Stop the ranks, with time to finish their calls."""
-        del timeout  # The agent sets its own timeout; only torch 2.13 and later pass one here.
+        del timeout  # The agent sets its own timeout; only torch 2.13 and later pass a timeout.
         if self._pcontext is not None:
             self._pcontext.close(death_sig, self._shutdown_seconds)
         super()._shutdown(death_sig)

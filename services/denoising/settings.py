@@ -29,10 +29,10 @@ class DenoisingSettings(LoopSettings, WarmUpSettings):
     tp: int = setting(1, help="tensor-parallel degree: ranks that shard the weights")
     ulysses: int = setting(1, help="Ulysses degree: ranks that shard the sequence and exchange attention heads")
     ring: int = setting(1, help="ring degree: ranks that shard the sequence and pass keys and values in a ring")
-    cfg: int = setting(1, help="ranks that shard the guidance branches; at most the number of branches")
-    nnodes: int = setting(1, help="hosts with an equal number of ranks; run this command on each")
-    node_rank: int = setting(0, help="number of this host, from 0; rank 0, which serves, runs on host 0")
-    rdzv_endpoint: str = setting("", help="HOST:PORT of the rendezvous: an address of host 0, and a free port")
+    cfg: int = setting(1, help="cfg degree: ranks that shard the guidance branches; at most the number of branches")
+    nnodes: int = setting(1, help="number of hosts, each with an equal number of ranks; run this command on each host")
+    node_rank: int = setting(0, help="index of this host, from 0; host 0 runs rank 0, which serves requests")
+    rdzv_endpoint: str = setting("", help="HOST:PORT of the rendezvous: an address and a free port of host 0")
     max_restarts: int = setting(10, help="maximum restarts of the group in a row, each within a minute")
     rank_heartbeat_seconds: float = setting(1.0, help="seconds between two heartbeats of a rank")
     rank_lost_seconds: float = setting(
@@ -93,7 +93,8 @@ def check_group(model: ServedModel, settings: DenoisingSettings) -> None:
         )
     if settings.rank_lost_seconds < 3 * settings.rank_heartbeat_seconds or settings.rank_heartbeat_seconds <= 0:
         raise InvalidInput(
-            "rank_lost_seconds must be at least three times rank_heartbeat_seconds, which must be above 0",
+            f"rank_lost_seconds: {settings.rank_lost_seconds:g} is not at least three times rank_heartbeat_seconds "
+            f"({settings.rank_heartbeat_seconds:g}), which must be above 0; 8 and 1 work",
             field="rank_lost_seconds",
         )
     if settings.max_restarts < 0:
@@ -147,8 +148,8 @@ def _check_device(settings: DenoisingSettings) -> None:
     """
     if settings.device not in ("auto", "cpu", "cuda"):
         raise InvalidInput(
-            f"device: {settings.device!r} is not auto, cpu or cuda, as a worker group needs: each rank uses the GPU "
-            "with its local rank",
+            f"device: {settings.device!r} is not auto, cpu or cuda, which a worker group needs; auto works, and each "
+            "rank uses the GPU with its local rank",
             field="device",
         )
     if device_of(settings.device).type == "cuda" and settings.ranks_per_node > torch.cuda.device_count():

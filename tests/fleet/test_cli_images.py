@@ -61,7 +61,7 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
             "--model i2v --image good.png --image good.png --output a.mp4",
             "images: image, image_1 is not a set of images",
         ),
-        ("--model i2v --image good.png --param image=good.png --output a.mp4", "image is given twice"),
+        ("--model i2v --image good.png --param image=good.png --output a.mp4", "image: the image is given twice"),
         (
             "--model i2v --image good.png --param last_image=good.png --output a.mp4",
             "image, last_image is not a set of images",

@@ -50,7 +50,7 @@ def test_complete_fleet_has_no_findings(store_url: str) -> None:
         assert int(contract.split(": ")[2].split()[0]) > 100
         assert model == ("ok model emoji: live workers: text_encoding 1, latent_preparation 1, denoising 1, decoding 1")
         assert (await found(coordinator.address, emoji="f" * 64))[-1].startswith(
-            f"error model emoji: the fleet serves checkpoint {fingerprint[:12]}, and --model is ffffffffffff: "
+            f"error model emoji: the fleet serves checkpoint {fingerprint[:12]}, but --model is ffffffffffff: "
         )
 
     run_on_fleet(store_url, scenario)
@@ -69,7 +69,8 @@ def test_missing_and_refused_workers_and_broken_kernels_are_warnings(store_url: 
             await worker.registry.announce(refused)
         _, _, without, stranger, kernel = await found(coordinator.address)
         assert without.startswith(
-            "warning model emoji: no worker serves text_encoding, latent_preparation, decoding: requests wait for one "
+            "warning model emoji: no worker serves text_encoding, latent_preparation, decoding: requests wait for a "
+            "worker "
         )
         assert stranger.startswith("warning model emoji: worker stranger of denoising was refused at ")
         assert kernel.startswith(

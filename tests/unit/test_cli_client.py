@@ -287,7 +287,7 @@ def test_watch_exits_2_for_an_unknown_request(capsys: pytest.CaptureFixture[str]
     assert main(["watch", "r2"]) == 2
     assert capsys.readouterr().err == "fleet watch: there is no request 'r2'\n"
     assert main(["watch", "\udcff"]) == 2
-    assert "must be the ID of a request" in capsys.readouterr().err
+    assert "is not the ID of a request" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("ending", "code"), [(CANCELLED, 0), (RUNNING, 0), (SUCCEEDED, 1)])

@@ -80,9 +80,9 @@ def test_the_default_model_needs_no_stage_seconds_and_no_fleet(capsys: pytest.Ca
 
 def test_remarks_name_inefficient_services(capsys: pytest.CaptureFixture[str]) -> None:
     text = "\n".join(run(EMOJI_VIDEO, capsys))
-    assert "Separate services need 5 devices; 4 devices" in text
+    assert "Separate services need 5 devices; instances of the whole pipeline need 4." in text
     assert "text_encoding computes for 4.0 ms, less than one hop of 4 MB (6.9 ms)" in text
-    assert "decoding is busy 10% of one device: share the device of another service" in text
+    assert "decoding uses 10% of one device: it can share another service's device" in text
     assert "Transport takes 13 ms per request, 3% of its compute time" in text
 
 
@@ -113,7 +113,7 @@ def test_a_directory_is_recognised_by_its_architecture(
         ("--model nowhere --requests-per-second 1", "'nowhere' is neither a directory nor"),
         ("--model FLUX.1-dev --requests-per-second 0", "--requests-per-second: 0 is not a number above 0"),
         ("--model FLUX.1-dev --requests-per-second nan", "--requests-per-second: nan is not a number above 0"),
-        ("--model FLUX.1-dev --requests-per-second many", "must be a number, not 'many'"),
+        ("--model FLUX.1-dev --requests-per-second many", "'many' is not a number"),
         (f"{FLUX} --utilisation 1.1", "--utilisation: 1.1 is not a number above 0 and at most 1"),
         (f"{FLUX} --size 7", "--size: '7' is not HxW or HxWxF; 1024x1024 works"),
         (f"{FLUX} --size 64x64x5", "--size: 64x64x5 is not a size of FLUX.1-dev; 1024x1024 works"),
@@ -124,7 +124,7 @@ def test_a_directory_is_recognised_by_its_architecture(
         (f"{FLUX} --stage-seconds decoding=1 --stage-seconds decoding=2", "decoding is given twice"),
         ("--model emoji-video --requests-per-second 1", "no measurement of text_encoding, latent_preparation"),
         ("--model emoji --requests-per-second 1 --size 7x7", "height: 7 is not at least 16"),
-        (f"{FLUX} --endpoint nonsense", "--endpoint must be HOST:PORT"),
+        (f"{FLUX} --endpoint nonsense", "--endpoint: 'nonsense' is not HOST:PORT"),
     ],
 )
 def test_invalid_input_prints_one_line_and_exits_2(

@@ -140,7 +140,7 @@ def test_the_text_has_a_row_for_each_attempt() -> None:
     assert head.split()[:4] == ["SERVICE", "#", "0", "s"]
     assert "10.00 s" in head
     assert [row.split()[:2] for row in rows[:5]] == [["text", "1"], *(["denoising", str(n)] for n in (1, 2, 3, 4))]
-    assert rows[1].endswith("waited 1.00 s, lost after 2.50 s, steps 3/8, checkpoints 1, last at step 2, on d1")
+    assert rows[1].endswith("waited 1.00 s, lost after 2.50 s, steps 3/8, step checkpoints 1, last at step 2, on d1")
     assert rows[4].endswith("waited 0.50 s, completed after 2.10 s, steps 8/8, on d4")
     assert "took over at 7.00 s" in rows[5]
     assert "✗ worker lost" in rows[6]

@@ -146,7 +146,7 @@ def test_lines_are_not_wrapped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--endpoint", "nowhere"], "--endpoint must be HOST:PORT"),
+        (["--endpoint", "nowhere"], "--endpoint: 'nowhere' is not HOST:PORT"),
         (["--service", "cli"], "--service: 'cli' is not a service; services are before_denoising, coordinator,"),
     ],
 )
@@ -180,7 +180,7 @@ def test_doctor_runs_without_the_worker_extra() -> None:
     found = done.stdout.splitlines()
     assert [line.split(maxsplit=1)[1] for line in found if line.startswith("warning")] == [
         "worker packages   the worker extra is not installed (no torch): GPU, kernel packages and workers are not "
-        "checked -> where workers run here: pip install 'diffusion-fleet[worker]'",
+        "checked -> if workers run on this host: pip install 'diffusion-fleet[worker]'",
         "settings          the worker extra is not installed (no torch): GPU, kernel packages and workers are not "
         "checked -> pip install 'diffusion-fleet[worker]'",
     ]
@@ -249,7 +249,7 @@ def test_package_guard_and_doctor_share_the_version_check(monkeypatch: pytest.Mo
 
 def test_settings_are_checked_for_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines(check_settings(ServiceSource())) == [
-        "ok settings: coordinator accepts its defaults: no FLEET_* variable is set"
+        "ok settings: coordinator accepts its defaults: none of its variables is set"
     ]
     monkeypatch.setenv("FLEET_QUEUE_LIMIT", "many")
     checks = [Check("settings", lambda: check_settings(ServiceSource()), "correct it")]
@@ -333,7 +333,7 @@ def test_a_free_port_is_accepted(used_port: int, monkeypatch: pytest.MonkeyPatch
             "",
             {"https_proxy": "http://proxy"},
             "warning proxies: https_proxy is proxy, and no_proxy is not set: gRPC connects to other hosts through "
-            "it -> list the hosts of fleets in no_proxy",
+            "the proxy -> list the hosts of fleets in no_proxy",
         ),
         ("", {"https_proxy": "http://proxy", "no_proxy": "x"}, "ok proxies: https_proxy is proxy; no_proxy is x"),
     ],

@@ -167,7 +167,7 @@ def test_packages_are_tried_once_per_compute_capability(tmp_path: Path, monkeypa
         (
             "",
             KernelChoice(),
-            f"flash_attn_3 from {TABLE[HOPPER][0].min_work} heads x tokens on, else cudnn, else sdpa",
+            f"flash_attn_3 for at least {TABLE[HOPPER][0].min_work} heads x tokens, else cudnn, else sdpa",
         ),
         ("broken", KernelChoice(), "cudnn, else sdpa"),
         ("", KernelChoice(attention="sdpa"), "sdpa (set by attention_backend), else sdpa"),

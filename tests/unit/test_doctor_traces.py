@@ -36,9 +36,9 @@ def found(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
         ({}, "none of OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_EXPORTER is set"),
         (
             {"EXPORTER_OTLP_ENDPOINT": f"http://{CLOSED_PORT}", "SDK_DISABLED": "true"},
-            "OTEL_SDK_DISABLED switches them off",
+            "OTEL_SDK_DISABLED disables traces",
         ),
-        ({"TRACES_EXPORTER": "none"}, "OTEL_TRACES_EXPORTER switches them off"),
+        ({"TRACES_EXPORTER": "none"}, "OTEL_TRACES_EXPORTER disables traces"),
     ],
 )
 def test_disabled_traces_are_accepted(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], reason: str) -> None:

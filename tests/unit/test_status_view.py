@@ -142,7 +142,7 @@ def test_a_store_that_may_lose_requests_is_described_as_not_durable() -> None:
     store = overview().store
     store.is_durable, store.appendfsync, store.replicas, store.follows_sentinels = False, "everysec", 1, True
     assert store_health_text(store) == (
-        "primary, named by sentinels, not durable (appendonly=yes appendfsync=everysec), 1 replica (1 required), "
+        "primary, selected by Sentinel, not durable (appendonly=yes appendfsync=everysec), 1 replica (1 required), "
         "round trip 0.4 ms"
     )
     store.ClearField("is_durable")
