@@ -125,7 +125,7 @@ class GenerationService:
         }
 
     def close(self) -> None:
-        """End streams of requests that run at other coordinators, where their callers can continue."""
+        """End streams of requests that run at other coordinators. Callers can continue these streams there."""
         self._closing.set()
 
     async def submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
@@ -297,7 +297,7 @@ class GenerationService:
     async def _list_activities(self, request: pb.ListRequestsRequest) -> pb.ListRequestsResponse:
         for field, is_set in (("state", bool(request.state)), ("page_token", bool(request.page_token))):
             if is_set:
-                raise InvalidInput(f"{field} cannot be combined with with_activity; omit it", field=field)
+                raise InvalidInput(f"{field} cannot be combined with with_activity; omit {field}", field=field)
         most = checked_page_size(request.page_size)
         names = [request.model] if request.model else list(self._models)
         services = {
