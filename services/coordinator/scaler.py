@@ -30,7 +30,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class ScaleTarget:
-    """The target in a trigger's metadata. `seconds` is the target value of the metric per replica."""
+    """The target in the metadata of a KEDA trigger. `seconds` is the target value of the metric per replica."""
 
     model: str
     stage: str

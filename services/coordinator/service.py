@@ -195,7 +195,7 @@ class GenerationService:
                 yield stored
 
     async def _rest(self, request_id: str, execution: Execution | None, download: Download) -> AsyncIterator[Part]:
-        """The remaining parts of a successful result: from memory if all are there, else from the store."""
+        """The remaining parts of a successful result: from memory if all parts are there, else from the store."""
         files = None if execution is None else execution.files
         if files is not None and not any(file.header.num_items for file in files):
             for part in parts_in_memory(files):
@@ -435,7 +435,7 @@ def _check_envelope(request: pb.SubmitRequest) -> None:
     """Check idempotency key, priority and deadline of a request. Raises InvalidInput."""
     if len(request.idempotency_key) > _MAX_KEY:
         raise InvalidInput(
-            f"idempotency_key has {len(request.idempotency_key)} characters, more than {_MAX_KEY}",
+            f"idempotency_key: {len(request.idempotency_key)} characters are more than {_MAX_KEY}; a shorter key works",
             field="idempotency_key",
         )
     if not -_MAX_PRIORITY <= request.priority <= _MAX_PRIORITY:
@@ -447,7 +447,8 @@ def _check_envelope(request: pb.SubmitRequest) -> None:
         0 < deadline.seconds <= _LAST_SECOND and 0 <= deadline.nanos < 1_000_000_000
     ):
         raise InvalidInput(
-            f"deadline: {deadline.seconds} s and {deadline.nanos} ns is not a valid timestamp", field="deadline"
+            f"deadline: {deadline.seconds} s and {deadline.nanos} ns is not a timestamp from 1970 to 9999",
+            field="deadline",
         )
 
 
