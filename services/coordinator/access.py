@@ -55,7 +55,7 @@ def _identity_for_clients(settings: CoordinatorSettings) -> ServerIdentity | Non
         return None if identity is None else ServerIdentity(identity)
     clients = read_authority(settings.tls_client_ca, name="tls_client_ca")
     if identity is None:
-        raise InvalidInput("tls_client_ca is set without tls_cert and tls_key", field="tls_cert")
+        raise InvalidInput("tls_client_ca is set without tls_cert and tls_key; set both", field="tls_cert")
     return ServerIdentity(identity, clients)
 
 

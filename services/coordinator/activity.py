@@ -1,4 +1,4 @@
-"""Requests with their current activity, and an estimate of their waiting time."""
+"""Lists requests with their current activities and estimated waiting times."""
 
 from __future__ import annotations
 

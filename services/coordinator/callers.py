@@ -3,7 +3,7 @@
 The keys file stores digests, so that a leaked file discloses no key:
 
     [callers.studio]
-    key_sha256 = ["9f86d081…"]    # hex digest of each valid key; several, so that keys can be rotated
+    key_sha256 = ["9f86d081…"]    # hex digest of each valid key; two during a key rotation
     max_open = 20                 # optional: bound on the open requests of this caller
 
 API keys are long random strings, so an unsalted digest cannot be reversed. services.coordinator.tokens verifies
@@ -99,7 +99,7 @@ def by_certificate(context: Context) -> None:
         if _NAME.fullmatch(name):
             _current.set(Caller(name))
             return
-    raise Unauthenticated("no name in the certificate consists of at most 64 letters, digits and ._@-")
+    raise Unauthenticated("the certificate has no name of at most 64 letters, digits and ._@-")
 
 
 class ByBearer:
@@ -121,7 +121,7 @@ class ByBearer:
         given = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
         if len(given) != 1:
             raise Unauthenticated(
-                f"send `authorization: Bearer {self._accepted}` once in the metadata (fleet: FLEET_API_KEY)"
+                f"send `authorization: Bearer {self._accepted}` once in the metadata; `fleet` reads FLEET_API_KEY"
             )
         text = given[0] if isinstance(given[0], str) else given[0].decode("ascii", "replace")
         if not text.lower().startswith(_SCHEME):

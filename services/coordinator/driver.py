@@ -110,7 +110,7 @@ class Driver:
         the reply to an earlier take-over was lost. A request that cannot run here ends as FAILED.
         """
         is_more = True
-        while is_more and not self._stopping:  # Otherwise, drain() would release requests and this loop retake them.
+        while is_more and not self._stopping:  # While drain() stops requests, this loop must not retake them.
             running = self._registry.request_ids()
             taken, cancelled = await self._context.leases.take_over(model, running=running, beyond_own=beyond_own)
             for inherited in taken:
@@ -151,7 +151,7 @@ class Driver:
     async def drain(self, grace: float) -> None:
         """Wait at most `grace` seconds for running requests, then leave the rest to other coordinators.
 
-        A raw request ends as FAILED, because no other coordinator can deliver its result.
+        A request with a raw result ends as FAILED, because no other coordinator can deliver the result.
         """
         await self._wait_for_running(grace)
         self._stopping = True

@@ -102,7 +102,7 @@ class EventWriter:
         """Add a warning for the caller. The record stores all warnings, so their number and length are bounded."""
         self._warnings += 1
         if self._warnings > _MOST_WARNINGS:
-            _log.warning("warning dropped, the request has too many", field=field[:MAX_FIELD])
+            _log.warning("warning dropped, the request has too many warnings", field=field[:MAX_FIELD])
             return
         warning = artifacts_pb2.Warning(field=field[:MAX_FIELD], message=message[:MAX_MESSAGE])
         self.add(generation_pb2.Event(warning=warning))

@@ -30,7 +30,7 @@ def success(slot: str, media: Packet, *, max_bytes: int | None = None) -> Outcom
         return failure(error)
     size = sum(file.header.byte_size for file in files)
     if max_bytes is not None and size > max_bytes:
-        message = f"the raw result has {size} bytes, more than the {max_bytes} that can be streamed"
+        message = f"the raw result has {size} bytes; at most {max_bytes} are allowed"
         return failure(ResourceExhausted(message, field="output_format"))
     return Outcome(State.REQUEST_STATE_SUCCEEDED, files=files)
 

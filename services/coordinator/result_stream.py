@@ -130,8 +130,9 @@ class ResultStream:
 
     def _skip(self, index: int, message: artifacts_pb2.MediaItem) -> None:
         if message.data.byte_size != self._sizes[index]:
+            # The item differs if its worker has another numerics fingerprint than the worker of the delivered item.
             _log.warning(
-                "recomputed item differs from the delivered one, which is kept: another numerics fingerprint",
+                "recomputed item differs from the delivered item, which stays in the result",
                 index=index,
                 delivered_bytes=self._sizes[index],
                 computed_bytes=message.data.byte_size,
@@ -163,7 +164,8 @@ class ResultStream:
         counts = {header.count for header in self._headers.values()} or {count}
         if message.file_index >= count or counts != {count}:
             raise InternalError(
-                f"an item belongs to file {message.file_index} of {count}; earlier items belong to {min(counts)} files"
+                f"an item belongs to file {message.file_index} of {count}; the result has {min(counts)} files, "
+                "whose indices start at 0"
             )
         return generation_pb2.ResultItem(
             item_index=len(self._sizes),

@@ -55,7 +55,10 @@ def origin_of(numerics: str, values: Mapping[str, Packet]) -> str:
 
 
 class NewestStepCheckpoint:
-    """The newest step checkpoint of one request. If `inherited`, the store may contain one of an earlier epoch."""
+    """The newest step checkpoint of one request.
+
+    If `inherited`, the store may contain a step checkpoint of an earlier epoch.
+    """
 
     def __init__(self, leases: Leases, request_id: str, epoch: int, *, inherited: bool = False) -> None:
         self._leases = leases
@@ -98,7 +101,8 @@ class NewestStepCheckpoint:
     async def find(self, origin: str, slot: str, *, with_any_numerics: bool = False) -> Packet | None:
         """The newest step checkpoint, as value of `slot`; None if it has another origin, or none exists.
 
-        `with_any_numerics` also accepts a step checkpoint of the same inputs from a worker with other numerics.
+        `with_any_numerics` also accepts a step checkpoint of the same inputs from a worker with another numerics
+        fingerprint.
         """
         if self._load and self._latest is None:
             self._latest = await self._loaded()
@@ -144,7 +148,7 @@ def _packet(state: bytes, frames: list[bytes]) -> Packet:
     for frame in frames:
         chunk = read_chunk(frame)
         if chunk is None:
-            raise InvalidInput("a part of the checkpoint is not a chunk")
+            raise InvalidInput("a frame of the stored step checkpoint is not a chunk")
         assembler.add(chunk)
     return Packet(message, assembler.finish())
 
@@ -153,8 +157,9 @@ class Recovery:
     """The losses of one request, and its step checkpoint.
 
     `has_emitted`: a reader has received items of the request's stream. The request then resumes after these items, even
-    on a worker with other numerics. A loss is undecided until the worker reappears or its heartbeat expires; it is
-    suspect after the expiry. The request waits only if it would fail with all undecided losses counted as suspect.
+    on a worker with another numerics fingerprint. A loss is undecided until the worker reappears or its heartbeat
+    expires; it is suspect after the expiry. The request waits only if it would fail with all undecided losses counted
+    as suspect.
     """
 
     def __init__(self, leases: Leases, request_id: str, *, epoch: int = 1, ttl_seconds: float = TTL_SECONDS) -> None:
@@ -189,7 +194,7 @@ class Recovery:
         self._recorded += 1
 
     async def wait_until_claimable(self) -> bool:
-        """Wait until the request may claim a worker slot. Returns whether it must claim all slots of a worker.
+        """Wait until the request may claim a worker slot. Returns whether the claim must include all slots of a worker.
 
         Raises InternalError if the request repeatedly loses its workers.
         """
@@ -203,7 +208,7 @@ class Recovery:
             suspect = [loss for loss in losses if loss.suspect]
             if reason := reason_to_give_up(suspect):
                 where = f"the last one at {suspect[-1].service}"
-                raise InternalError(f"{reason}, {where}; it is not retried, to protect other requests")
+                raise InternalError(f"{reason}, {where}; the request is not retried, to protect other requests")
             if not reason_to_give_up(losses):
                 return bool(losses)
             await asyncio.sleep(max(_SHORTEST_WAIT_SECONDS, min(_undecided(losses))))

@@ -16,7 +16,7 @@ from externalscaler import externalscaler_pb2 as pb
 from services.coordinator.handlers import Function
 
 _POLL_SECONDS = 0.25
-"""Interval between two reads of a stage whose activity is pushed."""
+"""Interval between two reads of the activity of a stage for StreamIsActive."""
 
 _METADATA = "scalerMetadata"
 _METRICS: Mapping[str, Callable[[StageLoad, float], float]] = {
@@ -30,7 +30,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class ScaleTarget:
-    """The target in a trigger's metadata. `seconds` is the target value of the metric per replica."""
+    """The target in the metadata of a KEDA trigger. `seconds` is the target value of the metric per replica."""
 
     model: str
     stage: str

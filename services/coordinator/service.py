@@ -125,7 +125,7 @@ class GenerationService:
         }
 
     def close(self) -> None:
-        """End streams of requests that run at other coordinators, where their callers can continue."""
+        """End streams of requests that run at other coordinators. Callers can continue these streams there."""
         self._closing.set()
 
     async def submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
@@ -195,7 +195,7 @@ class GenerationService:
                 yield stored
 
     async def _rest(self, request_id: str, execution: Execution | None, download: Download) -> AsyncIterator[Part]:
-        """The remaining parts of a successful result: from memory if all are there, else from the store."""
+        """The remaining parts of a successful result: from memory if all parts are there, else from the store."""
         files = None if execution is None else execution.files
         if files is not None and not any(file.header.num_items for file in files):
             for part in parts_in_memory(files):
@@ -297,7 +297,7 @@ class GenerationService:
     async def _list_activities(self, request: pb.ListRequestsRequest) -> pb.ListRequestsResponse:
         for field, is_set in (("state", bool(request.state)), ("page_token", bool(request.page_token))):
             if is_set:
-                raise InvalidInput(f"{field} cannot be combined with with_activity; omit it", field=field)
+                raise InvalidInput(f"{field} cannot be combined with with_activity; omit {field}", field=field)
         most = checked_page_size(request.page_size)
         names = [request.model] if request.model else list(self._models)
         services = {
@@ -435,7 +435,7 @@ def _check_envelope(request: pb.SubmitRequest) -> None:
     """Check idempotency key, priority and deadline of a request. Raises InvalidInput."""
     if len(request.idempotency_key) > _MAX_KEY:
         raise InvalidInput(
-            f"idempotency_key has {len(request.idempotency_key)} characters, more than {_MAX_KEY}",
+            f"idempotency_key: {len(request.idempotency_key)} characters are more than {_MAX_KEY}; a shorter key works",
             field="idempotency_key",
         )
     if not -_MAX_PRIORITY <= request.priority <= _MAX_PRIORITY:
@@ -447,7 +447,8 @@ def _check_envelope(request: pb.SubmitRequest) -> None:
         0 < deadline.seconds <= _LAST_SECOND and 0 <= deadline.nanos < 1_000_000_000
     ):
         raise InvalidInput(
-            f"deadline: {deadline.seconds} s and {deadline.nanos} ns is not a valid timestamp", field="deadline"
+            f"deadline: {deadline.seconds} s and {deadline.nanos} ns is not a timestamp from 1970 to 9999",
+            field="deadline",
         )
 
 

@@ -1,4 +1,4 @@
-"""Metric series per service of a model: created before the first event, and gauges set from the store."""
+"""Creates the metric series of a model before their first event, and sets its gauges from the store."""
 
 from __future__ import annotations
 

@@ -45,10 +45,10 @@ class CoordinatorSettings(StoreSettings, TlsSettings):
     plugins: tuple[Path, ...] = setting((), help="directory with model families from outside this tree; repeatable")
     grace_seconds: float = setting(30.0, help="seconds for running requests to finish after SIGTERM")
     max_open_requests: int = setting(1_000, help="maximum open requests of a model")
-    max_open_of_caller: int = setting(1_000, help="maximum open requests of a caller without its own bound")
-    queue_limit: int = setting(256, help="maximum claims waiting for one service of a model when a request is accepted")
+    max_open_of_caller: int = setting(1_000, help="maximum open requests of a caller without max_open in api_keys")
+    queue_limit: int = setting(256, help="waiting claims of a service of a model at which requests are refused")
     worker_wait_seconds: float | None = setting(
-        None, help="seconds without a live or reachable worker after which a request fails; unset: never"
+        None, help="seconds without a reachable worker after which a request fails; unset: requests wait"
     )
     queue_seconds: float = setting(
         0.0, help="maximum estimated waiting time of an accepted request, in seconds; 0: no maximum"
@@ -56,23 +56,23 @@ class CoordinatorSettings(StoreSettings, TlsSettings):
     record_seconds: float = setting(86_400.0, help="seconds for which the record of an ended request is stored")
     result_seconds: float = setting(3_600.0, help="seconds for which result files are stored; at most record_seconds")
     tls_client_ca: Path | None = setting(
-        None, help="authority of client certificates; unset: clients need no certificate"
+        None, help="certificate authority of clients; unset: clients need no certificate"
     )
-    tls_public_cert: Path | None = setting(None, help="server certificate for clients, if not tls_cert")
+    tls_public_cert: Path | None = setting(None, help="server certificate for clients; unset: tls_cert")
     tls_public_key: Path | None = setting(None, help="private key of tls_public_cert")
     tls_worker_name: str = setting("worker", help="name that worker certificates must have")
-    api_keys: Path | None = setting(None, help="TOML file of callers and key digests; reread when it changes")
+    api_keys: Path | None = setting(None, help="TOML file with callers and key digests; reread when it changes")
     jwt_keys: Path | None = setting(
-        None, help="JWK Set or PEM file of the public keys that verify tokens; reread when it changes"
+        None, help="JWK Set or PEM file with the public keys that verify tokens; reread when it changes"
     )
-    jwt_secret: Path | None = setting(None, help="file of the secret for HS256 tokens; reread when it changes")
+    jwt_secret: Path | None = setting(None, help="file with the secret for HS256 tokens; reread when it changes")
     jwt_audience: str = setting("", help="required audience of a token (aud)")
     jwt_issuer: str = setting("", help="required issuer of a token (iss)")
     jwt_caller_claim: str = setting("sub", help="claim of a token with the caller's name")
     jwt_leeway_seconds: float = setting(30.0, help="tolerated clock skew of a token in seconds, at most 300")
     max_calls: int = setting(4_096, help="maximum concurrent RPCs")
-    max_streams: int = setting(1_024, help="maximum concurrent RPCs per connection; further ones wait")
-    max_connections: int = setting(1_024, help="maximum open connections; further ones are closed")
+    max_streams: int = setting(1_024, help="maximum concurrent RPCs per connection; further RPCs wait")
+    max_connections: int = setting(1_024, help="maximum open connections; further connections are closed")
     max_message_bytes: int = setting(48 << 20, help="maximum size of a request message in bytes, with its images")
     max_artifact_bytes: int = setting(4 << 30, help="memory for artifacts between stages, of all requests, in bytes")
     max_raw_result_bytes: int = setting(1 << 30, help="maximum size of a .safetensors result in bytes")
@@ -94,7 +94,7 @@ class CoordinatorSettings(StoreSettings, TlsSettings):
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             if not vars(self)[name] > 0:
-                raise SettingsError(f"{name}: {vars(self)[name]} is not more than 0", field=name)
+                raise SettingsError(f"{name}: {vars(self)[name]} is not more than 0; 1 works", field=name)
         if self.store_replicas < 0:
             raise SettingsError(
                 f"store_replicas: {self.store_replicas} is not at least 0; 0 works", field="store_replicas"
@@ -116,7 +116,9 @@ class CoordinatorSettings(StoreSettings, TlsSettings):
         self._check_token_rules()
         if not 0 < self.heartbeat_seconds < self.heartbeat_ttl_seconds:
             raise SettingsError(
-                "heartbeat_ttl_seconds must be longer than heartbeat_seconds", field="heartbeat_seconds"
+                f"heartbeat_seconds: {self.heartbeat_seconds:g} is not above 0 and below heartbeat_ttl_seconds "
+                f"({self.heartbeat_ttl_seconds:g})",
+                field="heartbeat_seconds",
             )
 
     def _check_token_rules(self) -> None:
@@ -153,6 +155,9 @@ class CoordinatorSettings(StoreSettings, TlsSettings):
         )
 
     def limits(self, services: tuple[str, ...], max_open_of_caller: int | None = None) -> AdmissionLimits:
-        """Admission limits for a model with these services and a caller. `max_open_of_caller` None: the setting."""
+        """Admission limits of a caller, for a model with these services.
+
+        If `max_open_of_caller` is None, the setting of this name applies.
+        """
         theirs = self.max_open_of_caller if max_open_of_caller is None else max_open_of_caller
         return AdmissionLimits(services, self.max_open_requests, self.queue_limit, theirs, self.queue_seconds)

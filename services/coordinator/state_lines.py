@@ -24,7 +24,7 @@ def log_state(state: StateValue, **pairs: object) -> None:
 
 
 def log_taken_over(epoch: int) -> None:
-    """Log that this coordinator continues a request of a lost coordinator."""
+    """Log that this coordinator has taken a request over, as owner of `epoch`."""
     _log.info("request taken over", epoch=epoch)
 
 

@@ -1,4 +1,4 @@
-"""Acquires requests after a lost reply to their admission (settle), or after a take-over (inherit)."""
+"""Acquires requests whose admission has no reply (settle), or that were taken over (inherit)."""
 
 from __future__ import annotations
 

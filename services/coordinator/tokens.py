@@ -75,11 +75,16 @@ class TokenVerifier:
         self._rules = rules
 
     def verify(self, token: str) -> Claimed:
-        """Verify a token and read its claims. Raises Unauthenticated, without details that are not in the token."""
+        """Verify a token and read its claims.
+
+        Raises Unauthenticated, whose message contains neither keys nor the required audience and issuer.
+        """
         claims = self._claims(token)
         name, max_open = claims.get(self._rules.caller_claim), claims.get(_MAX_OPEN)
         if not isinstance(name, str):
-            raise Unauthenticated(f"the token has no string {self._rules.caller_claim} as its caller's name")
+            raise Unauthenticated(
+                f"the token has no string in the claim {self._rules.caller_claim}, which names the caller"
+            )
         if max_open is not None and (type(max_open) is not int or max_open < 0):
             raise Unauthenticated(f"the token has a {_MAX_OPEN} that is not an integer of at least 0")
         return Claimed(name, max_open)
@@ -135,7 +140,7 @@ class TokenVerifier:
 
 
 def looks_like_token(text: str) -> bool:
-    """Whether a text has the three parts of a signed token. API keys have no dots."""
+    """Whether a text has the three parts of a signed token. An API key must not contain exactly two dots."""
     return text.count(".") == 2
 
 
@@ -217,7 +222,7 @@ def _from_jwk(path: Path, member: dict[str, Any]) -> VerificationKey:
     if "d" in member:
         raise _wrong(path, f"contains the private key {key_id[:64]!r}; only public keys work")
     try:
-        # Without `alg`, because PyJWT trusts it, even "none".
+        # PyJWT would trust any `alg`, even "none".
         key = jwt.PyJWK({name: value for name, value in member.items() if name != "alg"}).key
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError, UnsupportedAlgorithm):
         raise _wrong(path, f"contains the key {key_id[:64]!r}, which is unreadable or of an unsupported kind") from None

@@ -128,7 +128,7 @@ class ArtifactMemory:
 
 @dataclass(frozen=True)
 class Workers:
-    """Slots, channels and artifact memory for calls to workers."""
+    """Worker slots, channels and artifact memory for calls to workers."""
 
     slots: WorkerSlots
     connections: Connections
@@ -372,9 +372,10 @@ class WorkerRunner:
         return announced or self._spec.contract
 
     async def _claim(self, call: Call, left: worker_pb2.WorkerInfo | None) -> WorkerSlot:
-        """Claim a worker slot; waits for it, and for the store. `left`: the worker that handed the call over, if any.
+        """Claim a worker slot; waits for a free slot and for the store.
 
-        Raises Unavailable after `patience_seconds` without a compatible live worker.
+        `left` is the worker that handed the call over, if any. Raises Unavailable after `patience_seconds` without a
+        compatible live worker.
         """
         resumes = self._spec.resume_slot is not None and self._recovery.step_checkpoint.is_known
         service = self._spec.service

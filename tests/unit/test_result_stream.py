@@ -258,7 +258,7 @@ def test_wrong_items_and_missing_files_are_refused(server: RedisServer) -> None:
         await stream.put(0, packet(b"x", files=2), 1)
         with pytest.raises(InternalError, match="ended with 1 of 2 files"):
             stream.files()
-        with pytest.raises(InternalError, match="earlier items belong to 2 files"):
+        with pytest.raises(InternalError, match="file 0 of 3; the result has 2 files"):
             await stream.put(1, packet(b"x", files=3), 1)
 
     story(server, test)

@@ -128,7 +128,7 @@ def test_the_defect_of_a_signed_token_is_reported(tmp_path: Path) -> None:
         ({"aud": None}, "has no claim aud"),
         ({"iss": f"{ISSUER}/"}, "has another issuer"),
         ({"iss": None}, "has no claim iss"),
-        ({"sub": None}, "has no string sub"),
+        ({"sub": None}, "has no string in the claim sub"),
         ({"max_open": -1}, "max_open that is not an integer"),
         ({"max_open": True}, "max_open that is not an integer"),
         ({"max_open": "3"}, "max_open that is not an integer"),
@@ -167,7 +167,7 @@ def test_another_claim_may_name_the_caller(tmp_path: Path) -> None:
     rules = TokenRules(audience=AUDIENCE, issuer=ISSUER, caller_claim="client_id")
     tokens = verifier(tmp_path, public_pem("Ed"), rules)
     assert tokens.verify(token("Ed", "EdDSA", client_id="studio", sub=None)).name == "studio"
-    with pytest.raises(Unauthenticated, match="has no string client_id"):
+    with pytest.raises(Unauthenticated, match="has no string in the claim client_id"):
         tokens.verify(token("Ed", "EdDSA"))
 
 

@@ -147,7 +147,7 @@ Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
 
 @_typing.final
 class ParamValue(_message.Message):
-    """Value of a model-specific parameter."""
+    """Value of a sampling parameter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class BeforeDenoisingServiceStub:
     """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
-    Models of the hybrid style (see README.md) use this service instead of the three separate services.
+    Models of the hybrid style (README.md#models) use this service instead of the three separate services.
     """
 
     def __init__(self, channel):
@@ -45,7 +45,7 @@ class BeforeDenoisingServiceStub:
 
 class BeforeDenoisingServiceServicer:
     """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
-    Models of the hybrid style (see README.md) use this service instead of the three separate services.
+    Models of the hybrid style (README.md#models) use this service instead of the three separate services.
     """
 
     def PrepareDenoising(self, request_iterator, context):
@@ -80,7 +80,7 @@ def add_BeforeDenoisingServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class BeforeDenoisingService:
     """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
-    Models of the hybrid style (see README.md) use this service instead of the three separate services.
+    Models of the hybrid style (README.md#models) use this service instead of the three separate services.
     """
 
     @staticmethod

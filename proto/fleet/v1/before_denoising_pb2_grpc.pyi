@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class BeforeDenoisingServiceStub:
     """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
-    Models of the hybrid style (see README.md) use this service instead of the three separate services.
+    Models of the hybrid style (README.md#models) use this service instead of the three separate services.
     """
 
     @_typing.overload
@@ -49,7 +49,7 @@ class BeforeDenoisingServiceStub:
 @_typing.type_check_only
 class BeforeDenoisingServiceAsyncStub(BeforeDenoisingServiceStub):
     """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
-    Models of the hybrid style (see README.md) use this service instead of the three separate services.
+    Models of the hybrid style (README.md#models) use this service instead of the three separate services.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -66,7 +66,7 @@ class BeforeDenoisingServiceAsyncStub(BeforeDenoisingServiceStub):
 
 class BeforeDenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs every stage before denoising in one service: text encoding, image encoding and latent preparation.
-    Models of the hybrid style (see README.md) use this service instead of the three separate services.
+    Models of the hybrid style (README.md#models) use this service instead of the three separate services.
     """
 
     @_abc_1.abstractmethod

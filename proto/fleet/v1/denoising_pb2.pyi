@@ -53,8 +53,8 @@ Global___DenoiseRequest: _TypeAlias = DenoiseRequest  # noqa: Y015
 
 @_typing.final
 class DenoiseResponse(_message.Message):
-    """A response frame. Order: begun; then progress, warnings, checkpoints and items while the stages run; then one header
-    and its chunks. The chunks of a checkpoint or an item follow its frame.
+    """A response frame. Order: begun; then progress, warnings, step checkpoints and items while the stages run; then one
+    header and its chunks. The chunks of a step checkpoint or an item follow its frame.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -84,7 +84,7 @@ class DenoiseResponse(_message.Message):
 
     @_builtins.property
     def checkpoint(self) -> _artifacts_pb2.Checkpoint:
-        """A step checkpoint, for callers that do not send `fleet-items: 1`; others get it as an item."""
+        """A step checkpoint, for callers that do not send `fleet-items: 1`; other callers receive it as an item."""
 
     @_builtins.property
     def begun(self) -> _artifacts_pb2.Begun:

@@ -345,7 +345,7 @@ class ImageInput(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """Role of the image, such as "image" or "last_image". Default (empty): "image"."""
+    """Role of the image, such as "image" or "last_image"; unique in the request. Default (empty): "image"."""
     data: _builtins.bytes
     """A PNG, JPEG or WebP file of at most 20 MiB and 2^26 pixels; the images of a request have at most 2^27 pixels in
     total.
@@ -445,8 +445,8 @@ class GenerateRequest(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     FOLLOW_FIELD_NUMBER: _builtins.int
     follow: _builtins.bool
-    """Whether to send the bytes of a streamed result as soon as they are stored, interleaved with the events. All bytes
-    are then sent as `file_data`. Default: false; files are sent after the last event.
+    """Whether to send the bytes of a streamed result as soon as they are stored, interleaved with the events. If true,
+    all bytes are sent as `file_data`. Default: false; all bytes are sent as `data` after the last event.
     """
     @_builtins.property
     def request(self) -> Global___SubmitRequest:
@@ -491,7 +491,7 @@ class GenerateResponse(_message.Message):
 
     @_builtins.property
     def file(self) -> Global___FileHeader:
-        """Header of the file whose bytes follow, or the complete header of a file that was growing."""
+        """Header of the file whose bytes follow, or the complete header of a file that was sent with `is_growing`."""
 
     @_builtins.property
     def file_data(self) -> Global___FileData:
@@ -663,7 +663,9 @@ class Event(_message.Message):
     WARNING_FIELD_NUMBER: _builtins.int
     ITEM_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
-    """Id of the event, for WatchRequest.after_event_id. Ids of later events are greater."""
+    """Id of the event, for WatchRequest.after_event_id: two integers, joined by a hyphen. Later events have greater ids,
+    by numeric comparison of the first and then of the second integer.
+    """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """Time of the event, by the store's clock."""
@@ -868,8 +870,8 @@ class DownloadResultRequest(_message.Message):
     """Index of the file to send, from 0. Default (unset): all files."""
     follow: _builtins.bool
     """Whether to wait for a request that has not ended, and to send the files of a streamed result while they grow. A
-    result that is not streamed is sent once the request has succeeded. All bytes are then sent as `file_data`.
-    Default: false.
+    result that is not streamed is sent once the request has succeeded. If true, all bytes are sent as `file_data`.
+    Default: false; all bytes are sent as `data`.
     """
     offset: _builtins.int
     """Offset of the first byte to send, to resume a download; requires `index`. INVALID_ARGUMENT beyond the end of the
@@ -906,7 +908,7 @@ class DownloadResultResponse(_message.Message):
     """Next bytes of the file of the latest header, at most 1 MiB."""
     @_builtins.property
     def file(self) -> Global___FileHeader:
-        """Header of the file whose bytes follow, or the complete header of a file that was growing."""
+        """Header of the file whose bytes follow, or the complete header of a file that was sent with `is_growing`."""
 
     @_builtins.property
     def file_data(self) -> Global___FileData:
@@ -1201,7 +1203,7 @@ class TimelineEntry(_message.Message):
     worker_id: _builtins.str
     """Id of the service's worker."""
     step: _builtins.int
-    """Denoising step of the checkpoint or of the latest progress."""
+    """Number of completed steps at the step checkpoint or at the latest progress."""
     total_steps: _builtins.int
     """Total number of steps."""
     state: Global___RequestState.ValueType

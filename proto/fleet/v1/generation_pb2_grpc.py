@@ -109,9 +109,9 @@ class GenerationServiceServicer:
 
     def DownloadResult(self, request, context):
         """Streams the files of a request. FAILED_PRECONDITION: the request has not succeeded, or its result is never stored.
-        NOT_FOUND: the result has expired. With `follow`, files are sent while they are written; FAILED_PRECONDITION then
-        also means that the request ended without a result. UNAVAILABLE: this coordinator shuts down; retry with the offset
-        of the next byte.
+        NOT_FOUND: the result has expired. UNAVAILABLE: the coordinator shuts down; retry with the offset of the next byte.
+        With `follow`, the call waits for a request that has not ended, and sends files while they are written; it returns
+        FAILED_PRECONDITION only if the request ended without a result, or its result is never stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -55,9 +55,9 @@ class GenerationServiceStub:
     """
     DownloadResult: _grpc.UnaryStreamMultiCallable[_generation_pb2.DownloadResultRequest, _generation_pb2.DownloadResultResponse]
     """Streams the files of a request. FAILED_PRECONDITION: the request has not succeeded, or its result is never stored.
-    NOT_FOUND: the result has expired. With `follow`, files are sent while they are written; FAILED_PRECONDITION then
-    also means that the request ended without a result. UNAVAILABLE: this coordinator shuts down; retry with the offset
-    of the next byte.
+    NOT_FOUND: the result has expired. UNAVAILABLE: the coordinator shuts down; retry with the offset of the next byte.
+    With `follow`, the call waits for a request that has not ended, and sends files while they are written; it returns
+    FAILED_PRECONDITION only if the request ended without a result, or its result is never stored.
     """
     GetRequest: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetRequestRequest, _generation_pb2.GetRequestResponse]
     """Returns the record of a request, and optionally its timeline."""
@@ -91,9 +91,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """
     DownloadResult: _aio.UnaryStreamMultiCallable[_generation_pb2.DownloadResultRequest, _generation_pb2.DownloadResultResponse]  # type: ignore[assignment]
     """Streams the files of a request. FAILED_PRECONDITION: the request has not succeeded, or its result is never stored.
-    NOT_FOUND: the result has expired. With `follow`, files are sent while they are written; FAILED_PRECONDITION then
-    also means that the request ended without a result. UNAVAILABLE: this coordinator shuts down; retry with the offset
-    of the next byte.
+    NOT_FOUND: the result has expired. UNAVAILABLE: the coordinator shuts down; retry with the offset of the next byte.
+    With `follow`, the call waits for a request that has not ended, and sends files while they are written; it returns
+    FAILED_PRECONDITION only if the request ended without a result, or its result is never stored.
     """
     GetRequest: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetRequestRequest, _generation_pb2.GetRequestResponse]  # type: ignore[assignment]
     """Returns the record of a request, and optionally its timeline."""
@@ -148,9 +148,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.DownloadResultResponse], _abc.AsyncIterator[_generation_pb2.DownloadResultResponse]]:
         """Streams the files of a request. FAILED_PRECONDITION: the request has not succeeded, or its result is never stored.
-        NOT_FOUND: the result has expired. With `follow`, files are sent while they are written; FAILED_PRECONDITION then
-        also means that the request ended without a result. UNAVAILABLE: this coordinator shuts down; retry with the offset
-        of the next byte.
+        NOT_FOUND: the result has expired. UNAVAILABLE: the coordinator shuts down; retry with the offset of the next byte.
+        With `follow`, the call waits for a request that has not ended, and sends files while they are written; it returns
+        FAILED_PRECONDITION only if the request ended without a result, or its result is never stored.
         """
 
     @_abc_1.abstractmethod
