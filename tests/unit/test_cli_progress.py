@@ -20,7 +20,7 @@ class _Terminal(io.StringIO):
 
 
 def step(service: str, done: int, total: int) -> generation_pb2.StageProgress:
-    """A progress message."""
+    """A message that `done` of `total` steps are completed."""
     return generation_pb2.StageProgress(service=service, step=done, total_steps=total)
 
 

@@ -173,7 +173,7 @@ def test_swapped_experts_need_less_memory(large: Path, monkeypatch: pytest.Monke
     assert "denoising of large needs 4.0 MiB" in one
 
 
-def test_without_a_gpu_float32_weights_are_compared_with_host_memory(large: Path) -> None:
+def test_float32_weights_are_compared_with_host_memory_without_a_gpu(large: Path) -> None:
     found = lines(check_memory(str(large), CPU, {}))
     assert found[1].startswith("ok memory: denoising of large needs 64.0 MiB for weights; this host has ")
     assert not lines(check_memory(str(large / "nowhere"), CPU, {})), "check_model() reports a missing directory"
