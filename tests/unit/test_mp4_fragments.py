@@ -22,6 +22,7 @@ COUNTS = (9, 12, 1, 3, 30)
 """Number of frames per fragment; the last fragment exceeds the encoder's frames in flight."""
 TOTAL = sum(COUNTS)
 FIRSTS = [sum(COUNTS[:index]) for index in range(len(COUNTS))]
+"""Index of the first frame of each fragment."""
 
 
 def video_frame(index: int) -> Tensor:
