@@ -1,4 +1,4 @@
-"""Checks at start of the private API of packages; errors name the version to install."""
+"""Checks of versions and private APIs of packages at start; errors name the version to install."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def _versions(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """An importable module `changing`."""
-    made = ModuleType("changing")
-    monkeypatch.setitem(sys.modules, "changing", made)
-    return made
+    changing = ModuleType("changing")
+    monkeypatch.setitem(sys.modules, "changing", changing)
+    return changing
 
 
 def test_version_ranges_equal_those_of_pyproject() -> None:
@@ -110,10 +110,12 @@ def test_versions_out_of_range_are_named(version: str, monkeypatch: pytest.Monke
     assert diffusers.startswith("0.1 is not ==0.42.1")
 
 
-@pytest.mark.parametrize(("version", "words"), [(None, "not installed"), ("none", "cannot be read")])
-def test_a_package_without_a_version_is_named(version: str | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("version", "message"), [(None, "not installed"), ("none", "cannot be read")])
+def test_a_package_without_a_version_is_named(
+    version: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _versions(monkeypatch, grpcio=version)
-    with pytest.raises(UnsupportedPackage, match=f"grpcio: .*{words}.*pip install 'grpcio>=1.85.1,<2'"):
+    with pytest.raises(UnsupportedPackage, match=f"grpcio: .*{message}.*pip install 'grpcio>=1.85.1,<2'"):
         check_versions("grpcio")
 
 
@@ -168,7 +170,7 @@ class _Changed(_Base):
     def method(self, a: int, b: int = 0) -> None: ...
 
 
-HOLD: list[Fact] = [
+FACTS_THAT_HOLD: list[Fact] = [
     Called("changing:Kind.method", 2),
     Called("changing:Kind.method", 2, ("b",)),
     Called("changing:Kind", 1, ("second",)),
@@ -178,7 +180,7 @@ HOLD: list[Fact] = [
     Attributes("changing:Kind", ("stored", "own", "wide", "shown", "method")),
     Abstract("changing:Kind", ("listed", "more")),
 ]
-BREAK: list[tuple[Fact, str]] = [
+FACTS_THAT_DO_NOT_HOLD: list[tuple[Fact, str]] = [
     (Called("changing:Kind.method", 4), "changing.Kind.method with other parameters (too many positional arguments)"),
     (
         Called("changing:Kind.method", 1),
@@ -197,18 +199,18 @@ BREAK: list[tuple[Fact, str]] = [
 ]
 
 
-@pytest.mark.parametrize("fact", HOLD)
+@pytest.mark.parametrize("fact", FACTS_THAT_HOLD)
 def test_a_fact_that_holds_passes(fact: Fact, module: ModuleType) -> None:
     vars(module).update(Kind=_Changed, number=3)
     fact.check()
 
 
-@pytest.mark.parametrize(("fact", "words"), BREAK)
-def test_a_fact_that_does_not_hold_is_an_error(fact: Fact, words: str, module: ModuleType) -> None:
+@pytest.mark.parametrize(("fact", "message"), FACTS_THAT_DO_NOT_HOLD)
+def test_a_fact_that_does_not_hold_is_an_error(fact: Fact, message: str, module: ModuleType) -> None:
     vars(module).update(Kind=_Changed, number=3)
     with pytest.raises(Missing) as caught:
         fact.check()
-    assert str(caught.value).startswith(words)
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +294,7 @@ def _other_shutdown(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (_no_agent, "LocalElasticAgent, "),
         (_no_method, "_restart_workers, "),
@@ -300,12 +302,12 @@ def _other_shutdown(patch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_changed_elastic_agent_ends_a_group_before_its_ranks_start(
-    change: Change, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    change: Change, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launcher, "launch", _must_not_run)
     change(monkeypatch)
     assert denoising.main([*WORKER, "--tp", "2"]) == 2
-    assert words in _one_line(capsys, "fleet serve denoising: torch: ")
+    assert message in _one_line(capsys, "fleet serve denoising: torch: ")
 
 
 def test_a_changed_collective_ends_a_group(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
