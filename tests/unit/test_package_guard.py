@@ -170,7 +170,7 @@ class _Changed(_Base):
     def method(self, a: int, b: int = 0) -> None: ...
 
 
-FACTS_THAT_HOLD: list[Fact] = [
+HOLD: list[Fact] = [
     Called("changing:Kind.method", 2),
     Called("changing:Kind.method", 2, ("b",)),
     Called("changing:Kind", 1, ("second",)),
@@ -180,7 +180,7 @@ FACTS_THAT_HOLD: list[Fact] = [
     Attributes("changing:Kind", ("stored", "own", "wide", "shown", "method")),
     Abstract("changing:Kind", ("listed", "more")),
 ]
-FACTS_THAT_DO_NOT_HOLD: list[tuple[Fact, str]] = [
+BREAK: list[tuple[Fact, str]] = [
     (Called("changing:Kind.method", 4), "changing.Kind.method with other parameters (too many positional arguments)"),
     (
         Called("changing:Kind.method", 1),
@@ -199,13 +199,13 @@ FACTS_THAT_DO_NOT_HOLD: list[tuple[Fact, str]] = [
 ]
 
 
-@pytest.mark.parametrize("fact", FACTS_THAT_HOLD)
+@pytest.mark.parametrize("fact", HOLD)
 def test_a_fact_that_holds_passes(fact: Fact, module: ModuleType) -> None:
     vars(module).update(Kind=_Changed, number=3)
     fact.check()
 
 
-@pytest.mark.parametrize(("fact", "message"), FACTS_THAT_DO_NOT_HOLD)
+@pytest.mark.parametrize(("fact", "message"), BREAK)
 def test_a_fact_that_does_not_hold_is_an_error(fact: Fact, message: str, module: ModuleType) -> None:
     vars(module).update(Kind=_Changed, number=3)
     with pytest.raises(Missing) as caught:
