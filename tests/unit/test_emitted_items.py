@@ -53,7 +53,7 @@ class FakeWorkerSlots(WorkerSlots):
 
 
 class DyingWorkers(Connections):
-    """The first worker sends a step checkpoint of step 3 and `items` items, and fails; the second succeeds."""
+    """The first worker sends the step checkpoint of step 3, then `items` items, and fails. The second succeeds."""
 
     def __init__(self, items: int) -> None:
         self.items = items

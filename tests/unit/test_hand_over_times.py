@@ -124,7 +124,7 @@ def test_a_worker_slot_that_becomes_free_later_is_used_within_a_second(monkeypat
 def test_a_call_is_handed_over_before_the_grace_period_ends_if_no_worker_slot_is_free(
     monkeypatch: pytest.MonkeyPatch, grace: float, margin: float
 ) -> None:
-    """The remaining time fits the running step, one step that may be enqueued, and a margin."""
+    """The remaining time suffices for the running step, one step that may be enqueued, and a margin."""
 
     async def scenario(clock: Clock) -> None:
         calls = [FakeCall(clock, seconds) for seconds in (0.0, 0.25, 1.5)]

@@ -1,4 +1,4 @@
-"""The setting kernel_cache: cache directories of kernel compilers, or an error in one line."""
+"""The setting kernel_cache: cache directories of kernel compilers, and refused directories."""
 
 from __future__ import annotations
 

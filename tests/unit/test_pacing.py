@@ -1,4 +1,4 @@
-"""Pacing of a loop on a simulated asynchronous device: the queue stays short, and the device stays busy."""
+"""Pacing of a loop on a simulated asynchronous device: the queue stays short, the device stays busy."""
 
 from __future__ import annotations
 

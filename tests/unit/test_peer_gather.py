@@ -105,7 +105,7 @@ def value_of(forward: int, layer: int, rank: int) -> float:
 def record(
     rank: int, memory: Memory, forwards: Sequence[tuple[int, Sequence[int]]], arrived: list[int], attended: list[str]
 ) -> RecordedStreams:
-    """Record the program of a rank: forwards of several layers each, which end with a barrier of all ranks."""
+    """Record the program of a rank: forwards of several layers. Each forward ends with a barrier of all ranks."""
     streams = RecordedStreams()
     axis = Axis(memory.ranks, rank)
     gather = PeerGather(axis, CPU, cast("CopyStreams", streams), memory.of(rank))
@@ -178,7 +178,7 @@ def _attending(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_rank_attends_to_the_keys_and_values_of_all_ranks(
     monkeypatch: pytest.MonkeyPatch, ranks: int, min_work: int
 ) -> None:
-    """Forwards of odd and even numbers of layers, lengths that outgrow the buffers, and chunks without tokens."""
+    """Forwards have odd and even numbers of layers. Lengths outgrow the buffers, and some chunks have no tokens."""
     monkeypatch.setattr(peer_gather, "MIN_GROUPED_WORK", min_work)
     forwards = [(3, [2] * ranks), (1, [1, *[0] * (ranks - 1)]), (1, [5, *[4] * (ranks - 1)]), (4, [2] * ranks)]
     groups = 1 if min_work else peer_gather.MAX_GROUPS

@@ -116,7 +116,7 @@ def test_a_request_claims_a_whole_worker_after_a_loss_until_the_loss_is_cleared(
 
 
 def test_a_loss_is_recorded_after_the_preceding_step_checkpoint() -> None:
-    """In the reverse order, the loss would record too early a step, and the next loss would look like progress."""
+    """In the reverse order, the loss would have too early a step. The next loss would look like progress."""
 
     async def scenario() -> None:
         leases = FakeLeases([])
