@@ -181,10 +181,10 @@ def test_float32_weights_are_compared_with_host_memory_without_a_gpu(large: Path
 
 def test_host_memory_respects_the_container_limit(tmp_path: Path) -> None:
     meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
-    whole = host_memory(meminfo, limit)
-    assert whole[0] == whole[1] > 64 * MIB
+    without_limit = host_memory(meminfo, limit)
+    assert without_limit[0] == without_limit[1] > 64 * MIB
     meminfo.write_text("MemTotal:       99 kB\nMemFree:        1 kB\nMemAvailable:    2048 kB\n")
     limit.write_text("max\n")
-    assert host_memory(meminfo, limit) == (whole[0], 2 * MIB)
+    assert host_memory(meminfo, limit) == (without_limit[0], 2 * MIB)
     limit.write_text(f"{MIB}\n")
     assert host_memory(meminfo, limit) == (MIB, MIB)

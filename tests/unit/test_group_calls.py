@@ -108,8 +108,8 @@ def test_log_records_of_all_ranks_have_the_fields_of_the_call() -> None:
         with named, entered(Span(TraceContext(trace_id, "00f067aa0ba902b7"))):
             ranks.run(Call("r1"))
         ranks.run(Call("r2"))
-    whole = {"request_id": "r1", "trace_id": trace_id, "model": "emoji", "stage": SERVICE, "attempt": 2}
-    assert seen[:2] == [whole, whole]
+    expected = {"request_id": "r1", "trace_id": trace_id, "model": "emoji", "stage": SERVICE, "attempt": 2}
+    assert seen[:2] == [expected, expected]
     assert sorted(seen[2:], key=len) == [{}, {"request_id": "r2", "stage": SERVICE}], (
         "fields of the previous call must be removed"
     )

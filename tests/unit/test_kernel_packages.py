@@ -361,22 +361,22 @@ def test_ranks_with_different_facts_raise() -> None:
 
 
 def test_a_rank_compares_facts_before_it_creates_its_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, theirs = map(Link, (1, 0), socket.socketpair())
+    leading_link, following_link = map(Link, (1, 0), socket.socketpair())
     monkeypatch.setattr(rank, "facts_of", lambda *_: ["a"])
 
     def follow() -> None:
         with suppress(FailedPrecondition):
-            compare_facts([theirs], ["b"], 5.0)
+            compare_facts([following_link], ["b"], 5.0)
 
     thread = threading.Thread(target=follow)
     thread.start()
     settings = SimpleNamespace(degrees=None, ranks_per_node=2, rank_join_seconds=5.0)
-    leading = LeadingRank(cast(Any, None), cast(Any, None), cast(Any, settings), [mine], cast(Any, None))
+    leading = LeadingRank(cast(Any, None), cast(Any, None), cast(Any, settings), [leading_link], cast(Any, None))
     with pytest.raises(FailedPrecondition, match="rank 1 has b and this rank has a"):
         leading.make_mesh(CPU)
     thread.join(5)
-    mine.close()
-    theirs.close()
+    leading_link.close()
+    following_link.close()
 
 
 def test_a_follower_tries_its_packages_before_it_loads_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,13 +87,13 @@ class Memory:
 
         def allocate(axis: Axis, _: torch.device, size: int) -> PeerMemory:
             index = next(number)
-            whole = [
+            buffers = [
                 self.allocated.setdefault((index, each), torch.zeros(size, dtype=torch.uint8))
                 for each in range(self.ranks)
             ]
             assert axis.index == rank
-            assert all(len(each) == size for each in whole)
-            return PeerMemory(whole[rank], [each.data_ptr() for each in whole])
+            assert all(len(each) == size for each in buffers)
+            return PeerMemory(buffers[rank], [each.data_ptr() for each in buffers])
 
         return allocate
 
