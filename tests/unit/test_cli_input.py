@@ -134,8 +134,8 @@ def test_an_image_is_refused_for_a_model_without_image_inputs(
 
 @pytest.mark.parametrize("flag", ["--negative-prompt", "--param=prompt_2"])
 def test_text_that_is_not_utf8_is_refused(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [f"{flag}=\udcff"] if "=" in flag else [flag, "\udcff"]
-    assert main(["generate", "p", "--output", str(tmp_path / "x.png"), *flags]) == 2
+    words = [f"{flag}=\udcff"] if "=" in flag else [flag, "\udcff"]
+    assert main(["generate", "p", "--output", str(tmp_path / "x.png"), *words]) == 2
     assert "must be valid UTF-8" in capsys.readouterr().err
 
 
