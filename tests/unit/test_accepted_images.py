@@ -20,7 +20,7 @@ from models.validation import InputValidationStage
 
 
 def png(width: int, height: int) -> bytes:
-    """PNG bytes whose header states this size; they hold no pixel data."""
+    """PNG bytes with this size in the header and without pixel data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -52,23 +52,23 @@ def validation() -> InputValidationStage:
 
 def test_total_pixels_of_a_request_are_bounded() -> None:
     side = int(MAX_PIXELS**0.5)
-    each = png(side, side)
+    largest = png(side, side)
     with pytest.raises(LookupError):
-        validation().run({}, {"image": each, "image_1": each})
+        validation().run({}, {"image": largest, "image_1": largest})
     with pytest.raises(InvalidInput, match=r"at most 134217728 pixels in total") as caught:
-        validation().run({}, {"image": each, "image_1": each, "image_2": png(1, 1)})
+        validation().run({}, {"image": largest, "image_1": largest, "image_2": png(1, 1)})
     assert caught.value.field == "images"
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_an_image_is_rotated_by_its_exif_orientation(form: str) -> None:
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_an_image_is_rotated_by_its_exif_orientation(image_format: str) -> None:
     """With orientation 6, the left column of the stored pixels is the top row of the image."""
     stored = Image.new("RGB", (32, 16), "blue")
     stored.paste("red", (0, 0, 16, 16))
     exif = Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()
-    stored.save(file, form, exif=exif.tobytes(), **({} if form == "JPEG" else {"lossless": True}))
+    stored.save(file, image_format, exif=exif.tobytes(), **({} if image_format == "JPEG" else {"lossless": True}))
     header = read_image_header("image", file.getvalue())
     opened = open_image("image", file.getvalue())
     assert (header.width, header.height) == opened.size == (16, 32)

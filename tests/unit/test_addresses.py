@@ -46,9 +46,9 @@ def test_servers_listen_on_sockets_of_any_name(name: str) -> None:
         assert await asyncio.to_thread(probe.main, [address]) == 0
         await server.drain(0)
 
-    with tempfile.TemporaryDirectory(dir="/tmp") as short:
-        (Path(short) / name).mkdir()
-        asyncio.run(test(Path(short) / name))
+    with tempfile.TemporaryDirectory(dir="/tmp") as short_directory:
+        (Path(short_directory) / name).mkdir()
+        asyncio.run(test(Path(short_directory) / name))
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)

@@ -28,7 +28,9 @@ from models.kernels.packages import (
 
 HOPPER = (9, 0)
 LARGE = 24 * 4608
+"""Attention work, in heads x tokens, above every bound of the table."""
 KEYS = 77
+"""Number of key tokens, above the smallest number that each backend supports."""
 
 
 @pytest.fixture
@@ -57,10 +59,10 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.float()), scores.logsumexp(-1).transpose(1, 2)
 
 
-BOTH = pytest.mark.parametrize("backend", ["flash_attn_2", "flash_attn_4"], indirect=True)
+WITH_EACH_ADAPTER = pytest.mark.parametrize("backend", ["flash_attn_2", "flash_attn_4"], indirect=True)
 
 
-@BOTH
+@WITH_EACH_ADAPTER
 @pytest.mark.usefixtures("backend")
 def test_an_adapter_matches_reference_attention() -> None:
     q, keys_and_values = random(2, 5, 3, 16), random(2, 7, 6, 16)
@@ -73,7 +75,7 @@ def test_an_adapter_matches_reference_attention() -> None:
     assert not wide[:, :, :3].any()
 
 
-@BOTH
+@WITH_EACH_ADAPTER
 @pytest.mark.usefixtures("backend")
 def test_an_adapter_returns_the_log_sum_exp_for_ring_merges() -> None:
     q, k, v = random(2, 5, 3, 16), random(2, 8, 3, 16), random(2, 8, 3, 16)
@@ -107,7 +109,7 @@ def test_the_entry_point_combines_setting_package_outcomes_and_table(
         assert entry._backend_for(q, q) == expected
 
 
-def only(*names: str) -> Callable[[str], bool]:
+def installed(*names: str) -> Callable[[str], bool]:
     return lambda name: name in names
 
 
@@ -125,34 +127,34 @@ def only(*names: str) -> Callable[[str], bool]:
     ],
 )
 def test_the_table_names_the_fastest_backend_on_hopper(work: int, package: str, expected: str) -> None:
-    assert choose_backend(HOPPER, torch.bfloat16, work, KEYS, 128, only(package)) == expected
+    assert choose_backend(HOPPER, torch.bfloat16, work, KEYS, 128, installed(package)) == expected
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9)])
-def test_ampere_and_ada_prefer_flash_attn_where_it_is_installed(capability: Capability) -> None:
-    assert choose_backend(capability, torch.bfloat16, 1, KEYS, 128, only("flash-attn")) == "flash_attn_2"
-    assert choose_backend(capability, torch.bfloat16, LARGE, KEYS, 64, only("flash-attn")) == "flash_attn_2"
-    assert choose_backend(capability, torch.bfloat16, LARGE, KEYS, 128, only("fa3-fwd", "flash-attn-4")) == "sdpa"
+def test_ampere_and_ada_prefer_an_installed_flash_attn(capability: Capability) -> None:
+    assert choose_backend(capability, torch.bfloat16, 1, KEYS, 128, installed("flash-attn")) == "flash_attn_2"
+    assert choose_backend(capability, torch.bfloat16, LARGE, KEYS, 64, installed("flash-attn")) == "flash_attn_2"
+    assert choose_backend(capability, torch.bfloat16, LARGE, KEYS, 128, installed("fa3-fwd", "flash-attn-4")) == "sdpa"
 
 
 @pytest.mark.parametrize("capability", [(10, 0), (10, 3)])
 def test_blackwell_prefers_flash_attn_4(capability: Capability) -> None:
-    assert choose_backend(capability, torch.bfloat16, LARGE, KEYS, 128, only("flash-attn-4")) == "flash_attn_4"
-    assert choose_backend(capability, torch.bfloat16, LARGE, KEYS, 128, only("fa3-fwd", "flash-attn")) == "sdpa"
+    assert choose_backend(capability, torch.bfloat16, LARGE, KEYS, 128, installed("flash-attn-4")) == "flash_attn_4"
+    assert choose_backend(capability, torch.bfloat16, LARGE, KEYS, 128, installed("fa3-fwd", "flash-attn")) == "sdpa"
 
 
 @pytest.mark.parametrize("choice", ["sdpa", "cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4"])
 def test_a_setting_overrides_the_table(choice: AttentionChoice) -> None:
-    assert choose_backend(HOPPER, torch.bfloat16, 1, KEYS, 128, only("fa3-fwd"), choice) == choice
-    assert choose_backend((7, 5), torch.bfloat16, LARGE, KEYS, 128, only(), choice) == choice
-    assert choose_backend(HOPPER, torch.float32, LARGE, KEYS, 128, only("fa3-fwd"), choice) == "sdpa"
+    assert choose_backend(HOPPER, torch.bfloat16, 1, KEYS, 128, installed("fa3-fwd"), choice) == choice
+    assert choose_backend((7, 5), torch.bfloat16, LARGE, KEYS, 128, installed(), choice) == choice
+    assert choose_backend(HOPPER, torch.float32, LARGE, KEYS, 128, installed("fa3-fwd"), choice) == "sdpa"
 
 
 @pytest.mark.parametrize("choice", ["auto", "cudnn"])
 def test_a_single_key_falls_back_to_sdpa(choice: AttentionChoice) -> None:
     """cuDNN does not support a single key, and LTX-Video encodes an empty prompt as one token."""
-    assert choose_backend(HOPPER, torch.bfloat16, 24, 1, 128, only("fa3-fwd"), choice) == "sdpa"
-    assert choose_backend(HOPPER, torch.bfloat16, 24, 2, 128, only("fa3-fwd"), choice) == "cudnn"
+    assert choose_backend(HOPPER, torch.bfloat16, 24, 1, 128, installed("fa3-fwd"), choice) == "sdpa"
+    assert choose_backend(HOPPER, torch.bfloat16, 24, 2, 128, installed("fa3-fwd"), choice) == "cudnn"
 
 
 @pytest.mark.parametrize(

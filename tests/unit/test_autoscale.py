@@ -40,20 +40,20 @@ class FakeScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _take(self, target: pb.ScaledObjectRef, context: Context) -> None:
+    async def _record_or_refuse(self, target: pb.ScaledObjectRef, context: Context) -> None:
         self.received.append(target)
         if self.refusal is not None:
             await context.abort(self.refusal, "no stage of that name")
 
     async def IsActive(self, request: pb.ScaledObjectRef, context: Context) -> pb.IsActiveResponse:  # noqa: N802
-        await self._take(request, context)
+        await self._record_or_refuse(request, context)
         polled = self.is_active_when_polled
         return pb.IsActiveResponse(result=self.active if polled is None else polled)
 
     async def StreamIsActive(  # noqa: N802
         self, request: pb.ScaledObjectRef, context: Context
     ) -> AsyncIterator[pb.IsActiveResponse]:
-        await self._take(request, context)
+        await self._record_or_refuse(request, context)
         while True:
             yield pb.IsActiveResponse(result=self.active)
             await self._changed.wait()
@@ -61,7 +61,7 @@ class FakeScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
     async def GetMetricSpec(  # noqa: N802
         self, request: pb.ScaledObjectRef, context: Context
     ) -> pb.GetMetricSpecResponse:
-        await self._take(request, context)
+        await self._record_or_refuse(request, context)
         target = float(request.scalerMetadata["targetSeconds"])
         return pb.GetMetricSpecResponse(metricSpecs=[pb.MetricSpec(metricName="wanted", targetSizeFloat=target)])
 
@@ -71,7 +71,7 @@ class FakeScaler(externalscaler_pb2_grpc.ExternalScalerServicer):
         yield await self.GetMetricSpec(request, context)
 
     async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.GetMetricsResponse:  # noqa: N802
-        await self._take(request.scaledObjectRef, context)
+        await self._record_or_refuse(request.scaledObjectRef, context)
         assert request.metricName == "wanted"
         value = pb.MetricValue(metricName="wanted", metricValueFloat=self.seconds)
         return pb.GetMetricsResponse(metricValues=[value])
@@ -114,7 +114,7 @@ def run(
     poll_seconds: float = 0.02,
     policy: ReplicaPolicy | None = None,
 ) -> None:
-    """Run a test with a StageAutoscaler. The test calls run()."""
+    """Run a test with a StageAutoscaler. The test calls `StageAutoscaler.run()`."""
 
     async def main(directory: str) -> None:
         scaler, server = FakeScaler(), grpc.aio.server()
@@ -174,8 +174,8 @@ def test_the_pool_limit_bounds_started_workers() -> None:
         running = asyncio.create_task(loop.run())
         harness.scaler.push(True)
         await harness.until(lambda: harness.pool.size == 2)
-        polls = len(harness.scaler.received)
-        await harness.until(lambda: len(harness.scaler.received) > polls + 6)
+        calls = len(harness.scaler.received)
+        await harness.until(lambda: len(harness.scaler.received) > calls + 6)
         assert harness.pool.sizes == [1, 2]
         assert len(harness.notes) == 2
         await cancel_and_wait(running)

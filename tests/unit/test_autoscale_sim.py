@@ -31,7 +31,7 @@ ONE = Kind("one", {"denoising": StageWork(10, 100, "a")}, {"denoising": 10.0}, s
 
 
 @dataclass
-class Fixed:
+class FixedReplicas:
     """Policy with one number of replicas per poll; the last number repeats."""
 
     replicas: list[int]
@@ -53,7 +53,7 @@ def ends(simulation: Simulation) -> list[float | None]:
 
 
 def test_a_short_trace_matches_times_computed_by_hand() -> None:
-    run = simulation([1.0, 2.0, 3.0], lambda: Fixed([1]), ready=1)
+    run = simulation([1.0, 2.0, 3.0], lambda: FixedReplicas([1]), ready=1)
     outcome = run.run()
     assert [request.ended for request in outcome.requests] == [11.0, 21.0, 31.0]
     assert outcome.violation_minutes == 1  # latencies of 19 and 28 s exceed the SLO of 15 s
@@ -63,25 +63,35 @@ def test_a_short_trace_matches_times_computed_by_hand() -> None:
 
 def test_a_started_replica_serves_after_its_load_time() -> None:
     # The second replica is started by the poll at 5 s, and ready at 25 s.
-    assert ends(simulation([1.0, 2.0, 3.0, 4.0], lambda: Fixed([2]), ready=1, load_seconds=20.0)) == [11, 21, 31, 35]
-    assert ends(simulation([1.0, 2.0, 3.0, 4.0], lambda: Fixed([2]), ready=1, load_seconds=1.0)) == [11, 16, 21, 26]
+    assert ends(simulation([1.0, 2.0, 3.0, 4.0], lambda: FixedReplicas([2]), ready=1, load_seconds=20.0)) == [
+        11,
+        21,
+        31,
+        35,
+    ]
+    assert ends(simulation([1.0, 2.0, 3.0, 4.0], lambda: FixedReplicas([2]), ready=1, load_seconds=1.0)) == [
+        11,
+        16,
+        21,
+        26,
+    ]
 
 
 def test_load_time_and_draining_cost_gpu_seconds() -> None:
-    run = simulation([4.0], lambda: Fixed([2, 2, 0, 0, 0, 0]), ready=1, load_seconds=20.0)
+    run = simulation([4.0], lambda: FixedReplicas([2, 2, 0, 0, 0, 0]), ready=1, load_seconds=20.0)
     # One replica is busy from 4 to 14 s, the other loads from 5 s; both are scaled in at 15 s.
     assert run.run().gpu_seconds == {"denoising": 15.0 + 10.0}
 
 
 def test_scaling_in_never_interrupts_running_work() -> None:
-    run = simulation([1.0, 4.0], lambda: Fixed([0, 0, 0, 1]), ready=2)
+    run = simulation([1.0, 4.0], lambda: FixedReplicas([0, 0, 0, 1]), ready=2)
     outcome = run.run()
     assert [request.ended for request in outcome.requests] == [11.0, 14.0]
     assert outcome.gpu_seconds["denoising"] == pytest.approx(11.0 + 14.0 + (60.0 - 20.0))
 
 
 def test_a_loading_replica_that_is_scaled_in_never_serves() -> None:
-    assert ends(simulation([1.0, 2.0, 3.0], lambda: Fixed([2, 1]), ready=1, load_seconds=7.0)) == [11, 21, 31]
+    assert ends(simulation([1.0, 2.0, 3.0], lambda: FixedReplicas([2, 1]), ready=1, load_seconds=7.0)) == [11, 21, 31]
 
 
 def test_the_first_request_starts_a_replica_at_once() -> None:
@@ -90,7 +100,7 @@ def test_the_first_request_starts_a_replica_at_once() -> None:
 
 
 def test_a_view_reports_the_load_of_the_stage() -> None:
-    policy = Fixed([1], interval=6.0)
+    policy = FixedReplicas([1], interval=6.0)
     simulation([1.0, 2.0, 3.0], lambda: policy, ready=1).run()
     first, second = policy.views[:2]
     assert (first.load.workers_held, first.load.waiting_claims, first.load.open_requests) == (1, 2, 3)
@@ -197,7 +207,7 @@ def test_only_an_unused_stage_scales_to_zero() -> None:
 
 def test_a_request_between_two_polls_counts_as_activity() -> None:
     quick = Kind("quick", {"denoising": StageWork(1, 100, "a")}, {"denoising": 1.0}, slo_seconds=15.0)
-    policy = Fixed([1])
+    policy = FixedReplicas([1])
     Simulation(Trace("tiny", [Arrival(6.0, quick)], 60.0, {"denoising": 1}), lambda: policy, 20.0).run()
     assert [each.was_active for each in policy.views[:4]] == [False, True, False, False]
     assert not any(each.load.is_active for each in policy.views)
@@ -237,19 +247,19 @@ def test_tuning_and_report_use_disjoint_seeds() -> None:
 
 
 @dataclass
-class Known:
-    """Fixed totals in place of simulation results."""
+class FixedTotals:
+    """Total scores in place of simulation results, by policy and setting."""
 
-    known: dict[str, dict[str, Score]]
+    scores: dict[str, dict[str, Score]]
 
     def totals(self, name: str, _: float) -> dict[str, Score]:
-        return self.known[name]
+        return self.scores[name]
 
 
 def test_our_setting_is_chosen_within_the_gpu_hours_of_the_rival() -> None:
     ours = {"dear": Score(0, 9.0), "fair": Score(2, 5.0), "cheap": Score(4, 4.0)}
     utilisation = {FIXED_UTILISATION: Score(8, 5.0), "better": Score(1, 8.0), "none fit": Score(3, 1.0)}
-    tuned = Known({OURS: ours, "utilisation": utilisation})
+    tuned = FixedTotals({OURS: ours, "utilisation": utilisation})
     fixed = compare(tuned, Rival("fixed", "utilisation", FIXED_UTILISATION), 60.0)
     assert (fixed.setting, fixed.ours) == (FIXED_UTILISATION, "fair")
     free = compare(tuned, Rival("tuned", "utilisation"), 60.0)

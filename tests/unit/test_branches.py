@@ -32,9 +32,9 @@ class Exchange:
         self.sent[axis.index] = x
         self.counts[axis.index] += 1
         self.barrier.wait()
-        together = torch.stack([each for each in self.sent if each is not None])
+        gathered = torch.stack([each for each in self.sent if each is not None])
         self.barrier.wait()
-        return together
+        return gathered
 
 
 def value_of(name: str) -> float:
@@ -52,18 +52,18 @@ def run_ranks(
     """Predictions per rank, names of the branches that each rank created, and the exchange."""
     exchange = Exchange(ranks)
     monkeypatch.setattr(module, "all_gather", exchange.gather)
-    made: list[list[str]] = [[] for _ in range(ranks)]
+    created: list[list[str]] = [[] for _ in range(ranks)]
 
     def on_rank(index: int) -> dict[str, Parts]:
         def make(name: str, _: str) -> Branch:
-            made[index].append(name)
+            created[index].append(name)
             return name  # type: ignore[return-value]
 
-        shared = Branches(names, ("transformer",), make, Axis(ranks, index, "cfg"), torch.float32)
-        return shared.predict(active, "transformer", predict, LATENTS)
+        branches = Branches(names, ("transformer",), make, Axis(ranks, index, "cfg"), torch.float32)
+        return branches.predict(active, "transformer", predict, LATENTS)
 
     with ThreadPoolExecutor(ranks) as threads:
-        return list(threads.map(on_rank, range(ranks))), made, exchange
+        return list(threads.map(on_rank, range(ranks))), created, exchange
 
 
 @pytest.mark.parametrize("active", [NAMES, NAMES[:1], NAMES[1:2], NAMES[:3], (NAMES[0], NAMES[2]), NAMES[2:]], ids=str)
@@ -71,9 +71,9 @@ def run_ranks(
 def test_every_rank_gets_every_active_branch(
     monkeypatch: pytest.MonkeyPatch, ranks: int, active: tuple[str, ...]
 ) -> None:
-    results, made, exchange = run_ranks(monkeypatch, ranks, NAMES, active)
+    results, created, exchange = run_ranks(monkeypatch, ranks, NAMES, active)
     for index in range(ranks):
-        assert made[index] == list(NAMES[index::ranks])
+        assert created[index] == list(NAMES[index::ranks])
     for result in results:
         assert list(result) == list(active)
         for name, parts in result.items():
@@ -83,19 +83,19 @@ def test_every_rank_gets_every_active_branch(
 
 
 def test_a_single_branch_is_computed_by_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    results, made, exchange = run_ranks(monkeypatch, 2, NAMES[:1], NAMES[:1])
-    assert made == [["positive"], ["positive"]]
+    results, created, exchange = run_ranks(monkeypatch, 2, NAMES[:1], NAMES[:1])
+    assert created == [["positive"], ["positive"]]
     assert exchange.counts == [0, 0]
     assert [list(result) for result in results] == [["positive"]] * 2
 
 
 def test_one_rank_computes_all_branches_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    results, made, exchange = run_ranks(monkeypatch, 1, NAMES, NAMES[1:])
-    assert (made, exchange.counts) == ([list(NAMES)], [0])
+    results, created, exchange = run_ranks(monkeypatch, 1, NAMES, NAMES[1:])
+    assert (created, exchange.counts) == ([list(NAMES)], [0])
     assert list(results[0]) == list(NAMES[1:])
 
 
-def test_step_cache_change_is_reduced_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_cache_change_is_reduced_over_the_ranks_of_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums are reduced over the axes that share a branch; an axis with one rank has no process group."""
     added: list[str] = []
 

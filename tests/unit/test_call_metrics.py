@@ -89,7 +89,7 @@ def test_served_calls_are_counted_by_status(caplog: pytest.LogCaptureFixture) ->
     assert "grpc.health.v1.Health/Check" not in methods, "health checks must not be counted"
 
 
-async def _attempts() -> None:
+async def _call_echo() -> None:
     server, port = await _serve()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         echo = counted_stream(channel, "/fleet.v1.Test/Echo")
@@ -105,8 +105,8 @@ async def _attempts() -> None:
     await server.stop(None)
 
 
-def test_attempts_are_measured_by_status() -> None:
-    asyncio.run(_attempts())
+def test_client_attempts_are_measured_by_status() -> None:
+    asyncio.run(_call_echo())
     assert _value("grpc_client_attempt_started_total", "Echo") == 3
     ended = [_value("grpc_client_attempt_duration_seconds_count", "Echo", status) for status in ("OK", "CANCELLED")]
     assert ended == [2, 1]

@@ -63,17 +63,17 @@ def test_a_stage_that_only_reports_steps_ends_within_one_step_of_cancellation() 
 
 
 class FakeVae:
-    """VAE of a video model: decodes ten black frames and counts them in `made`."""
+    """VAE of a video model: decodes ten black frames and counts them in `num_decoded`."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.made = 0
+        self.num_decoded = 0
 
     def decode(self, _: object) -> Any:
         """Yield frames; the caller cancels while the third frame is decoded."""
         for _ in range(10):
-            self.made += 1
-            if self.made == 3:
+            self.num_decoded += 1
+            if self.num_decoded == 3:
                 self.call.cancelled.set()
             yield torch.zeros(1, 3, 2, 2)
 
@@ -107,4 +107,4 @@ def test_video_decoding_ends_within_one_frame_of_cancellation() -> None:
     )
     with pytest.raises(Cancelled):
         list(stage._frames(part, 0, x, call))
-    assert (vae.made, steps) == (3, [1, 2])
+    assert (vae.num_decoded, steps) == (3, [1, 2])

@@ -141,7 +141,7 @@ def test_a_plugin_family_is_opened_and_validated(tmp_path: Path) -> None:
 
 
 class GivenPipeline(FluxPipeline):
-    """Flux's stages with a given artifact that validation cannot create."""
+    """Flux's stages with one more given artifact, which validation cannot create."""
 
     given: ClassVar[Mapping[str, str]] = {**FluxPipeline.given, "noise": "Generator"}
 
@@ -157,12 +157,12 @@ class UnscheduledPipeline(FluxPipeline):
 def test_a_pipeline_with_an_unknown_given_artifact_is_refused(registry: Registry) -> None:
     model = open_model(DEFAULT_MODEL, registry)
     variant = replace(model.variants[0], pipeline=GivenPipeline(model.checkpoint.modules))
-    given = replace(model, variants=(variant,))
+    changed = replace(model, variants=(variant,))
     with pytest.raises(PipelineError, match="given: Generator cannot be created from a request"):
-        InputValidationStage(given)
+        InputValidationStage(changed)
 
 
-def test_the_denoising_stage_needs_a_scheduler_by_role(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_denoising_stage_without_the_role_of_a_scheduler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = load_registry()
     monkeypatch.setitem(registry._pipelines, "FluxPipeline", UnscheduledPipeline)
     with pytest.raises(PipelineError, match="DenoisingStage: role 'scheduler' has no module"):

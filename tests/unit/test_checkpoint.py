@@ -27,8 +27,8 @@ def edit_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def with_header(entry: object, data: bytes = b"") -> bytes:
-    raw = json.dumps(entry).encode()
+def with_header(header: object, data: bytes = b"") -> bytes:
+    raw = json.dumps(header).encode()
     return len(raw).to_bytes(8, "little") + raw + data
 
 
@@ -181,17 +181,17 @@ def test_the_fingerprint_depends_on_weights_and_configs_only(flux: Path, tmp_pat
 
 
 def test_the_fingerprint_depends_on_every_tensor_of_a_large_file(flux: Path) -> None:
-    sizes = {f"block.{i}": [0.0] * 4096 for i in range(8)}
-    data = bytearray(safetensors_bytes(sizes))
+    tensors = {f"block.{i}": [0.0] * 4096 for i in range(8)}
+    data = bytearray(safetensors_bytes(tensors))
     start = len(data) - 8 * 4 * 4096
-    seen = set()
+    fingerprints = set()
     for index in range(-1, 8):
         spoilt = bytearray(data)
         if index >= 0:
             spoilt[start + index * 4 * 4096 + 2 * 4096] = 1
         (flux / WEIGHTS).write_bytes(spoilt)
-        seen.add(Checkpoint.open(flux).fingerprint)
-    assert len(seen) == 9
+        fingerprints.add(Checkpoint.open(flux).fingerprint)
+    assert len(fingerprints) == 9
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ Context = grpc.ServicerContext
 
 
 def changed(event_id: str, state: generation_pb2.RequestState.ValueType, error: str = "") -> generation_pb2.Event:
-    """An event with a state change."""
+    """An event that reports a state change."""
     change = generation_pb2.StateChange(state=state)
     if error:
         change.error.MergeFrom(generation_pb2.Error(code="INTERNAL", message=error))
@@ -34,13 +34,13 @@ def changed(event_id: str, state: generation_pb2.RequestState.ValueType, error: 
 
 
 def stepped(event_id: str, step: int) -> generation_pb2.Event:
-    """An event of a denoising step."""
+    """An event that reports a denoising step."""
     progress = generation_pb2.StageProgress(service="denoising", step=step, total_steps=2)
     return generation_pb2.Event(event_id=event_id, progress=progress)
 
 
 class FakeCoordinator:
-    """Replies according to its attributes and records the requests."""
+    """A coordinator whose replies depend on its attributes. It records the requests."""
 
     def __init__(self) -> None:
         self.requests: list[generation_pb2.SubmitRequest] = []
@@ -71,7 +71,7 @@ class FakeCoordinator:
             yield generation_pb2.GenerateResponse(data=data[2:])
 
     def watch(self, request: generation_pb2.WatchRequest, context: Context) -> Iterator[generation_pb2.WatchResponse]:
-        """Send the events after `after_event_id`; there are three events."""
+        """Send the events after `after_event_id`; the request has three events."""
         if request.request_id != "r1":
             context.abort(grpc.StatusCode.NOT_FOUND, f"there is no request {request.request_id!r}")
         self.watched_after.append(request.after_event_id)
@@ -291,7 +291,7 @@ def test_watch_exits_2_for_an_unknown_request(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(("ending", "code"), [(CANCELLED, 0), (RUNNING, 0), (SUCCEEDED, 1)])
-def test_cancel_reports_the_state(
+def test_cancel_reports_the_state_and_exits_1_if_the_request_succeeded(
     coordinator: FakeCoordinator,
     ending: generation_pb2.RequestState.ValueType,
     code: int,

@@ -117,7 +117,7 @@ def _no_store_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_invalid_input_prints_one_line_and_exits_2(
     arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [word.replace("X", str(tmp_path / "x")) for word in arguments.split()]
+    argv = [argument.replace("X", str(tmp_path / "x")) for argument in arguments.split()]
     assert main(argv) == 2
     captured = capsys.readouterr()
     assert message in captured.err
@@ -181,7 +181,7 @@ def test_service_names_are_read_from_the_packages() -> None:
     assert "cli" not in service_names()
 
 
-def test_the_endpoint_is_the_flag_then_the_variable_then_the_default() -> None:
+def test_the_endpoint_flag_precedes_the_variable_which_precedes_the_default() -> None:
     environ = {"FLEET_ENDPOINT": "b:2"}
     assert endpoint_of("a:1", environ) == "a:1"
     assert endpoint_of(None, environ) == "b:2"
@@ -312,7 +312,7 @@ def file_size_limit(byte_size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("byte_size", [20, 100_000])  # fails in flush() and in write()
+@pytest.mark.parametrize("byte_size", [pytest.param(20, id="flush() fails"), pytest.param(100_000, id="write() fails")])
 def test_a_full_disk_is_an_error_and_leaves_no_file(byte_size: int, tmp_path: Path) -> None:
     def receive() -> None:
         with ResultFiles(tmp_path / "x.png") as files:

@@ -20,7 +20,7 @@ class _Terminal(io.StringIO):
 
 
 def step(service: str, done: int, total: int) -> generation_pb2.StageProgress:
-    """A progress message."""
+    """A message that `done` of `total` steps are completed."""
     return generation_pb2.StageProgress(service=service, step=done, total_steps=total)
 
 
@@ -51,8 +51,8 @@ def test_progress_draws_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
         report.progress(step("decoding", 0, 0))
         report.note("a [bracketed] note")
         report.finish()
-    shown = _ESCAPES.sub("", terminal.getvalue())
-    assert "a [bracketed] note" in shown
-    last = shown.rsplit("denoising", 1)[1]
+    text = _ESCAPES.sub("", terminal.getvalue())
+    assert "a [bracketed] note" in text
+    last = text.rsplit("denoising", 1)[1]
     assert "20/20" in last
     assert "1/1" in last.rsplit("decoding", 1)[1]

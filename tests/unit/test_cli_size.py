@@ -27,7 +27,7 @@ def run(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def rows(lines: list[str]) -> dict[str, list[str]]:
-    return {words[0]: words[1:] for line in lines if len(words := line.split()) == 4}
+    return {cells[0]: cells[1:] for line in lines if len(cells := line.split()) == 4}
 
 
 def test_replicas_follow_from_rate_seconds_and_utilisation() -> None:
@@ -66,7 +66,7 @@ def test_stage_seconds_override_the_measurement(capsys: pytest.CaptureFixture[st
 
 def test_the_default_model_needs_no_stage_seconds_and_no_fleet(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run("--model emoji --requests-per-second 5", capsys)
-    assert [words[0] for words in map(str.split, lines[1:5])] == [
+    assert [cells[0] for cells in map(str.split, lines[1:5])] == [
         "text_encoding",
         "latent_preparation",
         "denoising",
@@ -145,7 +145,7 @@ def test_other_shapes_scale_by_pixels_steps_and_branches() -> None:
     assert wan.seconds_of("text_encoding", Shape(pixels // 3, 8, 1)) == 0.135
 
 
-def test_committed_stage_seconds_equal_the_bench_readme() -> None:
+def test_committed_stage_seconds_equal_those_of_the_bench_readme() -> None:
     text = (ROOT / "tests/bench/README.md").read_text(encoding="utf-8").partition("## Stage seconds")[2]
     for measurement in measurements().values():
         row = re.search(rf"^\| {re.escape(measurement.model)} \|.*$", text, re.MULTILINE)
@@ -164,7 +164,7 @@ def test_a_worker_group_needs_fewer_replicas_and_counts_its_devices(capsys: pyte
     assert "1.93 times" in run(f"{FLUX} --size 2048x2048 --degrees ring=2", capsys)[5]
 
 
-def test_seconds_of_a_group_are_taken_as_given(capsys: pytest.CaptureFixture[str]) -> None:
+def test_given_seconds_of_a_group_are_not_divided_by_its_speedup(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(f"{FLUX} --degrees cfg=2,tp=4 --stage-seconds denoising=0.7", capsys)
     (denoising,) = (line.split() for line in lines if line.startswith("denoising "))
     assert denoising == ["denoising", "0.700", "5", "70%", "40"]
@@ -179,20 +179,20 @@ def test_seconds_of_a_group_are_taken_as_given(capsys: pytest.CaptureFixture[str
         ("ring=2,ring=2", "--degrees: 'ring=2,ring=2' is not AXIS=N"),
     ],
 )
-def test_wrong_degrees_are_one_line(degrees: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_degrees_exit_2(degrees: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["size", *FLUX.split(), "--degrees", degrees]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_the_committed_speed_ups_are_those_of_the_bench_readme() -> None:
+def test_committed_speedups_equal_those_of_the_bench_readme() -> None:
     text = (ROOT / "tests/bench/README.md").read_text(encoding="utf-8").partition("## Worker groups on two GPUs")[2]
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     heads, *rows = table[:5]
-    found = set()
+    published = set()
     for name, *cells in rows:
         model, size = re.fullmatch(r"(\S+) (\d+x\d+)\S*.*", name).groups()  # type: ignore[union-attr]
         for head, cell in zip(heads[1:], cells, strict=True):
             if speedup := re.search(r"\(\**([\d.]+)\**\)", cell):
-                found.add((model, size, head.replace(" ", "="), float(speedup[1])))
+                published.add((model, size, head.replace(" ", "="), float(speedup[1])))
     committed = {(each.model, "x".join(map(str, each.size)), each.degrees, each.speedup) for each in group_speeds()}
-    assert committed == {row for row in found if row[0] in measurements()}
+    assert committed == {row for row in published if row[0] in measurements()}

@@ -21,6 +21,7 @@ from services.cli.client import RETRIES
 from services.cli.output import ResultFiles
 
 PARTS = {0: [b"first", b"second", b"third"], 1: [b"other", b"last"]}
+"""Parts of each growing file, by file index."""
 Context = grpc.ServicerContext
 
 
@@ -34,8 +35,8 @@ def header(index: int, *, is_growing: bool) -> pb.FileHeader:
 class FakeCoordinator:
     """A fake coordinator that serves one request with two growing files and records the calls.
 
-    It aborts Generate after `breaks_after` parts and Watch and DownloadResult while `broken_calls` is above 0.
-    With `is_silent`, Watch and DownloadResult abort before they send anything.
+    Generate aborts after `breaks_after` parts. While `broken_calls` is above 0, Watch aborts after one event, and
+    DownloadResult after two bytes. With `is_silent`, Watch and DownloadResult abort before they send anything.
     """
 
     def __init__(self) -> None:
@@ -238,22 +239,22 @@ def test_attempts_without_progress_are_bounded(
 
 
 def test_an_interrupt_leaves_no_growing_file(coordinator: FakeCoordinator, tmp_path: Path) -> None:
-    shown: list[bool] = []
+    file_existed: list[bool] = []
 
     def interrupt() -> None:
-        if not shown:
+        if not file_existed:
             path = tmp_path / "x-0.mp4"
             for _ in range(2_000):
                 if path.exists():
                     break
                 threading.Event().wait(0.005)
-            shown.append(path.exists())
+            file_existed.append(path.exists())
             os.kill(os.getpid(), signal.SIGINT)
             threading.Event().wait(0.2)
 
     coordinator.after_part = interrupt
     assert generate(tmp_path / "x.mp4") == 130
-    assert shown == [True]
+    assert file_existed == [True]
     assert not list(tmp_path.iterdir())
 
 

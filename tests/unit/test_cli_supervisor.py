@@ -46,8 +46,9 @@ class Processes:
             "wrong": "raise SystemExit(2)",
             "killed": "os.kill(os.getpid(), signal.SIGKILL)",
         }
-        then = ends.get(program.name, "signal.pause()")
-        code = f"import os, signal; signal.signal(signal.SIGTERM, signal.{handler}); print('up', flush=True); {then}"
+        last_statement = ends.get(program.name, "signal.pause()")
+        ignore_or_end = f"signal.signal(signal.SIGTERM, signal.{handler})"
+        code = f"import os, signal; {ignore_or_end}; print('up', flush=True); {last_statement}"
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
         assert process.stdout is not None
         await process.stdout.readline()
@@ -183,7 +184,7 @@ def test_a_program_retired_before_its_start_or_restart_is_not_started(
         assert notes == []
         task = asyncio.create_task(parent.supervise(DYING))
         async with asyncio.timeout(20):
-            while not notes or "restarting it" not in notes[-1]:  # noqa: ASYNC110 -- another process
+            while not notes or "restarting it" not in notes[-1]:  # noqa: ASYNC110 -- the process sends no event
                 await asyncio.sleep(0.005)
         parent.retire(DYING)
         await asyncio.wait_for(task, 20)
@@ -205,7 +206,7 @@ def test_a_pool_stops_its_newest_workers_and_reuses_their_numbers_after_exit(
             await processes.have_started(3)
             pool.resize(1)
             assert pool.size == 1
-            while sorted(parent.running) != ["ignoring-2", "w-0"]:  # noqa: ASYNC110 -- another process
+            while sorted(parent.running) != ["ignoring-2", "w-0"]:  # noqa: ASYNC110 -- the process sends no event
                 await asyncio.sleep(0.005)
             pool.resize(3)  # worker 2 has not exited yet
             await processes.have_started(5)
@@ -230,7 +231,7 @@ def test_a_pool_continues_without_a_broken_worker_while_others_run(
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             pool = WorkerPool(parent, group.create_task, lambda number: Program(names[number], ()), notes.append)
             pool.resize(len(names))
-            while pool.size == len(names):  # noqa: ASYNC110 -- another process
+            while pool.size == len(names):  # noqa: ASYNC110 -- the process sends no event
                 await asyncio.sleep(0.005)
             assert (pool.size, pool.most) == (1, 1)
             pool.resize(0)

@@ -1,4 +1,4 @@
-"""`fleet trace` draws a stored timeline: waits, attempts, checkpoints, lost workers, take-overs."""
+"""`fleet trace` draws a stored timeline: waits, attempts, step checkpoints, lost workers, take-overs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from services.cli.timeline import COMPLETED, ENDED, HANDED_OVER, LEFT, LOST, RUN
 from services.cli.timeline_image import draw_timeline, write_png
 
 BEGAN = 1_800_000_000_000
+"""Unix time of the request in milliseconds."""
 WIDTH = 40
+"""Width of a bar in characters."""
 
 
 def at(seconds: float, kind: str, service: str = "", worker: str = "", **more: int) -> TimelineEntry:
@@ -164,7 +166,7 @@ def test_the_png_has_a_colour_for_each_kind() -> None:
     assert whole.height - short.height == 4 * 44
 
 
-def test_a_png_is_written(tmp_path: Path) -> None:
+def test_write_png_writes_a_png_and_refuses_an_unwritable_path(tmp_path: Path) -> None:
     path = tmp_path / "trace.png"
     write_png(read_timeline(record(), ENTRIES), path)
     with Image.open(path) as image:

@@ -58,7 +58,7 @@ def problems(*stages: StageSpec, wanted: tuple[str, ...] = ("media",)) -> str:
     return ""
 
 
-def test_stages_that_compose_pass() -> None:
+def test_a_valid_wiring_has_no_problems() -> None:
     assert problems(ENCODE, DENOISE, DECODE) == ""
     assert problems(ENCODE, IMAGE, DENOISE, DECODE) == ""
 
@@ -176,10 +176,10 @@ def test_an_unknown_service_is_refused_with_the_known_names() -> None:
 
 
 def test_an_input_is_optional_only_if_it_is_optional_for_all_readers() -> None:
-    needs = Contract("needs", {"image": "Conditioning"}, {})
-    may = Contract("may", {"image": "Conditioning"}, {}, frozenset({"image"}))
-    assert compose_contracts("both", [may, may]).optional == {"image"}
-    assert compose_contracts("both", [may, needs]).optional == frozenset()
+    required = Contract("required", {"image": "Conditioning"}, {})
+    optional = Contract("optional", {"image": "Conditioning"}, {}, frozenset({"image"}))
+    assert compose_contracts("both", [optional, optional]).optional == {"image"}
+    assert compose_contracts("both", [optional, required]).optional == frozenset()
 
 
 def test_a_service_combines_cost_steps_and_resume_slot_of_its_stages() -> None:
@@ -269,7 +269,7 @@ def test_the_wiring_of_a_hybrid_pipeline_is_checked() -> None:
         FakeHybridPipeline(("transformer", "scheduler", "vae"))
 
 
-def test_pipelines_read_the_optional_inputs_that_they_name() -> None:
+def test_the_denoising_service_reads_the_optional_inputs_of_its_pipeline() -> None:
     read = {
         pipeline: pipeline(pipeline._required_config_modules).service("denoising").contract.optional
         for pipeline in (QwenImageEditPipeline, WanPipeline, WanImageToVideoPipeline)

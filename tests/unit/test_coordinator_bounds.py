@@ -92,7 +92,7 @@ def test_the_stored_request_has_the_drawn_seed() -> None:
     assert not submitted.parameters.HasField("seed")
 
 
-def test_queue_priority_has_priority_deadline_caller_and_cost() -> None:
+def test_queue_priority_of_returns_priority_deadline_caller_and_cost() -> None:
     record = pb.RequestRecord(priority=7, caller="alice")
     record.deadline.seconds = 90
     submission = Submission.__new__(Submission)

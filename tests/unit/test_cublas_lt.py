@@ -20,7 +20,9 @@ from torch.nn.functional import gelu, linear
 
 from models.kernels import cublas_lt, trials
 
-CUDA_R_16BF, CUBLAS_OP_T = 14, 1
+CUDA_R_32F, CUDA_R_16BF = 0, 14
+CUBLAS_COMPUTE_32F = 68
+CUBLAS_OP_T = 1
 DESCRIPTION = SimpleNamespace(TRANSA=3, EPILOGUE=7, BIAS_POINTER=8, BIAS_DATA_TYPE=26)
 
 
@@ -44,7 +46,7 @@ class ColumnMajorLibrary:
         return np.uint64 if attribute == DESCRIPTION.BIAS_POINTER else np.int32
 
     def matmul_desc_create(self, compute: int, scale: int) -> int:
-        assert (compute, scale) == (68, 0)
+        assert (compute, scale) == (CUBLAS_COMPUTE_32F, CUDA_R_32F)
         operation = next(self.number)
         self.operations[operation] = {}
         return operation
@@ -56,9 +58,9 @@ class ColumnMajorLibrary:
     def matmul_desc_destroy(self, operation: int) -> None:
         del self.operations[operation]
 
-    def matrix_layout_create(self, kind: int, rows: int, columns: int, distance: int) -> int:
+    def matrix_layout_create(self, kind: int, rows: int, columns: int, leading_dimension: int) -> int:
         layout = next(self.number)
-        self.layouts[layout] = (kind, rows, columns, distance)
+        self.layouts[layout] = (kind, rows, columns, leading_dimension)
         return layout
 
     def matmul_preference_create(self) -> int:
@@ -95,9 +97,10 @@ class ColumnMajorLibrary:
 
     def _stored(self, address: int, layout: int) -> Tensor:
         """Transposed view (columns, rows) of the column-major matrix at `address`."""
-        kind, rows, columns, distance = self.layouts[layout]
+        kind, rows, columns, leading_dimension = self.layouts[layout]
         assert kind == CUDA_R_16BF
-        return _memory(address, (columns - 1) * distance + rows).as_strided((columns, rows), (distance, 1))
+        elements = _memory(address, (columns - 1) * leading_dimension + rows)
+        return elements.as_strided((columns, rows), (leading_dimension, 1))
 
 
 def _memory(address: int, size: int) -> Tensor:
@@ -106,16 +109,16 @@ def _memory(address: int, size: int) -> Tensor:
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> ColumnMajorLibrary:
-    found = ColumnMajorLibrary()
+    fake = ColumnMajorLibrary()
     bindings = ModuleType("nvmath.bindings")
-    bindings.cublasLt = found  # type: ignore[attr-defined]
+    bindings.cublasLt = fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "nvmath", ModuleType("nvmath"))
     monkeypatch.setitem(sys.modules, "nvmath.bindings", bindings)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     for cached in (cublas_lt._plan, cublas_lt._handle):
         cached.cache_clear()
-    return found
+    return fake
 
 
 @pytest.mark.parametrize("is_gelu", [False, True])

@@ -41,12 +41,12 @@ def _seconds(duration: str) -> float:
 
 def test_services_log_json_in_kubernetes() -> None:
     base = yaml.safe_load((ROOT / "k8s" / "base" / "kustomization.yaml").read_text())
-    (of_fleet,) = [each for each in base["configMapGenerator"] if each["name"] == "fleet"]
-    environ = {"FLEET_REDIS": "redis://redis", **dict(each.split("=", 1) for each in of_fleet["literals"])}
+    (config_map,) = [each for each in base["configMapGenerator"] if each["name"] == "fleet"]
+    environ = {"FLEET_REDIS": "redis://redis", **dict(each.split("=", 1) for each in config_map["literals"])}
     assert {_settings(service, environ).log_format for service in SERVICES} == {"json"}
 
 
-def test_service_names_agree() -> None:
+def test_service_names_agree_in_compose_files_settings_files_and_protos() -> None:
     assert set(COMPOSE) - {"redis"} == set(SERVICES)
     assert {path.stem for path in DEPLOY.glob("*.toml")} == set(SERVICES)
     protos = {path.stem for path in (ROOT / "proto" / "fleet" / "v1").glob("*.proto")}

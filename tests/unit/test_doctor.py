@@ -67,10 +67,10 @@ def test_a_failed_check_is_one_line_and_later_checks_run() -> None:
         Check("known", lambda: (_ for _ in ()).throw(Unavailable("the store is unavailable")), "start it"),
         Check("last", lambda: [ok("last", "fine")], "x"),
     ]
-    began, failed, left, known, last = lines(run_checks(checks))
+    began, failed, exited, known, last = lines(run_checks(checks))
     assert began == "ok half: began"
     assert failed.startswith("error half: the check failed: RuntimeError: no way\N{REPLACEMENT CHARACTER}[1m (")
-    assert left.startswith("error exit: the check failed: SystemExit: 3")
+    assert exited.startswith("error exit: the check failed: SystemExit: 3")
     assert known == "error known: the store is unavailable -> start it"
     assert last == "ok last: fine"
 
@@ -157,7 +157,7 @@ def test_an_invalid_flag_is_refused(flags: list[str], message: str, capsys: pyte
     assert not captured.out
 
 
-def test_checks_without_their_argument_print_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_without_their_argument_are_omitted(monkeypatch: pytest.MonkeyPatch) -> None:
     args = doctor._arguments([])
     names = [check.name for check in doctor.checks_of(args)]
     always = ["python", "packages", "settings", "ports", "tls", "traces", "proxies"]

@@ -173,7 +173,7 @@ def test_swapped_experts_need_less_memory(large: Path, monkeypatch: pytest.Monke
     assert "denoising of large needs 4.0 MiB" in one
 
 
-def test_without_a_gpu_float32_weights_are_compared_with_host_memory(large: Path) -> None:
+def test_float32_weights_are_compared_with_host_memory_without_a_gpu(large: Path) -> None:
     found = lines(check_memory(str(large), CPU, {}))
     assert found[1].startswith("ok memory: denoising of large needs 64.0 MiB for weights; this host has ")
     assert not lines(check_memory(str(large / "nowhere"), CPU, {})), "check_model() reports a missing directory"
@@ -181,10 +181,10 @@ def test_without_a_gpu_float32_weights_are_compared_with_host_memory(large: Path
 
 def test_host_memory_respects_the_container_limit(tmp_path: Path) -> None:
     meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
-    whole = host_memory(meminfo, limit)
-    assert whole[0] == whole[1] > 64 * MIB
+    without_limit = host_memory(meminfo, limit)
+    assert without_limit[0] == without_limit[1] > 64 * MIB
     meminfo.write_text("MemTotal:       99 kB\nMemFree:        1 kB\nMemAvailable:    2048 kB\n")
     limit.write_text("max\n")
-    assert host_memory(meminfo, limit) == (whole[0], 2 * MIB)
+    assert host_memory(meminfo, limit) == (without_limit[0], 2 * MIB)
     limit.write_text(f"{MIB}\n")
     assert host_memory(meminfo, limit) == (MIB, MIB)

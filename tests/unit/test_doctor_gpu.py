@@ -55,10 +55,10 @@ def test_a_healthy_gpu_host_is_reported() -> None:
 
 def test_a_host_without_a_gpu_is_accepted_unless_the_device_is_cuda() -> None:
     facts = GpuFacts("2.13.0+cpu", "", Driver())
-    right = "ok gpu: no NVIDIA driver and no GPU: workers compute on the CPU in float32"
-    assert lines(check_gpus(facts)) == [right]
-    wrong = "error gpu: device is cuda:1, and torch sees no GPU -> set device to auto or cpu, or attach a GPU"
-    assert lines(check_gpus(facts, "cuda:1")) == [right, wrong]
+    no_gpu = "ok gpu: no NVIDIA driver and no GPU: workers compute on the CPU in float32"
+    assert lines(check_gpus(facts)) == [no_gpu]
+    no_cuda = "error gpu: device is cuda:1, and torch sees no GPU -> set device to auto or cpu, or attach a GPU"
+    assert lines(check_gpus(facts, "cuda:1")) == [no_gpu, no_cuda]
     assert not lines(check_kernels(facts))
     assert not lines(check_attention(facts))
 

@@ -30,7 +30,7 @@ DEFAULTS = {"maxmemory": "0", "maxmemory-policy": "noeviction", "appendonly": "y
 STRICT = StoreSettings()
 
 
-def found(url: str, store: StoreSettings = STRICT, **values: Any) -> list[str]:
+def report_lines(url: str, store: StoreSettings = STRICT, **values: Any) -> list[str]:
     """Output lines of all checks of the store."""
     return lines(run_checks(redis_checks(url, lambda: store, lambda: values)))
 
@@ -48,7 +48,7 @@ def configure(url: str, **values: str) -> None:
 
 def test_a_durable_primary_is_accepted(each_store_url: str) -> None:
     configure(each_store_url)
-    server, policy, durability, scripts, memory, replicas, clock = found(each_store_url)
+    server, policy, durability, scripts, memory, replicas, clock = report_lines(each_store_url)
     assert server.startswith(f"ok redis: {each_store_url} answers in ")
     assert "ms: Valkey 9." in server or "ms: Redis 7." in server or "ms: Redis 8." in server
     assert policy == "ok redis policy: role master, no cluster, maxmemory-policy noeviction"
@@ -64,7 +64,7 @@ def test_the_check_of_scripts_leaves_no_key(each_store_url: str) -> None:
     configure(each_store_url)
 
     async def scenario(redis: Redis) -> None:
-        assert len(await asyncio.to_thread(found, each_store_url)) == 7
+        assert len(await asyncio.to_thread(report_lines, each_store_url)) == 7
         assert not await command(redis, "KEYS", "*")
 
     run_on_empty_store(each_store_url, scenario)
@@ -72,9 +72,9 @@ def test_the_check_of_scripts_leaves_no_key(each_store_url: str) -> None:
 
 def test_an_evicting_server_is_an_error_unless_allowed(each_store_url: str) -> None:
     configure(each_store_url, maxmemory_policy="allkeys-lru")
-    line = found(each_store_url)[1]
+    line = report_lines(each_store_url)[1]
     assert line.startswith("error redis policy: redis: maxmemory-policy allkeys-lru is not noeviction; ")
-    line = found(each_store_url, StoreSettings(allow_eviction=True))[1]
+    line = report_lines(each_store_url, StoreSettings(allow_eviction=True))[1]
     assert line.startswith("warning redis policy: maxmemory-policy allkeys-lru deletes accepted requests when memory ")
     configure(each_store_url)
 
@@ -90,10 +90,10 @@ def test_a_server_that_is_not_durable_is_a_warning(
     each_store_url: str, values: Mapping[str, str], expected: str
 ) -> None:
     configure(each_store_url, **values)
-    line = found(each_store_url)[2]
+    line = report_lines(each_store_url)[2]
     assert line.startswith(f"warning redis durability: {expected}")
     assert "-> set appendonly yes and appendfsync always" in line
-    assert found(each_store_url, StoreSettings(allow_data_loss=True))[2].startswith("ok redis durability: ")
+    assert report_lines(each_store_url, StoreSettings(allow_data_loss=True))[2].startswith("ok redis durability: ")
     configure(each_store_url)
 
 
@@ -102,8 +102,8 @@ def test_a_full_server_is_an_error(each_store_url: str) -> None:
 
     async def scenario(redis: Redis) -> None:
         await fill(redis, 6 * MIB)
-        assert " of 8.0 MiB are in use" in (await asyncio.to_thread(found, each_store_url))[4]
-        full = (await asyncio.to_thread(lambda: found(each_store_url, max_store_memory=0.5)))[4]
+        assert " of 8.0 MiB are in use" in (await asyncio.to_thread(report_lines, each_store_url))[4]
+        full = (await asyncio.to_thread(lambda: report_lines(each_store_url, max_store_memory=0.5)))[4]
         assert full.startswith("error redis memory: ")
         assert " of 8.0 MiB are in use, so new requests are refused -> raise maxmemory" in full
         await unfill(redis)
@@ -121,7 +121,7 @@ def test_missing_permissions_of_a_login_are_reported(each_store_url: str) -> Non
 
     run_on_empty_store(each_store_url, scenario)
     path = each_store_url.removeprefix("unix://")
-    listed = found(f"unix://me:secret@{path}")
+    listed = report_lines(f"unix://me:secret@{path}")
     assert "secret" not in "".join(listed)
     assert listed[0].startswith(f"warning redis: unix://***@{path} answers in ")
     assert "its version is unknown -> allow the ACL user to run INFO" in listed[0]
@@ -133,7 +133,7 @@ def test_missing_permissions_of_a_login_are_reported(each_store_url: str) -> Non
 
 def test_a_wrong_password_is_reported_in_one_line(each_store_url: str) -> None:
     configure(each_store_url)
-    (line,) = found(f"unix://me:wrongsecret@{each_store_url.removeprefix('unix://')}")
+    (line,) = report_lines(f"unix://me:wrongsecret@{each_store_url.removeprefix('unix://')}")
     assert "invalid username-password pair or user is disabled" in line
     assert "wrongsecret" not in line
 
@@ -150,7 +150,7 @@ def test_a_wrong_password_is_reported_in_one_line(each_store_url: str) -> None:
     ],
 )
 def test_an_unreachable_store_is_reported_in_one_line(url: str, message: str) -> None:
-    (line,) = found(url)
+    (line,) = report_lines(url)
     assert line.startswith(message)
     assert "-> check host, port, user, password and TLS of --redis" in line
     assert "secret" not in line
@@ -168,7 +168,7 @@ def test_old_server_versions_are_reported(
 
     configure(each_store_url)
     monkeypatch.setattr(doctor_redis, "_info", info)
-    line = found(each_store_url)[0]
+    line = report_lines(each_store_url)[0]
     assert line.startswith(expected)
     assert f"Redis {version}" in line
 
@@ -178,13 +178,13 @@ def test_connected_replicas_are_compared_with_store_replicas() -> None:
         tempfile.TemporaryDirectory(prefix="fleet-replicas-") as directory,
         replicated_servers(Path(directory)) as servers,
     ):
-        assert found(servers.url, store_replicas=1)[5].startswith(
+        assert report_lines(servers.url, store_replicas=1)[5].startswith(
             "ok redis replicas: 1 of 1 replicas acknowledged a write in "
         )
-        line = found(servers.url, store_replicas=2)[5]
+        line = report_lines(servers.url, store_replicas=2)[5]
         assert line.startswith("error redis replicas: store_replicas: 1 replicas of the request store acknowledged ")
         assert "(1 are connected) -> start the replicas" in line
-        assert found(servers.replica_url)[1].startswith("error redis policy: redis: this server is a replica")
+        assert report_lines(servers.replica_url)[1].startswith("error redis policy: redis: this server is a replica")
 
 
 @pytest.mark.parametrize(
@@ -204,9 +204,9 @@ def test_a_fast_clock_is_measured(each_store_url: str, monkeypatch: pytest.Monke
     configure(each_store_url)
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 10)
-    (line,) = [line for line in found(each_store_url) if " clock: " in line]
+    (line,) = [line for line in report_lines(each_store_url) if " clock: " in line]
     assert line.startswith(("warning clock: this host is 10.0", "warning clock: this host is 9.9"))
-    (line,) = [line for line in found(each_store_url, jwt_leeway_seconds=5.0) if " clock: " in line]
+    (line,) = [line for line in report_lines(each_store_url, jwt_leeway_seconds=5.0) if " clock: " in line]
     assert line.startswith("error clock: ")
 
 
@@ -217,9 +217,9 @@ def test_a_store_over_tls_is_checked(name: str, fleet_ca: Authority, other_ca: A
     async def scenario() -> None:
         async with asyncio.timeout(60), tls_store(name, fleet_ca) as address:
             url = f"rediss://{address}/0?ssl_certfile={client.cert}&ssl_keyfile={client.key}&ssl_ca_certs="
-            listed = await asyncio.to_thread(found, f"{url}{fleet_ca.ca}")
+            listed = await asyncio.to_thread(report_lines, f"{url}{fleet_ca.ca}")
             assert [line.split()[0] for line in listed] == ["ok"] * 7
-            (line,) = await asyncio.to_thread(found, f"{url}{other_ca.ca}")
+            (line,) = await asyncio.to_thread(report_lines, f"{url}{other_ca.ca}")
             assert line.startswith("error redis: ")
             assert "certificate verify failed" in line
 

@@ -23,8 +23,10 @@ def test_valid_files_are_reported_with_names_and_expiry(fleet_ca: Authority) -> 
     files = files_of({"tls_cert": issued.cert, "tls_key": issued.key, "tls_ca": fleet_ca.ca}, "coordinator")
     authority, certificate = lines(check_tls(files))
     assert authority.startswith(f"ok tls: tls_ca {fleet_ca.ca} (authority) is valid until 20")
-    named = f"ok tls: tls_cert {issued.cert} (for coordinator, fleet.example, 10.0.0.1; key matches) is valid until 20"
-    assert certificate.startswith(named)
+    expected = (
+        f"ok tls: tls_cert {issued.cert} (for coordinator, fleet.example, 10.0.0.1; key matches) is valid until 20"
+    )
+    assert certificate.startswith(expected)
 
 
 def test_no_line_is_printed_without_files() -> None:

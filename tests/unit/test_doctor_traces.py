@@ -22,7 +22,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def found(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
+def report_line(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
     """Output line of the check. Names in `variables` omit the prefix OTEL_."""
     for name, value in variables.items():
         monkeypatch.setenv(f"OTEL_{name}", value)
@@ -42,7 +42,7 @@ def found(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
     ],
 )
 def test_disabled_traces_are_accepted(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], reason: str) -> None:
-    assert found(monkeypatch, **variables) == f"ok traces: not exported: {reason}"
+    assert report_line(monkeypatch, **variables) == f"ok traces: not exported: {reason}"
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def test_disabled_traces_are_accepted(monkeypatch: pytest.MonkeyPatch, variables
     ],
 )
 def test_invalid_variables_are_warnings(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], text: str) -> None:
-    line = found(monkeypatch, EXPORTER_OTLP_ENDPOINT=f"http://{CLOSED_PORT}", **variables)
+    line = report_line(monkeypatch, EXPORTER_OTLP_ENDPOINT=f"http://{CLOSED_PORT}", **variables)
     assert line.startswith(f"warning traces: not exported: {text}")
 
 
 def test_variables_without_the_tracing_extra_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "common.otlp", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.context", None)
-    assert found(monkeypatch, EXPORTER_OTLP_ENDPOINT=f"http://{CLOSED_PORT}") == (
+    assert report_line(monkeypatch, EXPORTER_OTLP_ENDPOINT=f"http://{CLOSED_PORT}") == (
         "warning traces: not exported: opentelemetry.context is not installed -> "
         "pip install 'diffusion-fleet[tracing]', or unset OTEL_EXPORTER_OTLP_ENDPOINT"
     )
@@ -69,14 +69,14 @@ def test_variables_without_the_tracing_extra_are_a_warning(monkeypatch: pytest.M
 
 def test_a_reachable_collector_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     with receiving() as receiver:
-        line = found(monkeypatch, EXPORTER_OTLP_ENDPOINT=receiver.endpoint)
+        line = report_line(monkeypatch, EXPORTER_OTLP_ENDPOINT=receiver.endpoint)
         assert line == f"ok traces: the collector at {receiver.endpoint} accepts spans"
         assert receiver.raw == [b""], "the request must have no spans"
 
 
 def test_an_unreachable_collector_is_a_warning_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.cli.doctor_traces.COLLECTOR_SECONDS", 1)
-    line = found(monkeypatch, EXPORTER_OTLP_TRACES_ENDPOINT=f"http://me:secret@{CLOSED_PORT}")
+    line = report_line(monkeypatch, EXPORTER_OTLP_TRACES_ENDPOINT=f"http://me:secret@{CLOSED_PORT}")
     assert line.startswith(
         f"warning traces: the collector at http://***@{CLOSED_PORT} accepts no spans: services run, but "
     )

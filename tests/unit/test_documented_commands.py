@@ -71,7 +71,7 @@ def inline_commands(document: str) -> list[str]:
 
 
 def parse_fleet(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parse the arguments of `fleet` without running it. Raises SettingsError for invalid ones."""
+    """Parse the arguments of `fleet` without running it. Raises SettingsError for invalid arguments."""
     name, *rest = words
     if name == "serve":
         load_settings(settings_class(rest[0]), rest[1:], prog="fleet serve", readers=READERS, environ={})

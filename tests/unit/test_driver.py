@@ -106,7 +106,9 @@ def test_cancels_reported_by_a_take_over_reach_their_requests() -> None:
 
 
 @pytest.mark.parametrize(("key", "phases"), [("k", [Phase.RUNNING]), ("", [])])
-def test_after_a_lost_admission_reply_only_a_request_with_a_key_runs(key: str, phases: list[Phase]) -> None:
+def test_only_a_request_with_an_idempotency_key_runs_after_a_lost_admission_reply(
+    key: str, phases: list[Phase]
+) -> None:
     async def test(case: Case) -> None:
         case.store.admit_error = Unavailable("the answer is lost")
         with pytest.raises(Unavailable):

@@ -1,4 +1,4 @@
-"""Items emitted by workers: delivery after their checkpoint is stored, and retries after items."""
+"""Items emitted by workers: delivery after their step checkpoint is stored, and retries after items."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LOOP = ServiceSpec(
 )
 
 
-class Store(WorkerSlots):
+class FakeWorkerSlots(WorkerSlots):
     """Worker slots; each claim returns a worker with a different numerics fingerprint."""
 
     def __init__(self) -> None:
@@ -53,11 +53,11 @@ class Store(WorkerSlots):
 
 
 class DyingWorkers(Connections):
-    """The first worker sends a checkpoint of step 3 and `items` items, and fails; the second succeeds."""
+    """The first worker sends the step checkpoint of step 3, then `items` items, and fails. The second succeeds."""
 
     def __init__(self, items: int) -> None:
         self.items = items
-        self.resumed_at: list[int] = []
+        self.started_at: list[int] = []
 
     def runner(self, *_: object) -> DyingWorkers:  # type: ignore[override]
         return self
@@ -67,8 +67,8 @@ class DyingWorkers(Connections):
 
     async def __call__(self, values: Mapping[str, Packet], call: Call) -> Mapping[str, Packet]:
         start = cast(artifacts_pb2.DenoiseState, values["resume_from"].message).step if values else 0
-        self.resumed_at.append(start)
-        if len(self.resumed_at) > 1:
+        self.started_at.append(start)
+        if len(self.started_at) > 1:
             return {}
         await call.sinks[STEP_CHECKPOINTS].put(3, Packet(artifacts_pb2.DenoiseState(step=3), {}), 0)
         for index in range(self.items):
@@ -77,7 +77,7 @@ class DyingWorkers(Connections):
 
 
 class SlowLeases(Leases):
-    """Stores a checkpoint after 50 ms, then appends an entry to `log`."""
+    """Stores a step checkpoint after 50 ms, then appends an entry to `log`."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -100,12 +100,12 @@ class LoggedSink:
 
 
 def run(items: int, max_bytes: int = 1 << 20) -> tuple[list[int], list[str]]:
-    """First steps of the workers, and the log of stored checkpoints and delivered items."""
+    """Step at which each worker starts, and the log of stored step checkpoints and delivered items."""
     log: list[str] = []
     network = DyingWorkers(items)
 
     async def scenario() -> None:
-        workers = Workers(Store(), network, ArtifactMemory(max_bytes))
+        workers = Workers(FakeWorkerSlots(), network, ArtifactMemory(max_bytes))
         recovery = Recovery(SlowLeases(log), "r")
         wiring = Wiring("", LOOP.contract.inputs, LOOP.contract.outputs)
         runner = WorkerRunner(workers, "model", LOOP, 0, FIRST_COME, recovery, lambda: None, wiring=wiring)
@@ -113,10 +113,10 @@ def run(items: int, max_bytes: int = 1 << 20) -> tuple[list[int], list[str]]:
         await recovery.step_checkpoint.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
-    return network.resumed_at, log
+    return network.started_at, log
 
 
-def test_an_item_is_delivered_after_its_checkpoint_is_stored() -> None:
+def test_an_item_is_delivered_after_its_step_checkpoint_is_stored() -> None:
     assert run(items=2)[1] == ["checkpoint 3", "item 0", "item 1"]
 
 

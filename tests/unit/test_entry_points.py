@@ -51,9 +51,9 @@ class FakeDit(DiffusionTransformer):
     ) -> Predictions:
         """Return the image plus the time and the sum of the text."""
         self._record("predict", image)
-        made = self.tokens(image + time, torch.arange(image.shape[1]), text, fails=fails)
+        predictions = self.tokens(image + time, torch.arange(image.shape[1]), text, fails=fails)
         self._record("predict", image)
-        return made
+        return predictions
 
     @entry_point
     def tokens(self, image: Tensor, positions: Tensor, text: Tensor, *, fails: bool) -> dict[str, Tensor]:
@@ -74,11 +74,11 @@ class FakeDit(DiffusionTransformer):
 
 
 class DoubledText(FakeDit):
-    """A subclass whose prepare() passes twice the text to its base class."""
+    """A subclass whose prepare() passes two copies of the text to its base class."""
 
     @entry_point
     def prepare(self, timesteps: Tensor, text: Tensor) -> Prepared:  # type: ignore[override]
-        """Prepare the text twice."""
+        """Prepare two concatenated copies of the text."""
         return super().prepare(timesteps, torch.cat((text, text), dim=1))
 
 
@@ -106,9 +106,9 @@ def sharded(monkeypatch: pytest.MonkeyPatch, kind: type[FakeDit]) -> FakeDit:
 
     monkeypatch.setattr(sequence_parallel, "gather_chunks", gather)
     scope = SegmentScope(2, 0)
-    made = kind(scope)
-    shard_entry_points(made, PLAN, mesh_of(Degrees(ulysses=2)), scope)
-    return made
+    model = kind(scope)
+    shard_entry_points(model, PLAN, mesh_of(Degrees(ulysses=2)), scope)
+    return model
 
 
 def predict(model: FakeDit, tokens: int = 7, text: int = 3, **flags: Any) -> Tensor:
@@ -175,9 +175,9 @@ def test_entry_points_on_one_device_get_whole_arguments() -> None:
 def test_entry_points_compile_to_one_graph() -> None:
     """predict() compiles with `fullgraph=True`, unsharded and with sharded entry points."""
     scope = SegmentScope(1, 0)
-    plain, ranks = Unrecorded(scope), Unrecorded(scope)
-    shard_entry_points(ranks, PLAN, mesh_of(Degrees()), scope)
-    for model in (plain, ranks):
+    plain, sharded_on_one_rank = Unrecorded(scope), Unrecorded(scope)
+    shard_entry_points(sharded_on_one_rank, PLAN, mesh_of(Degrees()), scope)
+    for model in (plain, sharded_on_one_rank):
         prepared = model.prepare(torch.ones(1, 1), torch.ones(1, 3))
         compiled = torch.compile(model.predict, fullgraph=True, backend="eager")
         for tokens in (7, 5):

@@ -18,7 +18,10 @@ RUNNING = "request running state=RUNNING"
 
 
 class Store:
-    """A store whose append() waits for `answers`, then returns or raises the next outcome."""
+    """A store whose append() waits for `answers`, then takes the next outcome.
+
+    With None it stores the events, with Unavailable it raises the error, and with any other error it refuses the write.
+    """
 
     def __init__(self, *outcomes: Exception | None) -> None:
         self._outcomes = list(outcomes)

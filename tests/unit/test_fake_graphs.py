@@ -15,16 +15,16 @@ from models.stages.step_memory import Captured
 
 def captured(capture: FakeCapture, run: Callable[[], Tensor]) -> tuple[Captured, Tensor]:
     """A captured call and the buffer of its result."""
-    made = capture(lambda: {"video": run()})
-    return made, made.predictions["video"]
+    call = capture(lambda: {"video": run()})
+    return call, call.predictions["video"]
 
 
 def test_a_capture_computes_nothing() -> None:
     total, x = torch.zeros(3), torch.ones(3)
-    made, result = captured(FakeCapture(), lambda: total.add_(x) * 2)
+    call, result = captured(FakeCapture(), lambda: total.add_(x) * 2)
     assert not total.any()
     assert result.isnan().all()
-    made.graph.replay()
+    call.graph.replay()
     assert torch.equal(total, x)
     assert torch.equal(result, 2 * x)
 
@@ -39,22 +39,22 @@ def test_a_replay_reads_addresses_and_runs_no_python() -> None:
         return given["x"][1:].sum(0, keepdim=True).T + given["row"].mean()
 
     old = given["x"]
-    made, result = captured(FakeCapture(), run)
+    call, result = captured(FakeCapture(), run)
     given["x"] = torch.zeros(2, 3)
     old[1] = 5
     given["row"].copy_(torch.tensor([1.0, 2.0]))
-    made.graph.replay()
+    call.graph.replay()
     assert torch.equal(result, torch.full((3, 1), 6.5))
     assert calls == [0]
 
 
 def test_a_graph_does_not_own_its_input_memory() -> None:
     given = [torch.ones(3)]
-    made, _ = captured(FakeCapture(), lambda: given[0] * 2)
-    made.graph.replay()
+    call, _ = captured(FakeCapture(), lambda: given[0] * 2)
+    call.graph.replay()
     given.clear()
     with pytest.raises(AssertionError, match="the graph reads memory that was freed"):
-        made.graph.replay()
+        call.graph.replay()
 
 
 def test_graphs_of_one_pool_overwrite_each_other() -> None:

@@ -21,28 +21,28 @@ from fleet.v1 import denoising_pb2
 SIZE = 3 * CHUNK_BYTES
 
 
-def state(step: int) -> StepCheckpoint:
+def step_checkpoint(step: int) -> StepCheckpoint:
     part = LatentPart(latents=torch.full((SIZE // 4,), step, dtype=torch.int32), raw_latent_shape=(SIZE // 4,))
     return StepCheckpoint(step=step, latents=Latents(parts={"video": part}))
 
 
 def block(value: int) -> Latents:
-    return state(value).latents
+    return step_checkpoint(value).latents
 
 
 class BlockedTensors(TorchTensors):
-    """Reads the tensors of a checkpoint only after the stage has continued."""
+    """Reads the tensors of a step checkpoint only after the stage has continued."""
 
     def __init__(self, continued: threading.Event) -> None:
         self._continued = continued
 
     def view(self, path: str, value: Any) -> Any:
-        assert self._continued.wait(20), "the stage must not wait for the frames of its checkpoint"
+        assert self._continued.wait(20), "the stage must not wait for the frames of its step checkpoint"
         return super().view(path, value)
 
 
 def kinds(frames: list[bytes]) -> list[str]:
-    """Kind of each frame, with the index of an item or the step of a checkpoint."""
+    """Kind of each frame, with slot and index of an item, or the step of a legacy checkpoint frame."""
     found = []
     for raw in frames:
         if read_chunk(raw) is not None:
@@ -53,7 +53,7 @@ def kinds(frames: list[bytes]) -> list[str]:
             case "item":
                 found.append(f"{frame.item.slot} {frame.item.index}")
             case "checkpoint":
-                found.append(f"old checkpoint {frame.checkpoint.state.step}")
+                found.append(f"legacy checkpoint {frame.checkpoint.state.step}")
             case other:
                 found.append(str(other))
     return found
@@ -71,13 +71,13 @@ def frames_of(stage: Callable[[Call], None], **more: Any) -> list[str]:
     return kinds(asyncio.run(main()))
 
 
-def test_the_newest_checkpoint_replaces_a_pending_one() -> None:
-    """The newest checkpoint takes the position of the pending one, so no item precedes its checkpoint."""
+def test_the_newest_step_checkpoint_replaces_a_pending_step_checkpoint() -> None:
+    """The newest takes the position of the pending step checkpoint. No item precedes its step checkpoint."""
 
     def stage(call: Call) -> None:
-        call.checkpoint(state(1))
+        call.checkpoint(step_checkpoint(1))
         call.emit("denoised_blocks", block(1))
-        call.checkpoint(state(2))
+        call.checkpoint(step_checkpoint(2))
         call.emit("denoised_blocks", block(2))
 
     three = ["chunk"] * 3
@@ -86,10 +86,10 @@ def test_the_newest_checkpoint_replaces_a_pending_one() -> None:
 
 def test_a_caller_without_item_support_gets_legacy_checkpoint_frames() -> None:
     def stage(call: Call) -> None:
-        call.checkpoint(state(1))
+        call.checkpoint(step_checkpoint(1))
         call.emit("denoised_blocks", block(1))
 
-    assert frames_of(stage, sends_items=False) == ["old checkpoint 1", *["chunk"] * 3]
+    assert frames_of(stage, sends_items=False) == ["legacy checkpoint 1", *["chunk"] * 3]
 
 
 def test_a_stage_waits_for_a_slow_caller_at_the_byte_limit() -> None:
@@ -145,15 +145,15 @@ def test_a_cancelled_stage_does_not_wait_for_its_caller() -> None:
     asyncio.run(timed())
 
 
-def test_a_checkpoint_does_not_block_the_denoising_loop() -> None:
+def test_a_step_checkpoint_does_not_block_the_denoising_loop() -> None:
     async def main() -> list[bytes]:
         continued = threading.Event()
         reporter = FrameReporter(denoising_pb2.DenoiseResponse, BlockedTensors(continued))
         call = reporter.listen(Call("r"))
 
         def stage() -> None:
-            call.checkpoint(state(1))
-            call.checkpoint(state(2))  # replaces the pending checkpoint
+            call.checkpoint(step_checkpoint(1))
+            call.checkpoint(step_checkpoint(2))  # replaces the pending step checkpoint
             continued.set()
             call.progress(2, 2)
 

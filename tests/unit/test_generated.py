@@ -42,9 +42,9 @@ def _edited(folder: Path, old: str, new: str) -> Path:
 
 def test_committed_stubs_match_the_protos(tmp_path: Path) -> None:
     stubs.generate(tmp_path)
-    made, committed = _files(tmp_path), _files(stubs.PROTO)
-    assert made.keys() == committed.keys()
-    stale = [name for name, data in made.items() if committed[name] != data]
+    generated, committed = _files(tmp_path), _files(stubs.PROTO)
+    assert generated.keys() == committed.keys()
+    stale = [name for name, data in generated.items() if committed[name] != data]
     assert not stale, f"run `poe stubs`: {stale}"
 
 

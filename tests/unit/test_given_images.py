@@ -1,4 +1,4 @@
-"""Images of a request by role, as read from the message by the coordinator without decoding."""
+"""Images of a request by role, which the coordinator reads from the message without decoding them."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def test_more_than_16_images_are_refused() -> None:
 def test_image_bytes_are_packed_without_torch_and_unpacked_as_tensors(size: int) -> None:
     data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
     packet = pack("image_inputs", ImageInputs(images={"image": data}))
-    arrived = unpack("image_inputs", ImageInputs, packet, TORCH).images["image"]
-    assert not isinstance(arrived, bytes)
-    assert arrived.numpy().tobytes() == data
+    unpacked = unpack("image_inputs", ImageInputs, packet, TORCH).images["image"]
+    assert not isinstance(unpacked, bytes)
+    assert unpacked.numpy().tobytes() == data
 
 
 def test_values_other_than_bytes_and_tensors_are_refused() -> None:

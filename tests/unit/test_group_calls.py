@@ -34,7 +34,7 @@ class Abandoned(BaseException):
 
 @dataclass
 class Ranks:
-    """Rank 0, its link to the follower, and the end and the errors of the follower thread."""
+    """Rank 0, its link to the follower, and the follower thread's end event and errors."""
 
     leading: LeadingStages
     link: Link
@@ -108,8 +108,8 @@ def test_log_records_of_all_ranks_have_the_fields_of_the_call() -> None:
         with named, entered(Span(TraceContext(trace_id, "00f067aa0ba902b7"))):
             ranks.run(Call("r1"))
         ranks.run(Call("r2"))
-    whole = {"request_id": "r1", "trace_id": trace_id, "model": "emoji", "stage": SERVICE, "attempt": 2}
-    assert seen[:2] == [whole, whole]
+    expected = {"request_id": "r1", "trace_id": trace_id, "model": "emoji", "stage": SERVICE, "attempt": 2}
+    assert seen[:2] == [expected, expected]
     assert sorted(seen[2:], key=len) == [{}, {"request_id": "r2", "stage": SERVICE}], (
         "fields of the previous call must be removed"
     )
@@ -139,7 +139,9 @@ def test_only_rank_0_sends_progress_and_warnings() -> None:
         call.progress(1, 3)
 
     reports: list[object] = []
-    call = Call("r1", on_progress=lambda *step: reports.append(step), on_warning=lambda *words: reports.append(words))
+    call = Call(
+        "r1", on_progress=lambda *step: reports.append(step), on_warning=lambda *warning: reports.append(warning)
+    )
     with two_ranks(report) as ranks:
         ranks.run(call)
     assert reports == [("prompt", "too long"), (1, 3)]
@@ -224,7 +226,7 @@ def refuse(*_: object) -> NoReturn:
     raise InvalidInput("no such step", field="resume_from.step")
 
 
-def refuse_otherwise(*_: object) -> NoReturn:
+def refuse_with_another_field(*_: object) -> NoReturn:
     raise InvalidInput("no such latents", field="resume_from.latents")
 
 
@@ -248,8 +250,8 @@ def test_an_error_that_all_ranks_raise_is_returned_to_the_caller() -> None:
     assert sorted(calls) == ["bad", "bad", "good", "good"]
 
 
-def test_an_error_on_one_rank_only_ends_the_group() -> None:
-    for leads, follows in ((do_nothing, refuse), (refuse, do_nothing), (refuse, refuse_otherwise)):
+def test_errors_that_differ_between_ranks_end_the_group() -> None:
+    for leads, follows in ((do_nothing, refuse), (refuse, do_nothing), (refuse, refuse_with_another_field)):
         with two_ranks(leads, follows) as ranks, pytest.raises(Abandoned):
             ranks.run()
         assert len(ranks.errors) == 1
@@ -275,7 +277,7 @@ def test_the_wait_for_an_outcome_has_a_timeout(monkeypatch: pytest.MonkeyPatch) 
         opened.set()
 
 
-def test_unequal_numbers_of_checks_end_the_group() -> None:
+def test_unequal_numbers_of_cancellation_checks_end_the_group() -> None:
     with two_ranks(check_twice, do_nothing) as ranks:
         with suppress(Abandoned):  # rank 0 may return its result first
             ranks.run()
@@ -312,7 +314,7 @@ def test_errors_round_trip_between_ranks() -> None:
         stop_of(outcome(FleetError("x")))
 
 
-def test_leading_and_following_calls_stop_at_the_same_check() -> None:
+def test_leading_and_following_calls_stop_at_the_same_cancellation_check() -> None:
     answers: list[bytes] = []
     leading = LeadingCall("r1", send=answers.append)
     leading.check_cancelled()

@@ -52,7 +52,7 @@ def test_a_single_host_uses_a_loopback_store() -> None:
         socket.create_connection(("127.0.0.2", place.master_port), 5).close()
 
 
-def test_hosts_meet_before_each_start_and_a_restarted_host_waits_for_the_next() -> None:
+def test_hosts_meet_before_each_start_and_a_restarted_host_waits_for_the_next_start() -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     meetings = [Meeting(2, node, endpoint) for node in range(2)]
 
@@ -114,11 +114,11 @@ def test_ranks_connect_with_rank_0() -> None:
 def test_unknown_peers_are_rejected_and_missing_ranks_are_named() -> None:
     meeting = Meeting(1, 0, "")
     (place, _) = places(2, meeting)
-    store, strangers = place.store(20), place.store(20)  # a store client runs one operation at a time
+    store, strangers_store = place.store(20), place.store(20)  # a store client runs one operation at a time
 
     def intrude() -> bytes:
-        strangers.wait(["rank0"])
-        host, port = strangers.get("rank0").decode().split()
+        strangers_store.wait(["rank0"])
+        host, port = strangers_store.get("rank0").decode().split()
         with socket.create_connection((host, int(port)), 20) as stranger:
             stranger.sendall(b"x" * 37)
             with suppress(ConnectionError):

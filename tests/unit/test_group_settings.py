@@ -109,7 +109,7 @@ def test_a_ring_of_a_causal_model_is_refused(tmp_path: Path) -> None:
         assert caught.value.field == field
 
 
-def test_the_service_prints_one_line_and_starts_no_group(
+def test_an_invalid_group_exits_2_and_is_not_started(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in [name for name in os.environ if name.startswith("FLEET_")]:

@@ -14,6 +14,7 @@ from common.errors import Unavailable
 from common.rpc.hand_over import HandOver, StepTimes
 
 GRACE = 30.0
+"""Grace period in seconds."""
 ROUNDING = 0.011
 """Tolerance of times in seconds: the shortest wait of the loop."""
 
@@ -81,7 +82,7 @@ def run_scenario(monkeypatch: pytest.MonkeyPatch, scenario: Scenario) -> None:
 
 
 class FreeSlots:
-    """Number of free slots on equal workers. `slots` maps start times in seconds to numbers."""
+    """Number of free worker slots of other workers. `slots` maps a time in seconds to the number from then on."""
 
     def __init__(self, clock: Clock, slots: dict[float, int], *, answer_seconds: float = 0.0) -> None:
         self._clock = clock
@@ -101,7 +102,7 @@ async def leave(calls: list[FakeCall], free_slots: Callable[[], Any], grace: flo
     await asyncio.gather(running, return_exceptions=True)
 
 
-def test_a_call_is_handed_over_at_once_if_an_equal_worker_has_a_free_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_is_handed_over_at_once_if_a_worker_slot_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(clock: Clock) -> None:
         call = FakeCall(clock)
         await leave([call], FreeSlots(clock, {0: 1}))
@@ -110,7 +111,7 @@ def test_a_call_is_handed_over_at_once_if_an_equal_worker_has_a_free_slot(monkey
     run_scenario(monkeypatch, scenario)
 
 
-def test_a_slot_that_becomes_free_later_is_used_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_slot_that_becomes_free_later_is_used_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(clock: Clock) -> None:
         call = FakeCall(clock)
         await leave([call], FreeSlots(clock, {0: 0, 7.5: 1}))
@@ -120,10 +121,10 @@ def test_a_slot_that_becomes_free_later_is_used_within_a_second(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("grace", "margin"), [(30.0, 1.0), (4.0, 0.4)])
-def test_without_a_free_slot_a_call_is_handed_over_before_the_grace_period_ends(
+def test_a_call_is_handed_over_before_the_grace_period_ends_if_no_worker_slot_is_free(
     monkeypatch: pytest.MonkeyPatch, grace: float, margin: float
 ) -> None:
-    """The remaining time fits the running step, one step that may be enqueued, and a margin."""
+    """The remaining time suffices for the running step, one step that may be enqueued, and a margin."""
 
     async def scenario(clock: Clock) -> None:
         calls = [FakeCall(clock, seconds) for seconds in (0.0, 0.25, 1.5)]
@@ -134,7 +135,7 @@ def test_without_a_free_slot_a_call_is_handed_over_before_the_grace_period_ends(
     run_scenario(monkeypatch, scenario)
 
 
-def test_free_slots_bound_the_hand_overs_and_waiting_calls_go_first(
+def test_free_worker_slots_bound_the_hand_overs_and_waiting_calls_go_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def scenario(clock: Clock) -> None:
@@ -143,11 +144,11 @@ def test_free_slots_bound_the_hand_overs_and_waiting_calls_go_first(
         leaving = asyncio.create_task(leave(calls, FreeSlots(clock, {0: 1, 5.5: 2})))
         await asyncio.sleep(4.5)
         handed_over = [[runs.is_asked, waits.is_asked, last.is_asked]]
-        calls.remove(waits)  # The call has a slot on another worker.
+        calls.remove(waits)  # Another worker runs the call.
         for seconds in (1.0, 1.5):
             await asyncio.sleep(seconds)
             handed_over.append([runs.is_asked, waits.is_asked, last.is_asked])
-        # The only free slot is reserved for the waiting call until that call has been handed over.
+        # The only free worker slot is reserved for the waiting call until that call has been handed over.
         assert handed_over == [[False, True, False], [True, True, False], [True, True, True]]
         await leaving
 
@@ -182,7 +183,7 @@ def test_a_call_that_starts_while_the_worker_leaves_is_handed_over(monkeypatch: 
     run_scenario(monkeypatch, scenario)
 
 
-def test_longest_is_the_maximum_of_the_newest_four_steps() -> None:
+def test_longest_is_the_duration_of_the_longest_of_the_newest_four_steps() -> None:
     times = StepTimes()
     assert times.longest == 0
     times.begin(0.0)

@@ -17,7 +17,9 @@ from models.images import open_image, open_images
 from process_memory import measured_growth
 
 MOST_BYTES = 64 << 20
+"""Bound of the growth of memory in bytes."""
 BIG = 9_000
+"""Width and height of an image above the bound of pixels."""
 EXPANDED = 256 << 20
 """Size in bytes of the decompressed data of a chunk."""
 
@@ -43,7 +45,7 @@ def header_chunk(width: int, height: int) -> bytes:
     return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
 
 
-def expanding() -> bytes:
+def expanding_data() -> bytes:
     packer, zeros = zlib.compressobj(1), bytes(1 << 20)
     return b"".join(packer.compress(zeros) for _ in range(EXPANDED >> 20)) + packer.flush()
 
@@ -79,9 +81,9 @@ CONTRADICTORY_FILES: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", CONTRADICTORY_FILES)
 def test_an_image_with_two_sizes_is_refused(name: str) -> None:
-    words = {"PNG": "must be the first chunk", "JPE": "the header states", "Web": "cannot be decoded"}[name[:3]]
+    message = {"PNG": "must be the first chunk", "JPE": "the header states", "Web": "cannot be decoded"}[name[:3]]
     data = CONTRADICTORY_FILES[name]()
-    with measured_growth() as growth, pytest.raises(InvalidInput, match=words) as caught:
+    with measured_growth() as growth, pytest.raises(InvalidInput, match=message) as caught:
         open_image("image", data)
     assert caught.value.field == "image"
     assert growth.peak_bytes < MOST_BYTES
@@ -103,7 +105,7 @@ def test_the_pixel_bound_is_independent_of_pillows_global_bound(
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt"])
 def test_compressed_text_and_profiles_are_not_expanded(kind: bytes) -> None:
-    packed = expanding()
+    packed = expanding_data()
     data = png(chunk(kind, b"a\0\1\0\0\0" + packed if kind == b"iTXt" else b"a\0\0" + packed))
     assert len(data) < 2 << 20
     with measured_growth() as growth, pytest.raises(InvalidInput, match="cannot be decoded"):

@@ -23,9 +23,9 @@ def encoded(kind: str, mode: str = "RGB", size: tuple[int, int] = (30, 20), **op
 
 
 def exif(orientation: int) -> Image.Exif:
-    made = Image.Exif()
-    made[_ORIENTATION] = orientation
-    return made
+    metadata = Image.Exif()
+    metadata[_ORIENTATION] = orientation
+    return metadata
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def exif(orientation: int) -> Image.Exif:
 )
 def test_format_and_size_equal_those_of_pillow(data: bytes) -> None:
     with Image.open(io.BytesIO(data)) as opened:
-        shown = ImageOps.exif_transpose(opened)
-        expected = ({"WEBP": "WebP"}.get(opened.format or "", opened.format), shown.height, shown.width)
+        transposed = ImageOps.exif_transpose(opened)
+        expected = ({"WEBP": "WebP"}.get(opened.format or "", opened.format), transposed.height, transposed.width)
     header = read_image_header("image", data)
     assert (header.format, header.height, header.width) == expected
 

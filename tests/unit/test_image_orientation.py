@@ -23,8 +23,11 @@ Piece = tuple[bytes, bytes]
 """Kind and data of a PNG chunk, a WebP chunk, or ("APP1", data) of a JPEG segment."""
 
 ORDERS = ("<", ">")
+"""Byte orders of struct formats."""
 NUMBERS = {3: "H", 4: "L", 5: "LL", 6: "b", 8: "h", 9: "l", 10: "ll", 11: "f", 12: "d", 13: "L", 16: "Q"}
+"""Struct formats of the numeric TIFF types."""
 TEXTS = (1, 2, 7)
+"""TIFF types BYTE, ASCII and UNDEFINED."""
 XMP_START = b"http://ns.adobe.com/xap/1.0/\0"
 RAW, XMP_KEY = b"Raw profile type exif", b"XML:com.adobe.xmp"
 
@@ -202,17 +205,17 @@ XMPS = (None, b"", xmp(8), xmp(3, element=True), xmp(9))
 
 
 def test_conflicting_metadata_has_pillows_precedence() -> None:
-    for exif, other, sidecar in itertools.product(EXIFS, EXIFS, XMPS):
+    for exif, other, xmp_data in itertools.product(EXIFS, EXIFS, XMPS):
         segments = [app1(each) for each in (exif, other) if each is not None]
         chunks = [(b"EXIF", each) for each in (exif, other) if each is not None]
         blocks = [(b"eXIf", exif)] if exif is not None else []
         after = [text(RAW, raw(other))] if other is not None else []
-        again = [(b"eXIf", other)] if other is not None else []
-        if sidecar is not None:
-            segments.insert(1, (b"APP1", XMP_START + sidecar))
-            chunks.append((b"XMP ", sidecar))
-            blocks.append(international(XMP_KEY, sidecar))
-        for data in (jpeg(segments), webp(chunks), png(blocks, after), png(blocks, again), png(after, blocks)):
+        second_exif = [(b"eXIf", other)] if other is not None else []
+        if xmp_data is not None:
+            segments.insert(1, (b"APP1", XMP_START + xmp_data))
+            chunks.append((b"XMP ", xmp_data))
+            blocks.append(international(XMP_KEY, xmp_data))
+        for data in (jpeg(segments), webp(chunks), png(blocks, after), png(blocks, second_exif), png(after, blocks)):
             check(data)
 
 

@@ -1,4 +1,4 @@
-"""The setting kernel_cache: cache directories of kernel compilers, or an error in one line."""
+"""The setting kernel_cache: cache directories of kernel compilers, and refused directories."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ import triton
 from services.worker import run_service
 from services.worker_settings import DecodingSettings
 
-FLASH_ATTENTION_4 = "FLASH_ATTENTION_CUTE_DSL_CACHE"
+FLASH_ATTENTION_4_PREFIX = "FLASH_ATTENTION_CUTE_DSL_CACHE"
 FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--kernel-cache")
 
 
 def test_compilers_use_the_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = ("TRITON_CACHE_DIR", "QUACK_CACHE_DIR", f"{FLASH_ATTENTION_4}_ENABLED", f"{FLASH_ATTENTION_4}_DIR")
-    for name in ours:
+    variables = (
+        "TRITON_CACHE_DIR",
+        "QUACK_CACHE_DIR",
+        f"{FLASH_ATTENTION_4_PREFIX}_ENABLED",
+        f"{FLASH_ATTENTION_4_PREFIX}_DIR",
+    )
+    for name in variables:
         monkeypatch.setenv(name, "elsewhere")  # monkeypatch restores the variables after the test
     directories: list[str] = []
 
     def run(*_: object) -> int:
-        directories.extend((triton.knobs.cache.dir, *(os.environ[name] for name in ours[1:])))
+        directories.extend((triton.knobs.cache.dir, *(os.environ[name] for name in variables[1:])))
         return 0
 
     directory = tmp_path / "new" / "kernels"

@@ -165,7 +165,7 @@ def test_a_trial_that_breaks_the_device_raises(flash_attn: Install, monkeypatch:
                                                         "fa3-fwd", "flash-attn"]),
     ],
 )  # fmt: skip
-def test_only_usable_packages_are_tried(
+def test_tried_packages_depend_on_gpu_and_choice(
     monkeypatch: pytest.MonkeyPatch, capability: Capability, choice: KernelChoice, tried: list[str]
 ) -> None:
     monkeypatch.setattr(trials, "try_package", lambda package, _: Outcome(package, "1"))
@@ -227,9 +227,7 @@ FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--device", "cpu")
         (("--kernels", "cutlass"), "--kernels must be one of auto, none, triton,"),
     ],
 )
-def test_an_invalid_setting_prints_one_line_and_exits_2(
-    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str
-) -> None:
+def test_an_invalid_setting_exits_2(capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str) -> None:
     assert denoising([*FLAGS, *flags]) == 2
     assert f"fleet serve denoising: {message}" in capsys.readouterr().err
 
@@ -353,8 +351,8 @@ def test_ranks_with_different_facts_raise() -> None:
 
     thread = threading.Thread(target=follow)
     thread.start()
-    words = "rank 1 has quack-kernels 0.6.5 unusable and this rank has quack-kernels 0.6.5 in use; use the same GPUs"
-    with pytest.raises(FailedPrecondition, match=words):
+    message = "rank 1 has quack-kernels 0.6.5 unusable and this rank has quack-kernels 0.6.5 in use; use the same GPUs"
+    with pytest.raises(FailedPrecondition, match=message):
         compare_facts([left], ["triton 3.6.0 in use", "quack-kernels 0.6.5 in use"], 5.0)
     thread.join(5)
     assert "rank 0 has quack-kernels 0.6.5 in use" in found[0].message
@@ -363,22 +361,22 @@ def test_ranks_with_different_facts_raise() -> None:
 
 
 def test_a_rank_compares_facts_before_it_creates_its_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, theirs = map(Link, (1, 0), socket.socketpair())
+    leading_link, following_link = map(Link, (1, 0), socket.socketpair())
     monkeypatch.setattr(rank, "facts_of", lambda *_: ["a"])
 
     def follow() -> None:
         with suppress(FailedPrecondition):
-            compare_facts([theirs], ["b"], 5.0)
+            compare_facts([following_link], ["b"], 5.0)
 
     thread = threading.Thread(target=follow)
     thread.start()
     settings = SimpleNamespace(degrees=None, ranks_per_node=2, rank_join_seconds=5.0)
-    leading = LeadingRank(cast(Any, None), cast(Any, None), cast(Any, settings), [mine], cast(Any, None))
+    leading = LeadingRank(cast(Any, None), cast(Any, None), cast(Any, settings), [leading_link], cast(Any, None))
     with pytest.raises(FailedPrecondition, match="rank 1 has b and this rank has a"):
         leading.make_mesh(CPU)
     thread.join(5)
-    mine.close()
-    theirs.close()
+    leading_link.close()
+    following_link.close()
 
 
 def test_a_follower_tries_its_packages_before_it_loads_weights(monkeypatch: pytest.MonkeyPatch) -> None:

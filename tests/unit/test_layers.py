@@ -109,8 +109,8 @@ def test_a_gated_update_of_two_segments_matches_the_reference(
         got = layer.add_gated(stream.clone(), x, gate).added()
     torch.testing.assert_close(got, expected)
     lengths = [5] if are_equal or boundary in (0, 5) else [5 - boundary, boundary]
-    decisive = lengths[0] >= smallest
-    assert fused == [rows for rows in lengths if decisive and rows >= smallest for _ in range(2)]
+    any_is_fused = lengths[0] >= smallest
+    assert fused == [rows for rows in lengths if any_is_fused and rows >= smallest for _ in range(2)]
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def test_a_cancelled_round_trip_is_not_counted_as_an_error() -> None:
     assert _sample("fleet_store_operation_seconds_count", **label) == before + 1
 
 
-def test_a_failed_checkpoint_save_is_counted() -> None:
+def test_a_failed_save_of_a_step_checkpoint_is_counted() -> None:
     labels = {"result": "failed"}
     before = _sample("fleet_step_checkpoint_saves_total", **labels)
 

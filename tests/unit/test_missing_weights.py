@@ -77,6 +77,7 @@ def break_link(model: Path) -> str:
 
 
 DAMAGE = (remove_volume, empty_volume, forbid_volume, forbid_weights, remove_weights, break_link)
+"""Functions that damage a model directory and return the text that the error line must contain."""
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
@@ -88,11 +89,11 @@ def test_the_error_line_names_the_path(
 ) -> None:
     for name in [name for name in os.environ if name.startswith("FLEET_")]:
         monkeypatch.delenv(name)
-    words = damage(volume / "emoji")
+    expected = damage(volume / "emoji")
     with unprivileged():
         code = main_for("denoising", WorkerSettings)(["--model", f"emoji={volume / 'emoji'}", "--redis", "unix:///x"])
     error = capsys.readouterr().err
     assert code == 2
     assert error.count("\n") == 1, error
     assert error.startswith("fleet serve denoising: ")
-    assert words in error
+    assert expected in error

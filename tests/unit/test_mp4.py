@@ -23,7 +23,7 @@ def frames(count: int, size: int) -> Iterator[Tensor]:
 
 
 def tone(seconds: float, rate: int, channels: int) -> Audio:
-    """Sine tones with another frequency in each channel."""
+    """Sine tones; each channel has its own frequency."""
     time = torch.arange(round(seconds * rate)) / rate
     return Audio(
         torch.stack([0.5 * torch.sin(2 * torch.pi * 440 * (each + 1) * time) for each in range(channels)]), rate
@@ -77,18 +77,20 @@ def test_the_encoder_is_configured_for_reproducible_bytes() -> None:
 
 def test_a_frame_is_encoded_while_the_next_frame_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The patched encoder waits for the next frame; sequential execution would time out."""
-    made = [threading.Event() for _ in range(4)]
+    computed = [threading.Event() for _ in range(4)]
     encoded: list[int] = []
     encode = Mp4File.add
 
     def add(file: Mp4File, pixels: Tensor) -> None:
         following = len(encoded) + 1
-        assert following == len(made) or made[following].wait(10), "the next frame was not computed during encoding"
+        assert following == len(computed) or computed[following].wait(10), (
+            "the next frame was not computed during encoding"
+        )
         encoded.append(following)
         encode(file, pixels)
 
     def frames() -> Iterator[Tensor]:
-        for event in made:
+        for event in computed:
             event.set()
             yield torch.zeros(3, 16, 16)
 

@@ -22,6 +22,7 @@ COUNTS = (9, 12, 1, 3, 30)
 """Number of frames per fragment; the last fragment exceeds the encoder's frames in flight."""
 TOTAL = sum(COUNTS)
 FIRSTS = [sum(COUNTS[:index]) for index in range(len(COUNTS))]
+"""Index of the first frame of each fragment."""
 
 
 def video_frame(index: int) -> Tensor:
@@ -57,12 +58,12 @@ def check_playable(file: bytes, count: int, frame_rate: Fraction) -> None:
         assert (stream.duration or 0) * stream.time_base == count / frame_rate
         assert all(packet.dts == packet.pts for packet in packets)
     with av.open(io.BytesIO(file), mode="r", options={"err_detect": "explode"}) as container:
-        shown = list(container.decode(video=0))
-        times = [(frame.pts or 0) * Fraction(frame.time_base or 0) for frame in shown]
+        decoded = list(container.decode(video=0))
+        times = [(frame.pts or 0) * Fraction(frame.time_base or 0) for frame in decoded]
         assert times == [index / frame_rate for index in range(count)]
         for index in (0, count // 2, count - 1):
-            seen = shown[index].to_ndarray(format="rgb24").astype(np.float64) / 255
-            assert np.abs(seen.transpose(2, 0, 1) - video_frame(index).double().numpy()).mean() < 0.02
+            pixels = decoded[index].to_ndarray(format="rgb24").astype(np.float64) / 255
+            assert np.abs(pixels.transpose(2, 0, 1) - video_frame(index).double().numpy()).mean() < 0.02
 
 
 def test_the_concatenated_fragments_are_one_file(fragments: list[bytes]) -> None:
@@ -89,8 +90,8 @@ def test_a_player_can_seek_to_each_fragment(fragments: list[bytes]) -> None:
             stream = container.streams.video[0]
             assert stream.time_base is not None
             container.seek(int(Fraction(first, 16) / stream.time_base), stream=stream)
-            shown = [frame.time for frame in container.decode(stream)]
-            assert shown == [index / 16 for index in range(first, TOTAL)], f"{count} frames from {first}"
+            times = [frame.time for frame in container.decode(stream)]
+            assert times == [index / 16 for index in range(first, TOTAL)], f"{count} frames from {first}"
 
 
 def test_a_fragment_begins_with_an_idr_frame(fragments: list[bytes]) -> None:

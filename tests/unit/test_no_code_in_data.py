@@ -59,13 +59,14 @@ _PICKLED = {
 
 
 def code_from_data(source: str) -> Iterator[str]:
-    """Calls that execute their arguments, each with its line."""
+    """Calls that execute their arguments, each with its line number."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and (what := _runs(node)):
-            yield f"{node.lineno}: {what}"
+        if isinstance(node, ast.Call) and (name := _runs(node)):
+            yield f"{node.lineno}: {name}"
 
 
 def _runs(call: ast.Call) -> str:
+    """Name of the function or keyword that executes an argument; empty for a harmless call."""
     match call.func:
         case ast.Name(name) if name in _CODE:
             return name

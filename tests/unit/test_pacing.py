@@ -1,4 +1,4 @@
-"""Pacing of a loop on a simulated asynchronous device: the queue stays short, and the device never idles."""
+"""Pacing of a loop on a simulated asynchronous device: the queue stays short, the device stays busy."""
 
 from __future__ import annotations
 
@@ -96,9 +96,10 @@ def run(clock: Clock, seconds: list[float]) -> tuple[Device, list[float], list[t
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.04, 0.3, 20.0])
-def test_the_device_never_idles_and_steps_are_enqueued_at_most_the_lead_early(clock: Clock, seconds: float) -> None:
+def test_the_device_stays_busy_and_steps_are_enqueued_at_most_the_lead_early(clock: Clock, seconds: float) -> None:
     device, enqueued, reported = run(clock, [seconds] * 12)
-    assert device.idle <= 0.003 * 3  # the host waits for two steps, and the device is idle before the first step
+    # The loop waits for each of the first two steps, so the device is idle while the host enqueues the next step.
+    assert device.idle <= 0.003 * 3
     for step in range(2, 12):
         assert device.ends[step - 1] - enqueued[step] <= min(LEAD_SECONDS, seconds) + 1e-6
     assert [step for step, _ in reported] == list(range(1, 13))
@@ -111,7 +112,7 @@ def test_pacing_adapts_to_shorter_steps(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("moment", [5.0, 29.0, 33.3, 39.97, 39.999, 47.0])
-def test_after_a_cancel_the_device_runs_at_most_a_step_and_the_lead(clock: Clock, moment: float) -> None:
+def test_the_device_runs_at_most_a_step_and_the_lead_after_a_cancel(clock: Clock, moment: float) -> None:
     device, cancelled = Device(clock, [10.0] * 50), ClockedEvent(clock)
     reported: list[int] = []
 
@@ -136,7 +137,7 @@ def test_a_resumed_loop_reports_its_own_steps(clock: Clock) -> None:
     assert reported == [(7, 9), (8, 9), (9, 9)]
 
 
-def test_on_a_cpu_a_step_is_reported_before_the_next_one_begins() -> None:
+def test_a_step_on_a_cpu_is_reported_before_the_next_step_begins() -> None:
     seen: list[str] = []
     call = Call("r", on_progress=lambda step, _: seen.append(f"reported {step}"))
     for step in paced_steps(1, 4, call, torch.device("cpu")):
@@ -144,7 +145,7 @@ def test_on_a_cpu_a_step_is_reported_before_the_next_one_begins() -> None:
     assert seen == list(itertools.chain(*((f"step {step}", f"reported {step + 1}") for step in range(1, 4))))
 
 
-def test_on_a_cpu_no_step_begins_after_a_cancel() -> None:
+def test_no_step_begins_on_a_cpu_after_a_cancel() -> None:
     call = Call("r")
     steps = paced_steps(0, 4, call, torch.device("cpu"))
     assert next(steps) == 0

@@ -1,4 +1,4 @@
-"""Checks at start of the private API of packages; errors name the version to install."""
+"""Checks of versions and private APIs of packages at start; errors name the version to install."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def _versions(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """An importable module `changing`."""
-    made = ModuleType("changing")
-    monkeypatch.setitem(sys.modules, "changing", made)
-    return made
+    changing = ModuleType("changing")
+    monkeypatch.setitem(sys.modules, "changing", changing)
+    return changing
 
 
 def test_version_ranges_equal_those_of_pyproject() -> None:
@@ -110,10 +110,12 @@ def test_versions_out_of_range_are_named(version: str, monkeypatch: pytest.Monke
     assert diffusers.startswith("0.1 is not ==0.42.1")
 
 
-@pytest.mark.parametrize(("version", "words"), [(None, "not installed"), ("none", "cannot be read")])
-def test_a_package_without_a_version_is_named(version: str | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("version", "message"), [(None, "not installed"), ("none", "cannot be read")])
+def test_a_package_without_a_version_is_named(
+    version: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _versions(monkeypatch, grpcio=version)
-    with pytest.raises(UnsupportedPackage, match=f"grpcio: .*{words}.*pip install 'grpcio>=1.85.1,<2'"):
+    with pytest.raises(UnsupportedPackage, match=f"grpcio: .*{message}.*pip install 'grpcio>=1.85.1,<2'"):
         check_versions("grpcio")
 
 
@@ -209,12 +211,12 @@ def test_a_fact_that_holds_passes(fact: Fact, module: ModuleType) -> None:
     fact.check()
 
 
-@pytest.mark.parametrize(("fact", "words"), BREAK)
-def test_a_fact_that_does_not_hold_is_an_error(fact: Fact, words: str, module: ModuleType) -> None:
+@pytest.mark.parametrize(("fact", "message"), BREAK)
+def test_a_fact_that_does_not_hold_is_an_error(fact: Fact, message: str, module: ModuleType) -> None:
     vars(module).update(Kind=_Changed, number=3)
     with pytest.raises(Missing) as caught:
         fact.check()
-    assert str(caught.value).startswith(words)
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +300,7 @@ def _other_shutdown(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (_no_agent, "LocalElasticAgent, "),
         (_no_method, "_restart_workers, "),
@@ -306,12 +308,12 @@ def _other_shutdown(patch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_changed_elastic_agent_ends_a_group_before_its_ranks_start(
-    change: Change, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    change: Change, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launcher, "launch", _must_not_run)
     change(monkeypatch)
     assert denoising.main([*WORKER, "--tp", "2"]) == 2
-    assert words in _one_line(capsys, "fleet serve denoising: torch: ")
+    assert message in _one_line(capsys, "fleet serve denoising: torch: ")
 
 
 def test_a_changed_collective_ends_a_group(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

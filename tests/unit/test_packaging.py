@@ -48,7 +48,7 @@ def test_nothing_else_is_in_the_wheel(wheel_names: set[str]) -> None:
     assert not [name for name in wheel_names if "__pycache__" in name]
 
 
-def _lowest(package: str) -> str:
+def _lower_bound(package: str) -> str:
     """The lower bound of a dependency in pyproject.toml."""
     for requirement in map(Requirement, PROJECT["dependencies"]):
         if requirement.name == package:
@@ -57,11 +57,11 @@ def _lowest(package: str) -> str:
 
 
 def test_lower_bounds_equal_the_versions_of_the_committed_stubs() -> None:
-    assert _lowest("grpcio") == generation_pb2_grpc.GRPC_GENERATED_VERSION
+    assert _lower_bound("grpcio") == generation_pb2_grpc.GRPC_GENERATED_VERSION
     source = Path(worker_pb2.__file__).read_text()
     version = re.search(r"Protobuf Python Version: (\S+)", source)
     assert version
-    assert _lowest("protobuf") == version[1]
+    assert _lower_bound("protobuf") == version[1]
     assert grpc.__version__ >= "1.85"
 
 

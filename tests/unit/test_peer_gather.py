@@ -80,19 +80,20 @@ class Memory:
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self.made: dict[tuple[int, int], Tensor] = {}
+        self.allocated: dict[tuple[int, int], Tensor] = {}
 
     def of(self, rank: int) -> Callable[[Axis, torch.device, int], PeerMemory]:
         number = count()
 
         def allocate(axis: Axis, _: torch.device, size: int) -> PeerMemory:
             index = next(number)
-            whole = [
-                self.made.setdefault((index, each), torch.zeros(size, dtype=torch.uint8)) for each in range(self.ranks)
+            buffers = [
+                self.allocated.setdefault((index, each), torch.zeros(size, dtype=torch.uint8))
+                for each in range(self.ranks)
             ]
             assert axis.index == rank
-            assert all(len(each) == size for each in whole)
-            return PeerMemory(whole[rank], [each.data_ptr() for each in whole])
+            assert all(len(each) == size for each in buffers)
+            return PeerMemory(buffers[rank], [each.data_ptr() for each in buffers])
 
         return allocate
 
@@ -104,7 +105,7 @@ def value_of(forward: int, layer: int, rank: int) -> float:
 def record(
     rank: int, memory: Memory, forwards: Sequence[tuple[int, Sequence[int]]], arrived: list[int], attended: list[str]
 ) -> RecordedStreams:
-    """Record the program of a rank: forwards of several layers each, which end with a barrier of all ranks."""
+    """Record the program of a rank: forwards of several layers. Each forward ends with a barrier of all ranks."""
     streams = RecordedStreams()
     axis = Axis(memory.ranks, rank)
     gather = PeerGather(axis, CPU, cast("CopyStreams", streams), memory.of(rank))
@@ -151,13 +152,13 @@ def barrier(stream: Queue, rank: int, forward: int, ranks: int, arrived: list[in
 
 
 def run_in_random_order(programs: Sequence[RecordedStreams], seed: int) -> None:
-    chance = random.Random(seed)
+    generator = random.Random(seed)
     # Some streams are slow throughout, so that ranks drift apart as far as possible.
     queues = [queue for streams in programs for queue in (streams.current, streams.side)]
-    weights = [chance.choice((1, 1, 10, 100)) for _ in queues]
+    weights = [generator.choice((1, 1, 10, 100)) for _ in queues]
     stuck = 0
     while any(queue.operations for queue in queues):
-        (queue,) = chance.choices(queues, weights)
+        (queue,) = generator.choices(queues, weights)
         stuck = 0 if queue.step() else stuck + 1
         if stuck > 10_000 and not any(queue.step() for queue in queues):
             raise AssertionError("deadlock: no stream can continue")
@@ -172,15 +173,15 @@ def _attending(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_gather, "attention", attend)
 
 
-@pytest.mark.parametrize("least", [peer_gather.MIN_GROUPED_WORK, 0], ids=["whole", "in-groups"])
+@pytest.mark.parametrize("min_work", [peer_gather.MIN_GROUPED_WORK, 0], ids=["whole", "in-groups"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_rank_attends_to_the_keys_and_values_of_all_ranks(
-    monkeypatch: pytest.MonkeyPatch, ranks: int, least: int
+    monkeypatch: pytest.MonkeyPatch, ranks: int, min_work: int
 ) -> None:
-    """Forwards of odd and even numbers of layers, lengths that outgrow the buffers, and chunks without tokens."""
-    monkeypatch.setattr(peer_gather, "MIN_GROUPED_WORK", least)
+    """Forwards have odd and even numbers of layers. Lengths outgrow the buffers, and some chunks have no tokens."""
+    monkeypatch.setattr(peer_gather, "MIN_GROUPED_WORK", min_work)
     forwards = [(3, [2] * ranks), (1, [1, *[0] * (ranks - 1)]), (1, [5, *[4] * (ranks - 1)]), (4, [2] * ranks)]
-    groups = 1 if least else peer_gather.MAX_GROUPS
+    groups = 1 if min_work else peer_gather.MAX_GROUPS
     for seed in range(8):
         memory, arrived, attended = Memory(ranks), [0] * ranks, list[str]()
         programs = [record(rank, memory, forwards, arrived, attended) for rank in range(ranks)]
@@ -188,7 +189,7 @@ def test_every_rank_attends_to_the_keys_and_values_of_all_ranks(
         assert len(attended) == 2 * groups * ranks * sum(layers for layers, _ in forwards)
 
 
-def test_with_a_single_buffer_a_rank_overwrites_data_that_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_with_a_single_buffer_overwrites_data_that_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above detects the race that the second buffer prevents."""
     monkeypatch.setattr(peer_gather, "NUM_BUFFERS", 1)
 

@@ -29,8 +29,8 @@ QUIET, CHURN = loss(), loss(churn=True)
 @pytest.mark.parametrize(
     ("losses", "given_up_after"),
     [
-        ([loss(4)] * 5, 3),  # kills its worker at step 5, after a checkpoint at step 4
-        ([loss(0), loss(4), loss(4), loss(4)], 4),  # the first worker died before the first checkpoint
+        ([loss(4)] * 5, 3),  # kills its worker at step 5, after a step checkpoint at step 4
+        ([loss(0), loss(4), loss(4), loss(4)], 4),  # the first worker died before the first step checkpoint
         ([loss(4), loss(4), loss(5), loss(5), loss(5)], 5),
         ([loss(step) for step in range(20)], 10),  # kills its worker at a later step each time
         ([loss(4), loss(4), loss(3), loss(4)], 3),  # restarted at step 0, which is no progress
@@ -51,7 +51,7 @@ def test_a_request_is_given_up_after_a_number_of_losses(losses: list[Loss], give
     assert first == given_up_after
 
 
-def test_the_reason_names_the_count() -> None:
+def test_the_reason_states_the_number_of_lost_workers() -> None:
     assert reason_to_give_up([QUIET] * 3).startswith(
         "3 workers were lost while they ran this request, without progress"
     )
@@ -63,13 +63,13 @@ class FakeLeases(Leases):
 
     def __init__(self, *answers: list[Loss] | Exception) -> None:
         self.answers = list(answers)
-        self.asked = 0
+        self.reads = 0
         self.deaths: list[tuple[str, str, int]] = []
         self.saved: list[int] = []
 
     async def losses(self, request_id: str, epoch: int) -> list[Loss]:
         del request_id, epoch
-        self.asked += 1
+        self.reads += 1
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
             raise answer
@@ -94,55 +94,56 @@ def recovery(leases: FakeLeases, epoch: int = 1) -> Recovery:
     return Recovery(leases, "r", epoch=epoch)
 
 
-def test_a_request_without_losses_does_not_read_them() -> None:
+def test_a_request_without_losses_does_not_read_losses_from_the_store() -> None:
     leases = FakeLeases([QUIET])
     assert not asyncio.run(recovery(leases).wait_until_claimable())
-    assert leases.asked == 0
+    assert leases.reads == 0
 
 
-def test_after_a_loss_a_request_claims_a_whole_worker_until_the_loss_is_cleared() -> None:
-    async def story() -> None:
+def test_a_request_claims_a_whole_worker_after_a_loss_until_the_loss_is_cleared() -> None:
+    async def scenario() -> None:
         leases = FakeLeases([loss(suspect=False, left=5.0)], [])
-        mine = recovery(leases)
-        await mine.worker_lost("w", "denoising", 2)
+        request_recovery = recovery(leases)
+        await request_recovery.worker_lost("w", "denoising", 2)
         assert leases.deaths == [("w", "denoising", 2)]
-        assert await mine.wait_until_claimable()  # undecided: the request continues at once, and claims a whole worker
-        assert not await mine.wait_until_claimable()
-        assert not await mine.wait_until_claimable()
-        assert leases.asked == 2
+        # The rule is undecided: the request continues at once, and claims a whole worker.
+        assert await request_recovery.wait_until_claimable()
+        assert not await request_recovery.wait_until_claimable()
+        assert not await request_recovery.wait_until_claimable()
+        assert leases.reads == 2
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_loss_is_recorded_after_the_checkpoint_before_it() -> None:
-    """In the reverse order, the loss would record too early a step, and the next loss would look like progress."""
+def test_a_loss_is_recorded_after_the_preceding_step_checkpoint() -> None:
+    """In the reverse order, the loss would have too early a step. The next loss would look like progress."""
 
-    async def story() -> None:
+    async def scenario() -> None:
         leases = FakeLeases([])
-        mine = recovery(leases)
-        mine.step_checkpoint.remember("origin", Packet(artifacts_pb2.DenoiseState(step=4), {}))
-        await mine.worker_lost("w", "denoising", 2)
+        request_recovery = recovery(leases)
+        request_recovery.step_checkpoint.remember("origin", Packet(artifacts_pb2.DenoiseState(step=4), {}))
+        await request_recovery.worker_lost("w", "denoising", 2)
         assert leases.saved == [4]
         assert len(leases.deaths) == 1
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_a_request_waits_for_a_decision_that_can_end_it() -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         undecided = [QUIET, QUIET, loss(suspect=False, left=0.001)]
         cleared, suspected = FakeLeases(undecided, [QUIET, QUIET]), FakeLeases(undecided, [QUIET, QUIET, loss()])
         assert await recovery(cleared, epoch=2).wait_until_claimable()
-        assert cleared.asked == 2
+        assert cleared.reads == 2
         with pytest.raises(InternalError, match=r"3 workers were lost .* the last one at denoising"):
             await recovery(suspected, epoch=2).wait_until_claimable()
-        assert suspected.asked == 2
+        assert suspected.reads == 2
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_losses_are_reread_until_the_store_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "_RETRY_SECONDS", 0.001)
-    leases = FakeLeases(Unavailable("away"), Unavailable("away"), [QUIET])
+    leases = FakeLeases(Unavailable("the store is unavailable"), Unavailable("the store is unavailable"), [QUIET])
     assert asyncio.run(recovery(leases, epoch=2).wait_until_claimable())
-    assert leases.asked == 3
+    assert leases.reads == 3
