@@ -47,7 +47,7 @@ async def deliver(store: RequestStore, request_id: str, stored: StoredItem, data
 
 
 def test_an_item_is_read_from_any_byte(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
         name, data = await admit(store), secrets.token_bytes(2 * MIB + 5)
         stored = stored_item(0, len(data))
@@ -58,11 +58,11 @@ def test_an_item_is_read_from_any_byte(each_store_url: str) -> None:
         sizes = [len(chunk) async for chunk in store.items.chunks(name, stored)]
         assert sizes == [MIB, MIB, 5]
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_bytes_without_an_event_are_not_an_item(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
         name = await admit(store)
         await store.items.save(name, stored_item(0, 3), [b"abc"])
@@ -71,22 +71,22 @@ def test_bytes_without_an_event_are_not_an_item(each_store_url: str) -> None:
         kinds = [event.WhichOneof("kind") async for event in store.events(name)]
         assert kinds == ["state_change", "state_change"]
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_repeated_event_delivers_its_item_once(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, 3)
         assert await deliver(store, name, stored, b"abc", 0)
         assert await deliver(store, name, stored, b"abc", 0)
         assert await store.delivered_items(name) == [stored]
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_former_owner_neither_adds_nor_changes_nor_ends_an_item(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         former = RequestStore(redis, owner="former", retention=Retention(result_seconds=0.02))
         name = await admit(former)
         first = stored_item(0, 3)
@@ -107,12 +107,14 @@ def test_a_former_owner_neither_adds_nor_changes_nor_ends_an_item(each_store_url
         assert await store.finish(name, SUCCEEDED, epoch=epoch, items=[first, second])
         await presence.stop()
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-@pytest.mark.parametrize(("end", "most"), [(SUCCEEDED, 3_600_000), (FAILED, 60_000)])
-def test_items_expire_some_time_after_the_end(each_store_url: str, end: pb.RequestState.ValueType, most: int) -> None:
-    async def story(redis: Redis) -> None:
+@pytest.mark.parametrize(("end", "max_ms"), [(SUCCEEDED, 3_600_000), (FAILED, 60_000)])
+def test_items_expire_within_the_retention_of_the_end_state(
+    each_store_url: str, end: pb.RequestState.ValueType, max_ms: int
+) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, MIB + 1)
         assert await deliver(store, name, stored, b"x" * (MIB + 1), 0)
@@ -120,13 +122,13 @@ def test_items_expire_some_time_after_the_end(each_store_url: str, end: pb.Reque
         assert len(keys) == 2
         assert all([await redis.pttl(key) > 80_000_000 for key in keys])
         assert await store.finish(name, end, items=[stored])
-        assert all([most - 20_000 < await redis.pttl(key) <= most for key in keys])
+        assert all([max_ms - 20_000 < await redis.pttl(key) <= max_ms for key in keys])
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_an_item_that_has_expired_is_not_found(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis, retention=Retention(record_seconds=60, result_seconds=0.02))
         name, stored = await admit(store), stored_item(0, 3)
         assert await deliver(store, name, stored, b"abc", 0)
@@ -139,11 +141,11 @@ def test_an_item_that_has_expired_is_not_found(each_store_url: str) -> None:
         with pytest.raises(NotFound, match="has expired"):
             await read(store, name, stored)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_an_end_repeated_after_a_lost_reply_ends_the_items(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, 3)
         assert await deliver(store, name, stored, b"abc", 0)
@@ -152,24 +154,24 @@ def test_an_end_repeated_after_a_lost_reply_ends_the_items(each_store_url: str) 
         (key,) = await redis.keys("fleet:item:*")
         assert await redis.pttl(key) <= 3_600_000
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_an_event_of_an_item_reloads_a_missing_script(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, 3)
         await redis.script_flush()
         assert await redis.script_exists(script_sha()) == [False]
         assert await deliver(store, name, stored, b"abc", 0)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_full_store_refuses_items_and_a_killed_store_is_unavailable() -> None:
     with running_server("valkey", "--maxmemory", str(8 * MIB)) as server:
 
-        async def story() -> None:
+        async def scenario() -> None:
             async with connect(server.url) as redis:
                 store = RequestStore(redis)
                 name, stored = await admit(store), stored_item(0, 12 * MIB)
@@ -186,11 +188,11 @@ def test_a_full_store_refuses_items_and_a_killed_store_is_unavailable() -> None:
                 assert await read(store, name, small) == b"abc"
                 assert await store.delivered_items(name) == [small]
 
-        asyncio.run(story())
+        asyncio.run(scenario())
 
 
 def test_a_record_stores_no_bytes_of_a_streamed_file(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
         name, stored = await admit(store), stored_item(0, 3)
         assert await deliver(store, name, stored, b"abc", 0)
@@ -199,4 +201,4 @@ def test_a_record_stores_no_bytes_of_a_streamed_file(each_store_url: str) -> Non
         assert list((await store.get(name)).files) == [header]
         assert not await redis.keys("fleet:result:*")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
