@@ -82,7 +82,7 @@ def test_independent_stages_overlap() -> None:
     """Each stage waits until the other one has started; sequential execution would deadlock."""
     began = {"text": asyncio.Event(), "noise": asyncio.Event()}
 
-    def meeting(own: str, other: str) -> Work:
+    def rendezvous(own: str, other: str) -> Work:
         async def work(values: Mapping[str, Any]) -> Mapping[str, Any]:
             began[own].set()
             await began[other].wait()
@@ -91,8 +91,8 @@ def test_independent_stages_overlap() -> None:
         return work
 
     assert run(
-        FakeRunner("encode", ("prompt",), ("text",), meeting("text", "noise")),
-        FakeRunner("prepare", ("prompt",), ("noise",), meeting("noise", "text")),
+        FakeRunner("encode", ("prompt",), ("text",), rendezvous("text", "noise")),
+        FakeRunner("prepare", ("prompt",), ("noise",), rendezvous("noise", "text")),
         FakeRunner("denoise", ("text", "noise"), ("media",)),
         prompt="p",
     ) == {"media": "denoise(text,noise)"}
@@ -180,7 +180,7 @@ def test_a_runner_that_cancels_itself_ends_the_pipeline() -> None:
         )
 
 
-def test_a_runner_that_omits_an_output_is_named() -> None:
+def test_the_error_names_a_runner_that_omits_an_output() -> None:
     async def omit_schedule(_: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"noise": 1}
 
