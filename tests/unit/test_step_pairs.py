@@ -42,7 +42,7 @@ def sides(**after: Any) -> tuple[Side, Side, list[tuple[str, int]]]:
     return cast(Side, FakeSide("before", 20.0, log)), cast(Side, FakeSide("after", 30.0, log, **after)), log
 
 
-def test_bursts_of_the_slower_sides_steps_alternate_after_one_step_each() -> None:
+def test_bursts_alternate_and_have_the_number_of_steps_of_the_slower_side() -> None:
     before, after, log = sides()
     pairs = step_pairs.measure("flux", before, after, 2)
     assert log == [("before", 1), ("after", 1), *[("before", 10), ("after", 10)] * 2]
@@ -57,7 +57,7 @@ def test_different_predictions_are_not_equal() -> None:
     assert step_pairs.row("flux", pairs)[-1] == "no"
 
 
-def test_a_failed_work_gives_no_result_and_later_works_do() -> None:
+def test_a_failed_work_has_no_result_and_the_works_after_it_are_returned() -> None:
     before, after, _ = sides(bad="wan")
     found: dict[str, Pairs] = {}
     assert step_pairs.measure_all(["flux", "wan", "qwen"], before, after, 1, found) == ["qwen"]
