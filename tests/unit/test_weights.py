@@ -1,4 +1,4 @@
-"""Weights are read by name, strictly, whole or in part."""
+"""Tensors of weight files are read by name, whole or sliced, and converted to the dtype of the module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.weights import Weights, load_module
 
 
 def write(path: Path, **tensors: torch.Tensor) -> Path:
-    """A safetensors file."""
+    """Write a safetensors file."""
     save_file(tensors, path)
     return path
 
