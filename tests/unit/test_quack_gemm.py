@@ -139,7 +139,9 @@ def test_a_fused_gated_update_is_added_in_place(kernels: Kernels, monkeypatch: p
     assert kernels.calls == {"add_gated": batch}
 
 
-def test_the_step_cache_works_with_updates_in_place(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_cache_with_updates_in_place_gives_equal_results(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocks, x = [random_weights(AddingBlock(1)) for _ in range(3)], torch.randn(1, TOKENS, SIZE)
     expected = run_blocks(Residual(x), blocks, None).added()
     fuse(monkeypatch)

@@ -55,7 +55,7 @@ def anchors(document: str) -> frozenset[str]:
 
 
 def broken_links(document: str, text: str) -> list[str]:
-    """Targets of local links that do not exist, or whose anchor is no heading of the target."""
+    """Targets of local links that do not exist, or whose anchor is not a heading of the target."""
     broken = []
     for target in _LINK.findall(text):
         name, _, anchor = target.partition("#")
@@ -154,7 +154,7 @@ def test_the_root_readme_has_its_sections_in_order() -> None:
     assert "![" in section("README.md", "Two commands")
 
 
-def test_the_short_client_has_ten_lines() -> None:
+def test_the_short_client_has_at_most_ten_lines() -> None:
     assert len(code_blocks("python")[0].splitlines()) <= 10
 
 

@@ -143,7 +143,7 @@ class MixedFleet:
         self.run(worker.version, "leaving", {"worker": worker.name, "lasts": LASTS})
 
     def end_coordinator(self, coordinator: Coordinator, successor: Version, *, is_killed: bool) -> None:
-        """End a coordinator, and start another one that takes over its requests."""
+        """End a coordinator, and start another coordinator that takes over its requests."""
         self.coordinators.remove(coordinator)
         if is_killed:
             self.redis.delete(f"fleet:coordinator:{coordinator.name}")  # as when its heartbeat expires

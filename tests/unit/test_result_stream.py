@@ -153,7 +153,7 @@ def test_an_item_is_read_only_once_the_previous_item_is_stored(server: RedisServ
 
 
 def test_a_repeated_item_is_delivered_once(server: RedisServer) -> None:
-    """A decoder that replaces another one starts with the first item."""
+    """A decoder that replaces another decoder starts with the first item."""
 
     async def test(case: Case) -> None:
         stream = case.stream()
@@ -349,7 +349,7 @@ def test_owners_in_any_order_deliver_each_item_once(server: RedisServer, actions
                 continue
             number = min(action[0], len(owners) - 1)
             epoch, stream, computed = owners[number]
-            index = min(action[1], computed)  # the next item, or an earlier one after its decoder was replaced
+            index = min(action[1], computed)  # the next item, or an earlier item after its decoder was replaced
             data = b"%d of epoch %d" % (index, epoch)
             is_owner = number == len(owners) - 1
             try:

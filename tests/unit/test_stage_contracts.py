@@ -25,7 +25,7 @@ class DrawInput:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawOutput:
-    # Latents is imported for type checking only: a contract needs no more than the annotation.
+    # Latents is imported for type checking only: a contract needs only the text of the annotation.
     latents: Latents
 
 

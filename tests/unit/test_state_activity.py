@@ -42,7 +42,7 @@ def unsynced_store_url() -> Iterator[str]:
 
 @dataclass
 class Fleet:
-    """The store clients of one coordinator. No timer sends commands during a test, so that they can be counted."""
+    """The store clients of one coordinator. No timer sends commands, so that a test can count commands."""
 
     redis: Redis
     store: RequestStore
@@ -145,7 +145,7 @@ def test_each_wait_has_its_kind_of_activity(unsynced_store_url: str) -> None:
     run(unsynced_store_url, scenario)
 
 
-def test_steps_equal_those_of_the_latest_progress(unsynced_store_url: str) -> None:
+def test_the_steps_of_an_activity_equal_those_of_the_latest_progress(unsynced_store_url: str) -> None:
     async def scenario(fleet: Fleet) -> None:
         await fleet.add_worker()
         await fleet.submit("r1")

@@ -14,7 +14,7 @@ from redis_servers import run_on_empty_store
 from slot_claims import queued, slots_of, worker
 
 
-def test_free_slots_of_equal_workers_are_counted(each_store_url: str) -> None:
+def test_free_worker_slots_of_equal_workers_are_counted(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         leaving = worker("a", numerics="n1")
@@ -68,7 +68,7 @@ def test_a_handed_over_request_is_the_first_of_its_priority(each_store_url: str)
     run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_claim_waits_while_a_worker_lives_that_can_resume_its_step_checkpoint(each_store_url: str) -> None:
+def test_a_claim_waits_while_a_worker_that_can_resume_its_step_checkpoint_lives(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("busy", numerics="n1"))

@@ -1,4 +1,4 @@
-"""The index of a service's workers agrees with workers and slots, and claims have a constant cost."""
+"""The worker index of a service agrees with workers and worker slots. Claims have a constant cost."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
 
 
 def check_index(store: Store) -> None:
-    """Check that the index, if it is valid, agrees with workers and slots."""
+    """Check that the index, if it is valid, agrees with workers and worker slots."""
     marker = store.indexed()
     if not marker:
         return

@@ -124,7 +124,7 @@ def test_a_loss_has_the_step_of_the_step_checkpoint_and_is_inherited(each_store_
         await redis.set("fleet:coordinator:successor", "1")
         successor = Leases(redis, "successor")
         ((inherited,), _) = await successor.take_over("emoji")
-        assert await case.leases.losses("r", 1) == []  # no longer the owner
+        assert await case.leases.losses("r", 1) == []  # this coordinator is no longer the owner
         assert await case.lose("w-3") == []
         await successor.add_death("r", inherited.epoch, "w-3", service="denoising", stage=2, ttl_seconds=TTL)
         found = await case.decided(epoch=inherited.epoch)

@@ -176,7 +176,7 @@ def test_a_caller_within_its_share_is_admitted_whatever_other_callers_have_open(
             for _ in range(6):  # 1 s each
                 await fleet.admit(caller="greedy")
             assert await fleet.refused("6.0 s of work", caller="greedy") == pytest.approx(1.0)
-            for _ in range(3):  # until the caller has more than half of the 5 s
+            for _ in range(3):  # until the work of the caller exceeds half of the bound of 5 s
                 await fleet.admit(caller="modest")
             assert await fleet.refused("9.0 s of work", caller="modest") == pytest.approx(4.0)
             await fleet.admit(caller="third")

@@ -92,7 +92,7 @@ def test_an_evicting_server_is_refused_unless_allowed(
         ({"appendfsync": "no"}, "loses the requests accepted in the last half minute"),
     ],
 )
-def test_a_store_that_is_not_durable_gets_a_warning(
+def test_a_warning_is_logged_for_a_store_that_is_not_durable(
     each_store_url: str, values: dict[str, str], loss: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(redis: Redis) -> None:
@@ -229,7 +229,7 @@ def image_file(size: int) -> ResultFile:
     return ResultFile(generation_pb2.FileHeader(byte_size=size), [bytes(size)])
 
 
-def test_a_nearly_full_store_refuses_new_requests_and_ends_accepted_ones(each_store_url: str) -> None:
+def test_a_nearly_full_store_refuses_new_requests_and_ends_accepted_requests(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
         await configure(redis, maxmemory=str(60 * MIB))
         store = RequestStore(redis, owner="me", memory=StoreMemory(redis, 0.9, read_seconds=0))
@@ -248,7 +248,7 @@ def test_a_nearly_full_store_refuses_new_requests_and_ends_accepted_ones(each_st
     run_on_empty_store(each_store_url, scenario)
 
 
-def test_requests_accepted_since_the_last_read_of_memory_count(each_store_url: str) -> None:
+def test_requests_accepted_since_the_last_read_of_memory_count_towards_the_bound(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
         await configure(redis, maxmemory=str(60 * MIB))
         store = RequestStore(redis, owner="me", memory=StoreMemory(redis, 0.3, read_seconds=3_600))
@@ -261,7 +261,7 @@ def test_requests_accepted_since_the_last_read_of_memory_count(each_store_url: s
     run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_full_store_is_not_unavailable_and_accepts_heartbeats(each_store_url: str) -> None:
+def test_a_full_store_is_reported_as_full_and_accepts_heartbeats(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
         unbounded = RequestStore(redis, owner="me")
         presence = Presence(redis, "me")

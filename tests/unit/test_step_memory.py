@@ -58,7 +58,7 @@ def test_live_leases_of_equal_steps_share_no_memory(pool: StepMemoryPool) -> Non
         assert not torch.equal(expected[0]["video"], expected[1]["video"])
 
 
-def test_every_denoiser_that_caches_tensors_names_them() -> None:
+def test_every_denoiser_that_caches_tensors_names_its_cached_tensors() -> None:
     """Graphs of a family that does not name its cached tensors could read freed memory."""
     caching = {path.stem for path in DITS.glob("*.py") if "@lru_cache" in path.read_text()}
     naming = {path.stem for path in DITS.glob("*.py") if "def cached_tensors" in path.read_text()} - {"base"}
@@ -209,7 +209,7 @@ def test_idle_memory_is_bounded_in_bytes_rather_than_in_number() -> None:
     assert use(small[0]) is not found[0]
 
 
-def test_graphs_count_once_they_are_captured() -> None:
+def test_captured_graphs_count_towards_the_bound() -> None:
     """Inputs of three steps fit, but their graphs do not: the oldest memory is freed as soon as it is idle."""
     steps = [inputs(skipped=number) for number in (1, 2, 3)]
     graph = 10 * size_of(steps[0])
@@ -224,7 +224,7 @@ def test_graphs_count_once_they_are_captured() -> None:
     assert pool.byte_size == 2 * (size_of(steps[0]) + graph)
 
 
-def test_leased_memory_is_never_freed_for_another() -> None:
+def test_leased_memory_is_never_freed_for_another_lease() -> None:
     step = inputs()
     pool = StepMemoryPool(2 * size_of(step), FakeCapture())
 

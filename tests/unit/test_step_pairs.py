@@ -1,4 +1,4 @@
-"""Bursts of steps alternate between two checkouts, and every DiT has a benchmark work."""
+"""Bursts of steps alternate between two checkouts, and every DiT has a workload."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_different_predictions_are_not_equal() -> None:
     assert step_pairs.row("flux", pairs)[-1] == "no"
 
 
-def test_a_failed_work_has_no_result_and_the_works_after_it_are_returned() -> None:
+def test_a_failed_workload_has_no_result_and_the_remaining_workloads_are_returned() -> None:
     before, after, _ = sides(bad="wan")
     found: dict[str, Pairs] = {}
     assert step_pairs.measure_all(["flux", "wan", "qwen"], before, after, 1, found) == ["qwen"]
@@ -74,13 +74,13 @@ def dit_classes(kind: type[DiffusionTransformer] = DiffusionTransformer) -> Iter
 
 @pytest.fixture(scope="module")
 def built() -> set[type[DiffusionTransformer]]:
-    """Classes of the DiTs that the works build in a tiny size."""
+    """Classes of the DiTs that the workloads build in a tiny size."""
     with torch.device("meta"):
         references = [(work, work.reference(**{**work.sizes, **TINY[work.reference]})) for work in WORKS.values()]
         return {type(work.ours(dict(reference.config))) for work, reference in references}
 
 
-def test_every_dit_class_has_a_work(built: set[type[DiffusionTransformer]]) -> None:
+def test_every_dit_class_has_a_workload(built: set[type[DiffusionTransformer]]) -> None:
     for module in pkgutil.iter_modules(dits.__path__):
         importlib.import_module(f"{dits.__name__}.{module.name}")
     assert built == set(dit_classes())

@@ -52,7 +52,7 @@ def _loaded(imports: str) -> set[str]:
 
 
 def _imports(source: str, body_only: bool) -> Iterator[str]:
-    """Top-level names of absolute imports: of the module's own body, or of its functions too."""
+    """Top-level names of absolute imports: of the module body only, or also of functions."""
     tree = ast.parse(source)
     for node in tree.body if body_only else ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -107,7 +107,7 @@ def test_spans_without_an_exporter_record_nothing_and_pass_the_context_on() -> N
 
 
 class RecordingSpan(Span):
-    """A span that records its events."""
+    """A span that records its attributes, its failure and its end."""
 
     def __init__(self) -> None:
         super().__init__(TraceContext(TRACE, SPAN))
@@ -127,7 +127,7 @@ class RecordingSpan(Span):
     ("error", "note"),
     [
         (ValueError("a secret"), "ValueError"),
-        (Unavailable("gone"), "Unavailable"),
+        (Unavailable("the worker is lost"), "Unavailable"),
         (HandedOver("leaves"), "handed_over"),
         (Cancelled("left"), "cancelled"),
         (asyncio.CancelledError(), "cancelled"),

@@ -154,7 +154,7 @@ def test_layer_norm_of_heads_in_neox_style_equals_pytorch(heads: int, dtype: tor
 def test_qk_norm_with_angles_of_each_head_equals_pytorch(
     dtype: torch.dtype, max_error: float, parts: int, is_neox_style: bool
 ) -> None:
-    """The angles of a rank's heads are a strided view, because they are not adjacent from token to token."""
+    """The angles of a rank's heads are a strided view: angles of consecutive tokens are not adjacent."""
     each = tuple(RMSNorm(SIZE).to(dtype) for _ in range(parts))
     for norm in each:
         norm.weight.copy_(torch.randn(SIZE))
@@ -212,7 +212,7 @@ def test_gelu_into_columns_equals_pytorch(dtype: torch.dtype, max_error: float) 
 
 @DTYPES
 def test_gate_by_silu_equals_pytorch(dtype: torch.dtype, max_error: float) -> None:
-    """The inputs include channels of a wider tensor."""
+    """The input is a view of the first channels of a wider tensor."""
     x = torch.randn(BATCH, TOKENS, 3 * SIZE, dtype=dtype)[..., : 2 * SIZE]
     assert_near(kernels.gate_by_silu(x), gate_by_silu(x), max_error)
 

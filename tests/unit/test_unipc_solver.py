@@ -26,7 +26,7 @@ def schedule_of(scheduler: UniPCMultistepScheduler, steps: int) -> Schedule:
 
 
 def predict(latents: Tensor, step: int) -> Tensor:
-    """A prediction that depends on the step and the latents, as that of a model."""
+    """A prediction that depends on the step and the latents, like the prediction of a model."""
     return torch.sin(3 * latents + step)
 
 

@@ -1,4 +1,4 @@
-"""Variants of a model: how they are registered, opened, merged into services, chosen and warmed up."""
+"""Variants of a model: registration, opening, common services, choice and warm-up."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_pipeline_without_variants_has_one_unnamed_variant() -> None:
     assert caught.value.field == "images"
 
 
-def test_a_missing_module_of_one_variant_leaves_the_others_served(
+def test_without_a_module_of_one_variant_the_other_variants_are_served(
     registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = build_twin_checkpoint(tmp_path / "twin", lens=False)
@@ -237,7 +237,7 @@ def test_services_of_all_variants_are_in_order() -> None:
     assert [len(spec.stages) for spec in united] == [1] * 5
 
 
-def test_hosted_variants_run_the_stages_of_the_call(registry: Registry, tmp_path: Path) -> None:
+def test_hosted_variants_refuse_a_variant_that_they_do_not_serve(registry: Registry, tmp_path: Path) -> None:
     model = open_model(str(build_twin_checkpoint(tmp_path / "twin")), registry)
     stages = load_variants(model, model.service("denoising"), Runtime())
     hosted = HostedVariants("denoising", stages)

@@ -1,4 +1,4 @@
-"""Tokenizer files hold a whole vocabulary that fits the encoder; the check does not import torch."""
+"""Tokenizer files hold a complete vocabulary that fits the encoder; the check does not import torch."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ class _Sink:
 
 
 def test_an_item_of_a_stream_is_an_event_in_the_span_of_its_attempt() -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async def settle() -> None:
             pass
 
@@ -262,4 +262,4 @@ def test_an_item_of_a_stream_is_an_event_in_the_span_of_its_attempt() -> None:
         assert span.found == [("item", {"slot": "latents", "index": 3, "bytes": 1_024})]
         assert recovery.has_emitted
 
-    asyncio.run(story())
+    asyncio.run(scenario())
