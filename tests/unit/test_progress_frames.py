@@ -1,4 +1,4 @@
-"""Steps that a call reports: at most one per `step_seconds`, fewer to a slow reader, and always the last."""
+"""Progress frames of a call: at most one step per `step_seconds`, and always the last step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common.tensors import TORCH
 from fleet.v1 import denoising_pb2
 
 
-def reported(total: int, *, step_seconds: float = 0.0) -> list[int]:
+def reported_steps(total: int, *, step_seconds: float = 0.0) -> list[int]:
     """Steps received from a stage that completes `total` steps before the reader starts to read."""
 
     async def main() -> list[int]:
@@ -29,14 +29,14 @@ def reported(total: int, *, step_seconds: float = 0.0) -> list[int]:
     return asyncio.run(main())
 
 
-def test_steps_within_step_seconds_are_omitted_except_the_last() -> None:
-    assert reported(8, step_seconds=3_600.0) == [1, 8]
+def test_steps_within_step_seconds_are_omitted_except_the_last_step() -> None:
+    assert reported_steps(8, step_seconds=3_600.0) == [1, 8]
 
 
 def test_without_step_seconds_each_step_is_reported() -> None:
-    assert reported(8) == list(range(1, 9))
+    assert reported_steps(8) == list(range(1, 9))
 
 
-def test_a_slow_reader_gets_fewer_steps_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_reader_gets_fewer_steps_and_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_WAITING", 4)
-    assert reported(100) == [1, 2, 3, 4, 100]
+    assert reported_steps(100) == [1, 2, 3, 4, 100]

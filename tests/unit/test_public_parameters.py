@@ -1,4 +1,4 @@
-"""Parameters of the public message, exit codes of all errors, and calls that miss their deadline."""
+"""Parameters of the public message, exit codes of errors, and calls that cannot meet their deadline."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class NoChannel:
         raise AssertionError("a call was opened")
 
 
-def test_no_call_is_opened_that_cannot_arrive_before_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_cannot_arrive_before_its_deadline_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_HOP_SECONDS", 3_600.0)
     contract = Contract("t", {"prompt": "Prompt"}, {"text_conditioning": "Conditioning"})
     runner = RemoteRunner(cast(Any, NoChannel()), "text_encoding", contract)

@@ -28,7 +28,7 @@ from models.rotation import apply_rotary
 from models.token_segments import SegmentVectors, TokenSegments
 
 HEAD = HEAD_SIZE
-SIZE, TOKENS, FEWEST = 2 * HEAD, 7, 4
+SIZE, TOKENS, MIN_ROWS = 2 * HEAD, 7, 4
 SEGMENTS = TokenSegments((2, 5))
 
 
@@ -74,9 +74,9 @@ def _inference() -> Iterator[None]:
 
 
 def fuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fuse GEMMs of FEWEST rows or more."""
+    """Fuse GEMMs of MIN_ROWS rows or more."""
     for name in ("can_fuse", "can_add"):
-        monkeypatch.setattr(quack_gemm, name, lambda x, _, __: len(x) >= FEWEST)
+        monkeypatch.setattr(quack_gemm, name, lambda x, _, __: len(x) >= MIN_ROWS)
 
 
 def random_weights(module: nn.Module) -> nn.Module:
@@ -103,7 +103,7 @@ class Block(nn.Module):
         return joint_block(residual, self.norm, self.attn, (text, image), self.modulations, rotation, SEGMENTS)
 
 
-def test_a_fused_block_of_two_streams_equals_the_unfused_block(
+def test_a_fused_block_of_two_segments_equals_the_unfused_block(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block, x = random_weights(Block()), torch.randn(1, TOKENS, SIZE)
@@ -128,7 +128,7 @@ class AddingBlock(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_fused_update_is_added_in_place(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+def test_a_fused_gated_update_is_added_in_place(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     block, x = random_weights(AddingBlock(batch)), torch.randn(batch, TOKENS, SIZE)
     expected = block(Residual(x)).added()
     fuse(monkeypatch)
@@ -139,7 +139,9 @@ def test_a_fused_update_is_added_in_place(kernels: Kernels, monkeypatch: pytest.
     assert kernels.calls == {"add_gated": batch}
 
 
-def test_the_step_cache_works_with_updates_in_place(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_cache_with_updates_in_place_gives_equal_results(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocks, x = [random_weights(AddingBlock(1)) for _ in range(3)], torch.randn(1, TOKENS, SIZE)
     expected = run_blocks(Residual(x), blocks, None).added()
     fuse(monkeypatch)
@@ -163,12 +165,12 @@ def test_fused_self_attention_equals_unfused_self_attention(kernels: Kernels, mo
 
 
 @pytest.mark.parametrize(
-    "made", [partial(SelfAttention, SIZE, HEAD, SIZE), partial(SelfAttention, SIZE, 64)], ids=["all heads", "narrow"]
+    "make", [partial(SelfAttention, SIZE, HEAD, SIZE), partial(SelfAttention, SIZE, 64)], ids=["all heads", "narrow"]
 )
 def test_norms_of_another_form_are_not_fused(
-    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, made: partial[SelfAttention]
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, make: partial[SelfAttention]
 ) -> None:
-    attention = random_weights(made())
+    attention = random_weights(make())
     assert isinstance(attention, SelfAttention)
     fuse(monkeypatch)
     rotation = rotary_embedding(torch.arange(TOKENS)[:, None], (attention.head_size,))

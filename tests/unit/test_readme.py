@@ -24,7 +24,7 @@ REQUIRED = {
     "tests/README.md",
     "tests/bench/README.md",
 }
-MOST_LINES = {"README.md": 250, "CONTRIBUTING.md": 80, "CHANGELOG.md": 60}
+MAX_LINES = {"README.md": 250, "CONTRIBUTING.md": 80, "CHANGELOG.md": 60}
 CHANGES = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 """The kinds of changes of Keep a Changelog."""
 SERVICES = {"text_encoding", "image_encoding", "latent_preparation", "before_denoising", "denoising", "decoding"}
@@ -55,7 +55,7 @@ def anchors(document: str) -> frozenset[str]:
 
 
 def broken_links(document: str, text: str) -> list[str]:
-    """Targets of local links that do not exist, or whose anchor is no heading of the target."""
+    """Targets of local links that do not exist, or whose anchor is not a heading of the target."""
     broken = []
     for target in _LINK.findall(text):
         name, _, anchor = target.partition("#")
@@ -68,7 +68,7 @@ def broken_links(document: str, text: str) -> list[str]:
 
 
 def names_in(path: Path) -> frozenset[str]:
-    """Definitions of a file: classes, methods as Class.method, functions, RPCs as Service.Method, functions of Lua."""
+    """Classes, functions, methods as Class.method, RPCs as Service.Method, and Lua functions of a file."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".lua":
         return frozenset(re.findall(r"^(?:local )?function ([\w.]+)\(", text, re.MULTILINE))
@@ -96,7 +96,7 @@ def unresolved(text: str) -> list[str]:
     return wrong
 
 
-def test_every_document_that_the_root_names_is_checked() -> None:
+def test_every_document_that_the_root_readme_links_is_checked() -> None:
     assert set(DOCUMENTS) >= REQUIRED
     linked = {target.partition("#")[0] for target in _LINK.findall(section("README.md", "Where the rest is"))}
     assert linked == REQUIRED - {"README.md"}
@@ -126,13 +126,13 @@ def test_pointers_in_source_files_lead_to_headings() -> None:
     assert not wrong
 
 
-def test_lengths_are_bounded() -> None:
-    assert all(text_of(document).count("\n") <= most for document, most in MOST_LINES.items())
+def test_document_lengths_are_bounded() -> None:
+    assert all(text_of(document).count("\n") <= max_lines for document, max_lines in MAX_LINES.items())
 
 
 def test_the_first_block_has_the_two_commands_for_a_new_host() -> None:
-    draw, check = code_blocks("bash")[0].strip().splitlines()
-    assert "fleet generate" in draw
+    generate, check = code_blocks("bash")[0].strip().splitlines()
+    assert "fleet generate" in generate
     assert "poe check" in check
     first = re.search(r"^```(\w*)$", text_of("README.md"), re.MULTILINE)
     assert first is not None
@@ -154,7 +154,7 @@ def test_the_root_readme_has_its_sections_in_order() -> None:
     assert "![" in section("README.md", "Two commands")
 
 
-def test_the_short_client_has_ten_lines() -> None:
+def test_the_short_client_has_at_most_ten_lines() -> None:
     assert len(code_blocks("python")[0].splitlines()) <= 10
 
 
@@ -182,7 +182,7 @@ def test_a_wrong_name_on_the_path_of_a_request_is_found(old: str, new: str) -> N
     assert len(unresolved(text.replace(old, new))) == 1
 
 
-def test_services_and_words_of_code_in_the_architecture_exist() -> None:
+def test_services_and_code_names_in_the_architecture_exist() -> None:
     text = section("README.md", "Architecture")
     drawn = set(re.findall(r"[a-z]+_[a-z]+|denoising|decoding", text.partition("The path of one request")[0]))
     assert drawn == SERVICES

@@ -85,7 +85,7 @@ def test_plugins_are_registered_without_importing_their_stages(tmp_path: Path) -
         assert load_registry([directory]).names() == registry.names()
 
 
-def test_an_unsupported_pipeline_is_refused_with_the_supported_ones() -> None:
+def test_an_unsupported_pipeline_is_refused_with_the_supported_pipelines() -> None:
     with pytest.raises(
         CheckpointError,
         match=r"'SanaPipeline' is not supported; supported are Flux2KleinPipeline, Flux2Pipeline, .*WanPipeline",
@@ -93,7 +93,7 @@ def test_an_unsupported_pipeline_is_refused_with_the_supported_ones() -> None:
         load_registry().entry("SanaPipeline")
 
 
-def test_a_name_is_registered_once(plugins: Path) -> None:
+def test_a_second_registration_of_a_name_is_refused(plugins: Path) -> None:
     registry = Registry()
     registry.register_pipeline(FluxPipeline)
     with pytest.raises(ValueError, match="pipeline FluxPipeline is registered twice"):
@@ -106,20 +106,20 @@ def test_a_name_is_registered_once(plugins: Path) -> None:
         load_registry([plugins])
 
 
-def test_a_pipeline_without_configs_is_a_defect() -> None:
+def test_a_pipeline_without_configs_is_refused() -> None:
     registry = Registry()
     registry.register_pipeline(FluxPipeline)
     with pytest.raises(ValueError, match="FluxPipeline has no configs; its register_configs"):
         registry.entry("FluxPipeline")
 
 
-def test_an_entry_class_of_another_kind_is_a_defect(plugins: Path) -> None:
+def test_an_entry_class_that_is_not_a_pipeline_is_refused(plugins: Path) -> None:
     (plugins / "not_a_pipeline.py").write_text("EntryClass = int\n")
     with pytest.raises(TypeError, match="EntryClass: <class 'int'> is not a subclass of ComposedPipeline"):
         load_registry([plugins])
 
 
-def test_a_pipeline_file_registers_its_configs(plugins: Path) -> None:
+def test_a_pipeline_file_without_register_configs_is_refused(plugins: Path) -> None:
     text = PLUGIN.format(name="QuietPipeline")
     (plugins / "quiet_family.py").write_text(text.replace("def register_configs", "def other_name"))
     with pytest.raises(TypeError, match=r"quiet_family must define register_configs\(registry\)"):

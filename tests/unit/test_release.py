@@ -1,4 +1,4 @@
-"""The release in tests/golden equals its tag, and `buf breaking` compares with its protos."""
+"""The release in tests/golden equals its tag: source, store script and the protos for `buf breaking`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_script_equals_that_of_the_source(tree: Path) -> None:
     assert release.release_call("resign", {"owner": "c"})[2:] == script_call("resign", {"owner": "c"})[2:]
 
 
-def test_a_request_of_each_state_is_stored() -> None:
+def test_a_request_of_each_state_is_recorded() -> None:
     dump = read_dump(release.REQUESTS)
     assert dump.keys() == RECORDED
     sizes = [path.stat().st_size for path in release.REQUESTS.iterdir()]

@@ -1,7 +1,7 @@
 """The store scripts of the latest release and of this version on one store, called by both versions.
 
 Each process calls the script of its own version. In any order of operations, no worker exceeds its capacity, no claim
-or request is lost or granted twice, and neither script reports damage in data of the other one.
+or request is lost or granted twice, and neither script reports damage in data of the other version.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from release import release_call, release_script, script_calls_of, unpack_releas
 from script_calls import LASTS, MODEL, PLACE
 
 OLD, NEW = "old", "new"
-MOST_WORKERS = 4
+MAX_WORKERS = 4
 FINGERPRINT = "fingerprint"
 CONTRACTS = {"denoising": script_calls.CONTRACT}
-TAKEN = ("slots", "waiting", "queue", "open", "work")
+TRANSIENT_KEYS = ("slots", "waiting", "queue", "open", "work")
 """Kinds of keys that no longer exist once every request has ended."""
 
 
@@ -70,7 +70,7 @@ class Coordinator:
 
 
 @dataclass
-class Mixed:
+class MixedFleet:
     """A fleet of both versions with its expected state, which the checks compare with the store."""
 
     redis: Any  # redis-py annotates replies with the types of both of its clients
@@ -87,7 +87,7 @@ class Mixed:
             self.add_worker(version, 1)
 
     def run(self, version: Version, operation: str, arguments: Mapping[str, Any]) -> Any:
-        """Run an operation of that version's script."""
+        """Run an operation of the version's script."""
         return self.redis.execute_command(*version.command(operation, arguments))
 
     def new_name(self, kind: str) -> str:
@@ -143,7 +143,7 @@ class Mixed:
         self.run(worker.version, "leaving", {"worker": worker.name, "lasts": LASTS})
 
     def end_coordinator(self, coordinator: Coordinator, successor: Version, *, is_killed: bool) -> None:
-        """End a coordinator, and start another one that takes over its requests."""
+        """End a coordinator, and start another coordinator that takes over its requests."""
         self.coordinators.remove(coordinator)
         if is_killed:
             self.redis.delete(f"fleet:coordinator:{coordinator.name}")  # as when its heartbeat expires
@@ -154,7 +154,7 @@ class Mixed:
         assert not set(before) - set(self.owned()), "requests of a coordinator that ended are lost"
 
     def admit(self, coordinator: Coordinator) -> None:
-        """Accept a request and claim a slot for it."""
+        """Admit a request and claim a worker slot for it."""
         request = Request(self.new_name("r"))
         admission = coordinator.version.calls.admission(request.id, coordinator.name, "ann", costs={"denoising": 5})
         assert self.run(coordinator.version, "admit", admission)[0] == b"admitted"
@@ -162,7 +162,7 @@ class Mixed:
         self.claim(coordinator, request)
 
     def claim(self, coordinator: Coordinator, request: Request) -> None:
-        """Claim a slot, or poll a waiting claim."""
+        """Claim a worker slot, or poll a waiting claim."""
         if request.worker:
             return
         request.ticket = request.ticket or f"{request.id}/{coordinator.name}/{self.numbers['t']}"
@@ -176,7 +176,7 @@ class Mixed:
             assert reply[0] == b"waiting"
 
     def release(self, coordinator: Coordinator, request: Request, used: int) -> None:
-        """Release a slot or an entry of the queue."""
+        """Release a worker slot, or remove a waiting claim from the queue."""
         arguments = {"ticket": request.ticket, "place": PLACE, "used": used}
         if request.ticket:
             self.run(coordinator.version, "release", arguments)
@@ -224,13 +224,13 @@ class Mixed:
         """Check that no worker exceeds its capacity, no request is lost, and nothing is damaged."""
         taken = Counter(request.worker for each in self.coordinators for request in each.requests if request.worker)
         for worker in self.workers:
-            assert taken[worker.name] <= worker.capacity, f"{worker.name} has {taken[worker.name]} slots taken"
+            assert taken[worker.name] <= worker.capacity, f"{worker.name} has {taken[worker.name]} worker slots taken"
         known = sorted(each.decode() for each in self.redis.zrange("fleet:requests", 0, -1))
         assert known == sorted(self.owned() + self.ended)
         assert not self.redis.hgetall("fleet:repairs")
 
     def check_all_are_served(self) -> None:
-        """Check that free slots are granted to waiting claims of both versions."""
+        """Check that free worker slots are granted to waiting claims of both versions."""
 
         def are_all_served() -> bool:
             self.poll_claims()
@@ -239,7 +239,7 @@ class Mixed:
             free = sum(worker.capacity - taken[worker.name] for worker in self.workers)
             return free == 0 or all(held)
 
-        poll(are_all_served, 3.0, "every claim is granted, or no slot is free")
+        poll(are_all_served, 3.0, "every claim is granted, or no worker slot is free")
         self.check()
 
     def end_all(self) -> None:
@@ -249,19 +249,19 @@ class Mixed:
                 self.finish(coordinator, request)
         self.add_worker(self.versions[NEW], 1)
         self.check()
-        left = [key for kind in TAKEN for key in self.redis.keys(f"fleet:{kind}:*")]
+        left = [key for kind in TRANSIENT_KEYS for key in self.redis.keys(f"fleet:{kind}:*")]
         assert not left
 
 
 Step = tuple[str, int, str]
-"""Kind of operation, number of its candidate, and version of the process that it starts."""
+"""An operation, a number that selects one of its candidates, and the version of the process that it starts."""
 KINDS = (
     *("admit", "admit", "admit", "claim", "append", "release", "finish", "finish", "beat", "announce"),
     *("add_worker", "leave", "kill", "resign", "take_over"),
 )
 
 
-def apply(fleet: Mixed, step: Step) -> None:
+def apply(fleet: MixedFleet, step: Step) -> None:
     """Apply a step if it has a candidate."""
     kind, draw, name = step
     version = fleet.versions[name]
@@ -269,12 +269,12 @@ def apply(fleet: Mixed, step: Step) -> None:
     owned = [(each, request) for each in fleet.coordinators for request in each.requests]
     match kind:
         case "admit" | "beat" | "take_over":
-            vars(Mixed)[kind](fleet, coordinator)
+            vars(MixedFleet)[kind](fleet, coordinator)
         case "claim" | "append" | "finish" if owned:
-            vars(Mixed)[kind](fleet, *owned[draw % len(owned)])
+            vars(MixedFleet)[kind](fleet, *owned[draw % len(owned)])
         case "release" if owned:
             fleet.release(*owned[draw % len(owned)], draw % 2 * 30)
-        case "add_worker" if len(fleet.workers) < MOST_WORKERS:
+        case "add_worker" if len(fleet.workers) < MAX_WORKERS:
             fleet.add_worker(version, 1 + draw % 2)
         case "announce" if fleet.workers:
             fleet.announce(fleet.workers[draw % len(fleet.workers)])
@@ -307,9 +307,11 @@ def redis(request: pytest.FixtureRequest) -> Iterator[Any]:
         st.tuples(st.sampled_from(KINDS), st.integers(0, 11), st.sampled_from((OLD, NEW))), min_size=5, max_size=40
     )
 )
-def test_both_versions_share_a_store(redis: Any, versions: Mapping[str, Version], steps: list[Step]) -> None:
+def test_operations_of_both_versions_in_any_order_leave_the_store_consistent(
+    redis: Any, versions: Mapping[str, Version], steps: list[Step]
+) -> None:
     redis.flushall()
-    fleet = Mixed(redis, versions)
+    fleet = MixedFleet(redis, versions)
     fleet.start()
     for step in steps:
         apply(fleet, step)
@@ -320,11 +322,11 @@ def test_both_versions_share_a_store(redis: Any, versions: Mapping[str, Version]
 
 
 @pytest.mark.parametrize("names", [(OLD, NEW), (NEW, OLD)], ids="-".join)
-def test_a_slot_released_by_one_version_goes_to_a_claim_of_the_other(
+def test_a_worker_slot_released_by_one_version_goes_to_a_claim_of_the_other_version(
     redis: Any, versions: Mapping[str, Version], names: tuple[str, str]
 ) -> None:
     redis.flushall()
-    fleet = Mixed(redis, versions)
+    fleet = MixedFleet(redis, versions)
     first, second = (versions[name] for name in names)
     fleet.add_coordinator(first)
     fleet.add_coordinator(second)
@@ -349,7 +351,7 @@ def test_a_write_under_an_epoch_ended_by_the_other_version_is_refused(
     redis: Any, versions: Mapping[str, Version], names: tuple[str, str]
 ) -> None:
     redis.flushall()
-    fleet = Mixed(redis, versions)
+    fleet = MixedFleet(redis, versions)
     first, second = (versions[name] for name in names)
     fleet.add_coordinator(first)
     former = fleet.coordinators[0]

@@ -23,35 +23,35 @@ class Clock:
         return self.now
 
 
-def policy(least: int = 0, most: int = 8, idle_seconds: float = 30.0) -> tuple[ReplicaPolicy, Clock]:
+def make_policy(least: int = 0, most: int = 8, idle_seconds: float = 30.0) -> tuple[ReplicaPolicy, Clock]:
     clock = Clock()
     return ReplicaPolicy(ReplicaBounds(least, most, idle_seconds), clock), clock
 
 
 def test_the_first_request_starts_one_worker_whatever_the_metric() -> None:
-    scaled, _ = policy()
-    assert scaled.decide(0, is_active=False, demand=7.0) == 0
-    assert scaled.decide(0, is_active=True, demand=None) == 1
-    assert scaled.decide(0, is_active=True, demand=7.0) == 1
+    policy, _ = make_policy()
+    assert policy.decide(0, is_active=False, demand=7.0) == 0
+    assert policy.decide(0, is_active=True, demand=None) == 1
+    assert policy.decide(0, is_active=True, demand=7.0) == 1
 
 
-def test_the_metric_decides_once_a_worker_runs() -> None:
-    scaled, _ = policy()
-    assert scaled.decide(1, is_active=True, demand=2.4) == 3
-    assert scaled.decide(3, is_active=True, demand=6.01) == 7
-    assert scaled.decide(7, is_active=True, demand=25.0) == 8
+def test_once_a_worker_runs_the_metric_decides_the_number_of_workers() -> None:
+    policy, _ = make_policy()
+    assert policy.decide(1, is_active=True, demand=2.4) == 3
+    assert policy.decide(3, is_active=True, demand=6.01) == 7
+    assert policy.decide(7, is_active=True, demand=25.0) == 8
 
 
 def test_a_demand_within_a_tenth_of_the_target_changes_nothing() -> None:
-    scaled, _ = policy(most=40)
-    assert scaled.decide(10, is_active=True, demand=11.0) == 10
-    assert scaled.decide(10, is_active=True, demand=11.02) == 12
-    assert policy(idle_seconds=0)[0].decide(8, is_active=True, demand=7.2) == 8
-    assert policy(idle_seconds=0)[0].decide(8, is_active=True, demand=6.9) == 7
+    policy, _ = make_policy(most=40)
+    assert policy.decide(10, is_active=True, demand=11.0) == 10
+    assert policy.decide(10, is_active=True, demand=11.02) == 12
+    assert make_policy(idle_seconds=0)[0].decide(8, is_active=True, demand=7.2) == 8
+    assert make_policy(idle_seconds=0)[0].decide(8, is_active=True, demand=6.9) == 7
 
 
 def test_a_rounding_error_starts_no_worker() -> None:
-    assert policy()[0].decide(1, is_active=True, demand=3 + 1e-9) == 3
+    assert make_policy()[0].decide(1, is_active=True, demand=3 + 1e-9) == 3
 
 
 def test_headroom_is_a_multiple_of_the_square_root_of_the_demand() -> None:
@@ -63,13 +63,13 @@ def test_headroom_is_a_multiple_of_the_square_root_of_the_demand() -> None:
 
 def test_headroom_adds_workers_within_the_bounds() -> None:
     clock = Clock()
-    scaled = ReplicaPolicy(ReplicaBounds(0, 20, 30.0), clock, headroom=2.0)
-    assert scaled.decide(0, is_active=True, demand=9.0) == 1
-    assert scaled.decide(1, is_active=True, demand=9.0) == 15
-    assert scaled.decide(15, is_active=True, demand=16.0) == 20
-    assert scaled.decide(20, is_active=True, demand=None) == 20
+    policy = ReplicaPolicy(ReplicaBounds(0, 20, 30.0), clock, headroom=2.0)
+    assert policy.decide(0, is_active=True, demand=9.0) == 1
+    assert policy.decide(1, is_active=True, demand=9.0) == 15
+    assert policy.decide(15, is_active=True, demand=16.0) == 20
+    assert policy.decide(20, is_active=True, demand=None) == 20
     clock.now += 30
-    assert scaled.decide(20, is_active=False, demand=0.0) == 0
+    assert policy.decide(20, is_active=False, demand=0.0) == 0
 
 
 @given(st.floats(0, 1e4), st.floats(0, 1e4), st.floats(0, 8))
@@ -80,55 +80,55 @@ def test_headroom_preserves_the_order_of_demands(one: float, other: float, headr
 
 
 def test_scale_in_takes_the_largest_recommendation_of_the_window() -> None:
-    scaled, clock = policy(idle_seconds=30.0)
-    assert scaled.decide(6, is_active=True, demand=6.0) == 6
+    policy, clock = make_policy(idle_seconds=30.0)
+    assert policy.decide(6, is_active=True, demand=6.0) == 6
     clock.now += 10
-    assert scaled.decide(6, is_active=True, demand=4.0) == 6
+    assert policy.decide(6, is_active=True, demand=4.0) == 6
     clock.now += 19
-    assert scaled.decide(6, is_active=True, demand=2.0) == 6
+    assert policy.decide(6, is_active=True, demand=2.0) == 6
     clock.now += 1  # 30 s after the recommendation of 6
-    assert scaled.decide(6, is_active=True, demand=2.0) == 4
+    assert policy.decide(6, is_active=True, demand=2.0) == 4
     clock.now += 10  # 30 s after the recommendation of 4
-    assert scaled.decide(4, is_active=True, demand=2.0) == 2
+    assert policy.decide(4, is_active=True, demand=2.0) == 2
 
 
 def test_scale_in_waits_for_a_full_window_after_the_start() -> None:
-    scaled, clock = policy(idle_seconds=30.0)
-    assert scaled.decide(5, is_active=True, demand=1.0) == 5
+    policy, clock = make_policy(idle_seconds=30.0)
+    assert policy.decide(5, is_active=True, demand=1.0) == 5
     clock.now += 30
-    assert scaled.decide(5, is_active=True, demand=1.0) == 1
+    assert policy.decide(5, is_active=True, demand=1.0) == 1
 
 
 def test_scale_to_zero_waits_for_the_cooldown_after_the_last_activity() -> None:
-    scaled, clock = policy(idle_seconds=30.0)
-    assert scaled.decide(1, is_active=True, demand=1.0) == 1
+    policy, clock = make_policy(idle_seconds=30.0)
+    assert policy.decide(1, is_active=True, demand=1.0) == 1
     clock.now += 29
-    assert scaled.decide(1, is_active=False, demand=0.0) == 1
-    assert scaled.decide(1, is_active=True, demand=1.0) == 1
+    assert policy.decide(1, is_active=False, demand=0.0) == 1
+    assert policy.decide(1, is_active=True, demand=1.0) == 1
     clock.now += 29.5
-    assert scaled.decide(1, is_active=False, demand=0.0) == 1
+    assert policy.decide(1, is_active=False, demand=0.0) == 1
     clock.now += 0.5
-    assert scaled.decide(1, is_active=False, demand=0.0) == 0
+    assert policy.decide(1, is_active=False, demand=0.0) == 0
 
 
 def test_the_minimum_number_of_workers_always_runs() -> None:
-    scaled, clock = policy(least=2, idle_seconds=5.0)
-    assert scaled.decide(0, is_active=False, demand=0.0) == 2
-    assert scaled.decide(2, is_active=False, demand=0.0) == 2
+    policy, clock = make_policy(least=2, idle_seconds=5.0)
+    assert policy.decide(0, is_active=False, demand=0.0) == 2
+    assert policy.decide(2, is_active=False, demand=0.0) == 2
     clock.now += 100
-    assert scaled.decide(2, is_active=False, demand=0.0) == 2
-    assert scaled.decide(1, is_active=False, demand=0.0) == 2
+    assert policy.decide(2, is_active=False, demand=0.0) == 2
+    assert policy.decide(1, is_active=False, demand=0.0) == 2
 
 
 def test_without_a_metric_the_number_of_workers_stays() -> None:
-    scaled, clock = policy(idle_seconds=5.0)
-    assert scaled.decide(3, is_active=True, demand=None) == 3
+    policy, clock = make_policy(idle_seconds=5.0)
+    assert policy.decide(3, is_active=True, demand=None) == 3
     clock.now += 100
-    assert scaled.decide(3, is_active=True, demand=None) == 3
+    assert policy.decide(3, is_active=True, demand=None) == 3
 
 
 def test_workers_above_the_maximum_are_ended_at_once() -> None:
-    assert policy(most=4)[0].decide(9, is_active=True, demand=9.0) == 4
+    assert make_policy(most=4)[0].decide(9, is_active=True, demand=9.0) == 4
 
 
 @pytest.mark.parametrize(("least", "most"), [(0, 0), (3, 2), (-1, 2)])
@@ -157,13 +157,13 @@ LOADS = st.builds(
 def test_decisions_respect_the_bounds_for_any_sequence_of_loads(
     polls: list[tuple[StageLoad, float]], least: int, most: int, idle_seconds: float, target: float
 ) -> None:
-    """Never outside the bounds or below the held workers; 0 only after `idle_seconds` without activity."""
-    scaled, clock = policy(least, most, idle_seconds)
-    current, active_at = scaled.decide(0, is_active=False, demand=0.0), clock.now
+    """Decisions are not below the number of held workers. They are 0 only after `idle_seconds` without activity."""
+    policy, clock = make_policy(least, most, idle_seconds)
+    current, active_at = policy.decide(0, is_active=False, demand=0.0), clock.now
     for load, passed in polls:
         clock.now += passed
         active_at = clock.now if load.is_active else active_at
-        decided = scaled.decide(current, is_active=load.is_active, demand=load.wanted_seconds(target) / target)
+        decided = policy.decide(current, is_active=load.is_active, demand=load.wanted_seconds(target) / target)
         assert least <= decided <= most
         if load.is_active and current:
             assert decided >= min(load.workers_held, current)
@@ -178,6 +178,7 @@ def test_decisions_respect_the_bounds_for_any_sequence_of_loads(
 def test_more_demand_never_means_fewer_workers(current: int, most: int, one: float, other: float) -> None:
     less, more = sorted((one, other))
     decided = [
-        policy(most=most, idle_seconds=0.0)[0].decide(current, is_active=True, demand=demand) for demand in (less, more)
+        make_policy(most=most, idle_seconds=0.0)[0].decide(current, is_active=True, demand=demand)
+        for demand in (less, more)
     ]
     assert decided[0] <= decided[1]

@@ -9,7 +9,7 @@ from common.rpc.replies import Recorder, ReplyCache
 from fleet.v1 import artifacts_pb2
 
 
-def cache(max_bytes: int = 10_000) -> ReplyCache:
+def make_cache(max_bytes: int = 10_000) -> ReplyCache:
     return ReplyCache(max_bytes, service="entries", model="m")
 
 
@@ -17,34 +17,34 @@ def prompt(text: str) -> Packet:
     return Packet(artifacts_pb2.Prompt(prompt=text), {})
 
 
-def test_equal_values_in_other_slots_have_another_key() -> None:
-    kept = cache()
+def test_equal_values_in_different_slots_have_different_keys() -> None:
+    cache = make_cache()
     keys = [
-        kept.key({"prompt": prompt("a"), "other": prompt("b")}),
-        kept.key({"prompt": prompt("b"), "other": prompt("a")}),
-        kept.key({"prompt": prompt("a"), "another": prompt("b")}),
-        kept.key({"prompt": prompt("a")}),
-        kept.key({"other": prompt("a")}),
+        cache.key({"prompt": prompt("a"), "other": prompt("b")}),
+        cache.key({"prompt": prompt("b"), "other": prompt("a")}),
+        cache.key({"prompt": prompt("a"), "another": prompt("b")}),
+        cache.key({"prompt": prompt("a")}),
+        cache.key({"other": prompt("a")}),
     ]
     assert len(set(keys)) == len(keys)
 
 
 def test_a_reply_stored_twice_counts_once() -> None:
     """Two concurrent calls with equal inputs may both miss the cache and store the reply."""
-    kept = cache()
-    kept.put(b"k", (b"x" * 1_000,))
-    used = kept.used_bytes
-    kept.put(b"k", (b"x" * 1_000,))
-    assert kept.used_bytes == used
-    assert kept.get(b"k") == (b"x" * 1_000,)
+    cache = make_cache()
+    cache.put(b"k", (b"x" * 1_000,))
+    used = cache.used_bytes
+    cache.put(b"k", (b"x" * 1_000,))
+    assert cache.used_bytes == used
+    assert cache.get(b"k") == (b"x" * 1_000,)
 
 
 def test_a_reply_larger_than_the_cache_displaces_nothing() -> None:
-    kept = cache(2_000)
-    kept.put(b"small", (b"x" * 100,))
-    kept.put(b"large", (b"x" * 2_000,))
-    assert kept.get(b"small") is not None
-    assert kept.get(b"large") is None
+    cache = make_cache(2_000)
+    cache.put(b"small", (b"x" * 100,))
+    cache.put(b"large", (b"x" * 2_000,))
+    assert cache.get(b"small") is not None
+    assert cache.get(b"large") is None
 
 
 def test_a_recorder_drops_a_reply_that_exceeds_its_bound() -> None:
@@ -53,7 +53,7 @@ def test_a_recorder_drops_a_reply_that_exceeds_its_bound() -> None:
     async def write(frame: bytes) -> None:
         sent.append(frame)
 
-    async def story() -> None:
+    async def scenario() -> None:
         recorder = Recorder(write, 10, uncached=b"begun")
         await recorder.write(b"begun")
         await recorder.write(b"12345")
@@ -62,5 +62,5 @@ def test_a_recorder_drops_a_reply_that_exceeds_its_bound() -> None:
         await recorder.write(b"2")
         assert not recorder.frames
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     assert sent == [b"begun", b"12345", b"678901", b"2"]

@@ -87,8 +87,8 @@ class Case:
         ]
 
 
-def story(server: RedisServer, test: Callable[[Case], Awaitable[None]]) -> None:
-    async def whole() -> None:
+def run_case(server: RedisServer, test: Callable[[Case], Awaitable[None]]) -> None:
+    async def main() -> None:
         async with connect(server.url) as redis, asyncio.timeout(30):
             await redis.flushall()
             case = Case(redis)
@@ -97,7 +97,7 @@ def story(server: RedisServer, test: Callable[[Case], Awaitable[None]]) -> None:
             for writer in case.writers:
                 await writer.close()
 
-    asyncio.run(whole())
+    asyncio.run(main())
 
 
 async def indexed(packets: Sequence[Packet]) -> AsyncIterator[tuple[int, Packet]]:
@@ -136,7 +136,7 @@ def test_items_of_several_files_are_stored_and_described(server: RedisServer) ->
         events = [event async for event in case.store.events(case.request_id)]
         assert [event.item.item_index for event in events if event.HasField("item")] == [0, 1, 2, 3]
 
-    story(server, test)
+    run_case(server, test)
 
 
 def test_an_item_is_read_only_once_the_previous_item_is_stored(server: RedisServer) -> None:
@@ -149,11 +149,11 @@ def test_an_item_is_read_only_once_the_previous_item_is_stored(server: RedisServ
         await case.stream().take(items())
         assert await case.delivered() == [b"0", b"1", b"2"]
 
-    story(server, test)
+    run_case(server, test)
 
 
 def test_a_repeated_item_is_delivered_once(server: RedisServer) -> None:
-    """A decoder that replaces another one starts with the first item."""
+    """A decoder that replaces another decoder starts with the first item."""
 
     async def test(case: Case) -> None:
         stream = case.stream()
@@ -161,7 +161,7 @@ def test_a_repeated_item_is_delivered_once(server: RedisServer) -> None:
             await stream.put(index, packet(b"%d" % index), 1)
         assert await case.delivered() == [b"0", b"1", b"2"]
 
-    story(server, test)
+    run_case(server, test)
 
 
 def test_cancelling_the_caller_neither_loses_nor_repeats_the_item(server: RedisServer) -> None:
@@ -176,7 +176,7 @@ def test_cancelling_the_caller_neither_loses_nor_repeats_the_item(server: RedisS
             await stream.put(attempt, packet(b"%d" % attempt), 1)
         assert await case.delivered() == [b"%d" % each for each in range(20)]
 
-    story(server, test)
+    run_case(server, test)
 
 
 @pytest.mark.parametrize("delivered", range(4))
@@ -191,9 +191,9 @@ def test_the_next_owner_delivers_only_the_missing_items(
         await case.store.items.save(case.request_id, orphan, [b"x"])  # the first owner died before it wrote the event
         epoch = await case.take_over()
         second = case.stream(epoch)
-        again = [b"ONE", b"TWO!!", b"THREE"]  # other numerics: the second item is longer
-        files = await second.take(indexed([packet(part) for part in again]))
-        expected = [*parts[:delivered], *again[delivered:]]
+        recomputed = [b"ONE", b"TWO!!", b"THREE"]  # other numerics: the second item is longer
+        files = await second.take(indexed([packet(part) for part in recomputed]))
+        expected = [*parts[:delivered], *recomputed[delivered:]]
         assert await case.delivered() == expected
         assert files[0].header.byte_size == sum(map(len, expected))
         assert files[0].header.num_frames == 12
@@ -203,7 +203,7 @@ def test_the_next_owner_delivers_only_the_missing_items(
         assert case.ended.is_set()
         assert await case.delivered() == expected
 
-    story(server, test)
+    run_case(server, test)
     assert ("index=1 delivered_bytes=3 computed_bytes=5" in caplog.text) == (delivered > 1)
 
 
@@ -215,11 +215,11 @@ def test_the_next_owner_of_a_complete_result_delivers_nothing_more(server: Redis
         assert files[0].header.byte_size == 6
         assert await case.delivered() == [b"one", b"two"]
 
-    story(server, test)
+    run_case(server, test)
 
 
 @pytest.mark.parametrize(("raw", "field"), [(False, "num_frames"), (True, "output_format")])
-def test_a_result_is_bounded(server: RedisServer, raw: bool, field: str) -> None:
+def test_a_result_larger_than_max_bytes_is_refused(server: RedisServer, raw: bool, field: str) -> None:
     async def test(case: Case) -> None:
         stream = case.stream(max_bytes=10, raw=raw)
         await stream.put(0, packet(b"12345678"), 8)
@@ -230,7 +230,7 @@ def test_a_result_is_bounded(server: RedisServer, raw: bool, field: str) -> None
             assert caught.value.field == field
         assert await case.delivered() == ([] if raw else [b"12345678", b"90"])
 
-    story(server, test)
+    run_case(server, test)
 
 
 def test_a_raw_result_stays_in_memory_and_is_never_stored(server: RedisServer) -> None:
@@ -241,7 +241,7 @@ def test_a_raw_result_stays_in_memory_and_is_never_stored(server: RedisServer) -
         assert not await case.redis.keys("fleet:item:*")
         assert await case.delivered() == []
 
-    story(server, test)
+    run_case(server, test)
 
 
 def test_wrong_items_and_missing_files_are_refused(server: RedisServer) -> None:
@@ -261,7 +261,7 @@ def test_wrong_items_and_missing_files_are_refused(server: RedisServer) -> None:
         with pytest.raises(InternalError, match="file 0 of 3; the result has 2 files"):
             await stream.put(1, packet(b"x", files=3), 1)
 
-    story(server, test)
+    run_case(server, test)
 
 
 def test_an_item_waits_for_a_store_that_is_unavailable() -> None:
@@ -278,7 +278,7 @@ def test_an_item_waits_for_a_store_that_is_unavailable() -> None:
             await task
             assert await case.delivered() == [b"one", b"two"]
 
-        story(server, test)
+        run_case(server, test)
 
 
 def test_an_item_waits_for_a_full_store() -> None:
@@ -293,7 +293,7 @@ def test_an_item_waits_for_a_full_store() -> None:
             await task
             assert [len(each) for each in await case.delivered()] == [2 * MIB]
 
-        story(server, test)
+        run_case(server, test)
 
 
 def test_close_abandons_an_item_that_the_store_has_not_accepted() -> None:
@@ -310,13 +310,13 @@ def test_close_abandons_an_item_that_the_store_has_not_accepted() -> None:
             await asyncio.gather(task, return_exceptions=True)
             server.start()
 
-            async def is_back() -> bool:
+            async def is_store_back() -> bool:
                 return len(await case.delivered()) == 1
 
-            await wait_until(is_back)
+            await wait_until(is_store_back)
             assert [stored.item.item_index for stored in stream.items] == [0]
 
-        story(server, test)
+        run_case(server, test)
 
 
 def test_a_damaged_store_is_an_error_instead_of_a_wait(server: RedisServer) -> None:
@@ -331,7 +331,7 @@ def test_a_damaged_store_is_an_error_instead_of_a_wait(server: RedisServer) -> N
         with pytest.raises(InternalError, match="damaged"):
             await case.writers.pop().close()
 
-    story(server, test)
+    run_case(server, test)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -349,7 +349,7 @@ def test_owners_in_any_order_deliver_each_item_once(server: RedisServer, actions
                 continue
             number = min(action[0], len(owners) - 1)
             epoch, stream, computed = owners[number]
-            index = min(action[1], computed)  # the next item, or an earlier one after its decoder was replaced
+            index = min(action[1], computed)  # the next item, or an earlier item after its decoder was replaced
             data = b"%d of epoch %d" % (index, epoch)
             is_owner = number == len(owners) - 1
             try:
@@ -365,4 +365,4 @@ def test_owners_in_any_order_deliver_each_item_once(server: RedisServer, actions
         if expected and owners[-1][2]:
             assert owners[-1][1].files()[0].header.byte_size == sizes
 
-    story(server, test)
+    run_case(server, test)

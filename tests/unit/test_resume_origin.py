@@ -36,7 +36,7 @@ def test_an_origin_depends_on_numerics_slots_and_values() -> None:
 
 
 class FakeLeases(Leases):
-    """Leases that append saved checkpoints to a list, and load `stored`."""
+    """Leases that append saved step checkpoints to a list, and load `stored`."""
 
     def __init__(self, stored: list[bytes] | Exception | None = None) -> None:
         self.stored = stored
@@ -53,11 +53,11 @@ class FakeLeases(Leases):
     async def load_step_checkpoint(self, request_id: str) -> list[bytes]:
         if isinstance(self.stored, list):
             return self.stored
-        raise self.stored or NotFound(f"request {request_id} has no checkpoint")
+        raise self.stored or NotFound(f"request {request_id} has no step checkpoint")
 
 
-def test_a_checkpoint_of_another_origin_is_not_resumed() -> None:
-    async def story() -> None:
+def test_a_step_checkpoint_of_another_origin_is_not_resumed() -> None:
+    async def scenario() -> None:
         newest = NewestStepCheckpoint(FakeLeases(), "r", 1)
         newest.remember("here", state(4))
         assert await newest.find("elsewhere", "resume_from") is None
@@ -66,11 +66,11 @@ def test_a_checkpoint_of_another_origin_is_not_resumed() -> None:
         assert found.message == artifacts_pb2.DenoiseState(step=4)
         await newest.close()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_while_the_store_is_slow_only_the_newest_checkpoint_is_saved() -> None:
-    async def story() -> None:
+def test_while_the_store_is_slow_only_the_newest_step_checkpoint_is_saved() -> None:
+    async def scenario() -> None:
         leases = FakeLeases()
         newest = NewestStepCheckpoint(leases, "r", 1)
         newest.remember("here", state(1))
@@ -80,13 +80,13 @@ def test_while_the_store_is_slow_only_the_newest_checkpoint_is_saved() -> None:
         await newest.settle()
         assert leases.saved == [(0, 1), (1, 8)]
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_the_next_owner_loads_the_stored_checkpoint() -> None:
-    async def story() -> None:
+def test_the_next_owner_loads_the_stored_step_checkpoint() -> None:
+    async def scenario() -> None:
         stored = [b"here", artifacts_pb2.DenoiseState(step=7).SerializeToString()]
-        # The first owner has stored no checkpoint.
+        # The first owner of a request loads no step checkpoint from the store.
         assert await NewestStepCheckpoint(FakeLeases(stored), "r", 1).find("here", "resume_from") is None
         assert (
             await NewestStepCheckpoint(FakeLeases(stored), "r", 2, inherited=True).find("elsewhere", "resume_from")
@@ -96,11 +96,13 @@ def test_the_next_owner_loads_the_stored_checkpoint() -> None:
         assert found is not None
         assert found.message == artifacts_pb2.DenoiseState(step=7)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("stored", [None, Unavailable("away"), [b"here", b"\xff"], [b"only one part"]])
-def test_an_unreadable_checkpoint_restarts_the_loop(stored: list[bytes] | Exception | None) -> None:
+@pytest.mark.parametrize(
+    "stored", [None, Unavailable("the store is unavailable"), [b"here", b"\xff"], [b"only one part"]]
+)
+def test_an_unreadable_step_checkpoint_restarts_the_loop(stored: list[bytes] | Exception | None) -> None:
     assert (
         asyncio.run(NewestStepCheckpoint(FakeLeases(stored), "r", 2, inherited=True).find("here", "resume_from"))
         is None

@@ -9,20 +9,20 @@ from common.errors import ResourceExhausted, Unavailable
 from common.rpc.status import RETRY_KEY, from_status, to_status
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(5.0, "5000"), (0.0001, "1"), (1.2341, "1235"), (0.0, "0")])
-def test_a_full_fleet_states_when_to_retry(seconds: float, shown: str) -> None:
+@pytest.mark.parametrize(("seconds", "milliseconds"), [(5.0, "5000"), (0.0001, "1"), (1.2341, "1235"), (0.0, "0")])
+def test_a_full_fleet_returns_the_time_after_which_to_retry(seconds: float, milliseconds: str) -> None:
     """The time is rounded up, because an early retry is refused."""
     status = to_status(ResourceExhausted("full", retry_seconds=seconds))
-    assert dict(status.metadata)[RETRY_KEY] == shown
+    assert dict(status.metadata)[RETRY_KEY] == milliseconds
     error = from_status(*status)
     assert isinstance(error, ResourceExhausted)
-    assert error.retry_seconds == int(shown) / 1_000
+    assert error.retry_seconds == int(milliseconds) / 1_000
 
 
 def test_an_error_without_a_retry_time_has_no_retry_metadata() -> None:
     status = to_status(ResourceExhausted("full"))
     assert RETRY_KEY not in dict(status.metadata)
-    assert RETRY_KEY not in dict(to_status(Unavailable("away")).metadata)
+    assert RETRY_KEY not in dict(to_status(Unavailable("the store is unavailable")).metadata)
     error = from_status(*status)
     assert isinstance(error, ResourceExhausted)
     assert error.retry_seconds is None

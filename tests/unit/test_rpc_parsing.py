@@ -1,4 +1,4 @@
-"""Malformed messages and invalid text are refused with the field's name."""
+"""Malformed messages, invalid UTF-8, unknown fields and contracts that exceed their RPC are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BAD = b"b\xffd"
         ),
     ],
 )
-def test_invalid_text_is_named(request_: gen.SubmitRequest, field: str) -> None:
+def test_invalid_utf8_is_refused_with_its_field(request_: gen.SubmitRequest, field: str) -> None:
     raw = request_.SerializeToString()
     assert parse(gen.SubmitRequest, raw) == request_
     with pytest.raises(InvalidInput, match="not valid UTF-8") as caught:
@@ -89,7 +89,7 @@ def test_stage_services_are_found_by_name(service: str) -> None:
     assert path_of(stage_method(service)).startswith("/fleet.v1.")
 
 
-def test_standard_stages_fit_their_rpcs() -> None:
+def test_standard_contracts_fit_their_rpcs() -> None:
     for service, contract in (
         ("text_encoding", contracts.TEXT_ENCODING),
         ("latent_preparation", contracts.LATENT_PREPARATION),
@@ -105,13 +105,13 @@ def test_standard_stages_fit_their_rpcs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("contract", "words"),
+    ("contract", "message"),
     [
         (Contract("S", {"nonsense": "Latents"}, {}), "reads 'nonsense' as Latents, but Decode carries nothing there"),
         (Contract("S", {"canvas": "Latents"}, {}), "reads 'canvas' as Latents, but Decode carries Canvas there"),
         (Contract("S", {}, {"canvas": "Canvas"}), "writes 'canvas' as Canvas, but Decode carries nothing there"),
     ],
 )
-def test_a_contract_that_exceeds_its_rpc_is_refused(contract: Contract, words: str) -> None:
-    with pytest.raises(PipelineError, match=words):
+def test_a_contract_that_exceeds_its_rpc_is_refused(contract: Contract, message: str) -> None:
+    with pytest.raises(PipelineError, match=message):
         check_contract(contract, stage_method("decoding"))

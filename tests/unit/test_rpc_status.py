@@ -45,7 +45,7 @@ def test_an_unlisted_subclass_is_sent_as_its_base_class() -> None:
 
 
 @pytest.mark.parametrize("code", list(grpc.StatusCode))
-def test_every_transport_status_is_an_error(code: grpc.StatusCode) -> None:
+def test_every_transport_status_becomes_a_fleet_error(code: grpc.StatusCode) -> None:
     assert isinstance(from_status(code, "", ()), FleetError)
 
 

@@ -29,7 +29,7 @@ class Value:
 
 @dataclass
 class FakeRunner:
-    """A runner that reads and writes slots of these names; `work` computes the outputs."""
+    """A runner that reads and writes slots with these names; `work` computes the outputs."""
 
     name: str
     reads: tuple[str, ...]
@@ -79,10 +79,10 @@ def test_an_optional_slot_without_a_writer_is_omitted() -> None:
 
 
 def test_independent_stages_overlap() -> None:
-    """Each stage waits until the other one has started; sequential execution would deadlock."""
+    """Each stage waits until the other stage has started; sequential execution would deadlock."""
     began = {"text": asyncio.Event(), "noise": asyncio.Event()}
 
-    def meeting(own: str, other: str) -> Work:
+    def rendezvous(own: str, other: str) -> Work:
         async def work(values: Mapping[str, Any]) -> Mapping[str, Any]:
             began[own].set()
             await began[other].wait()
@@ -91,8 +91,8 @@ def test_independent_stages_overlap() -> None:
         return work
 
     assert run(
-        FakeRunner("encode", ("prompt",), ("text",), meeting("text", "noise")),
-        FakeRunner("prepare", ("prompt",), ("noise",), meeting("noise", "text")),
+        FakeRunner("encode", ("prompt",), ("text",), rendezvous("text", "noise")),
+        FakeRunner("prepare", ("prompt",), ("noise",), rendezvous("noise", "text")),
         FakeRunner("denoise", ("text", "noise"), ("media",)),
         prompt="p",
     ) == {"media": "denoise(text,noise)"}
@@ -139,7 +139,7 @@ def test_the_first_error_is_raised_unchanged_and_ends_the_other_stages() -> None
             return await _wait_forever({})
         finally:
             ended.append("prepare")
-            raise Unavailable("gone")
+            raise Unavailable("the worker is lost")
 
     with pytest.raises(InvalidInput, match="too dark") as refused:
         run(
@@ -156,7 +156,7 @@ def test_a_failure_does_not_cancel_the_callers_task() -> None:
     """The caller can retry, for instance under a timeout."""
 
     async def fail(_: Mapping[str, Any]) -> Mapping[str, Any]:
-        raise Unavailable("gone")
+        raise Unavailable("the worker is lost")
 
     async def scenario() -> None:
         with pytest.raises(Unavailable):
@@ -180,7 +180,7 @@ def test_a_runner_that_cancels_itself_ends_the_pipeline() -> None:
         )
 
 
-def test_a_runner_that_omits_an_output_is_named() -> None:
+def test_the_error_names_a_runner_that_omits_an_output() -> None:
     async def omit_schedule(_: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"noise": 1}
 

@@ -63,7 +63,7 @@ def test_the_caller_overrides_the_checkpoint_which_overrides_the_family(tmp_path
     assert {spec.name: spec.default for spec in FluxSamplingParams.parameters(checkpoint)}["height"] == 64
 
 
-def test_the_native_size_follows_the_vae(tmp_path: Path) -> None:
+def test_the_native_size_depends_on_the_scale_factor_of_the_vae(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(build_bare_flux(tmp_path / "flux", vae_blocks=2))
     params, warnings = build(checkpoint, width=30)
     assert vae_scale_factor(checkpoint) == 2
@@ -105,8 +105,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative steps": ({"num_inference_steps": -4}, "-4 is not a whole number from 1 to 1000"),
     "too many steps": ({"num_inference_steps": 1001}, "from 1 to 1000"),
     "steps as a float": ({"num_inference_steps": 4.0}, "a whole number"),
-    "steps as a truth value": ({"num_inference_steps": True}, "True is not a whole number from 1 to 1000"),
-    "steps as a text": ({"num_inference_steps": "4"}, "'4' is not a whole number from 1 to 1000"),
+    "steps as a boolean": ({"num_inference_steps": True}, "True is not a whole number from 1 to 1000"),
+    "steps as a string": ({"num_inference_steps": "4"}, "'4' is not a whole number from 1 to 1000"),
     "zero height": ({"height": 0}, "0 is not a whole number from 1 to 8192"),
     "a size that rounds to 0": ({"width": 15}, "width: 15 is not at least 16"),
     "a huge size": ({"height": 2**62}, "from 1 to 8192"),
@@ -129,7 +129,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rising sigmas": ({"sigmas": (0.5, 1.0)}, "sigmas: 1.0 after 0.5 is not in descending order"),
     "a sigma of zero": ({"sigmas": (1.0, 0.0)}, "0.0 is not a list of finite numbers from 1e-06 to 1.0"),
     "a sigma of NaN": ({"sigmas": (math.nan,)}, "nan is not a list"),
-    "a sigma as a text": ({"sigmas": ("1",)}, "'1' is not a list"),
+    "a sigma as a string": ({"sigmas": ("1",)}, "'1' is not a list"),
     "a single sigma": ({"sigmas": 1.0}, "a list of finite numbers"),
     "too many sigmas": ({"sigmas": (0.5,) * 1001}, "1001 values are not at most 1000"),
     "video": ({"output_format": "mp4"}, "'mp4' is not png or safetensors"),
@@ -155,9 +155,9 @@ def test_a_prompt_is_required_and_may_be_empty(flux: Checkpoint) -> None:
     assert FluxSamplingParams.build({"prompt": ""}, flux)[0].prompt == ""
 
 
-@pytest.mark.parametrize("size", [{"prompt": "x" * 65536}, {"prompt": "é" * 32768}, {"width": 16}, {"width": 8192}])
-def test_bounds_are_inclusive(flux: Checkpoint, size: dict[str, Any]) -> None:
-    FluxSamplingParams.build({"prompt": "", **size}, flux)
+@pytest.mark.parametrize("given", [{"prompt": "x" * 65536}, {"prompt": "é" * 32768}, {"width": 16}, {"width": 8192}])
+def test_bounds_are_inclusive(flux: Checkpoint, given: dict[str, Any]) -> None:
+    FluxSamplingParams.build({"prompt": "", **given}, flux)
 
 
 def test_sigmas_decide_the_number_of_steps(flux: Checkpoint) -> None:
@@ -230,7 +230,7 @@ def test_another_family_declares_only_its_own_parameters(flux: Checkpoint) -> No
             ClipParams.build({"prompt": "x", **wrong}, flux)
 
 
-def test_a_field_of_another_type_is_a_defect() -> None:
+def test_a_field_of_an_unsupported_type_is_refused() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Wrong(SamplingParams):
         layers: bytes = parameter("Layers.", None)

@@ -31,7 +31,7 @@ def test_many_short_requests_share_replicas() -> None:
     assert load(claims=20, waiting=60.0).wanted_seconds(30.0) == 60.0
 
 
-def test_a_worker_that_runs_a_request_counts_as_one() -> None:
+def test_a_worker_that_runs_a_request_counts_as_one_replica() -> None:
     assert load(held=3, running=1.0).wanted_seconds(30.0) == 90.0
     assert load(held=2, claims=2, waiting=45.0, running=500.0).wanted_seconds(30.0) == 105.0
 

@@ -47,7 +47,7 @@ def test_lengths_are_restored_after_an_exception() -> None:
         _ = scope.current
 
 
-def test_a_segment_has_one_length() -> None:
+def test_another_length_for_a_segment_is_refused() -> None:
     scope = SegmentScope(2, 0)
     refused = pytest.raises(ValueError, match="text: 12 tokens is not the segment's length, 13")
     with scope.entered({"text": 13}), refused, scope.entered({"text": 12}):

@@ -1,4 +1,4 @@
-"""Self-attention that writes keys and values into gather buffers, compared with attention without a gather."""
+"""Self-attention that writes keys and values into gather buffers, compared with plain attention."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from models.parallel.usp_attention import USPAttention
 from models.token_segments import TokenSegments
 
 CPU = torch.device("cpu")
-SIZE, HEAD, TOKENS, BOUNDARY = 32, 8, 6, 2
+SIZE, HEAD, TOKENS, TEXT_TOKENS = 32, 8, 6, 2
 
 
 class NoStreams:
@@ -37,7 +37,7 @@ class NoStreams:
         """Return at once."""
 
 
-def gathering() -> USPAttention:
+def gather_attention() -> USPAttention:
     """Attention of one rank that gathers the keys and values of TOKENS tokens in peer memory."""
     axes = {axis: Axis() for axis in AXES}
     scope = SegmentScope(1, 0)
@@ -56,7 +56,7 @@ def random_weights(module: nn.Module) -> None:
         nn.init.normal_(parameter, std=0.3)
 
 
-@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
+@pytest.mark.parametrize("joined", [False, True], ids=["separate weights", "joined weights"])
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.inference_mode()
 def test_gathered_self_attention_equals_plain_self_attention(joined: bool, batch: int) -> None:
@@ -68,7 +68,7 @@ def test_gathered_self_attention_equals_plain_self_attention(joined: bool, batch
     x, rotation = torch.randn(batch, TOKENS, SIZE), rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
     expected = attention.finish(attention.start(x, rotation))
     assert torch.equal(attention(x, rotation), expected)
-    attention.inner = parallel = gathering()
+    attention.inner = parallel = gather_attention()
     with parallel.scope.entered({"image": TOKENS}):
         torch.testing.assert_close(attention(x, rotation), expected)
         torch.testing.assert_close(attention.finish(attention.start(x, rotation)), expected)
@@ -86,10 +86,10 @@ def test_gathered_joint_attention_equals_plain_joint_attention() -> None:
     random_weights(attention)
     attention.join_weights()
     x, rotation = torch.randn(2, TOKENS, SIZE), rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
-    segments = TokenSegments((BOUNDARY, TOKENS - BOUNDARY))
+    segments = TokenSegments((TEXT_TOKENS, TOKENS - TEXT_TOKENS))
     expected = attention.joint(x, rotation, segments)
-    attention.inner = parallel = gathering()
-    with parallel.scope.entered({"text": BOUNDARY, "image": TOKENS - BOUNDARY}):
+    attention.inner = parallel = gather_attention()
+    with parallel.scope.entered({"text": TEXT_TOKENS, "image": TOKENS - TEXT_TOKENS}):
         torch.testing.assert_close(attention.joint(x, rotation, segments), expected)
 
 
@@ -101,16 +101,16 @@ def test_gathered_attention_parallel_to_a_feed_forward_equals_plain_attention() 
     random_weights(attention)
     x, rotation = torch.randn(2, TOKENS, SIZE), rotary_embedding(torch.arange(TOKENS)[:, None], (HEAD,))
     expected = attention(x, rotation)
-    attention.inner = parallel = gathering()
+    attention.inner = parallel = gather_attention()
     with parallel.scope.entered({"image": TOKENS}):
         torch.testing.assert_close(attention(x, rotation), expected)
 
 
 @torch.inference_mode()
-def test_a_call_sends_its_keys_and_values() -> None:
+def test_gathered_attention_equals_plain_attention() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, TOKENS, 4, HEAD).unbind()
-    parallel = gathering()
+    parallel = gather_attention()
     with parallel.scope.entered({"image": TOKENS}):
         torch.testing.assert_close(parallel(q, k, v), Attention()(q, k, v))
 
@@ -121,7 +121,9 @@ PEER, NCCL, SINGLE = "peer memory", "messages", "one device"
 
 @pytest.mark.parametrize("form", [SINGLE, PEER, NCCL])
 @torch.inference_mode()
-def test_the_order_of_projections_and_messages(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+def test_a_direct_call_sends_keys_and_values_before_it_projects_queries(
+    monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
     """Without other work, ranks send keys and values while they project queries: two GEMMs instead of one."""
     order: list[tuple[int, ...] | str] = []
 
@@ -144,7 +146,7 @@ def test_the_order_of_projections_and_messages(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(attention_module, "project", project_some)
     scope = SegmentScope(1, 0)
     if form != SINGLE:
-        attention.inner = parallel = gathering()
+        attention.inner = parallel = gather_attention()
         scope = parallel.scope
         if form == NCCL:
             parallel.gather = None
@@ -158,5 +160,5 @@ def test_the_order_of_projections_and_messages(monkeypatch: pytest.MonkeyPatch, 
             orders.append([*order])
             order.clear()
     sent = [] if form == SINGLE else ["sent"]
-    at_once = [ALL_PARTS] if form == SINGLE else [KEYS_AND_VALUES, "sent", QUERIES]
-    assert orders == [at_once, [ALL_PARTS, *sent]]
+    direct = [ALL_PARTS] if form == SINGLE else [KEYS_AND_VALUES, "sent", QUERIES]
+    assert orders == [direct, [ALL_PARTS, *sent]]

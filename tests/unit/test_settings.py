@@ -17,7 +17,7 @@ from common.settings import SettingsError, load_settings, setting
 class Example:
     """Settings with one field of each type."""
 
-    model: str = setting(help="what to serve, 100% of it")
+    model: str = setting(help="model to serve, 100% of it")
     capacity: int = setting(1, help="requests at a time")
     grace_seconds: float = setting(30.0, help="time to finish")
     metrics_port: int | None = setting(None, help="port of the metrics")
@@ -51,7 +51,7 @@ def test_the_config_flag_overrides_its_variable(tmp_path: Path) -> None:
     assert load("--config", str(tmp_path / "two"), environ=environ).model == "two"
 
 
-def test_a_tuple_is_a_repeated_flag_or_a_comma_list() -> None:
+def test_a_tuple_is_read_from_repeated_flags_or_a_comma_separated_variable() -> None:
     assert load("--model", "m", "--plugins", "a", "--plugins", "b,c").plugins == (Path("a"), Path("b,c"))
     assert load("--model", "m", environ={"FLEET_PLUGINS": "a, b,"}).plugins == (Path("a"), Path("b"))
 
@@ -61,13 +61,13 @@ def test_booleans_are_read_from_the_environment(text: str, value: bool) -> None:
     assert load("--model", "m", environ={"FLEET_REFLECTION": text}).reflection is value
 
 
-def test_a_bool_is_a_pair_of_flags() -> None:
+def test_a_boolean_setting_has_a_pair_of_flags() -> None:
     assert load("--model", "m", "--no-reflection").reflection is False
     assert load("--model", "m", "--reflection", environ={"FLEET_REFLECTION": "no"}).reflection is True
 
 
 @pytest.mark.parametrize(
-    ("argv", "field", "words"),
+    ("argv", "field", "message"),
     [
         ([], "model", "FLEET_MODEL"),
         (["--model", "m", "--capacity", "many"], "capacity", "--capacity must be a whole number, not 'many'"),
@@ -77,16 +77,16 @@ def test_a_bool_is_a_pair_of_flags() -> None:
         (["--model", "m", "--config", "/nowhere.toml"], "config", "/nowhere.toml"),
     ],
 )
-def test_an_invalid_flag_is_refused(argv: list[str], field: str, words: str) -> None:
+def test_an_invalid_flag_is_refused(argv: list[str], field: str, message: str) -> None:
     with pytest.raises(SettingsError) as caught:
         load(*argv)
     assert caught.value.field == field
-    assert words in caught.value.message
+    assert message in caught.value.message
     assert "\n" not in caught.value.message
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("capasity = 1", "unknown key 'capasity'"),
         ("capacity = true", "a whole number, not True"),
@@ -100,21 +100,21 @@ def test_an_invalid_flag_is_refused(argv: list[str], field: str, words: str) -> 
         ("model = ", "not TOML"),
     ],
 )
-def test_an_invalid_file_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_an_invalid_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     config = tmp_path / "example.toml"
     config.write_text(text)
     with pytest.raises(SettingsError, match=r"example\.toml") as caught:
         load("--model", "m", "--config", str(config))
-    assert words in caught.value.message
+    assert message in caught.value.message
 
 
-def test_an_invalid_variable_is_named() -> None:
+def test_the_error_names_an_invalid_variable() -> None:
     with pytest.raises(SettingsError, match="FLEET_CAPACITY must be a whole number, not 'x'") as caught:
         load("--model", "m", environ={"FLEET_CAPACITY": "x"})
     assert caught.value.field == "capacity"
 
 
-def test_help_reports_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_flags_and_required_settings(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         load("--help")
     assert caught.value.code == 0
@@ -129,10 +129,10 @@ def test_the_process_environment_is_read_when_none_is_passed(monkeypatch: pytest
     assert load_settings(Example, [], prog="example").model == "m"
 
 
-def test_a_field_of_another_type_is_a_defect() -> None:
+def test_a_field_of_an_unsupported_type_is_refused() -> None:
     @dataclass(frozen=True)
     class Wrong:
-        """Not a setting."""
+        """A class with a field of a type that settings do not support."""
 
         value: complex = setting(1j, help="no")
 

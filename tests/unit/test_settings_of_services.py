@@ -50,7 +50,7 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def modules_of(*roots: str) -> set[str]:
-    """These modules, and the modules of this tree that they import, directly or not."""
+    """These modules, and the modules of this tree that they import, directly or indirectly."""
     found: set[str] = set()
     waiting = list(roots)
     while waiting:
@@ -75,7 +75,7 @@ def reads(tree: ast.AST, settings: tuple[str, ...] = ("settings",)) -> set[str]:
     return found
 
 
-def test_stage_services_without_own_code_are_those_of_the_table() -> None:
+def test_the_table_lists_the_services_without_a_module_of_their_own() -> None:
     assert sorted(stage_services.SETTINGS) == [
         service for service in SERVICES if module_of(service) == stage_services.__name__
     ]
@@ -123,7 +123,7 @@ def _reports_steps(stage: StageSpec) -> bool:
 
 
 @pytest.mark.parametrize("service", WORKERS)
-def test_settings_classes_follow_from_the_stages(service: str) -> None:
+def test_a_service_has_caching_and_step_settings_only_if_its_stages_use_them(service: str) -> None:
     stages = list(_stages(service))
     assert stages
     is_cached = any(resolve(stage.implementation).indifferent_to is not None for stage in stages)
@@ -132,7 +132,7 @@ def test_settings_classes_follow_from_the_stages(service: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("service", "flags", "words"),
+    ("service", "flags", "message"),
     [
         (
             "decoding",
@@ -146,8 +146,8 @@ def test_settings_classes_follow_from_the_stages(service: str) -> None:
         ("decoding", ("--nothing", "1"), "unrecognized arguments: --nothing 1; see fleet serve --help"),
     ],
 )
-def test_a_flag_of_another_service_is_refused(service: str, flags: tuple[str, ...], words: str) -> None:
-    with pytest.raises(SettingsError, match=words):
+def test_a_flag_of_another_service_is_refused(service: str, flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
         load_settings(
             settings_class(service), ["--redis", "unix:///x", *flags], prog="fleet serve", environ={}, readers=READERS
         )
@@ -160,7 +160,7 @@ def test_a_key_of_another_service_is_refused(tmp_path: Path) -> None:
         load_settings(settings_class("decoding"), ["--config", str(path)], prog="x", environ={}, readers=READERS)
 
 
-def test_variables_may_be_common_to_all_services() -> None:
+def test_a_variable_of_another_service_is_ignored() -> None:
     environ = {"FLEET_REDIS": "unix:///x", "FLEET_STEP_CHECKPOINT_EVERY": "1", "FLEET_QUEUE_LIMIT": "2"}
     for service in SERVICES:
         settings = load_settings(settings_class(service), [], prog="x", environ=environ, readers=READERS)

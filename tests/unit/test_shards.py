@@ -33,7 +33,7 @@ def test_a_shard_of_columns_has_a_slice_of_each_part() -> None:
     assert shard.whole_shape((2, 4)) == (2, 12)
 
 
-def test_parts_that_are_not_divisible_are_refused() -> None:
+def test_parts_that_are_not_divisible_by_the_ranks_are_refused() -> None:
     with pytest.raises(ValueError, match="parts: \\[3\\] are not multiples of 2"):
         Shard(0, 2, 0, (4, 3))
 
@@ -56,11 +56,12 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def load_part(file: Path, index: int, ranks: int) -> Layers:
+def load_rank(file: Path, index: int, ranks: int) -> Layers:
+    """The layers of one of `ranks` ranks."""
     with torch.device("meta"):
-        part = Layers(Axis(ranks, index))
-    load_module(part, "dit", [file], CPU, torch.float32)
-    return part
+        layers = Layers(Axis(ranks, index))
+    load_module(layers, "dit", [file], CPU, torch.float32)
+    return layers
 
 
 def test_ranks_read_only_their_shards(file: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -68,25 +69,25 @@ def test_ranks_read_only_their_shards(file: Path, caplog: pytest.LogCaptureFixtu
     load_module(whole, "dit", [file], CPU, torch.float32)
     caplog.set_level(logging.INFO)
     for index in range(4):
-        part = load_part(file, index, 4)
-        shards = parameter_shards(part)
+        layers = load_rank(file, index, 4)
+        shards = parameter_shards(layers)
         assert shards.keys() == {"up.weight", "up.bias", "down.weight", "norm.weight"}
         for name, value in whole.state_dict().items():
             expected = shards[name].select(value) if name in shards else value
-            assert torch.equal(part.state_dict()[name], expected), name
+            assert torch.equal(layers.state_dict()[name], expected), name
     # 8 x 4 + 8, 4 x 24 and 8 elements are sharded over four ranks; 4 elements are replicated.
     gigabytes = f"gigabytes={(144 / 4 + 4) * 4 / 1e9:g} "
     assert [gigabytes in line for line in caplog.messages] == [True] * 4
 
 
-def test_shapes_of_whole_tensors_are_checked(file: Path) -> None:
+def test_a_whole_tensor_of_another_shape_is_refused(file: Path) -> None:
     with torch.device("meta"):
-        part = Layers(Axis(2, 0))
-    part.up = ColumnParallelLinear(4, (16,), Axis(2, 0))
+        layers = Layers(Axis(2, 0))
+    layers.up = ColumnParallelLinear(4, (16,), Axis(2, 0))
     with pytest.raises(CheckpointError, match=r"up\.weight: shape \[8, 4\] is not \[16, 4\]"):
-        load_module(part, "dit", [file], CPU, torch.float32)
+        load_module(layers, "dit", [file], CPU, torch.float32)
 
 
-def test_parts_cannot_be_gathered() -> None:
+def test_gathering_a_layer_of_several_parts_is_refused() -> None:
     with pytest.raises(ValueError, match="2 parts cannot be gathered"):
         ColumnParallelLinear(4, (4, 4), Axis(2, 0), gather=True)

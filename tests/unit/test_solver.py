@@ -26,10 +26,10 @@ def test_euler_integrates_the_velocity() -> None:
 def test_concurrent_requests_have_separate_states() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     first, second = (solver_class(scheduler)(scheduler, SCHEDULE) for _ in range(2))
-    one, velocity, t = torch.ones(1), torch.ones(1), SCHEDULE.timesteps[0]
-    stepped = first.step(velocity, t, one)
-    assert torch.equal(second.step(velocity, t, one), stepped)
-    assert not torch.equal(first.step(velocity, t, one), stepped)
+    latents, velocity, t = torch.ones(1), torch.ones(1), SCHEDULE.timesteps[0]
+    stepped = first.step(velocity, t, latents)
+    assert torch.equal(second.step(velocity, t, latents), stepped)
+    assert not torch.equal(first.step(velocity, t, latents), stepped)
 
 
 def test_equal_timesteps_are_separate_steps() -> None:

@@ -1,4 +1,4 @@
-"""Workers are equal only with equal sources, and a checkpoint is resumed only in its own format."""
+"""Numerics fingerprints depend on the sources, and origins of step checkpoints on their format."""
 
 from __future__ import annotations
 
@@ -71,18 +71,18 @@ def test_the_numerics_fingerprint_depends_on_plugins(copy: Path) -> None:
 def test_the_digest_covers_models_and_configs_but_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
 
-    def note(directories: Iterable[Path]) -> str:
+    def record_directories(directories: Iterable[Path]) -> str:
         read.extend(directories)
         return ""
 
-    monkeypatch.setattr(sources, "sources_digest", note)
+    monkeypatch.setattr(sources, "sources_digest", record_directories)
     own_digest.cache_clear()
     own_digest()
     own_digest.cache_clear()
     assert [path.name for path in read] == ["models", "configs"]
 
 
-def test_a_checkpoint_of_another_format_has_another_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_checkpoint_of_another_format_has_another_origin(monkeypatch: pytest.MonkeyPatch) -> None:
     before = origin_of("numerics", {})
     assert before == origin_of("numerics", {})
     monkeypatch.setattr(resume, "STEP_CHECKPOINT_FORMAT", artifacts.STEP_CHECKPOINT_FORMAT + 1)

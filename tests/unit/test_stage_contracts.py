@@ -25,7 +25,7 @@ class DrawInput:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawOutput:
-    # Latents is imported for type checking only: a contract needs no more than the annotation.
+    # Latents is imported for type checking only: a contract needs only the text of the annotation.
     latents: Latents
 
 
@@ -35,8 +35,8 @@ class DrawStage(PipelineStage[DrawInput, DrawOutput]):
     def run(self, x: DrawInput, call: Call) -> DrawOutput:
         """Report one step."""
         call.progress(1, 1)
-        words: Any = (x.prompt.prompt, x.canvas)
-        return DrawOutput(latents=words)
+        received: Any = (x.prompt.prompt, x.canvas)
+        return DrawOutput(latents=received)
 
 
 class RedrawStage(DrawStage):
@@ -126,12 +126,12 @@ class IncompleteStage(RollStage):
         return not slot
 
 
-def test_an_output_that_is_read_must_be_written() -> None:
+def test_a_stage_that_omits_an_output_that_is_read_fails() -> None:
     with pytest.raises(InternalError, match="RollStage did not return dice"):
         HostedStages("roll", [IncompleteStage()]).run({"prompt": Prompt(prompt="red")}, Call("test"))
 
 
-def test_a_contract_reads_the_optional_inputs_that_are_named() -> None:
+def test_reading_removes_the_optional_inputs_that_are_not_named() -> None:
     whole = contracts.DENOISING
     assert whole.resume_slot == "resume_from"
     assert whole.reading().optional == {"resume_from"}

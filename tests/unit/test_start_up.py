@@ -45,14 +45,22 @@ from services.start_up import run_program
 
 LIBRARIES = [builtins, json, safetensors, PIL, PIL.Image, torch, import_utils]
 LIBRARIES += [huggingface_hub.errors, redis.exceptions, grpc, grpc.aio]
-PASS = (SystemExit, KeyboardInterrupt, GeneratorExit, BaseExceptionGroup, Warning, StopIteration, StopAsyncIteration)
-PLACE = "unix:///nowhere/store.sock"
-WORKER = ("--model", "emoji", "--redis", PLACE, "--device", "cpu", "--listen", "unix:/nowhere/worker.sock")
+EXCLUDED = (
+    SystemExit,
+    KeyboardInterrupt,
+    GeneratorExit,
+    BaseExceptionGroup,
+    Warning,
+    StopIteration,
+    StopAsyncIteration,
+)
+STORE_URL = "unix:///nowhere/store.sock"
+WORKER = ("--model", "emoji", "--redis", STORE_URL, "--device", "cpu", "--listen", "unix:/nowhere/worker.sock")
 
 
 def _errors_of(module: ModuleType) -> Iterator[type[Exception]]:
     for each in vars(module).values():
-        if isinstance(each, type) and issubclass(each, Exception) and not issubclass(each, PASS):
+        if isinstance(each, type) and issubclass(each, Exception) and not issubclass(each, EXCLUDED):
             yield each
 
 
@@ -70,7 +78,7 @@ SAMPLE += [RuntimeError, MemoryError, UnicodeError, RecursionError, redis.except
 """A sample for programs with a slow start, as all errors are handled by the same code."""
 
 
-def _made(kind: type[Exception]) -> Exception:
+def _instance_of(kind: type[Exception]) -> Exception:
     """An instance made without its constructor, because the parameters of constructors differ."""
     return kind.__new__(kind, "some\nwords")
 
@@ -82,7 +90,7 @@ def _raising(error: BaseException) -> Callable[..., NoReturn]:
     return fail
 
 
-async def _checked(*_: object) -> bool:
+async def _store_is_checked(*_: object) -> bool:
     return True
 
 
@@ -95,8 +103,8 @@ CASES: dict[str, Case] = {
     "worker: weights": (worker, "load_variants", *SERVICE),
     "worker: store": (worker, "connect", *SERVICE),
     "group: launcher": (launcher, "launch", denoising.main, [*WORKER, "--tp", "2"], "fleet serve denoising"),
-    "coordinator: plugins": (coordinator, "load_registry", coordinator.main, ["--redis", PLACE], "coordinator"),
-    "coordinator: store": (coordinator, "start_coordinator", coordinator.main, ["--redis", PLACE], "coordinator"),
+    "coordinator: plugins": (coordinator, "load_registry", coordinator.main, ["--redis", STORE_URL], "coordinator"),
+    "coordinator: store": (coordinator, "start_coordinator", coordinator.main, ["--redis", STORE_URL], "coordinator"),
     "fleet up: plugins": (up, "load_registry", cli.main, ["up"], "fleet up"),
     "fleet up: directory": (up, "private_directory", cli.main, ["up", "--port", "0"], "fleet up"),
     "fleet generate": (generate, "open_model", cli.main, ["generate", "p", "--output", "X.png"], "fleet generate"),
@@ -115,17 +123,17 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_error_of_the_libraries_is_one_line(
+def test_every_error_of_the_libraries_is_reported_on_one_line(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, function, main, flags, prog = CASES[name]
     if function == "load_variants":
-        monkeypatch.setattr(worker, "_is_store_checked", _checked)
+        monkeypatch.setattr(worker, "_is_store_checked", _store_is_checked)
     assert len(ERRORS) > 100
     for kind in ERRORS if function == "load_registry" else SAMPLE:
         if main is cli.main and issubclass(kind, BrokenPipeError):
             continue  # The reader of stdout has closed it, so no line is written.
-        monkeypatch.setattr(module, function, _raising(_made(kind)))
+        monkeypatch.setattr(module, function, _raising(_instance_of(kind)))
         code = main(flags)
         lines = capsys.readouterr().err.splitlines()
         assert code == (1 if issubclass(kind, (ConnectionError, TimeoutError)) else 2), kind
@@ -140,7 +148,7 @@ def test_the_traceback_appears_at_debug(
 ) -> None:
     module, function, main, flags, prog = CASES[name]
     if function == "load_variants":
-        monkeypatch.setattr(worker, "_is_store_checked", _checked)
+        monkeypatch.setattr(worker, "_is_store_checked", _store_is_checked)
     monkeypatch.setenv("FLEET_LOG_LEVEL", "DEBUG")
     monkeypatch.setattr(module, function, _raising(KeyError("colour")))
     assert main(flags) == 2
@@ -149,7 +157,9 @@ def test_the_traceback_appears_at_debug(
     assert lines[-1].startswith(f"{prog}: KeyError: 'colour' ({__file__}:")
 
 
-def test_the_flag_overrides_the_variable(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_level_flag_overrides_its_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for flags, level, shown in (
         (["--log-level", "DEBUG"], "ERROR", True),
         (["--log-level=DEBUG"], "", True),
@@ -162,7 +172,9 @@ def test_the_flag_overrides_the_variable(monkeypatch: pytest.MonkeyPatch, capsys
         assert ("Traceback" in capsys.readouterr().err) is shown, flags
 
 
-def test_exit_codes_and_lines_of_exception_groups(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_error_of_an_exception_group_is_one_line_and_the_largest_exit_code_is_used(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     group = ExceptionGroup("both", [Unavailable("away"), ExceptionGroup("one", [ImportError("no module")])])
     assert run_program("prog", _raising(group), []) == 2
     first, second = capsys.readouterr().err.splitlines()
@@ -176,18 +188,18 @@ def test_exit_codes_and_lines_of_exception_groups(capsys: pytest.CaptureFixture[
 
 
 def test_a_failed_rank_may_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit code 2 ends the group without a restart, so errors that another rank can cause have another code."""
+    """Exit code 2 ends the group without a restart. Errors that another rank can cause have another code."""
     place = Place(rank=0, local_rank=0, world_size=1, num_nodes=1, store_host="localhost", store_port=1, token="t")
     model = open_model("emoji", load_registry())
     for error in (distributed.DistNetworkError("reset"), torch.OutOfMemoryError("full"), MemoryError()):
         monkeypatch.setattr(rank, "_join_and_run", _raising(error))
         with pytest.raises(Unavailable, match=f"rank 0: {type(error).__name__}"):
             rank.run_rank(
-                model, DenoisingSettings(model="emoji", redis=PLACE, device="cpu"), place, WarmUp.parse(model, ())
+                model, DenoisingSettings(model="emoji", redis=STORE_URL, device="cpu"), place, WarmUp.parse(model, ())
             )
 
 
-def test_a_missing_directory_for_temporary_files_is_named(
+def test_without_a_directory_for_temporary_files_the_error_names_tmpdir(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tempfile, "mkdtemp", _raising(FileNotFoundError(2, "No usable temporary directory found")))
@@ -218,20 +230,20 @@ def test_no_line_shows_a_password(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("text", "level", "words"),
+    ("text", "level", "message"),
     [
         ("import nothing_there\n", "INFO", "ModuleNotFoundError: No module named 'nothing_there'"),
         ("{}['x']\n", "DEBUG", "KeyError: 'x'"),
     ],
 )
-def test_a_process_reports_a_broken_plugin(text: str, level: str, words: str, tmp_path: Path) -> None:
+def test_a_process_reports_a_broken_plugin(text: str, level: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "broken_plugin.py").write_text(f"{text}EntryClass = None\n")
-    command = [sys.executable, "-m", "services.cli", "serve", "coordinator", "--redis", PLACE, "--plugins"]
+    command = [sys.executable, "-m", "services.cli", "serve", "coordinator", "--redis", STORE_URL, "--plugins"]
     flags = [*command, str(tmp_path), "--log-level", level]
     done = subprocess.run(flags, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     lines = done.stderr.splitlines()
-    assert lines[-1].startswith(f"coordinator: {words} ({tmp_path / 'broken_plugin.py'}:1; ")
+    assert lines[-1].startswith(f"coordinator: {message} ({tmp_path / 'broken_plugin.py'}:1; ")
     assert ("Traceback" in done.stderr) is (level == "DEBUG")
     assert level == "DEBUG" or len(lines) == 1
 

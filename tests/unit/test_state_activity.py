@@ -42,7 +42,7 @@ def unsynced_store_url() -> Iterator[str]:
 
 @dataclass
 class Fleet:
-    """The store clients of one coordinator. No timer sends commands during a test, so that they can be counted."""
+    """The store clients of one coordinator. No timer sends commands, so that a test can count commands."""
 
     redis: Redis
     store: RequestStore
@@ -55,11 +55,11 @@ class Fleet:
         await self.registry.announce(info)
 
     async def add_incompatible_worker(self, name: str) -> None:
-        """Announce a worker that no claim with WIRING fits."""
+        """Announce a worker that fits no claim with WIRING."""
         await self.registry.announce(worker_with(NEEDING, name))
 
     async def submit(self, name: str, caller: str = "", priority: int = 0, *, claims: bool = True) -> None:
-        """Admit a request and, with `claims`, claim a slot of the denoising service for it."""
+        """Admit a request and, with `claims`, claim a worker slot of the denoising service for it."""
         work = {"denoising": StageWork(20, 64, "64x64")}
         record = pb.RequestRecord(request_id=name, model="emoji", caller=caller)
         record.parameters.prompt = f"the prompt of {name}"
@@ -68,7 +68,7 @@ class Fleet:
             await self.claim(name, caller, priority)
 
     async def claim(self, name: str, caller: str = "", priority: int = 0, wiring: Wiring | None = None) -> None:
-        """Claim a slot, and wait until the store has the claim."""
+        """Claim a worker slot, and wait until the store has the claim."""
         claim = self.slots.claim("emoji", "denoising", name, QueuePriority(priority, caller=caller), wiring=wiring)
         self.claims[name] = asyncio.create_task(claim)
         await wait_until(lambda: self._has_claim(name))
@@ -90,7 +90,7 @@ class Fleet:
 
 
 def run(url: str, test: Callable[[Fleet], Awaitable[None]]) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         presence = Presence(redis, "c1", heartbeat_seconds=60, ttl_seconds=600)
         await presence.start()
         registry = WorkerRegistry(redis, heartbeat_seconds=60, ttl_seconds=600)
@@ -107,11 +107,11 @@ def run(url: str, test: Callable[[Fleet], Awaitable[None]]) -> None:
             await slots.close()
             await presence.stop()
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(url, scenario)
 
 
-def test_incompatible_workers_do_not_count(unsynced_store_url: str) -> None:
-    async def story(fleet: Fleet) -> None:
+def test_incompatible_workers_do_not_count_as_live_workers(unsynced_store_url: str) -> None:
+    async def scenario(fleet: Fleet) -> None:
         await fleet.add_incompatible_worker("odd")
         for name in ("first", "second"):
             await fleet.submit(name, claims=False)
@@ -122,11 +122,11 @@ def test_incompatible_workers_do_not_count(unsynced_store_url: str) -> None:
         found = {each.record.request_id: each.queues for each in (await fleet.read()).requests}
         assert found["second"] == [StageQueue("emoji", "denoising", live_workers=1)]
 
-    run(unsynced_store_url, story)
+    run(unsynced_store_url, scenario)
 
 
-def test_each_wait_has_its_kind(unsynced_store_url: str) -> None:
-    async def story(fleet: Fleet) -> None:
+def test_each_wait_has_its_kind_of_activity(unsynced_store_url: str) -> None:
+    async def scenario(fleet: Fleet) -> None:
         await fleet.submit("new", claims=False)
         assert await fleet.kinds() == {"new": ["COORDINATOR"]}
         await fleet.claim("new")
@@ -142,11 +142,11 @@ def test_each_wait_has_its_kind(unsynced_store_url: str) -> None:
         assert (queued.service, queued.worker_id, queued.requests_ahead) == ("denoising", "", 0)
         assert not queued.HasField("since")
 
-    run(unsynced_store_url, story)
+    run(unsynced_store_url, scenario)
 
 
-def test_steps_equal_those_of_the_latest_progress(unsynced_store_url: str) -> None:
-    async def story(fleet: Fleet) -> None:
+def test_the_steps_of_an_activity_equal_those_of_the_latest_progress(unsynced_store_url: str) -> None:
+    async def scenario(fleet: Fleet) -> None:
         await fleet.add_worker()
         await fleet.submit("r1")
         progress = pb.StageProgress(service="denoising", step=7, total_steps=20)
@@ -154,11 +154,11 @@ def test_steps_equal_those_of_the_latest_progress(unsynced_store_url: str) -> No
         ((running,),) = (await fleet.activities()).values()
         assert (running.step, running.total_steps) == (7, 20)
 
-    run(unsynced_store_url, story)
+    run(unsynced_store_url, scenario)
 
 
 def test_a_request_waits_for_a_retry_after_its_attempt_ended(unsynced_store_url: str) -> None:
-    async def story(fleet: Fleet) -> None:
+    async def scenario(fleet: Fleet) -> None:
         await fleet.add_worker()
         await fleet.submit("r1")
         slot = await fleet.claims.pop("r1")
@@ -174,7 +174,7 @@ def test_a_request_waits_for_a_retry_after_its_attempt_ended(unsynced_store_url:
         await wait_until(lambda: _has_kinds(fleet, "QUEUED", "RUNNING", "RETRY"))
         assert await fleet.kinds() == {"r1": ["RETRY"]}  # the only free worker is avoided for 200 ms
 
-    run(unsynced_store_url, story)
+    run(unsynced_store_url, scenario)
 
 
 async def _has_kinds(fleet: Fleet, *kinds: str) -> bool:
@@ -183,7 +183,7 @@ async def _has_kinds(fleet: Fleet, *kinds: str) -> bool:
 
 
 def test_a_completed_stage_has_no_activity(unsynced_store_url: str) -> None:
-    async def story(fleet: Fleet) -> None:
+    async def scenario(fleet: Fleet) -> None:
         await fleet.add_worker()
         await fleet.submit("r1")
         fleet.slots.release(await fleet.claims.pop("r1"), 1.0, Computed(1.0))
@@ -194,11 +194,11 @@ def test_a_completed_stage_has_no_activity(unsynced_store_url: str) -> None:
         fields = await command(fleet.redis, "HKEYS", "fleet:request:r1")
         assert not [each for each in fields if each.startswith(b"ticket:")]
 
-    run(unsynced_store_url, story)
+    run(unsynced_store_url, scenario)
 
 
-def test_a_dead_coordinator_is_named_until_another_one_takes_over(unsynced_store_url: str) -> None:
-    async def story(fleet: Fleet) -> None:
+def test_a_request_of_a_dead_coordinator_waits_for_a_take_over(unsynced_store_url: str) -> None:
+    async def scenario(fleet: Fleet) -> None:
         await fleet.add_worker()
         await fleet.submit("r1")
         await command(fleet.redis, "SET", "fleet:coordinator:c2", "1")
@@ -208,21 +208,21 @@ def test_a_dead_coordinator_is_named_until_another_one_takes_over(unsynced_store
         assert [each.record.request_id for each in taken] == ["r1"]
         assert await fleet.kinds() == {"r1": ["COORDINATOR"]}
 
-    run(unsynced_store_url, story)
+    run(unsynced_store_url, scenario)
 
 
 def test_a_claim_of_an_earlier_version_has_an_unspecified_kind(unsynced_store_url: str) -> None:
-    async def story(fleet: Fleet) -> None:
+    async def scenario(fleet: Fleet) -> None:
         await fleet.add_worker()
         await fleet.submit("r1")
         await command(fleet.redis, "HDEL", "fleet:request:r1", "ticket:denoising")
         assert await fleet.kinds() == {"r1": ["UNSPECIFIED"]}
 
-    run(unsynced_store_url, story)
+    run(unsynced_store_url, scenario)
 
 
 def test_requests_ahead_are_counted_in_the_order_of_the_queue(unsynced_store_url: str) -> None:
-    async def story(fleet: Fleet) -> None:
+    async def scenario(fleet: Fleet) -> None:
         await fleet.add_worker()
         await fleet.submit("running", "ann")
         for name, caller, priority in (
@@ -238,11 +238,11 @@ def test_requests_ahead_are_counted_in_the_order_of_the_queue(unsynced_store_url
         assert ahead == {"running": 0, "urgent": 0, "a1": 1, "b1": 2, "a2": 3, "a3": 4, "late": 5}
         assert list(await fleet.activities()) == ["running", "urgent", "a1", "b1", "a2", "a3", "late"]
 
-    run(unsynced_store_url, story)
+    run(unsynced_store_url, scenario)
 
 
 def test_the_wait_is_estimated_from_work_and_workers(unsynced_store_url: str) -> None:
-    async def story(fleet: Fleet) -> None:
+    async def scenario(fleet: Fleet) -> None:
         await fleet.add_worker(capacity=1)
         loads = StageLoads(fleet.redis, 10.0)
         activities = RequestActivities(fleet.redis, loads)
@@ -259,20 +259,20 @@ def test_the_wait_is_estimated_from_work_and_workers(unsynced_store_url: str) ->
         (pace,) = await loads.paces("emoji", "denoising")
         assert (pace.shape, pace.seconds_per_step) == ("64x64", 0.5)
 
-    run(unsynced_store_url, story)
+    run(unsynced_store_url, scenario)
 
 
-def test_a_damaged_pace_is_left_out(unsynced_store_url: str) -> None:
-    async def story(fleet: Fleet) -> None:
+def test_a_damaged_pace_is_omitted(unsynced_store_url: str) -> None:
+    async def scenario(fleet: Fleet) -> None:
         for value in ("", "a b c d", "1.0 0.0 64 1700000000000", "1.0 2.0"):
             await command(fleet.redis, "HSET", "fleet:paces:emoji/denoising", f"shape {value}", value)
         assert await StageLoads(fleet.redis, 10.0).paces("emoji", "denoising") == []
 
-    run(unsynced_store_url, story)
+    run(unsynced_store_url, scenario)
 
 
 def test_a_caller_gets_only_its_own_requests(unsynced_store_url: str) -> None:
-    async def story(fleet: Fleet) -> None:
+    async def scenario(fleet: Fleet) -> None:
         await fleet.add_worker()
         for name, caller in (("a1", "ann"), ("b1", "bob"), ("a2", "ann"), ("a0", "ann"), ("b0", "bob")):
             await fleet.submit(name, caller)
@@ -284,11 +284,11 @@ def test_a_caller_gets_only_its_own_requests(unsynced_store_url: str) -> None:
         (queued,) = (await fleet.activities("bob"))["b1"]
         assert (queued.kind, queued.requests_ahead) == (KIND.ACTIVITY_KIND_QUEUED, 1)
 
-    run(unsynced_store_url, story)
+    run(unsynced_store_url, scenario)
 
 
-def test_each_kind_of_activity_is_listed(unsynced_store_url: str) -> None:
-    async def story(fleet: Fleet) -> None:
+def test_a_bounded_list_has_running_and_waiting_requests(unsynced_store_url: str) -> None:
+    async def scenario(fleet: Fleet) -> None:
         await fleet.add_worker(capacity=10)
         for number in range(30):
             await fleet.submit(f"r{number:02}")
@@ -298,18 +298,17 @@ def test_each_kind_of_activity_is_listed(unsynced_store_url: str) -> None:
         assert list(found) == ["r00", "r01", "r02", "r03", "r10", "r11", "r12", "r13"]
         assert list(await fleet.activities(most=40))[-1] == "done"
 
-    run(unsynced_store_url, story)
+    run(unsynced_store_url, scenario)
 
 
-def test_the_cost_does_not_grow_with_the_queue(unsynced_store_url: str) -> None:
-    async def story(fleet: Fleet) -> None:
+def test_the_number_of_commands_of_a_read_does_not_grow_with_the_queue(unsynced_store_url: str) -> None:
+    async def scenario(fleet: Fleet) -> None:
         await fleet.add_worker()
         costs: list[int] = []
         for number in range(900):
             caller = f"caller{number % 20}"
             if number in (300, 899):
-                # The index of workers is due again then, so that its constant cost is part of both reads.
-                await asyncio.sleep(0.3)
+                await asyncio.sleep(0.3)  # Claims in flight reach the store, so the cost does not include them.
                 before = await _commands(fleet.redis)
                 await fleet.read(most=20)
                 costs.append(await _commands(fleet.redis) - before)
@@ -322,7 +321,7 @@ def test_the_cost_does_not_grow_with_the_queue(unsynced_store_url: str) -> None:
         assert costs[1] < 1.3 * costs[0], costs
         assert costs[1] < 5_000
 
-    run(unsynced_store_url, story)
+    run(unsynced_store_url, scenario)
 
 
 async def _commands(redis: Redis) -> int:
@@ -334,18 +333,18 @@ async def _commands(redis: Redis) -> int:
 def test_a_load_is_reread_after_fifty_times_the_duration_of_its_read(
     unsynced_store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def story(fleet: Fleet) -> None:
+    async def scenario(fleet: Fleet) -> None:
         loads, durations = StageLoads(fleet.redis, 10.0), []
         read = loads._read
 
-        async def slow(model: str, service: str) -> StageLoad:
+        async def read_slowly(model: str, service: str) -> StageLoad:
             began = time.monotonic()
             await asyncio.sleep(0.004)
             load = await read(model, service)
             durations.append(time.monotonic() - began)
             return load
 
-        monkeypatch.setattr(loads, "_read", slow)
+        monkeypatch.setattr(loads, "_read", read_slowly)
         first = await loads.recent("emoji", "denoising")
         since = time.monotonic()
         assert await loads.recent("emoji", "denoising") is first
@@ -357,4 +356,4 @@ def test_a_load_is_reread_after_fifty_times_the_duration_of_its_read(
         assert len(durations) == 2
         assert time.monotonic() - since > 40 * durations[0]
 
-    run(unsynced_store_url, story)
+    run(unsynced_store_url, scenario)

@@ -15,7 +15,7 @@ from redis_servers import running_server
 
 
 def test_a_cancellation_at_the_moment_of_the_reply_is_not_lost() -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         async def call_store() -> None:
@@ -29,11 +29,11 @@ def test_a_cancellation_at_the_moment_of_the_reply_is_not_lost() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_a_cancellation_has_precedence_over_an_error() -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async def call_store() -> None:
             with store_errors():
                 try:
@@ -47,11 +47,11 @@ def test_a_cancellation_has_precedence_over_an_error() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_a_clean_up_after_a_cancellation_may_call_the_store() -> None:
-    async def story() -> list[str]:
+    async def scenario() -> list[str]:
         received: list[str] = []
 
         async def call_store() -> None:
@@ -69,19 +69,19 @@ def test_a_clean_up_after_a_cancellation_may_call_the_store() -> None:
         await asyncio.gather(task, return_exceptions=True)
         return received
 
-    assert asyncio.run(story()) == ["released"]
+    assert asyncio.run(scenario()) == ["released"]
 
 
 def test_a_connection_error_becomes_unavailable() -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         with pytest.raises(Unavailable, match="unavailable: refused"), store_errors():
             raise ConnectionError("refused")
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_250_readers_may_block_at_once() -> None:
-    async def story(url: str) -> None:
+    async def scenario(url: str) -> None:
         redis: Any = connect(url)
         readers = [asyncio.ensure_future(redis.xread({"none": "$"}, block=60_000)) for _ in range(250)]
 
@@ -96,4 +96,4 @@ def test_250_readers_may_block_at_once() -> None:
         await redis.aclose()
 
     with running_server("valkey") as server:
-        asyncio.run(story(server.url))
+        asyncio.run(scenario(server.url))

@@ -1,4 +1,4 @@
-"""Slots go to workers whose contracts fit, on real servers, also beside processes of the last release."""
+"""Claims get only workers whose contracts fit, also in a fleet with processes of the last release."""
 
 from __future__ import annotations
 
@@ -34,37 +34,37 @@ async def hash_of(redis: Any, name: str) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in (await redis.hgetall(f"fleet:{name}:{PLACE}")).items()}
 
 
-async def take(slots: WorkerSlots, name: str, **more: Any) -> str:
-    """Claim a slot with WIRING; returns the worker."""
-    slot = await slots.claim("emoji", "denoising", name, wiring=WIRING, **more)
+async def take(slots: WorkerSlots, name: str, **options: Any) -> str:
+    """Claim a worker slot with WIRING. Returns the ID of the worker."""
+    slot = await slots.claim("emoji", "denoising", name, wiring=WIRING, **options)
     return slot.worker.worker_id
 
 
-@pytest.mark.parametrize("wish", [{}, {"alone": True}, {"first": True}, {"equal_to": "n"}])
-def test_a_claim_passes_over_workers_that_do_not_fit(each_store_url: str, wish: Mapping[str, Any]) -> None:
-    async def story(redis: Redis) -> None:
+@pytest.mark.parametrize("options", [{}, {"alone": True}, {"first": True}, {"equal_to": "n"}])
+def test_a_claim_passes_over_workers_that_do_not_fit(each_store_url: str, options: Mapping[str, Any]) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         for number in range(20):  # more than one page of the worker index
             await registry.announce(worker_with(NEEDING, f"a{number}", capacity=9, numerics="n"))
         await registry.announce(worker_with(contract(), "b", capacity=2))
         async with slots_of(redis, "me") as slots:
-            held = await slots.claim("emoji", "denoising", "r0", wiring=WIRING, **wish)
+            held = await slots.claim("emoji", "denoising", "r0", wiring=WIRING, **options)
             assert held.worker.worker_id == "b"
             slots.release(held)
             await slots.settle()
             assert [await take(slots, f"r{number}") for number in (1, 2)] == ["b", "b"]
-            waiting = asyncio.create_task(take(slots, "r3", **wish))
+            waiting = asyncio.create_task(take(slots, "r3", **options))
             await queued(registry, 1)
             await registry.announce(worker_with({"": contract()}, "c"))
             assert await waiting == "c"
-            # The store chose the worker: the coordinator did not refuse and avoid another one.
+            # The store chose the worker: the coordinator has not refused and avoided another worker.
             assert not await redis.exists("fleet:avoided:me")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_released_slot_goes_to_a_claim_that_fits(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_released_worker_slot_goes_to_a_claim_that_fits(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker_with(NEEDING, "new", capacity=2))
         await registry.announce(worker_with(contract(), "old"))
@@ -78,17 +78,17 @@ def test_a_released_slot_goes_to_a_claim_that_fits(each_store_url: str) -> None:
             await queued(registry, 1)
             after = asyncio.create_task(others.claim("emoji", "denoising", "n3", wiring=newer))
             await queued(registry, 2)
-            others.release(both[0])  # The first claim of the queue does not fit; the second one does.
+            others.release(both[0])  # The first claim of the queue does not fit; the second claim fits.
             assert (await after).worker.worker_id == "new"
             assert not waiting.done()
             mine.release(held)
             assert await waiting == "old"
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_claim_without_a_fitting_worker_is_refused(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker_with(NEEDING, "new"))
         seen: list[str] = []
@@ -101,20 +101,20 @@ def test_a_claim_without_a_fitting_worker_is_refused(each_store_url: str) -> Non
                 await take(slots, "r2", patience_seconds=0.0, on_no_workers=seen.append)
             assert seen[-1] == ""
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_claim_of_the_last_release_is_granted_as_before(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_claim_of_the_last_release_fits_every_worker(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         await WorkerRegistry(redis).announce(worker_with(NEEDING, "new"))
         async with slots_of(redis, "me") as slots:
             assert (await slots.claim("emoji", "denoising", "r")).worker.worker_id == "new"
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_workers_that_fit_no_variant_are_not_counted(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         image = Wiring("image", NEEDING.inputs, READ)
         half = {"text": contract(), "image": contract(inputs={"other": "Latents"})}
@@ -144,11 +144,11 @@ def test_workers_that_fit_no_variant_are_not_counted(each_store_url: str) -> Non
         assert len((await registry.load("emoji", "denoising")).workers) == 3
         assert await registry.free_slots(worker_with(contract(), "leaving", numerics="n")) == 2
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_admission_counts_only_workers_that_fit(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry, store = WorkerRegistry(redis), RequestStore(redis, owner="me")
         await registry.announce(worker_with(NEEDING, "new", capacity=9))
         await registry.announce(worker_with(contract(), "old", capacity=2))
@@ -163,50 +163,50 @@ def test_admission_counts_only_workers_that_fit(each_store_url: str) -> None:
         with pytest.raises(ResourceExhausted):
             await admit(2)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 async def run_older_worker(redis: Redis, info: worker_pb2.WorkerInfo) -> None:
     """Announce a worker as release 0.1 does, with one contract for all workers in the model's record."""
     place = f"{info.model}/{info.service}"
     await redis.hset(f"fleet:model:{info.model}", f"contract:{info.service}", older_text(info))
-    words: list[str | bytes] = ["model", info.model, "service", info.service, "capacity", str(info.capacity)]
-    words += ["lasts", "6000", "granted", "0", "info", info.SerializeToString()]
-    await command(redis, "HSET", f"fleet:worker:{info.worker_id}", *words)
+    fields: list[str | bytes] = ["model", info.model, "service", info.service, "capacity", str(info.capacity)]
+    fields += ["lasts", "6000", "granted", "0", "info", info.SerializeToString()]
+    await command(redis, "HSET", f"fleet:worker:{info.worker_id}", *fields)
     await redis.zadd(f"fleet:workers:{place}", {info.worker_id: 99_999_999_999_999})
 
 
 def test_a_worker_of_the_last_release_has_the_contract_of_its_release(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await run_older_worker(redis, worker_with(contract(outputs={}), "older"))
         async with slots_of(redis, "me") as slots:
             with pytest.raises(NoWorkers, match="worker older, output 'latents'"):
                 await take(slots, "r1", patience_seconds=0.0)
             await registry.announce(worker_with(contract(), "newer"))
-            # The contract is deleted, because another release may store another one.
+            # The contract is deleted, because another release may store another contract.
             assert await redis.hkeys("fleet:model:emoji") == [b"fingerprint"]
             assert 0 < await redis.pttl(f"fleet:older:{PLACE}") <= 18_000
             assert await take(slots, "r2") == "newer"
             (fault,) = (await registry.load("emoji", "denoising", [WIRING])).incompatible
             assert fault.worker_id == "older"
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_coordinators_of_the_last_release_get_only_workers_that_accept_their_inputs(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await redis.hset("fleet:model:emoji", "contract:denoising", older_text(worker_with(contract())))
         newer = worker_with({"": NEEDING}, "newer", capacity=2)
         await registry.announce(newer)
         await registry.announce(worker_with({"": contract()}, "same"))
 
-        async def shown() -> dict[str, str]:
+        async def listed_capacities() -> dict[str, str]:
             """The capacity of each live worker, as the last release reads it."""
             return {worker: copy.partition("|")[0] for worker, copy in (await hash_of(redis, "live")).items()}
 
-        assert await shown() == {"newer": "0", "same": "1"}
+        assert await listed_capacities() == {"newer": "0", "same": "1"}
         wiring = Wiring("", NEEDING.inputs, READ)
         async with slots_of(redis, "me") as slots:
             assert await take(slots, "r0") == "same"
@@ -214,7 +214,7 @@ def test_coordinators_of_the_last_release_get_only_workers_that_accept_their_inp
             await queued(registry, 1)
             held = [await slots.claim("emoji", "denoising", f"r{number}", wiring=wiring) for number in range(2)]
             assert {slot.worker.worker_id for slot in held} == {"newer"}
-            full = 2**52  # the last release grants no worker with this score or a higher score
+            full = 2**52  # the last release grants no slot of a worker with this score or a higher score
             assert await redis.zcount(f"fleet:load:{PLACE}", "-inf", f"({full}") == 0
             waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r3", wiring=wiring))
             await queued(registry, 2)
@@ -222,16 +222,16 @@ def test_coordinators_of_the_last_release_get_only_workers_that_accept_their_inp
             assert (await waiting).worker.worker_id == "newer"
             await redis.delete(f"fleet:older:{PLACE}")
             await registry.announce(newer)
-            assert (await shown())["newer"] == "2"
+            assert (await listed_capacities())["newer"] == "2"
             assert not older.done()
             slots.release(held[1])
             assert (await older).worker.worker_id == "newer"
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_an_unfit_grant_of_the_last_release_is_released(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_grant_of_an_incompatible_worker_by_the_last_release_is_released(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         newer = worker_with(NEEDING, "newer")
         await registry.announce(newer)
@@ -239,7 +239,7 @@ def test_an_unfit_grant_of_the_last_release_is_released(each_store_url: str) -> 
             waiting = asyncio.create_task(take(slots, "r"))
             await queued(registry, 1)
             ((ticket, entry),) = (await hash_of(redis, "waiting")).items()
-            # As the last release's script does when it grants a released slot.
+            # Write the grant of a released worker slot as the script of the last release does.
             await redis.hset(f"fleet:slots:{PLACE}", ticket, "newer|me|1|1")
             await redis.hdel(f"fleet:waiting:{PLACE}", ticket)
             await redis.zrem(f"fleet:queue:{PLACE}", entry)
@@ -256,11 +256,11 @@ def test_an_unfit_grant_of_the_last_release_is_released(each_store_url: str) -> 
             await registry.announce(worker_with(contract(), "older"))
             assert await waiting == "older"
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_lost_wirings_and_contracts_are_replaced(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker_with(NEEDING, "new"))
         await registry.announce(worker_with(contract(), "old"))
@@ -274,18 +274,18 @@ def test_lost_wirings_and_contracts_are_replaced(each_store_url: str) -> None:
             await registry.announce(worker_with(contract(), "third"))
             assert await waiting == "third"
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_claim_is_one_round_trip(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         await WorkerRegistry(redis).announce(worker_with(contract(), "w"))
         async with slots_of(redis, "me") as slots:
             before = (await redis.info("commandstats"))["cmdstat_evalsha"]["calls"]
             await take(slots, "r")
             assert (await redis.info("commandstats"))["cmdstat_evalsha"]["calls"] - before == 1
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 slot_maps = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(KINDS))

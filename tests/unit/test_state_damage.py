@@ -1,4 +1,4 @@
-"""The script on a damaged store, where keys are missing, of another type, or restored from an older copy.
+"""The script on a damaged store: keys are missing, of another type, or restored from an older copy.
 
 Each operation ends within a bounded number of commands, and undamaged data still works. The operations are read from
 the script; an operation without arguments in OPERATIONS fails a test.
@@ -37,23 +37,23 @@ from script_calls import (
 )
 
 SAFE_PLACE = "safe/denoising"
-MOST_COMMANDS = 500  # per operation on the fleet of _build(); about twice the measured maximum
+MAX_COMMANDS = 500  # per operation on the fleet of _build(); about twice the measured maximum
 SAFE = re.compile(r"safe|coordinator:c-|model:safe|repairs")  # keys that are never damaged
 
 
 @dataclass
 class Store:
-    """A server with two copies of the fleet's keys: a complete one and an earlier one."""
+    """A server with two copies of the fleet's keys: a complete copy and an earlier copy."""
 
     redis: Any  # redis-py annotates replies with the types of both of its clients
-    whole: dict[bytes, bytes]
+    complete: dict[bytes, bytes]
     earlier: dict[bytes, bytes]
 
     def restore(self) -> None:
         """Restore the complete copy."""
         pipeline = self.redis.pipeline(transaction=False)
         pipeline.flushall()
-        for key, dump in self.whole.items():
+        for key, dump in self.complete.items():
             pipeline.restore(key, 0, dump)
         pipeline.execute()
 
@@ -63,11 +63,12 @@ class Store:
         if kind == "stale" and key in self.earlier:
             self.redis.restore(key, 0, self.earlier[key])
         elif kind == "string":
-            self.redis.set(key, "x") if not self._was(key, "string") else self.redis.rpush(key, "x")
+            self.redis.set(key, "x") if not self._has_type(key, "string") else self.redis.rpush(key, "x")
         elif kind == "list":
-            self.redis.rpush(key, "x") if not self._was(key, "list") else self.redis.set(key, "x")
+            self.redis.rpush(key, "x") if not self._has_type(key, "list") else self.redis.set(key, "x")
 
-    def _was(self, key: bytes, kind: str) -> bool:
+    def _has_type(self, key: bytes, kind: str) -> bool:
+        """Whether the key has this type in an undamaged store."""
         prefixes = {
             "string": ("sequence", "pace:", "older:", "idempotency:", "coordinator:"),
             "list": ("reply:", "reply-parts:"),
@@ -82,8 +83,8 @@ class Store:
         return sum(stats["calls"] for stats in self.redis.info("commandstats").values())
 
 
-def _build(run: Callable[..., Any], redis: Any, note: Callable[[], None]) -> None:
-    """Build a fleet that uses each kind of key. `note` is called half-way."""
+def _build(run: Callable[..., Any], redis: Any, copy_early: Callable[[], None]) -> None:
+    """Build a fleet that uses each kind of key. Calls `copy_early` after the third admission."""
     for owner in ("c-1", "c-2"):
         run("beat", {"owner": owner, "lasts": LASTS})
     for model in (MODEL, "safe"):
@@ -98,7 +99,7 @@ def _build(run: Callable[..., Any], redis: Any, note: Callable[[], None]) -> Non
         sums = {"costs": {"denoising": 5}, "work": {"denoising": f"20|64|{number}"}, "wirings": {"denoising": WIRING}}
         run("admit", admission(f"r{number}", owner, caller, idempotency_key=key, variant=variant, **sums))
         if number == 2:
-            note()
+            copy_early()
         run("claim", claim(f"r{number}/{owner}/0", owner, caller))
     run("admit", admission("safe", "c-1", model="safe", costs={"denoising": 1}))
     for number in range(2):
@@ -127,7 +128,7 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
             return {key: redis.dump(key) for key in sorted(redis.keys("fleet:*"))}
 
         _build(built.run, redis, lambda: built.earlier.update(copy()))
-        built.whole = copy()
+        built.complete = copy()
         yield built
         redis.close()
 
@@ -140,7 +141,7 @@ def test_each_operation_is_tried_on_a_damaged_store() -> None:
     assert not OPERATIONS.keys() - set(written)
 
 
-def _checked(store: Store, operation: str, arguments: Mapping[str, Any], foreign: set[str]) -> None:
+def _run_and_check(store: Store, operation: str, arguments: Mapping[str, Any], foreign: set[str]) -> None:
     """Run an operation, and check that it soon ends with a reply or an error that names a damaged key."""
     before, refusal = store.commands(), None
     try:
@@ -151,14 +152,14 @@ def _checked(store: Store, operation: str, arguments: Mapping[str, Any], foreign
         named = re.fullmatch(r"FLEETKEY (\S+) is a \w+, not the hash of a request; delete that key", refusal)
         assert named, f"{operation}: {refusal}"
         assert named[1] in foreign, f"{operation}: {refusal}"
-    assert store.commands() - before <= MOST_COMMANDS, operation
+    assert store.commands() - before <= MAX_COMMANDS, operation
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_operations_end_and_undamaged_data_works_for_any_damage(store: Store, data: st.DataObject) -> None:
     store.restore()
-    keys = [key for key in store.whole if not SAFE.search(key.decode())]
+    keys = [key for key in store.complete if not SAFE.search(key.decode())]
     kinds = st.sampled_from(("missing", "stale", "string", "list"))
     damage = data.draw(st.dictionaries(st.sampled_from(keys), kinds, min_size=1, max_size=len(keys)))
     for key, kind in damage.items():
@@ -166,11 +167,11 @@ def test_operations_end_and_undamaged_data_works_for_any_damage(store: Store, da
     foreign = {key.decode() for key, kind in damage.items() if kind in ("string", "list")}
     calls = [(operation, each) for operation, some in OPERATIONS.items() for each in some]
     for operation, arguments in data.draw(st.permutations(calls)):
-        _checked(store, operation, arguments, foreign)
-    _check_the_rest(store)
+        _run_and_check(store, operation, arguments, foreign)
+    _check_undamaged_data(store)
 
 
-def _check_the_rest(store: Store) -> None:
+def _check_undamaged_data(store: Store) -> None:
     """Check that undamaged data works, and that damaged keys are usable again."""
     slots = f"fleet:slots:{SAFE_PLACE}"
     assert store.redis.hkeys(slots) == [b"safe/c-1/0"]
@@ -204,7 +205,7 @@ def test_entries_of_a_queue_without_a_ticket_are_dropped_and_counted(store: Stor
     assert not [ticket for ticket in store.redis.hkeys(f"fleet:slots:{PLACE}") if ticket.startswith(b"gone")]
 
 
-def test_a_ticket_without_a_queue_entry_gets_a_new_one(store: Store) -> None:
+def test_a_ticket_without_a_queue_entry_gets_a_new_entry(store: Store) -> None:
     store.restore()
     store.redis.delete(f"fleet:queue:{PLACE}")
     assert store.run("claim", claim("r4/c-1/0"))[0] == b"waiting"
@@ -213,13 +214,13 @@ def test_a_ticket_without_a_queue_entry_gets_a_new_one(store: Store) -> None:
     assert store.redis.hget("fleet:repairs", "waiting") == b"1"
 
 
-def test_a_ticket_with_two_queue_entries_gets_one_slot(store: Store) -> None:
+def test_a_ticket_with_two_queue_entries_gets_one_worker_slot(store: Store) -> None:
     store.restore()
     store.redis.delete(f"fleet:waiting:{PLACE}")
     store.run("claim", claim("r4/c-1/0"))
     store.run("announce", announcement("w-large", capacity=9))
     assert store.redis.zcard(f"fleet:queue:{PLACE}") == 0
-    assert store.redis.hlen(f"fleet:slots:{PLACE}") == 3  # two slots were held before
+    assert store.redis.hlen(f"fleet:slots:{PLACE}") == 3  # two worker slots were held before
 
 
 def test_open_requests_without_a_record_are_removed(store: Store) -> None:

@@ -30,7 +30,7 @@ class ClaimQueue:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def join(self, name: str, queue_priority: QueuePriority) -> None:
-        """Claim a slot, and return once the claim waits. Claims alternate between the coordinators."""
+        """Claim a worker slot, and return once the claim waits. Claims alternate between the coordinators."""
         slots = self._coordinators[len(self._tasks) % len(self._coordinators)]
         self._tasks.append(asyncio.create_task(self._take(slots, name, queue_priority)))
         count = len(self._tasks) - len(self.order)
@@ -56,7 +56,7 @@ class ClaimQueue:
 
 @asynccontextmanager
 async def claim_queue(redis: Redis) -> AsyncIterator[tuple[ClaimQueue, WorkerSlots]]:
-    """A queue of claims of two coordinators, and the slots of the first coordinator."""
+    """A queue of claims of two coordinators, and the worker slots of the first coordinator."""
     registry = WorkerRegistry(redis)
     info = worker_pb2.WorkerInfo(
         worker_id="w", service="denoising", model="emoji", model_fingerprint="f", capacity=1, address="unix:/w"
@@ -73,7 +73,7 @@ async def claim_queue(redis: Redis) -> AsyncIterator[tuple[ClaimQueue, WorkerSlo
 
 
 def test_a_caller_with_many_requests_does_not_delay_a_caller_with_few(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with claim_queue(redis) as (queue, slots):
             held = await slots.claim("emoji", "denoising", "g0", QueuePriority(caller="greedy"))
             for number in range(1, 7):
@@ -86,11 +86,11 @@ def test_a_caller_with_many_requests_does_not_delay_a_caller_with_few(each_store
             (shares,) = await redis.keys("fleet:shares:*")
             assert await redis.pttl(shares) > 0
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_shares_are_of_work_and_not_of_requests(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_callers_get_equal_shares_of_work_and_not_of_requests(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         async with claim_queue(redis) as (queue, slots):
             held = await slots.claim("emoji", "denoising", "x", QueuePriority(caller="x"))
             for number in range(3):
@@ -100,14 +100,14 @@ def test_shares_are_of_work_and_not_of_requests(each_store_url: str) -> None:
             slots.release(held)
             order = await queue.finish()
             assert order[:2] == ["video 0", "icon 0"]
-            between = [order.index(f"video {number}") for number in range(3)]
-            assert [after - before - 1 for before, after in itertools.pairwise(between)] == [4, 4]
+            positions = [order.index(f"video {number}") for number in range(3)]
+            assert [after - before - 1 for before, after in itertools.pairwise(positions)] == [4, 4]
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_an_idle_caller_accumulates_no_share(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with claim_queue(redis) as (queue, slots):
             for number in range(20):
                 slots.release(await slots.claim("emoji", "denoising", f"a{number}", QueuePriority(caller="always")))
@@ -120,13 +120,13 @@ def test_an_idle_caller_accumulates_no_share(each_store_url: str) -> None:
             order = await queue.finish()
             assert order == [f"{name} {number}" for number in range(3) for name in ("seldom", "always")]
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_priorities_precede_shares_and_deadlines_order_requests_of_a_caller(each_store_url: str) -> None:
     """A deadline moves a request ahead of other requests of its caller only."""
 
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with claim_queue(redis) as (queue, slots):
             held = await slots.claim("emoji", "denoising", "a0", QueuePriority(caller="a"))
             soon, late = 3_000_000_000_000, 4_000_000_000_000
@@ -142,11 +142,11 @@ def test_priorities_precede_shares_and_deadlines_order_requests_of_a_caller(each
             slots.release(held)
             assert await queue.finish() == ["a first", "ab", "b", "a soon", "a late", "b last"]
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_hundred_waiting_callers_take_turns(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with claim_queue(redis) as (queue, slots):
             held = await slots.claim("emoji", "denoising", "x", QueuePriority(caller="x"))
             for turn in range(2):
@@ -155,4 +155,4 @@ def test_a_hundred_waiting_callers_take_turns(each_store_url: str) -> None:
             slots.release(held)
             assert await queue.finish() == [f"{turn} of {number}" for turn in range(2) for number in range(100)]
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)

@@ -1,4 +1,4 @@
-"""Hand-over and refusals in the store: free slots of equal workers, queue order, and refused workers."""
+"""Hand-over in the store: free worker slots of equal workers, queue order, and refused workers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from redis_servers import run_on_empty_store
 from slot_claims import queued, slots_of, worker
 
 
-def test_free_slots_of_equal_workers_are_counted(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_free_worker_slots_of_equal_workers_are_counted(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         leaving = worker("a", numerics="n1")
         for each in (leaving, worker("b", capacity=2, numerics="n1"), worker("c", numerics="n2"), worker("d")):
@@ -23,7 +23,7 @@ def test_free_slots_of_equal_workers_are_counted(each_store_url: str) -> None:
         assert await registry.free_slots(leaving) == 3
         await registry.withdraw("a")
         assert await registry.free_slots(leaving) == 2
-        assert await registry.free_slots(worker("d")) == 0, "a worker without a fingerprint has no equals"
+        assert await registry.free_slots(worker("d")) == 0, "no worker is equal to a worker without a fingerprint"
         async with slots_of(redis, "one") as slots:
             held = [await slots.claim("emoji", "denoising", str(number), equal_to="n1") for number in range(2)]
             assert [each.worker.worker_id for each in held] == ["b", "b"]
@@ -34,11 +34,11 @@ def test_free_slots_of_equal_workers_are_counted(each_store_url: str) -> None:
         for name in "bcd":
             await registry.withdraw(name)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_handed_over_request_is_the_first_of_its_priority(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
         async with slots_of(redis, "one") as slots:
@@ -50,14 +50,14 @@ def test_a_handed_over_request_is_the_first_of_its_priority(each_store_url: str)
                 slots.release(slot)
 
             held = await slots.claim("emoji", "denoising", "held")
-            given = [
+            claims = [
                 ("due", QueuePriority(0, 1, "ann"), False),
                 ("idle caller", QueuePriority(0, 0, "bob"), False),
                 ("handed over", QueuePriority(0, 0, "zoe", cost=9), True),
                 ("urgent", QueuePriority(1, 0, "ann"), False),
             ]
             waiting = []
-            for number, (name, priority, first) in enumerate(given, 1):
+            for number, (name, priority, first) in enumerate(claims, 1):
                 waiting.append(asyncio.create_task(take(name, priority, first=first)))
                 await queued(registry, number)
             slots.release(held)
@@ -65,11 +65,11 @@ def test_a_handed_over_request_is_the_first_of_its_priority(each_store_url: str)
             assert order == ["urgent", "handed over", "due", "idle caller"]
         await registry.withdraw("w")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_claim_waits_for_a_worker_that_fits_its_checkpoint_while_one_lives(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_claim_waits_while_a_worker_that_can_resume_its_step_checkpoint_lives(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("busy", numerics="n1"))
         async with slots_of(redis, "one", ask_again_seconds=0.05) as slots:
@@ -80,8 +80,8 @@ def test_a_claim_waits_for_a_worker_that_fits_its_checkpoint_while_one_lives(eac
             plain = await slots.claim("emoji", "denoising", "plain")
             assert plain.worker.worker_id == "other", "a claim that waits for another worker blocks no other claim"
             slots.release(held)
-            got = await waiting
-            assert got.worker.worker_id == "busy"
+            resumed = await waiting
+            assert resumed.worker.worker_id == "busy"
             slots.release(plain)
             await slots.settle()
             waiting = asyncio.create_task(slots.claim("emoji", "denoising", "restarts", first=True, equal_to="n1"))
@@ -90,11 +90,11 @@ def test_a_claim_waits_for_a_worker_that_fits_its_checkpoint_while_one_lives(eac
             assert (await waiting).worker.worker_id == "other"
         await registry.withdraw("other")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_refusals_are_bounded_in_number_and_time(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.declare("emoji", "f")
         assert not await registry.refusals("emoji")
@@ -111,4 +111,4 @@ def test_refusals_are_bounded_in_number_and_time(each_store_url: str) -> None:
         assert "old" not in [each.model_fingerprint for each in await registry.refusals("emoji")]
         assert await redis.hlen("fleet:refused:emoji") == 16
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)

@@ -1,4 +1,4 @@
-"""The index of a service's workers agrees with workers and slots, and claims have a constant cost."""
+"""The worker index of a service agrees with workers and worker slots. Claims have a constant cost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Store:
         return self.redis.execute_command(*script_call(operation, arguments))
 
     def release(self, ticket: str) -> None:
-        """Release a slot."""
+        """Release a worker slot."""
         self.run("release", {"ticket": ticket, "place": PLACE, "used": 0})
 
     def beat(self, *owners: str) -> None:
@@ -44,7 +44,7 @@ class Store:
         return sum(stats["calls"] for stats in self.redis.info("commandstats").values())
 
     def slots(self) -> dict[str, tuple[str, str]]:
-        """Worker and owner of each slot, by ticket."""
+        """Worker and owner of each worker slot, by ticket."""
         values = {key.decode(): value.decode().split("|") for key, value in self._hash("slots").items()}
         return {ticket: (worker, owner) for ticket, (worker, owner, *_) in values.items()}
 
@@ -85,7 +85,7 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
 
 
 def check_index(store: Store) -> None:
-    """Check that the index, if it is valid, agrees with workers and slots."""
+    """Check that the index, if it is valid, agrees with workers and worker slots."""
     marker = store.indexed()
     if not marker:
         return
@@ -116,7 +116,7 @@ STEPS = st.one_of(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEPS, min_size=5, max_size=40))
-def test_the_index_agrees_with_workers_and_slots(store: Store, steps: list[tuple[str, str, Any]]) -> None:
+def test_the_index_agrees_with_workers_and_worker_slots(store: Store, steps: list[tuple[str, str, Any]]) -> None:
     store.redis.flushdb()
     store.beat(*OWNERS)
     tickets: list[str] = []
@@ -129,12 +129,12 @@ def test_the_index_agrees_with_workers_and_slots(store: Store, steps: list[tuple
         elif kind == "claim":
             store.beat(name)
             tickets.append(f"r{number}/{name}/0{value}")
-            before, taken, waits = store.workers(), store.taken(), store.redis.zcard(f"fleet:queue:{PLACE}")
+            before, taken, num_waiting = store.workers(), store.taken(), store.redis.zcard(f"fleet:queue:{PLACE}")
             dead = {owner for _, owner in store.slots().values()} - {each for each in OWNERS if _lives(store, each)}
             reply = store.run("claim", claim(tickets[-1], name))
-            if reply[0] == b"granted" and not (waits or value or dead):
+            if reply[0] == b"granted" and not (num_waiting or value or dead):
                 check_choice(store, tickets[-1], before, taken)
-            if reply[0] == b"waiting" and not (waits or value or dead):
+            if reply[0] == b"waiting" and not (num_waiting or value or dead):
                 assert all(taken[each] >= capacity for each, (capacity, _) in before.items())
         elif kind == "release" and tickets:
             store.release(tickets.pop(value % len(tickets)))
@@ -147,7 +147,7 @@ def _lives(store: Store, owner: str) -> bool:
     return bool(store.redis.exists(f"fleet:coordinator:{owner}"))
 
 
-def commands_of_a_claim(store: Store, workers: int) -> int:
+def commands_of_ten_claims(store: Store, workers: int) -> int:
     """Number of commands of ten claims, releases and heartbeats while half of the workers are busy."""
     store.redis.flushdb()
     store.beat("c-1")
@@ -166,10 +166,10 @@ def commands_of_a_claim(store: Store, workers: int) -> int:
 
 
 def test_the_cost_of_claims_and_heartbeats_is_independent_of_the_number_of_workers(store: Store) -> None:
-    assert commands_of_a_claim(store, 400) <= commands_of_a_claim(store, 20) + 10
+    assert commands_of_ten_claims(store, 400) <= commands_of_ten_claims(store, 20) + 10
 
 
-def test_slots_of_a_coordinator_that_ends_are_free_at_once(store: Store) -> None:
+def test_worker_slots_of_a_coordinator_that_ends_are_free_at_once(store: Store) -> None:
     store.redis.flushdb()
     store.beat(*OWNERS)
     store.run("announce", announcement("w1"))

@@ -1,4 +1,4 @@
-"""Withdrawal from a store that accepts connections and does not answer, as behind a partitioned network."""
+"""Withdrawal from a store that accepts connections and does not reply, as in a network partition."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from common.state.presence import Presence
 from common.state.workers import WorkerRegistry
 
 
-def test_withdrawal_does_not_wait_for_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_withdrawal_ends_although_the_store_does_not_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presence, "_LEAVE_SECONDS", 0.01)
 
-    async def story() -> None:
+    async def scenario() -> None:
         link = Link(tmp_path / "silent")
         await link.start()
         link.hold()
@@ -28,4 +28,4 @@ def test_withdrawal_does_not_wait_for_an_answer(tmp_path: Path, monkeypatch: pyt
             await Presence(redis, "coordinator").stop()
         await link.close()
 
-    asyncio.run(story())
+    asyncio.run(scenario())

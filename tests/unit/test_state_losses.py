@@ -52,7 +52,7 @@ class Case:
 
 
 def test_a_loss_is_suspect_once_the_heartbeat_has_expired(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         case = Case(redis)
         await case.admit()
         await case.announce("w")
@@ -71,11 +71,11 @@ def test_a_loss_is_suspect_once_the_heartbeat_has_expired(each_store_url: str) -
         assert (first.worker_id, second.worker_id, second.suspect) == ("w", "unknown", False)
         assert [loss.suspect for loss in await case.decided()] == [True, True]
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_new_heartbeat_of_the_worker_clears_its_losses(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         case = Case(redis, ttl_seconds=SLOW)
         await case.admit()
         await case.admit("other")
@@ -89,11 +89,11 @@ def test_a_new_heartbeat_of_the_worker_clears_its_losses(each_store_url: str) ->
         assert await redis.zrange("fleet:lost:emoji/denoising", 0, -1) == []
         assert [loss.worker_id for loss in await case.lose("w")] == ["w"]  # a later loss counts
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_worker_that_leaves_is_not_a_loss(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         case = Case(redis, ttl_seconds=60)
         await case.admit()
         for worker_id in ("before", "after"):
@@ -109,11 +109,11 @@ def test_a_worker_that_leaves_is_not_a_loss(each_store_url: str) -> None:
         await case.announce("before")  # a delayed heartbeat
         assert await case.registry.live("emoji", "denoising") == []
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_loss_reports_the_step_of_the_checkpoint_and_is_inherited(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_loss_has_the_step_of_the_step_checkpoint_and_is_inherited(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         case = Case(redis)
         await case.admit()
         await case.lose("w-1")
@@ -124,7 +124,7 @@ def test_a_loss_reports_the_step_of_the_checkpoint_and_is_inherited(each_store_u
         await redis.set("fleet:coordinator:successor", "1")
         successor = Leases(redis, "successor")
         ((inherited,), _) = await successor.take_over("emoji")
-        assert await case.leases.losses("r", 1) == []  # no longer the owner
+        assert await case.leases.losses("r", 1) == []  # this coordinator is no longer the owner
         assert await case.lose("w-3") == []
         await successor.add_death("r", inherited.epoch, "w-3", service="denoising", stage=2, ttl_seconds=TTL)
         found = await case.decided(epoch=inherited.epoch)
@@ -134,12 +134,12 @@ def test_a_loss_reports_the_step_of_the_checkpoint_and_is_inherited(each_store_u
         for key in await redis.keys("fleet:*lost:*") + await redis.keys("fleet:accused:*"):
             assert await redis.pttl(key) > 0, key
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 @pytest.mark.parametrize("seen_by", ["heartbeat", "coordinator"])
 def test_a_loss_is_in_churn_if_a_worker_of_other_requests_was_lost(each_store_url: str, seen_by: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         case = Case(redis)
         for name in ("r", "other"):
             await case.admit(name)
@@ -161,11 +161,11 @@ def test_a_loss_is_in_churn_if_a_worker_of_other_requests_was_lost(each_store_ur
         await redis.delete("fleet:lost:emoji/denoising")  # as after 10 minutes
         assert all(loss.in_churn for loss in await case.decided())
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_losses_of_more_than_ten_minutes_ago_are_not_churn(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         case = Case(redis)
         await case.admit()
         seconds, _ = await redis.time()
@@ -176,13 +176,13 @@ def test_losses_of_more_than_ten_minutes_ago_are_not_churn(each_store_url: str) 
         await redis.zadd("fleet:lost:emoji/denoising", {"just now": seconds * 1_000 - 590_000})
         assert [loss.in_churn for loss in await case.decided()] == [True]
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_worker_that_runs_an_older_script_is_cleared_by_its_heartbeat(each_store_url: str) -> None:
-    """Heartbeats of an older script store no time to live and clear no loss; the worker's live key clears it."""
+    """Heartbeats of an older script store no TTL and clear no loss. The live key of the worker clears it."""
 
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         case = Case(redis)
         await case.admit()
         await case.announce("old-1")
@@ -194,4 +194,4 @@ def test_a_worker_that_runs_an_older_script_is_cleared_by_its_heartbeat(each_sto
         assert [loss.worker_id for loss in await case.decided()] == ["old-2"]
         await run_script(redis, "leaving", {"worker": "old-1", "lasts": 1})
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)

@@ -23,7 +23,7 @@ LIMITS = AdmissionLimits(services=("text_encoding", "denoising"), queue_seconds=
 
 
 class AdmittingFleet:
-    """A request store, and workers with two slots of denoising and one slot of text encoding."""
+    """A request store, and workers with two worker slots of denoising and one of text encoding."""
 
     def __init__(self, redis: Redis, slots: WorkerSlots) -> None:
         self.redis = redis
@@ -39,19 +39,19 @@ class AdmittingFleet:
         return (await self.store.admit(record, limits=limits, costs={"denoising": cost})).record.request_id
 
     async def refused(
-        self, words: str, *, cost: int = 1, caller: str = "", limits: AdmissionLimits = LIMITS, variant: str = ""
+        self, message: str, *, cost: int = 1, caller: str = "", limits: AdmissionLimits = LIMITS, variant: str = ""
     ) -> float | None:
         """Check that a request is refused. Returns the seconds after which to retry."""
-        with pytest.raises(ResourceExhausted, match=words) as caught:
+        with pytest.raises(ResourceExhausted, match=message) as caught:
             await self.admit(cost=cost, caller=caller, limits=limits, variant=variant)
         return caught.value.retry_seconds
 
     async def claim(self, name: str, cost: int = 1, service: str = "denoising") -> WorkerSlot:
-        """Claim a slot for a request."""
+        """Claim a worker slot for a request."""
         return await self.slots.claim("emoji", service, name, QueuePriority(cost=cost))
 
     async def measure(self, seconds: float, cost: int = 1, *, name: str = "x", service: str = "denoising") -> None:
-        """Run a stage of this cost to its end, with a slot held for `seconds`."""
+        """Run a stage of this cost to its end, with a worker slot held for `seconds`."""
         self.slots.release(await self.claim(name, cost, service), used_seconds=seconds)
         await self.slots.settle()
 
@@ -79,7 +79,7 @@ async def nothing_is_open(redis: Redis) -> bool:
 
 
 def test_work_beyond_the_bound_is_refused_with_the_time_to_wait(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with admitting_fleet(redis) as fleet:
             await fleet.measure(4.0)
             await fleet.measure(0.1, service="text_encoding")
@@ -93,16 +93,16 @@ def test_work_beyond_the_bound_is_refused_with_the_time_to_wait(each_store_url: 
                 await fleet.store.finish(name, State.REQUEST_STATE_CANCELLED)
             assert await nothing_is_open(redis)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_unlike_requests_count_by_their_cost(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with admitting_fleet(redis) as fleet:
             await fleet.measure(8.0, cost=80)
             await fleet.measure(0.5, cost=5)  # the pace per unit of cost is the same
             await fleet.measure(0.1, service="text_encoding")
-            video = await fleet.admit(cost=110)  # 11 s on two slots
+            video = await fleet.admit(cost=110)  # 11 s on two worker slots
             assert await fleet.refused(r"5\.5 s of work") == pytest.approx(0.5)
             crowded = AdmissionLimits(LIMITS.services, max_open=1)
             assert await fleet.refused("1 requests", cost=40, limits=crowded) == pytest.approx(2.0)
@@ -110,15 +110,15 @@ def test_unlike_requests_count_by_their_cost(each_store_url: str) -> None:
             for _ in range(10):  # 0.5 s each
                 await fleet.admit(cost=10)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_completed_stages_do_not_count_as_open_work(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with admitting_fleet(redis) as fleet:
             await fleet.measure(4.0)
             await fleet.measure(2.0, service="text_encoding")
-            for number in range(3):  # 6 s of work on the only slot of the encoder
+            for number in range(3):  # 6 s of work on the only worker slot of text encoding
                 await fleet.admit(f"r{number}")
             assert await fleet.refused(r"6\.0 s of work") == pytest.approx(1.0)
             for _ in range(2):  # a stage that completes twice, after a take-over, counts once
@@ -130,11 +130,11 @@ def test_completed_stages_do_not_count_as_open_work(each_store_url: str) -> None
                 await fleet.store.finish(f"r{number}", State.REQUEST_STATE_SUCCEEDED)
             assert await nothing_is_open(redis)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_running_work_decreases_with_time(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with admitting_fleet(redis) as fleet:
             await fleet.measure(60.0)
             await fleet.measure(0.1, service="text_encoding")
@@ -145,16 +145,16 @@ def test_running_work_decreases_with_time(each_store_url: str) -> None:
             assert 20 < wait <= 25
             held = (await command(redis, "HGET", "fleet:slots:emoji/denoising", slot.ticket)).decode()
             place, _, since = held.rpartition("|")
-            earlier = f"{place}|{int(since) - 55_000}"  # 5 s remain, on two slots
+            earlier = f"{place}|{int(since) - 55_000}"  # 5 s remain, on two worker slots
             await command(redis, "HSET", "fleet:slots:emoji/denoising", slot.ticket, earlier)
             await fleet.admit()
             fleet.slots.release(slot)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_without_a_pace_only_requests_that_start_at_once_are_admitted(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with admitting_fleet(redis) as fleet:
             await fleet.measure(0.1, service="text_encoding")
             first = await fleet.admit()
@@ -165,34 +165,34 @@ def test_without_a_pace_only_requests_that_start_at_once_are_admitted(each_store
             await fleet.measure(1.0, name=first)
             await fleet.admit()
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_caller_within_its_share_is_admitted_whatever_the_others_have_open(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_caller_within_its_share_is_admitted_whatever_other_callers_have_open(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         async with admitting_fleet(redis) as fleet:
             await fleet.measure(2.0)
             await fleet.measure(0.1, service="text_encoding")
             for _ in range(6):  # 1 s each
                 await fleet.admit(caller="greedy")
             assert await fleet.refused("6.0 s of work", caller="greedy") == pytest.approx(1.0)
-            for _ in range(3):  # until the caller has more than half of the 5 s
+            for _ in range(3):  # until the work of the caller exceeds half of the bound of 5 s
                 await fleet.admit(caller="modest")
             assert await fleet.refused("9.0 s of work", caller="modest") == pytest.approx(4.0)
             await fleet.admit(caller="third")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_each_variant_has_its_own_pace(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with admitting_fleet(redis) as fleet:
             await fleet.measure(0.1, service="text_encoding")
             for variant, seconds in {"text": 1.0, "image": 8.0}.items():
                 name = await fleet.admit(variant=variant, limits=AdmissionLimits(LIMITS.services))
                 await fleet.measure(seconds, name=name)
                 await fleet.store.finish(name, State.REQUEST_STATE_SUCCEEDED)
-            for _ in range(2):  # 0.5 s each, on two slots
+            for _ in range(2):  # 0.5 s each, on two worker slots
                 await fleet.admit(variant="text")
             await fleet.admit(variant="image")  # 4 s
             await fleet.admit(variant="text")
@@ -202,11 +202,11 @@ def test_each_variant_has_its_own_pace(each_store_url: str) -> None:
             assert await fleet.refused("4 requests", limits=crowded, variant="image") == pytest.approx(4.0)
             assert await fleet.refused("4 requests", limits=crowded, variant="text") == pytest.approx(0.5)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_variant_without_a_pace_has_the_pace_of_the_others(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_variant_without_a_pace_has_the_pace_of_the_other_variants(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         async with admitting_fleet(redis) as fleet:
             await fleet.measure(0.1, service="text_encoding")
             name = await fleet.admit(variant="text", limits=AdmissionLimits(LIMITS.services))
@@ -216,11 +216,11 @@ def test_a_variant_without_a_pace_has_the_pace_of_the_others(each_store_url: str
                 await fleet.admit(variant="image")
             assert await fleet.refused(r"6\.0 s of work", variant="image") == pytest.approx(1.0)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_work_of_all_variants_counts_towards_the_share_of_the_caller(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with admitting_fleet(redis) as fleet:
             await fleet.measure(4.0)
             await fleet.measure(0.1, service="text_encoding")
@@ -242,4 +242,4 @@ def test_work_of_all_variants_counts_towards_the_share_of_the_caller(each_store_
                 await fleet.store.finish(name, State.REQUEST_STATE_CANCELLED)
             assert await nothing_is_open(redis)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)

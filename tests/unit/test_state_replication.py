@@ -29,7 +29,7 @@ from services.coordinator.settings import CoordinatorSettings
 
 SUCCEEDED, CANCELLED = generation_pb2.REQUEST_STATE_SUCCEEDED, generation_pb2.REQUEST_STATE_CANCELLED
 
-Story = Callable[[Replicated, Redis], Awaitable[None]]
+Scenario = Callable[[Replicated, Redis], Awaitable[None]]
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +38,16 @@ def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replication, "_ACKNOWLEDGE_SECONDS", 0.3)
 
 
-def run_on_replicated_servers(story: Story, *, sentinel: bool = False) -> None:
+def run_on_replicated_servers(scenario: Scenario, *, sentinel: bool = False) -> None:
     """Run a test on a primary, a replica that has caught up and, if `sentinel`, a sentinel."""
 
-    async def whole(servers: Replicated) -> None:
+    async def main(servers: Replicated) -> None:
         async with asyncio.timeout(60), connect(servers.url) as redis:
-            await story(servers, redis)
+            await scenario(servers, redis)
 
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-replicas-")))
-        asyncio.run(whole(stack.enter_context(replicated_servers(directory, sentinel=sentinel))))
+        asyncio.run(main(stack.enter_context(replicated_servers(directory, sentinel=sentinel))))
 
 
 def record(name: str) -> generation_pb2.RequestRecord:
@@ -55,7 +55,7 @@ def record(name: str) -> generation_pb2.RequestRecord:
 
 
 def test_accepted_requests_survive_a_failover() -> None:
-    async def story(servers: Replicated, redis: Redis) -> None:
+    async def scenario(servers: Replicated, redis: Redis) -> None:
         store = RequestStore(redis, replicas=1)
         for number in range(20):
             await store.admit(record(f"r{number}"))
@@ -78,11 +78,11 @@ def test_accepted_requests_survive_a_failover() -> None:
         with pytest.raises(Unavailable, match="0 replicas"):
             await store.admit(record("late"))
 
-    run_on_replicated_servers(story, sentinel=True)
+    run_on_replicated_servers(scenario, sentinel=True)
 
 
 def test_a_request_is_accepted_only_once_a_replica_has_it() -> None:
-    async def story(servers: Replicated, redis: Redis) -> None:
+    async def scenario(servers: Replicated, redis: Redis) -> None:
         store = RequestStore(redis, replicas=1)
         await store.admit(record("before"))
         servers.stop_replica()
@@ -103,7 +103,7 @@ def test_a_request_is_accepted_only_once_a_replica_has_it() -> None:
             states = await command(replica, "HMGET", "fleet:request:before", "state")
             assert states == [str(int(CANCELLED)).encode()]
 
-    run_on_replicated_servers(story)
+    run_on_replicated_servers(scenario)
 
 
 def test_a_result_that_lost_a_part_in_a_failover_is_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_a_result_that_lost_a_part_in_a_failover_is_written_again(monkeypatch: p
     data = bytes(3 * CHUNK_BYTES)
     follow = Replication.follow
 
-    async def story(servers: Replicated, redis: Redis) -> None:
+    async def scenario(servers: Replicated, redis: Redis) -> None:
         store = RequestStore(redis, replicas=1)
         await store.admit(record("r"))
         file = ResultFile(generation_pb2.FileHeader(count=1, byte_size=len(data)), [data])
@@ -128,11 +128,11 @@ def test_a_result_that_lost_a_part_in_a_failover_is_written_again(monkeypatch: p
         assert await store.finish("r", SUCCEEDED, files=[file], token="t") is not None
         assert b"".join([chunk async for chunk in store.result_chunks("r", 0, len(data))]) == data
 
-    run_on_replicated_servers(story)
+    run_on_replicated_servers(scenario)
 
 
 def test_an_item_of_a_result_is_delivered_only_once_a_replica_has_it() -> None:
-    async def story(servers: Replicated, redis: Redis) -> None:
+    async def scenario(servers: Replicated, redis: Redis) -> None:
         store = RequestStore(redis, replicas=1)
         await store.admit(record("r"))
         stored = StoredItem(generation_pb2.ResultItem(byte_size=3, file_count=1), 1)
@@ -150,22 +150,22 @@ def test_an_item_of_a_result_is_delivered_only_once_a_replica_has_it() -> None:
             assert await command(replica, "GET", "fleet:item:r:1:0:0") == b"abc"
             assert await command(replica, "XLEN", "fleet:events:r") == 2
 
-    run_on_replicated_servers(story)
+    run_on_replicated_servers(scenario)
 
 
 def test_a_missing_script_is_loaded_again() -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         await command(redis, "SCRIPT", "FLUSH")
         with pytest.raises(Unavailable, match="0 replicas"):
             await RequestStore(redis, replicas=1).admit(record("r"))
         assert (await RequestStore(redis).get("r")).request_id == "r"
 
-    async def whole(url: str) -> None:
+    async def main(url: str) -> None:
         async with asyncio.timeout(30), connect(url) as redis:
-            await story(redis)
+            await scenario(redis)
 
     with running_server("valkey") as server:
-        asyncio.run(whole(server.url))
+        asyncio.run(main(server.url))
 
 
 def test_a_negative_number_of_replicas_is_refused() -> None:

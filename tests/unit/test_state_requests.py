@@ -42,161 +42,167 @@ def image_file(data: bytes) -> ResultFile:
 
 
 def test_a_request_has_its_events_and_files_from_admission_to_end(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
-        given = record(prompt="a red apple")
-        given.warnings.add(field="height", message="rounded")
-        admitted = await store.admit(given)
+        submitted = record(prompt="a red apple")
+        submitted.warnings.add(field="height", message="rounded")
+        admitted = await store.admit(submitted)
         assert not admitted.replayed
         assert admitted.record.state == State.REQUEST_STATE_QUEUED
         assert admitted.record.created_at.seconds > 1_700_000_000
-        assert await store.append(given.request_id, [state_event(State.REQUEST_STATE_RUNNING), progress(1)], number=0)
-        assert await store.append(given.request_id, [warning("cut")], number=2)
+        assert await store.append(
+            submitted.request_id, [state_event(State.REQUEST_STATE_RUNNING), progress(1)], number=0
+        )
+        assert await store.append(submitted.request_id, [warning("cut")], number=2)
         data = bytes(range(256)) * 10_000
         assert await store.finish(
-            given.request_id, State.REQUEST_STATE_SUCCEEDED, files=[image_file(data)], events=[progress(9)]
+            submitted.request_id, State.REQUEST_STATE_SUCCEEDED, files=[image_file(data)], events=[progress(9)]
         )
-        events = [event async for event in store.events(given.request_id)]
+        events = [event async for event in store.events(submitted.request_id)]
         kinds = [event.WhichOneof("kind") for event in events]
         assert kinds == ["state_change", "warning", "state_change", "progress", "warning", "progress", "state_change"]
         assert events[-1].state_change.state == State.REQUEST_STATE_SUCCEEDED
         assert all(event.time.seconds > 1_700_000_000 for event in events)
-        stored = await store.get(given.request_id)
+        stored = await store.get(submitted.request_id)
         assert stored.parameters.prompt == "a red apple"
         assert [each.message for each in stored.warnings] == ["rounded", "cut"]
         assert stored.files[0].byte_size == len(data)
-        chunks = [chunk async for chunk in store.result_chunks(given.request_id, 0, len(data))]
+        chunks = [chunk async for chunk in store.result_chunks(submitted.request_id, 0, len(data))]
         assert b"".join(chunks) == data
         assert max(map(len, chunks)) == 1 << 20
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_request_ends_once_and_has_no_events_afterwards(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
-        name = (await store.admit(record())).record.request_id
+        request_id = (await store.admit(record())).record.request_id
         ends = [State.REQUEST_STATE_SUCCEEDED, State.REQUEST_STATE_CANCELLED, State.REQUEST_STATE_EXPIRED] * 7
         files = [[image_file(b"x" * 100)] if end == State.REQUEST_STATE_SUCCEEDED else [] for end in ends]
         ends_seen = await asyncio.gather(
-            *(store.finish(name, end, files=each) for end, each in zip(ends, files, strict=True))
+            *(store.finish(request_id, end, files=each) for end, each in zip(ends, files, strict=True))
         )
         won = [each is not None for each in ends_seen]
         assert sum(won) == 1
-        stored = await store.get(name)
+        stored = await store.get(request_id)
         assert stored.state == ends[won.index(True)]
-        assert await store.append(name, [progress(3)], number=0) is None
-        events = [event async for event in store.events(name)]
+        assert await store.append(request_id, [progress(3)], number=0) is None
+        events = [event async for event in store.events(request_id)]
         assert [event.state_change.state for event in events] == [State.REQUEST_STATE_QUEUED, stored.state]
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_files_of_a_late_end_are_deleted(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
-        name = (await store.admit(record())).record.request_id
-        assert await store.finish(name, State.REQUEST_STATE_CANCELLED)
-        assert await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"x" * 9)]) is None
+        request_id = (await store.admit(record())).record.request_id
+        assert await store.finish(request_id, State.REQUEST_STATE_CANCELLED)
+        assert await store.finish(request_id, State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"x" * 9)]) is None
         assert not await redis.keys("fleet:result:*")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_every_key_of_an_ended_request_expires(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis, retention=Retention(record_seconds=0.05, result_seconds=0.05))
-        name = (await store.admit(record(), idempotency_key="k")).record.request_id
-        await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"x" * 3_000_000)])
-        keys = [key for key in await redis.keys("fleet:*") if name.encode() in key or b"idempotency" in key]
-        lives = [await redis.pttl(key) for key in keys]
-        assert all(-2 <= life <= 50 and life != -1 for life in lives), dict(zip(keys, lives, strict=True))
+        request_id = (await store.admit(record(), idempotency_key="k")).record.request_id
+        await store.finish(request_id, State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"x" * 3_000_000)])
+        keys = [key for key in await redis.keys("fleet:*") if request_id.encode() in key or b"idempotency" in key]
+        ttls = [await redis.pttl(key) for key in keys]
+        assert all(-2 <= ttl <= 50 and ttl != -1 for ttl in ttls), dict(zip(keys, ttls, strict=True))
 
         async def are_expired() -> bool:
             return not keys or not await redis.exists(*keys)
 
         await wait_until(are_expired)
         with pytest.raises(NotFound, match="may have expired"):
-            await store.get(name)
+            await store.get(request_id)
         with pytest.raises(NotFound, match="result"):
-            [chunk async for chunk in store.result_chunks(name, 0, 9)]
+            [chunk async for chunk in store.result_chunks(request_id, 0, 9)]
         other = (await store.admit(record())).record.request_id
         assert await redis.zrange("fleet:requests", 0, -1) == [other.encode()]
         assert [each.request_id for each in (await store.page())[0]] == [other]
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_repeated_end_keeps_its_files(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_repeated_end_retains_its_files(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
-        name = (await store.admit(record())).record.request_id
-        assert await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"x")], token="mine")
-        assert await store.finish(name, State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"x")], token="mine") == []
-        assert [chunk async for chunk in store.result_chunks(name, 0, 1)] == [b"x"]
-        assert await store.finish(name, State.REQUEST_STATE_FAILED, token="other") is None
+        request_id = (await store.admit(record())).record.request_id
+        assert await store.finish(request_id, State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"x")], token="mine")
+        assert (
+            await store.finish(request_id, State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"x")], token="mine") == []
+        )
+        assert [chunk async for chunk in store.result_chunks(request_id, 0, 1)] == [b"x"]
+        assert await store.finish(request_id, State.REQUEST_STATE_FAILED, token="other") is None
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_an_idempotency_key_replays_one_request_to_concurrent_callers(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
-        answers = await asyncio.gather(*(store.admit(record(), idempotency_key="order-7") for _ in range(20)))
-        assert len({answer.record.request_id for answer in answers}) == 1
-        assert sum(not answer.replayed for answer in answers) == 1
-        await store.finish(answers[0].record.request_id, State.REQUEST_STATE_SUCCEEDED)
+        admissions = await asyncio.gather(*(store.admit(record(), idempotency_key="order-7") for _ in range(20)))
+        assert len({admission.record.request_id for admission in admissions}) == 1
+        assert sum(not admission.replayed for admission in admissions) == 1
+        await store.finish(admissions[0].record.request_id, State.REQUEST_STATE_SUCCEEDED)
         again = await store.admit(record(), idempotency_key="order-7")
         assert again.replayed
         assert again.record.state == State.REQUEST_STATE_SUCCEEDED
         assert not (await store.admit(record(), idempotency_key="order-8")).replayed
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_watch_continues_after_an_event_and_wakes_up_at_once(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
-        name = (await store.admit(record())).record.request_id
+        request_id = (await store.admit(record())).record.request_id
         seen: asyncio.Queue[generation_pb2.Event] = asyncio.Queue()
 
         async def watch(after: str) -> None:
-            async for event in store.events(name, after):
+            async for event in store.events(request_id, after):
                 seen.put_nowait(event)
 
         first = asyncio.create_task(watch(""))
         assert (await seen.get()).state_change.state == State.REQUEST_STATE_QUEUED
-        await store.append(name, [progress(1), progress(2)], number=0)
+        await store.append(request_id, [progress(1), progress(2)], number=0)
         one, two = await seen.get(), await seen.get()
         assert (one.progress.step, two.progress.step) == (1, 2)
         first.cancel()
         second = asyncio.create_task(watch(one.event_id))
         assert (await seen.get()).event_id == two.event_id
-        await store.finish(name, State.REQUEST_STATE_FAILED, error=generation_pb2.Error(code="INTERNAL", message="x"))
+        await store.finish(
+            request_id, State.REQUEST_STATE_FAILED, error=generation_pb2.Error(code="INTERNAL", message="x")
+        )
         last = await seen.get()
         assert last.state_change.error.code == "INTERNAL"
         await second
-        assert [event async for event in store.events(name, last.event_id)] == []
+        assert [event async for event in store.events(request_id, last.event_id)] == []
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 @pytest.mark.parametrize("after", ["x", "1-", "99999999999999999999999-1", "(1-1"])
 def test_a_watch_after_an_invalid_event_id_is_refused(each_store_url: str, after: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
-        name = (await store.admit(record())).record.request_id
+        request_id = (await store.admit(record())).record.request_id
         with pytest.raises(InvalidInput, match="after_event_id") as caught:
-            await anext(aiter(store.events(name, after)))
+            await anext(aiter(store.events(request_id, after)))
         assert caught.value.field == "after_event_id"
         with pytest.raises(NotFound):
             await anext(aiter(store.events("nothing")))
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_admission_is_bounded_and_checks_deadlines(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
         limits = AdmissionLimits(services=["text_encoding", "denoising"], max_open=2, queue_limit=1)
         first = await store.admit(record(), limits=limits)
@@ -219,16 +225,18 @@ def test_admission_is_bounded_and_checks_deadlines(each_store_url: str) -> None:
         assert left is not None
         assert 3_500 < left <= 3_600
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_pages_are_newest_first_and_filtered(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
-        names = [(await store.admit(record("even" if i % 2 == 0 else "odd"))).record.request_id for i in range(450)]
-        for name in names[:440]:
-            await store.finish(name, State.REQUEST_STATE_CANCELLED)
-        newest = names[::-1]
+        request_ids = [
+            (await store.admit(record("even" if i % 2 == 0 else "odd"))).record.request_id for i in range(450)
+        ]
+        for request_id in request_ids[:440]:
+            await store.finish(request_id, State.REQUEST_STATE_CANCELLED)
+        newest = request_ids[::-1]
         listed: list[str] = []
         token = ""
         while True:
@@ -238,7 +246,10 @@ def test_pages_are_newest_first_and_filtered(each_store_url: str) -> None:
                 break
         assert listed == newest
         open_odd, token = await store.page(state=State.REQUEST_STATE_QUEUED, model="odd")
-        assert ([each.request_id for each in open_odd], token) == ([n for n in newest[:10] if names.index(n) % 2], "")
+        assert ([each.request_id for each in open_odd], token) == (
+            [n for n in newest[:10] if request_ids.index(n) % 2],
+            "",
+        )
         assert len((await store.page())[0]) == 50
         exact, token = await store.page(page_size=450)
         assert (len(exact), token) == (450, "")
@@ -246,56 +257,56 @@ def test_pages_are_newest_first_and_filtered(each_store_url: str) -> None:
             with pytest.raises(InvalidInput, match="page_"):
                 await store.page(page_size=size, page_token=bad)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_cancel_reaches_the_owner_or_ends_a_request_without_an_owner(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_cancellation_reaches_the_owner_or_ends_a_request_without_an_owner(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         presence = Presence(redis, "me")
-        asked: asyncio.Queue[str] = asyncio.Queue()
-        presence.on_cancel = asked.put_nowait
+        cancelled_ids: asyncio.Queue[str] = asyncio.Queue()
+        presence.on_cancel = cancelled_ids.put_nowait
         await presence.start()
         store = RequestStore(redis, owner="me")
-        name = (await store.admit(record())).record.request_id
+        request_id = (await store.admit(record())).record.request_id
         other = RequestStore(redis)
-        cancelled, ended_here = await other.request_cancel(name)
+        cancelled, ended_here = await other.request_cancel(request_id)
         assert (cancelled.state, ended_here) == (State.REQUEST_STATE_QUEUED, False)
-        assert await asked.get() == name
+        assert await cancelled_ids.get() == request_id
         await presence.stop()
         for token, expected in (("first", True), ("first", True), ("second", False), ("", False)):
-            cancelled, ended_here = await other.request_cancel(name, token=token)
+            cancelled, ended_here = await other.request_cancel(request_id, token=token)
             assert (cancelled.state, ended_here) == (State.REQUEST_STATE_CANCELLED, expected)
         with pytest.raises(NotFound):
             await other.request_cancel("nothing")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_repeated_events_are_stored_once(each_store_url: str) -> None:
     """A writer repeats events after a lost reply, and a slow network may deliver the first attempt later."""
 
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
-        name = (await store.admit(record())).record.request_id
+        request_id = (await store.admit(record())).record.request_id
         first, second = [warning("cut"), progress(1)], [progress(2)]
-        stored = await store.append(name, first, number=0)
-        assert await store.append(name, first, number=0) == stored
-        assert len(await store.append(name, second, number=2) or ()) == 1
-        assert await store.append(name, first, number=0) == []
-        await store.finish(name, State.REQUEST_STATE_SUCCEEDED)
-        events = [event async for event in store.events(name)]
+        stored = await store.append(request_id, first, number=0)
+        assert await store.append(request_id, first, number=0) == stored
+        assert len(await store.append(request_id, second, number=2) or ()) == 1
+        assert await store.append(request_id, first, number=0) == []
+        await store.finish(request_id, State.REQUEST_STATE_SUCCEEDED)
+        events = [event async for event in store.events(request_id)]
         assert [event.progress.step for event in events if event.HasField("progress")] == [1, 2]
-        assert [each.message for each in (await store.get(name)).warnings] == ["cut"]
-        assert not await redis.hexists(f"fleet:request:{name}", "told")
+        assert [each.message for each in (await store.get(request_id)).warnings] == ["cut"]
+        assert not await redis.hexists(f"fleet:request:{request_id}", "told")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 @pytest.mark.parametrize("name", sorted(server_binaries()))
 def test_accepted_requests_survive_a_killed_server(name: str) -> None:
     with running_server(name) as server:
 
-        async def story() -> None:
+        async def scenario() -> None:
             async with connect(server.url) as redis:
                 store = RequestStore(redis)
                 admitted = (await store.admit(record(prompt="kept"), idempotency_key="k")).record
@@ -307,10 +318,10 @@ def test_accepted_requests_survive_a_killed_server(name: str) -> None:
                 assert (await store.admit(record(), idempotency_key="k")).replayed
                 assert await store.finish(admitted.request_id, State.REQUEST_STATE_SUCCEEDED, files=[image_file(b"x")])
 
-        asyncio.run(story())
+        asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("url", ["http://x", "redis//x", ""])
-def test_a_url_that_is_not_of_redis_is_refused(url: str) -> None:
+def test_a_url_that_is_not_a_redis_url_is_refused(url: str) -> None:
     with pytest.raises(InvalidInput, match="not a Redis URL"):
         connect(url)

@@ -1,4 +1,4 @@
-"""The operations of the store's script: each takes named arguments, and refuses a call that does not fit."""
+"""Each operation of the store's script takes named arguments, and refuses a call with other arguments."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def refusal(url: str, operation: str, arguments: Arguments) -> str:
     """The message of the InternalError of a call. Checks that the call changed nothing."""
     messages: list[str] = []
 
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         with pytest.raises(InternalError) as caught:
             await run_script(redis, operation, arguments)
         messages.append(str(caught.value))
         assert await command(redis, "DBSIZE") == 0
 
-    run_on_empty_store(url, story)
+    run_on_empty_store(url, scenario)
     return messages[0]
 
 
@@ -39,7 +39,7 @@ def test_the_script_contains_all_files() -> None:
     assert len(SCRIPT_FILES) == len(set(SCRIPT_FILES))
 
 
-def test_each_operation_declares_its_arguments_above_itself() -> None:
+def test_each_operation_has_a_declaration_of_its_arguments() -> None:
     operations = re.findall(r"^function ops\.(\w+)\(a\)$", script_source(), re.MULTILINE)
     assert sorted(operations) == sorted(OPERATIONS)
     assert re.findall(r"^takes\.(\w+) = ", script_source(), re.MULTILINE) == operations
@@ -68,7 +68,7 @@ def test_arguments_are_sent_in_pairs() -> None:
 
 
 @pytest.mark.parametrize("operation", sorted(OPERATIONS))
-def test_a_missing_an_unknown_and_a_repeated_argument_are_named(each_store_url: str, operation: str) -> None:
+def test_the_error_names_a_missing_an_unknown_and_a_repeated_argument(each_store_url: str, operation: str) -> None:
     arguments: dict[str, Any] = dict(OPERATIONS[operation][0])
     wrong = f"an operation of the request store was called wrongly: {operation}: "
     for name in arguments.keys() - LISTS:
@@ -83,18 +83,18 @@ def test_a_missing_an_unknown_and_a_repeated_argument_are_named(each_store_url: 
 
 
 def test_a_name_without_a_value_and_an_unknown_operation_are_refused(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         with pytest.raises(InternalError, match="called wrongly: no_such is not an operation"):
             await run_script(redis, "no_such", {})
-        words = script_call("resign", {"owner": "c"})
+        call = script_call("resign", {"owner": "c"})
         with pytest.raises(InternalError, match="called wrongly: resign: owner has no value; it takes owner"):
-            await command(redis, *words[:-1])
+            await command(redis, *call[:-1])
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_values_are_bytes_and_lists_may_be_empty(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         admission: dict[str, Any] = dict(OPERATIONS["admit"][0])
         admission |= {"record": NUL_AND_NEWLINE, "submission": b"id", "events": [NUL_AND_NEWLINE, b"", b"events"]}
         reply = await run_script(redis, "admit", {**admission, "costs": {}})
@@ -106,4 +106,4 @@ def test_values_are_bytes_and_lists_may_be_empty(each_store_url: str) -> None:
         more: Arguments = {"id": "new", "epoch": 1, "number": 0, "state": "", "extra": "", "events": []}
         assert await run_script(redis, "append", more) == [b"appended", []]
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)

@@ -18,7 +18,7 @@ from sentinel_servers import Replicated, replicated_servers
 
 
 def test_a_replica_replaces_a_killed_primary() -> None:
-    async def story(servers: Replicated) -> None:
+    async def scenario(servers: Replicated) -> None:
         async with connect(servers.url) as redis:
             store = RequestStore(redis)
 
@@ -38,13 +38,13 @@ def test_a_replica_replaces_a_killed_primary() -> None:
             await wait_until(ends)
             assert (await store.get("r")).state == generation_pb2.REQUEST_STATE_CANCELLED
 
-    async def whole() -> None:
+    async def main() -> None:
         with ExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-sentinel-")))
             async with asyncio.timeout(60):
-                await story(stack.enter_context(replicated_servers(directory, sentinel=True)))
+                await scenario(stack.enter_context(replicated_servers(directory, sentinel=True)))
 
-    asyncio.run(whole())
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("url", ["redis+sentinel://host:1", "redis+sentinel:///service", "redis+sentinel://host/s"])

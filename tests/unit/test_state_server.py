@@ -43,7 +43,7 @@ async def configure(redis: Redis, **values: str) -> None:
         await command(redis, "CONFIG", "SET", name, value)
 
 
-def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+def logged_lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     """Level and message of each log line since the last call."""
     found = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == LOGGER]
     caplog.clear()
@@ -53,12 +53,12 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
 def test_a_durable_primary_is_logged_as_durable(each_store_url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, LOGGER)
 
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         await configure(redis)
         await check_server(redis)
 
-    run_on_empty_store(each_store_url, story)
-    [(level, text)] = lines(caplog)
+    run_on_empty_store(each_store_url, scenario)
+    [(level, text)] = logged_lines(caplog)
     assert level == "INFO"
     assert text.startswith("request store is durable: ")
     assert "role=master cluster_enabled=no maxmemory_policy=noeviction appendonly=yes appendfsync=always" in text
@@ -70,7 +70,7 @@ def test_a_durable_primary_is_logged_as_durable(each_store_url: str, caplog: pyt
 def test_an_evicting_server_is_refused_unless_allowed(
     each_store_url: str, policy: str, lost: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         await configure(redis, maxmemory_policy=policy)
         with pytest.raises(FailedPrecondition, match=f"maxmemory-policy {policy} is not noeviction.*{lost}") as caught:
             await check_server(redis)
@@ -78,8 +78,8 @@ def test_an_evicting_server_is_refused_unless_allowed(
         await check_server(redis, allow_eviction=True)
         await configure(redis)
 
-    run_on_empty_store(each_store_url, story)
-    [(level, text)] = lines(caplog)
+    run_on_empty_store(each_store_url, scenario)
+    [(level, text)] = logged_lines(caplog)
     assert level == "WARNING"
     assert "evicts keys, as allow_eviction permits" in text
 
@@ -92,23 +92,23 @@ def test_an_evicting_server_is_refused_unless_allowed(
         ({"appendfsync": "no"}, "loses the requests accepted in the last half minute"),
     ],
 )
-def test_a_store_that_is_not_durable_gets_a_warning(
+def test_a_warning_is_logged_for_a_store_that_is_not_durable(
     each_store_url: str, values: dict[str, str], loss: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         await configure(redis, **values)
         await check_server(redis)
         await check_server(redis, allow_data_loss=True)
         await configure(redis)
 
-    run_on_empty_store(each_store_url, story)
-    [(level, text)] = lines(caplog)
+    run_on_empty_store(each_store_url, scenario)
+    [(level, text)] = logged_lines(caplog)
     assert level == "WARNING"
     assert loss in text
 
 
-def test_checks_that_a_login_does_not_permit_are_logged(each_store_url: str, caplog: pytest.LogCaptureFixture) -> None:
-    async def story(redis: Redis) -> None:
+def test_checks_that_an_acl_user_may_not_run_are_logged(each_store_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(redis: Redis) -> None:
         await configure(redis, maxmemory_policy="allkeys-lru")
         await command(redis, "ACL", "SETUSER", "blind", "on", ">word", "~*", "&*", "+@all", "-config", "-info", "-role")
         await command(redis, "ACL", "SETUSER", "managed", "on", ">word", "~*", "&*", "+@all", "-config")
@@ -123,8 +123,8 @@ def test_checks_that_a_login_does_not_permit_are_logged(each_store_url: str, cap
         await check_server(managed)
         await managed.aclose()
 
-    run_on_empty_store(each_store_url, story)
-    (level, first), (_, second) = lines(caplog)
+    run_on_empty_store(each_store_url, scenario)
+    (level, first), (_, second) = logged_lines(caplog)
     assert level == "WARNING"
     assert (
         "its user has no permission for INFO or CONFIG "
@@ -134,7 +134,7 @@ def test_checks_that_a_login_does_not_permit_are_logged(each_store_url: str, cap
 
 
 def test_a_replica_is_refused(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         await command(redis, "REPLICAOF", "127.0.0.1", "1")
         try:
             with pytest.raises(
@@ -146,42 +146,42 @@ def test_a_replica_is_refused(each_store_url: str) -> None:
         finally:
             await command(redis, "REPLICAOF", "NO", "ONE")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_every_process_refuses_an_evicting_store_with_exit_code_2(each_store_url: str) -> None:
-    async def evicting(redis: Redis) -> None:
+def test_commands_and_coordinators_refuse_an_evicting_store(each_store_url: str) -> None:
+    async def set_eviction(redis: Redis) -> None:
         await configure(redis, maxmemory_policy="allkeys-random")
 
-    async def fine(redis: Redis) -> None:
+    async def reset(redis: Redis) -> None:
         await configure(redis)
 
-    run_on_empty_store(each_store_url, evicting)
+    run_on_empty_store(each_store_url, set_eviction)
     with pytest.raises(InvalidInput, match="maxmemory-policy allkeys-random") as caught:
         check_store(each_store_url, {})
     assert caught.value.field == "redis"
     check_store(each_store_url, {"FLEET_ALLOW_EVICTION": "1"})
-    words = [sys.executable, "-m", "services.coordinator", "--redis", each_store_url, "--listen", "127.0.0.1:0"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    argv = [sys.executable, "-m", "services.coordinator", "--redis", each_store_url, "--listen", "127.0.0.1:0"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "coordinator: redis: maxmemory-policy allkeys-random is not noeviction; " in done.stderr
     assert "Traceback" not in done.stderr
-    run_on_empty_store(each_store_url, fine)
+    run_on_empty_store(each_store_url, reset)
 
 
-def test_a_worker_refuses_an_evicting_store_before_it_loads(
+def test_a_worker_refuses_an_evicting_store_with_exit_code_2(
     each_store_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def evicting(redis: Redis) -> None:
+    async def set_eviction(redis: Redis) -> None:
         await configure(redis, maxmemory_policy="allkeys-random")
 
-    async def fine(redis: Redis) -> None:
+    async def reset(redis: Redis) -> None:
         await configure(redis)
 
-    run_on_empty_store(each_store_url, evicting)
+    run_on_empty_store(each_store_url, set_eviction)
     assert stage_services.main("text_encoding", ["--model", "emoji", "--redis", each_store_url, "--device", "cpu"]) == 2
     assert "redis: maxmemory-policy allkeys-random is not noeviction; " in capsys.readouterr().err
-    run_on_empty_store(each_store_url, fine)
+    run_on_empty_store(each_store_url, reset)
 
 
 def free_port() -> int:
@@ -193,11 +193,11 @@ def free_port() -> int:
                 return int(port)
 
 
-def test_a_redis_cluster_of_two_nodes_is_named_and_refused() -> None:
+def test_a_redis_cluster_is_refused_by_checks_and_by_calls() -> None:
     ports = free_port(), free_port()
     options = [("--cluster-enabled", "yes", "--port", str(port), "--appendfsync", "no") for port in ports]
 
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with connect(second.url) as other:
             await command(redis, "CLUSTER", "ADDSLOTSRANGE", 0, 8191)
             await command(other, "CLUSTER", "ADDSLOTSRANGE", 8192, 16383)
@@ -208,17 +208,17 @@ def test_a_redis_cluster_of_two_nodes_is_named_and_refused() -> None:
                 return all(b"cluster_state:ok" in state for state in states)
 
             await wait_until(formed)
-            works = "is part of a Redis Cluster.*one primary.*Sentinel.*managed service with cluster mode disabled"
-            with pytest.raises(FailedPrecondition, match=works):
+            message = "is part of a Redis Cluster.*one primary.*Sentinel.*managed service with cluster mode disabled"
+            with pytest.raises(FailedPrecondition, match=message):
                 await check_server(redis)
             # A process that has not checked the server gets the same error.
-            with pytest.raises(FailedPrecondition, match=works):
+            with pytest.raises(FailedPrecondition, match=message):
                 await asyncio.gather(
                     *(run_script(each, "beat", {"owner": "a", "lasts": 1_000}) for each in (redis, other))
                 )
 
     with running_server("valkey", *options[0]) as first, running_server("valkey", *options[1]) as second:
-        run_on_empty_store(first.url, story)
+        run_on_empty_store(first.url, scenario)
 
 
 def record(name: str) -> generation_pb2.RequestRecord:
@@ -229,8 +229,8 @@ def image_file(size: int) -> ResultFile:
     return ResultFile(generation_pb2.FileHeader(byte_size=size), [bytes(size)])
 
 
-def test_a_nearly_full_store_refuses_new_requests_and_ends_accepted_ones(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_nearly_full_store_refuses_new_requests_and_ends_accepted_requests(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         await configure(redis, maxmemory=str(60 * MIB))
         store = RequestStore(redis, owner="me", memory=StoreMemory(redis, 0.9, read_seconds=0))
         await store.admit(record("accepted"), idempotency_key="k")
@@ -245,11 +245,11 @@ def test_a_nearly_full_store_refuses_new_requests_and_ends_accepted_ones(each_st
         await store.admit(record("later"))
         await configure(redis)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_requests_accepted_since_the_last_read_of_memory_count(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_requests_accepted_since_the_last_read_of_memory_count_towards_the_bound(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         await configure(redis, maxmemory=str(60 * MIB))
         store = RequestStore(redis, owner="me", memory=StoreMemory(redis, 0.3, read_seconds=3_600))
         for number in range(3):
@@ -258,11 +258,11 @@ def test_requests_accepted_since_the_last_read_of_memory_count(each_store_url: s
             await store.admit(record("r3"))
         await configure(redis)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_full_store_is_not_unavailable_and_accepts_heartbeats(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_full_store_is_reported_as_full_and_accepts_heartbeats(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         unbounded = RequestStore(redis, owner="me")
         presence = Presence(redis, "me")
         await presence.start()
@@ -285,11 +285,11 @@ def test_a_full_store_is_not_unavailable_and_accepts_heartbeats(each_store_url: 
         await presence.stop()
         await configure(redis)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_repairs_are_read_by_kind(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         assert await read_repairs(redis) == {}
         await redis.zadd("fleet:queue:emoji/denoising", {"malformed": 0})
         await redis.set("fleet:slots:emoji/denoising", "another type")
@@ -299,11 +299,11 @@ def test_repairs_are_read_by_kind(each_store_url: str) -> None:
         await redis.set("fleet:repairs", "another type")
         assert await read_repairs(redis) == {}
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_record_of_another_type_is_named_and_the_others_are_listed(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_pages_omit_a_record_of_another_type_and_errors_of_other_calls_name_it(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         store = RequestStore(redis, owner="me")
         for name in ("a", "b", "c"):
             await store.admit(record(name))
@@ -317,4 +317,4 @@ def test_a_record_of_another_type_is_named_and_the_others_are_listed(each_store_
         with pytest.raises(InternalError, match=damaged):
             await store.request_cancel("b")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)

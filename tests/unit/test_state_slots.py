@@ -1,4 +1,4 @@
-"""Workers and slots against real servers: live workers, queue order, and slots of dead processes."""
+"""Workers and worker slots on real servers: live workers, queue order, and slots of dead processes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from common.state.workers import WorkerRegistry
 from redis_servers import run_on_empty_store, running_server
 from slot_claims import SLOW, queued, slots_of, worker
 
-LATE: Arguments = {"place": "emoji/denoising", "priority": 0, "cost": 1, "deadline": 0, "caller": "", "wiring": ""}
+CLAIM: Arguments = {"place": "emoji/denoising", "priority": 0, "cost": 1, "deadline": 0, "caller": "", "wiring": ""}
 
 
-def test_slots_are_granted_by_priority_then_deadline_then_arrival(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_worker_slots_are_granted_by_priority_then_deadline_then_arrival(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
         async with slots_of(redis, "a") as mine, slots_of(redis, "b") as others:
@@ -57,11 +57,11 @@ def test_slots_are_granted_by_priority_then_deadline_then_arrival(each_store_url
             assert await redis.keys("fleet:waiting:*") == []
         await registry.withdraw("w")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_slots_spread_over_workers_up_to_their_capacity(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_claims_spread_over_workers_up_to_their_capacity(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         for info in (worker("one"), worker("two", capacity=2)):
             await registry.announce(info)
@@ -78,11 +78,11 @@ def test_slots_spread_over_workers_up_to_their_capacity(each_store_url: str) -> 
             await registry.withdraw(name)
         assert await registry.live("emoji", "denoising") == []
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_idle_workers_take_turns(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         for name in ("one", "two", "three"):
             await registry.announce(worker(name))
@@ -97,11 +97,11 @@ def test_idle_workers_take_turns(each_store_url: str) -> None:
         for name in ("one", "two", "three"):
             await registry.withdraw(name)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_new_worker_serves_waiting_claims(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         async with slots_of(redis, "a") as slots:
             waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r"))
@@ -110,11 +110,11 @@ def test_a_new_worker_serves_waiting_claims(each_store_url: str) -> None:
             assert (await waiting).worker == worker("w")
         await registry.withdraw("w")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_cancelled_claim_leaves_the_queue_and_holds_no_slot(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_cancelled_claim_leaves_the_queue_and_holds_no_worker_slot(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
         async with slots_of(redis, "a") as slots:
@@ -131,11 +131,11 @@ def test_a_cancelled_claim_leaves_the_queue_and_holds_no_slot(each_store_url: st
             assert (await registry.load("emoji", "denoising")).busy == 0
         await registry.withdraw("w")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_slots_and_queue_entries_of_a_dead_coordinator_are_freed(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_worker_slots_and_queue_entries_of_a_dead_coordinator_are_freed(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
         async with slots_of(redis, "dying") as dying, slots_of(redis, "living", ask_again_seconds=0.02) as living:
@@ -150,7 +150,7 @@ def test_slots_and_queue_entries_of_a_dead_coordinator_are_freed(each_store_url:
             await asyncio.gather(first, return_exceptions=True)
         await registry.withdraw("w")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_claim_waits_for_an_unavailable_store(caplog: pytest.LogCaptureFixture) -> None:
@@ -161,7 +161,7 @@ def test_a_claim_waits_for_an_unavailable_store(caplog: pytest.LogCaptureFixture
 
     with running_server("valkey") as server:
 
-        async def story(redis: Redis) -> None:
+        async def scenario(redis: Redis) -> None:
             registry = WorkerRegistry(redis)
             await registry.announce(worker("w"))
             async with slots_of(redis, "a") as slots:
@@ -174,12 +174,12 @@ def test_a_claim_waits_for_an_unavailable_store(caplog: pytest.LogCaptureFixture
                 slots.release(slot)
             await registry.withdraw("w")
 
-        run_on_empty_store(server.url, story)
+        run_on_empty_store(server.url, scenario)
     assert not [record for record in caplog.records if "release of a worker slot waits" in record.message]
 
 
 def test_a_dead_worker_is_not_live_and_is_recorded_as_lost(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         fast = WorkerRegistry(redis, heartbeat_seconds=0.01, ttl_seconds=0.1)
         expiring = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=0.1)
         await fast.announce(worker("alive"))
@@ -196,15 +196,15 @@ def test_a_dead_worker_is_not_live_and_is_recorded_as_lost(each_store_url: str) 
         await fast.withdraw("alive")
         await expiring.withdraw("dead")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_only_the_coordinator_that_cannot_reach_a_worker_avoids_it(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w", capacity=3))
         async with slots_of(redis, "a") as slots, slots_of(redis, "b") as others:
-            kept = await slots.claim("emoji", "denoising", "kept")
+            held = await slots.claim("emoji", "denoising", "held")
             await slots.avoid("w")
             await redis.hset("fleet:avoided:a", "w", f"{2**42}|200")  # a pause that outlasts the test
             waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r", QueuePriority(priority=9)))
@@ -212,18 +212,18 @@ def test_only_the_coordinator_that_cannot_reach_a_worker_avoids_it(each_store_ur
             granted = await others.claim("emoji", "denoising", "s")  # of lower priority than the waiting claim
             assert granted.worker.worker_id == "w"
             load = await registry.load("emoji", "denoising")
-            assert (len(load.workers), load.busy, load.queued) == (1, 2, 1)  # both slots are counted
+            assert (len(load.workers), load.busy, load.queued) == (1, 2, 1)  # both worker slots are counted
             await redis.hset("fleet:avoided:a", "w", "1|200")
             others.release(granted)  # the slot is granted to the waiting claim
             assert (await waiting).worker.worker_id == "w"
-            slots.release(kept)
+            slots.release(held)
         await registry.withdraw("w")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_the_pause_doubles_and_a_success_ends_it(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_the_pause_of_an_avoided_worker_doubles_and_a_success_ends_it(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         # Heartbeats also grant slots, so none is sent during the test.
         registry = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=SLOW)
         await registry.announce(worker("w"))
@@ -250,11 +250,11 @@ def test_the_pause_doubles_and_a_success_ends_it(each_store_url: str) -> None:
         assert not await redis.exists("fleet:avoided:a")
         await registry.withdraw("w")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_claim_goes_to_a_worker_that_is_not_avoided(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         for name in ("one", "two"):
             await registry.announce(worker(name, capacity=2))
@@ -265,11 +265,11 @@ def test_a_claim_goes_to_a_worker_that_is_not_avoided(each_store_url: str) -> No
         for name in ("one", "two"):
             await registry.withdraw(name)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_claim_for_a_whole_worker_waits_for_an_idle_one_and_takes_all_of_it(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_claim_for_a_whole_worker_waits_for_an_idle_worker_and_takes_all_of_its_slots(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w", capacity=3))
         async with slots_of(redis, "a") as slots:
@@ -290,11 +290,11 @@ def test_a_claim_for_a_whole_worker_waits_for_an_idle_one_and_takes_all_of_it(ea
             assert (await registry.load("emoji", "denoising")).busy == 1
         await registry.withdraw("w")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_claim_for_a_whole_worker_reserves_one_worker_and_no_more(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         for name in ("one", "two"):
             await registry.announce(worker(name, capacity=2))
@@ -320,13 +320,13 @@ def test_a_claim_for_a_whole_worker_reserves_one_worker_and_no_more(each_store_u
         for name in ("one", "two"):
             await registry.withdraw(name)
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_reservation_ends_with_its_claim(each_store_url: str) -> None:
     """The claim is cancelled, or its coordinator dies."""
 
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w", capacity=2))
         async with slots_of(redis, "a") as slots, slots_of(redis, "dying") as dying:
@@ -348,17 +348,17 @@ def test_a_reservation_ends_with_its_claim(each_store_url: str) -> None:
             slots.release(held)
         await registry.withdraw("w")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_claim_that_arrives_after_its_cancellation_is_released(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
         async with slots_of(redis, "a") as slots, slots_of(redis, "b") as others:
             held = await slots.claim("emoji", "denoising", "r")
             for owner in ("a", "b"):
-                await run_script(redis, "claim", {"ticket": f"late/{owner}/9", "owner": owner, **LATE})
+                await run_script(redis, "claim", {"ticket": f"late/{owner}/9", "owner": owner, **CLAIM})
             await slots.give_back_unknown("emoji", "denoising")
             await slots.settle()
             assert (await registry.load("emoji", "denoising")).queued == 1
@@ -369,21 +369,21 @@ def test_a_claim_that_arrives_after_its_cancellation_is_released(each_store_url:
             await others.settle()
             load = await registry.load("emoji", "denoising")
             assert (load.busy, load.queued) == (0, 0)
-            kept = await slots.claim("emoji", "denoising", "r")
+            current = await slots.claim("emoji", "denoising", "r")
             await slots.give_back_unknown("emoji", "denoising")
             await slots.settle()
             assert (await registry.load("emoji", "denoising")).busy == 1
-            slots.release(kept)
+            slots.release(current)
         await registry.withdraw("w")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_lost_grant_of_a_dead_worker_is_not_damage(each_store_url: str) -> None:
     """While the store was unavailable, the message of the grant and the worker's heartbeats were lost."""
 
-    async def story(redis: Redis) -> None:
-        claim: Arguments = {"ticket": "r/me/0", "owner": "me", **LATE}
+    async def scenario(redis: Redis) -> None:
+        claim: Arguments = {"ticket": "r/me/0", "owner": "me", **CLAIM}
         await run_script(redis, "beat", {"owner": "me", "lasts": 60_000})
         await WorkerRegistry(redis, ttl_seconds=0.05).announce(worker("w"))
         assert (await run_script(redis, "claim", claim))[0] == b"granted"
@@ -398,13 +398,13 @@ def test_a_lost_grant_of_a_dead_worker_is_not_damage(each_store_url: str) -> Non
         assert (await run_script(redis, "claim", claim))[0] == b"granted"
         assert await read_repairs(redis) == {}
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_slot_released_while_claims_are_read_is_not_unknown(
+def test_a_worker_slot_released_while_claims_are_read_is_not_unknown(
     each_store_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.announce(worker("w"))
         async with slots_of(redis, "a") as slots:
@@ -422,12 +422,12 @@ def test_a_slot_released_while_claims_are_read_is_not_unknown(
             await slots.give_back_unknown("emoji", "denoising")
         await registry.withdraw("w")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
     assert not caplog.messages
 
 
-def test_patience_ends_only_without_workers(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_the_patience_of_a_claim_ends_only_without_workers(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         async with slots_of(redis, "a", ask_again_seconds=0.01) as slots:
             with pytest.raises(NoWorkers, match="no worker has served emoji/denoising for"):
                 await slots.claim("emoji", "denoising", "r", patience_seconds=0.05)
@@ -442,11 +442,11 @@ def test_patience_ends_only_without_workers(each_store_url: str) -> None:
             assert isinstance(await waiting, WorkerSlot)
             await registry.withdraw("w")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_all_workers_of_a_model_serve_one_checkpoint(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis)
         await registry.declare("emoji", "f")
         await registry.announce(worker("w"))
@@ -459,4 +459,4 @@ def test_all_workers_of_a_model_serve_one_checkpoint(each_store_url: str) -> Non
             await registry.announce(worker("a|b"))
         await registry.withdraw("w")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)

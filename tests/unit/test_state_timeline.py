@@ -16,8 +16,8 @@ from fleet.v1.generation_pb2 import TimelineEntry, TimelineKind
 from redis_servers import run_on_empty_store
 from slot_claims import slots_of, worker
 
-MOST = 256
-SECONDS = 60.0
+MAX_ENTRIES = 256
+RETENTION_SECONDS = 60.0
 
 
 class Case:
@@ -26,7 +26,7 @@ class Case:
     def __init__(self, redis: Redis, slots: WorkerSlots) -> None:
         self.redis = redis
         self.slots = slots
-        self.store = RequestStore(redis, owner="me", retention=Retention(SECONDS, SECONDS))
+        self.store = RequestStore(redis, owner="me", retention=Retention(RETENTION_SECONDS, RETENTION_SECONDS))
         self.leases = Leases(redis, "me")
 
     async def admit(self) -> None:
@@ -37,12 +37,12 @@ class Case:
         assert await self.leases.save_step_checkpoint("r", 1, number, [b"origin"], step=number)
 
     async def run(self, computed: Computed | None = None, used: float = 0.0) -> None:
-        """An attempt from its claim to its end."""
+        """Run an attempt from its claim to its end."""
         self.slots.release(await self.slots.claim("emoji", "denoising", "r"), used, computed)
         await self.slots.settle()
 
     async def read(self) -> list[str]:
-        """The timeline as lines of the kind and the fields that are set."""
+        """A line for each entry of the timeline, with its kind and its set fields."""
         return [text_of(entry) for entry in await self.store.timelines.read("r")]
 
 
@@ -58,7 +58,7 @@ def progress(step: int) -> generation_pb2.Event:
 
 
 def test_a_timeline_has_lost_workers_hand_overs_and_take_overs(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
             await case.admit()
@@ -88,11 +88,11 @@ def test_a_timeline_has_lost_workers_hand_overs_and_take_overs(each_store_url: s
             # Entries of the same millisecond may be in another order.
             assert sorted(map(text_of, entries)) == sorted([*first, *others, *states])
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_claim_without_a_worker_ends_its_wait(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_claim_that_ends_without_a_worker_has_an_ended_entry(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
             await case.admit()
@@ -102,31 +102,31 @@ def test_a_claim_without_a_worker_ends_its_wait(each_store_url: str) -> None:
             await slots.settle()
             assert await case.read() == ["state QUEUED", "queued denoising", "ended denoising"]
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_timeline_is_bounded_and_checkpoints_fill_at_most_half_of_it(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_a_timeline_is_bounded_and_step_checkpoints_fill_at_most_half_of_it(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
             await case.admit()
             slot = await slots.claim("emoji", "denoising", "r")
-            for number in range(MOST):
+            for number in range(MAX_ENTRIES):
                 await case.save(number)
-            assert await redis.llen("fleet:timeline:r") == MOST // 2 + 1
+            assert await redis.llen("fleet:timeline:r") == MAX_ENTRIES // 2 + 1
             lines = await case.read()
-            assert {"queued denoising", "granted denoising w1", f"checkpoint {MOST - 1}"} <= set(lines)
+            assert {"queued denoising", "granted denoising w1", f"checkpoint {MAX_ENTRIES - 1}"} <= set(lines)
             slots.release(slot)
-            for _ in range(MOST // 2):
+            for _ in range(MAX_ENTRIES // 2):
                 await case.run()
-            assert await redis.llen("fleet:timeline:r") == MOST
+            assert await redis.llen("fleet:timeline:r") == MAX_ENTRIES
             assert (await case.read())[-1] == "ended denoising w1"
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_a_timeline_expires_with_the_record(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
             await case.admit()
@@ -136,7 +136,7 @@ def test_a_timeline_expires_with_the_record(each_store_url: str) -> None:
             slots.release(slot, 1.0)  # the reply of the last worker may arrive after the end
             await slots.settle()
             assert "completed denoising w1" in await case.read()
-            assert 0 < await redis.pttl("fleet:timeline:r") <= SECONDS * 1_000
+            assert 0 < await redis.pttl("fleet:timeline:r") <= RETENTION_SECONDS * 1_000
             await redis.delete("fleet:timeline:r")
             await case.run()
             assert not await redis.exists("fleet:timeline:r")
@@ -144,11 +144,11 @@ def test_a_timeline_expires_with_the_record(each_store_url: str) -> None:
             with pytest.raises(NotFound, match="there is no request 'r'; it may have expired: records expire 1 min"):
                 await case.store.get("r")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 def test_an_unknown_request_gets_no_timeline(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
             await case.admit()
@@ -156,18 +156,18 @@ def test_an_unknown_request_gets_no_timeline(each_store_url: str) -> None:
             await slots.settle()
             assert not await redis.exists("fleet:timeline:unknown")
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_line_of_a_later_version_is_left_out(each_store_url: str) -> None:
-    async def story(redis: Redis) -> None:
+def test_an_entry_of_a_later_version_is_omitted(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
             await case.admit()
             await redis.rpush("fleet:timeline:r", "1|dreamt|denoising|w1|0", "1|queued", "x")
             assert await case.read() == ["state QUEUED"]
 
-    run_on_empty_store(each_store_url, story)
+    run_on_empty_store(each_store_url, scenario)
 
 
 @pytest.mark.parametrize(

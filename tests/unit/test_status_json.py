@@ -15,7 +15,7 @@ from status_samples import NOTHING, record, requests, snapshot
 
 
 def paths(value: Any, prefix: str = "") -> Iterator[str]:
-    """The paths of all values that are not containers; an empty list and null have the path of their container."""
+    """The paths of all values that are not containers. An empty list counts as such a value."""
     if isinstance(value, dict):
         for key, each in value.items():
             yield from paths(each, f"{prefix}.{key}" if prefix else key)
@@ -26,7 +26,7 @@ def paths(value: Any, prefix: str = "") -> Iterator[str]:
         yield prefix
 
 
-def test_the_readme_has_the_fields_of_the_code() -> None:
+def test_the_readme_lists_the_fields_of_the_code() -> None:
     text = status_fields.README.read_text()
     assert status_fields.PART.replaced(text, status_fields.table()) == text, "run `poe status-fields`"
     edited = text.replace("`models[].services[].queued_seconds`", "`queued`")

@@ -23,7 +23,7 @@ from status_samples import KIND, NOTHING, TAKEN_AT, activity, overview, record, 
 HOSTILE = "\x1b[2J\x1b]0;title\x07[red]markup[/red] [link=x]\u202egnirts\r\nend"
 
 
-def drawn(shown: Snapshot, width: int, height: int = 60, failure: Failure | None = None) -> list[str]:
+def render(shown: Snapshot, width: int, height: int = 60, failure: Failure | None = None) -> list[str]:
     """The lines of the view on a terminal of this size, without styles."""
     console = Console(
         file=io.StringIO(), width=width, height=height, record=True, force_terminal=True, color_system="truecolor"
@@ -35,13 +35,13 @@ def drawn(shown: Snapshot, width: int, height: int = 60, failure: Failure | None
 @pytest.mark.parametrize("width", [20, 60, 80, 120, 200])
 def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     for shown in (snapshot(), NOTHING, snapshot(record("r1", requests()[0].state, HOSTILE * 9 + "\u4e16\u754c" * 30))):
-        lines = drawn(shown, width, failure=Failure("no fleet answers " * 20, TAKEN_AT))
+        lines = render(shown, width, failure=Failure("no fleet answers " * 20, TAKEN_AT))
         assert max(map(cell_len, lines)) <= width
 
 
-def test_a_wide_terminal_shows_everything() -> None:
-    text = "\n".join(drawn(snapshot(), 200))
-    for words in (
+def test_a_wide_terminal_shows_every_column_and_activity() -> None:
+    text = "\n".join(render(snapshot(), 200))
+    for part in (
         "22:23:20 UTC, fleet at fleet:50051",
         "every 1 s; Ctrl-C ends",
         "flux (FluxPipeline)",
@@ -66,11 +66,11 @@ def test_a_wide_terminal_shows_everything() -> None:
         "1m15s",
         "20s",
     ):
-        assert words in text, words
+        assert part in text, part
 
 
 def test_a_narrow_terminal_shows_the_most_important_columns() -> None:
-    lines = drawn(snapshot(), 60)
+    lines = render(snapshot(), 60)
     assert re.fullmatch(r"STAGE +LIVE +SLOTS +QUEUED +SECONDS +PACE *", next(x for x in lines if "STAGE" in x))
     assert any(re.match(r"denoising +2 .*2/2 +3 +24\.7 ", line) for line in lines), lines
     (runs,) = [line for line in lines if line.startswith("runs")]
@@ -79,23 +79,23 @@ def test_a_narrow_terminal_shows_the_most_important_columns() -> None:
 
 
 def test_requests_fill_the_remaining_lines() -> None:
-    heights = {height: drawn(snapshot(), 120, height) for height in (23, 26, 60)}
+    heights = {height: render(snapshot(), 120, height) for height in (23, 26, 60)}
     shown = {height: sum("0000000" in line for line in lines) for height, lines in heights.items()}
     assert shown[60] == len(requests())
     assert shown[23] + 3 == shown[26] < shown[60]
     assert len(heights[26]) == 26
-    assert len(drawn(snapshot(), 60, 24)) == 24
+    assert len(render(snapshot(), 60, 24)) == 24
 
 
 def test_a_fleet_without_data_is_shown() -> None:
-    lines = drawn(NOTHING, 60)
+    lines = render(NOTHING, 60)
     assert "STORE  0.0 MiB" in lines
     assert not any("REQUEST" in line or "STAGE" in line or "replica" in line for line in lines)
     assert "REQUEST" not in plain_text(NOTHING)
 
 
 @pytest.mark.parametrize("width", [60, 200])
-def test_texts_of_the_fleet_are_neither_control_codes_nor_markup(width: int) -> None:
+def test_control_codes_are_replaced_and_markup_is_not_interpreted(width: int) -> None:
     hostile = snapshot(
         record(HOSTILE, requests()[0].state, HOSTILE, activity(KIND.ACTIVITY_KIND_RUNNING, HOSTILE, worker_id=HOSTILE))
     )
@@ -157,18 +157,18 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
 
 
-def test_a_failure_is_shown_with_the_time_of_the_last_data_until_an_answer() -> None:
+def test_a_failure_is_shown_with_the_time_of_the_last_data_until_a_call_succeeds() -> None:
     async def failing() -> Snapshot:
         raise Unavailable("the request store is unavailable")
 
     async def answering() -> Snapshot:
         return NOTHING
 
-    async def story() -> None:
+    async def scenario() -> None:
         view = await next_view(StatusView("fleet:50051", 1.0, snapshot()), failing)
         assert view.failure is not None
         assert datetime.now(UTC) - view.failure.since < timedelta(seconds=20)
-        lines = drawn(view.snapshot, 100, failure=view.failure)
+        lines = render(view.snapshot, 100, failure=view.failure)
         assert lines[1] == f"UNAVAILABLE since {view.failure.since:%H:%M:%S} UTC, last data 22:23:20 UTC"
         assert lines[2] == "the request store is unavailable"
         assert any("denoising 12/28" in line for line in lines)
@@ -178,10 +178,10 @@ def test_a_failure_is_shown_with_the_time_of_the_last_data_until_an_answer() -> 
         back = await next_view(again, answering)
         assert (back.failure, back.snapshot) == (None, NOTHING)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
-def test_a_call_that_hangs_is_a_failure_and_a_wrong_key_ends_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_hangs_is_a_failure_and_an_unknown_key_ends_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status_live, "_LONGEST_SECONDS", 0.05)
 
     async def hanging() -> Snapshot:
@@ -194,18 +194,18 @@ def test_a_call_that_hangs_is_a_failure_and_a_wrong_key_ends_the_view(monkeypatc
     async def broken() -> Snapshot:
         raise InternalError("a defect")
 
-    async def story() -> None:
+    async def scenario() -> None:
         view = StatusView("fleet:50051", 1.0, NOTHING)
         failures = [(await next_view(view, read)).failure for read in (hanging, broken)]
         assert [each and each.message for each in failures] == ["no answer within 0.05 s", "a defect"]
         with pytest.raises(Unauthenticated):
             await next_view(view, refused)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("flags", "message"),
     [
         ("--interval 0", "'0' is not a number of seconds from 0.1 to 3600; 2 works"),
         ("--interval nan --json", "'nan' is not a number of seconds from 0.1 to 3600"),
@@ -214,8 +214,10 @@ def test_a_call_that_hangs_is_a_failure_and_a_wrong_key_ends_the_view(monkeypatc
         ("--interval 2", "--interval: the output is not a terminal; omit the flag, or add --json"),
     ],
 )
-def test_an_invalid_interval_gives_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", *words.split()]) == 2
+def test_an_invalid_interval_is_reported_on_one_line(
+    flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", *flags.split()]) == 2
     output, error = capsys.readouterr()
     assert (output, error.count("\n")) == ("", 1)
     assert message in error

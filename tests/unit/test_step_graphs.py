@@ -109,12 +109,12 @@ def test_without_capture_every_step_runs_eagerly(transformer: LoopTransformer) -
 
 
 def test_every_denoiser_runs_eagerly_with_every_combination_of_flags_before_its_capture() -> None:
-    """Two experts, with two flags of branches and two of predictions: eight graphs, none of which is shared."""
+    """Two experts, two flags of branches and two flags of predictions have eight separate graphs."""
     journal = Journal()
     pool = StepMemoryPool(1 << 20, journal)
     names = {"transformer": "one", "transformer_2": "two"}
     experts = {role: RecordingTransformer(name, journal) for role, name in names.items()}
-    kinds: list[tuple[str, LoopTransformer, int, Flags]] = [
+    combinations: list[tuple[str, LoopTransformer, int, Flags]] = [
         (role, expert, skipped, flags)
         for role, expert in experts.items()
         for skipped in (1, 2)
@@ -122,7 +122,7 @@ def test_every_denoiser_runs_eagerly_with_every_combination_of_flags_before_its_
     ]
     with pool.leases() as lease:
         memories: dict[tuple[str, int], StepMemory] = {}
-        for role, expert, skipped, flags in kinds:
+        for role, expert, skipped, flags in combinations:
             step = loop_step(expert, flags={"skipped": skipped})
             if (role, skipped) not in memories:
                 memories[role, skipped] = lease(role, expert, step)
@@ -133,7 +133,7 @@ def test_every_denoiser_runs_eagerly_with_every_combination_of_flags_before_its_
         for skipped in (1, 4, 2, 5):
             expected += [("eager", (name, skipped)), ("captured", (name, skipped))]
     assert journal.entries == expected
-    assert [graph.replays for graph in journal.capture.graphs] == [2] * len(kinds)
+    assert [graph.replays for graph in journal.capture.graphs] == [2] * len(combinations)
 
 
 def test_a_branch_predicts_with_its_flags_and_the_row_of_the_step(
@@ -144,11 +144,11 @@ def test_a_branch_predicts_with_its_flags_and_the_row_of_the_step(
     prepared = transformer.prepare(torch.tensor([[100.0, 200.0], [300.0, 400.0]]), text=step.constants["text"])
     reference = EagerBranch(transformer, replace(step, flags={"skipped": 1}))
     with pool.leases() as lease:
-        made = lease_branch(lease, "transformer", transformer, prepared, step.latents, flags={"skipped": 1})
+        leased_branch = lease_branch(lease, "transformer", transformer, prepared, step.latents, flags={"skipped": 1})
         for flags in (NO_FLAGS, (("skipped", 2),)):
             for index in (0, 1, 0, 1):
                 expected = reference.predict(replace(step, row=prepared.row(index)), flags)
-                assert equal(made.predict(step.latents, index, flags), expected)
+                assert equal(leased_branch.predict(step.latents, index, flags), expected)
 
 
 def test_a_graph_reads_the_inputs_of_its_own_step(
@@ -170,7 +170,7 @@ def test_a_graph_reads_the_inputs_of_its_own_step(
             ("constants", StepInputs(later.latents, later.row, first.constants, later.memory, {})),
         ):
             assert not equal(EagerBranch(transformer, changed).predict(changed), expected), (
-                f"{name} change the prediction"
+                f"{name} must change the prediction"
             )
         assert equal(predict(memory, later), expected)
     assert len(capture.graphs) == 1
@@ -198,11 +198,11 @@ def test_a_result_is_copied_before_the_next_replay(
         for each in (memory, other):
             predict(each, step)
         result = predict(memory, step)
-        as_it_was = copied(result)
-        assert not equal(predict(memory, next_step), as_it_was)
-        assert equal(result, as_it_was), "after the next step"
+        original = copied(result)
+        assert not equal(predict(memory, next_step), original)
+        assert equal(result, original), "after the next step"
         predict(other, next_step)
-        assert equal(result, as_it_was), "after a step of another branch"
+        assert equal(result, original), "after a step of another branch"
     assert [graph.replays for graph in capture.graphs] == [2, 1]
 
 
@@ -289,7 +289,7 @@ def test_a_graph_retains_tensors_that_its_denoiser_caches(pool: StepMemoryPool, 
 
 
 class BlocksTransformer(LoopTransformer):
-    """Two blocks, of which a step cache reuses the second one. The video latents are the residual stream."""
+    """Two blocks, of which a step cache reuses the second. The video latents are the residual stream."""
 
     def prepare(self, timesteps: Tensor, **conditioning: Any) -> Prepared:
         """Prepare without step memory."""
@@ -313,14 +313,14 @@ class BlocksTransformer(LoopTransformer):
 def predictions_with_step_cache(
     lease: Lease, transformer: BlocksTransformer, prepared: Prepared, latents: Mapping[str, Tensor]
 ) -> tuple[list[Predictions], int]:
-    """Predictions of three steps on nearly equal latents, and the number of steps that reused the first one."""
-    made = lease_branch(lease, "transformer", transformer, prepared, latents, caching=StepCaching(0.1))
+    """Predictions of three steps on nearly equal latents, and the number of reused steps."""
+    leased_branch = lease_branch(lease, "transformer", transformer, prepared, latents, caching=StepCaching(0.1))
     moving = [{**latents, "video": latents["video"] * (1 + index / 1000)} for index in range(3)]
-    return [copied(made.predict(each, index)) for index, each in enumerate(moving)], made.reused
+    return [copied(leased_branch.predict(each, index)) for index, each in enumerate(moving)], leased_branch.reused
 
 
 def test_a_step_cache_is_reset_at_its_lease() -> None:
-    """Requests differ only in the second block, which a probe skips: their first step must not reuse it."""
+    """Requests differ only in the second block, which a probe skips: a first step must not reuse it."""
     transformer, capture = BlocksTransformer(1.0), FakeCapture()
     pool, step = StepMemoryPool(1 << 20, capture), loop_step(transformer)
     for request in range(3):
@@ -348,7 +348,7 @@ def test_a_step_with_a_cache_has_separate_memory(pool: StepMemoryPool) -> None:
 
 @dataclass
 class FakeCuda:
-    """torch.cuda of a GPU with 100 bytes. A capture takes 20 bytes of PyTorch's pool and 7 bytes of the driver."""
+    """torch.cuda of a GPU with 100 bytes. A capture adds 20 bytes to PyTorch's pool and 7 bytes to the driver."""
 
     free: int = 60
     reserved: int = 30

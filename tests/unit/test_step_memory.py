@@ -58,7 +58,7 @@ def test_live_leases_of_equal_steps_share_no_memory(pool: StepMemoryPool) -> Non
         assert not torch.equal(expected[0]["video"], expected[1]["video"])
 
 
-def test_every_denoiser_that_caches_tensors_names_them() -> None:
+def test_every_denoiser_that_caches_tensors_names_its_cached_tensors() -> None:
     """Graphs of a family that does not name its cached tensors could read freed memory."""
     caching = {path.stem for path in DITS.glob("*.py") if "@lru_cache" in path.read_text()}
     naming = {path.stem for path in DITS.glob("*.py") if "def cached_tensors" in path.read_text()} - {"base"}
@@ -69,7 +69,7 @@ def test_every_denoiser_that_caches_tensors_names_them() -> None:
 
 
 def test_a_returned_memory_is_leased_again_only_to_an_equal_key(pool: StepMemoryPool) -> None:
-    """Another expert, branch, size or module gets other memory, although experts and branches have equal shapes."""
+    """Another expert, branch, size or module gets other memory, even if all shapes are equal."""
     with pool.leases() as lease:
         first = lease("transformer", TRANSFORMER, inputs())
     with pool.leases() as lease:
@@ -189,12 +189,14 @@ def test_the_least_recently_used_memory_is_freed_first() -> None:
 
 
 def test_idle_memory_is_bounded_in_bytes_rather_than_in_number() -> None:
-    """Ten small memories fit in the bytes of a large one. A lease of a large one frees only as many as it needs."""
+    """Ten small memories fit within the bound. A lease of a large memory frees only as many of them as it needs."""
     small = [inputs(batch=1, skipped=number) for number in range(1, 11)]
     large = inputs(batch=8)
     spare = size_of(small[0]) // 2
-    kept = 2
-    pool = StepMemoryPool(max(10 * size_of(small[0]), size_of(large) + kept * size_of(small[0]) + spare), FakeCapture())
+    retained = 2
+    pool = StepMemoryPool(
+        max(10 * size_of(small[0]), size_of(large) + retained * size_of(small[0]) + spare), FakeCapture()
+    )
 
     def use(step: StepInputs) -> StepMemory:
         with pool.leases() as lease:
@@ -203,11 +205,11 @@ def test_idle_memory_is_bounded_in_bytes_rather_than_in_number() -> None:
     found = [use(step) for step in small]
     assert [use(step) for step in small] == found
     big = use(large)
-    assert list(pool._idle.values()) == [*found[-kept:], big]
+    assert list(pool._idle.values()) == [*found[-retained:], big]
     assert use(small[0]) is not found[0]
 
 
-def test_graphs_count_once_they_are_captured() -> None:
+def test_captured_graphs_count_towards_the_bound() -> None:
     """Inputs of three steps fit, but their graphs do not: the oldest memory is freed as soon as it is idle."""
     steps = [inputs(skipped=number) for number in (1, 2, 3)]
     graph = 10 * size_of(steps[0])
@@ -222,7 +224,7 @@ def test_graphs_count_once_they_are_captured() -> None:
     assert pool.byte_size == 2 * (size_of(steps[0]) + graph)
 
 
-def test_leased_memory_is_never_freed_for_another() -> None:
+def test_leased_memory_is_never_freed_for_another_lease() -> None:
     step = inputs()
     pool = StepMemoryPool(2 * size_of(step), FakeCapture())
 
@@ -240,7 +242,7 @@ def test_leased_memory_is_never_freed_for_another() -> None:
 
 
 def test_graphs_that_exceed_the_bound_are_freed_when_their_request_ends() -> None:
-    """A live request retains its graphs. At its end, as many of them stay as fit."""
+    """A live request retains its graphs. At its end, the pool retains only memories that fit within the bound."""
     step = inputs()
     pool = StepMemoryPool(3 * size_of(step), FakeCapture(byte_size=size_of(step)))
     with pool.leases() as lease:

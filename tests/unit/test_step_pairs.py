@@ -1,4 +1,4 @@
-"""Bursts of steps alternate between two checkouts, and every DiT has a benchmark work."""
+"""Bursts of steps alternate between two checkouts, and every DiT has a workload."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def sides(**after: Any) -> tuple[Side, Side, list[tuple[str, int]]]:
     return cast(Side, FakeSide("before", 20.0, log)), cast(Side, FakeSide("after", 30.0, log, **after)), log
 
 
-def test_bursts_of_the_slower_sides_steps_alternate_after_one_step_each() -> None:
+def test_bursts_alternate_and_have_the_number_of_steps_of_the_slower_side() -> None:
     before, after, log = sides()
     pairs = step_pairs.measure("flux", before, after, 2)
     assert log == [("before", 1), ("after", 1), *[("before", 10), ("after", 10)] * 2]
@@ -57,7 +57,7 @@ def test_different_predictions_are_not_equal() -> None:
     assert step_pairs.row("flux", pairs)[-1] == "no"
 
 
-def test_a_failed_work_gives_no_result_and_later_works_do() -> None:
+def test_a_failed_workload_has_no_result_and_the_remaining_workloads_are_returned() -> None:
     before, after, _ = sides(bad="wan")
     found: dict[str, Pairs] = {}
     assert step_pairs.measure_all(["flux", "wan", "qwen"], before, after, 1, found) == ["qwen"]
@@ -74,13 +74,13 @@ def dit_classes(kind: type[DiffusionTransformer] = DiffusionTransformer) -> Iter
 
 @pytest.fixture(scope="module")
 def built() -> set[type[DiffusionTransformer]]:
-    """Classes of the DiTs that the works build in a tiny size."""
+    """Classes of the DiTs that the workloads build in a tiny size."""
     with torch.device("meta"):
         references = [(work, work.reference(**{**work.sizes, **TINY[work.reference]})) for work in WORKS.values()]
         return {type(work.ours(dict(reference.config))) for work, reference in references}
 
 
-def test_every_dit_class_has_a_work(built: set[type[DiffusionTransformer]]) -> None:
+def test_every_dit_class_has_a_workload(built: set[type[DiffusionTransformer]]) -> None:
     for module in pkgutil.iter_modules(dits.__path__):
         importlib.import_module(f"{dits.__name__}.{module.name}")
     assert built == set(dit_classes())

@@ -60,9 +60,9 @@ def _messages(password: str) -> str:
     st.text(st.characters(exclude_categories=["Cs"]), min_size=4, max_size=20) | st.text("a1:/?#@[]%&= ", min_size=4)
 )
 def test_no_message_shows_four_characters_of_a_password(password: str) -> None:
-    shown, ours = _messages(password), _messages("\x00") + _messages("7") + _messages("/") + _messages("#x")
+    shown, fixed_text = _messages(password), _messages("\x00") + _messages("7") + _messages("/") + _messages("#x")
     parts = {password[i : i + 4] for i in range(len(password) - 3)}
-    assert [part for part in parts if part in shown and part not in ours] == []
+    assert [part for part in parts if part in shown and part not in fixed_text] == []
 
 
 @given(st.text(min_size=1))
@@ -73,7 +73,7 @@ def test_a_quoted_password_is_accepted(password: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "message"),
     [
         ("redis://host?foo=1", "option 'foo' is not supported; supported are db,"),
         ("redis://host?db=x", "option db must be a whole number"),
@@ -100,8 +100,8 @@ def test_a_quoted_password_is_accepted(password: str) -> None:
         ("http://x", "'http://x' is not a Redis URL"),
     ],
 )
-def test_invalid_urls_are_refused(url: str, words: str) -> None:
-    with pytest.raises(InvalidInput, match=words) as caught:
+def test_invalid_urls_are_refused(url: str, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message) as caught:
         connect(url)
     assert caught.value.field == "redis"
 

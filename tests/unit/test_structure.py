@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("common", "configs", "models", "services", "tests")
 
-FILE_LINES = 500
-FUNCTION_LINES = 80
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 80
 
 # Path, or path:function, with the reason for its length.
 LONGER: dict[str, str] = {}
@@ -45,10 +45,10 @@ def _sources() -> dict[str, str]:
 def too_long(path: str, source: str) -> Iterator[str]:
     """The path of the file and of each of its functions that exceeds its bound."""
     lines = source.count("\n")
-    if lines > FILE_LINES:
+    if lines > MAX_FILE_LINES:
         yield path
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, _FUNCTIONS) and (node.end_lineno or 0) - node.lineno + 1 > FUNCTION_LINES:
+        if isinstance(node, _FUNCTIONS) and (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION_LINES:
             yield f"{path}:{node.name}"
 
 
@@ -103,7 +103,7 @@ def _explained(lines: list[str], number: int) -> bool:
 
 
 def denoising_loops(sources: Mapping[str, str]) -> dict[str, str]:
-    """Stages that read a denoising loop's input, or derive from one that does, each with its file."""
+    """Stages that read a denoising loop's input, or derive from such a stage, each with its file."""
     classes = {
         node.name: (path, {_last_name(each) for base in node.bases for each in ast.walk(base)})
         for path, source in sources.items()
@@ -117,7 +117,7 @@ def denoising_loops(sources: Mapping[str, str]) -> dict[str, str]:
 
 
 def _last_name(node: ast.AST) -> str:
-    """The name of a reference such as `DenoisingInput` or `contracts.DenoisingInput`; empty for another node."""
+    """The name of a reference such as `DenoisingInput` or `contracts.DenoisingInput`. Empty for another node."""
     match node:
         case ast.Name(name) | ast.Attribute(attr=name):
             return name
@@ -144,7 +144,7 @@ def _imported(name: str, source: str, modules: Collection[str]) -> Iterator[str]
 
 
 def import_cycles(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """Sorted groups of modules that import each other, directly or not."""
+    """Sorted groups of modules that import each other, directly or indirectly."""
     reached = {name: _reached(name, graph) for name in graph}
     groups = {frozenset(other for other in reached[name] if name in reached[other]) for name in graph}
     return sorted(sorted(group) for group in groups if group)
@@ -167,7 +167,7 @@ def test_imports_have_no_cycles() -> None:
 
 
 def reaching_parallel(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """Single-device modules, each with the parallel modules that it imports, directly or not."""
+    """Single-device modules, each with the parallel modules that it imports, directly or indirectly."""
     single = [name for name in graph if name.startswith(SINGLE_DEVICE) and not _shards(name)]
     reached = {name: {each for each in _reached(name, graph) if _shards(each)} for name in single}
     return {name: found for name, found in reached.items() if found}
@@ -232,7 +232,7 @@ def test_files_and_functions_are_short() -> None:
     assert not LONGER.keys() - found, "remove these entries from LONGER: they are within the bounds"
 
 
-def test_no_forbidden_patterns() -> None:
+def test_no_file_has_a_forbidden_pattern() -> None:
     assert not [pattern for path, source in _sources().items() for pattern in forbidden_patterns(path, source)]
 
 
@@ -243,14 +243,14 @@ def test_test_files_have_unique_names_and_no_package() -> None:
 
 
 def test_a_long_function_is_found() -> None:
-    body = "    x = 1\n" * FUNCTION_LINES
+    body = "    x = 1\n" * MAX_FUNCTION_LINES
     assert list(too_long("a.py", f"async def f() -> None:\n{body}")) == ["a.py:f"]
     assert not list(too_long("a.py", f"def f() -> None:\n{body[10:]}"))
 
 
 def test_a_long_file_is_found() -> None:
-    assert list(too_long("a.py", "x = 1\n" * (FILE_LINES + 1))) == ["a.py"]
-    assert not list(too_long("a.py", "x = 1\n" * FILE_LINES))
+    assert list(too_long("a.py", "x = 1\n" * (MAX_FILE_LINES + 1))) == ["a.py"]
+    assert not list(too_long("a.py", "x = 1\n" * MAX_FILE_LINES))
 
 
 @pytest.mark.parametrize(
@@ -258,8 +258,8 @@ def test_a_long_file_is_found() -> None:
     [
         "import a.c",
         "from a import c",
-        "from a.c import thing",
-        "def f():\n    from a.c import thing",
+        "from a.c import value",
+        "def f():\n    from a.c import value",
         "if TYPE_CHECKING:\n    from a import other, c",
     ],
 )

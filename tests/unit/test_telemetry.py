@@ -22,7 +22,7 @@ from services.coordinator.__main__ import main as coordinator_main
 SPAN_ID = "00f067aa0ba902b7"
 
 
-def _scraped(accept: str) -> str:
+def _scrape(accept: str) -> str:
     server = telemetry.start_metrics(0, "127.0.0.1")
     try:
         request = urllib.request.Request(f"http://127.0.0.1:{server.port}/metrics", headers={"Accept": accept})
@@ -35,7 +35,7 @@ def _scraped(accept: str) -> str:
 def test_metrics_are_served_over_http() -> None:
     with telemetry.stage_timer("decoding", "emoji", "DecodingStage"):
         pass
-    text = _scraped("text/plain")
+    text = _scrape("text/plain")
     assert 'fleet_stage_seconds_count{model="emoji",service="decoding",stage="DecodingStage"}' in text
 
 
@@ -44,9 +44,9 @@ def test_an_observation_has_its_trace_as_exemplar() -> None:
     with entered(Span(TraceContext(trace_id, SPAN_ID))), telemetry.stage_timer("decoding", "traced", "DecodingStage"):
         pass
     exemplar = f'# {{trace_id="{trace_id}"}}'
-    buckets = [line for line in _scraped(CONTENT_TYPE_LATEST).splitlines() if 'model="traced"' in line]
+    buckets = [line for line in _scrape(CONTENT_TYPE_LATEST).splitlines() if 'model="traced"' in line]
     assert [line for line in buckets if exemplar in line]
-    assert exemplar not in _scraped("text/plain")
+    assert exemplar not in _scrape("text/plain")
 
 
 def test_an_observation_outside_of_a_recorded_trace_has_no_exemplar() -> None:
@@ -55,7 +55,7 @@ def test_an_observation_outside_of_a_recorded_trace_has_no_exemplar() -> None:
         pass
     with entered(Span(TraceContext("4" * 32, SPAN_ID, flags=0))):
         assert current_trace_id() is None, "the trace is not sampled"
-    lines = [line for line in _scraped(CONTENT_TYPE_LATEST).splitlines() if 'model="untraced"' in line]
+    lines = [line for line in _scrape(CONTENT_TYPE_LATEST).splitlines() if 'model="untraced"' in line]
     assert lines
     assert not [line for line in lines if "#" in line]
 

@@ -31,16 +31,16 @@ UNKNOWN = "not signed by an accepted key"
 
 
 def verifier(tmp_path: Path, content: str | bytes, rules: TokenRules = RULES) -> TokenVerifier:
-    return TokenVerifier(read_public_keys(written(tmp_path, content)), rules)
+    return TokenVerifier(read_public_keys(write_keys(tmp_path, content)), rules)
 
 
-def written(tmp_path: Path, content: str | bytes) -> Path:
+def write_keys(tmp_path: Path, content: str | bytes) -> Path:
     path = tmp_path / "keys"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 
-def part(value: object) -> str:
+def segment(value: object) -> str:
     data = value if isinstance(value, bytes) else json.dumps(value).encode()
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
@@ -61,14 +61,14 @@ def test_a_key_of_a_set_verifies_only_the_algorithm_that_it_names(tmp_path: Path
         tokens.verify(token("RSA", "RS256"))
 
 
-def test_a_certificate_is_a_key_and_files_may_hold_several(tmp_path: Path) -> None:
+def test_a_certificate_is_a_key_and_a_file_may_hold_several_keys(tmp_path: Path) -> None:
     issued = Authority(tmp_path).issue("issuer")
     tokens = verifier(tmp_path, public_pem("Ed") + issued.cert.read_bytes())
     assert tokens.verify(jwt.encode(claims(), issued.key.read_bytes(), "ES256")).name == "alice"
     assert tokens.verify(token("Ed", "EdDSA", {"kid": "whatever"})).name == "alice"
 
 
-def test_a_token_picks_a_key_by_its_kid(tmp_path: Path) -> None:
+def test_a_token_selects_a_key_by_its_kid(tmp_path: Path) -> None:
     tokens = verifier(tmp_path, jwk_set(jwk("Ed", kid="old"), jwk("Ed2", kid="new"), {"kty": "RSA", "use": "enc"}))
     assert tokens.verify(token("Ed2", "EdDSA", {"kid": "new"})).name == "alice"
     assert tokens.verify(token("Ed", "EdDSA")).name == "alice"
@@ -77,8 +77,8 @@ def test_a_token_picks_a_key_by_its_kid(tmp_path: Path) -> None:
             tokens.verify(token("Ed2", "EdDSA", {"kid": kid}))
 
 
-def test_a_secret_verifies_hs256_and_only_where_it_is_given(tmp_path: Path) -> None:
-    path = written(tmp_path, SECRET + b"\n")
+def test_a_secret_verifies_only_hs256_and_public_keys_do_not_verify_it(tmp_path: Path) -> None:
+    path = write_keys(tmp_path, SECRET + b"\n")
     signed = jwt.encode(claims(), SECRET, "HS256")
     assert TokenVerifier([read_secret(path)], RULES).verify(signed).name == "alice"
     with pytest.raises(Unauthenticated, match=UNKNOWN):
@@ -88,17 +88,17 @@ def test_a_secret_verifies_hs256_and_only_where_it_is_given(tmp_path: Path) -> N
 
 
 def forged(kind: str) -> dict[str, str]:
-    """Tokens that were not signed with the key of this kind."""
+    """Tokens that a verifier with the key of this kind must refuse, each by its defect."""
     good = token(kind, "RS256")
     header, payload, signature = good.split(".")
-    as_secret = f"{part({'alg': 'HS256'})}.{payload}"
+    as_secret = f"{segment({'alg': 'HS256'})}.{payload}"
     mac = hmac.new(public_pem(kind), as_secret.encode(), hashlib.sha256).digest()
     return {
-        "unsigned": f"{part({'alg': 'none'})}.{payload}.",
-        "unsigned, in capitals": f"{part({'alg': 'NONE'})}.{payload}.",
-        "no algorithm": f"{part({})}.{payload}.{signature}",
-        "the public key as a secret": f"{as_secret}.{part(mac)}",
-        "other claims": f"{header}.{part(claims(sub='root'))}.{signature}",
+        "unsigned": f"{segment({'alg': 'none'})}.{payload}.",
+        "unsigned, in capitals": f"{segment({'alg': 'NONE'})}.{payload}.",
+        "no algorithm": f"{segment({})}.{payload}.{signature}",
+        "the public key as a secret": f"{as_secret}.{segment(mac)}",
+        "other claims": f"{header}.{segment(claims(sub='root'))}.{signature}",
         "no signature": f"{header}.{payload}.",
         "another key's": token("RSA2", "RS256"),
         "another algorithm of the key's kind": token(kind, "RS512"),
@@ -109,10 +109,10 @@ def forged(kind: str) -> dict[str, str]:
 def test_no_forged_token_is_accepted(tmp_path: Path) -> None:
     tokens = verifier(tmp_path, jwk_set(jwk("RSA", kid="k")))
     assert tokens.verify(token("RSA", "RS256")).name == "alice"
-    for name, made in forged("RSA").items():
+    for name, forged_token in forged("RSA").items():
         with pytest.raises(Unauthenticated, match=UNKNOWN) as caught:
-            tokens.verify(made)
-        assert made not in str(caught.value), name
+            tokens.verify(forged_token)
+        assert forged_token not in str(caught.value), name
 
 
 def test_the_defect_of_a_signed_token_is_reported(tmp_path: Path) -> None:
@@ -136,8 +136,8 @@ def test_the_defect_of_a_signed_token_is_reported(tmp_path: Path) -> None:
         ({"exp": float("inf")}, "with valid claims"),
         ({"sub": ["alice"]}, "with valid claims"),
     ]
-    for changed, words in cases:
-        with pytest.raises(Unauthenticated, match=words) as caught:
+    for changed, message in cases:
+        with pytest.raises(Unauthenticated, match=message) as caught:
             tokens.verify(token("Ed", "EdDSA", **changed))
         assert AUDIENCE not in caught.value.message
         assert ISSUER not in caught.value.message
@@ -145,15 +145,15 @@ def test_the_defect_of_a_signed_token_is_reported(tmp_path: Path) -> None:
         assert tokens.verify(token("Ed", "EdDSA", **changed)).name == "alice"
 
 
-def test_a_malformed_token_is_reported(tmp_path: Path) -> None:
+def test_a_malformed_token_is_refused(tmp_path: Path) -> None:
     tokens = verifier(tmp_path, public_pem("Ed"))
     deep = "[" * 9_000
     for text in (
         "",
         "a.b.c",
         "..",
-        f"{part(deep.encode())}.e30.e30",
-        f"{part({'kid': 3})}.e30.e30",
+        f"{segment(deep.encode())}.e30.e30",
+        f"{segment({'kid': 3})}.e30.e30",
         "a.b.c.d",
         "ü.ü.ü",
     ):
@@ -172,7 +172,7 @@ def test_another_claim_may_name_the_caller(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ("", "contains 0 signature keys"),
         ("hello", "contains 0 signature keys"),
@@ -198,17 +198,17 @@ def test_another_claim_may_name_the_caller(tmp_path: Path) -> None:
         (b" " * (1 << 20) + b"x", "more than 1048576 bytes"),
     ],
 )
-def test_an_invalid_key_file_is_named(content: str | bytes, words: str, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=words) as caught:
-        read_public_keys(written(tmp_path, content))
+def test_an_invalid_key_file_is_refused(content: str | bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=message) as caught:
+        read_public_keys(write_keys(tmp_path, content))
     assert caught.value.field == "jwt_keys"
     assert "\n" not in caught.value.message
 
 
-def test_an_invalid_secret_is_named(tmp_path: Path) -> None:
-    for content, words in ((b"short\n", "has 5 bytes"), (public_pem("Ed"), "belongs in jwt_keys")):
-        with pytest.raises(InvalidInput, match=words) as caught:
-            read_secret(written(tmp_path, content))
+def test_an_invalid_secret_is_refused(tmp_path: Path) -> None:
+    for content, message in ((b"short\n", "has 5 bytes"), (public_pem("Ed"), "belongs in jwt_keys")):
+        with pytest.raises(InvalidInput, match=message) as caught:
+            read_secret(write_keys(tmp_path, content))
         assert caught.value.field == "jwt_secret"
     with pytest.raises(InvalidInput, match="is not readable: No such file"):
         read_secret(tmp_path / "none")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("common", "configs", "models", "services")
 HEAVY = {"torch", "transformers", "diffusers", "numpy", "safetensors", "PIL", "opentelemetry"}
 
-THIN = (
+WITHOUT_TORCH = (
     "services.coordinator.__main__",
     "services.cli.__main__",
     "services.cli.status",
@@ -35,7 +35,7 @@ THIN = (
 
 
 # Import names of the packages of the GPU extra, which is not installed where tests run.
-ON_GPUS = {
+GPU_PACKAGES = {
     "cuda": "cuda-bindings",
     "fa3_fwd_interface": "fa3-fwd",
     "flash_attn": "flash-attn-4",
@@ -52,7 +52,7 @@ def _loaded(imports: str) -> set[str]:
 
 
 def _imports(source: str, body_only: bool) -> Iterator[str]:
-    """Top-level names of absolute imports: of the module's own body, or of its functions too."""
+    """Top-level names of absolute imports: of the module body only, or also of functions."""
     tree = ast.parse(source)
     for node in tree.body if body_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -63,16 +63,18 @@ def _imports(source: str, body_only: bool) -> Iterator[str]:
 
 def _undeclared(imported: Iterable[str], requirements: Iterable[str]) -> set[str]:
     """Imports that are not in the standard library, in this project or in one of the requirements."""
-    declared = {_normal(Requirement(each).name) for each in requirements}
+    declared = {_normalized(Requirement(each).name) for each in requirements}
     distributions = importlib.metadata.packages_distributions()
     return {
         name
         for name in set(imported) - sys.stdlib_module_names - {*PACKAGES, "fleet", "externalscaler"}
-        if not declared.intersection(_normal(each) for each in distributions.get(name, [ON_GPUS.get(name, "")]))
+        if not declared.intersection(
+            _normalized(each) for each in distributions.get(name, [GPU_PACKAGES.get(name, "")])
+        )
     }
 
 
-def _normal(name: str) -> str:
+def _normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -83,12 +85,12 @@ def _project() -> tuple[list[str], list[str]]:
     return project["dependencies"], [*extras["worker"], *extras["gpu"], *extras["tracing"]]
 
 
-@pytest.mark.parametrize("module", THIN)
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_the_module_does_not_import_torch(module: str) -> None:
     assert not HEAVY & {name.partition(".")[0] for name in _loaded(f"import {module}")}
 
 
-@pytest.mark.parametrize("module", THIN)
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_the_module_imports_only_base_dependencies(module: str) -> None:
     base, _ = _project()
     names = [name for name in _loaded(f"import {module}") if name.startswith(tuple(f"{each}." for each in PACKAGES))]

@@ -26,7 +26,7 @@ PARENT = f"00-{TRACE}-{SPAN}-01"
 
 
 @pytest.mark.parametrize("text", [PARENT, f"cc-{TRACE}-{SPAN}-01-more", f"01-{TRACE}-{SPAN}-01"])
-def test_a_traceparent_is_read(text: str) -> None:
+def test_a_valid_traceparent_is_parsed(text: str) -> None:
     context = parse_traceparent(text, "vendor=1")
     assert context == TraceContext(TRACE, SPAN, 1, "vendor=1")
     assert context.sampled
@@ -107,7 +107,7 @@ def test_spans_without_an_exporter_record_nothing_and_pass_the_context_on() -> N
 
 
 class RecordingSpan(Span):
-    """A span that records its events."""
+    """A span that records its attributes, its failure and its end."""
 
     def __init__(self) -> None:
         super().__init__(TraceContext(TRACE, SPAN))
@@ -127,13 +127,13 @@ class RecordingSpan(Span):
     ("error", "note"),
     [
         (ValueError("a secret"), "ValueError"),
-        (Unavailable("gone"), "Unavailable"),
+        (Unavailable("the worker is lost"), "Unavailable"),
         (HandedOver("leaves"), "handed_over"),
         (Cancelled("left"), "cancelled"),
         (asyncio.CancelledError(), "cancelled"),
     ],
 )
-def test_a_span_ends_with_the_class_of_its_error(error: BaseException, note: str) -> None:
+def test_a_span_records_the_class_of_its_error_and_ends(error: BaseException, note: str) -> None:
     span = RecordingSpan()
     with pytest.raises(type(error)), tracing.ending(span):
         raise error

@@ -32,7 +32,7 @@ BATCH, TOKENS, FIRST, HEADS, HEAD = 2, 7, 3, 3, 32
 SEGMENTS = TokenSegments((FIRST, TOKENS - FIRST))
 SIZE = HEADS * HEAD
 DTYPES = pytest.mark.parametrize(
-    ("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)], ids=["f32", "bf16"]
+    ("dtype", "max_error"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)], ids=["f32", "bf16"]
 )
 
 NORMS = pytest.mark.parametrize("norm", [LayerNormScaleShift(SIZE), RMSNormScaleShift(SIZE)], ids=["layer", "rms"])
@@ -45,9 +45,9 @@ def _inference() -> Iterator[None]:
         yield
 
 
-def assert_near(got: Tensor, expected: Tensor, most: float) -> None:
+def assert_near(got: Tensor, expected: Tensor, max_error: float) -> None:
     assert got.dtype == expected.dtype
-    assert float((got.float() - expected.float()).norm() / expected.float().norm()) <= most
+    assert float((got.float() - expected.float()).norm() / expected.float().norm()) <= max_error
 
 
 def operands(norms: QKNormModules) -> QKNormParameters:
@@ -65,26 +65,26 @@ def modulations(dtype: torch.dtype) -> list[SegmentVectors]:
 
 @DTYPES
 @NORMS
-def test_norm_scale_shift_equals_pytorch(dtype: torch.dtype, most: float, norm: LayerNormScaleShift) -> None:
+def test_norm_scale_shift_equals_pytorch(dtype: torch.dtype, max_error: float, norm: LayerNormScaleShift) -> None:
     x = 1 + torch.randn(BATCH, TOKENS, SIZE, dtype=dtype)
     scale, shift, _ = modulations(dtype)
     got = kernels.norm_modulate(x, scale, shift, norm.eps, norm.is_centred)
-    assert_near(got, norm(x, scale, shift), most)
+    assert_near(got, norm(x, scale, shift), max_error)
 
 
 @DTYPES
 @NORMS
-def test_gate_norm_scale_shift_equals_pytorch(dtype: torch.dtype, most: float, norm: LayerNormScaleShift) -> None:
+def test_gate_norm_scale_shift_equals_pytorch(dtype: torch.dtype, max_error: float, norm: LayerNormScaleShift) -> None:
     x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
     scale, shift, gate = modulations(dtype)
     got = kernels.gate_norm_modulate(x, update, gate, scale, shift, norm.eps, norm.is_centred)
     for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift), strict=True):
-        assert_near(mine, expected, most)
+        assert_near(mine, expected, max_error)
 
 
 @DTYPES
 @pytest.mark.parametrize("boundary", [0, FIRST, TOKENS])
-def test_modulations_of_two_tensors_equal_pytorch(dtype: torch.dtype, most: float, boundary: int) -> None:
+def test_modulations_of_two_tensors_equal_pytorch(dtype: torch.dtype, max_error: float, boundary: int) -> None:
     """Segments with different timesteps, each with its own tensor of modulations."""
     x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
     first, rest = (torch.randn(BATCH, 8, SIZE) for _ in range(2))
@@ -93,12 +93,12 @@ def test_modulations_of_two_tensors_equal_pytorch(dtype: torch.dtype, most: floa
     norm = LayerNormScaleShift(SIZE)
     got = kernels.gate_norm_modulate(x, update, gate, scale, shift, norm.eps, norm.is_centred)
     for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift), strict=True):
-        assert_near(mine, expected, most)
+        assert_near(mine, expected, max_error)
 
 
 @DTYPES
 @pytest.mark.parametrize("last", [0, 2, TOKENS - FIRST])
-def test_modulations_of_three_segments_equal_pytorch(dtype: torch.dtype, most: float, last: int) -> None:
+def test_modulations_of_three_segments_equal_pytorch(dtype: torch.dtype, max_error: float, last: int) -> None:
     """The last tokens have a different timestep."""
     x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
     rows, own = (torch.randn(BATCH, 8 * SIZE, dtype=dtype).chunk(8, dim=1) for _ in range(2))
@@ -107,14 +107,14 @@ def test_modulations_of_three_segments_equal_pytorch(dtype: torch.dtype, most: f
     norm = LayerNormScaleShift(SIZE)
     got = kernels.gate_norm_modulate(x, update, gate, scale, shift, norm.eps, norm.is_centred)
     for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift), strict=True):
-        assert_near(mine, expected, most)
-    assert_near(kernels.norm_modulate(x, scale, shift, norm.eps, norm.is_centred), norm(x, scale, shift), most)
+        assert_near(mine, expected, max_error)
+    assert_near(kernels.norm_modulate(x, scale, shift, norm.eps, norm.is_centred), norm(x, scale, shift), max_error)
 
 
 @DTYPES
 @pytest.mark.parametrize("size", [HEAD, SIZE], ids=["per-head", "all-heads"])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_qk_norm_rotary_equals_pytorch(dtype: torch.dtype, most: float, size: int, parts: int) -> None:
+def test_qk_norm_rotary_equals_pytorch(dtype: torch.dtype, max_error: float, size: int, parts: int) -> None:
     each = [RMSNorm(size).to(dtype) for _ in range(2 * parts)]
     for norm in each:
         norm.weight.normal_()
@@ -125,13 +125,13 @@ def test_qk_norm_rotary_equals_pytorch(dtype: torch.dtype, most: float, size: in
     apply_qk_norm(expected[..., : parts * SIZE], norms, rotation, SEGMENTS)
     qk = qkv[..., : parts * SIZE]
     kernels.qk_norm_rotate(qk, operands(norms), rotation, FIRST, None, head_views(qk, parts, HEAD))
-    assert_near(qkv, expected, most)
+    assert_near(qkv, expected, max_error)
     assert torch.equal(qkv[..., parts * SIZE :], expected[..., parts * SIZE :])
 
 
 @DTYPES
 @pytest.mark.parametrize("heads", [1, 3, 4])
-def test_layer_norm_of_heads_in_neox_style_equals_pytorch(heads: int, dtype: torch.dtype, most: float) -> None:
+def test_layer_norm_of_heads_in_neox_style_equals_pytorch(heads: int, dtype: torch.dtype, max_error: float) -> None:
     """The two channels of a pair are half a head apart."""
     norm = PlainLayerNorm(HEAD)
     norms = QKNormModules((norm, norm), HEAD)
@@ -142,7 +142,7 @@ def test_layer_norm_of_heads_in_neox_style_equals_pytorch(heads: int, dtype: tor
     qk = slice(0, 2 * heads * HEAD)
     apply_qk_norm(expected[..., qk], norms, rotation, SEGMENTS)
     kernels.qk_norm_rotate(qkv[..., qk], operands(norms), rotation, FIRST, None, head_views(qkv[..., qk], 2, HEAD))
-    assert_near(qkv, expected, most)
+    assert_near(qkv, expected, max_error)
     neighbours = expected.clone()
     apply_qk_norm(neighbours[..., qk], norms, angles, SEGMENTS)
     assert not torch.allclose(neighbours, qkv, atol=0.1)
@@ -152,9 +152,9 @@ def test_layer_norm_of_heads_in_neox_style_equals_pytorch(heads: int, dtype: tor
 @pytest.mark.parametrize("is_neox_style", [False, True], ids=["neighbours", "halves"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_qk_norm_with_angles_of_each_head_equals_pytorch(
-    dtype: torch.dtype, most: float, parts: int, is_neox_style: bool
+    dtype: torch.dtype, max_error: float, parts: int, is_neox_style: bool
 ) -> None:
-    """The angles of a rank's heads are a strided view, because they are not adjacent from token to token."""
+    """The angles of a rank's heads are a strided view: angles of consecutive tokens are not adjacent."""
     each = tuple(RMSNorm(SIZE).to(dtype) for _ in range(parts))
     for norm in each:
         norm.weight.copy_(torch.randn(SIZE))
@@ -165,7 +165,7 @@ def test_qk_norm_with_angles_of_each_head_equals_pytorch(
     expected = x.clone()
     apply_qk_norm(expected, norms, rotation)
     kernels.qk_norm_rotate(x, operands(norms), rotation, 0, None, head_views(x, parts, HEAD))
-    assert_near(x, expected, most)
+    assert_near(x, expected, max_error)
 
 
 def test_qk_norm_of_a_shard_uses_the_sums_of_all_heads() -> None:
@@ -198,7 +198,7 @@ def test_qk_norm_writes_into_an_output_and_copies_values(normed: int) -> None:
 
 
 @DTYPES
-def test_gelu_into_columns_equals_pytorch(dtype: torch.dtype, most: float) -> None:
+def test_gelu_into_columns_equals_pytorch(dtype: torch.dtype, max_error: float) -> None:
     hidden, expected = (
         torch.randn(BATCH, TOKENS, 4 * SIZE, dtype=dtype),
         torch.zeros(BATCH, TOKENS, 5 * SIZE, dtype=dtype),
@@ -206,19 +206,19 @@ def test_gelu_into_columns_equals_pytorch(dtype: torch.dtype, most: float) -> No
     got = expected.clone()
     write_gelu(hidden, expected[..., SIZE:])
     kernels.write_gelu(hidden, got[..., SIZE:])
-    assert_near(got, expected, most)
+    assert_near(got, expected, max_error)
     assert not got[..., :SIZE].any()
 
 
 @DTYPES
-def test_gate_by_silu_equals_pytorch(dtype: torch.dtype, most: float) -> None:
-    """The inputs include channels of a wider tensor."""
+def test_gate_by_silu_equals_pytorch(dtype: torch.dtype, max_error: float) -> None:
+    """The input is a view of the first channels of a wider tensor."""
     x = torch.randn(BATCH, TOKENS, 3 * SIZE, dtype=dtype)[..., : 2 * SIZE]
-    assert_near(kernels.gate_by_silu(x), gate_by_silu(x), most)
+    assert_near(kernels.gate_by_silu(x), gate_by_silu(x), max_error)
 
 
 @DTYPES
-def test_merge_attention_equals_pytorch(dtype: torch.dtype, most: float) -> None:
+def test_merge_attention_equals_pytorch(dtype: torch.dtype, max_error: float) -> None:
     """Log-sum-exps have heads before tokens, as kernels return them. Some scores overflow exp()."""
     parts = []
     for offset in (0.0, 1.0):
@@ -229,27 +229,27 @@ def test_merge_attention_equals_pytorch(dtype: torch.dtype, most: float) -> None
     one, other = parts
     for wanted in (dtype, torch.float32):
         got, expected = kernels.merge_attention(one, other, wanted), merge_attention(one, other, wanted)
-        assert_near(got[0], expected[0], most)
+        assert_near(got[0], expected[0], max_error)
         assert_near(got[1], expected[1], 1e-6)
 
 
 @DTYPES
-def test_channel_norm_silu_equals_pytorch(dtype: torch.dtype, most: float) -> None:
+def test_channel_norm_silu_equals_pytorch(dtype: torch.dtype, max_error: float) -> None:
     frame, weight = torch.randn(1, SIZE, 5, 7, dtype=dtype), torch.randn(SIZE, dtype=dtype)
     expected = silu(normalize(frame.float(), dim=1) * SIZE**0.5 * weight[:, None, None]).to(dtype)
     got = kernels.channel_norm_silu(frame, weight, SIZE**0.5)
-    assert_near(got, expected, most)
+    assert_near(got, expected, max_error)
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
 @DTYPES
 @pytest.mark.parametrize("stride", [SIZE, 2 * SIZE], ids=["adjacent", "apart"])
-def test_quantize_rows_equals_pytorch(dtype: torch.dtype, most: float, stride: int) -> None:
+def test_quantize_rows_equals_pytorch(dtype: torch.dtype, max_error: float, stride: int) -> None:
     """The kernel writes float32: the interpreter rounds casts to float8 wrongly just below powers of two."""
     x = torch.randn(TOKENS, stride, dtype=dtype)[:, :SIZE] * torch.logspace(-4, 4, TOKENS, dtype=dtype)[:, None]
     x[1] = 0
     values, scale = kernels.quantize_rows(x, torch.float32)
     expected, own = quantize_rows(x)
     assert torch.equal(values.to(FLOAT8).float(), expected.float())
-    assert_near(scale, own, most)
+    assert_near(scale, own, max_error)
     assert kernels.quantize_rows(x)[0].dtype == FLOAT8

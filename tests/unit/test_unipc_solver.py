@@ -26,7 +26,7 @@ def schedule_of(scheduler: UniPCMultistepScheduler, steps: int) -> Schedule:
 
 
 def predict(latents: Tensor, step: int) -> Tensor:
-    """A prediction that depends on the step and the latents, as that of a model."""
+    """A prediction that depends on the step and the latents, like the prediction of a model."""
     return torch.sin(3 * latents + step)
 
 
@@ -38,7 +38,7 @@ def run(
     return latents
 
 
-KINDS: list[dict[str, Any]] = [
+CONFIGS: list[dict[str, Any]] = [
     {},
     {"solver_order": 3},
     {"solver_order": 1},
@@ -47,10 +47,10 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_steps_equal_those_of_the_scheduler(kind: dict[str, Any], steps: int) -> None:
-    scheduler = scheduler_of(**kind)
+def test_steps_equal_those_of_the_scheduler(config: dict[str, Any], steps: int) -> None:
+    scheduler = scheduler_of(**config)
     schedule = schedule_of(scheduler, steps)
     noise = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     ours = run(UniPCSolver(scheduler, schedule).step, schedule, noise)
@@ -59,17 +59,17 @@ def test_steps_equal_those_of_the_scheduler(kind: dict[str, Any], steps: int) ->
     assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_loop_resumed_after_any_step_gives_the_same_bytes(kind: dict[str, Any]) -> None:
-    scheduler = scheduler_of(**kind)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_loop_resumed_after_any_step_gives_the_same_bytes(config: dict[str, Any]) -> None:
+    scheduler = scheduler_of(**config)
     schedule = schedule_of(scheduler, 7)
     noise = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    undisturbed = run(UniPCSolver(scheduler, schedule).step, schedule, noise)
+    expected = run(UniPCSolver(scheduler, schedule).step, schedule, noise)
     first, latents = UniPCSolver(scheduler, schedule), noise
     for stopped in range(8):
-        second = UniPCSolver(scheduler_of(**kind), schedule)
+        second = UniPCSolver(scheduler_of(**config), schedule)
         second.restore(stopped, {name: value.clone() for name, value in first.state().items()})
-        assert torch.equal(run(second.step, schedule, latents, stopped), undisturbed), f"stopped after {stopped}"
+        assert torch.equal(run(second.step, schedule, latents, stopped), expected), f"stopped after {stopped}"
         if stopped < 7:
             latents = first.step(predict(latents, stopped), schedule.timesteps[stopped], latents)
 
@@ -80,9 +80,9 @@ def test_a_loop_resumed_without_its_history_gives_other_bytes() -> None:
     solver, latents = UniPCSolver(scheduler, schedule), torch.ones(1, 4, 1, 1, 1)
     for step in range(2):
         latents = solver.step(predict(latents, step), schedule.timesteps[step], latents)
-    spoiled = {name: torch.zeros_like(value) for name, value in solver.state().items()}
+    zeroed = {name: torch.zeros_like(value) for name, value in solver.state().items()}
     other = UniPCSolver(scheduler, schedule)
-    other.restore(2, spoiled)
+    other.restore(2, zeroed)
     assert not torch.equal(run(other.step, schedule, latents, 2), run(solver.step, schedule, latents, 2))
 
 
@@ -110,7 +110,7 @@ def test_the_state_of_another_step_is_refused(step: int, names: set[str]) -> Non
     assert caught.value.field == "resume_from.solver"
 
 
-def test_another_predictor_is_refused() -> None:
+def test_a_scheduler_with_a_separate_predictor_is_refused() -> None:
     scheduler = scheduler_of(solver_p=scheduler_of())
     with pytest.raises(CheckpointError, match="solver_p is not supported"):
         solver_class(scheduler)

@@ -1,4 +1,4 @@
-"""Other Diffusers pipelines are refused with the supported classes and, if one exists, the closest match."""
+"""Unsupported Diffusers pipelines are refused with the supported classes and any closest match."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.errors import CheckpointError
 from models.catalog import open_model
 from models.registry import Registry, load_registry
 
-RELATIVES = {
+CLOSEST_MATCHES = {
     "Flux2KleinInpaintPipeline": "Flux2KleinPipeline",
     "Flux2KleinKVPipeline": "Flux2KleinPipeline",
     "Flux2KleinModularPipeline": "Flux2KleinPipeline",
@@ -36,7 +36,7 @@ RELATIVES = {
     "WanVideoToVideoPipeline": "WanPipeline",
     "ZImageOmniPipeline": "ZImagePipeline",
 }
-STRANGERS = ("AuraFlowPipeline", "HunyuanDiTPipeline", "HunyuanImagePipeline", "LucyEditPipeline", "SanaPipeline")
+DISSIMILAR = ("AuraFlowPipeline", "HunyuanDiTPipeline", "HunyuanImagePipeline", "LucyEditPipeline", "SanaPipeline")
 FAMILIES = ("Flux", "GlmImage", "HunyuanVideo", "LTX", "QwenImage", "Wan", "ZImage")
 """Prefixes of names that resemble a supported pipeline."""
 
@@ -63,7 +63,7 @@ def test_every_pipeline_that_diffusers_exports_is_refused_by_name(registry: Regi
     names = exported(registry)
     supported = ", ".join(registry.names())
     assert len(names) > 200
-    assert RELATIVES.keys() | set(STRANGERS) <= set(names)
+    assert CLOSEST_MATCHES.keys() | set(DISSIMILAR) <= set(names)
     for name in names:
         start = f"pipeline {name!r} is not supported; supported are {supported}"
         message = refusal(tmp_path, name, registry)
@@ -71,11 +71,11 @@ def test_every_pipeline_that_diffusers_exports_is_refused_by_name(registry: Regi
         assert ("the closest match is" in message) is name.startswith(FAMILIES), message
 
 
-@pytest.mark.parametrize("name", RELATIVES)
+@pytest.mark.parametrize("name", CLOSEST_MATCHES)
 def test_the_closest_match_is_named(registry: Registry, tmp_path: Path, name: str) -> None:
-    assert refusal(tmp_path, name, registry).endswith(f"; the closest match is {RELATIVES[name]}")
+    assert refusal(tmp_path, name, registry).endswith(f"; the closest match is {CLOSEST_MATCHES[name]}")
 
 
-@pytest.mark.parametrize("name", [*STRANGERS, "Wander", "Fluxion", ""])
+@pytest.mark.parametrize("name", [*DISSIMILAR, "Wander", "Fluxion", ""])
 def test_a_dissimilar_pipeline_has_no_match(registry: Registry, tmp_path: Path, name: str) -> None:
     assert refusal(tmp_path, name, registry).endswith(f"supported are {', '.join(registry.names())}")

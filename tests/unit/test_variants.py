@@ -1,4 +1,4 @@
-"""Variants of a model: how they are registered, opened, merged into services, chosen and warmed up."""
+"""Variants of a model: registration, opening, common services, choice and warm-up."""
 
 from __future__ import annotations
 
@@ -104,13 +104,13 @@ def test_configs_are_registered_once_for_each_variant() -> None:
         registry.entry("DoublePipeline").configs_of("other")
 
 
-def test_a_variant_without_configs_is_a_defect(double_path: Path) -> None:
+def test_a_variant_without_configs_is_refused(double_path: Path) -> None:
     with pytest.raises(ValueError, match="variant 'large' of pipeline DoublePipeline has no configs"):
         open_model(str(double_path), double_registry("small"))
 
 
 @pytest.mark.parametrize("names", [("Text",), ("", "image"), ("a b",), ("1st",)])
-def test_names_of_variants_are_identifiers(
+def test_a_variant_name_that_is_not_an_identifier_is_refused(
     double_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(DoublePipeline, "names", names)
@@ -129,7 +129,7 @@ def test_a_pipeline_without_variants_has_one_unnamed_variant() -> None:
     assert caught.value.field == "images"
 
 
-def test_a_missing_module_of_one_variant_leaves_the_others_served(
+def test_without_a_module_of_one_variant_the_other_variants_are_served(
     registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = build_twin_checkpoint(tmp_path / "twin", lens=False)
@@ -154,7 +154,7 @@ def test_a_missing_module_of_one_variant_leaves_the_others_served(
     assert f"  variant image is not served: {reason}" in lines_of(listed)
 
 
-def test_a_module_that_every_variant_needs_is_an_error(registry: Registry, tmp_path: Path) -> None:
+def test_a_missing_module_that_every_variant_needs_is_an_error(registry: Registry, tmp_path: Path) -> None:
     path = build_twin_checkpoint(tmp_path / "twin")
     index = json.loads((path / "model_index.json").read_text())
     del index["palette"]
@@ -237,7 +237,7 @@ def test_services_of_all_variants_are_in_order() -> None:
     assert [len(spec.stages) for spec in united] == [1] * 5
 
 
-def test_hosted_variants_run_the_stages_of_the_call(registry: Registry, tmp_path: Path) -> None:
+def test_hosted_variants_refuse_a_variant_that_they_do_not_serve(registry: Registry, tmp_path: Path) -> None:
     model = open_model(str(build_twin_checkpoint(tmp_path / "twin")), registry)
     stages = load_variants(model, model.service("denoising"), Runtime())
     hosted = HostedVariants("denoising", stages)
@@ -260,7 +260,7 @@ def test_replies_of_variants_have_separate_keys() -> None:
     assert keys == [cache.key(inputs, variant) for variant in ("", "text", "image")]
 
 
-def test_warm_up_runs_every_variant_or_a_named_one(double: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_warm_up_runs_every_variant_or_the_named_variant(double: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
     warm_up = WarmUp.parse(double, ("32x32", "48x32@large"))
     assert [(variant.name, params.height) for variant, params in warm_up.sizes] == [
         ("small", 32),
@@ -275,7 +275,7 @@ def test_warm_up_runs_every_variant_or_a_named_one(double: ServedModel, caplog: 
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("32x32@video", "warm_up: 32x32@video does not end with a variant of double; its variants are small, large"),
         ("32x32@", "warm_up: 32x32@ does not end with a variant of double; its variants are small, large"),
@@ -283,13 +283,13 @@ def test_warm_up_runs_every_variant_or_a_named_one(double: ServedModel, caplog: 
         ("0x32@large", "warm_up: 0x32@large: height: 0 is not"),
     ],
 )
-def test_an_invalid_warm_up_is_refused(double: ServedModel, text: str, words: str) -> None:
-    with pytest.raises(InvalidInput, match=words) as caught:
+def test_an_invalid_warm_up_is_refused(double: ServedModel, text: str, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message) as caught:
         WarmUp.parse(double, (text,))
     assert caught.value.field == "warm_up"
 
 
-def test_a_model_without_variants_is_warmed_up_without_a_name() -> None:
+def test_a_variant_in_the_warm_up_of_a_model_without_variants_is_refused() -> None:
     with pytest.raises(InvalidInput, match="does not end with a variant of emoji; write the size without @"):
         WarmUp.parse(open_model("emoji", load_registry()), ("32x32@text",))
 

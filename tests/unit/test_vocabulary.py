@@ -1,4 +1,4 @@
-"""Tokenizer files hold a whole vocabulary that fits the encoder; the check does not import torch."""
+"""Tokenizer files hold a complete vocabulary that fits the encoder; the check does not import torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from common.vocabulary import Vocabulary, read_vocabulary
 from models.catalog import shipped_models
 
 SHIPPED = Path(__file__).parents[2] / "models/checkpoints"
-# "a", "b", "c" and their end-of-word forms, then two merges.
+# Three characters, and the tokens of two merges.
 VOCAB = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}
 MERGES = "#version: 0.2\na b\nab c\n"
 BPE: dict[str, Any] = {"type": "BPE", "vocab": VOCAB, "merges": ["a b", ["ab", "c"]]}
 UNIGRAM: dict[str, Any] = {"type": "Unigram", "vocab": [["<unk>", 0.0], ["▁a", -1]]}
 
 
-def put(folder: Path, **files: object) -> Path:
+def write_files(folder: Path, **files: object) -> Path:
     """Write files; `__` in a keyword stands for the dot of a name."""
     for name, content in files.items():
         data = content if isinstance(content, bytes) else str(content).encode()
@@ -37,18 +37,18 @@ def tokenizer(model: object, *added: tuple[str, int]) -> dict[str, object]:
 
 
 def test_a_tokenizer_json_is_read_with_its_added_tokens(tmp_path: Path) -> None:
-    path = put(tmp_path, tokenizer__json=tokenizer(BPE, ("<end>", 9))) / "tokenizer.json"
+    path = write_files(tmp_path, tokenizer__json=tokenizer(BPE, ("<end>", 9))) / "tokenizer.json"
     assert read_vocabulary(tmp_path, "CLIPTokenizerFast") == Vocabulary(path, 10)
-    put(tmp_path, tokenizer__json=tokenizer(UNIGRAM, ("<unk>", 0)))
+    write_files(tmp_path, tokenizer__json=tokenizer(UNIGRAM, ("<unk>", 0)))
     assert read_vocabulary(tmp_path, "T5Tokenizer") == Vocabulary(path, 2)
 
 
 def test_files_of_the_class_are_read_where_there_is_no_tokenizer_json(tmp_path: Path) -> None:
-    put(tmp_path, vocab__json=VOCAB, merges__txt=MERGES)
+    write_files(tmp_path, vocab__json=VOCAB, merges__txt=MERGES)
     assert read_vocabulary(tmp_path, "Qwen2Tokenizer") == Vocabulary(tmp_path / "vocab.json", 5)
 
 
-def test_a_class_of_a_plugin_has_files_of_its_own(tmp_path: Path) -> None:
+def test_a_tokenizer_class_with_unknown_files_has_no_vocabulary(tmp_path: Path) -> None:
     assert read_vocabulary(tmp_path, "ByT5Tokenizer") is None
 
 
@@ -56,8 +56,8 @@ def test_a_class_of_a_plugin_has_files_of_its_own(tmp_path: Path) -> None:
 def test_every_file_of_a_shipped_tokenizer_gives_the_same_size(model: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(SHIPPED / model)
     for name, (_, class_name) in checkpoint.modules.items():
-        whole = read_vocabulary(checkpoint.path / name, class_name)
-        if whole is not None:
+        complete = read_vocabulary(checkpoint.path / name, class_name)
+        if complete is not None:
             others = tmp_path / name
             others.mkdir()
             for file in (checkpoint.path / name).iterdir():
@@ -65,7 +65,7 @@ def test_every_file_of_a_shipped_tokenizer_gives_the_same_size(model: str, tmp_p
                     (others / file.name).symlink_to(file)
             again = read_vocabulary(others, class_name)
             assert again is not None
-            assert again.size == whole.size
+            assert again.size == complete.size
 
 
 BROKEN: dict[str, tuple[str, dict[str, object], str]] = {
@@ -138,21 +138,21 @@ BROKEN: dict[str, tuple[str, dict[str, object], str]] = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_an_incomplete_vocabulary_is_refused(tmp_path: Path, case: str) -> None:
     class_name, files, message = BROKEN[case]
-    put(tmp_path, **files)
+    write_files(tmp_path, **files)
     with pytest.raises(CheckpointError, match=message) as refused:
         read_vocabulary(tmp_path, class_name)
     assert str(tmp_path) in refused.value.message
 
 
 @pytest.mark.parametrize(
-    "nest", [lambda size: {"vocab_size": size}, lambda size: {"text_config": {"vocab_size": size}}]
+    "config_of", [lambda size: {"vocab_size": size}, lambda size: {"text_config": {"vocab_size": size}}]
 )
 @pytest.mark.parametrize(("size", "fits"), [(2, False), (3, True), (99, True)])
 def test_a_tokenizer_may_be_smaller_than_its_encoder_but_not_larger(
-    tmp_path: Path, nest: Callable[[int], dict[str, object]], size: int, fits: bool
+    tmp_path: Path, config_of: Callable[[int], dict[str, object]], size: int, fits: bool
 ) -> None:
     path = build_bare_flux(tmp_path / "flux")
-    (path / "text_encoder/config.json").write_text(json.dumps(nest(size)))
+    (path / "text_encoder/config.json").write_text(json.dumps(config_of(size)))
     if fits:
         Checkpoint.open(path)
     else:

@@ -1,4 +1,4 @@
-"""The watchdog of the device thread: stuck calls, their end, and slow calls that are not stuck."""
+"""The watchdog of the device thread: stuck calls, their cancellation and loss, and slow calls."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from stage_server import StageInput, packets, served
 LIMITS = HangLimits(seconds=60, mean_steps=20, exit_seconds=30)
 
 
-def checked(watch: StepWatch, begin: int, end: int) -> list[Verdict]:
+def verdicts(watch: StepWatch, begin: int, end: int) -> list[Verdict]:
     """The verdicts of every second from `begin` to `end`."""
     return [watch.check(float(now)) for now in range(begin, end + 1)]
 
 
 def test_a_call_without_a_step_for_the_bound_is_stuck_and_then_lost() -> None:
     watch = StepWatch(LIMITS, 0.0)
-    assert set(checked(watch, 1, 2)) == {Verdict.LIVE}
+    assert set(verdicts(watch, 1, 2)) == {Verdict.LIVE}
     watch.step(2.0)
-    assert set(checked(watch, 3, 62)) == {Verdict.LIVE}
+    assert set(verdicts(watch, 3, 62)) == {Verdict.LIVE}
     assert watch.check(63.0) is Verdict.STUCK
     assert watch.waited_seconds == 61
-    watch.step(64.0)  # A step after the cancel does not prove that the call ends.
-    assert set(checked(watch, 64, 93)) == {Verdict.CANCELLED}
+    watch.step(64.0)  # A step after the cancellation does not prove that the call ends.
+    assert set(verdicts(watch, 64, 93)) == {Verdict.CANCELLED}
     assert watch.check(94.0) is Verdict.LOST
 
 
 def test_a_call_is_not_stuck_before_its_first_step() -> None:
     watch = StepWatch(LIMITS, 0.0)
-    assert set(checked(watch, 1, 7_200)) == {Verdict.LIVE}
+    assert set(verdicts(watch, 1, 7_200)) == {Verdict.LIVE}
 
 
 def test_the_bound_of_slow_steps_is_a_multiple_of_their_mean() -> None:
     watch = StepWatch(LIMITS, 0.0)
     for step in range(1, 4):
-        assert set(checked(watch, 100 * step - 99, 100 * step)) == {Verdict.LIVE}
+        assert set(verdicts(watch, 100 * step - 99, 100 * step)) == {Verdict.LIVE}
         watch.step(100.0 * step)
     assert watch.allowed_seconds == 2_000
-    assert set(checked(watch, 301, 2_300)) == {Verdict.LIVE}
+    assert set(verdicts(watch, 301, 2_300)) == {Verdict.LIVE}
     assert watch.check(2_301.0) is Verdict.STUCK
 
 
@@ -61,15 +61,15 @@ def test_time_without_checks_does_not_count() -> None:
     watch.step(1.0)
     assert watch.check(1.0) is Verdict.LIVE
     assert watch.check(500.0) is Verdict.LIVE  # The process was suspended.
-    assert set(checked(watch, 501, 559)) == {Verdict.LIVE}
+    assert set(verdicts(watch, 501, 559)) == {Verdict.LIVE}
     assert watch.check(561.0) is Verdict.STUCK
     assert watch.check(900.0) is Verdict.CANCELLED
-    assert set(checked(watch, 901, 929)) == {Verdict.CANCELLED}
+    assert set(verdicts(watch, 901, 929)) == {Verdict.CANCELLED}
     assert watch.check(931.0) is Verdict.LOST
 
 
 @pytest.mark.parametrize("name", ["seconds", "mean_steps", "exit_seconds"])
-def test_a_bound_must_be_more_than_0(name: str) -> None:
+def test_a_bound_of_0_is_refused(name: str) -> None:
     with pytest.raises(InvalidInput, match=f"hang_{name}: 0 is not more than 0") as raised:
         HangLimits(**{name: 0.0})
     assert raised.value.field == f"hang_{name}"
@@ -96,9 +96,7 @@ def stage() -> Iterator[StuckStage]:
     made.freed.set()
 
 
-def test_a_stuck_call_is_cancelled_and_answered_and_its_process_ends(
-    stage: StuckStage,
-) -> None:
+def test_a_stuck_call_is_cancelled_and_fails_and_then_is_reported_as_lost(stage: StuckStage) -> None:
     out = io.StringIO()
     setup_logging("denoising", form="json", stream=out)
     lost: list[str] = []
@@ -110,7 +108,7 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_ends(
 
     watchdog = Watchdog(HangLimits(seconds=0.05, mean_steps=1, exit_seconds=0.05), on_lost=on_lost)
 
-    async def story() -> None:
+    async def scenario() -> None:
         async with asyncio.timeout(30), served(stage, watchdog=watchdog) as fleet:
             with pytest.raises(Unavailable, match=r"no step for \d+\.\d s: its device is stuck"):
                 await fleet.runner()(packets(8), fleet.recorded.call())
@@ -129,7 +127,7 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_ends(
             await wait_until(is_free)
             assert await fleet.runner()(packets(8), fleet.recorded.call())
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     assert "after request r1 was cancelled; this process exits" in lost[0]
     (line,) = [each for each in map(json.loads, out.getvalue().splitlines()) if each["event"] == "call cancelled"]
     assert line["reason"].startswith("the stage has reported no step for ")
@@ -139,7 +137,7 @@ def test_a_stuck_call_is_cancelled_and_answered_and_its_process_ends(
 
 
 def test_a_worker_whose_device_is_stuck_sends_no_heartbeats() -> None:
-    async def story(redis: Redis) -> None:
+    async def scenario(redis: Redis) -> None:
         registry = WorkerRegistry(redis, heartbeat_seconds=0.01, ttl_seconds=0.1)
         info = worker_pb2.WorkerInfo(worker_id="w", service="denoising", model="m", capacity=1)
         able = True
@@ -160,4 +158,4 @@ def test_a_worker_whose_device_is_stuck_sends_no_heartbeats() -> None:
         await registry.withdraw("w")
 
     with running_server("valkey") as server:
-        run_on_empty_store(server.url, story)
+        run_on_empty_store(server.url, scenario)

@@ -13,7 +13,7 @@ from common.errors import InvalidInput
 from common.watched import WatchedFiles
 
 
-def reading(*paths: Path) -> Callable[[], str]:
+def reader_of(*paths: Path) -> Callable[[], str]:
     def read() -> str:
         text = "+".join(path.read_text() for path in paths if path.exists())
         if "wrong" in text or not text:
@@ -33,7 +33,7 @@ def replace(path: Path, text: str) -> None:
 def test_a_file_that_changes_is_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "keys"
     path.write_text("one")
-    watched = WatchedFiles([path], reading(path), check_seconds=0, name="keys")
+    watched = WatchedFiles([path], reader_of(path), check_seconds=0, name="keys")
     assert watched.versioned() == (1, "one")
     replace(path, "two")
     with caplog.at_level(logging.INFO):
@@ -43,12 +43,12 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path, caplog: pytest.LogCap
     assert watched.value == "three"
 
 
-def test_invalid_content_leaves_the_old_in_force_and_is_reported_once(
+def test_after_invalid_content_the_previous_content_is_used_and_one_error_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "keys"
     path.write_text("one")
-    watched = WatchedFiles([path], reading(path), check_seconds=0, name="api_keys")
+    watched = WatchedFiles([path], reader_of(path), check_seconds=0, name="api_keys")
     for bad in ("wrong", None):
         caplog.clear()
         path.unlink() if bad is None else replace(path, bad)
@@ -79,7 +79,7 @@ def test_two_files_of_a_pair_take_effect_together(tmp_path: Path) -> None:
     assert watched.value == "b"
 
 
-def test_a_link_that_points_elsewhere_is_a_change(tmp_path: Path) -> None:
+def test_a_link_with_a_new_target_is_a_change(tmp_path: Path) -> None:
     """Kubernetes mounts secrets through such links."""
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
@@ -87,7 +87,7 @@ def test_a_link_that_points_elsewhere_is_a_change(tmp_path: Path) -> None:
         os.utime(tmp_path / name / "keys", (1, 1))
     (tmp_path / "data").symlink_to("first")
     path = tmp_path / "data" / "keys"
-    watched = WatchedFiles([path], reading(path), check_seconds=0, name="keys")
+    watched = WatchedFiles([path], reader_of(path), check_seconds=0, name="keys")
     (tmp_path / "next").symlink_to("second")
     (tmp_path / "next").rename(tmp_path / "data")
     assert watched.value == "second"
@@ -97,7 +97,7 @@ def test_files_are_checked_at_most_once_per_interval(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("one")
     now = [100.0]
-    watched = WatchedFiles([path], reading(path), check_seconds=2, name="keys", clock=lambda: now[0])
+    watched = WatchedFiles([path], reader_of(path), check_seconds=2, name="keys", clock=lambda: now[0])
     replace(path, "two")
     assert watched.value == "one"
     now[0] = 101.9
@@ -106,6 +106,6 @@ def test_files_are_checked_at_most_once_per_interval(tmp_path: Path) -> None:
     assert watched.value == "two"
 
 
-def test_the_first_reading_must_succeed(tmp_path: Path) -> None:
+def test_invalid_content_at_the_start_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput):
-        WatchedFiles([tmp_path / "none"], reading(tmp_path / "none"), check_seconds=0, name="keys")
+        WatchedFiles([tmp_path / "none"], reader_of(tmp_path / "none"), check_seconds=0, name="keys")

@@ -1,4 +1,4 @@
-"""Weights are found under every name that Diffusers and transformers use, and plain files are preferred."""
+"""Weights are found under every name that Diffusers and transformers use. Plain files are preferred."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_plain_weights_are_preferred(flux: Path) -> None:
     assert found(flux) == (None, [f"{STEM}-00001-of-00001.safetensors"])
 
 
-def test_of_several_variants_the_one_with_the_widest_range_is_read(flux: Path) -> None:
+def test_the_variant_with_the_widest_range_is_read(flux: Path) -> None:
     put(flux / "transformer", *(f"{STEM}.{variant}.safetensors" for variant in ("ema", "fp16", "bf16")))
     assert found(flux)[0] == "bf16"
 
@@ -86,7 +86,7 @@ def test_variants_without_a_rule_are_refused_by_name(flux: Path) -> None:
         Checkpoint.open(flux)
 
 
-def test_beside_shards_the_files_that_each_library_prefers_are_read(flux: Path) -> None:
+def test_of_shards_and_a_plain_file_the_files_that_the_library_prefers_are_read(flux: Path) -> None:
     for module, stem in (("transformer", STEM), ("text_encoder", "model")):
         put(flux / module, f"{stem}.safetensors")
         put_index(flux / module, f"{stem}.safetensors.index.json", f"{stem}-00001-of-00001.safetensors")
@@ -127,7 +127,7 @@ def test_a_dangling_link_of_an_unread_variant_is_ignored(flux: Path) -> None:
         (f"{STEM}-00001-of-00002.safetensors", r"contains no weights; .*-00001-of-00002\.safetensors has another name"),
     ],
 )
-def test_files_of_another_format_or_name_are_named(flux: Path, file: str, message: str) -> None:
+def test_files_of_another_format_or_name_are_refused_by_name(flux: Path, file: str, message: str) -> None:
     put(flux / "transformer", file)
     with pytest.raises(CheckpointError, match=message):
         Checkpoint.open(flux)

@@ -1,4 +1,4 @@
-"""Weights are read by name, strictly, whole or in part."""
+"""Tensors of weight files are read by name, whole or sliced, and converted to the requested dtype."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.weights import Weights, load_module
 
 
 def write(path: Path, **tensors: torch.Tensor) -> Path:
-    """A safetensors file."""
+    """Write a safetensors file."""
     save_file(tensors, path)
     return path
 
@@ -45,7 +45,7 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
-def test_dtypes_are_converted(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
+def test_tensors_are_converted_to_the_requested_dtype(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
     bias, weight = torch.randn(2).to(stored), torch.randn(2, 3).to(stored)
     with torch.device("meta"):
         module = nn.Linear(3, 2)

@@ -100,13 +100,13 @@ def test_each_variant_has_its_own_contract() -> None:
     assert lone == "variant 'image': the worker serves only one variant without a name"
 
 
-def test_a_worker_that_announces_no_contract_is_called_as_before() -> None:
+def test_a_worker_that_announces_no_contract_fits_every_wiring() -> None:
     worker = worker_with(contract())
     worker.ClearField("contract")
     assert fault_of(worker, WIRING) == contract_text(worker) == ""
 
 
-def test_the_last_release_finds_the_contract_in_the_form_that_it_compares() -> None:
+def test_the_contract_for_the_last_release_has_the_form_that_it_compares() -> None:
     text = older_text(worker_with({"text": contract(), "image": contract(outputs={**READ, "more": "Media"})}))
     assert text == (
         '{"inputs":{"canvas":"Canvas","schedule":"Schedule"},"optional":[],"optional_outputs":["more"],'

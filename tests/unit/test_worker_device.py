@@ -1,4 +1,7 @@
-"""Devices of a worker's setting. A CUDA device has an index, because torch.cuda.set_device() needs an index."""
+"""Devices that the `device` setting of a worker selects.
+
+A CUDA device has an index, because torch.cuda.set_device() needs an index.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The coordinator's runner of one service: slots, lost and full workers, and memory of stage outputs."""
+"""The coordinator's runner of one service: worker slots, lost and full workers, memory of outputs."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -33,22 +33,20 @@ LOOP = ServiceSpec(
 )
 CALL = Call("r")
 
-Answer = Callable[[], Awaitable[Mapping[str, Packet]]]
 
-
-class Store(WorkerSlots):
-    """Slots of one worker that is always free."""
+class FakeWorkerSlots(WorkerSlots):
+    """Worker slots without a store: each claim gets a slot of a new worker."""
 
     def __init__(self) -> None:
         self.claimed = 0
         self.released: list[WorkerSlot] = []
         self.computed: list[Computed | None] = []
         self.avoided: list[str] = []
-        self.wishes: list[tuple[object, object]] = []
+        self.options: list[tuple[object, object]] = []
 
-    async def claim(self, *_: object, **wishes: object) -> WorkerSlot:
+    async def claim(self, *_: object, **options: object) -> WorkerSlot:
         self.claimed += 1
-        self.wishes.append((wishes["first"], wishes["equal_to"]))
+        self.options.append((options["first"], options["equal_to"]))
         worker = worker_pb2.WorkerInfo(
             worker_id=f"w{self.claimed}", address="here", reports_begun=True, numerics_fingerprint="n1"
         )
@@ -65,10 +63,10 @@ class Store(WorkerSlots):
 
 
 class Network(Connections):
-    """Workers that return these answers in order; the last answer repeats."""
+    """Workers that return these replies in order; the last reply repeats."""
 
-    def __init__(self, *answers: Mapping[str, Packet] | FleetError) -> None:
-        self.answers = list(answers)
+    def __init__(self, *replies: Mapping[str, Packet] | FleetError) -> None:
+        self.replies = list(replies)
         self.dropped: list[str] = []
         self.calls = 0
 
@@ -83,10 +81,10 @@ class Network(Connections):
         self.calls += 1
         if self.calls > 20:
             raise AssertionError("the request is retried without end")
-        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        if isinstance(answer, FleetError):
-            raise answer
-        return answer
+        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        if isinstance(reply, FleetError):
+            raise reply
+        return reply
 
 
 class LeavingWorkers(Network):
@@ -112,7 +110,7 @@ class LeavingWorkers(Network):
 
 
 class Checkpoints(Leases):
-    """Leases that store no checkpoint and no loss."""
+    """Leases that store neither step checkpoints nor losses."""
 
     def __init__(self) -> None:
         pass
@@ -130,12 +128,12 @@ def runner(
     memory: ArtifactMemory | None = None,
     patience: float | None = None,
     spec: ServiceSpec = SPEC,
-) -> tuple[WorkerRunner, Store]:
-    store = Store()
-    workers = Workers(store, network, memory or ArtifactMemory(1 << 20), patience)
+) -> tuple[WorkerRunner, FakeWorkerSlots]:
+    worker_slots = FakeWorkerSlots()
+    workers = Workers(worker_slots, network, memory or ArtifactMemory(1 << 20), patience)
     recovery = Recovery(Checkpoints(), "r")
     wiring = Wiring("", spec.contract.inputs, spec.contract.outputs)
-    return WorkerRunner(workers, "model", spec, 0, FIRST_COME, recovery, lambda: None, wiring=wiring), store
+    return WorkerRunner(workers, "model", spec, 0, FIRST_COME, recovery, lambda: None, wiring=wiring), worker_slots
 
 
 @pytest.fixture(autouse=True)
@@ -143,34 +141,34 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_runner, "_FIRST_PAUSE_SECONDS", 0.0)
 
 
-def test_outputs_count_until_they_are_freed() -> None:
+def test_outputs_count_towards_the_memory_until_they_are_freed() -> None:
     memory = ArtifactMemory(10_000)
-    run, store = runner(Network(output(4_000)), memory)
+    run, worker_slots = runner(Network(output(4_000)), memory)
     outputs = asyncio.run(run({}, CALL))
     assert memory.used_bytes == outputs["text_conditioning"].byte_size > 4_000
-    assert len(store.released) == 1
+    assert len(worker_slots.released) == 1
     del outputs, run
-    store.released.clear()
+    worker_slots.released.clear()
     gc.collect()
     assert memory.used_bytes == 0
 
 
-def test_outputs_that_exceed_the_memory_end_the_request_and_free_the_slot() -> None:
+def test_outputs_that_exceed_the_memory_end_the_request_and_free_the_worker_slot() -> None:
     """The call is not retried, because another worker would return the same outputs to this coordinator."""
     network = Network(output(4_000))
-    run, store = runner(network, ArtifactMemory(3_000))
+    run, worker_slots = runner(network, ArtifactMemory(3_000))
     with pytest.raises(ResourceExhausted, match=r"more than max_artifact_bytes \(3000\)"):
         asyncio.run(run({}, CALL))
     assert network.calls == 1
-    assert len(store.released) == store.claimed == 1
+    assert len(worker_slots.released) == worker_slots.claimed == 1
 
 
-def test_a_full_worker_is_retried_and_not_avoided() -> None:
+def test_a_call_that_a_full_worker_refuses_is_retried_and_the_worker_is_not_avoided() -> None:
     network = Network(ResourceExhausted("this worker takes 1 calls at a time"), output(1))
-    run, store = runner(network)
+    run, worker_slots = runner(network)
     assert asyncio.run(run({}, CALL))
-    assert (network.calls, store.claimed, len(store.released)) == (2, 2, 2)
-    assert not store.avoided
+    assert (network.calls, worker_slots.claimed, len(worker_slots.released)) == (2, 2, 2)
+    assert not worker_slots.avoided
 
 
 @pytest.mark.parametrize(
@@ -178,13 +176,13 @@ def test_a_full_worker_is_retried_and_not_avoided() -> None:
 )
 def test_an_error_about_a_value_ends_the_request(error: FleetError) -> None:
     network = Network(error)
-    run, store = runner(network)
+    run, worker_slots = runner(network)
     with pytest.raises(type(error)):
         asyncio.run(run({}, CALL))
-    assert (network.calls, len(store.released)) == (1, 1)
+    assert (network.calls, len(worker_slots.released)) == (1, 1)
 
 
-def lost(service: str, begun: str) -> float:
+def lost_calls(service: str, begun: str) -> float:
     labels = {"service": service, "model": "model", "begun": begun}
     return REGISTRY.get_sample_value("fleet_lost_calls_total", labels) or 0.0
 
@@ -197,40 +195,40 @@ def test_a_handed_over_call_continues_at_once_and_counts_no_loss(monkeypatch: py
 
     monkeypatch.setattr(Recovery, "worker_lost", fail)
     monkeypatch.setattr(worker_runner, "_FIRST_PAUSE_SECONDS", 3_600.0)
-    network, before = LeavingWorkers(3, 0, 4, 1), [lost("denoising", begun) for begun in ("yes", "no")]
-    run, store = runner(network, patience=0.0, spec=LOOP)
+    network, before = LeavingWorkers(3, 0, 4, 1), [lost_calls("denoising", begun) for begun in ("yes", "no")]
+    run, worker_slots = runner(network, patience=0.0, spec=LOOP)
     assert asyncio.run(asyncio.wait_for(run({}, CALL), 20)) == {}
     assert network.resumed_at == [0, 3, 3, 7]
-    assert store.wishes == [(False, ""), (True, "n1"), (True, "n1"), (True, "n1")]
-    assert store.computed == [Computed(3.0, 0, 3), Computed(0.0, 3, 0), Computed(4.0, 3, 7), Computed(1.0, 7)]
-    assert len(store.released) == 4
-    assert (store.avoided, network.dropped) == ([], ["here"] * 3)
-    assert [lost("denoising", begun) for begun in ("yes", "no")] == before
+    assert worker_slots.options == [(False, ""), (True, "n1"), (True, "n1"), (True, "n1")]
+    assert worker_slots.computed == [Computed(3.0, 0, 3), Computed(0.0, 3, 0), Computed(4.0, 3, 7), Computed(1.0, 7)]
+    assert len(worker_slots.released) == 4
+    assert (worker_slots.avoided, network.dropped) == ([], ["here"] * 3)
+    assert [lost_calls("denoising", begun) for begun in ("yes", "no")] == before
 
 
-def test_a_call_handed_over_before_its_first_checkpoint_fits_any_worker() -> None:
-    run, store = runner(LeavingWorkers(0, 5), spec=LOOP)
+def test_a_call_handed_over_before_its_first_step_checkpoint_fits_any_worker() -> None:
+    run, worker_slots = runner(LeavingWorkers(0, 5), spec=LOOP)
     assert asyncio.run(run({}, CALL)) == {}
-    assert store.wishes == [(False, ""), (True, "")]
+    assert worker_slots.options == [(False, ""), (True, "")]
 
 
-def test_a_lost_worker_is_avoided_dropped_and_counted() -> None:
-    network, before = Network(WorkerLost("connection reset"), output(1)), lost("text_encoding", "no")
-    run, store = runner(network)
+def test_a_lost_worker_is_avoided_disconnected_and_counted() -> None:
+    network, before = Network(WorkerLost("connection reset"), output(1)), lost_calls("text_encoding", "no")
+    run, worker_slots = runner(network)
     assert asyncio.run(run({}, CALL))
-    assert (store.avoided, network.dropped) == (["w1"], ["here"])
-    assert lost("text_encoding", "no") == before + 1
-    assert len(store.released) == 2
+    assert (worker_slots.avoided, network.dropped) == (["w1"], ["here"])
+    assert lost_calls("text_encoding", "no") == before + 1
+    assert len(worker_slots.released) == 2
 
 
 def test_a_request_that_reaches_no_worker_ends_after_its_patience() -> None:
     network = Network(WorkerLost("connection reset"))
-    run, store = runner(network, patience=0.0)
+    run, worker_slots = runner(network, patience=0.0)
     with pytest.raises(
         Unavailable, match=r"no worker of text_encoding was reachable for 0 s; last error: connection reset"
     ):
         asyncio.run(run({}, CALL))
-    assert len(store.released) == 1
+    assert len(worker_slots.released) == 1
 
 
 class _Events(Span):
@@ -251,8 +249,8 @@ class _Sink:
         del index, item, byte_size
 
 
-def test_an_item_of_a_stream_is_an_event_of_its_attempt() -> None:
-    async def story() -> None:
+def test_an_item_of_a_stream_is_an_event_in_the_span_of_its_attempt() -> None:
+    async def scenario() -> None:
         async def settle() -> None:
             pass
 
@@ -264,4 +262,4 @@ def test_an_item_of_a_stream_is_an_event_of_its_attempt() -> None:
         assert span.found == [("item", {"slot": "latents", "index": 3, "bytes": 1_024})]
         assert recovery.has_emitted
 
-    asyncio.run(story())
+    asyncio.run(scenario())
