@@ -318,11 +318,13 @@ def stages_of(setup: Setup) -> dict[str, PipelineStage[Any, Any]]:
     runtime = Runtime(device=setup.device, dtype=torch.bfloat16)
     scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
     given = {**setup.modules, "transformer": setup.transformer, "scheduler": scheduler}
-    return {
+    stages = {
         BEFORE: GlmImageBeforeDenoisingStage(setup.config, runtime, given),
         DENOISING: DenoisingStage(setup.config, runtime, given),
         DECODING: DecodingStage(setup.config, runtime, given),
     }
+    # GLM-Image reads no optional slot between its stages.
+    return {service: stage.bind(stage.contract.reading().writing(())) for service, stage in stages.items()}
 
 
 def run_stage(service: str, stage: PipelineStage[Any, Any], slots: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
