@@ -61,9 +61,9 @@ def median(values: Iterable[float]) -> float:
 
 
 def quantile(values: Iterable[float], share: float) -> float:
-    """Quantile `share` (0 to 1) without interpolation."""
+    """Quantile `share` (0 to 1) without interpolation; NaN for an empty sequence."""
     found = sorted(values)
-    return found[min(len(found) - 1, int(share * len(found)))]
+    return found[min(len(found) - 1, int(share * len(found)))] if found else float("nan")
 
 
 def _cell(value: object) -> str:

@@ -24,7 +24,7 @@ from common.artifacts import Conditioning, LatentPart, Latents
 from common.local import HostedStages
 from common.rpc.fleet_server import FleetServer, stop_signals
 from common.rpc.stage_servicer import StageServicer
-from common.stage import Call, PipelineStage
+from common.stage import Call, Contract, PipelineStage
 from common.tensors import TORCH
 from models.contracts import DenoisingInput, DenoisingOutput, TextEncodingInput, TextEncodingOutput
 
@@ -69,6 +69,11 @@ class Consumer(PipelineStage[DenoisingInput, DenoisingOutput]):
 STAGES: dict[str, type[PipelineStage[Any, Any]]] = {"text_encoding": Producer, "denoising": Consumer}
 
 
+def without_optional_slots(contract: Contract) -> Contract:
+    """Restrict a contract to its required inputs and outputs."""
+    return contract.reading().writing(())
+
+
 @contextmanager
 def serving(service: str, address: str) -> Iterator[Popen[str]]:
     """Run a process that serves the service's stage at the address, in the block."""
@@ -92,7 +97,8 @@ async def _serve(service: str, address: str) -> None:
     torch.set_num_threads(1)
     with ThreadPoolExecutor(1) as executor:
         server = FleetServer(address)
-        stages = HostedStages(service, [STAGES[service]()])
+        stage = STAGES[service]()
+        stages = HostedStages(service, [stage.bind(without_optional_slots(stage.contract))])
         servicer = StageServicer(service, stages, executor, TORCH)
         server.add(servicer.methods, servicer.service_name)
         async with stop_signals() as stop:

@@ -31,6 +31,7 @@ from bench_glm_image import (
 )
 from bench_meter import CallCount, Meter
 from bench_report import median, print_machine, print_table, say
+from bench_stages import without_optional_slots
 from bench_steps import HIDDEN_STATES
 from denoise_step import STEPS, error, float32_prediction, in_turns, peak_beside, step_milliseconds, step_of
 from diffusers import FlowMatchEulerDiscreteScheduler, GlmImagePipeline
@@ -318,13 +319,13 @@ def stages_of(setup: Setup) -> dict[str, PipelineStage[Any, Any]]:
     runtime = Runtime(device=setup.device, dtype=torch.bfloat16)
     scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
     given = {**setup.modules, "transformer": setup.transformer, "scheduler": scheduler}
-    stages = {
+    stages: dict[str, PipelineStage[Any, Any]] = {
         BEFORE: GlmImageBeforeDenoisingStage(setup.config, runtime, given),
         DENOISING: DenoisingStage(setup.config, runtime, given),
         DECODING: DecodingStage(setup.config, runtime, given),
     }
     # GLM-Image reads no optional slot between its stages.
-    return {service: stage.bind(stage.contract.reading().writing(())) for service, stage in stages.items()}
+    return {service: stage.bind(without_optional_slots(stage.contract)) for service, stage in stages.items()}
 
 
 def run_stage(service: str, stage: PipelineStage[Any, Any], slots: Mapping[str, Any], meter: Meter) -> dict[str, Any]:

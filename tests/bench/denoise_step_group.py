@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="leave Diffusers out")
     parser.add_argument("--no-float32", action="store_true", help="leave the float32 reference and the errors out")
     args = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        parser.error("LOCAL_RANK is not set; start this program with torchrun --nproc-per-node RANKS")
     rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", rank) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":

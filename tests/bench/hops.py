@@ -25,7 +25,7 @@ from typing import Any
 import grpc
 import psutil
 from bench_report import median, print_machine, print_table, print_verdict, quantile, say
-from bench_stages import PAYLOAD, ROUTE, payload_of, serving
+from bench_stages import PAYLOAD, ROUTE, payload_of, serving, without_optional_slots
 
 from common.artifacts import Conditioning, LatentPart, Latents, Prompt, Sampling, Schedule
 from common.codec import pack, unpack
@@ -75,7 +75,7 @@ class Coordinator:
 
     def __init__(self, producer: grpc.aio.Channel, consumer: grpc.aio.Channel) -> None:
         encode = compose_contracts("text_encoding", [contracts.TEXT_ENCODING])
-        denoise = compose_contracts("denoising", [contracts.DENOISING])
+        denoise = compose_contracts("denoising", [without_optional_slots(contracts.DENOISING)])
         self._encode = RemoteRunner(producer, "text_encoding", encode)
         self._denoise = RemoteRunner(consumer, "denoising", denoise)
         self._given = _small_artifacts()
