@@ -60,7 +60,7 @@ class Parts:
 
 
 def run_parts(model: ServedModel, directory: Path, test: Callable[[Parts], Awaitable[None]]) -> None:
-    """Run a test on a new store."""
+    """Run a test on a new store, within 60 s."""
 
     async def main(url: str) -> None:
         async with asyncio.timeout(60), AsyncExitStack() as stack:

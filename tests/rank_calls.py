@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# Imported in the process that forks the ranks, so that ranks do not import it again to load a stage.
+# Imported before the ranks are forked, so that no rank imports these schedulers to load a stage.
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
@@ -74,7 +74,7 @@ def join(rank: int, degrees: dict[str, int], store: str, kind: str = "cpu") -> d
 
 
 def leave(rank: int) -> None:  # noqa: ARG001  (every function takes the rank)
-    """Destroy the process group. All ranks must call leave() together, because NCCL blocks until then."""
+    """Destroy the process group. NCCL blocks until all ranks have called leave()."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -104,7 +104,7 @@ def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool
 def denoise(
     rank: int, checkpoint: str, inputs: str, output: str, approximation: Mapping[str, Any] = NONE, config: str = ""
 ) -> list[int]:
-    """Run the whole loop; returns the steps that it reported."""
+    """Run the whole loop; returns the reported steps."""
     steps: list[int] = []
     blocks: list[Tensor] = []
 

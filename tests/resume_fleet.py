@@ -33,8 +33,9 @@ CHECKPOINTS = Path(__file__).resolve().parents[1] / "models" / "checkpoints"
 class Family:
     """A model, and a request large enough that a step lasts longer than its progress message takes to arrive.
 
-    `model` is a shipped model, or the name of the checkpoint that `build` writes. `workers` is the number of workers
-    per service; denoising has at least two. Faults hit workers of `service`.
+    `model` is a shipped model, or the name of the checkpoint that `build` writes. The result file starts with
+    `begins_with`. `workers` is the number of workers per service; denoising always has two. Faults hit workers of
+    `service`.
     """
 
     model: str
@@ -100,13 +101,13 @@ class Served:
         await self.signal_worker(self._family.service, signal.SIGTERM)
 
     async def signal_worker(self, service: str, number: signal.Signals) -> Process:
-        """Send a signal to the process that holds the slot of a service; returns the process.
+        """Send a signal to the process that holds the worker slot of a service; returns the process.
 
         Raises FaultTooLate if the service has finished its part of the request.
         """
         slots = await command(self.redis, "HVALS", f"fleet:slots:{self._family.model}/{service}")
         if not slots:
-            raise FaultTooLate(f"no worker of {service} holds a slot")
+            raise FaultTooLate(f"no worker of {service} runs the request")
         (slot,) = slots
         # The worker id ends with -PID-RANDOM.
         pid = int(slot.decode().partition("|")[0].split("-")[-2])

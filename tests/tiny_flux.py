@@ -1,6 +1,6 @@
 """Builds small Flux checkpoints with random weights: valid Diffusers directories, created offline.
 
-Weights are large enough that one different word of the prompt, step or constant changes the latents far beyond the
+Weights are so large that a change of one prompt word, one step or one constant changes the latents far beyond the
 tolerances of the parity tests.
 """
 
@@ -76,7 +76,7 @@ def build_tiny_flux(
     for module in modules.values():
         if isinstance(module, nn.Module):
             randomise(module)
-    # The value of FLUX.1-dev, which the scheduler ignores with dynamic shifting.
+    # FLUX.1-dev also has shift=3.0, which the scheduler ignores with dynamic shifting.
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=dynamic_shift, shift=3.0 if dynamic_shift else shift, base_shift=0.5, max_shift=1.15
     )
@@ -85,8 +85,7 @@ def build_tiny_flux(
 
 
 def randomise(module: nn.Module) -> None:
-    """Randomize every parameter: matrices scaled by fan-in, gains around 1, biases around 0; no value is exactly 0 or
-    1."""
+    """Randomize every parameter: matrices scaled by fan-in, gains around 1, biases around 0."""
     with torch.no_grad():
         for name, value in module.named_parameters():
             noise = torch.randn_like(value)

@@ -73,7 +73,7 @@ def toy_family(directory: Path, copy: Callable[[Path], Path] = copy_toy_family) 
 
 @contextmanager
 def twin_family(directory: Path) -> Iterator[list[Path]]:
-    """Copy the plugins of the toy family and of the twin family, which imports it; unloads them afterwards."""
+    """Copy the plugins of the toy family and the twin family, which imports the former; unloads both afterwards."""
     twin = directory / "twin"
     with toy_family(directory / "toy") as toy:
         try:

@@ -1,4 +1,4 @@
-"""The toy family with other names for every slot, role and service: a coordinator must not rely on any of them."""
+"""The toy family with different slots, module roles and services, as a coordinator must not rely on their names."""
 
 from __future__ import annotations
 
