@@ -1,4 +1,4 @@
-"""A minimal Flux checkpoint for tests that load no weights: every file that is opened, as small as possible."""
+"""A minimal Flux checkpoint for tests that load no weights: small versions of all files that are opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A coordinator in this process, with workers whose stages run a test's script; gRPC and the store are real."""
+"""A coordinator and workers with scripted stages in this process, with real gRPC and a real store."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _latents() -> Latents:
 
 
 def _outputs(values: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """A value for every slot that Flux's services write; the image has `size` bytes, derived from the seed."""
+    """A value for every slot that Flux's services write; the image has `size` equal bytes."""
     canvas = values.get("canvas")
     made: dict[str, Any] = {
         "text_conditioning": Conditioning(prompt_embeds={"x": torch.zeros(300_000)}),
@@ -274,7 +274,7 @@ async def terminal(stub: Stub, request_id: str) -> list[pb.Event]:
 
 
 async def admit_late(fleet: FakeFleet, stub: Stub) -> None:
-    """Admit the request "late" in the store for the coordinator of `stub`, which does not know the request."""
+    """Admit the request "late" in the store for the coordinator of `stub`, without its knowledge."""
     known = (await stub.Submit(submission())).request
     await terminal(stub, known.request_id)
     async with connect(fleet.url) as redis:

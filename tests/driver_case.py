@@ -1,4 +1,4 @@
-"""A driver with a fake store, leases and worker slots, and one request that a test can block at several points."""
+"""A driver with a fake store, leases and worker slots, and one request that a test can block."""
 
 from __future__ import annotations
 

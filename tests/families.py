@@ -126,7 +126,9 @@ def _served(entry: PipelineEntry, checkpoints: Iterable[Checkpoint]) -> Iterator
     for variant, configs in entry.configs.items():
         with_it = [(each, classes[variant]) for each, classes in found if variant in classes]
         if not with_it:
-            raise LookupError(f"variant: {variant!r} of {name} is not selected by any checkpoint; an entry of _CHOICES works")
+            raise LookupError(
+                f"variant: {variant!r} of {name} is not selected by a checkpoint; an entry of _CHOICES works"
+            )
         pipeline = with_it[0][1]
         params, config = resolve(configs.sampling_params), resolve(configs.pipeline_config)
         yield Served(name, variant, pipeline, params, config, tuple(each for each, _ in with_it))

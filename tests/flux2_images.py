@@ -1,4 +1,4 @@
-"""Requests with reference images for the FLUX.2 pipelines, and the checks that every pipeline must pass."""
+"""Requests with reference images for the FLUX.2 pipelines, and checks that every pipeline must pass."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check_every_image_matters(fleet: LocalFleet) -> None:
 
 
 def check_bad_images(fleet: LocalFleet) -> None:
-    """Check that a wrong number of images or an unsupported image raises InvalidInput with the role and the rule."""
+    """Check that unsupported images and wrong numbers of images raise InvalidInput with role and rule."""
     good = png(coarse_image(64, 64))
     cases: list[tuple[dict[str, bytes], str, str]] = [
         ({"image_1": good}, "images", "takes: text"),

@@ -1,4 +1,4 @@
-"""A fleet whose denoiser is a worker group of processes, for fault tests; all other services run in this process."""
+"""A fleet with a denoising worker group of processes, for fault tests. Other services run in this process."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ OnStep = Callable[[], None]
 
 @dataclass(frozen=True)
 class Workload:
-    """Device, request size and time limits of a test; steps must be long enough to inject a fault during a step.
+    """Device, request size and time limits of a test.
 
-    `liveness_flags` set the heartbeats between ranks. `seconds` is the time limit of each operation.
+    Steps must be long enough to inject a fault during a step. `liveness_flags` set the heartbeats between ranks. `seconds` is the time limit of each operation.
     """
 
     device: str = "cpu"

@@ -1,4 +1,4 @@
-"""Checks of the denoising loop that every family must pass; the loop's input comes from the family's own stages."""
+"""Checks of the denoising loop for every family. The loop's input comes from the family's own stages."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def denoised(stage: DenoisingStage, x: DenoisingInput, states: list[StepCheckpoi
 
 
 def check_resume(fleet: LocalFleet, x: DenoisingInput, variant: str = "") -> None:
-    """Check that a loop resumed after any step returns the same bytes; step checkpoints are serialized and parsed."""
+    """Check that a loop resumed after any step returns the same bytes. Step checkpoints are serialized and parsed."""
     states: list[StepCheckpoint] = []
     stage = denoising_stage(fleet, Runtime(step_checkpoint_every=1), variant)
     uninterrupted = denoised(stage, x, states)

@@ -1,4 +1,4 @@
-"""A denoiser for loop tests: two latent parts, two experts, four branches, step memory, noise in every step."""
+"""A denoiser for loop tests: two latent parts, two experts, four branches, step memory, noisy steps."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ Request = dict[str, Any]
 
 
 def given(prompt: str = "a red apple on the moon", **others: Any) -> Request:
-    """A small request with every kind of guidance at Diffusers' defaults; STG perturbs a block that the model has."""
+    """A small request with every kind of guidance at Diffusers' defaults. STG perturbs an existing block."""
     size: Request = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 3, "seed": SEED}
     usual: Request = {"spatio_temporal_guidance_blocks": (1.0,), "max_sequence_length": 32}
     return {"prompt": prompt, **size, **usual, **others}
@@ -30,7 +30,7 @@ def given(prompt: str = "a red apple on the moon", **others: Any) -> Request:
 
 @dataclass(frozen=True)
 class Sides:
-    """One checkpoint: `fleet` runs our services in this process; `text` and `image` are Diffusers' pipelines."""
+    """One checkpoint: our services in `fleet`, and Diffusers' pipelines `text` and `image`."""
 
     fleet: LocalFleet
     text: Any

@@ -1,4 +1,4 @@
-"""Requests of small random models of every family, with one rank's result as the reference for worker groups.
+"""Requests of small random models of every family, to compare worker groups with one rank.
 
 Sequence lengths have few divisors. Ranks come from a RankPool, on the CPU or on GPUs.
 """

@@ -143,7 +143,10 @@ def denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> Denoising
 
 
 def attend(rank: int, inputs: str, output: str) -> list[int]:
-    """Run USPAttention on "text" and "image" segments, each (3, B, tokens, H, K); returns this rank's token counts."""
+    """Run USPAttention on the segments "text" and "image"; returns this rank's token counts.
+
+    Each segment is q, k and v: (3, B, tokens, H, K).
+    """
     assert RANK.mesh is not None
     mesh, segments = RANK.mesh, load_file(inputs)
     scope = SegmentScope(mesh.degrees.sp, mesh.sp_index)
@@ -157,9 +160,9 @@ def attend(rank: int, inputs: str, output: str) -> list[int]:
 
 
 def attend_whole(rank: int, inputs: str, output: str) -> int:
-    """Run ShardedKeysAttention on all queries (B, T, H, K) and this rank's shard of keys and values (2, B, S, H, K).
+    """Run ShardedKeysAttention; returns the token count of this rank's shard of keys and values.
 
-    Returns the shard's token count.
+    All ranks have all queries (B, T, H, K). Keys and values are (2, B, S, H, K) before sharding.
     """
     given = load_file(inputs)
     assert RANK.mesh is not None

@@ -72,13 +72,13 @@ class RankPool:
         try:
             for connection in self._connections[: self._world_size]:
                 connection.sendall(line)
-            return self._collect(function)
+            return self._collect()
         except (RankFailed, OSError) as error:
             if self._process.poll() is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
             raise RankFailed(f"{function}: {error}") from error
 
-    def _collect(self, function: str) -> list[Any]:
+    def _collect(self) -> list[Any]:
         results: dict[int, Any] = {}
         deadline = time.monotonic() + ANSWER_SECONDS
         with selectors.DefaultSelector() as selector:

@@ -24,7 +24,7 @@ SETTINGS_ACK = frame(_SETTINGS, 1, 0, b"")
 
 
 def call_headers(path: bytes, more: Sequence[Header] = (), *, stream: int = 1, ended: bool = False) -> bytes:
-    """A HEADERS frame that starts a call: literal fields without indexing, names and values below 127 bytes."""
+    """A HEADERS frame that starts a call, with literal fields. Names and values are shorter than 127 bytes."""
     fields = (
         (b":method", b"POST"),
         (b":scheme", b"http"),

@@ -146,7 +146,7 @@ class _Recorder:
 
 
 async def record_requests(tree: Path, directory: Path, dump: Path) -> None:
-    """Store requests with a fleet of a source tree, and write the store's keys to `dump`; logs go to `directory`."""
+    """Store requests with a fleet of a source tree, and write the store's keys to `dump`. `directory` has the logs."""
     flags = (*QUICK_COORDINATOR, "--step-seconds", str(_STEP_SECONDS), "--max-result-bytes", str(_LARGEST_STREAM))
     async with AsyncExitStack() as stack:
         fleet = Fleet(

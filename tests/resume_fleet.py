@@ -31,7 +31,7 @@ CHECKPOINTS = Path(__file__).resolve().parents[1] / "models" / "checkpoints"
 
 @dataclass(frozen=True)
 class Family:
-    """A model, and a request large enough that a step lasts longer than its progress message takes to arrive.
+    """A model, and a request whose steps last longer than the delivery of a progress message.
 
     `model` is a shipped model, or the name of the checkpoint that `build` writes. The result file starts with
     `begins_with`. `workers` is the number of workers per service; denoising always has two. Faults hit workers of
@@ -49,7 +49,7 @@ class Family:
 
 
 class FaultTooLate(Exception):
-    """The request ended before the fault was injected, because the host was busy: the case is inconclusive."""
+    """The request ended before the fault, because the host was busy: the case is inconclusive."""
 
 
 class Served:

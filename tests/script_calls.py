@@ -1,4 +1,4 @@
-"""Calls of the store script's operations: at least one per operation, which test_state_damage.py checks."""
+"""Calls of the store script's operations, at least one per operation. test_state_damage.py checks the number."""
 
 from __future__ import annotations
 

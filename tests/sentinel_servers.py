@@ -1,4 +1,4 @@
-"""A Valkey primary, a synchronized replica, and optionally a sentinel, as real processes on the loopback network."""
+"""A Valkey primary, a synchronized replica and an optional sentinel: real processes on loopback."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Replicated:
 
 @contextmanager
 def replicated_servers(directory: Path, *, sentinel: bool = False) -> Iterator[Replicated]:
-    """Start the servers, each with its data below `directory`; returns once the replica acknowledges writes."""
+    """Start the servers, with data below `directory`; returns once the replica acknowledges writes."""
     first, second, watch = free_port(), free_port(), free_port()
     with ExitStack() as stack:
         options = ("--appendonly", "yes", "--repl-diskless-sync-delay", "0")

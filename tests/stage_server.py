@@ -1,4 +1,4 @@
-"""A stage service in this process: small stages behind a real gRPC server, and a runner that calls them."""
+"""A stage service in this process: a small stage behind a real gRPC server, and a runner that calls it."""
 
 from __future__ import annotations
 

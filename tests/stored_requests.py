@@ -1,4 +1,4 @@
-"""Keys of a Redis server as JSON: text unchanged, other bytes as base64, and the time to live of each key."""
+"""Keys of a Redis server as JSON: text, other bytes as base64, and the time to live of each key."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def read_dump(directory: Path) -> dict[str, Json]:
 
 
 async def load_store(redis: Redis, directory: Path) -> dict[str, str]:
-    """Write the keys of a dump to an empty store, with expiry times relative to now; returns request ids by name."""
+    """Write a dump to an empty store, with expiry times relative to now; returns request ids by name."""
     dump = read_dump(directory)
     shift_ms = await _clock(redis) - dump[STORE]["clock_ms"]
     for part in dump.values():

@@ -1,4 +1,4 @@
-"""Faults during a streamed video: real processes serve causal Wan; a client follows the file and the events."""
+"""Faults during a streamed video. Real processes serve causal Wan; a client follows the file and the events."""
 
 from __future__ import annotations
 

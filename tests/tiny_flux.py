@@ -23,7 +23,7 @@ HEADS, HEAD_SIZE = 4, 16
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE with a merge chain per word; the end token has the highest id, as in CLIP's vocabulary."""
+    """Byte-level BPE with a merge chain per word. The end token has the highest id, as in CLIP's vocabulary."""
     alphabet = sorted(ByteLevel.alphabet())
     tokens = alphabet + [f"{symbol}</w>" for symbol in alphabet]
     merges: list[tuple[str, str]] = []
@@ -52,7 +52,7 @@ def t5_tokenizer() -> T5TokenizerFast:
 def build_tiny_flux(
     path: Path, *, guidance_embeds: bool = True, dynamic_shift: bool = True, shift: float = 1.0, seed: int = 0
 ) -> Path:
-    """Write a checkpoint like FLUX.1-dev (guidance embedding, dynamic shift), or like schnell, which has neither."""
+    """Write a checkpoint like FLUX.1-dev. FLUX.1-schnell has neither a guidance embedding nor a dynamic shift."""
     torch.manual_seed(seed)
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     modules: dict[str, Any] = {

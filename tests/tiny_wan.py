@@ -107,7 +107,7 @@ def edit_json(file: Path, entries: Mapping[str, Any]) -> None:
 
 
 def residual_vae() -> AutoencoderKLWan:
-    """A VAE like that of Wan 2.2 TI2V-5B: published scale factors, few channels, mean and std per latent channel.
+    """A VAE like that of Wan 2.2 TI2V-5B, with few channels, and mean and std per latent channel.
 
     Encoder and decoder have different base widths, as in the published VAE.
     """

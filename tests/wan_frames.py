@@ -38,7 +38,7 @@ def check_frames_come_early(vae: AutoencoderKLWan, latents: Tensor) -> None:
 def check_sessions(
     vae: AutoencoderKLWan, latents: Tensor, pieces: list[int], decoding_bytes: int | None = None
 ) -> None:
-    """Assert that decoding in pieces equals decoding at once, byte for byte, also for two interleaved videos.
+    """Assert that two interleaved videos, decoded in pieces, are byte-equal to videos decoded at once.
 
     `latents` have the shape (1, channels, sum of `pieces`, H, W).
     """

@@ -1,4 +1,4 @@
-"""The toy family with different slots, module roles and services, as a coordinator must not rely on their names."""
+"""The toy family with different names of slots, module roles and services. No coordinator may rely on names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A family with two variants of one checkpoint, as plugin files: text to image, and an image as colour tint."""
+"""A family with two variants of one checkpoint: text to image, with or without an image as tint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling parameters of the twin family's variant with an image: image roles, a default and a parameter."""
+"""Sampling parameters of the variant with an image: image roles, a default and a parameter."""
 
 from __future__ import annotations
 

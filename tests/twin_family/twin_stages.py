@@ -1,4 +1,4 @@
-"""Stages of the twin family: a text encoder with cached replies, and the stages of the variant with an image."""
+"""Stages of the twin family: a text encoder with cached replies, an image encoder and a denoiser."""
 
 # ruff: noqa: ARG002  (the signatures of stages are fixed)
 from __future__ import annotations
