@@ -1,4 +1,4 @@
-"""A minimal Flux checkpoint for tests that load no weights: small versions of all files that are opened."""
+"""A minimal Flux checkpoint for tests that load no weights; all files are as small as possible."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Address:
 
 
 class Operation(NamedTuple):
-    """A recorded operation, the tensors that it allocated, and its arguments, with outside tensors as addresses."""
+    """A recorded operation and the tensors that it allocated. Outside tensors in arguments are addresses."""
 
     function: Callable[..., Any]
     args: Sequence[Any]

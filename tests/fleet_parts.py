@@ -1,4 +1,4 @@
-"""Workers and coordinators that a test starts individually in this process, with real gRPC and a real store."""
+"""Workers and coordinators of this process that a test starts individually; gRPC and store are real."""
 
 from __future__ import annotations
 

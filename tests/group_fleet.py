@@ -46,7 +46,8 @@ OnStep = Callable[[], None]
 class Workload:
     """Device, request size and time limits of a test.
 
-    Steps must be long enough to inject a fault during a step. `liveness_flags` set the heartbeats between ranks. `seconds` is the time limit of each operation.
+    Steps must be long enough to inject a fault during a step. `liveness_flags` set the heartbeats between ranks.
+    `seconds` is the time limit of each operation.
     """
 
     device: str = "cpu"

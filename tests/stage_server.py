@@ -1,4 +1,4 @@
-"""A stage service in this process: a small stage behind a real gRPC server, and a runner that calls it."""
+"""A stage service in this process: a small stage behind a real gRPC server, and its RemoteRunner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds small Flux checkpoints with random weights: valid Diffusers directories, created offline.
+"""Builds small Flux checkpoints with random weights: valid Diffusers directories.
 
 Weights are so large that a change of one prompt word, one step or one constant changes the latents far beyond the
 tolerances of the parity tests.

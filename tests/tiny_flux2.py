@@ -1,4 +1,4 @@
-"""Builds small FLUX.2 checkpoints with random weights: valid Diffusers directories, created offline."""
+"""Builds small FLUX.2 checkpoints with random weights: valid Diffusers directories."""
 
 from __future__ import annotations
 

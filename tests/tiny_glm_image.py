@@ -1,4 +1,4 @@
-"""Builds small GLM-Image checkpoints with random weights: valid Diffusers directories, created offline.
+"""Builds small GLM-Image checkpoints with random weights: valid Diffusers directories.
 
 The language model samples image codes only: ids of the image start and end tokens are above its output vocabulary.
 """

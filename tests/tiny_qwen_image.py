@@ -1,4 +1,4 @@
-"""Builds small Qwen-Image checkpoints with random weights: valid Diffusers directories, created offline.
+"""Builds small Qwen-Image checkpoints with random weights: valid Diffusers directories.
 
 The tokenizer is trained on the templates, so that each word is one token and the templates have as many tokens as with
 the published tokenizer: 34 before the prompt, or 64 with an input image.

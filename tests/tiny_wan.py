@@ -1,4 +1,4 @@
-"""Builds small Wan 2.1 and 2.2 checkpoints with random weights: valid Diffusers directories, created offline."""
+"""Builds small Wan 2.1 and 2.2 checkpoints with random weights: valid Diffusers directories."""
 
 from __future__ import annotations
 

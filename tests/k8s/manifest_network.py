@@ -18,7 +18,7 @@ _OPEN_TO_ALL = {"coordinator": {"grpc", "health"}}  # public API; all other pods
 
 
 def admitted_ports(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Ports of policies are container ports; rules without peers allow only health checks and the public API."""
+    """Ports of policies are container ports; rules without peers allow only health checks and the API."""
     for policy in of_kind(manifests, "NetworkPolicy"):
         for pod in _selected(manifests, policy):
             for rule in policy["spec"].get("ingress", []):

@@ -1,4 +1,4 @@
-"""Stages of the toy family: simple arithmetic, with the artifacts, callbacks and formats of a real family."""
+"""Stages of the toy family: simple arithmetic with the artifacts and callbacks of a real family."""
 
 # ruff: noqa: ARG002  (the signatures of stages are fixed)
 from __future__ import annotations
