@@ -15,7 +15,7 @@ from common.errors import InvalidInput
 from common.image_header import MAX_IMAGES
 from local_fleet import LocalFleet, RecordedCall, call_of, reference_run, relative_error
 
-# (width, height) in pixels: not both are multiples of 16; three different aspect ratios.
+# (width, height) in pixels, with different aspect ratios. In each size, a value is not a multiple of 16.
 SIZES = ((100, 70), (64, 130), (95, 81))
 
 BASE: dict[str, Any] = {"prompt": "a red apple", "num_inference_steps": 2}

@@ -1,4 +1,4 @@
-"""Calls of the store script's operations, at least one per operation. test_state_damage.py checks the number."""
+"""Calls of the store script's operations. test_state_damage.py checks that no operation is missing."""
 
 from __future__ import annotations
 

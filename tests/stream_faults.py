@@ -27,7 +27,7 @@ WITHIN = STEPS + STEPS // 2
 BETWEEN = 2 * STEPS
 """Step of a fault at the end of the second block."""
 MOST_REPEATS = 5
-"""Attempts of a case whose fault comes too late."""
+"""Maximum attempts of a case, as a fault may come too late."""
 TIMESTEPS = pb_artifacts.DoubleList(values=range(1000, 1000 - STEPS * 50, -50))
 CAUSAL = Family(
     "causal",

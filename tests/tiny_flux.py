@@ -52,7 +52,7 @@ def t5_tokenizer() -> T5TokenizerFast:
 def build_tiny_flux(
     path: Path, *, guidance_embeds: bool = True, dynamic_shift: bool = True, shift: float = 1.0, seed: int = 0
 ) -> Path:
-    """Write a checkpoint like FLUX.1-dev. FLUX.1-schnell has neither a guidance embedding nor a dynamic shift."""
+    """Write a checkpoint like FLUX.1-dev; like FLUX.1-schnell without guidance embedding and dynamic shift."""
     torch.manual_seed(seed)
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     modules: dict[str, Any] = {
@@ -85,7 +85,10 @@ def build_tiny_flux(
 
 
 def randomise(module: nn.Module) -> None:
-    """Randomize every parameter: matrices scaled by fan-in, gains around 1, biases around 0."""
+    """Randomize every parameter: matrices scaled by fan-in, gains around 1, biases around 0.
+
+    No value is exactly 0 or 1.
+    """
     with torch.no_grad():
         for name, value in module.named_parameters():
             noise = torch.randn_like(value)

@@ -1,4 +1,4 @@
-"""The toy family with different names of slots, module roles and services. No coordinator may rely on names."""
+"""The toy family with its own names of slots, roles and services, on which no coordinator may rely."""
 
 from __future__ import annotations
 
