@@ -274,7 +274,7 @@ async def terminal(stub: Stub, request_id: str) -> list[pb.Event]:
 
 
 async def admit_late(fleet: FakeFleet, stub: Stub) -> None:
-    """Store the request "late" with the coordinator of `stub` as its owner, which does not know the request."""
+    """Store the request "late" as owned by the coordinator of `stub`, which does not know the request."""
     known = (await stub.Submit(submission())).request
     await terminal(stub, known.request_id)
     async with connect(fleet.url) as redis:
