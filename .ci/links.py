@@ -29,14 +29,14 @@ def pip_settings() -> dict[str, str]:
     return {name: value for name, value in settings.items() if name in KEYS}
 
 
-def served(place: str, folder: Path, address: str) -> str:
-    """Address of `place` for a build. A local folder is linked into the served `folder`; a URL is unchanged.
+def served(location: str, folder: Path, address: str) -> str:
+    """Address of `location` for a build. A local folder is linked into the served `folder`; a URL is unchanged.
 
     The link points to the parent, as an index refers to its files by relative paths.
     """
-    parts = urlsplit(place)
+    parts = urlsplit(location)
     if parts.scheme not in ("", "file"):
-        return place
+        return location
     path = Path(parts.path).resolve()
     link = folder / str(len(list(folder.iterdir())))
     link.symlink_to(path.parent, target_is_directory=True)
@@ -51,8 +51,8 @@ def main(target: Path) -> None:
             address = f"http://127.0.0.1:{server.server_port}"
             settings = pip_settings()
             for name in ("extra-index-url", "find-links"):
-                places = settings.get(name, "").split()
-                settings[name] = " ".join(served(place, Path(directory), address) for place in places)
+                locations = settings.get(name, "").split()
+                settings[name] = " ".join(served(each, Path(directory), address) for each in locations)
             lines = [f"{name} = {value}" for name, value in settings.items() if value]
             target.write_text("\n".join(["[global]", *lines, ""]), encoding="utf-8")
             server.serve_forever()

@@ -29,9 +29,9 @@ async def wait_until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
 
 
 def poll(condition: Callable[[], bool], seconds: float, name: str) -> None:
-    """Poll without an event loop. Raises TimeoutError, with the condition's `name`, after `seconds`."""
+    """Poll without an event loop. Raises TimeoutError after `seconds`; its message states the condition's `name`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{name} within {seconds:g} s")
+            raise TimeoutError(f"not within {seconds:g} s: {name}")
         time.sleep(_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""A minimal Flux checkpoint for tests that load no weights: every file that is opened, as small as possible."""
+"""A minimal Flux checkpoint for tests that load no weights; all files are as small as possible."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TOKENIZERS = {"tokenizer": _BPE, "tokenizer_2": _UNIGRAM}
 
 
 def safetensors_bytes(tensors: Mapping[str, Sequence[float]]) -> bytes:
-    """A safetensors file of float32 zeros; each vector has the length of the given tensor."""
+    """A safetensors file of float32 vectors of zeros, each as long as the given sequence."""
     header: dict[str, object] = {}
     end = 0
     for name, values in tensors.items():
@@ -50,7 +50,7 @@ def build_bare_flux(
     vae_blocks: int = 4,
     sampling_defaults: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write a FluxPipeline directory with one small tensor per module as weights; returns the directory."""
+    """Write a FluxPipeline directory with a small weight file per model; returns the directory."""
     configs = dict(_CONFIGS)
     configs["transformer"] = {"guidance_embeds": guidance_embeds}
     configs["vae"] = {"block_out_channels": [8] * vae_blocks}

@@ -48,9 +48,10 @@ class Authority:
     def issue(
         self, *names: str, valid: datetime.timedelta = _DAY, usage: x509.ObjectIdentifier | None = None
     ) -> Certificate:
-        """Issue a certificate for DNS names or IP addresses. Files of an equal first name are replaced.
+        """Issue a certificate for DNS names or IP addresses; replaces the files of the same first name.
 
-        It expires after `valid`, which may be negative. `usage` is its only extended key usage; None: no restriction.
+        `valid` is the time until the certificate expires, negative for an expired certificate. `usage` is its only
+        extended key usage; None: no restriction.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])

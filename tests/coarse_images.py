@@ -1,4 +1,4 @@
-"""Image files for tests of models that start from images."""
+"""Images and PNG files for tests of models with image inputs."""
 
 from __future__ import annotations
 

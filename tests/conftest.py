@@ -52,14 +52,14 @@ def store_url() -> Iterator[str]:
 
 @pytest.fixture(scope="module", params=sorted(server_binaries()))
 def each_store_url(request: pytest.FixtureRequest) -> Iterator[str]:
-    """URL of a server of this module; once with Valkey and once with Redis, where Redis is installed."""
+    """URL of a server of this module. Each test runs with Valkey and, if Redis is installed, with Redis."""
     with running_server(request.param) as server:
         yield server.url
 
 
 @pytest.fixture(params=sorted(server_binaries()))
 def each_server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
-    """A server of this test, which the test may kill and restart; once with Valkey and once with Redis."""
+    """A server that the test may kill and restart. Each test runs with Valkey and, if installed, with Redis."""
     with running_server(request.param) as server:
         yield server
 

@@ -22,7 +22,7 @@ def contract(
     outputs: Mapping[str, str] | None = None,
     optional: Collection[str] = (),
 ) -> Contract:
-    """A contract that fits WIRING, except for the given slots."""
+    """A denoising contract; by default it has the inputs and outputs of WIRING."""
     read, written = SUPPLIED if inputs is None else inputs, READ if outputs is None else outputs
     return Contract("denoising", read, written, frozenset(optional))
 
@@ -30,12 +30,13 @@ def contract(
 NEEDING = contract(inputs={**SUPPLIED, "novelty": "Latents"})
 """The contract of a newer release, with an input that WIRING does not supply."""
 FAULT = "input 'novelty': the worker requires Latents, the coordinator supplies none"
+"""The reason why NEEDING does not fit WIRING."""
 
 
 def worker_with(
     announced: Contract | Mapping[str, Contract], worker_id: str = "w", *, capacity: int = 1, numerics: str = ""
 ) -> worker_pb2.WorkerInfo:
-    """A worker that announces a contract or, as workers since release 0.2, contracts by variant."""
+    """A worker that announces one contract or, like workers since release 0.2, contracts by variant."""
     info = worker(worker_id, capacity=capacity, numerics=numerics)
     if isinstance(announced, Contract):
         info.contract.CopyFrom(contract_message(announced))

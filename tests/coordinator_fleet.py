@@ -1,4 +1,4 @@
-"""A coordinator in this process, with workers whose stages run a test's script; gRPC and the store are real."""
+"""A coordinator and workers with scripted stages in this process, with real gRPC and a real store."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _latents() -> Latents:
 
 
 def _outputs(values: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """A value for every slot that Flux's services write; the image has `size` bytes, derived from the seed."""
+    """A value for every slot that Flux's services write; the image has `size` equal bytes."""
     canvas = values.get("canvas")
     made: dict[str, Any] = {
         "text_conditioning": Conditioning(prompt_embeds={"x": torch.zeros(300_000)}),
@@ -130,7 +130,7 @@ class FakeWorker:
         await leave(self.info, self.registry, self.server, self.servicer, grace)
 
     async def hang_up(self) -> None:
-        """Drop all calls and refuse new ones, as in a network failure; heartbeats continue."""
+        """Drop all calls and refuse new calls, as in a network failure; heartbeats continue."""
         await self.server.grpc_server.stop(None)
 
     async def die(self) -> None:
@@ -163,8 +163,8 @@ class FakeFleet:
         """Start and announce another worker, by default with the service's shared script.
 
         `announced` is the announced capacity, if it differs from `capacity`. A heartbeat expires after `ttl_seconds`.
-        Without `reports_begun`, it behaves as a worker of an older release. `numerics` is its numerics fingerprint;
-        without it, the worker is equal to no other.
+        Without `reports_begun`, the worker behaves as a worker of an older release. `numerics` is its numerics
+        fingerprint; an empty fingerprint equals that of no other worker.
         """
         script = script or self.scripts[service]
         executor = ThreadPoolExecutor(1)
@@ -194,7 +194,7 @@ class FakeFleet:
         )
         await registry.announce(info)
         worker = FakeWorker(info, server, registry, servicer)
-        self._stack.push_async_callback(_forget, worker)
+        self._stack.push_async_callback(_withdraw, worker)
         return worker
 
     async def add_workers(self, services: Sequence[str] = SERVICES) -> None:
@@ -214,14 +214,14 @@ class FakeFleet:
 
     async def start_process(self, listen: str, *more: str) -> Process:
         """Start a coordinator in a separate process, which is killed with the fleet if it still runs."""
-        beat = ("--heartbeat-seconds", "0.1", "--heartbeat-ttl-seconds", "0.5")
-        words = ("--listen", listen, "--redis", self.url, *beat, "--log-level", "ERROR", *more)
-        command = (sys.executable, "-m", "services.coordinator", *words)
+        heartbeat = ("--heartbeat-seconds", "0.1", "--heartbeat-ttl-seconds", "0.5")
+        flags = ("--listen", listen, "--redis", self.url, *heartbeat, "--log-level", "ERROR", *more)
+        command = (sys.executable, "-m", "services.coordinator", *flags)
         process = await asyncio.create_subprocess_exec(*command, stdout=DEVNULL, stderr=PIPE)
         self._stack.push_async_callback(_kill, process)
         assert process.stderr is not None
         while b"listens" not in (line := await process.stderr.readline()):
-            assert line, "the coordinator has ended"
+            assert line, "the coordinator exited during its start"
         return process
 
 
@@ -231,7 +231,7 @@ async def _kill(process: Process) -> None:
     await process.wait()
 
 
-async def _forget(worker: FakeWorker) -> None:
+async def _withdraw(worker: FakeWorker) -> None:
     try:
         await worker.withdraw()
     except Unavailable:
@@ -249,13 +249,13 @@ async def running_fleet(url: str, model: ServedModel) -> AsyncIterator[FakeFleet
 
 
 def run_on_fleet(url: str, test: Callable[[FakeFleet], Awaitable[None]]) -> None:
-    """Run a test on a new fleet, which serves the shipped model."""
+    """Run a test within 60 s on a new fleet of the shipped model "emoji"."""
 
-    async def whole() -> None:
+    async def main() -> None:
         async with asyncio.timeout(60), running_fleet(url, emoji()) as fleet:
             await test(fleet)
 
-    asyncio.run(whole())
+    asyncio.run(main())
 
 
 def emoji() -> ServedModel:
@@ -274,7 +274,7 @@ async def terminal(stub: Stub, request_id: str) -> list[pb.Event]:
 
 
 async def admit_late(fleet: FakeFleet, stub: Stub) -> None:
-    """Admit the request "late" in the store for the coordinator of `stub`, which does not know the request."""
+    """Store the request "late" as owned by the coordinator of `stub`, which does not know the request."""
     known = (await stub.Submit(submission())).request
     await terminal(stub, known.request_id)
     async with connect(fleet.url) as redis:

@@ -1,4 +1,4 @@
-"""A driver with a fake store, leases and worker slots, and one request that a test can block at several points."""
+"""A driver with a fake store, leases and worker slots, and one request that a test can block."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Gate:
 
 
 class Store(RequestStore):
-    """A store of one request. admit() raises `admit_error`; calls block at their gate, if there is one."""
+    """A store of one request. admit() raises `admit_error`; a call blocks at its gate, if the test has set one."""
 
     def __init__(self) -> None:
         self.admit_gate: Gate | None = None
@@ -156,7 +156,7 @@ class Case:
         await wait_until(are_reached)
 
     async def run(self, *, key: str = "k", raw: bool = False) -> None:
-        """Accept the request, whose stage waits for a slot."""
+        """Accept the request, whose stage waits for a worker slot."""
         await self.driver.accept(submission(key=key, raw=raw))
         await self.wait_until(Phase.RUNNING)
         await self.claimed(1)
@@ -192,13 +192,13 @@ def run_case(test: Callable[[Case], Awaitable[None]]) -> Case:
     """Run a test within 20 s; asserts that no task raises an unhandled exception."""
     defects: list[object] = []
 
-    async def whole() -> Case:
+    async def main() -> Case:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: defects.append(context))
         case = Case()
         async with asyncio.timeout(20):
             await test(case)
         return case
 
-    case = asyncio.run(whole())
+    case = asyncio.run(main())
     assert not defects
     return case

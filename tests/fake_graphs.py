@@ -1,4 +1,4 @@
-"""Fake CUDA graphs for CPU tests: a capture records operations with tensor addresses, a replay repeats them.
+"""Fake CUDA graphs for CPU tests: a capture records operations with addresses, a replay repeats them.
 
 As with CUDA, a capture computes nothing, a replay runs no Python code of the denoiser, the graph does not own the
 memory of tensors from outside it, and graphs of one pool overwrite each other's outputs.
@@ -48,7 +48,7 @@ class Address:
 
 
 class Operation(NamedTuple):
-    """A recorded operation, its arguments with outside tensors as addresses, and the tensors that it allocated."""
+    """A recorded operation and the tensors that it allocated. Outside tensors in arguments are addresses."""
 
     function: Callable[..., Any]
     args: Sequence[Any]

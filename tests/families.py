@@ -120,20 +120,22 @@ def _checkpoints(folder: Path, name: str) -> list[Checkpoint]:
 
 
 def _served(entry: PipelineEntry, checkpoints: Iterable[Checkpoint]) -> Iterator[Served]:
-    """The variants of a registry entry. Raises LookupError if no checkpoint selects a registered variant."""
+    """The variants of a registry entry. Raises LookupError if a variant is selected by no checkpoint."""
     name = entry.pipeline.pipeline_name
     found = [(each, entry.pipeline.variants(each)) for each in checkpoints]
     for variant, configs in entry.configs.items():
         with_it = [(each, classes[variant]) for each, classes in found if variant in classes]
         if not with_it:
-            raise LookupError(f"variant: {variant!r} of {name} is not that of a checkpoint here; add one to _CHOICES")
+            raise LookupError(
+                f"variant: {variant!r} of {name} is not selected by a checkpoint; an entry of _CHOICES works"
+            )
         pipeline = with_it[0][1]
         params, config = resolve(configs.sampling_params), resolve(configs.pipeline_config)
         yield Served(name, variant, pipeline, params, config, tuple(each for each, _ in with_it))
 
 
 def all_served(registry: Registry) -> list[Served]:
-    """Every registered variant, sorted by pipeline name. Raises LookupError if no checkpoint selects a variant."""
+    """Every registered variant, sorted by pipeline name. Raises LookupError if a variant has no checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         entries = [registry.entry(name) for name in registry.names()]
         return [
@@ -145,7 +147,7 @@ def all_served(registry: Registry) -> list[Served]:
 
 @dataclass(frozen=True)
 class Family:
-    """Facts of the variants with one title, as cells of the tables. Resume is the position after a worker is lost."""
+    """Cells of the tables for the variants with one title; `resume` is as in Served.resume()."""
 
     title: str
     classes: str
@@ -159,7 +161,7 @@ class Family:
 
 
 def _family(title: str, members: list[Served]) -> Family:
-    """The family of the variants with one title. Raises ValueError if they differ in a fact that a family has once."""
+    """The family of the variants with one title. Raises ValueError if they differ where the tables have one value."""
     once = {
         "style": {each.style() for each in members},
         "outputs": {each.outputs() for each in members},
@@ -169,7 +171,7 @@ def _family(title: str, members: list[Served]) -> Family:
     }
     for fact, values in once.items():
         if len(values) > 1:
-            raise ValueError(f"title: {title!r} is that of configs with different {fact}; give each its own title")
+            raise ValueError(f"title: {title!r} is shared by configs that differ in {fact}; separate titles work")
     style, outputs, parallel, resume, deviations = (values.pop() for values in once.values())
     variants = ", ".join(dict.fromkeys(f"`{each.variant}`" for each in members if each.variant))
     inputs = dict.fromkeys(each.inputs() for each in sorted(members, key=lambda each: len(each.inputs())))
@@ -191,7 +193,7 @@ def all_families(registry: Registry) -> list[Family]:
     families: dict[str, list[Served]] = {}
     for each in all_served(registry):
         if not each.config.title:
-            raise ValueError(f"title: {each.config.__name__} has none; the table of families needs it")
+            raise ValueError(f"title: {each.config.__name__} has no title; a non-empty title works")
         families.setdefault(each.config.title, []).append(each)
     return [_family(title, families[title]) for title in sorted(families, key=str.casefold)]
 

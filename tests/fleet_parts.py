@@ -1,4 +1,4 @@
-"""Workers and coordinators that a test starts individually in this process; gRPC and the store are real."""
+"""Workers and coordinators of this process that a test starts individually; gRPC and store are real."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Parts:
 
 
 def run_parts(model: ServedModel, directory: Path, test: Callable[[Parts], Awaitable[None]]) -> None:
-    """Run a test on a new store."""
+    """Run a test on a new store, within 60 s."""
 
     async def main(url: str) -> None:
         async with asyncio.timeout(60), AsyncExitStack() as stack:
@@ -83,7 +83,7 @@ async def ended(stub: Stub, request_id: str) -> pb.RequestRecord:
 
 
 async def serve_text_before_image(parts: Parts, text: pb.SubmitRequest, image: pb.SubmitRequest) -> None:
-    """Check that a text request succeeds without an image encoder, and that an image request waits for one."""
+    """Check that a text request succeeds without an image encoder, and that an image request waits for it."""
     variant = parts.model.variant("text")
     assert variant is not None, "the model has the variant"
     for spec in variant.services:

@@ -1,4 +1,4 @@
-"""Requests with reference images for the FLUX.2 pipelines, and the checks that every pipeline must pass."""
+"""Requests with reference images for the FLUX.2 pipelines, and checks that every pipeline must pass."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from common.errors import InvalidInput
 from common.image_header import MAX_IMAGES
 from local_fleet import LocalFleet, RecordedCall, call_of, reference_run, relative_error
 
-# (width, height): no multiples of 16, and three different aspect ratios.
+# (width, height) in pixels, with different aspect ratios. In each size, a value is not a multiple of 16.
 SIZES = ((100, 70), (64, 130), (95, 81))
 
 BASE: dict[str, Any] = {"prompt": "a red apple", "num_inference_steps": 2}
 
 IMAGE_MODES: dict[str, tuple[int, dict[str, Any]]] = {
-    "one image, whose size the result has": (1, BASE),
-    "two images, a height of its own": (2, {**BASE, "height": 32, "guidance_scale": 2.0}),
+    "one image, which determines the size": (1, BASE),
+    "two images, explicit height": (2, {**BASE, "height": 32, "guidance_scale": 2.0}),
     "three images, two outputs": (
         3,
         {**BASE, "height": 48, "width": 32, "num_outputs_per_prompt": 2, "guidance_scale": 1.0},
@@ -73,7 +73,7 @@ def check_every_image_matters(fleet: LocalFleet) -> None:
 
 
 def check_bad_images(fleet: LocalFleet) -> None:
-    """Check that a wrong number of images or an unsupported image raises InvalidInput with the role and the rule."""
+    """Check that unsupported images and wrong numbers of images raise InvalidInput with role and rule."""
     good = png(coarse_image(64, 64))
     cases: list[tuple[dict[str, bytes], str, str]] = [
         ({"image_1": good}, "images", "takes: text"),
@@ -88,10 +88,10 @@ def check_bad_images(fleet: LocalFleet) -> None:
         ({"image": png(Image.new("RGB", (9000, 8000)))}, "image", "must have at most"),
         ({"image": good, "image_1": b"no image"}, "image_1", "is not a PNG, JPEG or WebP image"),
     ]
-    for images, field, words in cases:
+    for images, field, message in cases:
         recorded = RecordedCall()
         with pytest.raises(InvalidInput) as caught:
             fleet.media(recorded, images, **BASE, seed=1)
         assert caught.value.field == field
-        assert words in caught.value.message
+        assert message in caught.value.message
         assert not recorded.progress, "no stage may start"

@@ -28,7 +28,7 @@ class Pair:
 
 @contextmanager
 def open_pair(reference: str, dtype: torch.dtype = torch.float32) -> Iterator[Pair]:
-    """Open a checkpoint with both implementations."""
+    """Open a checkpoint with both implementations; closes the fleet afterwards."""
     fleet = open_fleet(reference, dtype)
     theirs = FluxPipeline.from_pretrained(str(fleet.model.checkpoint.path), dtype=dtype)
     theirs.set_progress_bar_config(disable=True)

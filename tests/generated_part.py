@@ -22,8 +22,8 @@ class GeneratedPart:
         before, begin, rest = text.partition(self.begin)
         _, end, after = rest.partition(self.end)
         if not (begin and end):
-            marks = f"{self.begin.strip()} and {self.end.strip()}"
-            raise ValueError(f"{self.readme.relative_to(ROOT)}: {marks} are not both in it")
+            markers = f"{self.begin.strip()} and {self.end.strip()}"
+            raise ValueError(f"{self.readme.relative_to(ROOT)}: {markers} are not both present; both lines work")
         return f"{before}{self.begin}\n{new}\n{self.end}{after}"
 
     def write(self, new: str) -> None:

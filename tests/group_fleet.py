@@ -1,4 +1,4 @@
-"""A fleet whose denoiser is a worker group of processes, for fault tests; all other services run in this process."""
+"""A fleet with a denoising worker group of processes, for fault tests. Other services run in this process."""
 
 from __future__ import annotations
 
@@ -37,16 +37,17 @@ _SERVE = ("--model", "emoji", "--threads", "1", "--step-checkpoint-every", "1", 
 _LIVENESS_FLAGS = ("--rank-heartbeat-seconds", "0.1", "--rank-lost-seconds", "2")
 
 START_SECONDS = 180.0
-"""Longest start of a group, whose ranks import and load at the same time, on a busy host."""
+"""Time limit for the start of a group on a busy host; its ranks import modules and load weights concurrently."""
 
 OnStep = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Device, request size and time limits of a test; steps must be long enough to inject a fault during a step.
+    """Device, request size and time limits of a test.
 
-    `liveness_flags` set the heartbeats between ranks. `seconds` is the time limit of each operation.
+    Steps must be long enough to inject a fault during a step. `liveness_flags` set the heartbeats between ranks.
+    `seconds` is the time limit of each operation.
     """
 
     device: str = "cpu"
@@ -96,7 +97,7 @@ class GroupFleet:
         return self.agents[0]
 
     def run(self, work: Coroutine[None, None, T], seconds: float | None = None) -> T:
-        """Run `work` on the fleet's event loop. Raises TimeoutError after `seconds`, by default those of `workload`."""
+        """Run `work` on the fleet's event loop. Raises TimeoutError after `seconds` or `workload.seconds`."""
 
         async def bounded() -> T:
             async with asyncio.timeout(seconds or self.workload.seconds):
@@ -133,8 +134,8 @@ class GroupFleet:
 
     async def _start(self, name: str, more: Sequence[str] = ()) -> Process:
         """Start the agent of a group with extra flags. Rank 0 listens on the socket NAME.sock."""
-        words = (*self._arguments, "--listen", f"unix:{self._directory}/{name}.sock", *more)
-        agent = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.denoising", *words)
+        flags = (*self._arguments, "--listen", f"unix:{self._directory}/{name}.sock", *more)
+        agent = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.denoising", *flags)
         self._stack.push_async_callback(_end, agent)
         return agent
 
@@ -149,6 +150,8 @@ class GroupFleet:
         return agent
 
     async def _serving(self, agent: Process, count: int = 1) -> None:
+        """Wait until `count` denoisers are live. Asserts that `agent` runs."""
+
         async def announced() -> bool:
             assert agent.returncode is None, "the agent has exited"
             return len(await WorkerRegistry(self._redis).live("emoji", "denoising")) >= count
@@ -164,8 +167,10 @@ class GroupFleet:
         return self.ranks_of(*self.agents.values())
 
     def ranks_of(self, *agents: Process) -> dict[int, psutil.Process]:
-        """The child processes of the agents, by rank. A child without RANK in its environment has not become a rank
-        yet."""
+        """The rank processes of the agents, by rank.
+
+        A child without RANK in its environment is excluded: it has not become a rank yet.
+        """
         children = [child for agent in agents for child in psutil.Process(agent.pid).children()]
         alive = [(child, child.environ()) for child in children if child.status() != psutil.STATUS_ZOMBIE]
         return {int(environment["RANK"]): child for child, environment in alive if "RANK" in environment}

@@ -37,7 +37,7 @@ class RecordedCall:
     warnings: list[tuple[str, str]] = field(default_factory=list)
     progress: list[tuple[int, int]] = field(default_factory=list)
     items: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
-    """Items that stages emitted without a runner, by slot."""
+    """Items of directly called stages, by slot; a LocalRunner replaces `on_item`."""
 
     def call(self) -> Call:
         """A Call whose callbacks append to this record."""
@@ -69,9 +69,9 @@ class LocalFleet:
     ) -> None:
         self.model = model
         self._executor = ThreadPoolExecutor(1)
-        place = device or torch.device("cpu")
+        device = device or torch.device("cpu")
         self.services = {
-            spec.service: HostedVariants(spec.service, load_variants(model, spec, Runtime(device=place, dtype=dtype)))
+            spec.service: HostedVariants(spec.service, load_variants(model, spec, Runtime(device=device, dtype=dtype)))
             for spec in model.services
         }
 

@@ -1,4 +1,4 @@
-"""Checks of the denoising loop that every family must pass; the loop's input comes from the family's own stages."""
+"""Checks of the denoising loop for every family. The loop's input comes from the family's own stages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from step_checkpoints import step_checkpoints_to
 def denoising_input(
     fleet: LocalFleet, given: Mapping[str, ParamValue], images: Mapping[str, bytes] = NO_IMAGES
 ) -> DenoisingInput:
-    """Run the services before denoising on a request; returns the denoising input."""
+    """Run a request through all services before denoising; returns the denoising input."""
     validated = InputValidationStage(fleet.model).run(given, images)
     values: dict[str, Any] = dict(validated.artifacts)
     files = {role: torch.frombuffer(bytearray(data), dtype=torch.uint8) for role, data in images.items()}
@@ -37,8 +37,8 @@ def denoising_input(
     for spec in takewhile(lambda spec: spec.service != "denoising", validated.variant.services):
         stages = fleet.services[spec.service].of(validated.variant.name)
         values |= stages.run({slot: values[slot] for slot in stages.contract.inputs if slot in values}, Call("test"))
-    taken = DenoisingInput.__dataclass_fields__
-    return DenoisingInput(**{slot: value for slot, value in values.items() if slot in taken})
+    slots = DenoisingInput.__dataclass_fields__
+    return DenoisingInput(**{slot: value for slot, value in values.items() if slot in slots})
 
 
 def denoising_stage(fleet: LocalFleet, runtime: Runtime, variant: str = "") -> DenoisingStage:
@@ -59,15 +59,15 @@ def denoised(stage: DenoisingStage, x: DenoisingInput, states: list[StepCheckpoi
 
 
 def check_resume(fleet: LocalFleet, x: DenoisingInput, variant: str = "") -> None:
-    """Check that a loop resumed after any step returns the same bytes; step checkpoints are serialized and parsed."""
+    """Check that a loop resumed after any step returns the same bytes. Step checkpoints are serialized and parsed."""
     states: list[StepCheckpoint] = []
     stage = denoising_stage(fleet, Runtime(step_checkpoint_every=1), variant)
-    whole = denoised(stage, x, states)
+    uninterrupted = denoised(stage, x, states)
     assert [state.step for state in states] == [*range(1, x.sampling.num_inference_steps)]
     for state in states:
         sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
         resumed = denoised(stage, DenoisingInput(**vars(x) | {"resume_from": sent}))
-        assert all(torch.equal(resumed[part], each) for part, each in whole.items()), state.step
+        assert all(torch.equal(resumed[part], each) for part, each in uninterrupted.items()), state.step
 
 
 def check_cancel(fleet: LocalFleet, x: DenoisingInput, variant: str = "") -> None:

@@ -1,4 +1,4 @@
-"""A denoiser for loop tests: two latent parts, two experts, four branches, step memory, noise in every step."""
+"""A denoiser for loop tests: two latent parts, two experts, four branches, step memory, noisy steps."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LoopTransformer(DiffusionTransformer):
         return {"video": video.sin() * level + sound.mean(), "sound": sound.cos() * level + video.mean()}
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """0: this model has no residual cache."""
+        """Return 0, as this model has no residual cache."""
         del latents, constants
         return 0
 
@@ -100,16 +100,16 @@ class LoopConfig(DenoisingConfig):
         return timesteps
 
     def expert(self, step: Step) -> str:
-        """The second expert for noise levels of at most 0.5."""
+        """Return the second expert for noise levels of at most 0.5."""
         return "transformer" if step.sigma["video"] > 0.5 else "transformer_2"
 
     def branch_flags(self, branch: str, sampling: Sampling) -> Mapping[str, Hashable]:
-        """The perturbed branch skips a block."""
+        """Return the flag by which the perturbed branch skips a block."""
         del sampling
         return {"skipped": 1} if branch == "perturbed" else {}
 
     def active(self, step: Step, branches: Sequence[str], sampling: Sampling) -> Sequence[str]:
-        """All branches in even steps, only the positive branch in odd steps."""
+        """Return all branches in even steps, only the positive branch in odd steps."""
         del sampling
         return branches if step.index % 2 == 0 else branches[:1]
 
@@ -155,7 +155,7 @@ class NoisySolver:
     def step(
         self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Step with the prediction plus half of the previous prediction."""
+        """Step with the mean of this prediction and the previous prediction."""
         del timestep
         now, after = self._sigmas[self._step : self._step + 2]
         used = prediction if self._last is None else (prediction + self._last) / 2

@@ -31,7 +31,7 @@ def loop_step(
 
 
 def tensor_bytes(transformer: LoopTransformer, step: StepInputs) -> int:
-    """Bytes of step memory that the step needs, without CUDA graphs."""
+    """Bytes of step memory that the step needs: tensors and buffers for graphs, without a step cache."""
     return byte_size_of(transformer, step, has_cache=False, has_graphs=True)
 
 
@@ -41,7 +41,7 @@ def predict(memory: StepMemory, step: StepInputs, flags: Flags = NO_FLAGS) -> Pr
 
 
 class EagerBranch:
-    """Reference: the steps of one branch without step memory."""
+    """Reference: the steps of one branch, called directly on the transformer without StepMemory."""
 
     def __init__(self, transformer: LoopTransformer, first: StepInputs) -> None:
         self._transformer = transformer
@@ -59,7 +59,7 @@ class EagerBranch:
 
 
 def equal(one: Predictions, other: Predictions) -> bool:
-    """Whether two sets of predictions have equal bytes."""
+    """Whether two sets of predictions have equal names and values."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

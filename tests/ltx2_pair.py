@@ -22,7 +22,7 @@ Request = dict[str, Any]
 
 
 def given(prompt: str = "a red apple on the moon", **others: Any) -> Request:
-    """A small request with every kind of guidance at Diffusers' defaults; STG perturbs a block that the model has."""
+    """A small request with every kind of guidance at Diffusers' defaults. STG perturbs an existing block."""
     size: Request = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 3, "seed": SEED}
     usual: Request = {"spatio_temporal_guidance_blocks": (1.0,), "max_sequence_length": 32}
     return {"prompt": prompt, **size, **usual, **others}
@@ -30,7 +30,7 @@ def given(prompt: str = "a red apple on the moon", **others: Any) -> Request:
 
 @dataclass(frozen=True)
 class Sides:
-    """One checkpoint: `fleet` runs our services in this process, next to Diffusers' pipelines."""
+    """One checkpoint: our services in `fleet`, and Diffusers' pipelines `text` and `image`."""
 
     fleet: LocalFleet
     text: Any
@@ -38,19 +38,23 @@ class Sides:
 
     @classmethod
     def open(cls, path: Path) -> Sides:
-        """Load the directory three times."""
+        """Open the checkpoint with this project and with both pipelines of Diffusers."""
         text, image = (open_reference(path, kind) for kind in (LTX2Pipeline, LTX2ImageToVideoPipeline))
         return cls(open_fleet(str(path)), text, image)
 
     def ours(self, request: Request, image: Image.Image | None = None) -> dict[str, Tensor]:
-        """Run our services; returns "latents", "pixels", "audio_latents" and "audio". An image selects the I2V
-        variant."""
+        """Run our services; returns "latents", "pixels", "audio_latents" and "audio".
+
+        An image selects the I2V variant.
+        """
         images: Mapping[str, bytes] = NO_IMAGES if image is None else {"image": png(image)}
         return self.fleet.tensors(images=images, **given(**request))
 
     def theirs(self, request: Request, image: Image.Image | None = None) -> dict[str, Tensor]:
-        """Run Diffusers' pipeline; its VAEs and vocoder decode the latents that it returns. Returns the keys of
-        ours()."""
+        """Run Diffusers' pipeline; returns a dict with the keys of ours().
+
+        The pipeline's VAEs and vocoder decode the returned latents.
+        """
         pipeline = self.text if image is None else self.image
         latents, audio_latents = self.call(request, image, "latent")
         with torch.inference_mode():

@@ -34,13 +34,13 @@ class ReceivedSpan:
     events: tuple[tuple[str, Mapping[str, Any]], ...]
 
     def steps(self, name: str) -> list[int]:
-        """The "step" attributes of the events with this name."""
+        """The attributes "fleet.step" of the events with this name."""
         return [attributes["fleet.step"] for each, attributes in self.events if each == name]
 
 
 @dataclass
 class Receiver:
-    """Received spans, and the size of all messages in bytes. `endpoint` is for OTEL_EXPORTER_OTLP_ENDPOINT."""
+    """Received spans, and the serialized messages. `endpoint` is a value for OTEL_EXPORTER_OTLP_ENDPOINT."""
 
     endpoint: str = ""
     raw: list[bytes] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Receiver:
         with self._more:
             while not is_enough(self.spans):
                 left = until - time.monotonic()
-                assert left > 0, f"spans are missing; received are {sorted(each.name for each in self.spans)}"
+                assert left > 0, f"spans are missing; received spans: {sorted(each.name for each in self.spans)}"
                 self._more.wait(left)
             return list(self.spans)
 

@@ -1,4 +1,4 @@
-"""Requests of small random models of every family, with one rank's result as the reference for worker groups.
+"""Requests of small random models of every family, to compare worker groups with one rank.
 
 Sequence lengths have few divisors. Ranks come from a RankPool, on the CPU or on GPUs.
 """
@@ -386,7 +386,7 @@ def single_input(config: Any, x: DenoisingInput) -> dict[str, Tensor]:
 
 
 def check(pool: RankPool, case: Case, degrees: Degrees, folder: Path) -> dict[str, float]:
-    """Compare prediction and loop of every rank with one rank's results, by relative L2 error."""
+    """Compare prediction and loop of every rank with one rank's results; returns the relative L2 errors."""
     errors = {}
     pool.join(degrees)
     single = {**case.model, "inputs": str(case.single), "output": str(folder / "single")}
@@ -400,5 +400,5 @@ def check(pool: RankPool, case: Case, degrees: Degrees, folder: Path) -> dict[st
         assert errors[name] <= most, name
         assert all(torch.equal(got, other) for other in others), f"{name}: ranks disagree"
         if degrees.world_size == degrees.cfg:
-            assert torch.equal(got, expected), f"{name}: the branches have the shapes that they have on one rank"
+            assert torch.equal(got, expected), f"{name}: cfg alone changes no shape, so no rounding"
     return errors

@@ -15,7 +15,7 @@ _FORGET_PEAK = "5"  # proc(5): resets the peak resident set to the current value
 
 @dataclass
 class Growth:
-    """`peak_bytes` is the peak resident set minus the resident set before the block; set when the block ends."""
+    """Peak resident set minus the resident set before the block. `peak_bytes` is set when the block ends."""
 
     peak_bytes: int = 0
 

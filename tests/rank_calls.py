@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# Imported in the process that forks the ranks, so that ranks do not import it again to load a stage.
+# Imported before the ranks are forked, so that no rank imports these schedulers to load a stage.
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
@@ -74,7 +74,7 @@ def join(rank: int, degrees: dict[str, int], store: str, kind: str = "cpu") -> d
 
 
 def leave(rank: int) -> None:  # noqa: ARG001  (every function takes the rank)
-    """Destroy the process group. All ranks must call leave() together, because NCCL blocks until then."""
+    """Destroy the process group. NCCL blocks until all ranks have called leave()."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -104,7 +104,7 @@ def forward(rank: int, checkpoint: str, inputs: str, output: str, compiled: bool
 def denoise(
     rank: int, checkpoint: str, inputs: str, output: str, approximation: Mapping[str, Any] = NONE, config: str = ""
 ) -> list[int]:
-    """Run the whole loop; returns the steps that it reported."""
+    """Run the whole loop; returns the reported steps."""
     steps: list[int] = []
     blocks: list[Tensor] = []
 
@@ -143,7 +143,10 @@ def denoising_stage(checkpoint: str, config: str, runtime: Runtime) -> Denoising
 
 
 def attend(rank: int, inputs: str, output: str) -> list[int]:
-    """Run USPAttention on "text" and "image" segments, each (3, B, tokens, H, K); returns this rank's token counts."""
+    """Run USPAttention on the segments "text" and "image"; returns this rank's token counts.
+
+    Each segment is q, k and v: (3, B, tokens, H, K).
+    """
     assert RANK.mesh is not None
     mesh, segments = RANK.mesh, load_file(inputs)
     scope = SegmentScope(mesh.degrees.sp, mesh.sp_index)
@@ -157,9 +160,9 @@ def attend(rank: int, inputs: str, output: str) -> list[int]:
 
 
 def attend_whole(rank: int, inputs: str, output: str) -> int:
-    """Run ShardedKeysAttention on all queries (B, T, H, K) and this rank's shard of keys and values (2, B, S, H, K).
+    """Run ShardedKeysAttention; returns the token count of this rank's shard of keys and values.
 
-    Returns the shard's token count.
+    All ranks have all queries (B, T, H, K). Keys and values are (2, B, S, H, K) before sharding.
     """
     given = load_file(inputs)
     assert RANK.mesh is not None

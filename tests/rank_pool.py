@@ -27,9 +27,10 @@ class RankFailed(Exception):
 
 
 class RankPool:
-    """Ranks from 0. A layout uses the first ranks; their number is the product of its degrees. Call close() at the end.
+    """Processes that serve as ranks of worker groups, one group at a time. Call close() at the end.
 
-    The backend is gloo on "cpu", and NCCL on "cuda", with one GPU per rank.
+    A layout uses the ranks from 0; their number is the product of its degrees. The backend is gloo on "cpu", and NCCL
+    on "cuda", with one GPU per rank.
     """
 
     def __init__(self, folder: Path, kind: str = "cpu", ranks: int = RANKS) -> None:
@@ -37,7 +38,7 @@ class RankPool:
         self._kind = kind
         pairs = [socket.socketpair() for _ in range(ranks)]
         theirs = [pair[1].fileno() for pair in pairs]
-        # GPU libraries may print warnings.
+        # GPU libraries emit warnings, so warnings are errors only on the CPU.
         strictly = ("-W", "error") if kind == "cpu" else ()
         paths = filter(None, (str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH")))
         self._process = subprocess.Popen(
@@ -71,13 +72,13 @@ class RankPool:
         try:
             for connection in self._connections[: self._world_size]:
                 connection.sendall(line)
-            return self._collect(function)
+            return self._collect()
         except (RankFailed, OSError) as error:
             if self._process.poll() is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
             raise RankFailed(f"{function}: {error}") from error
 
-    def _collect(self, function: str) -> list[Any]:
+    def _collect(self) -> list[Any]:
         results: dict[int, Any] = {}
         deadline = time.monotonic() + ANSWER_SECONDS
         with selectors.DefaultSelector() as selector:
@@ -86,7 +87,7 @@ class RankPool:
             while len(results) < self._world_size:
                 ready = selector.select(deadline - time.monotonic())
                 if not ready:
-                    raise RankFailed(f"{function}: only ranks {sorted(results)} answer")
+                    raise RankFailed(f"only ranks {sorted(results)} replied within {ANSWER_SECONDS:g} s")
                 for key, _ in ready:
                     results[key.data] = self._result(key.data)
                     selector.unregister(key.fileobj)
@@ -95,7 +96,7 @@ class RankPool:
     def _result(self, rank: int) -> Any:
         line = self._answers[rank].readline()
         if not line:
-            raise RankFailed(f"rank {rank} has died")
+            raise RankFailed(f"rank {rank} has exited")
         answer = json.loads(line)
         if "error" in answer:
             raise RankFailed(f"rank {rank}:\n{answer['error']}")

@@ -19,12 +19,12 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
 
 
-SETTINGS_TAKEN = frame(_SETTINGS, 1, 0, b"")
+SETTINGS_ACK = frame(_SETTINGS, 1, 0, b"")
 """The SETTINGS acknowledgement that a server sends at the end of the handshake."""
 
 
 def call_headers(path: bytes, more: Sequence[Header] = (), *, stream: int = 1, ended: bool = False) -> bytes:
-    """A HEADERS frame that starts a call: literal never-indexed fields of less than 127 bytes each."""
+    """A HEADERS frame that starts a call, with literal fields. Names and values are shorter than 127 bytes."""
     fields = (
         (b":method", b"POST"),
         (b":scheme", b"http"),
@@ -59,10 +59,10 @@ class RawConnection:
         """Send the client connection preface."""
         await self.send(PREFACE, frame(_SETTINGS, 0, 0, b""))
 
-    async def until(self, *words: bytes) -> bytes:
-        """Read until the received bytes contain one of `words`; returns all received bytes."""
+    async def until(self, *patterns: bytes) -> bytes:
+        """Read until the received bytes contain one of `patterns`; returns all received bytes."""
         got = b""
-        while not any(word in got for word in words):
+        while not any(pattern in got for pattern in patterns):
             data = await self._reader.read(1 << 16)
             assert data, f"the connection ended after {got!r}"
             got += data

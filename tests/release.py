@@ -77,7 +77,7 @@ def release_sha() -> str:
 
 
 def release_call(operation: str, arguments: Arguments) -> list[Word]:
-    """The command that runs an operation of the release's script, with NAME VALUE pairs like the current script."""
+    """The command that runs an operation of the release's script; arguments are NAME VALUE pairs."""
     return ["EVALSHA", release_sha(), *script_call(operation, arguments)[2:]]
 
 

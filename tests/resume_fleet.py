@@ -31,10 +31,11 @@ CHECKPOINTS = Path(__file__).resolve().parents[1] / "models" / "checkpoints"
 
 @dataclass(frozen=True)
 class Family:
-    """A model, and a request large enough that a step lasts longer than its progress message takes to arrive.
+    """A model, and a request whose steps last longer than the delivery of a progress message.
 
-    `model` is a shipped model, or the name of the checkpoint that `build` writes. `workers` is the number of workers
-    per service; denoising has at least two. Faults hit workers of `service`.
+    `model` is a shipped model, or the name of the checkpoint that `build` writes. The result file starts with
+    `begins_with`. `workers` is the number of workers per service; denoising always has two. Faults hit workers of
+    `service`.
     """
 
     model: str
@@ -48,7 +49,7 @@ class Family:
 
 
 class FaultTooLate(Exception):
-    """The request ended before the fault was injected, because the host was busy: the case is inconclusive."""
+    """The request ended before the fault, because the host was busy: the case is inconclusive."""
 
 
 class Served:
@@ -100,13 +101,13 @@ class Served:
         await self.signal_worker(self._family.service, signal.SIGTERM)
 
     async def signal_worker(self, service: str, number: signal.Signals) -> Process:
-        """Send a signal to the process that holds the slot of a service; returns the process.
+        """Send a signal to the process that holds the worker slot of a service; returns the process.
 
         Raises FaultTooLate if the service has finished its part of the request.
         """
         slots = await command(self.redis, "HVALS", f"fleet:slots:{self._family.model}/{service}")
         if not slots:
-            raise FaultTooLate(f"no worker of {service} holds a slot")
+            raise FaultTooLate(f"no worker of {service} runs the request")
         (slot,) = slots
         # The worker id ends with -PID-RANDOM.
         pid = int(slot.decode().partition("|")[0].split("-")[-2])

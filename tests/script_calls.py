@@ -1,4 +1,4 @@
-"""Calls of the store script's operations: at least one per operation, which test_state_damage.py checks."""
+"""Calls of the store script's operations. test_state_damage.py checks that no operation is missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ PLACE, MODEL = "m/denoising", "m"
 WIRING = '{"variant":"","supplied":{"canvas":"Canvas"},"read":{"media":"Media"}}'
 CONTRACT = '{"inputs":{"canvas":"Canvas"},"optional":[],"outputs":{"media":"Media"}}'
 LASTS = 600_000
+"""Time to live of every key in ms."""
 REPLY_LIMIT = 100
+"""Largest size of all shared replies in bytes."""
 
 
 def admission(id: str, owner: str, caller: str = "", **more: Any) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def admission(id: str, owner: str, caller: str = "", **more: Any) -> dict[str, A
 
 
 def claim(ticket: str, owner: str = "c-1", caller: str = "ann", **more: Any) -> dict[str, Any]:
-    """Arguments of a claim for a slot at PLACE."""
+    """Arguments of a claim for a worker slot of PLACE."""
     return {
         "ticket": ticket,
         "owner": owner,
@@ -143,4 +145,4 @@ OPERATIONS: dict[str, Sequence[Mapping[str, Any]]] = {
     "touch_reply": [{"name": "a", "lasts": LASTS}],
     "keep_reply": [kept_reply("n"), kept_reply("x", most=10)],
 }
-"""Arguments for each operation of the script, on the fleet of _build()."""
+"""Arguments for each operation of the script, on the fleet that _build() of test_state_damage.py builds."""

@@ -1,4 +1,4 @@
-"""A Valkey primary, a synchronized replica, and optionally a sentinel, as real processes on the loopback network."""
+"""A Valkey primary, a synchronized replica and an optional sentinel: real processes on loopback."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def _started(directory: Path, port: int, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+def _started(directory: Path, port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     directory.mkdir(exist_ok=True)
-    command = [str(server_binaries()["valkey"]), *words, "--port", str(port), "--bind", "127.0.0.1"]
+    command = [str(server_binaries()["valkey"]), *options, "--port", str(port), "--bind", "127.0.0.1"]
     process = subprocess.Popen([*command, "--dir", str(directory)], stdout=subprocess.DEVNULL)
     try:
         yield process
@@ -58,13 +58,13 @@ class Replicated:
 
 @contextmanager
 def replicated_servers(directory: Path, *, sentinel: bool = False) -> Iterator[Replicated]:
-    """Start the servers, each with its data below `directory`; returns once the replica acknowledges writes."""
+    """Start the servers, with data below `directory`; returns once the replica acknowledges writes."""
     first, second, watch = free_port(), free_port(), free_port()
     with ExitStack() as stack:
-        words = ("--appendonly", "yes", "--repl-diskless-sync-delay", "0")
-        primary = stack.enter_context(_started(directory / "first", first, *words))
+        options = ("--appendonly", "yes", "--repl-diskless-sync-delay", "0")
+        primary = stack.enter_context(_started(directory / "first", first, *options))
         replica = stack.enter_context(
-            _started(directory / "second", second, *words, "--replicaof", "127.0.0.1", str(first))
+            _started(directory / "second", second, *options, "--replicaof", "127.0.0.1", str(first))
         )
         _poll_server(first, lambda client: client.set("warm", "1") and client.wait(1, 1_000) and client.delete("warm"))
         url = f"redis://127.0.0.1:{first}"

@@ -1,4 +1,4 @@
-"""Workers and slot claims of one service, for store tests."""
+"""Workers of one service and claims for their worker slots, for store tests."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
 
 SLOW = 3_600.0
+"""An interval in seconds that does not end during a test."""
 
 
 def worker(worker_id: str, *, capacity: int = 1, fingerprint: str = "f", numerics: str = "") -> worker_pb2.WorkerInfo:
@@ -43,7 +44,7 @@ async def slots_of(redis: Redis, owner: str, *, ask_again_seconds: float = SLOW)
 async def queued(registry: WorkerRegistry, count: int) -> None:
     """Wait until `count` claims are in the queue."""
 
-    async def so_many() -> bool:
+    async def is_reached() -> bool:
         return (await registry.load("emoji", "denoising")).queued == count
 
-    await wait_until(so_many)
+    await wait_until(is_reached)

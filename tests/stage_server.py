@@ -1,4 +1,4 @@
-"""A stage service in this process: small stages behind a real gRPC server, and a runner that calls them."""
+"""A stage service in this process: a small stage behind a real gRPC server, and its RemoteRunner."""
 
 from __future__ import annotations
 
@@ -111,17 +111,20 @@ class RecordedCall:
 
 
 class Gate:
-    """A script that blocks the stage's first step until the test opens the gate."""
+    """A script that blocks the stage until the test opens the gate, for at most 30 s.
+
+    `was_cancelled`: for each call, whether it was cancelled when the gate opened.
+    """
 
     def __init__(self) -> None:
         self.entered = threading.Event()
         self.opened = threading.Event()
-        self.cancelled_within: list[bool] = []
+        self.was_cancelled: list[bool] = []
 
     def __call__(self, _: StageInput, call: Call) -> None:
         self.entered.set()
         self.opened.wait(30)
-        self.cancelled_within.append(call.cancelled.wait(0))
+        self.was_cancelled.append(call.cancelled.wait(0))
         call.check_cancelled()
 
 

@@ -1,4 +1,4 @@
-"""Keys of a Redis server as JSON: text unchanged, other bytes as base64, and the time to live of each key."""
+"""Keys of a Redis server as JSON: text, other bytes as base64, and the time to live of each key."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def _read(redis: Redis, key: bytes, kind: str) -> Json:
         case "set":
             return sorted(each.decode() for each in await command(redis, "SMEMBERS", key))
         case "zset":
-            rows = _words(await command(redis, "ZRANGE", key, 0, -1, "WITHSCORES"))
+            rows = _flat(await command(redis, "ZRANGE", key, 0, -1, "WITHSCORES"))
             return [[_text(member), _number(score)] for member, score in zip(rows[::2], rows[1::2], strict=True)]
         case "stream":
             entries = await command(redis, "XRANGE", key, "-", "+")
@@ -54,7 +54,7 @@ async def _read(redis: Redis, key: bytes, kind: str) -> Json:
     raise ValueError(f"{key!r}: {kind} is not a type that the fleet stores")
 
 
-def _words(reply: Any) -> Sequence[bytes]:
+def _flat(reply: Any) -> Sequence[bytes]:
     """A reply as a flat sequence, even if the client has grouped it into pairs."""
     return [
         str(each).encode() if isinstance(each, float) else each
@@ -73,18 +73,18 @@ def _commands(key: str, kind: str, value: Json, shift_ms: int) -> Iterable[list[
         case "string":
             yield ["SET", key, _bytes(value)]
         case "hash":
-            yield ["HSET", key, *(word for field, each in value.items() for word in (field, _bytes(each)))]
+            yield ["HSET", key, *(part for field, each in value.items() for part in (field, _bytes(each)))]
         case "list":
             yield ["RPUSH", key, *map(_bytes, value)]
         case "set":
             yield ["SADD", key, *value]
         case "zset":
             later = shift_ms if key == _EXPIRES else 0
-            yield ["ZADD", key, *(word for member, score in value for word in (score + later, _bytes(member)))]
+            yield ["ZADD", key, *(part for member, score in value for part in (score + later, _bytes(member)))]
         case "stream":
             for entry_id, fields in value:
-                words = [word for field, each in fields.items() for word in (field, _bytes(each))]
-                yield ["XADD", key, entry_id, *words]
+                pairs = [part for field, each in fields.items() for part in (field, _bytes(each))]
+                yield ["XADD", key, entry_id, *pairs]
 
 
 async def _clock(redis: Redis) -> int:
@@ -113,13 +113,13 @@ def read_dump(directory: Path) -> dict[str, Json]:
 
 
 async def load_store(redis: Redis, directory: Path) -> dict[str, str]:
-    """Write the keys of a dump to an empty store, with expiry times relative to now; returns request ids by name."""
+    """Write a dump to an empty store, with expiry times relative to now; returns request ids by name."""
     dump = read_dump(directory)
     shift_ms = await _clock(redis) - dump[STORE]["clock_ms"]
     for part in dump.values():
         for key, entry in part["keys"].items():
-            for words in _commands(key, entry["type"], entry["value"], shift_ms):
-                await command(redis, *words)
+            for arguments in _commands(key, entry["type"], entry["value"], shift_ms):
+                await command(redis, *arguments)
             if entry["ttl_ms"] > 0:
                 await command(redis, "PEXPIRE", key, entry["ttl_ms"])
     return {name: part[_REQUEST_ID] for name, part in dump.items() if _REQUEST_ID in part}

@@ -1,4 +1,4 @@
-"""Faults during a streamed video: real processes serve causal Wan; a client follows the file and the events."""
+"""Faults during a streamed video. Real processes serve causal Wan; a client follows the file and the events."""
 
 from __future__ import annotations
 
@@ -18,8 +18,16 @@ from fleet.v1 import generation_pb2 as pb
 from resume_fleet import Family, FaultTooLate, Served
 from tiny_wan import build_tiny_wan_causal
 
-BLOCKS, STEPS = 4, 10
-"""Blocks of the video, and denoising steps per block: enough that a fault hits the running loop."""
+BLOCKS = 4
+"""Blocks of the video."""
+STEPS = 10
+"""Denoising steps per block: enough that a fault hits the running loop."""
+WITHIN = STEPS + STEPS // 2
+"""Step of a fault within the second block."""
+BETWEEN = 2 * STEPS
+"""Step of a fault at the end of the second block."""
+MOST_REPEATS = 5
+"""Maximum attempts of a case, as a fault may come too late."""
 TIMESTEPS = pb_artifacts.DoubleList(values=range(1000, 1000 - STEPS * 50, -50))
 CAUSAL = Family(
     "causal",
@@ -33,9 +41,6 @@ CAUSAL = Family(
     b"\x00\x00\x00",
     build_tiny_wan_causal,
 )
-
-
-MOST_REPEATS = 5
 
 
 @dataclass
@@ -83,7 +88,10 @@ async def follow_file(stubs: Sequence[Stub], name: str, followed: FollowedReques
 async def watch(
     stubs: Sequence[Stub], name: str, followed: FollowedRequest, act: Callable[[FollowedRequest], Awaitable[bool]]
 ) -> None:
-    """Watch the events to the end; `act` is called after each event until it returns True."""
+    """Watch the events to the end; `act` is called after each event until it returns True.
+
+    After a disconnect, the watch continues at the next coordinator.
+    """
     last, acted, turn = "", False, 0
     while True:
         try:
@@ -121,14 +129,14 @@ async def nothing(_: str, __: FollowedRequest) -> bool:
 
 
 def at(
-    step: int, items: int, strike: Callable[[], Awaitable[None]]
+    step: int, items: int, inject: Callable[[], Awaitable[None]]
 ) -> Callable[[str, FollowedRequest], Awaitable[bool]]:
-    """Call `strike` once `step` steps are done and `items` items are delivered."""
+    """Call `inject` once, after `step` steps are done and `items` items are delivered."""
 
     async def act(_: str, followed: FollowedRequest) -> bool:
         if max(followed.steps, default=0) < step or len(followed.items) < items:
             return False
-        await strike()
+        await inject()
         return True
 
     return act
@@ -143,7 +151,7 @@ async def undisturbed(fleet: Served) -> bytes:
 
 
 async def worker_fault(fleet: Served, whole: bytes, service: str, number: signal.Signals, step: int) -> None:
-    """Signal the worker of a service after `step` steps; the decoder also after the first item.
+    """Signal the worker of a service after `step` steps, and the decoder not before the first item.
 
     The case is repeated if the signal came too late, as events are delayed on a busy host.
     """
@@ -156,15 +164,15 @@ async def worker_fault(fleet: Served, whole: bytes, service: str, number: signal
 
 
 async def _worker_fault(fleet: Served, whole: bytes, service: str, number: signal.Signals, step: int) -> None:
-    struck: list[Process] = []
+    signalled: list[Process] = []
 
-    async def strike() -> None:
-        struck.append(await fleet.signal_worker(service, number))
+    async def inject() -> None:
+        signalled.append(await fleet.signal_worker(service, number))
 
-    followed = await run(fleet, fleet.stubs[:1], at(step, int(service == "decoding"), strike))
+    followed = await run(fleet, fleet.stubs[:1], at(step, int(service == "decoding"), inject))
     followed.check(whole)
     if number is signal.SIGSTOP:
-        fleet.fleet.signal(struck[0], signal.SIGCONT)
+        fleet.fleet.signal(signalled[0], signal.SIGCONT)
     if service == "denoising" and not followed.resumed_steps:
         raise FaultTooLate("the loop had ended")
     assert service == "denoising" or not followed.resumed_steps, followed.steps
@@ -175,11 +183,11 @@ async def handed_over(fleet: Served, whole: bytes) -> None:
     """Send SIGTERM to the denoiser in its second block: no step is repeated, no item is delivered twice."""
     for _ in range(MOST_REPEATS):
 
-        async def strike() -> None:
+        async def inject() -> None:
             await fleet.signal_worker("denoising", signal.SIGTERM)
 
         try:
-            followed = await run(fleet, fleet.stubs[:1], at(WITHIN, 0, strike))
+            followed = await run(fleet, fleet.stubs[:1], at(WITHIN, 0, inject))
         except FaultTooLate:
             continue
         followed.check(whole)
@@ -210,25 +218,25 @@ async def expired(fleet: Served) -> None:
     async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
         last = reply.event.state_change
     assert last.state == pb.REQUEST_STATE_EXPIRED, last
-    await is_forgotten(fleet, name)
+    await wait_until_released(fleet, name)
 
 
 async def cancelled(fleet: Served) -> None:
-    """Cancelling a request in its second block frees both workers within a step; its items expire."""
+    """Cancelling a request in its second block frees both workers before the loop ends; its items expire."""
     stub = fleet.stubs[0]
-    name, asked = await fleet.submit(stub), False
+    name, is_sent = await fleet.submit(stub), False
     async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
         event = reply.event
-        if event.progress.service == "denoising" and event.progress.step > STEPS and not asked:
-            asked = True
+        if event.progress.service == "denoising" and event.progress.step > STEPS and not is_sent:
+            is_sent = True
             await stub.CancelRequest(pb.CancelRequestRequest(request_id=name))
         last = event.state_change
     assert last.state == pb.REQUEST_STATE_CANCELLED, last
     assert 0 < last.steps_saved < BLOCKS * STEPS, last
-    await is_forgotten(fleet, name)
+    await wait_until_released(fleet, name)
 
 
-async def is_forgotten(fleet: Served, name: str) -> None:
+async def wait_until_released(fleet: Served, name: str) -> None:
     """Wait until no worker runs the ended request; asserts that its remaining store keys expire."""
 
     async def remains() -> list[str]:
@@ -251,15 +259,11 @@ async def is_forgotten(fleet: Served, name: str) -> None:
 async def coordinator_fault(fleet: Served, whole: bytes, number: signal.Signals, step: int) -> None:
     """Signal the second coordinator, which runs the request, after `step` steps and the first item."""
 
-    async def strike() -> None:
+    async def inject() -> None:
         fleet.fleet.signal(fleet.fleet.of(coordinators=True)[1], number)
 
-    followed = await run(fleet, [fleet.stubs[1], fleet.stubs[0]], at(step, 1, strike))
+    followed = await run(fleet, [fleet.stubs[1], fleet.stubs[0]], at(step, 1, inject))
     followed.check(whole)
     assert followed.connections > 1
     if followed.resumed_steps:
         assert min(followed.resumed_steps) > step // STEPS * STEPS, followed.steps
-
-
-WITHIN, BETWEEN = STEPS + STEPS // 2, 2 * STEPS
-"""Steps of faults: within the second block, and at its end."""

@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors; on the meta device, this gives the peak of a computation without running it."""
+"""Counts the bytes of live tensors. On the meta device, this gives the peak of a computation without running it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 
 
 class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """`peak`: most bytes that tensors created in the block occupy at one time, without copies to the CPU."""
+    """Measures the peak memory of tensors created in the block. `peak` is in bytes, without copies to the CPU."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
-"""Builds small Flux checkpoints with random weights: valid Diffusers directories, created offline.
+"""Builds small Flux checkpoints with random weights: valid Diffusers directories.
 
-Weights are large enough that one different word of the prompt, step or constant changes the latents far beyond the
+Weights are so large that a change of one prompt word, one step or one constant changes the latents far beyond the
 tolerances of the parity tests.
 """
 
@@ -23,7 +23,7 @@ HEADS, HEAD_SIZE = 4, 16
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE with a merge chain per word; the end token has the highest id, as in CLIP's vocabulary."""
+    """Byte-level BPE with a merge chain per word. The end token has the highest id, as in CLIP's vocabulary."""
     alphabet = sorted(ByteLevel.alphabet())
     tokens = alphabet + [f"{symbol}</w>" for symbol in alphabet]
     merges: list[tuple[str, str]] = []
@@ -52,7 +52,7 @@ def t5_tokenizer() -> T5TokenizerFast:
 def build_tiny_flux(
     path: Path, *, guidance_embeds: bool = True, dynamic_shift: bool = True, shift: float = 1.0, seed: int = 0
 ) -> Path:
-    """Write a checkpoint like FLUX.1-dev (guidance embedding, dynamic shift), or like schnell, which has neither."""
+    """Write a checkpoint like FLUX.1-dev; like schnell without guidance embedding and dynamic shift."""
     torch.manual_seed(seed)
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     modules: dict[str, Any] = {
@@ -76,7 +76,7 @@ def build_tiny_flux(
     for module in modules.values():
         if isinstance(module, nn.Module):
             randomise(module)
-    # The value of FLUX.1-dev, which the scheduler ignores with dynamic shifting.
+    # FLUX.1-dev also has shift=3.0, which the scheduler ignores with dynamic shifting.
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=dynamic_shift, shift=3.0 if dynamic_shift else shift, base_shift=0.5, max_shift=1.15
     )
@@ -85,8 +85,10 @@ def build_tiny_flux(
 
 
 def randomise(module: nn.Module) -> None:
-    """Randomize every parameter: matrices scaled by fan-in, gains around 1, biases around 0; no value is exactly 0 or
-    1."""
+    """Randomize every parameter: matrices scaled by fan-in, gains around 1, biases around 0.
+
+    No value is exactly 0 or 1.
+    """
     with torch.no_grad():
         for name, value in module.named_parameters():
             noise = torch.randn_like(value)

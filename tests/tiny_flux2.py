@@ -1,4 +1,4 @@
-"""Builds small FLUX.2 checkpoints with random weights: valid Diffusers directories, created offline."""
+"""Builds small FLUX.2 checkpoints with random weights: valid Diffusers directories."""
 
 from __future__ import annotations
 
@@ -69,8 +69,10 @@ def build_tiny_flux2_klein(path: Path, *, is_distilled: bool = False, seed: int 
 
 
 def build_tiny_flux2_dev(path: Path, *, seed: int = 0) -> Path:
-    """Write a checkpoint with the layout of FLUX.2 dev; saves the processor's parts, as a processor needs
-    torchvision."""
+    """Write a checkpoint with the layout of FLUX.2 dev.
+
+    The parts of the processor are saved separately, as PixtralProcessor needs torchvision.
+    """
     torch.manual_seed(seed)
     tokenizer = mistral_tokenizer()
     modules = _modules(guidance_embeds=True)

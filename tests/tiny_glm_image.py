@@ -1,4 +1,4 @@
-"""Builds small GLM-Image checkpoints with random weights: valid Diffusers directories, created offline.
+"""Builds small GLM-Image checkpoints with random weights: valid Diffusers directories.
 
 The language model samples image codes only: ids of the image start and end tokens are above its output vocabulary.
 """
@@ -95,7 +95,8 @@ def build_tiny_glm_image(
     GlmImagePipeline(tokenizer=ByT5Tokenizer(), processor=processor, scheduler=_scheduler(), **modules).save_pretrained(
         str(path)
     )
-    # As published. Diffusers writes the pipeline's own package, "glm_image", for both.
+    # Published checkpoints have "transformers" as the library of the processor and the language model; Diffusers
+    # writes "glm_image", the name of the pipeline's package.
     index = path / "model_index.json"
     index.write_text(index.read_text().replace('"glm_image"', '"transformers"'))
     return path

@@ -1,4 +1,4 @@
-"""Builds small HunyuanVideo checkpoints with random weights: valid Diffusers directories, created offline.
+"""Builds small HunyuanVideo checkpoints with random weights: valid Diffusers directories.
 
 The tokenizer is trained on the template, so that each word is one token and the template has as many tokens as with the
 published tokenizer: 95 before the prompt, including BOS.

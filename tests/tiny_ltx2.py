@@ -1,4 +1,4 @@
-"""Builds small LTX-2 checkpoints with random weights: valid Diffusers directories, created offline.
+"""Builds small LTX-2 checkpoints with random weights: valid Diffusers directories.
 
 Scale factors as published: 32 pixels and 8 frames per video latent, 4 spectrogram frames and 4 mel bins per audio
 latent, 160 samples per spectrogram frame at 16 kHz.

@@ -1,4 +1,4 @@
-"""Builds small LTX-Video checkpoints with random weights: valid Diffusers directories, created offline.
+"""Builds small LTX-Video checkpoints with random weights: valid Diffusers directories.
 
 Scale factors as published: 32 pixels per side and 8 frames per latent.
 """

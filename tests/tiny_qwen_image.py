@@ -1,4 +1,4 @@
-"""Builds small Qwen-Image checkpoints with random weights: valid Diffusers directories, created offline.
+"""Builds small Qwen-Image checkpoints with random weights: valid Diffusers directories.
 
 The tokenizer is trained on the templates, so that each word is one token and the templates have as many tokens as with
 the published tokenizer: 34 before the prompt, or 64 with an input image.
@@ -89,7 +89,7 @@ def build_tiny_qwen_image_edit_plus(path: Path, *, zero_cond_t: bool = True, see
 
 
 def build_tiny_qwen_image_layered(path: Path, *, seed: int = 0) -> Path:
-    """Write a layered checkpoint, which splits an image into layers; its image captions end after a few tokens."""
+    """Write a checkpoint that splits an image into layers; its image captions end after a few tokens."""
     torch.manual_seed(seed)
     modules = _modules(TEXT_SIZE, use_additional_t_cond=True, use_layer3d_rope=True)
     modules["vae"] = AutoencoderKLQwenImage(base_dim=8, z_dim=LATENT_CHANNELS, num_res_blocks=1, input_channels=4)

@@ -1,4 +1,4 @@
-"""Builds small Wan 2.1 and 2.2 checkpoints with random weights: valid Diffusers directories, created offline."""
+"""Builds small Wan 2.1 and 2.2 checkpoints with random weights: valid Diffusers directories."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def edit_json(file: Path, entries: Mapping[str, Any]) -> None:
 
 
 def residual_vae() -> AutoencoderKLWan:
-    """A VAE like that of Wan 2.2 TI2V-5B: published scale factors, few channels, mean and std per latent channel.
+    """A VAE like that of Wan 2.2 TI2V-5B, with few channels, and mean and std per latent channel.
 
-    Encoder and decoder have different base widths, as in the published VAE.
+    Scale factors are those of the published VAE; as there, encoder and decoder have different base widths.
     """
     channels = range(TI2V_LATENT_CHANNELS)
     return AutoencoderKLWan(

@@ -1,4 +1,4 @@
-"""Builds small Z-Image checkpoints with random weights: valid Diffusers directories, created offline."""
+"""Builds small Z-Image checkpoints with random weights: valid Diffusers directories."""
 
 from __future__ import annotations
 

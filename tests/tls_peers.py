@@ -19,11 +19,11 @@ def tls_files(authority: Authority, *names: str) -> dict[str, Any]:
     return {"tls_ca": authority.ca, "tls_cert": issued.cert, "tls_key": issued.key}
 
 
-def mutual(believed: Authority, shown: Certificate) -> grpc.ChannelCredentials:
+def mutual(trusted: Authority, presented: Certificate) -> grpc.ChannelCredentials:
     """Credentials of a client: the authority that it trusts, and the certificate that it presents."""
-    identity = read_identity(shown.cert, shown.key)
+    identity = read_identity(presented.cert, presented.key)
     assert identity is not None
-    return Mutual(identity, read_authority(believed.ca)).channel()
+    return Mutual(identity, read_authority(trusted.ca)).channel()
 
 
 def worker_settings(store: str, **more: Any) -> WorkerSettings:

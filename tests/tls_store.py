@@ -21,19 +21,19 @@ def own_host() -> str:
 
 
 @asynccontextmanager
-async def server_tls(name: str, host: str, shown: Certificate, authority: Authority) -> AsyncIterator[str]:
+async def server_tls(name: str, host: str, presented: Certificate, authority: Authority) -> AsyncIterator[str]:
     """A server with TLS support, which requires client certificates."""
-    files = ("--tls-cert-file", str(shown.cert), "--tls-key-file", str(shown.key), "--tls-ca-cert-file")
+    files = ("--tls-cert-file", str(presented.cert), "--tls-key-file", str(presented.key), "--tls-ca-cert-file")
     options = ("--bind", host, "--tls-port", str(PORT), *files, str(authority.ca), "--tls-auth-clients", "yes")
     with running_server(name, *options):
         yield f"{host}:{PORT}"
 
 
 @asynccontextmanager
-async def tls_proxy(server: RedisServer, host: str, shown: Certificate, authority: Authority) -> AsyncIterator[str]:
+async def tls_proxy(server: RedisServer, host: str, presented: Certificate, authority: Authority) -> AsyncIterator[str]:
     """A TLS proxy for a server without TLS support."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(authority.ca))
-    context.load_cert_chain(shown.cert, shown.key)
+    context.load_cert_chain(presented.cert, presented.key)
     context.verify_mode = ssl.CERT_REQUIRED
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -53,10 +53,10 @@ async def tls_proxy(server: RedisServer, host: str, shown: Certificate, authorit
 async def tls_store(name: str, authority: Authority) -> AsyncIterator[str]:
     """HOST:PORT of a store over TLS."""
     host = own_host()
-    shown = authority.issue(host)
+    presented = authority.issue(host)
     async with AsyncExitStack() as stack:
         if name in TLS_SERVERS:
-            store = server_tls(name, host, shown, authority)
+            store = server_tls(name, host, presented, authority)
         else:
-            store = tls_proxy(stack.enter_context(running_server(name)), host, shown, authority)
+            store = tls_proxy(stack.enter_context(running_server(name)), host, presented, authority)
         yield await stack.enter_async_context(store)

@@ -17,7 +17,7 @@ PrivateKey: TypeAlias = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519
 
 @cache
 def private_key(kind: str) -> PrivateKey:
-    """A signing key of a kind, cached because RSA keys are slow to create. KIND2 and KIND3 are other keys."""
+    """A signing key of a kind, cached because RSA keys are slow to create. KIND2 and KIND3 are further keys of KIND."""
     match kind.rstrip("23"):
         case "RSA":
             return rsa.generate_private_key(public_exponent=65537, key_size=2048)

@@ -36,7 +36,7 @@ def build_toy_checkpoint(path: Path, *, cell: int = 8, seed: int = 0, pipeline: 
 
 
 def build_twin_checkpoint(path: Path, *, lens: bool = True) -> Path:
-    """Write a TwinPipeline checkpoint, optionally without the module of its variant "image"; returns its directory."""
+    """Write a TwinPipeline checkpoint; without `lens`, it has no variant "image". Returns its directory."""
     build_toy_checkpoint(path)
     index = {**TOY_INDEX, "_class_name": "TwinPipeline"}
     if lens:
@@ -73,7 +73,7 @@ def toy_family(directory: Path, copy: Callable[[Path], Path] = copy_toy_family) 
 
 @contextmanager
 def twin_family(directory: Path) -> Iterator[list[Path]]:
-    """Copy the plugins of the toy family and of the twin family, which imports it; unloads them afterwards."""
+    """Copy the plugins of the toy and twin families; unloads both afterwards. The twin family imports the other."""
     twin = directory / "twin"
     with toy_family(directory / "toy") as toy:
         try:

@@ -1,4 +1,4 @@
-"""DMD loops of tiny Wan checkpoints: this project's stages, and reference loops over Diffusers' transformer."""
+"""DMD loops of tiny Wan checkpoints: our stages, and reference loops over Diffusers' transformer."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, decoding_bytes: int | None = 
 
 
 def check_frames_come_early(vae: AutoencoderKLWan, latents: Tensor) -> None:
-    """Assert that frames do not depend on later latents, and the first frame only on the first latent frame.
+    """Assert that no frame depends on later latents, and that the first frame decodes one latent frame.
 
     `latents` have the shape (1, channels, 3, H, W).
     """
@@ -38,7 +38,7 @@ def check_frames_come_early(vae: AutoencoderKLWan, latents: Tensor) -> None:
 def check_sessions(
     vae: AutoencoderKLWan, latents: Tensor, pieces: list[int], decoding_bytes: int | None = None
 ) -> None:
-    """Assert that decoding in pieces equals decoding at once, byte for byte, also for two interleaved videos.
+    """Assert that two interleaved videos, decoded in pieces, are byte-equal to videos decoded at once.
 
     `latents` have the shape (1, channels, sum of `pieces`, H, W).
     """

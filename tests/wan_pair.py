@@ -11,7 +11,9 @@ from torch import Tensor
 from local_fleet import LocalFleet, open_fleet, relative_error
 
 LATENTS_WITHIN = 1e-4
+"""Largest relative L2 error of latents."""
 PIXELS_WITHIN = 1e-3
+"""Largest absolute error of pixel values and audio samples."""
 
 Pair = tuple[LocalFleet, Any]
 

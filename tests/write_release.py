@@ -28,8 +28,8 @@ from record_requests import record_requests  # noqa: E402
 from stubs import script  # noqa: E402
 
 
-def _git(*words: str) -> bytes:
-    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, check=True).stdout
+def _git(*arguments: str) -> bytes:
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=True).stdout
 
 
 def commit_of(tag: str) -> str:
@@ -37,7 +37,7 @@ def commit_of(tag: str) -> str:
     try:
         return _git("rev-parse", "--verify", f"{tag}^{{commit}}").decode().strip()
     except subprocess.CalledProcessError as error:
-        raise LookupError(f"{tag}: this checkout lacks it; git fetch --unshallow --tags") from error
+        raise LookupError(f"tag: {tag} is not in this checkout; git fetch --unshallow --tags works") from error
 
 
 def source_lines(commit: str) -> list[str] | None:

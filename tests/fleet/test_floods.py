@@ -22,7 +22,7 @@ from common.rpc.options import ServerLimits
 from common.rpc.tls import ServerIdentity, read_authority, read_identity, server_credentials
 from coordinator_fleet import FakeFleet, emoji, running_fleet
 from fleet.v1 import generation_pb2 as pb
-from raw_http2 import SETTINGS_TAKEN, RawConnection, call_headers, cancellation, raw_connection
+from raw_http2 import SETTINGS_ACK, RawConnection, call_headers, cancellation, raw_connection
 
 PATH = b"/fleet.v1.TestService/Ask"
 CHECK = b"/grpc.health.v1.Health/Check"
@@ -87,7 +87,7 @@ async def greeted(address: str) -> AsyncIterator[RawConnection]:
     """A connection after the HTTP/2 handshake."""
     async with raw_connection(address) as connection:
         await connection.greet()
-        await connection.until(SETTINGS_TAKEN)
+        await connection.until(SETTINGS_ACK)
         yield connection
 
 

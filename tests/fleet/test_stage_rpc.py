@@ -164,8 +164,8 @@ def test_cancelling_the_task_stops_the_stage_within_a_step() -> None:
             await task
         await wait_until(lambda: not stage.servicer.in_flight)
         gate.opened.set()
-        await wait_until(lambda: bool(gate.cancelled_within))
-        assert gate.cancelled_within == [True]
+        await wait_until(lambda: bool(gate.was_cancelled))
+        assert gate.was_cancelled == [True]
         await stage.runner()(packets(), stage.recorded.call())  # the worker still serves
 
     run_served(test, gate)

@@ -68,7 +68,7 @@ def _schemas_of(definition: Any) -> dict[tuple[str, str], Any]:
 
 
 def closed(schema: Any) -> Any:
-    """Close a schema: forbid unknown keys in objects with `properties` that do not preserve unknown fields."""
+    """Close a schema: forbid unknown keys of objects with `properties`, except objects that preserve them."""
     if isinstance(schema, list):
         return [closed(each) for each in schema]
     if not isinstance(schema, dict):

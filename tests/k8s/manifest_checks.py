@@ -115,7 +115,7 @@ def scraping(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def balancing(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Stages and coordinators have a headless Service, for client-side balancing; gRPC ports have an appProtocol."""
+    """Every service has a headless Service, for client-side balancing; gRPC ports have an appProtocol."""
     for pod in [each for each in pods(manifests) if each.serves and each.service]:
         services = [
             each for each in of_kind(manifests, "Service") if matches(_selector(each), pod.labels) and _grpc_port(each)
@@ -141,7 +141,7 @@ def disruptions(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def probes(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Every server has three probes on its ports; gRPC probes name an existing service, liveness only the process."""
+    """Every server has three probes on its ports; gRPC liveness does not depend on a service's status."""
     for pod in [each for each in pods(manifests) if each.serves]:
         for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
             probe = pod.container.get(kind)
@@ -150,17 +150,17 @@ def probes(manifests: Sequence[Manifest]) -> Iterator[str]:
             elif "grpc" in probe:
                 yield from _grpc_probe(pod, kind, probe["grpc"])
             elif "tcpSocket" in probe and probe["tcpSocket"]["port"] not in {*pod.ports, *pod.ports.values()}:
-                yield f"{pod.owner}: {kind} asks port {probe['tcpSocket']['port']}, which is not a container port"
+                yield f"{pod.owner}: {kind} uses port {probe['tcpSocket']['port']}, which is not a container port"
 
 
 def _grpc_probe(pod: Pod, kind: str, probe: Manifest) -> Iterator[str]:
     known = {HEALTH_SERVICE, *(_services_of(pod.service))}
     if probe["port"] not in pod.ports.values():
-        yield f"{pod.owner}: {kind} asks port {probe['port']}, which is not a container port"
+        yield f"{pod.owner}: {kind} uses port {probe['port']}, which is not a container port"
     if probe.get("service") not in known:
         yield f"{pod.owner}: {kind} asks for {probe.get('service')!r}; its services are {sorted(known)}"
     if (kind == "livenessProbe") != (probe.get("service") == HEALTH_SERVICE) and kind != "startupProbe":
-        yield f"{pod.owner}: liveness asks for {HEALTH_SERVICE}, readiness for the service, not {kind} for {probe}"
+        yield f"{pod.owner}: {kind}: livenessProbe must ask for {HEALTH_SERVICE}, readinessProbe must not"
 
 
 def _services_of(service: str) -> list[str]:
@@ -178,7 +178,7 @@ def proto_services(proto: str) -> list[str]:
 
 
 def routes(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """The coordinator serves every service of a route, and reflection has a route."""
+    """Routes name exactly the gRPC services of the coordinator, including health and reflection."""
     known = {*proto_services("generation"), *KNOWN_SERVICES}
     named = [
         (route, match["method"]["service"])
@@ -323,7 +323,7 @@ def _insecure(container: Manifest) -> Iterator[str]:
 
 
 def labels(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Every object has the recommended labels and the fleet's namespace; version labels equal the image's version."""
+    """Objects have the recommended labels and the fleet's namespace; version labels match the image."""
     found = {name_of(each): each["metadata"].get("labels", {}) for each in manifests}
     found |= {f"pod of {pod.owner}": pod.labels for pod in pods(manifests)}
     for owner, names in found.items():
@@ -359,7 +359,7 @@ def kinds(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def stages(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """The fleet has exactly the stages of the shipped model that it serves."""
+    """A fleet that serves a shipped model has exactly the stages of this model."""
     running = {pod.service for pod in pods(manifests) if pod.service} - {"coordinator"}
     references_ = [str(each["data"].get("FLEET_MODEL", "")) for each in of_kind(manifests, "ConfigMap")]
     for model in [each for each in references_ if each in shipped_models()]:

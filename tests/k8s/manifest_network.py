@@ -18,7 +18,7 @@ _OPEN_TO_ALL = {"coordinator": {"grpc", "health"}}  # public API; all other pods
 
 
 def admitted_ports(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Ports of policies are container ports; a rule without peers allows only health checks and the public API."""
+    """Ports of policies are container ports; rules without peers allow only health checks and the API."""
     for policy in of_kind(manifests, "NetworkPolicy"):
         for pod in _selected(manifests, policy):
             for rule in policy["spec"].get("ingress", []):
@@ -36,13 +36,13 @@ def _ingress_errors(policy: Manifest, pod: Pod, rule: Manifest) -> Iterator[str]
         yield f"{name_of(policy)}: ingress ports {sorted(lacking)} are not ports of {pod.owner}"
     names = {name for name, port in pod.ports.items() if port in numbers or not numbers}
     if not rule.get("from") and (wrong := names - _OPEN_TO_ALL.get(pod.service, {"health"})):
-        yield f"{name_of(policy)}: allows everyone to connect to {sorted(wrong)} of {pod.owner}"
+        yield f"{name_of(policy)}: allows any peer to connect to {sorted(wrong)} of {pod.owner}"
     if "scaler" in names and [peer.get("namespaceSelector", {}).get("matchLabels") for peer in rule["from"]] != [KEDA]:
         yield f"{name_of(policy)}: allows namespaces other than KEDA's to connect to the scaler"
 
 
 def dangling_peers(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A peer in the fleet's namespace matches an existing pod."""
+    """Every peer in the fleet's namespace matches an existing pod."""
     for policy in of_kind(manifests, "NetworkPolicy"):
         rules = [*policy["spec"].get("ingress", []), *policy["spec"].get("egress", [])]
         for peer in [peer for rule in rules for peer in [*rule.get("from", []), *rule.get("to", [])]]:
@@ -52,7 +52,7 @@ def dangling_peers(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def unselected_pods(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Every pod is denied by default in both directions."""
+    """Every pod has policies of both directions, which deny all other connections."""
     for pod in pods(manifests):
         for direction in ("Ingress", "Egress"):
             if not _policies(manifests, pod, direction):
@@ -70,11 +70,11 @@ def flows(manifests: Sequence[Manifest]) -> Iterator[str]:
                 if needed and not admitted:
                     yield f"{source.owner} cannot connect to {target.owner}:{name}"
                 if admitted and not needed:
-                    yield f"{source.owner} can connect to {target.owner}:{name} , which is not needed"
+                    yield f"{source.owner} can connect to {target.owner}:{name}, which is not needed"
 
 
 def outside_flows(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Allowed connections across the namespace: to DNS, a managed Redis and a collector, from KEDA and Prometheus."""
+    """Policies allow connections to DNS, a managed Redis and a collector, and from KEDA and Prometheus."""
     templates = [pod for pod in pods(manifests) if pod.service]
     in_cluster = any(pod.container["name"] == "redis" for pod in pods(manifests))
     for pod in templates:

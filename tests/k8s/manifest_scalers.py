@@ -58,7 +58,7 @@ def _asked_stages(scaler: Manifest) -> list[str]:
 
 
 def scaled_once(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A target has one scaler (HPA or ScaledObject) and no replicas in its manifest; KEDA's limits are consistent."""
+    """Targets have one scaler (HPA or ScaledObject) and no replicas; KEDA's limits are consistent."""
     targets = [_target(scaler) for scaler in of_kind(manifests, *_SCALERS)]
     for kind, name in sorted(set(targets)):
         if targets.count((kind, name)) > 1:
@@ -103,7 +103,7 @@ def formulas(manifests: Sequence[Manifest]) -> Iterator[str]:
         for name in read:
             seconds = asked.get(name, {}).get("targetSeconds", modifiers["target"])
             if seconds != modifiers["target"]:
-                yield f"{name_of(scaler)}: its target is {modifiers['target']}, but targetSeconds of {name} {seconds}"
+                yield f"{name_of(scaler)}: its target is {modifiers['target']}, targetSeconds of {name} is {seconds}"
 
 
 def _trigger_errors(manifests: Sequence[Manifest], trigger: Manifest, asked: Mapping[str, str]) -> Iterator[str]:
@@ -117,7 +117,7 @@ def _trigger_errors(manifests: Sequence[Manifest], trigger: Manifest, asked: Map
     elif not _is_served(manifests, service, int(port)):
         yield f"{asked['scalerAddress']} is not the scaler port of the coordinators"
     if not float(asked["targetSeconds"]) > 0:
-        yield f"targetSeconds {asked['targetSeconds']} is not more than 0"
+        yield f"targetSeconds {asked['targetSeconds']} is not greater than 0"
     if asked.get("metricName", "wanted_seconds") not in _METRICS:
         yield f"metricName {asked['metricName']} is not one of {sorted(_METRICS)}"
     yield from _unserved(manifests, asked["model"], asked["stage"])
@@ -145,7 +145,7 @@ def _unserved(manifests: Sequence[Manifest], model: str, stage: str) -> Iterator
         for reference in str(each["data"].get("FLEET_MODEL", "")).split(","):
             served[reference.partition("=")[0]] = reference
     if model not in served:
-        yield f"model {model} is not served; served are {sorted(filter(None, served))}"
+        yield f"model {model} is not served; served models are {sorted(filter(None, served))}"
     elif served[model] in shipped_models():
         known = [spec.service for spec in open_model(model, load_registry()).services]
         if stage not in known:

@@ -29,7 +29,7 @@ SECRETS_OF_USERS = {
     "fleet-tls-stage": TLS_FILES,
     "fleet-tls-keda": TLS_FILES,
 }
-"""Secrets of the runbook and their keys."""
+"""Keys of the Secrets that users create, as the runbook in k8s/README.md describes."""
 
 _DEGREES = ("tp", "ulysses", "ring", "cfg")
 _KEDA_PARAMETERS = frozenset({"caCert", "tlsClientCert", "tlsClientKey"})  # parameters of KEDA's external scalers
@@ -70,13 +70,13 @@ def devices(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 def _ranks(flags: Sequence[str]) -> int:
     """Product of the parallel degrees in flags of the form --NAME N or --NAME=N."""
-    words = [word for flag in flags for word in flag.split("=", 1)]
-    given = dict(itertools.pairwise(words))
+    parts = [part for flag in flags for part in flag.split("=", 1)]
+    given = dict(itertools.pairwise(parts))
     return math.prod(int(given.get(f"--{name}", "1")) for name in _DEGREES)
 
 
 def weights(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """A pod that serves a directory mounts its claim read-only, and an init container runs check_weights.sh."""
+    """Pods that serve a directory mount its claim read-only; an init container runs check_weights.sh."""
     for pod in [each for each in pods(manifests) if each.service]:
         claims = {each["name"] for each in pod.spec.get("volumes", []) if "persistentVolumeClaim" in each}
         if "/" not in environment(manifests, pod.container).get("FLEET_MODEL", ""):
@@ -102,7 +102,7 @@ def _checks_weights(manifests: Sequence[Manifest], pod: Pod, container: Manifest
 
 
 def secret_keys(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Keys of Secrets in variables, mounted files and KEDA parameters are in the Secret or in the runbook's list."""
+    """Used keys of Secrets (variables, files, KEDA parameters) are in the Secret or in SECRETS_OF_USERS."""
     for pod in pods(manifests):
         for container in pod.containers:
             sources = [each.get("valueFrom", {}).get("secretKeyRef") for each in container.get("env", [])]
@@ -135,10 +135,10 @@ def _lacks_key(manifests: Sequence[Manifest], owner: str, name: str, key: str) -
 
 
 def start_up(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """startupProbe allows for the loading of weights before the kubelet restarts the container."""
+    """startupProbe allows enough time to load weights before the kubelet restarts the container."""
     for pod in [each for each in pods(manifests) if each.serves and each.service]:
         probe = pod.container.get("startupProbe", {})
         seconds = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
         needed = _START_SECONDS.get(pod.service, _LOADING_SECONDS)
         if seconds < needed:
-            yield f"{pod.owner}: its start may take {seconds} s, which is less than {needed:g} s"
+            yield f"{pod.owner}: startupProbe allows {seconds} s, which is less than {needed:g} s"

@@ -132,8 +132,7 @@ def _meets(expression: Manifest, labels: Labels) -> bool:
 
 
 def environment(manifests: Sequence[Manifest], container: Manifest) -> dict[str, str]:
-    """Environment variables of a container, as the kubelet sets them; a Secret that is not rendered has sample
-    values."""
+    """Environment variables of a container, as the kubelet sets them; Secrets have sample values."""
     values = dict(_SET_BY_LWS)
     for source in container.get("envFrom", []):
         values |= shared_variables(manifests, source)

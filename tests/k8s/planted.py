@@ -1,4 +1,4 @@
-"""Errors planted in rendered manifests, with the check that must find each; they prove that the checks can fail."""
+"""Errors planted in rendered manifests, each with its check. They prove that the checks can fail."""
 
 from __future__ import annotations
 
@@ -79,7 +79,12 @@ def add_hpa(manifests: list[Manifest]) -> None:
     target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "denoising"}
     spec = {"scaleTargetRef": target, "minReplicas": 1, "maxReplicas": 2, "metrics": []}
     manifests.append(
-        {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": {"name": "it"}, "spec": spec}
+        {
+            "apiVersion": "autoscaling/v2",
+            "kind": "HorizontalPodAutoscaler",
+            "metadata": {"name": "second-scaler"},
+            "spec": spec,
+        }
     )
 
 
@@ -142,7 +147,7 @@ PLANTED = [
     Planted(
         "probes",
         "dev",
-        "liveness asks",
+        "livenessProbe must ask",
         edit(_D, "coordinator", f"{CONTAINER}/livenessProbe/grpc/service", "fleet.v1.GenerationService"),
     ),
     Planted(
@@ -326,7 +331,7 @@ PLANTED = [
     ),
     Planted("admitted_ports", "dev", "are not ports", edit(_NP, "decoding", "spec/ingress/0/ports/0/port", 50061)),
     Planted("admitted_ports", "dev", "egress port 6380", edit(_NP, "decoding", "spec/egress/0/ports/0/port", 6380)),
-    Planted("admitted_ports", "dev", "allows everyone", drop(_NP, "decoding", "spec/ingress/0/from")),
+    Planted("admitted_ports", "dev", "allows any peer", drop(_NP, "decoding", "spec/ingress/0/from")),
     Planted(
         "admitted_ports",
         "keda",

@@ -1,4 +1,4 @@
-"""Further planted errors: of pods, and of connections across the namespace."""
+"""Further planted errors: in pods, and in connections to and from other namespaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parses PromQL: metrics selected by an expression, and metrics that no process exports."""
+"""Parses PromQL: the selectors of an expression, and selectors that no exported series can match."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _VALUES = {
     "reason": frozenset({"lost", "handed_over", "full"}),
     "result": frozenset({"hit", "miss", "failed", "stored", "ok", "error", "cancelled"}),
 }
+"""All values of a label; any value is possible for a label without an entry."""
 
 
 class Selector(NamedTuple):

@@ -42,7 +42,7 @@ def add_stage(folder: Path) -> None:
 
 
 @pytest.fixture
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
+def registered_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the new service in the fleet, with denoising's settings and a .proto file."""
     protos, classes = manifest_checks.proto_services, settings_class
     for module in (manifest_checks, manifest_scalers):
@@ -74,17 +74,17 @@ class Case:
     kinds: frozenset[str]
 
 
-FIVE = frozenset({"Deployment", "Service", "ServiceAccount", "PodDisruptionBudget", "NetworkPolicy"})
+KINDS = frozenset({"Deployment", "Service", "ServiceAccount", "PodDisruptionBudget", "NetworkPolicy"})
 CASES = [
-    Case("dev", ("base",), FIVE),
-    Case("gpu", ("base",), FIVE),
-    Case("hpa", ("base", "components/hpa"), FIVE | {"HorizontalPodAutoscaler"}),
-    Case("keda", ("base", "components/keda"), FIVE | {"ScaledObject"}),
-    Case("production", ("base", "components/keda"), FIVE | {"ScaledObject"}),
+    Case("dev", ("base",), KINDS),
+    Case("gpu", ("base",), KINDS),
+    Case("hpa", ("base", "components/hpa"), KINDS | {"HorizontalPodAutoscaler"}),
+    Case("keda", ("base", "components/keda"), KINDS | {"ScaledObject"}),
+    Case("production", ("base", "components/keda"), KINDS | {"ScaledObject"}),
 ]
 
 
-@pytest.mark.usefixtures("known")
+@pytest.mark.usefixtures("registered_stage")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.overlay)
 def test_a_new_stage_needs_one_file_and_one_line_per_folder(tree: Path, case: Case) -> None:
     for folder in case.folders:
@@ -100,7 +100,7 @@ def test_a_new_stage_needs_one_file_and_one_line_per_folder(tree: Path, case: Ca
     assert [each for each in errors(manifests) if not each.startswith(expected) and expected[1] not in each] == []
 
 
-@pytest.mark.usefixtures("known")
+@pytest.mark.usefixtures("registered_stage")
 def test_a_new_stage_without_a_role_in_the_disaggregated_set_is_an_error(tree: Path) -> None:
     for folder in ("base", "components/keda"):
         add_stage(tree / folder)
@@ -112,8 +112,8 @@ def test_a_new_stage_without_a_role_in_the_disaggregated_set_is_an_error(tree: P
 @pytest.mark.parametrize(
     ("scaler", "kind"), [("keda", "ScaledObject"), ("hpa", "HorizontalPodAutoscaler")], ids=["keda", "hpa"]
 )
-def test_the_stage_before_denoising_is_one_file_and_one_line_per_folder(tree: Path, scaler: str, kind: str) -> None:
-    """Without these files and lines, only this stage is missing; no other object refers to this stage."""
+def test_the_stage_before_denoising_needs_one_file_and_one_line_per_folder(tree: Path, scaler: str, kind: str) -> None:
+    """Their removal removes only this stage: no other object refers to it."""
     overlay = tree / "overlays" / "hybrid" / "kustomization.yaml"
     overlay.write_text(overlay.read_text().replace("components/keda", f"components/{scaler}"))
     whole = render(overlay.parent)
@@ -129,9 +129,9 @@ def test_the_stage_before_denoising_is_one_file_and_one_line_per_folder(tree: Pa
         path.write_text(path.read_text().replace("  - before_denoising.yaml\n", ""))
     rest = render(overlay.parent)
     assert errors(rest) == []
-    gone = [each for each in whole if each not in rest]
-    assert {each["metadata"]["name"] for each in gone} == {"before-denoising"}
-    assert [each for each in whole if each not in gone] == rest
+    removed = [each for each in whole if each not in rest]
+    assert {each["metadata"]["name"] for each in removed} == {"before-denoising"}
+    assert [each for each in whole if each not in removed] == rest
 
 
 @pytest.mark.parametrize("overlay", ["multi-node", "disaggregatedset"])

@@ -21,7 +21,7 @@ WHOLE = len(HEADER).to_bytes(8, "little") + HEADER + bytes(12)
 
 
 def check(model: str) -> tuple[int, str]:
-    """Run the script; returns exit status and stderr. As root could read everything, it runs as another user."""
+    """Run the script; returns exit status and stderr. Root can read every file, so the script then runs as nobody."""
     done = subprocess.run(
         ["sh"],
         input=SCRIPT.read_text(),

@@ -93,7 +93,7 @@ def test_an_object_without_a_crd_is_an_error(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (None, "widgets cannot be read: No such file or directory; a folder of CRDs works"),
         ({}, "widgets has no CustomResourceDefinition in *.yaml; a folder of CRDs works"),
@@ -104,8 +104,8 @@ def test_an_object_without_a_crd_is_an_error(folder: Path) -> None:
         ({"a.yaml": b"---"}, "widgets has no CustomResourceDefinition in *.yaml"),
     ],
 )
-def test_an_invalid_folder_is_one_line_and_status_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: dict[str, bytes] | None, words: str
+def test_an_invalid_folder_is_reported_in_one_line_with_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: dict[str, bytes] | None, message: str
 ) -> None:
     folder = tmp_path / "widgets"
     if content is not None:
@@ -116,7 +116,7 @@ def test_an_invalid_folder_is_one_line_and_status_2(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith(f"crds.py: DIR: {tmp_path}")
-    assert words in err
+    assert message in err
 
 
 def test_a_file_instead_of_a_folder_and_an_unreadable_file_are_reported(folder: Path) -> None:
@@ -128,7 +128,9 @@ def test_a_file_instead_of_a_folder_and_an_unreadable_file_are_reported(folder: 
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 2), (["one", "two"], 2)])
-def test_the_program_prints_its_usage(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_wrong_arguments_print_the_usage(
+    arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         crds.main(arguments)
     assert ended.value.code == code

@@ -1,4 +1,4 @@
-"""Every overlay renders, matches Kubernetes' schemas and passes the semantic checks; planted errors are found."""
+"""Every overlay matches Kubernetes' schemas and passes the semantic checks, which find planted errors."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_planted_error_is_found(planted: Planted) -> None:
 
 
 def test_the_hybrid_overlay_has_the_stages_of_its_pipeline() -> None:
-    """Stages of modular models would not serve this pipeline."""
+    """The stages of modular models cannot serve this pipeline."""
     pipeline = load_registry().entry("GlmImagePipeline").pipeline
     wanted = {spec.service for spec in pipeline(pipeline._required_config_modules).services}
     assert {pod.service for pod in pods(rendered("hybrid")) if pod.service} == wanted | {"coordinator"}

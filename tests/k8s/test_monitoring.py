@@ -79,7 +79,7 @@ def test_the_dashboard_has_rows_for_stages_store_and_gpus() -> None:
     assert [query.place for query in monitoring.variable_metrics()] == ["variable model", "variable service"]
 
 
-def test_quantiles_of_latencies_show_exemplars() -> None:
+def test_latency_quantile_panels_show_exemplars() -> None:
     """Recorded metrics have no exemplars, so quantile panels query the histograms."""
     targets = [target for panel in monitoring.dashboard()["panels"] for target in panel.get("targets", [])]
     shown = [target["expr"] for target in targets if target.get("exemplar") is True]
@@ -87,7 +87,7 @@ def test_quantiles_of_latencies_show_exemplars() -> None:
     assert shown == [target["expr"] for target in targets if "_seconds_bucket" in target["expr"]]
 
 
-def test_panels_have_a_unit_and_do_not_overlap() -> None:
+def test_each_panel_has_a_unit_and_a_unique_id_and_position() -> None:
     panels = monitoring.dashboard()["panels"]
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
     assert len(set(places)) == len(places)

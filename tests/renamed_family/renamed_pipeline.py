@@ -1,4 +1,4 @@
-"""The toy family with other names for every slot, role and service: a coordinator must not rely on any of them."""
+"""The toy family with its own names of slots, roles and services, on which no coordinator may rely."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs and outputs of the renamed toy family: no slot has a name of the standard stages. Free of torch."""
+"""Inputs and outputs of the renamed toy family: no slot has a name of the standard stages. Imports no torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class SprinklingInput:
 
 @dataclass(frozen=True, kw_only=True)
 class SprinklingOutput:
-    """Outputs of the noise stage. No stage reads the dice, which the RPC has no field for."""
+    """Outputs of the noise stage. No stage reads `dice`, for which the RPC has no field."""
 
     speckles: Latents
     dice: Generator | None = None
@@ -54,7 +54,7 @@ class SprinklingOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class ClimbingInput:
-    """Inputs of the schedule."""
+    """Inputs of the schedule stage."""
 
     page: Canvas
     rules: Sampling

@@ -1,4 +1,4 @@
-"""Stages of the renamed toy family: the toy family's stages with other slots and roles."""
+"""Stages of the renamed toy family: the toy family's stages with different slots and module roles."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class ReadingStage(PipelineStage[slots.ReadingInput, slots.ReadingOutput]):
         self._stage = toy_stages.ToyTextEncodingStage(config, runtime, {"palette": modules["paints"]})
 
     def run(self, x: slots.ReadingInput, call: Call) -> slots.ReadingOutput:
-        """Encode."""
+        """Encode the words."""
         done = self._stage.run(contracts.TextEncodingInput(prompt=x.words, sampling=x.rules), call)
         return slots.ReadingOutput(colour=done.text_conditioning)
 
 
 class SprinklingStage(PipelineStage[slots.SprinklingInput, slots.SprinklingOutput]):
-    """Draws the noise; raises an error if the dice are requested."""
+    """Draws the noise. Raises AssertionError if the output `dice` is requested."""
 
     def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._stage = toy_stages.ToyLatentPreparationStage(config, runtime, modules)
 
     def run(self, x: slots.SprinklingInput, call: Call) -> slots.SprinklingOutput:
-        """Draw."""
+        """Draw the noise."""
         if self.writes("dice"):
-            raise AssertionError("no stage of this pipeline reads the dice")
+            raise AssertionError("dice: no stage of this pipeline reads this output")
         done = self._stage.run(contracts.LatentPreparationInput(canvas=x.page, sampling=x.rules), call)
         return slots.SprinklingOutput(speckles=done.initial_latents)
 
@@ -53,7 +53,7 @@ class ClimbingStage(PipelineStage[slots.ClimbingInput, slots.ClimbingOutput]):
 
 
 class PaintingStage(PipelineStage[slots.PaintingInput, slots.PaintingOutput]):
-    """Runs the loop, with a checkpoint after each step."""
+    """Runs the loop, with a step checkpoint after each step."""
 
     def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._stage = toy_stages.ToyDenoisingStage(config, runtime, {"gain": modules["brush"]})
@@ -71,7 +71,7 @@ class PaintingStage(PipelineStage[slots.PaintingInput, slots.PaintingOutput]):
 
 
 class FramingStage(PipelineStage[slots.FramingInput, slots.FramingOutput]):
-    """Decodes."""
+    """Decodes the painting into files."""
 
     def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._stage = toy_stages.ToyDecodingStage(config, runtime, modules)

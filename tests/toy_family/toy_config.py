@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ToyPipelineConfig(PipelineConfig):
-    """`cell` is the side in pixels of the square that one latent becomes."""
+    """Config of the toy family. One latent is decoded to a square with a side of `cell` pixels."""
 
     cell: int
     module_loaders: ClassVar[Mapping[str, str]] = {

@@ -1,4 +1,4 @@
-"""Sampling parameters of the toy family: own defaults, an additional parameter, and own rounding."""
+"""Sampling parameters of the toy family: defaults, an additional parameter, and rounding of sizes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from configs.sample.base import ParamWarning, SamplingParams, parameter
 
 @dataclass(frozen=True, kw_only=True)
 class ToySamplingParams(SamplingParams):
-    """Sizes are multiples of the checkpoint's cell."""
+    """Parameters whose height and width are multiples of the checkpoint's cell."""
 
     num_inference_steps: int = 4
     guidance_scale: float = 1.0
-    contrast: float = parameter("How far the speckles stand out.", 1.0, minimum=0.0, maximum=4.0)
+    contrast: float = parameter("Strength of the noise in the image.", 1.0, minimum=0.0, maximum=4.0)
 
     @classmethod
     def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
-        """Four cells per side."""
+        """Return a size of four cells per side."""
         side = 4 * _cell(checkpoint)
         return {"height": side, "width": side}
 

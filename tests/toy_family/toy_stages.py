@@ -1,4 +1,4 @@
-"""Stages of the toy family: simple arithmetic, with every artifact, callback and format of a real family."""
+"""Stages of the toy family: simple arithmetic with the artifacts and callbacks of a real family."""
 
 # ruff: noqa: ARG002  (the signatures of stages are fixed)
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ToyDenoisingStage(PipelineStage[contracts.DenoisingInput, contracts.Denois
         self._gain: Tensor = modules["gain"]
 
     def run(self, x: contracts.DenoisingInput, call: Call) -> contracts.DenoisingOutput:
-        """Run all steps of the schedule; the parameter "contrast" preserves more of the noise."""
+        """Run all steps of the schedule; a higher parameter "contrast" preserves more of the noise."""
         start = 0 if x.resume_from is None else x.resume_from.step
         before = x.initial_latents if x.resume_from is None else x.resume_from.latents
         latents = before.parts["image"].latents

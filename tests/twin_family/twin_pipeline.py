@@ -1,4 +1,4 @@
-"""A family with two variants of one checkpoint, as plugin files: the toy family, and one tinted by an image."""
+"""A family with two variants of one checkpoint: text to image, with or without an image as tint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TEXT_ENCODER = "twin_stages:TwinTextEncodingStage"
 
 
 class TwinPipeline(ToyPipeline):
-    """Text to image, and text and image to image."""
+    """The variant without an image; variants() also lists the variant with an image."""
 
     pipeline_name = "TwinPipeline"
 
@@ -32,7 +32,7 @@ class TwinPipeline(ToyPipeline):
 
     @classmethod
     def variants(cls, checkpoint: Checkpoint) -> Mapping[str, type[ComposedPipeline]]:
-        """Only the second variant needs the module `lens`."""
+        """Return both variants; only the variant "image" requires the module `lens`."""
         del checkpoint
         return {"text": cls, "image": TwinImagePipeline}
 
@@ -45,7 +45,7 @@ class TwinImagePipeline(ToyPipeline):
     given: ClassVar[Mapping[str, str]] = {**ToyPipeline.given, "image_inputs": "ImageInputs"}
 
     def add_stage(self, stage: StageSpec) -> None:
-        """Append a stage; adds image encoding before latent preparation, and a loop that reads the image."""
+        """Append a stage; adds image encoding after text encoding, and replaces the denoiser."""
         match stage.service:
             case "text_encoding":
                 super().add_stage(replace(stage, implementation=_TEXT_ENCODER))

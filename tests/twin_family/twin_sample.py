@@ -1,4 +1,4 @@
-"""Sampling parameters of the twin family's variant with an image: image roles, a default and a parameter."""
+"""Sampling parameters of the variant with an image: image roles, a default and a parameter."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from configs.sample.base import ImageRoles, parameter
 
 @dataclass(frozen=True, kw_only=True)
 class TwinImageSamplingParams(ToySamplingParams):
-    """One image is required, a second one is optional."""
+    """Parameters of the variant with an image; a second image is optional."""
 
     num_inference_steps: int = 6
-    strength: float = parameter("How much the image counts.", 1.0, minimum=0.0, maximum=4.0)
+    strength: float = parameter("Weight of the image's colour.", 1.0, minimum=0.0, maximum=4.0)
 
     @classmethod
     def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:
-        """The second image is optional."""
+        """Return a required and an optional image role."""
         del checkpoint
         return ImageRoles(required=("image",), optional=("image_1",))

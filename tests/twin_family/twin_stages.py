@@ -1,4 +1,4 @@
-"""Stages of the twin family: a text encoder with cached replies, and the stages of the variant with an image."""
+"""Stages of the twin family: a text encoder with cached replies, an image encoder and a denoiser."""
 
 # ruff: noqa: ARG002  (the signatures of stages are fixed)
 from __future__ import annotations
@@ -28,7 +28,7 @@ class TwinTextEncodingStage(ToyTextEncodingStage):
         self._brightness: float = config.brightness
 
     def run(self, x: contracts.TextEncodingInput, call: Call) -> contracts.TextEncodingOutput:
-        """Encode."""
+        """Encode the prompt."""
         colour = super().run(x, call).text_conditioning.prompt_embeds["colour"] * self._brightness
         return contracts.TextEncodingOutput(text_conditioning=Conditioning(prompt_embeds={"colour": colour}))
 
@@ -40,7 +40,7 @@ class TwinImageEncodingStage(PipelineStage[contracts.ImageVAEEncodingInput, cont
         self._lens: Tensor = modules["lens"]
 
     def run(self, x: contracts.ImageVAEEncodingInput, call: Call) -> contracts.ImageVAEEncodingOutput:
-        """Encode at the size of the canvas."""
+        """Encode all images, resized to the canvas."""
         tensors = [as_tensor(each, x.canvas.height, x.canvas.width) for each in open_images(x.image_inputs).values()]
         colour = torch.cat(tensors).mean((0, 2, 3)) * self._lens.float().cpu()
         part = LatentPart(latents=colour[None], raw_latent_shape=(1, 3))

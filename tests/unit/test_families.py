@@ -53,13 +53,13 @@ def test_rows_are_computed_from_the_configs(registry: Registry, monkeypatch: pyt
 
 def test_a_config_without_a_title_is_refused(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FluxPipelineConfig, "title", "")
-    with pytest.raises(ValueError, match="title: FluxPipelineConfig has none"):
+    with pytest.raises(ValueError, match="title: FluxPipelineConfig has no title"):
         families.all_families(registry)
 
 
 def test_configs_that_differ_cannot_share_a_row(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WanImageToVideoPipelineConfig, "title", WanPipelineConfig.title)
-    with pytest.raises(ValueError, match="configs with different deviations"):
+    with pytest.raises(ValueError, match="configs that differ in deviations"):
         families.all_families(registry)
 
 
@@ -71,5 +71,5 @@ def test_a_variant_without_a_checkpoint_is_refused() -> None:
 
 
 def test_a_readme_without_the_marks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"README\.md: .* are not both in it"):
+    with pytest.raises(ValueError, match=r"README\.md: .* are not both present"):
         families.PART.replaced("# README", "| table |\n")

@@ -62,5 +62,5 @@ def test_each_per_call_metric_of_grfc_a66_is_offered_or_has_a_note() -> None:
 
 
 def test_a_readme_without_the_marks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"services/README\.md: .* are not both in it"):
+    with pytest.raises(ValueError, match=r"services/README\.md: .* are not both present"):
         metric_table.PART.replaced("# Services", "| table |\n")

@@ -53,7 +53,9 @@ def test_a_request_of_each_state_is_recorded() -> None:
 
 
 def test_a_checkout_without_the_tag_names_the_command_to_fetch_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(LookupError, match=r"^v9\.9\.9: this checkout lacks it; git fetch --unshallow --tags$"):
+    with pytest.raises(
+        LookupError, match=r"^tag: v9\.9\.9 is not in this checkout; git fetch --unshallow --tags works$"
+    ):
         write_release.commit_of("v9.9.9")
     assert write_release.source_lines("0" * 40) is None
     with pytest.raises(SystemExit) as ended:

@@ -25,7 +25,7 @@ from common.rpc.options import ServerLimits
 from fleet.v1 import worker_pb2, worker_pb2_grpc
 from models.catalog import open_model
 from models.registry import load_registry
-from raw_http2 import PREFACE, SETTINGS_TAKEN, call_headers, cancellation, frame, raw_connection
+from raw_http2 import PREFACE, SETTINGS_ACK, call_headers, cancellation, frame, raw_connection
 from services.worker_server import WorkerService
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
@@ -149,7 +149,7 @@ def _connection_target(live: _Live, loop: asyncio.AbstractEventLoop) -> Target:
     body = frame(0, 1, 1, b"\0\0\0\0\0")
     odd = call_headers(b"/x/\xff", [(b"grpc-timeout", b"1S")], ended=True)
     ping = frame(6, 0, 0, bytes(8))
-    seeds: list[Frames] = [(PREFACE, SETTINGS_TAKEN, ask, body), (PREFACE, ping, odd), (PREFACE, ask, cancellation(1))]
+    seeds: list[Frames] = [(PREFACE, SETTINGS_ACK, ask, body), (PREFACE, ping, odd), (PREFACE, ask, cancellation(1))]
 
     async def send(frames: Frames) -> None:
         async with raw_connection(live.server.address) as connection:
