@@ -161,7 +161,8 @@ def print_cached_loop(
         spent.append(1e3 * took / STEPS)
     say(
         f"A loop of {STEPS} steps: {spent[0]:.1f} ms per step; {spent[1]:.1f} ms with a step cache (threshold "
-        f"{threshold:g}), which reuses {reused} steps; relative L2 error of latents {largest_error(made[1], made[0]):.2e}"
+        f"{threshold:g}), which reuses {reused} steps; relative L2 error of the latents "
+        f"{largest_error(made[1], made[0]):.2e}"
     )
 
 
