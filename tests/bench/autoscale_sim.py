@@ -180,10 +180,12 @@ def main() -> None:
     say()
     print_table(("load", "trace", *(title for each in RIVALS for title in (each.title, "ours"))), results)
     print_table(("load", "other policy", "its setting", "our setting"), chosen)
-    say("The fleet's policy with its best setting, with a minimum of one replica and of zero replicas:")
+    say("Minutes / GPU hours of the fleet's policy with its best setting:")
     say()
-    print_table(("load", "setting", "one replica", "zero"), zero)
-    say("All settings of the fleet's policy, summed over all traces, on the arrivals of the tuning seeds:")
+    print_table(("load", "setting", "minimum of one replica", "minimum of zero replicas"), zero)
+    say(
+        "Minutes / GPU hours of all settings of the fleet's policy, summed over traces, as means over the tuning seeds:"
+    )
     say()
     print_table(("load", "targetSeconds", "window", *(f"headroom {each:g}" for each in HEADROOMS)), grid)
     say(f"CPU seconds of this run: {time.process_time() - began:.0f}")
