@@ -1,7 +1,7 @@
 """Benchmark of attention backends by shape on a GPU; source of models/kernels/attention_table.py.
 
-Queries, keys and values are views of one bfloat16 tensor, as in the models; the head size is 128. Backends alternate in
-every round, so that all run at the same clock rate; figures are the median of the rounds with minimum and maximum.
+Keys and values are strided views of one bfloat16 tensor, as in the models; the head size is 128. Backends alternate in
+every round, so that all run at the same clock rate. A figure is the median of the rounds, with minimum and maximum.
 Errors are relative L2 against float32 attention, for results and log-sum-exp. A backend that is not installed or does
 not support a shape is shown as "-", with its error below the tables.
 
@@ -33,7 +33,7 @@ SHAPES = (
     ("Flux 1024x1024", 24, 4608, 4608),
     ("Flux, ulysses 2", 12, 4608, 4608),
     ("Flux, ring 2", 24, 2304, 4608),
-    ("Flux, a block of ring 2", 24, 2304, 2304),
+    ("Flux, one block of ring 2", 24, 2304, 2304),
     ("Flux 512x512", 24, 1536, 1536),
     ("Qwen-Image 1024x1024", 24, 4296, 4296),
     ("Qwen-Image, ulysses 2", 12, 4296, 4296),
@@ -41,7 +41,7 @@ SHAPES = (
     ("Wan 1.3B 480x832x81", 12, 32760, 32760),
     ("Wan 1.3B, ulysses 2", 6, 32760, 32760),
     ("Wan 1.3B, ring 2", 12, 16380, 32760),
-    ("Wan 1.3B, to the text", 12, 32760, 512),
+    ("Wan 1.3B, cross-attention to the text", 12, 32760, 512),
 )
 """(source, heads, query tokens, key tokens)"""
 
@@ -68,7 +68,7 @@ BACKENDS: Mapping[str, Attend] = {
     "cuDNN": cudnn,
     "SDPA flash": flash,
     "FA3": backends.flash_attention_3,
-    "FA3, last heads apart": flash_attention_3_split_heads,
+    "FA3, last heads in a separate call": flash_attention_3_split_heads,
     "FA4": backends.flash_attention_4,
     "flash-attn 2": backends.flash_attention_2,
 }
@@ -130,8 +130,8 @@ def main() -> None:
         failures |= {f"{backend}: {each.failure}" for backend, each in found.items() if each.failure}
         say(f"measured {name}")
     say()
-    print_table(("TFLOP/s", "heads, queries, keys", *BACKENDS, "the table's"), speeds)
-    print_table(("relative error of the result, of the log-sum-exp", *BACKENDS), errors)
+    print_table(("TFLOP/s", "heads x queries x keys", *BACKENDS, "selected by the models"), speeds)
+    print_table(("error of the result, error of the log-sum-exp", *BACKENDS), errors)
     for line in sorted(failures):
         say(line)
 

@@ -1,10 +1,10 @@
-"""Simulation of stage autoscaling: the fleet's policy compared with queue length and utilisation, on five traces.
+"""Simulation of stage autoscaling: the fleet's policy against queue length and utilisation.
 
 The fleet's policy is the production code, common.scaling and services.cli.replica_policy; service times are committed
-measurements. Each other policy is tuned per load time by a grid search on the arrivals of TUNED_SEEDS; all grids have
-the same size. The objective is the fewest minutes over the SLO in all traces, then the fewest GPU hours. The fleet's
-policy is tuned in the same way, among the settings that need no more GPU hours than the other policy. Results use the
-arrivals of REPORTED_SEEDS.
+measurements. There are five traces. Each other policy is tuned per load time by a grid search on the arrivals of
+TUNED_SEEDS; all grids have the same size. The objective is the fewest minutes over the SLO in all traces, then the
+fewest GPU hours. The fleet's policy is tuned in the same way, among the settings that need no more GPU hours than the
+other policy. Results use the arrivals of REPORTED_SEEDS.
 
 Run it with: python tests/bench/autoscale_sim.py
 """
@@ -125,7 +125,10 @@ RIVALS = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A rival and the fleet's policy within its GPU hours, for one load time; None if no setting qualifies."""
+    """Settings of a rival, and of the fleet's policy within the rival's GPU hours, for one load time.
+
+    `ours` is None if every setting of the fleet's policy needs more GPU hours than the rival.
+    """
 
     rival: Rival
     load_seconds: float
@@ -152,14 +155,16 @@ def compare(tuned: Totals, rival: Rival, load_seconds: float) -> Comparison:
 def main() -> None:
     """Run all simulations and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--load-seconds", type=float, nargs="+", default=LOAD_SECONDS, metavar="S")
+    parser.add_argument(
+        "--load-seconds", type=float, nargs="+", default=LOAD_SECONDS, metavar="S", help="load times of a replica"
+    )
     args = parser.parse_args()
     began = time.process_time()
     tuned, reported = Bench(TUNED_SEEDS), Bench(REPORTED_SEEDS)
     say("# Autoscaling, simulated: minutes over the SLO / GPU hours")
     say()
-    requests = (f"{name} {sum(len(each.arrivals) for each in traces)}" for name, traces in reported.traces.items())
-    say(f"Means over {len(REPORTED_SEEDS)} seeds. Requests of all seeds: {', '.join(requests)}")
+    requests = (f"{name}: {sum(len(each.arrivals) for each in traces)}" for name, traces in reported.traces.items())
+    say(f"Means over {len(REPORTED_SEEDS)} seeds. Requests of all seeds: {'; '.join(requests)}")
     say()
     results: list[Sequence[object]] = []
     chosen: list[Sequence[object]] = []
@@ -171,14 +176,16 @@ def main() -> None:
         chosen += [(f"{load_seconds:g} s", each.rival.title, each.setting, each.ours or "none") for each in comparisons]
         zero.append(_zero_row(tuned, reported, load_seconds))
         grid += _grid_rows(tuned, load_seconds)
-    say("Each other policy, and right of it the fleet's policy within its GPU hours:")
+    say('To the right of each other policy, "ours" is the fleet\'s policy within the GPU hours of that policy:')
     say()
     print_table(("load", "trace", *(title for each in RIVALS for title in (each.title, "ours"))), results)
     print_table(("load", "other policy", "its setting", "our setting"), chosen)
-    say("The fleet's policy with its best setting, never below one replica and down to zero:")
+    say("Minutes / GPU hours of the fleet's policy with its best setting:")
     say()
-    print_table(("load", "setting", "one replica", "zero"), zero)
-    say("All settings of the fleet's policy, all traces together, on the arrivals that serve for tuning:")
+    print_table(("load", "setting", "minimum of one replica", "minimum of zero replicas"), zero)
+    say(
+        "Minutes / GPU hours of all settings of the fleet's policy, summed over traces, as means over the tuning seeds:"
+    )
     say()
     print_table(("load", "targetSeconds", "window", *(f"headroom {each:g}" for each in HEADROOMS)), grid)
     say(f"CPU seconds of this run: {time.process_time() - began:.0f}")

@@ -1,6 +1,6 @@
-"""Writes FLUX.1 with random weights as a Diffusers directory, at published size or tiny for a trial run.
+"""FLUX.1 with random weights as a Diffusers directory, at published size or tiny for a trial run.
 
-Nothing is downloaded: the tokenizers are copied from the emoji model, whose ids are valid in every vocabulary here.
+Nothing is downloaded: the tokenizers are copied from the emoji model, whose token ids are valid in all vocabularies.
 Weights come from the modules' default initialization, on the device and in the requested dtype. The DiT is written in
 shards.
 """

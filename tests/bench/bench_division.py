@@ -1,4 +1,4 @@
-"""Divides a Diffusers pipeline call into the fleet's stages, with hooks."""
+"""Hooks that divide a call of a Diffusers pipeline into the fleet's stages."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def shared_stages(services: Collection[str]) -> dict[str, tuple[str, ...]]:
 def dividing(
     pipeline: Any, meter: StageMeter, services: Collection[str], steps: int, take: Callable[[Tensor], None]
 ) -> Iterator[None]:
-    """Mark the ends of the stages in one call, up to the pixels on the device; `take` receives the last step's latents.
+    """Mark the ends of the stages in one call, up to the pixels on the device.
 
     Text encoding ends with encode_prompt(), which may run once per branch. Image encoding includes resizing for the
-    VAE. A stage for all work before denoising ends at the first prediction.
+    VAE. A stage for all work before denoising ends at the first prediction. `take` receives the latents of the last
+    step.
     """
     denoising = DENOISING if BEFORE in services else PREPARED_DENOISING
     step, decode = pipeline.scheduler.step, pipeline.vae.decode

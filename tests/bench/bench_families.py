@@ -80,11 +80,11 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Family:
-    """A published model: pipeline, modules, and a request whose parameters have the same names on both sides.
+    """A published model with its Diffusers pipeline, modules and request.
 
-    `build_tiny` writes a small checkpoint, `open_tiny` opens it in bfloat16. `modules` builds the modules at published
-    size. `index` adds entries to model_index.json. `small` are the request parameters for the small checkpoint.
-    `image_modes` are Pillow modes, one per input image.
+    Request parameters have the same names on both sides. `build_tiny` writes a small checkpoint, `open_tiny` opens it
+    in bfloat16. `modules` builds the modules at published size. `index` adds entries to model_index.json. `small` are
+    the request parameters for the small checkpoint. `image_modes` are Pillow modes, one per input image.
     """
 
     title: str

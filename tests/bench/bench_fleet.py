@@ -24,7 +24,7 @@ NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class RunningFleet:
-    """A ready `fleet up`. `ready_seconds` is the time from process start to its ready line."""
+    """A ready `fleet up` process. `ready_seconds` is the time from process start to its ready line."""
 
     endpoint: str
     ready_seconds: float
@@ -75,7 +75,10 @@ class Caller:
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
     def generate(self, parameters: api.GenerationParameters, model: str = "") -> Timeline:
-        """Submit, follow and download in one call. Raises RuntimeError if the request does not succeed."""
+        """Submit a request and receive its events and files in one RPC.
+
+        Raises RuntimeError if the request does not succeed.
+        """
         seen = Timeline()
         began = time.perf_counter()
         request = api.SubmitRequest(model=model, parameters=parameters)
@@ -92,7 +95,7 @@ class Caller:
                     seen.files[-1] += reply.data
         seen.finished = time.perf_counter() - began
         if not seen.files:
-            raise RuntimeError(f"no result: {seen.failure}")
+            raise RuntimeError(f"the request ended without a file: {seen.failure}")
         return seen
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""GEMM shapes of the DiTs, and methods that compute them: this project, nvmath.linalg.advanced and torchao."""
+"""GEMM shapes of the DiTs, and their computation by this project, nvmath.linalg.advanced and torchao."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ Call = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """A GEMM (rows, size) x (size, width) with bias; `columns` precede its result in each row of a wider tensor."""
+    """A GEMM (rows, size) x (size, width) with bias.
+
+    The result may be a part of a wider tensor, in which `columns` columns precede it.
+    """
 
     name: str
     rows: int
@@ -88,9 +91,10 @@ COMPILED_SHAPES = (
 
 
 class Operands:
-    """Inputs (SETS, rows, size), weights (SETS, width, size), biases (SETS, width), and a buffer for the result.
+    """Inputs, weights and biases of a shape, and a buffer for the result.
 
-    A separate generator is used, because a failed capture leaves the default generator unusable.
+    Shapes are (SETS, rows, size), (SETS, width, size) and (SETS, width). A separate generator is used, because a failed
+    capture leaves the default generator unusable.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -213,7 +217,7 @@ def torchao_float8(*, per_row: bool, compiled: bool = False) -> Prepare:
             layer.weight, layer.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
             quantize_(layer, config)
             if not type(layer.weight.data).__module__.startswith("torchao"):
-                raise TypeError("torchao left the weight as it was")
+                raise TypeError("torchao did not quantize the weight")
             layers.append(layer)
         run = torch.compile(_apply, dynamic=False, fullgraph=True) if compiled else _apply
 

@@ -1,4 +1,4 @@
-"""Works for worker groups: works of one GPU, and larger works with both classifier-free guidance branches."""
+"""Workloads for worker groups: those of one GPU, and larger ones, some of them with both CFG branches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench_works import WORKS, Work
 
 @dataclass(frozen=True)
 class GroupWork:
-    """A work whose step predicts every branch of `branches` once; branches have inputs of equal shapes."""
+    """A workload whose step predicts each of `branches` once; all branches have inputs of equal shapes."""
 
     work: Work
     branches: tuple[str, ...] = ("positive",)

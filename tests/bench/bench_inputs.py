@@ -14,7 +14,7 @@ LTX2_FRAME_RATE = 24.0
 
 
 def flux_inputs(tiny: bool, side: int = 64) -> tuple[Inputs, Inputs]:
-    """Packed latents of `side` x `side` tokens, and text tokens with a pooled text."""
+    """Packed latents of `side` x `side` tokens, text tokens, and a pooled text embedding."""
     rows, text, width, pooled, channels = (4, 6, 32, 24, 64) if tiny else (side, 512, 4096, 768, 64)
     shared: Inputs = {
         "hidden_states": _normal(1, rows * rows, channels),
@@ -171,7 +171,7 @@ def qwen_layered_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
 def _conditioned_inputs(
     tiny: bool, rows: int, *, made: tuple[int, ...], given: tuple[int, ...], first_text: int
 ) -> tuple[Inputs, Inputs]:
-    """Packed latents of square images; `made` and `given` are the frame positions of generated and input images."""
+    """Packed latents of square images. `made` are frame positions of generated images, `given` of input images."""
     text, width = (6, 24) if tiny else (200, 3584)
     down = torch.arange(float(rows)) - rows // 2
     generator = torch.Generator().manual_seed(1)
@@ -190,7 +190,7 @@ def _conditioned_inputs(
 
 
 def glm_image_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """Latents, 64 glyph bytes, and a prior token for every image token; none is dropped."""
+    """Latents, 64 glyph bytes, and a prior token for every image token; no prior token is dropped."""
     rows, text, width = (8, 6, 32) if tiny else (128, 64, 1472)
     tokens = rows * rows // 4
     shared: Inputs = {
@@ -215,10 +215,11 @@ def ltx2_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
 def ltx2_step(
     *, grid: tuple[int, ...], sound: int, text: int, widths: tuple[int, int], channels: tuple[int, int] = (128, 128)
 ) -> tuple[Inputs, Inputs]:
-    """LTX-2 inputs for (frames, rows, columns) of video latents, and a number of audio latents with one mel bin.
+    """Inputs of one LTX-2 step.
 
-    `text` is the token count; `widths` are text widths and `channels` latent channels, each for (video, audio). The
-    reference takes and returns tokens, ours latents: see ltx2_tokens().
+    `grid` is (frames, rows, columns) of the video latents. `sound` is the number of audio latents, which have one mel
+    bin. `text` is the number of text tokens; `widths` are text widths and `channels` latent channels, each for (video,
+    audio). The reference takes and returns tokens, ours latents: see ltx2_tokens().
     """
     latents: Inputs = {
         "hidden_states": _normal(1, channels[0], *grid),

@@ -1,4 +1,4 @@
-"""LTX-2 with random weights in memory, shared by both sides, at published size or tiny for a trial run.
+"""LTX-2 with random weights in memory for both sides, at published size or tiny for a trial run.
 
 Sizes are those of Lightricks/LTX-2 and Lightricks/LTX-2.3 after Diffusers' conversion, and of google/gemma-3-12b-it.
 Nothing is downloaded or written: weights are drawn on the device, in bfloat16.

@@ -37,7 +37,7 @@ def build_checkpoint(path: Path, seconds: float) -> Path:
 def paced_fleet(
     directory: Path, model: Path, *denoisers: Sequence[str]
 ) -> Iterator[tuple[generation_pb2_grpc.GenerationServiceStub, list[Path]]]:
-    """A fleet without decoders, with one denoiser per set of options; yields the step logs, too."""
+    """A fleet without decoders, with one denoiser per set of options. Yields a stub, and each denoiser's step log."""
     with ExitStack() as stack:
         store = stack.enter_context(EmbeddedStore(appendfsync="always"))
         shared = ("--model", f"paced={model}", "--redis", store.url, "--plugins", str(PLUGINS))
@@ -56,7 +56,7 @@ def paced_fleet(
 
 
 def submission(steps: int, **more: Any) -> api.SubmitRequest:
-    """A request for 81 frames of 480x832 in `steps` steps, without guidance."""
+    """A request for 81 frames of 480x832 without guidance; `more` are other fields of the message."""
     parameters = api.GenerationParameters(
         prompt="a sleeping cat", height=480, width=832, num_frames=81, num_inference_steps=steps, guidance_scale=1.0
     )

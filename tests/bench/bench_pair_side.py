@@ -1,4 +1,4 @@
-"""One checkout's process of step_pairs.py: builds our denoiser of a workload and times its step on request.
+"""Process of one checkout for step_pairs.py: builds our denoiser of a workload and times its step.
 
 Workloads and weights come from step_pairs.py's checkout. DiTs, kernels and bench_steps.py, which calls the denoising
 stage, come from the measured checkout: step_pairs.py puts it first in PYTHONPATH. Commands are JSON lines on stdin,
@@ -44,7 +44,9 @@ def main() -> None:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         imported = Path(models.__path__[0]).parent
         if not imported.samefile(args.tree):
-            raise RuntimeError(f"--tree: {args.tree} is not {imported}, which models is imported from; set PYTHONPATH")
+            raise RuntimeError(
+                f"--tree: {args.tree} is not {imported}, the folder of the imported models; set PYTHONPATH"
+            )
         device = torch.device(args.device)
         try_packages(device)
         side = Side(device, is_tiny=args.scale == "tiny")

@@ -1,4 +1,4 @@
-"""Wrappers of Diffusers' models whose forward() takes tensors, with input images as separate arguments."""
+"""Diffusers' models with other arguments of forward(): batched tensors, and tokens of input images."""
 
 from __future__ import annotations
 

@@ -47,10 +47,10 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 def print_verdict(what: str, measured: float, budget: float, unit: str, *, at_least: bool = False) -> bool:
-    """Print a measured value with its budget; returns whether it is within the budget."""
+    """Print a measured value, its budget, and "ok" or "FAIL"; returns True for "ok"."""
     kept = measured >= budget if at_least else measured <= budget
     relation = "at least" if at_least else "at most"
-    say(f"{'ok  ' if kept else 'OVER'}  {what}: {_cell(measured)} {unit} ({relation} {_cell(budget)} {unit})")
+    say(f"{'ok  ' if kept else 'FAIL'}  {what}: {_cell(measured)} {unit} ({relation} {_cell(budget)} {unit})")
     return kept
 
 

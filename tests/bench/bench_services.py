@@ -15,9 +15,9 @@ from common.tether import tethered
 
 @contextmanager
 def service(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Run `fleet serve NAME ARGUMENTS` in the block, which starts once the service is ready.
+    """Run `fleet serve NAME ARGUMENTS` during the block, which starts when the service is ready.
 
-    Raises RuntimeError with the last output if the process exits before.
+    Raises RuntimeError with the last lines of output if the process exits before it is ready.
     """
     command = [sys.executable, "-m", "services.cli", "serve", name, *arguments]
     with tempfile.TemporaryFile("w+") as notes:

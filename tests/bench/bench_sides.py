@@ -31,8 +31,8 @@ class Side:
 class StageMeter:
     """Measures consecutive stages. Memory allocated at construction counts as weights.
 
-    If a stage ends several times in a round, its times are summed. Over several rounds, the last time and the largest
-    peak are kept, as CUDA graphs allocate at capture, in the first round.
+    If a stage ends several times in a round, its times are summed. The results are the times of the last round, and the
+    largest peaks of all rounds, because CUDA graphs allocate memory at capture, in the first round.
     """
 
     def __init__(self, device: torch.device, side: Side) -> None:

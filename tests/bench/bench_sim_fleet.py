@@ -19,9 +19,9 @@ from common.scaling import StageLoad, StageWork
 
 ROUTE = (("text_encoding", "image_encoding"), ("denoising",), ("decoding",))
 """Services in order; services of one group run concurrently."""
-ASSUMED_SECONDS = 10.0  # of a request at a stage without measurements
-_PACE_DECAY = 0.8
-_LONGEST = 5  # longest simulated time, as a multiple of the trace
+ASSUMED_SECONDS = 10.0  # assumed time of a request at a stage without measurements
+_PACE_DECAY = 0.8  # weight of earlier requests in a pace, relative to the next request
+_LONGEST = 5  # longest simulated time, as a multiple of the duration of the trace
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class StageView:
     """Inputs of a policy. `replicas` counts replicas that load or accept requests; `busy_share` covers the last
     interval.
 
-    `was_active` is whether an open request needed the stage since the last poll, as activity is pushed, too.
+    `was_active` is whether an open request has needed the stage at any time since the last poll: the scaler also pushes
+    activity between polls, as KEDA's push scalers do.
     """
 
     now: float
@@ -79,7 +80,10 @@ class StageView:
 
 
 class Policy(Protocol):
-    """Decides the replicas of one stage; polled every `interval` seconds, and when a stage at zero is needed."""
+    """Decides the number of replicas of one stage.
+
+    It is polled every `interval` seconds, and when a request needs a stage without replicas.
+    """
 
     interval: float
 
@@ -89,7 +93,7 @@ class Policy(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A running request. `group` is its index in the route; `left` stages of that group are unfinished."""
+    """A request in the fleet. `group` is the index of its group in the route, of which `left` stages are unfinished."""
 
     arrival: Arrival
     group: int = -1
@@ -100,7 +104,7 @@ class Request:
 
 @dataclass(eq=False, slots=True)
 class Replica:
-    """A worker; it has computed `request` since `since`."""
+    """A worker. It started to run `request` at the time `since`."""
 
     started: float
     is_ready: bool = False
@@ -110,7 +114,7 @@ class Replica:
 
 
 class Paces:
-    """Moving averages of seconds per step by shape, as the store has them for one stage."""
+    """Moving averages of seconds per step by shape, as the store records them for one stage."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float, int]] = {}
@@ -125,8 +129,10 @@ class Paces:
         )
 
     def seconds_of(self, work: StageWork) -> float | None:
-        """Expected seconds of a request; for an unknown shape, scaled by tokens from the nearest one. None without
-        data."""
+        """Expected seconds of a request; None without data.
+
+        The pace of an unknown shape is scaled by tokens from the shape with the nearest number of tokens.
+        """
         if work.shape in self._sums:
             seconds, steps, _ = self._sums[work.shape]
             return work.steps * seconds / steps
@@ -254,7 +260,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a trace under a policy: requests with their ends, and GPU seconds by stage, without the lead."""
+    """Result of a trace under a policy, without the lead: ended requests, and GPU seconds by stage."""
 
     requests: Sequence[Request]
     gpu_seconds: Mapping[str, float]
@@ -320,7 +326,7 @@ class Simulation:
         heapq.heappush(self._events, (time, next(self._numbers), action))
 
     def _arrive(self, requests: Iterator[Request]) -> None:
-        """Schedule the next arrival, which schedules its successor."""
+        """Schedule the next arrival, which schedules the following one."""
         request = next(requests, None)
         if request is None:
             return
@@ -329,7 +335,7 @@ class Simulation:
             for name in request.arrival.kind.seconds:
                 stage = self.stages[name]
                 stage.open_requests += 1
-                if not stage.replicas:  # activity is pushed, not polled
+                if not stage.replicas:  # the scaler pushes activity before the next poll
                     self._poll(stage)
             self._proceed(request)
             self._arrive(requests)

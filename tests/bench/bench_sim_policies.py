@@ -1,5 +1,7 @@
-"""Autoscaling policies for the simulator: the fleet's scaler value and a queue's length through KEDA and the HPA, and
-thresholds of utilisation.
+"""Autoscaling policies for the simulator.
+
+The fleet's policy and the queue-length policy set replicas through KEDA and the HPA, each with its own metric. The
+utilisation policy adds and removes replicas at two thresholds.
 """
 
 from __future__ import annotations
@@ -16,17 +18,17 @@ from services.cli.replica_policy import ReplicaBounds, ReplicaPolicy
 
 MAX_REPLICAS = 64
 HPA_SECONDS = 15.0  # interval between polls of the HPA
-HPA_PODS = 4  # replicas that the HPA may add per poll, or 100%
+HPA_PODS = 4  # the HPA adds at most this number of replicas or 100% per poll, whichever is larger
 UTILISATION_SECONDS = 5.0
 UTILISATION_COOLDOWN = 30.0
 
 
 @dataclass
 class HpaPolicy:
-    """KEDA and the HPA on a demand for replicas, with ReplicaPolicy, the code of `fleet up --autoscale`.
+    """KEDA and the HPA, simulated by ReplicaPolicy, the code of `fleet up --autoscale`.
 
-    This class adds the HPA's default scale-out limit. `window` is the stabilization window for scale-in in seconds and,
-    with `least` 0, KEDA's cooldown period.
+    `demand` computes the demand for replicas from the load. This class adds the HPA's default scale-out limit. `window`
+    is the stabilization window for scale-in in seconds and, with `least` 0, KEDA's cooldown period.
     """
 
     demand: Callable[[StageLoad], float]
@@ -41,7 +43,7 @@ class HpaPolicy:
         self._policy = ReplicaPolicy(bounds, clock=lambda: self._now, headroom=self.headroom)
 
     def desired(self, view: StageView) -> int:
-        """Replicas that the HPA would set."""
+        """Number of replicas that the HPA would set."""
         self._now = view.now
         wanted = self._policy.decide(view.replicas, is_active=view.was_active, demand=self.demand(view.load))
         return min(wanted, view.replicas + max(view.replicas, HPA_PODS))
@@ -49,7 +51,10 @@ class HpaPolicy:
 
 @dataclass
 class UtilisationPolicy:
-    """Adds replicas above one share of busy time, removes a replica below another, and waits for a cooldown."""
+    """Adds replicas if the busy fraction exceeds `above`, and removes a replica if it is below `below`.
+
+    After a change, it waits for a cooldown.
+    """
 
     above: float
     below: float
@@ -73,9 +78,9 @@ class UtilisationPolicy:
 
 @dataclass(frozen=True)
 class WantedSeconds:
-    """A setting of the fleet's policy; the demand is computed by the coordinators' code for KEDA.
+    """A setting of the fleet's policy; its demand is the metric that the coordinators report to KEDA.
 
-    `target` are the trigger's targetSeconds, `headroom` is that of with_headroom(), and `window` the HPA's
+    `target` is the trigger's targetSeconds, `headroom` the argument of with_headroom(), and `window` the HPA's
     stabilizationWindowSeconds.
     """
 
@@ -92,12 +97,15 @@ class WantedSeconds:
 
 
 def queue_length(headroom: float, window: float) -> Policy:
-    """The HPA on a stage's requests, including running ones; otherwise busy replicas would be removed."""
+    """The HPA on the number of a stage's waiting and running requests.
+
+    Without the running requests, busy replicas would be removed.
+    """
     return HpaPolicy(lambda load: float(load.workers_held + load.waiting_claims), headroom, window)
 
 
 OURS = "wanted seconds"
-_GROWTHS = {0.0: "one", 0.5: "50%", 1.0: "100%"}  # more replicas
+_GROWTHS = {0.0: "one", 0.5: "50%", 1.0: "100%"}  # names of UtilisationPolicy.growth, before "more"
 
 FIXED_UTILISATION = "80% to 20%, one more"
 TARGET_SECONDS = (5.0, 30.0, 120.0)

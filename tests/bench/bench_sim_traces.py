@@ -14,10 +14,11 @@ from common.scaling import StageWork
 from services.cli.stage_seconds import Measurement, Shape, measurements
 
 MINUTE = 60.0
-LEAD = 30 * MINUTE  # lead at the first minute's rate, excluded from results
+LEAD = 30 * MINUTE  # time before the measured part, at its first rate; excluded from the results
 SECONDS = 40 * MINUTE  # measured part
-SPREAD = 0.1  # relative range of service times
-SLO_FIXED, SLO_TIMES = 30.0, 2.0  # SLO: 30 s plus twice the computing time
+SPREAD = 0.1  # service times vary by up to this fraction, in both directions
+SLO_FIXED = 30.0  # fixed part of the SLO latency
+SLO_TIMES = 2.0  # the other part of the SLO latency, as a multiple of the computing time
 ON_CPU = frozenset({"latent_preparation"})
 
 Rate = Callable[[float], float]
@@ -43,7 +44,7 @@ def _flux(steps: int) -> Kind:
 
 
 def _wan(latent_frames: int) -> Kind:
-    """A Wan 2.2 request without an image, in 50 steps. Work scales with latent frames; 121 frames have 31."""
+    """A Wan 2.2 request without an image, in 50 steps. Work scales with latent frames: a video of 121 frames has 31."""
     measured = measurements()["Wan2.2-TI2V-5B"]
     pixels = measured.shape.pixels * latent_frames // 31
     without = ON_CPU | {"image_encoding"}
@@ -52,7 +53,7 @@ def _wan(latent_frames: int) -> Kind:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Requests per second by time, and the fraction of the second of two kinds."""
+    """Requests per second by time; `share` is the fraction of requests of the second kind, by time."""
 
     rate: Rate
     kinds: tuple[Kind, Kind]

@@ -109,7 +109,7 @@ async def _serve(service: str, address: str) -> None:
 
 
 def _serve_raw(path: str) -> None:
-    """Baseline: a TCP server that replies to each 8-byte size with as many bytes; writes its port to `path`."""
+    """Baseline: a TCP server that replies to each 8-byte size with as many bytes. Its port is in the file `path`."""
     data = memoryview(bytearray(64 << 20))
     with socket.create_server(("127.0.0.1", 0)) as server:
         with open(path, "w") as file:

@@ -278,7 +278,7 @@ def _inputs(stages: HostedStages, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def peak_bytes(device: torch.device, run: Any) -> float:
-    """Peak bytes of a run without the weights; NaN without a GPU."""
+    """Peak bytes of a run above the memory in use before, such as the weights; NaN without a GPU."""
     if device.type != "cuda":
         run()
         return math.nan

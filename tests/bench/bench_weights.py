@@ -41,8 +41,10 @@ def on_meta(work: Work, theirs: Any) -> DiffusionTransformer:
 
 
 def over_weights(ours: DiffusionTransformer, state: Mapping[str, Tensor]) -> DiffusionTransformer:
-    """Our model with the reference's tensors or their shards; absent biases become zeros of the first tensor's
-    dtype."""
+    """Our model with the reference's tensors or their shards.
+
+    Biases that the reference does not have become zeros, with the dtype of the first tensor.
+    """
     like = next(iter(state.values()))
     zeros = {name: torch.zeros(ours.get_parameter(name).shape).to(like) for name in absent_biases(ours)}
     ours.load_state_dict({**state, **zeros}, strict=True, assign=True)

@@ -1,4 +1,4 @@
-"""Workloads: denoisers of published size with the inputs of one step, for Diffusers and for this project."""
+"""Workloads: denoisers of published size with inputs of one step, for Diffusers and this project."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ class Work:
     """A model of one size, and the inputs of one step for Diffusers' forward() and ours.
 
     `heads` is the reference's config entry with the number of heads. `latents` are our inputs that change between
-    steps. `parts` converts our predictions to the tuple that the reference returns.
+    steps. `parts` converts our predictions to the tuple that the reference returns. `goal_ms` is the target time of our
+    step on an H100; 0 without a target.
     """
 
     title: str

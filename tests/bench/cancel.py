@@ -1,4 +1,4 @@
-"""Latency from the cancellation of a request to the first step of the next request on the same denoiser.
+"""Latency from a request's cancellation to the next request's first step on the same denoiser.
 
 A long request is ended by CancelRequest, by a disconnected caller and by its deadline, while another request waits for
 the same worker. The time until the worker starts the other request's first step comes from its step log. Run it with:
@@ -21,11 +21,12 @@ from fleet.v1 import generation_pb2 as api
 from fleet.v1 import generation_pb2_grpc
 
 Stub = generation_pb2_grpc.GenerationServiceStub
-LONG, SHORT = 1_000, 3  # steps of the cancelled request and of the next one
-BEYOND_MS = 100.0
+LONG = 1_000  # steps of the cancelled request
+SHORT = 3  # steps of the next request
+BEYOND_MS = 100.0  # budget in addition to one step
 
 Method = Callable[[Stub], Iterator[str | int]]
-"""Yields the id of a submitted request; then ends the request and yields the time, in ns of the monotonic clock."""
+"""Ends a request: yields its id, then the time of its end, in ns of the monotonic clock."""
 
 
 def by_call(stub: Stub) -> Iterator[str | int]:
@@ -75,10 +76,10 @@ def time_to_next(stub: Stub, log: Path, method: Method) -> float:
 def main() -> None:
     """Measure all methods and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--sleep-ms", type=float, default=25.0, help="time of the transformer; UniPC adds to it")
+    parser.add_argument("--rounds", type=int, default=10, help="cancellations per method")
+    parser.add_argument("--sleep-ms", type=float, default=25.0, help="transformer time per step, without UniPC")
     args = parser.parse_args()
-    print_machine(f"Cancelling: {args.rounds} times per method")
+    print_machine(f"Cancellation, {args.rounds} times per method")
     found: dict[str, list[float]] = {method: [] for method in METHODS}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -90,9 +91,9 @@ def main() -> None:
         begins = [int(line) / 1e6 for line in log.read_text().split()]
     step = median(after - before for before, after in itertools.pairwise(begins))
     rows = [(method, median(times), max(times)) for method, times in found.items()]
-    print_table(("ms until the next request's first step", "median", "most"), rows)
+    print_table(("ms until the next request's first step, after", "median", "maximum"), rows)
     times = [each for method in found.values() for each in method]
-    print_verdict(f"p90, at {step:.0f} ms a step", quantile(times, 0.9), step + BEYOND_MS, "ms")
+    print_verdict(f"p90, with steps of {step:.0f} ms", quantile(times, 0.9), step + BEYOND_MS, "ms")
 
 
 if __name__ == "__main__":

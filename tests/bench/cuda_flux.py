@@ -1,10 +1,10 @@
-"""All Flux stages on CUDA compared with Diffusers in one run: the emoji model, and full-size FLUX.1 with random
-weights.
+"""All Flux stages on CUDA in a fleet of processes, compared with Diffusers in one run.
 
-Diffusers runs first and is timed per stage, with a device synchronization around each. After it has released the GPU,
-the fleet starts as separate processes and runs the same directory, prompt and seed. The output has stage times, the
-relative error of the latents, and the error of the pixels. No network is needed: the full checkpoint (34 GB) is
-generated on the GPU, written to --directory and removed at the end. GPU memory: at most about 40 GB.
+The models are the emoji model and full-size FLUX.1 with random weights. Diffusers runs first and is timed per stage,
+with a device synchronization before and after each stage. After it has released the GPU, the fleet starts as separate
+processes and runs the same directory, prompt and seed. The output has stage times, the relative error of the latents,
+and the error of the pixels. No network is needed: the full checkpoint (34 GB) is generated on the GPU, written to
+--directory and removed at the end. GPU memory: at most about 40 GB.
 
 Run it with: python tests/bench/cuda_flux.py; to try it without a GPU: --device cpu --scale tiny
 """
@@ -71,8 +71,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=tuple(SCALES))
     parser.add_argument("--steps", type=int, default=28, help="steps of the full-size model")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "flux-random")
+    parser.add_argument("--repeats", type=int, default=3, help="timed requests per side")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "flux-random",
+        help="temporary folder of the random FLUX.1 checkpoint",
+    )
     args = parser.parse_args()
     device = torch.device(args.device)
     try_packages(device)
@@ -99,7 +104,10 @@ def main() -> None:
 
 
 def measure(case: Case, device: torch.device, repeats: int, exact: Tensor | None = None) -> Tensor:
-    """Run both sides, print times and errors, and return Diffusers' latents; `exact` are its float32 latents."""
+    """Run both sides, print times and errors, and return Diffusers' latents.
+
+    `exact` are the latents of Diffusers in float32.
+    """
     began = time.perf_counter()
     theirs = draw_with_diffusers(case, device, repeats)
     empty(device)
@@ -121,7 +129,7 @@ def measure(case: Case, device: torch.device, repeats: int, exact: Tensor | None
         apart = f"fleet {_error(ours.latents, exact):.2e}, Diffusers {_error(theirs.latents, exact):.2e}"
         say(f"Latents against Diffusers in float32: {apart}")
     say(f"Pixels in [0, 1]: largest difference {float(difference.max()):.4f}, mean {float(difference.mean()):.6f}")
-    say(f"Ready in {ready:.1f} s; Diffusers took {loaded - began:.0f} s in all, loading included")
+    say(f"The fleet was ready in {ready:.1f} s. Diffusers took {loaded - began:.0f} s in total, including loading")
     say()
     return theirs.latents
 
@@ -184,7 +192,7 @@ def _reference(
 
 
 def draw_with_fleet(case: Case, endpoint: str, repeats: int) -> SideResult:
-    """Run the request on the fleet, after a short warm-up. A stage lasts until the start of the next one."""
+    """Run the request on the fleet, after a short warm-up. A stage lasts until the start of the next stage."""
     caller = Caller(endpoint)
     caller.generate(_parameters(case, steps=2))
     runs = [caller.generate(_parameters(case, steps=case.steps)) for _ in range(repeats)]

@@ -1,9 +1,9 @@
 """All LTX-2 stages on CUDA compared with Diffusers in one run: random weights of published size.
 
-Both sides share the weights in memory, as two copies of 68 GB (LTX-2) or 71 GB (LTX-2.3) would not fit. Diffusers'
-pipelines run first, divided into stages; then the fleet's stages run in this process, without RPCs (cuda_flux.py
-includes RPCs). The output has times and peak memory of the stages, the relative error of the latents, and time and
-error of one prediction against Diffusers' model in float32. No network and no disk space are needed.
+Both sides share the weights in GPU memory, which is too small for two copies of 68 GB (LTX-2) or 71 GB (LTX-2.3).
+Diffusers' pipelines run first, divided into stages; then the fleet's stages run in this process, without RPCs
+(cuda_flux.py includes RPCs). The output has times and peak memory of the stages, the relative error of the latents, and
+time and error of one prediction against Diffusers' model in float32. No network and no disk space are needed.
 
 Run it with: python tests/bench/cuda_ltx2.py; to try it without a GPU: --device cpu --scale tiny
 """
@@ -105,11 +105,11 @@ def main() -> None:
 
 
 def print_modules(modules: Modules, seconds: float) -> None:
-    """Print the parameter counts of the modules."""
+    """Print the parameter counts of the modules, and the time to draw them."""
     networks = {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
     counts = {name: sum(each.numel() for each in module.parameters()) / 1e9 for name, module in networks.items()}
     print_table(("module", "1e9 parameters"), counts.items())
-    say(f"{sum(counts.values()):.1f}e9 random parameters in {seconds:.1f} s")
+    say(f"{sum(counts.values()):.1f}e9 random parameters, drawn in {seconds:.1f} s")
     say()
 
 
@@ -166,7 +166,10 @@ def run_diffusers(modules: Modules, case: Case, device: torch.device) -> Side:
 
 
 def with_hooks(modules: Modules, meter: StageMeter, preparation: str) -> None:
-    """Mark stage ends in one call: text encoding at the connectors' return, preparation at the first prediction."""
+    """Mark the ends of two stages in one call.
+
+    Text encoding ends when the connectors return, preparation at the first prediction.
+    """
 
     def end_text(*_: object) -> None:
         meter.end("text_encoding")
@@ -204,7 +207,7 @@ def run_stages(modules: Modules, transformer: OurTransformer, case: Case, device
         if spec.service == "decoding":
             meter.restart()
             stages.run({**inputs, "canvas": replace(inputs["canvas"], output_format="mp4")}, Call("bench"))
-            meter.end(f"decoding, with the MP4 of noise ({os.cpu_count()} cores)")
+            meter.end(f"decoding to MP4 (noise, {os.cpu_count()} cores)")
         slots |= outputs
         del stages
         empty(device)
@@ -251,7 +254,7 @@ def measure_prediction(theirs: Any, ours: OurTransformer, size: Request, device:
         ("", "ms", "fastest", "error of video", "error of audio"),
         [(name, median(each), min(each), *(f"{value:.2e}" for value in errors[name])) for name, each in spent.items()],
     )
-    say(f"Ours takes {median(spent['ours']) / median(spent['Diffusers']):.2f} of Diffusers")
+    say(f"Ours takes {median(spent['ours']) / median(spent['Diffusers']):.2f} times as long as Diffusers")
 
 
 def step_sizes(ours: OurTransformer, size: Request) -> Request:

@@ -1,8 +1,9 @@
-"""All Qwen-Image stages on CUDA compared with Diffusers in one run: random weights of published size, 1024x1024.
+"""All Qwen-Image stages on CUDA at 1024x1024, compared with Diffusers in one run.
 
-Both sides share the weights in memory, as two copies of 58 GB would not fit. Diffusers' pipeline runs first, stage by
-stage; then the fleet's stages run in this process, without RPCs (cuda_flux.py includes RPCs). The output has stage
-times and the relative error of the latents. No network and no disk space are needed; GPU memory is about 70 GB.
+Weights are random, of published size. Both sides share them in GPU memory, which is too small for two copies of 58 GB.
+Diffusers' pipeline runs first, stage by stage; then the fleet's stages run in this process, without RPCs (cuda_flux.py
+includes RPCs). The output has stage times and the relative error of the latents. No network and no disk space are
+needed; GPU memory is about 70 GB.
 
 Run it with: python tests/bench/cuda_qwen_image.py; to try it without a GPU: --device cpu --scale tiny
 """

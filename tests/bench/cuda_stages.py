@@ -1,11 +1,11 @@
-"""All stages of a model family on CUDA compared with Diffusers in one run: random weights of published size.
+"""All stages of a model family on CUDA, compared with Diffusers in one run.
 
-Both sides share the weights in memory. Diffusers' pipeline runs first: hooks divide its call into stages; its denoising
-includes the preparation of latents and timesteps, for which the fleet has a separate stage. Then the fleet loads its
-stages from these modules and runs them in this process, without RPCs (cuda_flux.py includes RPCs). Input images are
-noise: Diffusers takes them decoded, the fleet's stages decode PNG files. Each side runs once for warm-up and once
-timed. The output has times, peak memory without the weights, and the relative error of the latents. No network and no
-disk space are needed.
+Weights are random, of published size; both sides share them in memory. Diffusers' pipeline runs first: hooks divide its
+call into stages; its denoising includes the preparation of latents and timesteps, for which the fleet has a separate
+stage. Then the fleet loads its stages from these modules and runs them in this process, without RPCs (cuda_flux.py
+includes RPCs). Input images are noise: Diffusers takes them decoded, the fleet's stages decode PNG files. Each side
+runs once for warm-up and once timed. The output has times, peak memory without the weights, and the relative error of
+the latents. No network and no disk space are needed.
 
 Run it with: python tests/bench/cuda_stages.py --family z-image; to try it without a GPU: --device cpu --scale tiny.
 With --swap-experts, the fleet has one of two denoisers on the GPU at a time. With --float32, Diffusers also runs in
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=("full", "tiny"))
     parser.add_argument("--steps", type=int, default=8, help="denoising steps")
-    parser.add_argument("--swap-experts", action="store_true", help="swap the experts of wan-a14b")
+    parser.add_argument("--swap-experts", action="store_true", help="hold one expert of wan-a14b on the GPU at a time")
     parser.add_argument("--float32", action="store_true", help="also print errors against Diffusers in float32")
     args = parser.parse_args()
     device, family = torch.device(args.device), FAMILIES[args.family]
@@ -151,8 +151,10 @@ def case_of(family: Family, model: ServedModel, modules: Modules, request: Mappi
 
 
 def pipeline_of(family: Family, directory: Path, device: torch.device, *, is_tiny: bool) -> Any:
-    """Build Diffusers' pipeline on the device, with the small checkpoint's tokenizers and schedulers; prints its
-    sizes."""
+    """Build Diffusers' pipeline on the device, with the small checkpoint's tokenizers and schedulers.
+
+    Print the sizes of its modules.
+    """
     began = now(device)
     pipeline: Any = family.open_small(directory).to(device)
     if not is_tiny:
@@ -163,7 +165,7 @@ def pipeline_of(family: Family, directory: Path, device: torch.device, *, is_tin
         each.requires_grad_(False).eval()
     counts = {name: sum(value.numel() for value in each.parameters()) / 1e9 for name, each in networks.items()}
     print_table(("module", "1e9 parameters"), counts.items())
-    say(f"{sum(counts.values()):.1f}e9 random parameters in {now(device) - began:.1f} s")
+    say(f"{sum(counts.values()):.1f}e9 random parameters, drawn in {now(device) - began:.1f} s")
     print_memory("Weights", device)
     say()
     return pipeline
@@ -235,7 +237,7 @@ def run_in_float32(pipeline: Any, case: Case) -> Side:
         needed, total = float32_bytes(networks), torch.cuda.get_device_properties(case.device).total_memory
         if needed > 0.9 * total:
             sizes = f"weights of {needed / 1e9:.0f} GB are not below 90% of {total / 1e9:.0f} GB"
-            raise RuntimeError(f"--float32: {sizes}; this family needs a run without it")
+            raise RuntimeError(f"--float32: {sizes}; run this family without --float32")
     side = Side()
 
     def take(latents: Tensor) -> None:

@@ -61,7 +61,7 @@ def print_streams(denoising: Timeline, decoding: Timeline, both: Timeline, *, is
     """Print the times, and whether first block and overlap are within their budgets."""
     frames = sum(both.frames)
     print_table(
-        ("seconds", "first block", "first second of video", "whole", "frames per second"),
+        ("seconds", "first block", "first second of video", "whole video", "frames per second"),
         [
             ("denoising alone", denoising.blocks[0], "-", denoising.total, frames / denoising.total),
             (
@@ -71,11 +71,11 @@ def print_streams(denoising: Timeline, decoding: Timeline, both: Timeline, *, is
                 decoding.total,
                 frames / decoding.total,
             ),
-            ("both at once", both.parts[0], both.seconds_to(FRAME_RATE), both.total, frames / both.total),
+            ("both concurrently", both.parts[0], both.seconds_to(FRAME_RATE), both.total, frames / both.total),
         ],
     )
     own = denoising.blocks[0] + decoding.parts[0]
-    print_verdict("first block to be shown", both.parts[0], FIRST_BLOCK_WITHIN * own, "s")
+    print_verdict("first block available", both.parts[0], FIRST_BLOCK_WITHIN * own, "s")
     one_block = min(denoising, decoding, key=lambda each: each.total)
     longest, blocks = max(denoising.total, decoding.total), len(both.parts)
     budget = TOTAL_WITHIN * longest + one_block.total / blocks

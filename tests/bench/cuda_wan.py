@@ -1,9 +1,10 @@
 """All Wan stages on CUDA compared with Diffusers in one run: random weights of published size.
 
-Wan 2.1 text-to-video, or Wan 2.2 TI2V-5B for text and image. Diffusers' modules run first and are timed stage by stage;
-after they are freed, the fleet's stages run in this process, without RPCs (cuda_flux.py includes RPCs). The output has
-times and peak memory of the stages (without the weights), and the relative error of the latents. No network is needed:
-the checkpoint (15 or 22 GB, including UMT5-XXL) is generated on the GPU, written to --directory and removed at the end.
+The model is Wan 2.1 with text, or Wan 2.2 TI2V-5B with text and then also with an image. Diffusers' modules run first
+and are timed stage by stage; after they are freed, the fleet's stages run in this process, without RPCs (cuda_flux.py
+includes RPCs). The output has times and peak memory of the stages (without the weights), and the relative error of the
+latents. No network is needed: the checkpoint (15 or 22 GB, including UMT5-XXL) is generated on the GPU, written to
+--directory and removed at the end.
 
 Run it with: python tests/bench/cuda_wan.py; to try it without a GPU: --device cpu --scale tiny
 """
@@ -124,7 +125,12 @@ def main() -> None:
     parser.add_argument("--model", default="wan2.1", choices=tuple(SCALES))
     parser.add_argument("--scale", default="full", choices=("full", "tiny"))
     parser.add_argument("--steps", type=int, default=4, help="denoising steps")
-    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "wan-random")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "wan-random",
+        help="temporary folder of the random checkpoint",
+    )
     args = parser.parse_args()
     device, scale = torch.device(args.device), SCALES[args.model][args.scale]
     try_packages(device)
@@ -253,7 +259,7 @@ def run_stages(
         if spec.service == "decoding":
             meter.restart()
             stages.run({**inputs, "canvas": replace(inputs["canvas"], output_format="mp4")}, Call("bench"))
-            meter.end(f"decoding, with the MP4 of noise ({os.cpu_count()} cores)")
+            meter.end(f"decoding to MP4 (noise, {os.cpu_count()} cores)")
             side.latents["video"] = inputs["denoised_latents"].parts["video"].latents
             side.spent[FRAMES_ALONE] = decode_frames(model, side.latents["video"], device, dtype)
         del stages

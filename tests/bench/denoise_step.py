@@ -1,8 +1,9 @@
-"""One denoising step at published size: ours compared with Diffusers, eager and compiled, on the same weights.
+"""One denoising step at published size: ours compared with eager and compiled Diffusers.
 
-Weights are random bfloat16 values. Sides alternate and are timed with CUDA events, so that both run at the same GPU
-temperature. Ours runs as in the denoising stage: the request is prepared once, which is reported separately, then each
-step replays a CUDA graph. Errors are relative L2 against Diffusers' model in float32. Memory excludes the weights.
+Both sides have the same weights, random bfloat16 values. Sides alternate and are timed with CUDA events, so that both
+run at the same GPU temperature. Ours runs as in the denoising stage: the request is prepared once, which is reported
+separately, then each step replays a CUDA graph. Errors are relative L2 against Diffusers' model in float32. Memory
+excludes the weights.
 
 Run it with: python tests/bench/denoise_step.py; to try it without a GPU: --device cpu --scale tiny
 """
@@ -39,16 +40,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=("full", "tiny"))
-    parser.add_argument("--work", nargs="*", default=list(WORKS), choices=tuple(WORKS))
+    parser.add_argument("--work", nargs="*", default=list(WORKS), choices=tuple(WORKS), help="default: all")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of five steps")
     parser.add_argument("--compile", action="store_true", help="also time Diffusers with compiled repeated blocks")
-    parser.add_argument("--linear-dtype", choices=("same", "float8"), default="same", help="also time ours in float8")
-    parser.add_argument("--step-cache", type=float, help="also run a loop with a step cache of this threshold")
-    parser.add_argument("--profile", type=Path, help="folder for tables of our kernel times")
+    parser.add_argument(
+        "--linear-dtype", choices=("same", "float8"), default="same", help="float8: also time ours in it"
+    )
+    parser.add_argument("--step-cache", type=float, help="also run a loop whose step cache has this threshold")
+    parser.add_argument("--profile", type=Path, help="folder for files with our kernel times")
     args = parser.parse_args()
     device = torch.device(args.device)
     try_packages(device)
-    print_machine(f"A denoising step on {args.device}, ours next to Diffusers")
+    print_machine(f"A denoising step on {args.device}: ours and Diffusers")
     if device.type == "cuda":
         say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")  # type: ignore[no-untyped-call]
         say()
@@ -59,7 +62,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
-    """Build both sides, compare their results, time them alternately, print."""
+    """Build both sides, compare their results, time them alternately, and print a table."""
     tiny = args.scale == "tiny"
     theirs = build_reference(work, device, tiny=tiny)
     ours = same_weights(work, theirs)
@@ -105,13 +108,13 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
             for name in spent
         ],
     )
-    say(f"Ours prepares a request of {STEPS} steps in {once:.1f} ms, {once / STEPS:.2f} ms a step")
+    say(f"Ours prepares a request of {STEPS} steps in {once:.1f} ms, which is {once / STEPS:.2f} ms per step")
     for name in spent:
         if name.startswith("Diffusers"):
             goal = f"; goal {work.goal_ms} ms" if work.goal_ms else ""
-            say(f"Ours takes {median(spent['ours']) / median(spent[name]):.2f} of {name}{goal}")
+            say(f"Ours takes {median(spent['ours']) / median(spent[name]):.2f} times as long as {name}{goal}")
         elif name != "ours":
-            say(f"{name} takes {median(spent[name]) / median(spent['ours']):.2f} of ours")
+            say(f"{name} takes {median(spent[name]) / median(spent['ours']):.2f} times as long as ours")
     if args.step_cache is not None:
         print_cached_loop(ours, latents, timestep, our_inputs, args.step_cache)
     say()
@@ -157,15 +160,16 @@ def print_cached_loop(
         made.append(tuple(each.double() for each in latents.values()))
         spent.append(1e3 * took / STEPS)
     say(
-        f"A loop of {STEPS} steps: {spent[0]:.1f} ms a step, and {spent[1]:.1f} ms with a step cache of {threshold:g}, "
-        f"which reuses {reused} steps; relative L2 of its latents {largest_error(made[1], made[0]):.2e}"
+        f"A loop of {STEPS} steps: {spent[0]:.1f} ms per step; {spent[1]:.1f} ms with a step cache (threshold "
+        f"{threshold:g}), which reuses {reused} steps; relative L2 error of the latents "
+        f"{largest_error(made[1], made[0]):.2e}"
     )
 
 
 def print_first_requests(
     ours: DiffusionTransformer, latents: Mapping[str, Tensor], timesteps: Tensor, inputs: Inputs
 ) -> None:
-    """Time three requests of three steps, including preparation: the warm-up, the first and the second request."""
+    """Time three steps, including preparation, of the warm-up, the first and the second request."""
 
     pool = new_pool(timesteps.device)
 
@@ -176,8 +180,8 @@ def print_first_requests(
 
     spent = [1e3 * timed(partial(request, steps), timesteps.device) for steps in (WARM_UP_STEPS, STEPS, STEPS)]
     say(
-        f"{WARM_UP_STEPS} steps with their preparation: {spent[0]:.1f} ms to warm up, then {spent[1]:.1f} ms in the "
-        f"first request and {spent[2]:.1f} ms in the second, that is {spent[1] / spent[2]:.2f} of the second's"
+        f"{WARM_UP_STEPS} steps with preparation: {spent[0]:.1f} ms in the warm-up, {spent[1]:.1f} ms in the first "
+        f"request, {spent[2]:.1f} ms in the second request; first / second: {spent[1] / spent[2]:.2f}"
     )
     say()
 

@@ -1,14 +1,15 @@
-"""One denoising step at published size on several GPUs: our worker group vs Diffusers' context parallelism.
+"""One denoising step on several GPUs: our worker group against Diffusers' context parallelism.
 
-Every rank builds the same random weights, in bfloat16. Our side runs with the given degrees; Diffusers runs with
-Ulysses over all ranks, on one rank without parallelism, and compiled by repeated blocks if requested. Both sides
-alternate and are timed by CUDA events; the time of the slowest rank counts. Guided works predict two branches per step:
-ours divides them among the ranks of the cfg axis, Diffusers predicts one after the other. Errors are relative L2 of the
-first branch against Diffusers' model in float32 on one rank. Memory is the peak beside the weights on rank 0.
+Every rank builds the same random weights of published size, in bfloat16. Our side runs with the given degrees;
+Diffusers runs with Ulysses over all ranks, on one rank without parallelism, and compiled by repeated blocks if
+requested. Both sides alternate and are timed by CUDA events; the time of the slowest rank counts. Guided works predict
+two branches per step: ours divides them among the ranks of the cfg axis, Diffusers predicts one after the other. Errors
+are relative L2 of the first branch against Diffusers' model in float32 on one rank. Memory is the peak beside the
+weights on rank 0.
 
-Run it with: torchrun --nproc-per-node 2 tests/bench/denoise_step_group.py --ulysses 2; the number of GPUs
-must equal the product of the degrees. To check it without GPUs, add --device cpu --scale tiny --alone: Diffusers'
-parallelism needs GPUs, and its Ulysses needs token counts that are divisible by the number of ranks
+Run it with: torchrun --nproc-per-node 2 tests/bench/denoise_step_group.py --ulysses 2; the number of GPUs must equal
+the product of the degrees. To check it without GPUs, add --device cpu --scale tiny --alone: Diffusers' parallelism
+needs GPUs, and its Ulysses needs token counts that are divisible by the number of ranks
 """
 
 from __future__ import annotations
@@ -51,17 +52,17 @@ LONG_STEP_MS = 1500.0
 
 
 def main() -> None:
-    """Measure the requested works; rank 0 prints."""
+    """Measure the selected workloads; rank 0 prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=("full", "tiny"))
-    parser.add_argument("--work", nargs="*", default=["flux", "wan"], choices=tuple(GROUP_WORKS))
+    parser.add_argument("--work", nargs="*", default=["flux", "wan"], choices=tuple(GROUP_WORKS), help="workloads")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of five steps, or of one long step")
     for axis in reversed(AXES):
-        parser.add_argument(f"--{axis}", type=int, default=1)
+        parser.add_argument(f"--{axis}", type=int, default=1, help=f"ranks of the {axis} axis")
     parser.add_argument("--compile", action="store_true", help="compile Diffusers by repeated blocks")
-    parser.add_argument("--alone", action="store_true", help="leave Diffusers out")
-    parser.add_argument("--no-float32", action="store_true", help="leave the float32 reference and the errors out")
+    parser.add_argument("--alone", action="store_true", help="measure only ours")
+    parser.add_argument("--no-float32", action="store_true", help="skip the float32 reference and the errors")
     args = parser.parse_args()
     if "LOCAL_RANK" not in os.environ:
         parser.error("LOCAL_RANK is not set; start this program with torchrun --nproc-per-node RANKS")
@@ -75,7 +76,7 @@ def main() -> None:
     degrees = Degrees(**{axis: getattr(args, axis) for axis in AXES})
     mesh = make_mesh(degrees, device, one_host=one_host)
     if mesh.rank == 0:
-        print_machine(f"A denoising step, {degrees}, on {args.device}")
+        print_machine(f"A denoising step on {args.device}, {degrees}")
         if device.type == "cuda":
             say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, NCCL {torch.cuda.nccl.version()}")  # type: ignore[no-untyped-call]
             say()
@@ -87,7 +88,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(group_work: GroupWork, mesh: WorkerMesh, args: argparse.Namespace) -> None:
-    """Build both sides, compare their results, time them alternately, print."""
+    """Build both sides, compare their results, time them alternately, and print a table."""
     work, device, tiny = group_work.work, mesh.device, args.scale == "tiny"
     theirs = build_reference(work, device, tiny=tiny)
     their_inputs, our_inputs = (on(device, given) for given in work.inputs(tiny))
@@ -113,7 +114,7 @@ def measure(group_work: GroupWork, mesh: WorkerMesh, args: argparse.Namespace) -
         return
     say(f"## {work.title}{' (tiny)' if tiny else ''}")
     say()
-    header = ("", "ms a step", "fastest", "communication, ms", "exposed, share", "peak GB", "error")
+    header = ("", "ms per step", "fastest", "communication, ms", "exposed fraction", "GB without weights", "error")
     rows = [
         (
             name,
@@ -181,13 +182,13 @@ def sharded_weights(work: Work, theirs: Any, mesh: WorkerMesh) -> DiffusionTrans
 
 
 def make_parallel(theirs: Any, device: torch.device, ranks: int, *, compiled: bool) -> None:
-    """Shard the sequence of Diffusers' model over all ranks, with its fastest attention backend on the GPU."""
+    """Shard the sequence of Diffusers' model over all ranks; on a GPU, use its fastest attention."""
     if device.type == "cuda":
         theirs.set_attention_backend("_native_cudnn")
     if ranks > 1:
         theirs.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
     if compiled:
-        # Not as one graph: the compiler cannot trace the sharding of Wan's tensors.
+        # Without fullgraph=True, because the compiler cannot trace the sharding of Wan's tensors.
         theirs.compile_repeated_blocks()
 
 
@@ -196,7 +197,7 @@ def in_rounds(
 ) -> dict[str, list[float]]:
     """Milliseconds of each side's steps on the slowest rank, one value per round; the sides alternate."""
     for name, run in sides.items():
-        # The third call of a short step: compilers and graphs are ready.
+        # For a short step, this is the third call, after which compilers and graphs are ready.
         for _ in range(calls[name] // CALLS):
             run()
     spent: dict[str, list[float]] = {name: [] for name in sides}

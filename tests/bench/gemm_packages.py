@@ -1,4 +1,4 @@
-"""Our cuBLASLt GEMM compared with nvmath.linalg.advanced, and our float8 linear with torchao, on one GPU.
+"""Our cuBLASLt GEMM against nvmath.linalg.advanced, and our float8 linear against torchao, on one GPU.
 
 Every method runs eagerly and in a CUDA graph, for GEMM shapes of the DiTs. `error` is the larger relative L2 error of
 both runs against float32. `host us` is the time in which Python enqueues a call; `graph us` is the GPU time of a call
@@ -6,8 +6,8 @@ in a graph. Figures are medians of rounds in which the methods alternate, so tha
 are ours / theirs: above 1, theirs is faster. A method that fails is shown as "-", with its error below the table.
 
 Matmul objects are planned once per shape. Each call sets its operands by reset_operands_unchecked(), or by
-reset_operands() in columns named "checked". Matmul objects and our GEMM have no workspace; columns named "workspace"
-have the library's default.
+reset_operands() if the method is named "checked". Matmul objects and our GEMM have no workspace, except those
+named "workspace", which have the library's default.
 
 Run it with: python tests/bench/gemm_packages.py; it needs nvmath-python with cuda-core, and torchao
 """
@@ -92,7 +92,7 @@ def _causes(error: BaseException) -> str:
 class CapturedCalls:
     """Calls within one CUDA graph, the last of them on the first set. Raises the errors of capturing.
 
-    The graph reads the weights of `call` and launches its compiled kernels: `call` lives as long as the graph.
+    It holds a reference to `call`, because the graph reads its weights and launches its compiled kernels.
     """
 
     def __init__(self, call: Call, calls: int, *, warm_up: bool = True) -> None:
@@ -201,7 +201,7 @@ def measure_all(shapes: Sequence[Shape], methods: Callable[[Shape], Mapping[str,
     ratios: dict[str, list[tuple[float, float]]] = {}
     for shape in shapes:
         if time.monotonic() > until:
-            failures.setdefault("not measured, out of time", []).append(shape.title)
+            failures.setdefault("not measured before the time limit", []).append(shape.title)
             continue
         case = Figures(shape.title)
         with case.step("shape"):
@@ -259,7 +259,7 @@ def try_planning_within_capture() -> None:
             figures.error = operands.error(graph.result, exact)
         with figures.step("free"):
             stack.close()
-        say(f"planned within a capture, {name}: {'; '.join(figures.failures) or f'error {figures.error:.2e}'}")
+        say(f"first call within a capture, {name}: {'; '.join(figures.failures) or f'error {figures.error:.2e}'}")
 
 
 def _planned_at_first(prepare: Prepare, operands: Operands, stack: ExitStack) -> Call:
@@ -279,7 +279,7 @@ def main() -> None:
     """Measure all tables and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=75.0, help="time after which no further shape is started")
-    parser.add_argument("--only", choices=("gemm", "float8"), help="print only one of the tables")
+    parser.add_argument("--only", choices=("gemm", "float8"), help="measure only one of the two parts")
     args = parser.parse_args()
     began = time.monotonic()
     print_machine("GEMM and float8 linear layers, ours against packages")

@@ -1,9 +1,10 @@
-"""Latency of a hop between stages by payload size: producer, coordinator and consumer in three processes.
+"""Latency of a hop between stages by payload size.
 
-The output has the whole hop (from the end of the producer's stage to the start of the consumer's), its two halves, its
-parts other than transfer (measured separately on one thread), a raw TCP transfer of as many bytes into an existing
-buffer, the longest stall of the coordinator's event loop, and the coordinator's memory above its idle state. Sizes are
-Flux's latents and embeddings, Wan's latents, and a large one. Run it with: python tests/bench/hops.py
+Producer, coordinator and consumer are three processes. The output has the whole hop (from the end of the producer's
+stage to the start of the consumer's), its two halves, its parts other than transfer (measured separately on one
+thread), a raw TCP transfer of as many bytes into an existing buffer, the longest stall of the coordinator's event loop,
+and the coordinator's memory above its idle state. Sizes are Flux's latents and embeddings, Wan's latents, and a large
+one. Run it with: python tests/bench/hops.py
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ HOP_BUDGET_MS = {4 * MIB: 8.0, 8 * MIB: 14.0}
 LARGE_GB_PER_SECOND = 1.0
 LARGE_TIMES_TCP = 3.0
 STALL_MS = 25.0
-UNDER_WAY_MIB = 32.0  # frames in flight, and memory of smaller payloads that malloc retains
+UNDER_WAY_MIB = 32.0  # budget for frames in flight, and for memory of smaller payloads that malloc retains
 # A FLUX.1-dev request of 28 steps takes about 3.6 s on one H100, with one hop of embeddings and two of latents.
-REQUEST_MS, REQUEST_SHARE = 3600.0, 0.01
+REQUEST_MS = 3600.0
+REQUEST_SHARE = 0.01  # budget of its hops, as a fraction
 MALLOC = "glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=268435456:glibc.malloc.arena_max=4"
 
 
@@ -81,7 +83,11 @@ class Coordinator:
         self._given = _small_artifacts()
 
     async def relay(self, size: int) -> tuple[int, int, int]:
-        """Move a payload between the stages; returns the times of sending, complete receipt and consumer start."""
+        """Move a payload between the stages.
+
+        Returns the times of its sending, of its complete receipt here, and of the start of the consumer, in ns of the
+        monotonic clock.
+        """
         call = Call("bench")
         given = {**self._given, "prompt": pack("prompt", Prompt(prompt=str(size)))}
         encoded = await self._encode({name: given[name] for name in ("prompt", "sampling")}, call)
@@ -149,11 +155,11 @@ def _memory(route: Route, idle: int) -> Iterator[None]:
 
 
 def parts_of(size: int, repeats: int) -> dict[str, float]:
-    """Times in ms of packing and serializing, of the coordinator's work, and of unpacking, without transfer."""
+    """Times in ms without transfer: packing and serializing, the coordinator's checks, and unpacking."""
     conditioning = Conditioning(prompt_embeds={PAYLOAD: payload_of(size)})
     frame = request_type(stage_method("denoising"))
     pool = BufferPool()
-    parts: dict[str, list[float]] = {"serialise": [], "keep": [], "deserialise": []}
+    parts: dict[str, list[float]] = {"serialize": [], "check": [], "deserialize": []}
     for _ in range(repeats):
         began = time.perf_counter()
         packet = pack("text_conditioning", conditioning, TORCH)
@@ -206,7 +212,7 @@ def raw_tcp(directory: Path) -> Iterator[Callable[[int, int], float]]:
 async def main() -> None:
     """Measure every size, print the tables, and compare with the budget."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=50, help="measured hops of each size")
     args = parser.parse_args()
     print_machine(f"Hops between processes of one host, {args.repeats} of each size")
     routes: dict[int, Route] = {}
@@ -256,18 +262,18 @@ def report(routes: Mapping[int, Route], parts: Mapping[int, Mapping[str, float]]
         (
             "payload",
             "bytes",
-            "hop, ms",
-            "p90",
-            "to the coordinator",
-            "to the consumer",
-            "serialise",
-            "coordinator's checks",
-            "deserialise",
-            "transfer and rest",
-            "raw TCP once",
-            "coordinator's CPU",
-            "longest stall",
-            "memory, MiB",
+            "hop, median ms",
+            "hop, p90 ms",
+            "to the coordinator, ms",
+            "to the consumer, ms",
+            "serialization, ms",
+            "coordinator's checks, ms",
+            "deserialization, ms",
+            "transfer and rest, ms",
+            "raw TCP one way, ms",
+            "coordinator's CPU, ms",
+            "longest stall, ms",
+            "coordinator's memory, MiB",
         ),
         rows,
     )
@@ -278,9 +284,9 @@ def report(routes: Mapping[int, Route], parts: Mapping[int, Mapping[str, float]]
     large = 64 * MIB
     slower = max(median(routes[large].first_half), median(routes[large].second_half))
     print_verdict("64 MB between two processes", large / 1e6 / slower, LARGE_GB_PER_SECOND, "GB/s", at_least=True)
-    print_verdict("64 MB between two processes, times raw TCP", slower / tcp[large], LARGE_TIMES_TCP, "")
+    print_verdict("64 MB between two processes, relative to raw TCP", slower / tcp[large], LARGE_TIMES_TCP, "times")
     beyond = (routes[large].memory - large) / MIB
-    print_verdict("memory of the coordinator at 64 MB, beyond the payload itself", beyond, UNDER_WAY_MIB, "MiB")
+    print_verdict("memory of the coordinator at 64 MB, in addition to the payload", beyond, UNDER_WAY_MIB, "MiB")
     print_verdict("longest stall of the coordinator's loop", max(r.stall for r in routes.values()), STALL_MS, "ms")
     say()
 

@@ -133,7 +133,7 @@ class Operands:
 
 
 def feed_forward() -> list[Work]:
-    """Feed-forward GEMM of a single block with GELU, written into the columns after attention's."""
+    """Feed-forward GEMM of a single block with GELU, written into the columns after the attention output."""
     given = Operands(ROWS, 4 * SIZE, SIZE)
     columns = torch.empty(1, ROWS, 5 * SIZE, **ON_GPU)[..., SIZE:]
 
@@ -190,7 +190,7 @@ def heads() -> list[Work]:
     return [
         Work("queries, keys, values", given.flops, given.by_torch, given.exact),
         Work("queries, keys, values, then norms and RoPE", given.flops, in_two_passes, exact),
-        Work("the same in the GEMM epilogue, QuACK", given.flops, fused, exact),
+        Work("queries, keys, values with norms and RoPE, QuACK", given.flops, fused, exact),
     ]
 
 
@@ -203,13 +203,16 @@ def out() -> list[Work]:
         return given.out
 
     return [
-        Work("out", given.flops, given.by_torch, given.exact),
-        Work("out, cuBLASLt", given.flops, by_cublas, given.exact),
+        Work("output projection", given.flops, given.by_torch, given.exact),
+        Work("output projection, cuBLASLt", given.flops, by_cublas, given.exact),
     ]
 
 
 def gated() -> list[Work]:
-    """Gated update of Wan2.1-1.3B's residual stream, added to zeros; both methods include the pass that clears them."""
+    """Gated update of Wan2.1-1.3B's residual stream, added to zeros.
+
+    The times of both methods include the pass that fills the tensor with zeros.
+    """
     given = Operands(32760, 1536, 1536)
     gate = torch.randn(1536, **ON_GPU)
 
@@ -224,13 +227,13 @@ def gated() -> list[Work]:
         return given.exact() * gate.float()
 
     return [
-        Work("Wan's out, then gate", given.flops, in_two_passes, exact),
-        Work("Wan's out with gate, QuACK", given.flops, fused, exact),
+        Work("Wan's output projection, then gate", given.flops, in_two_passes, exact),
+        Work("Wan's output projection with gate, QuACK", given.flops, fused, exact),
     ]
 
 
 def attending() -> list[Work]:
-    """Attention of all tokens, and of half of the queries (one of two GPUs); in one call, and with heads split."""
+    """Attention of all and of half of the queries (one of two GPUs), in one call and with heads split."""
     works = []
     for queries in (ROWS, ROWS // 2):
         q, k, v = (torch.randn(SETS, 1, tokens, 24, 128, **ON_GPU) for tokens in (queries, ROWS, ROWS))

@@ -1,9 +1,9 @@
-"""Overhead of the fleet per request: separate processes, gRPC and Redis, compared with the stages in one process.
+"""Overhead of the fleet per request: separate processes, gRPC and Redis, against one process.
 
-Both generate the same images (files are checked to be equal byte for byte) and alternate in one run, so that load of
-the host affects both. Both use the same OpenMP policy: idle threads sleep, because spinning threads take cores from
-computing processes. OMP_WAIT_POLICY=ACTIVE selects the other policy for both. Run it with: python
-tests/bench/overhead.py
+Both sides run the same stages and generate the same images (the program checks that files are bit-identical). They
+alternate in one run, so that load of the host affects both. Both use the same OpenMP policy: idle threads sleep,
+because spinning threads take cores from computing processes. OMP_WAIT_POLICY=ACTIVE selects the other policy for both.
+Run it with: python tests/bench/overhead.py
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from models.registry import load_registry
 from models.runtime import Runtime
 from models.validation import InputValidationStage
 
-FIXED_MS = 15.0
-SHARE = 0.02
+FIXED_MS = 15.0  # fixed part of the budget
+SHARE = 0.02  # the other part of the budget, as a fraction of the time in one process
 WARM_UP = 3
 PROMPT = "a red apple, image {}"  # a new prompt per request, as replies of text encoders are cached
 
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=30)
+    parser.add_argument("--requests", type=int, default=30, help="measured requests per side")
     args = parser.parse_args()
     print_machine(f"Overhead of the fleet: {args.model}, {args.steps} steps, {args.requests} requests per side")
 
@@ -82,13 +82,13 @@ def main() -> None:
 
 
 def _pair(local: InProcess, caller: Caller, seed: int, steps: int) -> tuple[Mapping[str, float], Timeline]:
-    """Run one request on both sides; returns the in-process times in ms by service, and the client's timeline."""
+    """Run one request on both sides; returns in-process times in ms by service, and the fleet's timeline."""
     spent, file = local.draw(seed, steps)
     parameters = api.GenerationParameters(prompt=PROMPT.format(seed), seed=seed, num_inference_steps=steps)
     timeline = caller.generate(parameters)
     if timeline.files != [file]:
         raise RuntimeError(
-            f"seed {seed}: the fleet generated another image than the same stages in this process, which uses "
+            f"seed {seed}: the fleet's image differs from the image of the same stages in this process, which uses "
             f"{torch.get_num_threads()} threads; the summation order depends on the number of threads"
         )
     return spent, timeline
@@ -98,16 +98,16 @@ def _report(local: list[Mapping[str, float]], timelines: list[Timeline]) -> None
     totals = [each["total"] for each in local]
     fleet = [1e3 * each.finished for each in timelines]
     differences = [theirs - ours for theirs, ours in zip(fleet, totals, strict=True)]
-    rows = (("one process", totals), ("fleet", fleet), ("fleet - one process, paired", differences))
+    rows = (("one process", totals), ("fleet", fleet), ("difference of a pair: fleet - one process", differences))
     print_table(
         ("ms per request", "median", "p10", "p90"),
         [(name, median(values), quantile(values, 0.1), quantile(values, 0.9)) for name, values in rows],
     )
     stages = ", ".join(f"{name} {median(each[name] for each in local):.1f}" for name in local[0] if name != "total")
-    say(f"Stages in one process, ms: {stages}. The files are equal, byte by byte.")
-    say(f"Intervals of the fleet's events, ms: {_event_intervals(timelines)}.")
+    say(f"Stages in one process, ms: {stages}. The files of both sides are bit-identical.")
+    say(f"Time from each event of the fleet to the next event, ms: {_event_intervals(timelines)}.")
     ours, theirs = median(totals), median(fleet)
-    say(f"Ratio of the medians: {theirs / ours:.3f}")
+    say(f"Ratio of the medians, fleet to one process: {theirs / ours:.3f}")
     print_verdict("overhead of the median request", theirs - ours, FIXED_MS + SHARE * ours, "ms")
 
 

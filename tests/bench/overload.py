@@ -1,9 +1,9 @@
-"""A fleet under five times the load that it can serve, with its queue bounded to one service time.
+"""A fleet at five times the load that it can serve, with its queue bounded to one service time.
 
 First the service time is measured: the time of a request in an idle fleet. Then requests arrive in a Poisson process,
-first from one caller, then from two callers: one with four times its share and one with a fifth of the fleet. The
-output has the times of accepted requests and rejections, the share of each caller, and the memory of the coordinator
-and Redis. Run it with: python tests/bench/overload.py
+first from one caller, then from two callers: one with 4.8 times and one with 0.2 times the capacity of the fleet. The
+output has the times of accepted requests and rejections, the accepted fraction of each caller's requests, and the
+memory of the coordinator and Redis. Run it with: python tests/bench/overload.py
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from fleet.v1 import generation_pb2 as api
 from fleet.v1 import generation_pb2_grpc
 
 CALLERS = ("greedy", "modest")
-LOAD = 5.0
-MODEST_LOAD = 0.2
-TIMES_SERVICE = 3.0
-BEYOND = 0.5  # fraction of the bound that a second caller may add after the first has filled it: its fair share
-REJECTION_MS = 50.0
-GROWTH_MIB = 4.0
-KEPT_SECONDS = 5  # retention of ended requests; so short that the store's size is constant soon after the start
+LOAD = 5.0  # load of all callers, as a multiple of the capacity
+MODEST_LOAD = 0.2  # load of the second caller, as a multiple of the capacity
+TIMES_SERVICE = 3.0  # budget of an accepted request, in service times
+BEYOND = 0.5  # fraction of the queue bound that a second caller may add after the first caller has filled it
+REJECTION_MS = 50.0  # budget of a rejection
+GROWTH_MIB = 4.0  # budget of the memory growth of a process
+KEPT_SECONDS = 5  # retention of ended requests; short, so that the store's size is soon constant
 MIB = 1 << 20
 
 
@@ -71,7 +71,7 @@ class Client:
             raise RuntimeError("a request ended without an image")
 
     async def note(self, caller: str, phase: Phase) -> None:
-        """Run one request and record its acceptance or rejection."""
+        """Run one request and record its time, as accepted or rejected."""
         began = time.perf_counter()
         try:
             await self.generate(caller)
@@ -115,7 +115,7 @@ def process_of(fleet: RunningFleet, word: str) -> psutil.Process:
     for process in psutil.Process(fleet.process_id).children(recursive=True):
         if any(word in part for part in process.cmdline()[:6]):
             return process
-    raise RuntimeError(f"the fleet has no process of {word}")
+    raise RuntimeError(f"the fleet has no process with {word!r} in its command line")
 
 
 async def service_time(endpoint: str, requests: int) -> float:
@@ -138,7 +138,7 @@ async def overload(fleet: RunningFleet, service: float, seconds: float) -> dict[
     }
     async with grpc.aio.insecure_channel(fleet.endpoint) as channel:
         client = Client(channel)
-        for _ in range(5):  # the fleet measures its pace
+        for _ in range(5):  # so that the fleet has measured its pace
             await client.generate(CALLERS[0])
         return {name: await run_phase(client, each, seconds, fleet) for name, each in rates.items()}
 
@@ -166,19 +166,21 @@ def report(phases: Mapping[str, Phase], service: float, seconds: float) -> None:
             share = f"{100 * len(accepted) / (len(accepted) + len(rejected)):.0f}%"
             p95 = quantile(accepted, 0.95) / service if accepted else float("nan")
             rows.append((f"{name}: {caller}", len(accepted) + len(rejected), len(accepted), share, p95))
-    print_table(("", "requests", "accepted", "", "p95, service times"), rows)
+    print_table(("", "requests", "accepted", "accepted fraction", "p95 of accepted, service times"), rows)
     for name, phase in phases.items():
         done = [each for times in phase.accepted.values() for each in times]
         refused = [1e3 * each for times in phase.rejected.values() for each in times]
         say(
-            f"{name}: {len(done) * service / seconds:.2f} of the fleet was used; rejections took {median(refused):.1f} "
-            f"ms (median) with a retry delay of {median(phase.delays):.2f} s (median)."
+            f"{name}: the utilisation of the fleet was {len(done) * service / seconds:.2f}. Medians of rejections: "
+            f"{median(refused):.1f} ms until the reply, retry delay of {median(phase.delays):.2f} s."
         )
         budget = TIMES_SERVICE + BEYOND * (len(phase.accepted) - 1)
         print_verdict(f"{name}: p95 of accepted requests", quantile(done, 0.95) / service, budget, "times")
         print_verdict(f"{name}: p99 of rejections", quantile(refused, 0.99), REJECTION_MS, "ms")
         for process, sizes in phase.memory.items():
-            print_verdict(f"{name}: {process}, {max(sizes) / MIB:.0f} MiB, grew by", growth(sizes), GROWTH_MIB, "MiB")
+            print_verdict(
+                f"{name}: growth of {process} (at most {max(sizes) / MIB:.0f} MiB)", growth(sizes), GROWTH_MIB, "MiB"
+            )
 
 
 def main() -> None:
@@ -188,12 +190,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="seconds per phase")
     args = parser.parse_args()
     random.seed(0)
-    print_machine(f"Overload: {args.model}, {LOAD:g} times the capacity for {args.seconds:g} s, twice")
+    print_machine(f"Overload: {args.model}, {LOAD:g} times the capacity for {args.seconds:g} s, one caller, then two")
     with tempfile.TemporaryDirectory() as directory:
         settings = {"FLEET_API_KEYS": str(keys_file(Path(directory))), "FLEET_API_KEY": CALLERS[0]}
         with running_fleet("--model", args.model, settings=settings) as fleet:
             service = asyncio.run(service_time(fleet.endpoint, 10))
-        say(f"A request takes {1e3 * service:.0f} ms in an idle fleet: that is the bound on its queue.")
+        say(f"A request takes {1e3 * service:.0f} ms in an idle fleet. This service time is the queue bound.")
         say()
         settings |= {
             "FLEET_QUEUE_SECONDS": f"{service:.3f}",

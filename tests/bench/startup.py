@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=3, help="number of starts")
     parser.add_argument("--requests", type=int, default=10, help="requests per started fleet")
     args = parser.parse_args()
-    print_machine(f"Starting: {args.model}, {args.starts} starts")
+    print_machine(f"Start-up latency: {args.model}, {args.starts} starts")
 
     ready: list[float] = []
     first: list[Timeline] = []
@@ -58,8 +58,13 @@ def main() -> None:
         ("`fleet generate` without a running fleet, s", seconds),
     ]
     print_table(("", "median", "p90"), [(name, median(found), quantile(found, 0.9)) for name, found in rows])
-    print_verdict("first image of a fresh process", median(seconds), FIRST_IMAGE_SECONDS, "s")
-    print_verdict("generation in a ready fleet", median(each.finished for each in first), GENERATION_SECONDS, "s")
+    print_verdict("`fleet generate` without a running fleet", median(seconds), FIRST_IMAGE_SECONDS, "s")
+    print_verdict(
+        "first request in a ready fleet: Submit to the image",
+        median(each.finished for each in first),
+        GENERATION_SECONDS,
+        "s",
+    )
 
 
 def _generate(model: str) -> float:

@@ -105,7 +105,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--scale", default="full", choices=("full", "tiny"))
     parser.add_argument("--work", nargs="*", help="names of bench_works.WORKS; all by default")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of bursts per workload")
     args = parser.parse_args()
     print_machine(f"A denoising step of two checkouts on {args.device}, {args.pairs} interleaved pairs")
     found: dict[str, Pairs] = {}
@@ -134,7 +134,7 @@ def main() -> int:
         [row(name, pairs) for name, pairs in found.items()],
     )
     slower = [name for name, pairs in found.items() if not pairs.ratio <= LARGEST_RATIO]
-    say(f"Workloads that failed or exceed {LARGEST_RATIO} of before: {', '.join(slower) or 'none'}")
+    say(f"Workloads that failed, or whose ratio exceeds {LARGEST_RATIO}: {', '.join(slower) or 'none'}")
     return 1 if slower else 0
 
 
@@ -148,7 +148,7 @@ def measure_all(works: list[str], before: Side, after: Side, pairs: int, found: 
         except SideEnded as error:
             say(f"{name}: {error}")
             return works[index + 1 :]
-        say(f"{name}: {found[name].ratio:.4f} of before, measured in {time.perf_counter() - began:.0f} s")
+        say(f"{name}: after / before {found[name].ratio:.4f}, measured in {time.perf_counter() - began:.0f} s")
     return []
 
 

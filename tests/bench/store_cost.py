@@ -1,10 +1,10 @@
-"""Cost of a request at the coordinator and Redis: CPU seconds, commands and bytes, per request and per step.
+"""Cost of a request and of a step at the coordinator and Redis: CPU seconds, scripts and bytes.
 
-Slots are claimed and released at a service with 100 and 1,000 live workers. Then requests with few and with many steps
-run sequentially on a fleet of processes; the difference is the cost of a step. Redis syncs the writes of one event-loop
-iteration together, so a write is cheaper under load: each figure is measured with appendfsync always and with
-appendfsync no. The numbers of coordinators and Redis servers for a number of GPUs follow from both. Run it with: python
-tests/bench/store_cost.py
+Worker slots are claimed and released at a service with 100 and 1,000 live workers. Then requests with few and with many
+steps run sequentially on a fleet of processes; the difference is the cost of a step. Redis syncs the writes of one
+event-loop iteration together, so a write is cheaper under load: each figure is measured with appendfsync always and
+with appendfsync no. The numbers of coordinators and Redis servers for a number of GPUs follow from these costs. Run it
+with: python tests/bench/store_cost.py
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SYNCS: tuple[Sync, ...] = ("always", "no")
 
 @dataclass(frozen=True)
 class Counters:
-    """CPU seconds of the coordinator and Redis, scripts run by Redis, and bytes that Redis received and sent."""
+    """CPU seconds of coordinator and Redis, scripts run by Redis, and bytes that it received and sent."""
 
     coordinator: float
     redis: float
@@ -74,7 +74,10 @@ async def read_counters(url: str, coordinator: psutil.Process | None = None) -> 
 
 
 def cost_of_requests(fleet: RunningFleet, url: str, steps: int, requests: int) -> tuple[Counters, float]:
-    """Counters per request of `steps` steps, including the idle fleet's cost meanwhile; and seconds per request."""
+    """Counters per request of `steps` steps, and seconds per request.
+
+    The counters include the cost of the idle fleet in these seconds.
+    """
     coordinator = process_of(fleet, "coordinator")
     caller = Caller(fleet.endpoint)
     before, began = Counters(0, 0, 0, 0, 0), 0.0
@@ -98,7 +101,7 @@ def cost_of_idling(fleet: RunningFleet, url: str, seconds: float) -> Counters:
 
 
 async def cost_of_claims(url: str, workers: int, at_a_time: int, claims: int) -> float:
-    """Redis CPU seconds of a claim and its release, at a service with `workers` live workers, half of them busy."""
+    """Redis CPU seconds of a claim and its release. The service has `workers` live workers, half of them busy."""
     redis = connect(url)
     await command(redis, "FLUSHALL")
     registry = WorkerRegistry(redis, heartbeat_seconds=3_600, ttl_seconds=36_000)
@@ -139,17 +142,17 @@ def _worker(number: int) -> worker_pb2.WorkerInfo:
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=20)
-    parser.add_argument("--claims", type=int, default=400)
-    parser.add_argument("--idle-seconds", type=float, default=10.0)
+    parser.add_argument("--requests", type=int, default=20, help="measured requests per number of steps")
+    parser.add_argument("--claims", type=int, default=400, help="claims per measurement")
+    parser.add_argument("--idle-seconds", type=float, default=10.0, help="duration of the idle measurement")
     args = parser.parse_args()
-    print_machine(f"Cost of a request at coordinator and Redis, {args.requests} requests of each kind")
+    print_machine(f"Cost of a request at coordinator and Redis, {args.requests} requests per number of steps")
     report_claims(args.claims)
     for sync in SYNCS:
         say(f"appendfsync {sync}:")
         say()
         report(cost_by_part(sync, args.requests, args.idle_seconds))
-    say("Payloads: hops.py prints the coordinator's CPU by the size of the payload.")
+    say("hops.py prints the coordinator's CPU time per hop, by payload size.")
 
 
 def cost_by_part(sync: Sync, requests: int, idle_seconds: float) -> Mapping[str, Counters]:

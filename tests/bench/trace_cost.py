@@ -1,4 +1,4 @@
-"""Cost of traces per request: a fleet that exports every span, compared with a fleet that exports none.
+"""Cost of traces per request: a fleet that exports every span, against a fleet without export.
 
 Both fleets run concurrently and generate the same images in pairs of sequential requests; the first fleet alternates
 between pairs, so that load of the host affects both. The receiver is in this process. Run it with: python
@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the receiver
 
 from otlp_receiver import receiving
 
-SHARE = 0.01
+SHARE = 0.01  # budget, as a fraction of the time without traces
 WARM_UP = 3
 PROMPT = "a red apple, number {}"  # a new prompt per request, as replies of text encoders are cached
 
@@ -62,8 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--size", type=int, default=256, help="width and height of the image")
+    parser.add_argument("--pairs", type=int, default=60, help="measured pairs of requests")
     args = parser.parse_args()
     print_machine(f"Cost of traces: {args.model}, {args.size}x{args.size}, {args.steps} steps, {args.pairs} pairs")
     with receiving() as receiver:
@@ -90,7 +90,7 @@ def _report(without: Side, traced: Side, spans: float) -> None:
         ("with traces", _milliseconds(traced.seconds), _milliseconds(traced.cpu_seconds)),
     ]
     print_table(
-        ("ms per request", "median", "p10", "p90", "CPU of the fleet, median"),
+        ("ms per request", "median", "p10", "p90", "CPU ms of the fleet, median"),
         [(name, median(each), quantile(each, 0.1), quantile(each, 0.9), median(cpu)) for name, each, cpu in rows],
     )
     differences = [b - a for a, b in zip(rows[0][1], rows[1][1], strict=True)]
