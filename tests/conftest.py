@@ -13,6 +13,7 @@ import pytest
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from certificates import Authority
@@ -23,6 +24,10 @@ from rank_pool import RankPool
 from redis_servers import RedisServer, running_server, server_binaries
 from tiny_flux import build_tiny_flux
 from toy_checkpoint import build_toy_checkpoint, toy_family
+
+# A loaded host makes single examples slow, which is no failure of the tested code.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

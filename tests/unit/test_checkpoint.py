@@ -199,7 +199,7 @@ def module_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_bare_flux(tmp_path_factory.mktemp("module_flux") / "flux")
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_damage_is_refused_or_harmless(module_flux: Path, data: st.DataObject) -> None:
     """Damage to one file gives a readable checkpoint or a CheckpointError that names the directory."""

@@ -255,13 +255,13 @@ FILES = st.one_of(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(data=FILES)
 def test_any_metadata_is_read_as_by_pillow(data: bytes) -> None:
     check(data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     data=FILES,
     cut=st.one_of(st.just(0), st.integers(0, 600)),

@@ -171,5 +171,5 @@ def tensors_of(memory: StepMemory) -> list[Tensor]:
     return [each for tensors in (memory._memory, *buffers) for each in tensors.values()]
 
 
-LiveRequests.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+LiveRequests.TestCase.settings = settings(max_examples=25, stateful_step_count=20)
 TestLiveRequests = LiveRequests.TestCase

@@ -301,7 +301,7 @@ def redis(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield client
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.tuples(st.sampled_from(KINDS), st.integers(0, 11), st.sampled_from((OLD, NEW))), min_size=5, max_size=40

@@ -334,7 +334,7 @@ def test_a_damaged_store_is_an_error_instead_of_a_wait(server: RedisServer) -> N
     run_case(server, test)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(st.just("take over"), st.tuples(st.integers(0, 3), st.integers(0, 5))), max_size=24))
 def test_owners_in_any_order_deliver_each_item_once(server: RedisServer, actions: list[str | tuple[int, int]]) -> None:
     """Former owners continue as if they still owned the request; each owner computes different bytes."""

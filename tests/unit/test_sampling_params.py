@@ -244,7 +244,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(given=st.dictionaries(st.sampled_from([spec.name for spec in FluxSamplingParams.parameters()]), VALUES))
 def test_any_value_is_accepted_or_refused_with_its_field(flux: Checkpoint, given: dict[str, ParamValue]) -> None:
     try:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
@@ -309,7 +309,7 @@ def workers(draw: st.DrawFn) -> worker_pb2.WorkerInfo:
     return info
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(workers(), st.lists(wirings, min_size=1, max_size=3))
 def test_the_store_and_the_coordinator_find_the_same_fault(
     each_store_url: str, info: worker_pb2.WorkerInfo, wanted: list[Wiring]

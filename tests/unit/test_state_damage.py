@@ -155,7 +155,7 @@ def _run_and_check(store: Store, operation: str, arguments: Mapping[str, Any], f
     assert store.commands() - before <= MAX_COMMANDS, operation
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_operations_end_and_undamaged_data_works_for_any_damage(store: Store, data: st.DataObject) -> None:
     store.restore()

@@ -114,7 +114,7 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEPS, min_size=5, max_size=40))
 def test_the_index_agrees_with_workers_and_worker_slots(store: Store, steps: list[tuple[str, str, Any]]) -> None:
     store.redis.flushdb()

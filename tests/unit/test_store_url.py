@@ -55,7 +55,7 @@ def _messages(password: str) -> str:
     return asyncio.run(_all_messages(password))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=4, max_size=20) | st.text("a1:/?#@[]%&= ", min_size=4)
 )
