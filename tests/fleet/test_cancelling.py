@@ -23,7 +23,7 @@ Stopping = Callable[[Stub, pb.SubmitRequest], AsyncIterator[str]]
 
 
 class Steps:
-    """A loop that waits after COMPLETED_STEPS steps until the test opens the gate or the call is cancelled."""
+    """A loop that waits after COMPLETED_STEPS steps until the gate is open or the call is cancelled."""
 
     def __init__(self) -> None:
         self.gate = Gate()
