@@ -1,4 +1,4 @@
-"""Processes of a fleet at log level DEBUG: no prompt, key, token or password is in their output."""
+"""At log level DEBUG, the output of a fleet contains no prompt, API key, user name or password."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _UP_OUTPUT = re.compile(r"[\w-]+: (started|ended|ends)|ready: |stop|fleet up: ")
 
 @pytest.fixture
 def directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Directory of sockets, keys and logs, with the settings in the environment; its path is short."""
+    """Short path of a directory for sockets, keys and logs. Sets the fleet's environment variables."""
     path = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
     for name in [name for name in os.environ if name.startswith("FLEET_")]:
         monkeypatch.delenv(name)
@@ -88,9 +88,9 @@ async def _check_up(log: Path, url: str) -> None:
 
 
 async def _generate(endpoint: str, output: Path, *arguments: str) -> int | None:
-    """The exit code of `fleet generate`."""
-    given = ("--negative-prompt", NEGATIVE, "--true-cfg-scale=2", "--num-inference-steps=2", *arguments)
-    command = (*_FLEET, "generate", PROMPT, *given, "--output", str(output), "--endpoint", endpoint)
+    """Run `fleet generate` with PROMPT; returns its exit code."""
+    flags = ("--negative-prompt", NEGATIVE, "--true-cfg-scale=2", "--num-inference-steps=2", *arguments)
+    command = (*_FLEET, "generate", PROMPT, *flags, "--output", str(output), "--endpoint", endpoint)
     process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
     await process.communicate()
     return process.returncode
@@ -143,6 +143,6 @@ def test_no_secret_is_written_at_debug(directory: Path, server: RedisServer) -> 
     assert {"listens", "attempt started", "request finished", "heartbeat failed", "rank started"} <= events
     (accepted,) = [line for line in lines if line["event"] == "request accepted"]
     assert accepted["caller"] == "alice"
-    assert "DEBUG" in {line["level"] for line in lines if "logger" in line}, "no record of a library at DEBUG"
+    assert "DEBUG" in {line["level"] for line in lines if "logger" in line}, "no library has logged at DEBUG"
     others = [line for line in written.splitlines() if not line.startswith("{")]
     assert all(_UP_OUTPUT.match(line) for line in others), others
