@@ -147,7 +147,7 @@ def up(temporary: Path) -> Iterator[tuple[str, Running]]:
         yield running.line(r"^ready: (\S+) serves emoji")[1], running
 
 
-def test_commands_work_at_a_running_fleet(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
+def test_commands_work_with_a_running_fleet(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
     endpoint = ("--endpoint", up[0])
     images = fleet(temporary, "generate", "a pear", "--num-outputs=2", "--output", str(tmp_path / "p.png"), *endpoint)
     assert images.stdout.splitlines() == [str(tmp_path / "p-0.png"), str(tmp_path / "p-1.png")], images.stderr

@@ -88,7 +88,7 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--model emoji-video --height 72 --output a.mp4", "height: 72 is not a multiple of 16"),
     ],
 )
-def test_invalid_images_are_reported_in_one_line(
+def test_invalid_inputs_are_reported_in_one_line(
     files: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -99,7 +99,7 @@ def test_closing_does_not_wait_for_an_unavailable_store(each_server: RedisServer
     run_on_request(each_server, scenario)
 
 
-def test_event_writer_detects_a_request_that_ended_elsewhere(each_server: RedisServer) -> None:
+def test_event_writer_detects_that_its_request_has_ended_in_the_store(each_server: RedisServer) -> None:
     async def scenario(store: RequestStore) -> None:
         ended = asyncio.Event()
         writer = EventWriter(store, "r", EventLog(), ended.set)

@@ -276,8 +276,8 @@ def test_result_that_is_not_streamed_is_sent_when_complete(unsynced_url: str) ->
         assert [(each.is_growing, each.byte_size, each.num_items) for each in follower.headers] == [
             (False, MIB + 10, 0)
         ]
-        form = pb.OUTPUT_FORMAT_SAFETENSORS  # raw results are sent from memory
-        for parameters in (pb.GenerationParameters(), pb.GenerationParameters(output_format=form)):
+        raw = pb.OUTPUT_FORMAT_SAFETENSORS  # raw results are sent from memory
+        for parameters in (pb.GenerationParameters(), pb.GenerationParameters(output_format=raw)):
             given = submission()
             given.parameters.MergeFrom(parameters)
             replies = [each async for each in stub.Generate(pb.GenerateRequest(request=given, follow=True))]

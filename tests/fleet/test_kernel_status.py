@@ -7,7 +7,7 @@ from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
 
 
-def test_kernel_outcomes_of_all_workers_are_listed_once(store_url: str) -> None:
+def test_kernel_packages_of_all_workers_are_listed_once(store_url: str) -> None:
     working = worker_pb2.KernelPackage(name="triton", version="3.6.0")
     broken = worker_pb2.KernelPackage(name="fa3-fwd", version="0.0.3", error="OSError: a", replacement="cuDNN")
 

@@ -221,7 +221,7 @@ def test_failed_take_over_is_logged_once(store_url: str, lines: Lines) -> None:
 
 
 class HandsOver:
-    """A loop whose first call sends a checkpoint of step 3 and hands over, and whose second call succeeds."""
+    """A loop whose first call sends a step checkpoint and hands over. Its second call succeeds."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -322,7 +322,7 @@ def test_prompt_is_logged_only_at_acceptance_and_only_if_enabled(
 
 @pytest.mark.parametrize("kind", [ValueError, InvalidInput])
 def test_prompt_in_an_error_is_redacted(store_url: str, lines: Lines, kind: type[Exception]) -> None:
-    """Errors about the input may quote a part of the prompt; messages and tracebacks of defects, all of it."""
+    """Input errors may quote a part of the prompt. Messages and tracebacks of defects may quote all of it."""
 
     async def scenario(fleet: FakeFleet) -> None:
         def quote(_: Call) -> None:

@@ -32,6 +32,7 @@ USER = "canaryuser"
 SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
 
 _UP_OUTPUT = re.compile(r"[\w-]+: (started|ended|ends)|ready: |stop|fleet up: ")
+"""Start of the lines that `fleet up` prints for its user, which are not JSON records."""
 
 
 @pytest.fixture
@@ -97,10 +98,10 @@ async def _generate(endpoint: str, output: Path, *arguments: str) -> int | None:
 
 
 async def _run_fleet(directory: Path, server: RedisServer) -> None:
-    """Generate an image, refuse a request and stop without the store. Each process logs to DIRECTORY/NAME.log.
+    """Generate an image, refuse a request and stop while the store is unavailable.
 
-    Processes other than those of the worker group are forked from one process, as each import of the libraries takes
-    several seconds.
+    Each process logs to DIRECTORY/NAME.log. Processes other than those of the worker group are forked from one process,
+    because each import of the libraries takes several seconds.
     """
     url = f"unix://{USER}:{PASSWORD}@{server.socket}"
     common = ("--model=emoji", "--redis", url)

@@ -1,4 +1,4 @@
-"""LTX-2 through real services equals its stages in one process bit for bit, for text and image requests."""
+"""LTX-2 through real services equals its stages in one process bit for bit. Some requests have an image."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def fleet(model: ServedModel) -> Iterator[ServedFleet]:
 
 
 def generate(fleet: ServedFleet, output: Path, *flags: str) -> int:
-    """Run `fleet generate` at the fleet; returns its exit code."""
+    """Run `fleet generate` with the fleet's endpoint; returns its exit code."""
     given = ("--height", "64", "--width", "96", "--num-frames", "9", "--num-inference-steps", str(STEPS), "--seed", "5")
     params = ("--param", "spatio_temporal_guidance_blocks=[1]", "--param", "max_sequence_length=32")
     arguments = ["generate", "a red apple", *given, *params, *flags]

@@ -1,4 +1,4 @@
-"""LTX-Video through real services equals its stages in one process bit for bit, for text and image requests."""
+"""LTX-Video through real services equals its stages in one process bit for bit. Some requests have an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Request texts that are valid paths are never used as paths by the services."""
+"""Texts of a request that are valid paths are never used as paths."""
 
 from __future__ import annotations
 
