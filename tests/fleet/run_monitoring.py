@@ -1,4 +1,4 @@
-"""Checks that each query of rules and dashboard returns data: `python tests/fleet/run_monitoring.py`.
+"""Check that all queries of rules and dashboard return data: `python tests/fleet/run_monitoring.py`.
 
 `promtool` checks the rules and runs their tests. Prometheus then scrapes a fleet of the emoji model on this host while
 requests run. Each recording rule must return a number, each panel a number for at least one service, and each alert
@@ -60,7 +60,7 @@ _SETTINGS = {
     "denoising": ("--step-checkpoint-every", "1"),
 }
 _CALLERS = 50
-_AT_ONCE = 8
+_CONCURRENT_REQUESTS = 8
 _WAIT_SECONDS = 90.0
 _START_SECONDS = 120.0
 _TARGETS = 1 + len(_SERVICES)
@@ -112,7 +112,7 @@ class Prometheus:
         return int(sample["value"][1])
 
     def exemplar_traces(self, histogram: str) -> set[str]:
-        """The trace ids of a histogram's exemplars."""
+        """Trace ids of the exemplars of a histogram."""
         query = {"query": f"{histogram}_bucket", "start": str(self._began), "end": str(time.time() + 1)}
         path = f"/api/v1/query_exemplars?{urllib.parse.urlencode(query)}"
         with urllib.request.urlopen(f"http://{self._address}{path}") as reply:
@@ -157,10 +157,10 @@ def write_rules(directory: Path) -> None:
 def check_rules(directory: Path) -> list[str]:
     """Errors that promtool reports for the rules."""
     findings = []
-    for words in (("check", "rules", "rules.yaml"), ("test", "rules", monitoring.RULE_TESTS.name)):
-        done = subprocess.run(["promtool", *words], cwd=directory, capture_output=True, text=True, check=False)
-        if done.returncode:
-            findings.append(f"promtool {' '.join(words)}:\n{done.stdout}{done.stderr}")
+    for arguments in (("check", "rules", "rules.yaml"), ("test", "rules", monitoring.RULE_TESTS.name)):
+        completed = subprocess.run(["promtool", *arguments], cwd=directory, capture_output=True, text=True, check=False)
+        if completed.returncode:
+            findings.append(f"promtool {' '.join(arguments)}:\n{completed.stdout}{completed.stderr}")
     return findings
 
 
@@ -200,16 +200,16 @@ async def run_requests(
                 if state != State.REQUEST_STATE_SUCCEEDED:
                     findings.append(f"request {number} ended in state {state}")
 
-        await asyncio.gather(*(client() for _ in range(_AT_ONCE)))
+        await asyncio.gather(*(client() for _ in range(_CONCURRENT_REQUESTS)))
     return findings
 
 
-def wait_until(what: str, is_done: Any, seconds: float) -> None:
-    """Poll until the condition holds. Raises TimeoutError, with the condition's name."""
+def wait_until(condition: str, is_true: Any, seconds: float) -> None:
+    """Poll `is_true` until it returns true. Raises TimeoutError with the text of the condition."""
     give_up = time.monotonic() + seconds
-    while not is_done():
+    while not is_true():
         if time.monotonic() > give_up:
-            raise TimeoutError(f"{what} within {seconds:g} s")
+            raise TimeoutError(f"{condition}: not true within {seconds:g} s")
         time.sleep(0.2)
 
 
@@ -219,7 +219,10 @@ def needs_gpu(expression: str) -> bool:
 
 
 def queries_without_data(prometheus: Prometheus, *, has_gpu: bool) -> list[str]:
-    """Recording rules, panels and variables without a number. Raises ValueError for an invalid alert."""
+    """Queries without data, of recording rules, panels and variables.
+
+    If a metric of the alerts has no data, only that metric is returned. Raises ValueError for an invalid alert.
+    """
     for query in monitoring.rule_queries("alert"):
         prometheus.query(query.expression)
     for selector in [each for query in monitoring.rule_queries("alert") for each in selectors_of(query.expression)]:
@@ -243,7 +246,7 @@ def check_exemplars(prometheus: Prometheus, traces: set[str]) -> list[str]:
 
 
 def check_fleet(directory: Path, redis_url: str, requests: int, stack: contextlib.ExitStack) -> list[str]:
-    """Start the fleet and Prometheus, run requests and query; returns findings."""
+    """Start the fleet and Prometheus, run requests and evaluate the queries; returns findings."""
     receiver = stack.enter_context(receiving())
     tracing = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint}
     keys = write_callers(directory / "keys.toml")
@@ -251,12 +254,12 @@ def check_fleet(directory: Path, redis_url: str, requests: int, stack: contextli
     ports: list[int] = []
     for service in ("coordinator", *_SERVICES):
         ports.append(free_port(0))
-        own = _SETTINGS.get(service, ())
+        flags = _SETTINGS.get(service, ())
         if service == "coordinator":
-            own = ("--api-keys", str(directory / "keys.toml"), "--heartbeat-seconds", "0.3", "--step-seconds", "10")
+            flags = ("--api-keys", str(directory / "keys.toml"), "--heartbeat-seconds", "0.3", "--step-seconds", "10")
         listen = ("--listen", f"unix:{directory}/{service}.sock", "--metrics-port", str(ports[-1]))
-        words = (sys.executable, "-m", "services.cli", "serve", service, *listen, "--redis", redis_url, *own)
-        stack.enter_context(running(words, directory / f"{service}.log", tracing))
+        command = (sys.executable, "-m", "services.cli", "serve", service, *listen, "--redis", redis_url, *flags)
+        stack.enter_context(running(command, directory / f"{service}.log", tracing))
     prometheus = Prometheus(directory, ports)
     stack.enter_context(running(prometheus.command, directory / "prometheus.log"))
     wait_until("all processes are scraped", prometheus.is_scraping, _START_SECONDS)
@@ -276,14 +279,16 @@ def check_fleet(directory: Path, redis_url: str, requests: int, stack: contextli
     after = prometheus.series_count()
     sys.stdout.write(f"series before and after {requests} requests of {_CALLERS} callers: {before}, {after}\n")
     if after > before:
-        findings.append(f"{requests} requests made {after - before} series")
+        findings.append(f"{requests} requests created {after - before} new series")
     return findings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all checks and print findings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=1_000, help="requests of the series check (default: 1,000)")
+    parser.add_argument(
+        "--requests", type=int, default=1_000, help="number of requests that must not create series (default: 1,000)"
+    )
     args = parser.parse_args(argv)
     directory = Path(tempfile.mkdtemp(prefix="fleet-mon-"))
     write_rules(directory)

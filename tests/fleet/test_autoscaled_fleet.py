@@ -31,7 +31,7 @@ def test_requests_succeed_in_a_burst_from_zero_and_during_scale_ins(monkeypatch:
     shutil.rmtree(directory)
 
 
-def test_different_bytes_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_that_differs_from_its_reference_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "make_references", lambda load: dict.fromkeys((*load.burst, *load.wave), b"other"))
     directory = Path(tempfile.mkdtemp(prefix="scale-"))
     report = run_autoscale(replace(LOAD, requests=1), directory)
@@ -40,14 +40,14 @@ def test_different_bytes_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(directory)
 
 
-def test_a_load_repeats_its_images() -> None:
+def test_load_repeats_its_images() -> None:
     assert LOAD.burst[8:] == LOAD.burst[:2] == [Image(0, 3), Image(1, 3)]
     assert [image.steps for image in LOAD.wave] == [36, 36, 3, 3, 3, 3, 3, 3]
 
 
 def test_table_counts_scale_ins_by_running_requests() -> None:
-    ends = [ScaleIn("a", ("r",), 2), ScaleIn("b", (), 1), ScaleIn("c", (), 0)]
-    table = Report(ScalingHistory(scale_ins=ends), 5, 0, 1.0, 2.0, 0.25).table()
+    scale_ins = [ScaleIn("a", ("r",), 2), ScaleIn("b", (), 1), ScaleIn("c", (), 0)]
+    table = Report(ScalingHistory(scale_ins=scale_ins), 5, 0, 1.0, 2.0, 0.25).table()
     figures = {line[:60].strip(): line[60:] for line in table.splitlines()}
     assert figures["scale-ins"] == "3"
     assert figures["scale-ins while requests ran"] == "2"

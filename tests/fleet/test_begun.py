@@ -1,4 +1,4 @@
-"""The begun frame: a worker sends it on request, when a call's stages start and before they run."""
+"""The begun frame, which a worker sends on request before the stages of a call run."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_stage_starts_after_the_begun_frame_is_written() -> None:
         starting = asyncio.create_task(asyncio.to_thread(start))
         frames = reporter.frames()
         assert await anext(frames) == BEGUN
-        assert not started.wait(0.1), "the stage starts before the frame is written"
+        assert not started.wait(0.1), "the stage started before the frame was written"
         reporter.end()
         assert [frame async for frame in frames] == []
         await starting
@@ -109,9 +109,9 @@ def test_stage_starts_after_the_begun_frame_is_written() -> None:
     run_within(30, scenario)
 
 
-@pytest.mark.parametrize("ends_by", ["release", "time"])
+@pytest.mark.parametrize("ends_by", ["release", "timeout"])
 def test_caller_that_does_not_read_does_not_block_the_device(ends_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reporter_module, "_LONGEST_BEGUN_SECONDS", 0.01 if ends_by == "time" else 3_600.0)
+    monkeypatch.setattr(reporter_module, "_LONGEST_BEGUN_SECONDS", 0.01 if ends_by == "timeout" else 3_600.0)
 
     async def scenario() -> None:
         reporter = FrameReporter(denoising_pb2.DenoiseResponse, TORCH, begun=BEGUN)
@@ -127,9 +127,9 @@ def test_stage_that_kills_its_process_has_sent_the_begun_frame(tmp_path: Path) -
     address = f"unix:{tmp_path}/w.sock"
 
     async def scenario() -> None:
-        words = (sys.executable, "-c", KILLED_WORKER, address)
+        command = (sys.executable, "-c", KILLED_WORKER, address)
         process = await asyncio.create_subprocess_exec(
-            *words, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[1]
+            *command, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[1]
         )
         try:
             assert process.stdout is not None

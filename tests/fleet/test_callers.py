@@ -1,4 +1,4 @@
-"""API keys and tokens of a coordinator's callers, access to own requests only, and bounds per caller."""
+"""Callers send API keys or tokens, access only their own requests, and have bounds on open requests."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def bearer(key: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {key}"),)
 
 
-async def code_of(call: Any) -> tuple[str, str]:
-    """Code and message of the error of a call, unary or streaming."""
+async def code_and_message(call: Any) -> tuple[str, str]:
+    """Code and message of the error of a unary or streaming call."""
 
     async def end() -> None:
         if not isinstance(call, grpc.aio.UnaryStreamCall):
@@ -80,7 +80,7 @@ def test_every_rpc_needs_a_key_and_health_does_not(store_url: str, keys: Path) -
         wrong = ((), bearer("key"), bearer(""), (("authorization", ALICE),), bearer(ALICE) + bearer(BOB))
         for call in calls:
             for metadata in wrong:
-                assert (await code_of(call(metadata)))[0] == "UNAUTHENTICATED"
+                assert (await code_and_message(call(metadata)))[0] == "UNAUTHENTICATED"
         async with connect(store_url) as redis:
             assert not await redis.exists("fleet:requests")
         async with open_channel(coordinator.address) as channel:
@@ -92,35 +92,35 @@ def test_every_rpc_needs_a_key_and_health_does_not(store_url: str, keys: Path) -
     run_on_fleet(store_url, scenario)
 
 
-def test_callers_see_their_own_requests_only(store_url: str, keys: Path) -> None:
+def test_callers_see_only_their_own_requests(store_url: str, keys: Path) -> None:
     async def scenario(running: FakeFleet) -> None:
         await running.add_workers()
         _, stub = await running.add_coordinator(api_keys=keys)
         alice, bob = bearer(ALICE), bearer(BOB)
-        given = submission(idempotency_key="k")
-        made = (await stub.Submit(given, metadata=alice)).request
-        assert made.caller == "alice"
-        assert (await stub.Submit(given, metadata=bearer("next"))).replayed
-        other = await stub.Submit(given, metadata=bob)
+        request = submission(idempotency_key="k")
+        created = (await stub.Submit(request, metadata=alice)).request
+        assert created.caller == "alice"
+        assert (await stub.Submit(request, metadata=bearer("next"))).replayed
+        other = await stub.Submit(request, metadata=bob)
         assert not other.replayed
-        assert other.request.request_id != made.request_id
+        assert other.request.request_id != created.request_id
 
-        unknown = (await code_of(stub.GetRequest(pb.GetRequestRequest(request_id=UNKNOWN), metadata=bob)))[1]
+        unknown = (await code_and_message(stub.GetRequest(pb.GetRequestRequest(request_id=UNKNOWN), metadata=bob)))[1]
         for call in (
-            stub.GetRequest(pb.GetRequestRequest(request_id=made.request_id), metadata=bob),
-            stub.CancelRequest(pb.CancelRequestRequest(request_id=made.request_id), metadata=bob),
-            stub.Watch(pb.WatchRequest(request_id=made.request_id), metadata=bob),
-            stub.DownloadResult(pb.DownloadResultRequest(request_id=made.request_id), metadata=bob),
+            stub.GetRequest(pb.GetRequestRequest(request_id=created.request_id), metadata=bob),
+            stub.CancelRequest(pb.CancelRequestRequest(request_id=created.request_id), metadata=bob),
+            stub.Watch(pb.WatchRequest(request_id=created.request_id), metadata=bob),
+            stub.DownloadResult(pb.DownloadResultRequest(request_id=created.request_id), metadata=bob),
         ):
-            code, message = await code_of(call)
+            code, message = await code_and_message(call)
             assert code == "NOT_FOUND"
-            assert message == unknown.replace(UNKNOWN, made.request_id)
+            assert message == unknown.replace(UNKNOWN, created.request_id)
 
-        events = [reply async for reply in stub.Watch(pb.WatchRequest(request_id=made.request_id), metadata=alice)]
+        events = [reply async for reply in stub.Watch(pb.WatchRequest(request_id=created.request_id), metadata=alice)]
         assert events[-1].event.state_change.state == pb.REQUEST_STATE_SUCCEEDED
-        download = pb.DownloadResultRequest(request_id=made.request_id)
+        download = pb.DownloadResultRequest(request_id=created.request_id)
         assert [reply async for reply in stub.DownloadResult(download, metadata=alice)]
-        for metadata, own in ((alice, made.request_id), (bob, other.request.request_id)):
+        for metadata, own in ((alice, created.request_id), (bob, other.request.request_id)):
             listed = await stub.ListRequests(pb.ListRequestsRequest(), metadata=metadata)
             assert [record.request_id for record in listed.requests] == [own]
 
@@ -137,10 +137,10 @@ def test_open_requests_are_bounded_per_caller(store_url: str, keys: Path) -> Non
         await running.add_worker("text_encoding", Script(running.scripts["text_encoding"].contract, gate), capacity=4)
         _, stub = await running.add_coordinator(api_keys=keys, max_open_of_caller=2)
         first = (await stub.Submit(submission(), metadata=bearer(ALICE))).request.request_id
-        code, message = await code_of(stub.Submit(submission(), metadata=bearer(ALICE)))
+        code, message = await code_and_message(stub.Submit(submission(), metadata=bearer(ALICE)))
         assert (code, message) == ("RESOURCE_EXHAUSTED", "alice has 1 open requests, which is the limit")
         ids = [(await stub.Submit(submission(), metadata=bearer(BOB))).request.request_id for _ in range(2)]
-        assert (await code_of(stub.Submit(submission(), metadata=bearer(BOB))))[0] == "RESOURCE_EXHAUSTED"
+        assert (await code_and_message(stub.Submit(submission(), metadata=bearer(BOB))))[0] == "RESOURCE_EXHAUSTED"
         gate.opened.set()
         _, without_keys = await running.add_coordinator()
         for request_id in (first, *ids):
@@ -152,16 +152,18 @@ def test_open_requests_are_bounded_per_caller(store_url: str, keys: Path) -> Non
     run_on_fleet(store_url, scenario)
 
 
-def test_bounds_on_metadata_and_calls(store_url: str) -> None:
+def test_large_metadata_and_calls_beyond_the_bound_are_refused(store_url: str) -> None:
     async def scenario(running: FakeFleet) -> None:
         coordinator, stub = await running.add_coordinator(max_calls=2)
         large = (("x", "y" * 20_000),)
-        assert (await code_of(stub.ListModels(pb.ListModelsRequest(), metadata=large)))[0] == "RESOURCE_EXHAUSTED"
-        held = (await stub.Submit(submission())).request.request_id
-        watches = [stub.Watch(pb.WatchRequest(request_id=held)) for _ in range(2)]
+        assert (await code_and_message(stub.ListModels(pb.ListModelsRequest(), metadata=large)))[
+            0
+        ] == "RESOURCE_EXHAUSTED"
+        queued = (await stub.Submit(submission())).request.request_id
+        watches = [stub.Watch(pb.WatchRequest(request_id=queued)) for _ in range(2)]
         for watch in watches:
             assert await watch.read()
-        code, message = await code_of(stub.ListModels(pb.ListModelsRequest()))
+        code, message = await code_and_message(stub.ListModels(pb.ListModelsRequest()))
         assert (code, "2 concurrent calls" in message) == ("RESOURCE_EXHAUSTED", True)
         watches[0].cancel()
         await wait_until(lambda: coordinator.calls_in_flight <= 1)
@@ -171,10 +173,10 @@ def test_bounds_on_metadata_and_calls(store_url: str) -> None:
     run_on_fleet(store_url, scenario)
 
 
-async def command(*words: str, key: str) -> tuple[int | None, bytes, bytes]:
-    """Exit code and output of `fleet WORDS`."""
+async def run_fleet(*arguments: str, key: str) -> tuple[int | None, bytes, bytes]:
+    """Run `fleet ARGUMENTS`; returns its exit code, stdout and stderr."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "services.cli", *words),
+        *(sys.executable, "-m", "services.cli", *arguments),
         env=os.environ | {"FLEET_API_KEY": key},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -186,12 +188,12 @@ async def command(*words: str, key: str) -> tuple[int | None, bytes, bytes]:
 def test_the_command_line_sends_the_key(store_url: str, keys: Path) -> None:
     async def scenario(running: FakeFleet) -> None:
         coordinator, _ = await running.add_coordinator(api_keys=keys)
-        words = ("models", "--endpoint", coordinator.address)
-        code, _, errors = await command(*words, key="")
+        arguments = ("models", "--endpoint", coordinator.address)
+        code, _, errors = await run_fleet(*arguments, key="")
         assert code == 2
         assert errors.count(b"\n") == 1
         assert b"FLEET_API_KEY" in errors
-        code, output, _ = await command(*words, key=BOB)
+        code, output, _ = await run_fleet(*arguments, key=BOB)
         assert code == 0
         assert b"emoji" in output
 
@@ -209,28 +211,28 @@ def test_token_identifies_the_caller_and_may_lower_its_bound(store_url: str, key
         settings = {"api_keys": keys, "max_open_of_caller": 2} | token_settings(tmp_path / "jwks.json")
         _, stub = await running.add_coordinator(**settings)
 
-        async def opened(name: str, **claims: Any) -> int:
-            """Submit three requests; returns the number of accepted ones."""
+        async def num_accepted(name: str, **claims: Any) -> int:
+            """Submit three requests; returns the number of accepted requests."""
             metadata = bearer(token("Ed", "EdDSA", sub=name, **claims))
             codes = [(await stub.Submit(submission(), metadata=metadata).code()).name for _ in range(3)]
             assert codes == sorted(codes)
             assert set(codes) <= {"OK", "RESOURCE_EXHAUSTED"}
             return codes.count("OK")
 
-        assert await opened("carol") == 2
-        assert await opened("dave", max_open=1) == 1
-        assert await opened("erin", max_open=9) == 2
-        assert await opened("frank", max_open=0) == 0
-        assert await opened("alice", max_open=9) == 1
-        for bad in (
+        assert await num_accepted("carol") == 2
+        assert await num_accepted("dave", max_open=1) == 1
+        assert await num_accepted("erin", max_open=9) == 2
+        assert await num_accepted("frank", max_open=0) == 0
+        assert await num_accepted("alice", max_open=9) == 1
+        for invalid in (
             token("Ed2", "EdDSA"),
             token("Ed", "EdDSA", aud="another"),
             token("Ed", "EdDSA", sub="a b"),
             "a.b.c",
         ):
-            code, message = await code_of(stub.ListModels(pb.ListModelsRequest(), metadata=bearer(bad)))
+            code, message = await code_and_message(stub.ListModels(pb.ListModelsRequest(), metadata=bearer(invalid)))
             assert code == "UNAUTHENTICATED"
-            assert bad not in message
+            assert invalid not in message
         as_token = await stub.ListRequests(pb.ListRequestsRequest(), metadata=bearer(token("Ed", "EdDSA", sub="alice")))
         as_key = await stub.ListRequests(pb.ListRequestsRequest(), metadata=bearer(ALICE))
         assert as_token == as_key
@@ -239,12 +241,12 @@ def test_token_identifies_the_caller_and_may_lower_its_bound(store_url: str, key
     run_on_fleet(store_url, scenario)
 
 
-def replace(files: dict[Path, bytes]) -> None:
+def write_files(files: dict[Path, bytes]) -> None:
     for path, content in files.items():
         path.write_bytes(content)
 
 
-def test_keys_are_reloaded_and_broken_files_are_ignored(store_url: str, keys: Path, tmp_path: Path) -> None:
+def test_keys_are_reloaded_and_invalid_files_are_ignored(store_url: str, keys: Path, tmp_path: Path) -> None:
     public = tmp_path / "public.pem"
     public.write_bytes(public_pem("Ed"))
 
@@ -252,19 +254,19 @@ def test_keys_are_reloaded_and_broken_files_are_ignored(store_url: str, keys: Pa
         settings = {"api_keys": keys, "reload_seconds": 0} | token_settings(public)
         _, stub = await running.add_coordinator(**settings)
 
-        async def served(*given: str) -> list[bool]:
-            calls = [stub.ListModels(pb.ListModelsRequest(), metadata=bearer(each)) for each in given]
+        async def accepted(*credentials: str) -> list[bool]:
+            calls = [stub.ListModels(pb.ListModelsRequest(), metadata=bearer(each)) for each in credentials]
             codes = [(await call.code()).name for call in calls]
             assert set(codes) <= {"OK", "UNAUTHENTICATED"}
             return [code == "OK" for code in codes]
 
         old, new = token("Ed", "EdDSA"), token("Ed2", "EdDSA")
-        assert await served(ALICE, BOB, "other", old, new) == [True, True, False, True, False]
-        others = f'[callers.bob]\nkey_sha256 = ["{digest("other")}"]\n'.encode()
-        replace({keys: others, public: public_pem("Ed2")})
-        assert await served(ALICE, BOB, "other", old, new) == [False, False, True, False, True]
-        replace({keys: b"[callers", public: b""})
-        assert await served(ALICE, "other", old, new) == [False, True, False, True]
+        assert await accepted(ALICE, BOB, "other", old, new) == [True, True, False, True, False]
+        other_keys = f'[callers.bob]\nkey_sha256 = ["{digest("other")}"]\n'.encode()
+        write_files({keys: other_keys, public: public_pem("Ed2")})
+        assert await accepted(ALICE, BOB, "other", old, new) == [False, False, True, False, True]
+        write_files({keys: b"[callers", public: b""})
+        assert await accepted(ALICE, "other", old, new) == [False, True, False, True]
 
     run_on_fleet(store_url, scenario)
 
@@ -274,10 +276,10 @@ def test_the_command_line_sends_a_token(store_url: str, tmp_path: Path) -> None:
 
     async def scenario(running: FakeFleet) -> None:
         coordinator, _ = await running.add_coordinator(**token_settings(tmp_path / "public.pem"))
-        words = ("models", "--endpoint", coordinator.address)
-        code, output, _ = await command(*words, key=token("Ed", "EdDSA"))
+        arguments = ("models", "--endpoint", coordinator.address)
+        code, output, _ = await run_fleet(*arguments, key=token("Ed", "EdDSA"))
         assert (code, b"emoji" in output) == (0, True)
-        code, _, errors = await command(*words, key=token("Ed", "EdDSA", exp=1))
+        code, _, errors = await run_fleet(*arguments, key=token("Ed", "EdDSA", exp=1))
         assert (code, errors.count(b"\n")) == (2, 1)
         assert b"the token has expired" in errors
 
@@ -285,7 +287,7 @@ def test_the_command_line_sends_a_token(store_url: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("settings", "message"),
     [
         ({"jwt_keys": Path("x"), "jwt_audience": "a"}, "jwt_keys is set without jwt_issuer"),
         ({"jwt_secret": Path("x")}, "jwt_secret is set without jwt_audience"),
@@ -295,13 +297,13 @@ def test_the_command_line_sends_a_token(store_url: str, tmp_path: Path) -> None:
         ({"jwt_leeway_seconds": -1.0}, "from 0 to 300"),
     ],
 )
-def test_unsafe_token_settings_are_refused(given: dict[str, Any], words: str) -> None:
-    with pytest.raises(InvalidInput, match=words):
-        CoordinatorSettings(**given)
+def test_invalid_token_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        CoordinatorSettings(**settings)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("callers", "is not TOML"),
         ("", "tables \\[callers.NAME\\]"),
@@ -317,10 +319,10 @@ def test_unsafe_token_settings_are_refused(given: dict[str, Any], words: str) ->
         (f"[callers.a]\nkey_sha256 = ['{digest('x')}']\n[callers.b]\nkey_sha256 = ['{digest('x')}']", "share a key"),
     ],
 )
-def test_a_wrong_keys_file_is_refused_at_the_start(text: str, words: str, tmp_path: Path) -> None:
+def test_invalid_keys_file_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(text)
-    with pytest.raises(InvalidInput, match=words) as caught:
+    with pytest.raises(InvalidInput, match=message) as caught:
         read_keys(path)
     assert "\n" not in caught.value.message
     with pytest.raises(InvalidInput, match="is not readable"):

@@ -1,4 +1,4 @@
-"""A cancelled, abandoned or expired request frees its worker within a step, and its store keys."""
+"""A cancelled, abandoned or expired request frees its worker within a step and deletes its store keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from coordinator_fleet import FakeFleet, Gate, Stub, run_on_fleet, submission, t
 from fleet.v1 import generation_pb2 as pb
 
 STEPS = 8
-DONE = 3
+COMPLETED_STEPS = 3
 INPUT_BYTES = 2 << 20
 """Buffer bytes of the denoiser's call: embeddings of 1.2 MB, rounded up to MiB; other tensors are inline."""
 
@@ -23,7 +23,7 @@ Stopping = Callable[[Stub, pb.SubmitRequest], AsyncIterator[str]]
 
 
 class Steps:
-    """A loop that waits in step DONE until the test opens the gate or the call is cancelled."""
+    """A loop that waits after COMPLETED_STEPS steps until the gate is open or the call is cancelled."""
 
     def __init__(self) -> None:
         self.gate = Gate()
@@ -31,7 +31,7 @@ class Steps:
     def __call__(self, call: Call) -> None:
         for step in range(1, STEPS + 1):
             call.progress(step, STEPS)
-            if step == DONE:
+            if step == COMPLETED_STEPS:
                 self.gate(call)
 
 
@@ -50,20 +50,20 @@ async def by_disconnecting(stub: Stub, request: pb.SubmitRequest) -> AsyncIterat
 
 
 async def by_deadline(stub: Stub, request: pb.SubmitRequest) -> AsyncIterator[str]:
-    """Let the request's deadline pass, after its steps were reported."""
+    """Submit with a deadline that expires after the steps were reported."""
     request.deadline.GetCurrentTime()
     request.deadline.seconds += 3
     yield (await stub.Submit(request)).request.request_id
 
 
 async def left_in(url: str) -> list[bytes | str]:
-    """Keys of queues, slots, open work and checkpoints."""
+    """Store keys of queues, worker slots, open work, step checkpoints and cancellations."""
     async with connect(url) as redis:
-        kinds = ("queue", "waiting", "slots", "work", "open", "checkpoint", "cancels")
-        return [key for kind in kinds for key in await redis.keys(f"fleet:{kind}:*")]
+        names = ("queue", "waiting", "slots", "work", "open", "checkpoint", "cancels")
+        return [key for name in names for key in await redis.keys(f"fleet:{name}:*")]
 
 
-def metric() -> float:
+def steps_saved() -> float:
     return REGISTRY.get_sample_value("fleet_steps_saved_total", {"model": "emoji"}) or 0.0
 
 
@@ -86,23 +86,23 @@ def test_stopped_request_frees_its_worker_and_the_store(
         coordinator, stub = await fleet.add_coordinator(step_seconds=0.0)
         request = submission()
         request.parameters.num_inference_steps = STEPS
-        before = metric()
+        before = steps_saved()
         stopped = stopping(stub, request)
         name = await anext(stopped)
         await steps.gate.wait_reached()
         async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
-            if reply.event.progress.step == DONE:
+            if reply.event.progress.step == COMPLETED_STEPS:
                 break
         assert not [_ async for _ in stopped]
         change = (await terminal(stub, name))[-1].state_change
-        assert (change.state, change.steps_saved) == (end, STEPS - DONE)
+        assert (change.state, change.steps_saved) == (end, STEPS - COMPLETED_STEPS)
 
         async def is_counted() -> bool:
-            return metric() - before == STEPS - DONE
+            return steps_saved() - before == STEPS - COMPLETED_STEPS
 
         await wait_until(is_counted)  # the coordinator counts after the store has published the terminal state
         record = (await stub.GetRequest(pb.GetRequestRequest(request_id=name))).request
-        assert record.steps_saved == STEPS - DONE
+        assert record.steps_saved == STEPS - COMPLETED_STEPS
 
         async def nothing_is_left() -> bool:
             gc.collect()

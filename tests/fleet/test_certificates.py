@@ -1,4 +1,4 @@
-"""TLS certificates: invalid ones are refused, and renewed ones are reloaded."""
+"""Invalid TLS certificates are refused, and renewed certificates are reloaded."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ EXPIRED = timedelta(hours=-1)
 
 
 @asynccontextmanager
-async def worker_with(toy: ServedModel, store: str, authority: Authority, shown: Certificate) -> AsyncIterator[Worker]:
+async def worker_with(
+    toy: ServedModel, store: str, authority: Authority, presented: Certificate
+) -> AsyncIterator[Worker]:
     """A worker of the decoding service that rereads its TLS files before each handshake."""
-    files = {"tls_ca": authority.ca, "tls_cert": shown.cert, "tls_key": shown.key}
+    files = {"tls_ca": authority.ca, "tls_cert": presented.cert, "tls_key": presented.key}
     worker = await start_worker("decoding", toy, worker_settings(store, reload_seconds=0, **files))
     try:
         yield worker
@@ -38,7 +40,7 @@ async def worker_with(toy: ServedModel, store: str, authority: Authority, shown:
         await worker.stop(5)
 
 
-async def draw(client: FleetClient) -> bytes:
+async def generate(client: FleetClient) -> bytes:
     """Generate an image. Raises RequestFailed."""
     request = pb.SubmitRequest(parameters=pb.GenerationParameters(prompt="x", seed=1))
     data = b""
@@ -53,14 +55,14 @@ def test_worker_refuses_invalid_coordinator_certificates(
 ) -> None:
     async def test() -> None:
         async with worker_with(toy_model, store_url, fleet_ca, fleet_ca.issue("worker")) as worker:
-            for shown in (
+            for presented in (
                 fleet_ca.issue("coordinator", valid=EXPIRED),
                 fleet_ca.issue("coordinator", usage=ExtendedKeyUsageOID.SERVER_AUTH),
                 other_ca.issue("coordinator"),
             ):
-                assert isinstance(await outcome(worker.address, mutual(fleet_ca, shown)), Unavailable)
-            right = fleet_ca.issue("coordinator", usage=ExtendedKeyUsageOID.CLIENT_AUTH)
-            assert await outcome(worker.address, mutual(fleet_ca, right)) is None
+                assert isinstance(await outcome(worker.address, mutual(fleet_ca, presented)), Unavailable)
+            valid = fleet_ca.issue("coordinator", usage=ExtendedKeyUsageOID.CLIENT_AUTH)
+            assert await outcome(worker.address, mutual(fleet_ca, valid)) is None
 
     run_within(90, test)
 
@@ -70,13 +72,13 @@ def test_coordinator_refuses_invalid_worker_certificates(
 ) -> None:
     async def test() -> None:
         credentials = mutual(fleet_ca, fleet_ca.issue("coordinator"))
-        for shown in (
+        for presented in (
             fleet_ca.issue("worker", valid=EXPIRED),
             fleet_ca.issue("worker", usage=ExtendedKeyUsageOID.CLIENT_AUTH),
             fleet_ca.issue("coordinator"),
             other_ca.issue("worker"),
         ):
-            async with worker_with(toy_model, store_url, fleet_ca, shown) as worker:
+            async with worker_with(toy_model, store_url, fleet_ca, presented) as worker:
                 assert isinstance(await outcome(worker.address, credentials), Unavailable)
         async with worker_with(toy_model, store_url, fleet_ca, fleet_ca.issue("worker")) as worker:
             assert await outcome(worker.address, credentials) is None
@@ -92,30 +94,30 @@ def test_worker_reloads_certificates_and_ignores_mismatched_files(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def test() -> None:
-        shown = fleet_ca.issue("worker")
-        async with worker_with(toy_model, store_url, fleet_ca, shown) as worker:
+        presented = fleet_ca.issue("worker")
+        async with worker_with(toy_model, store_url, fleet_ca, presented) as worker:
             credentials = mutual(fleet_ca, fleet_ca.issue("coordinator"))
             assert await outcome(worker.address, credentials) is None
 
-            old_key = shown.key.read_bytes()
+            old_key = presented.key.read_bytes()
             new = fleet_ca.issue("another")
-            shown.cert.write_bytes(new.cert.read_bytes())
+            presented.cert.write_bytes(new.cert.read_bytes())
             with caplog.at_level(logging.ERROR):
                 assert await outcome(worker.address, credentials) is None
             assert "the key is of another certificate" in caplog.text
             assert old_key.decode() not in caplog.text
 
-            shown.key.write_bytes(new.key.read_bytes())
+            presented.key.write_bytes(new.key.read_bytes())
             assert isinstance(await outcome(worker.address, credentials), Unavailable)
             assert await outcome(worker.address, credentials, "another") is None
 
             fleet_ca.ca.write_bytes(other_ca.ca.read_bytes())
-            theirs = mutual(fleet_ca, other_ca.issue("coordinator"))
+            new_credentials = mutual(fleet_ca, other_ca.issue("coordinator"))
             assert isinstance(await outcome(worker.address, credentials, "another"), Unavailable)
-            shown_now = other_ca.issue("worker")
-            shown.cert.write_bytes(shown_now.cert.read_bytes())
-            shown.key.write_bytes(shown_now.key.read_bytes())
-            assert await outcome(worker.address, theirs) is None
+            renewed = other_ca.issue("worker")
+            presented.cert.write_bytes(renewed.cert.read_bytes())
+            presented.key.write_bytes(renewed.key.read_bytes())
+            assert await outcome(worker.address, new_credentials) is None
 
     run_within(90, test)
 
@@ -138,21 +140,21 @@ def test_coordinator_presents_its_reloaded_certificate(
             stack.push_async_callback(coordinator.stop, 5)
             access = Access(grpc.ssl_channel_credentials(fleet_ca.ca.read_bytes()))
             client = await stack.enter_async_context(connect_client(coordinator.address, access))
-            assert await draw(client)
+            assert await generate(client)
 
             original = {name: files[name].read_bytes() for name in ("tls_cert", "tls_key")}
             stranger = fleet_ca.issue("stranger")
             files["tls_cert"].write_bytes(stranger.cert.read_bytes())
             files["tls_key"].write_bytes(stranger.key.read_bytes())
             with pytest.raises(RequestFailed, match="a certificate for stranger is not authorized to call"):
-                await draw(client)
+                await generate(client)
             async with connect_client(coordinator.address, access) as newcomer:
                 with pytest.raises(Unavailable):
                     await newcomer.models()
 
             for name, content in original.items():
                 files[name].write_bytes(content)
-            assert await draw(client)
+            assert await generate(client)
             async with connect_client(coordinator.address, access) as newcomer:
                 assert await newcomer.models()
 

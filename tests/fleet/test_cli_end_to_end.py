@@ -1,4 +1,4 @@
-"""The command line as a process: commands with real fleets of the emoji model, exit codes and cleanup."""
+"""Commands of the command line with real fleets of the emoji model: outputs, exit codes and cleanup."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FLEET = (sys.executable, "-m", "services.cli")
 
 @pytest.fixture(scope="module")
 def temporary() -> Iterator[Path]:
-    """Directory for temporary files; its path is short, as paths of Unix sockets must be."""
+    """Directory for temporary files, with a short path because paths of Unix sockets must be short."""
     path = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
     yield path
     shutil.rmtree(path, ignore_errors=True)
@@ -91,10 +91,10 @@ def started(temporary: Path, *arguments: str, **settings: str) -> Iterator[Runni
 
 def wait_ended(processes: Sequence[psutil.Process]) -> None:
     """Wait until all processes have ended; zombies count as ended."""
-    poll(lambda: not any(_lives(process) for process in processes), 20, "all processes end")
+    poll(lambda: not any(_is_alive(process) for process in processes), 20, "all processes end")
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -147,7 +147,7 @@ def up(temporary: Path) -> Iterator[tuple[str, Running]]:
         yield running.line(r"^ready: (\S+) serves emoji")[1], running
 
 
-def test_commands_work_at_a_running_fleet(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
+def test_commands_work_with_a_running_fleet(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
     endpoint = ("--endpoint", up[0])
     images = fleet(temporary, "generate", "a pear", "--num-outputs=2", "--output", str(tmp_path / "p.png"), *endpoint)
     assert images.stdout.splitlines() == [str(tmp_path / "p-0.png"), str(tmp_path / "p-1.png")], images.stderr
@@ -171,7 +171,7 @@ def test_commands_work_at_a_running_fleet(up: tuple[str, Running], temporary: Pa
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """One thread, as the services have: the number of threads affects rounding."""
+    """Set one PyTorch thread, as in the services, because the number of threads affects rounding."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -182,16 +182,16 @@ def one_thread() -> Iterator[None]:
 def test_flux_through_services_equals_flux_in_one_process(
     up: tuple[str, Running], temporary: Path, tmp_path: Path
 ) -> None:
-    """Bit-equal, with true CFG, two outputs and a size that is not square."""
+    """Latents and pixels are bit-equal, with true CFG, two outputs and a size that is not square."""
     output = tmp_path / "apples.safetensors"
     size, guidance = ("--height=96", "--width=160"), ("--negative-prompt=a pear", "--true-cfg-scale=2.5")
     flags = ("--num-inference-steps=3", "--seed=1", "--num-outputs=2", *size, *guidance, "--output", str(output))
     done = fleet(temporary, "generate", "a red apple", *flags, "--endpoint", up[0])
     assert done.returncode == 0, done.stderr
-    drawn = load_file(output)
+    generated = load_file(output)
 
-    alone = open_fleet("emoji")
-    expected = alone.tensors(
+    local = open_fleet("emoji")
+    expected = local.tensors(
         prompt="a red apple",
         num_inference_steps=3,
         seed=1,
@@ -201,11 +201,11 @@ def test_flux_through_services_equals_flux_in_one_process(
         negative_prompt="a pear",
         true_cfg_scale=2.5,
     )
-    alone.close()
-    assert drawn.keys() == expected.keys() == {"latents", "pixels"}
-    assert drawn["pixels"].shape == (2, 3, 96, 160)
+    local.close()
+    assert generated.keys() == expected.keys() == {"latents", "pixels"}
+    assert generated["pixels"].shape == (2, 3, 96, 160)
     for name, tensor in expected.items():
-        assert torch.equal(drawn[name], tensor), name
+        assert torch.equal(generated[name], tensor), name
 
 
 def test_size_measures_a_running_fleet_with_uncached_prompts(up: tuple[str, Running], temporary: Path) -> None:
@@ -233,7 +233,7 @@ def test_size_measures_a_running_fleet_with_uncached_prompts(up: tuple[str, Runn
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "words"),
+    ("change", "code", "message"),
     [
         (("--model", "emojis"), 2, "model: 'emojis' is not served; this fleet serves emoji"),
         (("--size", "7x7"), 2, "height: 7 is not at least 16"),
@@ -243,12 +243,12 @@ def test_size_measures_a_running_fleet_with_uncached_prompts(up: tuple[str, Runn
     ],
 )
 def test_size_reports_errors_in_one_line(
-    up: tuple[str, Running], temporary: Path, change: tuple[str, ...], code: int, words: str
+    up: tuple[str, Running], temporary: Path, change: tuple[str, ...], code: int, message: str
 ) -> None:
     load = ("--model", "emoji", "--requests-per-second", "5", "--steps", "2", "--endpoint", up[0])
     done = fleet(temporary, "size", *load, *change)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1), done
-    assert words in done.stderr
+    assert message in done.stderr
 
 
 def test_cancel_stops_a_running_request(up: tuple[str, Running], temporary: Path, tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_autoscaled_fleet_starts_without_workers_and_scales_to_zero(temporary: P
     scaling = ("--autoscale", "--idle-seconds=0.5", "--max-replicas=text_encoding=2", "--headroom=1")
     with started(temporary, "up", "--port=0", "--scaler-port=0", *scaling) as running:
         endpoint = running.line(r"^ready: (\S+) serves emoji")[1]
-        assert len(running.descendants()) == 2, "processes other than the store and the coordinator run"
+        assert len(running.descendants()) == 2, "processes other than the store and the coordinator are running"
         done = fleet(temporary, "generate", "a red apple", *flags, "--endpoint", endpoint)
         assert done.returncode == 0, done.stderr
         running.line("autoscaler: emoji/text_encoding: 1 -> 2 workers")  # one for the request, one for headroom
@@ -302,9 +302,9 @@ def test_autoscaled_fleet_starts_without_workers_and_scales_to_zero(temporary: P
         code, output_after = running.end(signal.SIGTERM)
     assert code == 0
     assert "restarting it" not in output_after
-    alone = open_fleet("emoji")
-    (item,) = alone.media(prompt="a red apple", num_inference_steps=3, seed=1).items
-    alone.close()
+    local = open_fleet("emoji")
+    (item,) = local.media(prompt="a red apple", num_inference_steps=3, seed=1).items
+    local.close()
     assert output.read_bytes() == item.data.numpy().tobytes()
 
 
@@ -327,7 +327,7 @@ def test_unavailable_store_is_reported_in_one_line(temporary: Path, tmp_path: Pa
         assert done.stderr.count("\n") == 1
 
 
-def test_unreadable_checkpoint_ends_up_with_exit_code_2(temporary: Path, tmp_path: Path) -> None:
+def test_unreadable_checkpoint_ends_commands_with_exit_code_2(temporary: Path, tmp_path: Path) -> None:
     source = Path(__file__).parents[2] / "models" / "checkpoints" / "emoji"
     broken = tmp_path / "broken"
     shutil.copytree(source, broken)
@@ -342,7 +342,7 @@ def test_unreadable_checkpoint_ends_up_with_exit_code_2(temporary: Path, tmp_pat
 
 
 def test_missing_weights_end_an_autoscaled_fleet_at_its_first_worker(temporary: Path, tmp_path: Path) -> None:
-    """A restarted worker would fail, too: the fleet ends, and with it the waiting request."""
+    """A restarted worker would fail, too. The fleet therefore ends, and the waiting request fails."""
     model = tmp_path / "emoji"
     shutil.copytree(Path(__file__).parents[2] / "models" / "checkpoints" / "emoji", model)
     up = ("up", "--port=0", "--autoscale", "--model", str(model))

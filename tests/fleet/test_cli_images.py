@@ -1,4 +1,4 @@
-"""Images and videos on the command line. Invalid ones exit with 2 after one line, before a process starts."""
+"""Images and videos on the command line. Invalid inputs are reported in one line, before a store starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with models, valid and invalid images."""
+    """A directory with models, valid images and invalid images."""
     root = tmp_path_factory.mktemp("images")
     build_tiny_wan_i2v(root / "i2v")
     build_tiny_wan_i2v(root / "flf2v", last_image=True)
@@ -28,12 +28,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     good = Image.fromarray(noise)
     good.save(root / "good.png")
     good.save(root / "old.gif")
-    good.save(root / "moving.webp", save_all=True, append_images=[Image.fromarray(255 - noise)])
+    good.save(root / "animated.webp", save_all=True, append_images=[Image.fromarray(255 - noise)])
     data = (root / "good.png").read_bytes()
-    (root / "cut.png").write_bytes(data[:2000])
-    at = data.index(b"IDAT") + 20
-    (root / "spoiled.png").write_bytes(data[:at] + bytes(200) + data[at + 200 :])
-    (root / "words.png").write_text("no image")
+    (root / "truncated.png").write_bytes(data[:2000])
+    offset = data.index(b"IDAT") + 20
+    (root / "corrupt.png").write_bytes(data[:offset] + bytes(200) + data[offset + 200 :])
+    (root / "text.png").write_text("no image")
     return root
 
 
@@ -48,15 +48,15 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_nothing_starts")
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ("--model i2v --output a.mp4", "image: no image was sent; i2v (WanImageToVideoPipeline) requires an image"),
         ("--model i2v --image nowhere.png --output a.mp4", "cannot read the image nowhere.png"),
-        ("--model i2v --image words.png --output a.mp4", "image is not a PNG, JPEG or WebP image"),
+        ("--model i2v --image text.png --output a.mp4", "image is not a PNG, JPEG or WebP image"),
         ("--model i2v --image old.gif --output a.mp4", "image is not a PNG, JPEG or WebP image but GIF"),
-        ("--model i2v --image moving.webp --output a.mp4", "image is an animated WebP"),
-        ("--model i2v --image cut.png --output a.mp4", "image is truncated"),
-        ("--model i2v --image spoiled.png --output a.mp4", "image cannot be decoded"),
+        ("--model i2v --image animated.webp --output a.mp4", "image is an animated WebP"),
+        ("--model i2v --image truncated.png --output a.mp4", "image is truncated"),
+        ("--model i2v --image corrupt.png --output a.mp4", "image cannot be decoded"),
         (
             "--model i2v --image good.png --image good.png --output a.mp4",
             "images: image, image_1 is not a set of images",
@@ -88,19 +88,19 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--model emoji-video --height 72 --output a.mp4", "height: 72 is not a multiple of 16"),
     ],
 )
-def test_invalid_images_are_reported_in_one_line(
+def test_invalid_inputs_are_reported_in_one_line(
     files: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    words: str,
+    arguments: str,
     message: str,
 ) -> None:
     monkeypatch.chdir(files)
-    assert main(["generate", "x", *words.split()]) == 2
-    said = capsys.readouterr()
-    assert message in said.err
-    assert said.err.count("\n") == 1
-    assert not said.out
+    assert main(["generate", "x", *arguments.split()]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
     assert not list(files.glob("a.*"))
 
 
@@ -108,7 +108,7 @@ def test_readme_command_writes_a_video(tmp_path: Path) -> None:
     """The README's command with fewer steps writes an MP4."""
     output = tmp_path / "heart.mp4"
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
-    words = (
+    flags = (
         "generate",
         "a red heart beating",
         "--model",
@@ -119,7 +119,7 @@ def test_readme_command_writes_a_video(tmp_path: Path) -> None:
         "12",
     )
     done = subprocess.run(
-        [sys.executable, "-m", "services.cli", *words, "--output", str(output)],
+        [sys.executable, "-m", "services.cli", *flags, "--output", str(output)],
         env=environ,
         capture_output=True,
         text=True,

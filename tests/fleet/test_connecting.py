@@ -1,4 +1,4 @@
-"""A client connects to a worker whose first reply is slow."""
+"""A client connects to a worker whose first reply is delayed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ DELAY_SECONDS = 0.4
 
 
 @asynccontextmanager
-async def slow_link_to(address: str) -> AsyncIterator[str]:
-    """Forward an address; the first reply of each connection is delayed."""
+async def delayed_proxy(address: str) -> AsyncIterator[str]:
+    """A proxy of an address that delays the first reply of each connection; yields the proxy's address."""
     host, _, port = address.rpartition(":")
     forwarding: list[asyncio.Task[None]] = []
 
@@ -28,9 +28,9 @@ async def slow_link_to(address: str) -> AsyncIterator[str]:
             writer.close()
 
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(host, int(port))
-        forwarding.append(asyncio.create_task(forward(reader, back, 0)))
-        forwarding.append(asyncio.create_task(forward(there, writer, DELAY_SECONDS)))
+        worker_reader, worker_writer = await asyncio.open_connection(host, int(port))
+        forwarding.append(asyncio.create_task(forward(reader, worker_writer, 0)))
+        forwarding.append(asyncio.create_task(forward(worker_reader, writer, DELAY_SECONDS)))
 
     async with await asyncio.start_server(connect, "127.0.0.1", 0) as server:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
@@ -39,11 +39,11 @@ async def slow_link_to(address: str) -> AsyncIterator[str]:
     await asyncio.gather(*forwarding, return_exceptions=True)
 
 
-def test_slow_peer_is_reached() -> None:
+def test_client_reaches_a_worker_whose_first_reply_is_delayed() -> None:
     async def test() -> None:
         async with (
             served() as stage,
-            slow_link_to(stage.server.address) as address,
+            delayed_proxy(stage.server.address) as address,
             open_channel(address) as channel,
         ):
             outputs = await RemoteRunner(channel, SERVICE, stage.hosted.contract)(packets(8), RecordedCall().call())

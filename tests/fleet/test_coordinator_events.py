@@ -1,4 +1,4 @@
-"""Events of a request are stored in order without blocking it. Only repeated progress is dropped."""
+"""Events of a request are stored in order and do not block the request. Only superseded progress is dropped."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fleet.v1 import generation_pb2
 from redis_servers import RedisServer, run_on_empty_store
 from services.coordinator.events import EventLog, EventWriter
 
-LONG = 3_600.0
+LONG_SECONDS = 3_600.0
 
 
 def run_on_request(server: RedisServer, test: Callable[[RequestStore], Awaitable[None]]) -> None:
     """Run a test on a store that has a request "r"."""
 
-    async def on_store(redis: Redis) -> None:
+    async def on_request(redis: Redis) -> None:
         store = RequestStore(redis)
         await store.admit(generation_pb2.RequestRecord(request_id="r", model="m"))
         await test(store)
 
-    run_on_empty_store(server.url, on_store)
+    run_on_empty_store(server.url, on_request)
 
 
 def progress_of(events: Sequence[generation_pb2.Event]) -> list[tuple[str, int]]:
@@ -46,9 +46,9 @@ async def _first(store: RequestStore, count: int) -> AsyncIterator[generation_pb
             return
 
 
-def test_only_the_latest_of_quick_steps_is_reported(each_server: RedisServer) -> None:
+def test_only_the_latest_step_is_stored_while_writes_are_delayed(each_server: RedisServer) -> None:
     async def scenario(store: RequestStore) -> None:
-        writer = EventWriter(store, "r", EventLog(), lambda: None, step_seconds=LONG)
+        writer = EventWriter(store, "r", EventLog(), lambda: None, step_seconds=LONG_SECONDS)
         writer.progress("denoising", 0, 50)
         assert progress_of(await stored(store, 1)) == [("denoising", 0)]
         for step in range(1, 50):
@@ -99,7 +99,7 @@ def test_closing_does_not_wait_for_an_unavailable_store(each_server: RedisServer
     run_on_request(each_server, scenario)
 
 
-def test_event_writer_detects_a_request_that_ended_elsewhere(each_server: RedisServer) -> None:
+def test_event_writer_detects_that_its_request_has_ended_in_the_store(each_server: RedisServer) -> None:
     async def scenario(store: RequestStore) -> None:
         ended = asyncio.Event()
         writer = EventWriter(store, "r", EventLog(), ended.set)

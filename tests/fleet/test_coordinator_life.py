@@ -38,7 +38,7 @@ async def state_of(stub: Stub, name: str) -> pb.RequestState.ValueType:
     return (await stub.GetRequest(pb.GetRequestRequest(request_id=name))).request.state
 
 
-def test_a_running_request_ends_before_its_coordinator(each_server: RedisServer) -> None:
+def test_coordinator_stops_after_its_running_request_has_ended(each_server: RedisServer) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
@@ -66,26 +66,26 @@ def test_a_running_request_ends_before_its_coordinator(each_server: RedisServer)
 
 
 async def _read_warnings(watch: AsyncIterable[pb.WatchResponse]) -> None:
-    """Read to the end or to an error; every event is a warning that a stage has no worker."""
+    """Read to the end or to an error. Each event is a warning, because the stages have no workers."""
     async for reply in watch:
         assert reply.event.HasField("warning")
 
 
-def test_requests_continue_elsewhere_after_the_grace_period(each_server: RedisServer) -> None:
+def test_requests_continue_on_another_coordinator_after_the_grace_period(each_server: RedisServer) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         leaving, stub = await fleet.add_coordinator()
         _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=2.0)
         name = (await stub.Submit(submission())).request.request_id
-        foreign = (await other.Submit(submission())).request.request_id
-        watch = stub.Watch(pb.WatchRequest(request_id=foreign))
+        name_of_other = (await other.Submit(submission())).request.request_id
+        watch = stub.Watch(pb.WatchRequest(request_id=name_of_other))
         await anext(aiter(watch))
         reading = asyncio.create_task(_read_warnings(watch))  # a call has a status only after its last event is read
         await leaving.stop(0)
         with pytest.raises(grpc.aio.AioRpcError, match="repeat the call from the last event"):
             await reading
-        assert await state_of(other, foreign) == pb.REQUEST_STATE_QUEUED
+        assert await state_of(other, name_of_other) == pb.REQUEST_STATE_QUEUED
         await fleet.add_workers()
-        for each in (name, foreign):
+        for each in (name, name_of_other):
             assert (await terminal(other, each))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         async with connect(fleet.url) as redis:
             assert len(await redis.keys("fleet:coordinator:*")) == 1
@@ -121,7 +121,7 @@ def test_requests_continue_after_the_store_was_unavailable(each_server: RedisSer
     run_on_fleet(each_server.url, scenario)
 
 
-def test_a_coordinator_may_start_before_its_store(each_server: RedisServer) -> None:
+def test_coordinator_may_start_before_its_store(each_server: RedisServer) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         each_server.kill()
         coordinator, stub = await fleet.add_coordinator()
@@ -166,7 +166,7 @@ def test_process_exits_with_0_on_sigterm(each_server: RedisServer) -> None:
     run_on_fleet(each_server.url, scenario)
 
 
-def test_a_coordinator_with_another_checkpoint_is_refused(each_server: RedisServer) -> None:
+def test_coordinator_with_another_checkpoint_is_refused(each_server: RedisServer) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         async with connect(fleet.url) as redis:
             await WorkerRegistry(redis, ttl_seconds=60).declare("emoji", "another")
@@ -183,7 +183,7 @@ def test_models_with_equal_names_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "reason"),
+    ("arguments", "message"),
     [
         (["--model", "mona-lisa"], "mona-lisa"),
         (["--redis", "http://x"], "http://x"),
@@ -194,9 +194,9 @@ def test_models_with_equal_names_are_refused() -> None:
     ],
 )
 def test_invalid_settings_are_reported_in_one_line(
-    words: list[str], reason: str, capfd: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(words) == 2
+    assert main(arguments) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("coordinator:")]
     assert len(lines) == 1
-    assert reason in lines[0]
+    assert message in lines[0]

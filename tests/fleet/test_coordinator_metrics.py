@@ -22,7 +22,7 @@ from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 from services.coordinator.cancellations import Cancellations
 
-_NUMERICS = "equal"
+_NUMERICS_FINGERPRINT = "equal"
 _MODEL = {"model": "emoji"}
 _DENOISING = {"service": "denoising", **_MODEL}
 
@@ -31,8 +31,8 @@ def _value(name: str, labels: Mapping[str, str]) -> float:
     return REGISTRY.get_sample_value(name, dict(labels)) or 0.0
 
 
-class _Counted:
-    """Growth of metrics since the construction."""
+class _Growth:
+    """Growth of metrics since the construction of this object."""
 
     def __init__(self, *series: tuple[str, Mapping[str, str]]) -> None:
         self._before = {(name, frozenset(labels.items())): _value(name, labels) for name, labels in series}
@@ -43,7 +43,7 @@ class _Counted:
 
 
 class _Denoiser:
-    """Sends a checkpoint after the first of two steps; the first call then waits at a gate.
+    """Sends a step checkpoint after the first of two steps. The first call then waits at a gate.
 
     `tokens` has the number of tokens of each call.
     """
@@ -61,7 +61,7 @@ class _Denoiser:
 
 
 def test_lost_worker_is_counted(store_url: str) -> None:
-    counted = _Counted(
+    counted = _Growth(
         ("fleet_requests_total", {**_MODEL, "state": "SUCCEEDED"}),
         ("fleet_request_duration_seconds_count", {**_MODEL, "state": "SUCCEEDED"}),
         ("fleet_queue_wait_seconds_count", _DENOISING),
@@ -73,14 +73,14 @@ def test_lost_worker_is_counted(store_url: str) -> None:
         ("fleet_step_checkpoints_total", _DENOISING),
         ("grpc_client_attempt_started_total", {"grpc_method": "fleet.v1.DenoisingService/Denoise"}),
     )
-    stored = _Counted(("fleet_step_checkpoint_saves_total", {"result": "stored"}))
-    payload = _Counted(("fleet_step_checkpoint_bytes_total", _DENOISING))
+    stored = _Growth(("fleet_step_checkpoint_saves_total", {"result": "stored"}))
+    payload = _Growth(("fleet_step_checkpoint_bytes_total", _DENOISING))
 
     async def scenario(fleet: FakeFleet) -> None:
         denoiser = _Denoiser()
         script = Script(fleet.scripts["denoising"].contract, denoiser)
         await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
-        worker = await fleet.add_worker("denoising", script, numerics=_NUMERICS, ttl_seconds=1.0)
+        worker = await fleet.add_worker("denoising", script, numerics=_NUMERICS_FINGERPRINT, ttl_seconds=1.0)
         _, stub = await fleet.add_coordinator()
         name = (await stub.Submit(submission())).request.request_id
         await denoiser.gate.wait_reached()
@@ -90,12 +90,12 @@ def test_lost_worker_is_counted(store_url: str) -> None:
 
         await wait_until(is_stored)
         await worker.die()
-        await fleet.add_worker("denoising", script, numerics=_NUMERICS)
+        await fleet.add_worker("denoising", script, numerics=_NUMERICS_FINGERPRINT)
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         assert counted.grown() == [1, 1, 2, 1, 1, 1, 1, 1, 2, 2]
-        assert payload.grown()[0] > 2 * 16, "less than two checkpoints of four float32 numbers"
+        assert payload.grown()[0] > 2 * 16, "fewer bytes than two step checkpoints of four float32 values"
         assert len(denoiser.tokens) == 2
-        assert set(denoiser.tokens) == {denoiser.tokens[0]} != {0}, "attempts have different or no numbers of tokens"
+        assert set(denoiser.tokens) == {denoiser.tokens[0]} != {0}, "attempts have different token counts, or none"
 
         async def is_dead() -> bool:
             return (_value("fleet_workers_dead", _DENOISING), _value("fleet_workers_live", _DENOISING)) == (1, 1)
@@ -106,7 +106,7 @@ def test_lost_worker_is_counted(store_url: str) -> None:
 
 
 def test_retry_at_a_full_worker_is_counted(store_url: str) -> None:
-    counted = _Counted(("fleet_retried_calls_total", {**_DENOISING, "reason": "full"}))
+    counted = _Growth(("fleet_retried_calls_total", {**_DENOISING, "reason": "full"}))
 
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
@@ -135,11 +135,11 @@ def test_service_gauges_match_the_store(store_url: str) -> None:
         coordinator, stub = await fleet.add_coordinator()
         names = [(await stub.Submit(submission())).request.request_id for _ in range(3)]
 
-        async def is_seen() -> bool:
+        async def are_updated() -> bool:
             gauges = ("fleet_queue_length", "fleet_open_requests", "fleet_workers_held", "fleet_workers_live")
             return [_value(name, _DENOISING) for name in gauges] == [2, 3, 1, 1]
 
-        await wait_until(is_seen)
+        await wait_until(are_updated)
         assert _value("fleet_queued_seconds", _DENOISING) > 0
         assert _value("fleet_artifact_bytes", {}) == coordinator.artifact_memory.used_bytes > 0
         gate.opened.set()
@@ -149,14 +149,14 @@ def test_service_gauges_match_the_store(store_url: str) -> None:
     run_on_fleet(store_url, scenario)
 
 
-def _take_overs() -> _Counted:
+def _take_overs() -> _Growth:
     """Take-overs by cause, in the order left, lost, own."""
     series = "fleet_taken_over_requests_total"
-    return _Counted(*((series, {**_MODEL, "cause": cause}) for cause in ("left", "lost", "own")))
+    return _Growth(*((series, {**_MODEL, "cause": cause}) for cause in ("left", "lost", "own")))
 
 
 def test_take_over_from_a_stopped_coordinator_is_counted(store_url: str) -> None:
-    """A rolling update stops coordinators gracefully, as here."""
+    """The coordinator stops gracefully, as in a rolling update."""
     counted = _take_overs()
 
     async def scenario(fleet: FakeFleet) -> None:
@@ -198,7 +198,7 @@ def test_take_over_from_a_killed_coordinator_is_counted(store_url: str) -> None:
     run_on_fleet(store_url, scenario)
 
 
-def test_take_over_of_an_unknown_own_request_is_counted(store_url: str) -> None:
+def test_take_over_of_a_request_that_its_own_coordinator_does_not_know_is_counted(store_url: str) -> None:
     counted = _take_overs()
 
     async def scenario(fleet: FakeFleet) -> None:
@@ -215,7 +215,7 @@ def test_take_over_of_an_unknown_own_request_is_counted(store_url: str) -> None:
 def test_cancelled_orphan_is_counted_once(store_url: str, monkeypatch: pytest.MonkeyPatch, is_reply_lost: bool) -> None:
     """The coordinator that ended the request in the store counts it, even if the store's reply was lost."""
     series = ("fleet_requests_total", "fleet_request_duration_seconds_count")
-    counted = _Counted(*((name, {**_MODEL, "state": "CANCELLED"}) for name in series))
+    counted = _Growth(*((name, {**_MODEL, "state": "CANCELLED"}) for name in series))
     request_cancel = RequestStore.request_cancel
     lost: list[str] = []
 
@@ -274,7 +274,7 @@ def test_cancellation_that_fails_in_the_store_is_dropped(
 
 def test_cancellation_without_a_waiting_caller_is_counted(store_url: str) -> None:
     """Housekeeping repeats a cancellation whose caller did not wait for the reply."""
-    counted = _Counted(("fleet_requests_total", {**_MODEL, "state": "CANCELLED"}))
+    counted = _Growth(("fleet_requests_total", {**_MODEL, "state": "CANCELLED"}))
 
     async def scenario() -> None:
         async with connect(store_url) as redis:

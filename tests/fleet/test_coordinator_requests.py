@@ -24,7 +24,7 @@ def steps(count: int) -> Callable[[Call], None]:
     return work
 
 
-def test_submit_watch_and_download(each_store_url: str) -> None:
+def test_request_is_submitted_watched_and_downloaded(each_store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         fleet.scripts["denoising"].work = steps(4)
         fleet.scripts["decoding"].result_bytes = 2_500_000
@@ -67,9 +67,9 @@ def test_generate_returns_stored_and_raw_results(each_store_url: str) -> None:
         fleet.scripts["decoding"].result_bytes = 1_500_000
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
-        for form, stored in [(pb.OUTPUT_FORMAT_UNSPECIFIED, 2), (pb.OUTPUT_FORMAT_SAFETENSORS, 0)]:
+        for output_format, num_stored in [(pb.OUTPUT_FORMAT_UNSPECIFIED, 2), (pb.OUTPUT_FORMAT_SAFETENSORS, 0)]:
             request = submission()
-            request.parameters.output_format = form
+            request.parameters.output_format = output_format
             replies = [reply async for reply in stub.Generate(pb.GenerateRequest(request=request))]
             kinds = [reply.WhichOneof("payload") for reply in replies]
             assert kinds[0] == "accepted"
@@ -78,8 +78,8 @@ def test_generate_returns_stored_and_raw_results(each_store_url: str) -> None:
             assert b"".join(reply.data for reply in replies) == b"\x07" * 1_500_000
             request_id = replies[0].accepted.request_id
             download = pb.DownloadResultRequest(request_id=request_id)
-            if stored:
-                assert len([each async for each in stub.DownloadResult(download)]) == 1 + stored
+            if num_stored:
+                assert len([each async for each in stub.DownloadResult(download)]) == 1 + num_stored
             else:
                 with pytest.raises(grpc.aio.AioRpcError, match="never stored") as caught:
                     [each async for each in stub.DownloadResult(download)]
@@ -88,7 +88,7 @@ def test_generate_returns_stored_and_raw_results(each_store_url: str) -> None:
     run_on_fleet(each_store_url, scenario)
 
 
-def test_a_raw_result_beyond_the_bound_fails(each_store_url: str) -> None:
+def test_request_fails_if_its_raw_result_exceeds_the_bound(each_store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator(max_raw_result_bytes=99)
@@ -143,15 +143,15 @@ def test_cancel_ends_a_running_request_within_a_step(each_store_url: str) -> Non
     run_on_fleet(each_store_url, scenario)
 
 
-def test_a_queued_request_can_be_cancelled_and_expire(each_store_url: str) -> None:
+def test_queued_request_can_be_cancelled_or_expire(each_store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         queued = (await stub.Submit(submission())).request
-        soon = submission()
-        soon.deadline.FromMilliseconds(queued.created_at.ToMilliseconds() + 300)
-        late = (await stub.Submit(soon)).request.request_id
+        expiring = submission()
+        expiring.deadline.FromMilliseconds(queued.created_at.ToMilliseconds() + 300)
+        expired = (await stub.Submit(expiring)).request.request_id
         await stub.CancelRequest(pb.CancelRequestRequest(request_id=queued.request_id))
-        for name, end in [(queued.request_id, pb.REQUEST_STATE_CANCELLED), (late, pb.REQUEST_STATE_EXPIRED)]:
+        for name, end in [(queued.request_id, pb.REQUEST_STATE_CANCELLED), (expired, pb.REQUEST_STATE_EXPIRED)]:
             events = await terminal(stub, name)
             states = [event.state_change.state for event in events if not event.HasField("warning")]
             assert states == [pb.REQUEST_STATE_QUEUED, end]
@@ -161,14 +161,14 @@ def test_a_queued_request_can_be_cancelled_and_expire(each_store_url: str) -> No
     run_on_fleet(each_store_url, scenario)
 
 
-def test_disconnecting_from_generate_cancels_only_without_a_key(each_store_url: str) -> None:
+def test_disconnecting_from_generate_cancels_only_without_an_idempotency_key(each_store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
-        ends = {"": pb.REQUEST_STATE_CANCELLED, "k": pb.REQUEST_STATE_SUCCEEDED}
-        for key, end in ends.items():
+        end_by_key = {"": pb.REQUEST_STATE_CANCELLED, "k": pb.REQUEST_STATE_SUCCEEDED}
+        for key, end in end_by_key.items():
             gate.reached.clear()
             call = stub.Generate(pb.GenerateRequest(request=submission(idempotency_key=key)))
             name = (await anext(aiter(call))).accepted.request_id
@@ -247,7 +247,7 @@ def test_request_fails_if_no_worker_can_be_reached(each_store_url: str) -> None:
     run_on_fleet(each_store_url, scenario)
 
 
-def test_worker_with_fewer_slots_than_announced_is_retried(each_store_url: str) -> None:
+def test_requests_succeed_on_a_worker_with_fewer_worker_slots_than_announced(each_store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         await fleet.add_workers(["latent_preparation", "denoising", "decoding"])
@@ -263,7 +263,7 @@ def test_worker_with_fewer_slots_than_announced_is_retried(each_store_url: str) 
     run_on_fleet(each_store_url, scenario)
 
 
-def test_waiting_for_workers_is_optional(each_store_url: str) -> None:
+def test_request_fails_if_no_worker_appears_within_worker_wait_seconds(each_store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator(worker_wait_seconds=0.1)
         name = (await stub.Submit(submission())).request.request_id
@@ -292,7 +292,7 @@ def test_stage_warnings_reach_events_and_record(each_store_url: str) -> None:
     run_on_fleet(each_store_url, scenario)
 
 
-def test_requests_are_listed(each_store_url: str) -> None:
+def test_requests_are_listed_in_pages_from_the_newest(each_store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
         names = [(await stub.Submit(submission(str(number)))).request.request_id for number in range(5)]
@@ -336,7 +336,7 @@ def test_models_are_listed_with_parameters_and_workers(each_store_url: str) -> N
     run_on_fleet(each_store_url, scenario)
 
 
-async def _raises(call: Awaitable[Any] | AsyncIterable[Any]) -> tuple[str, str]:
+async def _refusal(call: Awaitable[Any] | AsyncIterable[Any]) -> tuple[str, str]:
     """Code and field of a call's error."""
 
     async def finish() -> None:
@@ -356,10 +356,10 @@ def test_invalid_input_is_refused_with_its_field(each_store_url: str) -> None:
         _, stub = await fleet.add_coordinator()
         nan = submission()
         nan.parameters.guidance_scale = float("nan")
-        raw, both, odd, video = submission(), submission(), submission(), submission()
+        raw, height_in_params, unknown_parameter, video = submission(), submission(), submission(), submission()
         raw.parameters.output_format = pb.OUTPUT_FORMAT_SAFETENSORS
-        both.parameters.params["height"].int_value = 1
-        odd.parameters.params["colour"].string_value = "red"
+        height_in_params.parameters.params["height"].int_value = 1
+        unknown_parameter.parameters.params["colour"].string_value = "red"
         video.parameters.output_format = pb.OUTPUT_FORMAT_MP4
         with_image = submission()
         with_image.parameters.images.add(data=b"x")
@@ -367,28 +367,28 @@ def test_invalid_input_is_refused_with_its_field(each_store_url: str) -> None:
         past.deadline.seconds = 1
         never = submission()
         never.deadline.seconds = -1
-        wrong = {
+        invalid = {
             "model": submission(model="mona-lisa"),
             "guidance_scale": nan,
-            "height": both,
-            "colour": odd,
+            "height": height_in_params,
+            "colour": unknown_parameter,
             "images": with_image,
             "idempotency_key": submission(idempotency_key="k" * 129),
             "priority": submission(priority=101),
             "prompt": submission("x" * (64 * 1024 + 1)),
         }
-        for name, request in wrong.items():
-            assert await _raises(stub.Submit(request)) == ("INVALID_ARGUMENT", name)
-            assert await _raises(stub.Generate(pb.GenerateRequest(request=request))) == ("INVALID_ARGUMENT", name)
+        for name, request in invalid.items():
+            assert await _refusal(stub.Submit(request)) == ("INVALID_ARGUMENT", name)
+            assert await _refusal(stub.Generate(pb.GenerateRequest(request=request))) == ("INVALID_ARGUMENT", name)
         for request, name in [
             (raw, "output_format"),
             (video, "output_format"),
             (past, "deadline"),
             (never, "deadline"),
         ]:
-            assert await _raises(stub.Submit(request)) == ("INVALID_ARGUMENT", name)
+            assert await _refusal(stub.Submit(request)) == ("INVALID_ARGUMENT", name)
         raw.idempotency_key = "k"
-        assert await _raises(stub.Generate(pb.GenerateRequest(request=raw))) == ("INVALID_ARGUMENT", "idempotency_key")
+        assert await _refusal(stub.Generate(pb.GenerateRequest(request=raw))) == ("INVALID_ARGUMENT", "idempotency_key")
         listed = await stub.ListRequests(pb.ListRequestsRequest())
         assert not listed.requests
 
@@ -406,29 +406,29 @@ def test_calls_about_unknown_requests_are_not_found(each_store_url: str) -> None
                 stub.Watch(pb.WatchRequest(request_id=unknown)),
                 stub.DownloadResult(pb.DownloadResultRequest(request_id=unknown)),
             ):
-                assert await _raises(call) == ("NOT_FOUND", "request_id")
+                assert await _refusal(call) == ("NOT_FOUND", "request_id")
         early = stub.DownloadResult(pb.DownloadResultRequest(request_id=name))
-        assert (await _raises(early))[0] == "FAILED_PRECONDITION"
+        assert (await _refusal(early))[0] == "FAILED_PRECONDITION"
         watch = stub.Watch(pb.WatchRequest(request_id=name, after_event_id="x"))
-        assert await _raises(watch) == ("INVALID_ARGUMENT", "after_event_id")
+        assert await _refusal(watch) == ("INVALID_ARGUMENT", "after_event_id")
         page = pb.ListRequestsRequest(page_size=1001)
-        assert await _raises(stub.ListRequests(page)) == ("INVALID_ARGUMENT", "page_size")
+        assert await _refusal(stub.ListRequests(page)) == ("INVALID_ARGUMENT", "page_size")
 
     run_on_fleet(each_store_url, scenario)
 
 
-def test_invalid_utf8_and_unknown_fields_are_named(each_store_url: str) -> None:
+def test_invalid_utf8_unknown_fields_and_oversized_messages_are_refused(each_store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
         async with grpc.aio.insecure_channel(coordinator.address) as channel:
             submit: Any = channel.unary_unary("/fleet.v1.GenerationService/Submit")
             prompt = b"\x0a\x02\xff\xfe"
-            assert await _raises(submit(b"\x12" + bytes([len(prompt)]) + prompt)) == (
+            assert await _refusal(submit(b"\x12" + bytes([len(prompt)]) + prompt)) == (
                 "INVALID_ARGUMENT",
                 "parameters.prompt",
             )
-            assert (await _raises(submit(b"\xa0\x06\x01")))[0] == "INVALID_ARGUMENT"
-            assert (await _raises(submit(b"\xff")))[0] == "INVALID_ARGUMENT"
-            assert (await _raises(submit(b"\x00" * (49 << 20))))[0] == "RESOURCE_EXHAUSTED"
+            assert (await _refusal(submit(b"\xa0\x06\x01")))[0] == "INVALID_ARGUMENT"
+            assert (await _refusal(submit(b"\xff")))[0] == "INVALID_ARGUMENT"
+            assert (await _refusal(submit(b"\x00" * (49 << 20))))[0] == "RESOURCE_EXHAUSTED"
 
     run_on_fleet(each_store_url, scenario)

@@ -1,4 +1,4 @@
-"""`fleet doctor --endpoint`: a running coordinator, its API, its models and their workers."""
+"""`fleet doctor --endpoint` checks a running coordinator, its API, its models and their workers."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ KEY = "key-of-alice"
 SERVICE = "fleet.v1.GenerationService"
 
 
-async def found(endpoint: str, access: Access = IN_THE_CLEAR, **own: str) -> list[str]:
-    """The check's results as lines."""
+async def checked(endpoint: str, access: Access = IN_THE_CLEAR, **own: str) -> list[str]:
+    """Check an endpoint; returns the results as lines."""
     return await asyncio.to_thread(lambda: lines(check_endpoint(endpoint, access, own)))
 
 
@@ -44,12 +44,12 @@ def test_complete_fleet_has_no_findings(store_url: str) -> None:
         await fleet.add_workers()
         coordinator, _ = await fleet.add_coordinator()
         fingerprint = fleet.model.checkpoint.fingerprint
-        health, contract, model = await found(coordinator.address, emoji=fingerprint)
+        health, contract, model = await checked(coordinator.address, emoji=fingerprint)
         assert health == f"ok endpoint: {coordinator.address} is ready"
         assert contract.startswith("ok contract: same API as this installation: ")
         assert int(contract.split(": ")[2].split()[0]) > 100
         assert model == ("ok model emoji: live workers: text_encoding 1, latent_preparation 1, denoising 1, decoding 1")
-        assert (await found(coordinator.address, emoji="f" * 64))[-1].startswith(
+        assert (await checked(coordinator.address, emoji="f" * 64))[-1].startswith(
             f"error model emoji: the fleet serves checkpoint {fingerprint[:12]}, but --model is ffffffffffff: "
         )
 
@@ -67,7 +67,7 @@ def test_missing_and_refused_workers_and_broken_kernels_are_warnings(store_url: 
         refused.worker_id, refused.model_fingerprint = "stranger", "0" * 64
         with pytest.raises(FailedPrecondition, match="from a checkpoint with fingerprint"):
             await worker.registry.announce(refused)
-        _, _, without, stranger, kernel = await found(coordinator.address)
+        _, _, without, stranger, kernel = await checked(coordinator.address)
         assert without.startswith(
             "warning model emoji: no worker serves text_encoding, latent_preparation, decoding: requests wait for a "
             "worker "
@@ -80,16 +80,16 @@ def test_missing_and_refused_workers_and_broken_kernels_are_warnings(store_url: 
     run_on_fleet(store_url, scenario)
 
 
-def test_an_incompatible_worker_is_a_warning(store_url: str) -> None:
+def test_incompatible_worker_is_a_warning(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator()
         await fleet.add_workers(("text_encoding", "latent_preparation", "decoding"))
         contract = fleet.scripts["denoising"].contract
-        odd = await fleet.add_worker("denoising", Script(replace(contract, outputs={})))
-        *_, without, line = await found(coordinator.address)
+        incompatible = await fleet.add_worker("denoising", Script(replace(contract, outputs={})))
+        *_, without, line = await checked(coordinator.address)
         assert without.startswith("warning model emoji: no worker serves denoising: ")
         assert line.startswith(
-            f"warning model emoji: worker {odd.info.worker_id} is incompatible: output 'denoised_latents': "
+            f"warning model emoji: worker {incompatible.info.worker_id} is incompatible: output 'denoised_latents': "
         )
 
     run_on_fleet(store_url, scenario)
@@ -102,15 +102,15 @@ def test_full_store_and_unready_coordinator_are_reported(store_url: str) -> None
             await redis.config_set("maxmemory", 8 << 20)
             await fill(redis, 15 << 19)
 
-            async def is_seen() -> bool:
-                return "its store is full" in (await found(coordinator.address))[0]
+            async def is_reported() -> bool:
+                return "its store is full" in (await checked(coordinator.address))[0]
 
-            await wait_until(is_seen)
+            await wait_until(is_reported)
             await redis.delete("filler")
             await redis.config_set("maxmemory", 0)
         coordinator_server: Any = coordinator
         await coordinator_server._server.set_ready(False)
-        line = (await found(coordinator.address))[0]
+        line = (await checked(coordinator.address))[0]
         assert line.startswith(f"error endpoint: {coordinator.address} answers, but is not ready: server NOT_SERVING, ")
 
     run_on_fleet(store_url, scenario)
@@ -122,12 +122,12 @@ def test_caller_without_a_key_gets_health_and_contract(store_url: str, tmp_path:
 
     async def scenario(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator(api_keys=keys)
-        health, contract, refused = await found(coordinator.address)
+        health, contract, refused = await checked(coordinator.address)
         assert health.startswith("ok endpoint: ")
         assert contract.startswith("ok contract: ")
         assert refused.startswith("error endpoint: ")
         assert refused.endswith(" -> set FLEET_API_KEY to a valid key")
-        known = await found(coordinator.address, Access(None, KEY))
+        known = await checked(coordinator.address, Access(None, KEY))
         assert known[-1].startswith("warning model emoji: no worker serves ")
         assert KEY not in "".join(known)
 
@@ -139,10 +139,10 @@ def test_tls_endpoint_is_checked(
 ) -> None:
     monkeypatch.setattr(doctor, "has_worker_extra", lambda: False)
     fleet_ca, others = Authority(tmp_path / "fleet"), Authority(tmp_path / "others", "others")
-    shown = fleet_ca.issue("localhost")
+    certificate = fleet_ca.issue("localhost")
 
     async def scenario(fleet: FakeFleet) -> None:
-        settings = {"listen": "localhost:0", "tls_public_cert": shown.cert, "tls_public_key": shown.key}
+        settings = {"listen": "localhost:0", "tls_public_cert": certificate.cert, "tls_public_key": certificate.key}
         coordinator, _ = await fleet.add_coordinator(**settings)
         command = ["--endpoint", coordinator.address]
         for ca, code in ((fleet_ca.ca, 1), (others.ca, 2)):
@@ -158,7 +158,7 @@ def ports_of(endpoint: str, **values: object) -> list[str]:
     return lines(check_endpoint_ports(endpoint, values))
 
 
-def test_other_ports_of_a_fleet_are_checked(store_url: str) -> None:
+def test_health_scaler_and_metrics_ports_are_checked(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         health = f"unix:{fleet.directory}/health.sock"
         coordinator, _ = await fleet.add_coordinator(health_listen=health, scaler_listen="127.0.0.1:0")
@@ -177,8 +177,8 @@ def test_other_ports_of_a_fleet_are_checked(store_url: str) -> None:
         finally:
             metrics.stop()
         await coordinator.stop(0)
-        gone = await asyncio.to_thread(lambda: ports_of(endpoint, **values))
-        assert [each.partition(" -> ")[0] for each in gone] == [
+        stopped = await asyncio.to_thread(lambda: ports_of(endpoint, **values))
+        assert [each.partition(" -> ")[0] for each in stopped] == [
             f"warning endpoint ports: health_listen: {health} does not respond: UNAVAILABLE",
             f"warning endpoint ports: scaler_listen: {scaler} does not respond: UNAVAILABLE",
             f"warning endpoint ports: metrics_port: 127.0.0.1:{metrics.port} does not answer: Connection refused",
@@ -189,7 +189,7 @@ def test_other_ports_of_a_fleet_are_checked(store_url: str) -> None:
     run_on_fleet(store_url, scenario)
 
 
-def test_a_port_of_another_program_is_a_warning() -> None:
+def test_port_of_another_program_is_a_warning() -> None:
     registry = CollectorRegistry()
     server, thread = start_http_server(0, "127.0.0.1", registry)
     try:
@@ -203,22 +203,24 @@ def test_a_port_of_another_program_is_a_warning() -> None:
         thread.join()
 
 
-def test_ports_of_the_endpoints_host_are_checked() -> None:
+def test_only_ports_that_are_reachable_at_the_endpoints_host_are_checked() -> None:
     values = {"listen": "0.0.0.0:1", "health_listen": "0.0.0.0:2", "scaler_listen": "127.0.0.1:3", "metrics_port": 4}
-    far = {"health_listen": "far.example:2", "metrics_port": "far.example:4"}
-    assert reached_addresses("far.example:1", values) == far, "loopback addresses of another host are not reachable"
-    near = {"health_listen": "127.0.0.1:2", "scaler_listen": "127.0.0.1:3", "metrics_port": "127.0.0.1:4"}
-    assert reached_addresses("unix:/run/fleet.sock", values) == near
+    remote = {"health_listen": "remote.example:2", "metrics_port": "remote.example:4"}
+    assert reached_addresses("remote.example:1", values) == remote, (
+        "a loopback address of another host is reported as reachable"
+    )
+    local = {"health_listen": "127.0.0.1:2", "scaler_listen": "127.0.0.1:3", "metrics_port": "127.0.0.1:4"}
+    assert reached_addresses("unix:/run/fleet.sock", values) == local
 
 
-def test_missing_server_and_other_server_are_errors(tmp_path: Path) -> None:
+def test_missing_server_and_server_of_another_api_are_errors(tmp_path: Path) -> None:
     async def scenario() -> None:
         with pytest.raises(Unavailable, match="no fleet answers at"):
-            await found(f"unix:{tmp_path}/missing.sock")
+            await checked(f"unix:{tmp_path}/missing.sock")
         server = FleetServer("127.0.0.1:0")
         address = await server.start()
         await server.set_ready(True)
-        health, _, refused = await found(address)
+        health, _, refused = await checked(address)
         expected = f"error endpoint: {address} answers, but is not ready: server SERVING, {SERVICE} NOT_FOUND, "
         assert health.startswith(expected)
         unknown = "the method is not implemented by this server"
@@ -236,7 +238,7 @@ def test_silent_server_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
         silent.listen()
         port = silent.getsockname()[1]
         with pytest.raises(Unavailable, match=r"gave no answer within 0.3 s"):
-            asyncio.run(found(f"127.0.0.1:{port}"))
+            asyncio.run(checked(f"127.0.0.1:{port}"))
 
 
 def test_api_versions_are_compared() -> None:
@@ -254,7 +256,7 @@ def test_api_versions_are_compared() -> None:
     assert lines([contract_result({}, ours)])[0].startswith("error contract: the endpoint has no fleet.v1.Generation")
 
 
-def test_unserved_variants_are_listed() -> None:
+def test_unserved_variants_are_warnings() -> None:
     variant = pb.Variant(name="image", error="lacks image_encoder")
     listed = lines(model_results(pb.Model(name="a", variants=[variant]), ""))
     assert listed[-1].startswith("warning model a: variant image is not served: lacks image_encoder -> ")
@@ -265,7 +267,7 @@ def test_endpoint_without_reflection_is_a_warning() -> None:
         server = grpc.aio.server()
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        _, contract, _ = await found(f"127.0.0.1:{port}")
+        _, contract, _ = await checked(f"127.0.0.1:{port}")
         assert contract.startswith("warning contract: the API cannot be read: ")
         await server.stop(None)
 

@@ -1,4 +1,4 @@
-"""Malicious peers: silent connections, calls without requests, malformed paths and metadata."""
+"""Servers survive silent connections, calls without requests, and malformed paths and metadata."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def served(
         await server.drain(0)
 
 
-async def is_well(server: FleetServer) -> bool:
+async def serves_valid_clients(server: FleetServer) -> bool:
     """Whether the server replies to a valid client on a new connection."""
     async with open_channel(server.address) as channel:
         check: Any = channel.unary_unary(
@@ -76,8 +76,8 @@ async def is_well(server: FleetServer) -> bool:
     return bool(status == health_pb2.HealthCheckResponse.SERVING and reply == b"hello")
 
 
-def ended(code: grpc.StatusCode) -> bytes:
-    """Bytes of the trailers of a call with this status code, on a new connection."""
+def status_trailer(code: grpc.StatusCode) -> bytes:
+    """The encoded grpc-status trailer of a call, if it is the first call of its connection."""
     number = str(code.value[0]).encode()
     return b"grpc-status" + bytes((len(number),)) + number
 
@@ -92,8 +92,8 @@ async def greeted(address: str) -> AsyncIterator[RawConnection]:
 
 
 @pytest.mark.parametrize("path", [b"/x/\xff", b"\xff\xfe", b"/fleet.v1.TestService/Ask\xc3", b"/", b"/fleet.v1.X/Y"])
-def test_server_survives_any_path(path: bytes) -> None:
-    """In grpcio 1.85, a path that is not UTF-8 terminates the server: see common.rpc.grpcio_patch."""
+def test_server_survives_unknown_and_invalid_paths(path: bytes) -> None:
+    """Without common.rpc.grpcio_patch, a path that is not UTF-8 stops the server of grpcio 1.85."""
 
     async def test() -> None:
         async with served() as (server, _):
@@ -101,8 +101,8 @@ def test_server_survives_any_path(path: bytes) -> None:
                 async with raw_connection(server.address) as connection:
                     await connection.greet()
                     await connection.send(call_headers(path, ended=True))
-                    await connection.until(ended(grpc.StatusCode.UNIMPLEMENTED))
-            assert await is_well(server)
+                    await connection.until(status_trailer(grpc.StatusCode.UNIMPLEMENTED))
+            assert await serves_valid_clients(server)
 
     run_within(60, test)
 
@@ -119,14 +119,14 @@ def test_server_survives_any_path(path: bytes) -> None:
         (b"content-type", b"\x00"),
     ],
 )
-def test_server_survives_any_metadata(header: tuple[bytes, bytes]) -> None:
+def test_server_survives_invalid_metadata(header: tuple[bytes, bytes]) -> None:
     async def test() -> None:
         async with served() as (server, _):
             for path in (PATH, CHECK):
                 async with raw_connection(server.address) as connection:
                     await connection.greet()
                     await connection.send(call_headers(path, [header]), cancellation(1))
-            assert await is_well(server)
+            assert await serves_valid_clients(server)
             await wait_until(lambda: not server.gate.in_flight)
 
     run_within(60, test)
@@ -138,7 +138,7 @@ def test_many_calls_of_unknown_methods_are_refused() -> None:
             ask: Any = channel.unary_unary("/fleet.v1.TestService/Unknown")
             codes = await asyncio.gather(*(ask(b"").code() for _ in range(NUM_CALLS)))
             assert set(codes) == {grpc.StatusCode.UNIMPLEMENTED}
-            assert await is_well(server)
+            assert await serves_valid_clients(server)
 
     run_within(60, test)
 
@@ -159,11 +159,11 @@ def test_incomplete_handshake_times_out(tls: bool, sent: bytes, tmp_path: Path) 
     async def test() -> None:
         credentials = credentials_of(Authority(tmp_path)) if tls else None
         async with served(limits, credentials=credentials) as (server, _), AsyncExitStack() as stack:
-            halves = [await stack.enter_async_context(raw_connection(server.address)) for _ in range(20)]
-            for half in halves:
-                await half.send(sent)
-            for half in halves:
-                await half.until_closed()
+            connections = [await stack.enter_async_context(raw_connection(server.address)) for _ in range(20)]
+            for connection in connections:
+                await connection.send(sent)
+            for connection in connections:
+                await connection.until_closed()
 
     run_within(60, test)
 
@@ -192,11 +192,11 @@ def test_number_of_connections_is_bounded() -> None:
                 for _ in range(3):
                     await stack.enter_async_context(greeted(server.address))
                 for _ in range(20):
-                    async with raw_connection(server.address) as beyond:
-                        assert await beyond.until_closed() == b""
+                    async with raw_connection(server.address) as excess:
+                        assert await excess.until_closed() == b""
             while True:  # the server notices closed connections after a delay
                 try:
-                    assert await is_well(server)
+                    assert await serves_valid_clients(server)
                 except grpc.aio.AioRpcError:
                     continue
                 break
@@ -211,31 +211,31 @@ def test_call_without_a_request_times_out(path: bytes) -> None:
             async with raw_connection(server.address) as connection:
                 await connection.greet()
                 await connection.send(call_headers(path))
-                received = await connection.until(ended(grpc.StatusCode.DEADLINE_EXCEEDED))
+                received = await connection.until(status_trailer(grpc.StatusCode.DEADLINE_EXCEEDED))
                 assert b"no request was received for 0.2 s" in received
             async with raw_connection(server.address) as connection:
                 await connection.greet()
                 await connection.send(call_headers(path, ended=True))
-                await connection.until(ended(grpc.StatusCode.INVALID_ARGUMENT))
+                await connection.until(status_trailer(grpc.StatusCode.INVALID_ARGUMENT))
             assert not echo.num_calls
-            assert await is_well(server)
+            assert await serves_valid_clients(server)
 
     run_within(60, test)
 
 
-def test_calls_without_a_request_count_towards_the_bound() -> None:
+def test_calls_without_a_request_count_towards_the_bound_on_calls() -> None:
     async def test() -> None:
         async with served(ServerLimits(calls=5)) as (server, _):
             async with raw_connection(server.address) as connection:
                 await connection.greet()
                 await connection.send(*(call_headers(PATH, stream=number) for number in range(1, 11, 2)))
                 await wait_until(lambda: server.gate.in_flight == 5)
-                async with raw_connection(server.address) as beyond:
-                    await beyond.greet()
-                    await beyond.send(call_headers(PATH))
-                    await beyond.until(ended(grpc.StatusCode.RESOURCE_EXHAUSTED))
+                async with raw_connection(server.address) as excess:
+                    await excess.greet()
+                    await excess.send(call_headers(PATH))
+                    await excess.until(status_trailer(grpc.StatusCode.RESOURCE_EXHAUSTED))
             await wait_until(lambda: not server.gate.in_flight)
-            assert await is_well(server)
+            assert await serves_valid_clients(server)
 
     run_within(60, test)
 
@@ -250,7 +250,7 @@ def test_unauthenticated_call_is_refused_before_its_request_is_read() -> None:
             async with raw_connection(server.address) as connection:
                 await connection.greet()
                 await connection.send(call_headers(PATH))
-                await connection.until(ended(grpc.StatusCode.UNAUTHENTICATED))
+                await connection.until(status_trailer(grpc.StatusCode.UNAUTHENTICATED))
             async with open_channel(server.address) as channel:
                 ask: Any = channel.unary_unary(PATH.decode())
                 for size in (1, 15 << 20):
@@ -270,18 +270,18 @@ def test_server_recovers_from_many_cancelled_calls() -> None:
                 for start in range(1, 2_000, 100):
                     numbers = range(start, start + 100, 2)
                     await connection.send(*(call_headers(PATH, stream=each) + cancellation(each) for each in numbers))
-            assert await is_well(server)
+            assert await serves_valid_clients(server)
             await wait_until(lambda: not server.gate.in_flight)
 
     run_within(60, test)
 
 
-def test_a_coordinator_bounds_its_connections(store_url: str) -> None:
+def test_coordinator_bounds_its_connections(store_url: str) -> None:
     async def scenario(running: FakeFleet) -> None:
         coordinator, stub = await running.add_coordinator(listen="127.0.0.1:0", max_connections=2)
         assert await stub.ListModels(pb.ListModelsRequest())
-        async with greeted(coordinator.address), raw_connection(coordinator.address) as beyond:
-            assert await beyond.until_closed() == b""
+        async with greeted(coordinator.address), raw_connection(coordinator.address) as excess:
+            assert await excess.until_closed() == b""
         assert await stub.ListModels(pb.ListModelsRequest())
 
     async def main() -> None:

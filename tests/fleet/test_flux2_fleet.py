@@ -1,4 +1,4 @@
-"""FLUX.2 dev and klein through real services equal one process bit for bit. Some requests have images."""
+"""FLUX.2 dev and klein through real services equal their stages in one process bit for bit."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ REQUESTS: tuple[Mapping[str, bytes], ...] = ({}, files(given_images(2)))
 
 
 def expected_of(model: ServedModel) -> list[dict[str, torch.Tensor]]:
-    """Tensors of the requests from stages in this process."""
+    """Tensors of REQUESTS, computed by stages in this process."""
     local = LocalFleet(model)
-    made = [local.tensors(images=images, **GIVEN) for images in REQUESTS]
+    tensors = [local.tensors(images=images, **GIVEN) for images in REQUESTS]
     local.close()
-    return made
+    return tensors
 
 
 def test_tensors_equal_those_of_one_process(tmp_path: Path) -> None:
@@ -36,6 +36,6 @@ def test_tensors_equal_those_of_one_process(tmp_path: Path) -> None:
         got = {name: [fleet.generate(name, images=images, **GIVEN).tensors for images in REQUESTS] for name in models}
     for name, (text, image) in expected.items():
         assert not torch.equal(text["latents"], image["latents"])
-        for ours, theirs in zip(got[name], (text, image), strict=True):
-            assert ours.keys() == theirs.keys() == {"latents", "pixels"}
-            assert all(torch.equal(ours[each], theirs[each]) for each in theirs)
+        for served, local in zip(got[name], (text, image), strict=True):
+            assert served.keys() == local.keys() == {"latents", "pixels"}
+            assert all(torch.equal(served[each], local[each]) for each in local)

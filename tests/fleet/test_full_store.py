@@ -30,7 +30,9 @@ def url() -> Iterator[str]:
         yield server.url
 
 
-def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_store_refuses_new_requests_and_finishes_accepted_requests(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
@@ -53,8 +55,8 @@ def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, capl
             refusal = from_rpc_error(caught.value)
             assert isinstance(refusal, ResourceExhausted)
             assert refusal.retry_seconds == 5.0
-            everything = await health.Check(health_pb2.HealthCheckRequest())
-            assert everything.status == SERVING  # calls about open requests must still be routed to the coordinator
+            overall = await health.Check(health_pb2.HealthCheckRequest())
+            assert overall.status == SERVING  # calls about open requests must still be routed to the coordinator
             store = (await stub.ListModels(pb.ListModelsRequest())).store
             assert store.is_full
             assert store.max_bytes == 40 * MIB
@@ -70,7 +72,7 @@ def test_a_full_store_refuses_new_requests_and_ends_accepted_ones(url: str, capl
     run_on_fleet(url, scenario)
     logged = [record.getMessage() for record in caplog.records]
     assert [each for each in logged if each.startswith("request store is full, Submit is refused")]
-    assert not [each for each in logged if "away" in each]
+    assert not [each for each in logged if "is unavailable" in each]
 
 
 def test_repaired_store_entries_are_logged_and_counted(url: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""GLM-Image, a hybrid pipeline, through real services: equal bytes, progress, cancel and recovery."""
+"""GLM-Image, a hybrid pipeline, through real services: equal tensors, progress, cancel and recovery."""
 
 from __future__ import annotations
 
@@ -71,13 +71,15 @@ def test_tensors_equal_those_of_one_process(fleet: ServedFleet, local: LocalFlee
 
 
 def test_the_command_line_generates_an_image(fleet: ServedFleet, local: LocalFleet, tmp_path: Path) -> None:
-    words = ("--height", "64", "--width", "96", "--num-inference-steps", str(STEPS), "--seed", "5")
+    flags = ("--height", "64", "--width", "96", "--num-inference-steps", str(STEPS), "--seed", "5")
     output = tmp_path / "car.safetensors"
-    assert main(["generate", GIVEN["prompt"], *words, "--output", str(output), "--endpoint", fleet.endpoint]) == 0
+    assert main(["generate", GIVEN["prompt"], *flags, "--output", str(output), "--endpoint", fleet.endpoint]) == 0
     assert torch.equal(load_file(output)["pixels"], local.tensors(**GIVEN, num_inference_steps=STEPS)["pixels"])
 
 
-def test_the_command_line_lists_its_services(fleet: ServedFleet, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_lists_the_services_of_the_model(
+    fleet: ServedFleet, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["models", "--endpoint", fleet.endpoint]) == 0
     assert capsys.readouterr().out.startswith("glm (GlmImagePipeline), checkpoint ")
     assert main(["status", "--endpoint", fleet.endpoint]) == 0
@@ -164,7 +166,7 @@ def test_tokens_are_reported_and_cancel_stops_within_a_token(model: ServedModel,
         assert (await ended(stub, completed)).state == pb.REQUEST_STATE_SUCCEEDED
         steps = [step for step, _ in [each async for each in tokens(stub, completed)]]
         assert steps == sorted(steps)
-        assert 200 < steps[-1] <= 256 + 2 * 3, "a late reader may miss replaced events only"
+        assert 200 < steps[-1] <= 256 + 2 * 3, "the last reported token is not close to the last token"
 
     run_parts(model, tmp_path, test)
 
@@ -195,7 +197,7 @@ def test_request_of_a_stopped_worker_restarts_on_another_worker(
     run_parts(model, tmp_path, test)
 
 
-def test_a_model_of_the_modular_style_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_before_denoising_service_refuses_a_modular_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert stage_services.main("before_denoising", ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu"]) == 2
     message = "FluxPipeline has no before_denoising service; it has text_encoding, latent_preparation, denoising"
     assert message in capsys.readouterr().err

@@ -17,9 +17,9 @@ from group_fleet import Generated, GroupFleet, Workload, group_fleet
 from toy_checkpoint import copy_toy_family
 
 WORKLOAD = Workload(steps=60, size=64, seconds=180.0)
-GRACE = 6
+GRACE_SECONDS = 6
 # Delays each step while a marker file exists, so that the request ends neither before the hand-over nor before the
-# grace period is over. _FLAGS disables checkpoints other than those of a hand-over.
+# grace period is over.
 _SLOW_FOLLOWER = """
 import os, time
 
@@ -36,7 +36,9 @@ def check_cancelled(call):
 
 FollowingCall.check_cancelled = check_cancelled
 """
-_FLAGS = ("--tp", "2", "--grace-seconds", str(GRACE), "--step-checkpoint-every", "0", "--step-checkpoint-seconds", "0")
+# Disables step checkpoints other than those of a hand-over.
+_NO_CHECKPOINTS = ("--step-checkpoint-every", "0", "--step-checkpoint-seconds", "0")
+_FLAGS = ("--tp", "2", "--grace-seconds", str(GRACE_SECONDS), *_NO_CHECKPOINTS)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +64,8 @@ def undisturbed(fleet: GroupFleet) -> Generated:
     return generated
 
 
-def counted() -> tuple[float, float]:
-    """Number of handed-over denoiser calls, and number of lost ones."""
+def handed_over_and_lost() -> tuple[float, float]:
+    """Number of handed-over denoiser calls, and number of lost denoiser calls."""
     handed_over, lost = 0.0, 0.0
     for metric in REGISTRY.collect():
         for sample in metric.samples:
@@ -74,7 +76,7 @@ def counted() -> tuple[float, float]:
 
 @contextmanager
 def slow_request(fleet: GroupFleet, slow: Path, agent: Process) -> Iterator[Future[Generated]]:
-    """A request with slow steps, whose group receives SIGTERM after a few of them."""
+    """Run a request with slow steps in the block; `agent` receives SIGTERM at step 3."""
     slow.touch()
     with ThreadPoolExecutor(1) as executor:
         try:
@@ -86,7 +88,7 @@ def slow_request(fleet: GroupFleet, slow: Path, agent: Process) -> Iterator[Futu
 def check(generated: Generated, undisturbed: Generated) -> None:
     assert generated.state == pb.REQUEST_STATE_SUCCEEDED
     assert generated.file == undisturbed.file
-    assert generated.steps.count(0) == 2, "the request did not continue on another group"
+    assert generated.steps.count(0) == 2, "the request did not run on exactly two groups"
     steps = [step for step in generated.steps if step]
     assert steps == sorted(set(steps)), "a step was computed twice"
     assert steps[-1] == WORKLOAD.steps
@@ -95,13 +97,13 @@ def check(generated: Generated, undisturbed: Generated) -> None:
 def test_sigterm_hands_a_request_over_to_an_equal_group(fleet: GroupFleet, undisturbed: Generated, slow: Path) -> None:
     """The other group, which has served no request yet, continues the request."""
     leaving = fleet.add_group("leaving")
-    ranks, before = fleet.ranks_of(leaving), counted()
+    ranks, before = fleet.ranks_of(leaving), handed_over_and_lost()
     with slow_request(fleet, slow, leaving) as request:
         assert fleet.run(leaving.wait()) == 0
         assert not any(process.is_running() for process in ranks.values())
         assert not request.done()
     check(request.result(), undisturbed)
-    assert counted() == (before[0] + 1, before[1])
+    assert handed_over_and_lost() == (before[0] + 1, before[1])
     assert len(fleet.workers()) == 1
 
 
@@ -109,13 +111,13 @@ def test_sigterm_of_the_only_group_hands_over_within_the_grace_period(
     fleet: GroupFleet, undisturbed: Generated, slow: Path
 ) -> None:
     """This test is last, as it ends the first group. A group that starts later finishes the request."""
-    ranks, before, began = fleet.ranks(), counted(), time.monotonic()
+    ranks, before, began = fleet.ranks(), handed_over_and_lost(), time.monotonic()
     with slow_request(fleet, slow, fleet.agent) as request:
         assert fleet.run(fleet.agent.wait()) == 0
-        assert time.monotonic() - began > GRACE / 2, "the hand-over did not wait for another group"
+        assert time.monotonic() - began > GRACE_SECONDS / 2, "the hand-over did not wait for another group"
         assert not any(process.is_running() for process in ranks.values())
         assert not fleet.workers()
-        assert counted() == (before[0] + 1, before[1])
+        assert handed_over_and_lost() == (before[0] + 1, before[1])
         fleet.add_group("next")
     check(request.result(), undisturbed)
-    assert counted() == (before[0] + 1, before[1])
+    assert handed_over_and_lost() == (before[0] + 1, before[1])

@@ -1,4 +1,4 @@
-"""A worker group with one agent per rank, as on two nodes. Ranks that stop between requests are replaced."""
+"""A worker group with one agent per rank, as on two nodes. Ranks that SIGSTOP stops are replaced."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_stopped_idle_and_loading_ranks_are_replaced(tmp_path: Path) -> None:
         generated = fleet.generate()
         assert generated.state == pb.REQUEST_STATE_SUCCEEDED
         assert 'fleet_step_seconds_count{model="emoji",service="denoising"' in scraped(ports[0])
-        assert "process_cpu_seconds_total" in scraped(ports[1]), "the first rank of a node serves no metrics"
+        assert "process_cpu_seconds_total" in scraped(ports[1]), "the first rank of the second node serves no metrics"
         serving = fleet.ranks()
         serving[1].send_signal(signal.SIGSTOP)
         loading = fleet.restarted(0, serving[0])

@@ -31,7 +31,7 @@ def unsynced_url() -> Iterator[str]:
 
 
 class Owner:
-    """A fake of another coordinator that runs one request, whose items the test delivers."""
+    """A fake coordinator that runs one request; the test delivers the items of its result."""
 
     def __init__(self, store: RequestStore) -> None:
         self.store = store
@@ -40,10 +40,10 @@ class Owner:
         self.files: dict[int, bytes] = {}
         self.count = 1
 
-    async def admit(self, count: int = 1, form: pb.OutputFormat.ValueType = pb.OUTPUT_FORMAT_MP4) -> None:
+    async def admit(self, count: int = 1, output_format: pb.OutputFormat.ValueType = pb.OUTPUT_FORMAT_MP4) -> None:
         self.count = count
         record = pb.RequestRecord(request_id=self.request_id, model="emoji")
-        record.parameters.output_format = form
+        record.parameters.output_format = output_format
         await self.store.admit(record)
 
     async def deliver(self, data: bytes, file: int = 0) -> None:
@@ -79,7 +79,7 @@ class Owner:
 
 
 class Follower:
-    """Reads a download into files; checks that each byte is received once and in order."""
+    """Reads a download into files, and checks that each byte is received once and in order."""
 
     def __init__(self, responses: AsyncIterator[pb.DownloadResultResponse], offset: int = 0) -> None:
         self._responses = responses
@@ -112,7 +112,7 @@ Scenario = Callable[[Owner, Stub, Coordinator], Awaitable[None]]
 
 
 def run_with_owner(url: str, scenario: Scenario) -> None:
-    """Run a test with a coordinator, and with the owner of a request that another coordinator runs."""
+    """Run a test with a coordinator and an Owner, which the store lists as the coordinator "elsewhere"."""
 
     async def test(fleet: FakeFleet) -> None:
         coordinator, stub = await fleet.add_coordinator()
@@ -167,7 +167,7 @@ def test_files_are_followed_as_they_grow(unsynced_url: str) -> None:
 
 @pytest.mark.parametrize("is_ended", [False, True])
 @pytest.mark.parametrize("offset", [0, 3, MIB - 1, MIB, MIB + 4, MIB + 5, 2 * MIB + 15])
-def test_a_download_continues_at_any_offset(unsynced_url: str, offset: int, is_ended: bool) -> None:
+def test_download_continues_at_any_offset(unsynced_url: str, offset: int, is_ended: bool) -> None:
     async def scenario(owner: Owner, stub: Stub, _: Coordinator) -> None:
         await owner.admit(count=2)
         parts = [secrets.token_bytes(MIB + 4), b"other", secrets.token_bytes(MIB + 11)]
@@ -232,7 +232,7 @@ def test_invalid_downloads_are_refused(unsynced_url: str) -> None:
 
 def test_download_does_not_wait_for_a_raw_result(unsynced_url: str) -> None:
     async def scenario(owner: Owner, stub: Stub, _: Coordinator) -> None:
-        await owner.admit(form=pb.OUTPUT_FORMAT_SAFETENSORS)
+        await owner.admit(output_format=pb.OUTPUT_FORMAT_SAFETENSORS)
         request = pb.DownloadResultRequest(request_id=owner.request_id, follow=True)
         code, _field, text = await refused(stub, request)
         assert code == "FAILED_PRECONDITION"
@@ -256,7 +256,7 @@ def test_shutdown_of_a_coordinator_ends_its_downloads(unsynced_url: str) -> None
     run_with_owner(unsynced_url, scenario)
 
 
-def test_result_that_does_not_stream_is_sent_when_complete(unsynced_url: str) -> None:
+def test_result_that_is_not_streamed_is_sent_when_complete(unsynced_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
@@ -276,8 +276,8 @@ def test_result_that_does_not_stream_is_sent_when_complete(unsynced_url: str) ->
         assert [(each.is_growing, each.byte_size, each.num_items) for each in follower.headers] == [
             (False, MIB + 10, 0)
         ]
-        form = pb.OUTPUT_FORMAT_SAFETENSORS  # raw results are sent from memory
-        for parameters in (pb.GenerationParameters(), pb.GenerationParameters(output_format=form)):
+        raw = pb.OUTPUT_FORMAT_SAFETENSORS  # raw results are sent from memory
+        for parameters in (pb.GenerationParameters(), pb.GenerationParameters(output_format=raw)):
             given = submission()
             given.parameters.MergeFrom(parameters)
             replies = [each async for each in stub.Generate(pb.GenerateRequest(request=given, follow=True))]
@@ -287,7 +287,7 @@ def test_result_that_does_not_stream_is_sent_when_complete(unsynced_url: str) ->
     run_on_fleet(unsynced_url, scenario)
 
 
-def test_generate_with_a_known_key_follows_a_request_of_another_coordinator(unsynced_url: str) -> None:
+def test_generate_with_a_known_idempotency_key_follows_a_request_of_another_coordinator(unsynced_url: str) -> None:
     async def scenario(owner: Owner, stub: Stub, _: Coordinator) -> None:
         record = pb.RequestRecord(request_id=owner.request_id, model="emoji")
         await owner.store.admit(record, idempotency_key="order-7")
@@ -302,8 +302,8 @@ def test_generate_with_a_known_key_follows_a_request_of_another_coordinator(unsy
         rest = [each async for each in replies]
         assert b"".join(each.file_data.data for each in rest) == b"second"
         assert rest[-1].file.byte_size == 11
-        without = [each async for each in stub.Generate(pb.GenerateRequest(request=given))]
-        assert [each.WhichOneof("payload") for each in without][-3:] == ["file", "data", "data"]
-        assert b"".join(each.data for each in without) == b"firstsecond"
+        not_following = [each async for each in stub.Generate(pb.GenerateRequest(request=given))]
+        assert [each.WhichOneof("payload") for each in not_following][-3:] == ["file", "data", "data"]
+        assert b"".join(each.data for each in not_following) == b"firstsecond"
 
     run_with_owner(unsynced_url, scenario)

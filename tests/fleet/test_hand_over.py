@@ -36,7 +36,8 @@ OTHER_SERVICES = ("text_encoding", "latent_preparation", "decoding")
 STEPS = 8
 HELD_AT = 3
 EQUAL = "abc123"
-GRACE = 30.0
+"""Numerics fingerprint of workers that compute equal values."""
+GRACE_SECONDS = 30.0
 
 
 @dataclass
@@ -104,18 +105,18 @@ def held_at(step: int, gate: Gate) -> Callable[[int, Call], None]:
     return before_step
 
 
-def counted(name: str, **more: str) -> float:
-    labels = {"service": "denoising", "model": "emoji", **more}
-    return REGISTRY.get_sample_value(name, labels) or 0.0
+def metric(name: str, **labels: str) -> float:
+    series = {"service": "denoising", "model": "emoji", **labels}
+    return REGISTRY.get_sample_value(name, series) or 0.0
 
 
 def lost_calls() -> float:
-    return counted("fleet_lost_calls_total", begun="yes") + counted("fleet_lost_calls_total", begun="no")
+    return metric("fleet_lost_calls_total", begun="yes") + metric("fleet_lost_calls_total", begun="no")
 
 
 def handed_over() -> tuple[float, float]:
     """Number of handed-over calls, and number of attempts that continued such a call."""
-    return counted("fleet_handed_over_calls_total"), counted("fleet_retried_calls_total", reason="handed_over")
+    return metric("fleet_handed_over_calls_total"), metric("fleet_retried_calls_total", reason="handed_over")
 
 
 async def add_loop(fleet: FakeFleet, name: str, journal: Journal, *, numerics: str = EQUAL, **more: Any) -> FakeWorker:
@@ -128,14 +129,14 @@ async def submitted(stub: Stub) -> str:
 
 
 @pytest.fixture(autouse=True)
-def no_death(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_lost_call(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Assert that no lost call is recorded."""
     deaths: list[object] = []
     add_death = Leases.add_death
 
-    async def record(leases: Leases, *of: Any, **more: Any) -> Any:
-        deaths.append(of)
-        return await add_death(leases, *of, **more)
+    async def record(leases: Leases, *arguments: Any, **options: Any) -> Any:
+        deaths.append(arguments)
+        return await add_death(leases, *arguments, **options)
 
     monkeypatch.setattr(Leases, "add_death", record)
     yield
@@ -148,7 +149,9 @@ async def check_success(stub: Stub, redis: Redis, name: str) -> None:
     assert not await redis.keys("fleet:avoided:*")
 
 
-async def asked(worker: FakeWorker) -> None:
+async def wait_asked(worker: FakeWorker) -> None:
+    """Wait until the worker has asked a call to hand over."""
+
     async def is_asked() -> bool:
         return any(call.is_asked for call in worker.servicer.running())
 
@@ -156,21 +159,21 @@ async def asked(worker: FakeWorker) -> None:
 
 
 def polls_of(worker: FakeWorker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of free slots of each poll of a worker; the list grows."""
+    """Number of free worker slots at each poll of a draining worker. The list grows with each poll."""
     found: list[int] = []
     free_slots = worker.registry.free_slots
 
-    async def free(*of: Any) -> int:
-        found.append(await free_slots(*of))
+    async def counted(*arguments: Any) -> int:
+        found.append(await free_slots(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(worker.registry, "free_slots", free)
+    monkeypatch.setattr(worker.registry, "free_slots", counted)
     return found
 
 
-@pytest.mark.parametrize("comes_later", [False, True], ids=["free", "comes later"])
+@pytest.mark.parametrize("starts_later", [False, True], ids=["free", "starts later"])
 def test_request_continues_at_the_next_step_on_an_equal_worker(
-    store_url: str, monkeypatch: pytest.MonkeyPatch, *, comes_later: bool
+    store_url: str, monkeypatch: pytest.MonkeyPatch, *, starts_later: bool
 ) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         journal, gate = Journal(), Gate()
@@ -181,17 +184,17 @@ def test_request_continues_at_the_next_step_on_an_equal_worker(
         name = await submitted(stub)
         await gate.wait_reached()
         polls = polls_of(leaving, monkeypatch)
-        if not comes_later:
+        if not starts_later:
             await add_loop(fleet, "b", journal)
-        ends = asyncio.create_task(leaving.leave(GRACE))
-        if comes_later:
+        ends = asyncio.create_task(leaving.leave(GRACE_SECONDS))
+        if starts_later:
 
             async def has_polled() -> bool:
                 return polls[:1] == [0]
 
             await wait_until(has_polled)
             await add_loop(fleet, "b", journal)
-        await asked(leaving)
+        await wait_asked(leaving)
         gate.opened.set()
         async with connect(fleet.url) as redis:
             await check_success(stub, redis, name)
@@ -203,8 +206,8 @@ def test_request_continues_at_the_next_step_on_an_equal_worker(
     run_on_fleet(store_url, scenario)
 
 
-@pytest.mark.parametrize("other", ["", "fff999"], ids=["nobody", "other fingerprint"])
-def test_request_finishes_on_its_worker_without_an_equal_one(
+@pytest.mark.parametrize("other", ["", "fff999"], ids=["no other worker", "other fingerprint"])
+def test_request_finishes_on_its_worker_if_no_other_worker_is_equal(
     store_url: str, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
     async def scenario(fleet: FakeFleet) -> None:
@@ -217,7 +220,7 @@ def test_request_finishes_on_its_worker_without_an_equal_one(
         if other:
             await add_loop(fleet, "b", journal, numerics=other)
         polls = polls_of(leaving, monkeypatch)
-        ends = asyncio.create_task(leaving.leave(GRACE))
+        ends = asyncio.create_task(leaving.leave(GRACE_SECONDS))
 
         async def has_polled() -> bool:
             return len(polls) > 1
@@ -251,7 +254,7 @@ def test_handed_over_request_precedes_waiting_requests(store_url: str) -> None:
         before = lost_calls()
         name = await submitted(stub)
         await started.wait_reached()
-        behind = await submitted(stub)
+        waiting = await submitted(stub)
         async with connect(fleet.url) as redis:
 
             async def waits() -> bool:
@@ -270,9 +273,9 @@ def test_handed_over_request_precedes_waiting_requests(store_url: str) -> None:
             assert 0 < done < steps
             await add_loop(fleet, "b", journal, steps=steps)
             await check_success(stub, redis, name)
-            await check_success(stub, redis, behind)
+            await check_success(stub, redis, waiting)
         assert journal.of(name) == [("a" if step < done else "b", step) for step in range(steps)]
-        assert [each[0] for each in journal.steps].index(behind) == steps, "the waiting request ran first"
+        assert [each[0] for each in journal.steps].index(waiting) == steps, "the waiting request ran first"
         assert all(torch.equal(each, expected(steps)) for each in journal.results)
         assert lost_calls() == before
 
@@ -289,7 +292,7 @@ def test_request_that_waits_at_a_draining_worker_moves_immediately(store_url: st
         leaving = await fleet.add_worker("denoising", loop, capacity=2, numerics=EQUAL)
         _, stub = await fleet.add_coordinator()
         before = lost_calls()
-        runs, waits = await submitted(stub), await submitted(stub)
+        first, second = await submitted(stub), await submitted(stub)
         await gate.wait_reached()
 
         async def has_both() -> bool:
@@ -297,9 +300,9 @@ def test_request_that_waits_at_a_draining_worker_moves_immediately(store_url: st
 
         await wait_until(has_both)
         (running,) = [call.request_id for call in leaving.servicer.running() if call.has_begun]
-        (waiting,) = {runs, waits} - {running}
+        (waiting,) = {first, second} - {running}
         await add_loop(fleet, "b", journal)
-        ends = asyncio.create_task(leaving.leave(GRACE))
+        ends = asyncio.create_task(leaving.leave(GRACE_SECONDS))
         async with connect(fleet.url) as redis:
             await check_success(stub, redis, waiting)
             gate.opened.set()
@@ -324,8 +327,8 @@ def test_pace_includes_both_attempts_of_a_handed_over_request(store_url: str) ->
         await gate.wait_reached()
         await asyncio.sleep(0.2)
         await add_loop(fleet, "b", journal, before_step=lambda *_: time.sleep(0.01))
-        ends = asyncio.create_task(leaving.leave(GRACE))
-        await asked(leaving)
+        ends = asyncio.create_task(leaving.leave(GRACE_SECONDS))
+        await wait_asked(leaving)
         gate.opened.set()
         async with connect(fleet.url) as redis:
             await check_success(stub, redis, name)
@@ -338,15 +341,16 @@ def test_pace_includes_both_attempts_of_a_handed_over_request(store_url: str) ->
             (pace,) = await command(redis, "HVALS", "fleet:paces:emoji/denoising")
         seconds, steps, *_ = map(float, pace.split())
         first, second = journal.seconds
+        # The store scales earlier attempts by 0.8 when it adds an attempt to the pace.
         assert steps == pytest.approx((STEPS - HELD_AT - 1) + 0.8 * (HELD_AT + 1))
         computed = second + 0.8 * first
         assert computed <= seconds + 1e-5
-        assert seconds == pytest.approx(computed, abs=0.5), "more than transfers and steps is measured"
+        assert seconds == pytest.approx(computed, abs=0.5), "the pace includes more than steps and transfers"
 
     run_on_fleet(store_url, scenario)
 
 
-def test_two_draining_workers_and_one_free_slot_lose_nothing(store_url: str) -> None:
+def test_two_draining_workers_and_one_free_worker_slot_lose_no_step(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         journal, gates = Journal(), (Gate(), Gate())
         await fleet.add_workers(OTHER_SERVICES)
@@ -360,9 +364,9 @@ def test_two_draining_workers_and_one_free_slot_lose_nothing(store_url: str) -> 
         for gate in gates:
             await gate.wait_reached()
         await add_loop(fleet, "c", journal)
-        ends = [asyncio.create_task(each.leave(GRACE)) for each in leaving]
+        ends = [asyncio.create_task(each.leave(GRACE_SECONDS)) for each in leaving]
         for each in leaving:
-            await asked(each)
+            await wait_asked(each)
         for gate in gates:
             gate.opened.set()
         async with connect(fleet.url) as redis:

@@ -102,17 +102,17 @@ class Fleet:
 @asynccontextmanager
 async def running(url: str, directory: Path, plugins: Path, checkpoint: Path) -> AsyncIterator[Fleet]:
     async with AsyncExitStack() as stack:
-        words = ("--model", f"toy={checkpoint}", "--plugins", str(plugins), "--redis", url, *_HANGS)
-        more = ("--listen", f"unix:{directory}/d.sock", "--device", "cpu", "--threads", "1", "--step-seconds", "0")
+        common = ("--model", f"toy={checkpoint}", "--plugins", str(plugins), "--redis", url, *_HANGS)
+        own = ("--listen", f"unix:{directory}/d.sock", "--device", "cpu", "--threads", "1", "--step-seconds", "0")
         denoiser = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.denoising", *words, *more, stderr=PIPE
+            sys.executable, "-m", "services.denoising", *common, *own, stderr=PIPE
         )
         stack.push_async_callback(_end, denoiser)
         model = open_model(f"toy={checkpoint}", load_registry([plugins]))
-        chosen = CoordinatorSettings(
+        settings = CoordinatorSettings(
             listen=f"unix:{directory}/c.sock", redis=url, step_seconds=0.0, heartbeat_seconds=0.2
         )
-        coordinator = await start_coordinator([model], chosen)
+        coordinator = await start_coordinator([model], settings)
         stack.push_async_callback(coordinator.stop, 0)
         channel = await stack.enter_async_context(open_channel(coordinator.address))
         fleet = Fleet(generation_pb2_grpc.GenerationServiceStub(channel), url, model, plugins, denoiser, stack)
@@ -127,7 +127,7 @@ async def _end(process: Process) -> None:
     await process.wait()
 
 
-def test_hung_worker_exits_and_its_request_resumes_elsewhere(tmp_path: Path) -> None:
+def test_hung_worker_exits_and_its_request_resumes_on_another_worker(tmp_path: Path) -> None:
     checkpoint = build_toy_checkpoint(tmp_path / "checkpoint")
     marker = tmp_path / "stuck"
 
@@ -148,9 +148,9 @@ def test_hung_worker_exits_and_its_request_resumes_elsewhere(tmp_path: Path) -> 
                 assert not await command(redis, "KEYS", "fleet:leaving:*")
             await fleet.start("denoising", directory)
             resumed, steps = await fleet.result(name)
-            assert min(steps[steps.index(0, 1) + 1 :]) > 2, "the request did not resume from the newest checkpoint"
-            whole, _ = await fleet.result(await fleet.submit(STUCK_SEED))
-            assert resumed == whole
+            assert min(steps[steps.index(0, 1) + 1 :]) > 2, "the request did not resume from the newest step checkpoint"
+            uninterrupted, _ = await fleet.result(await fleet.submit(STUCK_SEED))
+            assert resumed == uninterrupted
 
     with (
         running_server("valkey") as server,

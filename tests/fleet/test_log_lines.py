@@ -1,4 +1,4 @@
-"""Log lines of a fleet: one line per state of a request, with context ids and without prompts."""
+"""Log lines of a fleet: one line per state of a request, with request and trace ids, without prompts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Lines:
         return [json.loads(line) for line in self.text.splitlines()]
 
     def states(self, name: str) -> list[str]:
-        """Logged changes of a request: states, and other events, in the order of their lines."""
+        """Logged states and other events of a request, in the order of their lines."""
         return changes(self.all(), name)
 
 
@@ -85,14 +85,14 @@ def test_each_state_of_a_request_is_logged_once(store_url: str, lines: Lines) ->
         assert [lines.states(name) for name in names] == [["QUEUED", "RUNNING", "SUCCEEDED"]] * 4
 
     run_on_fleet(store_url, scenario)
-    of_states = [line for line in lines.all() if "state" in line]
-    assert Counter(line["event"] for line in of_states) == {
+    state_lines = [line for line in lines.all() if "state" in line]
+    assert Counter(line["event"] for line in state_lines) == {
         "request accepted": 4,
         "request running": 4,
         "request finished": 4,
     }
-    assert {line["trace_id"] for line in of_states} == {TRACE_ID}
-    assert all(line["seconds"] > 0 for line in of_states if line["event"] == "request finished")
+    assert {line["trace_id"] for line in state_lines} == {TRACE_ID}
+    assert all(line["seconds"] > 0 for line in state_lines if line["event"] == "request finished")
 
 
 def test_failure_cancellation_and_expiry_are_logged_once(store_url: str, lines: Lines) -> None:
@@ -112,10 +112,10 @@ def test_failure_cancellation_and_expiry_are_logged_once(store_url: str, lines: 
         await gate.wait_reached()
         await stub.CancelRequest(pb.CancelRequestRequest(request_id=cancelled))
         await terminal(stub, cancelled)
-        soon = submission(CANARY)
-        soon.deadline.GetCurrentTime()
-        soon.deadline.seconds += 1
-        expired = (await stub.Submit(soon)).request.request_id
+        expiring = submission(CANARY)
+        expiring.deadline.GetCurrentTime()
+        expiring.deadline.seconds += 1
+        expired = (await stub.Submit(expiring)).request.request_id
         await terminal(stub, expired)
         for name, end in ((failed, "FAILED"), (cancelled, "CANCELLED"), (expired, "EXPIRED")):
 
@@ -145,7 +145,7 @@ def test_request_that_never_ran_has_no_running_line(store_url: str, lines: Lines
     run_on_fleet(store_url, scenario)
 
 
-async def _rest(process: Process) -> list[dict[str, Any]]:
+async def _remaining_lines(process: Process) -> list[dict[str, Any]]:
     assert process.stderr is not None
     return [json.loads(line) for line in (await process.stderr.read()).splitlines()]
 
@@ -182,7 +182,7 @@ def test_states_of_a_taken_over_request_are_logged_once(store_url: str, lines: L
             return lines.states(name)[-1:] == ["SUCCEEDED"]
 
         await wait_until(has_ended)
-        assert changes(await _rest(process), name) == ["QUEUED", "RUNNING"]
+        assert changes(await _remaining_lines(process), name) == ["QUEUED", "RUNNING"]
         assert lines.states(name) == ["request taken over", "SUCCEEDED"]
         (taken,) = [line for line in lines.all() if line["event"] == "request taken over"]
         assert (taken["epoch"], taken["trace_id"]) == (2, TRACE_ID)
@@ -191,7 +191,7 @@ def test_states_of_a_taken_over_request_are_logged_once(store_url: str, lines: L
 
 
 def test_failed_take_over_is_logged_once(store_url: str, lines: Lines) -> None:
-    """A killed coordinator streamed the result, so that the request cannot be continued."""
+    """The request has a raw result, which only the killed coordinator could have delivered."""
 
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
@@ -221,7 +221,7 @@ def test_failed_take_over_is_logged_once(store_url: str, lines: Lines) -> None:
 
 
 class HandsOver:
-    """A loop whose first call sends a checkpoint of step 3 and hands over, and whose second call succeeds."""
+    """A loop whose first call sends a step checkpoint and hands over. Its second call succeeds."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -293,12 +293,14 @@ def test_lines_of_interleaved_requests_have_their_own_request_id(store_url: str,
         assert line["exception"].endswith(f"ZeroDivisionError: {line['request_id']}")
     attempts = [line for line in lines.all() if line["event"] == "attempt started"]
     assert Counter(line["stage"] for line in attempts) == dict.fromkeys(SERVICES, 4)
-    quiet = [line for line in lines.all() if line["event"] == "coordinator announced in the request store"]
-    assert "request_id" not in quiet[0]
+    unrelated = [line for line in lines.all() if line["event"] == "coordinator announced in the request store"]
+    assert "request_id" not in unrelated[0]
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])
-def test_prompt_is_logged_only_at_acceptance_and_by_setting(store_url: str, lines: Lines, *, log_prompts: bool) -> None:
+def test_prompt_is_logged_only_at_acceptance_and_only_if_enabled(
+    store_url: str, lines: Lines, *, log_prompts: bool
+) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator(log_prompts=log_prompts)
@@ -320,7 +322,7 @@ def test_prompt_is_logged_only_at_acceptance_and_by_setting(store_url: str, line
 
 @pytest.mark.parametrize("kind", [ValueError, InvalidInput])
 def test_prompt_in_an_error_is_redacted(store_url: str, lines: Lines, kind: type[Exception]) -> None:
-    """Errors about the input may quote a part of the prompt. Messages and tracebacks of defects may quote all."""
+    """Input errors may quote a part of the prompt. Messages and tracebacks of defects may quote all of it."""
 
     async def scenario(fleet: FakeFleet) -> None:
         def quote(_: Call) -> None:
@@ -342,7 +344,7 @@ def test_prompt_in_an_error_is_redacted(store_url: str, lines: Lines, kind: type
 
 
 def test_request_id_sent_by_a_client_is_not_logged(store_url: str, lines: Lines) -> None:
-    """Only workers accept the id in metadata, from coordinators."""
+    """Workers read request ids from the metadata of coordinators. Coordinators ignore those of clients."""
 
     async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()

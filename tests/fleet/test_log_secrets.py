@@ -1,4 +1,4 @@
-"""Processes of a fleet at log level DEBUG: no prompt, key, token or password is in their output."""
+"""At log level DEBUG, the output of a fleet contains no prompt, API key, user name or password."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ USER = "canaryuser"
 SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
 
 _UP_OUTPUT = re.compile(r"[\w-]+: (started|ended|ends)|ready: |stop|fleet up: ")
+"""Start of the lines that `fleet up` prints for its user, which are not JSON records."""
 
 
 @pytest.fixture
 def directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Directory of sockets, keys and logs, with the settings in the environment; its path is short."""
+    """Short path of a directory for sockets, keys and logs. Sets the fleet's environment variables."""
     path = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
     for name in [name for name in os.environ if name.startswith("FLEET_")]:
         monkeypatch.delenv(name)
@@ -88,19 +89,19 @@ async def _check_up(log: Path, url: str) -> None:
 
 
 async def _generate(endpoint: str, output: Path, *arguments: str) -> int | None:
-    """The exit code of `fleet generate`."""
-    given = ("--negative-prompt", NEGATIVE, "--true-cfg-scale=2", "--num-inference-steps=2", *arguments)
-    command = (*_FLEET, "generate", PROMPT, *given, "--output", str(output), "--endpoint", endpoint)
+    """Run `fleet generate` with PROMPT; returns its exit code."""
+    flags = ("--negative-prompt", NEGATIVE, "--true-cfg-scale=2", "--num-inference-steps=2", *arguments)
+    command = (*_FLEET, "generate", PROMPT, *flags, "--output", str(output), "--endpoint", endpoint)
     process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
     await process.communicate()
     return process.returncode
 
 
 async def _run_fleet(directory: Path, server: RedisServer) -> None:
-    """Generate an image, refuse a request and stop without the store. Each process logs to DIRECTORY/NAME.log.
+    """Generate an image, refuse a request and stop while the store is unavailable.
 
-    Processes other than those of the worker group are forked from one process, as each import of the libraries takes
-    several seconds.
+    Each process logs to DIRECTORY/NAME.log. Processes other than those of the worker group are forked from one process,
+    because each import of the libraries takes several seconds.
     """
     url = f"unix://{USER}:{PASSWORD}@{server.socket}"
     common = ("--model=emoji", "--redis", url)
@@ -143,6 +144,6 @@ def test_no_secret_is_written_at_debug(directory: Path, server: RedisServer) -> 
     assert {"listens", "attempt started", "request finished", "heartbeat failed", "rank started"} <= events
     (accepted,) = [line for line in lines if line["event"] == "request accepted"]
     assert accepted["caller"] == "alice"
-    assert "DEBUG" in {line["level"] for line in lines if "logger" in line}, "no record of a library at DEBUG"
+    assert "DEBUG" in {line["level"] for line in lines if "logger" in line}, "no library has logged at DEBUG"
     others = [line for line in written.splitlines() if not line.startswith("{")]
     assert all(_UP_OUTPUT.match(line) for line in others), others

@@ -42,9 +42,9 @@ def test_loss_is_not_counted_for_a_waiting_call(store_url: str) -> None:
         worker = await fleet.add_worker("denoising", Script(fleet.scripts["denoising"].contract, gate), capacity=2)
         _, stub = await fleet.add_coordinator()
         before = lost_calls("yes"), lost_calls("no")
-        runs = (await stub.Submit(submission())).request.request_id
+        running = (await stub.Submit(submission())).request.request_id
         await gate.wait_reached()
-        waits = (await stub.Submit(submission())).request.request_id
+        waiting = (await stub.Submit(submission())).request.request_id
         await wait_in_flight(worker.servicer, 2)
         await worker.die()
         async with connect(fleet.url) as redis:
@@ -55,12 +55,12 @@ def test_loss_is_not_counted_for_a_waiting_call(store_url: str) -> None:
             await wait_until(both_are_lost)
 
             async def is_recorded() -> bool:
-                return await deaths(redis, runs) == ["open"]
+                return await deaths(redis, running) == ["open"]
 
             await wait_until(is_recorded)
-            assert await deaths(redis, waits) == []
+            assert await deaths(redis, waiting) == []
         await fleet.add_worker("denoising")
-        await asyncio.gather(check_success(stub, runs), check_success(stub, waits))
+        await asyncio.gather(check_success(stub, running), check_success(stub, waiting))
 
     run_on_fleet(store_url, scenario)
 
@@ -77,10 +77,10 @@ def test_loss_without_begun_frames_is_counted_for_all_calls(store_url: str) -> N
         await worker.die()
         async with connect(fleet.url) as redis:
 
-            async def both_are_charged() -> bool:
+            async def both_losses_are_counted() -> bool:
                 return [await deaths(redis, name) for name in names] == [["open"], ["open"]]
 
-            await wait_until(both_are_charged)
+            await wait_until(both_losses_are_counted)
         await fleet.add_workers(["denoising"])
         await asyncio.gather(*(check_success(stub, name) for name in names))
 
@@ -118,8 +118,8 @@ def test_loss_of_a_withdrawn_worker_is_not_counted(store_url: str) -> None:
     run_on_fleet(store_url, scenario)
 
 
-def test_loss_is_cleared_by_the_workers_next_heartbeat(store_url: str) -> None:
-    """Only the connection was lost. The request continues immediately, before the next heartbeat."""
+def test_next_heartbeat_of_the_worker_clears_the_loss(store_url: str) -> None:
+    """Only the connection is lost. The request continues on another worker before the next heartbeat."""
 
     async def scenario(fleet: FakeFleet) -> None:
         first, second = Gate(), Gate()
@@ -157,13 +157,13 @@ def test_request_runs_alone_on_its_worker_after_a_loss(store_url: str) -> None:
         other = (await stub.Submit(submission())).request.request_id
         async with connect(fleet.url) as redis:
 
-            async def waits() -> bool:
+            async def is_queued() -> bool:
                 return await redis.zcard("fleet:queue:emoji/denoising") == 1
 
-            await wait_until(waits)
+            await wait_until(is_queued)
             slots: dict[bytes, bytes] = await command(redis, "HGETALL", "fleet:slots:emoji/denoising")
-            mine = worker.info.worker_id.encode()
-            (alone,) = [ticket for ticket, slot in slots.items() if slot.startswith(mine)]
+            worker_id = worker.info.worker_id.encode()
+            (alone,) = [ticket for ticket, slot in slots.items() if slot.startswith(worker_id)]
             assert alone.startswith(name.encode())
         assert worker.servicer.in_flight == 1
         second.opened.set()

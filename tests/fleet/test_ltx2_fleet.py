@@ -1,4 +1,4 @@
-"""LTX-2 through real services. One fleet serves text and image requests of one checkpoint, with equal bytes."""
+"""LTX-2 through real services equals its stages in one process bit for bit. Some requests have an image."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def fleet(model: ServedModel) -> Iterator[ServedFleet]:
         yield served
 
 
-def generate(fleet: ServedFleet, output: Path, *words: str) -> int:
-    """Run `fleet generate` at the fleet; returns its exit code."""
+def generate(fleet: ServedFleet, output: Path, *flags: str) -> int:
+    """Run `fleet generate` with the fleet's endpoint; returns its exit code."""
     given = ("--height", "64", "--width", "96", "--num-frames", "9", "--num-inference-steps", str(STEPS), "--seed", "5")
     params = ("--param", "spatio_temporal_guidance_blocks=[1]", "--param", "max_sequence_length=32")
-    called = ["generate", "a red apple", *given, *params, *words]
-    return main([*called, "--output", str(output), "--endpoint", fleet.endpoint])
+    arguments = ["generate", "a red apple", *given, *params, *flags]
+    return main([*arguments, "--output", str(output), "--endpoint", fleet.endpoint])
 
 
 @pytest.mark.parametrize("variant", IMAGES)
@@ -62,23 +62,23 @@ def test_tensors_equal_those_of_one_process(
     fleet: ServedFleet, local: LocalFleet, tmp_path: Path, variant: str
 ) -> None:
     (tmp_path / "boat.png").write_bytes(IMAGE)
-    words = ("--image", str(tmp_path / "boat.png")) if variant == "image" else ()
-    assert generate(fleet, tmp_path / "it.safetensors", *words, "--num-outputs", "2") == 0
-    made = load_file(tmp_path / "it.safetensors")
+    flags = ("--image", str(tmp_path / "boat.png")) if variant == "image" else ()
+    assert generate(fleet, tmp_path / "output.safetensors", *flags, "--num-outputs", "2") == 0
+    got = load_file(tmp_path / "output.safetensors")
     given = {**GIVEN, **PARAMS, "num_inference_steps": STEPS, "num_outputs_per_prompt": 2}
     expected = local.tensors(images=IMAGES[variant], **given)
-    assert made.keys() == expected.keys() == {"latents", "audio_latents", "pixels", "audio"}
-    assert all(torch.equal(made[name], expected[name]) for name in expected)
+    assert got.keys() == expected.keys() == {"latents", "audio_latents", "pixels", "audio"}
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def test_the_command_line_writes_a_video_with_sound(fleet: ServedFleet, tmp_path: Path) -> None:
-    assert generate(fleet, tmp_path / "it.mp4", "--param", "frame_rate=12.5") == 0
-    with av.open(str(tmp_path / "it.mp4"), "r") as container:
+    assert generate(fleet, tmp_path / "output.mp4", "--param", "frame_rate=12.5") == 0
+    with av.open(str(tmp_path / "output.mp4"), "r") as container:
         stream, track = container.streams.video[0], container.streams.audio[0]
         assert (stream.width, stream.height, float(stream.average_rate or 0)) == (96, 64, 12.5)
         assert (track.codec.canonical_name, track.rate, track.codec_context.channels) == ("aac", 48000, 2)
         assert len(list(container.decode(stream))) == 9
-    recorded = decoded_sound((tmp_path / "it.mp4").read_bytes())
+    recorded = decoded_sound((tmp_path / "output.mp4").read_bytes())
     assert recorded.shape[1] / 48000 == pytest.approx(9 / 12.5, abs=0.05)
 
 
@@ -99,7 +99,7 @@ def test_too_short_audio_is_refused_at_submission(fleet: ServedFleet) -> None:
     assert refused.value.field == "num_frames"
 
 
-def test_number_of_cfg_ranks_is_at_most_the_number_of_branches(
+def test_more_cfg_ranks_than_branches_are_refused(
     model: ServedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launcher, "launch", lambda *_: pytest.fail("a worker group was started"))

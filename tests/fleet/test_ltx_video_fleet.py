@@ -1,4 +1,4 @@
-"""LTX-Video through real services. One fleet serves text and image requests of one checkpoint, with equal bytes."""
+"""LTX-Video through real services equals its stages in one process bit for bit. Some requests have an image."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fleet(model: ServedModel) -> Iterator[ServedFleet]:
 
 @pytest.mark.parametrize("variant", IMAGES)
 def test_tensors_equal_those_of_one_process(fleet: ServedFleet, model: ServedModel, variant: str) -> None:
-    """The decoder also draws noise, from the request's generator and parameters."""
+    """The decoder also draws noise, with the request's generator."""
     local = LocalFleet(model)
     expected = local.tensors(images=IMAGES[variant], **GIVEN)
     local.close()
@@ -57,7 +57,7 @@ def test_tensors_equal_those_of_one_process(fleet: ServedFleet, model: ServedMod
 
 
 def test_video_is_an_mp4_of_all_frames(fleet: ServedFleet) -> None:
-    """The VAE decodes all frames at once, so that the file has one part."""
+    """The file has one part, because the VAE decodes all frames at once."""
     files = fleet.generate("ltx", ".mp4", **GIVEN).files
     assert len(files) == GIVEN["num_outputs_per_prompt"]
     for data in files:

@@ -1,4 +1,4 @@
-"""Malformed frames. Calls are refused with the field's name, replies are errors, and the worker continues."""
+"""Calls with malformed frames are refused with the field's name, and malformed replies are errors."""
 
 from __future__ import annotations
 
@@ -48,39 +48,47 @@ def latents_of(header: Any) -> Any:
 
 
 MALFORMED: dict[str, tuple[list[bytes], str, str]] = {
-    "nothing": ([], "before its header", ""),
+    "no frame": ([], "before its header", ""),
     "empty frame": ([b""], "neither header nor chunk", ""),
-    "garbage": ([b"\xff\xff\xff"], "not a fleet.v1.DenoiseRequest", ""),
+    "invalid protobuf": ([b"\xff\xff\xff"], "not a fleet.v1.DenoiseRequest", ""),
     "chunk first": (frames()[1:], "before the header", PATH),
     "two headers": ([frames()[0]] * 2, "second header", ""),
     "no chunk": (frames()[:1], "ended after 0 of 400000 bytes", PATH),
     "chunk twice": ([*frames(), frames()[1]], "chunk offset 0 is not 400000", PATH),
     "other path": ([frames()[0], chunk_frame("x.y", 0, b"z")], "does not describe", "x.y"),
-    "overrun": ([frames()[0], chunk_frame(PATH, 0, bytes(SIZE + 1))], "is not within the tensor's 400000 bytes", PATH),
-    "gap": ([frames()[0], chunk_frame(PATH, 1, b"z")], "chunk offset 1 is not 0", PATH),
+    "chunk beyond the end": (
+        [frames()[0], chunk_frame(PATH, 0, bytes(SIZE + 1))],
+        "is not within the tensor's 400000 bytes",
+        PATH,
+    ),
+    "chunk after a gap": ([frames()[0], chunk_frame(PATH, 1, b"z")], "chunk offset 1 is not 0", PATH),
     "flipped bit": ([frames()[0], frames()[1][:-1] + b"\x00"], "the payload's checksum", PATH),
-    "big chunk": ([frames()[0], chunk_frame(PATH, 0, bytes((1 << 20) + 1))], "1 to 1048576 bytes work", PATH),
+    "oversized chunk": ([frames()[0], chunk_frame(PATH, 0, bytes((1 << 20) + 1))], "1 to 1048576 bytes work", PATH),
     "unknown frame": ([b"\x7a\x00"], "does not support", "DenoiseRequest"),
     "unknown slot": ([frames()[0][:1] + b"\x03" + b"\xf8\x01\x01"], "does not support", "header"),
-    "shape against bytes": (
+    "shape and byte_size differ": (
         [header_with(lambda header: latents_of(header).shape.append(2)), frames()[1]],
         "byte_size 400000 is not 800000",
         PATH,
     ),
-    "huge promise": (
+    "huge byte_size": (
         [header_with(lambda header: latents_of(header).MergeFrom(pb.Tensor(shape=[1 << 40], byte_size=1 << 58)))],
         "the size of shape",
         PATH,
     ),
     "no dtype": ([header_with(lambda header: latents_of(header).ClearField("dtype"))], "not a Dtype", PATH),
     "slot missing": ([header_with(lambda header: header.ClearField("sampling"))], "sampling is missing", "sampling"),
-    "slot unread": ([header_with(lambda header: header.canvas.SetInParent())], "canvas: an artifact", "canvas"),
+    "slot that no stage reads": (
+        [header_with(lambda header: header.canvas.SetInParent())],
+        "canvas: an artifact",
+        "canvas",
+    ),
     "field missing": (
         [header_with(lambda header: header.initial_latents.parts["image"].ClearField("latents"))],
         "latents is missing",
         PATH,
     ),
-    "no text": (
+    "invalid UTF-8": (
         [header_with(lambda header: header.sampling.params["key"].SetInParent()).replace(b"key", b"k\xffy")],
         "not valid UTF-8",
         "header.sampling.params.key",
@@ -109,7 +117,7 @@ def test_malformed_calls_are_refused_and_the_worker_continues() -> None:
     run_within(60, test)
 
 
-def test_oversized_message_is_resource_exhausted() -> None:
+def test_oversized_message_is_refused() -> None:
     async def test() -> None:
         async with served() as stage:
             assert isinstance(await refusal(stage, bytes(17 << 20)), ResourceExhausted | Unavailable)
@@ -129,7 +137,7 @@ def test_every_truncated_header_is_refused() -> None:
     run_within(60, test)
 
 
-def test_disconnect_within_a_tensor_ends_the_call() -> None:
+def test_disconnect_before_the_end_of_a_tensor_ends_the_call() -> None:
     async def test() -> None:
         async with served() as stage:
             async with open_channel(stage.server.address) as channel:
@@ -192,7 +200,9 @@ LATENTS = pb.Latents(parts={"image": LARGE})
         ([reply(checkpoint=pb.Checkpoint(state=pb.DenoiseState(latents=LATENTS)))] * 2, InternalError, "complete"),
     ],
 )
-def test_malformed_replies_are_internal_errors(replies: list[bytes], kind: type[FleetError], message: str) -> None:
+def test_malformed_and_incomplete_replies_are_errors(
+    replies: list[bytes], kind: type[FleetError], message: str
+) -> None:
     async def test() -> None:
         server = FleetServer("127.0.0.1:0")
         server.add(FakeWorker(*replies).methods, "fleet.v1.DenoisingService")

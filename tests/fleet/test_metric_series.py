@@ -24,7 +24,7 @@ from toy_checkpoint import build_toy_checkpoint, toy_family
 
 _CALLERS = 50
 _REQUESTS = 200
-_AT_ONCE = 8
+_CONCURRENT_REQUESTS = 8
 _OUR_PREFIXES = ("fleet_", "grpc_")
 _OUTCOMES = ("result", "reason", "begun", "state", "grpc_status")
 """Labels with a fixed set of values; rare values may appear late."""
@@ -52,7 +52,7 @@ def _values(label_sets: Iterable[tuple[str, frozenset[tuple[str, str]]]]) -> set
     return {(name, value) for _, labels in label_sets for name, value in labels if name not in _OUTCOMES}
 
 
-def _keys(path: Path) -> list[str]:
+def _write_keys(path: Path) -> list[str]:
     """Write the API keys file; returns the keys."""
     keys = [f"key-of-caller-{number:03}" for number in range(_CALLERS)]
     digests = (hashlib.sha256(key.encode()).hexdigest() for key in keys)
@@ -61,7 +61,7 @@ def _keys(path: Path) -> list[str]:
 
 
 def _request(number: int, key: str) -> pb.SubmitRequest:
-    """A request that differs from the others in every field; most succeed."""
+    """A request with its own prompt, seed and idempotency key; sizes and step counts repeat."""
     size = 8 * (1 + number % 12)
     parameters = pb.GenerationParameters(
         prompt=f"prompt {number}", seed=number, height=size, width=size, num_inference_steps=1 + number % 3
@@ -84,12 +84,12 @@ async def _run(stub: Stub, numbers: range, keys: list[str]) -> set[int]:
                 state = response.event.state_change.state or state
             states.add(state)
 
-    await asyncio.gather(*(client() for _ in range(_AT_ONCE)))
+    await asyncio.gather(*(client() for _ in range(_CONCURRENT_REQUESTS)))
     return states
 
 
 def test_number_of_series_is_independent_of_requests_and_callers(toy: ServedModel, tmp_path: Path) -> None:
-    keys = _keys(tmp_path / "keys.toml")
+    keys = _write_keys(tmp_path / "keys.toml")
 
     async def scenario(parts: Parts) -> None:
         for spec in toy.services:

@@ -26,7 +26,7 @@ MODEL = "flux"
 
 
 async def image_of(stub: Stub) -> bytes:
-    """The file of a request that the stub's coordinator runs."""
+    """Run a request at the stub's coordinator; returns its file."""
     given = pb.GenerationParameters(prompt="a red apple", seed=3, height=64, width=64, num_inference_steps=4)
     request_id = (await stub.Submit(pb.SubmitRequest(parameters=given))).request.request_id
     last = [reply.event async for reply in stub.Watch(pb.WatchRequest(request_id=request_id))][-1]
@@ -35,7 +35,7 @@ async def image_of(stub: Stub) -> bytes:
     return b"".join([reply.data async for reply in download])
 
 
-def test_each_pair_of_versions_returns_equal_bytes() -> None:
+def test_old_and_new_coordinators_and_workers_return_equal_bytes() -> None:
     async def scenario(stack: AsyncExitStack) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixed-")))
         release = unpack_release(directory / "release")
@@ -50,22 +50,28 @@ def test_each_pair_of_versions_returns_equal_bytes() -> None:
             await wait_until(partial(is_complete, stub, fleet.workers))
             return stub
 
-        kept, replaced = fleet.of(coordinators=True)
-        old = await stub_of(kept)
+        retained, replaced = fleet.of(coordinators=True)
+        old = await stub_of(retained)
         new = await stub_of(await fleet.replace(replaced, TREE))
-        images = {"old, old workers": await image_of(old), "new, old workers": await image_of(new)}
+        images = {
+            "old coordinator, old workers": await image_of(old),
+            "new coordinator, old workers": await image_of(new),
+        }
         for worker in [each for each in fleet.living if each.role != COORDINATOR]:
             await fleet.replace(worker, TREE)
         for stub in (old, new):
             await wait_until(partial(is_complete, stub, fleet.workers))
-        images |= {"old, new workers": await image_of(old), "new, new workers": await image_of(new)}
+        images |= {
+            "old coordinator, new workers": await image_of(old),
+            "new coordinator, new workers": await image_of(new),
+        }
         trees = {process.tree: psutil.Process(process.pid).cmdline()[1] for process in fleet.living}
         assert all(Path(program).is_relative_to(tree) for tree, program in trees.items())
-        assert [process.name for process in fleet.living if process.tree == release] == [kept.name]
+        assert [process.name for process in fleet.living if process.tree == release] == [retained.name]
         await fleet.stop()
         assert not fleet.findings
-        assert images["old, old workers"].startswith(b"\x89PNG")
-        assert {name for name, image in images.items() if image != images["old, old workers"]} == set()
+        assert images["old coordinator, old workers"].startswith(b"\x89PNG")
+        assert {name for name, image in images.items() if image != images["old coordinator, old workers"]} == set()
 
     async def main() -> None:
         async with asyncio.timeout(300), AsyncExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Request texts that are valid paths: no process of the fleet uses them as paths."""
+"""Texts of a request that are valid paths are never used as paths."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ from served_fleet import ServedFleet, served_fleet
 
 SECRET = "secret-of-this-host"
 
-_watching: list[list[str]] = []
+_recordings: list[list[str]] = []
 
 
-def _hook(event: str, arguments: tuple[object, ...]) -> None:
-    """Record audit events of files, processes, imports and evaluated code; audit hooks cannot be removed."""
-    if _watching and event.startswith(("open", "os.", "subprocess.", "import", "exec", "compile", "glob.", "shutil.")):
+def _record_event(event: str, arguments: tuple[object, ...]) -> None:
+    """Record audit events of files, processes, imports and evaluated code. Audit hooks cannot be removed."""
+    if _recordings and event.startswith(
+        ("open", "os.", "subprocess.", "import", "exec", "compile", "glob.", "shutil.")
+    ):
         text = repr(arguments)
         if SECRET in text:
-            _watching[-1].append(f"{event}{text}")
+            _recordings[-1].append(f"{event}{text}")
 
 
-sys.addaudithook(_hook)
+sys.addaudithook(_record_event)
 
 
 @contextmanager
 def recorded_accesses() -> Iterator[list[str]]:
-    """Audit events in the block, of all threads, whose arguments contain SECRET."""
-    _watching.append([])
+    """Record the audit events of all threads in the block whose arguments contain SECRET."""
+    _recordings.append([])
     try:
-        yield _watching[-1]
+        yield _recordings[-1]
     finally:
-        _watching.pop()
+        _recordings.pop()
 
 
 @pytest.fixture(scope="module")
