@@ -17,10 +17,10 @@ from fleet.v1 import generation_pb2 as pb
 
 
 def test_callers_are_served_round_robin_at_every_coordinator(store_url: str, tmp_path: Path) -> None:
-    names = ("greedy", "modest")
+    callers = ("greedy", "modest")
     keys = tmp_path / "keys.toml"
-    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
-    keys.write_text("".join(f'[callers.{name}]\nkey_sha256 = ["{digests[name]}"]\n' for name in names))
+    digests = {caller: hashlib.sha256(caller.encode()).hexdigest() for caller in callers}
+    keys.write_text("".join(f'[callers.{caller}]\nkey_sha256 = ["{digests[caller]}"]\n' for caller in callers))
 
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
@@ -30,10 +30,10 @@ def test_callers_are_served_round_robin_at_every_coordinator(store_url: str, tmp
         watcher = (await fleet.add_coordinator())[1]
         owners: dict[str, str] = {}
 
-        async def submit(name: str, number: int) -> None:
-            key = (("authorization", f"Bearer {name}"),)
+        async def submit(caller: str, number: int) -> None:
+            key = (("authorization", f"Bearer {caller}"),)
             accepted = await stubs[number % 2].Submit(submission(), metadata=key)
-            owners[accepted.request.request_id] = name
+            owners[accepted.request.request_id] = caller
 
         async def six_are_queued() -> bool:
             return (await watcher.ListModels(pb.ListModelsRequest())).models[0].services[0].queued == 6

@@ -20,7 +20,7 @@ from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 
 STEPS = 8
-CHECKPOINT = 4
+CHECKPOINT_STEP = 4
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "models" / "checkpoints"
 
 
@@ -28,7 +28,7 @@ class FleetWithRareCheckpoints(Fleet):
     """A fleet whose denoisers send a step checkpoint after step 4 only."""
 
     def _arguments(self, process: Process) -> list[str]:
-        flags = ["--step-checkpoint-every", str(CHECKPOINT), "--step-checkpoint-seconds", "0"]
+        flags = ["--step-checkpoint-every", str(CHECKPOINT_STEP), "--step-checkpoint-seconds", "0"]
         return super()._arguments(process) + (flags if process.role.program == "denoising" else [])
 
 
@@ -47,7 +47,7 @@ class WorkerKiller:
         async for reply in self._stub.Watch(pb.WatchRequest(request_id=request_id)):
             last = reply.event.state_change
             progress = reply.event.progress
-            if progress.service == "denoising" and progress.step > CHECKPOINT:
+            if progress.service == "denoising" and progress.step > CHECKPOINT_STEP:
                 await self._kill(request_id)
         return last
 
@@ -56,7 +56,7 @@ class WorkerKiller:
 
         async def is_stored() -> bool:
             reached = await command(self._redis, "HGET", f"fleet:request:{request_id}", "reached")
-            return bool(reached == str(CHECKPOINT).encode())
+            return bool(reached == str(CHECKPOINT_STEP).encode())
 
         await wait_until(is_stored)
         worker_slots: dict[bytes, bytes] = await command(self._redis, "HGETALL", "fleet:slots:emoji/denoising")

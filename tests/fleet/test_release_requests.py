@@ -238,7 +238,7 @@ def test_stored_step_checkpoint_is_resumed_only_with_equal_inputs_and_numerics(s
 
 
 def pixels(data: bytes) -> torch.Tensor:
-    """The frames of an MP4: float32 (frames, height, width, 3), in 0 to 255."""
+    """The frames of an MP4: float32 (frames, height, width, 3), from 0 to 255."""
     with av.open(io.BytesIO(data), mode="r") as video:
         frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in video.decode(video=0)]
     return torch.stack(frames).float()

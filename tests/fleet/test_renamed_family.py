@@ -71,7 +71,7 @@ class Loop:
 
 @dataclass
 class Running:
-    """A coordinator, and a worker of each service; workers send a checkpoint after every step."""
+    """A coordinator, and a worker of each service; workers send a step checkpoint after every step."""
 
     fleet: FakeFleet
     stub: Stub
@@ -214,7 +214,7 @@ def test_cancelled_request_stops_within_a_step(
     run_on_family(store_url, model, monkeypatch, test)
 
 
-def test_another_worker_resumes_from_a_checkpoint(
+def test_another_worker_resumes_from_a_step_checkpoint(
     store_url: str, model: ServedModel, expected_file: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(running: Running) -> None:

@@ -28,10 +28,10 @@ def test_requests_wait_for_workers_and_watch_reports_a_warning(store_url: str) -
         (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
         assert model.name == "emoji"
         assert {each.service: each.workers for each in model.services} == dict.fromkeys(SERVICES, 0)
-        name = (await stub.Submit(submission())).request.request_id
+        request_id = (await stub.Submit(submission())).request.request_id
         warned: list[str] = []
         last = None
-        async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
+        async for reply in stub.Watch(pb.WatchRequest(request_id=request_id)):
             last = reply.event
             if last.HasField("warning"):
                 warned.append(last.warning.message)
@@ -48,8 +48,8 @@ def test_request_with_live_workers_has_no_warning(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
-        name = (await stub.Submit(submission())).request.request_id
-        events = [reply.event async for reply in stub.Watch(pb.WatchRequest(request_id=name))]
+        request_id = (await stub.Submit(submission())).request.request_id
+        events = [reply.event async for reply in stub.Watch(pb.WatchRequest(request_id=request_id))]
         assert events[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         assert not [event for event in events if event.HasField("warning")]
 

@@ -63,11 +63,11 @@ def test_queued_request_activates_its_stages_within_a_second(store_url: str) -> 
         assert not await scaler.is_active()
         assert await scaler.value() == 0
         submitted = time.monotonic()
-        name = (await stub.Submit(submission())).request.request_id
+        request_id = (await stub.Submit(submission())).request.request_id
         assert (await anext(activity)).result
         assert time.monotonic() - submitted < 1
         assert await scaler.is_active(stage="decoding")
-        await stub.CancelRequest(generation_pb2.CancelRequestRequest(request_id=name))
+        await stub.CancelRequest(generation_pb2.CancelRequestRequest(request_id=request_id))
         assert not (await anext(activity)).result
         ended = time.monotonic()
 
@@ -87,10 +87,10 @@ def test_short_activity_of_a_stage_is_pushed(store_url: str) -> None:
         activity = aiter(scaler.stub.StreamIsActive(target(stage="text_encoding")))
         assert not (await anext(activity)).result
         for _ in range(3):  # each request needs the stage for less than the polling interval
-            name = (await stub.Submit(submission())).request.request_id
+            request_id = (await stub.Submit(submission())).request.request_id
             assert (await anext(activity)).result
             assert not (await anext(activity)).result
-            await terminal(stub, name)
+            await terminal(stub, request_id)
 
     run_on_fleet(store_url, scenario)
 
@@ -115,7 +115,7 @@ def test_metric_is_the_remaining_measured_time_of_requests(store_url: str) -> No
         first = (await stub.Submit(request)).request.request_id
         assert (await terminal(stub, first))[-1].state_change.state == generation_pb2.REQUEST_STATE_SUCCEEDED
         gate.reached.set()
-        names = [(await stub.Submit(request)).request.request_id for _ in range(3)]
+        request_ids = [(await stub.Submit(request)).request.request_id for _ in range(3)]
         request_seconds = STEPS * 0.02
 
         async def two_and_a_half_requests_remain() -> bool:
@@ -128,8 +128,8 @@ def test_metric_is_the_remaining_measured_time_of_requests(store_url: str) -> No
         assert services["denoising"].queued_seconds > 2.4 * request_seconds
         assert not services["denoising"].unmeasured
         gate.opened.set()
-        for name in names:
-            await terminal(stub, name)
+        for request_id in request_ids:
+            await terminal(stub, request_id)
         assert await scaler.value() == 0
 
     run_on_fleet(store_url, scenario)

@@ -132,8 +132,8 @@ def test_live_view_follows_requests_and_the_terminal_size(store_url: str) -> Non
                 assert len(lines) <= height
             shown.resize(170, 40)
             gate.opened.set()
-            for name in (first, second):
-                assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+            for request_id in (first, second):
+                assert (await terminal(stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
             await shown.until(lambda text: len(re.findall(r"[0-9a-f]{16} SUCCEEDED", text)) == 2 and "s/step" in text)
             assert await shown.end() == 0
             assert shown.written.startswith(ENTER)

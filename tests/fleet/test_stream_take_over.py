@@ -69,14 +69,14 @@ class VideoScript(Script):
 
 
 class LoopScript(Script):
-    """A denoiser that sends a checkpoint of step 3, and records the first step of each call."""
+    """A denoiser that sends a step checkpoint of step 3, and records the first step of each call."""
 
     def __init__(self, common: Script, first_steps: list[int]) -> None:
         super().__init__(common.contract)
         self.first_steps = first_steps
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Send the checkpoint, and return the outputs of the common script."""
+        """Send the step checkpoint, and return the outputs of the common script."""
         resumed = values.get("resume_from")
         self.first_steps.append(resumed.step if resumed else 0)
         if not resumed:

@@ -107,7 +107,7 @@ async def run_remote(services: tuple[Served, Served], values: Mapping[str, Any],
 
 
 @pytest.mark.parametrize("count", [16, 1 << 18, 3 << 20])
-def test_both_runners_return_equal_items_and_the_last_checkpoint(count: int) -> None:
+def test_both_runners_return_equal_items_and_the_last_step_checkpoint(count: int) -> None:
     """Small items are inline in their frames; large items follow in chunks."""
 
     async def test() -> None:
@@ -298,7 +298,7 @@ async def refusal_of(service: Served, *frames: bytes) -> Exception:
     raise AssertionError("the frames were accepted")
 
 
-def test_invalid_items_are_refused_with_their_names() -> None:
+def test_invalid_item_frames_are_refused() -> None:
     async def test() -> None:
         frame = request_type(stage_method("decoding"))
         values = request(count=1 << 18)

@@ -1,4 +1,4 @@
-"""Take-over of requests from killed, stopped and drained coordinators: each request ends once."""
+"""Take-over of requests from killed and stopped coordinators, and poison requests: each request ends once."""
 
 from __future__ import annotations
 

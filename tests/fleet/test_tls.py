@@ -140,7 +140,7 @@ def test_public_port_uses_its_own_certificate(
 
 
 def test_slow_tls_handshake_succeeds(toy_model: ServedModel, store_url: str, fleet_ca: Authority) -> None:
-    """A host whose cores load weights delays handshakes."""
+    """A host that loads weights on all cores delays handshakes."""
 
     async def start_proxy(address: str) -> asyncio.Server:
         host, _, port = address.rpartition(":")

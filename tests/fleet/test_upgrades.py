@@ -38,7 +38,7 @@ def test_unread_inputs_are_not_sent(store_url: str) -> None:
     run_on_fleet(store_url, scenario)
 
 
-def test_worker_without_the_resume_slot_gets_no_checkpoint(store_url: str) -> None:
+def test_worker_without_the_resume_slot_gets_no_step_checkpoint(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers(OTHERS)
         script = Script(replace(without("resume_from"), optional=frozenset()))

@@ -1,4 +1,4 @@
-"""A model with two variants in a real fleet. A request's images select the variant; workers serve both."""
+"""A model with two variants in a real fleet. A request's images select the variant; workers serve both variants."""
 
 from __future__ import annotations
 

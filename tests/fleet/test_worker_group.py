@@ -82,7 +82,7 @@ def test_degrees_are_announced(fleet: GroupFleet) -> None:
     assert (worker.degrees.tp, worker.degrees.ulysses, worker.degrees.ring, worker.degrees.cfg) == (2, 1, 1, 1)
 
 
-def test_idle_follower_uses_no_cpu_time(fleet: GroupFleet, undisturbed: Generated) -> None:
+def test_idle_follower_uses_almost_no_cpu_time(fleet: GroupFleet, undisturbed: Generated) -> None:
     assert undisturbed.file
     follower = fleet.ranks()[1]
     began, before = time.monotonic(), follower.cpu_times()
@@ -120,7 +120,7 @@ def test_request_survives_a_hung_rank(fleet: GroupFleet, undisturbed: Generated,
     assert not marker.exists(), "no rank hung"
     assert generated.state == pb.REQUEST_STATE_SUCCEEDED
     assert generated.file == undisturbed.file
-    assert generated.steps.count(1) == 1, "the request did not resume from a checkpoint"
+    assert generated.steps.count(1) == 1, "the request did not resume from a step checkpoint"
     assert not any(process.is_running() for process in before.values())
 
 

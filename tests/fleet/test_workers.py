@@ -133,7 +133,7 @@ async def health(channel: grpc.aio.Channel, service: str) -> int:
     return int(reply.status)
 
 
-def test_worker_has_its_settings_in_its_info_and_lists_its_services(
+def test_worker_info_has_its_settings_and_reflection_lists_its_services(
     toy: ServedModel, store_url: str, tmp_path: Path
 ) -> None:
     async def test() -> None:
