@@ -17,10 +17,10 @@ from fleet.v1 import generation_pb2 as pb
 
 
 def test_callers_are_served_round_robin_at_every_coordinator(store_url: str, tmp_path: Path) -> None:
-    names = ("greedy", "modest")
+    callers = ("greedy", "modest")
     keys = tmp_path / "keys.toml"
-    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
-    keys.write_text("".join(f'[callers.{name}]\nkey_sha256 = ["{digests[name]}"]\n' for name in names))
+    digests = {caller: hashlib.sha256(caller.encode()).hexdigest() for caller in callers}
+    keys.write_text("".join(f'[callers.{caller}]\nkey_sha256 = ["{digests[caller]}"]\n' for caller in callers))
 
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
@@ -30,12 +30,12 @@ def test_callers_are_served_round_robin_at_every_coordinator(store_url: str, tmp
         watcher = (await fleet.add_coordinator())[1]
         owners: dict[str, str] = {}
 
-        async def submit(name: str, number: int) -> None:
-            key = (("authorization", f"Bearer {name}"),)
+        async def submit(caller: str, number: int) -> None:
+            key = (("authorization", f"Bearer {caller}"),)
             accepted = await stubs[number % 2].Submit(submission(), metadata=key)
-            owners[accepted.request.request_id] = name
+            owners[accepted.request.request_id] = caller
 
-        async def all_wait() -> bool:
+        async def six_are_queued() -> bool:
             return (await watcher.ListModels(pb.ListModelsRequest())).models[0].services[0].queued == 6
 
         await submit("greedy", 0)
@@ -44,7 +44,7 @@ def test_callers_are_served_round_robin_at_every_coordinator(store_url: str, tmp
             await submit("greedy", number)
         for number in range(2):
             await submit("modest", number)
-        await wait_until(all_wait)
+        await wait_until(six_are_queued)
         gate.opened.set()
         for request_id in owners:
             assert (await terminal(watcher, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
@@ -54,7 +54,7 @@ def test_callers_are_served_round_robin_at_every_coordinator(store_url: str, tmp
     run_on_fleet(store_url, scenario)
 
 
-def test_bound_in_queued_seconds_returns_a_retry_delay(store_url: str) -> None:
+def test_request_beyond_queue_seconds_is_refused_with_a_retry_delay(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
@@ -70,10 +70,10 @@ def test_bound_in_queued_seconds_returns_a_retry_delay(store_url: str) -> None:
         assert (await terminal(stub, first))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         async with connect(store_url) as redis:
 
-            async def measured() -> bool:
+            async def all_services_are_measured() -> bool:
                 return len(await redis.keys("fleet:pace:*")) == len(SERVICES)
 
-            await wait_until(measured)
+            await wait_until(all_services_are_measured)
         accepted = [(await stub.Submit(submission())).request.request_id for _ in range(3)]
         for request_id in accepted:
             assert (await terminal(stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED

@@ -1,4 +1,4 @@
-"""A poison request in a fleet of real processes. It kills its worker at step 5, after a checkpoint at step 4."""
+"""A poison request on real processes: its denoiser is killed at step 5, after a step checkpoint at step 4."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 
 STEPS = 8
-CHECKPOINT = 4
+CHECKPOINT_STEP = 4
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "models" / "checkpoints"
 
 
-class RareCheckpoints(Fleet):
-    """A fleet whose denoisers send a checkpoint after step 4 only."""
+class FleetWithRareCheckpoints(Fleet):
+    """A fleet whose denoisers send a step checkpoint after step 4 only."""
 
     def _arguments(self, process: Process) -> list[str]:
-        rare = ["--step-checkpoint-every", str(CHECKPOINT), "--step-checkpoint-seconds", "0"]
-        return super()._arguments(process) + (rare if process.role.program == "denoising" else [])
+        flags = ["--step-checkpoint-every", str(CHECKPOINT_STEP), "--step-checkpoint-seconds", "0"]
+        return super()._arguments(process) + (flags if process.role.program == "denoising" else [])
 
 
 class WorkerKiller:
-    """Kills the denoiser of a request after each report of step 5."""
+    """Kills the denoiser of a request whenever it reports a step after the step checkpoint."""
 
     def __init__(self, fleet: Fleet, redis: Redis, stub: Stub) -> None:
         self.killed: set[int] = set()
@@ -41,28 +41,28 @@ class WorkerKiller:
         self._redis = redis
         self._stub = stub
 
-    async def watch(self, name: str) -> pb.StateChange:
-        """Follow the request to its end."""
+    async def watch(self, request_id: str) -> pb.StateChange:
+        """Follow the request to its end, and kill its denoisers; returns its last state change."""
         last = pb.StateChange()
-        async for reply in self._stub.Watch(pb.WatchRequest(request_id=name)):
+        async for reply in self._stub.Watch(pb.WatchRequest(request_id=request_id)):
             last = reply.event.state_change
             progress = reply.event.progress
-            if progress.service == "denoising" and progress.step > CHECKPOINT:
-                await self._kill(name)
+            if progress.service == "denoising" and progress.step > CHECKPOINT_STEP:
+                await self._kill(request_id)
         return last
 
-    async def _kill(self, name: str) -> None:
-        """Wait for the stored checkpoint, and SIGKILL the request's worker. Worker ids contain the PID."""
+    async def _kill(self, request_id: str) -> None:
+        """Wait for the stored step checkpoint, then send SIGKILL to the request's worker, whose id contains its PID."""
 
         async def is_stored() -> bool:
-            reached = await command(self._redis, "HGET", f"fleet:request:{name}", "reached")
-            return bool(reached == str(CHECKPOINT).encode())
+            reached = await command(self._redis, "HGET", f"fleet:request:{request_id}", "reached")
+            return bool(reached == str(CHECKPOINT_STEP).encode())
 
         await wait_until(is_stored)
-        slots: dict[bytes, bytes] = await command(self._redis, "HGETALL", "fleet:slots:emoji/denoising")
-        for ticket, slot in slots.items():
-            pid = int(slot.decode().partition("|")[0].split("-")[-2])
-            if ticket.decode().startswith(f"{name}/") and pid not in self.killed:
+        worker_slots: dict[bytes, bytes] = await command(self._redis, "HGETALL", "fleet:slots:emoji/denoising")
+        for ticket, worker_slot in worker_slots.items():
+            pid = int(worker_slot.decode().partition("|")[0].split("-")[-2])
+            if ticket.decode().startswith(f"{request_id}/") and pid not in self.killed:
                 self.killed.add(pid)
                 (worker,) = [each for each in self._fleet.of(coordinators=False) if each.pid == pid]
                 self._fleet.signal(worker, signal.SIGKILL)
@@ -73,19 +73,19 @@ async def submit(stub: Stub, steps: int) -> str:
     return (await stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
 
 
-async def steps_and_state(stub: Stub, name: str) -> tuple[list[int], pb.RequestState.ValueType]:
+async def steps_and_state(stub: Stub, request_id: str) -> tuple[list[int], pb.RequestState.ValueType]:
     """Reported denoising steps, and the terminal state."""
-    events = [reply.event async for reply in stub.Watch(pb.WatchRequest(request_id=name))]
+    events = [reply.event async for reply in stub.Watch(pb.WatchRequest(request_id=request_id))]
     steps = [event.progress.step for event in events if event.progress.service == "denoising"]
     return [step for step in steps if step > 0], events[-1].state_change.state
 
 
-def test_poison_request_fails_after_three_workers_and_others_succeed() -> None:
+def test_poison_request_fails_after_three_lost_workers_and_others_succeed() -> None:
     async def scenario() -> None:
         async with asyncio.timeout(150), AsyncExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="poison-")))
             models = {"emoji": CHECKPOINTS / "emoji"}
-            fleet = RareCheckpoints(directory, models, random.Random(0), coordinators=1, workers=2)
+            fleet = FleetWithRareCheckpoints(directory, models, random.Random(0), coordinators=1, workers=2)
             stack.push_async_callback(fleet.close)
             await fleet.start()
             redis = await stack.enter_async_context(connect(fleet.server.url))
@@ -99,11 +99,11 @@ def test_poison_request_fails_after_three_workers_and_others_succeed() -> None:
 
             await wait_until(is_complete)
             killer = WorkerKiller(fleet, redis, stub)
-            name = await submit(stub, STEPS)
-            watching = asyncio.create_task(killer.watch(name))
+            request_id = await submit(stub, STEPS)
+            watching = asyncio.create_task(killer.watch(request_id))
             innocent = [await submit(stub, 2) for _ in range(3)]
-            ends = await asyncio.gather(*(steps_and_state(stub, each) for each in innocent))
-            assert ends == [([1, 2], pb.REQUEST_STATE_SUCCEEDED)] * len(innocent)
+            outcomes = await asyncio.gather(*(steps_and_state(stub, each) for each in innocent))
+            assert outcomes == [([1, 2], pb.REQUEST_STATE_SUCCEEDED)] * len(innocent)
             change = await watching
             assert change.state == pb.REQUEST_STATE_FAILED
             assert change.error.message.startswith("3 workers were lost while they ran this request, without progress")

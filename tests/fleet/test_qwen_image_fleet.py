@@ -1,4 +1,4 @@
-"""All pipelines of Qwen-Image through real services equal their stages in one process bit for bit."""
+"""All pipelines of Qwen-Image through real services: outputs equal those of one process bit for bit."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ GIVEN: dict[str, Any] = {
 }
 
 
-def image_file(seed: int, kind: str = "PNG") -> bytes:
+def image_file(seed: int, image_format: str = "PNG") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (60, 90, 3), np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
+    Image.fromarray(pixels).save(file, image_format)
     return file.getvalue()
 
 
@@ -51,7 +51,7 @@ CASES: dict[str, tuple[str, Mapping[str, bytes], dict[str, Any]]] = {
     "edit": ("edit", {"image": image_file(1, "JPEG")}, GIVEN),
     "edit of two images": ("plus", {"image_1": image_file(2), "image": image_file(1, "JPEG")}, GIVEN),
     "layers, guided": ("layered", {"image": image_file(1)}, {**LAYERS, "negative_prompt": "a blue car"}),
-    "layers, described": ("layered", {"image": image_file(2)}, {**LAYERS, "prompt": "", "use_en_prompt": True}),
+    "layers, captioned": ("layered", {"image": image_file(2)}, {**LAYERS, "prompt": "", "use_en_prompt": True}),
 }
 
 
@@ -95,15 +95,15 @@ def test_tensors_equal_those_of_one_process(fleet: ServedFleet, models: dict[str
 
 
 def test_images_are_png_and_warnings_are_returned(fleet: ServedFleet) -> None:
-    asked = {**GIVEN, "height": 47, "guidance_scale": 3.0, "num_outputs_per_prompt": 2}
-    answer = fleet.generate("image", ".png", **asked)
+    parameters = {**GIVEN, "height": 47, "guidance_scale": 3.0, "num_outputs_per_prompt": 2}
+    answer = fleet.generate("image", ".png", **parameters)
     assert [Image.open(io.BytesIO(data)).size for data in answer.files] == [(48, 32)] * 2
     assert [warning.field for warning in answer.warnings] == ["height", "guidance_scale"]
 
 
-def test_layers_are_transparent_png_and_the_description_is_a_warning(fleet: ServedFleet) -> None:
-    asked = {**LAYERS, "prompt": "", "layers": 3}
-    answer = fleet.generate("layered", ".png", {"image": image_file(1)}, **asked)
+def test_layers_are_transparent_png_and_the_caption_is_a_warning(fleet: ServedFleet) -> None:
+    parameters = {**LAYERS, "prompt": "", "layers": 3}
+    answer = fleet.generate("layered", ".png", {"image": image_file(1)}, **parameters)
     assert [Image.open(io.BytesIO(data)).mode for data in answer.files] == ["RGBA"] * 3
     assert [warning.field for warning in answer.warnings] == ["prompt"]
 
@@ -120,13 +120,13 @@ def test_layers_are_transparent_png_and_the_description_is_a_warning(fleet: Serv
         ("layered", {"image": image_file(1)}, {}, "height"),
     ],
     ids=[
-        "image without need",
+        "unused image",
         "one step",
         "no image",
-        "two images",
+        "unknown role",
         "no first image",
-        "no image file",
-        "other size",
+        "not an image file",
+        "wrong height",
     ],
 )
 def test_invalid_input_is_refused_at_submission(

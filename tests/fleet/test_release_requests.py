@@ -1,5 +1,6 @@
-"""Stored requests of the latest release, in each state. This code reads all and finishes the open ones.
+"""Requests that the latest release stored, in each state.
 
+The current code reads all of them, and runs the open requests to their end.
 tests/golden/v0.1.0/requests has the Redis keys of a killed coordinator of the release.
 """
 
@@ -51,10 +52,10 @@ OPEN = {
     "streaming": pb.REQUEST_STATE_RUNNING,
 }
 VARIANTS = {"succeeded": "image", "queued": "image", "failed": "", "streaming": ""}
-"""Variants of requests, if they are not `text`."""
+"""Variants of the requests whose variant is not `text`."""
 RESUME = "resume_from"
 LARGEST_DIFFERENCE = 2.0
-"""Largest mean difference of pixels, in 0 to 255, between hosts with different rounding."""
+"""Largest mean difference of pixel values, from 0 to 255, between hosts with different rounding."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def server() -> Iterator[RedisServer]:
 
 @dataclass
 class Restored:
-    """The API on a store with the release's requests. `ids` and `keys` are their ids and store keys by name."""
+    """The API on a store with the release's requests. `ids` and `keys` have their ids and store keys by name."""
 
     stub: Stub
     redis: Redis
@@ -137,7 +138,7 @@ def run_on_coordinator(
 
 
 def _scalars(parameters: pb.GenerationParameters) -> dict[str, Any]:
-    """Scalar parameters. A record contains no images, and the defaults of omitted parameters."""
+    """Scalar parameters. A record has defaults for omitted parameters, and has no images."""
     fields = parameters.ListFields()
     return {field.name: value for field, value in fields if field.name not in ("images", "params")}
 
@@ -215,7 +216,7 @@ def test_stored_timelines_are_read(server: RedisServer, models: list[ServedModel
     run_on_coordinator(server, models, scenario)
 
 
-def test_stored_step_checkpoint_is_resumed_only_with_equal_numerics(server: RedisServer) -> None:
+def test_stored_step_checkpoint_is_resumed_only_with_equal_inputs_and_numerics(server: RedisServer) -> None:
     async def scenario() -> None:
         async with connect(server.url) as redis:
             await redis.flushall()
@@ -237,7 +238,7 @@ def test_stored_step_checkpoint_is_resumed_only_with_equal_numerics(server: Redi
 
 
 def pixels(data: bytes) -> torch.Tensor:
-    """The frames of an MP4: float32 (frames, height, width, 3), in 0 to 255."""
+    """The frames of an MP4: float32 (frames, height, width, 3), from 0 to 255."""
     with av.open(io.BytesIO(data), mode="r") as video:
         frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in video.decode(video=0)]
     return torch.stack(frames).float()
@@ -258,7 +259,7 @@ def _steps_of(events: Sequence[pb.Event]) -> list[int]:
     return [event.progress.step for event in events if event.progress.service == "denoising"]
 
 
-async def _is_of_equal_numerics(store: Restored, name: str) -> bool:
+async def _has_equal_numerics(store: Restored, name: str) -> bool:
     """Whether the numerics of the stored step checkpoint equal those of the live workers."""
     workers = await WorkerRegistry(store.redis).live(VIDEO, "denoising")
     (key,) = (key for key in store.keys[name] if key.startswith("fleet:checkpoint:"))
@@ -267,7 +268,7 @@ async def _is_of_equal_numerics(store: Restored, name: str) -> bool:
 
 
 def test_open_requests_are_taken_over_and_finish(server: RedisServer, models: list[ServedModel]) -> None:
-    """A loop resumes from a step checkpoint of equal numerics; otherwise it starts at step 0.
+    """A loop resumes from a step checkpoint if numerics are equal; otherwise it starts at step 0.
 
     Delivered items are retained.
     """
@@ -290,7 +291,7 @@ def test_open_requests_are_taken_over_and_finish(server: RedisServer, models: li
             again = _steps_of(events[before[name] :])
             assert again[0] == 0, "the loop did not report its start"
             if name == "running":
-                is_resumed = await _is_of_equal_numerics(store, name)
+                is_resumed = await _has_equal_numerics(store, name)
                 assert (again[1] > stored_steps > 0) == is_resumed, (again, stored_steps)
         for name in ("queued", "running"):
             assert files[name] == await _undisturbed(store, name)

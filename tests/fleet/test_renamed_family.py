@@ -1,6 +1,6 @@
 """A family with other names of slots, roles and services runs on a real coordinator and real workers.
 
-Services rely on the stages' declarations only, for costs, progress, resume, cancel and download.
+For costs, progress, resume, cancel and download, services use only the declarations of stages.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Loop:
 
 @dataclass
 class Running:
-    """A coordinator, and a worker of each service; workers send a checkpoint after every step."""
+    """A coordinator, and a worker of each service; workers send a step checkpoint after every step."""
 
     fleet: FakeFleet
     stub: Stub
@@ -84,9 +84,9 @@ class Running:
         parameters = pb.GenerationParameters(prompt="red", seed=3, num_inference_steps=STEPS)
         return (await self.stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
 
-    async def stopped(self, name: str) -> None:
+    async def wait_stopped(self, request_id: str) -> None:
         """Wait until the loop has reported step STOPPED_AT, where it stops."""
-        async for reply in self.stub.Watch(pb.WatchRequest(request_id=name)):
+        async for reply in self.stub.Watch(pb.WatchRequest(request_id=request_id)):
             progress = reply.event.progress
             if (progress.service, progress.step) == (PAINTING, STOPPED_AT):
                 return
@@ -129,15 +129,15 @@ def run_on_family(
     asyncio.run(main())
 
 
-async def result_of(stub: Stub, name: str) -> bytes:
+async def result_of(stub: Stub, request_id: str) -> bytes:
     """The only file of a request's result."""
-    download = stub.DownloadResult(pb.DownloadResultRequest(request_id=name))
+    download = stub.DownloadResult(pb.DownloadResultRequest(request_id=request_id))
     return b"".join([reply.data async for reply in download])
 
 
 @pytest.fixture(scope="module")
 def expected_file(model: ServedModel) -> bytes:
-    """The equal file, from stages in this process."""
+    """The file of the same request, computed by stages in this process."""
     alone = LocalFleet(model)
     (item,) = alone.media(None, NO_IMAGES, **GIVEN).items
     alone.close()
@@ -177,12 +177,12 @@ def test_costs_follow_the_stages_declarations(model: ServedModel) -> None:
     }
 
 
-def test_progress_and_download(
+def test_every_service_reports_progress_and_the_file_equals_local_stages(
     store_url: str, model: ServedModel, expected_file: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(running: Running) -> None:
-        name = await running.submit()
-        events = await terminal(running.stub, name)
+        request_id = await running.submit()
+        events = await terminal(running.stub, request_id)
         assert events[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         progress: dict[str, list[tuple[int, int]]] = {}
         for event in events:
@@ -193,7 +193,7 @@ def test_progress_and_download(
         assert painting == sorted(painting)
         assert (painting[0], painting[-1]) == ((0, STEPS), (STEPS, STEPS))
         assert progress == {name: [(0, 1), (1, 1)] for name in ("toy_reading", "toy_mixing", "toy_framing")}
-        assert await result_of(running.stub, name) == expected_file
+        assert await result_of(running.stub, request_id) == expected_file
 
     run_on_family(store_url, model, monkeypatch, test)
 
@@ -203,31 +203,31 @@ def test_cancelled_request_stops_within_a_step(
 ) -> None:
     async def test(running: Running) -> None:
         running.loop.stops.set()
-        name = await running.submit()
-        await running.stopped(name)
-        await running.stub.CancelRequest(pb.CancelRequestRequest(request_id=name))
-        assert (await terminal(running.stub, name))[-1].state_change.state == pb.REQUEST_STATE_CANCELLED
+        request_id = await running.submit()
+        await running.wait_stopped(request_id)
+        await running.stub.CancelRequest(pb.CancelRequestRequest(request_id=request_id))
+        assert (await terminal(running.stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_CANCELLED
         assert await asyncio.to_thread(running.loop.cancelled.wait, 30)
-        record = (await running.stub.GetRequest(pb.GetRequestRequest(request_id=name))).request
+        record = (await running.stub.GetRequest(pb.GetRequestRequest(request_id=request_id))).request
         assert record.steps_saved == STEPS - STOPPED_AT
 
     run_on_family(store_url, model, monkeypatch, test)
 
 
-def test_another_worker_resumes_from_a_checkpoint(
+def test_another_worker_resumes_from_a_step_checkpoint(
     store_url: str, model: ServedModel, expected_file: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(running: Running) -> None:
         running.loop.stops.set()
-        name = await running.submit()
-        await running.stopped(name)
+        request_id = await running.submit()
+        await running.wait_stopped(request_id)
         running.loop.stops.clear()
         await running.workers.pop(PAINTING).stop(0)
         await running.add_worker(PAINTING)
-        assert (await terminal(running.stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+        assert (await terminal(running.stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         first, second = running.loop.starts
         assert first == 0
         assert second in range(1, STOPPED_AT + 1)
-        assert await result_of(running.stub, name) == expected_file
+        assert await result_of(running.stub, request_id) == expected_file
 
     run_on_family(store_url, model, monkeypatch, test)

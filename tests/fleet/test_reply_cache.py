@@ -91,7 +91,7 @@ def test_cache_key_covers_every_bit_of_the_inputs() -> None:
 
 
 class CountingScript:
-    """A script that records its calls, and reports a warning and progress."""
+    """A script that records the seed of each call, reports a warning and progress, and refuses 13 steps."""
 
     def __init__(self) -> None:
         self.seeds: list[int] = []
@@ -122,7 +122,7 @@ def latents_of(outputs: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("count", [10, 300_000])
 def test_repeated_inputs_are_answered_from_the_cache(count: int) -> None:
-    name = f"again-{count}"
+    model = f"repeated-{count}"
 
     async def test(stage: Served, script: CountingScript) -> None:
         found = []
@@ -137,11 +137,11 @@ def test_repeated_inputs_are_answered_from_the_cache(count: int) -> None:
         for latents, warnings, progress in found[1:]:
             assert torch.equal(latents, found[0][0])
             assert (warnings, progress) == ([("prompt", "truncated")], [(1, 1)])
-        assert (lookups(name, "hit"), lookups(name, "miss")) == (2, 1)
+        assert (lookups(model, "hit"), lookups(model, "miss")) == (2, 1)
         await stage.runner()(packets(count, sampling=Sampling(num_inference_steps=4, seed=1)), RecordedCall().call())
         assert script.seeds == [0, 0]
 
-    run_with_cache(test, new_cache(8 << 20, model=name, indifferent_to=(SEED,)))
+    run_with_cache(test, new_cache(8 << 20, model=model, indifferent_to=(SEED,)))
 
 
 def test_failures_and_large_replies_are_not_cached() -> None:

@@ -1,4 +1,4 @@
-"""Every RPC of GenerationService with the largest data. All messages are below gRPC's default of 4 MiB."""
+"""Every RPC of GenerationService with the largest data. All responses are below gRPC's default limit of 4 MiB."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fleet.v1 import generation_pb2 as pb
 from redis_servers import running_server
 
 GRPC_DEFAULT = 4 << 20
-SIGN = "\N{FULL BLOCK}"  # three bytes of UTF-8
-LONGEST_TEXT = SIGN * (64 * 1024 // 3)
+CHARACTER = "\N{FULL BLOCK}"  # three bytes of UTF-8
+LONGEST_TEXT = CHARACTER * (64 * 1024 // 3)
 RESULT_BYTES = 3 << 20
 RECORDS = 16
 GROUPS = 1_500
@@ -50,14 +50,14 @@ def largest() -> pb.SubmitRequest:
 def warn_and_fail(call: Call) -> None:
     """A stage that sends more and longer warnings than a record stores, and fails with a long message."""
     for _ in range(100):
-        call.warn(SIGN * 1_000, SIGN * 10_000)
-    raise FailedPrecondition(SIGN * 100_000, field=SIGN * 10_000)
+        call.warn(CHARACTER * 1_000, CHARACTER * 10_000)
+    raise FailedPrecondition(CHARACTER * 100_000, field=CHARACTER * 10_000)
 
 
 def warn(call: Call) -> None:
-    """A stage that sends warnings of the largest length."""
+    """A stage that sends more and longer warnings than a record stores."""
     for _ in range(100):
-        call.warn(SIGN * 1_000, SIGN * 10_000)
+        call.warn(CHARACTER * 1_000, CHARACTER * 10_000)
 
 
 async def store_records(redis: Redis, record: pb.RequestRecord) -> None:
@@ -118,13 +118,13 @@ async def cancel_request(stub: Stub, request_id: str) -> list[Message]:
 
 async def list_requests(stub: Stub, _: str) -> list[Message]:
     pages: list[pb.ListRequestsResponse] = []
-    token, names = "", []
+    token, request_ids = "", []
     while token or not pages:
         page = await stub.ListRequests(pb.ListRequestsRequest(page_size=1_000, page_token=token))
-        names += [record.request_id for record in page.requests]
+        request_ids += [record.request_id for record in page.requests]
         token = page.next_page_token
         pages.append(page)
-    assert len(names) == len(set(names)) > RECORDS
+    assert len(request_ids) == len(set(request_ids)) > RECORDS
     assert len(pages) > 2
     assert all(page.ByteSize() > PAGE_BYTES // 2 for page in pages[:-1])
     return list(pages)
@@ -169,14 +169,14 @@ def test_all_replies_are_below_grpcs_default_limit(unsynced_url: str) -> None:
                 for name, case in CASES.items()
                 if name != "ListModels"
             }
-            await announce_groups(redis, fleet.model.name)  # last, as requests cannot run on them
+            await announce_groups(redis, fleet.model.name)  # last, as requests cannot run on these groups
             sizes["ListModels"] = max(reply.ByteSize() for reply in await list_models(stub, request_id))
         assert {name: size for name, size in sizes.items() if size >= GRPC_DEFAULT} == {}
 
     run_on_fleet(unsynced_url, scenario)
 
 
-def test_error_in_a_record_is_truncated(unsynced_url: str) -> None:
+def test_error_of_a_failed_request_is_truncated(unsynced_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         fleet.scripts["denoising"].work = warn_and_fail
         await fleet.add_workers()

@@ -1,4 +1,4 @@
-"""SIGKILL of worker, or of worker and coordinator, at any denoising step does not change the result.
+"""SIGKILL of a worker, or of worker and coordinator, during denoising does not change the result.
 
 At SIGTERM, the worker hands the request over. All processes are real. Families: Flux (Euler), Wan (UniPC, whose solver
 has a history), an image request of Wan 2.2 TI2V, whose first frame is replaced after the last step, and GLM-Image,
@@ -24,7 +24,7 @@ FAMILIES = {
     "flux": Family("emoji", {"height": 384, "width": 384}, b"\x89PNG"),
     "wan": Family("emoji-video", {"num_frames": 17}, b"\x00\x00\x00"),
 }
-# More steps, as each step is short.
+# More steps than STEPS, as each step is short.
 TI2V = Family(
     "ti2v",
     {"height": 256, "width": 384, "num_frames": 9, "num_inference_steps": 3 * STEPS},
@@ -60,15 +60,15 @@ def test_lost_processes_do_not_change_the_result(family: Family) -> None:
                 assert again == whole
                 assert resumed_at(steps) > kill_at, steps
             # A worker that receives SIGTERM hands the request over: no step is computed twice.
-            name = await fleet.submit(stub)
-            again, steps = await fleet.result(stub, name, STEPS // 2, fleet.end_worker)
+            request_id = await fleet.submit(stub)
+            again, steps = await fleet.result(stub, request_id, STEPS // 2, fleet.end_worker)
             assert again == whole
             assert resumed_at(steps) > STEPS // 2, steps
             done = [step for step in steps if step]
             assert done == sorted(set(done)), steps
-            assert not await command(fleet.redis, "HGET", f"fleet:request:{name}", "deaths")
+            assert not await command(fleet.redis, "HGET", f"fleet:request:{request_id}", "deaths")
             assert not await fleet.redis.keys("fleet:checkpoint:*")
-            # The coordinator is killed, too: the next one resumes from the stored step checkpoint.
+            # The coordinator is killed, too: the next coordinator resumes from the stored step checkpoint.
             again, steps = await fleet.result(stub, await fleet.submit(fleet.stubs[1]), STEPS // 2, fleet.kill_both)
             assert again == whole
             assert resumed_at(steps) > fleet.stored_step > 0, steps
@@ -77,7 +77,7 @@ def test_lost_processes_do_not_change_the_result(family: Family) -> None:
 
 
 def test_resumed_image_request_has_equal_bytes() -> None:
-    """The checkpoint has the loop's first frame; the image's first frame replaces it after the last step."""
+    """The step checkpoint contains the denoised first frame; the image replaces it after the last step."""
 
     async def scenario() -> None:
         async with asyncio.timeout(90), served(TI2V) as fleet:
@@ -94,7 +94,7 @@ def test_resumed_image_request_has_equal_bytes() -> None:
 
 
 def test_prior_tokens_are_sampled_again_after_a_loss() -> None:
-    """Prior tokens have no checkpoint: another worker samples them all, with equal draws from the seed."""
+    """Prior tokens have no step checkpoint: another worker samples all of them, with the same random numbers."""
 
     async def scenario() -> None:
         async with asyncio.timeout(90), served(GLM_IMAGE) as fleet:

@@ -1,4 +1,4 @@
-"""A fleet without workers. The coordinator is ready; requests wait, as Watch reports, until workers start."""
+"""A fleet without workers. The coordinator is ready; requests wait for workers, and Watch reports a warning."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def test_requests_wait_for_workers_and_watch_reports_a_warning(store_url: str) -
     async def scenario(fleet: FakeFleet) -> None:
         coordinator, stub = await fleet.add_coordinator(worker_wait_seconds=30.0)
         async with open_channel(coordinator.address) as channel:
-            stub_of_health: Any = health_pb2_grpc.HealthStub(channel)
-            health = await stub_of_health.Check(health_pb2.HealthCheckRequest())
+            health_stub: Any = health_pb2_grpc.HealthStub(channel)
+            health = await health_stub.Check(health_pb2.HealthCheckRequest())
             assert health.status == health_pb2.HealthCheckResponse.SERVING
         (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
         assert model.name == "emoji"
         assert {each.service: each.workers for each in model.services} == dict.fromkeys(SERVICES, 0)
-        name = (await stub.Submit(submission())).request.request_id
+        request_id = (await stub.Submit(submission())).request.request_id
         warned: list[str] = []
         last = None
-        async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
+        async for reply in stub.Watch(pb.WatchRequest(request_id=request_id)):
             last = reply.event
             if last.HasField("warning"):
                 warned.append(last.warning.message)
@@ -39,7 +39,7 @@ def test_requests_wait_for_workers_and_watch_reports_a_warning(store_url: str) -
                 await fleet.add_worker(missing)
         assert last is not None
         assert last.state_change.state == pb.REQUEST_STATE_SUCCEEDED
-        assert sorted(warned) == sorted(WAITS.format(service) for service in SERVICES), "once for each service"
+        assert sorted(warned) == sorted(WAITS.format(service) for service in SERVICES), "not one warning per service"
 
     run_on_fleet(store_url, scenario)
 
@@ -48,8 +48,8 @@ def test_request_with_live_workers_has_no_warning(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
-        name = (await stub.Submit(submission())).request.request_id
-        events = [reply.event async for reply in stub.Watch(pb.WatchRequest(request_id=name))]
+        request_id = (await stub.Submit(submission())).request.request_id
+        events = [reply.event async for reply in stub.Watch(pb.WatchRequest(request_id=request_id))]
         assert events[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
         assert not [event for event in events if event.HasField("warning")]
 

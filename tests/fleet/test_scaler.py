@@ -31,7 +31,7 @@ def target(**changed: str) -> pb.ScaledObjectRef:
 
 
 class Keda:
-    """A stub of the external scaler, as an autoscaler uses it."""
+    """KEDA's calls to the external scaler."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.stub: Any = externalscaler_pb2_grpc.ExternalScalerStub(channel)
@@ -47,7 +47,7 @@ class Keda:
         return bool((await self.stub.IsActive(target(**changed))).result)
 
 
-async def keda(fleet: FakeFleet, **settings: Any) -> tuple[Keda, Any]:
+async def start_scaler(fleet: FakeFleet, **settings: Any) -> tuple[Keda, Any]:
     """Start a coordinator with the scaler; returns the scaler's and the public API's stubs."""
     coordinator, stub = await fleet.add_coordinator(scaler_listen=f"unix:{fleet.directory}/scaler.sock", **settings)
     channel = open_channel(coordinator.scaler_address)
@@ -57,23 +57,22 @@ async def keda(fleet: FakeFleet, **settings: Any) -> tuple[Keda, Any]:
 
 def test_queued_request_activates_its_stages_within_a_second(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
-        scaler, stub = await keda(fleet)
+        scaler, stub = await start_scaler(fleet)
         activity = aiter(scaler.stub.StreamIsActive(target()))
         assert not (await anext(activity)).result
         assert not await scaler.is_active()
         assert await scaler.value() == 0
         submitted = time.monotonic()
-        name = (await stub.Submit(submission())).request.request_id
+        request_id = (await stub.Submit(submission())).request.request_id
         assert (await anext(activity)).result
         assert time.monotonic() - submitted < 1
         assert await scaler.is_active(stage="decoding")
-        await stub.CancelRequest(generation_pb2.CancelRequestRequest(request_id=name))
+        await stub.CancelRequest(generation_pb2.CancelRequestRequest(request_id=request_id))
         assert not (await anext(activity)).result
         ended = time.monotonic()
 
         async def nothing_is_queued() -> bool:
-            values = [await scaler.value(stage=each, metricName="queued_seconds") for each in ("text_encoding",)]
-            return not any(values)
+            return await scaler.value(stage="text_encoding", metricName="queued_seconds") == 0
 
         await wait_until(nothing_is_queued)
         assert time.monotonic() - ended < 1
@@ -84,14 +83,14 @@ def test_queued_request_activates_its_stages_within_a_second(store_url: str) -> 
 def test_short_activity_of_a_stage_is_pushed(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
-        scaler, stub = await keda(fleet)
+        scaler, stub = await start_scaler(fleet)
         activity = aiter(scaler.stub.StreamIsActive(target(stage="text_encoding")))
         assert not (await anext(activity)).result
         for _ in range(3):  # each request needs the stage for less than the polling interval
-            name = (await stub.Submit(submission())).request.request_id
+            request_id = (await stub.Submit(submission())).request.request_id
             assert (await anext(activity)).result
             assert not (await anext(activity)).result
-            await terminal(stub, name)
+            await terminal(stub, request_id)
 
     run_on_fleet(store_url, scenario)
 
@@ -110,27 +109,27 @@ def test_metric_is_the_remaining_measured_time_of_requests(store_url: str) -> No
 
         fleet.scripts["denoising"].work = steps
         await fleet.add_workers()
-        scaler, stub = await keda(fleet, step_seconds=0.0, assumed_seconds=7.0)
+        scaler, stub = await start_scaler(fleet, step_seconds=0.0, assumed_seconds=7.0)
         request = submission()
         request.parameters.num_inference_steps = STEPS
         first = (await stub.Submit(request)).request.request_id
         assert (await terminal(stub, first))[-1].state_change.state == generation_pb2.REQUEST_STATE_SUCCEEDED
         gate.reached.set()
-        names = [(await stub.Submit(request)).request.request_id for _ in range(3)]
-        whole = STEPS * 0.02
+        request_ids = [(await stub.Submit(request)).request.request_id for _ in range(3)]
+        request_seconds = STEPS * 0.02
 
         async def two_and_a_half_requests_remain() -> bool:
             queued, wanted = await scaler.value(metricName="queued_seconds"), await scaler.value()
-            return queued > 2.4 * whole and wanted - 4 == pytest.approx(queued * 2 / 2.5, rel=0.01)
+            return queued > 2.4 * request_seconds and wanted - 4 == pytest.approx(queued * 2 / 2.5, rel=0.01)
 
         await wait_until(two_and_a_half_requests_remain)
         assert await scaler.value(targetSeconds="0.001") == pytest.approx(0.003)
         services = {each.service: each for each in (await _model(stub)).services}
-        assert services["denoising"].queued_seconds > 2.4 * whole
+        assert services["denoising"].queued_seconds > 2.4 * request_seconds
         assert not services["denoising"].unmeasured
         gate.opened.set()
-        for name in names:
-            await terminal(stub, name)
+        for request_id in request_ids:
+            await terminal(stub, request_id)
         assert await scaler.value() == 0
 
     run_on_fleet(store_url, scenario)
@@ -143,13 +142,13 @@ async def _model(stub: Stub) -> generation_pb2.Model:
 
 def test_metric_uses_the_assumed_time_until_a_measurement(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
-        scaler, stub = await keda(fleet, assumed_seconds=7.0)
+        scaler, stub = await start_scaler(fleet, assumed_seconds=7.0)
         await stub.Submit(submission())
 
-        async def waits() -> bool:
+        async def is_queued() -> bool:
             return await scaler.value(stage="text_encoding", metricName="queued_seconds") == 7.0
 
-        await wait_until(waits)
+        await wait_until(is_queued)
         assert await scaler.value(stage="text_encoding") == 4.0
         services = {each.service: each for each in (await _model(stub)).services}
         assert services["text_encoding"].unmeasured
@@ -157,9 +156,9 @@ def test_metric_uses_the_assumed_time_until_a_measurement(store_url: str) -> Non
     run_on_fleet(store_url, scenario)
 
 
-def test_the_metric_has_the_seconds_of_one_replica(store_url: str) -> None:
+def test_metric_spec_has_the_target_seconds_of_one_replica(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
-        scaler, _ = await keda(fleet)
+        scaler, _ = await start_scaler(fleet)
         (spec,) = (await scaler.stub.GetMetricSpec(target())).metricSpecs
         assert (spec.metricName, spec.targetSize, spec.targetSizeFloat) == ("wanted_seconds", 4, 4.0)
         pushed = await anext(aiter(scaler.stub.StreamMetricSpec(target())))
@@ -169,7 +168,7 @@ def test_the_metric_has_the_seconds_of_one_replica(store_url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "code", "words"),
+    ("changed", "code", "message"),
     [
         ({"model": "other"}, "NOT_FOUND", "models are emoji"),
         ({"stage": "image_encoding"}, "NOT_FOUND", "stages are text_encoding, latent_preparation, denoising, decoding"),
@@ -181,10 +180,10 @@ def test_the_metric_has_the_seconds_of_one_replica(store_url: str) -> None:
     ],
 )
 def test_invalid_metadata_is_refused_by_every_rpc(
-    store_url: str, changed: dict[str, str], code: str, words: str
+    store_url: str, changed: dict[str, str], code: str, message: str
 ) -> None:
     async def scenario(fleet: FakeFleet) -> None:
-        scaler, _ = await keda(fleet)
+        scaler, _ = await start_scaler(fleet)
         reference = target(**changed)
         calls = [
             scaler.stub.IsActive(reference),
@@ -196,24 +195,24 @@ def test_invalid_metadata_is_refused_by_every_rpc(
         for result in await asyncio.gather(*calls, return_exceptions=True):
             assert isinstance(result, grpc.aio.AioRpcError)
             assert error_of(result)[0] == code
-            assert words in (result.details() or "")
+            assert message in (result.details() or "")
 
     run_on_fleet(store_url, scenario)
 
 
-def test_two_coordinators_report_the_same(store_url: str) -> None:
+def test_two_coordinators_report_the_same_value(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
-        scaler, stub = await keda(fleet)
+        scaler, stub = await start_scaler(fleet)
         other, _ = await fleet.add_coordinator(scaler_listen=f"unix:{fleet.directory}/scaler-2.sock")
         channel = open_channel(other.scaler_address)
         fleet._stack.push_async_callback(channel.close)
         for _ in range(3):
             await stub.Submit(submission())
 
-        async def three_wait() -> bool:
+        async def three_are_queued() -> bool:
             return await scaler.value(stage="text_encoding", metricName="queued_seconds") == 30.0
 
-        await wait_until(three_wait)
+        await wait_until(three_are_queued)
         assert await Keda(channel).value(stage="text_encoding") == await scaler.value(stage="text_encoding") == 12.0
 
     run_on_fleet(store_url, scenario)

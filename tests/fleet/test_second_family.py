@@ -1,4 +1,4 @@
-"""Real processes serve a family of a plugin directory, without changes to this tree."""
+"""Real processes serve a model family from a plugin directory, without changes to this tree."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    # The directory layout of the Hugging Face cache: the model's name is the repository's.
+    # The directory layout of the Hugging Face cache: the model gets the repository's name.
     checkpoint = build_toy_checkpoint(tmp_path_factory.mktemp("toy") / "models--acme--toy-1.0/snapshots/0a1b2c")
-    # A short path, as paths of Unix sockets must be short.
+    # A short path, as the path of a Unix socket has at most 107 bytes.
     temporary = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
     with toy_family(tmp_path_factory.mktemp("toy") / "plugins") as plugins:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
-        environ = {**kept, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "FLEET_PLUGINS": str(plugins)}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
+        environ = {**inherited, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "FLEET_PLUGINS": str(plugins)}
         with fleet_up(environ, str(checkpoint)) as endpoint:
             yield Served(endpoint, environ, checkpoint, plugins)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -76,14 +76,14 @@ def fleet_up(environ: dict[str, str], model: str) -> Iterator[str]:
     )
     try:
         assert process.stdout is not None
-        said = []
+        lines = []
         for line in process.stdout:
-            said.append(line)
+            lines.append(line)
             if match := re.search(rf"ready: (\S+) serves {NAME}", line):
                 yield match[1]
                 break
         else:
-            pytest.fail("".join(said))
+            pytest.fail("".join(lines))
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
@@ -91,7 +91,7 @@ def fleet_up(environ: dict[str, str], model: str) -> Iterator[str]:
 
 def test_plugin_family_tensors_equal_those_of_one_process(served: Served, tmp_path: Path) -> None:
     output = tmp_path / "red.safetensors"
-    words = (
+    arguments = (
         "generate",
         "x" * 65,
         f"--model={NAME}",
@@ -100,7 +100,7 @@ def test_plugin_family_tensors_equal_those_of_one_process(served: Served, tmp_pa
         "--height=35",
         "--param=contrast=2",
     )
-    done = served.run(*words, f"--output={output}")
+    done = served.run(*arguments, f"--output={output}")
     assert done.returncode == 0, done.stderr
     assert "height: 35 is not a multiple of 8; 32 is used instead" in done.stderr
     assert "only the first 64 of 65 bytes are read" in done.stderr
@@ -129,15 +129,15 @@ def test_plugin_family_parameters_are_listed(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("flag", "message"),
     [
         ("--param=contrast=5", "contrast: 5 is not a finite number from 0.0 to 4.0"),
         ("--true-cfg-scale=2", "ToyPipeline has no parameter 'true_cfg_scale'"),
         ("--width=7", "width: 7 is not at least 8"),
     ],
 )
-def test_plugin_family_parameters_are_validated(served: Served, tmp_path: Path, word: str, message: str) -> None:
-    done = served.run("generate", "red", word, f"--output={tmp_path / 'red.png'}")
+def test_plugin_family_parameters_are_validated(served: Served, tmp_path: Path, flag: str, message: str) -> None:
+    done = served.run("generate", "red", flag, f"--output={tmp_path / 'red.png'}")
     assert done.returncode == 2
     assert message in done.stderr
     assert not list(tmp_path.iterdir())

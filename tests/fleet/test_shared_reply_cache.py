@@ -28,7 +28,7 @@ LONG = "a red apple " * 90  # truncated with a warning
 
 
 @dataclass
-class Encoder:
+class EncoderClient:
     """A caller of a text encoding worker."""
 
     runner: RemoteRunner
@@ -46,10 +46,10 @@ class Encoder:
 
 
 @asynccontextmanager
-async def encoders(url: str, *dtypes: str) -> AsyncIterator[list[Encoder]]:
-    """Workers that share all replies; each has encoded one prompt to measure the cost of a reply."""
+async def encoders(url: str, *dtypes: str) -> AsyncIterator[list[EncoderClient]]:
+    """Clients of workers that share all replies. Each worker has encoded one prompt to measure the cost of a reply."""
     async with AsyncExitStack() as stack:
-        found = []
+        clients = []
         for number, dtype in enumerate(dtypes):
             settings = CachingSettings(
                 model="emoji",
@@ -64,18 +64,20 @@ async def encoders(url: str, *dtypes: str) -> AsyncIterator[list[Encoder]]:
             stack.push_async_callback(worker.stop, 5)
             channel = await stack.enter_async_context(open_channel(worker.address))
             contract = MODEL.service("text_encoding").contract
-            encoder = Encoder(RemoteRunner(channel, "text_encoding", contract))
-            await encoder.encode(f"warm-up {number}")
-            found.append(encoder)
-        yield found
+            client = EncoderClient(RemoteRunner(channel, "text_encoding", contract))
+            await client.encode(f"warm-up {number}")
+            clients.append(client)
+        yield clients
 
 
-def computed() -> float:
+def num_computed() -> float:
+    """Replies that the text encoders of this process have computed."""
     labels = {"service": "text_encoding", "model": "emoji", "stage": "TextEncodingStage"}
     return REGISTRY.get_sample_value("fleet_stage_seconds_count", labels) or 0.0
 
 
-def hits() -> float:
+def num_hits() -> float:
+    """Replies that the text encoders of this process have read from the shared cache."""
     labels = {"service": "text_encoding", "model": "emoji", "result": "hit"}
     return REGISTRY.get_sample_value("fleet_shared_reply_cache_lookups_total", labels) or 0.0
 
@@ -101,7 +103,7 @@ def test_worker_reuses_replies_of_another_worker() -> None:
             texts = ("a red apple", LONG)
             first = [await one.encode(text) for text in texts]
             await wait_for_replies(server.url, 5)
-            before, found = computed(), hits()
+            computed, hits = num_computed(), num_hits()
             for text, (embeds, warnings) in zip(texts, first, strict=True):
                 for _ in range(2):  # from the store, then from memory
                     again, repeated = await other.encode(text)
@@ -109,9 +111,9 @@ def test_worker_reuses_replies_of_another_worker() -> None:
                     assert embeds.keys() == again.keys()
                     assert all(torch.equal(embeds[name], again[name]) for name in embeds)
             assert any(warnings for _, warnings in first)
-            assert (computed(), hits()) == (before, found + 2)
+            assert (num_computed(), num_hits()) == (computed, hits + 2)
             await rounded.encode("a red apple")  # replies of other numerics are not shared
-            assert (computed(), hits()) == (before + 1, found + 2)
+            assert (num_computed(), num_hits()) == (computed + 1, hits + 2)
 
     run_on_store(scenario)
 

@@ -22,7 +22,8 @@ def _value(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, {"grpc_method": _METHOD, **labels}) or 0.0
 
 
-def _ended(status: str) -> dict[str, float]:
+def _attempts(status: str) -> dict[str, float]:
+    """Number and bytes of the attempts that ended with a gRPC status."""
     base = "grpc_client_attempt"
     return {
         "count": _value(f"{base}_duration_seconds_count", grpc_status=status),
@@ -36,9 +37,9 @@ def test_attempt_is_measured_with_its_bytes() -> None:
         async with served() as stage:
             await stage.runner()(packets(_NUMBERS), stage.recorded.call())
 
-    before = _ended("OK")
+    before = _attempts("OK")
     run_within(60, scenario)
-    after = _ended("OK")
+    after = _attempts("OK")
     assert after["count"] - before["count"] == 1
     for direction in ("sent", "received"):
         assert _BYTES < after[direction] - before[direction] < 1.01 * _BYTES
@@ -53,30 +54,30 @@ def test_failed_attempt_is_measured_with_its_status() -> None:
             with pytest.raises(InvalidInput):
                 await stage.runner()(packets(8), stage.recorded.call())
 
-    before = _ended("INVALID_ARGUMENT")["count"]
+    before = _attempts("INVALID_ARGUMENT")["count"]
     run_within(60, scenario)
-    assert _ended("INVALID_ARGUMENT")["count"] - before == 1
+    assert _attempts("INVALID_ARGUMENT")["count"] - before == 1
 
 
 def test_cancelled_attempt_is_measured() -> None:
     async def scenario() -> None:
-        entered, loop = asyncio.Event(), asyncio.get_running_loop()
+        started, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def wait(_: StageInput, call: Call) -> None:
-            loop.call_soon_threadsafe(entered.set)
+            loop.call_soon_threadsafe(started.set)
             assert call.cancelled.wait(20)
             call.check_cancelled()
 
         async with served(wait) as stage:
             task = asyncio.create_task(stage.runner()(packets(8), stage.recorded.call()))
-            await entered.wait()
+            await started.wait()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
 
-    before = _ended("CANCELLED")["count"]
+    before = _attempts("CANCELLED")["count"]
     run_within(60, scenario)
-    assert _ended("CANCELLED")["count"] - before == 1
+    assert _attempts("CANCELLED")["count"] - before == 1
 
 
 def test_stages_run_in_the_trace_of_their_call() -> None:

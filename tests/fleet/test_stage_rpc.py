@@ -84,7 +84,7 @@ def test_unix_socket_is_removed_with_its_server(tmp_path: Path) -> None:
     run_served(test, listen=f"unix:{path}")
 
 
-def test_reports_arrive_in_order_and_checkpoints_are_snapshots() -> None:
+def test_reports_arrive_in_order_and_step_checkpoints_are_snapshots() -> None:
     def script(x: StageInput, call: Call) -> None:
         call.warn("prompt", "cut “off”")
         call.progress(1, 2)
@@ -99,14 +99,14 @@ def test_reports_arrive_in_order_and_checkpoints_are_snapshots() -> None:
         (checkpoint,) = stage.recorded.checkpoints
         state = unpack("checkpoint", StepCheckpoint, checkpoint, TORCH)
         assert torch.equal(state.latents.parts["image"].latents, artifacts()["initial_latents"].parts["image"].latents)
-        unheard = RemoteRunner(stage.channel, "denoising", stage.hosted.contract)
-        assert torch.equal(result(await unheard(given, Call("r"))), result(outputs))
+        runner = RemoteRunner(stage.channel, "denoising", stage.hosted.contract)
+        assert torch.equal(result(await runner(given, Call("without callbacks"))), result(outputs))
 
     run_served(test, script)
 
 
-def test_both_runners_report_the_same_to_a_call() -> None:
-    """Both report the start of the stages, progress, warnings and checkpoints."""
+def test_local_and_remote_runner_send_equal_reports() -> None:
+    """Reports are the start of the stages, warnings, progress and step checkpoints."""
 
     def script(x: StageInput, call: Call) -> None:
         call.warn("prompt", "cut")
@@ -124,14 +124,14 @@ def test_both_runners_report_the_same_to_a_call() -> None:
         )
 
     async def test(stage: Served) -> None:
-        near: list[Any] = []
+        local: list[Any] = []
         with ThreadPoolExecutor(1) as executor:
-            await LocalRunner(stage.hosted, executor)(artifacts(), recorded(near))
-        far: list[Any] = []
-        await stage.runner()(packets(), recorded(far))
-        assert [type(each) for each in near] == [str, tuple, tuple, StepCheckpoint, tuple]
-        states = [near.pop(3), unpack("checkpoint", StepCheckpoint, far.pop(3), TORCH)]
-        assert near == far == ["begun", ("prompt", "cut"), (1, 2), (2, 2)]
+            await LocalRunner(stage.hosted, executor)(artifacts(), recorded(local))
+        remote: list[Any] = []
+        await stage.runner()(packets(), recorded(remote))
+        assert [type(each) for each in local] == [str, tuple, tuple, StepCheckpoint, tuple]
+        states = [local.pop(3), unpack("checkpoint", StepCheckpoint, remote.pop(3), TORCH)]
+        assert local == remote == ["begun", ("prompt", "cut"), (1, 2), (2, 2)]
         ours, theirs = (state.latents.parts["image"] for state in states)
         assert [state.step for state in states] == [1, 1]
         assert torch.equal(ours.latents, theirs.latents)
@@ -140,7 +140,7 @@ def test_both_runners_report_the_same_to_a_call() -> None:
     run_served(test, script)
 
 
-def test_first_and_last_of_quick_steps_are_reported() -> None:
+def test_only_first_and_last_of_quick_steps_are_reported() -> None:
     def script(x: StageInput, call: Call) -> None:
         del x
         for step in range(1, 6):
@@ -171,7 +171,7 @@ def test_cancelling_the_task_stops_the_stage_within_a_step() -> None:
     run_served(test, gate)
 
 
-def test_a_deadline_stops_the_stage() -> None:
+def test_deadline_stops_the_stage() -> None:
     ended = threading.Event()
 
     def script(_: StageInput, call: Call) -> None:
@@ -194,7 +194,7 @@ def test_a_deadline_stops_the_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "words"),
+    ("error", "expected", "message"),
     [
         (InvalidInput("too many tokens", field="prompt"), InvalidInput, "too many tokens"),
         (Cancelled("stopped"), Cancelled, "stopped"),
@@ -203,7 +203,7 @@ def test_a_deadline_stops_the_stage() -> None:
         (KeyError("x"), InternalError, "KeyError: 'x'"),
     ],
 )
-def test_stage_errors_reach_the_caller(error: Exception, kind: type[FleetError], words: str) -> None:
+def test_stage_errors_reach_the_caller(error: Exception, expected: type[FleetError], message: str) -> None:
     failures = [error]
 
     def script(_: StageInput, call: Call) -> None:
@@ -212,7 +212,7 @@ def test_stage_errors_reach_the_caller(error: Exception, kind: type[FleetError],
             raise failures.pop()
 
     async def test(stage: Served) -> None:
-        with pytest.raises(kind, match=words) as caught:
+        with pytest.raises(expected, match=message) as caught:
             await stage.runner()(packets(), stage.recorded.call())
         assert caught.value.field == (error.field if isinstance(error, FleetError) else "")
         await stage.runner()(packets(), stage.recorded.call())  # the worker still serves
@@ -237,19 +237,19 @@ def test_calls_beyond_the_capacity_are_refused() -> None:
 
 
 def test_buffers_are_reused_and_never_shared() -> None:
-    kept: list[torch.Tensor] = []
+    first: list[torch.Tensor] = []
 
     def script(x: StageInput, call: Call) -> None:
         del call
-        if not kept:
-            kept.append(x.initial_latents.parts["image"].latents)
+        if not first:
+            first.append(x.initial_latents.parts["image"].latents)
 
     async def test(stage: Served) -> None:
         for _ in range(3):
             await stage.runner()(packets(), stage.recorded.call())
         gc.collect()
         assert stage.servicer.pool.idle_bytes == 4 << 20
-        assert torch.equal(kept[0], artifacts()["initial_latents"].parts["image"].latents)
+        assert torch.equal(first[0], artifacts()["initial_latents"].parts["image"].latents)
 
     run_served(test, script)
 
@@ -354,7 +354,7 @@ def test_draining_finishes_running_calls_and_refuses_new_ones() -> None:
     run_served(test, gate)
 
 
-def test_handed_over_call_ends_as_unavailable_with_its_checkpoint() -> None:
+def test_handed_over_call_ends_as_unavailable_with_its_step_checkpoint() -> None:
     """A call that has not begun ends immediately. Older coordinators retry UNAVAILABLE at another worker."""
     reached, opened = threading.Event(), threading.Event()
 
@@ -386,8 +386,8 @@ def test_handed_over_call_ends_as_unavailable_with_its_checkpoint() -> None:
         with pytest.raises(HandedOver, match="after 1 steps"):
             await running
         assert len(stage.recorded.checkpoints) == 1
-        (seconds,) = computed
-        assert 0 < seconds < 60, "only the begun call is measured"
+        (seconds,) = computed  # of the first call only, as the second call has not begun
+        assert 0 < seconds < 60
         assert not stage.servicer.running()
 
     run_served(test, script, limits=ServicerLimits(capacity=2))
@@ -433,7 +433,7 @@ def test_closed_channel_is_unavailable_and_not_cancelled() -> None:
 def test_unusable_address_is_reported(tmp_path: Path) -> None:
     async def test() -> None:
         first, second = FleetServer("127.0.0.1:0"), FleetServer(f"unix:{tmp_path}/x.sock")
-        for listen, words in (
+        for listen, message in (
             (await first.start(), "Address already in use"),
             (await second.start(), "another process listens on it"),
             ("nonsense", "an address is HOST:PORT"),
@@ -443,7 +443,7 @@ def test_unusable_address_is_reported(tmp_path: Path) -> None:
             (f"unix:{tmp_path}", "a file with this path exists"),
             (f"unix:{tmp_path}/{'x' * 120}", "more than 107 bytes"),
         ):
-            with pytest.raises(FailedPrecondition, match=words) as caught:
+            with pytest.raises(FailedPrecondition, match=message) as caught:
                 await FleetServer(listen).start()
             assert caught.value.field == "listen"
             assert "\n" not in caught.value.message
@@ -454,7 +454,7 @@ def test_unusable_address_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bound", "towards", "found"),
+    ("bound", "redis_url", "advertised"),
     [
         ("127.0.0.1:5", "redis://10.0.0.1:6379", "127.0.0.1:5"),
         ("unix:/x", "redis://10.0.0.1:6379", "unix:/x"),
@@ -465,9 +465,9 @@ def test_unusable_address_is_reported(tmp_path: Path) -> None:
     ],
 )
 def test_wildcard_address_is_advertised_as_the_interface_towards_the_store(
-    bound: str, towards: str, found: str
+    bound: str, redis_url: str, advertised: str
 ) -> None:
-    assert advertised_address(bound, towards) == found
+    assert advertised_address(bound, redis_url) == advertised
 
 
 def test_missing_server_is_unavailable() -> None:

@@ -85,13 +85,13 @@ class Terminal:
 
 
 @asynccontextmanager
-async def on_terminal(*words: str, width: int = 120, height: int = 40) -> AsyncIterator[Terminal]:
+async def on_terminal(*flags: str, width: int = 120, height: int = 40) -> AsyncIterator[Terminal]:
     """Run `fleet status` on a terminal of this size."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
     environ = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
     process = await asyncio.create_subprocess_exec(
-        *COMMAND, *words, stdin=follower, stdout=follower, stderr=follower, env={**environ, "TERM": "xterm-256color"}
+        *COMMAND, *flags, stdin=follower, stdout=follower, stderr=follower, env={**environ, "TERM": "xterm-256color"}
     )
     os.close(follower)
     try:
@@ -111,12 +111,12 @@ async def fleet_with_gate(fleet: FakeFleet, **settings: Any) -> tuple[str, Any, 
         await fleet.add_worker(service)
     await fleet.add_worker("denoising", Script(fleet.scripts["denoising"].contract, gate))
     coordinator, stub = await fleet.add_coordinator(**settings)
-    first = (await stub.Submit(submission("a red apple"))).request.request_id
+    request_id = (await stub.Submit(submission("a red apple"))).request.request_id
     await gate.wait_reached()
-    return coordinator.address, stub, gate, first
+    return coordinator.address, stub, gate, request_id
 
 
-def test_the_live_view_follows_requests_and_the_terminal(store_url: str) -> None:
+def test_live_view_follows_requests_and_the_terminal_size(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         endpoint, stub, gate, first = await fleet_with_gate(fleet)
         async with on_terminal("--endpoint", endpoint, "--interval", "0.2") as shown:
@@ -132,8 +132,8 @@ def test_the_live_view_follows_requests_and_the_terminal(store_url: str) -> None
                 assert len(lines) <= height
             shown.resize(170, 40)
             gate.opened.set()
-            for name in (first, second):
-                assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+            for request_id in (first, second):
+                assert (await terminal(stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
             await shown.until(lambda text: len(re.findall(r"[0-9a-f]{16} SUCCEEDED", text)) == 2 and "s/step" in text)
             assert await shown.end() == 0
             assert shown.written.startswith(ENTER)
@@ -169,13 +169,13 @@ def test_live_view_survives_an_unavailable_coordinator(store_url: str) -> None:
 
 def test_once_on_a_terminal_prints_plain_text(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
-        endpoint, _, gate, first = await fleet_with_gate(fleet)
+        endpoint, _, gate, request_id = await fleet_with_gate(fleet)
         async with on_terminal("--endpoint", endpoint, "--once") as shown:
             assert await shown.process.wait() == 0
             await shown._ended.wait()
             assert "\x1b" not in shown.written
-            assert re.search(rf"^{first} +RUNNING +emoji .* a red apple\r$", shown.written, re.MULTILINE)
-            assert re.search(rf"^{first} +\d+s +denoising 0/20 \(0%\) on denoising-", shown.written, re.MULTILINE)
+            assert re.search(rf"^{request_id} +RUNNING +emoji .* a red apple\r$", shown.written, re.MULTILINE)
+            assert re.search(rf"^{request_id} +\d+s +denoising 0/20 \(0%\) on denoising-", shown.written, re.MULTILINE)
         gate.opened.set()
 
     run_on_fleet(store_url, scenario)
@@ -185,9 +185,9 @@ def test_json_lines_continue_without_the_store() -> None:
     with running_server("valkey") as server:
 
         async def scenario(fleet: FakeFleet) -> None:
-            endpoint, _, gate, first = await fleet_with_gate(fleet)
-            words = ("--endpoint", endpoint, "--json", "--interval", "0.1")
-            process = await asyncio.create_subprocess_exec(*COMMAND, *words, stdout=PIPE, stderr=PIPE)
+            endpoint, _, gate, request_id = await fleet_with_gate(fleet)
+            flags = ("--endpoint", endpoint, "--json", "--interval", "0.1")
+            process = await asyncio.create_subprocess_exec(*COMMAND, *flags, stdout=PIPE, stderr=PIPE)
             assert process.stdout is not None
 
             async def next_document(has_error: bool) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def test_json_lines_continue_without_the_store() -> None:
 
             found = await next_document(False)
             (listed,) = found["requests"]
-            assert (listed["request_id"], listed["activities"][0]["kind"]) == (first, "RUNNING")
+            assert (listed["request_id"], listed["activities"][0]["kind"]) == (request_id, "RUNNING")
             server.kill()
             failed = await next_document(True)
             assert "the request store" in failed["error"]
@@ -214,9 +214,9 @@ def test_json_lines_continue_without_the_store() -> None:
         run_on_fleet(server.url, scenario)
 
 
-def test_one_document_is_printed_and_missing_fleet_is_an_error(store_url: str, tmp_path: Path) -> None:
-    async def run(*words: str) -> tuple[bytes, bytes, int | None]:
-        process = await asyncio.create_subprocess_exec(*COMMAND, *words, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
+def test_json_is_one_document_and_a_missing_fleet_is_an_error(store_url: str, tmp_path: Path) -> None:
+    async def run(*flags: str) -> tuple[bytes, bytes, int | None]:
+        process = await asyncio.create_subprocess_exec(*COMMAND, *flags, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
         output, error = await process.communicate()
         return output, error, process.returncode
 
@@ -226,8 +226,8 @@ def test_one_document_is_printed_and_missing_fleet_is_an_error(store_url: str, t
         assert (code, error) == (0, b"")
         (model,) = json.loads(output)["models"]
         assert [each["service"] for each in model["services"]] == [*OTHERS[:2], "denoising", "decoding"]
-        for words in (("--json",), ()):
-            output, error, code = await run("--endpoint", f"unix:{tmp_path}/none.sock", *words)
+        for flags in (("--json",), ()):
+            output, error, code = await run("--endpoint", f"unix:{tmp_path}/none.sock", *flags)
             assert (code, output) == (1, b"")
             assert error.startswith(b"fleet status: no fleet answers at")
 
@@ -247,9 +247,9 @@ def test_caller_gets_its_own_requests_with_queue_positions(store_url: str, tmp_p
         await fleet.add_worker("denoising", Script(fleet.scripts["denoising"].contract, gate))
         _, stub = await fleet.add_coordinator(api_keys=keys)
         bearer = {name: (("authorization", f"Bearer {name}"),) for name in names}
-        theirs = (await stub.Submit(submission(), metadata=bearer["ann"])).request.request_id
+        request_of_ann = (await stub.Submit(submission(), metadata=bearer["ann"])).request.request_id
         await gate.wait_reached()
-        mine = (await stub.Submit(submission("a secret pear"), metadata=bearer["bob"])).request.request_id
+        request_of_bob = (await stub.Submit(submission("a secret pear"), metadata=bearer["bob"])).request.request_id
 
         async def listed(name: str) -> list[pb.RequestRecord]:
             request = pb.ListRequestsRequest(with_activity=True)
@@ -260,22 +260,22 @@ def test_caller_gets_its_own_requests_with_queue_positions(store_url: str, tmp_p
             while found[0].activities[0].service != "denoising":
                 await asyncio.sleep(0.01)
                 found = await listed("bob")
-        assert [each.request_id for each in found] == [mine]
+        assert [each.request_id for each in found] == [request_of_bob]
         assert found[0].activities[0].kind == pb.ACTIVITY_KIND_QUEUED
         assert found[0].activities[0].requests_ahead == 0
-        assert [each.request_id for each in await listed("ann")] == [theirs]
+        assert [each.request_id for each in await listed("ann")] == [request_of_ann]
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.ListRequests(pb.ListRequestsRequest(with_activity=True))
         assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
         gate.opened.set()
-        await terminal_of(stub, mine, bearer["bob"])
+        await wait_ended(stub, request_of_bob, bearer["bob"])
 
     run_on_fleet(store_url, scenario)
 
 
-async def terminal_of(stub: Any, name: str, metadata: tuple[tuple[str, str], ...]) -> None:
+async def wait_ended(stub: Any, request_id: str, metadata: tuple[tuple[str, str], ...]) -> None:
     """Wait until a request has ended."""
-    async for _ in stub.Watch(pb.WatchRequest(request_id=name), metadata=metadata):
+    async for _ in stub.Watch(pb.WatchRequest(request_id=request_id), metadata=metadata):
         pass
 
 
@@ -307,7 +307,7 @@ def test_dead_worker_is_counted_and_its_request_continues(store_url: str) -> Non
         script = Script(fleet.scripts["denoising"].contract, gate)
         worker = await fleet.add_worker("denoising", script, ttl_seconds=0.5)
         _, stub = await fleet.add_coordinator()
-        name = (await stub.Submit(submission())).request.request_id
+        request_id = (await stub.Submit(submission())).request.request_id
         await gate.wait_reached()
         await worker.die()
 
@@ -323,6 +323,6 @@ def test_dead_worker_is_counted_and_its_request_continues(store_url: str) -> Non
         denoising = next(each for each in model.services if each.service == "denoising")
         assert (denoising.workers, denoising.dead_workers, denoising.reports_steps) == (0, 1, True)
         await fleet.add_worker("denoising")
-        assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+        assert (await terminal(stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
     run_on_fleet(store_url, scenario)

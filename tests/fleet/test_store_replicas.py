@@ -13,7 +13,7 @@ from fleet.v1 import generation_pb2 as pb
 from sentinel_servers import Replicated, replicated_servers
 
 
-def test_request_is_accepted_and_ends_only_with_a_replica() -> None:
+def test_request_is_accepted_only_with_a_replica() -> None:
     async def scenario(fleet: FakeFleet, servers: Replicated) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator(store_replicas=1)

@@ -1,4 +1,4 @@
-"""A killed Redis restarts from its append-only file. Requests are in every state; none is lost."""
+"""A killed Redis restarts from its append-only file, without loss of queued, running and ended requests."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from coordinator_fleet import FakeFleet, Gate, error_of, run_on_fleet, submissio
 from fleet.v1 import generation_pb2 as pb
 from redis_servers import RedisServer
 
-TERMINAL = pb.REQUEST_STATE_SUCCEEDED
+SUCCEEDED = pb.REQUEST_STATE_SUCCEEDED
 
 
-def test_requests_in_every_state_survive_a_killed_store(each_server: RedisServer) -> None:
+def test_queued_running_and_ended_requests_survive_a_killed_store(each_server: RedisServer) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
@@ -25,22 +25,22 @@ def test_requests_in_every_state_survive_a_killed_store(each_server: RedisServer
         before = await terminal(stub, ended)
         gate.opened.clear()
         gate.reached.clear()
-        names = [(await stub.Submit(submission(idempotency_key=f"k{n}"))).request.request_id for n in range(5)]
-        await gate.wait_reached()  # one runs, others are queued at the denoiser or in earlier stages
+        request_ids = [(await stub.Submit(submission(idempotency_key=f"k{n}"))).request.request_id for n in range(5)]
+        await gate.wait_reached()  # one request runs, the others are queued at the denoiser or in earlier stages
         each_server.kill()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Submit(submission())
         assert error_of(caught.value)[0] == "UNAVAILABLE"
         each_server.start()
         gate.opened.set()
-        for number, name in enumerate(names):
-            events = await terminal(stub, name)
-            ends = [event.state_change.state for event in events if event.state_change.state >= TERMINAL]
-            assert ends == [TERMINAL]
+        for number, request_id in enumerate(request_ids):
+            events = await terminal(stub, request_id)
+            ends = [event.state_change.state for event in events if event.state_change.state >= SUCCEEDED]
+            assert ends == [SUCCEEDED]
             again = await stub.Submit(submission(idempotency_key=f"k{number}"))
-            assert (again.replayed, again.request.request_id) == (True, name)
+            assert (again.replayed, again.request.request_id) == (True, request_id)
         assert await terminal(stub, ended) == before
-        assert sorted(fleet.scripts["decoding"].calls) == sorted([ended, *names])
+        assert sorted(fleet.scripts["decoding"].calls) == sorted([ended, *request_ids])
 
         async def nothing_is_left() -> bool:
             async with connect(fleet.url) as redis:

@@ -32,14 +32,14 @@ def test_fleet_works_with_a_store_over_tls(name: str, fleet_ca: Authority, tmp_p
             async with running_fleet(f"{url}{fleet_ca.ca}", emoji()) as running:
                 await running.add_workers()
                 _, stub = await running.add_coordinator()
-                made = (await stub.Submit(submission())).request
-                events = await terminal(stub, made.request_id)
+                request = (await stub.Submit(submission())).request
+                events = await terminal(stub, request.request_id)
                 assert events[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
     run_within(60, test)
 
 
-def test_passwords_of_the_store_are_not_reported() -> None:
+def test_errors_do_not_contain_the_password_of_the_store() -> None:
     for url in ("redi://me:secret@host:6379/0", "redi://:sec/ret@host/0", "redi://secret@p@host"):
         with pytest.raises(InvalidInput, match="is not a Redis URL") as caught:
             connect(url)

@@ -1,6 +1,6 @@
-"""A streamed video survives lost and stopped processes. Bytes are delivered once, blocks are denoised once.
+"""A streamed video survives lost and stopped processes. Bytes are delivered once; no finished block is repeated.
 
-More faults, between blocks and with processes that stop: python tests/fleet/chaos/run_stream_faults.py
+tests/fleet/chaos/run_stream_faults.py kills and stops each process, within and between blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stream_faults import (
 )
 
 
-def test_each_byte_is_delivered_once_after_lost_processes() -> None:
+def test_each_byte_is_delivered_once_after_lost_and_stopped_processes() -> None:
     async def scenario() -> None:
         async with asyncio.timeout(150), served(CAUSAL) as fleet:
             whole = await undisturbed(fleet)

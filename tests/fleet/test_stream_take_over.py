@@ -69,16 +69,16 @@ class VideoScript(Script):
 
 
 class LoopScript(Script):
-    """A denoiser that sends a checkpoint of step 3, and records the first step of each call."""
+    """A denoiser that sends a step checkpoint of step 3, and records the first step of each call."""
 
-    def __init__(self, common: Script, began: list[int]) -> None:
+    def __init__(self, common: Script, first_steps: list[int]) -> None:
         super().__init__(common.contract)
-        self.began = began
+        self.first_steps = first_steps
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Send the checkpoint, and return the outputs of the common script."""
+        """Send the step checkpoint, and return the outputs of the common script."""
         resumed = values.get("resume_from")
-        self.began.append(resumed.step if resumed else 0)
+        self.first_steps.append(resumed.step if resumed else 0)
         if not resumed:
             call.checkpoint(StepCheckpoint(step=3, latents=latents_of(torch.zeros(1, 4))))
         return super().run(values, call)
@@ -127,7 +127,7 @@ def run_on_video_fleet(url: str, test: Callable[[Case], Awaitable[None]], stop_b
     run_within(90, on_fleet)
 
 
-def given(**fields: Any) -> pb.SubmitRequest:
+def submission(**fields: Any) -> pb.SubmitRequest:
     return pb.SubmitRequest(parameters=pb.GenerationParameters(prompt="an apple"), **fields)
 
 
@@ -145,24 +145,25 @@ async def follow(stub: Stub, request_id: str, received: list[bytes]) -> list[pb.
 
 
 async def wait_until_received(received: list[bytes], size: int) -> None:
-    async def is_there() -> bool:
+    async def are_received() -> bool:
         return sum(map(len, received)) >= size
 
-    await wait_until(is_there)
+    await wait_until(are_received)
 
 
-def delivered_before(stop_before: int) -> int:
+def bytes_before(stop_before: int) -> int:
+    """Total size of the items before `stop_before`."""
     return sum(len(item_bytes(index)) for index in range(min(stop_before, ITEMS)))
 
 
-def test_a_video_is_streamed_and_stored(store_url: str) -> None:
+def test_video_is_streamed_and_stored(store_url: str) -> None:
     async def test(case: Case) -> None:
         await case.add_workers()
         _, stub = await case.fleet.add_coordinator()
-        replies = aiter(stub.Generate(pb.GenerateRequest(request=given(), follow=True)))
+        replies = aiter(stub.Generate(pb.GenerateRequest(request=submission(), follow=True)))
         request_id = (await anext(replies)).accepted.request_id
         received = b""
-        while len(received) < delivered_before(2):
+        while len(received) < bytes_before(2):
             received += (await anext(replies)).file_data.data
         await case.wait_stopped()  # the other items are not generated yet
         case.script.opened.set()
@@ -170,7 +171,7 @@ def test_a_video_is_streamed_and_stored(store_url: str) -> None:
         assert received + b"".join(each.file_data.data for each in rest) == VIDEO
         assert (rest[-1].file.byte_size, rest[-1].file.is_growing) == (len(VIDEO), False)
         assert await case.check(request_id) == [1] * ITEMS
-        whole = [each async for each in stub.Generate(pb.GenerateRequest(request=given()))]
+        whole = [each async for each in stub.Generate(pb.GenerateRequest(request=submission()))]
         kinds = [each.WhichOneof("payload") for each in whole]
         assert kinds.index("file") > max(index for index, kind in enumerate(kinds) if kind == "event")
         assert "file_data" not in kinds
@@ -187,11 +188,11 @@ def test_download_at_another_coordinator_survives_the_owners_loss(store_url: str
         _, other = await case.fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
         async with open_channel(case.listen) as channel:
             stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
-            request_id = (await stub.Submit(given())).request.request_id
+            request_id = (await stub.Submit(submission())).request.request_id
             received: list[bytes] = []
             following = asyncio.create_task(follow(other, request_id, received))
             await case.wait_stopped()
-            await wait_until_received(received, delivered_before(stop_before))
+            await wait_until_received(received, bytes_before(stop_before))
             process.kill()
             headers = await following
         assert b"".join(received) == VIDEO
@@ -210,17 +211,17 @@ def test_take_over_with_other_numerics_resumes_after_an_item(store_url: str, sto
     """After a delivered item, the loop resumes even with other numerics. A restart would change delivered bytes."""
 
     async def test(case: Case) -> None:
-        began: list[int] = []
-        case.fleet.scripts["denoising"] = LoopScript(case.fleet.scripts["denoising"], began)
+        first_steps: list[int] = []
+        case.fleet.scripts["denoising"] = LoopScript(case.fleet.scripts["denoising"], first_steps)
         workers = {each.info.service: each for each in await case.add_workers(numerics="a")}
         process = await case.start_process()
         async with open_channel(case.listen) as channel:
             stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
-            request_id = (await stub.Submit(given())).request.request_id
+            request_id = (await stub.Submit(submission())).request.request_id
             received: list[bytes] = []
             await case.wait_stopped()
             following = asyncio.create_task(follow(stub, request_id, received))
-            await wait_until_received(received, delivered_before(stop_before))
+            await wait_until_received(received, bytes_before(stop_before))
             process.kill()
             with pytest.raises(grpc.aio.AioRpcError):
                 await following
@@ -229,12 +230,12 @@ def test_take_over_with_other_numerics_resumes_after_an_item(store_url: str, sto
         _, other = await case.fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
         await terminal(other, request_id)
         await case.check(request_id)
-        assert began == [0, resumed_at]
+        assert first_steps == [0, resumed_at]
 
     run_on_video_fleet(store_url, test, stop_before)
 
 
-def test_resumed_coordinator_delivers_nothing(store_url: str) -> None:
+def test_coordinator_that_continues_after_a_take_over_delivers_nothing(store_url: str) -> None:
     async def test(case: Case) -> None:
         await case.add_workers()
         await case.fleet.add_worker("decoding")
@@ -242,11 +243,11 @@ def test_resumed_coordinator_delivers_nothing(store_url: str) -> None:
         _, other = await case.fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
         async with open_channel(case.listen) as channel:
             stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
-            request_id = (await stub.Submit(given())).request.request_id
+            request_id = (await stub.Submit(submission())).request.request_id
             received: list[bytes] = []
             following = asyncio.create_task(follow(other, request_id, received))
             await case.wait_stopped()
-            await wait_until_received(received, delivered_before(2))
+            await wait_until_received(received, bytes_before(2))
             process.send_signal(signal.SIGSTOP)
             await following
             case.script.opened.set()  # the stopped coordinator's decoder emits items 2 and 3, too
@@ -270,10 +271,10 @@ def test_command_continues_after_its_coordinator_restarts(
 ) -> None:
     """The coordinator restarts at the same address, and its request continues."""
 
-    async def soon(_: int) -> None:
+    async def short_pause(_: int) -> None:
         await asyncio.sleep(0.3)
 
-    monkeypatch.setattr("services.cli.client.pause", soon)
+    monkeypatch.setattr("services.cli.client.pause", short_pause)
     monkeypatch.setattr("services.cli.client.RETRIES", 100)
 
     async def test(case: Case) -> None:
@@ -281,11 +282,11 @@ def test_command_continues_after_its_coordinator_restarts(
         process = await case.start_process()
         output = tmp_path / "x.mp4"
         async with cli.connect(case.listen) as client:
-            drawing = asyncio.create_task(draw(client, given(), output, LineReporter()))
+            drawing = asyncio.create_task(draw(client, submission(), output, LineReporter()))
             await case.wait_stopped()
 
             async def is_written() -> bool:
-                return stop_before == 0 or (output.exists() and output.stat().st_size == delivered_before(stop_before))
+                return stop_before == 0 or (output.exists() and output.stat().st_size == bytes_before(stop_before))
 
             await wait_until(is_written)
             process.kill()
@@ -299,15 +300,15 @@ def test_command_continues_after_its_coordinator_restarts(
 
 
 @pytest.mark.parametrize("stop_before", [2, ITEMS])
-def test_lost_decoder_delivers_nothing_twice(store_url: str, stop_before: int) -> None:
+def test_no_item_is_delivered_twice_after_a_lost_decoder(store_url: str, stop_before: int) -> None:
     async def test(case: Case) -> None:
         workers = await case.add_workers()
         _, stub = await case.fleet.add_coordinator()
-        request_id = (await stub.Submit(given())).request.request_id
+        request_id = (await stub.Submit(submission())).request.request_id
         received: list[bytes] = []
         following = asyncio.create_task(follow(stub, request_id, received))
         await case.wait_stopped()
-        await wait_until_received(received, delivered_before(stop_before))
+        await wait_until_received(received, bytes_before(stop_before))
         await case.fleet.add_worker("decoding")
         await workers[-1].die()
         await following
@@ -318,17 +319,17 @@ def test_lost_decoder_delivers_nothing_twice(store_url: str, stop_before: int) -
     run_on_video_fleet(store_url, test, stop_before)
 
 
-def test_a_cancelled_request_ends_its_followers(store_url: str, tmp_path: Path) -> None:
+def test_cancelled_request_ends_its_downloads(store_url: str, tmp_path: Path) -> None:
     async def test(case: Case) -> None:
         await case.add_workers()
         coordinator, stub = await case.fleet.add_coordinator()
         async with cli.connect(coordinator.address) as client:
-            drawing = asyncio.create_task(draw(client, given(), tmp_path / "x.mp4", LineReporter()))
+            drawing = asyncio.create_task(draw(client, submission(), tmp_path / "x.mp4", LineReporter()))
             await case.wait_stopped()
             request_id = case.script.calls[0]
             received: list[bytes] = []
             following = asyncio.create_task(follow(stub, request_id, received))
-            await wait_until_received(received, delivered_before(2))
+            await wait_until_received(received, bytes_before(2))
             await client.cancel(request_id)
             with pytest.raises(grpc.aio.AioRpcError, match="CANCELLED; only a request that SUCCEEDED") as caught:
                 await following
@@ -343,11 +344,11 @@ def test_a_cancelled_request_ends_its_followers(store_url: str, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_result_beyond_the_bound_fails(store_url: str) -> None:
+def test_result_larger_than_max_result_bytes_fails(store_url: str) -> None:
     async def test(case: Case) -> None:
         await case.add_workers()
-        _, stub = await case.fleet.add_coordinator(max_result_bytes=delivered_before(3))
-        request_id = (await stub.Submit(given())).request.request_id
+        _, stub = await case.fleet.add_coordinator(max_result_bytes=bytes_before(3))
+        request_id = (await stub.Submit(submission())).request.request_id
         events = await terminal(stub, request_id)
         error = events[-1].state_change.error
         assert (error.code, error.field) == ("RESOURCE_EXHAUSTED", "num_frames")
@@ -360,7 +361,7 @@ def test_raw_stream_is_sent_and_never_stored(store_url: str) -> None:
     async def test(case: Case) -> None:
         await case.add_workers()
         _, stub = await case.fleet.add_coordinator()
-        request = given()
+        request = submission()
         request.parameters.output_format = pb.OUTPUT_FORMAT_SAFETENSORS
         for follows in (False, True):
             replies = [each async for each in stub.Generate(pb.GenerateRequest(request=request, follow=follows))]

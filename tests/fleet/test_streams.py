@@ -1,4 +1,4 @@
-"""Streams between stages. Both runners return equal items during the stream, in bounded memory."""
+"""Streams between stages. Local and remote runners return equal items while a stream is open, in bounded memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Served:
 
 @asynccontextmanager
 async def served(hosted: HostedStages, capacity: int = 2, watchdog: Watchdog | None = None) -> AsyncIterator[Served]:
-    """Serve stages in the block."""
+    """Serve stages until the context exits."""
     service = hosted.contract.name
     with ThreadPoolExecutor(1) as executor:
         server = FleetServer("127.0.0.1:0")
@@ -77,7 +77,7 @@ def unpacked(items: tuple[Any, ...]) -> tuple[MediaItem, ...]:
     return tuple(unpack("media_items", MediaItem, packet, TORCH) for packet in items)
 
 
-async def local(values: Mapping[str, Any], call: Call, *hooks: Hook) -> tuple[MediaItem, ...]:
+async def run_local(values: Mapping[str, Any], call: Call, *hooks: Hook) -> tuple[MediaItem, ...]:
     """Run the pipeline in this process."""
     before_block, before_item = hooks or (do_nothing, do_nothing)
     device = DeviceLock()
@@ -90,16 +90,16 @@ async def local(values: Mapping[str, Any], call: Call, *hooks: Hook) -> tuple[Me
 
 
 @asynccontextmanager
-async def remote(*hooks: Hook, **more: Any) -> AsyncIterator[tuple[Served, Served]]:
+async def served_pipeline(*hooks: Hook, **more: Any) -> AsyncIterator[tuple[Served, Served]]:
     """Serve both stages, each behind its own server."""
     before_block, before_item = hooks or (do_nothing, do_nothing)
     async with AsyncExitStack() as stack:
-        made = await stack.enter_async_context(served(producer(before_block), **more))
-        read = await stack.enter_async_context(served(consumer(before_item), **more))
-        yield made, read
+        writer = await stack.enter_async_context(served(producer(before_block), **more))
+        reader = await stack.enter_async_context(served(consumer(before_item), **more))
+        yield writer, reader
 
 
-async def through(services: tuple[Served, Served], values: Mapping[str, Any], call: Call) -> tuple[MediaItem, ...]:
+async def run_remote(services: tuple[Served, Served], values: Mapping[str, Any], call: Call) -> tuple[MediaItem, ...]:
     """Run the pipeline through both servers."""
     runners: list[Runner] = [each.runner() for each in services]
     outputs = await run_pipeline(runners, packed(values), call, wanted=("media_items",))
@@ -107,7 +107,7 @@ async def through(services: tuple[Served, Served], values: Mapping[str, Any], ca
 
 
 @pytest.mark.parametrize("count", [16, 1 << 18, 3 << 20])
-def test_both_runners_return_equal_items_and_checkpoints(count: int) -> None:
+def test_both_runners_return_equal_items_and_the_last_step_checkpoint(count: int) -> None:
     """Small items are inline in their frames; large items follow in chunks."""
 
     async def test() -> None:
@@ -118,22 +118,22 @@ def test_both_runners_return_equal_items_and_checkpoints(count: int) -> None:
             return Call("r", sinks={STEP_CHECKPOINTS: states}, on_warning=lambda *_: pytest.fail("a warning"))
 
         values = request(BLOCKS, count)
-        near = text_of(await local(values, call("local")))
-        async with remote() as services:
-            far = text_of(await through(services, values, call("remote")))
-        assert near == far
-        assert near.count(b"\n") == BLOCKS
+        local = text_of(await run_local(values, call("local")))
+        async with served_pipeline() as services:
+            remote = text_of(await run_remote(services, values, call("remote")))
+        assert local == remote
+        assert local.count(b"\n") == BLOCKS
         ours = [state.step for state in recorded["local"]]
         theirs = [unpack("checkpoint", StepCheckpoint, state, TORCH).step for state in recorded["remote"]]
         assert ours == [*range(1, BLOCKS + 1)]
-        assert theirs[-1] == BLOCKS  # a newer checkpoint replaces an unsent one
+        assert theirs[-1] == BLOCKS  # a newer step checkpoint replaces an unsent step checkpoint
         assert theirs == sorted(set(theirs))
 
     run_within(60, test)
 
 
-@pytest.mark.parametrize("place", ["local", "remote"])
-def test_first_item_is_read_before_the_second_is_computed(place: str) -> None:
+@pytest.mark.parametrize("runner", ["local", "remote"])
+def test_first_item_is_read_before_the_second_is_computed(runner: str) -> None:
     async def test() -> None:
         first_read = threading.Event()
 
@@ -146,29 +146,29 @@ def test_first_item_is_read_before_the_second_is_computed(place: str) -> None:
             call.check_cancelled()
             first_read.set()
 
-        if place == "local":
-            items = await local(request(), Call("r"), before_block, before_item)
+        if runner == "local":
+            items = await run_local(request(), Call("r"), before_block, before_item)
         else:
-            async with remote(before_block, before_item) as services:
-                items = await through(services, request(), Call("r"))
+            async with served_pipeline(before_block, before_item) as services:
+                items = await run_remote(services, request(), Call("r"))
         assert len(items) == BLOCKS
 
     run_within(60, test)
 
 
-def test_slow_reader_blocks_its_writer_after_a_bound() -> None:
+def test_slow_reader_blocks_its_writer_once_buffers_are_full() -> None:
     """Through both servers: unread items are bounded by the buffers' sizes, not by the stream's length."""
 
     async def test() -> None:
         gate, made = Gate(0), []
-        blocks, count = 16, 4 << 20  # 16 MiB a block
+        blocks, count = 16, 4 << 20  # 16 MiB per block
 
         def before_block(index: int, call: Call) -> None:
             call.check_cancelled()
             made.append(index)
 
-        async with remote(before_block, gate) as services:
-            running = asyncio.create_task(through(services, request(blocks, count), Call("r")))
+        async with served_pipeline(before_block, gate) as services:
+            running = asyncio.create_task(run_remote(services, request(blocks, count), Call("r")))
             await asyncio.to_thread(gate.entered.wait, 30)
             settled = -1
             while settled != len(made):
@@ -181,8 +181,8 @@ def test_slow_reader_blocks_its_writer_after_a_bound() -> None:
     run_within(60, test)
 
 
-@pytest.mark.parametrize("place", ["local", "remote"])
-def test_error_of_the_reader_cancels_the_writer(place: str) -> None:
+@pytest.mark.parametrize("runner", ["local", "remote"])
+def test_error_of_the_reader_cancels_the_writer(runner: str) -> None:
     async def test() -> None:
         timed_out: list[int] = []
 
@@ -195,18 +195,18 @@ def test_error_of_the_reader_cancels_the_writer(place: str) -> None:
         def before_item(_: int, __: Call) -> None:
             raise InvalidInput("too dark", field="canvas")
 
-        async with remote(before_block, before_item) as services:
-            work = through(services, request(), Call("r"))
+        async with served_pipeline(before_block, before_item) as services:
+            work = run_remote(services, request(), Call("r"))
             with pytest.raises(InvalidInput, match="too dark"):
-                await (work if place == "remote" else local(request(), Call("r"), before_block, before_item))
+                await (work if runner == "remote" else run_local(request(), Call("r"), before_block, before_item))
             work.close()
         assert not timed_out, "the writer was not cancelled"
 
     run_within(60, test)
 
 
-def test_cancelled_session_frees_its_slot_and_its_thread() -> None:
-    """The session waits for an item."""
+def test_cancelled_session_frees_its_worker_slot_and_its_thread() -> None:
+    """The session is cancelled while it waits for an item."""
 
     async def test() -> None:
         async with served(consumer(), capacity=1) as service:
@@ -222,7 +222,9 @@ def test_cancelled_session_frees_its_slot_and_its_thread() -> None:
                 running.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await running
-            await service.runner()({**values, "denoised_blocks": _ended()}, Call("r", sinks={"media_items": sink}))
+            await service.runner()(
+                {**values, "denoised_blocks": _empty_stream()}, Call("r", sinks={"media_items": sink})
+            )
 
     run_within(60, test)
 
@@ -231,7 +233,7 @@ def _set(event: asyncio.Event, _: object) -> None:
     event.set()
 
 
-def _ended() -> ItemBuffer:
+def _empty_stream() -> ItemBuffer:
     """A stream without items."""
     stream = ItemBuffer()
     stream.close()
@@ -284,7 +286,7 @@ def test_watchdog_ignores_time_spent_waiting_for_items() -> None:
     run_within(60, test)
 
 
-async def frames_refused(service: Served, *frames: bytes) -> Exception:
+async def refusal_of(service: Served, *frames: bytes) -> Exception:
     """The error of a session with these frames."""
     path = path_of(stage_method("decoding"))
     open_call: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = service.channel.stream_stream(path)
@@ -296,7 +298,7 @@ async def frames_refused(service: Served, *frames: bytes) -> Exception:
     raise AssertionError("the frames were accepted")
 
 
-def test_invalid_items_are_refused_with_their_names() -> None:
+def test_invalid_item_frames_are_refused() -> None:
     async def test() -> None:
         frame = request_type(stage_method("decoding"))
         values = request(count=1 << 18)
@@ -310,7 +312,7 @@ def test_invalid_items_are_refused_with_their_names() -> None:
         state = StepCheckpoint(step=1, latents=latents_of(torch.zeros(4)))
         (wrong,) = item_frames(frame, "denoised_blocks", 0, pack("denoised_blocks", state, TORCH))
         async with served(consumer(), capacity=4) as service:
-            for frames, says in (
+            for frames, message in (
                 ((item, header), "neither header nor chunk"),
                 ((header, header), "neither item nor chunk"),
                 ((header, chunk), "no item describes"),
@@ -320,9 +322,9 @@ def test_invalid_items_are_refused_with_their_names() -> None:
                 ((header, other), "no stream of this call"),
                 ((header, wrong), "has denoise_state"),
             ):
-                error = await frames_refused(service, *frames)
-                assert isinstance(error, InvalidInput), says
-                assert says in str(error)
+                error = await refusal_of(service, *frames)
+                assert isinstance(error, InvalidInput), message
+                assert message in str(error)
 
     run_within(60, test)
 

@@ -1,4 +1,4 @@
-"""Take-over of requests from killed, stopped and drained coordinators: each request ends once."""
+"""Take-over of requests from killed and stopped coordinators, and poison requests: each request ends once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from coordinator_fleet import (
     Script,
     Stub,
     admit_late,
-    emoji,
     error_of,
     run_on_fleet,
     submission,
@@ -32,10 +31,8 @@ from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 from redis_servers import RedisServer
 
-MODEL = emoji()
 
-
-class SecondGate(Gate):
+class FirstCallGate(Gate):
     """A gate at which only the first call waits."""
 
     def __call__(self, call: Call) -> None:
@@ -49,13 +46,15 @@ def ends(events: list[pb.Event]) -> list[pb.RequestState.ValueType]:
     return [each.state_change.state for each in events if each.state_change.state >= pb.REQUEST_STATE_SUCCEEDED]
 
 
-async def download(stub: Stub, name: str) -> bytes:
-    return b"".join([reply.data async for reply in stub.DownloadResult(pb.DownloadResultRequest(request_id=name))])
+async def download(stub: Stub, request_id: str) -> bytes:
+    return b"".join(
+        [reply.data async for reply in stub.DownloadResult(pb.DownloadResultRequest(request_id=request_id))]
+    )
 
 
-def test_request_survives_its_coordinator(each_server: RedisServer) -> None:
+def test_request_survives_the_loss_of_its_coordinator(each_server: RedisServer) -> None:
     async def scenario(fleet: FakeFleet) -> None:
-        gate = SecondGate()
+        gate = FirstCallGate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
         listen = f"unix:{fleet.directory}/c.sock"
@@ -65,7 +64,7 @@ def test_request_survives_its_coordinator(each_server: RedisServer) -> None:
             stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
             call = stub.Generate(pb.GenerateRequest(request=submission()))
             replies = aiter(call)
-            name = (await anext(replies)).accepted.request_id
+            request_id = (await anext(replies)).accepted.request_id
             seen = [(await anext(replies)).event]
             await gate.wait_reached()
             process.kill()
@@ -73,20 +72,20 @@ def test_request_survives_its_coordinator(each_server: RedisServer) -> None:
                 seen += [reply.event async for reply in replies]
             assert error_of(caught.value)[0] == "UNAVAILABLE"
         # The caller continues at another coordinator.
-        watch = other.Watch(pb.WatchRequest(request_id=name, after_event_id=seen[-1].event_id))
+        watch = other.Watch(pb.WatchRequest(request_id=request_id, after_event_id=seen[-1].event_id))
         seen += [reply.event async for reply in watch]
         assert ends(seen) == [pb.REQUEST_STATE_SUCCEEDED]
         assert len({event.event_id for event in seen}) == len(seen)
-        assert [event.event_id for event in seen] == [event.event_id for event in await terminal(other, name)]
-        assert await download(other, name) == b"\x07" * 100
-        assert fleet.scripts["denoising"].calls == [name, name]
+        assert [event.event_id for event in seen] == [event.event_id for event in await terminal(other, request_id)]
+        assert await download(other, request_id) == b"\x07" * 100
+        assert fleet.scripts["denoising"].calls == [request_id, request_id]
 
     run_on_fleet(each_server.url, scenario)
 
 
-def test_resumed_coordinator_changes_nothing(each_server: RedisServer) -> None:
+def test_coordinator_that_continues_after_a_take_over_changes_nothing(each_server: RedisServer) -> None:
     async def scenario(fleet: FakeFleet) -> None:
-        gate = SecondGate()
+        gate = FirstCallGate()
         fleet.scripts["decoding"].work = gate
         await fleet.add_workers()
         await fleet.add_worker("decoding")
@@ -95,21 +94,21 @@ def test_resumed_coordinator_changes_nothing(each_server: RedisServer) -> None:
         _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
         async with open_channel(listen) as channel:
             stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
-            name = (await stub.Submit(submission())).request.request_id
+            request_id = (await stub.Submit(submission())).request.request_id
             await gate.wait_reached()
             process.send_signal(signal.SIGSTOP)
-            events = await terminal(other, name)
+            events = await terminal(other, request_id)
             assert ends(events) == [pb.REQUEST_STATE_SUCCEEDED]
             gate.opened.set()  # the stopped coordinator's call ends, too
             process.send_signal(signal.SIGCONT)
             async with connect(fleet.url) as redis:
 
-                async def idle() -> bool:
+                async def no_worker_slot_is_taken() -> bool:
                     return not await redis.hlen("fleet:slots:emoji/decoding")
 
-                await wait_until(idle)
-            assert await terminal(stub, name) == events
-            assert await download(stub, name) == b"\x07" * 100
+                await wait_until(no_worker_slot_is_taken)
+            assert await terminal(stub, request_id) == events
+            assert await download(stub, request_id) == b"\x07" * 100
             again = (await stub.Submit(submission())).request.request_id
             assert ends(await terminal(stub, again)) == [pb.REQUEST_STATE_SUCCEEDED]
 
@@ -124,16 +123,16 @@ def test_request_taken_over_twice_ends_once(each_server: RedisServer) -> None:
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
         coordinator, stub = await fleet.add_coordinator()
-        name = (await stub.Submit(submission())).request.request_id
+        request_id = (await stub.Submit(submission())).request.request_id
         await gate.wait_reached()
         gate.reached.clear()
         async with connect(fleet.url) as redis:
-            await command(redis, "HSET", f"fleet:request:{name}", "owner", "previous-coordinator", "epoch", 2)
+            await command(redis, "HSET", f"fleet:request:{request_id}", "owner", "previous-coordinator", "epoch", 2)
             await gate.wait_reached()
             gate.opened.set()
-            assert ends(await terminal(stub, name)) == [pb.REQUEST_STATE_SUCCEEDED]
-            assert await command(redis, "HGET", f"fleet:request:{name}", "epoch") == b"3"
-        assert fleet.scripts["denoising"].calls == [name, name]
+            assert ends(await terminal(stub, request_id)) == [pb.REQUEST_STATE_SUCCEEDED]
+            assert await command(redis, "HGET", f"fleet:request:{request_id}", "epoch") == b"3"
+        assert fleet.scripts["denoising"].calls == [request_id, request_id]
         await coordinator.stop(5)
         assert not failed_tasks
 
@@ -159,7 +158,7 @@ def test_late_admission_is_run(each_server: RedisServer) -> None:
     run_on_fleet(each_server.url, scenario)
 
 
-def test_result_survives_a_lost_reply_to_its_terminal_state(
+def test_result_survives_a_lost_reply_to_the_write_of_the_terminal_state(
     each_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The coordinator repeats the write, and must recognize its own first attempt."""
@@ -179,12 +178,12 @@ def test_result_survives_a_lost_reply_to_its_terminal_state(
         monkeypatch.setattr(RequestStore, "finish", finish_and_lose_the_reply)
         await fleet.add_workers()
         coordinator, stub = await fleet.add_coordinator()
-        name = (await stub.Submit(submission())).request.request_id
-        assert ends(await terminal(stub, name)) == [pb.REQUEST_STATE_SUCCEEDED]
+        request_id = (await stub.Submit(submission())).request.request_id
+        assert ends(await terminal(stub, request_id)) == [pb.REQUEST_STATE_SUCCEEDED]
         await coordinator.stop(5)  # the write is repeated before the stop
-        assert lost == [name]
+        assert lost == [request_id]
         _, other = await fleet.add_coordinator()
-        assert await download(other, name) == b"\x07" * 100
+        assert await download(other, request_id) == b"\x07" * 100
 
     run_on_fleet(each_server.url, scenario)
 
@@ -198,11 +197,11 @@ def test_raw_result_without_a_caller_fails(each_server: RedisServer) -> None:
             request = submission()
             request.parameters.output_format = pb.OUTPUT_FORMAT_SAFETENSORS
             replies = aiter(stub.Generate(pb.GenerateRequest(request=request)))
-            name = (await anext(replies)).accepted.request_id
+            request_id = (await anext(replies)).accepted.request_id
             process.kill()
             await process.wait()
         _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
-        change = (await terminal(other, name))[-1].state_change
+        change = (await terminal(other, request_id))[-1].state_change
         assert change.state == pb.REQUEST_STATE_FAILED
         assert change.error.code == "UNAVAILABLE"
         assert "streamed" in change.error.message
@@ -237,7 +236,7 @@ class PoisonedDenoisers:
         await wait_until(lambda: len(self.lost) == number)
 
 
-def test_poison_request_fails(each_server: RedisServer) -> None:
+def test_poison_request_fails_after_three_lost_workers(each_server: RedisServer) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         denoisers = PoisonedDenoisers(fleet)
         await fleet.add_workers(["text_encoding", "latent_preparation", "decoding"])
@@ -274,11 +273,11 @@ def test_take_over_inherits_losses(each_server: RedisServer) -> None:
                 await denoisers.wait_lost(number)
             async with connect(fleet.url) as redis:
 
-                async def both_are_stored() -> bool:
+                async def both_losses_are_stored() -> bool:
                     deaths = await command(redis, "HGET", f"fleet:request:{denoisers.poison}", "deaths")
                     return len((deaths or b"").splitlines()) == 2
 
-                await wait_until(both_are_stored)
+                await wait_until(both_losses_are_stored)
                 process.kill()
                 _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
                 for _ in range(2):
@@ -299,16 +298,16 @@ def test_request_survives_many_lost_coordinators(each_server: RedisServer) -> No
         fleet.scripts["text_encoding"].work = gate
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
-        name = (await stub.Submit(submission())).request.request_id
+        request_id = (await stub.Submit(submission())).request.request_id
         await gate.wait_reached()
         async with connect(fleet.url) as redis:
-            await command(redis, "HSET", f"fleet:request:{name}", "owner", "previous-coordinator", "epoch", 99)
+            await command(redis, "HSET", f"fleet:request:{request_id}", "owner", "previous-coordinator", "epoch", 99)
 
             async def is_taken_over() -> bool:
-                return bool(await command(redis, "HGET", f"fleet:request:{name}", "epoch") == b"100")
+                return bool(await command(redis, "HGET", f"fleet:request:{request_id}", "epoch") == b"100")
 
             await wait_until(is_taken_over)
             gate.opened.set()
-            assert ends(await terminal(stub, name)) == [pb.REQUEST_STATE_SUCCEEDED]
+            assert ends(await terminal(stub, request_id)) == [pb.REQUEST_STATE_SUCCEEDED]
 
     run_on_fleet(each_server.url, scenario)

@@ -66,8 +66,8 @@ def test_worker_serves_only_the_coordinator(
             assert isinstance(await outcome(worker.address, anonymous), Unavailable)
 
             assert await is_serving(worker.health_address, None)
-            unknown = await outcome(worker.health_address, None, "")
-            assert "not implemented" in str(unknown)
+            on_health_port = await outcome(worker.health_address, None, "")
+            assert "not implemented" in str(on_health_port)
             monkeypatch.setenv("FLEET_HEALTH_LISTEN", worker.health_address)
             assert await asyncio.to_thread(probe, ["127.0.0.1:1"]) == 0
         finally:
@@ -81,9 +81,9 @@ def test_request_succeeds_with_tls_on_every_hop(
 ) -> None:
     clients = other_ca.issue("client")
     arguments = {"tls": None, "tls_ca": str(fleet_ca.ca), "tls_cert": None, "tls_key": None, "api_key": None}
-    unknown = access_of(argparse.Namespace(**arguments), {})
+    without_certificate = access_of(argparse.Namespace(**arguments), {})
     environ = {"FLEET_TLS_CERT": str(clients.cert), "FLEET_TLS_KEY": str(clients.key)}
-    known = access_of(argparse.Namespace(**arguments), environ)
+    with_certificate = access_of(argparse.Namespace(**arguments), environ)
 
     async def draw(endpoint: str, access: Access) -> list[bytes]:
         async with connect_client(endpoint, access) as client:
@@ -102,25 +102,25 @@ def test_request_succeeds_with_tls_on_every_hop(
             )
             coordinator = await start_coordinator([toy_model], settings)
             stack.push_async_callback(coordinator.stop, 5)
-            assert b"".join(await draw(coordinator.address, known)).startswith(b"\x89PNG")
+            assert b"".join(await draw(coordinator.address, with_certificate)).startswith(b"\x89PNG")
             with pytest.raises(Unavailable):
-                await draw(coordinator.address, unknown)
+                await draw(coordinator.address, without_certificate)
             with pytest.raises(Unavailable):
                 await draw(coordinator.address, Access())
 
     run_within(90, test)
 
 
-def test_public_port_may_have_its_own_certificate(
+def test_public_port_uses_its_own_certificate(
     toy_model: ServedModel, store_url: str, fleet_ca: Authority, other_ca: Authority
 ) -> None:
     async def test() -> None:
-        shown = other_ca.issue("127.0.0.1")
+        public = other_ca.issue("127.0.0.1")
         settings = CoordinatorSettings(
             listen="127.0.0.1:0",
             redis=store_url,
-            tls_public_cert=shown.cert,
-            tls_public_key=shown.key,
+            tls_public_cert=public.cert,
+            tls_public_key=public.key,
             **tls_files(fleet_ca, "coordinator"),
         )
         coordinator = await start_coordinator([toy_model], settings)
@@ -140,9 +140,9 @@ def test_public_port_may_have_its_own_certificate(
 
 
 def test_slow_tls_handshake_succeeds(toy_model: ServedModel, store_url: str, fleet_ca: Authority) -> None:
-    """A host whose cores load weights delays handshakes."""
+    """A host that loads weights on all cores delays handshakes."""
 
-    async def serve(address: str) -> asyncio.Server:
+    async def start_proxy(address: str) -> asyncio.Server:
         host, _, port = address.rpartition(":")
 
         async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -160,8 +160,8 @@ def test_slow_tls_handshake_succeeds(toy_model: ServedModel, store_url: str, fle
     async def test() -> None:
         worker = await start_worker("decoding", toy_model, worker_settings(store_url, **tls_files(fleet_ca, "worker")))
         try:
-            async with await serve(worker.address) as slow:
-                address = f"127.0.0.1:{slow.sockets[0].getsockname()[1]}"
+            async with await start_proxy(worker.address) as proxy:
+                address = f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
                 assert await outcome(address, mutual(fleet_ca, fleet_ca.issue("coordinator"))) is None
         finally:
             await worker.stop(5)
@@ -186,15 +186,15 @@ def wrong_files(fleet: Authority, directory: Path) -> dict[str, tuple[dict[str, 
     }
 
 
-def test_mismatched_tls_files_are_refused_with_their_names(fleet_ca: Authority, tmp_path: Path) -> None:
-    for name, (files, words) in wrong_files(fleet_ca, tmp_path).items():
-        with pytest.raises(InvalidInput, match=words) as caught:
+def test_error_of_invalid_tls_files_names_the_setting(fleet_ca: Authority, tmp_path: Path) -> None:
+    for name, (files, message) in wrong_files(fleet_ca, tmp_path).items():
+        with pytest.raises(InvalidInput, match=message) as caught:
             mutual_of(worker_settings("redis://x", **files))
         assert caught.value.field.startswith("tls_"), name
         assert "\n" not in caught.value.message
 
 
-def test_a_worker_without_an_authority_does_not_start(toy_model: ServedModel, fleet_ca: Authority) -> None:
+def test_worker_without_an_authority_does_not_start(toy_model: ServedModel, fleet_ca: Authority) -> None:
     issued = fleet_ca.issue("worker")
     settings = worker_settings("redis://127.0.0.1:1", tls_cert=issued.cert, tls_key=issued.key)
     with pytest.raises(InvalidInput, match="which verifies coordinators"):

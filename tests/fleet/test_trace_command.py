@@ -13,9 +13,9 @@ from coordinator_fleet import FakeFleet, Gate, Script, run_on_fleet, submission,
 from fleet.v1 import generation_pb2 as pb
 
 
-async def fleet_trace(endpoint: str, *words: str) -> tuple[int, str, str]:
+async def fleet_trace(endpoint: str, *arguments: str) -> tuple[int, str, str]:
     """Run the command; returns exit code, stdout and stderr."""
-    command = (sys.executable, "-m", "services.cli", "trace", *words, "--endpoint", endpoint)
+    command = (sys.executable, "-m", "services.cli", "trace", *arguments, "--endpoint", endpoint)
     process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
     output, error = await process.communicate()
     assert process.returncode is not None
@@ -29,17 +29,17 @@ def test_trace_shows_lost_workers_and_the_resume(store_url: str, monkeypatch: py
         script = Script(fleet.scripts["denoising"].contract, gate)
         first = await fleet.add_worker("denoising", script, ttl_seconds=0.5)
         coordinator, stub = await fleet.add_coordinator()
-        name = (await stub.Submit(submission())).request.request_id
+        request_id = (await stub.Submit(submission())).request.request_id
         await gate.wait_reached()
-        code, output, _ = await fleet_trace(coordinator.address, name)
+        code, output, _ = await fleet_trace(coordinator.address, request_id)
         assert code == 0
-        assert f"request {name} of emoji: RUNNING for " in output
+        assert f"request {request_id} of emoji: RUNNING for " in output
         await first.die()
         second = await fleet.add_worker("denoising")
-        assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
-        code, output, error = await fleet_trace(coordinator.address, name)
+        assert (await terminal(stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+        code, output, error = await fleet_trace(coordinator.address, request_id)
         assert (code, error) == (0, "")
-        assert f"request {name} of emoji: SUCCEEDED after " in output
+        assert f"request {request_id} of emoji: SUCCEEDED after " in output
         denoising = [line for line in output.splitlines() if line.startswith("denoising")]
         assert len(denoising) == 2
         assert "✗" in denoising[0]
@@ -48,11 +48,12 @@ def test_trace_shows_lost_workers_and_the_resume(store_url: str, monkeypatch: py
         assert "completed after" in denoising[1]
         assert denoising[1].rstrip().endswith(f"on {second.info.worker_id}")
         path = fleet.directory / "trace.png"
-        assert await fleet_trace(coordinator.address, name, "--output", str(path)) == (0, f"{path}\n", "")
+        assert await fleet_trace(coordinator.address, request_id, "--output", str(path)) == (0, f"{path}\n", "")
         with Image.open(path) as image:
             assert image.format == "PNG"
-            assert (0xCF, 0x22, 0x2E) in {colour for _, colour in image.getcolors(1 << 24) or ()}
-        answer = await stub.GetRequest(pb.GetRequestRequest(request_id=name))
+            colour_of_lost_attempts = (0xCF, 0x22, 0x2E)
+            assert colour_of_lost_attempts in {colour for _, colour in image.getcolors(1 << 24) or ()}
+        answer = await stub.GetRequest(pb.GetRequestRequest(request_id=request_id))
         assert not answer.timeline
 
     monkeypatch.setenv("COLUMNS", "200")
@@ -62,11 +63,11 @@ def test_trace_shows_lost_workers_and_the_resume(store_url: str, monkeypatch: py
 def test_unknown_request_is_an_error(store_url: str) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         coordinator, _ = await fleet.add_coordinator(record_seconds=7_200.0)
-        for name in ("0123456789abcdef", "no/id"):
-            code, output, error = await fleet_trace(coordinator.address, name)
+        for request_id in ("0123456789abcdef", "no/id"):
+            code, output, error = await fleet_trace(coordinator.address, request_id)
             assert (code, output) == (2, "")
             assert error == (
-                f"fleet trace: request_id: there is no request '{name}'; it may have expired: "
+                f"fleet trace: request_id: there is no request '{request_id}'; it may have expired: "
                 "records expire 2 h after the end of their requests\n"
             )
 

@@ -27,6 +27,7 @@ from otlp_receiver import ReceivedSpan, Receiver, receiving
 
 PARENT = f"00-{'a' * 32}-{'b' * 16}-01"
 UNREACHABLE = "http://127.0.0.1:1"  # no server listens on this port
+# A sitecustomize module that writes the names of all imported modules to a file at exit.
 _NOTE_MODULES = """
 import atexit, os, sys
 def note():
@@ -56,44 +57,44 @@ def roots(receiver: Receiver, count: int) -> list[ReceivedSpan]:
     return sorted((each for each in spans if each.name == "request"), key=lambda each: each.start)
 
 
-def test_root_span_has_terminal_states_and_refusals(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_span_has_the_terminal_state_or_the_error_code(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator(max_open_requests=1)
-        name = (await stub.Submit(submission(idempotency_key="k"))).request.request_id
+        request_id = (await stub.Submit(submission(idempotency_key="k"))).request.request_id
         await gate.wait_reached()
         assert (await stub.Submit(submission(idempotency_key="k"))).replayed
         for request, code in ((submission(), "RESOURCE_EXHAUSTED"), (submission(priority=999), "INVALID_ARGUMENT")):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Submit(request)
             assert caught.value.code().name == code
-        await stub.CancelRequest(pb.CancelRequestRequest(request_id=name))
-        await terminal(stub, name)
-        fleet.scripts["denoising"].work = fails
+        await stub.CancelRequest(pb.CancelRequestRequest(request_id=request_id))
+        await terminal(stub, request_id)
+        fleet.scripts["denoising"].work = fail
         failed = (await stub.Submit(submission())).request.request_id
         await terminal(stub, failed)
         cancelled, replayed, full, invalid, failure = await asyncio.to_thread(roots, receiver, 5)
         assert (cancelled.attributes["fleet.state"], cancelled.error) == ("CANCELLED", "")
-        assert (replayed.attributes["fleet.replayed"], replayed.error) == (name, "")
+        assert (replayed.attributes["fleet.replayed"], replayed.error) == (request_id, "")
         assert (full.error, invalid.error) == ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")
         assert (failure.attributes["fleet.state"], failure.error) == ("FAILED", "INTERNAL")
         assert not [raw for raw in receiver.raw if b"secret" in raw or b"apple" in raw]
-        parts = [each for each in receiver.spans if each.trace_id == failure.trace_id]
-        (attempt,) = [each for each in parts if each.name == "attempt denoising"]
+        spans = [each for each in receiver.spans if each.trace_id == failure.trace_id]
+        (attempt,) = [each for each in spans if each.name == "attempt denoising"]
         assert attempt.error == "InternalError"
 
     with exporting(monkeypatch) as receiver:
         run_on_fleet(store_url, scenario)
 
 
-def fails(_: object) -> None:
+def fail(_: object) -> None:
     raise RuntimeError("a secret of the prompt")
 
 
 def exemplar(method: str, series: str) -> str:
-    """Trace id of the latest exemplar of a served method's histogram, or ""."""
+    """Trace id of the latest exemplar of a served method's histogram; empty if there is none."""
     found = [
         (sample.exemplar.timestamp or 0.0, sample.exemplar.labels["trace_id"])
         for family in REGISTRY.collect()
@@ -106,8 +107,6 @@ def exemplar(method: str, series: str) -> str:
 
 @pytest.mark.parametrize("method", ["Submit", "Generate"])
 def test_calls_without_traceparent_have_exemplars(store_url: str, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    """The client sends no traceparent."""
-
     async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         _, stub = await fleet.add_coordinator()
@@ -144,7 +143,7 @@ def wait_for_exemplar(method: str, series: str, trace_id: str) -> None:
         ({}, "", True),
     ],
 )
-def test_sampler_decides_about_exported_traces(
+def test_sampler_selects_exported_traces(
     store_url: str, monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str], parent: str, sampled: bool
 ) -> None:
     async def scenario(fleet: FakeFleet) -> None:
@@ -187,7 +186,7 @@ def test_otel_variables_set_certificates_and_service_name(
 
 
 @pytest.mark.parametrize(
-    ("variables", "words"),
+    ("variables", "reason"),
     [
         ({"TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER is 'zipkin'\" advice=\"otlp and none are supported"),
         (
@@ -202,15 +201,15 @@ def test_otel_variables_set_certificates_and_service_name(
         ),
     ],
 )
-def test_invalid_variable_is_one_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variables: Mapping[str, str], words: str
+def test_invalid_variable_logs_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variables: Mapping[str, str], reason: str
 ) -> None:
     with exporting(monkeypatch, **variables):
         assert tracing.tracer() is None
     warnings = [each for each in caplog.records if each.levelno >= logging.WARNING]
     assert len(warnings) == 1
     assert warnings[0].name == "common.tracing"
-    assert re.match(f'no traces are exported reason="{words}', warnings[0].getMessage())
+    assert re.match(f'no traces are exported reason="{reason}', warnings[0].getMessage())
 
 
 @pytest.mark.parametrize("variables", [{"SDK_DISABLED": "true"}, {"TRACES_EXPORTER": "none"}])
@@ -225,7 +224,7 @@ def test_tracing_can_be_disabled(
 def test_client_context_survives_a_coordinator_without_exporter(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A coordinator with an exporter takes over from one without. Its root span is a child of the client's span."""
+    """After the take-over by a coordinator with an exporter, the root span is a child of the client's span."""
 
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
@@ -256,18 +255,18 @@ def test_client_context_survives_a_coordinator_without_exporter(
     run_on_fleet(store_url, scenario)
 
 
-async def run_service(words: Sequence[str], is_ready: bytes) -> None:
+async def run_service(arguments: Sequence[str], is_ready: bytes) -> None:
     """Start a service, and stop it with SIGTERM after it has logged `is_ready`."""
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", *words, stderr=PIPE)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", *arguments, stderr=PIPE)
     assert process.stderr is not None
-    seen = b""
-    while is_ready not in seen:
+    output = b""
+    while is_ready not in output:
         line = await process.stderr.readline()
-        assert line, seen
-        seen += line
+        assert line, output
+        output += line
     process.send_signal(signal.SIGTERM)
-    seen += await process.stderr.read()
-    assert await process.wait() == 0, seen
+    output += await process.stderr.read()
+    assert await process.wait() == 0, output
 
 
 SERVICES = {"coordinator": b"listens address=", "latent_preparation": b"serves stage=latent_preparation"}
@@ -275,7 +274,7 @@ SERVICES = {"coordinator": b"listens address=", "latent_preparation": b"serves s
 
 @pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize("endpoint", ["", UNREACHABLE])
-def test_opentelemetry_is_imported_only_with_the_variables(
+def test_opentelemetry_is_imported_only_with_an_endpoint(
     store_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, service: str, endpoint: str
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(_NOTE_MODULES)
@@ -297,8 +296,8 @@ def warnings_of_a_coordinator(url: str) -> list[str]:
     async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()
         listen = f"unix:{fleet.directory}/c.sock"
-        words = ("--listen", listen, "--redis", url, "--allow-data-loss", "--log-level", "WARNING")
-        command = (sys.executable, "-m", "services.coordinator", *words)
+        flags = ("--listen", listen, "--redis", url, "--allow-data-loss", "--log-level", "WARNING")
+        command = (sys.executable, "-m", "services.coordinator", *flags)
         process = await asyncio.create_subprocess_exec(*command, stderr=PIPE)
         assert process.stderr is not None
         while b"listens address=" not in (line := await process.stderr.readline()):
@@ -307,8 +306,8 @@ def warnings_of_a_coordinator(url: str) -> list[str]:
         async with open_channel(listen) as channel:
             stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
             for _ in range(2):
-                name = (await stub.Submit(submission())).request.request_id
-                assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
+                request_id = (await stub.Submit(submission())).request.request_id
+                assert (await terminal(stub, request_id))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
                 await asyncio.sleep(1)
         process.send_signal(signal.SIGTERM)
         warnings.extend((await process.stderr.read()).decode().splitlines())
@@ -327,7 +326,7 @@ def test_password_of_a_collector_is_not_logged(
     assert "secret" not in caplog.text
 
 
-def test_unreachable_collector_is_one_warning(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_collector_logs_one_warning(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", UNREACHABLE)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.3")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
@@ -335,7 +334,7 @@ def test_unreachable_collector_is_one_warning(store_url: str, monkeypatch: pytes
     assert f"spans are dropped while the trace collector is unavailable endpoint={UNREACHABLE}" in warning
 
 
-def test_missing_opentelemetry_package_is_one_warning(
+def test_missing_opentelemetry_package_logs_one_warning(
     store_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     missing = "raise ModuleNotFoundError(\"No module named 'opentelemetry'\", name='opentelemetry')\n"

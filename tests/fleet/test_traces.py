@@ -17,10 +17,9 @@ from otlp_receiver import ReceivedSpan, Receiver, receiving
 from resume_fleet import STEPS, Family, Served, served
 
 FLUX = Family("emoji", {"height": 384, "width": 384}, b"\x89PNG")
-PROMPTS = (
-    f"a red heart moving left, number {number}" for number in itertools.count()
-)  # different prompts, so that no reply is cached
-WORDS = (b"heart", b"moving", b"left", b"number")
+# Different prompts, so that no reply is read from the cache.
+PROMPTS = (f"a red heart moving left, number {number}" for number in itertools.count())
+PROMPT_WORDS = (b"heart", b"moving", b"left", b"number")
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 STAGES = {
     "text_encoding": ["TextEncodingStage"],
@@ -45,7 +44,7 @@ class Trace:
         (self.root,) = [each for each in roots if each.attributes["fleet.request_id"] == request_id]
         self.spans = [each for each in spans if each.trace_id == self.root.trace_id]
 
-    def below(self, parent: ReceivedSpan) -> list[str]:
+    def child_names(self, parent: ReceivedSpan) -> list[str]:
         """Sorted names of a span's children."""
         return sorted(each.name for each in self.spans if each.parent_id == parent.span_id)
 
@@ -58,20 +57,20 @@ class Trace:
         assert attempt.parent_id == self.root.span_id
         assert (attempt.kind, attempt.error, attempt.service) == ("CLIENT", "", "fleet-coordinator")
         assert attempt.events[0][0] == "begun"
-        assert self.below(attempt) == sorted([*TRANSFERS, f"serve {service}"])
+        assert self.child_names(attempt) == sorted([*TRANSFERS, f"serve {service}"])
         (worker,) = [each for each in self.named(f"serve {service}") if each.parent_id == attempt.span_id]
         assert (worker.kind, worker.error, worker.service) == ("SERVER", "", f"fleet-{service}")
         stages = [f"stage {stage}" for stage in STAGES[service]]
-        assert self.below(worker) == sorted(["receive inputs", "send outputs", "wait for device", *stages])
+        assert self.child_names(worker) == sorted(["receive inputs", "send outputs", "wait for device", *stages])
         for each in self.spans:
             if each.name.startswith(("send", "receive")):
                 assert each.attributes["fleet.bytes"] > 0
         return worker
 
-    def bytes_below(self, parent: ReceivedSpan) -> Mapping[str, int]:
+    def child_bytes(self, parent: ReceivedSpan) -> Mapping[str, int]:
         """Transferred bytes of a span's children, by name."""
-        below = [each for each in self.spans if each.parent_id == parent.span_id]
-        return {each.name: each.attributes["fleet.bytes"] for each in below if "fleet.bytes" in each.attributes}
+        children = [each for each in self.spans if each.parent_id == parent.span_id]
+        return {each.name: each.attributes["fleet.bytes"] for each in children if "fleet.bytes" in each.attributes}
 
 
 async def trace_of(receiver: Receiver, request_id: str, **counts: int) -> Trace:
@@ -81,11 +80,11 @@ async def trace_of(receiver: Receiver, request_id: str, **counts: int) -> Trace:
     and arrives with them or after them.
     """
 
-    def arrived() -> Trace:
+    def complete_trace() -> Trace:
         spans = receiver.wait_until(lambda spans: any(_is_root(each, request_id) for each in spans))
         trace_id = Trace(spans, request_id).root.trace_id
 
-        def is_whole(spans: Sequence[ReceivedSpan]) -> bool:
+        def is_complete(spans: Sequence[ReceivedSpan]) -> bool:
             names = [each.name for each in spans if each.trace_id == trace_id]
             return all(
                 names.count(f"attempt {service}") >= counts.get(service, 1)
@@ -95,9 +94,9 @@ async def trace_of(receiver: Receiver, request_id: str, **counts: int) -> Trace:
                 for service, stages in STAGES.items()
             )
 
-        return Trace(receiver.wait_until(is_whole), request_id)
+        return Trace(receiver.wait_until(is_complete), request_id)
 
-    return await asyncio.to_thread(arrived)
+    return await asyncio.to_thread(complete_trace)
 
 
 def _is_root(span: ReceivedSpan, request_id: str) -> bool:
@@ -105,17 +104,17 @@ def _is_root(span: ReceivedSpan, request_id: str) -> bool:
 
 
 async def check_without_faults(fleet: Served, receiver: Receiver) -> None:
-    name = await submit(fleet.stubs[0])
-    await fleet.result(fleet.stubs[0], name)
-    trace = await trace_of(receiver, name)
+    request_id = await submit(fleet.stubs[0])
+    await fleet.result(fleet.stubs[0], request_id)
+    trace = await trace_of(receiver, request_id)
     assert (trace.root.kind, trace.root.parent_id, trace.root.error) == ("SERVER", "", "")
     assert trace.root.attributes["fleet.state"] == "SUCCEEDED"
-    waits_and_attempts = [f"{what} {service}" for service in STAGES for what in ("queue", "attempt")]
-    assert trace.below(trace.root) == sorted(["accept", *waits_and_attempts, "store end"])
+    queues_and_attempts = [f"{kind} {service}" for service in STAGES for kind in ("queue", "attempt")]
+    assert trace.child_names(trace.root) == sorted(["accept", *queues_and_attempts, "store end"])
     for service in STAGES:
         (attempt,) = trace.named(f"attempt {service}")
         worker = trace.check_attempt(attempt, service)
-        sent, received = trace.bytes_below(attempt), trace.bytes_below(worker)
+        sent, received = trace.child_bytes(attempt), trace.child_bytes(worker)
         assert sent["send inputs"] == received["receive inputs"]
         assert sent["receive outputs"] == received["send outputs"]
     (denoising,) = trace.named("stage DenoisingStage")
@@ -125,15 +124,15 @@ async def check_without_faults(fleet: Served, receiver: Receiver) -> None:
     assert checkpoints == sorted(set(checkpoints))
 
 
-async def check_client(fleet: Served, receiver: Receiver) -> None:
-    name = await submit(fleet.stubs[0], f"00-{TRACE_ID}-{PARENT_ID}-01")
-    await fleet.result(fleet.stubs[0], name)
-    trace = await trace_of(receiver, name)
+async def check_client_context(fleet: Served, receiver: Receiver) -> None:
+    request_id = await submit(fleet.stubs[0], f"00-{TRACE_ID}-{PARENT_ID}-01")
+    await fleet.result(fleet.stubs[0], request_id)
+    trace = await trace_of(receiver, request_id)
     assert (trace.root.trace_id, trace.root.parent_id) == (TRACE_ID, PARENT_ID)
     # An unsampled trace is not exported, but its context is propagated.
-    name = await submit(fleet.stubs[0], f"00-{'a' * 32}-{PARENT_ID}-00")
-    await fleet.result(fleet.stubs[0], name)
-    (record,) = [each for each in await records(fleet.stubs[0]) if each.request_id == name]
+    request_id = await submit(fleet.stubs[0], f"00-{'a' * 32}-{PARENT_ID}-00")
+    await fleet.result(fleet.stubs[0], request_id)
+    (record,) = [each for each in await records(fleet.stubs[0]) if each.request_id == request_id]
     assert record.trace.traceparent.startswith(f"00-{'a' * 32}-")
     assert record.trace.traceparent.endswith("-00")
 
@@ -143,9 +142,9 @@ async def records(stub: Stub) -> Sequence[pb.RequestRecord]:
 
 
 async def check_lost_worker(fleet: Served, receiver: Receiver) -> None:
-    name = await submit(fleet.stubs[0])
-    await fleet.result(fleet.stubs[0], name, STEPS // 2, fleet.kill_worker)
-    trace = await trace_of(receiver, name, denoising=2)
+    request_id = await submit(fleet.stubs[0])
+    await fleet.result(fleet.stubs[0], request_id, STEPS // 2, fleet.kill_worker)
+    trace = await trace_of(receiver, request_id, denoising=2)
     lost, second = sorted(trace.named("attempt denoising"), key=lambda each: each.attributes["fleet.attempt"])
     assert [each.attributes["fleet.attempt"] for each in (lost, second)] == [1, 2]
     assert lost.error == "WorkerLost"
@@ -161,11 +160,11 @@ async def check_lost_worker(fleet: Served, receiver: Receiver) -> None:
 
 async def check_take_over(fleet: Served, receiver: Receiver) -> None:
     """Kill coordinator and worker: another coordinator ends the root span of the first coordinator."""
-    name = await submit(fleet.stubs[1], f"00-{'b' * 32}-{PARENT_ID}-01")
-    (record,) = [each for each in await records(fleet.stubs[0]) if each.request_id == name]
-    await fleet.result(fleet.stubs[0], name, STEPS // 2, fleet.kill_both)
+    request_id = await submit(fleet.stubs[1], f"00-{'b' * 32}-{PARENT_ID}-01")
+    (record,) = [each for each in await records(fleet.stubs[0]) if each.request_id == request_id]
+    await fleet.result(fleet.stubs[0], request_id, STEPS // 2, fleet.kill_both)
     # The killed coordinator has exported its ended attempts.
-    trace = await trace_of(receiver, name, text_encoding=2, latent_preparation=2)
+    trace = await trace_of(receiver, request_id, text_encoding=2, latent_preparation=2)
     assert record.trace.traceparent == f"00-{'b' * 32}-{trace.root.span_id}-01"
     assert record.trace.client_traceparent == f"00-{'b' * 32}-{PARENT_ID}-01"
     assert record.trace.tracestate == "vendor=1"
@@ -183,7 +182,7 @@ async def check_take_over(fleet: Served, receiver: Receiver) -> None:
     known = {each.span_id for each in trace.spans} | {PARENT_ID}
     orphans = [each for each in trace.spans if each.parent_id not in known]
     assert not [each.name for each in orphans if each.name.split()[0] not in ("send", "receive", "serve", "wait")], (
-        "spans without parent are not those of the lost attempt"
+        "a span outside the lost attempt has no parent"
     )
 
 
@@ -191,7 +190,7 @@ def test_request_is_one_trace_after_lost_processes(monkeypatch: pytest.MonkeyPat
     async def scenario() -> None:
         async with asyncio.timeout(300), served(FLUX) as fleet:
             await check_without_faults(fleet, receiver)
-            await check_client(fleet, receiver)
+            await check_client_context(fleet, receiver)
             await check_lost_worker(fleet, receiver)
             await check_take_over(fleet, receiver)
 
@@ -201,4 +200,4 @@ def test_request_is_one_trace_after_lost_processes(monkeypatch: pytest.MonkeyPat
         asyncio.run(scenario())
         assert receiver.spans
         assert not [each for each in receiver.spans if each.trace_id == "a" * 32]
-        assert not [word for word in WORDS for raw in receiver.raw if word in raw]
+        assert not [word for word in PROMPT_WORDS for raw in receiver.raw if word in raw]

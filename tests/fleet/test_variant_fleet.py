@@ -1,4 +1,4 @@
-"""A model with two variants in a real fleet. A request's images select the variant; workers serve both."""
+"""A model with two variants in a real fleet. A request's images select the variant; workers serve both variants."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
         yield open_model(str(path), load_registry(plugins))
 
 
-def loads() -> list[str]:
+def take_loaded() -> list[str]:
     """Return and clear the list of modules that the twin family's loader has loaded in this process."""
     loaded: list[str] = vars(sys.modules["twin_config"])["LOADED"] if "twin_config" in sys.modules else []
     found = list(loaded)
@@ -57,9 +57,9 @@ def loads() -> list[str]:
 
 @pytest.fixture(scope="module")
 def local(twin: ServedModel) -> Iterator[LocalFleet]:
-    loads()
+    take_loaded()
     fleet = LocalFleet(twin)
-    assert sorted(loads()) == ["lens", "palette", "transformer"], "a module is not loaded exactly once"
+    assert sorted(take_loaded()) == ["lens", "palette", "transformer"], "a module is not loaded exactly once"
     yield fleet
     fleet.close()
 
@@ -69,7 +69,7 @@ def fleet(twin: ServedModel, local: LocalFleet) -> Iterator[ServedFleet]:
     """Depends on `local` so that the two fixtures' module loads are counted separately."""
     assert local.model is twin
     with served_fleet([twin]) as fleet:
-        assert sorted(loads()) == ["lens", "palette", "transformer"], "a module is not loaded exactly once"
+        assert sorted(take_loaded()) == ["lens", "palette", "transformer"], "a module is not loaded exactly once"
         yield fleet
 
 
@@ -81,7 +81,7 @@ def fleet(twin: ServedModel, local: LocalFleet) -> Iterator[ServedFleet]:
         ("image", {"image": png("red"), "image_1": png("blue")}, 6),
     ],
 )
-def test_inputs_choose_the_variant(
+def test_images_select_the_variant(
     fleet: ServedFleet, local: LocalFleet, variant: str, images: dict[str, bytes], steps: int
 ) -> None:
     answer = fleet.generate("twin", images=images, prompt="a leaf", seed=3)
@@ -101,7 +101,7 @@ def test_variants_generate_different_images(fleet: ServedFleet) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "field", "words"),
+    ("images", "field", "message"),
     [
         (
             {"mask": png("red")},
@@ -120,16 +120,16 @@ def test_variants_generate_different_images(fleet: ServedFleet) -> None:
         ),
     ],
 )
-def test_inputs_that_fit_no_variant_are_refused(
-    fleet: ServedFleet, images: dict[str, bytes], field: str, words: str
+def test_images_that_fit_no_variant_are_refused(
+    fleet: ServedFleet, images: dict[str, bytes], field: str, message: str
 ) -> None:
     with pytest.raises(InvalidInput) as caught:
         fleet.generate("twin", images=images, prompt="a leaf")
     assert caught.value.field == field
-    assert words in caught.value.message
+    assert message in caught.value.message
 
 
-def test_parameters_are_those_of_the_variant(fleet: ServedFleet) -> None:
+def test_request_accepts_only_the_parameters_of_its_variant(fleet: ServedFleet) -> None:
     with pytest.raises(InvalidInput, match="TwinPipeline has no parameter 'strength'"):
         fleet.generate("twin", prompt="a leaf", strength=2.0)
     answer = fleet.generate("twin", images={"image": png("red")}, prompt="a leaf", strength=2.0)
@@ -160,7 +160,7 @@ def submission(images: dict[str, bytes]) -> pb.SubmitRequest:
     return pb.SubmitRequest(model="twin", parameters=parameters)
 
 
-def test_a_variant_needs_the_workers_of_its_own_services(twin: ServedModel, tmp_path: Path) -> None:
+def test_variant_needs_only_the_workers_of_its_own_services(twin: ServedModel, tmp_path: Path) -> None:
     async def test(parts: Parts) -> None:
         await serve_text_before_image(parts, submission({}), submission({"image": png("red")}))
 
@@ -186,8 +186,8 @@ def test_taken_over_request_retains_its_variant(twin: ServedModel, tmp_path: Pat
     run_parts(twin, tmp_path, test)
 
 
-def test_calls_specify_their_variant(twin: ServedModel, tmp_path: Path) -> None:
-    """A call without a variant uses the first one; a worker announces the union of both contracts."""
+def test_call_with_an_unknown_variant_is_refused(twin: ServedModel, tmp_path: Path) -> None:
+    """A call without a variant uses the first variant, which requires initial_latents."""
 
     async def test(parts: Parts) -> None:
         address = await parts.add_worker("denoising")
@@ -227,21 +227,21 @@ def test_reply_cache_separates_variants(twin: ServedModel, tmp_path: Path) -> No
     run_parts(twin, tmp_path, test)
 
 
-def test_the_command_line_sends_images_to_their_variant(tmp_path: Path) -> None:
+def test_images_of_the_command_line_select_the_variant(tmp_path: Path) -> None:
     build_twin_checkpoint(tmp_path / "twin")
     (tmp_path / "red.png").write_bytes(png("red"))
     with twin_family(tmp_path / "plugins") as plugins:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
         environment["FLEET_PLUGINS"] = ",".join(map(str, plugins))
 
-        def generate(*words: str) -> subprocess.CompletedProcess[str]:
+        def generate(*flags: str) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, "-m", "services.cli", "generate", "a leaf", "--model", "./twin", "--seed", "3"]
             return subprocess.run(
-                [*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+                [*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
             )
 
-        for name, words in {"text": (), "image": ("--image", "red.png")}.items():
-            done = generate(*words, "--output", f"{name}.png")
+        for name, flags in {"text": (), "image": ("--image", "red.png")}.items():
+            done = generate(*flags, "--output", f"{name}.png")
             assert done.returncode == 0, done.stderr
         refused = generate("--param", "mask_image=red.png", "--output", "x.png")
     assert (tmp_path / "text.png").read_bytes() != (tmp_path / "image.png").read_bytes()

@@ -30,11 +30,11 @@ GIVEN: dict[str, Any] = {
 }
 
 
-def image_file(seed: int, kind: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (90, 60)) -> bytes:
+def image_file(seed: int, image_format: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (90, 60)) -> bytes:
     channels = len(mode)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), np.uint8)
     file = io.BytesIO()
-    Image.frombytes(mode, size, pixels.tobytes()).save(file, kind)
+    Image.frombytes(mode, size, pixels.tobytes()).save(file, image_format)
     return file.getvalue()
 
 
@@ -73,15 +73,14 @@ def test_tensors_equal_those_of_one_process(fleet: ServedFleet, models: dict[str
     assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
-def test_model_lists_its_images(models: dict[str, ServedModel]) -> None:
+def test_model_lists_its_image_roles(models: dict[str, ServedModel]) -> None:
     roles = {name: [spec.name for spec in model.parameters() if spec.type == "image"] for name, model in models.items()}
     assert roles == {"t2v": [], "i2v": ["image"], "flf2v": ["image", "last_image"]}
 
 
 def test_large_image_is_sent_in_chunks(fleet: ServedFleet, models: dict[str, ServedModel]) -> None:
-    """The image is larger than one chunk."""
     large = {"image": image_file(3, size=(900, 700))}
-    assert len(large["image"]) > 2**20
+    assert len(large["image"]) > 2**20, "the image fits into one chunk"
     local = LocalFleet(models["i2v"])
     expected = local.tensors(images=large, **GIVEN)["latents"]
     local.close()
@@ -108,7 +107,7 @@ def _truncated(data: bytes) -> bytes:
 
 
 def _corrupted(data: bytes) -> bytes:
-    """A PNG with valid chunks and reversed pixel data."""
+    """A PNG with inverted bytes in its pixel data; the header and the chunk lengths are valid."""
     at = data.index(b"IDAT") + 20
     return data[:at] + bytes(255 - byte for byte in data[at : at + 200]) + data[at + 200 :]
 

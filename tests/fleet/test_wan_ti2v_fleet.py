@@ -72,16 +72,16 @@ def test_text_request_needs_no_image_encoding_worker(model: ServedModel, tmp_pat
     run_parts(model, tmp_path, test)
 
 
-def generate(fleet: ServedFleet, output: Path, *words: str) -> int:
+def generate(fleet: ServedFleet, output: Path, *flags: str) -> int:
     """Run `fleet generate` at the fleet; returns its exit code."""
     given = ("--height", "64", "--width", "96", "--num-frames", "5", "--num-inference-steps", str(STEPS), "--seed", "5")
-    return main(["generate", "a red apple", *given, *words, "--output", str(output), "--endpoint", fleet.endpoint])
+    return main(["generate", "a red apple", *given, *flags, "--output", str(output), "--endpoint", fleet.endpoint])
 
 
 def test_the_command_line_sends_an_image(fleet: ServedFleet, local: LocalFleet, tmp_path: Path) -> None:
     (tmp_path / "boat.png").write_bytes(IMAGE)
-    for variant, words in (("text", ()), ("image", ("--image", str(tmp_path / "boat.png")))):
-        assert generate(fleet, tmp_path / f"{variant}.safetensors", *words) == 0
+    for variant, flags in (("text", ()), ("image", ("--image", str(tmp_path / "boat.png")))):
+        assert generate(fleet, tmp_path / f"{variant}.safetensors", *flags) == 0
         expected = local.tensors(images=IMAGES[variant], num_inference_steps=STEPS, **GIVEN)
         assert torch.equal(load_file(tmp_path / f"{variant}.safetensors")["latents"], expected["latents"])
     assert generate(fleet, tmp_path / "boat.mp4", "--image", str(tmp_path / "boat.png")) == 0
@@ -105,7 +105,7 @@ def test_the_command_line_lists_both_variants(fleet: ServedFleet, capsys: pytest
 @pytest.mark.parametrize(
     ("roles", "field"), [(["last_image"], "last_image"), (["image", "last_image"], "last_image"), (["mask"], "mask")]
 )
-def test_inputs_that_fit_no_variant_are_refused(fleet: ServedFleet, roles: list[str], field: str) -> None:
+def test_images_that_fit_no_variant_are_refused(fleet: ServedFleet, roles: list[str], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         fleet.generate("ti2v", images=dict.fromkeys(roles, IMAGE), num_inference_steps=STEPS, **GIVEN)
     assert caught.value.message == f"images: {', '.join(roles)} is not a set of images of {TAKES}"

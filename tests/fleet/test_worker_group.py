@@ -41,7 +41,7 @@ def check_cancelled(call):
 
 FollowingCall.check_cancelled = check_cancelled
 """
-# Longer than the other tests need to detect their faults.
+# Longer than --rank-lost-seconds (2 s), so that the tests of lost ranks do not detect a hang.
 _HANGS = ("--hang-seconds", "4", "--hang-mean-steps", "4", "--hang-exit-seconds", "1")
 
 
@@ -56,8 +56,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, marker: Path) -> Iterator[Gr
     plugins = copy_toy_family(tmp_path_factory.mktemp("plugin") / "plugins")
     with (plugins / "toy_pipeline.py").open("a") as file:
         file.write(_STUCK_FOLLOWER.replace("MARKER", str(marker)))
-    words = ("--tp", "2", "--warm-up", "64x64", "--plugins", str(plugins), *_HANGS)
-    with group_fleet(tmp_path_factory.mktemp("group"), *words) as running:
+    flags = ("--tp", "2", "--warm-up", "64x64", "--plugins", str(plugins), *_HANGS)
+    with group_fleet(tmp_path_factory.mktemp("group"), *flags) as running:
         yield running
 
 
@@ -82,7 +82,7 @@ def test_degrees_are_announced(fleet: GroupFleet) -> None:
     assert (worker.degrees.tp, worker.degrees.ulysses, worker.degrees.ring, worker.degrees.cfg) == (2, 1, 1, 1)
 
 
-def test_idle_follower_uses_no_cpu_time(fleet: GroupFleet, undisturbed: Generated) -> None:
+def test_idle_follower_uses_almost_no_cpu_time(fleet: GroupFleet, undisturbed: Generated) -> None:
     assert undisturbed.file
     follower = fleet.ranks()[1]
     began, before = time.monotonic(), follower.cpu_times()
@@ -101,12 +101,12 @@ def test_group_serves_requests_after_a_cancel(fleet: GroupFleet, undisturbed: Ge
 
 
 @pytest.mark.parametrize("rank", [1, 0])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 def test_request_survives_a_lost_rank(
-    fleet: GroupFleet, undisturbed: Generated, rank: int, number: signal.Signals
+    fleet: GroupFleet, undisturbed: Generated, rank: int, signum: signal.Signals
 ) -> None:
     before = fleet.ranks()
-    generated = fleet.generate(STEPS // 2, partial(before[rank].send_signal, number))
+    generated = fleet.generate(STEPS // 2, partial(before[rank].send_signal, signum))
     assert generated.state == pb.REQUEST_STATE_SUCCEEDED
     assert generated.file == undisturbed.file
     assert generated.steps.count(0) == 2, "the request did not restart"
@@ -120,7 +120,7 @@ def test_request_survives_a_hung_rank(fleet: GroupFleet, undisturbed: Generated,
     assert not marker.exists(), "no rank hung"
     assert generated.state == pb.REQUEST_STATE_SUCCEEDED
     assert generated.file == undisturbed.file
-    assert generated.steps.count(1) == 1, "the request did not resume from a checkpoint"
+    assert generated.steps.count(1) == 1, "the request did not resume from a step checkpoint"
     assert not any(process.is_running() for process in before.values())
 
 

@@ -104,7 +104,7 @@ def test_plugin_family_on_workers_equals_local_stages(toy: ServedModel, store_ur
                 assert [each.name for each in live.kernels] == (["triton"] if uses_kernels else [])
                 channel = await stack.enter_async_context(open_channel(live.address))
                 assert await get_model_info(channel) == worker.info
-                assert await health(channel, f"fleet.v1.{services_name(spec.service)}") == 1
+                assert await health(channel, f"fleet.v1.{grpc_service_of(spec.service)}") == 1
                 runners.append(RemoteRunner(channel, spec.service, spec.contract))
             warnings: list[tuple[str, str]] = []
             call = Call("r1", on_warning=lambda field, text: warnings.append((field, text)))
@@ -120,7 +120,8 @@ def test_plugin_family_on_workers_equals_local_stages(toy: ServedModel, store_ur
     run_within(90, test)
 
 
-def services_name(service: str) -> str:
+def grpc_service_of(service: str) -> str:
+    """Name of the gRPC service, such as DenoisingService."""
     return service.title().replace("_", "") + "Service"
 
 
@@ -132,7 +133,9 @@ async def health(channel: grpc.aio.Channel, service: str) -> int:
     return int(reply.status)
 
 
-def test_worker_info_health_and_metrics(toy: ServedModel, store_url: str, tmp_path: Path) -> None:
+def test_worker_info_has_its_settings_and_reflection_lists_its_services(
+    toy: ServedModel, store_url: str, tmp_path: Path
+) -> None:
     async def test() -> None:
         options = {"listen": f"unix:{tmp_path}/w.sock", "dtype": "bfloat16", "capacity": 3, "metrics_port": 0}
         worker = await start_worker("denoising", toy, settings_of(store_url, **options))
@@ -159,7 +162,7 @@ def test_worker_info_health_and_metrics(toy: ServedModel, store_url: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("service", "more", "kind", "words"),
+    ("service", "more", "expected", "message"),
     [
         ("image_encoding", {}, InvalidInput, "has no image_encoding service; it has text_encoding"),
         ("denoising", {"device": "cuda:99"}, FailedPrecondition, "device: cuda:99 is not available"),
@@ -171,10 +174,10 @@ def test_worker_info_health_and_metrics(toy: ServedModel, store_url: str, tmp_pa
     ],
 )
 def test_invalid_settings_start_no_worker(
-    toy: ServedModel, store_url: str, service: str, more: dict[str, Any], kind: type[FleetError], words: str
+    toy: ServedModel, store_url: str, service: str, more: dict[str, Any], expected: type[FleetError], message: str
 ) -> None:
     async def test() -> None:
-        with pytest.raises(kind, match=words):
+        with pytest.raises(expected, match=message):
             await start_worker(service, toy, settings_of(store_url, **more))
 
     run_within(90, test)
@@ -195,7 +198,7 @@ def test_another_model_under_the_same_name_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("argv", "code", "words"),
+    ("argv", "code", "message"),
     [
         (["--nonsense"], 2, "--nonsense"),
         ([], 2, "--redis is missing"),
@@ -204,13 +207,13 @@ def test_another_model_under_the_same_name_is_refused(
     ],
 )
 def test_invalid_settings_of_a_service_are_reported_in_one_line(
-    argv: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    argv: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in os.environ if name.startswith("FLEET_")]:
         monkeypatch.delenv(name)
     assert main_for("denoising", WorkerSettings)(argv) == code
     error = capsys.readouterr().err
-    assert words in error
+    assert message in error
     assert error.startswith("fleet serve denoising: ")
     assert error.count("\n") == 1
 
@@ -231,14 +234,14 @@ def test_sigterm_finishes_calls_withdraws_and_exits_with_0(
 ) -> None:
     socket = tmp_path / "w.sock"
     flags = {"model": f"toy={toy.checkpoint.path}", "redis": store_url, "plugins": plugins, "listen": f"unix:{socket}"}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    arguments = [argument for name, value in flags.items() for argument in (f"--{name}", str(value))]
     inputs = denoise_inputs(toy)
     header = header_frame(denoising_pb2.DenoiseRequest, inputs)
     rest = [frame for packet in inputs.values() for frame in chunk_frames(packet.chunks)]
 
     async def test() -> None:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.denoising", *words, "--threads", "1", stderr=asyncio.subprocess.PIPE
+            sys.executable, "-m", "services.denoising", *arguments, "--threads", "1", stderr=asyncio.subprocess.PIPE
         )
         try:
             async with connect(store_url) as redis, open_channel(f"unix:{socket}") as channel:
@@ -289,7 +292,7 @@ def test_sigterm_without_the_store_exits_with_0(toy: ServedModel, plugins: Path,
     socket = tmp_path / "w.sock"
     flags = {"model": f"toy={toy.checkpoint.path}", "redis": "unix:///nowhere", "plugins": plugins}
     flags["listen"] = f"unix:{socket}"
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    arguments = [argument for name, value in flags.items() for argument in (f"--{name}", str(value))]
 
     async def test() -> None:
         process = await asyncio.create_subprocess_exec(
@@ -298,7 +301,7 @@ def test_sigterm_without_the_store_exits_with_0(toy: ServedModel, plugins: Path,
             "services.cli",
             "serve",
             "decoding",
-            *words,
+            *arguments,
             "--threads",
             "1",
             stderr=asyncio.subprocess.PIPE,
