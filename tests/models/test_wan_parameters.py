@@ -112,7 +112,7 @@ def test_sizes_are_floored_to_whole_patches(tmp_path: Path) -> None:
         (build_tiny_wan_i2v, {"boundary_ratio": 0.9}, "transformer_2"),
     ],
 )
-def test_wan_of_mixed_versions_is_refused(
+def test_checkpoints_that_mix_wan_versions_are_refused(
     tmp_path: Path, build: Callable[[Path], Path], entries: dict[str, float], message: str
 ) -> None:
     path = build(tmp_path / "m")
