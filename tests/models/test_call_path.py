@@ -58,15 +58,15 @@ def test_the_call_path_to_attention_spans_the_listed_number_of_files(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(1)
-    found: list[list[str]] = []
+    paths: list[list[str]] = []
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         if files := files_to_read():
-            found.append(files)
+            paths.append(files)
         return attend(q, k, v, mask, out)
 
     monkeypatch.setattr(layer, "attention", attention)
     make_case(FAMILIES[family], tmp_path)
-    shortest = min(found, key=len)
+    shortest = min(paths, key=len)
     assert shortest[-1] == "models/layers/attention.py"
     assert len(shortest) == NUM_FILES[family], shortest

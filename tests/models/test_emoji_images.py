@@ -91,9 +91,9 @@ def test_half_of_the_twenty_prompts_are_held_out(references: References) -> None
 
 
 def test_images_are_recognised_as_their_prompts(images: dict[str, Image.Image], references: References) -> None:
-    seen = {prompt: references.nearest(image) for prompt, image in images.items()}
-    missed = {prompt: name for prompt, name in seen.items() if prompt != name}
-    assert len(missed) <= 0.3 * len(seen), missed
+    recognised = {prompt: references.nearest(image) for prompt, image in images.items()}
+    missed = {prompt: name for prompt, name in recognised.items() if prompt != name}
+    assert len(missed) <= 0.3 * len(recognised), missed
     missed_held_out = {prompt: name for prompt, name in missed.items() if prompt in references.held_out}
     assert len(missed_held_out) <= 0.3 * len(references.held_out), missed_held_out
 
@@ -102,7 +102,7 @@ def test_images_are_not_recognised_under_shuffled_prompts(
     images: dict[str, Image.Image], references: References
 ) -> None:
     shuffled = random.Random(0).sample(references.prompts, len(references.prompts))
-    hits = [references.nearest(images[drawn]) == named for drawn, named in zip(images, shuffled, strict=True)]
+    hits = [references.nearest(images[prompt]) == other for prompt, other in zip(images, shuffled, strict=True)]
     assert sum(hits) <= 0.1 * len(hits)
 
 

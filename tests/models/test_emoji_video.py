@@ -62,12 +62,12 @@ def fleet() -> Iterator[LocalFleet]:
 @pytest.fixture(scope="module")
 def video_of(fleet: LocalFleet) -> Callable[[str], Video]:
     """Generate a video with the checkpoint's defaults; cached by prompt."""
-    made: dict[str, Video] = {}
+    videos: dict[str, Video] = {}
 
     def generate(prompt: str) -> Video:
-        if prompt not in made:
-            made[prompt] = fleet.tensors(prompt=prompt, seed=0)["pixels"][0].double().numpy()
-        return made[prompt]
+        if prompt not in videos:
+            videos[prompt] = fleet.tensors(prompt=prompt, seed=0)["pixels"][0].double().numpy()
+        return videos[prompt]
 
     return generate
 
@@ -79,8 +79,8 @@ def video_of(fleet: LocalFleet) -> Callable[[str], Video]:
 def test_the_centre_of_mass_moves_as_prompted(
     video_of: Callable[[str], Video], prompt: str, axis: str, direction: int
 ) -> None:
-    seen = track(video_of(prompt))
-    along, across = (seen.x, seen.y) if axis == "x" else (seen.y, seen.x)
+    measured = track(video_of(prompt))
+    along, across = (measured.x, measured.y) if axis == "x" else (measured.y, measured.x)
     steps = direction * np.diff(along)
     assert (steps > 0).mean() >= 0.9, f"{axis} of the centre: {along.round(2)}"
     assert direction * (along[-1] - along[0]) > 0.25
@@ -89,11 +89,11 @@ def test_the_centre_of_mass_moves_as_prompted(
 
 def test_the_area_of_a_beating_heart_pulses(video_of: Callable[[str], Video]) -> None:
     """Two beats per clip: the area is large at a quarter of a beat and small at three quarters; the centre is fixed."""
-    seen = track(video_of("a red heart beating"))
-    large, small = seen.area[[2, 10]], seen.area[[6, 14]]
-    assert large.min() > 1.5 * small.max(), f"area: {seen.area.round(2)}"
-    assert np.ptp(seen.x) < 0.05
-    assert np.ptp(seen.y) < 0.05
+    measured = track(video_of("a red heart beating"))
+    large, small = measured.area[[2, 10]], measured.area[[6, 14]]
+    assert large.min() > 1.5 * small.max(), f"area: {measured.area.round(2)}"
+    assert np.ptp(measured.x) < 0.05
+    assert np.ptp(measured.y) < 0.05
 
 
 def test_the_beating_heart_is_red_on_white(video_of: Callable[[str], Video]) -> None:
@@ -106,9 +106,9 @@ def test_the_beating_heart_is_red_on_white(video_of: Callable[[str], Video]) -> 
 
 def test_noise_neither_moves_nor_pulses() -> None:
     """Negative control of the motion measure."""
-    seen = track(np.random.default_rng(0).random((FRAMES, 3, SIDE, SIDE)))
-    assert abs(seen.x[-1] - seen.x[0]) < 0.05
-    assert seen.area[[2, 10]].min() < 1.5 * seen.area[[6, 14]].max()
+    measured = track(np.random.default_rng(0).random((FRAMES, 3, SIDE, SIDE)))
+    assert abs(measured.x[-1] - measured.x[0]) < 0.05
+    assert measured.area[[2, 10]].min() < 1.5 * measured.area[[6, 14]].max()
 
 
 def test_diffusers_generates_the_same_video_from_the_same_directory(
@@ -132,6 +132,6 @@ def test_the_mp4_has_the_same_frames_at_the_models_frame_rate(
         assert stream.codec_context.name == "h264"
         assert float(stream.average_rate or 0) == 8
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    seen = np.stack(frames).astype(np.float64).transpose(0, 3, 1, 2) / 255
-    assert seen.shape == video_of("a red heart beating").shape
-    assert np.abs(seen - video_of("a red heart beating")).mean() < 0.03
+    decoded = np.stack(frames).astype(np.float64).transpose(0, 3, 1, 2) / 255
+    assert decoded.shape == video_of("a red heart beating").shape
+    assert np.abs(decoded - video_of("a red heart beating")).mean() < 0.03

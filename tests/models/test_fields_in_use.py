@@ -151,7 +151,7 @@ def recorded(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[StageSpec], Recorder]]:
     """By case: the stages of the variant, and the slots that the stages read in one request."""
-    found = {}
+    by_case = {}
     _encode_small_images(request)
     for name, case in CASES.items():
         recorder = Recorder()
@@ -163,8 +163,8 @@ def recorded(
             fleet.media(None, images, **case.given, seed=1)
             variant = fleet.model.variant(case.variant)
             assert variant is not None, f"the model has no variant {case.variant!r}"
-            found[name] = ([stage for each in variant.services for stage in each.stages], recorder)
-    return found
+            by_case[name] = ([stage for each in variant.services for stage in each.stages], recorder)
+    return by_case
 
 
 def test_every_family_and_variant_has_a_case() -> None:

@@ -94,8 +94,8 @@ def test_the_negative_prompt_is_encoded_only_with_guidance(
 ) -> None:
     prompt = dataclasses.replace(PROMPT, negative_prompt=negative_prompt)
     sampling = dataclasses.replace(SAMPLING, true_cfg_scale=scale)
-    made = run(dev, "text_encoding", {"prompt": prompt, "sampling": sampling})["text_conditioning"]
-    assert bool(made.negative_prompt_embeds) == encoded
+    conditioning = run(dev, "text_encoding", {"prompt": prompt, "sampling": sampling})["text_conditioning"]
+    assert bool(conditioning.negative_prompt_embeds) == encoded
 
 
 def test_truncated_text_is_reported(dev: Pair) -> None:
@@ -278,6 +278,6 @@ def test_noise_has_the_dtype_of_the_runtime_and_sigmas_are_float32(dev: Pair) ->
     model = dev.ours.model
     spec = model.service("latent_preparation")
     stages = load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.bfloat16))
-    made = HostedStages("latent_preparation", stages).run({"canvas": CANVAS, "sampling": SAMPLING}, Call("test"))
-    assert made["initial_latents"].parts["image"].latents.dtype == torch.bfloat16
-    assert made["schedule"].sigmas.dtype == torch.float32
+    outputs = HostedStages("latent_preparation", stages).run({"canvas": CANVAS, "sampling": SAMPLING}, Call("test"))
+    assert outputs["initial_latents"].parts["image"].latents.dtype == torch.bfloat16
+    assert outputs["schedule"].sigmas.dtype == torch.float32

@@ -50,7 +50,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def usual(pair: Pair) -> Tensor:
+def quoted_latents(pair: Pair) -> Tensor:
     """This project's latents of the request with a quoted text."""
     return pair[0].tensors(**BASE | QUOTED, seed=SEED)["latents"]
 
@@ -112,10 +112,10 @@ def test_the_whole_call_matches_diffusers(pair: Pair) -> None:
     ],
     ids=str,
 )
-def test_every_input_changes_the_result(pair: Pair, usual: Tensor, change: dict[str, Any]) -> None:
+def test_every_input_changes_the_result(pair: Pair, quoted_latents: Tensor, change: dict[str, Any]) -> None:
     """Negative control: each changed input moves the latents by more than 100 times the parity tolerance."""
     after = pair[0].tensors(**BASE | QUOTED | {"seed": SEED} | change)["latents"]
-    assert relative_error(after, usual) > 1e-2
+    assert relative_error(after, quoted_latents) > 1e-2
 
 
 def test_a_truncated_quoted_text_is_reported(pair: Pair) -> None:

@@ -33,9 +33,9 @@ Pair = tuple[Reference, LTX2VideoTransformer3DModel]
 def pair(path: Path, version: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Pair:
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
-    made = Reference(**transformer_sizes(version == "2.3") | sizes)
-    randomise(made)
-    made.save_pretrained(path)
+    random_model = Reference(**transformer_sizes(version == "2.3") | sizes)
+    randomise(random_model)
+    random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, dtype=dtype)
     with torch.device("meta"):
         ours = LTX2VideoTransformer3DModel(LTX2TransformerConfig.from_dict("transformer", dict(reference.config)))
@@ -216,8 +216,10 @@ def test_a_prediction_reads_no_value_on_the_host(tmp_path: Path, version: str) -
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
         whole = {**latents, **prepared.inputs(0)}
         call: dict[str, Any] = {name: fake.from_tensor(each.clone()) for name, each in whole.items()}
-        made = ours.predict(**call)
-    assert {name: each.shape for name, each in made.items()} == {name: each.shape for name, each in latents.items()}
+        predicted = ours.predict(**call)
+    assert {name: each.shape for name, each in predicted.items()} == {
+        name: each.shape for name, each in latents.items()
+    }
 
 
 def test_graphs_of_one_and_of_two_segments_have_different_keys(tmp_path: Path) -> None:

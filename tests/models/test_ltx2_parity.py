@@ -85,7 +85,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
 
 
 @pytest.fixture(scope="module")
-def usual(sides: Sides) -> dict[str, Tensor]:
+def default_results(sides: Sides) -> dict[str, Tensor]:
     """This project's results of the default request."""
     return sides.ours({})
 
@@ -174,21 +174,21 @@ def test_outputs_differ_from_each_other_and_from_a_single_output(sides: Sides) -
     ],
     ids=str,
 )
-def test_every_input_changes_the_result(sides: Sides, usual: dict[str, Tensor], change: Request) -> None:
+def test_every_input_changes_the_result(sides: Sides, default_results: dict[str, Tensor], change: Request) -> None:
     """Negative control: each changed input moves video and audio by more than 10 times the parity tolerance."""
     changed = sides.ours(change)
     for name in ("latents", "audio_latents"):
-        assert relative_error(changed[name], usual[name]) > 10 * LATENTS_WITHIN
+        assert relative_error(changed[name], default_results[name]) > 10 * LATENTS_WITHIN
 
 
 def test_image_arguments_change_later_frames_and_the_audio(sides: Sides) -> None:
     """The image, image_crf and use_cross_timestep affect the frames after the first frame, and the audio."""
     image, other = (coarse_image(150, 90, seed) for seed in (1, 2))
-    usual = sides.ours({}, image)
+    before = sides.ours({}, image)
     for request, given_image in (({}, other), ({"image_crf": 0}, image), ({"use_cross_timestep": False}, image)):
         changed = sides.ours(request, given_image)
-        assert relative_error(changed["latents"][:, :, 1:], usual["latents"][:, :, 1:]) > 1e-4
-        assert relative_error(changed["audio_latents"], usual["audio_latents"]) > 1e-4
+        assert relative_error(changed["latents"][:, :, 1:], before["latents"][:, :, 1:]) > 1e-4
+        assert relative_error(changed["audio_latents"], before["audio_latents"]) > 1e-4
 
 
 def test_rounded_frames_and_unused_guidance_are_reported(sides: Sides, old_sides: Sides) -> None:

@@ -35,9 +35,9 @@ PADDING = 5
 def pair(path: Path, dtype: torch.dtype, **sizes: Any) -> tuple[Reference, LTXVideoTransformer3DModel]:
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
-    made = Reference(**transformer_sizes() | sizes)
-    randomise(made)
-    made.save_pretrained(path)
+    random_model = Reference(**transformer_sizes() | sizes)
+    randomise(random_model)
+    random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, torch_dtype=dtype)
     config = LTXVideoTransformerConfig.from_dict("transformer", dict(reference.config))
     with torch.device("meta"):

@@ -50,8 +50,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
 
 @pytest.fixture(scope="module")
 def configs(fleet: LocalFleet) -> dict[str, LTXVideoPipelineConfig]:
-    kinds = {"text": LTXVideoPipelineConfig, "image": LTXVideoImageToVideoPipelineConfig}
-    return {variant: kind.from_checkpoint(fleet.model.checkpoint) for variant, kind in kinds.items()}
+    config_classes = {"text": LTXVideoPipelineConfig, "image": LTXVideoImageToVideoPipelineConfig}
+    return {variant: each.from_checkpoint(fleet.model.checkpoint) for variant, each in config_classes.items()}
 
 
 @pytest.fixture(scope="module")

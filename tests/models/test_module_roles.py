@@ -92,24 +92,24 @@ def t2v(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_a_renamed_scheduler_gives_the_same_bytes(t2v: tuple[Path, Path], registry: Registry) -> None:
-    usual, other = open_fleet(str(t2v[0])), LocalFleet(open_model(str(t2v[1]), registry))
-    ours, theirs = other.tensors(None, NO_IMAGES, **GIVEN), usual.tensors(None, NO_IMAGES, **GIVEN)
-    assert other.model.service("denoising").modules == ("transformer", "solver")
+    plain, renamed_fleet = open_fleet(str(t2v[0])), LocalFleet(open_model(str(t2v[1]), registry))
+    ours, theirs = renamed_fleet.tensors(None, NO_IMAGES, **GIVEN), plain.tensors(None, NO_IMAGES, **GIVEN)
+    assert renamed_fleet.model.service("denoising").modules == ("transformer", "solver")
     assert all(torch.equal(ours[name], theirs[name]) for name in ("latents", "pixels"))
-    usual.close()
-    other.close()
+    plain.close()
+    renamed_fleet.close()
 
 
 def test_a_renamed_image_processor_gives_the_same_bytes(tmp_path: Path, registry: Registry) -> None:
     path = build_tiny_wan_i2v(tmp_path / "i2v")
     names = [("scheduler", "solver"), ("image_processor", "feature_extractor")]
-    usual = open_fleet(str(path))
-    other = LocalFleet(open_model(str(renamed(path, tmp_path / "renamed", names)), registry))
+    plain = open_fleet(str(path))
+    renamed_fleet = LocalFleet(open_model(str(renamed(path, tmp_path / "renamed", names)), registry))
     images = {"image": png(coarse_image(40, 30, 1))}
-    ours, theirs = (fleet.tensors(None, images, **GIVEN) for fleet in (other, usual))
+    ours, theirs = (fleet.tensors(None, images, **GIVEN) for fleet in (renamed_fleet, plain))
     assert all(torch.equal(ours[name], theirs[name]) for name in ("latents", "pixels"))
-    usual.close()
-    other.close()
+    plain.close()
+    renamed_fleet.close()
 
 
 def test_a_warm_up_has_all_inputs_of_a_renamed_denoising_service(t2v: tuple[Path, Path], registry: Registry) -> None:

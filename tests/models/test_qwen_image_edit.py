@@ -100,11 +100,13 @@ def test_the_skipped_tokens_are_those_before_the_first_image() -> None:
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(pair: Pair) -> None:
     encoding = QwenImageEditPipelineConfig.from_checkpoint(pair[0].model.checkpoint).image_text_encoding
     encoder = pair[1].text_encoder.model
-    known = encoder.get_input_embeddings().num_embeddings
+    num_embeddings = encoder.get_input_embeddings().num_embeddings
     tokenizer = qwen_tokenizer()
-    assert len(tokenizer) == known
+    assert len(tokenizer) == num_embeddings
     tokenizer.add_tokens(["one more"])
-    with pytest.raises(CheckpointError, match=f"tokenizer: {known + 1} tokens are not at most {known}"):
+    with pytest.raises(
+        CheckpointError, match=f"tokenizer: {num_embeddings + 1} tokens are not at most {num_embeddings}"
+    ):
         ImageTextEncoder(encoding, tokenizer, pair[1].processor.image_processor, encoder, torch.device("cpu"))
 
 

@@ -50,7 +50,7 @@ def files(images: list[Image.Image]) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Pair]]:
-    """Fleet and reference pipeline of the architecture of releases 2511 (zero_cond_t) and 2509, by zero_cond_t."""
+    """Fleet and Diffusers' pipeline by zero_cond_t: True as in release 2511, False as in release 2509."""
     torch.set_num_threads(1)
     opened: dict[bool, Pair] = {}
     for zero_cond_t in (True, False):

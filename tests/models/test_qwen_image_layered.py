@@ -182,8 +182,8 @@ def loop_input(fleet: LocalFleet, call: Call, **change: Any) -> DenoisingInput:
     images = {"image": png(WIDE)}
     validated = InputValidationStage(fleet.model).run({**BASE, "num_inference_steps": 3, "seed": 3, **change}, images)
     values: dict[str, Any] = dict(validated.artifacts)
-    made = fleet.services["before_denoising"].of("").run(values, call)
-    return DenoisingInput(**made, sampling=values["sampling"])
+    outputs = fleet.services["before_denoising"].of("").run(values, call)
+    return DenoisingInput(**outputs, sampling=values["sampling"])
 
 
 def test_a_loop_resumes_after_every_step_and_ends_within_a_step_when_cancelled(fleet: LocalFleet) -> None:

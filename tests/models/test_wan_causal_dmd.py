@@ -348,11 +348,11 @@ def test_the_services_generate_a_video(loop: CausalLoop) -> None:
     """The loop streams blocks to the decoder, which returns the latents and pixels of all blocks."""
     fleet = open_fleet(str(loop.path))
     given: dict[str, ParamValue] = {"seed": 3, "prompt": "a red apple", "num_frames": FRAMES, **SIZE}
-    made = fleet.tensors(None, NO_IMAGES, **given)
+    tensors = fleet.tensors(None, NO_IMAGES, **given)
     fleet.close()
-    assert made["latents"].shape[2] == 3 * BLOCK
-    assert FRAMES in made["pixels"].shape
-    assert bool(made["pixels"].isfinite().all())
+    assert tensors["latents"].shape[2] == 3 * BLOCK
+    assert FRAMES in tensors["pixels"].shape
+    assert bool(tensors["pixels"].isfinite().all())
 
 
 def test_a_warm_up_runs_the_loop(loop: CausalLoop) -> None:

@@ -40,9 +40,9 @@ CPU = torch.device("cpu")
 def pair(path: Path, given: dict[str, Any], dtype: torch.dtype) -> tuple[Reference, WanTransformer3DModel]:
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
-    made = Reference(**BLOCKS, **given)
-    randomise(made)
-    made.save_pretrained(path)
+    random_model = Reference(**BLOCKS, **given)
+    randomise(random_model)
+    random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, dtype=dtype)
     with torch.device("meta"):
         ours = WanTransformer3DModel(WanTransformerConfig.from_dict("transformer", dict(reference.config)))

@@ -130,9 +130,9 @@ def test_the_services_generate_a_video(path: Path) -> None:
     edit_json(path / "scheduler" / "scheduler_config.json", {"_class_name": "SelfForcingFlowMatchScheduler"})
     fleet = open_fleet(str(path))
     given: dict[str, ParamValue] = {"seed": 3, "prompt": "a red apple", "num_frames": 5, **SIZE}
-    made = fleet.tensors(None, NO_IMAGES, **given)
-    assert made["pixels"].shape[0] == 1
-    assert bool(made["latents"].isfinite().all())
+    tensors = fleet.tensors(None, NO_IMAGES, **given)
+    assert tensors["pixels"].shape[0] == 1
+    assert bool(tensors["latents"].isfinite().all())
     fleet.close()
 
 

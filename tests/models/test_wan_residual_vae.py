@@ -173,10 +173,10 @@ def test_an_empty_config_equals_wan_2_1() -> None:
     ],
 )
 def test_entries_that_contradict_each_other_are_refused(entry: str, value: object, rule: str) -> None:
-    named = {"patch_size": "in_channels", "dim_mult": "temperal_downsample"} if rule != "at least 1" else {}
+    reported = {"patch_size": "in_channels", "dim_mult": "temperal_downsample"} if rule != "at least 1" else {}
     with pytest.raises(CheckpointError) as caught:
         AutoencoderKLWanConfig.from_dict("vae", PUBLISHED | {entry: value})
-    assert str(caught.value).startswith(f"vae/config.json: {named.get(entry, entry)}: ")
+    assert str(caught.value).startswith(f"vae/config.json: {reported.get(entry, entry)}: ")
     assert rule in str(caught.value)
 
 

@@ -40,9 +40,9 @@ FRAME_TOKENS = ROWS // 2 * COLUMNS // 2
 def pair(path: Path, dtype: torch.dtype = torch.float32, **sizes: Any) -> tuple[Reference, WanTransformer3DModel]:
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
-    made = Reference(**SIZES | sizes)
-    randomise(made)
-    made.save_pretrained(path)
+    random_model = Reference(**SIZES | sizes)
+    randomise(random_model)
+    random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, dtype=dtype)
     with torch.device("meta"):
         ours = WanTransformer3DModel(WanTransformerConfig.from_dict("transformer", dict(reference.config)))

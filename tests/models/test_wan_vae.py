@@ -73,8 +73,8 @@ def test_interleaved_sessions_decode_within_the_bound(concurrent: int) -> None:
     sessions = [published_session(6, concurrent) for _ in range(concurrent)]
     latents = torch.empty(1, 16, 3, 60, 104, dtype=torch.bfloat16, device="meta")
     with torch.inference_mode(), PeakBytes() as memory:
-        made = [[sum(1 for _ in session.feed(latents)) for session in sessions] for _ in range(2)]
-    assert made == {1: [[9], [12]], 2: [[0, 0], [21, 21]]}[concurrent]
+        counts = [[sum(1 for _ in session.feed(latents)) for session in sessions] for _ in range(2)]
+    assert counts == {1: [[9], [12]], 2: [[0, 0], [21, 21]]}[concurrent]
     assert memory.peak <= DECODING_BYTES
 
 

@@ -48,14 +48,14 @@ def opened(reference: object) -> ServedModel:
 
 def shapes_of(values: Mapping[str, Any]) -> Shapes:
     """Shapes of all graph inputs: conditioning of both branches, and latents by part."""
-    found: Shapes = {"positive": {}, "negative": {}, "latents": {}}
+    shapes: Shapes = {"positive": {}, "negative": {}, "latents": {}}
     conditioning = merge_conditioning(values["text_conditioning"], values.get("image_conditioning"))
-    found["positive"] = {name: tuple(value.shape) for name, value in conditioning.prompt_embeds.items()}
-    found["negative"] = {name: tuple(value.shape) for name, value in conditioning.negative_prompt_embeds.items()}
+    shapes["positive"] = {name: tuple(value.shape) for name, value in conditioning.prompt_embeds.items()}
+    shapes["negative"] = {name: tuple(value.shape) for name, value in conditioning.negative_prompt_embeds.items()}
     for slot in ("initial_latents", "image_latents"):
         for name, part in values[slot].parts.items() if slot in values else ():
-            found["latents"][name] = (*part.latents.shape, *part.raw_latent_shape)
-    return found
+            shapes["latents"][name] = (*part.latents.shape, *part.raw_latent_shape)
+    return shapes
 
 
 def real_inputs(model: ServedModel, params: Mapping[str, Any], image_size: tuple[int, int] | None) -> dict[str, Any]:
@@ -124,11 +124,11 @@ def test_a_warm_up_of_an_edit_has_image_latents_of_the_resized_image(tmp_path: P
     (warm_up_inputs,) = WarmUp.parse(opened(build_tiny_qwen_image_edit(tmp_path / "edit")), ("32x48",)).inputs(
         torch.bfloat16
     )
-    found = shapes_of(warm_up_inputs)
-    assert found["latents"]["image"] == (1, 6, 64, 1, 1, 16, 4, 6)
+    shapes = shapes_of(warm_up_inputs)
+    assert shapes["latents"]["image"] == (1, 6, 64, 1, 1, 16, 4, 6)
     # Diffusers resizes an image with this aspect ratio to 832 x 1248 pixels.
-    assert found["latents"]["condition"] == (1, 52 * 78, 64, 1, 1, 16, 104, 156)
-    assert found["positive"] == found["negative"], "guidance is on by default"
+    assert shapes["latents"]["condition"] == (1, 52 * 78, 64, 1, 1, 16, 104, 156)
+    assert shapes["positive"] == shapes["negative"], "guidance is on by default"
     assert warm_up_inputs["text_conditioning"].prompt_embeds["encoder_hidden_states"].dtype == torch.bfloat16
 
 

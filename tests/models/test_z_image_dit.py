@@ -33,9 +33,9 @@ SIZES: dict[str, Any] = {
 def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, ZImageTransformer2DModel]:
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
-    made = Reference(**SIZES)
-    randomise(made)
-    made.save_pretrained(path)
+    random_model = Reference(**SIZES)
+    randomise(random_model)
+    random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, torch_dtype=dtype)
     with torch.device("meta"):
         ours = ZImageTransformer2DModel(ZImageTransformerConfig.from_dict("transformer", dict(reference.config)))
