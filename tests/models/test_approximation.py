@@ -45,7 +45,7 @@ from toy_checkpoint import build_toy_checkpoint, toy_family
 
 CPU = torch.device("cpu")
 FLOAT8_LINEARS = Approximation("float8")
-BUILD: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
+FAMILIES: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
     "flux": (build_tiny_flux, "32x48", ("attn", "ff", "ff_context", "proj_mlp", "proj_out")),
     "flux2-klein": (build_tiny_flux2_klein, "32x48@image", ("attn", "ff", "ff_context")),
     "glm-image": (build_tiny_glm_image, "32x64", ("attn1", "ff")),
@@ -65,6 +65,7 @@ BUILD: dict[str, tuple[Callable[[Path], Path], str, tuple[str, ...]]] = {
         ),
     ),
 }
+"""(checkpoint builder, warm-up size, submodule names of the large block layers) by family."""
 Case = tuple[ServedModel, DenoisingInput, tuple[str, ...]]
 
 
@@ -76,14 +77,14 @@ def _small_images() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=BUILD)
+@pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A family's small model, the loop's input, and the submodule names of its large block layers."""
     torch.set_num_threads(1)
-    build, size, parts = BUILD[request.param]
+    build, size, layers = FAMILIES[request.param]
     model = open_model(str(build(tmp_path_factory.mktemp("model") / request.param)), load_registry())
     (inputs,) = WarmUp.parse(model, (size,)).inputs(torch.float32)
-    return model, DenoisingInput(**inputs), parts
+    return model, DenoisingInput(**inputs), layers
 
 
 def stage_of(model: ServedModel, approximation: Approximation, step_checkpoint_every: int = 0) -> DenoisingStage:
@@ -108,14 +109,14 @@ def latents_of(stage: DenoisingStage, x: DenoisingInput, call: Call | None = Non
 
 def test_float8_is_applied_to_all_large_layers_and_no_others(case: Case) -> None:
     """Each large weight of the blocks is stored once, as float8; the result is close to the exact result."""
-    model, x, parts = case
+    model, x, layers = case
     stage = stage_of(model, FLOAT8_LINEARS)
     transformer: Any = stage._predictor.transformers["transformer"]
     quantised = {name for name, value in transformer.named_parameters() if value.dtype == FLOAT8}
     matrices = (name for name, value in transformer.named_parameters() if value.ndim == 2)
     blocks = [name.split(".") for name in matrices if any(part in name for part in ("blocks.", "layers.", "_refiner."))]
     # The layer of per-head gates is small.
-    assert quantised == {".".join(path) for path in blocks if path[2] in parts and "to_gate_logits" not in path}
+    assert quantised == {".".join(path) for path in blocks if path[2] in layers and "to_gate_logits" not in path}
     for module in transformer.modules():
         if isinstance(module, JoinsWeights):
             joined = [value for value in vars(module).values() if isinstance(value, JoinedLinear)]
@@ -125,38 +126,38 @@ def test_float8_is_applied_to_all_large_layers_and_no_others(case: Case) -> None
     assert 1e-4 < error < 0.1
 
 
-def cached(model: ServedModel, threshold: float) -> DenoisingStage:
+def with_step_cache(model: ServedModel, threshold: float) -> DenoisingStage:
     return stage_of(model, Approximation(step_cache_threshold=threshold), step_checkpoint_every=1)
 
 
 def test_a_step_cache_without_reused_steps_changes_no_bit(case: Case) -> None:
     """Probes run, but no step differs from the previous step by less than the threshold."""
     model, x, _ = case
-    before = reused()
-    assert torch.equal(latents_of(cached(model, 1e-9), x), latents_of(stage_of(model, EXACT), x))
-    assert reused() == before
+    before = reused_count()
+    assert torch.equal(latents_of(with_step_cache(model, 1e-9), x), latents_of(stage_of(model, EXACT), x))
+    assert reused_count() == before
 
 
 def test_a_step_cache_reuses_steps_with_small_changes(case: Case, caplog: pytest.LogCaptureFixture) -> None:
-    """A second request does not reuse residuals of the first request."""
+    """A second request gives the same bytes, because it does not reuse residuals of the first request."""
     model, x, _ = case
-    stage, before = cached(model, 1e9), reused()
+    stage, before = with_step_cache(model, 1e9), reused_count()
     with caplog.at_level(logging.INFO, "models.stages.denoising"):
         first = latents_of(stage, x)
     has_negative = bool(x.text_conditioning.negative_prompt_embeds)
     branches = len(stage._config.branches_of(x.sampling, has_negative=has_negative))
-    assert reused() - before == branches * (STEPS - 1)
+    assert reused_count() - before == branches * (STEPS - 1)
     assert f"reused={branches * (STEPS - 1)} steps={STEPS}" in caplog.text
     error = relative_error(first, latents_of(stage_of(model, EXACT), x))
-    # Guidance on clean latents with three branches amplifies each branch's error at high noise levels.
+    # Only LTX-2 has two latent parts. Its guidance on clean latents, with three branches, amplifies errors more.
     assert 1e-5 < error < (0.5 if len(x.initial_latents.parts) == 1 else 1.0)
     assert torch.equal(latents_of(stage, x), first)
 
 
 def test_a_reused_step_adds_the_cached_residual(case: Case) -> None:
-    """For the same step as before, the probe path returns the same prediction."""
+    """If the same step is repeated, the cached residual gives the same prediction."""
     model, x, _ = case
-    stage = cached(model, 1e-9)
+    stage = with_step_cache(model, 1e-9)
     with torch.inference_mode(), stage._memory.leases() as lease:
         predictor = stage._predictor
         request = predictor.request(x)
@@ -164,12 +165,12 @@ def test_a_reused_step_adds_the_cached_residual(case: Case) -> None:
         branches = predictor.branches(request, state.latents, request.steps, lease, stage._caching)
         given = predictor.model_input(state.latents, request.conditions)
         branch = branches._branches["positive", "transformer"]
-        computed, again = branch.predict(given, 0), branch.predict(given, 0)
+        computed, reused = branch.predict(given, 0), branch.predict(given, 0)
     assert branch.reused == 1
-    assert relative_error(again["hidden_states"], computed["hidden_states"]) <= 1e-5
+    assert relative_error(reused["hidden_states"], computed["hidden_states"]) <= 1e-5
 
 
-def test_a_loop_with_a_step_cache_has_no_checkpoints(case: Case) -> None:
+def test_a_loop_with_a_step_cache_neither_sends_nor_accepts_step_checkpoints(case: Case) -> None:
     model, x, _ = case
     states: list[StepCheckpoint] = []
     latents_of(
@@ -177,9 +178,9 @@ def test_a_loop_with_a_step_cache_has_no_checkpoints(case: Case) -> None:
     )
     assert len(states) == STEPS - 1
     call = Call("test", on_item=step_checkpoints_to(lambda _: pytest.fail("a step checkpoint was sent")))
-    latents_of(cached(model, 1e-9), x, call)
+    latents_of(with_step_cache(model, 1e-9), x, call)
     with pytest.raises(InvalidInput, match="a loop with a step cache has no checkpoints") as caught:
-        latents_of(cached(model, 1e-9), replace(x, resume_from=states[0]))
+        latents_of(with_step_cache(model, 1e-9), replace(x, resume_from=states[0]))
     assert caught.value.field == "resume_from"
 
 
@@ -187,11 +188,11 @@ def test_a_loop_with_a_step_cache_is_not_handed_over(case: Case) -> None:
     model, x, _ = case
     call = Call("test")
     call.hand_over.set()
-    whole = latents_of(cached(model, 1e-9), x)
-    assert torch.equal(latents_of(cached(model, 1e-9), x, call), whole)
+    whole = latents_of(with_step_cache(model, 1e-9), x)
+    assert torch.equal(latents_of(with_step_cache(model, 1e-9), x, call), whole)
 
 
-def reused() -> float:
+def reused_count() -> float:
     """Count of reused predictions of all requests in this process."""
     return REGISTRY.get_sample_value("fleet_steps_reused_total") or 0.0
 

@@ -80,8 +80,8 @@ def test_a_stochastic_loop_resumes_to_the_same_bytes_at_every_step() -> None:
         assert equal(run(stage, replace(x, resume_from=state)), whole), f"after step {state.step}"
 
 
-def test_step_checkpoints_hold_the_latents_before_after_loop() -> None:
-    """after_loop() changes the result, not the last step checkpoint, which precedes the last step."""
+def test_a_resume_from_the_last_step_checkpoint_runs_the_last_step_and_after_loop() -> None:
+    """The last step checkpoint precedes the last step, so it never contains the changes of after_loop()."""
     x = loop_input()
     _, states = checkpoints_of(x)
     stage, config = loop_stage()
@@ -100,7 +100,7 @@ def test_step_checkpoints_hold_the_latents_before_after_loop() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_checkpoint_of_another_loop_is_refused(change: dict[str, object], field: str) -> None:
+def test_a_step_checkpoint_of_another_loop_is_refused(change: dict[str, object], field: str) -> None:
     x = loop_input()
     _, states = checkpoints_of(x)
     stage, _ = loop_stage()
@@ -121,7 +121,7 @@ def test_graphs_give_the_same_bytes_as_eager_steps() -> None:
     assert capture.replays > 3 * len(capture.graphs)
 
 
-def test_memory_is_reset_for_every_request() -> None:
+def test_step_memory_is_reset_for_every_request() -> None:
     """Graphs update step memory in place, at a fixed address; the next request starts from zeros."""
     eager, _ = loop_stage(remembers=True)
     stage, capture = with_graphs(remembers=True)
@@ -133,8 +133,8 @@ def test_memory_is_reset_for_every_request() -> None:
     assert len(capture.graphs) == 8
 
 
-def test_idle_memory_is_freed_for_other_shapes() -> None:
-    """The bound is in bytes: memory for one output evicts idle memory for two outputs."""
+def test_idle_step_memory_is_freed_for_other_shapes() -> None:
+    """The pool is bounded in bytes: step memory for one output evicts idle step memory for two outputs."""
     measured, _ = with_graphs()
     run(measured, loop_input())
     stage, capture = with_graphs(max_bytes=measured._memory.byte_size)
@@ -155,7 +155,7 @@ def shorter(x: DenoisingInput) -> DenoisingInput:
     return replace(x, initial_latents=Latents(parts=parts), sampling=sampling)
 
 
-def test_steps_that_exceed_memory_are_refused_before_the_loop_starts() -> None:
+def test_a_request_that_exceeds_step_memory_is_refused_before_the_loop_starts() -> None:
     stage, capture = with_graphs(max_bytes=100)
     steps: list[int] = []
     with pytest.raises(ResourceExhausted, match=r"needs \d+ bytes, but \d+ of 100 are free") as refused:
@@ -167,7 +167,7 @@ def test_steps_that_exceed_memory_are_refused_before_the_loop_starts() -> None:
 
 
 @pytest.mark.parametrize("failing_call", [1, 5, 8, 12])
-def test_a_loop_that_fails_returns_its_memory(monkeypatch: pytest.MonkeyPatch, failing_call: int) -> None:
+def test_a_loop_that_fails_returns_its_step_memory(monkeypatch: pytest.MonkeyPatch, failing_call: int) -> None:
     """Failures in an eager step of the first expert, in two captures, and in an eager step of the second expert."""
     stage, _ = with_graphs(remembers=True)
     eager, _ = loop_stage(remembers=True)
@@ -198,7 +198,7 @@ def test_a_loop_that_fails_returns_its_memory(monkeypatch: pytest.MonkeyPatch, f
     assert set(stage._memory._idle.values()) == idle, "later requests lease the memory that the failed request returned"
 
 
-def test_a_cancelled_loop_returns_its_memory() -> None:
+def test_a_cancelled_loop_returns_its_step_memory() -> None:
     stage, _ = with_graphs(remembers=True)
     eager, _ = loop_stage(remembers=True)
     x, cancelled = loop_input(), threading.Event()
@@ -208,7 +208,7 @@ def test_a_cancelled_loop_returns_its_memory() -> None:
     assert equal(run(stage, x), run(eager, x))
 
 
-def test_stages_of_one_runtime_share_one_pool() -> None:
+def test_stages_of_one_runtime_share_one_step_memory_pool() -> None:
     """Both stages count towards one bound, and neither uses the other stage's graphs."""
     runtime = Runtime()
     (one, _), (other, _) = loop_stage(runtime), loop_stage(runtime)
@@ -224,8 +224,8 @@ def test_stages_of_one_runtime_share_one_pool() -> None:
         assert runtime.step_memory.byte_size == 2 * size
 
 
-def test_a_loop_that_is_handed_over_ends_at_the_step_boundary_with_its_checkpoint() -> None:
-    """No step is repeated and the result is unchanged, also if step checkpoints are otherwise disabled."""
+def test_a_loop_that_is_handed_over_sends_a_step_checkpoint_at_the_step_boundary() -> None:
+    """The resumed loop repeats no step and gives the same bytes. Periodic step checkpoints are disabled."""
     x = loop_input()
     whole, _ = checkpoints_of(x)
     stage, _ = loop_stage(Runtime(step_checkpoint_every=0, step_checkpoint_seconds=0.0))
@@ -248,7 +248,7 @@ def test_a_loop_that_is_handed_over_ends_at_the_step_boundary_with_its_checkpoin
         assert done == list(range(1, STEPS + 1))
 
 
-def test_a_loop_that_is_handed_over_before_its_first_step_sends_no_checkpoint() -> None:
+def test_a_loop_that_is_handed_over_before_it_runs_a_step_sends_no_step_checkpoint() -> None:
     x = loop_input()
     _, states = checkpoints_of(x)
     stage, _ = loop_stage()

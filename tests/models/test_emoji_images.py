@@ -1,4 +1,4 @@
-"""The emoji model follows its prompts, including colour-noun pairs that training left out.
+"""The emoji model follows its prompts, including colour-noun pairs that are held out of training.
 
 Twenty prompts, each with its position as seed, are compared with 64 candidate images: one for each prompt, and 44
 others, mostly the same nouns in other colours. The similarity measure is not learned: both images are reduced to the
@@ -8,7 +8,7 @@ tests/golden/emoji_references.png was rendered from the training images (see the
 training code: the emoji on white, at 84% of a 128-pixel square; for a colour, the hue of each pixel within about 50
 degrees of the emoji's dominant hue (or of each pale pixel, if the emoji has no vivid colour) is replaced by the named
 hue; then the image is averaged down to 32 pixels. The .json file next to it names the tiles row by row; "held_out"
-lists the first ten colour-noun pairs that training left out.
+lists the first ten held-out colour-noun pairs.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class References:
     """Candidate images by name, and the names that are prompts."""
 
     def __init__(self) -> None:
-        about: dict[str, Any] = json.loads((GOLDEN / "emoji_references.json").read_text())
-        self.trained: list[str] = about["trained"]
-        self.held_out: list[str] = about["held_out"]
-        self.names: list[str] = [*self.trained, *self.held_out, *about["others"]]
-        sheet, side, columns = Image.open(GOLDEN / "emoji_references.png"), about["tile"], about["columns"]
+        sheet_info: dict[str, Any] = json.loads((GOLDEN / "emoji_references.json").read_text())
+        self.trained: list[str] = sheet_info["trained"]
+        self.held_out: list[str] = sheet_info["held_out"]
+        self.names: list[str] = [*self.trained, *self.held_out, *sheet_info["others"]]
+        sheet, side, columns = Image.open(GOLDEN / "emoji_references.png"), sheet_info["tile"], sheet_info["columns"]
         boxes = [(i % columns * side, i // columns * side) for i in range(len(self.names))]
         self._tiles = np.stack([tiles(sheet.crop((x, y, x + side, y + side))) for x, y in boxes])
 
@@ -85,31 +85,29 @@ def images(draw: Draw, references: References) -> dict[str, Image.Image]:
     return {prompt: draw(prompt, seed) for seed, prompt in enumerate(references.prompts)}
 
 
-def test_half_of_the_twenty_prompts_were_never_trained(
-    references: References,
-) -> None:
+def test_half_of_the_twenty_prompts_are_held_out(references: References) -> None:
     assert len(references.trained) == len(references.held_out) == 10
     assert len(set(references.names)) == len(references.names) >= 50
 
 
-def test_images_are_recognised(images: dict[str, Image.Image], references: References) -> None:
-    seen = {prompt: references.nearest(image) for prompt, image in images.items()}
-    missed = {prompt: name for prompt, name in seen.items() if prompt != name}
-    assert len(missed) <= 0.3 * len(seen), missed
-    missed_new = {prompt: name for prompt, name in missed.items() if prompt in references.held_out}
-    assert len(missed_new) <= 0.3 * len(references.held_out), missed_new
+def test_images_are_recognised_as_their_prompts(images: dict[str, Image.Image], references: References) -> None:
+    recognised = {prompt: references.nearest(image) for prompt, image in images.items()}
+    missed = {prompt: name for prompt, name in recognised.items() if prompt != name}
+    assert len(missed) <= 0.3 * len(recognised), missed
+    missed_held_out = {prompt: name for prompt, name in missed.items() if prompt in references.held_out}
+    assert len(missed_held_out) <= 0.3 * len(references.held_out), missed_held_out
 
 
 def test_images_are_not_recognised_under_shuffled_prompts(
     images: dict[str, Image.Image], references: References
 ) -> None:
     shuffled = random.Random(0).sample(references.prompts, len(references.prompts))
-    hits = [references.nearest(images[drawn]) == named for drawn, named in zip(images, shuffled, strict=True)]
+    hits = [references.nearest(images[prompt]) == other for prompt, other in zip(images, shuffled, strict=True)]
     assert sum(hits) <= 0.1 * len(hits)
 
 
 def test_noise_is_not_recognised(references: References) -> None:
-    """Negative control of the measure: random images must fail."""
+    """Negative control of the similarity measure."""
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (128, 128, 3), np.uint8)) for _ in references.prompts]
     hits = [references.nearest(image) == prompt for image, prompt in zip(noise, references.prompts, strict=True)]
@@ -117,9 +115,9 @@ def test_noise_is_not_recognised(references: References) -> None:
 
 
 def test_the_seed_determines_the_image(draw: Draw, images: dict[str, Image.Image]) -> None:
-    again, other = draw("a cat", 0), draw("a cat", 1)
-    assert again.tobytes() == images["a cat"].tobytes()
-    assert other.tobytes() != again.tobytes()
+    same, other = draw("a cat", 0), draw("a cat", 1)
+    assert same.tobytes() == images["a cat"].tobytes()
+    assert other.tobytes() != same.tobytes()
 
 
 def test_diffusers_generates_the_same_images_from_the_same_directory(

@@ -1,8 +1,8 @@
 """The emoji video model shows the prompted object with the prompted motion.
 
 The object is separated from the background by colour: pixels that differ from the median colour of the frame's border
-belong to the emoji. The motion is its centre of mass and its area over time. The measure is not learned; noise has no
-steady centre and no uniform background.
+belong to the emoji. The motion is its centre of mass and its area over time. The measure is not learned; for noise, the
+centre does not move and the area does not pulse.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from local_fleet import LocalFleet, open_fleet, reference_run
 
 MODEL = "emoji-video"
 FRAMES, SIDE = 17, 64
-DIFFERENT = 0.15
+MIN_DIFFERENCE = 0.15
+"""Smallest difference from the background colour, in [0, 1], of a pixel that belongs to the object."""
 
 Video = NDArray[np.float64]
 """Frames (F, 3, H, W) in [0, 1]."""
@@ -42,7 +43,7 @@ def track(video: Video) -> Track:
     border = np.concatenate([video[:, :, 0], video[:, :, -1], video[..., 0], video[..., -1]], axis=-1)
     background = np.median(border, axis=-1)[..., None, None]
     mass = np.abs(video - background).max(axis=1)
-    mass[mass < DIFFERENT] = 0
+    mass[mass < MIN_DIFFERENCE] = 0
     rows, columns = np.mgrid[: mass.shape[1], : mass.shape[2]] + 0.5
     total = mass.sum(axis=(1, 2)) + 1e-9
     x, y = ((mass * axis).sum(axis=(1, 2)) / total / SIDE for axis in (columns, rows))
@@ -59,16 +60,16 @@ def fleet() -> Iterator[LocalFleet]:
 
 
 @pytest.fixture(scope="module")
-def show(fleet: LocalFleet) -> Callable[[str], Video]:
+def video_of(fleet: LocalFleet) -> Callable[[str], Video]:
     """Generate a video with the checkpoint's defaults; cached by prompt."""
-    made: dict[str, Video] = {}
+    videos: dict[str, Video] = {}
 
-    def shown(prompt: str) -> Video:
-        if prompt not in made:
-            made[prompt] = fleet.tensors(prompt=prompt, seed=0)["pixels"][0].double().numpy()
-        return made[prompt]
+    def generate(prompt: str) -> Video:
+        if prompt not in videos:
+            videos[prompt] = fleet.tensors(prompt=prompt, seed=0)["pixels"][0].double().numpy()
+        return videos[prompt]
 
-    return shown
+    return generate
 
 
 @pytest.mark.parametrize(
@@ -76,52 +77,54 @@ def show(fleet: LocalFleet) -> Callable[[str], Video]:
     [("a cat moving left", "x", -1), ("a red car moving right", "x", 1), ("an apple falling", "y", 1)],
 )
 def test_the_centre_of_mass_moves_as_prompted(
-    show: Callable[[str], Video], prompt: str, axis: str, direction: int
+    video_of: Callable[[str], Video], prompt: str, axis: str, direction: int
 ) -> None:
-    seen = track(show(prompt))
-    along, across = (seen.x, seen.y) if axis == "x" else (seen.y, seen.x)
+    measured = track(video_of(prompt))
+    along, across = (measured.x, measured.y) if axis == "x" else (measured.y, measured.x)
     steps = direction * np.diff(along)
     assert (steps > 0).mean() >= 0.9, f"{axis} of the centre: {along.round(2)}"
     assert direction * (along[-1] - along[0]) > 0.25
-    assert np.ptp(across) < 0.1, "the object also moves in the other direction"
+    assert np.ptp(across) < 0.1, "the object also moves along the other axis"
 
 
-def test_the_area_of_a_beating_heart_pulses(show: Callable[[str], Video]) -> None:
+def test_the_area_of_a_beating_heart_pulses(video_of: Callable[[str], Video]) -> None:
     """Two beats per clip: the area is large at a quarter of a beat and small at three quarters; the centre is fixed."""
-    seen = track(show("a red heart beating"))
-    large, small = seen.area[[2, 10]], seen.area[[6, 14]]
-    assert large.min() > 1.5 * small.max(), f"area: {seen.area.round(2)}"
-    assert np.ptp(seen.x) < 0.05
-    assert np.ptp(seen.y) < 0.05
+    measured = track(video_of("a red heart beating"))
+    large, small = measured.area[[2, 10]], measured.area[[6, 14]]
+    assert large.min() > 1.5 * small.max(), f"area: {measured.area.round(2)}"
+    assert np.ptp(measured.x) < 0.05
+    assert np.ptp(measured.y) < 0.05
 
 
-def test_the_beating_heart_is_red_on_white(show: Callable[[str], Video]) -> None:
-    video = show("a red heart beating")
+def test_the_beating_heart_is_red_on_white(video_of: Callable[[str], Video]) -> None:
+    video = video_of("a red heart beating")
     red, green, blue = video[:, :, SIDE // 2, SIDE // 2].mean(axis=0)
     assert red > 0.6
     assert max(green, blue) < 0.5
     assert video[:, :, :2].min() > 0.85, "the background is not white"
 
 
-def test_noise_has_no_steady_centre() -> None:
-    """Negative control of the measure."""
-    seen = track(np.random.default_rng(0).random((FRAMES, 3, SIDE, SIDE)))
-    assert abs(seen.x[-1] - seen.x[0]) < 0.05
-    assert seen.area[[2, 10]].min() < 1.5 * seen.area[[6, 14]].max()
+def test_noise_neither_moves_nor_pulses() -> None:
+    """Negative control of the motion measure."""
+    measured = track(np.random.default_rng(0).random((FRAMES, 3, SIDE, SIDE)))
+    assert abs(measured.x[-1] - measured.x[0]) < 0.05
+    assert measured.area[[2, 10]].min() < 1.5 * measured.area[[6, 14]].max()
 
 
 def test_diffusers_generates_the_same_video_from_the_same_directory(
-    fleet: LocalFleet, show: Callable[[str], Video]
+    fleet: LocalFleet, video_of: Callable[[str], Video]
 ) -> None:
     pipeline = WanPipeline.from_pretrained(fleet.model.checkpoint.path, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     given = {**fleet.model.checkpoint.sampling_defaults}
     del given["frame_rate"]
     theirs = reference_run(pipeline, prompt="a red heart beating", seed=0, **given)
-    assert np.abs(theirs["pixels"][0].double().numpy() - show("a red heart beating")).max() < 1e-3
+    assert np.abs(theirs["pixels"][0].double().numpy() - video_of("a red heart beating")).max() < 1e-3
 
 
-def test_the_mp4_has_the_same_frames_at_the_models_frame_rate(fleet: LocalFleet, show: Callable[[str], Video]) -> None:
+def test_the_mp4_has_the_same_frames_at_the_models_frame_rate(
+    fleet: LocalFleet, video_of: Callable[[str], Video]
+) -> None:
     (item,) = fleet.media(prompt="a red heart beating", seed=0).items
     assert (item.content_type, item.num_frames, item.height, item.width) == ("video/mp4", FRAMES, SIDE, SIDE)
     with av.open(io.BytesIO(item.data.numpy().tobytes()), "r") as container:
@@ -129,6 +132,6 @@ def test_the_mp4_has_the_same_frames_at_the_models_frame_rate(fleet: LocalFleet,
         assert stream.codec_context.name == "h264"
         assert float(stream.average_rate or 0) == 8
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    seen = np.stack(frames).astype(np.float64).transpose(0, 3, 1, 2) / 255
-    assert seen.shape == show("a red heart beating").shape
-    assert np.abs(seen - show("a red heart beating")).mean() < 0.03
+    decoded = np.stack(frames).astype(np.float64).transpose(0, 3, 1, 2) / 255
+    assert decoded.shape == video_of("a red heart beating").shape
+    assert np.abs(decoded - video_of("a red heart beating")).mean() < 0.03

@@ -20,18 +20,18 @@ from tiny_flux import clip_tokenizer, t5_tokenizer
 from tiny_qwen_image import build_tiny_qwen_image_edit, qwen_tokenizer
 from tiny_wan import build_tiny_wan_i2v
 
-EMPTY = (CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast)
-WHOLE = (clip_tokenizer, qwen_tokenizer, t5_tokenizer)
+TOKENIZER_CLASSES = (CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast)
+TOKENIZER_BUILDERS = (clip_tokenizer, qwen_tokenizer, t5_tokenizer)
 
 
-@pytest.mark.parametrize("tokenizer_class", EMPTY)
+@pytest.mark.parametrize("tokenizer_class", TOKENIZER_CLASSES)
 def test_a_tokenizer_with_an_empty_vocabulary_is_refused(tokenizer_class: type) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer: 'a red apple' is not encoded by any token"):
         check_tokenizer("tokenizer", tokenizer_class(), "text_encoder", 50_000)
 
 
-@pytest.mark.parametrize("build", WHOLE)
-def test_a_tokenizer_needs_an_embedding_for_each_token(build: type) -> None:
+@pytest.mark.parametrize("build", TOKENIZER_BUILDERS)
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(build: type) -> None:
     tokenizer = build()
     check_tokenizer("tokenizer", tokenizer, "text_encoder", len(tokenizer))
     message = f"tokenizer: {len(tokenizer)} tokens are not at most {len(tokenizer) - 1}"
@@ -63,7 +63,7 @@ def edit_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_qwen_image_edit(tmp_path_factory.mktemp("edit"))
 
 
-def test_an_image_size_that_differs_from_the_vision_encoders_is_refused(wan: Path, tmp_path: Path) -> None:
+def test_an_image_size_other_than_the_input_size_of_the_vision_encoder_is_refused(wan: Path, tmp_path: Path) -> None:
     path = shutil.copytree(wan, tmp_path / "wan")
     file, crop = "image_processor/preprocessor_config.json", {"height": 112, "width": 112}
     with pytest.raises(
@@ -85,7 +85,7 @@ def test_an_image_size_that_differs_from_the_vision_encoders_is_refused(wan: Pat
         ),
     ],
 )
-def test_patches_that_differ_from_the_vision_towers_are_refused(
+def test_patches_of_another_size_than_the_vision_tower_reads_are_refused(
     edit_model: Path, tmp_path: Path, entries: dict[str, object], message: str
 ) -> None:
     path = shutil.copytree(edit_model, tmp_path / "edit")

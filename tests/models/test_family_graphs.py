@@ -22,7 +22,7 @@ from rank_calls import denoising_stage, open_with
 
 
 def latents_of(stage: Any, x: DenoisingInput) -> list[Tensor]:
-    """Latents of all parts, or of all blocks of a stream."""
+    """Run the loop; returns the latents of all parts, or of all blocks if the stage streams blocks."""
     items: list[Any] = []
     call = Call("test", on_item=lambda slot, _, item: items.append(item) if slot == BLOCKS else None)
     done = stage.run(x, call)
@@ -31,7 +31,7 @@ def latents_of(stage: Any, x: DenoisingInput) -> list[Tensor]:
 
 
 def forget_cached_tensors() -> None:
-    """Clear the denoisers' lru_caches, as requests of other shapes evict entries."""
+    """Clear the lru_caches of all DiTs, as if requests of other shapes had evicted the entries."""
     dits = [module for name, module in sys.modules.items() if name.startswith("models.dits.")]
     for each in {value for module in dits for value in vars(module).values() if type(value) is _lru_cache_wrapper}:
         each.cache_clear()

@@ -1,4 +1,4 @@
-"""Every slot that a pipeline declares is read by a stage; a subclass of the inputs records each access."""
+"""Every slot that a pipeline declares is read by a stage; a subclass of each stage's Input records the reads."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Recorder:
         return {(each.contract.name, slot) for each in stages for slot in each.contract.inputs} - self.reads
 
     def unread_outputs(self, stages: Iterable[StageSpec]) -> set[Slot]:
-        """Outputs that no stage has read, except for the result."""
+        """Declared outputs that no stage has read, except for the pipeline's result."""
         read = {slot for _, slot in self.reads}
         return {
             (each.contract.name, slot)
@@ -79,15 +79,15 @@ class Recorder:
 
 
 class Build(Protocol):
-    """Writes a small checkpoint."""
+    """Function that writes a small checkpoint."""
 
     def __call__(self, path: Path, /) -> Path:
-        """Returns its directory."""
+        """Write the checkpoint to `path`; returns the checkpoint's directory."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A small request of one variant of a family; without a builder, the model is a shipped model."""
+    """A small request of one variant of a family. `build` is a builder, or the name of a shipped model."""
 
     build: Build | str
     given: Mapping[str, Any]
@@ -150,8 +150,8 @@ def _encode_small_images(request: pytest.FixtureRequest) -> None:
 def recorded(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[StageSpec], Recorder]]:
-    """The stages of a variant, and the slots that they read in one request."""
-    found = {}
+    """By case: the stages of the variant, and the slots that the stages read in one request."""
+    by_case = {}
     _encode_small_images(request)
     for name, case in CASES.items():
         recorder = Recorder()
@@ -162,27 +162,28 @@ def recorded(
             images = {"image": png(coarse_image(80, 70, 1))} if case.has_image else {}
             fleet.media(None, images, **case.given, seed=1)
             variant = fleet.model.variant(case.variant)
-            assert variant is not None, "the model has the variant"
-            found[name] = ([stage for each in variant.services for stage in each.stages], recorder)
-    return found
+            assert variant is not None, f"the model has no variant {case.variant!r}"
+            by_case[name] = ([stage for each in variant.services for stage in each.stages], recorder)
+    return by_case
 
 
-def test_every_family_has_a_case() -> None:
+def test_every_family_and_variant_has_a_case() -> None:
     registry = load_registry()
     assert sorted({name.partition("@")[0] for name in CASES}) == registry.names()
     served = {f"{name}@{variant}" for name in registry.names() for variant in registry.entry(name).configs if variant}
-    # One directory serves both pipelines of Wan 2.2 TI2V, LTX-Video and LTX-2; each pipeline has both variants.
-    others = {"WanImageToVideoPipeline@image", "WanImageToVideoPipeline@text"}
-    assert served - set(CASES) == others | {"LTXImageToVideoPipeline@text", "LTX2ImageToVideoPipeline@text"}
+    # One directory serves both pipelines of Wan 2.2 TI2V, LTX-Video and LTX-2; each has both variants.
+    # A variant needs a case of one pipeline only.
+    covered = {"WanImageToVideoPipeline@image", "WanImageToVideoPipeline@text"}
+    assert served - set(CASES) == covered | {"LTXImageToVideoPipeline@text", "LTX2ImageToVideoPipeline@text"}
 
 
-def test_each_input_is_read_by_a_family(recorded: dict[str, tuple[list[StageSpec], Recorder]]) -> None:
-    everything = Recorder({slot for _, recorder in recorded.values() for slot in recorder.reads})
-    assert not everything.unread_inputs(stage for stages, _ in recorded.values() for stage in stages)
+def test_each_declared_input_is_read_by_a_family(recorded: dict[str, tuple[list[StageSpec], Recorder]]) -> None:
+    all_reads = Recorder({slot for _, recorder in recorded.values() for slot in recorder.reads})
+    assert not all_reads.unread_inputs(stage for stages, _ in recorded.values() for stage in stages)
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_each_output_is_read(recorded: dict[str, tuple[list[StageSpec], Recorder]], family: str) -> None:
+def test_each_declared_output_is_read(recorded: dict[str, tuple[list[StageSpec], Recorder]], family: str) -> None:
     stages, recorder = recorded[family]
     assert not recorder.unread_outputs(stages)
 

@@ -75,7 +75,7 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(
         assert torch.equal(loop(DenoisingInput(**vars(x) | {"resume_from": sent}), Call("test")), whole), state.step
 
 
-def test_cancellation_ends_the_loop_after_its_step(
+def test_cancellation_ends_the_loop_after_the_current_step(
     loop: Callable[[DenoisingInput, Call], Tensor], x: DenoisingInput
 ) -> None:
     recorded: list[int] = []
@@ -129,7 +129,7 @@ def test_only_an_explicit_size_is_rounded_with_a_warning(checkpoint: Checkpoint)
         ({"caption_upsample_temperature": 0.15}, "caption_upsample_temperature"),
     ],
 )
-def test_bad_parameters_are_refused(checkpoint: Checkpoint, given: dict[str, Any], field: str) -> None:
+def test_invalid_parameters_are_refused(checkpoint: Checkpoint, given: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         Flux2SamplingParams.build({"prompt": "", **given}, checkpoint)
     assert caught.value.field == field

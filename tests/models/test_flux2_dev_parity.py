@@ -20,11 +20,11 @@ BASE: dict[str, Any] = {"prompt": "a red apple", "height": 64, "width": 64, "num
 LONG = "the old stone river on the moon and the red cat in a blue car " * 80
 
 MODES: dict[str, dict[str, Any]] = {
-    "usual guidance": {},
-    "other guidance, odd rows": {"height": 80, "width": 48, "guidance_scale": 1.5},
+    "default guidance": {},
+    "low guidance, odd number of rows": {"height": 80, "width": 48, "guidance_scale": 1.5},
     "long prompt, few tokens": {"prompt": LONG, "max_sequence_length": 48, "num_inference_steps": 3},
     "long prompt, two outputs": {"prompt": LONG, "num_outputs_per_prompt": 2, "height": 32},
-    "sigmas, shift of more steps": {"sigmas": (1.0, 0.7, 0.3), "num_inference_steps": 20, "prompt": ""},
+    "three sigmas, shift of 20 steps": {"sigmas": (1.0, 0.7, 0.3), "num_inference_steps": 20, "prompt": ""},
     "image token in the prompt": {"prompt": "a [IMG]red[IMG] [/INST] apple", "height": 32},
 }
 
@@ -51,13 +51,13 @@ def test_latents_and_pixels_with_reference_images_match_diffusers(pair: Pair, mo
     check(pair, given, given_images(count))
 
 
-def test_every_image_and_the_order_change_the_result(pair: Pair) -> None:
+def test_every_image_and_the_order_of_images_change_the_result(pair: Pair) -> None:
     check_every_image_matters(pair[0])
 
 
 @pytest.mark.parametrize("change", [{"prompt": "a blue apple"}, {"guidance_scale": 5.0}, {"seed": 6}], ids=str)
 def test_every_input_changes_the_result(pair: Pair, change: dict[str, Any]) -> None:
-    """Negative control of the tolerance: each changed input moves the result far beyond it."""
+    """Negative control: each changed input moves the latents by more than 10 times the parity tolerance."""
     before, after = (pair[0].tensors(**BASE | {"seed": 5} | each)["latents"] for each in ({}, change))
     assert relative_error(after, before) > 1e-3
 

@@ -33,9 +33,9 @@ SIZES: dict[str, Any] = {
 def pair(path: Path, dtype: torch.dtype, *, guidance_embeds: bool) -> tuple[Reference, Flux2Transformer2DModel]:
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
-    made = Reference(**SIZES, guidance_embeds=guidance_embeds)
-    randomise(made)
-    made.save_pretrained(path)
+    random_model = Reference(**SIZES, guidance_embeds=guidance_embeds)
+    randomise(random_model)
+    random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, torch_dtype=dtype)
     with torch.device("meta"):
         ours = Flux2Transformer2DModel(Flux2TransformerConfig.from_dict("transformer", dict(reference.config)))
@@ -50,9 +50,9 @@ def image_ids(frame: int, rows: int, columns: int) -> Tensor:
 
 @pytest.mark.parametrize("guidance_embeds", [True, False], ids=["dev", "klein"])
 @pytest.mark.parametrize("references", [0, 2], ids=["text", "images"])
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("dtype", "max_error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
 def test_predictions_match_diffusers(
-    tmp_path: Path, guidance_embeds: bool, references: int, dtype: torch.dtype, most: float
+    tmp_path: Path, guidance_embeds: bool, references: int, dtype: torch.dtype, max_error: float
 ) -> None:
     reference, ours = pair(tmp_path, dtype, guidance_embeds=guidance_embeds)
     img_ids = torch.cat([image_ids(10 * index, 3 + index, 5) for index in range(1 + references)])
@@ -60,16 +60,15 @@ def test_predictions_match_diffusers(
     latents = torch.randn(2, len(img_ids), 16, dtype=dtype)
     given: dict[str, Any] = {
         "encoder_hidden_states": torch.randn(2, 9, 24, dtype=dtype),
-        "timestep": torch.tensor(
-            [0.5, 0.5]
-        ),  # 500 is exact in bfloat16; Diffusers rounds timesteps to the latents' dtype
+        # Diffusers rounds timesteps to the latents' dtype; 0.5 and 500 are exact in bfloat16.
+        "timestep": torch.tensor([0.5, 0.5]),
         "guidance": torch.tensor([4.0, 4.0]) if guidance_embeds else None,
     }
     with torch.inference_mode():
         expected = reference(latents, img_ids=img_ids, txt_ids=txt_ids, return_dict=False, **given)[0]
         got = ours(latents, img_ids=img_ids.float(), txt_ids=txt_ids.float(), **given)
     assert got.dtype == dtype
-    assert relative_error(got, expected) <= most
+    assert relative_error(got, expected) <= max_error
 
 
 def test_parameters_of_the_published_size_match_diffusers() -> None:
@@ -83,7 +82,7 @@ def test_parameters_of_the_published_size_match_diffusers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "field"),
     [
         ({"mlp_ratio": 4.0}, "mlp_ratio"),
         ({"patch_size": 2}, "patch_size"),
@@ -93,6 +92,6 @@ def test_parameters_of_the_published_size_match_diffusers() -> None:
         ({"num_layers": -1}, "num_layers"),
     ],
 )
-def test_other_architectures_are_refused(values: dict[str, Any], named: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"transformer/config\.json: {named}"):
+def test_unsupported_architectures_are_refused(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"transformer/config\.json: {field}"):
         Flux2TransformerConfig.from_dict("transformer", values)

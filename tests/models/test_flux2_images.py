@@ -37,7 +37,7 @@ CONFIG = Flux2KleinImagePipelineConfig(
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_pixels_match_diffusers(size: tuple[int, int]) -> None:
+def test_pixels_and_default_size_match_diffusers(size: tuple[int, int]) -> None:
     image = coarse_image(*size)
     resized = CONFIG.image_size((image.height, image.width), Canvas(height=64, width=64))
     ours = center_crop(as_tensor(image, *resized), *CONFIG.image_crop(resized))

@@ -80,7 +80,7 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(checkpoint: Checkpoin
         assert torch.equal(resumed, whole), state.step
 
 
-def test_cancellation_ends_the_loop_after_its_step(checkpoint: Checkpoint, x: DenoisingInput) -> None:
+def test_cancellation_ends_the_loop_after_the_current_step(checkpoint: Checkpoint, x: DenoisingInput) -> None:
     recorded: list[int] = []
 
     def on_progress(step: int, _: int) -> None:
@@ -113,7 +113,7 @@ def test_warnings_name_the_affected_parameters(
     assert params.branches == 2
 
 
-def test_a_distilled_model_has_no_guidance(path: Path, tmp_path: Path) -> None:
+def test_a_distilled_model_ignores_guidance_with_a_warning(path: Path, tmp_path: Path) -> None:
     distilled = Checkpoint.open(changed(path, tmp_path / "distilled", "model_index.json", is_distilled=True))
     params, warnings = Flux2KleinSamplingParams.build({"prompt": "", "guidance_scale": 4.0}, distilled)
     assert [warning.field for warning in warnings] == ["guidance_scale"]
@@ -128,7 +128,7 @@ def test_a_distilled_model_has_no_guidance(path: Path, tmp_path: Path) -> None:
         ({"sigmas": (0.5, 1.0)}, "sigmas"),
     ],
 )
-def test_bad_parameters_are_refused(checkpoint: Checkpoint, given: dict[str, Any], field: str) -> None:
+def test_invalid_parameters_are_refused(checkpoint: Checkpoint, given: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         Flux2KleinSamplingParams.build({"prompt": "", **given}, checkpoint)
     assert caught.value.field == field
@@ -159,7 +159,7 @@ def test_a_missing_module_is_refused(path: Path, tmp_path: Path) -> None:
         open_model(str(copy), load_registry())
 
 
-def test_the_shift_of_a_large_image_does_not_depend_on_the_steps(checkpoint: Checkpoint) -> None:
+def test_the_shift_of_a_large_image_does_not_depend_on_the_step_count(checkpoint: Checkpoint) -> None:
     config = Flux2KleinPipelineConfig.from_checkpoint(checkpoint)
     few, many = (Sampling(num_inference_steps=steps, seed=0) for steps in (4, 50))
     large, small = Canvas(height=1056, width=1056), Canvas(height=1024, width=1024)
@@ -176,14 +176,16 @@ def test_the_shift_of_a_large_image_does_not_depend_on_the_steps(checkpoint: Che
         ({"num_inference_steps": 9, "shift_steps": 7}, 9),
     ],
 )
-def test_the_shift_depends_on_the_requested_steps(checkpoint: Checkpoint, given: dict[str, Any], steps: int) -> None:
-    """The shift is the same when the request is rebuilt from its record."""
+def test_the_shift_depends_on_the_requested_step_count(
+    checkpoint: Checkpoint, given: dict[str, Any], steps: int
+) -> None:
+    """The shift is the same when the request is rebuilt from its parameters."""
     config = Flux2KleinPipelineConfig.from_checkpoint(checkpoint)
     expected = config.mu_of_steps(Canvas(height=1024, width=1024), Sampling(num_inference_steps=steps, seed=0))
     params, _ = Flux2KleinSamplingParams.build({"prompt": "", "height": 1024, "width": 1024, **given}, checkpoint)
-    again, _ = Flux2KleinSamplingParams.build(params.as_mapping(), checkpoint)
-    assert again == params
-    for each in (params, again):
+    rebuilt, _ = Flux2KleinSamplingParams.build(params.as_mapping(), checkpoint)
+    assert rebuilt == params
+    for each in (params, rebuilt):
         artifacts = each.artifacts()
         canvas, sampling = artifacts["canvas"], artifacts["sampling"]
         assert isinstance(canvas, Canvas)

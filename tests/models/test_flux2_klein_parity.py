@@ -20,10 +20,10 @@ LONG = "the old stone river on the moon and the red cat in a blue car " * 80
 
 MODES: dict[str, dict[str, Any]] = {
     "guided": {},
-    "without guidance, odd rows": {"height": 80, "width": 48, "guidance_scale": 1.0},
+    "without guidance, odd number of rows": {"height": 80, "width": 48, "guidance_scale": 1.0},
     "long prompt, few tokens": {"prompt": LONG, "max_sequence_length": 24, "num_inference_steps": 3},
     "two outputs": {"num_outputs_per_prompt": 2, "height": 32},
-    "sigmas, shift of more steps": {"sigmas": (1.0, 0.7, 0.3), "num_inference_steps": 20},
+    "three sigmas, shift of 20 steps": {"sigmas": (1.0, 0.7, 0.3), "num_inference_steps": 20},
     "long prompt, sigmas": {"prompt": LONG, "sigmas": (1.0, 0.4), "guidance_scale": 1.0},
 }
 
@@ -38,8 +38,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     fleet.close()
 
 
-ONCE = pytest.mark.parametrize("pair", [False], indirect=True, ids=["base"])
-"""Cases without guidance."""
+BASE_MODEL_ONLY = pytest.mark.parametrize("pair", [False], indirect=True, ids=["base"])
+"""Mark of tests that need one model: the distilled model has the same code path."""
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -58,8 +58,8 @@ def test_latents_and_pixels_with_reference_images_match_diffusers(pair: Pair, mo
     check(pair, given, given_images(count))
 
 
-@ONCE
-def test_every_image_and_the_order_change_the_result(pair: Pair) -> None:
+@BASE_MODEL_ONLY
+def test_every_image_and_the_order_of_images_change_the_result(pair: Pair) -> None:
     check_every_image_matters(pair[0])
 
 
@@ -71,6 +71,6 @@ def test_guidance_changes_the_result_unless_the_model_is_distilled(pair: Pair) -
     assert bool((latents(1.0) == latents(4.0)).all()) is is_distilled
 
 
-@ONCE
+@BASE_MODEL_ONLY
 def test_unsupported_reference_images_are_refused(pair: Pair) -> None:
     check_bad_images(pair[0])

@@ -57,7 +57,7 @@ def edit(file: Path, **values: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         (lambda t: t.pop(QUERY), f"transformer lacks: {QUERY}"),
         (lambda t: t.update(extra=torch.zeros(1)), "transformer has unknown weights: extra"),
@@ -74,14 +74,14 @@ def edit(file: Path, **values: object) -> None:
     ids=["missing", "unexpected", "shape", "float8", "integers"],
 )
 def test_mismatched_transformer_weights_are_refused(
-    checkpoint: Path, change: Callable[[Tensors], object], sentence: str
+    checkpoint: Path, change: Callable[[Tensors], object], message: str
 ) -> None:
     rewrite(checkpoint / TRANSFORMER, change)
-    with pytest.raises(CheckpointError, match=sentence):
+    with pytest.raises(CheckpointError, match=message):
         load(checkpoint, "denoising")
 
 
-def test_a_config_that_differs_from_the_weights_is_refused(checkpoint: Path) -> None:
+def test_a_config_with_fewer_layers_than_the_weights_is_refused(checkpoint: Path) -> None:
     edit(checkpoint / "transformer" / "config.json", num_layers=1)
     with pytest.raises(CheckpointError, match=r"has unknown weights: transformer_blocks.1.* and \d+ more"):
         load(checkpoint, "denoising")
@@ -109,7 +109,7 @@ def test_missing_weights_of_other_modules_are_refused(
         load(checkpoint, service)
 
 
-def test_a_vae_of_another_shape_is_refused(checkpoint: Path) -> None:
+def test_vae_weights_of_other_shapes_than_the_config_are_refused(checkpoint: Path) -> None:
     edit(checkpoint / "vae" / "config.json", layers_per_block=1, block_out_channels=[8, 8, 16, 32])
     with pytest.raises(CheckpointError, match="vae: "):
         load(checkpoint, "decoding")
@@ -127,7 +127,7 @@ def test_an_unreadable_tokenizer_is_refused(checkpoint: Path) -> None:
         load(checkpoint, "text_encoding")
 
 
-def test_a_tokenizer_with_more_tokens_than_its_encoder_is_refused(checkpoint: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / "tokenizer_2")
     shutil.copytree(checkpoint / "tokenizer", checkpoint / "tokenizer_2")
     edit(checkpoint / "model_index.json", tokenizer_2=["transformers", "CLIPTokenizer"])
@@ -135,7 +135,7 @@ def test_a_tokenizer_with_more_tokens_than_its_encoder_is_refused(checkpoint: Pa
         load(checkpoint, "text_encoding")
 
 
-def test_a_tokenizer_with_longer_texts_than_its_encoder_is_refused(checkpoint: Path) -> None:
+def test_a_tokenizer_with_a_longer_maximum_length_than_its_encoder_is_refused(checkpoint: Path) -> None:
     edit(checkpoint / "tokenizer" / "tokenizer_config.json", model_max_length=128)
     with pytest.raises(CheckpointError, match="tokenizer: a length of 128 tokens is not at most 77"):
         load(checkpoint, "text_encoding")
@@ -147,7 +147,7 @@ def test_a_module_class_without_a_loader_is_refused(checkpoint: Path) -> None:
         load(checkpoint, "text_encoding")
 
 
-def test_an_unsupported_tokenizer_is_refused_with_the_supported_tokenizers(checkpoint: Path) -> None:
+def test_the_refusal_of_a_tokenizer_lists_the_supported_tokenizers(checkpoint: Path) -> None:
     edit(checkpoint / "model_index.json", tokenizer=["transformers", "BertTokenizer"])
     with pytest.raises(CheckpointError, match="tokenizer: class BertTokenizer is not supported") as refused:
         load(checkpoint, "text_encoding")
@@ -173,7 +173,7 @@ def test_a_stochastic_scheduler_is_refused(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "values", "sentence"),
+    ("file", "values", "message"),
     [
         (
             "transformer/config.json",
@@ -195,17 +195,17 @@ def test_a_stochastic_scheduler_is_refused(checkpoint: Path) -> None:
     ],
     ids=str,
 )
-def test_architectures_other_than_flux_are_refused(
-    checkpoint: Path, file: str, values: dict[str, object], sentence: str
+def test_unsupported_or_inconsistent_configs_are_refused(
+    checkpoint: Path, file: str, values: dict[str, object], message: str
 ) -> None:
     edit(checkpoint / file, **values)
-    with pytest.raises(CheckpointError, match=sentence):
+    with pytest.raises(CheckpointError, match=message):
         load(checkpoint, "latent_preparation")
 
 
 @pytest.mark.parametrize("guidance_embeds", [True, False])
-def test_full_size_parameters_have_the_published_names(guidance_embeds: bool) -> None:
-    """The 12 billion parameters of FLUX.1 have Diffusers' names and shapes; they are on the meta device."""
+def test_parameters_of_the_published_size_match_diffusers(guidance_embeds: bool) -> None:
+    """Names and shapes of FLUX.1's 12 billion parameters, on the meta device."""
     with torch.device("meta"):
         theirs = DiffusersTransformer(guidance_embeds=guidance_embeds).state_dict()
         ours = FluxTransformer2DModel(FluxTransformerConfig(guidance_embeds=guidance_embeds)).state_dict()

@@ -16,7 +16,7 @@ from common.errors import InvalidInput
 from configs.sample.flux import FluxSamplingParams, vae_scale_factor
 
 RENAMED = {"num_images_per_prompt": "num_outputs_per_prompt"}
-# Arguments without a request parameter: tensors, images for adapters, and Python callbacks.
+# Arguments without a request parameter: tensors, adapter images, callbacks and the form of the return value.
 NOT_SERVED = {
     "latents",
     "prompt_embeds",
@@ -32,7 +32,7 @@ NOT_SERVED = {
     "callback_on_step_end_tensor_inputs",
     "return_dict",
     "self",
-    # seed and output_format are parameters of this project only.
+    # Requests have seed and output_format instead.
     "generator",
     "output_type",
 }
@@ -40,11 +40,11 @@ NOT_SERVED = {
 
 def pipeline_with(vae_blocks: int) -> FluxPipeline:
     """Diffusers' pipeline whose only module is a VAE with `vae_blocks` blocks."""
-    kinds = {
+    block_types = {
         "down_block_types": ["DownEncoderBlock2D"] * vae_blocks,
         "up_block_types": ["UpDecoderBlock2D"] * vae_blocks,
     }
-    vae = AutoencoderKL(block_out_channels=[4] * vae_blocks, norm_num_groups=2, **kinds)
+    vae = AutoencoderKL(block_out_channels=[4] * vae_blocks, norm_num_groups=2, **block_types)
     modules = dict.fromkeys(
         ("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer"), None
     )
@@ -56,7 +56,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(build_bare_flux(tmp_path_factory.mktemp("parameters") / "flux"))
 
 
-def test_every_argument_of_the_call_is_served_with_its_default(flux: Checkpoint) -> None:
+def test_every_supported_argument_of_diffusers_is_a_parameter_with_the_same_default(flux: Checkpoint) -> None:
     arguments = inspect.signature(FluxPipeline.__call__).parameters
     specs = {spec.name: spec for spec in FluxSamplingParams.parameters(flux)}
     served = {RENAMED.get(name, name) for name in arguments.keys() - NOT_SERVED}
@@ -69,8 +69,8 @@ def test_every_argument_of_the_call_is_served_with_its_default(flux: Checkpoint)
 def test_sizes_default_and_round_as_in_diffusers(
     tmp_path: Path, vae_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(pipeline_flux.logger, "warning", said.append)
+    logged: list[str] = []
+    monkeypatch.setattr(pipeline_flux.logger, "warning", logged.append)
     theirs = pipeline_with(vae_blocks)
     checkpoint = Checkpoint.open(build_bare_flux(tmp_path / "flux", vae_blocks=vae_blocks))
     assert vae_scale_factor(checkpoint) == theirs.vae_scale_factor
@@ -80,12 +80,12 @@ def test_sizes_default_and_round_as_in_diffusers(
     multiple = 2 * theirs.vae_scale_factor
     for height in (multiple, multiple + 1, 2 * multiple - 1, 2 * multiple, 7 * multiple + multiple // 2):
         width = 3 * multiple
-        said.clear()
+        logged.clear()
         theirs.check_inputs("", None, height, width)
         _, ids = theirs.prepare_latents(1, 1, height, width, torch.float32, "cpu", torch.Generator().manual_seed(0))
         ours, warnings = FluxSamplingParams.build({"prompt": "", "height": height, "width": width}, checkpoint)
         assert [int(ids[:, axis].max() + 1) * multiple for axis in (1, 2)] == [ours.height, ours.width]
-        assert bool(warnings) == bool(said), height
+        assert bool(warnings) == bool(logged), height
 
 
 def test_a_size_below_one_patch_is_refused(flux: Checkpoint) -> None:

@@ -20,13 +20,13 @@ MODES: dict[str, dict[str, Any]] = {
     "tall": {"height": 112, "width": 32},
     "smallest": {"height": 16, "width": 16},
     "large": {"height": 512, "width": 384, "num_inference_steps": 2},
-    "guidance": {"guidance_scale": 7.25},
-    "no guidance": {"guidance_scale": 0.0},
+    "strong embedded guidance": {"guidance_scale": 7.25},
+    "embedded guidance of 0": {"guidance_scale": 0.0},
     "one step": {"num_inference_steps": 1},
     "many steps": {"num_inference_steps": 9},
-    "true guidance": {"negative_prompt": "a blue car", "true_cfg_scale": 3.5},
+    "true CFG": {"negative_prompt": "a blue car", "true_cfg_scale": 3.5},
     "empty negative prompt": {"negative_prompt": "", "true_cfg_scale": 2.0},
-    "negative prompt without a scale": {"negative_prompt": "a blue car"},
+    "negative prompt without a true CFG scale": {"negative_prompt": "a blue car"},
     "two prompts": {"prompt_2": "a blue cat on the moon"},
     "empty second prompt": {"prompt_2": ""},
     "two negative prompts": {"negative_prompt": "car", "negative_prompt_2": "the moon", "true_cfg_scale": 1.5},
@@ -36,12 +36,15 @@ MODES: dict[str, dict[str, Any]] = {
     "odd text": {"prompt": "Zürich \t 42\n\n<|endoftext|> </s> '; 猫 \u200b"},
     "custom sigmas": {"sigmas": (1.0, 0.7, 0.45, 0.2, 0.05), "num_inference_steps": 5},
     "two outputs": {"num_outputs_per_prompt": 2},
-    "two outputs with true guidance": {"num_outputs_per_prompt": 2, "negative_prompt": "car", "true_cfg_scale": 2.0},
+    "two outputs with true CFG": {"num_outputs_per_prompt": 2, "negative_prompt": "car", "true_cfg_scale": 2.0},
 }
 
 
 def compare(pair: Pair, given: dict[str, Any], seed: int = 5) -> dict[str, torch.Tensor]:
-    """Run both and return our result. Asserts latents within 1e-4 relative L2 error, pixels within 1e-3."""
+    """Run both pipelines; asserts latents within 1e-4 relative L2 error and pixels within 1e-3.
+
+    Returns this project's result.
+    """
     call = {name: value for name, value in given.items() if name not in ("num_outputs_per_prompt", "sigmas")}
     if "sigmas" in given:
         call["sigmas"] = list(given["sigmas"])
@@ -60,12 +63,12 @@ def test_dev_matches_diffusers(dev: Pair, mode: str) -> None:
     compare(dev, BASE | {"max_sequence_length": 32} | MODES[mode])
 
 
-@pytest.mark.parametrize("mode", ["square", "wide", "one step", "true guidance", "two outputs", "custom sigmas"])
+@pytest.mark.parametrize("mode", ["square", "wide", "one step", "true CFG", "two outputs", "custom sigmas"])
 def test_schnell_matches_diffusers(schnell: Pair, mode: str) -> None:
     compare(schnell, BASE | {"max_sequence_length": 32} | MODES[mode])
 
 
-def test_512_text_tokens_match_diffusers(dev: Pair) -> None:
+def test_the_default_of_512_text_tokens_matches_diffusers(dev: Pair) -> None:
     compare(dev, BASE | {"prompt": LONG})
 
 
@@ -82,7 +85,7 @@ def test_512_text_tokens_match_diffusers(dev: Pair) -> None:
     ids=str,
 )
 def test_every_input_changes_the_result(dev: Pair, change: dict[str, Any]) -> None:
-    """Negative control of the tolerance: each changed input moves the result at least 100 times further."""
+    """Negative control: each changed input moves the latents by more than 100 times the parity tolerance."""
     given = BASE | {"seed": 5, "max_sequence_length": 32}
     before, after = dev.ours.tensors(**given)["latents"], dev.ours.tensors(**given | change)["latents"]
     assert relative_error(after, before) > 1e-2
@@ -113,16 +116,16 @@ def test_the_shipped_model_matches_diffusers() -> None:
 
 
 @pytest.mark.usefixtures("rounded_noise")
-def test_bfloat16_is_close_to_diffusers(dev: Pair) -> None:
-    """The error exceeds the float32 tolerances, but the image is the same."""
+def test_bfloat16_is_as_accurate_as_in_diffusers(dev: Pair) -> None:
+    """The error against float32 is less than 1.5 times the error of Diffusers in bfloat16."""
     given = BASE | {"max_sequence_length": 32}
-    with open_pair(dev.path, torch.bfloat16) as half:
-        ours = half.ours.tensors(seed=5, **given)
-        theirs = reference_run(half.theirs, seed=5, **given)
+    with open_pair(dev.path, torch.bfloat16) as bfloat16:
+        ours = bfloat16.ours.tensors(seed=5, **given)
+        theirs = reference_run(bfloat16.theirs, seed=5, **given)
     exact = dev.ours.tensors(seed=5, **given)
     assert ours["latents"].dtype == torch.bfloat16
-    floor = relative_error(theirs["latents"], exact["latents"])
-    assert relative_error(ours["latents"], exact["latents"]) < 1.5 * floor
+    their_error = relative_error(theirs["latents"], exact["latents"])
+    assert relative_error(ours["latents"], exact["latents"]) < 1.5 * their_error
 
 
 def test_progress_is_reported_for_every_step(dev: Pair) -> None:

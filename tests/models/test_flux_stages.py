@@ -58,7 +58,7 @@ def prepared(dev: Pair) -> Slots:
     return {**given, **run(dev, "text_encoding", given), **run(dev, "latent_preparation", given)}
 
 
-def test_contracts_are_the_ones_of_pipeline_composition() -> None:
+def test_stages_have_the_contracts_that_pipelines_are_composed_from() -> None:
     assert TextEncodingStage.contract == contracts.TEXT_ENCODING
     assert LatentPreparationStage.contract == contracts.LATENT_PREPARATION
     assert TimestepPreparationStage.contract == contracts.TIMESTEP_PREPARATION
@@ -94,8 +94,8 @@ def test_the_negative_prompt_is_encoded_only_with_guidance(
 ) -> None:
     prompt = dataclasses.replace(PROMPT, negative_prompt=negative_prompt)
     sampling = dataclasses.replace(SAMPLING, true_cfg_scale=scale)
-    made = run(dev, "text_encoding", {"prompt": prompt, "sampling": sampling})["text_conditioning"]
-    assert bool(made.negative_prompt_embeds) == encoded
+    conditioning = run(dev, "text_encoding", {"prompt": prompt, "sampling": sampling})["text_conditioning"]
+    assert bool(conditioning.negative_prompt_embeds) == encoded
 
 
 def test_truncated_text_is_reported(dev: Pair) -> None:
@@ -113,7 +113,7 @@ def test_truncated_text_is_reported(dev: Pair) -> None:
     assert negative.endswith("red moon")
 
 
-def test_the_report_of_very_long_text_is_shortened(dev: Pair) -> None:
+def test_the_warning_about_very_long_text_is_shortened(dev: Pair) -> None:
     recorded = RecordedCall()
     run(dev, "text_encoding", {"prompt": Prompt(prompt="the cat " * 4000), "sampling": SAMPLING}, recorded.call())
     assert [len(message) < 2200 for _, message in recorded.warnings] == [True, True]
@@ -136,7 +136,7 @@ def test_noise_equals_diffusers(dev: Pair, prepared: Slots) -> None:
     drawn = stage.run(contracts.LatentPreparationInput(canvas=CANVAS, sampling=SAMPLING), Call("test"))
     assert drawn.latents_generator is not None
     assert torch.equal(drawn.latents_generator.state, generator.get_state())
-    assert "latents_generator" not in prepared, "no later stage reads it"
+    assert "latents_generator" not in prepared, "no later stage reads the generator"
 
 
 def test_unpacking_inverts_packing(dev: Pair) -> None:
@@ -162,34 +162,33 @@ def test_a_fixed_shift_matches_its_formula(dev: Pair) -> None:
     torch.testing.assert_close(stage.run(given, Call("test")).schedule.sigmas, 3 * sigmas / (1 + 2 * sigmas))
 
 
-def test_requests_do_not_affect_later_requests(dev: Pair, prepared: Slots) -> None:
+def test_a_request_does_not_affect_later_requests(dev: Pair, prepared: Slots) -> None:
     first = run(dev, "denoising", prepared)["denoised_latents"].parts["image"].latents
     other = {**prepared, "sampling": dataclasses.replace(SAMPLING, guidance_scale=1.0)}
     run(dev, "denoising", other)
     assert torch.equal(run(dev, "denoising", prepared)["denoised_latents"].parts["image"].latents, first)
 
 
-def test_resuming_after_any_step_gives_the_same_bytes(dev: Pair, prepared: Slots) -> None:
+def test_a_loop_resumes_after_every_step_to_the_same_bytes(dev: Pair, prepared: Slots) -> None:
     whole = run(dev, "denoising", prepared)["denoised_latents"].parts["image"].latents
     states: list[StepCheckpoint] = []
-    stage = checkpointing_stage(dev)
-    stage.run(prepared, Call("test", on_item=step_checkpoints_to(states.append)))
+    checkpointing_service(dev).run(prepared, Call("test", on_item=step_checkpoints_to(states.append)))
     assert [state.step for state in states] == list(range(1, STEPS))
     start = StepCheckpoint(step=0, latents=prepared["initial_latents"], generator=prepared.get("latents_generator"))
     for state in [start, *states]:
         recorded = RecordedCall()
-        resumed = run(dev, "denoising", {**prepared, "resume_from": travelled(state)}, recorded.call())
+        resumed = run(dev, "denoising", {**prepared, "resume_from": sent_and_received(state)}, recorded.call())
         assert torch.equal(resumed["denoised_latents"].parts["image"].latents, whole)
         assert [step for step, _ in recorded.progress] == list(range(state.step + 1, STEPS + 1))
 
 
-def travelled(state: StepCheckpoint) -> StepCheckpoint:
+def sent_and_received(state: StepCheckpoint) -> StepCheckpoint:
     """The step checkpoint after serialization and parsing, as received by another worker."""
     packet = pack("checkpoint", state, TORCH).renamed("checkpoint", "resume_from")
     return unpack("resume_from", StepCheckpoint, packet, TORCH)
 
 
-def checkpointing_stage(pair: Pair) -> HostedStages:
+def checkpointing_service(pair: Pair) -> HostedStages:
     """The denoising service with a step checkpoint after every step."""
     model = pair.ours.model
     spec = model.service("denoising")
@@ -200,14 +199,14 @@ def checkpointing_stage(pair: Pair) -> HostedStages:
 
 
 @pytest.mark.parametrize("step", [-1, STEPS + 1])
-def test_resuming_outside_the_schedule_is_refused(dev: Pair, prepared: Slots, step: int) -> None:
+def test_a_step_checkpoint_outside_the_schedule_is_refused(dev: Pair, prepared: Slots, step: int) -> None:
     state = StepCheckpoint(step=step, latents=prepared["initial_latents"])
     with pytest.raises(InvalidInput) as caught:
         run(dev, "denoising", {**prepared, "resume_from": state})
     assert caught.value.field == "resume_from.step"
 
 
-def test_resuming_with_latents_of_another_size_is_refused(dev: Pair, prepared: Slots) -> None:
+def test_a_step_checkpoint_with_latents_of_another_size_is_refused(dev: Pair, prepared: Slots) -> None:
     part = prepared["initial_latents"].parts["image"]
     smaller = dataclasses.replace(part, latents=part.latents[:1])
     state = StepCheckpoint(step=1, latents=Latents(parts={"image": smaller}))
@@ -216,7 +215,7 @@ def test_resuming_with_latents_of_another_size_is_refused(dev: Pair, prepared: S
     assert caught.value.field == "resume_from.latents"
 
 
-def test_resuming_with_the_state_of_another_solver_is_refused(dev: Pair, prepared: Slots) -> None:
+def test_a_step_checkpoint_with_the_state_of_another_solver_is_refused(dev: Pair, prepared: Slots) -> None:
     state = StepCheckpoint(step=1, latents=prepared["initial_latents"], solver={"last_sample": torch.zeros(1)})
     with pytest.raises(InvalidInput, match="last_sample"):
         run(dev, "denoising", {**prepared, "resume_from": state})
@@ -258,14 +257,14 @@ def test_an_image_model_refuses_mp4(dev: Pair, prepared: Slots) -> None:
     assert caught.value.field == "output_format"
 
 
-def test_nan_pixels_are_an_error(dev: Pair, prepared: Slots) -> None:
+def test_nan_pixels_raise_an_internal_error(dev: Pair, prepared: Slots) -> None:
     noise = prepared["initial_latents"].parts["image"]
     broken = dataclasses.replace(noise, latents=torch.full_like(noise.latents, torch.nan))
     with pytest.raises(InternalError, match="pixels: the model returned non-finite values"):
         run(dev, "decoding", {"denoised_latents": Latents(parts={"image": broken}), "canvas": CANVAS})
 
 
-def test_files_have_size_and_content_type(dev: Pair) -> None:
+def test_media_items_have_size_and_content_type(dev: Pair) -> None:
     png = dev.ours.media(prompt="a cat", height=32, width=48, num_inference_steps=1, seed=0, num_outputs_per_prompt=2)
     assert [(item.content_type, item.height, item.width) for item in png.items] == [("image/png", 32, 48)] * 2
     assert all(item.data.numpy().tobytes().startswith(b"\x89PNG") for item in png.items)
@@ -275,10 +274,10 @@ def test_files_have_size_and_content_type(dev: Pair) -> None:
     assert tensors.content_type == "application/vnd.safetensors"
 
 
-def test_noise_is_drawn_in_the_dtype_of_the_embeddings(dev: Pair) -> None:
+def test_noise_has_the_dtype_of_the_runtime_and_sigmas_are_float32(dev: Pair) -> None:
     model = dev.ours.model
     spec = model.service("latent_preparation")
     stages = load_stages(model, spec, Runtime(device=torch.device("cpu"), dtype=torch.bfloat16))
-    made = HostedStages("latent_preparation", stages).run({"canvas": CANVAS, "sampling": SAMPLING}, Call("test"))
-    assert made["initial_latents"].parts["image"].latents.dtype == torch.bfloat16
-    assert made["schedule"].sigmas.dtype == torch.float32
+    outputs = HostedStages("latent_preparation", stages).run({"canvas": CANVAS, "sampling": SAMPLING}, Call("test"))
+    assert outputs["initial_latents"].parts["image"].latents.dtype == torch.bfloat16
+    assert outputs["schedule"].sigmas.dtype == torch.float32

@@ -33,9 +33,9 @@ SIZES: dict[str, Any] = {
 def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, GlmImageTransformer2DModel]:
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
-    made = Reference(**SIZES)
-    randomise(made)
-    made.save_pretrained(path)
+    random_model = Reference(**SIZES)
+    randomise(random_model)
+    random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, torch_dtype=dtype)
     with torch.device("meta"):
         ours = GlmImageTransformer2DModel(GlmImageTransformerConfig.from_dict("transformer", dict(reference.config)))
@@ -59,9 +59,9 @@ def keywords(grid: tuple[int, int], dtype: torch.dtype, *, tokens: int = 9, drop
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 6), (7, 1)], ids=str)
 @pytest.mark.parametrize("drop", [False, True], ids=["prior", "dropped"])
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("dtype", "max_error"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
 def test_predictions_match_diffusers(
-    tmp_path: Path, grid: tuple[int, int], drop: bool, dtype: torch.dtype, most: float
+    tmp_path: Path, grid: tuple[int, int], drop: bool, dtype: torch.dtype, max_error: float
 ) -> None:
     reference, ours = pair(tmp_path, dtype)
     given = keywords(grid, dtype, drop=drop)
@@ -69,7 +69,7 @@ def test_predictions_match_diffusers(
         expected = reference(**given, return_dict=False)[0]
         got = ours(**given)
     assert got.dtype == dtype
-    assert relative_error(got, expected) <= most
+    assert relative_error(got, expected) <= max_error
 
 
 def test_every_keyword_changes_the_prediction(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_parameters_of_the_published_size_match_diffusers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "field"),
     [
         ({"patch_size": 1}, "patch_size"),
         ({"attention_head_dim": 42}, "attention_head_dim"),
@@ -103,6 +103,6 @@ def test_parameters_of_the_published_size_match_diffusers() -> None:
     ],
     ids=str,
 )
-def test_other_architectures_are_refused(values: dict[str, Any], named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
+def test_unsupported_architectures_are_refused(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(CheckpointError, match=field):
         GlmImageTransformerConfig.from_dict("transformer", values)

@@ -55,18 +55,18 @@ def request(fleet: LocalFleet, **given: Any) -> Mapping[str, Any]:
     return InputValidationStage(fleet.model).run({**GIVEN, **given}).artifacts
 
 
-def before(fleet: LocalFleet, call: Call, **given: Any) -> dict[str, Any]:
-    """Run the stage before denoising; returns its outputs."""
+def run_before_denoising(fleet: LocalFleet, call: Call, **given: Any) -> dict[str, Any]:
+    """Run the service before denoising; returns its output slots."""
     return fleet.services["before_denoising"].of("").run(request(fleet, **given), call)
 
 
 @pytest.fixture(scope="module")
 def x(fleet: LocalFleet) -> DenoisingInput:
-    return DenoisingInput(**before(fleet, Call("test")), sampling=request(fleet)["sampling"])
+    return DenoisingInput(**run_before_denoising(fleet, Call("test")), sampling=request(fleet)["sampling"])
 
 
 def test_conditioning_has_both_branches(x: DenoisingInput) -> None:
-    """Batch 1 for any number of outputs; the negative branch has one glyph token, the EOS token."""
+    """Embeddings have batch size 1 for any number of outputs. The negative branch has one glyph token, EOS."""
     shapes = {name: tuple(value.shape) for name, value in x.text_conditioning.prompt_embeds.items()}
     assert shapes == {"encoder_hidden_states": (1, 10, GLYPH_SIZE), "prior_token_id": (1, 4 * 2 * 3)}
     negative = x.text_conditioning.negative_prompt_embeds
@@ -76,7 +76,7 @@ def test_conditioning_has_both_branches(x: DenoisingInput) -> None:
 
 
 def test_without_guidance_there_is_no_negative_branch(fleet: LocalFleet) -> None:
-    outputs = before(fleet, Call("test"), guidance_scale=1.0)
+    outputs = run_before_denoising(fleet, Call("test"), guidance_scale=1.0)
     assert not outputs["text_conditioning"].negative_prompt_embeds
 
 
@@ -120,22 +120,24 @@ def test_cancellation_after_a_token_ends_the_stage(fleet: LocalFleet) -> None:
     call = Call("test", on_progress=on_progress)
     for _ in range(2):
         with pytest.raises(Cancelled):
-            before(fleet, call)
+            run_before_denoising(fleet, call)
         assert recorded == [1, 2, 3, 4, 5, 6, 7], "a cancelled call reports no further progress and does not restart"
 
 
-def test_conditioning_has_exactly_the_inputs_of_forward(config: GlmImagePipelineConfig, x: DenoisingInput) -> None:
+def test_conditioning_and_config_keywords_are_the_parameters_of_forward(
+    config: GlmImagePipelineConfig, x: DenoisingInput
+) -> None:
     embeds = x.text_conditioning.prompt_embeds
     sampling = Sampling(num_inference_steps=STEPS, seed=0)
     own = config.prepare_pos_cond_kwargs(embeds, {"image": (2, 16, 8, 12)}, sampling)
     assert own.keys() == config.prepare_neg_cond_kwargs(embeds, {"image": (2, 16, 8, 12)}, sampling).keys()
-    taken = inspect.signature(GlmImageTransformer2DModel.forward).parameters.keys() - {"self"}
-    assert own.keys() | embeds.keys() | {"hidden_states", "timestep"} == taken
+    parameters = inspect.signature(GlmImageTransformer2DModel.forward).parameters.keys() - {"self"}
+    assert own.keys() | embeds.keys() | {"hidden_states", "timestep"} == parameters
     canvas = Canvas(height=64, width=96)
     assert embeds.keys() == config.conditioning_shapes().keys() | config.conditioning_id_shapes(canvas).keys()
 
 
-def test_shapes_match_the_published_size(config: GlmImagePipelineConfig) -> None:
+def test_shapes_and_shift_of_a_large_image_match_their_formulas(config: GlmImagePipelineConfig) -> None:
     canvas = Canvas(height=1152, width=768)
     assert config.prior_grid(canvas) == (36, 24)
     assert config.raw_latent_shapes(canvas, 2) == {"image": (2, 16, 144, 96)}

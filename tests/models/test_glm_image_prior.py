@@ -20,7 +20,7 @@ from tiny_glm_image import CODES, build_tiny_glm_image
 
 CPU = torch.device("cpu")
 PROMPT = "a red apple on the moon"
-FLAT = {"top_k": 0, "top_p": 1.0, "temperature": 9.0}
+FLAT_SAMPLING = {"top_k": 0, "top_p": 1.0, "temperature": 9.0}
 
 
 def ignore(*_: object) -> None:
@@ -60,7 +60,7 @@ def test_prior_tokens_match_diffusers(theirs: Any, prompt: str, grid: Grid, seed
     [{}, {"top_k": 3, "temperature": 3.0}, {"top_k": 0, "top_p": 1.0, "temperature": 1.0, "repetition_penalty": 1.0}],
     ids=str,
 )
-def test_tokens_follow_the_generation_settings(theirs: Any, settings: dict[str, Any]) -> None:
+def test_prior_tokens_with_other_generation_settings_match_diffusers(theirs: Any, settings: dict[str, Any]) -> None:
     model = theirs.vision_language_encoder
     before, model.generation_config = model.generation_config, GenerationConfig(do_sample=True, **settings)
     try:
@@ -78,7 +78,7 @@ def test_tokens_depend_on_prompt_and_seed(theirs: Any) -> None:
 
 
 def test_concurrent_requests_do_not_share_random_numbers(theirs: Any) -> None:
-    """Each request has its own generator, and position ids are not stored on the model."""
+    """Concurrent requests give the same tokens as single requests, and leave torch's global generator unchanged."""
     tokens = sampler(theirs)
     seeds = (1, 2)
     alone = [tokens.sample(PROMPT, (2, 3), seed, ignore) for seed in seeds]
@@ -110,15 +110,17 @@ def test_cancellation_ends_sampling_within_a_token(theirs: Any, last: int) -> No
     assert done == [*range(1, last + 1)]
 
 
-def test_an_early_end_of_the_image_names_the_seed(tmp_path: Path) -> None:
+def test_an_end_token_before_the_last_token_is_refused_with_the_seed(tmp_path: Path) -> None:
     """Diffusers fails with a shape error in this case."""
-    early = GlmImagePipeline.from_pretrained(build_tiny_glm_image(tmp_path / "early", codes=CODES + 2, generation=FLAT))
+    early = GlmImagePipeline.from_pretrained(
+        build_tiny_glm_image(tmp_path / "early", codes=CODES + 2, generation=FLAT_SAMPLING)
+    )
     with pytest.raises(InvalidInput, match=r"seed: 4 is not usable .* an end token after \d+ of 260") as caught:
         sampler(early).sample(PROMPT, (2, 2), 4, ignore)
     assert caught.value.field == "seed"
 
 
-def test_tokens_unknown_to_the_transformer_name_the_seed(theirs: Any) -> None:
+def test_tokens_without_an_embedding_in_the_transformer_are_refused_with_the_seed(theirs: Any) -> None:
     """On a GPU, such a token triggers a device-side assert, which ends the denoiser's process."""
     with pytest.raises(InvalidInput, match=r"seed: 4 is not usable .* the transformer has no embedding") as caught:
         sampler(theirs, codebook_size=2).sample(PROMPT, (3, 3), 4, ignore)

@@ -1,6 +1,6 @@
-"""A guidance scale of 1 runs one branch, a scale above 1 two branches, in every family except Z-Image.
+"""A guidance scale of 1 runs one branch and a scale above 1 two branches, in six families.
 
-Z-Image has guidance at any scale above 0: see test_z_image_loop.py.
+Z-Image differs: it has guidance at any scale above 0; see test_z_image_loop.py.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def ltx_video(path: Path) -> str:
         (ltx_video, LTXVideoTransformer3DModel, "guidance_scale", {"num_frames": 9}),
     ],
 )
-def test_guidance_of_one_runs_one_branch(
+def test_a_guidance_scale_of_1_runs_one_branch_and_above_1_two_branches(
     reference: Callable[[Path], str],
     transformer: type[DiffusionTransformer],
     scale: str,

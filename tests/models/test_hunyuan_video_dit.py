@@ -35,9 +35,9 @@ PADDING = 5
 def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, HunyuanVideoTransformer3DModel]:
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
-    made = Reference(**SIZES)
-    randomise(made)
-    made.save_pretrained(path)
+    random_model = Reference(**SIZES)
+    randomise(random_model)
+    random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, torch_dtype=dtype)
     config = HunyuanVideoTransformerConfig.from_dict("transformer", dict(reference.config))
     with torch.device("meta"):
@@ -60,9 +60,9 @@ def keywords(grid: tuple[int, int, int], tokens: int, dtype: torch.dtype) -> dic
 
 
 @pytest.mark.parametrize(("grid", "tokens"), [((3, 2, 5), 9), ((1, 1, 1), 1)], ids=str)
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("dtype", "max_error"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
 def test_predictions_match_diffusers(
-    tmp_path: Path, grid: tuple[int, int, int], tokens: int, dtype: torch.dtype, most: float
+    tmp_path: Path, grid: tuple[int, int, int], tokens: int, dtype: torch.dtype, max_error: float
 ) -> None:
     reference, ours = pair(tmp_path, dtype)
     given = keywords(grid, tokens, dtype)
@@ -75,7 +75,7 @@ def test_predictions_match_diffusers(
         expected = reference(**theirs, return_dict=False)[0]
         got = ours(**given)
     assert got.dtype == dtype
-    assert relative_error(got, expected) <= most
+    assert relative_error(got, expected) <= max_error
 
 
 def test_every_keyword_changes_the_prediction(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_parameters_of_the_published_size_match_diffusers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "field"),
     [
         ({"patch_size": 1}, "patch_size"),
         ({"patch_size_t": 2}, "patch_size_t"),
@@ -111,6 +111,6 @@ def test_parameters_of_the_published_size_match_diffusers() -> None:
     ],
     ids=str,
 )
-def test_other_architectures_are_refused(values: dict[str, Any], named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
+def test_unsupported_architectures_are_refused(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(CheckpointError, match=field):
         HunyuanVideoTransformerConfig.from_dict("transformer", values)

@@ -50,8 +50,8 @@ def x(fleet: LocalFleet) -> DenoisingInput:
     return denoising_input(fleet, GIVEN)
 
 
-def test_conditioning_is_cropped_and_not_padded(x: DenoisingInput) -> None:
-    """Batch 1 for any number of outputs: the prompt's tokens and the EOS token."""
+def test_conditioning_has_no_template_tokens_and_no_padding(x: DenoisingInput) -> None:
+    """Embeddings have batch size 1 for any number of outputs, with the prompt's tokens and the EOS token."""
     for embeds in (x.text_conditioning.prompt_embeds, x.text_conditioning.negative_prompt_embeds):
         shapes = {name: tuple(value.shape) for name, value in embeds.items()}
         assert shapes == {"encoder_hidden_states": (1, 4, TEXT_SIZE), "pooled_projections": (1, POOLED_SIZE)}
@@ -81,15 +81,17 @@ def test_a_warm_up_runs_the_loop(fleet: LocalFleet) -> None:
     check_warm_up(fleet, "32x48x5")
 
 
-def test_conditioning_has_exactly_the_inputs_of_forward(config: HunyuanVideoPipelineConfig, x: DenoisingInput) -> None:
+def test_conditioning_and_config_keywords_are_the_parameters_of_forward(
+    config: HunyuanVideoPipelineConfig, x: DenoisingInput
+) -> None:
     embeds = x.text_conditioning.prompt_embeds
     own = config.prepare_pos_cond_kwargs(embeds, {"video": (2, 4, 2, 4, 6)}, x.sampling)
-    taken = inspect.signature(HunyuanVideoTransformer3DModel.forward).parameters.keys() - {"self"}
-    assert own.keys() | embeds.keys() | {"hidden_states", "timestep"} == taken
+    parameters = inspect.signature(HunyuanVideoTransformer3DModel.forward).parameters.keys() - {"self"}
+    assert own.keys() | embeds.keys() | {"hidden_states", "timestep"} == parameters
     assert embeds.keys() == config.conditioning_shapes().keys()
 
 
-def test_shapes_match_the_published_size(config: HunyuanVideoPipelineConfig) -> None:
+def test_latent_shapes_match_the_published_size(config: HunyuanVideoPipelineConfig) -> None:
     canvas = Canvas(height=720, width=1280, num_frames=129)
     assert config.raw_latent_shapes(canvas, 2) == {"video": (2, LATENT_CHANNELS, 33, 90, 160)}
     assert config.noise_dtype(torch.bfloat16) == torch.float32

@@ -25,7 +25,7 @@ LONG = "the old stone river on the moon and the red cat in a blue car " * 30
 MODES: dict[str, dict[str, Any]] = {
     "embedded guidance": {},
     "other embedded guidance, one frame": {"guidance_scale": 1.0, "num_frames": 1},
-    "true guidance, two outputs": {"num_outputs_per_prompt": 2, "height": 48, **GUIDED},
+    "true CFG, two outputs": {"num_outputs_per_prompt": 2, "height": 48, **GUIDED},
     "empty negative prompt": {**GUIDED, "negative_prompt": ""},
     "more frames, wide": {"num_frames": 9, "width": 48, "num_inference_steps": 3},
     "long prompts": {"prompt": LONG, **GUIDED, "negative_prompt": LONG[9:]},
@@ -56,15 +56,15 @@ def test_latents_and_pixels_match_diffusers(pair: Pair, mode: str) -> None:
     check(fleet.tensors(seed=5, **given), reference_run(pipeline, seed=5, **reference_call(given)))
 
 
-@pytest.mark.parametrize("asked", [6, 8])
-def test_frame_counts_equal_diffusers(pair: Pair, asked: int) -> None:
-    """Diffusers drops the remaining frames without a warning."""
+@pytest.mark.parametrize("num_frames", [6, 8])
+def test_frame_counts_are_rounded_as_in_diffusers_with_a_warning(pair: Pair, num_frames: int) -> None:
+    """Diffusers rounds without a warning."""
     recorded = RecordedCall()
-    given = BASE | {"num_frames": asked, "num_inference_steps": 1}
+    given = BASE | {"num_frames": num_frames, "num_inference_steps": 1}
     ours = pair[0].tensors(recorded, seed=5, **given)
     check(ours, reference_run(pair[1], seed=5, **reference_call(given)))
     _, warnings = pair[0].model.variants[0].sampling_params.build(given, pair[0].model.checkpoint)
-    message = f"{asked} is not one more than a multiple of 4; 5 is used instead"
+    message = f"{num_frames} is not one more than a multiple of 4; 5 is used instead"
     assert [(warning.field, warning.message) for warning in warnings] == [("num_frames", message)]
 
 
@@ -107,7 +107,7 @@ def test_a_truncated_prompt_is_reported(pair: Pair) -> None:
     assert recorded.warnings == [("prompt", message)]
 
 
-def test_the_template_has_as_many_tokens_as_published() -> None:
+def test_the_skipped_tokens_are_those_before_the_prompt() -> None:
     assert len(llama_tokenizer()(TEMPLATE.before).input_ids) == TEMPLATE.skipped
 
 
@@ -151,11 +151,11 @@ def test_a_model_without_embedded_guidance_matches_diffusers(tmp_path: Path) -> 
     fleet.close()
 
 
-def test_bfloat16_is_close_to_diffusers(pair: Pair) -> None:
+def test_bfloat16_is_close_to_float32(pair: Pair) -> None:
     given = BASE | {"seed": 5}
-    half = open_fleet(str(pair[0].model.checkpoint.path), torch.bfloat16)
-    ours = half.tensors(**given)["latents"]
-    half.close()
+    bfloat16 = open_fleet(str(pair[0].model.checkpoint.path), torch.bfloat16)
+    ours = bfloat16.tensors(**given)["latents"]
+    bfloat16.close()
     assert relative_error(ours, pair[0].tensors(**given)["latents"]) < 0.1
 
 

@@ -22,7 +22,8 @@ from tiny_flux import randomise
 from tiny_ltx2 import AUDIO_CHANNELS, AUDIO_SIZE, CAPTION_SIZE, MEL_BINS, VIDEO_CHANNELS, VIDEO_SIZE, transformer_sizes
 
 CPU = torch.device("cpu")
-BATCH, FRAMES, ROWS, COLUMNS, LENGTH, TEXT = 2, 3, 2, 5, 7, 6
+BATCH, FRAMES, ROWS, COLUMNS = 2, 3, 2, 5
+AUDIO_LENGTH, TEXT_TOKENS = 7, 6
 FPS = 25.0
 VERSIONS = pytest.mark.parametrize("version", ["2.0", "2.3"])
 
@@ -32,9 +33,9 @@ Pair = tuple[Reference, LTX2VideoTransformer3DModel]
 def pair(path: Path, version: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Pair:
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
-    made = Reference(**transformer_sizes(version == "2.3") | sizes)
-    randomise(made)
-    made.save_pretrained(path)
+    random_model = Reference(**transformer_sizes(version == "2.3") | sizes)
+    randomise(random_model)
+    random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, dtype=dtype)
     with torch.device("meta"):
         ours = LTX2VideoTransformer3DModel(LTX2TransformerConfig.from_dict("transformer", dict(reference.config)))
@@ -48,9 +49,9 @@ def inputs(version: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor
     widths = (CAPTION_SIZE, CAPTION_SIZE) if version == "2.0" else (VIDEO_SIZE, AUDIO_SIZE)
     given = {
         "hidden_states": torch.randn(BATCH, VIDEO_CHANNELS, FRAMES, ROWS, COLUMNS),
-        "audio_hidden_states": torch.randn(BATCH, AUDIO_CHANNELS, LENGTH, MEL_BINS // 4),
-        "encoder_hidden_states": torch.randn(BATCH, TEXT, widths[0]),
-        "audio_encoder_hidden_states": torch.randn(BATCH, TEXT, widths[1]),
+        "audio_hidden_states": torch.randn(BATCH, AUDIO_CHANNELS, AUDIO_LENGTH, MEL_BINS // 4),
+        "encoder_hidden_states": torch.randn(BATCH, TEXT_TOKENS, widths[0]),
+        "audio_encoder_hidden_states": torch.randn(BATCH, TEXT_TOKENS, widths[1]),
     }
     return {name: value.to(dtype) for name, value in given.items()} | {"fps": torch.tensor([FPS])}
 
@@ -75,7 +76,7 @@ def theirs(reference: Reference, given: dict[str, Tensor], timestep: Tensor, **o
             num_frames=FRAMES,
             height=ROWS,
             width=COLUMNS,
-            audio_num_frames=LENGTH,
+            audio_num_frames=AUDIO_LENGTH,
             fps=FPS,
             return_dict=False,
             **others,
@@ -86,17 +87,17 @@ def theirs(reference: Reference, given: dict[str, Tensor], timestep: Tensor, **o
     )
 
 
-def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], most: float = 1e-6) -> None:
+def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], max_error: float = 1e-6) -> None:
     for ours, reference in zip(got, expected, strict=True):
         assert ours.dtype == reference.dtype
-        assert relative_error(ours, reference) <= most
+        assert relative_error(ours, reference) <= max_error
 
 
 @VERSIONS
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("dtype", "max_error"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
 @pytest.mark.parametrize("has_image", [False, True], ids=["text", "image"])
 def test_predictions_match_diffusers(
-    tmp_path: Path, version: str, dtype: torch.dtype, most: float, has_image: bool
+    tmp_path: Path, version: str, dtype: torch.dtype, max_error: float, has_image: bool
 ) -> None:
     """Each batch row has its own timestep; with an image, the first frame's tokens have a separate timestep."""
     reference, ours = pair(tmp_path, version, dtype)
@@ -104,7 +105,7 @@ def test_predictions_match_diffusers(
     timestep = torch.tensor([[30.0, 900.5], [0.0, 750.25]]) if has_image else torch.tensor([900.5, 750.25])
     with torch.inference_mode():
         got = ours(**given, timestep=timestep)
-    check(got, theirs(reference, given, timestep), most)
+    check(got, theirs(reference, given, timestep), max_error)
 
 
 @VERSIONS
@@ -124,18 +125,18 @@ def test_guidance_branches_match_diffusers(tmp_path: Path, version: str) -> None
 
 
 @VERSIONS
-def test_cross_modal_attention_may_use_the_first_frames_timestep(tmp_path: Path, version: str) -> None:
+def test_predictions_with_and_without_cross_timestep_match_diffusers(tmp_path: Path, version: str) -> None:
     reference, ours = pair(tmp_path, version)
     given, timestep = inputs(version), torch.tensor([[0.0, 900.5], [0.0, 750.25]])
     results = []
-    for crosses in (True, False):
+    for use_cross_timestep in (True, False):
         with torch.inference_mode():
-            results.append(ours(**given, timestep=timestep, use_cross_timestep=torch.tensor([crosses])))
-        check(results[-1], theirs(reference, given, timestep, use_cross_timestep=crosses))
+            results.append(ours(**given, timestep=timestep, use_cross_timestep=torch.tensor([use_cross_timestep])))
+        check(results[-1], theirs(reference, given, timestep, use_cross_timestep=use_cross_timestep))
     assert relative_error(results[0][0], results[1][0]) > 1e-4
 
 
-def test_masked_text_is_not_attended_to(tmp_path: Path) -> None:
+def test_predictions_with_masked_text_match_diffusers(tmp_path: Path) -> None:
     reference, ours = pair(tmp_path, "2.0")
     given, timestep = inputs("2.0"), torch.tensor([900.5, 750.25])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
@@ -160,7 +161,7 @@ def test_masked_text_is_not_attended_to(tmp_path: Path) -> None:
     ],
     ids=lambda sizes: ",".join(sizes),
 )
-def test_architectures_match_diffusers(tmp_path: Path, sizes: dict[str, Any]) -> None:
+def test_predictions_of_other_architectures_match_diffusers(tmp_path: Path, sizes: dict[str, Any]) -> None:
     reference, ours = pair(tmp_path, "2.3", **sizes)
     given, timestep = inputs("2.3"), torch.tensor([[30.0, 900.5], [0.0, 750.25]])
     with torch.inference_mode():
@@ -168,7 +169,7 @@ def test_architectures_match_diffusers(tmp_path: Path, sizes: dict[str, Any]) ->
     check(got, theirs(reference, given, timestep))
 
 
-def test_steps_equal_single_predictions(tmp_path: Path) -> None:
+def test_prepared_steps_equal_single_predictions(tmp_path: Path) -> None:
     """prepare() takes timesteps (steps, B, 2): one row per step, with both segments."""
     _, ours = pair(tmp_path, "2.3")
     given = inputs("2.3")
@@ -200,7 +201,7 @@ def test_a_step_cache_changes_no_bit_of_a_computed_step(tmp_path: Path) -> None:
         assert relative_error(reused[name], value) < 1e-6
     assert cache.change() == 0
     assert ours.residual_elements(latents, prepared.constants) == BATCH * (
-        FRAMES * ROWS * COLUMNS * VIDEO_SIZE + LENGTH * AUDIO_SIZE
+        FRAMES * ROWS * COLUMNS * VIDEO_SIZE + AUDIO_LENGTH * AUDIO_SIZE
     )
 
 
@@ -215,8 +216,10 @@ def test_a_prediction_reads_no_value_on_the_host(tmp_path: Path, version: str) -
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
         whole = {**latents, **prepared.inputs(0)}
         call: dict[str, Any] = {name: fake.from_tensor(each.clone()) for name, each in whole.items()}
-        made = ours.predict(**call)
-    assert {name: each.shape for name, each in made.items()} == {name: each.shape for name, each in latents.items()}
+        predicted = ours.predict(**call)
+    assert {name: each.shape for name, each in predicted.items()} == {
+        name: each.shape for name, each in latents.items()
+    }
 
 
 def test_graphs_of_one_and_of_two_segments_have_different_keys(tmp_path: Path) -> None:
@@ -244,6 +247,6 @@ def test_graphs_of_one_and_of_two_segments_have_different_keys(tmp_path: Path) -
         ({"vae_scale_factors": [8, 32, 16]}, "vae_scale_factors: .* as many rows as columns"),
     ],
 )
-def test_other_architectures_are_refused(entry: dict[str, Any], message: str) -> None:
+def test_unsupported_architectures_are_refused(entry: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         LTX2TransformerConfig.from_dict("transformer", transformer_sizes(True) | entry)

@@ -77,9 +77,9 @@ class Loop:
                 return DenoisingInput(**{slot: values[slot] for slot in spec.contract.inputs if slot in values})
             stages = load_stages(self.model, spec, Runtime(dtype=self.runtime.dtype), variant=self.kind)
             hosted = HostedStages(spec.service, stages)
-            wanted = {slot: values[slot] for slot in hosted.contract.inputs if slot in values}
-            values |= hosted.run(wanted, Call("before"))
-        raise AssertionError("the pipeline has a denoising service")
+            given_slots = {slot: values[slot] for slot in hosted.contract.inputs if slot in values}
+            values |= hosted.run(given_slots, Call("before"))
+        raise AssertionError("the pipeline has no denoising service")
 
     def run(self, x: DenoisingInput, **call: Any) -> dict[str, Tensor]:
         done = self.stage.run(x, Call("test", **call))
@@ -92,7 +92,7 @@ def loop(request: pytest.FixtureRequest, model: ServedModel) -> Loop:
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(loop: Loop) -> None:
-    """Both latent parts with all branches; step checkpoints are serialized and parsed."""
+    """All branches run, and step checkpoints of both latent parts are serialized and parsed, as between workers."""
     x = loop.inputs(num_outputs_per_prompt=2)
     states: list[StepCheckpoint] = []
     whole = loop.run(x, on_item=step_checkpoints_to(states.append))
@@ -130,12 +130,11 @@ def test_graphs_give_the_same_bytes_as_eager_steps(model: ServedModel) -> None:
     assert len(capture.graphs) == 4
 
 
-def test_warm_up_requests_run(loop: Loop) -> None:
-    """Warm-up of the denoising service."""
-    stages, seen = HostedStages("denoising", [loop.stage]), []
+def test_a_warm_up_runs_the_loop(loop: Loop) -> None:
+    stages, progress = HostedStages("denoising", [loop.stage]), []
     warm_up = WarmUp.parse(loop.model, (f"64x96x9@{loop.kind}",))
-    warm_up.run(stages.run, torch.float32, Call("warm-up", on_progress=lambda *step: seen.append(step)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    warm_up.run(stages.run, torch.float32, Call("warm-up", on_progress=lambda *step: progress.append(step)))
+    assert progress == [(1, 3), (2, 3), (3, 3)]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,7 @@ def test_ltx_2_0_has_no_perturbed_branch(tmp_path: Path) -> None:
     assert config.branches_of(sampling, has_negative=True) == ("positive", "negative")
 
 
-def test_the_first_latent_frame_equals_the_image(model: ServedModel) -> None:
+def test_the_first_latent_frame_equals_the_image_latents(model: ServedModel) -> None:
     loop = Loop(model, "image")
     x = loop.inputs(num_outputs_per_prompt=2)
     assert x.image_latents is not None

@@ -44,7 +44,7 @@ def test_defaults_equal_those_of_the_diffusers_call(
     assert {name: defaults[name] for name in SHARED} == {name: arguments[name].default for name in SHARED}
     assert defaults["spatio_temporal_guidance_blocks"] == (28.0,)
     assert arguments["spatio_temporal_guidance_blocks"].default == [28]
-    # Values that Diffusers substitutes for None: no duration is predicted, and the text encoder is Gemma 3.
+    # Diffusers replaces None by 121 frames without a duration head, and by a CRF of 33 with a Gemma 3 encoder.
     assert (arguments["num_frames"].default, defaults["num_frames"]) == (None, 121)
     if kind is LTX2ImageToVideoSamplingParams:
         assert (arguments["image_crf"].default, defaults["image_crf"]) == (None, 33)
@@ -56,11 +56,11 @@ def test_audio_scales_of_0_default_to_the_video_scales(ltx2: Checkpoint, kind: t
     given |= {"guidance_rescale": 0.25}
     given |= {f"audio_{name}": 0.0 for name in given}
     params, warnings = kind.build({"prompt": "x", **given}, ltx2)
-    found = (params.audio_guidance_scale, params.audio_stg_scale, params.audio_modality_scale)
-    assert (*found, params.audio_guidance_rescale) == (4.0, 2.0, 5.0, 0.25)
+    video_scales = (params.audio_guidance_scale, params.audio_stg_scale, params.audio_modality_scale)
+    assert (*video_scales, params.audio_guidance_rescale) == (4.0, 2.0, 5.0, 0.25)
     assert {warning.field for warning in warnings} >= {name for name in given if name.startswith("audio_")}
-    again, _ = kind.build(params.as_mapping(), ltx2)
-    assert again == params, "the request rebuilt from its record is equal"
+    rebuilt, _ = kind.build(params.as_mapping(), ltx2)
+    assert rebuilt == params, "the request is equal when it is rebuilt from its parameters"
 
 
 def test_motion_speed_changes_positions_and_not_the_frame_rate(ltx2: Checkpoint) -> None:
@@ -113,7 +113,7 @@ def test_unsupported_requests_are_refused(
     assert refused.value.field == field
 
 
-def test_the_shortest_audio_is_accepted(ltx2: Checkpoint) -> None:
+def test_a_video_with_the_shortest_supported_audio_is_accepted(ltx2: Checkpoint) -> None:
     params, _ = LTX2SamplingParams.build({"prompt": "x", "num_frames": 5, "frame_rate": 240.0}, ltx2)
     assert params.num_frames == 5
 
@@ -127,7 +127,7 @@ def test_only_the_image_variant_takes_an_image(ltx2: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("name", ["audio_guidance_scale", "audio_stg_scale", "modality_scale"])
-def test_audio_settings_are_refused_by_a_model_without_audio(tmp_path: Path, name: str) -> None:
+def test_audio_parameters_are_refused_by_a_model_without_audio(tmp_path: Path, name: str) -> None:
     model = open_model(str(build_tiny_wan(tmp_path / "wan")), load_registry())
     with pytest.raises(InvalidInput, match=f"WanPipeline has no parameter '{name}'") as refused:
         model.variants[0].sampling_params.build({"prompt": "x", name: 2.0}, model.checkpoint)
@@ -136,7 +136,7 @@ def test_audio_settings_are_refused_by_a_model_without_audio(tmp_path: Path, nam
 
 @pytest.mark.parametrize("module", ["vocoder", "audio_vae", "connectors"])
 def test_a_checkpoint_without_one_of_its_modules_is_refused(tmp_path: Path, module: str) -> None:
-    """Diffusers does not load a directory without the module; with a null entry, it fails at the end of a run."""
+    """Diffusers does not load a directory without the module; with a null entry, its call fails at the end."""
     path = build_tiny_ltx2(tmp_path / "m")
     edit_json(path / "model_index.json", **{module: [None, None]})
     with pytest.raises(CheckpointError, match=f"LTX2Pipeline needs .*{module}"):
@@ -144,7 +144,7 @@ def test_a_checkpoint_without_one_of_its_modules_is_refused(tmp_path: Path, modu
 
 
 def test_a_model_that_predicts_durations_is_refused(tmp_path: Path) -> None:
-    """A later model with another architecture."""
+    """LTX-2.5, which predicts durations, has another architecture."""
     path = build_tiny_ltx2(tmp_path / "m")
     edit_json(path / "transformer" / "config.json", use_prompt_adaln_single=False)
     with pytest.raises(CheckpointError, match="use_prompt_adaln_single: False is not True"):

@@ -48,7 +48,7 @@ TEXT: dict[str, Request] = {
     "two branches and rescaling": {**OFF, "stg_scale": 1.0, "guidance_rescale": 0.9, "audio_guidance_rescale": 0.3},
     "rescaling without guidance": {**OFF, "guidance_rescale": 0.7, "audio_guidance_rescale": 0.7},
     "blocks that the model lacks": {**OFF, "stg_scale": 1.0, "spatio_temporal_guidance_blocks": (float(LAYERS), 28.0)},
-    "high": {"height": 160, "width": 64},
+    "tall": {"height": 160, "width": 64},
     "12 frames, rounded to 9": {"num_frames": 12},
     "one frame": {"num_frames": 1},
     "many frames at an odd rate": {"num_frames": 33, "frame_rate": 29.97, "num_inference_steps": 2},
@@ -70,7 +70,7 @@ IMAGE: dict[str, tuple[Request, tuple[int, int]]] = {
     "odd sizes, little compression": ({"image_crf": 5}, (97, 63)),
     "one frame": ({"num_frames": 1, "num_inference_steps": 2}, (150, 90)),
     "12 frames, rounded to 9": ({"num_frames": 12}, (64, 64)),
-    "with its own timestep": ({"use_cross_timestep": False}, (150, 90)),
+    "without cross timestep": ({"use_cross_timestep": False}, (150, 90)),
     "many steps": ({"num_inference_steps": 9}, (150, 90)),
     "two outputs": ({"num_outputs_per_prompt": 2}, (150, 90)),
 }
@@ -85,8 +85,8 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
 
 
 @pytest.fixture(scope="module")
-def usual(sides: Sides) -> dict[str, Tensor]:
-    """Our results of the default request."""
+def default_results(sides: Sides) -> dict[str, Tensor]:
+    """This project's results of the default request."""
     return sides.ours({})
 
 
@@ -110,7 +110,7 @@ def test_image_to_video_matches_diffusers(sides: Sides, case: str) -> None:
     check(sides.ours(request, image), sides.theirs(request, image))
 
 
-def test_the_reference_decodes_as_its_pipeline_does(sides: Sides) -> None:
+def test_separate_decoding_of_reference_latents_equals_the_reference_pipeline(sides: Sides) -> None:
     for image in (None, coarse_image(150, 90, seed=1)):
         decoded = sides.theirs({}, image)
         pixels, audio = sides.call({}, image, "pt")
@@ -144,10 +144,12 @@ def test_both_pipeline_class_names_give_one_model(sides: Sides, tmp_path: Path) 
     other.fleet.close()
 
 
-def test_noise_of_all_outputs_is_drawn_at_once(sides: Sides) -> None:
-    """Video noise of all outputs is drawn before all audio noise: only the first video equals a single output."""
+def test_outputs_differ_from_each_other_and_from_a_single_output(sides: Sides) -> None:
+    """Video noise of all outputs is drawn before audio noise. The first output has the video noise of a single output,
+    but other audio noise, which affects its video.
+    """
     one, both = (sides.ours({**OFF, "num_outputs_per_prompt": count}) for count in (1, 2))
-    assert relative_error(both["latents"][:1], one["latents"]) > 10 * LATENTS_WITHIN, "the audio differs"
+    assert relative_error(both["latents"][:1], one["latents"]) > 10 * LATENTS_WITHIN, "the audio noise differs"
     assert relative_error(both["latents"][1:], both["latents"][:1]) > 10 * LATENTS_WITHIN
     assert relative_error(both["audio_latents"][1:], both["audio_latents"][:1]) > 10 * LATENTS_WITHIN
 
@@ -172,21 +174,21 @@ def test_noise_of_all_outputs_is_drawn_at_once(sides: Sides) -> None:
     ],
     ids=str,
 )
-def test_every_input_changes_the_result(sides: Sides, usual: dict[str, Tensor], change: Request) -> None:
-    """Negative control of the tolerance: each changed input moves video and audio at least 10 times further."""
+def test_every_input_changes_the_result(sides: Sides, default_results: dict[str, Tensor], change: Request) -> None:
+    """Negative control: each changed input moves video and audio by more than 10 times the parity tolerance."""
     changed = sides.ours(change)
     for name in ("latents", "audio_latents"):
-        assert relative_error(changed[name], usual[name]) > 10 * LATENTS_WITHIN
+        assert relative_error(changed[name], default_results[name]) > 10 * LATENTS_WITHIN
 
 
-def test_the_image_changes_later_frames_and_the_audio(sides: Sides) -> None:
-    """The image also affects frames after the first frame, and the audio."""
+def test_image_arguments_change_later_frames_and_the_audio(sides: Sides) -> None:
+    """The image, image_crf and use_cross_timestep affect the frames after the first frame, and the audio."""
     image, other = (coarse_image(150, 90, seed) for seed in (1, 2))
-    usual = sides.ours({}, image)
+    before = sides.ours({}, image)
     for request, given_image in (({}, other), ({"image_crf": 0}, image), ({"use_cross_timestep": False}, image)):
         changed = sides.ours(request, given_image)
-        assert relative_error(changed["latents"][:, :, 1:], usual["latents"][:, :, 1:]) > 1e-4
-        assert relative_error(changed["audio_latents"], usual["audio_latents"]) > 1e-4
+        assert relative_error(changed["latents"][:, :, 1:], before["latents"][:, :, 1:]) > 1e-4
+        assert relative_error(changed["audio_latents"], before["audio_latents"]) > 1e-4
 
 
 def test_rounded_frames_and_unused_guidance_are_reported(sides: Sides, old_sides: Sides) -> None:
@@ -202,7 +204,7 @@ def test_rounded_frames_and_unused_guidance_are_reported(sides: Sides, old_sides
     assert not InputValidationStage(sides.fleet.model).run(given()).warnings
 
 
-def test_a_truncated_text_is_reported(sides: Sides) -> None:
+def test_a_truncated_prompt_is_reported(sides: Sides) -> None:
     recorded = RecordedCall()
     sides.fleet.media(recorded, **given(LONG, num_inference_steps=2, output_format="safetensors"))
     ((field, message),) = [warning for warning in recorded.warnings if warning[0] == "prompt"]

@@ -23,17 +23,21 @@ from tiny_ltx2 import edit_json
 from tiny_ltx_video import CAPTION_SIZE, CHANNELS, build_tiny_ltx_video, transformer_sizes
 
 GRID = (3, 2, 5)
+"""Latent frames, rows and columns."""
 UNITS = (8 / 25.0, 32, 32)
-FIRST = GRID[1] * GRID[2]
+"""Seconds per latent frame, pixels per row and pixels per column."""
+FIRST_TOKENS = GRID[1] * GRID[2]
+"""Tokens of the first latent frame."""
 PADDING = 5
+"""Number of padding tokens that theirs() appends to the text."""
 
 
 def pair(path: Path, dtype: torch.dtype, **sizes: Any) -> tuple[Reference, LTXVideoTransformer3DModel]:
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
-    made = Reference(**transformer_sizes() | sizes)
-    randomise(made)
-    made.save_pretrained(path)
+    random_model = Reference(**transformer_sizes() | sizes)
+    randomise(random_model)
+    random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, torch_dtype=dtype)
     config = LTXVideoTransformerConfig.from_dict("transformer", dict(reference.config))
     with torch.device("meta"):
@@ -43,7 +47,7 @@ def pair(path: Path, dtype: torch.dtype, **sizes: Any) -> tuple[Reference, LTXVi
 
 
 def inputs(tokens: int, dtype: torch.dtype, *, has_first: bool) -> dict[str, Tensor]:
-    """Inputs of two outputs with different texts."""
+    """Keyword arguments for two outputs with different texts; a first frame has its own timestep and positions."""
     axes = (torch.arange(size, dtype=torch.float32) * unit for size, unit in zip(GRID, UNITS, strict=True))
     positions = torch.cartesian_prod(*axes)
     given = {
@@ -53,7 +57,11 @@ def inputs(tokens: int, dtype: torch.dtype, *, has_first: bool) -> dict[str, Ten
     if not has_first:
         return given | {"timestep": torch.tensor([749.0, 250.0]), "positions": positions}
     timestep = torch.tensor([[0.0, 749.0], [0.0, 250.0]])
-    return given | {"timestep": timestep, "positions": positions[FIRST:], "first_positions": positions[:FIRST]}
+    return given | {
+        "timestep": timestep,
+        "positions": positions[FIRST_TOKENS:],
+        "first_positions": positions[:FIRST_TOKENS],
+    }
 
 
 def theirs(reference: Reference, given: dict[str, Tensor]) -> Tensor:
@@ -61,7 +69,7 @@ def theirs(reference: Reference, given: dict[str, Tensor]) -> Tensor:
     text, timestep = given["encoder_hidden_states"], given["timestep"]
     padding = torch.randn(2, PADDING, CAPTION_SIZE, dtype=text.dtype)
     if timestep.ndim == 2:
-        first, rest = timestep[:, :1].expand(-1, FIRST), timestep[:, 1:].expand(-1, len(given["positions"]))
+        first, rest = timestep[:, :1].expand(-1, FIRST_TOKENS), timestep[:, 1:].expand(-1, len(given["positions"]))
         timestep = torch.cat((first, rest), dim=1)
     predicted: Tensor = reference(
         hidden_states=given["hidden_states"],
@@ -79,17 +87,17 @@ def theirs(reference: Reference, given: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("has_first", [False, True], ids=["one timestep", "a first frame"])
 @pytest.mark.parametrize(("heads", "tokens"), [(4, 9), (5, 1)], ids=str)
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("dtype", "max_error"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
 def test_predictions_match_diffusers(
-    tmp_path: Path, heads: int, tokens: int, has_first: bool, dtype: torch.dtype, most: float
+    tmp_path: Path, heads: int, tokens: int, has_first: bool, dtype: torch.dtype, max_error: float
 ) -> None:
-    """RoPE does not rotate the first channels, because 40 channels in 5 heads are no multiple of 6."""
+    """RoPE does not rotate the first channels: 32 channels (4 heads) and 40 channels (5 heads) are no multiple of 6."""
     reference, ours = pair(tmp_path, dtype, num_attention_heads=heads, cross_attention_dim=8 * heads)
     given = inputs(tokens, dtype, has_first=has_first)
     with torch.inference_mode():
         expected, got = theirs(reference, given), ours(**given)
     assert got.dtype == dtype
-    assert relative_error(got, expected) <= most
+    assert relative_error(got, expected) <= max_error
 
 
 def test_every_keyword_changes_the_prediction(tmp_path: Path) -> None:
@@ -103,8 +111,8 @@ def test_every_keyword_changes_the_prediction(tmp_path: Path) -> None:
             assert relative_error(ours(**given | {name: value}), expected) > 1e-3, name
 
 
-def test_a_prediction_reads_nothing_on_the_host(tmp_path: Path) -> None:
-    """FakeTensors have no values: reading a value raises an error."""
+def test_a_prediction_reads_no_value_on_the_host(tmp_path: Path) -> None:
+    """CUDA graphs cannot capture host reads. FakeTensors have no values, so a host read raises an error."""
     _, ours = pair(tmp_path, torch.float32)
     given = inputs(9, torch.float32, has_first=True)
     latents, timestep = given.pop("hidden_states"), given.pop("timestep")
@@ -127,7 +135,7 @@ def test_parameters_of_the_published_size_match_diffusers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "field"),
     [
         ({"patch_size": 2}, "patch_size"),
         ({"patch_size_t": 2}, "patch_size_t"),
@@ -139,8 +147,8 @@ def test_parameters_of_the_published_size_match_diffusers() -> None:
     ],
     ids=str,
 )
-def test_other_architectures_are_refused(values: dict[str, Any], named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
+def test_unsupported_architectures_are_refused(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(CheckpointError, match=field):
         LTXVideoTransformerConfig.from_dict("transformer", values)
 
 

@@ -34,7 +34,9 @@ GIVEN: dict[str, Any] = {
 }
 IMAGES = {"text": NO_IMAGES, "image": {"image": png(coarse_image(90, 60))}}
 CANVAS = Canvas(height=64, width=96, num_frames=9)
-TOKENS, FIRST = 12, 6
+VIDEO_TOKENS = 12
+FIRST_TOKENS = 6
+"""Tokens of the first latent frame."""
 VARIANTS = pytest.mark.parametrize("variant", IMAGES)
 
 
@@ -48,8 +50,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
 
 @pytest.fixture(scope="module")
 def configs(fleet: LocalFleet) -> dict[str, LTXVideoPipelineConfig]:
-    kinds = {"text": LTXVideoPipelineConfig, "image": LTXVideoImageToVideoPipelineConfig}
-    return {variant: kind.from_checkpoint(fleet.model.checkpoint) for variant, kind in kinds.items()}
+    config_classes = {"text": LTXVideoPipelineConfig, "image": LTXVideoImageToVideoPipelineConfig}
+    return {variant: each.from_checkpoint(fleet.model.checkpoint) for variant, each in config_classes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +64,9 @@ def test_conditioning_is_not_padded_and_latents_are_packed(inputs: dict[str, Den
     text = x.text_conditioning
     assert text.prompt_embeds["encoder_hidden_states"].shape == (1, 4, CAPTION_SIZE)
     assert text.negative_prompt_embeds["encoder_hidden_states"].shape == (1, 7, CAPTION_SIZE)
-    assert x.initial_latents.parts["video"].latents.shape == (2, TOKENS, CHANNELS)
+    assert x.initial_latents.parts["video"].latents.shape == (2, VIDEO_TOKENS, CHANNELS)
     assert x.image_latents is not None
-    assert x.image_latents.parts["condition"].latents.shape == (1, FIRST, CHANNELS)
+    assert x.image_latents.parts["condition"].latents.shape == (1, FIRST_TOKENS, CHANNELS)
 
 
 @VARIANTS
@@ -80,7 +82,9 @@ def test_random_numbers_are_drawn_in_diffusers_order(inputs: dict[str, Denoising
 
 
 @VARIANTS
-def test_the_loop_passes_the_generator_on(fleet: LocalFleet, inputs: dict[str, DenoisingInput], variant: str) -> None:
+def test_the_loop_returns_the_generator_unchanged(
+    fleet: LocalFleet, inputs: dict[str, DenoisingInput], variant: str
+) -> None:
     x = inputs[variant]
     output = denoising_stage(fleet, Runtime(), variant).run(x, Call("test"))
     assert x.latents_generator is not None
@@ -108,15 +112,15 @@ def test_a_warm_up_runs_the_loop(fleet: LocalFleet, variant: str) -> None:
 
 
 @VARIANTS
-def test_conditioning_has_exactly_the_inputs_of_forward(
+def test_conditioning_and_config_keywords_are_the_parameters_of_forward(
     configs: dict[str, LTXVideoPipelineConfig], inputs: dict[str, DenoisingInput], variant: str
 ) -> None:
     config, embeds = configs[variant], inputs[variant].text_conditioning.prompt_embeds
     shapes = {**config.raw_latent_shapes(CANVAS, 2), **config.condition_shapes(CANVAS)}
     own = config.prepare_pos_cond_kwargs(embeds, shapes, inputs[variant].sampling)
-    taken = inspect.signature(LTXVideoTransformer3DModel.forward).parameters.keys() - {"self"}
-    idle = set() if variant == "image" else {"first_positions"}
-    assert own.keys() | embeds.keys() | {"hidden_states", "timestep"} == taken - idle
+    parameters = inspect.signature(LTXVideoTransformer3DModel.forward).parameters.keys() - {"self"}
+    unused = set() if variant == "image" else {"first_positions"}
+    assert own.keys() | embeds.keys() | {"hidden_states", "timestep"} == parameters - unused
     assert embeds.keys() == config.conditioning_shapes().keys()
 
 
@@ -129,14 +133,14 @@ def test_conditioning_has_exactly_the_inputs_of_forward(
     ],
     ids=str,
 )
-def test_decoder_noise_is_configurable(
+def test_decoding_noise_follows_decode_timestep_and_decode_noise_scale(
     configs: dict[str, LTXVideoPipelineConfig], params: dict[str, float], expected: DecodingNoise
 ) -> None:
     sampling = Sampling(num_inference_steps=2, seed=0, params=params)
     assert configs["text"].decoding_noise(sampling) == expected
 
 
-def test_shapes_match_the_published_size(configs: dict[str, LTXVideoPipelineConfig]) -> None:
+def test_latent_shapes_match_the_published_size(configs: dict[str, LTXVideoPipelineConfig]) -> None:
     config, canvas = configs["image"], Canvas(height=512, width=704, num_frames=161)
     assert config.raw_latent_shapes(canvas, 2) == {"video": (2, CHANNELS, 21, 16, 22)}
     assert config.posterior_shape(canvas) == (1, CHANNELS, 1, 16, 22)

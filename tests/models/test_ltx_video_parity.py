@@ -26,7 +26,6 @@ BASE: dict[str, Any] = {"prompt": "a red apple", "height": 64, "width": 64, "num
 LONG = "the old stone river on the moon and the red cat in a blue car " * 30
 IMAGE = coarse_image(90, 60)
 
-# Requests per version: text only, then text with an image.
 MODES: dict[str, tuple[str, dict[str, Any], Image.Image | None]] = {
     "guided": ("0.9.0", {"negative_prompt": "a blue car"}, None),
     "not guided, one frame": ("0.9.0", {"guidance_scale": 1.0, "num_frames": 1}, None),
@@ -35,7 +34,7 @@ MODES: dict[str, tuple[str, dict[str, Any], Image.Image | None]] = {
         {"num_outputs_per_prompt": 2, "width": 96, "guidance_rescale": 0.7, "num_inference_steps": 3},
         None,
     ),
-    "long prompts, slow": ("0.9.0", {"prompt": LONG, "negative_prompt": LONG[9:], "frame_rate": 12.5}, None),
+    "long prompts, low frame rate": ("0.9.0", {"prompt": LONG, "negative_prompt": LONG[9:], "frame_rate": 12.5}, None),
     "few tokens": ("0.9.0", {"prompt": LONG, "max_sequence_length": 3}, None),
     "image": ("0.9.0", {"negative_prompt": "a blue car"}, IMAGE),
     "image, two outputs, tall, rescaled": (
@@ -48,6 +47,7 @@ MODES: dict[str, tuple[str, dict[str, Any], Image.Image | None]] = {
     "no noise": ("0.9.5", {"guidance_scale": 1.0}, None),
     "image, decoder noise": ("0.9.5", {"decode_timestep": 0.05, "num_outputs_per_prompt": 2}, IMAGE),
 }
+"""(version of the VAE, changes of BASE, input image) by mode."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Sides:
 
     @classmethod
     def open(cls, path: Path) -> Sides:
-        """Load the directory three times."""
+        """Load the checkpoint into the fleet and into both of Diffusers' pipelines."""
         text, image = (open_reference(path, kind) for kind in (LTXPipeline, LTXImageToVideoPipeline))
         return cls(open_fleet(str(path)), text, image)
 
@@ -82,7 +82,7 @@ class Sides:
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Sides]]:
-    """Sides by VAE version."""
+    """Sides by version of the VAE."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("ltx")
     built = {"0.9.0": build_tiny_ltx_video(folder / "090"), "0.9.5": build_tiny_ltx_video_095(folder / "095")}
@@ -99,13 +99,13 @@ def test_latents_and_pixels_match_diffusers(sides: dict[str, Sides], mode: str) 
     check(sides[version].ours(given, image), sides[version].theirs(given, image))
 
 
-@pytest.mark.parametrize("asked", [10, 16])
-def test_frame_counts_equal_diffusers(sides: dict[str, Sides], asked: int) -> None:
-    """Diffusers drops the remaining frames without a warning."""
-    pair, given = sides["0.9.0"], BASE | {"num_frames": asked}
+@pytest.mark.parametrize("num_frames", [10, 16])
+def test_frame_counts_are_rounded_as_in_diffusers_with_a_warning(sides: dict[str, Sides], num_frames: int) -> None:
+    """Diffusers rounds down without a warning."""
+    pair, given = sides["0.9.0"], BASE | {"num_frames": num_frames}
     check(pair.ours(given), pair.theirs(given))
     _, warnings = pair.fleet.model.variants[0].sampling_params.build(given, pair.fleet.model.checkpoint)
-    message = f"{asked} is not one more than a multiple of 8; 9 is used instead"
+    message = f"{num_frames} is not one more than a multiple of 8; 9 is used instead"
     assert [(warning.field, warning.message) for warning in warnings] == [("num_frames", message)]
 
 
@@ -135,7 +135,7 @@ def test_decoder_noise_does_not_change_latents(sides: dict[str, Sides], change: 
     assert relative_error(after["pixels"], before["pixels"]) > 1e-3
 
 
-def test_the_image_is_the_first_frame_and_changes_the_others(sides: dict[str, Sides]) -> None:
+def test_the_image_changes_the_first_frame_and_the_later_frames(sides: dict[str, Sides]) -> None:
     first, other = (sides["0.9.0"].ours(BASE, image)["latents"] for image in (IMAGE, coarse_image(90, 60, 3)))
     tokens = 2 * 2
     for rows in (slice(0, tokens), slice(tokens, None)):
@@ -143,11 +143,11 @@ def test_the_image_is_the_first_frame_and_changes_the_others(sides: dict[str, Si
 
 
 def test_parameters_without_effect_are_reported(sides: dict[str, Sides]) -> None:
-    asked: dict[str, Any] = {"guidance_scale": 1.0, "negative_prompt": "a car", "guidance_rescale": 0.5}
-    asked |= {"decode_timestep": 0.1, "decode_noise_scale": 0.1}
+    unused: dict[str, Any] = {"guidance_scale": 1.0, "negative_prompt": "a car", "guidance_rescale": 0.5}
+    unused |= {"decode_timestep": 0.1, "decode_noise_scale": 0.1}
     model = sides["0.9.0"].fleet.model
-    params, warnings = model.variants[0].sampling_params.build({**BASE, **asked}, model.checkpoint)
-    assert {warning.field for warning in warnings} == asked.keys() - {"guidance_scale"}
+    params, warnings = model.variants[0].sampling_params.build({**BASE, **unused}, model.checkpoint)
+    assert {warning.field for warning in warnings} == unused.keys() - {"guidance_scale"}
     assert params.branches == 1
     model = sides["0.9.5"].fleet.model
     assert not model.variants[0].sampling_params.build({**BASE, "decode_timestep": 0.1}, model.checkpoint)[1]
@@ -183,8 +183,10 @@ def test_unsupported_requests_are_refused(sides: dict[str, Sides], given: dict[s
     [(("image",), 8, "num_frames"), (("image", "last_image"), 9, "last_image"), (("last_image",), 9, "last_image")],
     ids=str,
 )
-def test_wrong_images_are_refused(sides: dict[str, Sides], roles: tuple[str, ...], frames: int, field: str) -> None:
-    """A video of one latent frame would show only the image."""
+def test_unsupported_images_and_frame_counts_are_refused(
+    sides: dict[str, Sides], roles: tuple[str, ...], frames: int, field: str
+) -> None:
+    """8 frames are rounded to one latent frame, which would show only the image."""
     images = dict.fromkeys(roles, png(IMAGE))
     with pytest.raises(InvalidInput) as caught:
         sides["0.9.0"].fleet.media(None, images, **BASE | {"num_frames": frames}, seed=1)
@@ -192,11 +194,11 @@ def test_wrong_images_are_refused(sides: dict[str, Sides], roles: tuple[str, ...
 
 
 @pytest.mark.parametrize("image", [None, IMAGE], ids=["text", "image"])
-def test_bfloat16_is_close_to_diffusers(sides: dict[str, Sides], image: Image.Image | None) -> None:
-    half = open_fleet(str(sides["0.9.5"].fleet.model.checkpoint.path), torch.bfloat16)
+def test_bfloat16_is_close_to_float32(sides: dict[str, Sides], image: Image.Image | None) -> None:
+    bfloat16 = open_fleet(str(sides["0.9.5"].fleet.model.checkpoint.path), torch.bfloat16)
     images = NO_IMAGES if image is None else {"image": png(image)}
-    ours = half.tensors(images=images, seed=5, **BASE)["latents"]
-    half.close()
+    ours = bfloat16.tensors(images=images, seed=5, **BASE)["latents"]
+    bfloat16.close()
     assert relative_error(ours, sides["0.9.5"].ours(BASE, image)["latents"]) < 0.1
 
 
@@ -205,7 +207,7 @@ ODD: dict[str, Any] = {**BASE, "height": 96, "width": 96, "num_frames": 17}
 ODD_SHAPE = (1, 8, 3, 3, 3)
 
 
-def draws(image: Image.Image | None) -> tuple[Tensor | None, Tensor]:
+def drawn_noise(image: Image.Image | None) -> tuple[Tensor | None, Tensor]:
     """Noise of the image latents and of the decoder, for a bfloat16 request with seed 5."""
     generator, image_noise = torch.Generator().manual_seed(5), None
     if image is not None:
@@ -221,11 +223,11 @@ def test_bfloat16_is_rounded_at_the_same_points_as_in_diffusers(
 ) -> None:
     """Noise has the VAE's dtype; float32 latents are denormalized before they are rounded and mixed with noise."""
     path = str(sides[version].fleet.model.checkpoint.path)
-    half, pipeline = open_fleet(path, torch.bfloat16), LTXPipeline.from_pretrained(path, dtype=torch.bfloat16)
+    bfloat16, pipeline = open_fleet(path, torch.bfloat16), LTXPipeline.from_pretrained(path, dtype=torch.bfloat16)
     given = ODD | ({"decode_timestep": 0.05, "decode_noise_scale": 0.3} if version == "0.9.5" else {})
-    ours = half.tensors(images=NO_IMAGES if image is None else {"image": png(image)}, seed=5, **given)
-    half.close()
-    image_noise, noise = draws(image)
+    ours = bfloat16.tensors(images=NO_IMAGES if image is None else {"image": png(image)}, seed=5, **given)
+    bfloat16.close()
+    image_noise, noise = drawn_noise(image)
     raw, vae = LTXPipeline._unpack_latents(ours["latents"], *ODD_SHAPE[2:]), pipeline.vae
     decoded = LTXPipeline._denormalize_latents(raw, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
     decoded, timestep = decoded.bfloat16(), None
@@ -238,14 +240,14 @@ def test_bfloat16_is_rounded_at_the_same_points_as_in_diffusers(
         assert torch.equal(ours["pixels"].float(), theirs.float())
         if image is not None and image_noise is not None:
             pixels = pipeline.video_processor.preprocess(image, height=96, width=96).bfloat16()
-            found = vae.encode(pixels[:, :, None]).latent_dist
-            first = (found.mean + found.std * image_noise).float()
+            posterior = vae.encode(pixels[:, :, None]).latent_dist
+            first = (posterior.mean + posterior.std * image_noise).float()
             first = LTXPipeline._normalize_latents(first, vae.latents_mean, vae.latents_std)
             assert torch.equal(raw[:, :, :1], first)
 
 
 @pytest.mark.parametrize(
-    ("module", "change", "named"),
+    ("module", "change", "message"),
     [
         ("vae", {"decoder_inject_noise": [True, False]}, "decoder_inject_noise"),
         ("vae", {"patch_size_t": 2}, "patch_size_t"),
@@ -258,16 +260,16 @@ def test_bfloat16_is_rounded_at_the_same_points_as_in_diffusers(
     ids=str,
 )
 def test_inconsistent_modules_are_refused(
-    tmp_path: Path, sides: dict[str, Sides], module: str, change: dict[str, Any], named: str
+    tmp_path: Path, sides: dict[str, Sides], module: str, change: dict[str, Any], message: str
 ) -> None:
-    whole = sides["0.9.0"].fleet.model.checkpoint.path
-    for entry in whole.iterdir():
+    source = sides["0.9.0"].fleet.model.checkpoint.path
+    for entry in source.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     (tmp_path / module).unlink()
     (tmp_path / module).mkdir()
-    for entry in (whole / module).iterdir():
+    for entry in (source / module).iterdir():
         (tmp_path / module / entry.name).write_bytes(entry.read_bytes())
     edit_json(tmp_path / module / "config.json", **change)
     checkpoint = Checkpoint.open(tmp_path)
-    with pytest.raises(CheckpointError, match=named):
+    with pytest.raises(CheckpointError, match=message):
         LTXVideoPipelineConfig.from_checkpoint(checkpoint)

@@ -1,4 +1,4 @@
-"""Stages find their modules by role, so that a checkpoint may use other module names."""
+"""Stages find their modules by role, so that a pipeline may use other module names."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ GIVEN: dict[str, ParamValue] = {
     "num_inference_steps": 3,
     "seed": 1,
 }
-VIDEO = ("text_encoder", "tokenizer", "transformer", "vae")
+COMMON_MODULES = ("text_encoder", "tokenizer", "transformer", "vae")
 T2V_STAGES = 'self.add_standard_t2i_stages(scheduler="solver")'
 I2V_STAGES = 'self.add_standard_ti2v_stages(image_processor="feature_extractor", scheduler="solver")'
 
@@ -60,7 +60,7 @@ I2V_STAGES = 'self.add_standard_ti2v_stages(image_processor="feature_extractor",
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     """A registry with Wan pipelines whose scheduler and image processor have other names."""
     plugins = tmp_path_factory.mktemp("plugins")
-    t2v, i2v = (*VIDEO, "solver"), (*VIDEO, "image_encoder", "feature_extractor", "solver")
+    t2v, i2v = (*COMMON_MODULES, "solver"), (*COMMON_MODULES, "image_encoder", "feature_extractor", "solver")
     for name, base, modules, stages in (
         ("SolverWanPipeline", "WanPipeline", t2v, T2V_STAGES),
         ("SolverWanImageToVideoPipeline", "WanImageToVideoPipeline", i2v, I2V_STAGES),
@@ -73,7 +73,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
 
 
 def renamed(path: Path, target: Path, names: Sequence[tuple[str, str]]) -> Path:
-    """Copy a checkpoint and rename its modules."""
+    """Copy a checkpoint, rename some of its modules, and name the pipeline that has these modules."""
     shutil.copytree(path, target)
     index = json.loads((path / "model_index.json").read_text())
     index["_class_name"] = f"Solver{index['_class_name']}"
@@ -92,27 +92,27 @@ def t2v(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_a_renamed_scheduler_gives_the_same_bytes(t2v: tuple[Path, Path], registry: Registry) -> None:
-    usual, other = open_fleet(str(t2v[0])), LocalFleet(open_model(str(t2v[1]), registry))
-    ours, theirs = other.tensors(None, NO_IMAGES, **GIVEN), usual.tensors(None, NO_IMAGES, **GIVEN)
-    assert other.model.service("denoising").modules == ("transformer", "solver")
+    plain, renamed_fleet = open_fleet(str(t2v[0])), LocalFleet(open_model(str(t2v[1]), registry))
+    ours, theirs = renamed_fleet.tensors(None, NO_IMAGES, **GIVEN), plain.tensors(None, NO_IMAGES, **GIVEN)
+    assert renamed_fleet.model.service("denoising").modules == ("transformer", "solver")
     assert all(torch.equal(ours[name], theirs[name]) for name in ("latents", "pixels"))
-    usual.close()
-    other.close()
+    plain.close()
+    renamed_fleet.close()
 
 
 def test_a_renamed_image_processor_gives_the_same_bytes(tmp_path: Path, registry: Registry) -> None:
     path = build_tiny_wan_i2v(tmp_path / "i2v")
     names = [("scheduler", "solver"), ("image_processor", "feature_extractor")]
-    usual = open_fleet(str(path))
-    other = LocalFleet(open_model(str(renamed(path, tmp_path / "renamed", names)), registry))
+    plain = open_fleet(str(path))
+    renamed_fleet = LocalFleet(open_model(str(renamed(path, tmp_path / "renamed", names)), registry))
     images = {"image": png(coarse_image(40, 30, 1))}
-    ours, theirs = (fleet.tensors(None, images, **GIVEN) for fleet in (other, usual))
+    ours, theirs = (fleet.tensors(None, images, **GIVEN) for fleet in (renamed_fleet, plain))
     assert all(torch.equal(ours[name], theirs[name]) for name in ("latents", "pixels"))
-    usual.close()
-    other.close()
+    plain.close()
+    renamed_fleet.close()
 
 
-def test_renamed_modules_are_warmed_up(t2v: tuple[Path, Path], registry: Registry) -> None:
+def test_a_warm_up_has_all_inputs_of_a_renamed_denoising_service(t2v: tuple[Path, Path], registry: Registry) -> None:
     model = open_model(str(t2v[1]), registry)
     (inputs,) = WarmUp.parse(model, ["32x32x5"]).inputs(torch.float32)
     contract = model.service("denoising").contract

@@ -22,9 +22,10 @@ from parallel_cases import FAMILIES, LAYOUTS, Case, check, make_case
 from rank_calls import denoise, rank_file
 from rank_pool import RankPool
 
-PAIRS = [layout for layout in LAYOUTS if layout.world_size == 4 and max(map(layout.of, AXES)) == 2]
+# World size 4: degree 2 on two axes.
+PAIRS_OF_AXES = [layout for layout in LAYOUTS if layout.world_size == 4 and max(map(layout.of, AXES)) == 2]
 # Degree 2 on each axis, and on one pair of axes.
-FEW = [*(Degrees(**{axis: 2}) for axis in AXES), Degrees(tp=2, ulysses=2)]
+FEW_LAYOUTS = [*(Degrees(**{axis: 2}) for axis in AXES), Degrees(tp=2, ulysses=2)]
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +35,13 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 
 
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
-def test_every_layout_equals_one_rank(
+def test_every_layout_of_flux_equals_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
 ) -> None:
     check(rank_pool, cases["flux"], degrees, tmp_path)
 
 
-@pytest.mark.parametrize("degrees", PAIRS, ids=str)
+@pytest.mark.parametrize("degrees", PAIRS_OF_AXES, ids=str)
 @pytest.mark.parametrize("family", ["qwen-image", "qwen-image-edit", "wan", "wan-i2v"])
 def test_pairs_of_axes_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, family: str, degrees: Degrees
@@ -48,7 +49,7 @@ def test_pairs_of_axes_equal_one_rank(
     check(rank_pool, cases[family], degrees, tmp_path)
 
 
-@pytest.mark.parametrize("degrees", FEW, ids=str)
+@pytest.mark.parametrize("degrees", FEW_LAYOUTS, ids=str)
 def test_glm_image_layouts_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
 ) -> None:
@@ -56,7 +57,7 @@ def test_glm_image_layouts_equal_one_rank(
     check(rank_pool, cases["glm-image"], degrees, tmp_path)
 
 
-@pytest.mark.parametrize("degrees", FEW, ids=str)
+@pytest.mark.parametrize("degrees", FEW_LAYOUTS, ids=str)
 def test_layouts_with_three_token_segments_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
 ) -> None:
@@ -64,14 +65,14 @@ def test_layouts_with_three_token_segments_equal_one_rank(
     check(rank_pool, cases["qwen-image-edit-plus"], degrees, tmp_path)
 
 
-@pytest.mark.parametrize("degrees", FEW, ids=str)
+@pytest.mark.parametrize("degrees", FEW_LAYOUTS, ids=str)
 def test_layered_image_layouts_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
 ) -> None:
     check(rank_pool, cases["qwen-image-layered"], degrees, tmp_path)
 
 
-@pytest.mark.parametrize("degrees", FEW, ids=str)
+@pytest.mark.parametrize("degrees", FEW_LAYOUTS, ids=str)
 def test_hunyuan_video_layouts_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
 ) -> None:
@@ -79,15 +80,15 @@ def test_hunyuan_video_layouts_equal_one_rank(
     check(rank_pool, cases["hunyuan-video"], degrees, tmp_path)
 
 
-@pytest.mark.parametrize("degrees", FEW, ids=str)
+@pytest.mark.parametrize("degrees", FEW_LAYOUTS, ids=str)
 def test_z_image_layouts_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
 ) -> None:
-    """Image self-attention precedes joint attention with the text; guidance ends at a step."""
+    """Image self-attention precedes joint attention with the text; guidance is truncated at a step."""
     check(rank_pool, cases["z-image"], degrees, tmp_path)
 
 
-@pytest.mark.parametrize("degrees", FEW, ids=str)
+@pytest.mark.parametrize("degrees", FEW_LAYOUTS, ids=str)
 def test_flux2_layouts_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
 ) -> None:
@@ -102,7 +103,7 @@ def test_flux2_layouts_with_embedded_guidance_equal_one_rank(
     check(rank_pool, cases["flux2-dev"], degrees, tmp_path)
 
 
-@pytest.mark.parametrize("degrees", FEW, ids=str)
+@pytest.mark.parametrize("degrees", FEW_LAYOUTS, ids=str)
 @pytest.mark.parametrize("family", ["wan-ti2v", "ltx-video"])
 def test_layouts_with_two_token_segments_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, family: str, degrees: Degrees
@@ -123,14 +124,14 @@ def test_layouts_with_two_token_segments_equal_one_rank(
     ],
     ids=str,
 )
-def test_few_step_layouts_equal_one_rank(
+def test_layouts_of_few_step_models_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, family: str, degrees: Degrees
 ) -> None:
     """All ranks add the same noise. The KV cache of a causal model is sharded by heads."""
     check(rank_pool, cases[family], degrees, tmp_path)
 
 
-def test_a_causal_model_refuses_a_ring(cases: dict[str, Case]) -> None:
+def test_a_causal_model_refuses_a_ring_degree_above_1(cases: dict[str, Case]) -> None:
     model = open_model(cases["wan-causal"].checkpoint, load_registry())
     degrees = Degrees(ring=2)
     mesh = WorkerMesh(degrees, torch.device("cpu"), 0, {axis: Axis(degrees.of(axis)) for axis in AXES})
@@ -139,7 +140,7 @@ def test_a_causal_model_refuses_a_ring(cases: dict[str, Case]) -> None:
     assert caught.value.field == "ring"
 
 
-@pytest.mark.parametrize("degrees", FEW, ids=str)
+@pytest.mark.parametrize("degrees", FEW_LAYOUTS, ids=str)
 def test_layouts_with_two_experts_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
 ) -> None:
@@ -147,7 +148,7 @@ def test_layouts_with_two_experts_equal_one_rank(
     check(rank_pool, cases["wan-a14b"], degrees, tmp_path)
 
 
-@pytest.mark.parametrize("degrees", [*FEW, Degrees(ulysses=2, ring=2)], ids=str)
+@pytest.mark.parametrize("degrees", [*FEW_LAYOUTS, Degrees(ulysses=2, ring=2)], ids=str)
 def test_layouts_with_video_audio_and_four_branches_equal_one_rank(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, degrees: Degrees
 ) -> None:
@@ -156,7 +157,7 @@ def test_layouts_with_video_audio_and_four_branches_equal_one_rank(
 
 
 @pytest.mark.parametrize(
-    ("approximation", "most"),
+    ("approximation", "max_error"),
     [({"linear_dtype": "float8"}, 0.05), ({"step_cache_threshold": 0.7}, 1e-4)],
     ids=["float8", "step-cache"],
 )
@@ -167,7 +168,7 @@ def test_approximations_agree_between_ranks(
     tmp_path: Path,
     family: str,
     approximation: dict[str, Any],
-    most: float,
+    max_error: float,
 ) -> None:
     """All ranks reuse the same steps; each shard of a float8 weight has its own scales."""
     loop = str(cases[family].loop)
@@ -178,7 +179,7 @@ def test_approximations_agree_between_ranks(
     assert all(torch.equal(results[0], other) for other in results[1:])
     denoise(0, **given, output=str(tmp_path / "one"))
     alone = load_file(rank_file(str(tmp_path / "one"), 0))["latents"]
-    assert relative_error(results[0], alone) <= most
+    assert relative_error(results[0], alone) <= max_error
     assert relative_error(alone, cases[family].latents) > 1e-3, "the approximation must change the result"
 
 
@@ -212,7 +213,9 @@ def test_cfg_parallel_branches_equal_sequential_branches(
     assert all(torch.equal(each, latents[0]) for each in latents)
 
 
-def test_cfg_ranks_agree_with_a_single_branch(rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path) -> None:
+def test_cfg_ranks_with_a_single_branch_equal_one_rank(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path
+) -> None:
     case, inputs, output = cases["flux"], tmp_path / "in", str(tmp_path / "out")
     x = load_input(case.loop)
     save_input(replace(x, text_conditioning=replace(x.text_conditioning, negative_prompt_embeds={})), inputs)

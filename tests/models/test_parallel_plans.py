@@ -76,12 +76,12 @@ PLANS: dict[str, tuple[ParallelPlan, Callable[[Any], DiffusionTransformer], tupl
 }
 """(plan, model class, published configs) of each family."""
 
-EVERY_PLAN = pytest.mark.parametrize(("plan", "kind", "configs"), PLANS.values(), ids=PLANS)
+ALL_PLANS = pytest.mark.parametrize(("plan", "kind", "configs"), PLANS.values(), ids=PLANS)
 
 
-def rank_of(degrees: Degrees, **places: int) -> WorkerMesh:
+def mesh_of_one_rank(degrees: Degrees, **coordinates: int) -> WorkerMesh:
     """The mesh of one rank without the other ranks. Its model can load weights, but not compute."""
-    return WorkerMesh(degrees, CPU, 0, {axis: Axis(degrees.of(axis), places.get(axis, 0)) for axis in AXES})
+    return WorkerMesh(degrees, CPU, 0, {axis: Axis(degrees.of(axis), coordinates.get(axis, 0)) for axis in AXES})
 
 
 def on_meta(kind: Callable[[Any], DiffusionTransformer], config: Any) -> DiffusionTransformer:
@@ -89,7 +89,7 @@ def on_meta(kind: Callable[[Any], DiffusionTransformer], config: Any) -> Diffusi
         return kind(config)
 
 
-@EVERY_PLAN
+@ALL_PLANS
 def test_every_pattern_of_a_plan_matches_a_module(
     plan: ParallelPlan, kind: Callable[[Any], DiffusionTransformer], configs: tuple[Any, ...]
 ) -> None:
@@ -98,31 +98,33 @@ def test_every_pattern_of_a_plan_matches_a_module(
         assert any(matches(path, pattern) for path in paths), pattern
 
 
-@EVERY_PLAN
+@ALL_PLANS
 def test_every_block_matrix_is_sharded(
     plan: ParallelPlan, kind: Callable[[Any], DiffusionTransformer], configs: tuple[Any, ...]
 ) -> None:
     for config in configs:
         model = on_meta(kind, config)
-        parallelize(model, plan, rank_of(Degrees(tp=2)), heads=config.num_attention_heads)
+        parallelize(model, plan, mesh_of_one_rank(Degrees(tp=2)), heads=config.num_attention_heads)
         shards = parameter_shards(model)
         whole = {name: value for name, value in model.named_parameters() if name not in shards}
         blocks = {name: value for name, value in whole.items() if "blocks." in name and value.ndim == 2}
         assert not [name for name in blocks if not name.endswith("scale_shift_table")], (
             "only modulation tables may be replicated"
         )
-        held = sum(value.numel() for value in model.parameters())
-        everything = sum(value.numel() for value in on_meta(kind, config).parameters())
-        assert held / everything < 0.52, "each of two ranks holds half of the weights plus small replicated ones"
+        num_sharded = sum(value.numel() for value in model.parameters())
+        num_whole = sum(value.numel() for value in on_meta(kind, config).parameters())
+        assert num_sharded / num_whole < 0.52, (
+            "each of two ranks holds half of the weights plus small replicated weights"
+        )
 
 
-@EVERY_PLAN
+@ALL_PLANS
 def test_attention_is_replaced_at_the_paths_of_the_plan(
     plan: ParallelPlan, kind: Callable[[Any], DiffusionTransformer], configs: tuple[Any, ...]
 ) -> None:
-    """Without tp no weight is sharded, and attention is replaced at every path of the plan."""
+    """Without tp, no weight is sharded."""
     model = on_meta(kind, configs[0])
-    parallelize(model, plan, rank_of(Degrees(ulysses=2, ring=3)), heads=configs[0].num_attention_heads)
+    parallelize(model, plan, mesh_of_one_rank(Degrees(ulysses=2, ring=3)), heads=configs[0].num_attention_heads)
     assert not parameter_shards(model)
     replaced = [path for path, module in model.named_modules() if isinstance(module, USPAttention)]
     assert replaced == [
@@ -133,10 +135,10 @@ def test_attention_is_replaced_at_the_paths_of_the_plan(
     assert len({module.scope for module in model.modules() if isinstance(module, USPAttention)}) == 1
 
 
-def test_graphs_differ_between_requests_with_equal_chunk_sizes(dev: Pair) -> None:
-    """With 13 or 14 tokens, rank 0 of 2 has 7 tokens, but rank 1 differs, and graphs include collectives."""
+def test_requests_with_equal_shards_on_one_rank_have_different_graphs(dev: Pair) -> None:
+    """Of 13 or 14 tokens, rank 0 has 7. Rank 1 has 6 or 7, so the collectives in the graphs differ."""
     config = FluxPipelineConfig.from_checkpoint(dev.ours.model.checkpoint)
-    runtime = Runtime(mesh=rank_of(Degrees(ulysses=2)))
+    runtime = Runtime(mesh=mesh_of_one_rank(Degrees(ulysses=2)))
     transformer = load_module(dev.ours.model.checkpoint, "transformer", config, runtime)
     latents, chunks, keys = {"hidden_states": torch.zeros(1, 35, 64)}, [], []
     for tokens in (13, 14):
@@ -160,16 +162,16 @@ def test_a_plan_for_another_model_is_refused() -> None:
     model = on_meta(FluxTransformer2DModel, FluxTransformerConfig(num_layers=1, num_single_layers=1))
     plan = replace(FLUX_PLAN, column=("transformer_blocks.*.attn",))
     with pytest.raises(TypeError, match=r"transformer_blocks\.0\.attn: JointAttention is not Linear; correct"):
-        parallelize(model, plan, rank_of(Degrees(tp=2)), heads=24)
+        parallelize(model, plan, mesh_of_one_rank(Degrees(tp=2)), heads=24)
     plan = replace(FLUX_PLAN, parts={"single_transformer_blocks.*.proj_out": (7, 4)})
     with pytest.raises(ValueError, match="proj_out: size 15360 is not a multiple of"):
-        parallelize(model, plan, rank_of(Degrees(tp=2)), heads=24)
+        parallelize(model, plan, mesh_of_one_rank(Degrees(tp=2)), heads=24)
 
 
 @pytest.mark.parametrize("degrees", [Degrees(), Degrees(tp=2), Degrees(ring=2)], ids=str)
 def test_a_plan_for_a_method_that_is_not_an_entry_point_is_refused(degrees: Degrees) -> None:
     model = on_meta(FluxTransformer2DModel, FluxTransformerConfig(num_layers=1, num_single_layers=1))
-    for cuts, message in (
+    for arguments, message in (
         (
             (ShardedArgument("predict", "hidden", "image"),),
             "FluxTransformer2DModel.predict.. has no hidden, which its plan shards",
@@ -180,9 +182,9 @@ def test_a_plan_for_a_method_that_is_not_an_entry_point_is_refused(degrees: Degr
         ),
         ((ShardedArgument("tokens", "hidden_states", "image"),), "FluxTransformer2DModel.tokens is not an entry point"),
     ):
-        plan = replace(FLUX_PLAN, token_segments={"image": "sharded"}, sharded_arguments=cuts)
+        plan = replace(FLUX_PLAN, token_segments={"image": "sharded"}, sharded_arguments=arguments)
         with pytest.raises(TypeError, match=message):
-            parallelize(model, plan, rank_of(degrees), heads=24)
+            parallelize(model, plan, mesh_of_one_rank(degrees), heads=24)
 
 
 @pytest.mark.parametrize(
@@ -222,10 +224,10 @@ def test_each_rank_reads_only_its_shards(dev: Pair, caplog: pytest.LogCaptureFix
     config = FluxPipelineConfig.from_checkpoint(model.checkpoint)
     caplog.set_level(logging.INFO, "models.weights")
     for index in range(4):
-        runtime = Runtime(mesh=rank_of(Degrees(tp=4), tp=index))
+        runtime = Runtime(mesh=mesh_of_one_rank(Degrees(tp=4), tp=index))
         transformer = load_module(model.checkpoint, "transformer", config, runtime)
-        held = sum(value.nbytes for value in transformer.parameters())
-        assert caplog.messages[-1].startswith(f"weights read module=transformer gigabytes={held / 1e9:.6g} ")
+        loaded_bytes = sum(value.nbytes for value in transformer.parameters())
+        assert caplog.messages[-1].startswith(f"weights read module=transformer gigabytes={loaded_bytes / 1e9:.6g} ")
 
 
 @pytest.mark.parametrize("degrees", [Degrees(tp=3), Degrees(tp=2, ulysses=4)], ids=str)
@@ -233,7 +235,7 @@ def test_an_indivisible_head_count_is_refused(dev: Pair, degrees: Degrees) -> No
     model = dev.ours.model
     spec = model.service("denoising")
     with pytest.raises(InvalidInput, match="is not a divisor of the model's 4 attention heads"):
-        load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, mesh=rank_of(degrees)))
+        load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, mesh=mesh_of_one_rank(degrees)))
 
 
 @pytest.mark.parametrize("degrees", [Degrees(ring=2), Degrees(cfg=2)], ids=str)
@@ -241,16 +243,18 @@ def test_a_family_without_a_plan_is_refused(tmp_path: Path, degrees: Degrees) ->
     with toy_family(tmp_path / "plugins") as plugins:
         model = open_model(str(build_toy_checkpoint(tmp_path / "toy")), load_registry([plugins]))
         spec = model.service("denoising")
-        load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, mesh=rank_of(Degrees())))
+        load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, mesh=mesh_of_one_rank(Degrees())))
         with pytest.raises(
             InvalidInput,
             match=f"degrees: {degrees} are not supported, as ToyPipeline has no parallel plan",
         ):
-            load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, mesh=rank_of(degrees)))
+            load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32, mesh=mesh_of_one_rank(degrees)))
 
 
 def test_the_numerics_fingerprint_differs_between_layouts() -> None:
-    prints = {numerics_fingerprint(CPU, torch.float32, degrees) for degrees in (Degrees(tp=2), Degrees(ring=2), None)}
-    assert len(prints) == 3
+    fingerprints = {
+        numerics_fingerprint(CPU, torch.float32, degrees) for degrees in (Degrees(tp=2), Degrees(ring=2), None)
+    }
+    assert len(fingerprints) == 3
     assert numerics_fingerprint(CPU, torch.float32, Degrees()) == numerics_fingerprint(CPU, torch.float32)
-    assert numerics_fingerprint(CPU, torch.float32, Degrees(ring=2), shares_memory=True) not in prints
+    assert numerics_fingerprint(CPU, torch.float32, Degrees(ring=2), shares_memory=True) not in fingerprints

@@ -37,9 +37,9 @@ SAMPLING = Sampling(num_inference_steps=4, seed=0)
 def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, QwenImageTransformer2DModel]:
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
-    made = Reference(**SIZES)
-    randomise(made)
-    made.save_pretrained(path)
+    random_model = Reference(**SIZES)
+    randomise(random_model)
+    random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, torch_dtype=dtype)
     with torch.device("meta"):
         ours = QwenImageTransformer2DModel(QwenImageTransformerConfig.from_dict("transformer", dict(reference.config)))
@@ -48,7 +48,7 @@ def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, QwenImageTransforme
 
 
 def pipeline_config() -> QwenImagePipelineConfig:
-    """A pipeline config for 4 latent channels."""
+    """A pipeline config whose VAE has 4 latent channels."""
     transformer = QwenImageTransformerConfig.from_dict("transformer", SIZES)
     statistics = {"latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4}
     vae = AutoencoderKLQwenImageConfig(z_dim=4, spatial_factor=8, **statistics)
@@ -56,8 +56,10 @@ def pipeline_config() -> QwenImagePipelineConfig:
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 6), (7, 1)], ids=str)
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
-def test_predictions_match_diffusers(tmp_path: Path, grid: tuple[int, int], dtype: torch.dtype, most: float) -> None:
+@pytest.mark.parametrize(("dtype", "max_error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
+def test_predictions_match_diffusers(
+    tmp_path: Path, grid: tuple[int, int], dtype: torch.dtype, max_error: float
+) -> None:
     reference, ours = pair(tmp_path, dtype)
     rows, columns = grid
     latents = torch.randn(2, rows * columns, 16, dtype=dtype)
@@ -70,7 +72,7 @@ def test_predictions_match_diffusers(tmp_path: Path, grid: tuple[int, int], dtyp
         expected = reference(latents, text, timestep=timestep, img_shapes=shapes, return_dict=False)[0]
         got = ours(latents, timestep, **embeds, **own)
     assert got.dtype == dtype
-    assert relative_error(got, expected) <= most
+    assert relative_error(got, expected) <= max_error
 
 
 def test_parameters_of_the_published_size_match_diffusers() -> None:
@@ -82,17 +84,17 @@ def test_parameters_of_the_published_size_match_diffusers() -> None:
     assert QwenImageTransformerConfig.from_dict("transformer", dict(theirs.config)) == QwenImageTransformerConfig()
 
 
-def test_conditioning_has_exactly_the_inputs_of_forward() -> None:
+def test_conditioning_and_config_keywords_are_the_parameters_of_forward() -> None:
     config = pipeline_config()
     embeds = {"encoder_hidden_states": torch.zeros(1, 5, 24)}
     assert {encoding.keyword for encoding in config.text_encodings} == embeds.keys()
     shapes = {"image": (1, 1, 4, 6, 8)}
     own = dict(config.prepare_pos_cond_kwargs(embeds, shapes, SAMPLING))
     assert own.keys() == config.prepare_neg_cond_kwargs(embeds, shapes, SAMPLING).keys()
-    taken = inspect.signature(QwenImageTransformer2DModel.forward).parameters.keys() - {"self"}
-    # Input images, which this pipeline does not have.
+    parameters = inspect.signature(QwenImageTransformer2DModel.forward).parameters.keys() - {"self"}
+    # Positions of input images, which this pipeline does not have.
     assert own.pop("condition_ids") is None
-    assert own.keys() | embeds.keys() | {"hidden_states", "timestep", "condition_states", "condition_ids"} == taken
+    assert own.keys() | embeds.keys() | {"hidden_states", "timestep", "condition_states", "condition_ids"} == parameters
 
 
 def test_packing_and_unpacking_move_the_frame_axis() -> None:
@@ -116,7 +118,7 @@ def test_guidance_preserves_the_norm_of_each_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "field"),
     [
         ({"guidance_embeds": True}, "guidance_embeds"),
         ({"zero_cond_t": 1}, "zero_cond_t"),
@@ -125,8 +127,8 @@ def test_guidance_preserves_the_norm_of_each_token() -> None:
     ],
     ids=str,
 )
-def test_other_architectures_are_refused(values: dict[str, Any], named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
+def test_unsupported_architectures_are_refused(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(CheckpointError, match=field):
         QwenImageTransformerConfig.from_dict("transformer", values)
 
 

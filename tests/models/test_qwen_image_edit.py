@@ -34,7 +34,7 @@ LONG = "the old stone river on the moon and the red cat in a blue car " * 20
 
 
 def xmp_rotated(data: bytes) -> bytes:
-    """Add an XMP chunk to a PNG that rotates it by 90 degrees."""
+    """Add XMP metadata to a PNG, with the orientation of an image that is rotated by 90 degrees."""
     info = PngInfo()
     info.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
     file = io.BytesIO()
@@ -63,13 +63,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 )
 def test_latents_and_pixels_match_diffusers(pair: Pair, size: tuple[int, int], given: dict[str, Any]) -> None:
     fleet, pipeline = pair
-    whole = BASE | given
-    call = {name: value for name, value in whole.items() if name != "num_outputs_per_prompt"}
+    request = BASE | given
+    call = {name: value for name, value in request.items() if name != "num_outputs_per_prompt"}
     if "sigmas" in call:
         call["sigmas"] = list(call["sigmas"])
-    outputs = whole.get("num_outputs_per_prompt", 1)
+    outputs = request.get("num_outputs_per_prompt", 1)
     theirs = reference_run(pipeline, seed=5, image=coarse_image(*size), num_images_per_prompt=outputs, **call)
-    ours = fleet.tensors(images={"image": png(coarse_image(*size))}, seed=5, **whole)
+    ours = fleet.tensors(images={"image": png(coarse_image(*size))}, seed=5, **request)
     assert ours["latents"].shape == theirs["latents"].shape
     assert ours["pixels"].shape == theirs["pixels"].shape
     assert relative_error(ours["latents"], theirs["latents"]) <= 1e-4
@@ -78,7 +78,7 @@ def test_latents_and_pixels_match_diffusers(pair: Pair, size: tuple[int, int], g
 
 
 def test_prompt_image_and_negative_prompt_change_the_result(pair: Pair) -> None:
-    """Negative control of the tolerance: each changed input moves the result far beyond it."""
+    """Negative control: each changed input moves the latents by more than 10 times the parity tolerance."""
 
     def latents(image: Image.Image, **change: Any) -> torch.Tensor:
         return pair[0].tensors(images={"image": png(image)}, seed=5, **BASE | GUIDED | change)["latents"]
@@ -92,7 +92,7 @@ def test_prompt_image_and_negative_prompt_change_the_result(pair: Pair) -> None:
         assert relative_error(after, before) > 1e-3
 
 
-def test_the_template_has_as_many_tokens_as_published() -> None:
+def test_the_skipped_tokens_are_those_before_the_first_image() -> None:
     head, _ = EDIT_TEMPLATE.before.split("<|vision_start|>")
     assert len(qwen_tokenizer()(head).input_ids) == EDIT_TEMPLATE.skipped
 
@@ -100,24 +100,26 @@ def test_the_template_has_as_many_tokens_as_published() -> None:
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(pair: Pair) -> None:
     encoding = QwenImageEditPipelineConfig.from_checkpoint(pair[0].model.checkpoint).image_text_encoding
     encoder = pair[1].text_encoder.model
-    known = encoder.get_input_embeddings().num_embeddings
+    num_embeddings = encoder.get_input_embeddings().num_embeddings
     tokenizer = qwen_tokenizer()
-    assert len(tokenizer) == known
+    assert len(tokenizer) == num_embeddings
     tokenizer.add_tokens(["one more"])
-    with pytest.raises(CheckpointError, match=f"tokenizer: {known + 1} tokens are not at most {known}"):
+    with pytest.raises(
+        CheckpointError, match=f"tokenizer: {num_embeddings + 1} tokens are not at most {num_embeddings}"
+    ):
         ImageTextEncoder(encoding, tokenizer, pair[1].processor.image_processor, encoder, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
     "size", [(64, 64), (90, 60), (60, 90), (1, 60), (1999, 1201), (5000, 333), (31, 1023)], ids=str
 )
-def test_images_are_resized_as_in_diffusers(size: tuple[int, int]) -> None:
+def test_image_sizes_are_computed_as_in_diffusers(size: tuple[int, int]) -> None:
     width, height = size
     theirs = calculate_dimensions(1024 * 1024, width / height)
     assert image_size_of_area(height, width) == (theirs[1], theirs[0])
 
 
-def test_the_size_follows_from_the_image(pair: Pair) -> None:
+def test_the_default_size_has_the_aspect_ratio_of_the_image(pair: Pair) -> None:
     stage = InputValidationStage(pair[0].model)
     params = stage.run({"prompt": ""}, {"image": png(coarse_image(90, 60))}).params
     assert (params.height, params.width) == image_size_of_area(60, 90) == (832, 1248)
@@ -127,7 +129,7 @@ def test_the_size_follows_from_the_image(pair: Pair) -> None:
     assert QwenImageEditSamplingParams.image_defaults(headers, {}) == {"height": 1248, "width": 832}
 
 
-def test_the_size_follows_the_orientation_in_the_metadata(pair: Pair) -> None:
+def test_the_default_size_follows_the_orientation_in_the_metadata(pair: Pair) -> None:
     sideways = xmp_rotated(png(coarse_image(90, 60)))
     params = InputValidationStage(pair[0].model).run({"prompt": ""}, {"image": sideways}).params
     assert (params.height, params.width) == image_size_of_area(90, 60)
@@ -141,7 +143,7 @@ def test_16_bit_grey_is_accepted_with_a_warning(pair: Pair) -> None:
     assert "above 255 become white" in request.warnings[0].message
 
 
-def test_prompt_length_is_unlimited_as_in_diffusers(pair: Pair) -> None:
+def test_a_max_sequence_length_without_effect_is_reported(pair: Pair) -> None:
     stage = InputValidationStage(pair[0].model)
     warnings = stage.run({"prompt": "", "max_sequence_length": 8}, {"image": png(coarse_image(9, 9))}).warnings
     assert [warning.field for warning in warnings] == ["max_sequence_length"]
@@ -158,7 +160,15 @@ def test_prompt_length_is_unlimited_as_in_diffusers(pair: Pair) -> None:
         ({"prompt": "猫" * MAX_POSITIONS}, {"image": png(coarse_image(9, 9))}, "prompt"),
         ({**GUIDED, "negative_prompt": "<|image_pad|>"}, {"image": png(coarse_image(9, 9))}, "negative_prompt"),
     ],
-    ids=["none", "no image", "two", "one step", "mark", "too long", "negative mark"],
+    ids=[
+        "no image",
+        "no image file",
+        "two images",
+        "one step",
+        "image token in the prompt",
+        "long prompt",
+        "image token in the negative prompt",
+    ],
 )
 def test_unsupported_edits_are_refused(pair: Pair, given: dict[str, Any], images: dict[str, bytes], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:

@@ -40,7 +40,7 @@ SIZES = ((90, 60), (50, 200), (64, 64))
 Pair = tuple[LocalFleet, Any]
 
 
-def given(count: int) -> list[Image.Image]:
+def input_images(count: int) -> list[Image.Image]:
     return [coarse_image(*SIZES[index % len(SIZES)], seed=index + 1) for index in range(count)]
 
 
@@ -50,7 +50,7 @@ def files(images: list[Image.Image]) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Pair]]:
-    """Models in the form of releases 2511 and 2509, by zero_cond_t."""
+    """Fleet and Diffusers' pipeline by zero_cond_t: True as in release 2511, False as in release 2509."""
     torch.set_num_threads(1)
     opened: dict[bool, Pair] = {}
     for zero_cond_t in (True, False):
@@ -97,22 +97,22 @@ CASES: dict[str, tuple[bool, int, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_latents_and_pixels_match_diffusers(pairs: dict[bool, Pair], case: str) -> None:
     zero_cond_t, count, change = CASES[case]
-    check(pairs[zero_cond_t], given(count), BASE | change)
+    check(pairs[zero_cond_t], input_images(count), BASE | change)
 
 
-def test_images_are_encoded_at_the_sizes_of_diffusers() -> None:
+def test_areas_of_encoded_images_equal_diffusers() -> None:
     assert QwenImageEditPlusPipelineConfig.vae_image_area == reference.VAE_IMAGE_SIZE
     assert QwenImageEditPlusPipelineConfig.encoder_image_area == reference.CONDITION_IMAGE_SIZE
 
 
 @pytest.mark.usefixtures("small")
-def test_every_input_changes_the_result(pairs: dict[bool, Pair]) -> None:
-    """Negative control: each input, the order of images and zero_cond_t move the result far beyond the tolerance."""
+def test_every_input_and_the_order_of_images_change_the_result(pairs: dict[bool, Pair]) -> None:
+    """Negative control: each change moves the latents by more than 10 times the parity tolerance."""
 
     def latents(images: list[Image.Image], zero_cond_t: bool = True, **change: Any) -> Tensor:
         return pairs[zero_cond_t][0].tensors(images=files(images), seed=5, **BASE | GUIDED | change)["latents"]
 
-    one, two = given(2)
+    one, two = input_images(2)
     before = latents([one, two])
     for after in (
         latents([one]),
@@ -127,7 +127,7 @@ def test_every_input_changes_the_result(pairs: dict[bool, Pair]) -> None:
 
 def loop_input(fleet: LocalFleet) -> DenoisingInput:
     """The loop's input for a request with two images."""
-    images = files(given(2))
+    images = files(input_images(2))
     validated = InputValidationStage(fleet.model).run({**BASE, **GUIDED, "num_inference_steps": 3, "seed": 3}, images)
     values: dict[str, Any] = dict(validated.artifacts)
     for service in fleet.model.services:
@@ -135,11 +135,11 @@ def loop_input(fleet: LocalFleet) -> DenoisingInput:
             return DenoisingInput(**{name: values[name] for name in service.contract.inputs if name in values})
         hosted = fleet.services[service.service].of("")
         values |= hosted.run({name: values[name] for name in service.contract.inputs if name in values}, Call("test"))
-    raise AssertionError("the pipeline has a denoising service")
+    raise AssertionError("the pipeline has no denoising service")
 
 
 @pytest.mark.usefixtures("small")
-def test_a_loop_resumes_after_every_step_and_ends_within_one_when_cancelled(pairs: dict[bool, Pair]) -> None:
+def test_a_loop_resumes_after_every_step_and_ends_within_a_step_when_cancelled(pairs: dict[bool, Pair]) -> None:
     fleet = pairs[True][0]
     x = loop_input(fleet)
     assert x.image_latents is not None
@@ -151,8 +151,8 @@ def test_a_loop_resumes_after_every_step_and_ends_within_one_when_cancelled(pair
     assert [state.step for state in states] == [1, 2]
     for state in states:
         sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
-        again = stage.run(DenoisingInput(**vars(x) | {"resume_from": sent}), Call("test"))
-        assert torch.equal(again.denoised_latents.parts["image"].latents, whole)
+        resumed = stage.run(DenoisingInput(**vars(x) | {"resume_from": sent}), Call("test"))
+        assert torch.equal(resumed.denoised_latents.parts["image"].latents, whole)
     steps: list[int] = []
 
     def on_progress(step: int, _: int) -> None:
@@ -165,14 +165,14 @@ def test_a_loop_resumes_after_every_step_and_ends_within_one_when_cancelled(pair
     assert steps == [1]
 
 
-def test_the_size_follows_from_the_last_image(pairs: dict[bool, Pair]) -> None:
+def test_the_default_size_has_the_aspect_ratio_of_the_last_image(pairs: dict[bool, Pair]) -> None:
     stage = InputValidationStage(pairs[True][0].model)
-    images = files(given(2))
+    images = files(input_images(2))
     params = stage.run({"prompt": ""}, {role: images[role] for role in reversed(images)}).params
     assert (params.height, params.width) == image_size_of_area(200, 50)
 
 
-def test_the_template_has_as_many_tokens_as_published() -> None:
+def test_the_skipped_tokens_are_those_before_the_first_image() -> None:
     template = plus_template(2)
     head, *_ = template.before.partition("Picture 1:")
     assert len(qwen_tokenizer()(head).input_ids) == template.skipped
@@ -189,11 +189,20 @@ def test_the_template_has_as_many_tokens_as_published() -> None:
         ({}, {"image": png(coarse_image(9, 9)), "image_1": b"no image"}, "image_1"),
         ({}, {"image": png(coarse_image(9, 9)), f"image_{MAX_IMAGES}": png(coarse_image(9, 9))}, f"image_{MAX_IMAGES}"),
         ({}, {"image": png(Image.new("RGB", (9000, 8000)))}, "image"),
-        ({"num_inference_steps": 1}, files(given(1)), "num_inference_steps"),
-        ({"height": 8}, files(given(1)), "height"),
-        ({"prompt": "put <|image_pad|> there"}, files(given(2)), "prompt"),
+        ({"num_inference_steps": 1}, files(input_images(1)), "num_inference_steps"),
+        ({"height": 8}, files(input_images(1)), "height"),
+        ({"prompt": "put <|image_pad|> there"}, files(input_images(2)), "prompt"),
     ],
-    ids=["none", "no first", "no image", "too many", "too large", "one step", "too small", "mark"],
+    ids=[
+        "no image",
+        "no first image",
+        "no image file",
+        "too many images",
+        "large image",
+        "one step",
+        "small height",
+        "image token in the prompt",
+    ],
 )
 def test_unsupported_edits_are_refused(
     pairs: dict[bool, Pair], change: dict[str, Any], images: dict[str, bytes], field: str

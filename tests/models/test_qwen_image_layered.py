@@ -84,18 +84,19 @@ def pipeline(fleet: LocalFleet) -> Any:
 
 
 def their_run(pipeline: Any, image: Image.Image, request: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Run Diffusers; returns latents of the last step, as output_type="latent" fails, and pixels.
+    """Run Diffusers' pipeline; returns the latents of the last step, and the pixels.
 
-    With several outputs, Diffusers groups the layers incorrectly, but their order is correct.
+    A callback stores the latents, because output_type="latent" fails. With several outputs, Diffusers groups the layers
+    incorrectly, but in the correct order.
     """
     latents: list[Tensor] = []
 
-    def keep(_pipeline: Any, _step: int, _time: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def store_latents(_pipeline: Any, _step: int, _time: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
         latents.append(values["latents"])
         return {}
 
     generator = torch.Generator("cpu").manual_seed(5)
-    call = call_of({**request}) | {"generator": generator, "output_type": "pt", "callback_on_step_end": keep}
+    call = call_of({**request}) | {"generator": generator, "output_type": "pt", "callback_on_step_end": store_latents}
     with torch.inference_mode():
         layers = torch.cat(pipeline(image=image, **call).images)
     return {"latents": latents[-1], "pixels": layers.view(len(latents[-1]), -1, *layers.shape[1:])}
@@ -157,7 +158,7 @@ def test_each_layer_is_a_png_with_transparency(fleet: LocalFleet) -> None:
         assert np.abs(np.asarray(layer) / 255 - expected.permute(1, 2, 0).numpy()).max() <= 0.5 / 255 + 1e-6
 
 
-def test_a_caption_matches_diffusers_and_is_reported(fleet: LocalFleet, pipeline: Any) -> None:
+def test_a_caption_replaces_an_empty_prompt_as_in_diffusers_and_is_reported(fleet: LocalFleet, pipeline: Any) -> None:
     recorded = RecordedCall()
     fleet.media(recorded, {"image": png(WIDE)}, **BASE | {"prompt": ""}, seed=1)
     ((field, message),) = recorded.warnings
@@ -176,17 +177,17 @@ def test_caption_prompts_match_diffusers(pipeline: Any) -> None:
     assert pipeline.image_caption_prompt_cn == captions.CHINESE
 
 
-def before(fleet: LocalFleet, call: Call, **change: Any) -> DenoisingInput:
+def loop_input(fleet: LocalFleet, call: Call, **change: Any) -> DenoisingInput:
     """The loop's input for a request."""
     images = {"image": png(WIDE)}
     validated = InputValidationStage(fleet.model).run({**BASE, "num_inference_steps": 3, "seed": 3, **change}, images)
     values: dict[str, Any] = dict(validated.artifacts)
-    made = fleet.services["before_denoising"].of("").run(values, call)
-    return DenoisingInput(**made, sampling=values["sampling"])
+    outputs = fleet.services["before_denoising"].of("").run(values, call)
+    return DenoisingInput(**outputs, sampling=values["sampling"])
 
 
-def test_a_loop_resumes_after_every_step_and_ends_within_one_when_cancelled(fleet: LocalFleet) -> None:
-    x = before(fleet, Call("test"), **GUIDED)
+def test_a_loop_resumes_after_every_step_and_ends_within_a_step_when_cancelled(fleet: LocalFleet) -> None:
+    x = loop_input(fleet, Call("test"), **GUIDED)
     assert x.image_latents is not None
     assert x.initial_latents.parts["image"].raw_latent_shape[1] == 3
     (stage,) = load_stages(fleet.model, fleet.model.service("denoising"), Runtime(step_checkpoint_every=1))
@@ -197,8 +198,8 @@ def test_a_loop_resumes_after_every_step_and_ends_within_one_when_cancelled(flee
     assert [state.step for state in states] == [1, 2]
     for state in states:
         sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
-        again = stage.run(DenoisingInput(**vars(x) | {"resume_from": sent}), Call("test"))
-        assert torch.equal(again.denoised_latents.parts["image"].latents, whole)
+        resumed = stage.run(DenoisingInput(**vars(x) | {"resume_from": sent}), Call("test"))
+        assert torch.equal(resumed.denoised_latents.parts["image"].latents, whole)
     steps: list[int] = []
 
     def on_progress(step: int, _: int) -> None:
@@ -220,30 +221,30 @@ def test_cancellation_after_a_token_ends_the_caption(fleet: LocalFleet) -> None:
 
     call = Call("test", on_progress=on_progress)
     with pytest.raises(Cancelled):
-        before(fleet, call, prompt="")
+        loop_input(fleet, call, prompt="")
     assert recorded == [1]
 
 
-def test_every_argument_of_the_call_is_served_with_its_default(fleet: LocalFleet) -> None:
+def test_every_supported_argument_of_diffusers_is_a_parameter_with_the_same_default(fleet: LocalFleet) -> None:
     arguments = inspect.signature(QwenImageLayeredPipeline.__call__).parameters
     renamed = {"num_images_per_prompt": "num_outputs_per_prompt"}
     specs = {spec.name: spec for spec in QwenImageLayeredSamplingParams.parameters(fleet.model.checkpoint)}
     served = {renamed.get(name, name) for name in arguments.keys() - NOT_SERVED}
-    # height and width must equal the size that follows from image and resolution.
+    # height and width must equal the size that is computed from image and resolution.
     assert served | {"seed", "output_format", "height", "width"} == specs.keys()
     for name in arguments.keys() - NOT_SERVED - {"guidance_scale", "prompt"}:
         assert specs[renamed.get(name, name)].default == arguments[name].default, name
 
 
-def test_the_size_follows_from_image_and_resolution(fleet: LocalFleet) -> None:
+def test_the_size_is_computed_from_image_and_resolution(fleet: LocalFleet) -> None:
     stage = InputValidationStage(fleet.model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QwenImageLayeredSamplingParams, "pixels_of", lambda resolution: resolution**2)
         for resolution in (640, 1024):
             validated = stage.run({"resolution": resolution}, {"image": png(WIDE)})
             assert (validated.params.height, validated.params.width) == image_size_of_area(60, 90, resolution**2)
-            again = stage.run(validated.params.as_mapping(), {"image": png(WIDE)})
-            assert again.params == validated.params
+            rebuilt = stage.run(validated.params.as_mapping(), {"image": png(WIDE)})
+            assert rebuilt.params == validated.params
 
 
 IMAGE = {"image": png(WIDE)}
@@ -265,7 +266,20 @@ IMAGE = {"image": png(WIDE)}
         ({"num_inference_steps": 1}, IMAGE, "num_inference_steps", "at least 2"),
         ({"output_format": "mp4"}, IMAGE, "output_format", "png or safetensors"),
     ],
-    ids=map(str, range(12)),
+    ids=[
+        "no image",
+        "two images",
+        "no image file",
+        "large image",
+        "no layers",
+        "too many layers",
+        "fractional layers",
+        "unsupported resolution",
+        "resolution as text",
+        "other height",
+        "one step",
+        "mp4",
+    ],
 )
 def test_unsupported_requests_are_refused(
     fleet: LocalFleet, change: dict[str, Any], images: dict[str, bytes], field: str, message: str
@@ -275,7 +289,7 @@ def test_unsupported_requests_are_refused(
     assert caught.value.field == field
 
 
-def test_modules_of_other_pipelines_are_refused() -> None:
+def test_configs_of_other_pipelines_are_refused() -> None:
     flags = QwenImageLayeredPipelineConfig.transformer_flags
     with pytest.raises(CheckpointError, match="use_layer3d_rope: False is not True"):
         check_flags(QwenImageTransformerConfig.from_dict("transformer", {}), flags)

@@ -24,7 +24,7 @@ from configs.sample.qwen_image import (
 from tiny_qwen_image import build_tiny_qwen_image
 
 RENAMED = {"num_images_per_prompt": "num_outputs_per_prompt"}
-# Arguments without a request parameter: tensors, images (which are separate inputs), and Python callbacks.
+# Arguments without a request parameter: tensors, input images, callbacks and the form of the return value.
 NOT_SERVED = {
     "image",
     "latents",
@@ -37,12 +37,12 @@ NOT_SERVED = {
     "callback_on_step_end_tensor_inputs",
     "return_dict",
     "self",
-    # seed and output_format are parameters of this project only.
+    # Requests have seed and output_format instead.
     "generator",
     "output_type",
 }
-# None in Diffusers, which does not read it.
-UNREAD = {"guidance_scale"}
+# Diffusers ignores this argument if the transformer has no guidance embedding; its default is None.
+IGNORED = {"guidance_scale"}
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +64,18 @@ def theirs(checkpoint: Checkpoint) -> Any:
     ],
     ids=["image", "edit", "edit plus"],
 )
-def test_every_argument_of_the_call_is_served_with_its_default(
+def test_every_supported_argument_of_diffusers_is_a_parameter_with_the_same_default(
     checkpoint: Checkpoint, pipeline: Any, params: type[QwenImageSamplingParams]
 ) -> None:
     arguments = inspect.signature(pipeline.__call__).parameters
     specs = {spec.name: spec for spec in params.parameters(checkpoint)}
     served = {RENAMED.get(name, name) for name in arguments.keys() - NOT_SERVED}
     assert served | {"seed", "output_format"} == specs.keys()
-    for name in arguments.keys() - NOT_SERVED - UNREAD - {"height", "width"}:
+    for name in arguments.keys() - NOT_SERVED - IGNORED - {"height", "width"}:
         assert specs[RENAMED.get(name, name)].default == arguments[name].default, name
 
 
-def test_the_native_size_equals_diffusers(checkpoint: Checkpoint, theirs: Any) -> None:
+def test_the_default_size_equals_diffusers(checkpoint: Checkpoint, theirs: Any) -> None:
     ours, warnings = QwenImageSamplingParams.build({"prompt": ""}, checkpoint)
     assert ours.height == ours.width == theirs.default_sample_size * theirs.vae_scale_factor == 1024
     assert warnings == ()
@@ -90,7 +90,7 @@ def test_sizes_round_as_in_diffusers(checkpoint: Checkpoint, theirs: Any, height
 
 
 @pytest.mark.parametrize(
-    ("given", "idle"),
+    ("given", "without_effect"),
     [
         ({}, []),
         ({"true_cfg_scale": 3.0}, ["true_cfg_scale"]),
@@ -101,35 +101,37 @@ def test_sizes_round_as_in_diffusers(checkpoint: Checkpoint, theirs: Any, height
     ],
     ids=str,
 )
-def test_parameters_without_effect_are_reported(checkpoint: Checkpoint, given: dict[str, Any], idle: list[str]) -> None:
+def test_parameters_without_effect_are_reported(
+    checkpoint: Checkpoint, given: dict[str, Any], without_effect: list[str]
+) -> None:
     _, warnings = QwenImageSamplingParams.build({"prompt": "", **given}, checkpoint)
-    assert [warning.field for warning in warnings] == idle
+    assert [warning.field for warning in warnings] == without_effect
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
 @pytest.mark.parametrize(
-    ("sigmas", "finite"), [((1.0,), False), ((1.0, 1.0), False), ((1.0, 0.9999), True), ((0.5,), True)], ids=str
+    ("sigmas", "is_finite"), [((1.0,), False), ((1.0, 1.0), False), ((1.0, 0.9999), True), ((0.5,), True)], ids=str
 )
-def test_schedules_without_an_end_are_refused(
-    checkpoint: Checkpoint, theirs: Any, sigmas: tuple[float, ...], finite: bool
+def test_sigmas_are_refused_if_the_schedule_of_diffusers_is_not_finite(
+    checkpoint: Checkpoint, theirs: Any, sigmas: tuple[float, ...], is_finite: bool
 ) -> None:
-    """Diffusers' scheduler computes NaN for these schedules."""
+    """With shift_terminal, Diffusers' scheduler divides by 0 if the last sigma is 1."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(theirs.scheduler.config)
     scheduler.set_timesteps(sigmas=list(sigmas), mu=0.9)
-    assert bool(scheduler.sigmas.isfinite().all()) == finite
+    assert bool(scheduler.sigmas.isfinite().all()) == is_finite
     given: dict[str, Any] = {"prompt": "", "sigmas": sigmas}
-    if finite:
+    if is_finite:
         QwenImageSamplingParams.build(given, checkpoint)
     else:
         with pytest.raises(InvalidInput, match="the last value, is not at most"):
             QwenImageSamplingParams.build(given, checkpoint)
 
 
-def test_one_step_is_refused_only_where_the_schedule_has_two_ends(tmp_path: Path, checkpoint: Checkpoint) -> None:
+def test_one_step_is_refused_only_with_shift_terminal(tmp_path: Path, checkpoint: Checkpoint) -> None:
     given: dict[str, Any] = {"prompt": "", "num_inference_steps": 1}
     with pytest.raises(InvalidInput, match="at least 2"):
         QwenImageSamplingParams.build(given, checkpoint)
-    path = build_tiny_qwen_image(tmp_path / "free")
+    path = build_tiny_qwen_image(tmp_path / "without_shift_terminal")
     config = path / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"shift_terminal": 0.02', '"shift_terminal": null'))
     assert QwenImageSamplingParams.build(given, Checkpoint.open(path))[0].num_inference_steps == 1

@@ -30,7 +30,7 @@ MODES: dict[str, dict[str, Any]] = {
     "odd rows and columns": {"height": 80, "width": 48, **GUIDED},
     "smallest": {"height": 16, "width": 16, **GUIDED},
     "large": {"height": 384, "width": 512, "num_inference_steps": 2},
-    "scale of 1": {**GUIDED, "true_cfg_scale": 1.0},
+    "true CFG scale of 1": {**GUIDED, "true_cfg_scale": 1.0},
     "empty negative prompt": {"negative_prompt": "", "true_cfg_scale": 2.0},
     "empty prompt": {"prompt": "", **GUIDED},
     "long prompt": {"prompt": LONG, "negative_prompt": LONG[9:]},
@@ -83,7 +83,7 @@ def test_latents_and_pixels_match_diffusers(pair: Pair, mode: str) -> None:
     ids=str,
 )
 def test_every_input_changes_the_result(pair: Pair, change: dict[str, Any]) -> None:
-    """Negative control of the tolerance: each changed input moves the result at least 100 times further."""
+    """Negative control: each changed input moves the latents by more than 100 times the parity tolerance."""
     given = BASE | GUIDED | {"seed": 5}
     before, after = (pair[0].tensors(**each)["latents"] for each in (given, given | change))
     assert relative_error(after, before) > 1e-2
@@ -106,7 +106,7 @@ def test_a_prompt_that_fits_is_not_reported(pair: Pair, length: int) -> None:
     assert recorded.warnings == []
 
 
-def test_the_template_has_as_many_tokens_as_published() -> None:
+def test_the_skipped_tokens_are_those_before_the_prompt() -> None:
     assert len(qwen_tokenizer()(TEMPLATE.before).input_ids) == TEMPLATE.skipped
 
 
@@ -133,12 +133,11 @@ def test_unsupported_requests_are_refused(pair: Pair, given: dict[str, Any], fie
 
 
 @pytest.mark.usefixtures("rounded_noise")
-def test_bfloat16_is_close_to_diffusers(pair: Pair) -> None:
-    """The error exceeds the float32 tolerances, but the image is the same."""
+def test_bfloat16_is_close_to_float32(pair: Pair) -> None:
     given = BASE | {"seed": 5}
-    half = open_fleet(str(pair[0].model.checkpoint.path), torch.bfloat16)
-    ours = half.tensors(**given)["latents"]
-    half.close()
+    bfloat16 = open_fleet(str(pair[0].model.checkpoint.path), torch.bfloat16)
+    ours = bfloat16.tensors(**given)["latents"]
+    bfloat16.close()
     assert ours.dtype == torch.bfloat16
     assert relative_error(ours, pair[0].tensors(**given)["latents"]) < 0.1
 

@@ -31,7 +31,7 @@ from tiny_flux import build_tiny_flux
 from tiny_qwen_image import build_tiny_qwen_image
 from tiny_wan import build_tiny_wan
 
-# NumPy warns about Diffusers' array conversion of noise levels of non-flow models.
+# NumPy warns when Diffusers converts the noise levels of schedulers that predict noise.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 FILE = "scheduler/scheduler_config.json"
@@ -44,7 +44,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
 
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Copies of a family's checkpoint with changed scheduler entries; each family is built once."""
+    """Function that copies a family's checkpoint and changes scheduler entries; each family is built once."""
     built: dict[str, Path] = {}
 
     def edit(family: str, **entries: object) -> Path:
@@ -67,7 +67,7 @@ def load(model: ServedModel, service: str) -> list[Any]:
     return load_stages(model, model.service(service), Runtime(device=torch.device("cpu"), dtype=torch.float32))
 
 
-NOISE: dict[str, object] = {"prediction_type": "epsilon", "use_flow_sigmas": False}
+NOISE_PREDICTION: dict[str, object] = {"prediction_type": "epsilon", "use_flow_sigmas": False}
 CANNOT_RUN: dict[str, tuple[str, dict[str, object], str]] = {
     "dynamic shifting without a size": ("wan", {"use_dynamic_shifting": True}, "cannot run 50 steps .*`mu` must be"),
     "noise prediction with flow sigmas": (
@@ -75,7 +75,11 @@ CANNOT_RUN: dict[str, tuple[str, dict[str, object], str]] = {
         {"predict_x0": False},
         "cannot run 50 steps .*flow_prediction must be one",
     ),
-    "noise prediction down to 0": ("wan", {**NOISE, "predict_x0": False}, "the final latents are not finite"),
+    "noise prediction down to 0": (
+        "wan",
+        {**NOISE_PREDICTION, "predict_x0": False},
+        "the final latents are not finite",
+    ),
     "exponential noise levels": ("wan", {"use_exponential_sigmas": True}, "the final latents are not finite"),
     "unknown spacing": ("wan", {"timestep_spacing": "x"}, "cannot run 50 steps .*x is not supported"),
     "no shift": ("wan", {"flow_shift": None}, "cannot run 50 steps .*NoneType"),
@@ -86,7 +90,7 @@ CANNOT_RUN: dict[str, tuple[str, dict[str, object], str]] = {
 
 @pytest.mark.parametrize("service", ["latent_preparation", "denoising"])
 @pytest.mark.parametrize("case", CANNOT_RUN)
-def test_a_configuration_that_cannot_run_is_refused(edited: Callable[..., Path], case: str, service: str) -> None:
+def test_a_scheduler_config_that_cannot_run_is_refused(edited: Callable[..., Path], case: str, service: str) -> None:
     family, entries, message = CANNOT_RUN[case]
     model = opened(edited(family, **entries))
     with pytest.raises(CheckpointError, match=message) as refused:
@@ -109,8 +113,8 @@ def test_beta_sigmas_need_scipy(
 @pytest.mark.parametrize(
     ("family", "entries"),
     [
-        ("wan", NOISE),
-        ("wan", {**NOISE, "predict_x0": False, "final_sigmas_type": "sigma_min"}),
+        ("wan", NOISE_PREDICTION),
+        ("wan", {**NOISE_PREDICTION, "predict_x0": False, "final_sigmas_type": "sigma_min"}),
         ("wan", {"solver_order": 3}),
         ("wan", {"final_sigmas_type": "sigma_min"}),
         ("flux", {"use_karras_sigmas": True}),
@@ -118,7 +122,7 @@ def test_beta_sigmas_need_scipy(
         ("qwen", {"shift_terminal": None}),
     ],
 )
-def test_other_configurations_that_run_are_served(
+def test_other_scheduler_configs_that_run_are_accepted(
     edited: Callable[..., Path], family: str, entries: dict[str, object]
 ) -> None:
     model = opened(edited(family, **entries))
@@ -133,7 +137,7 @@ def test_other_configurations_that_run_are_served(
         ({"solver_p": {}}, "solver_p is not supported"),
     ],
 )
-def test_invalid_configs_are_refused_without_torch(
+def test_invalid_entries_are_refused_when_the_model_is_opened(
     edited: Callable[..., Path], entries: dict[str, object], message: str
 ) -> None:
     path = edited("flux", **entries)
@@ -141,7 +145,7 @@ def test_invalid_configs_are_refused_without_torch(
         opened(path)
 
 
-def test_another_scheduler_is_refused_with_the_supported_schedulers(edited: Callable[..., Path]) -> None:
+def test_the_refusal_of_a_scheduler_lists_the_supported_schedulers(edited: Callable[..., Path]) -> None:
     path = edited("flux")
     index = path / "model_index.json"
     index.write_text(index.read_text().replace("FlowMatchEulerDiscreteScheduler", "DDIMScheduler"))
@@ -158,7 +162,7 @@ def test_every_supported_scheduler_has_a_solver() -> None:
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-def test_one_step_is_refused_where_the_schedule_has_two_fixed_ends(edited: Callable[..., Path], family: str) -> None:
+def test_one_step_is_refused_with_shift_terminal(edited: Callable[..., Path], family: str) -> None:
     model = opened(edited(family, shift_terminal=0.1))
     load(model, "denoising")
     with pytest.raises(InvalidInput, match="is not at least 2") as refused:
@@ -186,16 +190,16 @@ def test_noise_levels_that_are_not_finite_are_refused_at_the_request(
     assert "requests for 1 step will be rejected" in caplog.text
 
 
-def test_the_default_and_the_fewest_steps_are_tried(
+def test_schedules_of_50_steps_2_steps_and_1_step_are_tried(
     edited: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[int] = []
     run = TimestepPreparationStage.run
 
-    def counted(stage: TimestepPreparationStage, x: TimestepPreparationInput, call: Call) -> Any:
+    def recorded(stage: TimestepPreparationStage, x: TimestepPreparationInput, call: Call) -> Any:
         tried.append(x.sampling.num_inference_steps)
         return run(stage, x, call)
 
-    monkeypatch.setattr(TimestepPreparationStage, "run", counted)
+    monkeypatch.setattr(TimestepPreparationStage, "run", recorded)
     load(opened(edited("wan")), "latent_preparation")
     assert tried == [50, 2, 1]

@@ -31,10 +31,10 @@ def fleet(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Itera
     fleet.close()
 
 
-def test_the_toy_model_generates_the_prompted_colour(fleet: LocalFleet) -> None:
-    once = fleet.tensors(prompt="red", seed=1)
-    assert torch.equal(fleet.tensors(prompt="red", seed=1)["pixels"], once["pixels"])
-    assert once["pixels"].shape == (1, 3, 32, 32)
+def test_each_parameter_changes_the_image_and_a_repeated_request_does_not(fleet: LocalFleet) -> None:
+    first = fleet.tensors(prompt="red", seed=1)
+    assert torch.equal(fleet.tensors(prompt="red", seed=1)["pixels"], first["pixels"])
+    assert first["pixels"].shape == (1, 3, 32, 32)
     changes: list[dict[str, ParamValue]] = [
         {"prompt": "blue"},
         {"seed": 2},
@@ -43,7 +43,7 @@ def test_the_toy_model_generates_the_prompted_colour(fleet: LocalFleet) -> None:
     ]
     for change in changes:
         given: dict[str, ParamValue] = {"prompt": "red", "seed": 1, **change}
-        assert not torch.equal(fleet.tensors(None, NO_IMAGES, **given)["pixels"], once["pixels"]), change
+        assert not torch.equal(fleet.tensors(None, NO_IMAGES, **given)["pixels"], first["pixels"]), change
     images = fleet.images(prompt="red", seed=1, num_outputs_per_prompt=2, width=40)
     assert [image.size for image in images] == [(40, 32)] * 2
 
@@ -58,10 +58,10 @@ def test_warnings_and_progress_are_reported(fleet: LocalFleet) -> None:
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(fleet: LocalFleet) -> None:
     states: list[StepCheckpoint] = []
     canvas, sampling = Canvas(height=32, width=32), Sampling(num_inference_steps=4, seed=1, params={"contrast": 1.0})
-    quiet = Call("toy")
+    plain_call = Call("toy")
     inputs = {
-        **fleet.services["text_encoding"].run({"prompt": Prompt(prompt="red"), "sampling": sampling}, quiet),
-        **fleet.services["latent_preparation"].run({"canvas": canvas, "sampling": sampling}, quiet),
+        **fleet.services["text_encoding"].run({"prompt": Prompt(prompt="red"), "sampling": sampling}, plain_call),
+        **fleet.services["latent_preparation"].run({"canvas": canvas, "sampling": sampling}, plain_call),
         "canvas": canvas,
         "sampling": sampling,
     }
@@ -70,7 +70,7 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(fleet: LocalFleet) ->
     whole = denoising.run(slots, Call("toy", on_item=step_checkpoints_to(states.append)))["denoised_latents"]
     assert [state.step for state in states] == [1, 2, 3, 4]
     for state in states:
-        resumed = denoising.run({**slots, "resume_from": state}, quiet)["denoised_latents"]
+        resumed = denoising.run({**slots, "resume_from": state}, plain_call)["denoised_latents"]
         assert torch.equal(resumed.parts["image"].latents, whole.parts["image"].latents)
 
 

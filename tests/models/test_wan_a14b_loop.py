@@ -68,14 +68,15 @@ def run(stage: DenoisingStage, x: DenoisingInput, states: list[StepCheckpoint] |
     return stage.run(x, call).denoised_latents.parts["video"].latents
 
 
-def swaps() -> float:
+def swap_count() -> float:
+    """Count of expert swaps in this process."""
     return REGISTRY.get_sample_value("fleet_expert_swap_seconds_count") or 0.0
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(
     stage: DenoisingStage, swapping: DenoisingStage, x: DenoisingInput
 ) -> None:
-    """Covers resume after the boundary, where one expert suffices, and a worker that swaps experts."""
+    """Covers resume after the boundary, where only transformer_2 runs, and a worker that swaps experts."""
     states: list[StepCheckpoint] = []
     whole = run(stage, x, states)
     assert [state.step for state in states] == [*range(1, STEPS)]
@@ -91,28 +92,30 @@ def test_swapped_experts_give_the_same_bytes(
     """A request swaps twice, as the previous request left transformer_2 on the device."""
     expected = run(stage, x)
     run(swapping, x)
-    before = swaps()
-    for times in (1, 2):
+    before = swap_count()
+    for num_requests in (1, 2):
         assert torch.equal(run(swapping, x), expected)
-        assert swaps() == before + 2 * times
-    assert swaps() > before
-    before = swaps()
+        assert swap_count() == before + 2 * num_requests
+    assert swap_count() > before
+    before = swap_count()
     run(stage, x)
-    assert swaps() == before
+    assert swap_count() == before
 
 
-def test_swapped_experts_have_graphs_of_their_own(model: ServedModel, stage: DenoisingStage, x: DenoisingInput) -> None:
-    """Experts share one module; graphs read its weights by address."""
+def test_each_swapped_expert_has_its_own_graphs(model: ServedModel, stage: DenoisingStage, x: DenoisingInput) -> None:
+    """Swapped experts share one module. Graphs read the module's weights by address."""
     swapping, capture = open_stage(model, Runtime(swap_experts=True)), FakeCapture()
     swapping._memory = StepMemoryPool(1 << 30, capture)
     expected = run(stage, x)
     for _ in range(3):
         assert torch.equal(run(swapping, x), expected)
-    assert [len(memory._graphs) for memory in swapping._memory._idle.values()] == [1] * 4, "two branches of two experts"
+    assert [len(memory._graphs) for memory in swapping._memory._idle.values()] == [1] * 4, (
+        "one graph for each of two branches of two experts"
+    )
     assert len(capture.graphs) == 4
 
 
-def test_one_transformer_is_not_swapped() -> None:
+def test_swap_experts_is_refused_by_a_model_with_one_transformer() -> None:
     emoji = open_model("emoji", load_registry())
     with pytest.raises(InvalidInput, match="swap_experts: True is not supported by a model with one transformer"):
         load_stages(emoji, emoji.service("denoising"), Runtime(swap_experts=True))
@@ -141,29 +144,29 @@ def test_float8_weights_are_swapped_with_their_scales(model: ServedModel, x: Den
 
 
 @pytest.mark.parametrize("step", [0, 2], ids=["transformer", "transformer_2"])
-def test_a_call_is_cancelled_within_a_step(swapping: DenoisingStage, x: DenoisingInput, step: int) -> None:
-    """The running expert stops; the next request is not affected."""
-    expected, begun, cancelled = run(swapping, x), [], threading.Event()
+def test_cancellation_ends_the_loop_within_a_step(swapping: DenoisingStage, x: DenoisingInput, step: int) -> None:
+    """Covers cancellation in each expert. The next request is not affected."""
+    expected, reported, cancelled = run(swapping, x), [], threading.Event()
 
-    def begin(*_: object) -> None:
-        begun.append(True)
-        if len(begun) > step:
+    def on_progress(*_: object) -> None:
+        reported.append(True)
+        if len(reported) > step:
             cancelled.set()
 
     with pytest.raises(Cancelled):
-        swapping.run(x, Call("test", on_progress=begin, cancelled=cancelled))
-    assert len(begun) == step + 1
+        swapping.run(x, Call("test", on_progress=on_progress, cancelled=cancelled))
+    assert len(reported) == step + 1
     assert torch.equal(run(swapping, x), expected)
 
 
-def test_warm_up_runs_both_experts(model: ServedModel, swapping: DenoisingStage, x: DenoisingInput) -> None:
-    """Each expert runs often enough to be captured."""
+def test_a_warm_up_runs_both_experts(model: ServedModel, swapping: DenoisingStage, x: DenoisingInput) -> None:
+    """Each expert runs as many steps as the warm-up of a model with one transformer."""
     run(swapping, x)
     warm_up = WarmUp.parse(model, ("32x48x5",))
     (given,) = warm_up.inputs(torch.float32)
-    before = swaps()
+    before = swap_count()
     swapping.run(DenoisingInput(**given), Call("warm-up"))
-    assert swaps() == before + 2
+    assert swap_count() == before + 2
     steps = given["schedule"].timesteps.tolist()
     roles = ["transformer" if timestep >= 875 else "transformer_2" for timestep in steps]
     assert roles == ["transformer"] * WARM_UP_STEPS + ["transformer_2"] * WARM_UP_STEPS

@@ -24,11 +24,11 @@ from wan_pair import LATENTS_WITHIN, Pair, check, open_pair
 SEED = 7
 Request = dict[str, Any]
 
-# Of three steps, transformer runs the first, transformer_2 the others.
+# transformer runs the first of three steps, transformer_2 runs the others.
 TEXT: dict[str, Request] = {
     "guidance with a scale per expert": {"guidance_scale": 5.0, "guidance_scale_2": 2.0, "num_frames": 5},
     "one scale for both": {"guidance_scale": 3.0, "negative_prompt": "old stone", "num_outputs_per_prompt": 2},
-    "guidance_scale alone turns guidance off": {"guidance_scale": 1.0, "guidance_scale_2": 4.0},
+    "guidance_scale of 1 disables guidance of both experts": {"guidance_scale": 1.0, "guidance_scale_2": 4.0},
     "guidance with a second scale below 1": {"guidance_scale": 4.0, "guidance_scale_2": 0.5},
     "one expert only, cropped rows": {"num_inference_steps": 1, "height": 32, "width": 48, "num_frames": 7},
 }
@@ -81,16 +81,16 @@ def test_image_to_video_matches_diffusers(image: Pair, case: str) -> None:
 
 @pytest.mark.parametrize("change", [{"guidance_scale": 2.0}, {"guidance_scale_2": 2.0}, {"prompt": "a car"}], ids=str)
 def test_every_input_changes_the_result(text: Pair, change: Request) -> None:
-    """Negative control of the tolerance: each input, including each expert's scale, changes the result."""
+    """Negative control: each changed input moves the latents by more than 10 times the parity tolerance."""
     before, after = (text[0].tensors(**given(**request))["latents"] for request in ({"guidance_scale_2": 5.0}, change))
     assert relative_error(after, before) > 10 * LATENTS_WITHIN
 
 
-def test_image_roles_depend_on_the_model(text: Pair, image: Pair) -> None:
+def test_unsupported_image_roles_are_refused(text: Pair, image: Pair) -> None:
     file = png(coarse_image(8, 8, seed=0))
     validate = InputValidationStage(image[0].model)
-    for roles, named in (((), "image"), (("image", "last_image", "image_1"), "image_1")):
-        with pytest.raises(InvalidInput, match=named):
+    for roles, field in (((), "image"), (("image", "last_image", "image_1"), "image_1")):
+        with pytest.raises(InvalidInput, match=field):
             validate.run(given(), dict.fromkeys(roles, file))
     with pytest.raises(InvalidInput, match="num_frames: 1 is not at least 5"):
         validate.run(given(), {"image": file, "last_image": file})
@@ -112,7 +112,7 @@ def test_invalid_values_are_refused(text: Pair, change: Request, message: str) -
         InputValidationStage(text[0].model).run(given(**change))
 
 
-def test_sizes_and_frames_are_rounded_with_a_warning(text: Pair) -> None:
+def test_frames_are_rounded_with_a_warning(text: Pair) -> None:
     validated = InputValidationStage(text[0].model).run(given(num_frames=7))
     assert [warning.field for warning in validated.warnings] == ["num_frames"]
     assert validated.params.extent["num_frames"] == 5
@@ -167,6 +167,6 @@ def opened_config(path: Path) -> Any:
     return config_class.from_checkpoint(model.checkpoint)
 
 
-def test_a_boundary_is_a_timestep(text: Pair) -> None:
+def test_the_boundary_ratio_is_converted_to_a_timestep(text: Pair) -> None:
     config = opened_config(text[0].model.checkpoint.path)
     assert config.boundary == 875.0

@@ -37,10 +37,14 @@ from models.warm_up import WarmUp
 from tiny_wan import build_tiny_wan, build_tiny_wan_causal, edit_json
 from wan_dmd_loops import SIZE, CausalLoop, RecordedCall, Request, reference_causal
 
-STEPS, BLOCK = 4, 2
+STEPS = 4
+"""Steps of a block."""
+BLOCK = 2
+"""Latent frames of a block."""
 FRAMES = 21
 """Video frames of three blocks, which are six latent frames."""
 TOTAL = 3 * STEPS
+"""Steps of three blocks."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def loop(folder: Path) -> CausalLoop:
 
 @pytest.fixture(scope="module")
 def windowed(folder: Path) -> CausalLoop:
-    """A window of four frames with one sink frame; blocks of two frames wrap around in the other three cache slots."""
+    """A window of four frames, one of them a sink. Blocks of two frames wrap around in the other three frames."""
     return CausalLoop(build_tiny_wan_causal(folder / "windowed", local_attn_size=4, sink_size=1))
 
 
@@ -99,7 +103,7 @@ def test_blocks_depend_only_on_previous_blocks(loop: CausalLoop) -> None:
     assert relative_error(other[:, :, 2 * BLOCK :], one[:, :, 2 * BLOCK :]) > 1e-4
 
 
-def test_a_block_is_emitted_after_its_checkpoint(loop: CausalLoop) -> None:
+def test_a_block_is_emitted_after_its_last_step_checkpoint(loop: CausalLoop) -> None:
     recorded = RecordedCall()
     loop.run(loop.inputs(FRAMES), recorded)
     assert recorded.order == ([STEP_CHECKPOINTS] * STEPS + [BLOCKS]) * 3
@@ -107,7 +111,7 @@ def test_a_block_is_emitted_after_its_checkpoint(loop: CausalLoop) -> None:
     assert recorded.steps == [(step, TOTAL) for step in range(1, TOTAL + 1)]
 
 
-def test_checkpoints_at_the_end_of_a_block_need_no_setting(loop: CausalLoop) -> None:
+def test_a_step_checkpoint_is_sent_after_each_block_without_step_checkpoint_every(loop: CausalLoop) -> None:
     recorded = RecordedCall()
     CausalLoop(loop.path, Runtime()).run(loop.inputs(FRAMES), recorded)
     assert recorded.order == [STEP_CHECKPOINTS, BLOCKS] * 3
@@ -116,7 +120,7 @@ def test_checkpoints_at_the_end_of_a_block_need_no_setting(loop: CausalLoop) -> 
 
 @pytest.fixture
 def predicted(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, int]]:
-    """Number of predictions by (first frame, step); the step after the last one is the context pass."""
+    """Number of predictions by (first frame, step); the step after the last step is the context pass."""
     counted: Counter[tuple[int, int]] = Counter()
     predict: Callable[..., Any] = Predictor.predict
 
@@ -132,12 +136,12 @@ def predicted(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, int]]:
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(
     request: pytest.FixtureRequest, predicted: Counter[tuple[int, int]], kind: str
 ) -> None:
-    """Covers resume between blocks. A finished block repeats only its context pass, once."""
+    """Covers resume between blocks. The context pass of a finished block is repeated once, and its steps are not."""
     loop: CausalLoop = request.getfixturevalue(kind)
     x, recorded = loop.inputs(FRAMES), RecordedCall()
     whole = loop.run(x, recorded)
-    passes = {(block * BLOCK, STEPS): 1 for block in range(2)}
-    assert predicted == {(block * BLOCK, step): 1 for block in range(3) for step in range(STEPS)} | passes
+    context_passes = {(block * BLOCK, STEPS): 1 for block in range(2)}
+    assert predicted == {(block * BLOCK, step): 1 for block in range(3) for step in range(STEPS)} | context_passes
     for state in recorded.states:
         predicted.clear()
         sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
@@ -147,12 +151,12 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(
         assert rest.steps == [(step, TOTAL) for step in range(min(state.step + 1, TOTAL), TOTAL + 1)]
         finished = state.step // STEPS
         assert rest.order[:finished] == [BLOCKS] * finished, "finished blocks come first"
-        left = {(step // STEPS * BLOCK, step % STEPS): 1 for step in range(state.step, TOTAL)}
-        assert predicted == (left | passes if left else {}), f"after step {state.step}"
+        remaining = {(step // STEPS * BLOCK, step % STEPS): 1 for step in range(state.step, TOTAL)}
+        assert predicted == (remaining | context_passes if remaining else {}), f"after step {state.step}"
 
 
 @pytest.mark.parametrize("last", [1, STEPS, STEPS + 1, 2 * STEPS])
-def test_a_cancelled_loop_ends_within_one_step(loop: CausalLoop, last: int) -> None:
+def test_cancellation_ends_the_loop_within_a_step(loop: CausalLoop, last: int) -> None:
     recorded = RecordedCall()
     call = recorded.call(lambda step, _: call.cancelled.set() if step == last else None)
     with pytest.raises(Cancelled):
@@ -161,7 +165,9 @@ def test_a_cancelled_loop_ends_within_one_step(loop: CausalLoop, last: int) -> N
     assert len(recorded.blocks) == last // STEPS
 
 
-def test_cancellation_ends_the_rebuilding_of_contexts(loop: CausalLoop, predicted: Counter[tuple[int, int]]) -> None:
+def test_cancellation_ends_a_resumed_loop_before_its_context_passes(
+    loop: CausalLoop, predicted: Counter[tuple[int, int]]
+) -> None:
     x, recorded = loop.inputs(FRAMES), RecordedCall()
     loop.run(x, recorded)
     predicted.clear()
@@ -172,17 +178,19 @@ def test_cancellation_ends_the_rebuilding_of_contexts(loop: CausalLoop, predicte
     assert not predicted
 
 
-def test_a_hand_over_ends_the_rebuilding_of_contexts(loop: CausalLoop, predicted: Counter[tuple[int, int]]) -> None:
+def test_a_hand_over_ends_a_resumed_loop_before_its_context_passes(
+    loop: CausalLoop, predicted: Counter[tuple[int, int]]
+) -> None:
     """No step checkpoint is sent, because the receiver has the step checkpoint from which the loop resumed."""
-    x, recorded, again = loop.inputs(FRAMES), RecordedCall(), RecordedCall()
+    x, recorded, resumed = loop.inputs(FRAMES), RecordedCall(), RecordedCall()
     loop.run(x, recorded)
     predicted.clear()
-    call = again.call()
+    call = resumed.call()
     call.hand_over.set()
     with pytest.raises(HandedOver, match=f"after {2 * STEPS + 1} steps"):
         loop.stage().run(replace(x, resume_from=recorded.states[2 * STEPS]), call)
     assert not predicted
-    assert not again.states
+    assert not resumed.states
 
 
 @pytest.mark.parametrize("at", [1, STEPS, STEPS + 2])
@@ -208,19 +216,19 @@ def video_of(stage: Any, x: Any) -> Tensor:
     return recorded.video
 
 
-def test_prefixes_of_different_lengths_have_different_graphs(loop: CausalLoop) -> None:
-    """Blocks have equal shapes and share the slab, but graphs depend on the prefix length."""
+def test_blocks_with_different_numbers_of_earlier_frames_have_different_graphs(loop: CausalLoop) -> None:
+    """Blocks have equal shapes and share one KV cache, but graphs depend on the number of earlier frames."""
     stage, capture = with_graphs(loop)
     for seed in (1, 2):
         x = loop.inputs(FRAMES, seed)
         assert torch.equal(video_of(stage, x), loop.run(x)), f"request {seed}"
-    # The second request leases the slab of the first, including its graphs.
+    # The second request leases the KV cache of the first request, with its graphs.
     assert len(capture.graphs) == 3
     (memory,) = stage._memory._idle.values()
     assert sorted(memory._graphs) == [(False, (("first_frame", first),)) for first in (0, 2, 4)]
 
 
-def test_live_requests_share_no_memory(loop: CausalLoop) -> None:
+def test_concurrent_requests_share_no_kv_cache(loop: CausalLoop) -> None:
     """A complete second request runs between two blocks of the first request."""
     stage, _ = with_graphs(loop)
     one, other = loop.inputs(FRAMES, 1), loop.inputs(FRAMES, 2)
@@ -233,18 +241,18 @@ def test_live_requests_share_no_memory(loop: CausalLoop) -> None:
         call.on_item(slot, index, item)
         if slot == BLOCKS and index == 0:
             (leased,) = stage._memory._leased.values()
-            slab = leased._memory["kv_cache"].clone()
+            cache = leased._memory["kv_cache"].clone()
             between.append(video_of(stage, other))
-            assert torch.equal(leased._memory["kv_cache"], slab)
+            assert torch.equal(leased._memory["kv_cache"], cache)
 
     stage.run(one, replace(call, on_item=interrupt))
     assert torch.equal(recorded.video, expected[0])
     assert torch.equal(between[0], expected[1])
-    slabs = [memory._memory["kv_cache"].data_ptr() for memory in stage._memory._idle.values()]
-    assert len(set(slabs)) == 2
+    addresses = [memory._memory["kv_cache"].data_ptr() for memory in stage._memory._idle.values()]
+    assert len(set(addresses)) == 2
 
 
-def test_the_slab_is_as_long_as_the_video_or_the_window(loop: CausalLoop, windowed: CausalLoop) -> None:
+def test_the_kv_cache_is_as_long_as_the_video_or_the_window(loop: CausalLoop, windowed: CausalLoop) -> None:
     """The shape is (layers, 2 (K, V), outputs, tokens, heads, head size); a frame has six tokens."""
     for each, frames in ((loop, 6), (windowed, 4)):
         model = each.modules["transformer"]
@@ -253,7 +261,7 @@ def test_the_slab_is_as_long_as_the_video_or_the_window(loop: CausalLoop, window
         assert prepared.memory["kv_cache"].shape == (2, 2, 3, frames * 6, 4, 16)
 
 
-def test_a_slab_that_exceeds_memory_is_refused_before_the_first_step(loop: CausalLoop) -> None:
+def test_a_kv_cache_that_exceeds_step_memory_is_refused_before_the_first_step(loop: CausalLoop) -> None:
     stage, _ = with_graphs(loop, max_bytes=1000)
     recorded = RecordedCall()
     with pytest.raises(ResourceExhausted):
@@ -269,7 +277,7 @@ def test_frames_that_do_not_fill_whole_blocks_are_refused(loop: CausalLoop) -> N
         loop.run(replace(x, initial_latents=replace(x.initial_latents, parts=odd)))
 
 
-def test_a_step_cache_is_refused_at_start(loop: CausalLoop) -> None:
+def test_a_step_cache_is_refused_when_the_model_loads(loop: CausalLoop) -> None:
     model = open_model(str(loop.path), load_registry())
     cached = Runtime(approximation=Approximation(step_cache_threshold=0.1))
     with pytest.raises(InvalidInput, match=r"step_cache_threshold: 0\.1 is not 0; .* has no step cache") as caught:
@@ -278,18 +286,20 @@ def test_a_step_cache_is_refused_at_start(loop: CausalLoop) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "made"), [(1, 5), (5, 5), (9, 5), (12, 13), (13, 13), (17, 13), (21, 21), (81, 77), (84, 85)]
+    ("num_frames", "rounded"), [(1, 5), (5, 5), (9, 5), (12, 13), (13, 13), (17, 13), (21, 21), (81, 77), (84, 85)]
 )
-def test_frames_are_rounded_to_whole_blocks(folder: Path, asked: int, made: int) -> None:
+def test_frames_are_rounded_to_whole_blocks(folder: Path, num_frames: int, rounded: int) -> None:
     """First to 4n + 1 frames, as Diffusers does (84 to 85), then to whole blocks."""
-    path = build_tiny_wan_causal(folder / f"rounded-{asked}", sliding_window_num_frames=22)
-    given: dict[str, Any] = {"prompt": "", "num_frames": asked}
+    path = build_tiny_wan_causal(folder / f"rounded-{num_frames}", sliding_window_num_frames=22)
+    given: dict[str, Any] = {"prompt": "", "num_frames": num_frames}
     params, warnings = WanCausalDMDSamplingParams.build(given, Checkpoint.open(path))
-    assert params.num_frames == made
-    assert [each.field for each in warnings] == ([] if asked == made else ["num_frames"])
+    assert params.num_frames == rounded
+    assert [each.field for each in warnings] == ([] if num_frames == rounded else ["num_frames"])
 
 
-def test_more_frames_than_the_model_supports_are_refused(loop: CausalLoop, windowed: CausalLoop) -> None:
+def test_more_frames_than_the_model_supports_are_refused_without_a_window(
+    loop: CausalLoop, windowed: CausalLoop
+) -> None:
     given: dict[str, Any] = {"prompt": "", "num_frames": 161}
     with pytest.raises(InvalidInput, match="161 is not at most 77; 77 works") as caught:
         WanCausalDMDSamplingParams.build(given, Checkpoint.open(loop.path))
@@ -311,7 +321,7 @@ def test_the_defaults_equal_self_forcing(folder: Path) -> None:
     assert (config.num_frames_per_block, config.local_attn_size, config.max_frames) == (3, None, 21)
 
 
-def test_a_checkpoint_without_the_causal_configuration_is_refused(folder: Path) -> None:
+def test_a_checkpoint_without_a_causal_transformer_config_is_refused(folder: Path) -> None:
     path = build_tiny_wan(folder / "plain")
     edit_json(path / "model_index.json", {"_class_name": "WanCausalDMDPipeline"})
     with pytest.raises(CheckpointError, match=r"_class_name: 'WanTransformer3D.*num_frames_per_block is missing"):
@@ -335,17 +345,17 @@ def test_invalid_causal_configs_are_refused(entries: dict[str, Any], message: st
 
 
 def test_the_services_generate_a_video(loop: CausalLoop) -> None:
-    """The running loop streams blocks to the decoder; the latents equal the loop's."""
+    """The loop streams blocks to the decoder, which returns the latents and pixels of all blocks."""
     fleet = open_fleet(str(loop.path))
     given: dict[str, ParamValue] = {"seed": 3, "prompt": "a red apple", "num_frames": FRAMES, **SIZE}
-    made = fleet.tensors(None, NO_IMAGES, **given)
+    tensors = fleet.tensors(None, NO_IMAGES, **given)
     fleet.close()
-    assert made["latents"].shape[2] == 3 * BLOCK
-    assert FRAMES in made["pixels"].shape
-    assert bool(made["pixels"].isfinite().all())
+    assert tensors["latents"].shape[2] == 3 * BLOCK
+    assert FRAMES in tensors["pixels"].shape
+    assert bool(tensors["pixels"].isfinite().all())
 
 
-def test_warm_up_requests_run_the_loop(loop: CausalLoop) -> None:
+def test_a_warm_up_runs_the_loop(loop: CausalLoop) -> None:
     """A warm-up request has all blocks of a video of its size."""
     model = open_model(str(loop.path), load_registry())
     (inputs,) = WarmUp.parse(model, ("32x48x13",)).inputs(torch.float32)

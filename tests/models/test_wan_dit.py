@@ -40,9 +40,9 @@ CPU = torch.device("cpu")
 def pair(path: Path, given: dict[str, Any], dtype: torch.dtype) -> tuple[Reference, WanTransformer3DModel]:
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
-    made = Reference(**BLOCKS, **given)
-    randomise(made)
-    made.save_pretrained(path)
+    random_model = Reference(**BLOCKS, **given)
+    randomise(random_model)
+    random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, dtype=dtype)
     with torch.device("meta"):
         ours = WanTransformer3DModel(WanTransformerConfig.from_dict("transformer", dict(reference.config)))
@@ -52,8 +52,10 @@ def pair(path: Path, given: dict[str, Any], dtype: torch.dtype) -> tuple[Referen
 
 
 @pytest.mark.parametrize("given", [TEXT, IMAGE, TWO_IMAGES], ids=["text", "image", "two-images"])
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
-def test_predictions_match_diffusers(tmp_path: Path, given: dict[str, Any], dtype: torch.dtype, most: float) -> None:
+@pytest.mark.parametrize(("dtype", "max_error"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
+def test_predictions_match_diffusers(
+    tmp_path: Path, given: dict[str, Any], dtype: torch.dtype, max_error: float
+) -> None:
     reference, ours = pair(tmp_path, given, dtype)
     video = torch.randn(2, given["in_channels"], 3, 8, 6, dtype=dtype)
     text = torch.randn(2, 512, 16, dtype=dtype)
@@ -65,7 +67,7 @@ def test_predictions_match_diffusers(tmp_path: Path, given: dict[str, Any], dtyp
         expected = reference(video, timestep, text, theirs, return_dict=False)[0]
         got = ours(video, timestep, text, tokens)
     assert got.dtype == dtype
-    assert relative_error(got, expected) <= most
+    assert relative_error(got, expected) <= max_error
 
 
 def test_text_of_any_length_is_separate_from_the_image(tmp_path: Path) -> None:
@@ -76,22 +78,22 @@ def test_text_of_any_length_is_separate_from_the_image(tmp_path: Path) -> None:
     timestep = torch.tensor([500])
     with torch.inference_mode():
         short = ours(video, timestep, text, tokens)
-        other = ours(video, timestep, text, tokens.flip(1))
+        reordered = ours(video, timestep, text, tokens.flip(1))
         changed = ours(video, timestep, text.flip(2), tokens)
-    assert relative_error(other, short) < 1e-5, "attention is invariant to the order of image tokens"
+    assert relative_error(reordered, short) < 1e-5, "attention is invariant to the order of image tokens"
     assert relative_error(changed, short) > 1e-2
 
 
-def test_unused_weights_are_accepted(tmp_path: Path) -> None:
+def test_weights_are_accepted_only_if_they_are_listed_as_unused(tmp_path: Path) -> None:
     pair(tmp_path, IMAGE, torch.float32)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     save_file(weights | {"blocks.0.attn2.norm_added_q.weight": torch.ones(32)}, file)
     config = WanTransformerConfig.from_dict("transformer", {**BLOCKS, **IMAGE})
-    for unused, refused in ((UNUSED_PARAMETERS, False), ((), True)):
+    for unused, is_refused in ((UNUSED_PARAMETERS, False), ((), True)):
         with torch.device("meta"):
             model = WanTransformer3DModel(config)
-        if refused:
+        if is_refused:
             with pytest.raises(CheckpointError, match="norm_added_q"):
                 load_module(model, "transformer", [file], CPU, torch.float32, unused=unused)
         else:
@@ -99,7 +101,7 @@ def test_unused_weights_are_accepted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "field"),
     [
         ({"qk_norm": "layer_norm"}, "qk_norm"),
         ({"patch_size": [2, 2]}, "patch_size"),
@@ -107,22 +109,22 @@ def test_unused_weights_are_accepted(tmp_path: Path) -> None:
         ({"num_layers": -1}, "num_layers"),
     ],
 )
-def test_architectures_other_than_wan_2_1_are_refused(values: dict[str, Any], named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
+def test_unsupported_architectures_are_refused(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(CheckpointError, match=field):
         WanTransformerConfig.from_dict("transformer", values)
 
 
 @pytest.mark.parametrize("i2v", [False, True], ids=["t2v", "i2v"])
-def test_conditioning_has_exactly_the_inputs_of_forward(tmp_path: Path, i2v: bool) -> None:
+def test_conditioning_and_config_keywords_are_the_parameters_of_forward(tmp_path: Path, i2v: bool) -> None:
     path = build_tiny_wan_i2v(tmp_path / "m") if i2v else build_tiny_wan(tmp_path / "m")
     kind = WanImageToVideoPipelineConfig if i2v else WanPipelineConfig
     config = kind.from_checkpoint(open_model(str(path), load_registry()).checkpoint)
     keywords = {encoding.keyword for encoding in config.text_encodings}
     if isinstance(config, WanImageToVideoPipelineConfig):
         keywords |= config.vision_tokens([torch.zeros(1, 17, 24)] * 3).keys()
-    taken = set(inspect.signature(WanTransformer3DModel.forward).parameters) - {"self"}
+    parameters = set(inspect.signature(WanTransformer3DModel.forward).parameters) - {"self"}
     optional = set() if i2v else {"encoder_hidden_states_image"}
-    assert keywords | {"hidden_states", "timestep"} == taken - optional
+    assert keywords | {"hidden_states", "timestep"} == parameters - optional
 
 
 def test_a_transformer_of_the_other_task_is_refused(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_wan_2_2_from_text_is_served(tmp_path: Path) -> None:
 
 
 def test_weights_of_sparse_attention_are_refused(tmp_path: Path) -> None:
-    """FastWan's sparse attention has gates; full attention with its weights would give wrong results."""
+    """FastWan's sparse attention has gates; with its weights, full attention would give wrong results."""
     path = build_tiny_wan_dmd(tmp_path / "sparse")
     (file,) = (path / "transformer").glob("*.safetensors")
     weights = load_file(file)
@@ -81,7 +81,7 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(loop: DmdLoop) -> Non
         assert rest.steps == [(step, STEPS) for step in range(state.step + 1, STEPS + 1)]
 
 
-def test_the_noise_of_each_step_comes_from_the_requests_generator(loop: DmdLoop) -> None:
+def test_the_noise_of_each_step_is_drawn_from_the_generator_of_the_request(loop: DmdLoop) -> None:
     x, recorded = loop.inputs(FRAMES), RecordedCall()
     loop.run(x, recorded)
     other = loop.inputs(FRAMES, seed=4)
@@ -98,7 +98,7 @@ def test_a_loop_without_a_generator_is_refused(loop: DmdLoop) -> None:
     assert caught.value.field == "latents_generator"
 
 
-def test_a_cancelled_loop_ends_within_one_step(loop: DmdLoop) -> None:
+def test_cancellation_ends_the_loop_within_a_step(loop: DmdLoop) -> None:
     recorded = RecordedCall()
     call = recorded.call(lambda *_: call.cancelled.set())
     with pytest.raises(Cancelled):
@@ -106,7 +106,7 @@ def test_a_cancelled_loop_ends_within_one_step(loop: DmdLoop) -> None:
     assert recorded.steps == [(1, STEPS)]
 
 
-def test_a_hand_over_includes_the_generator(loop: DmdLoop) -> None:
+def test_a_loop_resumes_after_a_hand_over_to_the_same_bytes(loop: DmdLoop) -> None:
     x, recorded = loop.inputs(FRAMES), RecordedCall()
     whole, call = loop.run(x), recorded.call(lambda *_: call.hand_over.set())
     with pytest.raises(HandedOver):
@@ -130,9 +130,9 @@ def test_the_services_generate_a_video(path: Path) -> None:
     edit_json(path / "scheduler" / "scheduler_config.json", {"_class_name": "SelfForcingFlowMatchScheduler"})
     fleet = open_fleet(str(path))
     given: dict[str, ParamValue] = {"seed": 3, "prompt": "a red apple", "num_frames": 5, **SIZE}
-    made = fleet.tensors(None, NO_IMAGES, **given)
-    assert made["pixels"].shape[0] == 1
-    assert bool(made["latents"].isfinite().all())
+    tensors = fleet.tensors(None, NO_IMAGES, **given)
+    assert tensors["pixels"].shape[0] == 1
+    assert bool(tensors["latents"].isfinite().all())
     fleet.close()
 
 
@@ -143,14 +143,14 @@ def test_the_defaults_equal_fastwan(path: Path) -> None:
     assert not warnings
 
 
-def test_steps_follow_from_the_timesteps(path: Path) -> None:
+def test_the_step_count_is_the_number_of_timesteps(path: Path) -> None:
     timesteps = (988.0, 932.0, 852.0, 608.0)
     given: dict[str, ParamValue] = {"prompt": "", "num_inference_steps": 50, "dmd_denoising_steps": timesteps}
     params, (warning,) = WanDMDSamplingParams.build(given, Checkpoint.open(path))
     assert params.num_inference_steps == 4
     assert warning.field == "num_inference_steps"
-    again, warnings = WanDMDSamplingParams.build(params.as_mapping(), Checkpoint.open(path))
-    assert (again, warnings) == (params, ())
+    rebuilt, warnings = WanDMDSamplingParams.build(params.as_mapping(), Checkpoint.open(path))
+    assert (rebuilt, warnings) == (params, ())
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_steps_follow_from_the_timesteps(path: Path) -> None:
         ({"flow_shift": 0.0}, "flow_shift"),
     ],
 )
-def test_bad_parameters_are_refused(path: Path, given: dict[str, object], field: str) -> None:
+def test_invalid_parameters_are_refused(path: Path, given: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         WanDMDSamplingParams.build({"prompt": "", **given}, Checkpoint.open(path))  # type: ignore[dict-item]
     assert caught.value.field == field

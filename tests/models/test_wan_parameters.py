@@ -24,7 +24,7 @@ from models.validation import InputValidationStage
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v, build_tiny_wan_ti2v
 
 RENAMED = {"num_videos_per_prompt": "num_outputs_per_prompt"}
-# Arguments without a request parameter, separate inputs, and arguments of Wan 2.2 only.
+# Arguments without a request parameter, input images, and arguments of Wan 2.2 only.
 NOT_SERVED = {
     *("self", "generator", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
     *("latents", "prompt_embeds", "negative_prompt_embeds", "image_embeds", "attention_kwargs"),
@@ -41,7 +41,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     ("pipeline", "params"),
     [(WanPipeline, WanSamplingParams), (WanImageToVideoPipeline, WanImageToVideoSamplingParams)],
 )
-def test_every_argument_of_the_call_is_served_with_its_default(
+def test_every_supported_argument_of_diffusers_is_a_parameter_with_the_same_default(
     wan: Checkpoint, pipeline: Any, params: type[SamplingParams]
 ) -> None:
     arguments = inspect.signature(pipeline.__call__).parameters
@@ -66,19 +66,17 @@ def test_every_argument_of_the_call_is_served_with_its_default(
         ({"output_format": "png"}, "output_format", "output_format: 'png' is not mp4 or safetensors"),
     ],
 )
-def test_sizes_that_cannot_be_rounded_are_refused(
-    wan: Checkpoint, given: dict[str, Any], field: str, message: str
-) -> None:
+def test_invalid_parameters_are_refused(wan: Checkpoint, given: dict[str, Any], field: str, message: str) -> None:
     with pytest.raises(InvalidInput, match=message) as caught:
         WanSamplingParams.build({"prompt": "x", **given}, wan)
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize("asked", range(1, 20))
-def test_frames_are_rounded_with_a_warning(wan: Checkpoint, asked: int) -> None:
-    params, warnings = WanSamplingParams.build({"prompt": "x", "num_frames": asked}, wan)
-    assert params.num_frames == (asked if asked % 4 == 1 else asked // 4 * 4 + 1)
-    assert [warning.field for warning in warnings] == (["num_frames"] if params.num_frames != asked else [])
+@pytest.mark.parametrize("num_frames", range(1, 20))
+def test_frames_are_rounded_with_a_warning(wan: Checkpoint, num_frames: int) -> None:
+    params, warnings = WanSamplingParams.build({"prompt": "x", "num_frames": num_frames}, wan)
+    assert params.num_frames == (num_frames if num_frames % 4 == 1 else num_frames // 4 * 4 + 1)
+    assert [warning.field for warning in warnings] == (["num_frames"] if params.num_frames != num_frames else [])
 
 
 def test_each_16_bit_grey_image_gets_a_warning(tmp_path: Path) -> None:
@@ -114,7 +112,7 @@ def test_sizes_are_floored_to_whole_patches(tmp_path: Path) -> None:
         (build_tiny_wan_i2v, {"boundary_ratio": 0.9}, "transformer_2"),
     ],
 )
-def test_wan_of_mixed_versions_is_refused(
+def test_checkpoints_that_mix_wan_versions_are_refused(
     tmp_path: Path, build: Callable[[Path], Path], entries: dict[str, float], message: str
 ) -> None:
     path = build(tmp_path / "m")
@@ -137,7 +135,7 @@ def test_a_timestep_per_token_gives_two_variants(tmp_path: Path, pipeline_name: 
     assert model.service("image_encoding").modules == ("vae",)
 
 
-def test_roles_follow_from_the_checkpoint(tmp_path: Path, wan: Checkpoint) -> None:
+def test_image_roles_depend_on_the_checkpoint(tmp_path: Path, wan: Checkpoint) -> None:
     one = Checkpoint.open(build_tiny_wan_i2v(tmp_path / "one"))
     two = Checkpoint.open(build_tiny_wan_i2v(tmp_path / "two", last_image=True))
     assert WanSamplingParams.image_roles(wan).required == ()
@@ -145,7 +143,7 @@ def test_roles_follow_from_the_checkpoint(tmp_path: Path, wan: Checkpoint) -> No
     assert WanImageToVideoSamplingParams.image_roles(two).required == ("image", "last_image")
 
 
-def test_the_canvas_has_the_frame_rate(wan: Checkpoint) -> None:
+def test_the_canvas_has_size_frame_count_frame_rate_and_format(wan: Checkpoint) -> None:
     params, _ = WanSamplingParams.build({"prompt": "x", "frame_rate": 24}, wan)
     canvas = params.artifacts()["canvas"]
     assert vars(canvas) == {

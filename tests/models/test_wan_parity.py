@@ -59,26 +59,26 @@ def given(prompt: str = "a red apple on the moon", **others: Any) -> dict[str, A
         given("the moon", max_sequence_length=12, num_inference_steps=2),
         given("a car", num_inference_steps=16, guidance_scale=2.0),
     ],
-    ids=["wide", "high-unguided", "empty", "one-frame", "long", "few-tokens", "many-steps"],
+    ids=["wide", "tall-unguided", "empty", "one-frame", "long", "few-tokens", "many-steps"],
 )
 def test_text_to_video_matches_diffusers(t2v: Pair, request_: dict[str, Any]) -> None:
     fleet, pipeline = t2v
     check(fleet.tensors(seed=SEED, **request_), reference_run(pipeline, seed=SEED, **request_))
 
 
-def test_noise_of_all_videos_is_drawn_at_once(t2v: Pair) -> None:
+def test_two_outputs_match_diffusers_and_differ(t2v: Pair) -> None:
     fleet, pipeline = t2v
     ours = fleet.tensors(seed=SEED, num_outputs_per_prompt=2, **given())
     check(ours, reference_run(pipeline, seed=SEED, num_videos_per_prompt=2, **given()))
     assert not torch.equal(ours["latents"][0], ours["latents"][1])
 
 
-@pytest.mark.parametrize(("asked", "used"), [(6, 5), (7, 5), (8, 9), (2, 1)])
-def test_frames_are_rounded_as_in_diffusers(t2v: Pair, asked: int, used: int) -> None:
+@pytest.mark.parametrize(("num_frames", "rounded"), [(6, 5), (7, 5), (8, 9), (2, 1)])
+def test_frames_are_rounded_as_in_diffusers(t2v: Pair, num_frames: int, rounded: int) -> None:
     fleet, pipeline = t2v
-    request = given(num_frames=asked, num_inference_steps=1)
+    request = given(num_frames=num_frames, num_inference_steps=1)
     ours = fleet.tensors(seed=SEED, **request)
-    assert ours["pixels"].shape[1] == used
+    assert ours["pixels"].shape[1] == rounded
     check(ours, reference_run(pipeline, seed=SEED, **request))
 
 
@@ -104,7 +104,7 @@ def test_a_long_prompt_is_truncated_with_a_warning(t2v: Pair) -> None:
         given("", height=48, width=32, guidance_scale=1.0),
         given("cat " * 600, num_frames=1, num_inference_steps=2),
     ],
-    ids=["wide", "high-empty-unguided", "one-frame-long"],
+    ids=["wide", "tall-empty-unguided", "one-frame-long"],
 )
 def test_image_to_video_matches_diffusers(i2v: Pair, request_: dict[str, Any]) -> None:
     fleet, pipeline = i2v
@@ -133,8 +133,8 @@ def test_the_image_changes_the_video(i2v: Pair) -> None:
     assert relative_error(other, one) > 10 * LATENTS_WITHIN
 
 
-def test_several_videos_of_one_image_start_with_the_image(i2v: Pair) -> None:
-    """Diffusers raises an error; here each video starts with the image, and the first equals a single output."""
+def test_the_first_of_two_videos_of_one_image_equals_a_single_video(i2v: Pair) -> None:
+    """Diffusers raises an error for several videos of one image."""
     fleet, _ = i2v
     images = {"image": png(coarse_image(64, 64, seed=1))}
     both = fleet.tensors(images=images, seed=SEED, num_outputs_per_prompt=2, **given())["latents"]
@@ -144,7 +144,7 @@ def test_several_videos_of_one_image_start_with_the_image(i2v: Pair) -> None:
 
 
 @pytest.mark.parametrize("request_", [given(width=48, num_frames=9), given("", guidance_scale=1.0)])
-def test_first_and_last_frame_matches_diffusers(flf2v: Pair, request_: dict[str, Any]) -> None:
+def test_first_and_last_frame_to_video_matches_diffusers(flf2v: Pair, request_: dict[str, Any]) -> None:
     fleet, pipeline = flf2v
     first, last = coarse_image(150, 90, seed=1), coarse_image(64, 200, seed=2)
     theirs = reference_run(pipeline, seed=SEED, image=first, last_image=last, **request_)
@@ -153,17 +153,17 @@ def test_first_and_last_frame_matches_diffusers(flf2v: Pair, request_: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("roles", "named"), [((), "image"), (("image",), "last_image"), (("image", "last_image", "image_1"), "image_1")]
+    ("roles", "field"), [((), "image"), (("image",), "last_image"), (("image", "last_image", "image_1"), "image_1")]
 )
-def test_unsupported_image_roles_are_refused(flf2v: Pair, roles: tuple[str, ...], named: str) -> None:
+def test_unsupported_image_roles_are_refused(flf2v: Pair, roles: tuple[str, ...], field: str) -> None:
     images = {role: png(coarse_image(8, 8, seed=0)) for role in roles}
     with pytest.raises(InvalidInput) as caught:
         flf2v[0].tensors(images=images, seed=SEED, **given())
-    assert caught.value.field == named
+    assert caught.value.field == field
     assert "WanImageToVideoPipeline" in caught.value.message
 
 
-def test_one_frame_cannot_be_first_and_last(flf2v: Pair) -> None:
+def test_one_frame_with_a_first_and_a_last_image_is_refused(flf2v: Pair) -> None:
     images = {role: png(coarse_image(8, 8, seed=0)) for role in ("image", "last_image")}
     with pytest.raises(InvalidInput) as caught:
         flf2v[0].tensors(images=images, seed=SEED, **given(num_frames=1))

@@ -20,9 +20,11 @@ from tiny_flux import randomise
 from tiny_wan import build_tiny_wan_ti2v, residual_vae
 from wan_frames import check_frames_come_early, check_sessions, decode
 
-SAME = 1e-5
-LITTLE = 6_000_000
+MAX_ERROR = 1e-5
+STRIPS_BYTES = 6_000_000
+"""A bound of decoding memory that requires strips."""
 SIDE = 16
+"""Pixels per latent, vertically and horizontally."""
 
 PUBLISHED: dict[str, Any] = {
     "base_dim": 160,
@@ -50,7 +52,7 @@ def reference() -> AutoencoderKLWan:
 
 @pytest.fixture(scope="module")
 def vae(reference: AutoencoderKLWan) -> AutoencoderKLWan:
-    """WanVAE with a copy of the reference's weights."""
+    """A copy of the reference, for WanVAE."""
     return copy.deepcopy(reference)
 
 
@@ -75,8 +77,8 @@ def test_decoded_frames_match_diffusers(
     theirs, ours = reference_frames(reference, latents), decode(vae, latents)
     frames, height, width = shape
     assert ours.shape == theirs.shape == (3, 4 * frames - 3, SIDE * height, SIDE * width)
-    assert relative_error(ours, theirs) <= SAME
-    assert float((ours - theirs).abs().max()) <= SAME
+    assert relative_error(ours, theirs) <= MAX_ERROR
+    assert float((ours - theirs).abs().max()) <= MAX_ERROR
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 96), (5, 96, 64), (9, 32, 80)])
@@ -89,19 +91,19 @@ def test_encoded_videos_match_diffusers(
         theirs = reference.encode(video, return_dict=False)[0].mode()
         ours = WanVAE(vae).encode(video)
     assert ours.shape == theirs.shape == (1, 48, (frames + 3) // 4, height // SIDE, width // SIDE)
-    assert relative_error(ours, theirs) <= SAME
-    assert float(theirs.std()) > 0.1, "equal latents everywhere would prove nothing"
+    assert relative_error(ours, theirs) <= MAX_ERROR
+    assert float(theirs.std()) > 0.1, "constant latents would prove nothing"
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 60), (2, 60, 2)])
-def test_strips_join_without_a_seam(
+def test_frames_decoded_in_strips_match_diffusers(
     reference: AutoencoderKLWan, vae: AutoencoderKLWan, shape: tuple[int, int, int]
 ) -> None:
     latents = noise(1, 48, *shape, seed=2)
-    assert len(WanVAE(vae, LITTLE)._strips(*shape, 1)) > 2
+    assert len(WanVAE(vae, STRIPS_BYTES)._strips(*shape, 1)) > 2
     assert len(WanVAE(vae)._strips(*shape, 1)) == 1
-    theirs, ours = reference_frames(reference, latents), decode(vae, latents, LITTLE)
-    assert float((ours - theirs).abs().max()) <= SAME
+    theirs, ours = reference_frames(reference, latents), decode(vae, latents, STRIPS_BYTES)
+    assert float((ours - theirs).abs().max()) <= MAX_ERROR
 
 
 def test_a_frame_is_returned_before_the_next_latents_are_read(vae: AutoencoderKLWan) -> None:
@@ -114,7 +116,7 @@ def test_latents_may_arrive_in_pieces(vae: AutoencoderKLWan, pieces: list[int]) 
 
 
 def test_pieces_of_a_large_video_are_decoded_at_the_end(vae: AutoencoderKLWan) -> None:
-    check_sessions(vae, noise(1, 48, 3, 2, 60, seed=6), [1, 2], LITTLE)
+    check_sessions(vae, noise(1, 48, 3, 2, 60, seed=6), [1, 2], STRIPS_BYTES)
 
 
 def published_peak(shape: tuple[int, int, int], dtype: torch.dtype, decoding_bytes: int | None = None) -> int:
@@ -137,11 +139,11 @@ def test_704x1280_decodes_within_the_bound_in_float32() -> None:
     assert published_peak((3, 44, 80), torch.float32) <= RESIDUAL_DECODING_BYTES
 
 
-def test_strips_decode_within_a_smaller_bound() -> None:
+def test_704x1280_decodes_in_strips_within_four_gigabytes() -> None:
     assert published_peak((6, 44, 80), torch.bfloat16, 4_000_000_000) <= 4_000_000_000
 
 
-def test_the_published_config_is_read() -> None:
+def test_the_published_config_has_the_published_factors() -> None:
     config = AutoencoderKLWanConfig.from_dict("vae", PUBLISHED)
     assert (config.z_dim, config.spatial_factor, config.temporal_factor) == (48, 16, 4)
     assert [config.latent_frames(frames) for frames in (1, 5, 121)] == [1, 2, 31]
@@ -171,10 +173,10 @@ def test_an_empty_config_equals_wan_2_1() -> None:
     ],
 )
 def test_entries_that_contradict_each_other_are_refused(entry: str, value: object, rule: str) -> None:
-    refused = {"patch_size": "in_channels", "dim_mult": "temperal_downsample"} if rule != "at least 1" else {}
+    reported = {"patch_size": "in_channels", "dim_mult": "temperal_downsample"} if rule != "at least 1" else {}
     with pytest.raises(CheckpointError) as caught:
         AutoencoderKLWanConfig.from_dict("vae", PUBLISHED | {entry: value})
-    assert str(caught.value).startswith(f"vae/config.json: {refused.get(entry, entry)}: ")
+    assert str(caught.value).startswith(f"vae/config.json: {reported.get(entry, entry)}: ")
     assert rule in str(caught.value)
 
 

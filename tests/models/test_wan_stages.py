@@ -90,9 +90,9 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(services: dict[str, H
     whole = run(services, "denoising", prepared, call)["denoised_latents"]
     assert [state.step for state in states] == [1, 2, 3, 4]
     for state in states:
-        travelled = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
-        again = run(services, "denoising", {**prepared, "resume_from": travelled})["denoised_latents"]
-        assert torch.equal(again.parts["video"].latents, whole.parts["video"].latents), f"after step {state.step}"
+        sent = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
+        resumed = run(services, "denoising", {**prepared, "resume_from": sent})["denoised_latents"]
+        assert torch.equal(resumed.parts["video"].latents, whole.parts["video"].latents), f"after step {state.step}"
 
 
 def test_noise_and_latents_are_float32_for_any_weight_dtype(model: ServedModel) -> None:
@@ -103,7 +103,7 @@ def test_noise_and_latents_are_float32_for_any_weight_dtype(model: ServedModel) 
     assert (given.dtype, given.shape[1]) == (torch.float32, 36)
 
 
-def test_bfloat16_runs_from_image_to_video(model: ServedModel) -> None:
+def test_all_stages_run_in_bfloat16_with_float32_latents(model: ServedModel) -> None:
     services = {
         spec.service: HostedStages(spec.service, load_stages(model, spec, Runtime(device=CPU, dtype=torch.bfloat16)))
         for spec in model.services
@@ -123,12 +123,11 @@ def test_bfloat16_runs_from_image_to_video(model: ServedModel) -> None:
     assert (item.content_type, item.num_frames) == ("video/mp4", 5)
 
 
-def test_the_mask_marks_the_input_frames(services: dict[str, HostedStages], prepared: Slots) -> None:
+def test_the_mask_marks_the_input_frames(prepared: Slots) -> None:
     condition = prepared["image_latents"].parts["condition"].latents
     mask = condition[0, :4, :, 0, 0]
     assert mask[:, 0].tolist() == [1, 1, 1, 1]
     assert mask[:, 1].tolist() == [0, 0, 0, 0]
-    del services
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])

@@ -40,9 +40,9 @@ FRAME_TOKENS = ROWS // 2 * COLUMNS // 2
 def pair(path: Path, dtype: torch.dtype = torch.float32, **sizes: Any) -> tuple[Reference, WanTransformer3DModel]:
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
-    made = Reference(**SIZES | sizes)
-    randomise(made)
-    made.save_pretrained(path)
+    random_model = Reference(**SIZES | sizes)
+    randomise(random_model)
+    random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, dtype=dtype)
     with torch.device("meta"):
         ours = WanTransformer3DModel(WanTransformerConfig.from_dict("transformer", dict(reference.config)))
@@ -58,7 +58,7 @@ def inputs(frames: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
     return video.to(dtype), torch.randn(BATCH, 20, SIZES["text_dim"]).to(dtype)
 
 
-def of_tokens(timestep: Tensor, frames: int) -> Tensor:
+def timestep_per_token(timestep: Tensor, frames: int) -> Tensor:
     """Expand timesteps (B, 2) of two segments to Diffusers' shape (B, tokens)."""
     first, rest = timestep[:, :1], timestep[:, 1:]
     return torch.cat((first.expand(-1, FRAME_TOKENS), rest.expand(-1, (frames - 1) * FRAME_TOKENS)), dim=1).float()
@@ -66,35 +66,35 @@ def of_tokens(timestep: Tensor, frames: int) -> Tensor:
 
 @pytest.mark.parametrize("frames", [3, 1], ids=["3-frames", "1-frame"])
 @pytest.mark.parametrize("cross_attn_norm", [True, False])
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("dtype", "max_error"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
 def test_predictions_match_diffusers(
-    tmp_path: Path, frames: int, cross_attn_norm: bool, dtype: torch.dtype, most: float
+    tmp_path: Path, frames: int, cross_attn_norm: bool, dtype: torch.dtype, max_error: float
 ) -> None:
     """Each batch row has its own timestep."""
     reference, ours = pair(tmp_path, dtype, cross_attn_norm=cross_attn_norm)
     video, text = inputs(frames, dtype)
     timestep = torch.tensor([[0, 900], [30, 750]])
     with torch.inference_mode():
-        expected = reference(video, of_tokens(timestep, frames), text, return_dict=False)[0]
+        expected = reference(video, timestep_per_token(timestep, frames), text, return_dict=False)[0]
         got = ours(video, timestep, text)
     assert got.dtype == dtype
-    assert relative_error(got, expected) <= most
+    assert relative_error(got, expected) <= max_error
 
 
-def test_one_timestep_equals_one_timestep_for_all_tokens(tmp_path: Path) -> None:
+def test_one_timestep_equals_equal_timesteps_of_all_tokens(tmp_path: Path) -> None:
     """Without an image, Diffusers passes (B, tokens) timesteps that are all equal."""
     reference, ours = pair(tmp_path)
     video, text = inputs(3)
     timestep = torch.tensor([900, 750])
     both = timestep[:, None].expand(-1, 2)
     with torch.inference_mode():
-        expected = reference(video, of_tokens(both, 3), text, return_dict=False)[0]
+        expected = reference(video, timestep_per_token(both, 3), text, return_dict=False)[0]
         one, two = ours(video, timestep, text), ours(video, both, text)
     assert relative_error(one, expected) <= 1e-6
     assert relative_error(two, one) <= 1e-6
 
 
-def test_segments_are_not_interchangeable(tmp_path: Path) -> None:
+def test_exchanged_timesteps_of_the_segments_change_the_prediction(tmp_path: Path) -> None:
     _, ours = pair(tmp_path)
     video, text = inputs(3)
     timestep = torch.tensor([[0, 900], [0, 900]])
@@ -102,7 +102,7 @@ def test_segments_are_not_interchangeable(tmp_path: Path) -> None:
         assert relative_error(ours(video, timestep.flip(1), text), ours(video, timestep, text)) > 1e-2
 
 
-def test_steps_equal_single_predictions(tmp_path: Path) -> None:
+def test_prepared_steps_equal_single_predictions(tmp_path: Path) -> None:
     """prepare() takes timesteps (steps, B, 2): one row per step, with both segments."""
     _, ours = pair(tmp_path)
     video, text = inputs(3)
@@ -150,8 +150,8 @@ def test_segment_lengths_do_not_persist_between_requests(tmp_path: Path) -> None
     shard_entry_points(ours, WAN_PLAN, WorkerMesh(Degrees(), CPU, 0, {axis: Axis() for axis in AXES}), scope)
     lengths = []
     ours.blocks[0].register_forward_hook(lambda *_: lengths.append(scope.current.lengths))
-    for turn in (1, 0, 1):
+    for index in (1, 0, 1):
         with torch.inference_mode():
-            assert torch.equal(ours(video, requests[turn], text), expected[turn])
+            assert torch.equal(ours(video, requests[index], text), expected[index])
     both, one = ({"video": (3 - first) * FRAME_TOKENS, "first_frame": first * FRAME_TOKENS} for first in (1, 0))
     assert lengths == [both, one, both]

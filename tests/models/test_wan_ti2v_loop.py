@@ -46,7 +46,7 @@ WIDE = Canvas(height=64, width=96, num_frames=9, output_format="mp4")
 TALL = Canvas(height=128, width=64, num_frames=5, output_format="mp4")
 FRAME = Canvas(height=64, width=64, num_frames=1, output_format="mp4")
 SAMPLING = Sampling(num_inference_steps=STEPS, seed=3, guidance_scale=4.0)
-# Larger than WIDE, with another aspect ratio.
+# Smaller than WIDE, with another aspect ratio.
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8))
 
 
@@ -184,7 +184,7 @@ def request(loop: Loop, canvas: Canvas, guidance_scale: float, outputs: int) -> 
 @CASES
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_latents_match_diffusers(path: Path, kind: str, canvas: Canvas, guidance_scale: float, outputs: int) -> None:
-    """Latents match after each step and at the end; the loop also denoises its own first frame."""
+    """Latents match after each step and at the end. They include the first frame, which the loop also denoises."""
     loop = Loop(path, WanTI2VPipelineConfig if kind == "text" else WanTI2VImagePipelineConfig)
     x = request(loop, canvas, guidance_scale, outputs)
     states: list[StepCheckpoint] = []
@@ -217,7 +217,9 @@ def test_the_image_replaces_the_first_frame_only_in_the_result(image: Loop) -> N
     assert condition.dtype == torch.float32
     assert torch.equal(got[:, :, :1], condition)
     for state in states:
-        assert relative_error(state.latents.parts["video"].latents[:, :, :1], condition) > 0.1, "the loop's own"
+        assert relative_error(state.latents.parts["video"].latents[:, :, :1], condition) > 0.1, (
+            "the loop denoises its own first frame"
+        )
 
 
 def test_the_loops_first_frame_is_not_an_input_of_the_denoiser(image: Loop) -> None:
@@ -229,7 +231,7 @@ def test_the_loops_first_frame_is_not_an_input_of_the_denoiser(image: Loop) -> N
     assert torch.equal(image.run(DenoisingInput(**vars(x) | {"initial_latents": changed})), image.run(x))
 
 
-def test_the_image_changes_the_other_frames(image: Loop) -> None:
+def test_the_image_changes_the_later_frames(image: Loop) -> None:
     x = image.inputs()
     assert x.image_latents is not None
     part = x.image_latents.parts["condition"]
@@ -249,13 +251,13 @@ def test_bfloat16_keeps_latents_and_image_in_float32(path: Path) -> None:
 
 
 @pytest.mark.parametrize("canvas", [WIDE, TALL, FRAME])
-def test_warm_up_images_have_the_shapes_of_real_ones(image: Loop, canvas: Canvas) -> None:
+def test_image_latents_of_a_warm_up_have_the_shapes_of_encoded_images(image: Loop, canvas: Canvas) -> None:
     condition = image.condition(canvas)
     assert condition is not None
     assert image.config.condition_shapes(canvas) == {"condition": tuple(condition.shape)}
 
 
-def test_shapes_follow_from_the_vae(image: Loop) -> None:
+def test_latent_shapes_match_the_published_size(image: Loop) -> None:
     """16 pixels per latent, as in the published checkpoint."""
     config = image.config
     canvas = Canvas(height=704, width=1280, num_frames=121)
@@ -263,7 +265,7 @@ def test_shapes_follow_from_the_vae(image: Loop) -> None:
     assert config.condition_shapes(canvas) == {"condition": (1, 48, 1, 44, 80)}
 
 
-def test_timesteps_of_the_image_are_zero(text: Loop, image: Loop) -> None:
+def test_the_timestep_of_the_image_is_zero(text: Loop, image: Loop) -> None:
     timesteps = torch.tensor([[999, 999], [500, 500]])
     assert torch.equal(text.config.model_timestep(timesteps), timesteps)
     assert image.config.model_timestep(timesteps).tolist() == [[[0, 999]] * 2, [[0, 500]] * 2]
@@ -278,7 +280,7 @@ def test_timesteps_of_the_image_are_zero(text: Loop, image: Loop) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", [WanTI2VPipelineConfig, WanTI2VImagePipelineConfig])
-def test_other_transformers_are_refused(
+def test_unsupported_transformers_are_refused(
     tmp_path: Path, kind: type[WanPipelineConfig], entry: dict[str, Any], message: str
 ) -> None:
     path = build_tiny_wan_ti2v(tmp_path / "m")

@@ -54,12 +54,12 @@ def test_checkpoint_defaults_take_precedence(tmp_path: Path, kind: type[Sampling
 
 
 @KINDS
-@pytest.mark.parametrize("asked", [32, 48, 64, 80, 496])
-def test_sizes_are_multiples_of_32(ti2v: Checkpoint, kind: type[SamplingParams], asked: int) -> None:
-    """16 pixels per latent and 2 latents per patch, as in Diffusers; a multiple of 16 is floored with a warning."""
-    params, warnings = kind.build({"prompt": "x", "height": asked, "width": 64, "num_frames": 5}, ti2v)
-    assert (params.height, params.width) == (asked // 32 * 32, 64)
-    assert [warning.field for warning in warnings] == (["height"] if asked % 32 else [])
+@pytest.mark.parametrize("height", [32, 48, 64, 80, 496])
+def test_sizes_are_rounded_down_to_multiples_of_32(ti2v: Checkpoint, kind: type[SamplingParams], height: int) -> None:
+    """16 pixels per latent and 2 latents per patch, as in Diffusers; other multiples of 16 are rounded down."""
+    params, warnings = kind.build({"prompt": "x", "height": height, "width": 64, "num_frames": 5}, ti2v)
+    assert (params.height, params.width) == (height // 32 * 32, 64)
+    assert [warning.field for warning in warnings] == (["height"] if height % 32 else [])
 
 
 @KINDS
@@ -78,7 +78,7 @@ def test_sizes_that_cannot_be_rounded_are_refused(
 
 
 @KINDS
-def test_frames_are_rounded(ti2v: Checkpoint, kind: type[SamplingParams]) -> None:
+def test_frames_are_rounded_with_a_warning(ti2v: Checkpoint, kind: type[SamplingParams]) -> None:
     params, warnings = kind.build({"prompt": "x", "num_frames": 120}, ti2v)
     assert params.extent["num_frames"] == 121
     assert [warning.field for warning in warnings] == ["num_frames"]

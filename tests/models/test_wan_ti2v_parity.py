@@ -114,7 +114,7 @@ def test_an_image_is_rotated_by_its_exif_orientation(sides: Sides) -> None:
     check(ours, sides.theirs({"num_inference_steps": 1}, image))
 
 
-def test_the_first_latent_frame_equals_the_image(sides: Sides) -> None:
+def test_the_first_latent_frame_equals_the_image_latents(sides: Sides) -> None:
     """The result has the image's own latents, not the solver's output for this frame."""
     image = coarse_image(150, 90, seed=1)
     config = sides.image.vae.config
@@ -129,7 +129,7 @@ def test_the_first_latent_frame_equals_the_image(sides: Sides) -> None:
         assert not torch.equal(latents[0, :, 1:], latents[1, :, 1:])
 
 
-def test_noise_of_all_outputs_is_drawn_at_once(sides: Sides) -> None:
+def test_the_first_of_two_outputs_equals_a_single_output(sides: Sides) -> None:
     for image in (None, coarse_image(150, 90, seed=1)):
         alone, both = (sides.ours({"num_outputs_per_prompt": count}, image)["latents"] for count in (1, 2))
         assert relative_error(both[:1], alone) <= LATENTS_WITHIN
@@ -149,14 +149,13 @@ def test_noise_of_all_outputs_is_drawn_at_once(sides: Sides) -> None:
 )
 @pytest.mark.parametrize("has_image", [False, True], ids=["text", "image"])
 def test_every_input_changes_the_result(sides: Sides, has_image: bool, change: Request) -> None:
-    """Negative control of the tolerance: each changed input moves the result at least 10 times further."""
+    """Negative control: each changed input moves the latents by more than 10 times the parity tolerance."""
     image = coarse_image(150, 90, seed=1) if has_image else None
     before, after = (sides.ours(request, image)["latents"] for request in ({}, change))
     assert relative_error(after, before) > 10 * LATENTS_WITHIN
 
 
-def test_the_image_changes_all_frames(sides: Sides) -> None:
-    """The image also affects the frames after the first frame."""
+def test_the_image_changes_the_frames_after_the_first_frame(sides: Sides) -> None:
     latents = [sides.ours({}, image)["latents"] for image in (None, *(coarse_image(64, 64, seed) for seed in (1, 2)))]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert relative_error(latents[one][:, :, 1:], latents[other][:, :, 1:]) > 10 * LATENTS_WITHIN

@@ -11,8 +11,9 @@ from tensor_memory import PeakBytes
 from tiny_flux import randomise
 from wan_frames import check_frames_come_early, check_sessions, decode
 
-SAME = 1e-5
-LITTLE = 4_000_000
+MAX_ERROR = 1e-5
+STRIPS_BYTES = 4_000_000
+"""A bound of decoding memory that requires strips."""
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +31,17 @@ def test_frames_equal_decoding_at_once(vae: AutoencoderKLWan, shape: tuple[int, 
         at_once = vae.decode(latents, return_dict=False)[0]
     frames = decode(vae, latents)
     assert frames.shape == at_once[0].shape
-    assert float((frames - at_once[0]).abs().max()) <= SAME
+    assert float((frames - at_once[0]).abs().max()) <= MAX_ERROR
     assert float(at_once.std()) > 0.1, "a flat image would prove nothing"
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 60), (2, 60, 4)])
-def test_strips_join_without_a_seam(vae: AutoencoderKLWan, shape: tuple[int, int, int]) -> None:
+def test_frames_decoded_in_strips_equal_decoding_at_once(vae: AutoencoderKLWan, shape: tuple[int, int, int]) -> None:
     latents = torch.randn(1, 16, *shape, generator=torch.Generator().manual_seed(2))
-    assert len(WanVAE(vae, LITTLE)._strips(*shape, 1)) > 2
+    assert len(WanVAE(vae, STRIPS_BYTES)._strips(*shape, 1)) > 2
     with torch.inference_mode():
         at_once = vae.decode(latents, return_dict=False)[0]
-    assert float((decode(vae, latents, LITTLE) - at_once[0]).abs().max()) <= SAME
+    assert float((decode(vae, latents, STRIPS_BYTES) - at_once[0]).abs().max()) <= MAX_ERROR
 
 
 def test_a_frame_is_returned_before_the_next_latents_are_read(vae: AutoencoderKLWan) -> None:
@@ -54,8 +55,8 @@ def test_latents_may_arrive_in_pieces(vae: AutoencoderKLWan, pieces: list[int]) 
 
 def test_pieces_of_a_large_video_are_decoded_at_the_end(vae: AutoencoderKLWan) -> None:
     latents = torch.randn(1, 16, 3, 4, 60, generator=torch.Generator().manual_seed(5))
-    check_sessions(vae, latents, [2, 1], LITTLE)
-    session = WanVAE(vae, LITTLE).session(3, 4, 60)
+    check_sessions(vae, latents, [2, 1], STRIPS_BYTES)
+    session = WanVAE(vae, STRIPS_BYTES).session(3, 4, 60)
     with torch.inference_mode():
         assert [len(list(session.feed(part))) for part in torch.split(latents, [2, 1], dim=2)] == [0, 9]
 
@@ -68,12 +69,12 @@ def published_session(frames: int, concurrent: int) -> DecodingSession:
 
 @pytest.mark.parametrize("concurrent", [1, 2])
 def test_interleaved_sessions_decode_within_the_bound(concurrent: int) -> None:
-    """One 480x832 video is decoded incrementally. Two caches exceed the bound: both videos are decoded at the end."""
+    """One 480x832 video is decoded incrementally; two are decoded at the end, as their caches exceed the bound."""
     sessions = [published_session(6, concurrent) for _ in range(concurrent)]
     latents = torch.empty(1, 16, 3, 60, 104, dtype=torch.bfloat16, device="meta")
     with torch.inference_mode(), PeakBytes() as memory:
-        made = [[sum(1 for _ in session.feed(latents)) for session in sessions] for _ in range(2)]
-    assert made == {1: [[9], [12]], 2: [[0, 0], [21, 21]]}[concurrent]
+        counts = [[sum(1 for _ in session.feed(latents)) for session in sessions] for _ in range(2)]
+    assert counts == {1: [[9], [12]], 2: [[0, 0], [21, 21]]}[concurrent]
     assert memory.peak <= DECODING_BYTES
 
 
@@ -89,7 +90,8 @@ def test_a_long_wide_video_decodes_within_four_gigabytes(dtype: torch.dtype) -> 
     assert memory.peak <= DECODING_BYTES
 
 
-def test_peak_bytes_measures_decoding_at_once() -> None:
+def test_decoding_at_once_exceeds_four_gigabytes() -> None:
+    """Negative control of PeakBytes."""
     with torch.device("meta"):
         published = AutoencoderKLWan()
         latents = torch.empty(1, 16, 3, 60, 104)

@@ -1,4 +1,4 @@
-"""Warm-up requests have the shapes of real ones, and run before a worker is announced."""
+"""Warm-up requests have the shapes of real requests, and run before a worker is announced."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def opened(reference: object) -> ServedModel:
 
 def shapes_of(values: Mapping[str, Any]) -> Shapes:
     """Shapes of all graph inputs: conditioning of both branches, and latents by part."""
-    found: Shapes = {"positive": {}, "negative": {}, "latents": {}}
-    both = merge_conditioning(values["text_conditioning"], values.get("image_conditioning"))
-    found["positive"] = {name: tuple(value.shape) for name, value in both.prompt_embeds.items()}
-    found["negative"] = {name: tuple(value.shape) for name, value in both.negative_prompt_embeds.items()}
+    shapes: Shapes = {"positive": {}, "negative": {}, "latents": {}}
+    conditioning = merge_conditioning(values["text_conditioning"], values.get("image_conditioning"))
+    shapes["positive"] = {name: tuple(value.shape) for name, value in conditioning.prompt_embeds.items()}
+    shapes["negative"] = {name: tuple(value.shape) for name, value in conditioning.negative_prompt_embeds.items()}
     for slot in ("initial_latents", "image_latents"):
         for name, part in values[slot].parts.items() if slot in values else ():
-            found["latents"][name] = (*part.latents.shape, *part.raw_latent_shape)
-    return found
+            shapes["latents"][name] = (*part.latents.shape, *part.raw_latent_shape)
+    return shapes
 
 
-def encoded(model: ServedModel, params: Mapping[str, Any], image_size: tuple[int, int] | None) -> dict[str, Any]:
+def real_inputs(model: ServedModel, params: Mapping[str, Any], image_size: tuple[int, int] | None) -> dict[str, Any]:
     """Run the real stages before denoising; `image_size` is (width, height) of the input image."""
     values: dict[str, Any] = {
         "prompt": Prompt(prompt="a red apple", negative_prompt=""),
@@ -111,41 +111,43 @@ def encoded(model: ServedModel, params: Mapping[str, Any], image_size: tuple[int
         "ltx2-image",
     ],
 )
-def test_warm_up_requests_have_the_shapes_of_real_ones(
+def test_warm_up_requests_have_the_shapes_of_real_requests(
     tmp_path: Path, build: Callable[[Path], Path] | None, size: str, image_size: tuple[int, int] | None
 ) -> None:
     model = opened("emoji" if build is None else build(tmp_path / "model"))
     warm_up = WarmUp.parse(model, (size,))
-    (made_up,) = warm_up.inputs(torch.float32)
-    assert shapes_of(made_up) == shapes_of(encoded(model, warm_up.sizes[0][1].as_mapping(), image_size))
+    (warm_up_inputs,) = warm_up.inputs(torch.float32)
+    assert shapes_of(warm_up_inputs) == shapes_of(real_inputs(model, warm_up.sizes[0][1].as_mapping(), image_size))
 
 
-def test_warm_up_of_an_edit_has_an_image_of_the_edited_size(tmp_path: Path) -> None:
-    (made_up,) = WarmUp.parse(opened(build_tiny_qwen_image_edit(tmp_path / "edit")), ("32x48",)).inputs(torch.bfloat16)
-    found = shapes_of(made_up)
-    assert found["latents"]["image"] == (1, 6, 64, 1, 1, 16, 4, 6)
+def test_a_warm_up_of_an_edit_has_image_latents_of_the_resized_image(tmp_path: Path) -> None:
+    (warm_up_inputs,) = WarmUp.parse(opened(build_tiny_qwen_image_edit(tmp_path / "edit")), ("32x48",)).inputs(
+        torch.bfloat16
+    )
+    shapes = shapes_of(warm_up_inputs)
+    assert shapes["latents"]["image"] == (1, 6, 64, 1, 1, 16, 4, 6)
     # Diffusers resizes an image with this aspect ratio to 832 x 1248 pixels.
-    assert found["latents"]["condition"] == (1, 52 * 78, 64, 1, 1, 16, 104, 156)
-    assert found["positive"] == found["negative"], "guidance is on by default"
-    assert made_up["text_conditioning"].prompt_embeds["encoder_hidden_states"].dtype == torch.bfloat16
+    assert shapes["latents"]["condition"] == (1, 52 * 78, 64, 1, 1, 16, 104, 156)
+    assert shapes["positive"] == shapes["negative"], "guidance is on by default"
+    assert warm_up_inputs["text_conditioning"].prompt_embeds["encoder_hidden_states"].dtype == torch.bfloat16
 
 
-def test_warm_up_of_before_denoising_has_a_request(tmp_path: Path) -> None:
-    """The denoising service gets valid prior token ids."""
+def test_a_warm_up_of_before_denoising_has_the_inputs_of_a_request(tmp_path: Path) -> None:
+    """The warm-up of the denoising service has prior token ids of an integer dtype."""
     model = opened(build_tiny_glm_image(tmp_path / "glm"))
     (request,) = WarmUp.parse(model, ("32x64",), service="before_denoising").inputs(torch.float32)
     assert request.keys() == {"prompt", "canvas", "sampling"}
     assert (request["canvas"].height, request["canvas"].width) == (32, 64)
-    (made_up,) = WarmUp.parse(model, ("32x64",)).inputs(torch.bfloat16)
-    embeds = made_up["text_conditioning"].prompt_embeds
+    (warm_up_inputs,) = WarmUp.parse(model, ("32x64",)).inputs(torch.bfloat16)
+    embeds = warm_up_inputs["text_conditioning"].prompt_embeds
     assert {name: value.dtype for name, value in embeds.items()} == {
         "encoder_hidden_states": torch.bfloat16,
         "prior_token_id": torch.int64,
     }
 
 
-def test_warm_up_of_before_denoising_has_an_image(tmp_path: Path) -> None:
-    """The prompt is empty, so the service captions the image; the loop gets latents of the service's shapes."""
+def test_a_warm_up_of_before_denoising_has_an_image_if_the_model_takes_images(tmp_path: Path) -> None:
+    """The prompt is empty, so the service captions the image; the denoising service gets latents of the same shapes."""
     model = opened(build_tiny_qwen_image_layered(tmp_path / "layered"))
     warm_up = WarmUp.parse(model, ("32x64",), service="before_denoising")
     (request,) = warm_up.inputs(torch.float32)
@@ -155,12 +157,12 @@ def test_warm_up_of_before_denoising_has_an_image(tmp_path: Path) -> None:
     warnings: list[str] = []
     real = stages.run(request, Call("real", on_warning=lambda field, _: warnings.append(field)))
     assert warnings == ["prompt"]
-    (made_up,) = WarmUp.parse(model, ("32x64",)).inputs(torch.float32)
-    assert shapes_of(made_up)["latents"] == shapes_of(real)["latents"]
-    assert made_up["text_conditioning"].prompt_embeds.keys() == real["text_conditioning"].prompt_embeds.keys()
+    (warm_up_inputs,) = WarmUp.parse(model, ("32x64",)).inputs(torch.float32)
+    assert shapes_of(warm_up_inputs)["latents"] == shapes_of(real)["latents"]
+    assert warm_up_inputs["text_conditioning"].prompt_embeds.keys() == real["text_conditioning"].prompt_embeds.keys()
 
 
-def test_warm_up_of_before_denoising_samples_every_token(tmp_path: Path) -> None:
+def test_a_warm_up_of_before_denoising_samples_every_token(tmp_path: Path) -> None:
     model = opened(build_tiny_glm_image(tmp_path / "glm"))
     spec = model.service("before_denoising")
     stages = HostedStages("before_denoising", load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32)))
@@ -170,7 +172,7 @@ def test_warm_up_of_before_denoising_samples_every_token(tmp_path: Path) -> None
     assert tokens[-1] == (len(tokens), len(tokens))
 
 
-def test_the_loop_runs_a_few_steps_at_each_size(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warm_up_runs_three_steps_at_each_size(caplog: pytest.LogCaptureFixture) -> None:
     model = opened("emoji")
     spec = model.service("denoising")
     stages = HostedStages("denoising", load_stages(model, spec, Runtime(device=CPU, dtype=torch.float32)))
@@ -185,7 +187,7 @@ def test_the_loop_runs_a_few_steps_at_each_size(caplog: pytest.LogCaptureFixture
     ]
 
 
-def test_a_size_that_is_rounded_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rounded_size_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     ((_, params),) = WarmUp.parse(opened("emoji"), ("35x32",)).sizes
     assert params.height == 32
     assert len(caplog.messages) == 1
@@ -193,7 +195,7 @@ def test_a_size_that_is_rounded_is_reported(caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("size", "message"),
     [
         ("large", "warm_up: 'large' is not a size; HEIGHTxWIDTH"),
         ("64x", "HEIGHTxWIDTH"),
@@ -203,18 +205,18 @@ def test_a_size_that_is_rounded_is_reported(caplog: pytest.LogCaptureFixture) ->
     ],
 )
 def test_an_invalid_warm_up_size_is_refused_before_weights_are_loaded(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, words: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: str, message: str
 ) -> None:
     def start(*_: object, **__: object) -> None:
         raise AssertionError("the service started")
 
     monkeypatch.setattr(denoising, "serve", start)
-    flags = ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu", "--warm-up", "64x64", "--warm-up", text]
+    flags = ["--model", "emoji", "--redis", "unix:///x", "--device", "cpu", "--warm-up", "64x64", "--warm-up", size]
     assert denoising.main(flags) == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_family_with_a_custom_loop_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_warm_up_of_a_family_with_a_custom_loop_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     with toy_family(tmp_path_factory.mktemp("plugins") / "toy") as plugins:
         toy = open_model(f"toy={build_toy_checkpoint(tmp_path_factory.mktemp('toy'))}", load_registry([plugins]))
         assert WarmUp.parse(toy, ()).sizes == ()
@@ -231,18 +233,18 @@ def test_a_worker_warms_up_before_it_is_announced() -> None:
             return len(await WorkerRegistry(redis).live("emoji", "denoising"))
 
     with running_server("valkey") as server:
-        ran: list[tuple[str, int]] = []
+        requests: list[tuple[str, int]] = []
 
         class Watched(WarmUp):
             def run(self, stages: Callable[[Mapping[str, Any], Call], object], dtype: torch.dtype, call: Call) -> None:
                 super().run(stages, dtype, call)
-                ran.append((call.request_id, asyncio.run(live(server.url))))
+                requests.append((call.request_id, asyncio.run(live(server.url))))
 
         async def test() -> None:
             settings = DenoisingSettings(model="emoji", redis=server.url, device="cpu", threads=1)
             worker = await start_worker("denoising", model, settings, warm_up=Watched.parse(model, ("16x16",)))
             try:
-                assert ran == [("warm-up", 0)]
+                assert requests == [("warm-up", 0)]
                 assert await live(server.url) == 1
             finally:
                 await worker.stop(0)

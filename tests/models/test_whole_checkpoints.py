@@ -1,6 +1,7 @@
-"""Damage to each file of a checkpoint: the model is refused with the file's name, or the damage is harmless.
+"""Damage to a file of a checkpoint is refused with the file's name, or is harmless.
 
-Families are the `build_tiny_*` functions of tests/tiny_*.py and the shipped models, so new families are covered.
+Each file gets each kind of damage in DAMAGES. Families are the `build_tiny_*` functions of tests/tiny_*.py and the
+shipped models, so new families are covered.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ DAMAGES: dict[str, Callable[[Path, bytes], object]] = {
     "removed": lambda _path, _data: None,
     "emptied": lambda path, _: path.write_bytes(b""),
     "empty object": lambda path, _: path.write_bytes(b"{}"),
-    "no object": lambda path, _: path.write_bytes(b"[]"),
+    "array": lambda path, _: path.write_bytes(b"[]"),
     "truncated to half": lambda path, data: path.write_bytes(data[: len(data) // 2]),
     "dangling link": lambda path, _: path.symlink_to("../../blobs/0123"),
 }
@@ -81,7 +82,7 @@ HARMLESS = {
         "tiny_qwen*",
         "processor/tokenizer*.json",
         "*",
-    ): "is the processor's text half; the tokenizer is a module of its own",
+    ): "belongs to the processor's tokenizer, which is not used; the tokenizer is a separate module",
     ("tiny_flux2*", "tokenizer/chat_template.jinja", "*"): "is not read: the config holds the chat text of a prompt",
     (
         "tiny_flux2_dev",
@@ -158,16 +159,16 @@ def test_damage_is_refused_or_harmless(
     checkpoint_of: Callable[[str], tuple[Path, Path]], family: str, damage: str
 ) -> None:
     whole, copy = checkpoint_of(family)
-    wrong: dict[str, str] = {}
+    failures: dict[str, str] = {}
     for path in sorted(whole.rglob("*.*")):
         file = path.relative_to(whole)
         with damaged(whole, copy, file, damage):
             message = refusal(copy, file.parts[0])
         if message and file.name not in message:
-            wrong[str(file)] = f"is refused without its name: {message}"
+            failures[str(file)] = f"is refused without the file's name: {message}"
         elif not message and not is_harmless(family, file, damage):
-            wrong[str(file)] = "is accepted"
-    assert not wrong
+            failures[str(file)] = "is accepted"
+    assert not failures
 
 
 def test_every_harmless_entry_matches_a_file(checkpoint_of: Callable[[str], tuple[Path, Path]]) -> None:
@@ -192,7 +193,7 @@ def test_tokenizers_without_tokenizer_json_give_the_same_tokens(tmp_path: Path, 
             assert load(path / name)(TEXTS).input_ids == whole
 
 
-def to_slow_form(tokenizer: Path) -> None:
+def write_slow_files(tokenizer: Path) -> None:
     """Replace tokenizer.json by the slow files of byte-level BPE: vocabulary and merges."""
     model = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
     merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
@@ -204,7 +205,7 @@ def to_slow_form(tokenizer: Path) -> None:
 def test_byte_level_bpe_without_tokenizer_json_gives_the_same_tokens(
     checkpoint_of: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    """Qwen-Image, Z-Image, FLUX.2 klein and HunyuanVideo have such files; the shipped models cover CLIP and T5."""
+    """Qwen-Image, Z-Image, FLUX.2 klein and HunyuanVideo have byte-level BPE. The shipped models cover CLIP and T5."""
     checked: set[str] = set()
     for family in FAMILIES:
         whole, _ = checkpoint_of(family)
@@ -214,7 +215,7 @@ def test_byte_level_bpe_without_tokenizer_json_gives_the_same_tokens(
                 continue
             path = shutil.copytree(whole, tmp_path / f"{family} {name}")
             tokens = load_tokenizer(open_model(str(path), REGISTRY).checkpoint, name)(TEXTS).input_ids
-            to_slow_form(path / name)
+            write_slow_files(path / name)
             assert load_tokenizer(open_model(str(path), REGISTRY).checkpoint, name)(TEXTS).input_ids == tokens, family
             checked.add(family)
     assert checked >= {

@@ -33,9 +33,9 @@ SIZES: dict[str, Any] = {
 def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, ZImageTransformer2DModel]:
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
-    made = Reference(**SIZES)
-    randomise(made)
-    made.save_pretrained(path)
+    random_model = Reference(**SIZES)
+    randomise(random_model)
+    random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, torch_dtype=dtype)
     with torch.device("meta"):
         ours = ZImageTransformer2DModel(ZImageTransformerConfig.from_dict("transformer", dict(reference.config)))
@@ -44,7 +44,10 @@ def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, ZImageTransformer2D
 
 
 def keywords(grid: tuple[int, int], tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Keyword arguments for two outputs. Position ids as in Diffusers: text from 1, then the image; padding is 0."""
+    """Keyword arguments for two outputs.
+
+    Position ids are those of Diffusers: text from 1, then the image; padding is 0.
+    """
     rows, columns = grid
     text, image = (-(-length // 32) * 32 for length in (tokens, rows * columns))
     text_ids = torch.tensor([(1 + index, 0, 0) for index in range(text)])
@@ -61,11 +64,11 @@ def keywords(grid: tuple[int, int], tokens: int, dtype: torch.dtype) -> dict[str
 @pytest.mark.parametrize(
     ("grid", "tokens"),
     [((4, 8), 32), ((3, 5), 9), ((1, 1), 33), ((7, 5), 1)],
-    ids=["unpadded", "odd", "1", "one token"],
+    ids=["unpadded", "odd grid", "one image token", "one text token"],
 )
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("dtype", "max_error"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
 def test_predictions_match_diffusers(
-    tmp_path: Path, grid: tuple[int, int], tokens: int, dtype: torch.dtype, most: float
+    tmp_path: Path, grid: tuple[int, int], tokens: int, dtype: torch.dtype, max_error: float
 ) -> None:
     reference, ours = pair(tmp_path, dtype)
     given = keywords(grid, tokens, dtype)
@@ -74,7 +77,7 @@ def test_predictions_match_diffusers(
         rows = reference(list(images), given["timestep"], list(texts), return_dict=False)[0]
         got = ours(**given)
     assert got.dtype == dtype
-    assert relative_error(got, torch.stack(rows)[:, :, 0]) <= most
+    assert relative_error(got, torch.stack(rows)[:, :, 0]) <= max_error
 
 
 def test_every_keyword_changes_the_prediction(tmp_path: Path) -> None:
@@ -99,7 +102,7 @@ def test_parameters_of_the_published_size_match_diffusers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "field"),
     [
         ({"all_patch_size": [2, 4]}, "all_patch_size"),
         ({"qk_norm": False}, "qk_norm"),
@@ -111,6 +114,6 @@ def test_parameters_of_the_published_size_match_diffusers() -> None:
     ],
     ids=str,
 )
-def test_other_architectures_are_refused(values: dict[str, Any], named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
+def test_unsupported_architectures_are_refused(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(CheckpointError, match=field):
         ZImageTransformerConfig.from_dict("transformer", values)

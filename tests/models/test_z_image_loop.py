@@ -54,13 +54,15 @@ def x(fleet: LocalFleet) -> DenoisingInput:
 
 
 def test_conditioning_is_not_padded(x: DenoisingInput) -> None:
-    """Batch 1 for any number of outputs: the prompt's tokens and 8 template tokens."""
+    """Embeddings have batch size 1 for any number of outputs, with the prompt's tokens and 8 template tokens."""
     both = (x.text_conditioning.prompt_embeds, x.text_conditioning.negative_prompt_embeds)
     assert [tuple(embeds["encoder_hidden_states"].shape) for embeds in both] == [(1, 11, TEXT_SIZE)] * 2
     assert x.initial_latents.parts["image"].latents.shape == (2, 16, 4, 6)
 
 
-def test_guidance_ends_at_a_step(fleet: LocalFleet, x: DenoisingInput, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_ends_at_the_step_of_cfg_truncation(
+    fleet: LocalFleet, x: DenoisingInput, monkeypatch: pytest.MonkeyPatch
+) -> None:
     predict, calls = ZImageTransformer2DModel.predict, [0]
 
     def counted(self: ZImageTransformer2DModel, *arguments: Any, **more: Any) -> Any:
@@ -82,7 +84,7 @@ def test_any_scale_above_zero_enables_guidance(fleet: LocalFleet, scale: float, 
     assert params.branches == branches
 
 
-def test_truncation_is_compared_in_float32(config: ZImagePipelineConfig, x: DenoisingInput) -> None:
+def test_cfg_truncation_is_compared_in_float32(config: ZImagePipelineConfig, x: DenoisingInput) -> None:
     """A step with 1 - sigma equal to the truncation value still has guidance."""
     level = float(torch.tensor(1000.0 - 900.0) / 1000)
     for truncation, expected in ((level, (POSITIVE, NEGATIVE)), (level - 1e-8, (POSITIVE,))):
@@ -103,15 +105,17 @@ def test_a_warm_up_runs_the_loop(fleet: LocalFleet) -> None:
     check_warm_up(fleet, "32x48")
 
 
-def test_conditioning_has_exactly_the_inputs_of_forward(config: ZImagePipelineConfig, x: DenoisingInput) -> None:
+def test_conditioning_and_config_keywords_are_the_parameters_of_forward(
+    config: ZImagePipelineConfig, x: DenoisingInput
+) -> None:
     embeds = x.text_conditioning.prompt_embeds
     own = config.prepare_pos_cond_kwargs(embeds, {"image": (2, 16, 4, 6)}, x.sampling)
-    taken = inspect.signature(ZImageTransformer2DModel.forward).parameters.keys() - {"self"}
-    assert own.keys() | embeds.keys() | {"hidden_states", "timestep"} == taken
+    parameters = inspect.signature(ZImageTransformer2DModel.forward).parameters.keys() - {"self"}
+    assert own.keys() | embeds.keys() | {"hidden_states", "timestep"} == parameters
     assert embeds.keys() == config.conditioning_shapes().keys()
 
 
-def test_shapes_match_the_published_size(config: ZImagePipelineConfig) -> None:
+def test_latent_shapes_match_the_published_size(config: ZImagePipelineConfig) -> None:
     canvas = Canvas(height=1024, width=768)
     assert config.raw_latent_shapes(canvas, 2) == {"image": (2, 16, 128, 96)}
     assert config.noise_dtype(torch.bfloat16) == torch.float32

@@ -30,7 +30,7 @@ MODES: dict[str, dict[str, Any]] = {
     "two outputs, limited norm": {"num_outputs_per_prompt": 2, "cfg_normalization": True, **GUIDED},
     "norm limited to one half": {"cfg_normalization": 0.5, **GUIDED},
     "truncated guidance": {"cfg_truncation": 0.15, "num_inference_steps": 4, **GUIDED},
-    "long prompt and short negative": {"prompt": LONG, "negative_prompt": ""},
+    "long prompt and empty negative prompt": {"prompt": LONG, "negative_prompt": ""},
     "few tokens": {"prompt": LONG, "max_sequence_length": 33, "guidance_scale": 0.0},
     "odd text": {"prompt": "\n\nZürich \t 42 <|endoftext|>\n '; 猫 \u200b {}", "guidance_scale": 0.0},
     "custom sigmas": {"sigmas": (1.0, 0.7, 0.2), **GUIDED},
@@ -123,12 +123,11 @@ def test_a_refused_size_names_the_nearest_valid_sizes(pair: Pair) -> None:
         pair[0].media(**BASE | {"height": 40}, seed=1)
 
 
-def test_bfloat16_is_close_to_diffusers(pair: Pair) -> None:
-    """Noise and latents are float32 in every precision."""
+def test_bfloat16_is_close_to_float32_with_float32_latents(pair: Pair) -> None:
     given = BASE | {"seed": 5, "guidance_scale": 0.0}
-    half = open_fleet(str(pair[0].model.checkpoint.path), torch.bfloat16)
-    ours = half.tensors(**given)["latents"]
-    half.close()
+    bfloat16 = open_fleet(str(pair[0].model.checkpoint.path), torch.bfloat16)
+    ours = bfloat16.tensors(**given)["latents"]
+    bfloat16.close()
     assert ours.dtype == torch.float32
     assert relative_error(ours, pair[0].tensors(**given)["latents"]) < 0.1
 
