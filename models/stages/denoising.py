@@ -84,7 +84,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
                 checkpoints.send_if_due()
         if self._caching is not None:
             STEPS_REUSED.inc(branches.reused)
-            _log.info("outputs of earlier steps reused", reused=branches.reused, steps=total)
+            _log.info("cached block contributions reused", reused=branches.reused, steps=total)
 
 
 def _step_caching(runtime: Runtime) -> StepCaching | None:
