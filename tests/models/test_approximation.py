@@ -169,7 +169,7 @@ def test_a_reused_step_adds_the_cached_residual(case: Case) -> None:
     assert relative_error(again["hidden_states"], computed["hidden_states"]) <= 1e-5
 
 
-def test_a_loop_with_a_step_cache_has_no_checkpoints(case: Case) -> None:
+def test_a_loop_with_a_step_cache_has_no_step_checkpoints(case: Case) -> None:
     model, x, _ = case
     states: list[StepCheckpoint] = []
     latents_of(
@@ -178,7 +178,9 @@ def test_a_loop_with_a_step_cache_has_no_checkpoints(case: Case) -> None:
     assert len(states) == STEPS - 1
     call = Call("test", on_item=step_checkpoints_to(lambda _: pytest.fail("a step checkpoint was sent")))
     latents_of(cached(model, 1e-9), x, call)
-    with pytest.raises(InvalidInput, match="a loop with a step cache has no checkpoints") as caught:
+    with pytest.raises(
+        InvalidInput, match="step 1 is not usable, as a loop with a step cache has no step checkpoints"
+    ) as caught:
         latents_of(cached(model, 1e-9), replace(x, resume_from=states[0]))
     assert caught.value.field == "resume_from"
 
