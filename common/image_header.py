@@ -72,10 +72,10 @@ def read_image_header(role: str, data: bytes | memoryview) -> ImageHeader:
     """Parse the header of an image file. Raises InvalidInput with field `role` for an unsupported or truncated file."""
     view = memoryview(data)
     if not view:
-        raise InvalidInput(f"{role} is empty; it must be a PNG, JPEG or WebP image", field=role)
+        raise InvalidInput(f"{role} is empty; send a PNG, JPEG or WebP image", field=role)
     if len(view) > MAX_FILE_BYTES:
         most = MAX_FILE_BYTES // 2**20
-        raise InvalidInput(f"{role} must be at most {most} MiB, but has {len(view)} bytes", field=role)
+        raise InvalidInput(f"{role}: {len(view)} bytes are not at most {most} MiB; compress the image", field=role)
     try:
         header = _read(role, view)
     except _Truncated:
@@ -98,7 +98,7 @@ def check_total_size(headers: Mapping[str, ImageHeader]) -> None:
     """
     total = sum(header.height * header.width for header in headers.values())
     if total > MAX_TOTAL_PIXELS:
-        message = f"the images must have at most {MAX_TOTAL_PIXELS} pixels in total, but have {total}"
+        message = f"images: {total} pixels are not at most {MAX_TOTAL_PIXELS} pixels in total; reduce the images"
         raise InvalidInput(message, field="images")
 
 
@@ -121,9 +121,9 @@ def _check_size(role: str, header: ImageHeader) -> None:
     if not header.height or not header.width:
         raise InvalidInput(f"{role} has no pixels: it is {shown}", field=role)
     if header.height * header.width > MAX_PIXELS:
-        raise InvalidInput(f"{role} must have at most {MAX_PIXELS} pixels, but is {shown}", field=role)
+        raise InvalidInput(f"{role}: {shown} is not at most {MAX_PIXELS} pixels; reduce the image", field=role)
     if max(header.height, header.width) > MAX_ASPECT * min(header.height, header.width):
-        message = f"{role} must have an aspect ratio of at most {MAX_ASPECT}, but is {shown}"
+        message = f"{role}: {shown} does not have an aspect ratio of at most {MAX_ASPECT}; crop the image"
         raise InvalidInput(message, field=role)
 
 
@@ -136,7 +136,7 @@ def _read_png(role: str, view: memoryview) -> ImageHeader:
         is_broken |= has_data and not _PNG_NAME.match(kind)
         match kind:
             case b"IHDR" if width or begin != _FIRST_PNG_CHUNK:
-                message = f"{role} is not a well-formed PNG: IHDR must be the first chunk and occur once"
+                message = f"{role} is not a well-formed PNG: IHDR is not the first chunk or occurs twice"
                 raise InvalidInput(message, field=role)
             case b"IHDR":
                 width, height = _number(view, begin, 4), _number(view, begin + 4, 4)
@@ -228,7 +228,7 @@ def _oriented(name: str, height: int, width: int, metadata: ImageMetadata, is_16
 
 
 def _animated(role: str, name: str) -> InvalidInput:
-    return InvalidInput(f"{role} is an animated {name}; it must be a single image", field=role)
+    return InvalidInput(f"{role} is an animated {name}; send a single image", field=role)
 
 
 def _number(view: memoryview, at: int, size: int, order: str = "big") -> int:

@@ -115,7 +115,7 @@ def _by_piece(path: Path, pieces: list[Any]) -> dict[str, int]:
             case [str() as piece, int() | float()]:
                 vocab[piece] = number
             case _:
-                raise CheckpointError(f"{path}: entry {number} of model.vocab must be [piece, score], but is {entry!r}")
+                raise CheckpointError(f"{path}: entry {number} of model.vocab: {entry!r} is not [piece, score]")
     return vocab
 
 

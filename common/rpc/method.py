@@ -114,7 +114,7 @@ def contract_of(method: MethodDescriptor) -> Contract:
 
 def _artifact(field: FieldDescriptor) -> str:
     if field.message_type is None:
-        raise TypeError(f"{field.full_name} must be an artifact, or a stream of artifacts")
+        raise TypeError(f"{field.full_name} is not an artifact or a stream of artifacts")
     return f"Stream[{field.message_type.name}]" if field.is_repeated else str(field.message_type.name)
 
 
