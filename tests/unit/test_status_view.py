@@ -71,7 +71,7 @@ def test_a_wide_terminal_shows_every_column_and_activity() -> None:
 
 def test_a_narrow_terminal_shows_the_most_important_columns() -> None:
     lines = render(snapshot(), 60)
-    assert re.fullmatch(r"STAGE +LIVE +SLOTS +QUEUED +SECONDS +PACE *", next(x for x in lines if "STAGE" in x))
+    assert re.fullmatch(r"STAGE +LIVE +BUSY +QUEUED +SECONDS +PACE *", next(x for x in lines if "STAGE" in x))
     assert any(re.match(r"denoising +2 .*2/2 +3 +24\.7 ", line) for line in lines), lines
     (runs,) = [line for line in lines if line.startswith("runs")]
     assert re.match(r"runs000000000000 RUNNING +1m15s denoising 12/28 \(43%\)", runs)
