@@ -153,10 +153,10 @@ def _ranks(degrees: str) -> int:
 
 
 def _size(text: str) -> tuple[int, ...]:
-    words = text.split("x")
-    if not (len(words) in (2, 3) and all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words)):
+    parts = text.split("x")
+    if not (len(parts) in (2, 3) and all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts)):
         raise SettingsError(f"--size: {text!r} is not HxW or HxWxF; 1024x1024 works", field="size")
-    return tuple(int(word) for word in words)
+    return tuple(int(part) for part in parts)
 
 
 def _stage_seconds(pairs: Sequence[str]) -> dict[str, float]:

@@ -114,7 +114,7 @@ class ByBearer:
         self._keys = keys
         self._tokens = tokens
         self._max_open_of_caller = max_open_of_caller
-        self._accepted = " or ".join(word for word, kind in (("KEY", keys), ("TOKEN", tokens)) if kind is not None)
+        self._accepted = " or ".join(name for name, source in (("KEY", keys), ("TOKEN", tokens)) if source is not None)
 
     def __call__(self, context: Context) -> None:
         """Set the caller. Raises Unauthenticated for a missing or invalid key or token."""
