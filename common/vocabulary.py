@@ -149,7 +149,7 @@ def _check_merges(path: Path, merges: Sequence[Any], vocab: Mapping[str, int]) -
 
 
 def _fields(path: Path, data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield number and wire type of each top-level field of a serialised sentencepiece ModelProto."""
+    """Yield number and wire type of each top-level field of a serialized sentencepiece ModelProto."""
     position = 0
     while position < len(data):
         key, position = _varint(path, data, position)

@@ -90,7 +90,7 @@ def response_type(method: MethodDescriptor) -> type[Message]:
 
 
 def begun_frame(reply: type[Message]) -> bytes | None:
-    """Return the serialised Begun frame; None if the response type has no such frame."""
+    """Return the serialized Begun frame; None if the response type has no such frame."""
     if "begun" not in reply.DESCRIPTOR.fields_by_name:
         return None
     frame = cast(Any, reply())

@@ -159,6 +159,6 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
         return {"image": classifier_free(predictions, "image", sampling.guidance_scale or 0.0)}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo the per-channel normalisation."""
+        """Undo the per-channel normalization."""
         mean, std = channel_statistics(self.latents_mean, self.latents_std, raw)
         return raw * std + mean

@@ -1,5 +1,5 @@
 """Autoscaling policies for the simulator: the fleet's scaler value and a queue's length through KEDA and the HPA, and
-thresholds of utilisation.
+thresholds of utilization.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from services.cli.replica_policy import ReplicaBounds, ReplicaPolicy
 MAX_REPLICAS = 64
 HPA_SECONDS = 15.0  # interval between polls of the HPA
 HPA_PODS = 4  # replicas that the HPA may add per poll, or 100%
-UTILISATION_SECONDS = 5.0
-UTILISATION_COOLDOWN = 30.0
+UTILIZATION_SECONDS = 5.0
+UTILIZATION_COOLDOWN = 30.0
 
 
 @dataclass
@@ -48,20 +48,20 @@ class HpaPolicy:
 
 
 @dataclass
-class UtilisationPolicy:
+class UtilizationPolicy:
     """Adds replicas above one share of busy time, removes a replica below another, and waits for a cooldown."""
 
     above: float
     below: float
     growth: float
     """Fraction of the replicas to add, at least one."""
-    interval: float = UTILISATION_SECONDS
-    _changed: float = -UTILISATION_COOLDOWN
+    interval: float = UTILIZATION_SECONDS
+    _changed: float = -UTILIZATION_COOLDOWN
 
     def desired(self, view: StageView) -> int:
-        """Desired replicas: at least one, as a stage without replicas has no utilisation."""
+        """Desired replicas: at least one, as a stage without replicas has no utilization."""
         replicas = max(view.replicas, 1)
-        if view.now - self._changed >= UTILISATION_COOLDOWN:
+        if view.now - self._changed >= UTILIZATION_COOLDOWN:
             if view.busy_share > self.above:
                 replicas = min(replicas + max(1, math.ceil(self.growth * replicas)), MAX_REPLICAS)
             elif view.busy_share < self.below:
@@ -99,7 +99,7 @@ def queue_length(headroom: float, window: float) -> Policy:
 OURS = "wanted seconds"
 _GROWTHS = {0.0: "one", 0.5: "50%", 1.0: "100%"}  # more replicas
 
-FIXED_UTILISATION = "80% to 20%, one more"
+FIXED_UTILIZATION = "80% to 20%, one more"
 TARGET_SECONDS = (5.0, 30.0, 120.0)
 HEADROOMS = (0.0, 1.0, 2.0, 4.0)
 WINDOWS = (60.0, 120.0, 300.0)
@@ -121,8 +121,8 @@ GRID: Mapping[str, Mapping[str, Callable[[], Policy]]] = {
         for headroom in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
         for window in WINDOWS
     },
-    "utilisation": {
-        f"{above:.0%} to {below:.0%}, {_GROWTHS[growth]} more": partial(UtilisationPolicy, above, below, growth)
+    "utilization": {
+        f"{above:.0%} to {below:.0%}, {_GROWTHS[growth]} more": partial(UtilizationPolicy, above, below, growth)
         for above in (0.9, 0.8, 0.65, 0.5)
         for below in (0.05, 0.1, 0.2)
         for growth in _GROWTHS

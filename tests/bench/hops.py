@@ -153,13 +153,13 @@ def parts_of(size: int, repeats: int) -> dict[str, float]:
     conditioning = Conditioning(prompt_embeds={PAYLOAD: payload_of(size)})
     frame = request_type(stage_method("denoising"))
     pool = BufferPool()
-    parts: dict[str, list[float]] = {"serialise": [], "keep": [], "deserialise": []}
+    parts: dict[str, list[float]] = {"serialize": [], "keep": [], "deserialize": []}
     for _ in range(repeats):
         began = time.perf_counter()
         packet = pack("text_conditioning", conditioning, TORCH)
         header = header_frame(frame, {"text_conditioning": packet})
         frames = list(frames_of(packet.chunks))
-        serialised = time.perf_counter()
+        serialized = time.perf_counter()
         _assemble(frame, header, frames, KeptFrames)
         kept = time.perf_counter()
         lease = pool.lease()
@@ -168,7 +168,7 @@ def parts_of(size: int, repeats: int) -> dict[str, float]:
         done = time.perf_counter()
         del received, result
         lease.close()
-        for name, spent in zip(parts, (serialised - began, kept - serialised, done - kept), strict=True):
+        for name, spent in zip(parts, (serialized - began, kept - serialized, done - kept), strict=True):
             parts[name].append(1e3 * spent)
     return {name: median(values) for name, values in parts.items()}
 
@@ -260,9 +260,9 @@ def report(routes: Mapping[int, Route], parts: Mapping[int, Mapping[str, float]]
             "p90",
             "to the coordinator",
             "to the consumer",
-            "serialise",
+            "serialize",
             "coordinator's checks",
-            "deserialise",
+            "deserialize",
             "transfer and rest",
             "raw TCP once",
             "coordinator's CPU",

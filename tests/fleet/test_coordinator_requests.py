@@ -359,7 +359,7 @@ def test_invalid_input_is_refused_with_its_field(each_store_url: str) -> None:
         raw, both, odd, video = submission(), submission(), submission(), submission()
         raw.parameters.output_format = pb.OUTPUT_FORMAT_SAFETENSORS
         both.parameters.params["height"].int_value = 1
-        odd.parameters.params["colour"].string_value = "red"
+        odd.parameters.params["color"].string_value = "red"
         video.parameters.output_format = pb.OUTPUT_FORMAT_MP4
         with_image = submission()
         with_image.parameters.images.add(data=b"x")
@@ -371,7 +371,7 @@ def test_invalid_input_is_refused_with_its_field(each_store_url: str) -> None:
             "model": submission(model="mona-lisa"),
             "guidance_scale": nan,
             "height": both,
-            "colour": odd,
+            "color": odd,
             "images": with_image,
             "idempotency_key": submission(idempotency_key="k" * 129),
             "priority": submission(priority=101),

@@ -51,7 +51,7 @@ def test_trace_shows_lost_workers_and_the_resume(store_url: str, monkeypatch: py
         assert await fleet_trace(coordinator.address, name, "--output", str(path)) == (0, f"{path}\n", "")
         with Image.open(path) as image:
             assert image.format == "PNG"
-            assert (0xCF, 0x22, 0x2E) in {colour for _, colour in image.getcolors(1 << 24) or ()}
+            assert (0xCF, 0x22, 0x2E) in {color for _, color in image.getcolors(1 << 24) or ()}
         answer = await stub.GetRequest(pb.GetRequestRequest(request_id=name))
         assert not answer.timeline
 

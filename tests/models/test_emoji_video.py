@@ -1,8 +1,8 @@
 """The emoji video model shows the prompted object with the prompted motion.
 
-The object is separated from the background by colour: pixels that differ from the median colour of the frame's border
-belong to the emoji. The motion is its centre of mass and its area over time. The measure is not learned; noise has no
-steady centre and no uniform background.
+The object is separated from the background by color: pixels that differ from the median color of the frame's border
+belong to the emoji. The motion is its center of mass and its area over time. The measure is not learned; noise has no
+steady center and no uniform background.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Video = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Track:
-    """Per frame: centre of mass as fractions of width and height, and area as a fraction of the frame."""
+    """Per frame: center of mass as fractions of width and height, and area as a fraction of the frame."""
 
     x: NDArray[np.float64]
     y: NDArray[np.float64]
@@ -75,19 +75,19 @@ def show(fleet: LocalFleet) -> Callable[[str], Video]:
     ("prompt", "axis", "direction"),
     [("a cat moving left", "x", -1), ("a red car moving right", "x", 1), ("an apple falling", "y", 1)],
 )
-def test_the_centre_of_mass_moves_as_prompted(
+def test_the_center_of_mass_moves_as_prompted(
     show: Callable[[str], Video], prompt: str, axis: str, direction: int
 ) -> None:
     seen = track(show(prompt))
     along, across = (seen.x, seen.y) if axis == "x" else (seen.y, seen.x)
     steps = direction * np.diff(along)
-    assert (steps > 0).mean() >= 0.9, f"{axis} of the centre: {along.round(2)}"
+    assert (steps > 0).mean() >= 0.9, f"{axis} of the center: {along.round(2)}"
     assert direction * (along[-1] - along[0]) > 0.25
     assert np.ptp(across) < 0.1, "the object also moves in the other direction"
 
 
 def test_the_area_of_a_beating_heart_pulses(show: Callable[[str], Video]) -> None:
-    """Two beats per clip: the area is large at a quarter of a beat and small at three quarters; the centre is fixed."""
+    """Two beats per clip: the area is large at a quarter of a beat and small at three quarters; the center is fixed."""
     seen = track(show("a red heart beating"))
     large, small = seen.area[[2, 10]], seen.area[[6, 14]]
     assert large.min() > 1.5 * small.max(), f"area: {seen.area.round(2)}"
@@ -103,7 +103,7 @@ def test_the_beating_heart_is_red_on_white(show: Callable[[str], Video]) -> None
     assert video[:, :, :2].min() > 0.85, "the background is not white"
 
 
-def test_noise_has_no_steady_centre() -> None:
+def test_noise_has_no_steady_center() -> None:
     """Negative control of the measure."""
     seen = track(np.random.default_rng(0).random((FRAMES, 3, SIDE, SIDE)))
     assert abs(seen.x[-1] - seen.x[0]) < 0.05

@@ -178,12 +178,12 @@ def test_resuming_after_any_step_gives_the_same_bytes(dev: Pair, prepared: Slots
     start = StepCheckpoint(step=0, latents=prepared["initial_latents"], generator=prepared.get("latents_generator"))
     for state in [start, *states]:
         recorded = RecordedCall()
-        resumed = run(dev, "denoising", {**prepared, "resume_from": travelled(state)}, recorded.call())
+        resumed = run(dev, "denoising", {**prepared, "resume_from": traveled(state)}, recorded.call())
         assert torch.equal(resumed["denoised_latents"].parts["image"].latents, whole)
         assert [step for step, _ in recorded.progress] == list(range(state.step + 1, STEPS + 1))
 
 
-def travelled(state: StepCheckpoint) -> StepCheckpoint:
+def traveled(state: StepCheckpoint) -> StepCheckpoint:
     """The step checkpoint after serialization and parsing, as received by another worker."""
     packet = pack("checkpoint", state, TORCH).renamed("checkpoint", "resume_from")
     return unpack("resume_from", StepCheckpoint, packet, TORCH)

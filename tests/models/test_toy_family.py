@@ -31,7 +31,7 @@ def fleet(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Itera
     fleet.close()
 
 
-def test_the_toy_model_generates_the_prompted_colour(fleet: LocalFleet) -> None:
+def test_the_toy_model_generates_the_prompted_color(fleet: LocalFleet) -> None:
     once = fleet.tensors(prompt="red", seed=1)
     assert torch.equal(fleet.tensors(prompt="red", seed=1)["pixels"], once["pixels"])
     assert once["pixels"].shape == (1, 3, 32, 32)

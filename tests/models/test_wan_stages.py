@@ -90,8 +90,8 @@ def test_a_loop_resumes_after_every_step_to_the_same_bytes(services: dict[str, H
     whole = run(services, "denoising", prepared, call)["denoised_latents"]
     assert [state.step for state in states] == [1, 2, 3, 4]
     for state in states:
-        travelled = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
-        again = run(services, "denoising", {**prepared, "resume_from": travelled})["denoised_latents"]
+        traveled = unpack("state", StepCheckpoint, pack("state", state, TORCH), TORCH)
+        again = run(services, "denoising", {**prepared, "resume_from": traveled})["denoised_latents"]
         assert torch.equal(again.parts["video"].latents, whole.parts["video"].latents), f"after step {state.step}"
 
 

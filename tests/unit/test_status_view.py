@@ -108,7 +108,7 @@ def test_control_codes_are_replaced_and_markup_is_not_interpreted(width: int) ->
     console.print(StatusView(HOSTILE, 1.0, hostile, Failure(HOSTILE, TAKEN_AT)))
     assert isinstance(console.file, io.StringIO)
     for text in (console.file.getvalue(), plain_text(hostile)):
-        # Without colours, rich writes only codes of text attributes.
+        # Without colors, rich writes only codes of text attributes.
         rest = re.sub(r"\x1b\[[0-9;]*m", "", text)
         assert not [each for each in rest if not each.isprintable() and each != "\n"]
     assert "[red]markup[/red]" in plain_text(hostile)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import psutil
 from chaos_clients import Outcome
-from chaos_plan import Behaviour, MediaRequest
+from chaos_plan import Behavior, MediaRequest
 from chaos_processes import COORDINATOR, Fleet, Process, Role
 from redis.asyncio import Redis
 
@@ -86,16 +86,16 @@ def _check_outcome(stored: Mapping[str, Stored], outcome: Outcome) -> list[str]:
     if each.record.caller != order.caller:
         return [f"request {name} of order {order.number} is {each.record.caller}'s, and not {order.caller}'s"]
     may_end = {State.REQUEST_STATE_SUCCEEDED}
-    if outcome.gave_up and order.behaviour in (Behaviour.CANCEL, Behaviour.LEAVE):
+    if outcome.gave_up and order.behavior in (Behavior.CANCEL, Behavior.LEAVE):
         may_end.add(State.REQUEST_STATE_CANCELLED)
-    if order.behaviour is Behaviour.POISON:
+    if order.behavior is Behavior.POISON:
         may_end = {State.REQUEST_STATE_FAILED}
-    if order.behaviour is Behaviour.HURRY:
+    if order.behavior is Behavior.HURRY:
         may_end.add(State.REQUEST_STATE_EXPIRED)
     if each.record.state not in may_end:
         why = each.record.error.message
         return [f"request {name} of order {order.number} is {State.Name(each.record.state)}, unexplained: {why}"]
-    if order.behaviour is Behaviour.LEAVE:
+    if order.behavior is Behavior.LEAVE:
         return []
     received, recorded = [event.event_id for event in outcome.received], [event.event_id for event in each.events]
     if received != recorded:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
-from chaos_plan import Behaviour, Order
+from chaos_plan import Behavior, Order
 from chaos_processes import Fleet, credentials
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -136,7 +136,7 @@ class Client:
         if self._order.deadline_seconds is not None:
             self._deadline = Timestamp()
             self._deadline.FromMilliseconds(int((time.time() + self._order.deadline_seconds) * 1_000))
-        if self._order.behaviour in (Behaviour.GENERATE, Behaviour.LEAVE):
+        if self._order.behavior in (Behavior.GENERATE, Behavior.LEAVE):
             await self._generate()
             if self.outcome.gave_up or is_terminal(self.outcome.state):
                 return
@@ -150,13 +150,13 @@ class Client:
         await self._follow()
         if self.outcome.state == pb.REQUEST_STATE_SUCCEEDED:
             await self._retry("downloads", self._download)
-        if self._order.behaviour is Behaviour.TWICE and (again := await self._submit()) != self.outcome.request_id:
+        if self._order.behavior is Behavior.TWICE and (again := await self._submit()) != self.outcome.request_id:
             raise UnexpectedReply(
                 f"request {self.outcome.request_id} has ended, and its idempotency key became {again}"
             )
 
     def _request(self) -> pb.SubmitRequest:
-        keyless = self._order.behaviour in (Behaviour.SUBMIT, Behaviour.LEAVE)
+        keyless = self._order.behavior in (Behavior.SUBMIT, Behavior.LEAVE)
         return pb.SubmitRequest(
             model=self._order.media_request.model,
             parameters=self._order.media_request.parameters,
@@ -195,7 +195,7 @@ class Client:
     async def _submit(self) -> str:
         """Submit; returns the request id, or "" if the deadline passed before acceptance."""
         request = self._request()
-        times = 3 if self._order.behaviour is Behaviour.TWICE else 1
+        times = 3 if self._order.behavior is Behavior.TWICE else 1
 
         async def once(stub: Stub) -> str:
             try:
@@ -214,7 +214,7 @@ class Client:
 
     def _is_late(self, error: grpc.aio.AioRpcError) -> bool:
         reason = from_rpc_error(error)
-        is_hurried = self._order.behaviour is Behaviour.HURRY
+        is_hurried = self._order.behavior is Behavior.HURRY
         return is_hurried and isinstance(reason, InvalidInput) and reason.field == "deadline"
 
     async def _generate(self) -> None:
@@ -238,8 +238,8 @@ class Client:
                 return
             finally:
                 call.cancel()
-        outcome.lost_answers += self._order.behaviour is Behaviour.LEAVE
-        outcome.gave_up = self._order.behaviour is Behaviour.LEAVE
+        outcome.lost_answers += self._order.behavior is Behavior.LEAVE
+        outcome.gave_up = self._order.behavior is Behavior.LEAVE
         outcome.files.clear()
         if not outcome.gave_up and is_terminal(outcome.state):
             await self._retry("downloads", self._download)
@@ -249,7 +249,7 @@ class Client:
         self.outcome.received.append(event)
         self.outcome.state = event.state_change.state or self.outcome.state
         is_there = event.progress.service == "denoising" and event.progress.step >= self._order.at_step
-        self.outcome.gave_up |= is_there and self._order.behaviour is Behaviour.LEAVE
+        self.outcome.gave_up |= is_there and self._order.behavior is Behavior.LEAVE
 
     async def _follow(self) -> None:
         """Receive every event once, from any coordinator; cancel meanwhile if the order requires it."""
@@ -264,7 +264,7 @@ class Client:
                     self._record(reply.event)
                     step = reply.event.progress.step
                     if (
-                        self._order.behaviour is Behaviour.CANCEL
+                        self._order.behavior is Behavior.CANCEL
                         and not self.outcome.gave_up
                         and step >= self._order.at_step
                     ):

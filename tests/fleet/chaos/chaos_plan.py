@@ -26,7 +26,7 @@ CALLERS = ("studio", "press")
 _PROMPTS = ("a red apple", "a blue car", "the old stone on the moon", "a cat on the river")
 
 
-class Behaviour(Enum):
+class Behavior(Enum):
     """How a client sends its request."""
 
     SUBMIT = "submits without a key"
@@ -39,20 +39,20 @@ class Behaviour(Enum):
     POISON = "submits a request that kills each worker that denoises it, with an idempotency key"
 
 
-_BEHAVIOURS: Mapping[Behaviour, int] = MappingProxyType(
+_BEHAVIORS: Mapping[Behavior, int] = MappingProxyType(
     {
-        Behaviour.SUBMIT: 5,
-        Behaviour.KEYED: 7,
-        Behaviour.TWICE: 3,
-        Behaviour.GENERATE: 3,
-        Behaviour.CANCEL: 2,
-        Behaviour.LEAVE: 1,
-        Behaviour.HURRY: 2,
+        Behavior.SUBMIT: 5,
+        Behavior.KEYED: 7,
+        Behavior.TWICE: 3,
+        Behavior.GENERATE: 3,
+        Behavior.CANCEL: 2,
+        Behavior.LEAVE: 1,
+        Behavior.HURRY: 2,
     }
 )
 
 
-INNOCENT = (Behaviour.SUBMIT, Behaviour.KEYED, Behaviour.TWICE, Behaviour.GENERATE)
+INNOCENT = (Behavior.SUBMIT, Behavior.KEYED, Behavior.TWICE, Behavior.GENERATE)
 
 
 class Kind(Enum):
@@ -135,12 +135,12 @@ LARGE_REQUESTS = tuple(
 
 @dataclass(frozen=True)
 class Order:
-    """Request, caller and behaviour of one client, which cancels or disconnects at step `at_step`."""
+    """Request, caller and behavior of one client, which cancels or disconnects at step `at_step`."""
 
     number: int
     caller: str
     media_request: MediaRequest
-    behaviour: Behaviour
+    behavior: Behavior
     priority: int
     deadline_seconds: float | None
     at_step: int
@@ -215,21 +215,21 @@ def make_churn_plan(
     rng = random.Random(seed)
     kill = set(rng.sample(range(requests), poison))
     orders = [
-        make_order(number, rng, LARGE_REQUESTS, (Behaviour.POISON,) if number in kill else INNOCENT)
+        make_order(number, rng, LARGE_REQUESTS, (Behavior.POISON,) if number in kill else INNOCENT)
         for number in range(requests)
     ]
     return Plan(seed, clients, orders, (), longest_seconds, LARGE_REQUESTS, is_churn=True, death_seconds=death_seconds)
 
 
 def make_order(
-    number: int, rng: random.Random, media_requests: Sequence[MediaRequest], behaviours: Sequence[Behaviour]
+    number: int, rng: random.Random, media_requests: Sequence[MediaRequest], behaviors: Sequence[Behavior]
 ) -> Order:
     """Draw an order without a deadline and without a priority."""
     return Order(
         number=number,
         caller=rng.choice(CALLERS),
         media_request=rng.choice(media_requests),
-        behaviour=rng.choice(behaviours),
+        behavior=rng.choice(behaviors),
         priority=0,
         deadline_seconds=None,
         at_step=0,
@@ -238,14 +238,14 @@ def make_order(
 
 def _order(number: int, rng: random.Random) -> Order:
     (model,) = rng.choices(list(_SHARES), list(_SHARES.values()))
-    behaviour = rng.choices(list(_BEHAVIOURS), list(_BEHAVIOURS.values()))[0]
+    behavior = rng.choices(list(_BEHAVIORS), list(_BEHAVIORS.values()))[0]
     far = rng.choice((None, None, _FAR_DEADLINE_SECONDS))
     return Order(
         number=number,
         caller=rng.choice(CALLERS),
         media_request=rng.choice([media_request for media_request in MEDIA_REQUESTS if media_request.model == model]),
-        behaviour=behaviour,
+        behavior=behavior,
         priority=rng.randrange(-2, 3),
-        deadline_seconds=rng.uniform(0.5, 3.0) if behaviour is Behaviour.HURRY else far,
+        deadline_seconds=rng.uniform(0.5, 3.0) if behavior is Behavior.HURRY else far,
         at_step=rng.randrange(1, STEPS - 2),
     )

@@ -30,7 +30,7 @@ def say(what: str, began: float) -> None:
 
 
 async def main() -> None:
-    """Run all cases. Each coordinator case has its own fleet, as a signalled coordinator is not restarted."""
+    """Run all cases. Each coordinator case has its own fleet, as a signaled coordinator is not restarted."""
     async with served(CAUSAL) as fleet:
         whole = await undisturbed(fleet)
         for service in ("denoising", "decoding"):
