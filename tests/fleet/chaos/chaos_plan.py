@@ -29,12 +29,12 @@ _PROMPTS = ("a red apple", "a blue car", "the old stone on the moon", "a cat on 
 class Behavior(Enum):
     """How a client sends its request."""
 
-    SUBMIT = "submits without a key"
+    SUBMIT = "submits without an idempotency key"
     KEYED = "submits with an idempotency key"
-    TWICE = "submits with one key to several coordinators at once, and again after the end"
+    TWICE = "submits with one idempotency key to several coordinators at once, and again after the end"
     GENERATE = "generates with an idempotency key"
-    CANCEL = "submits with a key, and cancels once it denoises"
-    LEAVE = "generates without a key, and disconnects once it denoises"
+    CANCEL = "submits with an idempotency key, and cancels during denoising"
+    LEAVE = "generates without an idempotency key, and disconnects during denoising"
     HURRY = "submits with an idempotency key and a deadline that may pass"
     POISON = "submits a request that kills each worker that denoises it, with an idempotency key"
 
@@ -50,9 +50,10 @@ _BEHAVIORS: Mapping[Behavior, int] = MappingProxyType(
         Behavior.HURRY: 2,
     }
 )
-
+"""Relative frequency of each behavior."""
 
 INNOCENT = (Behavior.SUBMIT, Behavior.KEYED, Behavior.TWICE, Behavior.GENERATE)
+"""Behaviors whose requests must succeed."""
 
 
 class Kind(Enum):
@@ -102,6 +103,7 @@ _FAULTS: Mapping[Kind, int] = MappingProxyType(
         Kind.MALFORMED_WORKER: 2,
     }
 )
+"""Relative frequency of each kind."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +169,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan of a whole run. `skews` yields clock errors in seconds, one per started process.
+    """Plan of a whole run. The run's progress triggers `faults`.
 
-    `faults` are triggered by the run's progress. With `death_seconds`, each process is also killed once per that
-    interval on average.
+    With `death_seconds`, each process is also killed or stopped once per that interval on average.
     """
 
     seed: int
@@ -183,7 +184,7 @@ class Plan:
     death_seconds: float = 0.0
 
     def skews(self) -> random.Random:
-        """Random generator of the clock errors."""
+        """A random generator, from which the fleet draws the clock error of each process."""
         return random.Random(f"skews of {self.seed}")
 
 
@@ -213,9 +214,9 @@ def make_churn_plan(
 ) -> Plan:
     """Draw a plan of timed kills. `poison` is the number of requests that kill their workers."""
     rng = random.Random(seed)
-    kill = set(rng.sample(range(requests), poison))
+    poisoned = set(rng.sample(range(requests), poison))
     orders = [
-        make_order(number, rng, LARGE_REQUESTS, (Behavior.POISON,) if number in kill else INNOCENT)
+        make_order(number, rng, LARGE_REQUESTS, (Behavior.POISON,) if number in poisoned else INNOCENT)
         for number in range(requests)
     ]
     return Plan(seed, clients, orders, (), longest_seconds, LARGE_REQUESTS, is_churn=True, death_seconds=death_seconds)

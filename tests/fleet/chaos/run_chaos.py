@@ -136,11 +136,11 @@ def run_chaos(plan: Plan, directory: Path) -> Report:
 
 def explain(report: Report, directory: Path) -> str:
     """Format the findings and the details of their causes."""
-    again = f"--requests {len(report.plan.orders)} --seed {report.plan.seed}"
+    flags = f"--requests {len(report.plan.orders)} --seed {report.plan.seed}"
     if report.plan.is_churn:
         poison = sum(order.behavior is Behavior.POISON for order in report.plan.orders)
-        again += f" --churn --death-seconds {report.plan.death_seconds:g} --poison {poison}"
-    return explain_findings(report.details, report.findings, directory, f"findings of {again}")
+        flags += f" --churn --death-seconds {report.plan.death_seconds:g} --poison {poison}"
+    return explain_findings(report.details, report.findings, directory, f"findings of {flags}")
 
 
 def _plan_of(args: argparse.Namespace) -> Plan:

@@ -93,9 +93,9 @@ class _FakeFleet:
 
     def __init__(self, poisoned: str) -> None:
         self.roles = [COORDINATOR, Role("denoising", "flux"), Role("denoising", "flux"), Role("decoding", "flux")]
-        nowhere = cast(Any, None)
+        unused = cast(Any, None)
         self.living = [
-            Process(str(pid), role, nowhere, nowhere, nowhere, nowhere, None, pid=pid)
+            Process(str(pid), role, unused, unused, unused, unused, None, pid=pid)
             for pid, role in enumerate(self.roles)
         ]
         self.injected: list[tuple[Kind, int]] = []
@@ -190,7 +190,7 @@ def test_a_lost_or_unfinished_request_is_a_finding() -> None:
         assert "received the events" in finding
         stored["good"].record.caller = "somebody"
         (finding,) = check_requests({"good": stored["good"]}, [good], ())
-        assert "is somebody's, and not" in finding
+        assert "has the caller somebody, but order" in finding
 
     on_store(scenario)
 
@@ -208,7 +208,7 @@ def test_a_second_or_unexplained_end_is_a_finding() -> None:
         (finding,) = check_requests({"failed": stored["failed"]}, [outcome("failed")], ())
         assert "unexplained: by chance" in finding
         found = check_requests({"stray": stored["stray"]}, [], ())
-        assert len(found) == 2  # no client submitted the request, and the request has not succeeded
+        assert len(found) == 2  # no client lost a reply, and the request is FAILED
         cancelled, expired = state_event(pb.REQUEST_STATE_CANCELLED), state_event(pb.REQUEST_STATE_EXPIRED)
         hurry = outcome("c", Behavior.HURRY, received=[expired])
         explained = ((outcome("c", Behavior.LEAVE, gave_up=True), cancelled), (hurry, expired))
@@ -225,7 +225,7 @@ def test_a_second_or_unexplained_end_is_a_finding() -> None:
 def test_keys_left_in_the_store_are_findings() -> None:
     async def scenario(redis: Redis, store: RequestStore) -> None:
         await accepted(store, "r")
-        assert any("fleet:open:flux left" in finding for finding in await check_store(redis))
+        assert any("still has fleet:open:flux" in finding for finding in await check_store(redis))
         file = ResultFile(pb.FileHeader(count=1, byte_size=1), [b"x"])
         await store.finish("r", pb.REQUEST_STATE_SUCCEEDED, files=[file])
         assert not await check_store(redis)
@@ -236,10 +236,10 @@ def test_keys_left_in_the_store_are_findings() -> None:
         await command(redis, "HSET", "fleet:request:r", "left:denoising", "1")
         assert await check_store(redis) == [
             "the store has fleet:pace:flux/denoising without a TTL",
-            "the store has left:denoising left in fleet:request:r",
+            "the store still has the field left:denoising of fleet:request:r",
             "the store has fleet:shares:flux/denoising|100 without a TTL",
-            "the store has fleet:slots:flux/denoising left",
-            "the store has fleet:work:flux/denoising left",
+            "the store still has fleet:slots:flux/denoising",
+            "the store still has fleet:work:flux/denoising",
         ]
 
     on_store(scenario)
