@@ -178,7 +178,7 @@ def _module_classes(path: Path, index: Mapping[str, Any]) -> dict[str, tuple[str
             case [str() as library, str() as class_name]:
                 modules[name] = (library, class_name)
             case _:
-                raise CheckpointError(f"{where}: {name} must be [library, class], but is {json.dumps(entry)}")
+                raise CheckpointError(f"{where}: {name}: {json.dumps(entry)} is not [library, class]")
         if not (name.isidentifier() and is_file_name(name)):
             raise CheckpointError(f"{where}: module {name!r} is not a valid directory name; use an identifier")
         check_link(path / name)
@@ -245,7 +245,7 @@ def _param_value(file: Path, name: str, value: Any) -> ParamValue:
     if isinstance(value, list) and all(isinstance(each, int | float) and not isinstance(each, bool) for each in value):
         return tuple(float(each) for each in value)
     raise CheckpointError(
-        f"{file}: {name} must be a number, a boolean, a string or a list of numbers, but is {json.dumps(value)}"
+        f"{file}: {name}: {json.dumps(value)} is not a number, a boolean, a string or a list of numbers; remove it"
     )
 
 

@@ -32,8 +32,8 @@ _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xc8\xd0-\xd9\xf0-\xfd\xff])")
 _JPEG_SCAN = 0xDA
 _JPEG_APP1 = 0xE1
 _PNG_NAME = re.compile(rb"\w{4}")
-_PNG_GREY_16 = b"\x10\0"
-"""Bit depth 16 and colour type 0, as in the IHDR chunk."""
+_PNG_GRAY_16 = b"\x10\0"
+"""Bit depth 16 and color type 0, as in the IHDR chunk."""
 _WEBP_FLAGS = {b"EXIF": 0x08, b"XMP ": 0x04}
 """Flags of the VP8X chunk. Decoders ignore a chunk whose flag is not set."""
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -54,14 +54,14 @@ _OTHERS = {
 class ImageHeader:
     """Format ("PNG", "JPEG" or "WebP"), size in pixels after `orientation` is applied, and pixel format.
 
-    `orientation` is an EXIF value, 1 to 8. `is_16_bit_grey` is true for PNG files with colour type 0 and bit depth 16.
+    `orientation` is an EXIF value, 1 to 8. `is_16_bit_gray` is true for PNG files with color type 0 and bit depth 16.
     """
 
     format: str
     height: int
     width: int
     orientation: int = UPRIGHT
-    is_16_bit_grey: bool = False
+    is_16_bit_gray: bool = False
 
 
 class _Truncated(Exception):
@@ -72,10 +72,10 @@ def read_image_header(role: str, data: bytes | memoryview) -> ImageHeader:
     """Parse the header of an image file. Raises InvalidInput with field `role` for an unsupported or truncated file."""
     view = memoryview(data)
     if not view:
-        raise InvalidInput(f"{role} is empty; it must be a PNG, JPEG or WebP image", field=role)
+        raise InvalidInput(f"{role} is empty; send a PNG, JPEG or WebP image", field=role)
     if len(view) > MAX_FILE_BYTES:
         most = MAX_FILE_BYTES // 2**20
-        raise InvalidInput(f"{role} must be at most {most} MiB, but has {len(view)} bytes", field=role)
+        raise InvalidInput(f"{role}: {len(view)} bytes are not at most {most} MiB; compress the image", field=role)
     try:
         header = _read(role, view)
     except _Truncated:
@@ -94,11 +94,11 @@ def check_total_size(headers: Mapping[str, ImageHeader]) -> None:
     """Raise InvalidInput if the images of one request have more than MAX_TOTAL_PIXELS pixels in total.
 
     `headers` are the headers by image role. All images of a request are in memory at the same time, and a file of a few
-    KiB can have 2^26 pixels of one colour.
+    KiB can have 2^26 pixels of one color.
     """
     total = sum(header.height * header.width for header in headers.values())
     if total > MAX_TOTAL_PIXELS:
-        message = f"the images must have at most {MAX_TOTAL_PIXELS} pixels in total, but have {total}"
+        message = f"images: {total} pixels are not at most {MAX_TOTAL_PIXELS} pixels in total; reduce the images"
         raise InvalidInput(message, field="images")
 
 
@@ -121,26 +121,26 @@ def _check_size(role: str, header: ImageHeader) -> None:
     if not header.height or not header.width:
         raise InvalidInput(f"{role} has no pixels: it is {shown}", field=role)
     if header.height * header.width > MAX_PIXELS:
-        raise InvalidInput(f"{role} must have at most {MAX_PIXELS} pixels, but is {shown}", field=role)
+        raise InvalidInput(f"{role}: {shown} is not at most {MAX_PIXELS} pixels; reduce the image", field=role)
     if max(header.height, header.width) > MAX_ASPECT * min(header.height, header.width):
-        message = f"{role} must have an aspect ratio of at most {MAX_ASPECT}, but is {shown}"
+        message = f"{role}: {shown} does not have an aspect ratio of at most {MAX_ASPECT}; crop the image"
         raise InvalidInput(message, field=role)
 
 
 def _read_png(role: str, view: memoryview) -> ImageHeader:
     width = height = 0
-    is_grey = has_data = is_broken = False
+    is_gray = has_data = is_broken = False
     metadata = ImageMetadata(role)
     for kind, begin, end in _png_chunks(view):
         # Pillow stops at a chunk with an invalid name: with an error before the image data, silently after it.
         is_broken |= has_data and not _PNG_NAME.match(kind)
         match kind:
             case b"IHDR" if width or begin != _FIRST_PNG_CHUNK:
-                message = f"{role} is not a well-formed PNG: IHDR must be the first chunk and occur once"
+                message = f"{role} is not a well-formed PNG: IHDR is not the first chunk or occurs twice"
                 raise InvalidInput(message, field=role)
             case b"IHDR":
                 width, height = _number(view, begin, 4), _number(view, begin + 4, 4)
-                is_grey = bytes(view[begin + 8 : begin + 10]) == _PNG_GREY_16
+                is_gray = bytes(view[begin + 8 : begin + 10]) == _PNG_GRAY_16
             case b"acTL":
                 raise _animated(role, "PNG")
             case b"IDAT":
@@ -151,7 +151,7 @@ def _read_png(role: str, view: memoryview) -> ImageHeader:
                 metadata.add_png_chunk(kind, bytes(view[begin:end]))
     else:
         raise _Truncated
-    return _oriented("PNG", height, width, metadata, is_grey)
+    return _oriented("PNG", height, width, metadata, is_gray)
 
 
 def _png_chunks(view: memoryview) -> Iterator[tuple[bytes, int, int]]:
@@ -220,15 +220,15 @@ def _webp_metadata(role: str, view: memoryview, flags: int) -> ImageMetadata:
     return metadata
 
 
-def _oriented(name: str, height: int, width: int, metadata: ImageMetadata, is_16_bit_grey: bool = False) -> ImageHeader:
+def _oriented(name: str, height: int, width: int, metadata: ImageMetadata, is_16_bit_gray: bool = False) -> ImageHeader:
     orientation = metadata.orientation()
     if orientation in SIDEWAYS:
         height, width = width, height
-    return ImageHeader(name, height, width, orientation, is_16_bit_grey)
+    return ImageHeader(name, height, width, orientation, is_16_bit_gray)
 
 
 def _animated(role: str, name: str) -> InvalidInput:
-    return InvalidInput(f"{role} is an animated {name}; it must be a single image", field=role)
+    return InvalidInput(f"{role} is an animated {name}; send a single image", field=role)
 
 
 def _number(view: memoryview, at: int, size: int, order: str = "big") -> int:

@@ -16,7 +16,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must contain a JSON object, but contains {type(value).__name__}")
+        raise CheckpointError(
+            f"{path}: a JSON value of type {type(value).__name__} is not an object; download the file again"
+        )
     return value
 
 

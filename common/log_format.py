@@ -68,8 +68,8 @@ class LogFormatter(logging.Formatter):
         if self.form == "json":
             head = {"time": moment, "level": record.levelname, "service": self._service, "event": happened}
             return _escaped(json.dumps({**head, **fields}, ensure_ascii=False))
-        words = (moment, record.levelname, self._service, _escaped(happened))
-        return " ".join((*words, *(f"{name}={_text(value)}" for name, value in fields.items())))
+        columns = (moment, record.levelname, self._service, _escaped(happened))
+        return " ".join((*columns, *(f"{name}={_text(value)}" for name, value in fields.items())))
 
     def _traceback(self, record: logging.LogRecord) -> str:
         parts = [self.formatException(record.exc_info)] if record.exc_info else []

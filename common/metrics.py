@@ -194,7 +194,7 @@ SHARED_CACHE_LOOKUPS = Counter(
 )
 CACHE_BYTES = Gauge("fleet_reply_cache_bytes", "Size of the cached replies of a worker", ("service", "model"))
 STEPS_REUSED = Counter(
-    "fleet_steps_reused", "Predictions of this rank that reused the outputs of most blocks from earlier steps"
+    "fleet_steps_reused", "Predictions of this rank that reused the cached contribution of all blocks but the first"
 )
 EXPERT_SWAP_SECONDS = Summary(
     "fleet_expert_swap_seconds", "Time to load the weights of another expert to this rank's device"

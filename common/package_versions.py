@@ -44,7 +44,7 @@ def version_fault(package: str, bounds: str) -> VersionFault | None:
         version = importlib.metadata.version(package)
         fits = is_within(version, bounds)
     except importlib.metadata.PackageNotFoundError:
-        return VersionFault(package, f"not installed; it must be {bounds}", command, is_missing=True)
+        return VersionFault(package, f"not installed; the fleet needs {bounds}", command, is_missing=True)
     except (InvalidVersion, TypeError):  # importlib returns None for the version of damaged metadata.
-        return VersionFault(package, f"the installed version cannot be read; it must be {bounds}", command)
+        return VersionFault(package, f"the installed version cannot be read; the fleet needs {bounds}", command)
     return None if fits else VersionFault(package, f"{version} is not {bounds}", command)

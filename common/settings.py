@@ -32,6 +32,7 @@ from common.errors import InvalidInput
 T = TypeVar("T")
 
 _HELP = "help"
+_NUMBER_RULE = "a finite number; write digits, such as 1.5"
 
 
 class SettingsError(InvalidInput):
@@ -55,10 +56,11 @@ class _Kind:
     choices: tuple[str, ...]
 
     @property
-    def expected(self) -> str:
+    def rule(self) -> str:
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        return {bool: "true or false", int: "a whole number", float: "a number"}.get(self.scalar, "a string")
+        rules = {bool: "true or false", int: "a whole number; write digits, such as 8", float: _NUMBER_RULE}
+        return rules.get(self.scalar, "a string; write it in quotes")
 
 
 def load_settings(
@@ -198,32 +200,32 @@ def _from_toml(path: Path, kinds: Mapping[str, _Kind], readers: Mapping[str, Seq
 def _from_toml_value(value: Any, kind: _Kind, source: str) -> Any:
     if kind.many:
         if not isinstance(value, list):
-            raise _wrong(value, "an array", source)
+            raise _wrong(value, "an array; write it in brackets", source)
         return tuple(_from_toml_value(each, dataclasses.replace(kind, many=False), source) for each in value)
     typed = {bool: (bool,), int: (int,), float: (int, float)}.get(kind.scalar, (str,))
     if not isinstance(value, typed) or (isinstance(value, bool) and kind.scalar is not bool):
-        raise _wrong(value, kind.expected, source)
+        raise _wrong(value, kind.rule, source)
     return _convert(value, kind, source)
 
 
 def _convert(value: Any, kind: _Kind, source: str) -> Any:
     """Convert a string or a TOML value to the field's type. Raises SettingsError."""
     if kind.choices and value not in kind.choices:
-        raise _wrong(value, kind.expected, source)
+        raise _wrong(value, kind.rule, source)
     if kind.scalar is bool and isinstance(value, str):
         truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if value.lower() not in truth:
-            raise _wrong(value, kind.expected, source)
+            raise _wrong(value, kind.rule, source)
         return truth[value.lower()]
     try:
         result = kind.scalar(value)
     except ValueError as error:
-        raise _wrong(value, kind.expected, source) from error
+        raise _wrong(value, kind.rule, source) from error
     if isinstance(result, float) and not math.isfinite(result):
-        raise _wrong(value, "a finite number", source)
+        raise _wrong(value, _NUMBER_RULE, source)
     return result
 
 
-def _wrong(value: object, expected: str, source: str) -> SettingsError:
+def _wrong(value: object, rule: str, source: str) -> SettingsError:
     name = source.removeprefix("--").removeprefix("FLEET_").partition(" ")[0].replace("-", "_").lower()
-    return SettingsError(f"{source} must be {expected}, not {value!r}", field=name)
+    return SettingsError(f"{source}: {value!r} is not {rule}", field=name)

@@ -223,7 +223,7 @@ def _resume_slot(inputs: type[Any], optional: frozenset[str]) -> str | None:
 
 def _slots(cls: type[Any]) -> tuple[dict[str, str], frozenset[str]]:
     if not dataclasses.is_dataclass(cls):
-        raise TypeError(f"{cls.__name__} must be a dataclass of artifacts")
+        raise TypeError(f"{cls.__name__} is not a dataclass of artifacts")
     slots: dict[str, str] = {}
     optional: set[str] = set()
     for item in dataclasses.fields(cls):

@@ -115,7 +115,7 @@ def _by_piece(path: Path, pieces: list[Any]) -> dict[str, int]:
             case [str() as piece, int() | float()]:
                 vocab[piece] = number
             case _:
-                raise CheckpointError(f"{path}: entry {number} of model.vocab must be [piece, score], but is {entry!r}")
+                raise CheckpointError(f"{path}: entry {number} of model.vocab: {entry!r} is not [piece, score]")
     return vocab
 
 
@@ -149,7 +149,7 @@ def _check_merges(path: Path, merges: Sequence[Any], vocab: Mapping[str, int]) -
 
 
 def _fields(path: Path, data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield number and wire type of each top-level field of a serialised sentencepiece ModelProto."""
+    """Yield number and wire type of each top-level field of a serialized sentencepiece ModelProto."""
     position = 0
     while position < len(data):
         key, position = _varint(path, data, position)

@@ -123,7 +123,7 @@ def _read_shards(index: Path) -> dict[Path, SafetensorsHeader]:
         raise CheckpointError(f"{index} has no weight_map")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not is_file_name(file):
-            raise CheckpointError(f"{index}: {tensor} must name a file of the same folder, but is {file!r}")
+            raise CheckpointError(f"{index}: {tensor}: {file!r} is not a file name; write it without directories")
     headers: dict[Path, SafetensorsHeader] = {}
     for path in sorted({index.parent / file for file in weight_map.values()}):
         check_link(path)

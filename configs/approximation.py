@@ -15,8 +15,9 @@ class Approximation:
     """Approximations of a denoiser; none by default.
 
     `linear_dtype`: "float8" runs the GEMMs of large linear layers in 8-bit floats; "same" uses the denoiser's dtype.
-    `step_cache_threshold`: a step whose first block's output changes by less than this (relative L1) reuses the cached
-    outputs of the other blocks; 0 disables the cache. Raises InvalidInput for a negative threshold.
+    `step_cache_threshold`: a step reuses the cached contribution (output minus input) of all blocks but the first, if
+    the first block's contribution changed by less than this (relative L1); 0 disables the cache. Raises InvalidInput
+    for a negative threshold.
     """
 
     linear_dtype: LinearDtype = "same"

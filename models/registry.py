@@ -43,7 +43,7 @@ class PipelineEntry:
         if variant not in self.configs:
             name = self.pipeline.pipeline_name
             raise ValueError(
-                f"variant {variant!r} of pipeline {name} has no configs; its register_configs() must register them"
+                f"variant {variant!r} of pipeline {name} has no configs; register them in its register_configs()"
             )
         return self.configs[variant]
 
@@ -82,7 +82,7 @@ class Registry:
                 message = f"{message}; the closest match is {relative}"
             raise CheckpointError(message)
         if pipeline_name not in self._configs:
-            raise ValueError(f"pipeline {pipeline_name} has no configs; its register_configs() must register them")
+            raise ValueError(f"pipeline {pipeline_name} has no configs; register them in its register_configs()")
         return PipelineEntry(self._pipelines[pipeline_name], self._configs[pipeline_name])
 
     def relative(self, pipeline_name: str) -> str | None:
@@ -162,6 +162,6 @@ def _add_family(registry: Registry, module: ModuleType) -> None:
     registry.register_pipeline(contents["EntryClass"])
     if "register_configs" not in contents:
         raise TypeError(
-            f"{module.__name__} must define register_configs(registry), which registers the family's configs"
+            f"{module.__name__} does not define register_configs(registry), which registers the family's configs"
         )
     contents["register_configs"](registry)

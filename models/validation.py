@@ -121,7 +121,7 @@ def _accepts(roles: ImageRoles, images: Collection[str]) -> bool:
 
 
 def _image_warnings(headers: Mapping[str, ImageHeader]) -> tuple[ParamWarning, ...]:
-    message = "has 16-bit grey levels; levels above 255 become white, as in Diffusers; convert it to 8 bits"
+    message = "has 16-bit gray levels; levels above 255 become white, as in Diffusers; convert it to 8 bits"
     return tuple(
-        ParamWarning(role, f"the image {message}") for role, header in headers.items() if header.is_16_bit_grey
+        ParamWarning(role, f"the image {message}") for role, header in headers.items() if header.is_16_bit_gray
     )

@@ -1,6 +1,6 @@
 """Warm-up requests with synthetic inputs, which a service runs before it accepts requests.
 
-The first request of each size pays for Triton compilation, library initialisation and CUDA graph capture; warm-up moves
+The first request of each size pays for Triton compilation, library initialization and CUDA graph capture; warm-up moves
 this cost to start-up. The services that warm up are denoising and, for hybrid models, before_denoising. If texts are
 not padded, each number of tokens has its own CUDA graph; warm-up covers one typical number.
 """
@@ -159,7 +159,7 @@ def _inputs(
 
 
 def _images(variant: ServedVariant, params: SamplingParams) -> ImageInputs:
-    """A grey image of the result's size for each required role."""
+    """A gray image of the result's size for each required role."""
     data = png_bytes(torch.full((3, params.height, params.width), 0.5))
     file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return ImageInputs(images=dict.fromkeys(variant.roles.required, file))

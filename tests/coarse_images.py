@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def coarse_image(width: int, height: int, seed: int = 1) -> Image.Image:
-    """A random image of few, large colour patches."""
+    """A random image of few, large color patches."""
     tiles = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     return Image.fromarray(tiles).resize((width, height), Image.Resampling.BICUBIC)
 

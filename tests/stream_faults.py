@@ -164,15 +164,15 @@ async def worker_fault(fleet: Served, whole: bytes, service: str, number: signal
 
 
 async def _worker_fault(fleet: Served, whole: bytes, service: str, number: signal.Signals, step: int) -> None:
-    signalled: list[Process] = []
+    signaled: list[Process] = []
 
     async def inject() -> None:
-        signalled.append(await fleet.signal_worker(service, number))
+        signaled.append(await fleet.signal_worker(service, number))
 
     followed = await run(fleet, fleet.stubs[:1], at(step, int(service == "decoding"), inject))
     followed.check(whole)
     if number is signal.SIGSTOP:
-        fleet.fleet.signal(signalled[0], signal.SIGCONT)
+        fleet.fleet.signal(signaled[0], signal.SIGCONT)
     if service == "denoising" and not followed.resumed_steps:
         raise FaultTooLate("the loop had ended")
     assert service == "denoising" or not followed.resumed_steps, followed.steps

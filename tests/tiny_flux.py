@@ -75,7 +75,7 @@ def build_tiny_flux(
     }
     for module in modules.values():
         if isinstance(module, nn.Module):
-            randomise(module)
+            randomize(module)
     # FLUX.1-dev also has shift=3.0, which the scheduler ignores with dynamic shifting.
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=dynamic_shift, shift=3.0 if dynamic_shift else shift, base_shift=0.5, max_shift=1.15
@@ -84,7 +84,7 @@ def build_tiny_flux(
     return path
 
 
-def randomise(module: nn.Module) -> None:
+def randomize(module: nn.Module) -> None:
     """Randomize every parameter: matrices scaled by fan-in, gains around 1, biases around 0.
 
     No value is exactly 0 or 1.

@@ -32,7 +32,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tiny_flux import WORDS, randomise
+from tiny_flux import WORDS, randomize
 from tiny_qwen_image import qwen_tokenizer
 
 LATENT_CHANNELS = 8
@@ -61,7 +61,7 @@ def build_tiny_flux2_klein(path: Path, *, is_distilled: bool = False, seed: int 
     tokenizer.padding_side = "right"
     modules = _modules(guidance_embeds=False)
     text_encoder = _qwen(tokenizer)
-    _randomise(modules, text_encoder)
+    _randomize(modules, text_encoder)
     Flux2KleinPipeline(
         text_encoder=text_encoder, tokenizer=tokenizer, is_distilled=is_distilled, **modules
     ).save_pretrained(str(path))
@@ -77,7 +77,7 @@ def build_tiny_flux2_dev(path: Path, *, seed: int = 0) -> Path:
     tokenizer = mistral_tokenizer()
     modules = _modules(guidance_embeds=True)
     text_encoder = _mistral(tokenizer)
-    _randomise(modules, text_encoder)
+    _randomize(modules, text_encoder)
     Flux2Pipeline(text_encoder=text_encoder, tokenizer=ChatProcessor(tokenizer, CHAT), **modules).save_pretrained(
         str(path)
     )
@@ -156,9 +156,9 @@ def _modules(*, guidance_embeds: bool) -> dict[str, Any]:
     }
 
 
-def _randomise(modules: dict[str, Any], text_encoder: nn.Module) -> None:
+def _randomize(modules: dict[str, Any], text_encoder: nn.Module) -> None:
     for module in (modules["transformer"], modules["vae"], text_encoder):
-        randomise(module)
+        randomize(module)
     modules["vae"].bn.running_mean.normal_()
     modules["vae"].bn.running_var.uniform_(0.5, 2.0)
 

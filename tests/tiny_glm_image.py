@@ -26,7 +26,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tiny_flux import HEAD_SIZE, HEADS, LATENT_CHANNELS, WORDS, randomise
+from tiny_flux import HEAD_SIZE, HEADS, LATENT_CHANNELS, WORDS, randomize
 
 CODES = 64
 """Number of image codes of the language model and prior tokens of the DiT; more than generate()'s default top_k."""
@@ -88,7 +88,7 @@ def build_tiny_glm_image(
     }
     for module in modules.values():
         assert isinstance(module, nn.Module)
-        randomise(module)
+        randomize(module)
     settings = {"do_sample": True, "temperature": 0.9, "top_p": 0.75, "eos_token_id": CODES + 1, **(generation or {})}
     modules["vision_language_encoder"].generation_config = GenerationConfig(**settings)
     processor = glm_processor(tokenizer)

@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from configs.pipeline_configs.hunyuan_video import TEMPLATE
-from tiny_flux import WORDS, clip_model, clip_tokenizer, randomise
+from tiny_flux import WORDS, clip_model, clip_tokenizer, randomize
 
 LATENT_CHANNELS = 4
 TEXT_SIZE, POOLED_SIZE = 32, 24
@@ -81,7 +81,7 @@ def build_tiny_hunyuan_video(
         latent_channels=LATENT_CHANNELS, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
     )
     for module in (transformer, vae, text_encoder, text_encoder_2):
-        randomise(module)
+        randomize(module)
     HunyuanVideoPipeline(
         text_encoder=text_encoder,
         tokenizer=tokenizer,

@@ -25,7 +25,7 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2Vocode
 from torch import nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GemmaTokenizer
 
-from tiny_flux import WORDS, randomise
+from tiny_flux import WORDS, randomize
 
 HEADS, VIDEO_HEAD_SIZE, AUDIO_HEAD_SIZE = 4, 8, 4
 VIDEO_SIZE, AUDIO_SIZE = HEADS * VIDEO_HEAD_SIZE, HEADS * AUDIO_HEAD_SIZE
@@ -67,8 +67,8 @@ def build_tiny_ltx2(
     }
     for module in modules.values():
         if isinstance(module, nn.Module):
-            randomise(module)
-    _randomise_statistics(modules)
+            randomize(module)
+    _randomize_statistics(modules)
     if is_new:
         _soften(modules["vocoder"])
     scheduler = FlowMatchEulerDiscreteScheduler(
@@ -228,7 +228,7 @@ def _vocoder(is_new: bool) -> LTX2Vocoder | LTX2VocoderWithBWE:
     )
 
 
-def _randomise_statistics(modules: dict[str, Any]) -> None:
+def _randomize_statistics(modules: dict[str, Any]) -> None:
     """Randomize buffers: normalization statistics of both latents, and the vocoder's mel transform."""
     with torch.no_grad():
         for name in ("vae", "audio_vae"):

@@ -17,7 +17,7 @@ from diffusers import (
     LTXVideoTransformer3DModel,
 )
 
-from tiny_flux import randomise, t5_model, t5_tokenizer
+from tiny_flux import randomize, t5_model, t5_tokenizer
 
 CHANNELS = 8
 HEADS, HEAD_SIZE = 4, 8
@@ -44,7 +44,7 @@ def build_tiny_ltx_video(
     transformer = LTXVideoTransformer3DModel(**transformer_sizes())
     vae = AutoencoderKLLTXVideo(**vae_sizes(version))
     for module in (text_encoder, transformer, vae):
-        randomise(module)
+        randomize(module)
     with torch.no_grad():
         count = torch.arange(CHANNELS)
         vae.latents_mean.copy_(0.4 * torch.sin(count))

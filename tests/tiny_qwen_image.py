@@ -32,7 +32,7 @@ from transformers import (
     Qwen2VLProcessor,
 )
 
-from tiny_flux import WORDS, randomise
+from tiny_flux import WORDS, randomize
 
 LATENT_CHANNELS = 16
 HEADS, HEAD_SIZE = 4, 16
@@ -59,10 +59,10 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
         vocab_size=2000, min_frequency=1, show_progress=False, initial_alphabet=sorted(ByteLevel.alphabet())
     )
     trained.train_from_iterator((*TEMPLATES, " ".join(WORDS)), trainer)
-    learnt = json.loads(trained.to_str())["model"]
+    learned = json.loads(trained.to_str())["model"]
     return Qwen2Tokenizer(
-        vocab=learnt["vocab"],
-        merges=[tuple(pair) for pair in learnt["merges"]],
+        vocab=learned["vocab"],
+        merges=[tuple(pair) for pair in learned["merges"]],
         model_max_length=131072,
         extra_special_tokens=list(SPECIAL_TOKENS),
     )
@@ -93,7 +93,7 @@ def build_tiny_qwen_image_layered(path: Path, *, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     modules = _modules(TEXT_SIZE, use_additional_t_cond=True, use_layer3d_rope=True)
     modules["vae"] = AutoencoderKLQwenImage(base_dim=8, z_dim=LATENT_CHANNELS, num_res_blocks=1, input_channels=4)
-    randomise(modules["vae"])
+    randomize(modules["vae"])
     encoder = modules["text_encoder"]
     encoder.generation_config = GenerationConfig(
         do_sample=True,
@@ -168,7 +168,7 @@ def _modules(text_size: int, **transformer: bool) -> dict[str, Any]:
     }
     for module in modules.values():
         if isinstance(module, nn.Module):
-            randomise(module)
+            randomize(module)
     return modules
 
 

@@ -19,7 +19,7 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from tiny_flux import randomise, t5_tokenizer
+from tiny_flux import randomize, t5_tokenizer
 
 LATENT_CHANNELS = 16
 TI2V_LATENT_CHANNELS = 48
@@ -32,7 +32,7 @@ def build_tiny_wan(path: Path, *, seed: int = 0) -> Path:
     """Write a text-to-video checkpoint."""
     torch.manual_seed(seed)
     modules = _text_modules() | {"transformer": _transformer(LATENT_CHANNELS), "vae": _vae()}
-    _randomise(modules)
+    _randomize(modules)
     WanPipeline(scheduler=_scheduler(), **modules).save_pretrained(str(path))
     return path
 
@@ -51,7 +51,7 @@ def build_tiny_wan_i2v(path: Path, *, last_image: bool = False, seed: int = 0) -
         ),
         "vae": _vae(),
     }
-    _randomise(modules)
+    _randomize(modules)
     WanImageToVideoPipeline(scheduler=_scheduler(), **modules).save_pretrained(str(path))
     return path
 
@@ -61,7 +61,7 @@ def build_tiny_wan_a14b(path: Path, *, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     experts = {name: _transformer(LATENT_CHANNELS) for name in ("transformer", "transformer_2")}
     modules = _text_modules() | experts | {"vae": _vae()}
-    _randomise(modules)
+    _randomize(modules)
     WanPipeline(scheduler=_scheduler(), boundary_ratio=0.875, **modules).save_pretrained(str(path))
     return path
 
@@ -71,7 +71,7 @@ def build_tiny_wan_a14b_i2v(path: Path, *, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     experts = {name: _transformer(2 * LATENT_CHANNELS + 4) for name in ("transformer", "transformer_2")}
     modules = _text_modules() | experts | {"vae": _vae(), "image_encoder": None, "image_processor": None}
-    _randomise(modules)
+    _randomize(modules)
     WanImageToVideoPipeline(scheduler=_scheduler(5.0), boundary_ratio=0.9, **modules).save_pretrained(str(path))
     return path
 
@@ -81,7 +81,7 @@ def build_tiny_wan_ti2v(path: Path, *, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     transformer = _transformer(TI2V_LATENT_CHANNELS, TI2V_LATENT_CHANNELS)
     modules = _text_modules() | {"transformer": transformer, "vae": residual_vae()}
-    _randomise(modules)
+    _randomize(modules)
     WanPipeline(scheduler=_scheduler(5.0), expand_timesteps=True, **modules).save_pretrained(str(path))
     return path
 
@@ -127,10 +127,10 @@ def residual_vae() -> AutoencoderKLWan:
     )
 
 
-def _randomise(modules: dict[str, Any]) -> None:
+def _randomize(modules: dict[str, Any]) -> None:
     for module in modules.values():
         if isinstance(module, nn.Module):
-            randomise(module)
+            randomize(module)
 
 
 def _scheduler(flow_shift: float = 3.0) -> UniPCMultistepScheduler:

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
-from tiny_flux import LATENT_CHANNELS, randomise
+from tiny_flux import LATENT_CHANNELS, randomize
 from tiny_qwen_image import qwen_tokenizer
 
 TEXT_SIZE = 32
@@ -47,7 +47,7 @@ def build_tiny_z_image(path: Path, *, text_size: int = TEXT_SIZE, shift: float =
     )
     text_encoder = _text_encoder(tokenizer, text_size)
     for module in (transformer, vae, text_encoder):
-        randomise(module)
+        randomize(module)
     ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=vae,

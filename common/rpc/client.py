@@ -216,7 +216,7 @@ def _report_computed(trailing: Iterable[tuple[str, str | bytes]] | None, call: C
 
 
 def header_frame(frame: type[Message], values: Mapping[str, Packet]) -> bytes:
-    """Return the serialised frame of a header with these artifacts."""
+    """Return the serialized frame of a header with these artifacts."""
     header: Any = header_type(frame)()
     for slot, packet in values.items():
         field_of_slot = getattr(header, slot)

@@ -36,7 +36,7 @@ class ChunkView(NamedTuple):
 
 
 def chunk_frame(path: str, offset: int, data: Data) -> bytes:
-    """Return the serialised frame of a chunk. Copies `data` once."""
+    """Return the serialized frame of a chunk. Copies `data` once."""
     key = path.encode()
     head = b"".join(
         (

@@ -48,7 +48,7 @@ class CallLimits:
 class Piece:
     """Consecutive bytes of a payload.
 
-    `frame` is the serialised chunk frame of the bytes, if it can be forwarded unchanged. `owner` is the buffer that
+    `frame` is the serialized chunk frame of the bytes, if it can be forwarded unchanged. `owner` is the buffer that
     starts with this payload, if a tensor may use it as storage.
     """
 

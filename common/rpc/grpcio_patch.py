@@ -58,7 +58,8 @@ async def check_server() -> None:
     try:
         cygrpc._ServicerContext(None, None, None, asyncio.get_running_loop())
     except TypeError:
-        raise unsupported("grpcio", "the server relies on _ServicerContext with four arguments") from None
+        reason = f"the server relies on {_CONTEXT.replace(':', '.')}, which does not accept four arguments"
+        raise unsupported("grpcio", reason) from None
     server = _make_server(Probe, (), ())
     await server.start()
     try:

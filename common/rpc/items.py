@@ -34,7 +34,7 @@ class ReceivedItem:
 
 
 def item_frames(frame: type[Message], slot: str, index: int, packet: Packet) -> Iterator[bytes]:
-    """Yield the serialised frames of an item. `frame` is the frame type of the RPC."""
+    """Yield the serialized frames of an item. `frame` is the frame type of the RPC."""
     message: Any = frame()
     message.item.slot, message.item.index = slot, index
     getattr(message.item, _FIELDS[packet.message.DESCRIPTOR.name]).CopyFrom(packet.message)

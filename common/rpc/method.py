@@ -90,7 +90,7 @@ def response_type(method: MethodDescriptor) -> type[Message]:
 
 
 def begun_frame(reply: type[Message]) -> bytes | None:
-    """Return the serialised Begun frame; None if the response type has no such frame."""
+    """Return the serialized Begun frame; None if the response type has no such frame."""
     if "begun" not in reply.DESCRIPTOR.fields_by_name:
         return None
     frame = cast(Any, reply())
@@ -114,7 +114,7 @@ def contract_of(method: MethodDescriptor) -> Contract:
 
 def _artifact(field: FieldDescriptor) -> str:
     if field.message_type is None:
-        raise TypeError(f"{field.full_name} must be an artifact, or a stream of artifacts")
+        raise TypeError(f"{field.full_name} is not an artifact or a stream of artifacts")
     return f"Stream[{field.message_type.name}]" if field.is_repeated else str(field.message_type.name)
 
 

@@ -1,7 +1,7 @@
 """Stores requests, their events and their results, shared by all coordinators.
 
 A request is admitted once, gets events and ends once; its last event contains the terminal state. After the end of a
-request, all its keys expire. Records and events are serialised messages of the public API.
+request, all its keys expire. Records and events are serialized messages of the public API.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class RequestStore:
         """Store a request with its first events: QUEUED, and its warnings. One round trip.
 
         `idempotency_key`: for a known key of this caller, its request is returned.
-        `submission`: serialised inputs with which another coordinator can run the request.
+        `submission`: serialized inputs with which another coordinator can run the request.
         `costs`: relative work at each service, default 1.
         `work`: work at each service, for autoscaling.
         `wirings`: wiring at each service. Capacities include only workers that fit the wiring.

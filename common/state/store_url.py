@@ -53,7 +53,7 @@ def _fault(url: str) -> str:
     if not mark or f"{scheme}{mark}" not in ("redis://", "rediss://", "unix://", SENTINEL):
         return "its scheme is none of redis, rediss, unix and redis+sentinel"
     if not url.isprintable() or " " in url:
-        return "blanks and control characters must be percent-encoded"
+        return "it contains a blank or a control character (percent-encode it)"
     if scheme == "redis+sentinel":
         return _sentinel_fault(url)
     try:
@@ -107,13 +107,13 @@ def _option_fault(query: str, scheme: str) -> str:
     for name, value in pairs:
         if name not in known:
             shown = repr(name) if len(name) <= 40 and _WORD.fullmatch(name) else "one of its options"
-            why = " (replies must be bytes)" if name == "decode_responses" else ""
+            why = " (replies are read as bytes)" if name == "decode_responses" else ""
             return f"option {shown} is not supported{why}; supported are {', '.join(known)}"
         rule, holds = known[name]
         if names.count(name) > 1:
             return f"option {name} is given more than once"
         if not holds(value):
-            return f"option {name} must be {rule}"
+            return f"option {name} is not {rule}"
     return ""
 
 
@@ -124,7 +124,10 @@ _BOOLEAN: _Rule = ("true or false", lambda value: value.lower() in ("true", "fal
 _TEXT: _Rule = ("a non-empty string", bool)
 _OPTIONS: dict[str, _Rule] = {
     "db": _WHOLE,
-    "client_name": ("letters, digits, '.', '_' and '-'", lambda value: _WORD.fullmatch(value) is not None),
+    "client_name": (
+        "one or more ASCII letters, digits, '.', '_' and '-'",
+        lambda value: _WORD.fullmatch(value) is not None,
+    ),
     "health_check_interval": _WHOLE,
     "max_connections": ("at least 1", lambda value: _WHOLE[1](value) and int(value) > 0),
     "socket_connect_timeout": _SECONDS,

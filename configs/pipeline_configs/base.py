@@ -365,7 +365,7 @@ class DecodingConfig(LatentLayout):
 
     @abstractmethod
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Denormalise raw latents for the VAE's decoder; the dtype does not change."""
+        """Denormalize raw latents for the VAE's decoder; the dtype does not change."""
 
 
 class StandardPipelineConfig(TextConfig, PreparationConfig, DenoisingConfig, DecodingConfig):

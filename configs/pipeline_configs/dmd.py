@@ -39,7 +39,7 @@ class CausalDmdConfig(DmdConfig):
     @property
     def frames_per_block(self) -> int:
         """Number of latent frames of a block."""
-        raise TypeError(f"{type(self).__name__} must define frames_per_block")
+        raise TypeError(f"{type(self).__name__} does not define frames_per_block")
 
     def blocks_of(self, latents: Tensor) -> int:
         """Number of blocks of a video's latents (B, channels, frames, rows, columns).

@@ -29,7 +29,7 @@ class FirstFrameConfig(ImageLatentsConfig, DenoisingConfig):
         return {"condition": (batch, channels, 1, *size)}
 
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
-        """Normalised latents of the image as a video of one frame, float32 (1, C, 1, rows, columns)."""
+        """Normalized latents of the image as a video of one frame, float32 (1, C, 1, rows, columns)."""
         del canvas
         return {"condition": encode(images["image"][:, :, None])}
 

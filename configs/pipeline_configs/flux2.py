@@ -188,7 +188,7 @@ class Flux2FamilyConfig(StandardPipelineConfig):
         return {"image": classifier_free(predictions, "image", sampling.guidance_scale or 0.0)}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Unchanged: the VAE denormalises with statistics in its weights."""
+        """Unchanged: the VAE denormalizes with statistics in its weights."""
         return raw
 
     def _tokens(self, canvas: Canvas) -> int:
@@ -211,7 +211,7 @@ class Flux2ReferencesConfig(Flux2FamilyConfig, ImageLatentsConfig):
         return size[0] // side * side, size[1] // side * side
 
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
-        """Normalised patches of each image, (1, 4C, h, w)."""
+        """Normalized patches of each image, (1, 4C, h, w)."""
         del canvas
         return {condition_name(index): encode(image) for index, image in enumerate(images.values())}
 

@@ -57,8 +57,8 @@ class Flux2KleinPipelineConfig(Flux2FamilyConfig):
         return not self.is_distilled and (sampling.guidance_scale or 0.0) > 1.0
 
     def saved_latents(self, part: str, latents: Tensor, raw_latent_shape: tuple[int, ...], decoder: Any) -> Tensor:
-        """Denormalised latents, without patches."""
-        raw: Tensor = decoder.denormalised(self.unpack(part, latents, raw_latent_shape))
+        """Denormalized latents, without patches."""
+        raw: Tensor = decoder.denormalized(self.unpack(part, latents, raw_latent_shape))
         return raw
 
 

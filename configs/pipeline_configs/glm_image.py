@@ -26,7 +26,7 @@ from configs.pipeline_configs.base import (
     Step,
 )
 from configs.pipeline_configs.guidance import classifier_free, wants_guidance
-from configs.pipeline_configs.normalisation import channel_statistics
+from configs.pipeline_configs.normalization import channel_statistics
 from configs.pipeline_configs.packed import SequenceShift, check_channels, check_text_size
 from configs.sample.glm_image import GRID
 
@@ -159,6 +159,6 @@ class GlmImagePipelineConfig(NegativePromptConfig, PreparationConfig, DenoisingC
         return {"image": classifier_free(predictions, "image", sampling.guidance_scale or 0.0)}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo the per-channel normalisation."""
+        """Undo the per-channel normalization."""
         mean, std = channel_statistics(self.latents_mean, self.latents_std, raw)
         return raw * std + mean

@@ -40,7 +40,7 @@ _SHIFT = SequenceShift(base_image_seq_len=1024, max_image_seq_len=4096, base_shi
 
 @dataclass(frozen=True, kw_only=True)
 class LTX2PipelineConfig(StandardPipelineConfig):
-    """LTX2Pipeline's callbacks. Latents are float32, normalised and not packed, for any dtype of the weights.
+    """LTX2Pipeline's callbacks. Latents are float32, normalized and not packed, for any dtype of the weights.
 
     "video" is (B, C, frames, rows, columns), "audio" (B, C, length, mel bins).
     """
@@ -233,13 +233,13 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         return self.vae.whole_frames(canvas.num_frames)
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Unchanged: the VAEs denormalise with statistics in their weights."""
+        """Unchanged: the VAEs denormalize with statistics in their weights."""
         return raw
 
     def saved_latents(self, part: str, latents: Tensor, raw_latent_shape: tuple[int, ...], decoder: Any) -> Tensor:
-        """Denormalised latents."""
+        """Denormalized latents."""
         del part, raw_latent_shape
-        raw: Tensor = decoder.denormalised(latents)
+        raw: Tensor = decoder.denormalized(latents)
         return raw
 
 

@@ -40,7 +40,7 @@ _FRAME_RATE = 25.0
 
 @dataclass(frozen=True, kw_only=True)
 class LTXVideoPipelineConfig(StandardPipelineConfig):
-    """LTXPipeline's callbacks. Latents (B, S, C) are float32, normalised and packed, for any dtype of the weights."""
+    """LTXPipeline's callbacks. Latents (B, S, C) are float32, normalized and packed, for any dtype of the weights."""
 
     title: ClassVar[str] = "LTX-Video (0.9.0 and 0.9.5)"
     deviations: ClassVar[str] = (
@@ -161,7 +161,7 @@ class LTXVideoPipelineConfig(StandardPipelineConfig):
         return DecodingNoise(scale=scale, timestep=timestep)
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Unchanged: the VAE denormalises with statistics in its weights."""
+        """Unchanged: the VAE denormalizes with statistics in its weights."""
         return raw
 
 

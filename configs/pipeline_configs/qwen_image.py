@@ -14,7 +14,7 @@ from configs.models.encodings import Template, TextEncoding, hidden_states, sequ
 from configs.models.fields import ConfigFields
 from configs.models.vaes.qwen_image import AutoencoderKLQwenImageConfig
 from configs.pipeline_configs.base import Keywords, Parts, Shapes, TextConfig
-from configs.pipeline_configs.normalisation import denormalised, normalised
+from configs.pipeline_configs.normalization import denormalized, normalized
 from configs.pipeline_configs.packed import (
     CONDITION,
     PackedPipelineConfig,
@@ -132,12 +132,12 @@ class QwenImageFamilyConfig(PackedPipelineConfig):
         return rescaled
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo the per-channel normalisation."""
-        return denormalised(raw, self.vae.latents_mean, self.vae.latents_std)
+        """Undo the per-channel normalization."""
+        return denormalized(raw, self.vae.latents_mean, self.vae.latents_std)
 
-    def _normalised(self, latents: Tensor) -> Tensor:
-        """Normalise an image's latents (1, C, 1, 2h, 2w) and move frames before channels, as in the noise."""
-        return normalised(latents, self.vae.latents_mean, self.vae.latents_std).transpose(1, 2)
+    def _normalized(self, latents: Tensor) -> Tensor:
+        """Normalize an image's latents (1, C, 1, 2h, 2w) and move frames before channels, as in the noise."""
+        return normalized(latents, self.vae.latents_mean, self.vae.latents_std).transpose(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,10 +72,10 @@ class QwenImageEditPipelineConfig(QwenImageFamilyConfig, ImageTextConfig, ImageL
         return {CONDITION: (1, 1, self.vae.z_dim, height // side, width // side)}
 
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
-        """Normalised latents of each image, with frames before channels as in the noise: (1, 1, C, 2h, 2w)."""
+        """Normalized latents of each image, with frames before channels as in the noise: (1, 1, C, 2h, 2w)."""
         del canvas
         latents = [encode(image[:, :, None]) for image in images.values()]
-        return {condition_name(index): self._normalised(each) for index, each in enumerate(latents)}
+        return {condition_name(index): self._normalized(each) for index, each in enumerate(latents)}
 
     def _text_positions_with(self, height: int, width: int) -> int:
         """Number of positions of the RoPE table that an image of this size (pixels) leaves for text."""

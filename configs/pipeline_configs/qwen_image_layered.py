@@ -57,9 +57,9 @@ class QwenImageLayeredPipelineConfig(QwenImagePipelineConfig, ImageLatentsConfig
         return {CONDITION: (1, 1, *shape)}
 
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
-        """Normalised latents of the image, with frames before channels as in the noise: (1, 1, C, 2h, 2w)."""
+        """Normalized latents of the image, with frames before channels as in the noise: (1, 1, C, 2h, 2w)."""
         del canvas
-        return {CONDITION: self._normalised(encode(images["image"][:, :, None]))}
+        return {CONDITION: self._normalized(encode(images["image"][:, :, None]))}
 
     def sigmas(self, sampling: Sampling) -> Sequence[float]:
         """The request's sigmas, or evenly spaced from 1 to 0, excluding 0."""

@@ -27,7 +27,7 @@ from configs.pipeline_configs.base import (
     VisionConfig,
 )
 from configs.pipeline_configs.guidance import classifier_free, wants_guidance
-from configs.pipeline_configs.normalisation import denormalised, normalised
+from configs.pipeline_configs.normalization import denormalized, normalized
 
 if TYPE_CHECKING:
     from common.artifacts import Canvas, Prompt, Sampling
@@ -128,8 +128,8 @@ class WanPipelineConfig(StandardPipelineConfig):
         return {"video": classifier_free(predictions, "video", sampling.guidance_scale or 0.0)}
 
     def vae_latents(self, raw: Tensor) -> Tensor:
-        """Undo the per-channel normalisation."""
-        return denormalised(raw, self.vae.latents_mean, self.vae.latents_std)
+        """Undo the per-channel normalization."""
+        return denormalized(raw, self.vae.latents_mean, self.vae.latents_std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,15 +191,15 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig, VisionConfig, ImageLatent
         return {"encoder_hidden_states_image": tokens}
 
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
-        """Mask and latents (float32, 1, 4 + z, ...) of a video that is grey except for the input frames."""
+        """Mask and latents (float32, 1, 4 + z, ...) of a video that is gray except for the input frames."""
         frames = canvas.num_frames
         first, last = images["image"][:, :, None], images.get("last_image")
         count = 1 if last is None else 2
-        grey = first.new_zeros(*first.shape[:2], max(frames - count, 0), *first.shape[3:])
-        video = [first, grey] if last is None else [first, grey, last[:, :, None]]
+        gray = first.new_zeros(*first.shape[:2], max(frames - count, 0), *first.shape[3:])
+        video = [first, gray] if last is None else [first, gray, last[:, :, None]]
         latents = encode(torch.cat(video, dim=2)).float()
         mask = self._mask(frames, last is not None, latents)
-        return {"condition": torch.cat((mask, normalised(latents, self.vae.latents_mean, self.vae.latents_std)), dim=1)}
+        return {"condition": torch.cat((mask, normalized(latents, self.vae.latents_mean, self.vae.latents_std)), dim=1)}
 
     def _mask(self, frames: int, has_last: bool, latents: Tensor) -> Tensor:
         """Mask (1, 4, latent frames, rows, columns): 1 for input frames. The first frame is repeated four times."""

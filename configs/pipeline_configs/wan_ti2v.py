@@ -11,7 +11,7 @@ from torch import Tensor
 from common.errors import CheckpointError
 from configs.pipeline_configs.base import Parts
 from configs.pipeline_configs.first_frame import FirstFrameConfig
-from configs.pipeline_configs.normalisation import normalised
+from configs.pipeline_configs.normalization import normalized
 from configs.pipeline_configs.wan import WanPipelineConfig
 
 if TYPE_CHECKING:
@@ -57,10 +57,10 @@ class WanTI2VImagePipelineConfig(FirstFrameConfig, WanTI2VPipelineConfig):
     """
 
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
-        """Normalised latents of the image as a video of one frame, float32 (1, z, 1, rows, columns)."""
+        """Normalized latents of the image as a video of one frame, float32 (1, z, 1, rows, columns)."""
         del canvas
         latents = encode(images["image"][:, :, None]).float()
-        return {"condition": normalised(latents, self.vae.latents_mean, self.vae.latents_std)}
+        return {"condition": normalized(latents, self.vae.latents_mean, self.vae.latents_std)}
 
     def model_input(self, latents: Parts, conditions: Parts) -> Parts:
         """Replace the first latent frame with the image."""

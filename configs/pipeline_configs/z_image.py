@@ -139,7 +139,7 @@ class ZImagePipelineConfig(StandardPipelineConfig):
         return (1000 - timesteps) / 1000
 
     def active(self, step: Step, branches: Sequence[str], sampling: Sampling) -> Sequence[str]:
-        """Drop the negative branch once the normalised time, from 0 (noise) to 1, exceeds cfg_truncation.
+        """Drop the negative branch once the normalized time, from 0 (noise) to 1, exceeds cfg_truncation.
 
         Computed in float32, as in Diffusers.
         """

@@ -30,7 +30,7 @@ class PackedSamplingParams(SigmasSamplingParams):
     @classmethod
     def pixels_per_latent(cls, checkpoint: Checkpoint) -> int:
         """Pixels along each side of a latent. Raises CheckpointError if the VAE's config lacks the entry."""
-        raise TypeError(f"{cls.__name__} must define pixels_per_latent() for the VAE of {checkpoint.name}")
+        raise TypeError(f"{cls.__name__} does not define pixels_per_latent() for the VAE of {checkpoint.name}")
 
     @classmethod
     def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:

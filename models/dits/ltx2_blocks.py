@@ -54,7 +54,7 @@ class SegmentRows(NamedTuple):
         return SegmentRows(first, self.rest[:, which], self.segments)
 
     def plus(self, table_MD: Tensor) -> list[SegmentVectors]:
-        """The modulations plus the learnt table (M, D) of a block, as a list of length M."""
+        """The modulations plus the learned table (M, D) of a block, as a list of length M."""
         table = table_MD.float()
         first = None if self.first is None else self.first + table
         return vectors_of_rows(self.segments, first, self.rest + table)

@@ -62,7 +62,7 @@ class FP32LayerNorm(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """Embedding of the vision encoder's tokens. A learnt position embedding distinguishes first and last frame."""
+    """Embedding of the vision encoder's tokens. A learned position embedding distinguishes first and last frame."""
 
     def __init__(self, image_dim: int, size: int, positions: int | None) -> None:
         super().__init__()

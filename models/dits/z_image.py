@@ -1,7 +1,7 @@
 """The Z-Image DiT: separate refiner blocks for text and image, then blocks for all tokens.
 
 Shapes: N steps, B batch, T text tokens, I image tokens, S = T + I (text first), C channels of a latent, D hidden size,
-E size of the time embedding, M all modulations. Text and image are padded with learnt tokens, which take part in
+E size of the time embedding, M all modulations. Text and image are padded with learned tokens, which take part in
 attention. Parameter names are the checkpoint's.
 """
 
@@ -289,7 +289,7 @@ def unpack_channels_last(patches: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _padded(x_BSD: Tensor, token_1D: Tensor, length: int) -> Tensor:
-    """Tokens (B, S, D), padded at the end with a learnt token (1, D) to `length` tokens."""
+    """Tokens (B, S, D), padded at the end with a learned token (1, D) to `length` tokens."""
     batch, tokens, _ = x_BSD.shape
     return torch.cat((x_BSD, token_1D.expand(batch, length - tokens, -1)), dim=1)
 

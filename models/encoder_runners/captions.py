@@ -137,7 +137,7 @@ class _EachToken(StoppingCriteria):  # type: ignore[misc]
 
 
 def load_captioning_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load the whole model, including the language modelling head. Raises CheckpointError.
+    """Load the whole model, including the language modeling head. Raises CheckpointError.
 
     Without generation_config.json, generation settings come from config.json, as in Diffusers.
     """

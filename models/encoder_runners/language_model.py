@@ -18,7 +18,7 @@ def load_language_model(checkpoint: Checkpoint, name: str, device: torch.device,
 
 
 def load_causal_language_model(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load a causal language model without its language modelling head. Raises CheckpointError."""
+    """Load a causal language model without its language modeling head. Raises CheckpointError."""
     return _as_encoder(load_pretrained(checkpoint, name, device, dtype).model)
 
 

@@ -60,7 +60,12 @@ forward() gets positional arguments. Only `_from_model_config` indicates that ge
 """
 
 # transformers' defaults for settings that generation_config.json omits.
-_TEMPERATURE, _TOP_K, _TOP_P = 1.0, 50, 1.0
+_TEMPERATURE = 1.0
+"""Divisor of the logits; 1 leaves them unchanged."""
+_TOP_K = 50
+"""Number of tokens with the largest logits that may be sampled."""
+_TOP_P = 1.0
+"""Smallest total probability of the most likely tokens that may be sampled; 1 permits all tokens."""
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "num_beams"), (None, 1)),
     **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), (None, 0)),

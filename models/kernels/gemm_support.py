@@ -12,7 +12,7 @@ MIN_ROWS = 1024
 """Smallest number of rows of x for which backends other than PyTorch are faster."""
 
 HEAD_SIZE = 128
-"""Head size of the epilogue that normalises heads."""
+"""Head size of the epilogue that normalizes heads."""
 
 HEAD_EPS = 1e-6
 """Epsilon of the norm in that epilogue."""

@@ -16,12 +16,12 @@ from models.token_segments import SegmentVectors
 
 
 class Modulated(NamedTuple):
-    """Parameters of norm(x) * (1 + scale) + shift. `is_centred`: layer norm; otherwise RMS norm."""
+    """Parameters of norm(x) * (1 + scale) + shift. `is_centered`: layer norm; otherwise RMS norm."""
 
     scale: SegmentVectors
     shift: SegmentVectors
     eps: float
-    is_centred: bool
+    is_centered: bool
 
 
 _PLAIN: Operation[Callable[[Tensor, Modulated], Tensor]] = Operation("norm and modulation")
@@ -48,7 +48,7 @@ def add_update(x: Tensor, update: Tensor, gate: SegmentVectors) -> Tensor:
 @_PLAIN.register("torch")
 def _norm_modulate(x: Tensor, modulated: Modulated) -> Tensor:
     scale, shift = (each.by_token().float() for each in (modulated.scale, modulated.shift))
-    norm = layer_norm if modulated.is_centred else rms_norm
+    norm = layer_norm if modulated.is_centered else rms_norm
     normed = norm(x.float(), (x.shape[-1],), eps=modulated.eps)
     return (normed * (1 + scale) + shift).to(x.dtype)
 

@@ -59,7 +59,7 @@ def _by_torch(
     normed = len(norms.rest)
     for index, part in enumerate(parts[:normed]):
         pieces = [
-            _normalised(part[:, rows], norm, norms, None if square_sums is None else square_sums[:, rows, index, None])
+            _normalized(part[:, rows], norm, norms, None if square_sums is None else square_sums[:, rows, index, None])
             for rows, norm in (
                 (slice(0, first_tokens), norms.first[index]),
                 (slice(first_tokens, None), norms.rest[index]),
@@ -92,7 +92,7 @@ def _rotated(heads: Tensor, rotation: AnyRotation | None) -> Tensor:
     return heads if rotation is None else apply_rotary(heads, rotation)
 
 
-def _normalised(x: Tensor, norm: NormParameters, norms: QKNormParameters, square_sums: Tensor | None) -> Tensor:
+def _normalized(x: Tensor, norm: NormParameters, norms: QKNormParameters, square_sums: Tensor | None) -> Tensor:
     """Norm of x (B, tokens, D). `square_sums` (B, tokens, 1) are needed where x has only some of its channels."""
     if square_sums is not None:
         assert norm.weight is not None, "only RMS norms support sums of squares"

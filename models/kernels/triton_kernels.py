@@ -48,7 +48,7 @@ def _of_segment(first_ptr, rest_ptr, last_ptr, is_first, is_last, offsets, mask)
 def _gate_norm_scale_shift_kernel(
     x_ptr, update_ptr, first_gate, second_gate, last_gate, first_scale, second_scale, last_scale, first_shift,
     second_shift, last_shift, sum_ptr, normed_ptr, tokens, first_end, last_start, size, gate_stride, modulation_stride,
-    eps, HAS_UPDATE: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
+    eps, HAS_UPDATE: tl.constexpr, CENTERED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     batch, token = row // tokens, row % tokens
@@ -64,22 +64,22 @@ def _gate_norm_scale_shift_kernel(
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, rounded, mask=mask)
         x = rounded.to(tl.float32)
-    centred = x
-    if CENTRED:
-        centred = tl.where(mask, x - tl.sum(x, axis=0) / size, 0.0)
-    variance = tl.sum(centred * centred, axis=0) / size
+    centered = x
+    if CENTERED:
+        centered = tl.where(mask, x - tl.sum(x, axis=0) / size, 0.0)
+    variance = tl.sum(centered * centered, axis=0) / size
     where = batch * modulation_stride + columns
     scale = _of_segment(first_scale, second_scale, last_scale, is_first, is_last, where, mask)
     shift = _of_segment(first_shift, second_shift, last_shift, is_first, is_last, where, mask)
-    normed = centred * tl.rsqrt(variance + eps) * (1 + scale) + shift
+    normed = centered * tl.rsqrt(variance + eps) * (1 + scale) + shift
     tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
-def norm_modulate(x: Tensor, scale: SegmentVectors, shift: SegmentVectors, eps: float, is_centred: bool) -> Tensor:
+def norm_modulate(x: Tensor, scale: SegmentVectors, shift: SegmentVectors, eps: float, is_centered: bool) -> Tensor:
     """See models.kernels.norm_modulate.norm_modulate; x is (B, S, D)."""
     x = x.contiguous()
     normed = torch.empty_like(x)
-    _launch_norm(x, None, None, scale, shift, x, normed, eps, is_centred)
+    _launch_norm(x, None, None, scale, shift, x, normed, eps, is_centered)
     return normed
 
 
@@ -90,12 +90,12 @@ def gate_norm_modulate(
     scale: SegmentVectors,
     shift: SegmentVectors,
     eps: float,
-    is_centred: bool,
+    is_centered: bool,
 ) -> tuple[Tensor, Tensor]:
     """See models.kernels.norm_modulate.gate_norm_modulate; x and update are (B, S, D)."""
     x = x.contiguous()
     added, normed = torch.empty_like(x), torch.empty_like(x)
-    _launch_norm(x, update.contiguous(), gate, scale, shift, added, normed, eps, is_centred)
+    _launch_norm(x, update.contiguous(), gate, scale, shift, added, normed, eps, is_centered)
     return added, normed
 
 
@@ -108,7 +108,7 @@ def _launch_norm(
     added: Tensor,
     normed: Tensor,
     eps: float,
-    is_centred: bool,
+    is_centered: bool,
 ) -> None:
     batch, tokens, size = x.shape
     given = [each for each in (scale, shift, gate) if each is not None]
@@ -124,7 +124,7 @@ def _launch_norm(
     _gate_norm_scale_shift_kernel[(batch * tokens,)](
         x, x if update is None else update, *gates, *scales, *shifts, added, normed,
         tokens, first_end, last_start, size, gates[0].stride(0), strides.pop(), eps,
-        HAS_UPDATE=update is not None, CENTRED=is_centred, BLOCK=block, num_warps=max(1, min(16, block // 512)),
+        HAS_UPDATE=update is not None, CENTERED=is_centered, BLOCK=block, num_warps=max(1, min(16, block // 512)),
     )  # fmt: skip
 
 

@@ -212,9 +212,9 @@ class SelfAttention(JoinsWeights):
             self._write_normed(x_BSD, out, rotation.interleaved, which)
         else:
             self._project(x_BSD, out, segments, which)
-            self._normalise(out, rotation, segments, which)
+            self._normalize(out, rotation, segments, which)
 
-    def _normalise(self, out: Tensor, rotation: AnyRotation, segments: TokenSegments | None, which: slice) -> None:
+    def _normalize(self, out: Tensor, rotation: AnyRotation, segments: TokenSegments | None, which: slice) -> None:
         """Apply norms and RoPE in place to the queries and keys in `out`."""
         normed, _ = _split(which)
         width = self._size * len(self._projections[normed])

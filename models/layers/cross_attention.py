@@ -42,7 +42,7 @@ class CrossAttention(nn.Module):
         return self.attend(self.queries(x_BSD), kv)
 
     def queries(self, x_BSD: Tensor) -> Tensor:
-        """Normalised queries (B, S, heads, head size)."""
+        """Normalized queries (B, S, heads, head size)."""
         q = self.to_q(x_BSD)
         apply_qk_norm(q, QKNormModules((self.norm_q,), self.head_size))
         return split_heads(q, self.head_size)

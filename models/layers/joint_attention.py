@@ -73,7 +73,7 @@ class JointAttention(SelfAttention):
         self._write_normed(x_BSD[:, image], out[:, image], rotation.interleaved[image], which)
         if text.stop:
             project(x_BSD[:, text], out[:, text], self.added, self._added, which)
-            self._normalise(out[:, text], rotation.of(text), TokenSegments((text.stop,)), which)
+            self._normalize(out[:, text], rotation.of(text), TokenSegments((text.stop,)), which)
 
     def _norms(self) -> QKNormModules:
         return replace(super()._norms(), first=(self.norm_added_q, self.norm_added_k))

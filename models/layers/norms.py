@@ -36,12 +36,12 @@ class Residual(NamedTuple):
 
 
 class LayerNormScaleShift(nn.Module):
-    """Layer norm without learnt weights, then scale and shift by modulations.
+    """Layer norm without learned weights, then scale and shift by modulations.
 
     Statistics and modulation are computed in float32; results are in x's dtype.
     """
 
-    is_centred: ClassVar[bool] = True
+    is_centered: ClassVar[bool] = True
     """Whether the norm subtracts the mean."""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
@@ -51,20 +51,20 @@ class LayerNormScaleShift(nn.Module):
 
     def forward(self, x_BSD: Tensor, scale: SegmentVectors, shift: SegmentVectors) -> Tensor:
         """norm(x) * (1 + scale) + shift."""
-        return norm_modulate(x_BSD, Modulated(scale, shift, self.eps, self.is_centred))
+        return norm_modulate(x_BSD, Modulated(scale, shift, self.eps, self.is_centered))
 
     def after(self, residual: Residual, scale: SegmentVectors, shift: SegmentVectors) -> tuple[Tensor, Tensor]:
         """Value of the residual stream (B, S, D), and forward() of this value."""
         x_BSD, update_BSD, gate = residual
         if update_BSD is None or gate is None:
             return x_BSD, self(x_BSD, scale, shift)
-        return gate_norm_modulate(x_BSD, update_BSD, gate, Modulated(scale, shift, self.eps, self.is_centred))
+        return gate_norm_modulate(x_BSD, update_BSD, gate, Modulated(scale, shift, self.eps, self.is_centered))
 
 
 class RMSNormScaleShift(LayerNormScaleShift):
-    """RMS norm without a learnt weight, then scale and shift by modulations."""
+    """RMS norm without a learned weight, then scale and shift by modulations."""
 
-    is_centred: ClassVar[bool] = False
+    is_centered: ClassVar[bool] = False
 
 
 class RMSNorm(nn.Module):
@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def square_sums(self, x: Tensor, parts: int) -> Tensor | None:
-        """Sums of squares (B, S, parts) over all normalised channels; None if x has all of these channels.
+        """Sums of squares (B, S, parts) over all normalized channels; None if x has all of these channels.
 
         The tensor x (B, S, parts * channels) contains `parts` concatenated tensors with separate norms. This class
         returns None.

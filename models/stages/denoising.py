@@ -48,15 +48,16 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
 
         Reports every step, ends within one step when cancelled, and resumes after resume_from.step with identical
         bytes. In a worker group, all ranks call run() together with equal inputs and get equal outputs. A loop with a
-        step cache sends no checkpoints, cannot resume and is not handed over, because checkpoints do not contain the
-        cache. Raises ResourceExhausted before the first step if step memory is insufficient, and HandedOver at a step
-        boundary if requested.
+        step cache sends no step checkpoints, cannot resume and is not handed over, because step checkpoints do not
+        contain the cache. Raises ResourceExhausted before the first step if step memory is insufficient, and HandedOver
+        at a step boundary if requested.
         """
         request = self._predictor.request(x)
         state = LoopState.of(x, self._config.part_keywords, self._new_solver)
         if self._caching is not None and state.step:
             raise InvalidInput(
-                "resume_from: a loop with a step cache has no checkpoints; a request from step 0 works",
+                f"resume_from: step {state.step} is not usable, as a loop with a step cache has no step checkpoints; "
+                "a request from step 0 works",
                 field="resume_from",
             )
         with self._memory.leases() as lease:
@@ -84,7 +85,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
                 checkpoints.send_if_due()
         if self._caching is not None:
             STEPS_REUSED.inc(branches.reused)
-            _log.info("outputs of earlier steps reused", reused=branches.reused, steps=total)
+            _log.info("cached block contributions reused", reused=branches.reused, steps=total)
 
 
 def _step_caching(runtime: Runtime) -> StepCaching | None:

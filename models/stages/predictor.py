@@ -28,8 +28,8 @@ from models.stages.step_memory import NO_FLAGS, Flags, Lease, StepInputs, StepKi
 class StepCaching:
     """Settings of the step cache.
 
-    A step reuses cached block outputs if the first block's output changed by less than `threshold` (relative L1
-    distance). Ranks along `axes` make the same decision.
+    A step reuses the cached contribution (output minus input) of all blocks but the first if the first block's
+    contribution changed by less than `threshold` (relative L1). Ranks along `axes` make the same decision.
     """
 
     threshold: float
@@ -49,7 +49,7 @@ class StepCaching:
 class Branch:
     """One guidance branch of a request on one denoiser.
 
-    `reused` counts the predictions that reused the cached outputs of all blocks except the first.
+    `reused` counts the predictions that reused the cached contribution of all blocks but the first.
     """
 
     def __init__(self, prepared: Prepared, memory: StepMemory, threshold: float = 0.0) -> None:
@@ -154,7 +154,7 @@ class Branches:
 
     @property
     def reused(self) -> int:
-        """Number of this rank's predictions that reused cached block outputs."""
+        """Number of this rank's predictions that reused the cached contribution of all blocks but the first."""
         return sum(branch.reused for branch in self._branches.values())
 
 

@@ -12,7 +12,7 @@ def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors to the CPU; later steps do not modify the copies.
 
     GPU tensors are copied asynchronously to pinned memory, which PyTorch's caching host allocator reuses, with a single
-    synchronisation. CPU tensors are returned without a copy, because loops never modify tensors in place.
+    synchronization. CPU tensors are returned without a copy, because loops never modify tensors in place.
     """
     copies: dict[str, Tensor] = {}
     streams: set[torch.cuda.Stream] = set()

@@ -28,7 +28,10 @@ NO_FLAGS: Flags = ()
 
 
 class StepKind(NamedTuple):
-    """Steps that share one CUDA graph: `probe` reuses cached block outputs, `flags` are static keywords."""
+    """Steps that share one CUDA graph. `flags` are static keywords.
+
+    `probe`: the step computes only the first block, and reuses the cached contribution of the other blocks.
+    """
 
     probe: bool = False
     flags: Flags = NO_FLAGS

@@ -1,1 +1,1 @@
-"""Autoencoders: encoding, normalisation and decoding."""
+"""Autoencoders: encoding, normalization and decoding."""

@@ -1,4 +1,4 @@
-"""The video and audio VAEs of LTX-2, which normalise latents with statistics in their weights.
+"""The video and audio VAEs of LTX-2, which normalize latents with statistics in their weights.
 
 Wraps Diffusers' AutoencoderKLLTX2Video and AutoencoderKLLTX2Audio.
 """
@@ -12,40 +12,40 @@ import torch
 from torch import Tensor
 
 from models.loader import load_pretrained
-from models.vaes.normalised import NormalisedVideoVAE
+from models.vaes.normalised import NormalizedVideoVAE
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 
-class LTX2VideoVAE(NormalisedVideoVAE):
-    """Encoder and decoder of one video at a time, to and from normalised latents."""
+class LTX2VideoVAE(NormalizedVideoVAE):
+    """Encoder and decoder of one video at a time, to and from normalized latents."""
 
     def encode(self, video: Tensor) -> Tensor:
         """Latents' mode, float32 (1, C, latent frames, h, w), of a video (1, 3, frames, H, W) in [-1, 1]."""
-        return self.normalised(self.distribution(video).mode())
+        return self.normalized(self.distribution(video).mode())
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Decode latents (1, C, latent frames, h, w) to frames (3, H, W) in about [-1, 1].
 
         The decoder is not causal: the whole video is decoded before the first frame is yielded.
         """
-        yield from self.frames(self.denormalised(latents))
+        yield from self.frames(self.denormalized(latents))
 
 
 class LTX2AudioVAE:
-    """Decoder of normalised latents to spectrograms."""
+    """Decoder of normalized latents to spectrograms."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, length, latent bins) to log-mel spectrograms (B, channels, frames, bins)."""
-        spectrogram: Tensor = self._vae.decode(self.denormalised(latents).to(self._vae.dtype), return_dict=False)[0]
+        spectrogram: Tensor = self._vae.decode(self.denormalized(latents).to(self._vae.dtype), return_dict=False)[0]
         return spectrogram
 
-    def denormalised(self, latents: Tensor) -> Tensor:
-        """Decoder input of normalised latents, in their dtype; statistics are per channel and latent bin."""
+    def denormalized(self, latents: Tensor) -> Tensor:
+        """Decoder input of normalized latents, in their dtype; statistics are per channel and latent bin."""
         shape = (1, latents.shape[1], 1, latents.shape[3])
         mean, std = (each.view(shape).to(latents) for each in (self._vae.latents_mean, self._vae.latents_std))
         raw: Tensor = latents * std + mean

@@ -10,27 +10,27 @@ import torch
 from torch import Tensor
 
 from models.loader import load_pretrained
-from models.vaes.normalised import NormalisedVideoVAE
+from models.vaes.normalised import NormalizedVideoVAE
 from models.vaes.whole_video import WholeVideoSession
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint
 
 
-class LTXVideoVAE(NormalisedVideoVAE):
-    """Encoder and decoder of one video at a time, to and from normalised latents.
+class LTXVideoVAE(NormalizedVideoVAE):
+    """Encoder and decoder of one video at a time, to and from normalized latents.
 
     The decoder is not causal: the whole video is decoded before the first frame is yielded. Latents are converted to
-    the VAE's dtype only after they are denormalised.
+    the VAE's dtype only after they are denormalized.
     """
 
     def sample(self, video: Tensor, noise: Tensor) -> Tensor:
-        """Sample normalised latents with `noise`, both (1, C, latent frames, h, w); float32.
+        """Sample normalized latents with `noise`, both (1, C, latent frames, h, w); float32.
 
         The video is (1, 3, frames, H, W) in [-1, 1].
         """
         posterior = self.distribution(video)
-        return self.normalised(posterior.mean + posterior.std * noise.to(posterior.mean))
+        return self.normalized(posterior.mean + posterior.std * noise.to(posterior.mean))
 
     def session(
         self,
@@ -56,11 +56,11 @@ class LTXVideoVAE(NormalisedVideoVAE):
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Decode float32 latents (1, C, latent frames, h, w) to frames (3, H, W) in about [-1, 1]."""
-        return self.frames(self.denormalised(latents))
+        return self.frames(self.denormalized(latents))
 
     def decode_noisy(self, latents: Tensor, noise: Tensor, scale: float, timestep: float) -> Iterator[Tensor]:
         """Decode with noise mixed into the latents, for a decoder conditioned on `timestep` in [0, 1]."""
-        raw = self.denormalised(latents).to(self._vae.dtype)
+        raw = self.denormalized(latents).to(self._vae.dtype)
         fraction = torch.tensor(scale, dtype=raw.dtype, device=raw.device)
         mixed = (1 - fraction) * raw + fraction * noise.to(raw)
         return self.frames(mixed, torch.tensor([timestep], dtype=raw.dtype, device=raw.device))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 
-class NormalisedVideoVAE:
+class NormalizedVideoVAE:
     """Wraps a Diffusers video VAE, for one video at a time."""
 
     def __init__(self, vae: Any) -> None:
@@ -20,23 +20,23 @@ class NormalisedVideoVAE:
         return self._vae.encode(video.to(parameter.device, parameter.dtype)).latent_dist
 
     def frames(self, latents: Tensor, timestep: Tensor | None = None) -> Iterator[Tensor]:
-        """Decode denormalised latents (1, C, latent frames, h, w) to frames (3, H, W) in about [-1, 1].
+        """Decode denormalized latents (1, C, latent frames, h, w) to frames (3, H, W) in about [-1, 1].
 
         `timestep` (1,) in [0, 1] is for timestep-conditioned decoders.
         """
         (video,) = self._vae.decode(latents.to(self._vae.dtype), timestep, return_dict=False)[0]
         yield from video.unbind(1)
 
-    def normalised(self, latents: Tensor) -> Tensor:
-        """Normalise encoded latents (1, C, latent frames, h, w) for the denoiser; float32."""
+    def normalized(self, latents: Tensor) -> Tensor:
+        """Normalize encoded latents (1, C, latent frames, h, w) for the denoiser; float32."""
         encoded = latents.float()
         mean, std = self._statistics(encoded)
         # Diffusers' pipelines do not apply the scaling factor here.
-        normalised: Tensor = (encoded - mean) / std
-        return normalised
+        normalized: Tensor = (encoded - mean) / std
+        return normalized
 
-    def denormalised(self, latents: Tensor) -> Tensor:
-        """Decoder input of normalised latents (B, C, latent frames, h, w), in their dtype."""
+    def denormalized(self, latents: Tensor) -> Tensor:
+        """Decoder input of normalized latents (B, C, latent frames, h, w), in their dtype."""
         mean, std = self._statistics(latents)
         raw: Tensor = latents * std / self._vae.config.scaling_factor + mean
         return raw

@@ -212,7 +212,7 @@ class _ShortcutUp:
 
 
 class _Unpatchify:
-    """Rearranges channels (colour, column, row) to pixels: (1, C * p², H, W) to (1, C, H * p, W * p)."""
+    """Rearranges channels (color, column, row) to pixels: (1, C * p², H, W) to (1, C, H * p, W * p)."""
 
     def __init__(self, patch_size: int) -> None:
         self._patch_size = patch_size

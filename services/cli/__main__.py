@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     # grpc reads this variable on import. At the default level, it logs each failed TLS handshake on stderr.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    words = arguments[1:]
+    rest = arguments[1:]
     try:
-        code = run_program(f"fleet {name}", lambda: _run(name, words), words, exit_code=exit_code)
+        code = run_program(f"fleet {name}", lambda: _run(name, rest), rest, exit_code=exit_code)
     except KeyboardInterrupt:
         code = INTERRUPTED
     if code == INTERRUPTED:
@@ -60,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(name: str, words: Sequence[str]) -> int:
+def _run(name: str, arguments: Sequence[str]) -> int:
     """Import and run a subcommand."""
     command: Callable[[Sequence[str]], int] = vars(importlib.import_module(f"services.cli.{name}"))["main"]
     try:
-        return command(words)
+        return command(arguments)
     except BrokenPipeError:  # The reader of stdout has closed the pipe.
         sys.stderr.close()
         return FAILED

@@ -146,7 +146,7 @@ def _model_checks(reference: str, facts: Callable[[], GpuFacts], source: Service
 
 def _kernel_flags(values: Mapping[str, Any]) -> list[str]:
     """The worker flags that select the kernel packages to try. Empty for a service without kernel settings."""
-    flags = [word for package in values.get("kernels", ()) for word in ("--kernels", package)]
+    flags = [argument for package in values.get("kernels", ()) for argument in ("--kernels", package)]
     return [*flags, "--attention-backend", values["attention_backend"]] if "attention_backend" in values else flags
 
 

@@ -78,7 +78,7 @@ def _tried(number: int, capability: Capability, choice: KernelChoice) -> list[Ou
 
 
 def _gpus() -> tuple[list[Gpu], str]:
-    """The GPUs visible to torch, and the error if CUDA cannot be initialised."""
+    """The GPUs visible to torch, and the error if CUDA cannot be initialized."""
     if torch.version.cuda is None:
         return [], ""
     try:

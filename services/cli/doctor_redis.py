@@ -214,7 +214,7 @@ async def _clock(redis: Redis, most_seconds: float) -> _Results:
 def skew_result(skew: float, tolerance: float, most_seconds: float) -> Result:
     """The result for a clock that is `skew` ± `tolerance` seconds ahead of the server's clock."""
     found = f"this host is {abs(skew):.3f} s {'ahead of' if skew > 0 else 'behind'} the Redis server"
-    advice = "synchronise the clocks of both hosts (chrony, systemd-timesyncd)"
+    advice = "synchronize the clocks of both hosts (chrony, systemd-timesyncd)"
     if abs(skew) - tolerance > max(most_seconds, _SKEW_SECONDS):
         return error("clock", f"{found}, so valid tokens and certificates may be refused", advice)
     if abs(skew) - tolerance > _SKEW_SECONDS:

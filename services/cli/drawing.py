@@ -21,18 +21,18 @@ async def draw(
 ) -> list[Path]:
     """Send the request, show its progress, write its files. Raises RequestFailed if the request does not succeed."""
     with ResultFiles(output) as files:
-        drawing = _Drawing(client, files, report)
+        client_request = _ClientRequest(client, files, report)
         # Set only for videos, because coordinators of earlier versions refuse the field `follow`.
-        await drawing.generate(request, follow=output.suffix.lower() == ".mp4")
+        await client_request.generate(request, follow=output.suffix.lower() == ".mp4")
         report.finish()
         if not files.paths:
-            raise InternalError(f"request {drawing.request_id} ended without a result")
+            raise InternalError(f"request {client_request.request_id} ended without a result")
         files.check_complete()
-        report.note(f"request {drawing.request_id}, seed {drawing.seed}: {drawing.seconds:.1f} s")
+        report.note(f"request {client_request.request_id}, seed {client_request.seed}: {client_request.seconds:.1f} s")
         return files.paths
 
 
-class _Drawing:
+class _ClientRequest:
     """The state of a request in this client: its ID, its latest event, and the bytes received in `files`."""
 
     def __init__(self, client: FleetClient, files: ResultFiles, report: TerminalReporter) -> None:

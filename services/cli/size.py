@@ -30,7 +30,7 @@ from services.cli.stage_seconds import (
 from services.cli.status_cells import table
 
 _LITTLE = 0.2
-"""Utilisation of a worker below which its service can share the device of another service."""
+"""Utilization of a worker below which its service can share the device of another service."""
 
 _TRANSPORT_SHARE = 0.02
 """Transport time, as a fraction of the compute time of a request, above which a remark is printed."""
@@ -49,7 +49,7 @@ class Load:
     """
 
     requests_per_second: float
-    utilisation: float
+    utilization: float
     seconds: Mapping[str, float]
     ranks: int = 1
 
@@ -60,12 +60,12 @@ class Load:
 
 @dataclass(frozen=True)
 class ServiceSize:
-    """Replicas of a service, each with one request at a time, and their utilisation (0 to 1)."""
+    """Replicas of a service, each with one request at a time, and their utilization (0 to 1)."""
 
     service: str
     seconds: float
     replicas: int
-    utilisation: float
+    utilization: float
 
 
 def main(argv: Sequence[str]) -> int:
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         )
     seconds = {service: given.get(service, each or 0.0) for service, each in measured.items()}
     load = Load(
-        args.requests_per_second, args.utilisation, seconds, 1 if args.degrees is None else _ranks(args.degrees)
+        args.requests_per_second, args.utilization, seconds, 1 if args.degrees is None else _ranks(args.degrees)
     )
     sys.stdout.write("".join(f"{line}\n" for line in _report(load, source, transport())))
     return SUCCESS
@@ -105,7 +105,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--size", metavar="HxW[xF]", help="height, width and frames (default: the model's)")
     parser.add_argument("--steps", type=whole_number, metavar="N", help="denoising steps (default: the model's)")
     parser.add_argument(
-        "--utilisation", type=number, default=0.7, metavar="U", help="target utilisation of each worker (default: 0.7)"
+        "--utilization",
+        "--utilisation",
+        type=number,
+        default=0.7,
+        metavar="U",
+        help="target utilization of each worker (default: 0.7)",
     )
     parser.add_argument(
         "--stage-seconds",
@@ -121,7 +126,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_endpoint(parser, "none; committed measurements are used")
     args = parser.parse_args(argv)
-    for name, most in (("requests_per_second", math.inf), ("utilisation", 1.0)):
+    for name, most in (("requests_per_second", math.inf), ("utilization", 1.0)):
         value = vars(args)[name]
         if not (math.isfinite(value) and 0 < value <= most):
             flag, rule = "--" + name.replace("_", "-"), f"above 0 and at most {most:g}" if most == 1 else "above 0"
@@ -153,10 +158,10 @@ def _ranks(degrees: str) -> int:
 
 
 def _size(text: str) -> tuple[int, ...]:
-    words = text.split("x")
-    if not (len(words) in (2, 3) and all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words)):
+    parts = text.split("x")
+    if not (len(parts) in (2, 3) and all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts)):
         raise SettingsError(f"--size: {text!r} is not HxW or HxWxF; 1024x1024 works", field="size")
-    return tuple(int(word) for word in words)
+    return tuple(int(part) for part in parts)
 
 
 def _stage_seconds(pairs: Sequence[str]) -> dict[str, float]:
@@ -281,11 +286,11 @@ def _group_speed(model: str, degrees: str, pixels: int) -> GroupSpeed:
 
 
 def sizes_of(load: Load) -> list[ServiceSize]:
-    """The minimum number of workers of each service whose utilisation is at most the target."""
+    """The minimum number of workers of each service whose utilization is at most the target."""
     sizes = []
     for service, seconds in load.seconds.items():
         busy = load.requests_per_second * seconds
-        replicas = max(1, math.ceil(busy / load.utilisation - 1e-9))
+        replicas = max(1, math.ceil(busy / load.utilization - 1e-9))
         sizes.append(ServiceSize(service, seconds, replicas, busy / replicas))
     return sizes
 
@@ -293,7 +298,7 @@ def sizes_of(load: Load) -> list[ServiceSize]:
 def _report(load: Load, source: str, costs: Transport) -> Iterator[str]:
     columns: dict[str, list[str]] = {"SERVICE": [], "SECONDS": [], "REPLICAS": [], "BUSY": [], "DEVICES": []}
     for each in sizes_of(load):
-        cells = (each.service, _three_digits(each.seconds), str(each.replicas), f"{each.utilisation:.0%}")
+        cells = (each.service, _three_digits(each.seconds), str(each.replicas), f"{each.utilization:.0%}")
         for column, cell in zip(columns.values(), (*cells, str(load.devices(each))), strict=True):
             column.append(cell)
     if load.ranks == 1:
@@ -312,7 +317,7 @@ def remarks(load: Load, costs: Transport) -> Iterator[str]:
     sizes = [each for each in sizes_of(load) if each.service not in _ON_CPU]
     total = sum(load.seconds.values())
     split = sum(map(load.devices, sizes))
-    whole = max(1, math.ceil(load.requests_per_second * sum(each.seconds for each in sizes) / load.utilisation - 1e-9))
+    whole = max(1, math.ceil(load.requests_per_second * sum(each.seconds for each in sizes) / load.utilization - 1e-9))
     if load.ranks == 1 and split > whole:
         yield (
             f"Separate services need {split} devices; instances of the whole pipeline need {whole}. Split only "
@@ -320,8 +325,8 @@ def remarks(load: Load, costs: Transport) -> Iterator[str]:
         )
     longest = max(sizes, key=lambda each: each.seconds)
     for each in sizes:
-        if each is not longest and each.replicas == 1 and each.utilisation < _LITTLE:
-            yield f"{each.service} uses {each.utilisation:.0%} of one device: it can share another service's device."
+        if each is not longest and each.replicas == 1 and each.utilization < _LITTLE:
+            yield f"{each.service} uses {each.utilization:.0%} of one device: it can share another service's device."
         if each.seconds < costs.hop_seconds:
             yield (
                 f"{each.service} computes for {1e3 * each.seconds:.1f} ms, less than one hop of 4 MB "

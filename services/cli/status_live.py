@@ -90,7 +90,7 @@ class StatusView:
             yield Text()
             yield _line(f"{model.name} ({model.pipeline_name})", "bold")
             has_degrees = width >= _NARROW and any(each.groups for each in model.services)
-            table = _table("STAGE", workers, "SLOTS", "QUEUED", "SECONDS", "PACE", *["DEGREES"] * has_degrees)
+            table = _table("STAGE", workers, "BUSY", "QUEUED", "SECONDS", "PACE", *["DEGREES"] * has_degrees)
             for each in model.services:
                 degrees = [_text(degrees_text(each.groups))] if has_degrees else []
                 table.add_row(*map(_text, _stage_cells(each)), *degrees, style=_stage_style(each))
@@ -151,9 +151,9 @@ def _table(*heads: str, flexible: tuple[str, ...] = ()) -> Table:
 
 
 def _stage_cells(service: generation_pb2.ServiceStatus) -> tuple[str, ...]:
-    slots = f"{service.busy}/{service.capacity}"
+    busy = f"{service.busy}/{service.capacity}"
     queued = str(service.queued)
-    return service.service, workers_text(service), slots, queued, seconds_text(service), pace_text(service)
+    return service.service, workers_text(service), busy, queued, seconds_text(service), pace_text(service)
 
 
 def _stage_style(service: generation_pb2.ServiceStatus) -> str:

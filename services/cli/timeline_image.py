@@ -57,7 +57,7 @@ def draw_timeline(timeline: Timeline) -> Image.Image:
         x = _x(moment, timeline.seconds)
         draw.line((x, _TOP, x, _TOP + _ROW * rows), _TAKE_OVER, 2)
         draw.text((x + 4, _TOP - 2), f"coordinator {epoch} took over", _TAKE_OVER, small)
-    legend = "grey: waiting for a worker    diamond: step checkpoint    cross: worker lost"
+    legend = "gray: waiting for a worker    diamond: step checkpoint    cross: worker lost"
     draw.text((_LEFT, height - _MARGIN - _SMALL), legend, _FAINT, small)
     return image
 
@@ -68,9 +68,9 @@ def _draw_attempt(draw: ImageDraw.ImageDraw, attempt: Attempt, seconds: float, t
     if attempt.queued is not None:
         draw.rectangle((_x(attempt.queued, seconds), top + 4, _x(granted, seconds), top + _BAR - 4), _WAIT)
     if attempt.granted is not None:
-        colour = _RUN.get(attempt.outcome, _OTHER_RUN)
+        color = _RUN.get(attempt.outcome, _OTHER_RUN)
         draw.rectangle(
-            (_x(attempt.granted, seconds), top, max(_x(end, seconds), _x(granted, seconds) + 1), top + _BAR), colour
+            (_x(attempt.granted, seconds), top, max(_x(end, seconds), _x(granted, seconds) + 1), top + _BAR), color
         )
     middle = top + _BAR // 2
     for moment, _ in attempt.checkpoints:

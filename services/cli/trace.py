@@ -35,18 +35,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", metavar="FILE.png", type=Path, help="write a PNG instead of text")
     add_endpoint(parser)
     args = parser.parse_args(argv)
-    draw = _drawing(args.output)
-    return run_async(_trace(endpoint_of(args.endpoint), access_of(args), args.id, draw))
+    write = _timeline_writer(args.output)
+    return run_async(_trace(endpoint_of(args.endpoint), access_of(args), args.id, write))
 
 
-async def _trace(endpoint: str, access: Access, request_id: str, draw: Callable[[Timeline], None]) -> int:
+async def _trace(endpoint: str, access: Access, request_id: str, write: Callable[[Timeline], None]) -> int:
     async with connect(endpoint, access) as client:
         found = await client.timeline(request_id)
-    draw(read_timeline(found.request, found.timeline))
+    write(read_timeline(found.request, found.timeline))
     return SUCCESS
 
 
-def _drawing(output: Path | None) -> Callable[[Timeline], None]:
+def _timeline_writer(output: Path | None) -> Callable[[Timeline], None]:
     """A function that prints a timeline, or writes it to a file. Raises InvalidInput."""
     if output is None:
         return lambda timeline: print_timeline(timeline, Console(file=sys.stdout, highlight=False))

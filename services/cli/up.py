@@ -86,8 +86,8 @@ def main(argv: Sequence[str]) -> int:
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         # The store is discarded when this process ends, so its writes need no fsync.
         store = None if args.redis else stack.enter_context(EmbeddedStore(appendfsync="no"))
-        redis_words = ("--redis", store.url, "--allow-data-loss") if store else ("--redis", args.redis)
-        plan = _plan(models, bounds, args, endpoint, scaler, redis_words, directory)
+        redis_flags = ("--redis", store.url, "--allow-data-loss") if store else ("--redis", args.redis)
+        plan = _plan(models, bounds, args, endpoint, scaler, redis_flags, directory)
         code = run_async(_run(plan, store, access))
     return SUCCESS if code in (CTRL_C, TERMINATED) else code
 
@@ -132,18 +132,18 @@ def _plan(
     args: argparse.Namespace,
     endpoint: str,
     scaler: str,
-    redis_words: Sequence[str],
+    redis_flags: Sequence[str],
     directory: Path,
 ) -> Plan:
     references = {model.name: f"{model.name}={model.checkpoint.path.resolve()}" for model in models}
-    served = [word for reference in references.values() for word in ("--model", reference)]
-    coordinator = ("serve", _COORDINATOR, *served, "--listen", endpoint, *redis_words)
+    served = [argument for reference in references.values() for argument in ("--model", reference)]
+    coordinator = ("serve", _COORDINATOR, *served, "--listen", endpoint, *redis_flags)
     if args.autoscale and not scaler:
         scaler = f"unix:{directory}/scaler.sock"
     if scaler:
         coordinator += ("--scaler-listen", scaler)
-    options = (*redis_words, *(("--dtype", args.dtype) if args.dtype else ()))
-    degrees = tuple(word for axis, degree in up_flags.degrees(args).items() for word in (f"--{axis}", str(degree)))
+    options = (*redis_flags, *(("--dtype", args.dtype) if args.dtype else ()))
+    degrees = tuple(flag for axis, degree in up_flags.degrees(args).items() for flag in (f"--{axis}", str(degree)))
     workers: list[StageWorkers] = []
     for model in models:
         for spec in model.services:

@@ -114,7 +114,7 @@ class ByBearer:
         self._keys = keys
         self._tokens = tokens
         self._max_open_of_caller = max_open_of_caller
-        self._accepted = " or ".join(word for word, kind in (("KEY", keys), ("TOKEN", tokens)) if kind is not None)
+        self._accepted = " or ".join(name for name, source in (("KEY", keys), ("TOKEN", tokens)) if source is not None)
 
     def __call__(self, context: Context) -> None:
         """Set the caller. Raises Unauthenticated for a missing or invalid key or token."""
@@ -125,7 +125,7 @@ class ByBearer:
             )
         text = given[0] if isinstance(given[0], str) else given[0].decode("ascii", "replace")
         if not text.lower().startswith(_SCHEME):
-            raise Unauthenticated(f"authorization must be `Bearer {self._accepted}`")
+            raise Unauthenticated(f"authorization: the value is not `Bearer {self._accepted}`")
         _current.set(self.find(text[len(_SCHEME) :].strip()))
 
     def find(self, given: str) -> Caller:
@@ -139,7 +139,7 @@ class ByBearer:
     def _by_token(self, tokens: TokenVerifier, token: str) -> Caller:
         claimed = tokens.verify(token)
         if not _NAME.fullmatch(claimed.name):
-            raise Unauthenticated("the caller's name in the token must consist of at most 64 letters, digits and ._@-")
+            raise Unauthenticated("the token has no caller's name of at most 64 letters, digits and ._@-")
         known = None if self._keys is None else self._keys.value.bound(claimed.name)
         if claimed.max_open is None:
             return Caller(claimed.name, known)
@@ -179,7 +179,7 @@ def read_keys(path: Path) -> dict[bytes, Caller]:
         raise InvalidInput(f"api_keys: {path} is not TOML: {error}", field="api_keys") from None
     callers = table.get("callers")
     if set(table) != {"callers"} or not isinstance(callers, dict) or not callers:
-        raise InvalidInput(f"api_keys: {path} must contain only tables [callers.NAME]", field="api_keys")
+        raise InvalidInput(f"api_keys: {path} does not consist of tables [callers.NAME]", field="api_keys")
     keys: dict[bytes, Caller] = {}
     for name, entry in callers.items():
         for digest, caller in _entries(path, name, entry):
@@ -194,9 +194,9 @@ def _entries(path: Path, name: str, entry: Any) -> list[tuple[bytes, Caller]]:
         return InvalidInput(f"api_keys: [callers.{name[:64]}] in {path} {what}", field="api_keys")
 
     if not _NAME.fullmatch(name):
-        raise wrong("must have a name of at most 64 letters, digits and ._@-")
+        raise wrong("does not have a name of at most 64 letters, digits and ._@-")
     if not isinstance(entry, dict) or entry.keys() - set(_FIELDS):
-        raise wrong(f"must contain only {' and '.join(_FIELDS)}")
+        raise wrong(f"is not a table of only {' and '.join(_FIELDS)}")
     digests, max_open = entry.get("key_sha256"), entry.get("max_open")
     if not isinstance(digests, list) or not digests:
         raise wrong("needs key_sha256, an array of SHA-256 digests")

@@ -56,7 +56,7 @@ class Download:
 
     def __init__(self, store: RequestStore, request_id: str, index: int | None = None, offset: int = 0) -> None:
         if offset and index is None:
-            raise InvalidInput(f"offset: {offset} is not 0 without an index; set index too", field="index")
+            raise InvalidInput(f"index: it is missing, although offset is {offset}; set both", field="index")
         self._store = store
         self._request_id = request_id
         self._index = index

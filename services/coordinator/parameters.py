@@ -51,7 +51,9 @@ def given_images(message: generation_pb2.GenerationParameters) -> dict[str, byte
     for image in message.images:
         role = image.role or "image"
         if role in images:
-            raise InvalidInput(f"two images have the role {role[:80]!r}; each role must be unique", field="images")
+            raise InvalidInput(
+                f"images: {role[:80]!r} is the role of two images; give each image its own", field="images"
+            )
         images[role] = image.data
     return images
 

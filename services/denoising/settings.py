@@ -44,7 +44,8 @@ class DenoisingSettings(LoopSettings, WarmUpSettings):
     )
     step_cache_threshold: float = setting(
         0.0,
-        help="relative change of a step's first block below which the step reuses cached work; 0: never; typical: 0.1",
+        help="relative change of the first block's contribution (output minus input) below which a step reuses the "
+        "cached contribution of the other blocks; 0: never; typical: 0.1",
     )
     swap_experts: bool = setting(False, help="hold one expert at a time on the device, and all experts in host memory")
 

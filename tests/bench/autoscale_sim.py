@@ -1,4 +1,4 @@
-"""Simulation of stage autoscaling: the fleet's policy against queue length and utilisation.
+"""Simulation of stage autoscaling: the fleet's policy against queue length and utilization.
 
 The fleet's policy is the production code, common.scaling and services.cli.replica_policy; service times are committed
 measurements. There are five traces. Each other policy is tuned per load time by a grid search on the arrivals of
@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from bench_report import print_table, say
 from bench_sim_fleet import Policy, Simulation, Trace
-from bench_sim_policies import FIXED_UTILISATION, GRID, HEADROOMS, OURS, WANTED, WantedSeconds
+from bench_sim_policies import FIXED_UTILIZATION, GRID, HEADROOMS, OURS, WANTED, WantedSeconds
 from bench_sim_traces import draw_trace, patterns
 
 LOAD_SECONDS = (10.0, 60.0, 300.0)
@@ -118,8 +118,8 @@ class Rival:
 
 RIVALS = (
     Rival("queue length", "queue length"),
-    Rival("utilisation 80% to 20%", "utilisation", FIXED_UTILISATION),
-    Rival("utilisation, tuned", "utilisation"),
+    Rival("utilization 80% to 20%", "utilization", FIXED_UTILIZATION),
+    Rival("utilization, tuned", "utilization"),
 )
 
 

@@ -29,7 +29,7 @@ def flux_inputs(tiny: bool, side: int = 64) -> tuple[Inputs, Inputs]:
 
 
 def qwen_inputs(tiny: bool, side: int = 64) -> tuple[Inputs, Inputs]:
-    """Packed latents of `side` x `side` tokens, and text tokens; positions are centred."""
+    """Packed latents of `side` x `side` tokens, and text tokens; positions are centered."""
     rows, text, width, channels = (4, 6, 24, 64) if tiny else (side, 200, 3584, 64)
     shared: Inputs = {
         "hidden_states": _normal(1, rows * rows, channels),

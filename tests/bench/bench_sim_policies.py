@@ -1,7 +1,7 @@
 """Autoscaling policies for the simulator.
 
 The fleet's policy and the queue-length policy set replicas through KEDA and the HPA, each with its own metric. The
-utilisation policy adds and removes replicas at two thresholds.
+utilization policy adds and removes replicas at two thresholds.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from services.cli.replica_policy import ReplicaBounds, ReplicaPolicy
 MAX_REPLICAS = 64
 HPA_SECONDS = 15.0  # interval between polls of the HPA
 HPA_PODS = 4  # the HPA adds at most this number of replicas or 100% per poll, whichever is larger
-UTILISATION_SECONDS = 5.0
-UTILISATION_COOLDOWN = 30.0
+UTILIZATION_SECONDS = 5.0
+UTILIZATION_COOLDOWN = 30.0
 
 
 @dataclass
@@ -50,7 +50,7 @@ class HpaPolicy:
 
 
 @dataclass
-class UtilisationPolicy:
+class UtilizationPolicy:
     """Adds replicas if the busy fraction exceeds `above`, and removes a replica if it is below `below`.
 
     After a change, it waits for a cooldown.
@@ -60,13 +60,13 @@ class UtilisationPolicy:
     below: float
     growth: float
     """Fraction of the replicas to add, at least one."""
-    interval: float = UTILISATION_SECONDS
-    _changed: float = -UTILISATION_COOLDOWN
+    interval: float = UTILIZATION_SECONDS
+    _changed: float = -UTILIZATION_COOLDOWN
 
     def desired(self, view: StageView) -> int:
-        """Desired replicas: at least one, as a stage without replicas has no utilisation."""
+        """Desired replicas: at least one, as a stage without replicas has no utilization."""
         replicas = max(view.replicas, 1)
-        if view.now - self._changed >= UTILISATION_COOLDOWN:
+        if view.now - self._changed >= UTILIZATION_COOLDOWN:
             if view.busy_share > self.above:
                 replicas = min(replicas + max(1, math.ceil(self.growth * replicas)), MAX_REPLICAS)
             elif view.busy_share < self.below:
@@ -105,9 +105,9 @@ def queue_length(headroom: float, window: float) -> Policy:
 
 
 OURS = "wanted seconds"
-_GROWTHS = {0.0: "one", 0.5: "50%", 1.0: "100%"}  # names of UtilisationPolicy.growth, before "more"
+_GROWTHS = {0.0: "one", 0.5: "50%", 1.0: "100%"}  # names of UtilizationPolicy.growth, before "more"
 
-FIXED_UTILISATION = "80% to 20%, one more"
+FIXED_UTILIZATION = "80% to 20%, one more"
 TARGET_SECONDS = (5.0, 30.0, 120.0)
 HEADROOMS = (0.0, 1.0, 2.0, 4.0)
 WINDOWS = (60.0, 120.0, 300.0)
@@ -129,8 +129,8 @@ GRID: Mapping[str, Mapping[str, Callable[[], Policy]]] = {
         for headroom in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
         for window in WINDOWS
     },
-    "utilisation": {
-        f"{above:.0%} to {below:.0%}, {_GROWTHS[growth]} more": partial(UtilisationPolicy, above, below, growth)
+    "utilization": {
+        f"{above:.0%} to {below:.0%}, {_GROWTHS[growth]} more": partial(UtilizationPolicy, above, below, growth)
         for above in (0.9, 0.8, 0.65, 0.5)
         for below in (0.05, 0.1, 0.2)
         for growth in _GROWTHS

@@ -98,7 +98,7 @@ def patterns() -> Mapping[str, Pattern]:
 
 
 def draw_trace(name: str, pattern: Pattern, seed: int) -> Trace:
-    """Draw Poisson arrivals. Each stage starts with enough replicas for 40% utilisation during the lead."""
+    """Draw Poisson arrivals. Each stage starts with enough replicas for 40% utilization during the lead."""
     rng = random.Random(f"{name} {seed}")
     arrivals, time = [], -LEAD
     most = max(pattern.rate(second) for second in range(int(SECONDS)))

@@ -214,8 +214,8 @@ def run_stages(modules: Modules, transformer: OurTransformer, case: Case, device
     latents = {part: each.latents.to(device) for part, each in slots["denoised_latents"].parts.items()}
     decode_parts(latents, loaded, side, device)
     side.latents = {
-        "video": loaded["vae"].denormalised(latents["video"]).cpu(),
-        "audio": loaded["audio_vae"].denormalised(latents["audio"]).cpu(),
+        "video": loaded["vae"].denormalized(latents["video"]).cpu(),
+        "audio": loaded["audio_vae"].denormalized(latents["audio"]).cpu(),
     }
     if case.image is not None:
         side.join(IMAGE_PREPARATION, ("image_encoding", PREPARATION))

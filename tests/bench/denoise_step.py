@@ -82,9 +82,9 @@ def measure(work: Work, device: torch.device, args: argparse.Namespace) -> None:
         "ours": side(ours),
     }
     if args.linear_dtype == "float8":
-        quantised = same_weights(work, theirs)
-        quantize_linears(quantised, work.plan.block_linears)
-        sides["ours, float8"] = side(quantised)
+        quantized = same_weights(work, theirs)
+        quantize_linears(quantized, work.plan.block_linears)
+        sides["ours, float8"] = side(quantized)
     if args.step_cache is not None:
         # The inputs never change: a threshold above 0 reuses all steps but the first, a negative threshold no step.
         for name, threshold in (("ours, reused", 1.0), ("ours, probed and computed", -1.0)):

@@ -165,7 +165,7 @@ def parts_of(size: int, repeats: int) -> dict[str, float]:
         packet = pack("text_conditioning", conditioning, TORCH)
         header = header_frame(frame, {"text_conditioning": packet})
         frames = list(frames_of(packet.chunks))
-        serialised = time.perf_counter()
+        serialized = time.perf_counter()
         _assemble(frame, header, frames, KeptFrames)
         kept = time.perf_counter()
         lease = pool.lease()
@@ -174,7 +174,7 @@ def parts_of(size: int, repeats: int) -> dict[str, float]:
         done = time.perf_counter()
         del received, result
         lease.close()
-        for name, spent in zip(parts, (serialised - began, kept - serialised, done - kept), strict=True):
+        for name, spent in zip(parts, (serialized - began, kept - serialized, done - kept), strict=True):
             parts[name].append(1e3 * spent)
     return {name: median(values) for name, values in parts.items()}
 

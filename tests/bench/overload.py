@@ -171,7 +171,7 @@ def report(phases: Mapping[str, Phase], service: float, seconds: float) -> None:
         done = [each for times in phase.accepted.values() for each in times]
         refused = [1e3 * each for times in phase.rejected.values() for each in times]
         say(
-            f"{name}: the utilisation of the fleet was {len(done) * service / seconds:.2f}. Medians of rejections: "
+            f"{name}: the utilization of the fleet was {len(done) * service / seconds:.2f}. Medians of rejections: "
             f"{median(refused):.1f} ms until the reply, retry delay of {median(phase.delays):.2f} s."
         )
         budget = TIMES_SERVICE + BEYOND * (len(phase.accepted) - 1)

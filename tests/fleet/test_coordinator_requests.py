@@ -359,7 +359,7 @@ def test_invalid_input_is_refused_with_its_field(each_store_url: str) -> None:
         raw, height_in_params, unknown_parameter, video = submission(), submission(), submission(), submission()
         raw.parameters.output_format = pb.OUTPUT_FORMAT_SAFETENSORS
         height_in_params.parameters.params["height"].int_value = 1
-        unknown_parameter.parameters.params["colour"].string_value = "red"
+        unknown_parameter.parameters.params["color"].string_value = "red"
         video.parameters.output_format = pb.OUTPUT_FORMAT_MP4
         with_image = submission()
         with_image.parameters.images.add(data=b"x")
@@ -371,7 +371,7 @@ def test_invalid_input_is_refused_with_its_field(each_store_url: str) -> None:
             "model": submission(model="mona-lisa"),
             "guidance_scale": nan,
             "height": height_in_params,
-            "colour": unknown_parameter,
+            "color": unknown_parameter,
             "images": with_image,
             "idempotency_key": submission(idempotency_key="k" * 129),
             "priority": submission(priority=101),

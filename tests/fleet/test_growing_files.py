@@ -211,7 +211,9 @@ def test_invalid_downloads_are_refused(unsynced_url: str) -> None:
         assert (await refused(stub, unknown))[0] == "NOT_FOUND"
         await owner.admit()
         no_index = pb.DownloadResultRequest(request_id=name, offset=3, follow=True)
-        assert (await refused(stub, no_index))[:2] == ("INVALID_ARGUMENT", "index")
+        code, field, text = await refused(stub, no_index)
+        assert (code, field) == ("INVALID_ARGUMENT", "index")
+        assert "index: it is missing, although offset is 3" in text
         early = pb.DownloadResultRequest(request_id=name)
         assert (await refused(stub, early))[0] == "FAILED_PRECONDITION"
         await owner.deliver(b"first")

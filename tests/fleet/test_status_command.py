@@ -68,7 +68,7 @@ class Terminal:
         return re.sub(r"\x1b\[[0-9;?]*[a-z]", "", shown.replace("\r", "")).split("\n")
 
     async def until(self, is_shown: Callable[[str], bool]) -> list[str]:
-        """Wait for a screen whose text fulfils the condition; returns its lines."""
+        """Wait for a screen whose text fulfills the condition; returns its lines."""
         async with asyncio.timeout(30):
             while "\x1b[H" not in self.written or not is_shown("\n".join(self.screen)):
                 assert not self._ended.is_set(), self.written

@@ -51,8 +51,8 @@ def test_trace_shows_lost_workers_and_the_resume(store_url: str, monkeypatch: py
         assert await fleet_trace(coordinator.address, request_id, "--output", str(path)) == (0, f"{path}\n", "")
         with Image.open(path) as image:
             assert image.format == "PNG"
-            colour_of_lost_attempts = (0xCF, 0x22, 0x2E)
-            assert colour_of_lost_attempts in {colour for _, colour in image.getcolors(1 << 24) or ()}
+            color_of_lost_attempts = (0xCF, 0x22, 0x2E)
+            assert color_of_lost_attempts in {color for _, color in image.getcolors(1 << 24) or ()}
         answer = await stub.GetRequest(pb.GetRequestRequest(request_id=request_id))
         assert not answer.timeline
 

@@ -33,10 +33,10 @@ from toy_checkpoint import build_twin_checkpoint, twin_family
 TEXT_SERVICES = ("text_encoding", "latent_preparation", "denoising", "decoding")
 
 
-def png(colour: str) -> bytes:
-    """A PNG of one colour."""
+def png(color: str) -> bytes:
+    """A PNG of one color."""
     file = io.BytesIO()
-    Image.new("RGB", (20, 12), colour).save(file, "PNG")
+    Image.new("RGB", (20, 12), color).save(file, "PNG")
     return file.getvalue()
 
 

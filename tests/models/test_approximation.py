@@ -112,11 +112,11 @@ def test_float8_is_applied_to_all_large_layers_and_no_others(case: Case) -> None
     model, x, layers = case
     stage = stage_of(model, FLOAT8_LINEARS)
     transformer: Any = stage._predictor.transformers["transformer"]
-    quantised = {name for name, value in transformer.named_parameters() if value.dtype == FLOAT8}
+    quantized = {name for name, value in transformer.named_parameters() if value.dtype == FLOAT8}
     matrices = (name for name, value in transformer.named_parameters() if value.ndim == 2)
     blocks = [name.split(".") for name in matrices if any(part in name for part in ("blocks.", "layers.", "_refiner."))]
     # The layer of per-head gates is small.
-    assert quantised == {".".join(path) for path in blocks if path[2] in layers and "to_gate_logits" not in path}
+    assert quantized == {".".join(path) for path in blocks if path[2] in layers and "to_gate_logits" not in path}
     for module in transformer.modules():
         if isinstance(module, JoinsWeights):
             joined = [value for value in vars(module).values() if isinstance(value, JoinedLinear)]

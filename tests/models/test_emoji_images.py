@@ -1,14 +1,14 @@
-"""The emoji model follows its prompts, including colour-noun pairs that are held out of training.
+"""The emoji model follows its prompts, including color-noun pairs that are held out of training.
 
 Twenty prompts, each with its position as seed, are compared with 64 candidate images: one for each prompt, and 44
-others, mostly the same nouns in other colours. The similarity measure is not learned: both images are reduced to the
-mean colours of a 16x16 grid; the candidate with the smallest squared distance is the match. Chance level is 1/64.
+others, mostly the same nouns in other colors. The similarity measure is not learned: both images are reduced to the
+mean colors of a 16x16 grid; the candidate with the smallest squared distance is the match. Chance level is 1/64.
 
 tests/golden/emoji_references.png was rendered from the training images (see the model card) by code independent of the
-training code: the emoji on white, at 84% of a 128-pixel square; for a colour, the hue of each pixel within about 50
-degrees of the emoji's dominant hue (or of each pale pixel, if the emoji has no vivid colour) is replaced by the named
+training code: the emoji on white, at 84% of a 128-pixel square; for a color, the hue of each pixel within about 50
+degrees of the emoji's dominant hue (or of each pale pixel, if the emoji has no vivid color) is replaced by the named
 hue; then the image is averaged down to 32 pixels. The .json file next to it names the tiles row by row; "held_out"
-lists the first ten held-out colour-noun pairs.
+lists the first ten held-out color-noun pairs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class References:
 
 
 def tiles(image: Image.Image) -> NDArray[np.float64]:
-    """Mean colours of a grid over the image, (GRID, GRID, 3) in [0, 1]."""
+    """Mean colors of a grid over the image, (GRID, GRID, 3) in [0, 1]."""
     return np.asarray(image.convert("RGB").resize((GRID, GRID), Image.Resampling.BOX), dtype=np.float64) / 255
 
 
@@ -90,15 +90,15 @@ def test_half_of_the_twenty_prompts_are_held_out(references: References) -> None
     assert len(set(references.names)) == len(references.names) >= 50
 
 
-def test_images_are_recognised_as_their_prompts(images: dict[str, Image.Image], references: References) -> None:
-    recognised = {prompt: references.nearest(image) for prompt, image in images.items()}
-    missed = {prompt: name for prompt, name in recognised.items() if prompt != name}
-    assert len(missed) <= 0.3 * len(recognised), missed
+def test_images_are_recognized_as_their_prompts(images: dict[str, Image.Image], references: References) -> None:
+    recognized = {prompt: references.nearest(image) for prompt, image in images.items()}
+    missed = {prompt: name for prompt, name in recognized.items() if prompt != name}
+    assert len(missed) <= 0.3 * len(recognized), missed
     missed_held_out = {prompt: name for prompt, name in missed.items() if prompt in references.held_out}
     assert len(missed_held_out) <= 0.3 * len(references.held_out), missed_held_out
 
 
-def test_images_are_not_recognised_under_shuffled_prompts(
+def test_images_are_not_recognized_under_shuffled_prompts(
     images: dict[str, Image.Image], references: References
 ) -> None:
     shuffled = random.Random(0).sample(references.prompts, len(references.prompts))
@@ -106,7 +106,7 @@ def test_images_are_not_recognised_under_shuffled_prompts(
     assert sum(hits) <= 0.1 * len(hits)
 
 
-def test_noise_is_not_recognised(references: References) -> None:
+def test_noise_is_not_recognized(references: References) -> None:
     """Negative control of the similarity measure."""
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (128, 128, 3), np.uint8)) for _ in references.prompts]

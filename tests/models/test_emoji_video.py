@@ -1,8 +1,8 @@
 """The emoji video model shows the prompted object with the prompted motion.
 
-The object is separated from the background by colour: pixels that differ from the median colour of the frame's border
-belong to the emoji. The motion is its centre of mass and its area over time. The measure is not learned; for noise, the
-centre does not move and the area does not pulse.
+The object is separated from the background by color: pixels that differ from the median color of the frame's border
+belong to the emoji. The motion is its center of mass and its area over time. The measure is not learned; for noise, the
+center does not move and the area does not pulse.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from local_fleet import LocalFleet, open_fleet, reference_run
 MODEL = "emoji-video"
 FRAMES, SIDE = 17, 64
 MIN_DIFFERENCE = 0.15
-"""Smallest difference from the background colour, in [0, 1], of a pixel that belongs to the object."""
+"""Smallest difference from the background color, in [0, 1], of a pixel that belongs to the object."""
 
 Video = NDArray[np.float64]
 """Frames (F, 3, H, W) in [0, 1]."""
@@ -31,7 +31,7 @@ Video = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Track:
-    """Per frame: centre of mass as fractions of width and height, and area as a fraction of the frame."""
+    """Per frame: center of mass as fractions of width and height, and area as a fraction of the frame."""
 
     x: NDArray[np.float64]
     y: NDArray[np.float64]
@@ -76,19 +76,19 @@ def video_of(fleet: LocalFleet) -> Callable[[str], Video]:
     ("prompt", "axis", "direction"),
     [("a cat moving left", "x", -1), ("a red car moving right", "x", 1), ("an apple falling", "y", 1)],
 )
-def test_the_centre_of_mass_moves_as_prompted(
+def test_the_center_of_mass_moves_as_prompted(
     video_of: Callable[[str], Video], prompt: str, axis: str, direction: int
 ) -> None:
     measured = track(video_of(prompt))
     along, across = (measured.x, measured.y) if axis == "x" else (measured.y, measured.x)
     steps = direction * np.diff(along)
-    assert (steps > 0).mean() >= 0.9, f"{axis} of the centre: {along.round(2)}"
+    assert (steps > 0).mean() >= 0.9, f"{axis} of the center: {along.round(2)}"
     assert direction * (along[-1] - along[0]) > 0.25
     assert np.ptp(across) < 0.1, "the object also moves along the other axis"
 
 
 def test_the_area_of_a_beating_heart_pulses(video_of: Callable[[str], Video]) -> None:
-    """Two beats per clip: the area is large at a quarter of a beat and small at three quarters; the centre is fixed."""
+    """Two beats per clip: the area is large at a quarter of a beat and small at three quarters; the center is fixed."""
     measured = track(video_of("a red heart beating"))
     large, small = measured.area[[2, 10]], measured.area[[6, 14]]
     assert large.min() > 1.5 * small.max(), f"area: {measured.area.round(2)}"

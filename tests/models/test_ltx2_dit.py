@@ -18,7 +18,7 @@ from models.dits.ltx2 import LTX2VideoTransformer3DModel
 from models.layers.step_cache import CacheUse, StepCache
 from models.stages.step_memory import StepInputs
 from models.weights import load_module
-from tiny_flux import randomise
+from tiny_flux import randomize
 from tiny_ltx2 import AUDIO_CHANNELS, AUDIO_SIZE, CAPTION_SIZE, MEL_BINS, VIDEO_CHANNELS, VIDEO_SIZE, transformer_sizes
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def pair(path: Path, version: str, dtype: torch.dtype = torch.float32, **sizes: 
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     random_model = Reference(**transformer_sizes(version == "2.3") | sizes)
-    randomise(random_model)
+    randomize(random_model)
     random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, dtype=dtype)
     with torch.device("meta"):

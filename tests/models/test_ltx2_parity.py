@@ -236,7 +236,7 @@ def test_an_mp4_has_the_frames_and_the_audio(sides: Sides) -> None:
 
 
 def test_an_image_that_cannot_be_compressed_is_refused(sides: Sides) -> None:
-    """H.264 subsamples colours and cannot encode one row of pixels; without compression, the image is accepted."""
+    """H.264 subsamples colors and cannot encode one row of pixels; without compression, the image is accepted."""
     image = coarse_image(40, 1, seed=1)
     with pytest.raises(InvalidInput, match="image: 40 x 1 pixels are not enough to compress") as refused:
         sides.ours({}, image)

@@ -18,7 +18,7 @@ from local_fleet import relative_error
 from models.dits.ltx_video import LTXVideoTransformer3DModel
 from models.dits.ltx_video_plan import load_ltx_video_transformer
 from models.weights import load_module
-from tiny_flux import randomise
+from tiny_flux import randomize
 from tiny_ltx2 import edit_json
 from tiny_ltx_video import CAPTION_SIZE, CHANNELS, build_tiny_ltx_video, transformer_sizes
 
@@ -36,7 +36,7 @@ def pair(path: Path, dtype: torch.dtype, **sizes: Any) -> tuple[Reference, LTXVi
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     random_model = Reference(**transformer_sizes() | sizes)
-    randomise(random_model)
+    randomize(random_model)
     random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, torch_dtype=dtype)
     config = LTXVideoTransformerConfig.from_dict("transformer", dict(reference.config))

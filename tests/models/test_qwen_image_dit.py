@@ -20,7 +20,7 @@ from configs.pipeline_configs.qwen_image import QwenImagePipelineConfig, check_f
 from local_fleet import relative_error
 from models.dits.qwen_image import QwenImageTransformer2DModel
 from models.weights import load_module
-from tiny_flux import randomise
+from tiny_flux import randomize
 
 SIZES: dict[str, Any] = {
     "in_channels": 16,
@@ -38,7 +38,7 @@ def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, QwenImageTransforme
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     random_model = Reference(**SIZES)
-    randomise(random_model)
+    randomize(random_model)
     random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, torch_dtype=dtype)
     with torch.device("meta"):

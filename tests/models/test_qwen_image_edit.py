@@ -135,7 +135,7 @@ def test_the_default_size_follows_the_orientation_in_the_metadata(pair: Pair) ->
     assert (params.height, params.width) == image_size_of_area(90, 60)
 
 
-def test_16_bit_grey_is_accepted_with_a_warning(pair: Pair) -> None:
+def test_16_bit_gray_is_accepted_with_a_warning(pair: Pair) -> None:
     file = io.BytesIO()
     Image.new("I;16", (9, 9), 20_000).save(file, "PNG")
     request = InputValidationStage(pair[0].model).run({"prompt": ""}, {"image": file.getvalue()})

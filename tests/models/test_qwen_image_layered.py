@@ -256,7 +256,7 @@ IMAGE = {"image": png(WIDE)}
         ({}, {}, "image", "image: no image was sent"),
         ({}, {**IMAGE, "image_1": png(WIDE)}, "image_1", "image, image_1 is not a set of images"),
         ({}, {"image": b"no image"}, "image", "is not a PNG, JPEG or WebP"),
-        ({}, {"image": png(Image.new("RGB", (9000, 8000)))}, "image", "must have at most"),
+        ({}, {"image": png(Image.new("RGB", (9000, 8000)))}, "image", "9000 x 8000 is not at most"),
         ({"layers": 0}, IMAGE, "layers", "from 1 to 20"),
         ({"layers": 21}, IMAGE, "layers", "from 1 to 20"),
         ({"layers": 2.5}, IMAGE, "layers", "from 1 to 20"),

@@ -150,7 +150,7 @@ def test_a_video_is_emitted_in_fragments_of_a_few_latent_frames(stages: Stages, 
     for item, expected in zip(joined(emitted.items).items, pixels, strict=True):
         assert (item.content_type, item.num_frames, item.height, item.width) == ("video/mp4", 21, 32, 48)
         assert decode_mp4(item).shape == expected.shape
-        # 4:2:0 subsampling blurs the colours of random latents, so the test compares brightness.
+        # 4:2:0 subsampling blurs the colors of random latents, so the test compares brightness.
         assert float((decode_mp4(item).mean(1) - expected.mean(1)).abs().mean()) < 0.06
 
 

@@ -19,7 +19,7 @@ from models.catalog import open_model
 from models.dits.wan import FLOAT32_PARAMETERS, UNUSED_PARAMETERS, WanTransformer3DModel
 from models.registry import load_registry
 from models.weights import load_module
-from tiny_flux import randomise
+from tiny_flux import randomize
 from tiny_wan import build_tiny_wan, build_tiny_wan_i2v
 
 TEXT = {"in_channels": 16}
@@ -41,7 +41,7 @@ def pair(path: Path, given: dict[str, Any], dtype: torch.dtype) -> tuple[Referen
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     random_model = Reference(**BLOCKS, **given)
-    randomise(random_model)
+    randomize(random_model)
     random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, dtype=dtype)
     with torch.device("meta"):

@@ -79,7 +79,7 @@ def test_frames_are_rounded_with_a_warning(wan: Checkpoint, num_frames: int) -> 
     assert [warning.field for warning in warnings] == (["num_frames"] if params.num_frames != num_frames else [])
 
 
-def test_each_16_bit_grey_image_gets_a_warning(tmp_path: Path) -> None:
+def test_each_16_bit_gray_image_gets_a_warning(tmp_path: Path) -> None:
     model = open_model(str(build_tiny_wan_i2v(tmp_path / "m", last_image=True)), load_registry())
     images = {}
     for role, mode in (("image", "L"), ("last_image", "I;16")):

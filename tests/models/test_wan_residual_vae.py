@@ -16,7 +16,7 @@ from configs.models.vaes.wan import AutoencoderKLWanConfig
 from local_fleet import relative_error
 from models.vaes.wan import RESIDUAL_DECODING_BYTES, WanVAE
 from tensor_memory import PeakBytes
-from tiny_flux import randomise
+from tiny_flux import randomize
 from tiny_wan import build_tiny_wan_ti2v, residual_vae
 from wan_frames import check_frames_come_early, check_sessions, decode
 
@@ -45,7 +45,7 @@ def reference() -> AutoencoderKLWan:
     """Diffusers' VAE, used only as the reference."""
     torch.manual_seed(0)
     model = residual_vae().eval().requires_grad_(False)
-    randomise(model)
+    randomize(model)
     assert all(bool(parameter.all()) for parameter in model.parameters())
     return model
 

@@ -20,7 +20,7 @@ from models.parallel.segment_lengths import SegmentScope
 from models.parallel.sequence_parallel import shard_entry_points
 from models.stages.step_memory import StepInputs
 from models.weights import load_module
-from tiny_flux import randomise
+from tiny_flux import randomize
 
 SIZES: dict[str, Any] = {
     "in_channels": 48,
@@ -41,7 +41,7 @@ def pair(path: Path, dtype: torch.dtype = torch.float32, **sizes: Any) -> tuple[
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     random_model = Reference(**SIZES | sizes)
-    randomise(random_model)
+    randomize(random_model)
     random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, dtype=dtype)
     with torch.device("meta"):

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan
 
 from models.vaes.wan import DECODING_BYTES, DecodingSession, WanVAE
 from tensor_memory import PeakBytes
-from tiny_flux import randomise
+from tiny_flux import randomize
 from wan_frames import check_frames_come_early, check_sessions, decode
 
 MAX_ERROR = 1e-5
@@ -20,7 +20,7 @@ STRIPS_BYTES = 4_000_000
 def vae() -> AutoencoderKLWan:
     torch.manual_seed(0)
     model = AutoencoderKLWan(base_dim=8, num_res_blocks=1).eval().requires_grad_(False)
-    randomise(model)
+    randomize(model)
     return model
 
 

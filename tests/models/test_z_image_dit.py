@@ -16,7 +16,7 @@ from local_fleet import relative_error
 from models.dits.z_image import ZImageTransformer2DModel
 from models.layers.linear import absent_biases
 from models.weights import load_module
-from tiny_flux import randomise
+from tiny_flux import randomize
 
 SIZES: dict[str, Any] = {
     "in_channels": 4,
@@ -34,7 +34,7 @@ def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, ZImageTransformer2D
     """Diffusers' transformer and this project's DiT with the same random weights."""
     torch.manual_seed(0)
     random_model = Reference(**SIZES)
-    randomise(random_model)
+    randomize(random_model)
     random_model.save_pretrained(path)
     reference = Reference.from_pretrained(path, torch_dtype=dtype)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""A complete family as plugin files: it generates noise around a colour that the prompt determines.
+"""A complete family as plugin files: it generates noise around a color that the prompt determines.
 
 Tests copy this folder to a temporary directory and serve it from there, to verify that a new family needs no edit in
 common/, models/ or services/. Like every pipeline file, this file is imported by the coordinator, so it imports no

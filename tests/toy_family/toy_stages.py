@@ -22,7 +22,7 @@ _MAX_BYTES = 64
 
 
 class ToyTextEncodingStage(PipelineStage[contracts.TextEncodingInput, contracts.TextEncodingOutput]):
-    """Computes the mean palette entry of the prompt's first 64 bytes: colour (1, 3)."""
+    """Computes the mean palette entry of the prompt's first 64 bytes: color (1, 3)."""
 
     def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._palette: Tensor = modules["palette"]
@@ -33,8 +33,8 @@ class ToyTextEncodingStage(PipelineStage[contracts.TextEncodingInput, contracts.
         if len(data) > _MAX_BYTES:
             call.warn("prompt", f"only the first {_MAX_BYTES} of {len(data)} bytes are read")
         rows = self._palette[list(data[:_MAX_BYTES]) or [0]]
-        colour = rows.mean(0, keepdim=True).cpu()
-        return contracts.TextEncodingOutput(text_conditioning=Conditioning(prompt_embeds={"colour": colour}))
+        color = rows.mean(0, keepdim=True).cpu()
+        return contracts.TextEncodingOutput(text_conditioning=Conditioning(prompt_embeds={"color": color}))
 
 
 class ToyLatentPreparationStage(PipelineStage[contracts.LatentPreparationInput, contracts.LatentPreparationOutput]):
@@ -69,7 +69,7 @@ class ToyTimestepPreparationStage(
 
 
 class ToyDenoisingStage(PipelineStage[contracts.DenoisingInput, contracts.DenoisingOutput]):
-    """Moves the noise towards the colour step by step, with a step checkpoint after each step."""
+    """Moves the noise towards the color step by step, with a step checkpoint after each step."""
 
     def __init__(self, config: PipelineConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._gain: Tensor = modules["gain"]
@@ -79,21 +79,21 @@ class ToyDenoisingStage(PipelineStage[contracts.DenoisingInput, contracts.Denois
         start = 0 if x.resume_from is None else x.resume_from.step
         before = x.initial_latents if x.resume_from is None else x.resume_from.latents
         latents = before.parts["image"].latents
-        colour = x.text_conditioning.prompt_embeds["colour"].float().view(1, 3, 1, 1)
+        color = x.text_conditioning.prompt_embeds["color"].float().view(1, 3, 1, 1)
         contrast = x.sampling.params["contrast"]
         assert isinstance(contrast, float)
         gain = self._gain.float().cpu().view(1, 3, 1, 1) / (0.5 + contrast)
         total = x.schedule.num_inference_steps
         for step in range(start, total):
             width = x.schedule.sigmas[step] - x.schedule.sigmas[step + 1]
-            latents = latents + width * gain * (colour - latents)
+            latents = latents + width * gain * (color - latents)
             call.checkpoint(StepCheckpoint(step=step + 1, latents=_latents(latents)))
             call.progress(step + 1, total)
         return contracts.DenoisingOutput(denoised_latents=_latents(latents))
 
 
 class ToyDecodingStage(PipelineStage[contracts.DecodingInput, contracts.DecodingOutput]):
-    """Converts every latent to a square of one colour."""
+    """Converts every latent to a square of one color."""
 
     def __init__(self, config: Any, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._cell: int = config.cell

@@ -19,7 +19,7 @@ LOADED: list[str] = []
 
 @dataclass(frozen=True, kw_only=True)
 class TwinPipelineConfig(toy_config.ToyPipelineConfig):
-    """The variant without an image. `brightness` multiplies the colour of the prompt."""
+    """The variant without an image. `brightness` multiplies the color of the prompt."""
 
     brightness: float = 1.0
     module_loaders: ClassVar[Mapping[str, str]] = {
@@ -31,7 +31,7 @@ class TwinPipelineConfig(toy_config.ToyPipelineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TwinImagePipelineConfig(TwinPipelineConfig):
-    """The variant with an image, whose mean colour has the weight `tint`."""
+    """The variant with an image, whose mean color has the weight `tint`."""
 
     brightness: float = 0.75
     tint: float = 0.5

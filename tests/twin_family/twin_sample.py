@@ -15,7 +15,7 @@ class TwinImageSamplingParams(ToySamplingParams):
     """Parameters of the variant with an image; a second image is optional."""
 
     num_inference_steps: int = 6
-    strength: float = parameter("Weight of the image's colour.", 1.0, minimum=0.0, maximum=4.0)
+    strength: float = parameter("Weight of the image's color.", 1.0, minimum=0.0, maximum=4.0)
 
     @classmethod
     def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:

@@ -19,7 +19,7 @@ from models.runtime import Runtime
 
 
 class TwinTextEncodingStage(ToyTextEncodingStage):
-    """Computes the toy family's colour with the variant's brightness."""
+    """Computes the toy family's color with the variant's brightness."""
 
     indifferent_to = frozenset({"sampling.seed"})
 
@@ -29,12 +29,12 @@ class TwinTextEncodingStage(ToyTextEncodingStage):
 
     def run(self, x: contracts.TextEncodingInput, call: Call) -> contracts.TextEncodingOutput:
         """Encode the prompt."""
-        colour = super().run(x, call).text_conditioning.prompt_embeds["colour"] * self._brightness
-        return contracts.TextEncodingOutput(text_conditioning=Conditioning(prompt_embeds={"colour": colour}))
+        color = super().run(x, call).text_conditioning.prompt_embeds["color"] * self._brightness
+        return contracts.TextEncodingOutput(text_conditioning=Conditioning(prompt_embeds={"color": color}))
 
 
 class TwinImageEncodingStage(PipelineStage[contracts.ImageVAEEncodingInput, contracts.ImageVAEEncodingOutput]):
-    """Computes the mean colour of all images through the lens: the part "condition", (1, 3)."""
+    """Computes the mean color of all images through the lens: the part "condition", (1, 3)."""
 
     def __init__(self, config: Any, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._lens: Tensor = modules["lens"]
@@ -42,13 +42,13 @@ class TwinImageEncodingStage(PipelineStage[contracts.ImageVAEEncodingInput, cont
     def run(self, x: contracts.ImageVAEEncodingInput, call: Call) -> contracts.ImageVAEEncodingOutput:
         """Encode all images, resized to the canvas."""
         tensors = [as_tensor(each, x.canvas.height, x.canvas.width) for each in open_images(x.image_inputs).values()]
-        colour = torch.cat(tensors).mean((0, 2, 3)) * self._lens.float().cpu()
-        part = LatentPart(latents=colour[None], raw_latent_shape=(1, 3))
+        color = torch.cat(tensors).mean((0, 2, 3)) * self._lens.float().cpu()
+        part = LatentPart(latents=color[None], raw_latent_shape=(1, 3))
         return contracts.ImageVAEEncodingOutput(image_latents=Latents(parts={"condition": part}))
 
 
 class TwinDenoisingStage(ToyDenoisingStage):
-    """The toy family's loop, towards a colour tinted by the image."""
+    """The toy family's loop, towards a color tinted by the image."""
 
     def __init__(self, config: Any, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         super().__init__(config, runtime, modules)
@@ -60,5 +60,5 @@ class TwinDenoisingStage(ToyDenoisingStage):
         strength = x.sampling.params["strength"]
         assert isinstance(strength, float)
         tint = x.image_latents.parts["condition"].latents * self._tint * strength
-        colour = x.text_conditioning.prompt_embeds["colour"].float() + tint
-        return super().run(replace(x, text_conditioning=Conditioning(prompt_embeds={"colour": colour})), call)
+        color = x.text_conditioning.prompt_embeds["color"].float() + tint
+        return super().run(replace(x, text_conditioning=Conditioning(prompt_embeds={"color": color})), call)

@@ -104,7 +104,7 @@ def test_channels_are_opened_by_known_modules_only() -> None:
         ("[2001:db8::1]:1", False),
     ],
 )
-def test_is_local_recognises_addresses_of_this_host(address: str, local: bool) -> None:
+def test_is_local_recognizes_addresses_of_this_host(address: str, local: bool) -> None:
     assert is_local(address) is local
 
 

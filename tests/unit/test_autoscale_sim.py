@@ -11,12 +11,12 @@ import pytest
 from autoscale_sim import REPORTED_SEEDS, RIVALS, TUNED_SEEDS, Rival, Score, best_setting, compare
 from bench_sim_fleet import Arrival, Kind, Paces, Policy, Simulation, StageView, Trace
 from bench_sim_policies import (
-    FIXED_UTILISATION,
+    FIXED_UTILIZATION,
     GRID,
     OURS,
     WANTED,
     HpaPolicy,
-    UtilisationPolicy,
+    UtilizationPolicy,
     WantedSeconds,
     queue_length,
 )
@@ -189,7 +189,7 @@ def test_the_hpa_rounds_up_within_its_tolerance() -> None:
     assert policy.desired(view(10, held=3, now=1.0)) == 3
 
 
-def test_the_hpa_scales_in_after_its_stabilisation_window() -> None:
+def test_the_hpa_scales_in_after_its_stabilization_window() -> None:
     policy = queue_length(0.0, 60.0)
     assert policy.desired(view(8, held=8, now=0.0)) == 8
     assert policy.desired(view(8, held=2, now=45.0)) == 8
@@ -213,9 +213,9 @@ def test_a_request_between_two_polls_counts_as_activity() -> None:
     assert not any(each.load.is_active for each in policy.views)
 
 
-def test_fixed_utilisation_scales_at_80_and_20_percent_with_a_cooldown_of_30_s() -> None:
-    policy = GRID["utilisation"][FIXED_UTILISATION]()
-    assert isinstance(policy, UtilisationPolicy)
+def test_fixed_utilization_scales_at_80_and_20_percent_with_a_cooldown_of_30_s() -> None:
+    policy = GRID["utilization"][FIXED_UTILIZATION]()
+    assert isinstance(policy, UtilizationPolicy)
     assert policy.interval == 5.0
     load = StageLoad(0, 0.0, 0, 0.0, 0)
 
@@ -231,14 +231,14 @@ def test_fixed_utilisation_scales_at_80_and_20_percent_with_a_cooldown_of_30_s()
     assert desired(75.0, 6, 0.19) == 5  # scale in by one
     assert desired(100.0, 5, 0.1) == 5
     assert desired(105.0, 5, 0.1) == 4
-    assert desired(140.0, 1, 0.0) == 1  # never zero: zero replicas have no utilisation
+    assert desired(140.0, 1, 0.0) == 1  # never zero: zero replicas have no utilization
 
 
-def test_fixed_utilisation_is_reported_beside_the_tuned_policies() -> None:
+def test_fixed_utilization_is_reported_beside_the_tuned_policies() -> None:
     assert [(each.policy, each.setting) for each in RIVALS] == [
         ("queue length", None),
-        ("utilisation", FIXED_UTILISATION),
-        ("utilisation", None),
+        ("utilization", FIXED_UTILIZATION),
+        ("utilization", None),
     ]
 
 
@@ -258,16 +258,16 @@ class FixedTotals:
 
 def test_our_setting_is_chosen_within_the_gpu_hours_of_the_rival() -> None:
     ours = {"dear": Score(0, 9.0), "fair": Score(2, 5.0), "cheap": Score(4, 4.0)}
-    utilisation = {FIXED_UTILISATION: Score(8, 5.0), "better": Score(1, 8.0), "none fit": Score(3, 1.0)}
-    tuned = FixedTotals({OURS: ours, "utilisation": utilisation})
-    fixed = compare(tuned, Rival("fixed", "utilisation", FIXED_UTILISATION), 60.0)
-    assert (fixed.setting, fixed.ours) == (FIXED_UTILISATION, "fair")
-    free = compare(tuned, Rival("tuned", "utilisation"), 60.0)
+    utilization = {FIXED_UTILIZATION: Score(8, 5.0), "better": Score(1, 8.0), "none fit": Score(3, 1.0)}
+    tuned = FixedTotals({OURS: ours, "utilization": utilization})
+    fixed = compare(tuned, Rival("fixed", "utilization", FIXED_UTILIZATION), 60.0)
+    assert (fixed.setting, fixed.ours) == (FIXED_UTILIZATION, "fair")
+    free = compare(tuned, Rival("tuned", "utilization"), 60.0)
     assert (free.setting, free.ours) == ("better", "fair")
-    assert compare(tuned, Rival("least", "utilisation", "none fit"), 60.0).ours is None
+    assert compare(tuned, Rival("least", "utilization", "none fit"), 60.0).ours is None
 
 
-def test_grids_have_equal_sizes_and_minimise_violation_minutes_then_gpu_hours() -> None:
+def test_grids_have_equal_sizes_and_minimize_violation_minutes_then_gpu_hours() -> None:
     assert len({len(settings) for settings in GRID.values()}) == 1
     settings = {"a": Score(3, 1.0), "b": Score(1, 9.0), "c": Score(1, 8.0)}
     assert best_setting(settings) == "c"

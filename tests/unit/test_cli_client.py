@@ -133,7 +133,7 @@ class FakeCoordinator:
 
 
 def serialize(message: Message) -> bytes:
-    """Serialise a message, as generated servicers do."""
+    """Serialize a message, as generated servicers do."""
     return message.SerializeToString()
 
 

@@ -137,8 +137,8 @@ def test_an_image_is_refused_for_a_model_without_image_inputs(
 
 @pytest.mark.parametrize("flag", ["--negative-prompt", "--param=prompt_2"])
 def test_text_that_is_not_utf8_is_refused(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [f"{flag}=\udcff"] if "=" in flag else [flag, "\udcff"]
-    assert main(["generate", "p", "--output", str(tmp_path / "x.png"), *words]) == 2
+    arguments = [f"{flag}=\udcff"] if "=" in flag else [flag, "\udcff"]
+    assert main(["generate", "p", "--output", str(tmp_path / "x.png"), *arguments]) == 2
     assert "the text is not valid UTF-8" in capsys.readouterr().err
 
 

@@ -30,7 +30,7 @@ def rows(lines: list[str]) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for line in lines if len(cells := line.split()) == 4}
 
 
-def test_replicas_follow_from_rate_seconds_and_utilisation() -> None:
+def test_replicas_follow_from_rate_seconds_and_utilization() -> None:
     load = Load(2.0, 0.5, {"text_encoding": 0.1, "denoising": 3.0, "decoding": 0.25})
     assert sizes_of(load) == [
         ServiceSize("text_encoding", 0.1, 1, 0.2),
@@ -57,7 +57,7 @@ def test_size_and_steps_scale_denoising_and_decoding(capsys: pytest.CaptureFixtu
 
 
 def test_stage_seconds_override_the_measurement(capsys: pytest.CaptureFixture[str]) -> None:
-    assert rows(run(f"{FLUX} --utilisation 1 --stage-seconds denoising=2", capsys))["denoising"] == [
+    assert rows(run(f"{FLUX} --utilization 1 --stage-seconds denoising=2", capsys))["denoising"] == [
         "2.000",
         "10",
         "100%",
@@ -90,11 +90,11 @@ def test_less_than_half_a_millisecond_is_not_printed_as_zero(capsys: pytest.Capt
     assert rows(run(f"{FLUX} --stage-seconds text_encoding=0.0004", capsys))["text_encoding"][0] == "<0.001"
 
 
-def test_a_well_utilised_fleet_gets_no_remark() -> None:
+def test_a_well_utilized_fleet_gets_no_remark() -> None:
     assert list(remarks(Load(10.0, 0.7, {"denoising": 7.0, "decoding": 0.7}), transport())) == []
 
 
-def test_a_directory_is_recognised_by_its_architecture(
+def test_a_directory_is_recognized_by_its_architecture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = build_tiny_wan(tmp_path / "wan") or tmp_path / "wan"
@@ -114,7 +114,7 @@ def test_a_directory_is_recognised_by_its_architecture(
         ("--model FLUX.1-dev --requests-per-second 0", "--requests-per-second: 0 is not a number above 0"),
         ("--model FLUX.1-dev --requests-per-second nan", "--requests-per-second: nan is not a number above 0"),
         ("--model FLUX.1-dev --requests-per-second many", "'many' is not a number"),
-        (f"{FLUX} --utilisation 1.1", "--utilisation: 1.1 is not a number above 0 and at most 1"),
+        (f"{FLUX} --utilization 1.1", "--utilization: 1.1 is not a number above 0 and at most 1"),
         (f"{FLUX} --size 7", "--size: '7' is not HxW or HxWxF; 1024x1024 works"),
         (f"{FLUX} --size 64x64x5", "--size: 64x64x5 is not a size of FLUX.1-dev; 1024x1024 works"),
         (f"{FLUX} --steps 0", "--steps: 0 is not at least 1"),

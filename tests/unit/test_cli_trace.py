@@ -153,16 +153,16 @@ def test_control_characters_of_names_are_not_printed() -> None:
     assert "\x1b" not in "".join(drawn(timeline))
 
 
-def colours(image: Image.Image) -> set[str]:
-    return {"#%02x%02x%02x" % colour for _, colour in (image.getcolors(1 << 24) or ()) if isinstance(colour, tuple)}  # noqa: UP031
+def colors(image: Image.Image) -> set[str]:
+    return {"#%02x%02x%02x" % color for _, color in (image.getcolors(1 << 24) or ()) if isinstance(color, tuple)}  # noqa: UP031
 
 
-def test_the_png_has_a_colour_for_each_kind() -> None:
+def test_the_png_has_a_color_for_each_kind() -> None:
     whole = draw_timeline(read_timeline(record(), ENTRIES))
-    assert {"#2da44e", "#d4a72c", "#cf222e", "#c8d1da", "#8250df", "#82071e", "#bf3989", "#0969da"} <= colours(whole)
+    assert {"#2da44e", "#d4a72c", "#cf222e", "#c8d1da", "#8250df", "#82071e", "#bf3989", "#0969da"} <= colors(whole)
     short = draw_timeline(read_timeline(record(), ENTRIES[:5]))
-    assert {"#2da44e", "#c8d1da"} <= colours(short)
-    assert not {"#cf222e", "#82071e", "#8250df", "#bf3989"} & colours(short)
+    assert {"#2da44e", "#c8d1da"} <= colors(short)
+    assert not {"#cf222e", "#82071e", "#8250df", "#bf3989"} & colors(short)
     assert whole.height - short.height == 4 * 44
 
 

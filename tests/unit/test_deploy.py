@@ -76,7 +76,7 @@ def test_compose_passes_trace_variables_from_the_shell(service: str) -> None:
     assert passed <= set(environment_variables.__dict__)
 
 
-def test_a_misspelt_setting_is_refused(tmp_path: Path) -> None:
+def test_a_misspelled_setting_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "decoding.toml"
     path.write_text((DEPLOY / "decoding.toml").read_text().replace("capacity", "capasity"))
     environ = {name: value for name, value in COMPOSE["decoding"]["environment"].items() if value is not None}

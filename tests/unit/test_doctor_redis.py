@@ -192,7 +192,7 @@ def test_connected_replicas_are_compared_with_store_replicas() -> None:
     [
         (0.4, 0.001, "ok clock: this host is 0.400 s ahead of the Redis server (±0.001 s)"),
         (-1.5, 1.0, "ok clock: this host is 1.500 s behind the Redis server (±1.000 s)"),
-        (-5.0, 0.1, "warning clock: this host is 5.000 s behind the Redis server -> synchronise the clocks of both"),
+        (-5.0, 0.1, "warning clock: this host is 5.000 s behind the Redis server -> synchronize the clocks of both"),
         (31.0, 0.1, "error clock: this host is 31.000 s ahead of the Redis server, so valid tokens and "),
     ],
 )

@@ -1,4 +1,4 @@
-"""Fake CUDA graphs reproduce the behaviour of CUDA graphs on which tests of step memory depend."""
+"""Fake CUDA graphs reproduce the behavior of CUDA graphs on which tests of step memory depend."""
 
 from __future__ import annotations
 

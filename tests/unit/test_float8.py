@@ -46,7 +46,7 @@ def dequantized(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def reference_linear(x: Tensor, layer: Linear) -> Tensor:
-    """Reference result of a quantised layer: GEMM of dequantised rows and dequantised weight."""
+    """Reference result of a quantized layer: GEMM of dequantized rows and dequantized weight."""
     assert layer.scale is not None
     rows = dequantized(*quantize_rows(x.flatten(0, -2))).view(x.shape)
     return linear(rows, dequantized(layer.weight, layer.scale), layer.bias)
@@ -62,7 +62,7 @@ def test_rounding_errors_are_at_most_one_sixteenth_of_the_value() -> None:
     assert torch.equal(values.float().abs().amax(-1), torch.full((32,), LARGEST)), "each row must use the whole range"
 
 
-def test_rows_are_quantised_independently() -> None:
+def test_rows_are_quantized_independently() -> None:
     x = torch.randn(4, 64)
     values, scale = quantize_rows(x)
     alone, own = quantize_rows(x[2:3] * 1024)
@@ -103,7 +103,7 @@ def layers() -> dict[str, Callable[[], Linear]]:
 
 
 @pytest.mark.parametrize("kind", layers())
-def test_methods_of_a_quantised_layer_match_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_of_a_quantized_layer_match_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_parallel, "all_reduce", lambda x, _: x)  # One rank needs no process group.
     layer, x = layers()[kind](), torch.randn(2, 5, IN)
     exact = layer(x)
@@ -143,7 +143,7 @@ def test_float8_and_float32_layers_are_not_joined() -> None:
         JoinedLinear((one, other))
 
 
-def test_only_named_layers_are_quantised() -> None:
+def test_only_named_layers_are_quantized() -> None:
     model = nn.ModuleDict({"a": Linear(IN, OUT), "b": Linear(IN, OUT)})
     quantize_linears(model, ("a",))
     assert (model["a"].weight.dtype, model["b"].weight.dtype) == (FLOAT8, torch.float32)

@@ -1,4 +1,4 @@
-"""Frames equal protobuf's serialisation; inconsistent headers and chunks are refused."""
+"""Frames equal protobuf's serialization; inconsistent headers and chunks are refused."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FRAMES = (
     data=st.binary(max_size=300),
     kind=st.sampled_from(FRAMES),
 )
-def test_chunk_frames_equal_protobuf_serialisation(path: str, offset: int, data: bytes, kind: Any) -> None:
+def test_chunk_frames_equal_protobuf_serialization(path: str, offset: int, data: bytes, kind: Any) -> None:
     raw = chunk_frame(path, offset, memoryview(data))
     chunk = kind.FromString(raw).chunk
     assert (chunk.path, chunk.offset, chunk.data) == (path, offset, data)

@@ -25,7 +25,7 @@ def test_an_image_without_a_role_has_the_role_image() -> None:
 
 @pytest.mark.parametrize("roles", [("image", ""), ("last_image", "last_image")])
 def test_a_duplicate_role_is_refused(roles: tuple[str, str]) -> None:
-    with pytest.raises(InvalidInput, match="two images have the role") as caught:
+    with pytest.raises(InvalidInput, match="is the role of two images") as caught:
         given_images(message(*((role, b"x") for role in roles)))
     assert caught.value.field == "images"
 

@@ -170,7 +170,7 @@ def test_all_ranks_stop_at_the_same_step_after_cancellation() -> None:
 
 
 def test_all_ranks_stop_at_the_same_item_after_cancellation() -> None:
-    """Rank 0 waits for a slow reader until cancellation; step checkpoints do not synchronise the ranks."""
+    """Rank 0 waits for a slow reader until cancellation; step checkpoints do not synchronize the ranks."""
     call, items = Call("r1"), {0: 0, 1: 0}
     received: list[tuple[str, int]] = []
 

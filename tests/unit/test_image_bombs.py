@@ -81,7 +81,7 @@ CONTRADICTORY_FILES: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", CONTRADICTORY_FILES)
 def test_an_image_with_two_sizes_is_refused(name: str) -> None:
-    message = {"PNG": "must be the first chunk", "JPE": "the header states", "Web": "cannot be decoded"}[name[:3]]
+    message = {"PNG": "is not the first chunk", "JPE": "the header states", "Web": "cannot be decoded"}[name[:3]]
     data = CONTRADICTORY_FILES[name]()
     with measured_growth() as growth, pytest.raises(InvalidInput, match=message) as caught:
         open_image("image", data)

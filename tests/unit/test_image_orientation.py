@@ -275,10 +275,10 @@ def test_damaged_files_are_refused_or_read_as_by_pillow(data: bytes, cut: int, c
 
 
 @pytest.mark.parametrize("mode", ["I;16", "L", "1", "LA", "RGB"])
-def test_16_bit_grey_is_detected_and_converted_as_by_pillow(mode: str) -> None:
+def test_16_bit_gray_is_detected_and_converted_as_by_pillow(mode: str) -> None:
     file = io.BytesIO()
     Image.new(mode, (5, 3), 1).save(file, "PNG")
-    assert read_image_header("image", file.getvalue()).is_16_bit_grey == (mode == "I;16")
+    assert read_image_header("image", file.getvalue()).is_16_bit_gray == (mode == "I;16")
     check(file.getvalue())
 
 

@@ -224,7 +224,7 @@ FLAGS = ("--model", "emoji", "--redis", "unix:///x", "--device", "cpu")
         (("--kernels", "flash-attn"), "kernels: flash-attn needs a GPU, and the device is cpu"),
         (("--attention-backend", "cudnn"), "attention_backend: cudnn needs a GPU, and the device is cpu"),
         (("--kernels", "none", "--kernels", "triton"), "kernels: none,triton is not one choice"),
-        (("--kernels", "cutlass"), "--kernels must be one of auto, none, triton,"),
+        (("--kernels", "cutlass"), "--kernels: 'cutlass' is not one of auto, none, triton,"),
     ],
 )
 def test_an_invalid_setting_exits_2(capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str) -> None:

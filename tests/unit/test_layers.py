@@ -159,7 +159,7 @@ def test_qk_norm_covers_all_heads() -> None:
     torch.testing.assert_close(q, expected)
 
 
-def test_qk_norm_with_out_normalises_keys_and_copies_values() -> None:
+def test_qk_norm_with_out_normalizes_keys_and_copies_values() -> None:
     norm = RMSNorm(8)
     torch.nn.init.normal_(norm.weight)
     kv, buffer = torch.randn(2, 4, 32), torch.zeros(2, 2, 9, 2, 8)

@@ -45,7 +45,7 @@ def fragments() -> list[bytes]:
 
 
 def check_playable(file: bytes, count: int, frame_rate: Fraction) -> None:
-    """Assert that all frames are decoded in order, with equal durations and the encoded colours."""
+    """Assert that all frames are decoded in order, with equal durations and the encoded colors."""
     with av.open(io.BytesIO(file), mode="r", options={"err_detect": "explode"}) as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264"

@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too many sigmas": ({"sigmas": (0.5,) * 1001}, "1001 values are not at most 1000"),
     "video": ({"output_format": "mp4"}, "'mp4' is not png or safetensors"),
     "unknown": ({"num_frames": 9}, "FluxPipeline has no parameter 'num_frames'"),
-    "misspelt": ({"guidance_scael": 2.0}, "did you mean guidance_scale?"),
+    "misspelled": ({"guidance_scael": 2.0}, "did you mean guidance_scale?"),
 }
 
 

@@ -70,7 +70,7 @@ def test_a_boolean_setting_has_a_pair_of_flags() -> None:
     ("argv", "field", "message"),
     [
         ([], "model", "FLEET_MODEL"),
-        (["--model", "m", "--capacity", "many"], "capacity", "--capacity must be a whole number, not 'many'"),
+        (["--model", "m", "--capacity", "many"], "capacity", "--capacity: 'many' is not a whole number; "),
         (["--model", "m", "--grace-seconds", "nan"], "grace_seconds", "finite"),
         (["--model", "m", "--dtype", "int4"], "dtype", "one of float32, bfloat16"),
         (["--model", "m", "--capacit", "1"], "", "--capacit"),
@@ -89,7 +89,7 @@ def test_an_invalid_flag_is_refused(argv: list[str], field: str, message: str) -
     ("text", "message"),
     [
         ("capasity = 1", "unknown key 'capasity'"),
-        ("capacity = true", "a whole number, not True"),
+        ("capacity = true", "True is not a whole number"),
         ("capacity = 1.5", "a whole number"),
         ('capacity = "1"', "a whole number"),
         ("model = 1", "a string"),
@@ -109,7 +109,7 @@ def test_an_invalid_file_is_refused(tmp_path: Path, text: str, message: str) -> 
 
 
 def test_the_error_names_an_invalid_variable() -> None:
-    with pytest.raises(SettingsError, match="FLEET_CAPACITY must be a whole number, not 'x'") as caught:
+    with pytest.raises(SettingsError, match="FLEET_CAPACITY: 'x' is not a whole number; write") as caught:
         load("--model", "m", environ={"FLEET_CAPACITY": "x"})
     assert caught.value.field == "capacity"
 

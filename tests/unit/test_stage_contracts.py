@@ -71,7 +71,7 @@ def test_evaluated_annotations_give_the_same_contract() -> None:
             Media,
             r"Inputs\.prompts: 'list\[Prompt\]' is not an",
         ),
-        (int, DrawOutput, "int must be a dataclass of artifacts"),
+        (int, DrawOutput, "int is not a dataclass of artifacts"),
     ],
 )
 def test_types_that_are_not_slots_are_refused(inputs: type[Any], outputs: type[Any], message: str) -> None:

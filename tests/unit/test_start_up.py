@@ -150,11 +150,11 @@ def test_the_traceback_appears_at_debug(
     if function == "load_variants":
         monkeypatch.setattr(worker, "_is_store_checked", _store_is_checked)
     monkeypatch.setenv("FLEET_LOG_LEVEL", "DEBUG")
-    monkeypatch.setattr(module, function, _raising(KeyError("colour")))
+    monkeypatch.setattr(module, function, _raising(KeyError("color")))
     assert main(flags) == 2
     lines = capsys.readouterr().err.splitlines()
     assert "Traceback (most recent call last):" in lines
-    assert lines[-1].startswith(f"{prog}: KeyError: 'colour' ({__file__}:")
+    assert lines[-1].startswith(f"{prog}: KeyError: 'color' ({__file__}:")
 
 
 def test_the_log_level_flag_overrides_its_variable(

@@ -77,8 +77,8 @@ def test_the_error_names_a_missing_an_unknown_and_a_repeated_argument(each_store
         assert refusal(each_store_url, operation, {**left, name: ["1", "2"]}).startswith(
             f"{wrong}{name} is given twice; it takes "
         )
-    message = refusal(each_store_url, operation, {**arguments, "colour": "red"})
-    assert message.startswith(f"{wrong}colour is not an argument; it takes ")
+    message = refusal(each_store_url, operation, {**arguments, "color": "red"})
+    assert message.startswith(f"{wrong}color is not an argument; it takes ")
     assert set(arguments) <= set(message.partition("it takes ")[2].replace("*", "").split(", "))
 
 

@@ -1,4 +1,4 @@
-"""Checks of a Redis server's configuration, and behaviour with full memory, on real servers."""
+"""Checks of a Redis server's configuration, and behavior with full memory, on real servers."""
 
 from __future__ import annotations
 

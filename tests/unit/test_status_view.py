@@ -71,7 +71,7 @@ def test_a_wide_terminal_shows_every_column_and_activity() -> None:
 
 def test_a_narrow_terminal_shows_the_most_important_columns() -> None:
     lines = render(snapshot(), 60)
-    assert re.fullmatch(r"STAGE +LIVE +SLOTS +QUEUED +SECONDS +PACE *", next(x for x in lines if "STAGE" in x))
+    assert re.fullmatch(r"STAGE +LIVE +BUSY +QUEUED +SECONDS +PACE *", next(x for x in lines if "STAGE" in x))
     assert any(re.match(r"denoising +2 .*2/2 +3 +24\.7 ", line) for line in lines), lines
     (runs,) = [line for line in lines if line.startswith("runs")]
     assert re.match(r"runs000000000000 RUNNING +1m15s denoising 12/28 \(43%\)", runs)
@@ -108,7 +108,7 @@ def test_control_codes_are_replaced_and_markup_is_not_interpreted(width: int) ->
     console.print(StatusView(HOSTILE, 1.0, hostile, Failure(HOSTILE, TAKEN_AT)))
     assert isinstance(console.file, io.StringIO)
     for text in (console.file.getvalue(), plain_text(hostile)):
-        # Without colours, rich writes only codes of text attributes.
+        # Without colors, rich writes only codes of text attributes.
         rest = re.sub(r"\x1b\[[0-9;]*m", "", text)
         assert not [each for each in rest if not each.isprintable() and each != "\n"]
     assert "[red]markup[/red]" in plain_text(hostile)

@@ -68,7 +68,7 @@ def modulations(dtype: torch.dtype) -> list[SegmentVectors]:
 def test_norm_scale_shift_equals_pytorch(dtype: torch.dtype, max_error: float, norm: LayerNormScaleShift) -> None:
     x = 1 + torch.randn(BATCH, TOKENS, SIZE, dtype=dtype)
     scale, shift, _ = modulations(dtype)
-    got = kernels.norm_modulate(x, scale, shift, norm.eps, norm.is_centred)
+    got = kernels.norm_modulate(x, scale, shift, norm.eps, norm.is_centered)
     assert_near(got, norm(x, scale, shift), max_error)
 
 
@@ -77,7 +77,7 @@ def test_norm_scale_shift_equals_pytorch(dtype: torch.dtype, max_error: float, n
 def test_gate_norm_scale_shift_equals_pytorch(dtype: torch.dtype, max_error: float, norm: LayerNormScaleShift) -> None:
     x, update = torch.randn(2, BATCH, TOKENS, SIZE, dtype=dtype).unbind(0)
     scale, shift, gate = modulations(dtype)
-    got = kernels.gate_norm_modulate(x, update, gate, scale, shift, norm.eps, norm.is_centred)
+    got = kernels.gate_norm_modulate(x, update, gate, scale, shift, norm.eps, norm.is_centered)
     for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift), strict=True):
         assert_near(mine, expected, max_error)
 
@@ -91,7 +91,7 @@ def test_modulations_of_two_tensors_equal_pytorch(dtype: torch.dtype, max_error:
     segments = TokenSegments((boundary, TOKENS - boundary))
     scale, shift, gate = (segments.vectors(first[:, index], rest[:, index]) for index in (1, 2, 7))
     norm = LayerNormScaleShift(SIZE)
-    got = kernels.gate_norm_modulate(x, update, gate, scale, shift, norm.eps, norm.is_centred)
+    got = kernels.gate_norm_modulate(x, update, gate, scale, shift, norm.eps, norm.is_centered)
     for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift), strict=True):
         assert_near(mine, expected, max_error)
 
@@ -105,10 +105,10 @@ def test_modulations_of_three_segments_equal_pytorch(dtype: torch.dtype, max_err
     segments = TokenSegments((FIRST, TOKENS - FIRST - last, last))
     scale, shift, gate = (segments.vectors(rows[index], rows[index + 1], own[index]) for index in (1, 3, 6))
     norm = LayerNormScaleShift(SIZE)
-    got = kernels.gate_norm_modulate(x, update, gate, scale, shift, norm.eps, norm.is_centred)
+    got = kernels.gate_norm_modulate(x, update, gate, scale, shift, norm.eps, norm.is_centered)
     for mine, expected in zip(got, norm.after(Residual(x, update, gate), scale, shift), strict=True):
         assert_near(mine, expected, max_error)
-    assert_near(kernels.norm_modulate(x, scale, shift, norm.eps, norm.is_centred), norm(x, scale, shift), max_error)
+    assert_near(kernels.norm_modulate(x, scale, shift, norm.eps, norm.is_centered), norm(x, scale, shift), max_error)
 
 
 @DTYPES
@@ -143,13 +143,13 @@ def test_layer_norm_of_heads_in_neox_style_equals_pytorch(heads: int, dtype: tor
     apply_qk_norm(expected[..., qk], norms, rotation, SEGMENTS)
     kernels.qk_norm_rotate(qkv[..., qk], operands(norms), rotation, FIRST, None, head_views(qkv[..., qk], 2, HEAD))
     assert_near(qkv, expected, max_error)
-    neighbours = expected.clone()
-    apply_qk_norm(neighbours[..., qk], norms, angles, SEGMENTS)
-    assert not torch.allclose(neighbours, qkv, atol=0.1)
+    neighbors = expected.clone()
+    apply_qk_norm(neighbors[..., qk], norms, angles, SEGMENTS)
+    assert not torch.allclose(neighbors, qkv, atol=0.1)
 
 
 @DTYPES
-@pytest.mark.parametrize("is_neox_style", [False, True], ids=["neighbours", "halves"])
+@pytest.mark.parametrize("is_neox_style", [False, True], ids=["neighbors", "halves"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_qk_norm_with_angles_of_each_head_equals_pytorch(
     dtype: torch.dtype, max_error: float, parts: int, is_neox_style: bool

@@ -1,4 +1,4 @@
-"""A path that is not a Diffusers directory is recognised, and the error names the path to pass instead."""
+"""A path that is not a Diffusers directory is recognized, and the error names the path to pass instead."""
 
 from __future__ import annotations
 

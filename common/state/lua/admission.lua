@@ -79,7 +79,7 @@ end
 takes.admit = {
   'id', 'model', 'caller', 'owner',
   'variant',               -- or ''
-  'record', 'submission',  -- serialised
+  'record', 'submission',  -- serialized
   'idempotency_key',       -- or ''
   'deadline',              -- ms since 1970, 0 for none
   'max_open',              -- maximum number of open requests of the model
@@ -90,7 +90,7 @@ takes.admit = {
   'costs*',                -- pairs of service and cost
   'work*',                 -- pairs of service and steps|tokens of a step|shape
   'wirings*',              -- pairs of service and the wiring of the request's claims there
-  'events*',               -- serialised
+  'events*',               -- serialized
 }
 function ops.admit(a)
   local id, model, caller, costs, key = a.id, a.model, a.caller, a.costs, a.idempotency_key

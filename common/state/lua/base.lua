@@ -2,7 +2,7 @@
 -- order of SCRIPT_FILES in common/state/connection.py. ARGV[1] is the operation; its arguments follow as pairs of
 -- NAME and VALUE.
 --
--- Protobuf messages are stored serialised and never parsed here. Two concatenated messages of one type parse as their
+-- Protobuf messages are stored serialized and never parsed here. Two concatenated messages of one type parse as their
 -- merge, so `extra` is appended to a record. All times are of this server's clock, in ms since 1970.
 --
 -- Terms: a `place` is the queue of one service of one model, named model/service. A worker slot is the right to run one
@@ -212,7 +212,7 @@ local function snapshot(id)
   return redis.call('HMGET', P .. 'request:' .. id, 'record', 'extra', 'state', 'created', 'updated')
 end
 
--- Adds serialised events with the epoch of the request's owner. Returns their ids.
+-- Adds serialized events with the epoch of the request's owner. Returns their ids.
 local function add_events(id, events, epoch)
   local ids = {}
   for i, event in ipairs(events) do

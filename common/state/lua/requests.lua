@@ -4,8 +4,8 @@ takes.append = {
   'id', 'epoch',
   'number',   -- number of events that this owner has added before these
   'state',    -- new state, or ''
-  'extra',    -- addition to the record, serialised
-  'events*',  -- serialised
+  'extra',    -- addition to the record, serialized
+  'events*',  -- serialized
   'done*',    -- pairs of service and completed fraction of its work
 }
 function ops.append(a)
@@ -83,9 +83,9 @@ end
 takes.finish = {
   'id', 'epoch', 'state',
   'token',    -- id of this call and its repetitions
-  'extra',    -- addition to the record, serialised
+  'extra',    -- addition to the record, serialized
   'keep',     -- TTL of the record in ms
-  'events*',  -- serialised
+  'events*',  -- serialized
 }
 function ops.finish(a)
   local refused = refusal(a.id, a.epoch)
@@ -108,7 +108,7 @@ takes.cancel = {
   'state',    -- terminal state
   'token',    -- id of this call and its repetitions
   'keep',     -- TTL of the record in ms
-  'events*',  -- serialised
+  'events*',  -- serialized
 }
 function ops.cancel(a)
   local id, key = a.id, P .. 'request:' .. a.id

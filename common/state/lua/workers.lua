@@ -56,7 +56,7 @@ end
 takes.announce = {
   'worker', 'model', 'service',
   'capacity',  -- number of concurrent requests
-  'info',      -- WorkerInfo, serialised
+  'info',      -- WorkerInfo, serialized
   'lasts',     -- heartbeat TTL in ms
   'numerics',  -- numerics fingerprint
   'contract',  -- see contracts.lua, or ''

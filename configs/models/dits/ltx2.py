@@ -39,7 +39,7 @@ class LTX2TransformerConfig:
 
     `caption_channels` is the size of text embeddings, which the model projects; None if the connectors already project
     them to the hidden sizes (LTX-2.3). A video latent covers `spatial_factor` pixels along each side and
-    `temporal_factor` frames; an audio latent covers `audio_factor` spectrogram frames. Positions are normalised by
+    `temporal_factor` frames; an audio latent covers `audio_factor` spectrogram frames. Positions are normalized by
     `max_seconds` and `audio_max_seconds`, and by `base_height` and `base_width` (pixels). `gate_timestep_factor` scales
     the timestep of the gates of cross-modal attention. `skips_attention`: a guidance branch may skip self-attention of
     some blocks (STG).

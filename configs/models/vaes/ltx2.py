@@ -19,7 +19,7 @@ _AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000
 class LTX2VideoVAEConfig(FrameGrid):
     """Entries of AutoencoderKLLTX2Video's config.json that determine the shape of the latents.
 
-    A latent covers `spatial_factor` pixels along each side. Statistics to normalise latents are stored in the weights.
+    A latent covers `spatial_factor` pixels along each side. Statistics to normalize latents are stored in the weights.
     Latents must have at least `min_latents` rows and columns, as the decoder may use reflection padding.
     """
 

@@ -16,7 +16,7 @@ _DEFAULT_SCALING = (True, True, True, False)
 class LTXVideoVAEConfig(FrameGrid):
     """Entries of AutoencoderKLLTXVideo's config.json that determine the latents.
 
-    A latent covers `spatial_factor` pixels along each side. Statistics to normalise latents are stored in the weights.
+    A latent covers `spatial_factor` pixels along each side. Statistics to normalize latents are stored in the weights.
     `removes_noise` (0.9.5): noise is added to the latents, and the decoder, conditioned on a timestep, removes it.
     """
 

@@ -1,4 +1,4 @@
-"""Per-channel statistics that normalise a VAE's latents."""
+"""Per-channel statistics that normalize a VAE's latents."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def _factors(fields: ConfigFields) -> tuple[int, int]:
     patch_size = fields.integer("patch_size", 1)
     for name in ("in_channels", "out_channels"):
         if fields.integer(name, 3) != 3 * patch_size**2:
-            raise fields.error(name, f"{3 * patch_size**2}, the 3 colours of {patch_size}x{patch_size} pixels")
+            raise fields.error(name, f"{3 * patch_size**2}, the 3 colors of {patch_size}x{patch_size} pixels")
     levels = len(fields.integers("dim_mult", (1, 2, 4, 4))) - 1
     halved = fields.flags("temperal_downsample", (False, True, True))
     if len(halved) != levels:

@@ -48,7 +48,7 @@ class ScaledWorker:
 
 @dataclass(frozen=True)
 class ScaleIn:
-    """A scale-in: requests on its worker, and on all workers, when the worker received SIGTERM."""
+    """A scale-in of `worker`: `own_requests` ran there and `requests` ran on all workers when it received SIGTERM."""
 
     worker: str
     own_requests: tuple[str, ...]
@@ -96,7 +96,7 @@ class ProcessPool:
 
     @property
     def most(self) -> int:
-        """No bound: the autoscaler has its own limit."""
+        """Largest size of the pool: unlimited, because the autoscaler has its own limit."""
         return sys.maxsize
 
     def resize(self, count: int) -> None:
@@ -118,11 +118,13 @@ class ProcessPool:
         code = await (await worker.started).ended
         if worker in self._workers:
             self._workers.remove(worker)
-            self._fleet.history.findings.append(f"{worker.name} exited unexpectedly with {code}; see {worker.log}")
+            self._fleet.history.findings.append(f"{worker.name} exited unexpectedly with code {code}; see {worker.log}")
             return
         self.ending -= 1
         if code != 0 and not (worker.left_early and code == -signal.SIGTERM):
-            self._fleet.history.findings.append(f"{worker.name} received SIGTERM and exited with {code}")
+            self._fleet.history.findings.append(
+                f"{worker.name} received SIGTERM and exited with code {code}; see {worker.log}"
+            )
 
     async def _end(self, worker: ScaledWorker) -> None:
         forked = await worker.started
@@ -164,8 +166,10 @@ class AutoscaledFleet:
         """Start the coordinator and the autoscaler of each service, without workers."""
         await self._starter.start([self._reference])
         self._logs["coordinator"] = self._directory / "coordinator.log"
-        words = ("--listen", self.endpoint, "--scaler-listen", self._scaler, "--step-seconds", "0")
-        self._coordinator = await self._starter.fork("coordinator", self._words(words), self._logs["coordinator"])
+        flags = ("--listen", self.endpoint, "--scaler-listen", self._scaler, "--step-seconds", "0")
+        self._coordinator = await self._starter.fork(
+            "coordinator", self._with_common_flags(flags), self._logs["coordinator"]
+        )
         async with asyncio.timeout(30):
             await self._channel.channel_ready()
         for service, pool in self.pools.items():
@@ -196,14 +200,14 @@ class AutoscaledFleet:
 
     async def fork(self, service: str, worker: ScaledWorker) -> Forked:
         """Start the process of a worker."""
-        words = ("--listen", f"unix:{worker.socket}", *_ON_CPU, *_EVERY_STEP.get(service, ()))
-        return await self._starter.fork(service, self._words(words), worker.log)
+        flags = ("--listen", f"unix:{worker.socket}", *_ON_CPU, *_EVERY_STEP.get(service, ()))
+        return await self._starter.fork(service, self._with_common_flags(flags), worker.log)
 
-    def _words(self, words: tuple[str, ...]) -> tuple[str, ...]:
-        return (*words, "--redis", self._redis_url, "--model", self._reference)
+    def _with_common_flags(self, flags: tuple[str, ...]) -> tuple[str, ...]:
+        return (*flags, "--redis", self._redis_url, "--model", self._reference)
 
     async def close(self) -> None:
-        """Stop all processes. Raises errors of background tasks."""
+        """Stop all processes. Raises the first error of a background task."""
         if self._coordinator is not None:
             os.kill(self._coordinator.pid, signal.SIGTERM)
             await self._coordinator.ended

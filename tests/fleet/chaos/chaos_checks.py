@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import psutil
 from chaos_clients import Outcome
-from chaos_plan import Behaviour, MediaRequest
+from chaos_plan import Behavior, MediaRequest
 from chaos_processes import COORDINATOR, Fleet, Process, Role
 from redis.asyncio import Redis
 
@@ -24,12 +24,15 @@ State = pb.RequestState
 # Store keys that have no TTL by design, with the reason.
 PERMANENT = {
     "fleet:requests": "index of requests; entries are removed after their record has expired",
-    "fleet:ended": "expiry times of records, by which the index is pruned",
-    "fleet:sequence": "last sequence number of a request or a claim",
+    "fleet:ended": "ids of ended requests by the time at which their record expires; the index is pruned by it",
+    "fleet:sequence": "latest number of a request or of a queue entry",
 }
-_TAKEN = ("fleet:slots:", "fleet:waiting:", "fleet:queue:", "fleet:open", "fleet:work:")
+_KEYS_OF_OPEN_REQUESTS = ("fleet:slots:", "fleet:waiting:", "fleet:queue:", "fleet:open", "fleet:work:")
+"""Prefixes of keys that exist only while requests are open."""
 _LASTING_FIELDS = {*SNAPSHOT, "model", "owner", "epoch", "cancel", "key", "caller", "variant", "token"}
+"""Fields that the record of an ended request may have."""
 _MOST_STORE_CONNECTIONS = 40
+"""Largest number of connections of a process to the store."""
 _SETTLE_SECONDS = 30.0
 
 
@@ -57,7 +60,7 @@ async def read_store(redis: Redis) -> dict[str, Stored]:
 def check_requests(stored: Mapping[str, Stored], outcomes: Sequence[Outcome], known: Collection[str]) -> list[str]:
     """Check that every request ended once, as its order allows, and that its client received all events.
 
-    `known` are ids of requests that no client submitted.
+    `known` are ids of requests that the run itself submitted, such as the requests of the warm-up.
     """
     findings: list[str] = []
     for name, each in stored.items():
@@ -84,18 +87,18 @@ def _check_outcome(stored: Mapping[str, Stored], outcome: Outcome) -> list[str]:
         return [f"request {name} of order {order.number} was accepted, but is not in the store"]
     each = stored[name]
     if each.record.caller != order.caller:
-        return [f"request {name} of order {order.number} is {each.record.caller}'s, and not {order.caller}'s"]
-    may_end = {State.REQUEST_STATE_SUCCEEDED}
-    if outcome.gave_up and order.behaviour in (Behaviour.CANCEL, Behaviour.LEAVE):
-        may_end.add(State.REQUEST_STATE_CANCELLED)
-    if order.behaviour is Behaviour.POISON:
-        may_end = {State.REQUEST_STATE_FAILED}
-    if order.behaviour is Behaviour.HURRY:
-        may_end.add(State.REQUEST_STATE_EXPIRED)
-    if each.record.state not in may_end:
+        return [f"request {name} has the caller {each.record.caller}, but order {order.number} has {order.caller}"]
+    permitted = {State.REQUEST_STATE_SUCCEEDED}
+    if outcome.gave_up and order.behavior in (Behavior.CANCEL, Behavior.LEAVE):
+        permitted.add(State.REQUEST_STATE_CANCELLED)
+    if order.behavior is Behavior.POISON:
+        permitted = {State.REQUEST_STATE_FAILED}
+    if order.behavior is Behavior.HURRY:
+        permitted.add(State.REQUEST_STATE_EXPIRED)
+    if each.record.state not in permitted:
         why = each.record.error.message
         return [f"request {name} of order {order.number} is {State.Name(each.record.state)}, unexplained: {why}"]
-    if order.behaviour is Behaviour.LEAVE:
+    if order.behavior is Behavior.LEAVE:
         return []
     received, recorded = [event.event_id for event in outcome.received], [event.event_id for event in each.events]
     if received != recorded:
@@ -104,16 +107,21 @@ def _check_outcome(stored: Mapping[str, Stored], outcome: Outcome) -> list[str]:
 
 
 def _check_strays(stored: Mapping[str, Stored], outcomes: Sequence[Outcome], known: Collection[str]) -> list[str]:
-    """Check that lost submission replies explain the requests of no client, which must not have failed."""
-    lost = sum(outcome.lost_answers for outcome in outcomes)
+    """Check the requests whose id no client knows.
+
+    They must be SUCCEEDED or CANCELLED, and at most as many as the clients' lost replies to submissions.
+    """
+    lost = sum(outcome.lost_replies for outcome in outcomes)
     strays = stored.keys() - {outcome.request_id for outcome in outcomes} - set(known)
     findings = [
-        f"request {name}, which no client submitted, is {State.Name(stored[name].record.state)}"
+        f"request {name}, whose id no client knows, is {State.Name(stored[name].record.state)}"
         for name in sorted(strays)
         if stored[name].record.state not in (State.REQUEST_STATE_SUCCEEDED, State.REQUEST_STATE_CANCELLED)
     ]
     if len(strays) > lost:
-        findings.append(f"{sorted(strays)} were accepted, but clients lost only {lost} replies to submissions")
+        findings.append(
+            f"no client knows the ids {sorted(strays)}, but clients lost only {lost} replies to submissions"
+        )
     return findings
 
 
@@ -130,10 +138,10 @@ def check_files(
 
 
 async def check_store(redis: Redis, permitted_fields: tuple[str, ...] = ()) -> list[str]:
-    """Check that no slot, claim or open request is left, and that every key but the index has a TTL.
+    """Check that no worker slot, queue entry or open request is left, and that all keys but PERMANENT have a TTL.
 
-    Redis deletes empty keys, so that the sets of slots, claims and open requests, and the counters of open work, must
-    not exist. A record must not have fields that only an open request needs, except those that start with one of
+    Redis deletes empty keys. Therefore the keys of worker slots, queues, open requests and their work must not exist. A
+    record must not have fields that only an open request needs, except fields that start with one of
     `permitted_fields`.
     """
     findings: list[str] = []
@@ -141,9 +149,11 @@ async def check_store(redis: Redis, permitted_fields: tuple[str, ...] = ()) -> l
         if key.startswith("fleet:request:"):
             fields = {field.decode() for field in await command(redis, "HKEYS", key)}
             fields = {field for field in fields if not field.startswith(permitted_fields)}
-            findings += [f"the store has {field} left in {key}" for field in sorted(fields - _LASTING_FIELDS)]
-        if key.startswith(_TAKEN):
-            findings.append(f"the store has {key} left")
+            findings += [
+                f"the store still has the field {field} of {key}" for field in sorted(fields - _LASTING_FIELDS)
+            ]
+        if key.startswith(_KEYS_OF_OPEN_REQUESTS):
+            findings.append(f"the store still has {key}")
         elif key not in PERMANENT and await command(redis, "PTTL", key) == -1:
             findings.append(f"the store has {key} without a TTL")
         elif key.startswith("fleet:checkpoint:"):
@@ -195,7 +205,7 @@ class Baseline:
             accepted = 0 if process.role == COORDINATOR else coordinators
             bound = Descriptors(_MOST_STORE_CONNECTIONS, workers, accepted, self.own[process.role])
             if any(has > most for has, most in zip(found, bound, strict=True)):
-                findings.append(f"{process.name} has {found} open, where {bound} are explained")
+                findings.append(f"{process.name} has {found}, but at most {bound} are expected")
         return findings
 
 
@@ -216,7 +226,7 @@ async def settled(
 
 
 def check_logs(logs: Mapping[str, Path]) -> list[str]:
-    """Check logs for unexpected errors. gRPC logs an expected error if a client disconnects during a write."""
+    """Check that logs have no tracebacks. gRPC logs an expected traceback if a client disconnects during a write."""
     findings: list[str] = []
     for name, log in logs.items():
         text = log.read_text(errors="replace").splitlines() if log.exists() else []

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from chaos_clients import Client, RunProgress
 from chaos_faults import Chaos
-from chaos_plan import Behaviour, Fault, Kind, Plan
+from chaos_plan import Behavior, Fault, Kind, Plan
 from chaos_processes import COORDINATOR, Fleet, Process, Role
 
 from common.state.records import is_terminal
@@ -28,7 +28,7 @@ class Churn:
         self._plan = plan
         self._fleet = fleet
         self._chaos = chaos
-        self._poison = [client for client in clients if client.outcome.order.behaviour is Behaviour.POISON]
+        self._poison = [client for client in clients if client.outcome.order.behavior is Behavior.POISON]
         self._numbers = itertools.count(len(plan.faults))
 
     async def run(self, run_progress: RunProgress) -> None:

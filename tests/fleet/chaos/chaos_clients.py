@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
-from chaos_plan import Behaviour, Order
+from chaos_plan import Behavior, Order
 from chaos_processes import Fleet, credentials
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -34,7 +34,7 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 1_500),
     ("grpc.keepalive_timeout_ms", 1_500),
 )
-_AGAIN = (Unavailable, DeadlineExceeded, Cancelled)
+_RETRIED_ERRORS = (Unavailable, DeadlineExceeded, Cancelled)
 
 
 class UnexpectedReply(Exception):
@@ -61,7 +61,7 @@ class Channels:
 
 
 class RunProgress:
-    """Ended orders and received events of the run. This progress triggers faults; time never does."""
+    """Ended orders and received events of the run. This progress, and not time, triggers the faults of a plan."""
 
     def __init__(self) -> None:
         self.orders = 0
@@ -106,7 +106,11 @@ class RunProgress:
 
 @dataclass
 class Outcome:
-    """Result of one client. `lost_answers` counts submissions without an idempotency key whose reply was lost."""
+    """Result of one client. `retries` counts repeated calls.
+
+    `lost_replies` is the largest possible number of requests that the client submitted without an idempotency key and
+    whose id it did not receive.
+    """
 
     order: Order
     request_id: str = ""
@@ -114,8 +118,8 @@ class Outcome:
     files: list[bytes] = field(default_factory=list)
     state: pb.RequestState.ValueType = pb.REQUEST_STATE_UNSPECIFIED
     gave_up: bool = False
-    lost_answers: int = 0
-    asked_again: int = 0
+    lost_replies: int = 0
+    retries: int = 0
 
 
 class Client:
@@ -136,7 +140,7 @@ class Client:
         if self._order.deadline_seconds is not None:
             self._deadline = Timestamp()
             self._deadline.FromMilliseconds(int((time.time() + self._order.deadline_seconds) * 1_000))
-        if self._order.behaviour in (Behaviour.GENERATE, Behaviour.LEAVE):
+        if self._order.behavior in (Behavior.GENERATE, Behavior.LEAVE):
             await self._generate()
             if self.outcome.gave_up or is_terminal(self.outcome.state):
                 return
@@ -149,14 +153,14 @@ class Client:
         """Follow and download the accepted request."""
         await self._follow()
         if self.outcome.state == pb.REQUEST_STATE_SUCCEEDED:
-            await self._retry("downloads", self._download)
-        if self._order.behaviour is Behaviour.TWICE and (again := await self._submit()) != self.outcome.request_id:
+            await self._retry("DownloadResult", self._download)
+        if self._order.behavior is Behavior.TWICE and (again := await self._submit()) != self.outcome.request_id:
             raise UnexpectedReply(
-                f"request {self.outcome.request_id} has ended, and its idempotency key became {again}"
+                f"the idempotency key of the ended request {self.outcome.request_id} was accepted as request {again}"
             )
 
     def _request(self) -> pb.SubmitRequest:
-        keyless = self._order.behaviour in (Behaviour.SUBMIT, Behaviour.LEAVE)
+        keyless = self._order.behavior in (Behavior.SUBMIT, Behavior.LEAVE)
         return pb.SubmitRequest(
             model=self._order.media_request.model,
             parameters=self._order.media_request.parameters,
@@ -171,31 +175,29 @@ class Client:
             raise Unavailable("no coordinator is running")
         return self._channels.stub(self._rng.choice(coordinators).target)
 
-    async def _retry(self, what: str, attempt: Callable[[Stub], Awaitable[T]]) -> T:
+    async def _retry(self, rpc: str, attempt: Callable[[Stub], Awaitable[T]]) -> T:
         """Retry a call at one coordinator after another. Raises UnexpectedReply for an error that no fault explains."""
         while True:
             try:
                 return await attempt(self._any_stub())
             except grpc.aio.AioRpcError as error:
                 reason = from_rpc_error(error)
-                if not isinstance(reason, _AGAIN):
-                    raise self._unexpected(what, reason) from error
+                if not isinstance(reason, _RETRIED_ERRORS):
+                    raise self._unexpected(rpc, reason) from error
             except Unavailable:
                 pass
-            self.outcome.asked_again += 1
+            self.outcome.retries += 1
             await asyncio.sleep(_PAUSE_SECONDS)
 
-    def _unexpected(self, what: str, error: FleetError) -> UnexpectedReply:
-        name = self.outcome.request_id or "not accepted yet"
+    def _unexpected(self, rpc: str, error: FleetError) -> UnexpectedReply:
+        request = f"request {self.outcome.request_id}" if self.outcome.request_id else "not accepted yet"
         kind = type(error).__name__
-        return UnexpectedReply(
-            f"order {self._order.number} (request {name}) {what} and received {kind}: {error.message}"
-        )
+        return UnexpectedReply(f"{rpc} of order {self._order.number} ({request}) failed with {kind}: {error.message}")
 
     async def _submit(self) -> str:
         """Submit; returns the request id, or "" if the deadline passed before acceptance."""
         request = self._request()
-        times = 3 if self._order.behaviour is Behaviour.TWICE else 1
+        times = 3 if self._order.behavior is Behavior.TWICE else 1
 
         async def once(stub: Stub) -> str:
             try:
@@ -204,17 +206,19 @@ class Client:
                 if self._is_late(error):
                     self.outcome.gave_up = True
                     return ""
-                self.outcome.lost_answers += not request.idempotency_key
+                self.outcome.lost_replies += not request.idempotency_key
                 raise
 
-        names = set(await asyncio.gather(*(self._retry("submits", once) for _ in range(times))))
+        names = set(await asyncio.gather(*(self._retry("Submit", once) for _ in range(times))))
         if len(names) != 1:
-            raise UnexpectedReply(f"order {self._order.number} has one idempotency key and became {sorted(names)}")
+            raise UnexpectedReply(
+                f"order {self._order.number} has one idempotency key, but was accepted as the requests {sorted(names)}"
+            )
         return names.pop()
 
     def _is_late(self, error: grpc.aio.AioRpcError) -> bool:
         reason = from_rpc_error(error)
-        is_hurried = self._order.behaviour is Behaviour.HURRY
+        is_hurried = self._order.behavior is Behavior.HURRY
         return is_hurried and isinstance(reason, InvalidInput) and reason.field == "deadline"
 
     async def _generate(self) -> None:
@@ -238,18 +242,18 @@ class Client:
                 return
             finally:
                 call.cancel()
-        outcome.lost_answers += self._order.behaviour is Behaviour.LEAVE
-        outcome.gave_up = self._order.behaviour is Behaviour.LEAVE
+        outcome.lost_replies += self._order.behavior is Behavior.LEAVE
+        outcome.gave_up = self._order.behavior is Behavior.LEAVE
         outcome.files.clear()
         if not outcome.gave_up and is_terminal(outcome.state):
-            await self._retry("downloads", self._download)
+            await self._retry("DownloadResult", self._download)
 
     def _record(self, event: pb.Event) -> None:
         self._run_progress.event()
         self.outcome.received.append(event)
         self.outcome.state = event.state_change.state or self.outcome.state
-        is_there = event.progress.service == "denoising" and event.progress.step >= self._order.at_step
-        self.outcome.gave_up |= is_there and self._order.behaviour is Behaviour.LEAVE
+        has_reached_step = event.progress.service == "denoising" and event.progress.step >= self._order.at_step
+        self.outcome.gave_up |= has_reached_step and self._order.behavior is Behavior.LEAVE
 
     async def _follow(self) -> None:
         """Receive every event once, from any coordinator; cancel meanwhile if the order requires it."""
@@ -257,29 +261,29 @@ class Client:
         async def watch(stub: Stub) -> None:
             received = self.outcome.received
             after = received[-1].event_id if received else ""
-            wanted = pb.WatchRequest(request_id=self.outcome.request_id, after_event_id=after)
-            call = stub.Watch(wanted, metadata=self._key)
+            request = pb.WatchRequest(request_id=self.outcome.request_id, after_event_id=after)
+            call = stub.Watch(request, metadata=self._key)
             try:
                 async for reply in _unless_silent(call):
                     self._record(reply.event)
                     step = reply.event.progress.step
                     if (
-                        self._order.behaviour is Behaviour.CANCEL
+                        self._order.behavior is Behavior.CANCEL
                         and not self.outcome.gave_up
                         and step >= self._order.at_step
                     ):
                         self.outcome.gave_up = True
-                        await self._retry("cancels", self._cancel)
+                        await self._retry("CancelRequest", self._cancel)
             finally:
                 call.cancel()
             if not is_terminal(self.outcome.state):
-                raise UnexpectedReply(f"the watch of request {self.outcome.request_id} ends before the request")
+                raise UnexpectedReply(f"Watch ended before request {self.outcome.request_id}")
 
-        await self._retry("watches", watch)
+        await self._retry("Watch", watch)
 
     async def _cancel(self, stub: Stub) -> None:
-        unwanted = pb.CancelRequestRequest(request_id=self.outcome.request_id)
-        await stub.CancelRequest(unwanted, timeout=_CALL_SECONDS, metadata=self._key)
+        request = pb.CancelRequestRequest(request_id=self.outcome.request_id)
+        await stub.CancelRequest(request, timeout=_CALL_SECONDS, metadata=self._key)
 
     async def _download(self, stub: Stub) -> None:
         self.outcome.files = await download(stub, self._order.caller, self.outcome.request_id)
@@ -308,7 +312,7 @@ async def _unless_silent(call: Any) -> AsyncIterator[Any]:
                 async with asyncio.timeout(_SILENCE_SECONDS):
                     reply = await anext(replies, None)
             except TimeoutError:
-                raise Unavailable("no message was received for a while") from None
+                raise Unavailable(f"no message was received for {_SILENCE_SECONDS:g} s") from None
             if reply is None:
                 return
             yield reply

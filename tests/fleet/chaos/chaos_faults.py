@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass
 class InjectedFault:
-    """An injected fault: time in ms since the epoch, target process, and requests that ran there."""
+    """An injected fault: target process, requests that ran there, and time `at_ms` in ms since the epoch."""
 
     fault: Fault
     target: str
@@ -181,8 +181,8 @@ class Chaos:
         if target is None or outcome is None:
             return False
         self._note(fault, f"{target.name}, of request {outcome.request_id}")
-        ask = self.peers.watch_without_reading if is_watch else self.peers.download_without_reading
-        ask(target, outcome.order.caller, outcome.request_id)
+        start_call = self.peers.watch_without_reading if is_watch else self.peers.download_without_reading
+        start_call(target, outcome.order.caller, outcome.request_id)
         return True
 
     async def _send_malformed(self, fault: Fault) -> bool:
@@ -220,7 +220,7 @@ def _drawn(candidates: Sequence[T], draw: float) -> T | None:
 
 
 async def runs_by_pid(redis: Redis) -> dict[int, tuple[str, ...]]:
-    """Requests that hold a worker slot, by the PID, which is a part of the worker id."""
+    """Requests that hold a worker slot, by the PID of the worker, which is a part of the worker id."""
     runs: dict[int, tuple[str, ...]] = {}
     for key in await command(redis, "KEYS", "fleet:slots:*"):
         for ticket, slot in (await command(redis, "HGETALL", key)).items():

@@ -23,7 +23,7 @@ from fleet.v1 import generation_pb2_grpc
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _EMPTY_SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-_ANSWER_SECONDS = 2.0
+_REPLY_SECONDS = 2.0
 _SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1))
 
 
@@ -39,11 +39,17 @@ class Peers:
     async def send_malformed(self, process: Process, draw: float) -> str:
         """Send malformed data to a process by a random method; returns the method's description."""
         rng = random.Random(draw)
-        ways = (self._send_bytes, self._send_frames, self._stay_half_open, self._call_with_bytes, self._call_in_silence)
-        way = rng.choice(ways)
+        methods = (
+            self._send_bytes,
+            self._send_frames,
+            self._stay_half_open,
+            self._call_with_bytes,
+            self._call_in_silence,
+        )
+        method = rng.choice(methods)
         with suppress(OSError):  # the process may have exited
-            await way(process, rng)
-        return way.__name__.strip("_").replace("_", " ")
+            await method(process, rng)
+        return method.__name__.strip("_").replace("_", " ")
 
     async def _send_bytes(self, process: Process, rng: random.Random) -> None:
         """Send random bytes."""
@@ -70,10 +76,10 @@ class Peers:
             try:
                 if process.role == COORDINATOR:
                     submit: Any = channel.unary_unary("/fleet.v1.GenerationService/Submit")
-                    await submit(frames[0], timeout=_ANSWER_SECONDS, metadata=credentials(CALLERS[0]))
+                    await submit(frames[0], timeout=_REPLY_SECONDS, metadata=credentials(CALLERS[0]))
                 else:
                     stage: Any = channel.stream_stream(path_of(stage_method(process.role.program)))
-                    await stage(iter(frames), timeout=_ANSWER_SECONDS).read()
+                    await stage(iter(frames), timeout=_REPLY_SECONDS).read()
             except grpc.aio.AioRpcError as error:
                 if is_sent_by_peer(error) and isinstance(from_rpc_error(error), InternalError):
                     self.findings.append(
@@ -103,8 +109,8 @@ class Peers:
     def download_without_reading(self, process: Process, caller: str, request_id: str) -> None:
         """Start a DownloadResult call for a caller's request and read no data."""
         stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel(process.target, _SMALL_WINDOW))
-        wanted = pb.DownloadResultRequest(request_id=request_id)
-        self._calls.append(stub.DownloadResult(wanted, metadata=credentials(caller)))
+        request = pb.DownloadResultRequest(request_id=request_id)
+        self._calls.append(stub.DownloadResult(request, metadata=credentials(caller)))
 
     async def close(self) -> None:
         """Close all connections and calls."""
@@ -126,7 +132,7 @@ async def _talk(socket: Path, pieces: Sequence[bytes]) -> None:
             writer.write(piece)
         await writer.drain()
         with suppress(TimeoutError):
-            async with asyncio.timeout(_ANSWER_SECONDS):
+            async with asyncio.timeout(_REPLY_SECONDS):
                 while await reader.read(1 << 16):
                     pass
     finally:

@@ -26,33 +26,34 @@ CALLERS = ("studio", "press")
 _PROMPTS = ("a red apple", "a blue car", "the old stone on the moon", "a cat on the river")
 
 
-class Behaviour(Enum):
+class Behavior(Enum):
     """How a client sends its request."""
 
-    SUBMIT = "submits without a key"
+    SUBMIT = "submits without an idempotency key"
     KEYED = "submits with an idempotency key"
-    TWICE = "submits with one key to several coordinators at once, and again after the end"
+    TWICE = "submits with one idempotency key to several coordinators at once, and again after the end"
     GENERATE = "generates with an idempotency key"
-    CANCEL = "submits with a key, and cancels once it denoises"
-    LEAVE = "generates without a key, and disconnects once it denoises"
+    CANCEL = "submits with an idempotency key, and cancels during denoising"
+    LEAVE = "generates without an idempotency key, and disconnects during denoising"
     HURRY = "submits with an idempotency key and a deadline that may pass"
     POISON = "submits a request that kills each worker that denoises it, with an idempotency key"
 
 
-_BEHAVIOURS: Mapping[Behaviour, int] = MappingProxyType(
+_BEHAVIORS: Mapping[Behavior, int] = MappingProxyType(
     {
-        Behaviour.SUBMIT: 5,
-        Behaviour.KEYED: 7,
-        Behaviour.TWICE: 3,
-        Behaviour.GENERATE: 3,
-        Behaviour.CANCEL: 2,
-        Behaviour.LEAVE: 1,
-        Behaviour.HURRY: 2,
+        Behavior.SUBMIT: 5,
+        Behavior.KEYED: 7,
+        Behavior.TWICE: 3,
+        Behavior.GENERATE: 3,
+        Behavior.CANCEL: 2,
+        Behavior.LEAVE: 1,
+        Behavior.HURRY: 2,
     }
 )
+"""Relative frequency of each behavior."""
 
-
-INNOCENT = (Behaviour.SUBMIT, Behaviour.KEYED, Behaviour.TWICE, Behaviour.GENERATE)
+INNOCENT = (Behavior.SUBMIT, Behavior.KEYED, Behavior.TWICE, Behavior.GENERATE)
+"""Behaviors whose requests must succeed."""
 
 
 class Kind(Enum):
@@ -102,6 +103,7 @@ _FAULTS: Mapping[Kind, int] = MappingProxyType(
         Kind.MALFORMED_WORKER: 2,
     }
 )
+"""Relative frequency of each kind."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,12 @@ LARGE_REQUESTS = tuple(
 
 @dataclass(frozen=True)
 class Order:
-    """Request, caller and behaviour of one client, which cancels or disconnects at step `at_step`."""
+    """Request, caller and behavior of one client, which cancels or disconnects at step `at_step`."""
 
     number: int
     caller: str
     media_request: MediaRequest
-    behaviour: Behaviour
+    behavior: Behavior
     priority: int
     deadline_seconds: float | None
     at_step: int
@@ -167,10 +169,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan of a whole run. `skews` yields clock errors in seconds, one per started process.
+    """Plan of a whole run. The run's progress triggers `faults`.
 
-    `faults` are triggered by the run's progress. With `death_seconds`, each process is also killed once per that
-    interval on average.
+    With `death_seconds`, each process is also killed or stopped once per that interval on average.
     """
 
     seed: int
@@ -183,7 +184,7 @@ class Plan:
     death_seconds: float = 0.0
 
     def skews(self) -> random.Random:
-        """Random generator of the clock errors."""
+        """A random generator, from which the fleet draws the clock error of each process."""
         return random.Random(f"skews of {self.seed}")
 
 
@@ -213,23 +214,23 @@ def make_churn_plan(
 ) -> Plan:
     """Draw a plan of timed kills. `poison` is the number of requests that kill their workers."""
     rng = random.Random(seed)
-    kill = set(rng.sample(range(requests), poison))
+    poisoned = set(rng.sample(range(requests), poison))
     orders = [
-        make_order(number, rng, LARGE_REQUESTS, (Behaviour.POISON,) if number in kill else INNOCENT)
+        make_order(number, rng, LARGE_REQUESTS, (Behavior.POISON,) if number in poisoned else INNOCENT)
         for number in range(requests)
     ]
     return Plan(seed, clients, orders, (), longest_seconds, LARGE_REQUESTS, is_churn=True, death_seconds=death_seconds)
 
 
 def make_order(
-    number: int, rng: random.Random, media_requests: Sequence[MediaRequest], behaviours: Sequence[Behaviour]
+    number: int, rng: random.Random, media_requests: Sequence[MediaRequest], behaviors: Sequence[Behavior]
 ) -> Order:
     """Draw an order without a deadline and without a priority."""
     return Order(
         number=number,
         caller=rng.choice(CALLERS),
         media_request=rng.choice(media_requests),
-        behaviour=rng.choice(behaviours),
+        behavior=rng.choice(behaviors),
         priority=0,
         deadline_seconds=None,
         at_step=0,
@@ -238,14 +239,14 @@ def make_order(
 
 def _order(number: int, rng: random.Random) -> Order:
     (model,) = rng.choices(list(_SHARES), list(_SHARES.values()))
-    behaviour = rng.choices(list(_BEHAVIOURS), list(_BEHAVIOURS.values()))[0]
+    behavior = rng.choices(list(_BEHAVIORS), list(_BEHAVIORS.values()))[0]
     far = rng.choice((None, None, _FAR_DEADLINE_SECONDS))
     return Order(
         number=number,
         caller=rng.choice(CALLERS),
         media_request=rng.choice([media_request for media_request in MEDIA_REQUESTS if media_request.model == model]),
-        behaviour=behaviour,
+        behavior=behavior,
         priority=rng.randrange(-2, 3),
-        deadline_seconds=rng.uniform(0.5, 3.0) if behaviour is Behaviour.HURRY else far,
+        deadline_seconds=rng.uniform(0.5, 3.0) if behavior is Behavior.HURRY else far,
         at_step=rng.randrange(1, STEPS - 2),
     )

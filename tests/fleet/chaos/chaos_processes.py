@@ -99,11 +99,11 @@ class Process:
 
 
 class Fleet:
-    """Starts processes, and replaces each one that ends. `findings` are unexpected exits.
+    """Starts processes, and replaces each process that ends. `findings` are unexpected exits.
 
-    Each of the `services` has `workers` workers; `denoisers` overrides this number for denoising. If `callers` are
-    given, coordinators serve only these callers. `coordinator_flags` and `worker_flags` are settings of the processes.
-    A new process runs the source tree in the attribute `tree`, which is initially the first of `trees`.
+    Each of the `services` of a model has `workers` workers; `denoisers` overrides this number for denoising. If
+    `callers` are given, coordinators serve only these callers. `coordinator_flags` and `worker_flags` are settings of
+    the processes. A new process runs the source tree in the attribute `tree`, which is initially the first of `trees`.
     """
 
     def __init__(
@@ -186,14 +186,14 @@ class Fleet:
         return process
 
     def _arguments(self, process: Process) -> list[str]:
-        words = ["--listen", process.target, "--redis", f"redis://{process.store.address}/0"]
+        flags = ["--listen", process.target, "--redis", f"redis://{process.store.address}/0"]
         if process.access is None:
-            references = [word for reference in self._references() for word in ("--model", reference)]
+            references = [argument for reference in self._references() for argument in ("--model", reference)]
             keys = ("--api-keys", str(self._keys)) if self._callers else ()
-            return [*words, *references, *keys, *self._coordinator_flags]
+            return [*flags, *references, *keys, *self._coordinator_flags]
         model = process.role.model
         return [
-            *words,
+            *flags,
             "--model",
             f"{model}={self.models[model]}",
             "--advertise",
@@ -205,19 +205,19 @@ class Fleet:
         process.code = code
         self.living.remove(process)
         process.ended.set()
-        self.note(f"{process.name} ends with {code}")
+        self.note(f"{process.name} ends with code {code}")
         if not process.is_ending:
-            self.findings.append(f"{process.name} exited unexpectedly with {code}; see {process.log}")
+            self.findings.append(f"{process.name} exited unexpectedly with code {code}; see {process.log}")
         elif code not in (0, -signal.SIGKILL) and not (process.left_early and code == -signal.SIGTERM):
-            self.findings.append(f"{process.name} received SIGTERM and exited with {code}; see {process.log}")
+            self.findings.append(f"{process.name} received SIGTERM and exited with code {code}; see {process.log}")
         if not self._closing:
-            self._do(self._replace(process))
+            self._start_task(self._replace(process))
 
     async def _replace(self, process: Process) -> None:
         await self._close_links(process)
         await self._spawn(process.role)
 
-    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -274,7 +274,7 @@ class Fleet:
         return successor
 
     async def stop(self, seconds: float = 30.0) -> None:
-        """Send SIGTERM to all processes, coordinators first; one that does not exit is killed and reported."""
+        """Send SIGTERM to all processes, coordinators first. Kill and report processes that run on after `seconds`."""
         self._closing = True
         self.heal()
         for coordinators in (True, False):
@@ -303,7 +303,7 @@ class Fleet:
                 each.cancel()
 
     async def close(self) -> None:
-        """Close the links, the warm parent and the store."""
+        """Close the links, the warm parents and the store."""
         self._closing = True
         for task in list(self._tasks):
             task.cancel()

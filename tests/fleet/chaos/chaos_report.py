@@ -83,15 +83,15 @@ class Report:
     def _requests(self) -> list[str]:
         states = Counter(pb.RequestState.Name(each.record.state)[14:].lower() for each in self.stored.values())
         denoised = [Denoising.of(each.events) for each in self.stored.values()]
-        ways = Counter(event.progress.service for each in self.stored.values() for event in _begins(each.events))
-        again = sum(ways.values()) - sum(
+        starts = Counter(event.progress.service for each in self.stored.values() for event in _begins(each.events))
+        restarts = sum(starts.values()) - sum(
             len({event.progress.service for event in _begins(each.events)}) for each in self.stored.values()
         )
         rows = {
             "orders, clients, seconds": f"{len(self.plan.orders)}, {self.plan.clients}, {self.seconds:.1f}",
             "requests accepted": ", ".join([str(len(self.stored)), *(f"{n} {name}" for name, n in states.items())]),
-            "calls that clients repeated": sum(outcome.asked_again for outcome in self.outcomes),
-            "stages restarted": again,
+            "calls that clients repeated": sum(outcome.retries for outcome in self.outcomes),
+            "stages restarted": restarts,
             "requests taken over": sum(each.epoch > 1 for each in self.stored.values()),
             "denoisings resumed, restarted": f"{sum(each.resumed for each in denoised)}, "
             f"{sum(each.restarted for each in denoised)}",

@@ -24,7 +24,7 @@ from tiny_flux import build_tiny_flux
 from tiny_wan import build_tiny_wan, build_tiny_wan_causal
 
 SILENT_SECONDS = 60.0
-"""Timeout in seconds of a run without any event."""
+"""Longest time in seconds without an event or an ended order."""
 
 References = Mapping[MediaRequest, Sequence[bytes]]
 
@@ -78,7 +78,7 @@ class FleetRun:
         coordinators = self.fleet.of(coordinators=True)
         await asyncio.gather(*(self._warm(self.channels.stub(each.target)) for each in coordinators))
 
-    async def list_all_workers(self, stub: Stub) -> None:
+    async def wait_for_all_workers(self, stub: Stub) -> None:
         """Wait until a coordinator lists all workers of the fleet."""
         key = credentials(CALLERS[0])
 
@@ -90,7 +90,7 @@ class FleetRun:
         await wait_until(lists_all_workers)
 
     async def _warm(self, stub: Stub) -> None:
-        await self.list_all_workers(stub)
+        await self.wait_for_all_workers(stub)
         key = credentials(CALLERS[0])
         for media_request in {each.model: each for each in self.plan.media_requests}.values():
             request = pb.SubmitRequest(model=media_request.model, parameters=media_request.parameters)

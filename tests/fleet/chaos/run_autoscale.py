@@ -52,7 +52,7 @@ _WAVE = 2 * _DENOISERS
 _LONG = 2
 """Number of longer requests per wave."""
 _LONG_STEPS = 12
-"""Factor by which the longer requests have more steps."""
+"""Ratio of the longer requests' steps to the steps of the other requests."""
 _BOUNDS = {
     service: ReplicaBounds(0, most, _IDLE_SECONDS)
     for service, most in {"text_encoding": 2, "latent_preparation": 1, "denoising": _DENOISERS, "decoding": 2}.items()
@@ -215,12 +215,17 @@ class Run:
 
     def _check_history(self, push_seconds: float) -> None:
         if push_seconds > _PUSH_SECONDS:
-            self._findings.append(f"the first worker was started {push_seconds:.2f} s after the first request")
+            self._findings.append(
+                f"the first worker started {push_seconds:.2f} s after the first request, not within {_PUSH_SECONDS:g} s"
+            )
         for service, most in self._fleet.history.most.items():
             if most > _BOUNDS[service].most:
-                self._findings.append(f"{service} had {most} workers, of at most {_BOUNDS[service].most}")
+                self._findings.append(f"{service} had {most} workers, but at most {_BOUNDS[service].most} are allowed")
         if self._fleet.history.most["denoising"] < _BOUNDS["denoising"].most:
-            self._findings.append(f"denoising had {self._fleet.history.most['denoising']} workers at most")
+            most = self._fleet.history.most["denoising"]
+            self._findings.append(
+                f"denoising had at most {most} workers, but {_DENOISERS} are expected under this load"
+            )
 
 
 async def _run(load: Load, directory: Path, references: Mapping[Image, bytes], url: str) -> Report:

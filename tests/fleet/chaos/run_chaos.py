@@ -36,7 +36,7 @@ from chaos_checks import Baseline, check_logs  # noqa: E402
 from chaos_churn import Churn  # noqa: E402
 from chaos_command import end_run, explain_findings, new_parser  # noqa: E402
 from chaos_faults import Chaos  # noqa: E402
-from chaos_plan import CALLERS, Behaviour, Plan, make_churn_plan, make_plan  # noqa: E402
+from chaos_plan import CALLERS, Behavior, Plan, make_churn_plan, make_plan  # noqa: E402
 from chaos_processes import Fleet  # noqa: E402
 from chaos_report import Report  # noqa: E402
 from chaos_run import SILENT_SECONDS, FleetRun, References, build_models, make_references  # noqa: E402
@@ -136,11 +136,11 @@ def run_chaos(plan: Plan, directory: Path) -> Report:
 
 def explain(report: Report, directory: Path) -> str:
     """Format the findings and the details of their causes."""
-    again = f"--requests {len(report.plan.orders)} --seed {report.plan.seed}"
+    flags = f"--requests {len(report.plan.orders)} --seed {report.plan.seed}"
     if report.plan.is_churn:
-        poison = sum(order.behaviour is Behaviour.POISON for order in report.plan.orders)
-        again += f" --churn --death-seconds {report.plan.death_seconds:g} --poison {poison}"
-    return explain_findings(report.details, report.findings, directory, f"findings of {again}")
+        poison = sum(order.behavior is Behavior.POISON for order in report.plan.orders)
+        flags += f" --churn --death-seconds {report.plan.death_seconds:g} --poison {poison}"
+    return explain_findings(report.details, report.findings, directory, f"findings of {flags}")
 
 
 def _plan_of(args: argparse.Namespace) -> Plan:

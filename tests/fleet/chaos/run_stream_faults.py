@@ -19,35 +19,35 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "proto"), str(
 from resume_fleet import served  # noqa: E402
 from stream_faults import BETWEEN, CAUSAL, WITHIN, coordinator_fault, handed_over, undisturbed, worker_fault  # noqa: E402
 
-NUMBERS = (signal.SIGKILL, signal.SIGSTOP)
+SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 PLACES = {"within a block": WITHIN, "between blocks": BETWEEN}
 
 
-def say(what: str, began: float) -> None:
+def print_case(case: str, began: float) -> None:
     """Print a case and its seconds."""
-    sys.stdout.write(f"{what}: same bytes, delivered once, in {time.monotonic() - began:.1f} s\n")
+    sys.stdout.write(f"{case}: same bytes, delivered once, in {time.monotonic() - began:.1f} s\n")
     sys.stdout.flush()
 
 
 async def main() -> None:
-    """Run all cases. Each coordinator case has its own fleet, as a signalled coordinator is not restarted."""
+    """Run all cases. Each coordinator case has its own fleet, as a signaled coordinator is not restarted."""
     async with served(CAUSAL) as fleet:
         whole = await undisturbed(fleet)
         for service in ("denoising", "decoding"):
-            for number in NUMBERS:
+            for number in SIGNALS:
                 for place, step in PLACES.items():
                     began = time.monotonic()
                     await worker_fault(fleet, whole, service, number, step)
-                    say(f"{number.name} of {service} {place}", began)
+                    print_case(f"{number.name} of {service} {place}", began)
         began = time.monotonic()
         await handed_over(fleet, whole)
-        say("SIGTERM of denoising within a block", began)
-    for number in NUMBERS:
+        print_case("SIGTERM of denoising within a block", began)
+    for number in SIGNALS:
         for place, step in PLACES.items():
             async with served(CAUSAL) as fleet:
                 began = time.monotonic()
                 await coordinator_fault(fleet, whole, number, step)
-                say(f"{number.name} of the coordinator {place}", began)
+                print_case(f"{number.name} of the coordinator {place}", began)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ COORDINATORS, WORKERS, DENOISERS = 2, 1, 2
 _MODELS = (FLUX, CAUSAL)
 
 
-class Order(Enum):
-    """The order in which a pass replaces processes."""
+class ReplacementOrder(Enum):
+    """Order in which a pass replaces processes."""
 
     WORKERS_FIRST = "workers first"
     COORDINATORS_FIRST = "coordinators first"
@@ -59,16 +59,16 @@ class Order(Enum):
         workers = [each for each in processes if each.role != COORDINATOR]
         rng.shuffle(workers)
         match self:
-            case Order.WORKERS_FIRST:
+            case ReplacementOrder.WORKERS_FIRST:
                 return workers + coordinators
-            case Order.COORDINATORS_FIRST:
+            case ReplacementOrder.COORDINATORS_FIRST:
                 return coordinators + workers
-            case Order.INTERLEAVED:
+            case ReplacementOrder.INTERLEAVED:
                 half = len(workers) // len(coordinators)
                 return [*workers[:half], coordinators[0], *workers[half:], *coordinators[1:]]
 
 
-PASSES = (Order.WORKERS_FIRST, Order.INTERLEAVED, Order.COORDINATORS_FIRST)
+PASSES = (ReplacementOrder.WORKERS_FIRST, ReplacementOrder.INTERLEAVED, ReplacementOrder.COORDINATORS_FIRST)
 """Even passes upgrade and odd passes roll back; two rounds run each order in both directions."""
 
 
@@ -95,7 +95,7 @@ class Summary:
 class Upgrade(FleetRun):
     """A run. Its clients send requests until the last pass ends."""
 
-    # A release deletes only the fields that it knows; those of a newer one expire with the record.
+    # A release deletes only the fields that it knows; the fields of a newer release expire with the record.
     permitted_fields = ("ticket:",)
 
     def __init__(self, plan: Plan, fleet: Fleet, redis: Redis, references: References, trees: Sequence[Path]) -> None:
@@ -105,7 +105,7 @@ class Upgrade(FleetRun):
         self._replaced = 0
         self._is_over = False
 
-    async def run(self, passes: Sequence[Order]) -> Summary:
+    async def run(self, passes: Sequence[ReplacementOrder]) -> Summary:
         """Start the release, replace it and roll back under load, check, stop."""
         began = time.monotonic()
         named: list[str] = []
@@ -137,7 +137,7 @@ class Upgrade(FleetRun):
             self.clients.append(self.new_client(make_order(number, self._rng, self.plan.media_requests, INNOCENT)))
             yield self.clients[-1]
 
-    async def _replace_all(self, order: Order, tree: Path) -> None:
+    async def _replace_all(self, order: ReplacementOrder, tree: Path) -> None:
         """Replace every process in turn, each while requests are open."""
         for process in order.of(list(self.fleet.living), self._rng):
             await self.run_progress.reach(0, 1)
@@ -145,7 +145,7 @@ class Upgrade(FleetRun):
             await self.fleet.replace(process, tree)
             self._replaced += 1
             stub = self.channels.stub(self.fleet.of(coordinators=True)[-1].target)
-            await self.list_all_workers(stub)
+            await self.wait_for_all_workers(stub)
         for process in self.fleet.living:
             program = psutil.Process(process.pid).cmdline()[1]
             if not Path(program).is_relative_to(tree):
@@ -157,7 +157,7 @@ class Upgrade(FleetRun):
 
 
 async def _run(
-    plan: Plan, models: Mapping[str, Path], references: References, directory: Path, passes: Sequence[Order]
+    plan: Plan, models: Mapping[str, Path], references: References, directory: Path, passes: Sequence[ReplacementOrder]
 ) -> Summary:
     trees = (unpack_release(directory / "release"), TREE)
     fleet = Fleet(
@@ -177,7 +177,7 @@ async def _run(
         await fleet.close()
 
 
-def run_upgrade(seed: int, clients: int, passes: Sequence[Order], directory: Path) -> Summary:
+def run_upgrade(seed: int, clients: int, passes: Sequence[ReplacementOrder], directory: Path) -> Summary:
     """Run passes. Processes log to `directory`, whose path must be short enough for Unix sockets."""
     media_requests = [each for each in MEDIA_REQUESTS if each.model in _MODELS]
     plan = Plan(seed, clients, (), (), 0.0, media_requests)
@@ -186,7 +186,7 @@ def run_upgrade(seed: int, clients: int, passes: Sequence[Order], directory: Pat
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run once, print the summary."""
+    """Run once and print the summary."""
     parser = new_parser(__doc__)
     parser.add_argument("--seed", type=int, default=1, help="seed of requests and of the order of workers (default: 1)")
     parser.add_argument("--clients", type=int, default=4, help="concurrent clients (default: 4)")

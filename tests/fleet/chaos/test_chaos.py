@@ -25,7 +25,7 @@ from chaos_checks import Stored, check_files, check_requests, check_store, read_
 from chaos_churn import Churn
 from chaos_clients import Outcome, RunProgress
 from chaos_links import Link
-from chaos_plan import MEDIA_REQUESTS, Behaviour, Fault, Kind, Plan, make_churn_plan, make_plan
+from chaos_plan import MEDIA_REQUESTS, Behavior, Fault, Kind, Plan, make_churn_plan, make_plan
 from chaos_processes import COORDINATOR, Process, Role
 from chaos_report import Denoising, Latency
 from redis.asyncio import Redis
@@ -62,7 +62,7 @@ def test_a_seed_determines_the_plan() -> None:
     assert plan(7).faults != plan(8).faults
     assert plan(7).orders != plan(8).orders
     assert {fault.kind for fault in plan(7).faults} == set(Kind)
-    assert {order.behaviour for order in plan(7).orders} == set(Behaviour) - {Behaviour.POISON}
+    assert {order.behavior for order in plan(7).orders} == set(Behavior) - {Behavior.POISON}
 
 
 def churn_plan(poison: int = 2, death_seconds: float = 8.0) -> Plan:
@@ -73,15 +73,15 @@ def churn_plan(poison: int = 2, death_seconds: float = 8.0) -> Plan:
 
 def test_only_poison_requests_of_a_churn_plan_may_fail() -> None:
     drawn = churn_plan()
-    behaviours = Counter(order.behaviour for order in drawn.orders)
-    assert behaviours.pop(Behaviour.POISON) == 2
-    assert set(behaviours) == {Behaviour.SUBMIT, Behaviour.KEYED, Behaviour.TWICE, Behaviour.GENERATE}
+    behaviors = Counter(order.behavior for order in drawn.orders)
+    assert behaviors.pop(Behavior.POISON) == 2
+    assert set(behaviors) == {Behavior.SUBMIT, Behavior.KEYED, Behavior.TWICE, Behavior.GENERATE}
     assert drawn == churn_plan()
     failed, succeeded = state_event(pb.REQUEST_STATE_FAILED), state_event(pb.REQUEST_STATE_SUCCEEDED)
     for order, end, explained in (
-        (next(each for each in drawn.orders if each.behaviour is Behaviour.POISON), failed, True),
-        (next(each for each in drawn.orders if each.behaviour is Behaviour.POISON), succeeded, False),
-        (next(each for each in drawn.orders if each.behaviour is Behaviour.KEYED), failed, False),
+        (next(each for each in drawn.orders if each.behavior is Behavior.POISON), failed, True),
+        (next(each for each in drawn.orders if each.behavior is Behavior.POISON), succeeded, False),
+        (next(each for each in drawn.orders if each.behavior is Behavior.KEYED), failed, False),
     ):
         record = pb.RequestRecord(state=end.state_change.state, caller=order.caller)
         found = check_requests({"c": Stored(record, [end], 1)}, [Outcome(order, request_id="c", received=[end])], ())
@@ -93,9 +93,9 @@ class _FakeFleet:
 
     def __init__(self, poisoned: str) -> None:
         self.roles = [COORDINATOR, Role("denoising", "flux"), Role("denoising", "flux"), Role("decoding", "flux")]
-        nowhere = cast(Any, None)
+        unused = cast(Any, None)
         self.living = [
-            Process(str(pid), role, nowhere, nowhere, nowhere, nowhere, None, pid=pid)
+            Process(str(pid), role, unused, unused, unused, unused, None, pid=pid)
             for pid, role in enumerate(self.roles)
         ]
         self.injected: list[tuple[Kind, int]] = []
@@ -135,7 +135,7 @@ def test_a_poison_request_kills_the_worker_that_denoises_it() -> None:
         clients = [
             cast(
                 Any,
-                SimpleNamespace(outcome=Outcome(order, request_id="p" if order.behaviour is Behaviour.POISON else "")),
+                SimpleNamespace(outcome=Outcome(order, request_id="p" if order.behavior is Behavior.POISON else "")),
             )
             for order in drawn.orders
         ]
@@ -152,8 +152,8 @@ def test_a_poison_request_kills_the_worker_that_denoises_it() -> None:
     asyncio.run(scenario())
 
 
-def outcome(name: str, behaviour: Behaviour = Behaviour.KEYED, **more: Any) -> Outcome:
-    order = next(order for order in plan().orders if order.behaviour is behaviour)
+def outcome(name: str, behavior: Behavior = Behavior.KEYED, **more: Any) -> Outcome:
+    order = next(order for order in plan().orders if order.behavior is behavior)
     return Outcome(order, request_id=name, **more)
 
 
@@ -190,7 +190,7 @@ def test_a_lost_or_unfinished_request_is_a_finding() -> None:
         assert "received the events" in finding
         stored["good"].record.caller = "somebody"
         (finding,) = check_requests({"good": stored["good"]}, [good], ())
-        assert "is somebody's, and not" in finding
+        assert "has the caller somebody, but order" in finding
 
     on_store(scenario)
 
@@ -208,10 +208,10 @@ def test_a_second_or_unexplained_end_is_a_finding() -> None:
         (finding,) = check_requests({"failed": stored["failed"]}, [outcome("failed")], ())
         assert "unexplained: by chance" in finding
         found = check_requests({"stray": stored["stray"]}, [], ())
-        assert len(found) == 2  # no client submitted the request, and the request has not succeeded
+        assert len(found) == 2  # no client lost a reply, and the request is FAILED
         cancelled, expired = state_event(pb.REQUEST_STATE_CANCELLED), state_event(pb.REQUEST_STATE_EXPIRED)
-        hurry = outcome("c", Behaviour.HURRY, received=[expired])
-        explained = ((outcome("c", Behaviour.LEAVE, gave_up=True), cancelled), (hurry, expired))
+        hurry = outcome("c", Behavior.HURRY, received=[expired])
+        explained = ((outcome("c", Behavior.LEAVE, gave_up=True), cancelled), (hurry, expired))
         unexplained = ((outcome("c"), cancelled), (outcome("c"), expired), (hurry, cancelled))
         for each, end in (*explained, *unexplained):
             record = pb.RequestRecord(state=end.state_change.state, caller=each.order.caller)
@@ -225,7 +225,7 @@ def test_a_second_or_unexplained_end_is_a_finding() -> None:
 def test_keys_left_in_the_store_are_findings() -> None:
     async def scenario(redis: Redis, store: RequestStore) -> None:
         await accepted(store, "r")
-        assert any("fleet:open:flux left" in finding for finding in await check_store(redis))
+        assert any("still has fleet:open:flux" in finding for finding in await check_store(redis))
         file = ResultFile(pb.FileHeader(count=1, byte_size=1), [b"x"])
         await store.finish("r", pb.REQUEST_STATE_SUCCEEDED, files=[file])
         assert not await check_store(redis)
@@ -236,10 +236,10 @@ def test_keys_left_in_the_store_are_findings() -> None:
         await command(redis, "HSET", "fleet:request:r", "left:denoising", "1")
         assert await check_store(redis) == [
             "the store has fleet:pace:flux/denoising without a TTL",
-            "the store has left:denoising left in fleet:request:r",
+            "the store still has the field left:denoising of fleet:request:r",
             "the store has fleet:shares:flux/denoising|100 without a TTL",
-            "the store has fleet:slots:flux/denoising left",
-            "the store has fleet:work:flux/denoising left",
+            "the store still has fleet:slots:flux/denoising",
+            "the store still has fleet:work:flux/denoising",
         ]
 
     on_store(scenario)

@@ -48,19 +48,19 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def _run_child(order: dict[str, Any], parent: int) -> int:
+def _run_child(command: dict[str, Any], parent: int) -> int:
     """Run the program in the forked child; returns its exit code."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         return 1
     os.setsid()
-    with open(os.devnull, "rb") as nothing, open(order["log"], "ab") as log:
+    with open(os.devnull, "rb") as nothing, open(command["log"], "ab") as log:
         os.dup2(nothing.fileno(), 0)
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    if order["skew"]:
-        skew_clock(order["skew"])
-    return PROGRAMS[order["program"]](order["arguments"])
+    if command["skew"]:
+        skew_clock(command["skew"])
+    return PROGRAMS[command["program"]](command["arguments"])
 
 
 class WarmParent:
@@ -93,15 +93,15 @@ class WarmParent:
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     self._fork(json.loads(line))
-        self._leave_signals()
+        self._restore_signal_handlers()
         for pid in self._children:
             os.kill(pid, signal.SIGKILL)
 
-    def _leave_signals(self) -> None:
+    def _restore_signal_handlers(self) -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
-    def _fork(self, order: dict[str, Any]) -> None:
+    def _fork(self, command: dict[str, Any]) -> None:
         parent = os.getpid()
         pid = os.fork()
         if pid:
@@ -110,11 +110,11 @@ class WarmParent:
             return
         code = 1
         try:
-            self._leave_signals()
+            self._restore_signal_handlers()
             self._selector.close()
             self._woken.close()
             self._wakes.close()
-            code = _run_child(order, parent)
+            code = _run_child(command, parent)
         except SystemExit as ending:
             code = ending.code if isinstance(ending.code, int) else 1
         except BaseException:  # noqa: BLE001 -- ends the process; the error is in its log
@@ -131,8 +131,8 @@ class WarmParent:
                 _reply({"ended": pid, "code": os.waitstatus_to_exitcode(status)})
 
 
-def _reply(answer: dict[str, int]) -> None:
-    os.write(1, json.dumps(answer).encode() + b"\n")
+def _reply(reply: dict[str, int]) -> None:
+    os.write(1, json.dumps(reply).encode() + b"\n")
 
 
 def main(references: Sequence[str]) -> None:

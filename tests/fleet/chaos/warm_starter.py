@@ -25,7 +25,7 @@ class Forked:
 
 
 class WarmStarter:
-    """Forks processes of one source tree; close() kills all running ones."""
+    """Forks processes of one source tree; close() kills all running processes."""
 
     def __init__(self, tree: Path = TREE) -> None:
         self._tree = tree
@@ -45,12 +45,12 @@ class WarmStarter:
 
     async def fork(self, program: str, arguments: Sequence[str], log: Path, *, skew: float = 0.0) -> Forked:
         """Start a program with its output in `log` and its clock skewed by `skew` seconds."""
-        order = {"program": program, "arguments": arguments, "log": str(log), "skew": skew}
+        command = {"program": program, "arguments": arguments, "log": str(log), "skew": skew}
         started: asyncio.Future[Forked] = asyncio.get_running_loop().create_future()
         self._starting.append(started)
         assert self._parent is not None
         assert self._parent.stdin is not None
-        self._parent.stdin.write(json.dumps(order).encode() + b"\n")
+        self._parent.stdin.write(json.dumps(command).encode() + b"\n")
         return await started
 
     async def close(self) -> None:
@@ -61,15 +61,15 @@ class WarmStarter:
         if self._listener is not None:
             await self._listener
 
-    async def _listen(self, answers: asyncio.StreamReader) -> None:
+    async def _listen(self, replies: asyncio.StreamReader) -> None:
         """Read the warm parent's replies, which are in the order of the calls."""
-        while line := await answers.readline():
-            answer = json.loads(line)
-            if "started" in answer:
-                forked = Forked(answer["started"], asyncio.get_running_loop().create_future())
+        while line := await replies.readline():
+            reply = json.loads(line)
+            if "started" in reply:
+                forked = Forked(reply["started"], asyncio.get_running_loop().create_future())
                 self._running[forked.pid] = forked
                 started = self._starting.popleft()
                 if not started.cancelled():
                     started.set_result(forked)
             else:
-                self._running.pop(answer["ended"]).ended.set_result(answer["code"])
+                self._running.pop(reply["ended"]).ended.set_result(reply["code"])

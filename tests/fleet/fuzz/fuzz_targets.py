@@ -196,7 +196,7 @@ def _chunk(frames: Frames) -> None:
 
 
 def _image_seeds() -> Iterator[Frames]:
-    """Images of each format. Some have separately parsed data: EXIF, texts, colour profiles, several frames."""
+    """Images of each format. Some have separately parsed data: EXIF, texts, color profiles, several frames."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
     text = PngImagePlugin.PngInfo()

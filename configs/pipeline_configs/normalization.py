@@ -1,4 +1,4 @@
-"""Per-channel normalisation of latents by statistics in a VAE's config.json."""
+"""Per-channel normalization of latents by statistics in a VAE's config.json."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def channel_statistics(mean: Sequence[float], std: Sequence[float], like: Tensor
     return of_mean, of_std
 
 
-def normalised(latents: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalise a VAE's latents (B, C, ...). Multiplies by 1 / std as Diffusers does, for equal rounding."""
+def normalized(latents: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalize a VAE's latents (B, C, ...). Multiplies by 1 / std as Diffusers does, for equal rounding."""
     of_mean, of_std = channel_statistics(mean, std, latents)
     return (latents - of_mean) * (1.0 / of_std)
 
 
-def denormalised(latents: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undo normalised(). Divides by 1 / std as Diffusers does, for equal rounding."""
+def denormalized(latents: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Undo normalized(). Divides by 1 / std as Diffusers does, for equal rounding."""
     of_mean, of_std = channel_statistics(mean, std, latents)
     return latents / (1.0 / of_std) + of_mean
