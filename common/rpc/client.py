@@ -282,7 +282,7 @@ class _Receiver:
         for slot in present & self._unread:
             header.ClearField(slot)
         if present - self._unread != self._outputs:
-            raise InternalError(f"the reply has the outputs {sorted(present)}, not {sorted(self._outputs)}")
+            raise InternalError(f"outputs: {sorted(present)} are not {sorted(self._outputs)}, the outputs of the call")
         self._header = header
         self.span = start_span("receive outputs")
         self._chunks = Assembler(described_tensors("", header, self._limits), KeptFrames)

@@ -78,7 +78,7 @@ class ItemAssembler:
         name = item.WhichOneof("artifact")
         if name is None or name != _FIELDS.get(self._kinds[item.slot]):
             raise InvalidInput(
-                f"{item.slot}: an item has {name or 'no artifact'}, not {_FIELDS.get(self._kinds[item.slot])}",
+                f"{item.slot}: {name or 'no artifact'} is not {_FIELDS.get(self._kinds[item.slot])}, its artifact",
                 field=item.slot,
             )
         message: Message = getattr(item, name)
