@@ -12,7 +12,7 @@ from typing import Any
 
 from common.errors import InternalError, InvalidInput
 from common.stage import Call, Contract, PipelineStage, compose_contracts
-from common.streams import DeviceLock, ItemBuffer, StreamFeed, byte_size_of, wait_on_thread
+from common.streams import DeviceLock, ItemBuffer, StreamFeed, byte_size_of, densified, wait_on_thread
 
 
 def untimed(_: str) -> AbstractContextManager[None]:
@@ -58,9 +58,9 @@ class HostedStages:
 
 
 def _outputs_of(stage: PipelineStage[Any, Any], output: object) -> dict[str, Any]:
-    """Return a stage's output artifacts by slot, except streams. Raises InternalError if an artifact is None."""
+    """Return a stage's output artifacts by slot, densified, except streams. Raises InternalError if one is None."""
     streams = stage.contract.output_streams
-    outputs = {name: getattr(output, name) for name in stage.contract.outputs if name not in streams}
+    outputs = {name: densified(getattr(output, name)) for name in stage.contract.outputs if name not in streams}
     if absent := [name for name, artifact in outputs.items() if artifact is None]:
         raise InternalError(f"{stage.contract.name} did not return {', '.join(absent)}")
     return outputs
@@ -131,4 +131,4 @@ async def _pump(source: ItemBuffer, feed: StreamFeed) -> None:
 def _put_item(loop: asyncio.AbstractEventLoop, call: Call, slot: str, index: int, item: Any) -> None:
     """Put an item into its sink. Called on the thread of the emitting stage; blocks while the sink is full."""
     if (sink := call.sinks.get(slot)) is not None:
-        wait_on_thread(loop, sink.put(index, item, byte_size_of(item)), call)
+        wait_on_thread(loop, sink.put(index, densified(item), byte_size_of(item)), call)

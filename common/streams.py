@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent import futures
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from common.errors import InternalError
 from common.stage import Call
@@ -216,6 +216,39 @@ class _HasBytes(Protocol):
     @property
     def nbytes(self) -> int:
         """Size of the values in bytes."""
+
+
+@runtime_checkable
+class _Strided(Protocol):
+    """A tensor with strides."""
+
+    def is_contiguous(self) -> bool:
+        """Return whether the elements are in row-major order without gaps."""
+
+    def contiguous(self) -> Self:
+        """Return this tensor, or a contiguous copy."""
+
+
+def densified(value: Any) -> Any:
+    """Return an artifact with contiguous tensors, as it arrives in another process.
+
+    Strides select GEMM kernels, which round differently; without this, results would depend on the division of stages
+    among processes. Returns `value` itself if its tensors are contiguous.
+    """
+    if isinstance(value, _Strided):
+        return value.contiguous()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        old = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        new = {name: densified(each) for name, each in old.items()}
+        changed = {name: each for name, each in new.items() if each is not old[name]}
+        return dataclasses.replace(value, **changed) if changed else value
+    if isinstance(value, Mapping):
+        entries = {key: densified(each) for key, each in value.items()}
+        return entries if any(entries[key] is not value[key] for key in entries) else value
+    if isinstance(value, tuple | list):
+        items = [densified(each) for each in value]
+        return type(value)(items) if any(new is not old for new, old in zip(items, value, strict=True)) else value
+    return value
 
 
 def byte_size_of(value: Any) -> int:

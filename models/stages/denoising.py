@@ -12,6 +12,7 @@ from common.errors import InvalidInput
 from common.logs import get_logger
 from common.metrics import STEPS_REUSED
 from common.stage import Call, PipelineStage
+from common.streams import densified
 from configs.pipeline_configs.base import DenoisingConfig
 from models.composition import SCHEDULER
 from models.contracts import DenoisingInput, DenoisingOutput
@@ -77,7 +78,8 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
             if checkpoints is not None:
                 checkpoints.hand_over_if_asked()
             step = request.steps[index]
-            state.latents = config.before_step(step, state.latents, request.conditions)
+            # Contiguous as after a resume: the strides of inputs select kernels, which round differently.
+            state.latents = densified(config.before_step(step, state.latents, request.conditions))
             predictions = self._predictor.predict(request, branches, state.latents, step)
             state.advance(predictions)
             state.latents = config.after_step(step, state.latents, request.conditions)

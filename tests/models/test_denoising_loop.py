@@ -13,8 +13,9 @@ from torch import Tensor
 from common.artifacts import Latents, StepCheckpoint
 from common.errors import Cancelled, HandedOver, InvalidInput, ResourceExhausted
 from common.stage import Call
+from configs.pipeline_configs.base import Parts, Step
 from fake_graphs import FakeCapture
-from loop_family import SHAPES, STEPS, LoopTransformer, loop_input, loop_stage
+from loop_family import SHAPES, STEPS, LoopConfig, LoopTransformer, loop_input, loop_stage
 from models.contracts import DenoisingInput
 from models.dits.base import Predictions
 from models.runtime import Runtime
@@ -58,6 +59,25 @@ def test_hooks_and_branches_run_in_each_step() -> None:
         guided = [f"guide {step} positive negative perturbed isolated"] if step % 2 == 0 else []
         expected += [f"before {step}", *guided, f"after {step}"]
     assert config.calls == [*expected, "after loop"]
+
+
+def test_the_model_reads_contiguous_latents_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed loop starts with contiguous latents, and kernels for other strides may round differently."""
+    predict, read = LoopTransformer.predict, []
+
+    def recorded(self: LoopTransformer, video: Tensor, sound: Tensor, *args: Any, **keywords: Any) -> Predictions:
+        read.append(video.is_contiguous() and sound.is_contiguous())
+        return predict(self, video, sound, *args, **keywords)
+
+    def column_major(self: LoopConfig, step: Step, latents: Parts, conditions: Parts) -> Parts:
+        del self, step, conditions
+        return {part: each.mT.contiguous().mT for part, each in latents.items()}
+
+    monkeypatch.setattr(LoopTransformer, "predict", recorded)
+    monkeypatch.setattr(LoopConfig, "after_step", column_major)
+    run(loop_stage()[0], loop_input())
+    assert read
+    assert all(read)
 
 
 def test_every_latent_part_and_expert_is_used() -> None:

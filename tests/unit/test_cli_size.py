@@ -185,7 +185,7 @@ def test_invalid_degrees_exit_2(degrees: str, message: str, capsys: pytest.Captu
 
 
 def test_committed_speedups_equal_those_of_the_bench_readme() -> None:
-    text = (ROOT / "tests/bench/README.md").read_text(encoding="utf-8").partition("## Worker groups on two GPUs")[2]
+    text = (ROOT / "tests/bench/README.md").read_text(encoding="utf-8").partition("### Steps on two GPUs")[2]
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     heads, *rows = table[:5]
     published = set()
