@@ -130,11 +130,11 @@ class ByBearer:
 
     def find(self, given: str) -> Caller:
         """The caller with this key or token. Raises Unauthenticated."""
+        if self._keys is not None and (caller := self._keys.value.find(given)) is not None:
+            return caller
         if self._tokens is not None and (self._keys is None or looks_like_token(given)):
             return self._by_token(self._tokens.value, given)
-        if self._keys is None:
-            raise AssertionError("neither keys nor tokens")
-        return self._keys.value.find(given)
+        raise Unauthenticated("the API key is unknown")
 
     def _by_token(self, tokens: TokenVerifier, token: str) -> Caller:
         claimed = tokens.verify(token)
@@ -153,15 +153,13 @@ class Keys:
         self._callers = dict(callers)
         self._bounds = {caller.name: caller.max_open for caller in callers.values()}
 
-    def find(self, key: str) -> Caller:
-        """The caller with this key. Compares all digests in constant time. Raises Unauthenticated."""
+    def find(self, key: str) -> Caller | None:
+        """The caller with this key; None for an unknown key. Compares all digests in constant time."""
         digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
         found: Caller | None = None
         for known, caller in self._callers.items():
             if hmac.compare_digest(known, digest):
                 found = caller
-        if found is None:
-            raise Unauthenticated("the API key is unknown")
         return found
 
     def bound(self, name: str) -> int | None:

@@ -140,7 +140,7 @@ class TokenVerifier:
 
 
 def looks_like_token(text: str) -> bool:
-    """Whether a text has the three parts of a signed token. An API key must not contain exactly two dots."""
+    """Whether a text has the three parts of a signed token."""
     return text.count(".") == 2
 
 

@@ -22,7 +22,7 @@ from common.rpc.client import open_channel
 from common.state.connection import connect
 from coordinator_fleet import FakeFleet, Gate, Script, error_of, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
-from services.coordinator.callers import Caller, Keys, read_keys
+from services.coordinator.callers import ByBearer, Caller, admission, read_keys
 from services.coordinator.settings import CoordinatorSettings
 from tokens import AUDIENCE, ISSUER, jwk, jwk_set, public_pem, token
 
@@ -330,7 +330,8 @@ def test_invalid_keys_file_is_refused_in_one_line(text: str, message: str, tmp_p
 
 
 def test_only_whole_keys_match_and_no_key_is_logged(keys: Path, caplog: pytest.LogCaptureFixture) -> None:
-    callers = Keys(read_keys(keys))
+    callers = admission(CoordinatorSettings(api_keys=keys))
+    assert isinstance(callers, ByBearer)
     with caplog.at_level(logging.DEBUG):
         assert callers.find(ALICE) == callers.find("next") == Caller("alice", 1)
         assert callers.find(BOB) == Caller("bob@studio")
@@ -339,3 +340,16 @@ def test_only_whole_keys_match_and_no_key_is_logged(keys: Path, caplog: pytest.L
                 callers.find(wrong)
             assert not wrong or wrong not in caught.value.message
     assert ALICE not in json.dumps(caplog.messages)
+
+
+def test_an_api_key_with_two_dots_is_no_token(tmp_path: Path) -> None:
+    key = "studio.2026.deadbeef"
+    (tmp_path / "keys.toml").write_text(f'[callers.studio]\nkey_sha256 = ["{digest(key)}"]\n')
+    (tmp_path / "jwks.json").write_text(jwk_set(jwk("Ed", kid="one")))
+    settings = token_settings(tmp_path / "jwks.json")
+    callers = admission(CoordinatorSettings(api_keys=tmp_path / "keys.toml", **settings))
+    assert isinstance(callers, ByBearer)
+    assert callers.find(key) == Caller("studio")
+    assert callers.find(token("Ed", "EdDSA", sub="carol")).name == "carol"
+    with pytest.raises(Unauthenticated, match="is not a JSON Web Token"):
+        callers.find(f"{key}0")
