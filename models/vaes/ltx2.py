@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.loader import load_pretrained
-from models.vaes.normalised import NormalizedVideoVAE
+from models.vaes.normalized import NormalizedVideoVAE
 
 if TYPE_CHECKING:
     from common.checkpoint import Checkpoint

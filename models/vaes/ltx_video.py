@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.loader import load_pretrained
-from models.vaes.normalised import NormalizedVideoVAE
+from models.vaes.normalized import NormalizedVideoVAE
 from models.vaes.whole_video import WholeVideoSession
 
 if TYPE_CHECKING:
