@@ -25,7 +25,7 @@ from common.state.store_url import without_password
 LogFormat = Literal["text", "json"]
 
 RESERVED = ("time", "level", "service", "event", "logger", "exception")
-"""Attributes of every log record. An underscore is appended to the key of a pair that has one of these names."""
+"""Keys that the formatter sets. An underscore is appended to the key of a pair that has one of these names."""
 
 OWN_LOGGERS = ("common", "configs", "models", "services")
 """Top-level packages whose records omit the field `logger`."""

@@ -1,8 +1,8 @@
 """All Prometheus metrics of the fleet: names, labels and buckets. No other module defines metrics.
 
-Names end with the unit: seconds, bytes, a ratio from 0 to 1, or `total` for a counter. Names of RPC metrics follow gRFC
-A66. LABELS states the rule that bounds the values of each label. `poe metrics` generates the table of all metrics in
-services/README.md from this module.
+A name ends with the unit, if the metric has a unit: seconds, bytes, or a ratio from 0 to 1. prometheus_client appends
+`total` to the names of counters. Names of RPC metrics follow gRFC A66. LABELS states the rule that bounds the values of
+each label. `poe metrics` generates the table of all metrics in services/README.md from this module.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class ServiceSpec:
-    """Stages that one service hosts: of one variant, in order, or the distinct stages of all variants."""
+    """Stages that one service hosts: the ordered stages of one variant, or all variants' distinct stages."""
 
     service: str
     contract: Contract

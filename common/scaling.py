@@ -10,8 +10,8 @@ class StageWork:
     """Work of a request at a service: `steps` steps of `tokens` tokens each.
 
     Steps of requests with equal `shape` take equally long. `tokens` is the relative size of a step, by which shapes
-    are compared: the number of pixels over all outputs and guidance branches if the work is proportional to that
-    number, else 1.
+    are compared: the number of pixels of all outputs (Cost.PIXEL), of all outputs and guidance branches
+    (Cost.PIXEL_STEP), or 1 (Cost.REQUEST).
     """
 
     steps: int

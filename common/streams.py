@@ -232,8 +232,9 @@ class _Strided(Protocol):
 def densified(value: Any) -> Any:
     """Return an artifact with contiguous tensors, as it arrives in another process.
 
-    Strides select GEMM kernels, which round differently; without this, results would depend on the division of stages
-    among processes. Returns `value` itself if its tensors are contiguous.
+    Strides affect the choice of GEMM kernels, which round differently. If artifacts within a process retained their
+    strides, results would depend on the assignment of stages to processes. Returns `value` itself if its tensors are
+    contiguous.
     """
     if isinstance(value, _Strided):
         return value.contiguous()

@@ -4,8 +4,8 @@ On Linux, the child sets PR_SET_PDEATHSIG: the kernel kills it when the thread t
 the main thread. On other systems, a child survives only a SIGKILL of its parent.
 
 This file is also the program that the child executes first: it calls prctl and then execs the command, with the same
-process id. Calling prctl between fork and exec of a multi-threaded process would not be safe. It imports only the
-standard library and runs without site-packages, in about 25 ms.
+process id, because calling prctl between fork and exec of a multi-threaded process would not be safe. The program
+imports only the standard library and runs without site-packages, in about 25 ms.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ def _united_service(name: str, services: Sequence[ServiceSpec]) -> ServiceSpec:
 class HostedVariants:
     """Stages of a service for every variant of a model. Each call runs the stages of its variant.
 
-    `variants` maps variant names to stages, in the model's order. A call without a variant runs the first. `timed`
-    returns the context in which a stage of the given name runs.
+    `variants` maps variant names to stages, in the model's order. A call without a variant runs the first
+    variant. `timed` returns the context in which a stage of the given name runs.
     """
 
     def __init__(

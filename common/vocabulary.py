@@ -28,7 +28,7 @@ VOCABULARY_FILES: Mapping[str, tuple[str, ...]] = {
 Classes without such files require tokenizer.json. PixtralProcessor is listed because the fleet uses only its tokenizer.
 """
 
-# 256 base tokens in byte-level BPE or 512 in CLIP's BPE, and special tokens.
+# Exceeds the total number of base tokens (256 in byte-level BPE, 512 in CLIP's BPE) and special tokens.
 _MOST_TOKENS_WITHOUT_MERGE = 1024
 
 

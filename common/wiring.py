@@ -45,7 +45,7 @@ class Wiring:
     def narrow(self, spec: ServiceSpec) -> ServiceSpec:
         """Return the service without outputs that only its own stages read.
 
-        A worker of another release may not return these outputs.
+        A worker of another release may omit these outputs.
         """
         outputs = {slot: kind for slot, kind in spec.contract.outputs.items() if slot in self.read}
         optional = spec.contract.optional_outputs.intersection(outputs)

@@ -1,7 +1,7 @@
 """Pool of reusable receive buffers. Reusing memory avoids page faults, which dominate the cost of large transfers.
 
-Buffers are anonymous mappings, not bytearrays. Zeroing a new bytearray would block the event loop, and would commit the
-memory that a header declares before any data arrives. Not thread-safe: use one pool per event loop.
+Buffers are anonymous mappings, not bytearrays. Zeroing a new bytearray would block the event loop. It would also
+commit memory for the size in a header before the payload arrives. Not thread-safe: use one pool per event loop.
 """
 
 from __future__ import annotations

@@ -90,8 +90,9 @@ class RemoteRunner:
     """Runs a contract on the worker behind a channel. Values are packets; LocalRunner's values are artifacts.
 
     The value of a stream is an ItemBuffer of packets, which is read from the first item. Cancelling the task cancels
-    the call. Reports of the worker are passed to the Call: items of streams and step checkpoints as packets to `sinks`,
-    and `on_begun` when the stages start, which workers report if WorkerInfo.reports_begun is set.
+    the call. The worker's progress, warnings and compute seconds are passed to the callbacks of the Call; stream items
+    and step checkpoints are put into `sinks`, as packets. `on_begun` is called when the stages start, if
+    WorkerInfo.reports_begun is set.
 
     Raises the error of the worker. Raises Unavailable if the connection is lost (WorkerLost after the first frame), so
     that the caller can retry with the same packets on another worker. ResourceExhausted has a field if the values are
@@ -246,7 +247,7 @@ class _Receiver:
         self._items = ItemAssembler({**kinds, STEP_CHECKPOINTS: "DenoiseState"}, limits, self._store_of)
 
     def _store_of(self, slot: str) -> StoreFactory:
-        """Return the storage of the payloads of a stream's items. Payloads of streams without a sink are dropped."""
+        """Return the Store class for payloads of a stream's items. Payloads of streams without a sink are dropped."""
         return KeptFrames if slot in self._call.sinks else Dropped
 
     def take(self, raw: bytes) -> ReceivedItem | None:

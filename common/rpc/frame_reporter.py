@@ -1,4 +1,4 @@
-"""Converts the reports of a stage to frames: from callbacks on the device thread to the event loop."""
+"""Converts the reports of a stage on the device thread to frames, which the event loop sends."""
 
 from __future__ import annotations
 

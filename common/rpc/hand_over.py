@@ -134,7 +134,7 @@ class HandOver:
         return [call for call in self._calls() if not call.is_asked]
 
     def _hand_to(self, free: int) -> None:
-        """Hand over one call per free worker slot, minus hand-overs in progress; calls that have not started first."""
+        """Hand over one call per free worker slot, minus hand-overs in progress. Calls that have not begun go first."""
         leaving = sum(call.is_asked for call in self._calls())
         for call in sorted(self._unasked(), key=lambda call: call.has_begun)[: max(0, free - leaving)]:
             self._ask(call, "another worker has a free worker slot")

@@ -45,8 +45,8 @@ def item_frames(frame: type[Message], slot: str, index: int, packet: Packet) -> 
 class ItemAssembler:
     """Assembles the items of a call from frames, one item at a time.
 
-    `kinds` maps slots to the message names of their items. `store_of` returns the factory for storage of a slot's
-    payloads.
+    `kinds` maps slots to the message names of their items. `store_of` returns the factory that creates the Store
+    of each payload of a slot.
     """
 
     def __init__(self, kinds: Mapping[str, str], limits: CallLimits, store_of: Callable[[str], StoreFactory]) -> None:

@@ -37,7 +37,7 @@ COMPUTED_KEY = "fleet-compute-seconds"
 VARIANT_KEY = "fleet-variant"
 """Metadata key of a call: variant of the worker's model. Default: the first variant."""
 TOKENS_KEY = "fleet-tokens"
-"""Metadata key of a call: number of tokens of one step, for metrics only. Older callers do not send it."""
+"""Metadata key of a call: relative size of one step (StageWork.tokens), for metrics only. Older callers omit it."""
 _NAME = re.compile(r"[a-z][a-z_]*")
 
 

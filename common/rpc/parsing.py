@@ -42,7 +42,7 @@ def parse(message_type: type[M], raw: bytes) -> M:
 
 
 def read_tokens(metadata: Mapping[str, str | bytes]) -> int:
-    """Return the number of tokens of one step from a call's metadata, for metrics; 0 if missing or invalid."""
+    """Return StageWork.tokens, the relative size of one step, from metadata; 0 if missing or invalid."""
     text = metadata.get(TOKENS_KEY, "")
     is_number = isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < _MOST_DIGITS
     return int(text) if is_number else 0

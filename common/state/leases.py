@@ -43,9 +43,9 @@ class Loss(NamedTuple):
     """A call whose stages had started and that was lost with its worker.
 
     `stage`: index of the service in the request's pipeline. `reached`: step of the stored step checkpoint. `suspect`:
-    the worker's heartbeat has expired, so that the request may have crashed the worker. A loss that is not suspect is
-    decided in `undecided_seconds`. `in_churn`: another worker of the service, which did not run the request, was lost
-    within 10 minutes of this loss.
+    the worker's heartbeat has expired, and the request may be the cause. A loss that is not suspect is decided in
+    `undecided_seconds`. `in_churn`: another worker of the service, which did not run the request, was lost within 10
+    minutes of this loss.
     """
 
     worker_id: str
@@ -112,8 +112,8 @@ class Leases:
     ) -> bool:
         """Replace the step checkpoint of a request.
 
-        Returns False if the epoch is not current or a later checkpoint is stored. `number` counts the checkpoints of an
-        epoch. `parts` are byte strings of at most about 1 MiB.
+        Returns False if the epoch is not current or a later step checkpoint is stored. `number` counts the step
+        checkpoints of an epoch. `parts` are byte strings of at most about 1 MiB.
         """
         key = f"{PREFIX}checkpoint:{request_id}:{epoch}-{number}"
         arguments: Arguments = {"id": request_id, "epoch": epoch, "checkpoint_key": key, "step": step}

@@ -59,7 +59,7 @@ def chunks_of(pieces: Sequence[bytes | memoryview]) -> list[memoryview]:
 
 
 def batches_of(chunks: Mapping[str, memoryview]) -> list[dict[str, memoryview]]:
-    """Group chunks by key into batches of at most 8 MiB, or of one chunk."""
+    """Split a mapping from keys to chunks into batches of at most 8 MiB, or of one chunk."""
     batches: list[dict[str, memoryview]] = [{}]
     size = 0
     for key, chunk in chunks.items():

@@ -51,7 +51,7 @@ class Replication:
                 return list(await pipeline.execute(raise_on_error=False))
 
     def follow(self, pipeline: Any, needed: Collection[str] = ()) -> None:
-        """Append to a pipeline the commands that wait until replicas have acknowledged all earlier writes.
+        """Append commands to a pipeline: count `needed` keys, and wait for replicas to acknowledge all writes.
 
         `needed` are keys that were written before the operation; a failover may have lost them.
         """

@@ -265,7 +265,7 @@ class RequestStore:
     async def append(
         self, request_id: str, events: Sequence[generation_pb2.Event], *, number: int, epoch: int = 1
     ) -> list[generation_pb2.Event] | None:
-        """Add events to a request. Their states and warnings are added to the record.
+        """Add events to a request. A state change updates the record, and warnings are appended to the record.
 
         `number` is the number of events that the caller has added before in this epoch, which makes repetitions
         idempotent. Returns the stored events, or None if the request has ended or the epoch is not current. Events of
@@ -412,7 +412,7 @@ class RequestStore:
                 yield event
 
     async def stored_events(self, request_id: str, after: str = "") -> AsyncGenerator[StoredEvent, None]:
-        """Yield the events as events(), each with its epoch."""
+        """Yield the same events as events(), each with its epoch. Raises the same errors."""
         if after and not _EVENT_ID.fullmatch(after):
             raise InvalidInput(f"after_event_id: {after!r} is not the id of an event", field="after_event_id")
         last = after or "0-0"

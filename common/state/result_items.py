@@ -50,7 +50,7 @@ class ResultItems:
         self._replication.check(replies, chunks)
 
     async def chunks(self, request_id: str, stored: StoredItem, skipped: int = 0) -> AsyncIterator[bytes]:
-        """Yield the bytes of an item from the offset `skipped`, at most 1 MiB each. Raises NotFound if they expired."""
+        """Yield an item's bytes from offset `skipped`, in chunks of at most 1 MiB. Raises NotFound if they expired."""
         async for chunk in read_chunks(self._redis, request_id, _keys(request_id, stored), skipped):
             yield chunk
 

@@ -92,7 +92,7 @@ class SharedReplies:
         return tuple(parts[1:])
 
     def offer(self, key: bytes, frames: Frames, seconds: float) -> None:
-        """Store a reply in the background, if `pays` and few stores are running. Computing it took `seconds`."""
+        """Store a reply in the background, if `pays` and few writes are in progress. Computing it took `seconds`."""
         size = sum(map(len, frames))
         expected = _FETCH_SECONDS + _FETCH_SECONDS_A_BYTE * size
         if self._computing is None:
@@ -109,7 +109,7 @@ class SharedReplies:
         await asyncio.gather(*self._tasks)
 
     async def close(self) -> None:
-        """Cancel the running stores."""
+        """Cancel the writes in progress."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

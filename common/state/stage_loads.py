@@ -1,4 +1,4 @@
-"""Reads the load of services from the store, for autoscalers. All coordinators return equal values."""
+"""Reads the load of services from the store, for autoscalers. The load includes the requests of all coordinators."""
 
 from __future__ import annotations
 

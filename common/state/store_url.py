@@ -19,7 +19,8 @@ _EXAMPLES = "redis://host:6379/0 or unix:///path"
 _PLACE = re.compile(r"[a-z+]+://[A-Za-z_][\w.-]*(:\d{1,5})?(/\d{0,4})?", re.ASCII)
 _WORD = re.compile(r"[\w.-]+", re.ASCII)
 _NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
-# Up to the last "@", because an unquoted password may contain any character. Without "@", up to the end of the word.
+# Redaction ends at the last "@", because an unquoted password may contain any character. Without "@", redaction ends at
+# the end of the word, or at the end of the text if the URL has no user name.
 _IN_TEXT = re.compile(r"\b([a-z][a-z+]*)://.*@", re.DOTALL)
 _WITHOUT_HOST = re.compile(r"\b(rediss?)://:.*", re.DOTALL)
 _UNFINISHED = re.compile(r"\b(rediss?)://[^\s/:]*:(?!\d{1,5}(?![^\s/?#'\",;.)]))\S*")

@@ -32,7 +32,7 @@ class Incompatible(NamedTuple):
 
 
 class ServiceLoad(NamedTuple):
-    """Live workers of one service of a model, the number of taken worker slots, and the number of waiting claims.
+    """Live workers of one service of a model, and numbers of taken worker slots and of waiting claims.
 
     `dead`: workers that were lost in the last 10 minutes and have not registered again. `workers` does not contain
     workers that are `incompatible` with all variants.
@@ -166,10 +166,10 @@ class WorkerRegistry:
         await run_on_leaving(self._redis, "leaving", {"worker": worker_id, "lasts": lasts})
 
     async def free_slots(self, info: worker_pb2.WorkerInfo) -> int:
-        """Return the number of free worker slots of live workers of the same service that compute the same bytes.
+        """Return the number of free worker slots of live workers that compute the same bytes as `info`'s worker.
 
-        These workers have an equal numerics fingerprint and an equal contract. Returns 0 without a numerics
-        fingerprint.
+        These workers have the same service, an equal numerics fingerprint and an equal contract. Returns 0 without a
+        numerics fingerprint.
         """
         if not info.numerics_fingerprint:
             return 0
@@ -185,7 +185,7 @@ class WorkerRegistry:
         return (await self.load(model, service)).workers
 
     async def load(self, model: str, service: str, wirings: Sequence[Wiring] = ()) -> ServiceLoad:
-        """Return the load of a service's workers that fit one of `wirings`; of all workers if `wirings` is empty."""
+        """Return the load of a service's workers that fit one of `wirings`. Empty `wirings`: all workers."""
         arguments: Arguments = {"place": f"{model}/{service}", "wirings": [wiring.text for wiring in wirings]}
         infos, *counts, faults = await run_script(self._redis, "status", arguments)
         workers = [worker_pb2.WorkerInfo.FromString(info) for info in infos]

@@ -145,9 +145,9 @@ local function faults_of(place, workers, wiring)
   return found
 end
 
--- Returns the workers that fit the wiring with this digest: `capacity` in total, and their number `live`. Of the other
--- workers, returns the set of ids `unfit`, and the `fault` of one worker. Requires a valid index; the result is cached
--- while the index is valid.
+-- Compares the live workers with the wiring of this digest. Returns a table: `capacity` and `live` are the total
+-- capacity and the number of the workers that fit; `unfit` is the set of the ids of all other workers, and `fault` the
+-- fault of one of these other workers. Requires a valid index; the result is cached while the index is valid.
 local function fit_of(place, digest)
   local key, field = P .. 'indexed:' .. place, 'fit:' .. digest
   local text = redis.call('HGET', key, field)

@@ -30,7 +30,8 @@ local function note_silent(place)
   redis.call('ZREMRANGEBYSCORE', key, '-inf', int(now))
 end
 
--- Copies to fleet:live the fields of a worker's key that scheduling reads. Returns the copy; nil if the key is missing.
+-- Copies capacity, number of grants and numerics fingerprint of a worker to fleet:live, for scheduling. Returns the
+-- copy; nil if the worker's key is missing.
 local function copy_worker(place, id)
   local fields = redis.call('HMGET', P .. 'worker:' .. id, 'capacity', 'granted', 'info', 'numerics')
   if tonumber(fields[1]) and fields[3] then
