@@ -16,8 +16,8 @@ class Approximation:
 
     `linear_dtype`: "float8" runs the GEMMs of large linear layers in 8-bit floats; "same" uses the denoiser's dtype.
     `step_cache_threshold`: a step reuses the cached contribution (output minus input) of all blocks but the first, if
-    the first block's contribution changed by less than this (relative L1); 0 disables the cache. Raises InvalidInput
-    for a negative threshold.
+    the relative L1 change of the first block's contribution is below this threshold; 0 disables the cache. Raises
+    InvalidInput for a negative threshold.
     """
 
     linear_dtype: LinearDtype = "same"

@@ -55,7 +55,7 @@ class PipelineConfig(ABC):
     """Classes of module_loaders with a parallel plan; their loaders also take the mesh."""
 
     parallel_axes: ClassVar[tuple[str, ...]] = ("tp", "ulysses", "ring")
-    """Axes of the worker mesh supported by parallel_modules; cfg depends on the guidance branches."""
+    """Axes of the worker mesh that parallel_modules support. The number of guidance branches limits the axis cfg."""
 
     module_dtypes: ClassVar[Mapping[str, torch.dtype]] = {}
     """Dtypes of modules that do not use the requested dtype, by module name."""

@@ -12,7 +12,7 @@ from common.errors import InvalidInput
 from configs.pipeline_configs.base import POSITIVE, DenoisingConfig
 
 TRAINING_STEPS = 1000
-"""Timesteps of the flow schedule in training."""
+"""Number of timesteps of the flow schedule in training."""
 
 
 class DmdConfig(DenoisingConfig):

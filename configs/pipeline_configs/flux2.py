@@ -157,7 +157,7 @@ class Flux2FamilyConfig(StandardPipelineConfig):
         return 0.00016927 * self._tokens(canvas) + 0.45666666
 
     def mu_of_steps(self, canvas: Canvas, sampling: Sampling) -> float:
-        """Linear interpolation in the number of steps (shift_steps with sigmas) between 10 and 200 steps."""
+        """Linear in the number of steps (shift_steps with sigmas), through the shifts for 10 and 200 steps."""
         tokens, of_200_steps = self._tokens(canvas), self.mu(canvas)
         if tokens > MAX_TOKENS_SHIFTED_BY_STEPS:
             return of_200_steps

@@ -180,7 +180,7 @@ def text_positions(embeds: Parts, start: int) -> Tensor:
 def positions(image: int, rows: int, columns: int) -> Tensor:
     """Positions (image, row, column) of an image's tokens, (rows * columns, 3).
 
-    Row 0 and column 0 directly follow the center.
+    The row and the column at position 0 directly follow the center.
     """
     down = torch.arange(rows, dtype=torch.float32) - (rows - rows // 2)
     across = torch.arange(columns, dtype=torch.float32) - (columns - columns // 2)

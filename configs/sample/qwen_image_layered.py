@@ -25,8 +25,8 @@ _UNSET = "it is computed from the image and resolution"
 class QwenImageLayeredSamplingParams(QwenImageSamplingParams):
     """Qwen-Image-Layered. Layers have the image's aspect ratio and about resolution x resolution pixels.
 
-    Diffusers has no size parameters; here height and width are accepted only with the computed values, because a
-    validated request stores them.
+    Diffusers has no size parameters. Here, height and width exist because a validated request contains them; only their
+    computed values are accepted.
     """
 
     # Sufficient for 20 layers at resolution 1024.
