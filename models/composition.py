@@ -80,7 +80,7 @@ class StandardPipeline(ComposedPipeline):
         decoding: Decoding = MEDIA_DECODING,
         transformers: Mapping[str, str] = _ONE_TRANSFORMER,
     ) -> None:
-        """Add the stages of text to image or video: encode text, draw noise, build the schedule, denoise, decode.
+        """Add the stages of text to image or video: text, noise, schedule, denoising, decoding.
 
         `scheduler` None: the model defines its own schedule.
         """
@@ -186,7 +186,7 @@ class StandardImagePipeline(StandardPipeline):
     def add_standard_ti2i_stages(
         self, *, text_modules: Sequence[str] = ("text_encoder", "tokenizer", "processor"), scheduler: str = "scheduler"
     ) -> None:
-        """Add the stages of image editing: the text encoder reads the images, the denoiser reads their latents."""
+        """Add the stages of image editing: the text encoder reads images, the denoiser reads their latents."""
         self.add_stage(
             StageSpec(
                 contracts.IMAGE_TEXT_ENCODING,

@@ -75,7 +75,7 @@ class ImageVAEEncodingInput:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageVAEEncodingOutput:
-    """Image latents, in the parts "condition", "condition_1" ...; the denoiser also reads the noise."""
+    """Image latents, in the parts "condition", "condition_1" ..., for the denoising loop."""
 
     image_latents: Latents
 

@@ -86,7 +86,7 @@ def swapped_experts(
 
 
 def _on_host(storages: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copy to host memory, pinned for a GPU. One allocation, as the size of each pinned allocation is rounded up."""
+    """Copy to host memory, pinned for a GPU, in one allocation: each pinned allocation is rounded up."""
     ends = list(accumulate((len(each) for each in storages), initial=0))
     copies = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=any(each.is_cuda for each in storages))
     return tuple(copies[start:end].copy_(each) for (start, end), each in zip(pairwise(ends), storages, strict=True))

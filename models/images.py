@@ -93,7 +93,7 @@ def as_tensor(
 
 
 def center_crop(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Crop (1, channels, height, width) from the center of pixels that are at least as large.
+    """Crop `pixels` to (1, channels, height, width), around the center; `pixels` are at least as large.
 
     If an odd number of rows or columns is removed, the smaller half is removed at the top or left, as in Diffusers.
     """

@@ -305,8 +305,8 @@ def _from_pretrained(checkpoint: Checkpoint, name: str, options: Mapping[str, An
 def _module_of(checkpoint: Checkpoint, name: str, class_name: str) -> ModuleType:
     """Import the Python module of a checkpoint module's class.
 
-    A library that is the name of a pipeline package, such as "glm_image", means a class of that Diffusers package, or
-    of transformers. Raises CheckpointError for an unsupported library.
+    If model_index.json names a pipeline package as the library, such as "glm_image", the class is in that package of
+    Diffusers or in transformers. Raises CheckpointError for an unsupported library.
     """
     library = checkpoint.modules[name][0]
     if library in ("diffusers", "transformers"):

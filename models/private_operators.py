@@ -1,4 +1,4 @@
-"""Undocumented PyTorch operators that models and worker groups call, with the arguments that they pass."""
+"""Undocumented PyTorch operators that models and worker groups call, with the arguments passed."""
 
 from __future__ import annotations
 

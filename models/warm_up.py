@@ -42,7 +42,7 @@ STEPS = 3
 """Steps per expert: compile kernels, capture a CUDA graph, replay the graph."""
 
 _LEVELS = 1000
-"""Number of candidate noise levels of a synthetic schedule."""
+"""Candidate noise levels of a synthetic schedule are the multiples of 1 / _LEVELS between 0 and 1."""
 _FIELD = "warm_up"
 _DENOISING = "denoising"
 _SIZE = re.compile(r"(?P<height>[0-9]{1,5})x(?P<width>[0-9]{1,5})(x(?P<num_frames>[0-9]{1,5}))?")

@@ -1,7 +1,7 @@
 """The Flux DiT: blocks with separate weights for text and image, then blocks with shared weights.
 
-Shapes: N steps, B batch, T text tokens, I image tokens, S = T + I (text first), D hidden size, M all modulations.
-Parameter names are the checkpoint's.
+Shapes: N steps, B batch, T text tokens, I image tokens, S = T + I (text first), D hidden size, M size of all
+modulations. Parameter names are the checkpoint's.
 """
 
 # ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)

@@ -1,8 +1,8 @@
 """The FLUX.2 DiT: blocks with separate weights for text and image, then blocks with shared weights.
 
 Shapes: N steps, B batch, T text tokens, I image tokens (the output image, then each reference image),
-S = T + I (text first), D hidden size, F feed-forward size, M all modulations. Parameter names are the checkpoint's. No
-projection has a bias. All blocks of one kind have the same modulations.
+S = T + I (text first), D hidden size, M size of all modulations. Parameter names are the checkpoint's. No projection
+has a bias. All blocks of one kind have the same modulations.
 """
 
 # ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)

@@ -1,7 +1,7 @@
 """The GLM-Image DiT: glyph and image tokens with shared weights and separate modulations.
 
 Shapes: N steps, B batch, T glyph tokens, I image tokens, S = T + I (glyphs first), C channels of a 2x2 patch, D hidden
-size, E size of the time embedding, M all modulations. Parameter names are the checkpoint's.
+size, E size of the time embedding, M size of all modulations. Parameter names are the checkpoint's.
 """
 
 # ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)

@@ -1,7 +1,7 @@
 """The HunyuanVideo DiT: Flux blocks over video tokens, and text tokens refined for each timestep.
 
-Shapes: N steps, B batch, T text tokens, I video tokens, D hidden size, M all modulations. Parameter names are the
-checkpoint's. Text has no padding, so that attention needs no mask.
+Shapes: N steps, B batch, T text tokens, I video tokens, D hidden size, M size of all modulations. Parameter names are
+the checkpoint's. Text has no padding, so that attention needs no mask.
 """
 
 # ruff: noqa: N803  (a tensor name ends in its shape, in capitals)
@@ -148,7 +148,7 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         return velocity
 
     def residual_elements(self, latents: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> int:
-        """Upper bound of the residual stream's elements: video tokens, and text tokens of the longest prompt."""
+        """Upper bound of the number of elements: video tokens, and text tokens of the longest prompt."""
         del constants
         batch, _, frames, rows, columns = latents["hidden_states"].shape
         tokens = math.prod((frames, rows // PATCH, columns // PATCH)) + MAX_TEXT_TOKENS

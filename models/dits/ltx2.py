@@ -94,7 +94,8 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         """Velocities of hidden_states (B, C, F, h, w) and audio_hidden_states (B, C, L, M), in their shapes.
 
         - timestep: (B,) in [0, 1000], or (B, 2): the first latent frame's timestep, then the other frames' timestep.
-        - encoder_hidden_states and audio_encoder_hidden_states: text for video and for audio, (B, T, captions).
+        - encoder_hidden_states and audio_encoder_hidden_states: text for video and for audio, (B, T, caption_channels);
+          (B, T, D) in models without caption projections.
         - encoder_attention_mask: (B, T), 1 for text and 0 for padding; for both modalities.
         - fps: frames per second, (1,).
         - use_cross_timestep: see prepare(). For the other keywords, see predict().
@@ -193,7 +194,7 @@ class LTX2VideoTransformer3DModel(DiffusionTransformer):
         """Velocities of both latents, with the modulations (B, rows, D) of a step.
 
         `first_rows` modulate the first latent frame; None: `video_rows` modulate all frames. Static flags of a branch:
-        in `spatio_temporal_guidance_blocks` (STG), self-attention returns its values unchanged; with
+        in `spatio_temporal_guidance_blocks` (STG), the values replace the output of self-attention; with
         `isolate_modalities`, video and audio do not attend to each other.
         """
         _, _, *grid = hidden_states.shape

@@ -202,7 +202,7 @@ class LTX2VideoTransformerBlock(nn.Module):
     ) -> Modalities:
         """Return both residual streams after the block.
 
-        `is_skipped`: without self-attention. `is_isolated`: without the exchange.
+        `is_skipped`: the values replace the output of self-attention. `is_isolated`: without the exchange.
         """
         pairs = ((self._video_modules, video), (self._audio_modules, audio))
         attended = Modalities(

@@ -126,7 +126,7 @@ class LTXVideoTransformer3DModel(DiffusionTransformer):
         """Velocity (B, S, C) of hidden_states of the same shape.
 
         - timestep: (B,) in [0, 1000], or (B, 2): the first latent frame's timestep, then the other frames' timestep.
-        - encoder_hidden_states: (B, T, captions), without padding.
+        - encoder_hidden_states: (B, T, caption_channels), without padding.
         - positions: time (seconds), row and column (pixels) of each token, (S, 3). With two timesteps, first_positions
           are for the first latent frame, and positions for the other frames.
         """

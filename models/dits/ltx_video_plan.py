@@ -18,7 +18,7 @@ LTX_VIDEO_PLAN = ParallelPlan(
     select_heads=(f"{BLOCK}.attn1.select_heads",),
     token_segments={VIDEO: "sharded", FIRST_FRAME: "sharded", "text": "replicated"},
     attention=(f"{BLOCK}.attn1.inner",),
-    # predict_tokens() has the segments and arguments of Wan's.
+    # predict_tokens() has the same segments and sharded arguments as Wan's predict_tokens().
     sharded_arguments=WAN_PLAN.sharded_arguments,
     gathered_results=WAN_PLAN.gathered_results,
 )

@@ -1,7 +1,7 @@
 """The Qwen-Image DiT: blocks with separate weights for text and image, and joint attention.
 
 Shapes: N steps, B batch, T text tokens, I tokens of the output image, C tokens of the input images, D hidden size, M
-all modulations. The image segment holds the I output tokens, then the C input tokens. Parameter names are the
+size of all modulations. The image segment holds the I output tokens, then the C input tokens. Parameter names are the
 checkpoint's.
 """
 

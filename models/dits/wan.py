@@ -207,7 +207,7 @@ class WanTransformer3DModel(DiffusionTransformer):
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor | None = None,
     ) -> Tensor:
-        """Velocity (B, out_channels, frames, rows, columns) of hidden_states (B, in_channels, frames, rows, columns).
+        """Velocity (B, out_channels, frames, rows, columns) of hidden_states with in_channels channels.
 
         - timestep: (B,) in [0, 1000], or (B, 2): the first latent frame's timestep, then the other frames' timestep.
         - encoder_hidden_states: (B, T, text_dim).

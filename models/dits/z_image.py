@@ -1,8 +1,8 @@
 """The Z-Image DiT: separate refiner blocks for text and image, then blocks for all tokens.
 
 Shapes: N steps, B batch, T text tokens, I image tokens, S = T + I (text first), C channels of a latent, D hidden size,
-E size of the time embedding, M all modulations. Text and image are padded with learned tokens, which take part in
-attention. Parameter names are the checkpoint's.
+E size of the time embedding, M size of all modulations. Text and image are padded with learned tokens, which take part
+in attention. Parameter names are the checkpoint's.
 """
 
 # ruff: noqa: N803, N806  (a tensor name ends in its shape, in capitals)

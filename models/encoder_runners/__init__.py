@@ -1,1 +1,1 @@
-"""Runners of transformers' encoders: texts and images to conditioning."""
+"""Runners of transformers' encoders, which convert texts and images to conditioning."""

@@ -1,7 +1,7 @@
 """Samples an image's prior tokens with GLM-Image's autoregressive language model.
 
-The model continues the prompt with a small preview image of about 256 tokens, then with the image's tokens, one for
-32x32 pixels. Each request has its own generator, from which tokens are drawn in the same way as in transformers'
+The model continues the prompt with a small preview image of about 256 tokens, then with the image's tokens: one token
+per 32x32 pixels. Each request has its own generator, from which tokens are drawn in the same way as in transformers'
 generate(): for the same seed, the tokens equal the tokens of Diffusers' pipeline.
 """
 
@@ -65,7 +65,7 @@ _TEMPERATURE = 1.0
 _TOP_K = 50
 """Number of tokens with the largest logits that may be sampled."""
 _TOP_P = 1.0
-"""Smallest total probability of the most likely tokens that may be sampled; 1 permits all tokens."""
+"""Only the most likely tokens that together have this probability may be sampled; 1 permits all tokens."""
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "num_beams"), (None, 1)),
     **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), (None, 0)),
@@ -131,7 +131,7 @@ class PriorTokenSampler:
             )
 
     def _encode(self, prompt: str, grid: Grid) -> tuple[Tensor, list[Grid]]:
-        """Token ids (1, tokens) of the chat, which states both grids, and the grids: image, then preview."""
+        """Token ids (1, tokens) of the chat, and the two grids in the chat: image, then preview."""
         if token := next((token for token in self._image_tokens if token in prompt), None):
             message = f"prompt: {token} is one of the model's image tokens and not allowed; a prompt without it works"
             raise InvalidInput(message, field="prompt")

@@ -44,7 +44,7 @@ class TextEncoder:
             )
 
     def encode(self, prompt: Prompt, warn: Warn) -> Mapping[str, Tensor]:
-        """Encode a prompt: the denoiser's keyword arguments, batch 1.
+        """Encode a prompt to keyword arguments of the denoiser, with batch size 1.
 
         A text that is too long is truncated; warn(field, message) reports the removed text.
         """

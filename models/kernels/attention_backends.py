@@ -26,7 +26,7 @@ _MIN_SAVING = 0.08
 
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention by `flash-attn` 2, for Ampere and Ada."""
+    """Attention by `flash-attn` 2, for Ampere, Ada and Hopper."""
     # An optional package for GPUs.
     from flash_attn import flash_attn_func
 

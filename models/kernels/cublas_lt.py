@@ -54,8 +54,8 @@ def can_multiply(x: Tensor, weight: Tensor, out: Tensor | None = None) -> bool:
 def linear_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, gelu: bool = False) -> None:
     """out = x @ weight.T + bias, followed by GELU (tanh approximation) if `gelu`.
 
-    All are bfloat16: x (M, K), weight (N, K), bias (N,), out (M, N); accumulation is in float32. The row strides of x
-    and out are arbitrary. Raises RuntimeError where cuBLASLt has no algorithm.
+    All tensors are bfloat16: x (M, K), weight (N, K), bias (N,), out (M, N); accumulation is in float32. The row
+    strides of x and out are arbitrary. Raises RuntimeError where cuBLASLt has no algorithm.
     """
     library = _library()
     rows, size = x.shape

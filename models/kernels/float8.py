@@ -35,7 +35,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 @_QUANTIZATION.register("torch")
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_MAGNITUDE)
-    # full_like() for bit equality with the Triton kernel: torch computes number / tensor as number * reciprocal.
+    # full_like() makes this bit-identical to the Triton kernel, which divides: torch computes number / tensor as
+    # number * reciprocal.
     return (x.float() * (torch.full_like(largest, LARGEST) / largest)).to(FLOAT8), largest / LARGEST
 
 

@@ -62,7 +62,7 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias, (..., K) to (..., N)."""
     if weight.scale is not None:
         return float8_linear(x, weight.values, weight.scale, bias)
-    # cuBLASLt needs a bias, and an x that flatten() does not copy.
+    # cuBLASLt needs a bias. If x is not contiguous, flatten() would copy it.
     if bias is None or not x.is_contiguous() or choose_gemm("bias", rows := x.flatten(0, -2), weight, None) == "torch":
         return linear(x, weight.values, bias)
     result = x.new_empty(len(rows), len(weight.values))

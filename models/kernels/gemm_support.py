@@ -15,7 +15,7 @@ HEAD_SIZE = 128
 """Head size of the epilogue that normalizes heads."""
 
 HEAD_EPS = 1e-6
-"""Epsilon of the norm in that epilogue."""
+"""Epsilon of the norm in the epilogue that normalizes heads."""
 
 
 def can_load(*matrices: Tensor) -> bool:

@@ -41,7 +41,7 @@ def gate_norm_modulate(x: Tensor, update: Tensor, gate: SegmentVectors, modulate
 
 
 def add_update(x: Tensor, update: Tensor, gate: SegmentVectors) -> Tensor:
-    """x + gate * update (B, S, D), computed in float32, in x's dtype."""
+    """x + gate * update (B, S, D), computed in float32 and returned in x's dtype."""
     return (x.float() + update.float() * gate.by_token().float()).to(x.dtype)
 
 

@@ -93,7 +93,7 @@ def _rotated(heads: Tensor, rotation: AnyRotation | None) -> Tensor:
 
 
 def _normalized(x: Tensor, norm: NormParameters, norms: QKNormParameters, square_sums: Tensor | None) -> Tensor:
-    """Norm of x (B, tokens, D). `square_sums` (B, tokens, 1) are needed where x has only some of its channels."""
+    """Norm of x (B, tokens, D). `square_sums` (B, tokens, 1) are required for a shard of the norm's channels."""
     if square_sums is not None:
         assert norm.weight is not None, "only RMS norms support sums of squares"
         scaled: Tensor = x.float() * torch.rsqrt(square_sums / norm.size + norm.eps) * norm.weight.float()

@@ -1,7 +1,7 @@
-"""Triton kernels for the operations of DiT blocks between GEMM calls, each in one pass over memory.
+"""Triton kernels between GEMM, attention and convolution calls, each in one pass over memory.
 
-Each is equivalent to the PyTorch implementation that is registered for the same operation. Arithmetic is in float32,
-with rounding to the stored dtype wherever the PyTorch implementation rounds.
+Each kernel is equivalent to the PyTorch implementation that is registered for the same operation. Arithmetic is in
+float32, with rounding to the stored dtype wherever the PyTorch implementation rounds.
 """
 
 # ruff: noqa: ANN001, ANN202, N803  (Triton kernels have no annotations; their constexpr arguments are in capitals)

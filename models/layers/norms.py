@@ -29,7 +29,7 @@ class Residual(NamedTuple):
     gate: SegmentVectors | None = None
 
     def added(self) -> Tensor:
-        """x + gate * update, computed in float32, in x's dtype."""
+        """x + gate * update, computed in float32 and returned in x's dtype."""
         if self.update is None or self.gate is None:
             return self.x
         return add_update(self.x, self.update, self.gate)

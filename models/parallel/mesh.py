@@ -160,7 +160,7 @@ def make_mesh(degrees: Degrees, device: torch.device, *, one_host: bool = False)
 
 
 def _have_peer_access(device: torch.device, ranks: int) -> bool:
-    """Whether cuda-bindings is usable and GPUs 0 to ranks - 1 of this host can all write to each other's memory."""
+    """Whether GPUs 0 to ranks - 1 can write to each other's memory, and cuda-bindings is usable."""
     if device.type != "cuda" or torch.cuda.device_count() < ranks or not is_usable("cuda-bindings"):
         return False
     return all(torch.cuda.can_device_access_peer(*pair) for pair in itertools.permutations(range(ranks), 2))

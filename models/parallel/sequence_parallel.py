@@ -2,8 +2,8 @@
 
 The method prepare() runs once per request and predict() once per step; prepare() of other requests or guidance branches
 may run in between. The result of prepare() therefore contains the full lengths of the segments that prepare() sharded,
-and predict() receives them as static keywords. As part of a CUDA graph's key they also distinguish segment lengths that
-give this rank chunks of the same size.
+and predict() receives them as static keywords. These lengths are also part of a CUDA graph's key: segments of different
+lengths may give this rank chunks of the same size, but need different graphs.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class _ShardedMethod:
 
 
 class _ShardedPrepare:
-    """prepare() with the full lengths of the segments that it sharded added to its result."""
+    """prepare() whose result also contains the full lengths of the segments that prepare() sharded."""
 
     def __init__(self, form: _ShardedMethod, segments: list[str]) -> None:
         self._form = form

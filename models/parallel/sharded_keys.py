@@ -1,7 +1,7 @@
 """Attention of replicated queries to keys that are sharded along the sequence.
 
 For a short segment (audio) that attends to a long one (video): each rank attends to its own keys, and all-gathers the
-results, which have the length of the short segment.
+results, which have the length of the short segment. Shapes: B batch, L keys of this rank, H heads, K head size.
 """
 
 from __future__ import annotations

@@ -34,9 +34,9 @@ class USPAttention(Attention):
 
     An all-to-all within the ulysses group gives each rank all tokens of the group for some of the heads. Keys and
     values of the groups are then exchanged along the ring, in steps that overlap with attention; where all ranks can
-    write to each other's memory, they are gathered instead. Attention does not depend on the order of keys, so that a
-    rank's tokens may be chunks of several segments. Chunks may have any length, including 0, and are not padded. A
-    collective call: all ranks must make it.
+    write to each other's memory, keys and values are gathered instead. Attention does not depend on the order of keys,
+    so that a rank's tokens may be chunks of several segments. Chunks may have any length, including 0, and are not
+    padded. A collective call: all ranks must make it.
     """
 
     def __init__(self, mesh: WorkerMesh, scope: SegmentScope, gather: PeerGather | None = None) -> None:

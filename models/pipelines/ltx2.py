@@ -36,7 +36,7 @@ class LTX2Pipeline(StandardPipeline):
 
 
 class LTX2ImagePipeline(StandardImagePipeline):
-    """Diffusers' LTX2ImageToVideoPipeline for an LTX2Pipeline checkpoint: text and image to video with audio."""
+    """Diffusers' LTX2ImageToVideoPipeline for an LTX2Pipeline checkpoint; the video has audio."""
 
     pipeline_name = "LTX2Pipeline"
     _required_config_modules = MODULES

@@ -1,4 +1,4 @@
-"""LTX-2 in a checkpoint with the pipeline class LTX2ImageToVideoPipeline: the same variants."""
+"""LTX-2 checkpoints of the class LTX2ImageToVideoPipeline, with the variants of LTX2Pipeline."""
 
 from __future__ import annotations
 

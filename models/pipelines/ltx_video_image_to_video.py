@@ -1,4 +1,4 @@
-"""LTX-Video in a checkpoint with the pipeline class LTXImageToVideoPipeline: the same variants."""
+"""LTX-Video checkpoints of the class LTXImageToVideoPipeline, with the variants of LTXPipeline."""
 
 from __future__ import annotations
 

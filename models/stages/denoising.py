@@ -78,7 +78,7 @@ class DenoisingStage(PipelineStage[DenoisingInput, DenoisingOutput]):
             if checkpoints is not None:
                 checkpoints.hand_over_if_asked()
             step = request.steps[index]
-            # Contiguous as after a resume: the strides of inputs select kernels, which round differently.
+            # Contiguous, as after a resume: input strides select kernels, and different kernels round differently.
             state.latents = densified(config.before_step(step, state.latents, request.conditions))
             predictions = self._predictor.predict(request, branches, state.latents, step)
             state.advance(predictions)

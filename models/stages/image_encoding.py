@@ -33,7 +33,7 @@ _FILTERS: Mapping[str, Image.Resampling] = {
 
 
 class ImageEncodingStage(PipelineStage[ImageEncodingInput, ImageEncodingOutput]):
-    """Runs the vision encoder on all images as one batch; the image processor resizes and crops the images."""
+    """Runs the vision encoder on all images as one batch; the image processor resizes and crops them."""
 
     def __init__(self, config: VisionConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
         self._config = config

@@ -38,7 +38,10 @@ class ImageTextEncodingStage(PipelineStage[ImageTextEncodingInput, TextEncodingO
 
     @torch.inference_mode()
     def run(self, x: ImageTextEncodingInput, call: Call) -> TextEncodingOutput:
-        """Conditioning of batch 1 on the CPU. Raises InvalidInput for undecodable images."""
+        """Conditioning of batch 1 on the CPU.
+
+        Raises InvalidInput for undecodable images, and for texts that are too long or contain the image token.
+        """
         call.check_cancelled()
         images = list(open_images(x.image_inputs).values())
         texts = [PromptText(field="prompt", text=x.prompt.prompt)]

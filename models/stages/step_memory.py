@@ -150,7 +150,7 @@ class StepMemory:
                 self._buffers["constants"][name].copy_(value)
 
     def release(self) -> None:
-        """Drop references to the request's constants; graph buffers keep their values until the next load()."""
+        """Drop references to the request's constants; graph buffers retain their values until the next load()."""
         self._constants = {}
 
     def runs_eagerly(self, kind: StepKind) -> bool:
@@ -197,7 +197,7 @@ class StepMemory:
 
 
 def byte_size_of(transformer: DiffusionTransformer, inputs: StepInputs, *, has_cache: bool, has_graphs: bool) -> int:
-    """Maximum `tensor_bytes` of a StepMemory: tensors, step cache and, with graphs, input and output buffers."""
+    """Maximum `tensor_bytes` of a StepMemory: tensors, step cache and, with graphs, their buffers."""
     size = sum(spec.byte_size for spec in inputs.memory.values())
     if has_cache:
         first = next(iter(inputs.latents.values()))

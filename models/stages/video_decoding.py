@@ -37,7 +37,7 @@ class _Piece:
 
 
 _Pieces = Callable[[Callable[[], None]], Iterator[_Piece]]
-"""Yields the pieces of a request in order; calls its argument before it blocks on latents."""
+"""Function that yields the pieces of a request in order. It calls its argument before it waits for latents."""
 
 
 class VideoDecodingStage(PipelineStage[VideoDecodingInput, StreamedDecodingOutput]):

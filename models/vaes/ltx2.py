@@ -22,7 +22,7 @@ class LTX2VideoVAE(NormalizedVideoVAE):
     """Encoder and decoder of one video at a time, to and from normalized latents."""
 
     def encode(self, video: Tensor) -> Tensor:
-        """Latents' mode, float32 (1, C, latent frames, h, w), of a video (1, 3, frames, H, W) in [-1, 1]."""
+        """Mode of the latents, float32 (1, C, latent frames, h, w), of a video (1, 3, frames, H, W)."""
         return self.normalized(self.distribution(video).mode())
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:

@@ -3,8 +3,8 @@
 The convolutions are causal, so that a frame can be decoded when its latents arrive. Diffusers also decodes latent
 frames sequentially, but processes four frames at once in the widest layers and stores the whole video. Here each frame
 passes through all layers separately, and each convolution caches the two preceding frames. A video that would still
-exceed the memory bound is decoded in strips, which overlap by the receptive field of the convolutions. Modules and
-weights are Diffusers', wrapped by models/vaes/wan_layers.py; results are equal up to rounding.
+exceed the memory bound is decoded in strips, which overlap by the receptive field of the convolutions. The classes in
+models/vaes/wan_layers.py wrap Diffusers' modules with their weights; results are equal up to rounding.
 """
 
 from __future__ import annotations

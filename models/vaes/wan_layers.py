@@ -51,7 +51,7 @@ def up_blocks(decoder: Any, *, is_residual: bool) -> list[UpBlock]:
 
 
 def arrange_weights(decoder: Any) -> None:
-    """Register with each 3D convolution its weight in 2D, `window`, for frames stacked as channels.
+    """Add to each 3D convolution the buffer `window`: its weight in 2D, for frames stacked as channels.
 
     The 2D weight (out, frames * in, h, w) and the 3D weight (out, in, frames, h, w) share memory. On CUDA the 2D weight
     is channels-last.
@@ -190,8 +190,8 @@ class _Upsample:
 class _ShortcutUp:
     """WanResidualUpBlock: residual blocks and upsampling, plus a shortcut from channels to time and space.
 
-    The shortcut (DupUp3D) repeats the channels to out * frames * rows * columns. For the first input frame, only the
-    last frame of the shortcut is used, because the main path yields one frame.
+    The shortcut (DupUp3D) repeats the input channels, and rearranges them to (out channels, frames, rows, columns). For
+    the first input frame, only the last frame of the shortcut is used, because the main path yields one frame.
     """
 
     def __init__(self, block: UpBlock) -> None:
