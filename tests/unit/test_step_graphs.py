@@ -320,7 +320,7 @@ def predictions_with_step_cache(
 
 
 def test_a_step_cache_is_reset_at_its_lease() -> None:
-    """Requests differ only in the second block. Without a reset, a first step would reuse that of another request."""
+    """Requests differ only in the second block. Without a reset, a first step reuses the block of another request."""
     transformer, capture = BlocksTransformer(1.0), FakeCapture()
     pool, step = StepMemoryPool(1 << 20, capture), loop_step(transformer)
     for request in range(3):
