@@ -32,7 +32,7 @@ ONE = Kind("one", {"denoising": StageWork(10, 100, "a")}, {"denoising": 10.0}, s
 
 @dataclass
 class FixedReplicas:
-    """Policy with one number of replicas per poll; the last number repeats."""
+    """Policy that returns the given numbers of replicas, one for each poll; the last number repeats."""
 
     replicas: list[int]
     interval: float = 5.0

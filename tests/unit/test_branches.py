@@ -96,7 +96,7 @@ def test_one_rank_computes_all_branches_in_order(monkeypatch: pytest.MonkeyPatch
 
 
 def test_step_cache_change_is_reduced_over_the_ranks_of_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums are reduced over the axes that share a branch; an axis with one rank has no process group."""
+    """Sums are reduced over the ranks that compute one branch. An axis with one rank has no process group."""
     added: list[str] = []
 
     def all_reduce(sums: Tensor, axis: Axis) -> Tensor:

@@ -147,7 +147,7 @@ class GivenPipeline(FluxPipeline):
 
 
 class UnscheduledPipeline(FluxPipeline):
-    """Flux's stages without the scheduler's role."""
+    """Flux's stages with renamed roles, so that no role is named `scheduler`."""
 
     def add_stage(self, stage: StageSpec) -> None:
         """Add the stage with the prefix `my_` on all roles."""

@@ -222,7 +222,7 @@ def test_a_request_that_fails_after_a_lost_connection_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_request_that_fails_leaves_no_growing_file(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+def test_a_cancelled_request_leaves_no_growing_file(coordinator: FakeCoordinator, tmp_path: Path) -> None:
     coordinator.ending = pb.REQUEST_STATE_CANCELLED
     assert generate(tmp_path / "x.mp4") == 1
     assert not list(tmp_path.iterdir())

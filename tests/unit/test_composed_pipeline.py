@@ -72,7 +72,7 @@ def test_a_wrong_order_is_reported() -> None:
 
 
 def test_an_optional_slot_written_after_its_reader_is_reported() -> None:
-    """Without the error, reader and writer would wait for each other."""
+    """Without this rule, two stages could each wait for a slot that the other stage writes."""
     assert problems(ENCODE, DENOISE, IMAGE, DECODE) == "denoise reads 'image', which no earlier stage writes"
 
 

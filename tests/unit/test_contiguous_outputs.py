@@ -1,4 +1,4 @@
-"""Artifacts of stages in one process have the strides that they have in another process."""
+"""Artifacts passed between stages of one process are contiguous, as artifacts are after transport."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class DrawnOutput:
 
 
 class ColumnMajorStage(PipelineStage[DrawInput, DrawnOutput]):
-    """Returns latents whose strides are not those of a contiguous tensor."""
+    """Returns latents of which one part is contiguous and one part is column-major."""
 
     def run(self, x: DrawInput, call: Call) -> DrawnOutput:
-        """Return the same values as a contiguous and as a transposed part."""
+        """Return two parts with equal values and different strides."""
         del x, call
         rows = torch.arange(6.0).reshape(2, 3)
         parts = {"rows": LatentPart(latents=rows, raw_latent_shape=(2, 3))}
@@ -36,7 +36,7 @@ class ColumnMajorStage(PipelineStage[DrawInput, DrawnOutput]):
 
 
 def test_outputs_are_contiguous_as_after_transport() -> None:
-    """Kernels for other strides may round differently, so that a fleet would not return the bytes of one process."""
+    """Kernels may round differently for other strides; a fleet must return the same bytes as one process."""
     outputs = HostedStages("draw", [ColumnMajorStage()]).run({"prompt": Prompt(prompt="red")}, Call("test"))
     rows, columns = (part.latents for part in outputs["latents"].parts.values())
     assert torch.equal(rows, columns)

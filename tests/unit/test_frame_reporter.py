@@ -72,7 +72,7 @@ def frames_of(stage: Callable[[Call], None], **more: Any) -> list[str]:
 
 
 def test_the_newest_step_checkpoint_replaces_a_pending_step_checkpoint() -> None:
-    """The newest takes the position of the pending step checkpoint. No item precedes its step checkpoint."""
+    """The newest step checkpoint takes the position of the pending one. No item precedes its step checkpoint."""
 
     def stage(call: Call) -> None:
         call.checkpoint(step_checkpoint(1))

@@ -116,7 +116,7 @@ def test_a_gated_update_of_two_segments_matches_the_reference(
 @pytest.mark.parametrize(
     ("tiles", "heads", "shares"),
     [
-        pytest.param(36, 24, [(0, 24, 1)], id="flux: 6.5 waves take 7, and a split would take 6.6"),
+        pytest.param(36, 24, [(0, 24, 1)], id="flux: a split saves too little, 6.6 waves instead of 7"),
         pytest.param(18, 24, [(0, 22, 1), (22, 24, 3)], id="flux on two gpus: 3.3 waves instead of 4"),
         pytest.param(34, 24, [(0, 23, 1), (23, 24, 3)], id="qwen-image: 6.3 waves instead of 7"),
         pytest.param(256, 12, [(0, 12, 1)], id="wan: a head takes more than one wave"),

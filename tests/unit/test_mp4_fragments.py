@@ -19,7 +19,7 @@ from mp4_boxes import box, box_types, boxes, x264_options
 
 HEIGHT, WIDTH = 48, 80
 COUNTS = (9, 12, 1, 3, 30)
-"""Number of frames per fragment; the last fragment exceeds the encoder's frames in flight."""
+"""Number of frames per fragment; one fragment has a single frame."""
 TOTAL = sum(COUNTS)
 FIRSTS = [sum(COUNTS[:index]) for index in range(len(COUNTS))]
 """Index of the first frame of each fragment."""
@@ -123,7 +123,7 @@ def test_a_fragment_does_not_depend_on_earlier_fragments(fragments: list[bytes])
 
 
 def test_the_encoder_is_configured_for_reproducible_bytes() -> None:
-    """x264 writes its options into the stream; `_X264_OPTIONS` documents their reasons."""
+    """x264 writes its options into the stream. Comments in models/media.py give a reason for each option."""
     encoder = Mp4Fragment(320, 32, 16.0, 0)
     encoder.add(torch.zeros(3, 320, 32))
     assert {"mbtree=0", "threads=4", "bframes=0"} <= x264_options(encoder.finish())

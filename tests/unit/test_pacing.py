@@ -96,7 +96,7 @@ def run(clock: Clock, seconds: list[float]) -> tuple[Device, list[float], list[t
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.04, 0.3, 20.0])
-def test_the_device_stays_busy_and_steps_are_enqueued_at_most_the_lead_early(clock: Clock, seconds: float) -> None:
+def test_the_device_stays_busy_and_steps_are_enqueued_at_most_lead_seconds_early(clock: Clock, seconds: float) -> None:
     device, enqueued, reported = run(clock, [seconds] * 12)
     # The loop waits for each of the first two steps, so the device is idle while the host enqueues the next step.
     assert device.idle <= 0.003 * 3
@@ -112,7 +112,7 @@ def test_pacing_adapts_to_shorter_steps(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("moment", [5.0, 29.0, 33.3, 39.97, 39.999, 47.0])
-def test_the_device_runs_at_most_a_step_and_the_lead_after_a_cancel(clock: Clock, moment: float) -> None:
+def test_the_device_runs_at_most_one_step_and_lead_seconds_after_a_cancel(clock: Clock, moment: float) -> None:
     device, cancelled = Device(clock, [10.0] * 50), ClockedEvent(clock)
     reported: list[int] = []
 

@@ -254,7 +254,7 @@ class MixedFleet:
 
 
 Step = tuple[str, int, str]
-"""An operation, a number that selects one of its candidates, and the version of the process that it starts."""
+"""Operation, number that selects a candidate, and version of a process that the operation starts."""
 KINDS = (
     *("admit", "admit", "admit", "claim", "append", "release", "finish", "finish", "beat", "announce"),
     *("add_worker", "leave", "kill", "resign", "take_over"),

@@ -157,7 +157,7 @@ LOADS = st.builds(
 def test_decisions_respect_the_bounds_for_any_sequence_of_loads(
     polls: list[tuple[StageLoad, float]], least: int, most: int, idle_seconds: float, target: float
 ) -> None:
-    """Decisions are not below the number of held workers. They are 0 only after `idle_seconds` without activity."""
+    """Decisions end no held worker while requests are open. They fall to 0 only after `idle_seconds` of inactivity."""
     policy, clock = make_policy(least, most, idle_seconds)
     current, active_at = policy.decide(0, is_active=False, demand=0.0), clock.now
     for load, passed in polls:

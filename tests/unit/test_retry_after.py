@@ -1,4 +1,4 @@
-"""The seconds after which to retry are sent as `retry-after-ms`, rounded up."""
+"""The delay before a retry is sent as `retry-after-ms`, rounded up to whole milliseconds."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_replies_are_separate_for_each_origin_and_service(each_store_url: str) -
 def test_a_reply_that_is_fast_to_compute_is_not_shared(
     each_store_url: str, seconds: float, size: int, pays: bool
 ) -> None:
-    """Sharing pays off for T5-XXL (29 ms) and a vision language model (230 ms), not for an encoder of 5 ms."""
+    """Sharing pays off for T5-XXL (29 ms) and a vision language model (230 ms). It does not for a 5 ms encoder."""
 
     async def scenario(redis: Redis) -> None:
         replies = shared(redis)

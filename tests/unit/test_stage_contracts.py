@@ -101,7 +101,7 @@ class RollStage(PipelineStage[DrawInput, RollOutput]):
     """Writes the slot `dice` if its pipeline reads it."""
 
     def run(self, x: DrawInput, call: Call) -> RollOutput:
-        """Report nothing."""
+        """Return the request ID as latents and, if the slot is written, the prompt as dice."""
         latents: Any = call.request_id
         return RollOutput(latents=latents, dice=x.prompt if self.writes("dice") else None)
 
@@ -122,7 +122,7 @@ class IncompleteStage(RollStage):
     """Omits an output that its pipeline reads."""
 
     def writes(self, slot: str) -> bool:
-        """Return False for every slot."""
+        """Return False for every slot, so that run() omits `dice`."""
         return not slot
 
 

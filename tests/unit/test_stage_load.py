@@ -244,7 +244,7 @@ def test_the_newest_64_shapes_are_stored(store_url: str) -> None:
     run(store_url, scenario)
 
 
-def test_claims_of_a_dead_coordinator_do_not_count_until_another_coordinator_claims(store_url: str) -> None:
+def test_claims_of_a_dead_coordinator_do_not_count_and_its_requests_count_as_open(store_url: str) -> None:
     async def scenario(fleet: Fleet) -> None:
         await fleet.owners[0].submit("r", StageWork(10, 100, "s"))
         await wait_until(has_waiting(fleet, 1))

@@ -75,7 +75,7 @@ ERRORS = sorted(FOUND, key=lambda each: each.__qualname__)
 
 SAMPLE: list[type[Exception]] = [ImportError, KeyError, OSError, PermissionError, ConnectionError, TimeoutError]
 SAMPLE += [RuntimeError, MemoryError, UnicodeError, RecursionError, redis.exceptions.ConnectionError, *ERRORS[::25]]
-"""A sample for programs with a slow start, as all errors are handled by the same code."""
+"""A sample of the errors for slower cases; the same code handles all errors."""
 
 
 def _instance_of(kind: type[Exception]) -> Exception:

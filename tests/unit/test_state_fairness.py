@@ -56,7 +56,7 @@ class ClaimQueue:
 
 @asynccontextmanager
 async def claim_queue(redis: Redis) -> AsyncIterator[tuple[ClaimQueue, WorkerSlots]]:
-    """A queue of claims of two coordinators, and the worker slots of the first coordinator."""
+    """A queue of claims of two coordinators, and the `WorkerSlots` of the first coordinator."""
     registry = WorkerRegistry(redis)
     info = worker_pb2.WorkerInfo(
         worker_id="w", service="denoising", model="emoji", model_fingerprint="f", capacity=1, address="unix:/w"

@@ -151,14 +151,14 @@ def test_a_loss_is_in_churn_if_a_worker_of_other_requests_was_lost(each_store_ur
         await case.announce("leaves")
         await case.registry.withdraw("leaves", grace_seconds=SLOW)
         seconds, _ = await redis.time()
-        await redis.zadd("fleet:workers:emoji/denoising", {"leaves": seconds * 1_000})  # as by a late heartbeat
+        await redis.zadd("fleet:workers:emoji/denoising", {"leaves": seconds * 1_000})  # as after a late heartbeat
         assert not any(loss.in_churn for loss in await case.leases.losses("r", 1))
         if seen_by == "heartbeat":
             await redis.zadd("fleet:workers:emoji/denoising", {"unrelated": seconds * 1_000})
         else:
             await case.lose("unrelated", name="other")
         assert all(loss.in_churn for loss in await case.decided())
-        await redis.delete("fleet:lost:emoji/denoising")  # as after 10 minutes
+        await redis.delete("fleet:lost:emoji/denoising")  # entries expire after 10 minutes
         assert all(loss.in_churn for loss in await case.decided())
 
     run_on_empty_store(each_store_url, scenario)
@@ -180,7 +180,7 @@ def test_losses_of_more_than_ten_minutes_ago_are_not_churn(each_store_url: str) 
 
 
 def test_a_worker_that_runs_an_older_script_is_cleared_by_its_heartbeat(each_store_url: str) -> None:
-    """Heartbeats of an older script store no TTL and clear no loss. The live key of the worker clears it."""
+    """Heartbeats of an older script store no TTL and clear no loss. A loss is cleared if the worker's key exists."""
 
     async def scenario(redis: Redis) -> None:
         case = Case(redis)
@@ -190,7 +190,7 @@ def test_a_worker_that_runs_an_older_script_is_cleared_by_its_heartbeat(each_sto
         for worker_id in ("old-1", "old-2"):
             await redis.hdel(f"fleet:worker:{worker_id}", "lasts")
             await case.lose(worker_id)
-        await redis.persist("fleet:worker:old-1")  # as its heartbeats continue
+        await redis.persist("fleet:worker:old-1")  # the worker continues to send heartbeats
         assert [loss.worker_id for loss in await case.decided()] == ["old-2"]
         await run_script(redis, "leaving", {"worker": "old-1", "lasts": 1})
 

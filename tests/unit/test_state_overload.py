@@ -123,7 +123,7 @@ def test_completed_stages_do_not_count_as_open_work(each_store_url: str) -> None
             assert await fleet.refused(r"6\.0 s of work") == pytest.approx(1.0)
             for _ in range(2):  # a stage that completes twice, after a take-over, counts once
                 await fleet.measure(2.0, name="r0", service="text_encoding")
-            assert await fleet.refused(r"6\.0 s of work") == pytest.approx(1.0)  # work of the denoiser
+            assert await fleet.refused(r"6\.0 s of work") == pytest.approx(1.0)  # work of denoising
             await fleet.measure(4.0, name="r0")
             await fleet.admit("r3")
             for number in range(4):

@@ -320,7 +320,7 @@ def predictions_with_step_cache(
 
 
 def test_a_step_cache_is_reset_at_its_lease() -> None:
-    """Requests differ only in the second block, which a probe skips: a first step must not reuse it."""
+    """Requests differ only in the second block. Without a reset, a first step reuses the block of another request."""
     transformer, capture = BlocksTransformer(1.0), FakeCapture()
     pool, step = StepMemoryPool(1 << 20, capture), loop_step(transformer)
     for request in range(3):
@@ -377,7 +377,7 @@ class FakeCuda:
 
 
 def test_cuda_graphs_share_one_pool_and_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes in PyTorch's pool do not count for a graph. Other threads may use the GPU during a capture."""
+    """The size of a graph excludes bytes in PyTorch's pool. Other threads may use the GPU during a capture."""
     cuda = FakeCuda()
     cuda.install(monkeypatch)
     capture = cuda_capture()
@@ -390,7 +390,7 @@ def test_cuda_graphs_share_one_pool_and_are_measured(monkeypatch: pytest.MonkeyP
 
 
 def test_a_runtime_captures_only_on_a_gpu(monkeypatch: pytest.MonkeyPatch, transformer: LoopTransformer) -> None:
-    """Denoising stages lease from the pool that captures."""
+    """Denoising stages lease from `Runtime.step_memory`."""
     capture = FakeCapture()
     monkeypatch.setattr("models.runtime.cuda_capture", lambda: capture)
     step = loop_step(transformer)

@@ -210,7 +210,7 @@ def test_idle_memory_is_bounded_in_bytes_rather_than_in_number() -> None:
 
 
 def test_captured_graphs_count_towards_the_bound() -> None:
-    """Inputs of three steps fit, but their graphs do not: the oldest memory is freed as soon as it is idle."""
+    """Inputs of three steps fit, but their graphs do not. The oldest memory is freed as soon as it is idle."""
     steps = [inputs(skipped=number) for number in (1, 2, 3)]
     graph = 10 * size_of(steps[0])
     pool = StepMemoryPool(2 * (size_of(steps[0]) + graph), FakeCapture(byte_size=graph))

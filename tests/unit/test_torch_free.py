@@ -1,4 +1,4 @@
-"""The coordinator and commands without models do not import torch, so that they start within a second."""
+"""The coordinator and the modules of commands import no torch, so that they start within a second."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_a_worker_that_announces_no_contract_fits_every_wiring() -> None:
     assert fault_of(worker, WIRING) == contract_text(worker) == ""
 
 
-def test_the_contract_for_the_last_release_has_the_form_that_it_compares() -> None:
+def test_the_contract_text_for_the_last_release_has_the_form_that_the_release_compares() -> None:
     text = older_text(worker_with({"text": contract(), "image": contract(outputs={**READ, "more": "Media"})}))
     assert text == (
         '{"inputs":{"canvas":"Canvas","schedule":"Schedule"},"optional":[],"optional_outputs":["more"],'

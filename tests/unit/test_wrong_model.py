@@ -1,4 +1,4 @@
-"""A path that is not a Diffusers directory is recognized, and the error names the path to pass instead."""
+"""Paths that are not a Diffusers directory are recognized, and the error names the path to pass."""
 
 from __future__ import annotations
 
