@@ -38,7 +38,10 @@ class Gate:
 
 
 class Store(RequestStore):
-    """A store of one request. admit() raises `admit_error`; a call blocks at its gate, if the test has set one."""
+    """A store of one request. Each call waits at its gate if the test has set this gate.
+
+    After its gate, admit() raises `admit_error` if it is set.
+    """
 
     def __init__(self) -> None:
         self.admit_gate: Gate | None = None

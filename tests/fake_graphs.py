@@ -1,7 +1,7 @@
 """Fake CUDA graphs for CPU tests: a capture records operations with addresses, a replay repeats them.
 
-As with CUDA, a capture computes nothing, a replay runs no Python code of the denoiser, the graph does not own the
-memory of tensors from outside it, and graphs of one pool overwrite each other's outputs.
+As with CUDA, a capture computes nothing, a replay runs no Python code of the denoiser, the graph does not own tensors
+that existed before the capture, and graphs of one pool overwrite each other's outputs.
 """
 
 from __future__ import annotations

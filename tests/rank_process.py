@@ -1,8 +1,10 @@
 """The process behind RankPool: imports torch once, then forks one process per rank.
 
-Run: python rank_process.py KIND FD...    with the kind of device, and a connected socket for each rank. A rank reads
-commands, one JSON object per line, `{"call": "module:function", ...keywords}`, and replies to each with `{"result":
-...}` or `{"error": traceback}`. Tensors are passed in files. The rank exits when the socket is closed.
+    python rank_process.py KIND FD...
+
+KIND is the device type; each FD is the file descriptor of a connected socket, one per rank. A rank reads commands, one
+JSON object per line, `{"call": "module:function", ...keywords}`, and replies to each with `{"result": ...}` or
+`{"error": traceback}`. Tensors are passed in files. The rank exits when the socket is closed.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from transformers import (
 from tiny_flux import HEAD_SIZE, HEADS, LATENT_CHANNELS, WORDS, randomize
 
 CODES = 64
-"""Number of image codes of the language model and prior tokens of the DiT; more than generate()'s default top_k."""
+"""Number of image codes, which are prior tokens of the DiT; greater than generate()'s default top_k."""
 GLYPH_SIZE = 32
 IMAGE_START, IMAGE_END = f"<|dit_token_{CODES}|>", f"<|dit_token_{CODES + 1}|>"
 MARKS = ("<|pad|>", "<|image|>", "<sop>", "<eop>", "<|user|>")

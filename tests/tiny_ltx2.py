@@ -220,7 +220,7 @@ def _vocoder(is_new: bool) -> LTX2Vocoder | LTX2VocoderWithBWE:
         return LTX2Vocoder(**small)
     extension = {f"bwe_{name}": value for name, value in small.items()}
     extension["bwe_in_channels"] = 2 * MEL_BINS
-    # 160 samples per spectrogram frame, then three times as many.
+    # 160 samples per spectrogram frame; bandwidth extension triples the sample rate (240 per 80 samples).
     rates: dict[str, Any] = {"upsample_factors": [5, 4, 4, 2], "upsample_kernel_sizes": [11, 8, 8, 4]}
     rates |= {"bwe_upsample_factors": [6, 5, 4, 2], "bwe_upsample_kernel_sizes": [12, 11, 8, 4]}
     return LTX2VocoderWithBWE(

@@ -37,7 +37,7 @@ from tiny_flux import WORDS, randomize
 LATENT_CHANNELS = 16
 HEADS, HEAD_SIZE = 4, 16
 TEXT_SIZE = 32
-# Most image tokens of the language model, of 28x28 pixels each.
+# Maximum number of image tokens that the language model reads per image. A token has 28x28 pixels.
 VISION_TOKENS = 64
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 

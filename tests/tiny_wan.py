@@ -109,7 +109,7 @@ def edit_json(file: Path, entries: Mapping[str, Any]) -> None:
 def residual_vae() -> AutoencoderKLWan:
     """A VAE like that of Wan 2.2 TI2V-5B, with few channels, and mean and std per latent channel.
 
-    Scale factors are those of the published VAE; as there, encoder and decoder have different base widths.
+    Scale factors equal those of the published VAE. As in the published VAE, encoder and decoder differ in base width.
     """
     channels = range(TI2V_LATENT_CHANNELS)
     return AutoencoderKLWan(

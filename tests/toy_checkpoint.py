@@ -73,7 +73,7 @@ def toy_family(directory: Path, copy: Callable[[Path], Path] = copy_toy_family) 
 
 @contextmanager
 def twin_family(directory: Path) -> Iterator[list[Path]]:
-    """Copy the plugins of the toy and twin families; unloads both afterwards. The twin family imports the other."""
+    """Copy the toy and twin plugins; unloads both afterwards. The twin plugin imports the toy plugin."""
     twin = directory / "twin"
     with toy_family(directory / "toy") as toy:
         try:

@@ -17,7 +17,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, decoding_bytes: int | None = 
 
 
 def check_frames_come_early(vae: AutoencoderKLWan, latents: Tensor) -> None:
-    """Assert that no frame depends on later latents, and that the first frame decodes one latent frame.
+    """Assert that no frame depends on later latents, and that the first frame needs one latent frame.
 
     `latents` have the shape (1, channels, 3, H, W).
     """

@@ -1,4 +1,4 @@
-"""FLUX.2 dev and klein through real services equal their stages in one process bit for bit."""
+"""FLUX.2 dev and klein: outputs of real services equal those of one process bit for bit."""
 
 from __future__ import annotations
 

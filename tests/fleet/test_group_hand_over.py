@@ -95,7 +95,7 @@ def check(generated: Generated, undisturbed: Generated) -> None:
 
 
 def test_sigterm_hands_a_request_over_to_an_equal_group(fleet: GroupFleet, undisturbed: Generated, slow: Path) -> None:
-    """The new group runs the request, as it has run the fewest requests; the first group continues the request."""
+    """The request starts on the new group, which has run the fewest requests. The first group continues it."""
     leaving = fleet.add_group("leaving")
     ranks, before = fleet.ranks_of(leaving), handed_over_and_lost()
     with slow_request(fleet, slow, leaving) as request:

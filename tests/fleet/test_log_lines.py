@@ -344,7 +344,7 @@ def test_prompt_in_an_error_is_redacted(store_url: str, lines: Lines, kind: type
 
 
 def test_request_id_sent_by_a_client_is_not_logged(store_url: str, lines: Lines) -> None:
-    """Workers read request ids from the metadata of coordinators. Coordinators ignore those of clients."""
+    """Workers read request ids from the metadata of coordinators. Coordinators ignore request ids of clients."""
 
     async def scenario(fleet: FakeFleet) -> None:
         await fleet.add_workers()

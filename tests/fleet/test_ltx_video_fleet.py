@@ -1,4 +1,4 @@
-"""LTX-Video through real services equals its stages in one process bit for bit. Some requests have an image."""
+"""LTX-Video: outputs of real services equal those of one process bit for bit. Some requests have an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A poison request on real processes: its denoiser is killed at step 5, after a step checkpoint at step 4."""
+"""A poison request on real processes: its denoisers are killed after a step checkpoint at step 4."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ class WorkerKiller:
         return last
 
     async def _kill(self, request_id: str) -> None:
-        """Wait for the stored step checkpoint, then send SIGKILL to the request's worker, whose id contains its PID."""
+        """Wait for the stored step checkpoint, then send SIGKILL to the request's worker.
+
+        A worker's id contains its PID.
+        """
 
         async def is_stored() -> bool:
             reached = await command(self._redis, "HGET", f"fleet:request:{request_id}", "reached")

@@ -1,4 +1,4 @@
-"""All pipelines of Qwen-Image through real services: outputs equal those of one process bit for bit."""
+"""All pipelines of Qwen-Image: outputs of real services equal those of one process bit for bit."""
 
 from __future__ import annotations
 

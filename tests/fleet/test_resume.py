@@ -1,8 +1,8 @@
 """SIGKILL of a worker, or of worker and coordinator, during denoising does not change the result.
 
-At SIGTERM, the worker hands the request over. All processes are real. Families: Flux (Euler), Wan (UniPC, whose solver
-has a history), an image request of Wan 2.2 TI2V, whose first frame is replaced after the last step, and GLM-Image,
-whose before_denoising worker is killed.
+At SIGTERM, the worker hands the request over. All processes are real. Families: Flux (Euler solver), Wan (UniPC solver,
+whose state contains earlier predictions), an image request of Wan 2.2 TI2V, whose first frame is replaced after the
+last step, and GLM-Image, whose before_denoising worker is killed.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_resumed_image_request_has_equal_bytes() -> None:
 
 
 def test_prior_tokens_are_sampled_again_after_a_loss() -> None:
-    """Prior tokens have no step checkpoint: another worker samples all of them, with the same random numbers."""
+    """Prior tokens have no step checkpoint. Another worker samples all tokens, with equal random numbers."""
 
     async def scenario() -> None:
         async with asyncio.timeout(90), served(GLM_IMAGE) as fleet:

@@ -1,4 +1,4 @@
-"""A killed Redis restarts from its append-only file, without loss of queued, running and ended requests."""
+"""A killed Redis restarts from its append-only file without loss of queued, running or ended requests."""
 
 from __future__ import annotations
 

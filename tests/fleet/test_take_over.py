@@ -1,4 +1,4 @@
-"""Take-over of requests from killed and stopped coordinators, and poison requests: each request ends once."""
+"""Take-over of requests from killed and stopped coordinators, and poison requests. Each request ends once."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_raw_result_without_a_caller_fails(each_server: RedisServer) -> None:
 
 
 class PoisonedDenoisers:
-    """Denoisers that are lost when they run the request `poison`, and serve all others."""
+    """Denoisers that are lost when they run the request `poison`, and serve all other requests."""
 
     def __init__(self, fleet: FakeFleet) -> None:
         self.poison = ""

@@ -224,7 +224,7 @@ def test_tracing_can_be_disabled(
 def test_client_context_survives_a_coordinator_without_exporter(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the take-over by a coordinator with an exporter, the root span is a child of the client's span."""
+    """A coordinator with an exporter takes over; the root span is a child of the client's span."""
 
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()

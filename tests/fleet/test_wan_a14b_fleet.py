@@ -1,4 +1,4 @@
-"""Wan 2.2 A14B with first and last frame through real services equals its stages in one process bit for bit."""
+"""Wan 2.2 A14B, first and last frame: outputs of real services equal those of one process bit for bit."""
 
 from __future__ import annotations
 

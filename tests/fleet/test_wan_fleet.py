@@ -1,4 +1,4 @@
-"""Wan 2.1 through real services equals its stages in one process bit for bit, with and without images."""
+"""Wan 2.1, with and without images: outputs of real services equal those of one process bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wan 2.2 TI2V through real services. One fleet serves text and image requests of one checkpoint, with equal bytes."""
+"""Wan 2.2 TI2V: one fleet serves both variants; outputs equal those of one process bit for bit."""
 
 from __future__ import annotations
 

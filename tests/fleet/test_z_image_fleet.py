@@ -1,4 +1,4 @@
-"""Z-Image through real services equals its stages in one process bit for bit."""
+"""Z-Image: outputs of real services equal those of one process bit for bit."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ def grace(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def _readable(manifests: Sequence[Manifest]) -> list[Pod]:
-    """Serving pods of the fleet with valid settings; settings() reports invalid ones."""
+    """Serving pods of the fleet with valid settings; settings() reports invalid settings."""
     found = []
     for pod in [each for each in pods(manifests) if each.serves and each.service in SERVICES]:
         try:

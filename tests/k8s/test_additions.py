@@ -113,7 +113,7 @@ def test_a_new_stage_without_a_role_in_the_disaggregated_set_is_an_error(tree: P
     ("scaler", "kind"), [("keda", "ScaledObject"), ("hpa", "HorizontalPodAutoscaler")], ids=["keda", "hpa"]
 )
 def test_the_stage_before_denoising_needs_one_file_and_one_line_per_folder(tree: Path, scaler: str, kind: str) -> None:
-    """Their removal removes only this stage: no other object refers to it."""
+    """Without these files and lines, only this stage is missing: no other object refers to it."""
     overlay = tree / "overlays" / "hybrid" / "kustomization.yaml"
     overlay.write_text(overlay.read_text().replace("components/keda", f"components/{scaler}"))
     whole = render(overlay.parent)

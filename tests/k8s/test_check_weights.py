@@ -21,7 +21,10 @@ WHOLE = len(HEADER).to_bytes(8, "little") + HEADER + bytes(12)
 
 
 def check(model: str) -> tuple[int, str]:
-    """Run the script; returns exit status and stderr. Root can read every file, so the script then runs as nobody."""
+    """Run the script; returns exit status and stderr.
+
+    If the test runs as root, the script runs as nobody, because root can read every file.
+    """
     done = subprocess.run(
         ["sh"],
         input=SCRIPT.read_text(),

@@ -11,7 +11,7 @@ from manifests import K8S, of_kind, render
 
 from services.cli.replica_policy import with_headroom
 
-# KEDA evaluates formulas in expr-lang, whose operators have the same precedence here as in Python.
+# KEDA evaluates formulas in expr-lang, in which these operators have the same precedence as in Python.
 _OPERATORS: Mapping[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Mult: operator.mul,

@@ -1,4 +1,4 @@
-"""The toy family with its own names of slots, roles and services, on which no coordinator may rely."""
+"""The toy family with its own names of slots, roles and services. The coordinator must not depend on standard names."""
 
 from __future__ import annotations
 

@@ -48,7 +48,10 @@ class ScaledWorker:
 
 @dataclass(frozen=True)
 class ScaleIn:
-    """A scale-in of `worker`: `own_requests` ran there and `requests` ran on all workers when it received SIGTERM."""
+    """A scale-in of `worker`. The other fields describe the time of SIGTERM.
+
+    `own_requests` are ids of requests that ran on `worker`; `requests` is the number of requests on all workers.
+    """
 
     worker: str
     own_requests: tuple[str, ...]

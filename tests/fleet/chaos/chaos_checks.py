@@ -138,11 +138,11 @@ def check_files(
 
 
 async def check_store(redis: Redis, permitted_fields: tuple[str, ...] = ()) -> list[str]:
-    """Check that no worker slot, queue entry or open request is left, and that all keys but PERMANENT have a TTL.
+    """Check that no worker slot, queue entry or open request is left.
 
-    Redis deletes empty keys. Therefore the keys of worker slots, queues, open requests and their work must not exist. A
-    record must not have fields that only an open request needs, except fields that start with one of
-    `permitted_fields`.
+    All keys except PERMANENT must have a TTL. Redis deletes empty keys. Therefore the keys of worker slots, queues,
+    open requests and their work must not exist. A record must not have fields that only an open request needs, except
+    fields that start with one of `permitted_fields`.
     """
     findings: list[str] = []
     for key in sorted(each.decode() for each in await command(redis, "KEYS", "*")):

@@ -45,7 +45,7 @@ class Churn:
                 raise failure
 
     async def _kill_repeatedly(self, role: Role, number: int) -> None:
-        """Kill or stop a random process of a role every `death_seconds` on average."""
+        """Kill or stop a random process of a role; the mean interval is `death_seconds / _KILLED_SHARE`."""
         rng = random.Random(f"deaths of {self._plan.seed}, {number}")
         while True:
             await asyncio.sleep(rng.expovariate(_KILLED_SHARE / self._plan.death_seconds))

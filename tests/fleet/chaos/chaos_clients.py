@@ -108,8 +108,8 @@ class RunProgress:
 class Outcome:
     """Result of one client. `retries` counts repeated calls.
 
-    `lost_replies` is the largest possible number of requests that the client submitted without an idempotency key and
-    whose id it did not receive.
+    `lost_replies` is the maximum number of accepted requests whose id the client did not receive. Only a submission
+    without an idempotency key can create such a request.
     """
 
     order: Order

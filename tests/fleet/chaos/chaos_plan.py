@@ -171,7 +171,7 @@ class Fault:
 class Plan:
     """Plan of a whole run. The run's progress triggers `faults`.
 
-    With `death_seconds`, each process is also killed or stopped once per that interval on average.
+    If `death_seconds` is not 0, each process is also killed or stopped every `death_seconds / 0.8` on average.
     """
 
     seed: int

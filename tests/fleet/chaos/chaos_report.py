@@ -18,7 +18,10 @@ from fleet.v1 import generation_pb2 as pb
 
 @dataclass
 class Denoising:
-    """Counts of a request's denoising resumes and restarts after completed steps, from its events."""
+    """How often the denoising of a request resumed or restarted after completed steps, from its events.
+
+    `redone` is the number of repeated steps.
+    """
 
     resumed: int = 0
     restarted: int = 0
@@ -26,14 +29,14 @@ class Denoising:
 
     @classmethod
     def of(cls, events: Sequence[pb.Event]) -> Denoising:
-        """Count from events. Step 0 marks a start; the next step is where the loop resumed."""
+        """Count from events. Step 0 marks the start of an attempt; a next step above 1 means that the loop resumed."""
         found, last, is_new = cls(), 0, False
         for progress in (event.progress for event in events if event.progress.service == "denoising"):
             if progress.step == 0:
                 is_new = True
                 continue
             if is_new and last:
-                # Quick steps may be reported together: the first reported step is at least the first completed one.
+                # Several quick steps may cause only one report: an attempt may complete steps before its first report.
                 found.resumed += progress.step > 1
                 found.restarted += progress.step == 1
                 found.redone += max(0, last - progress.step + 1)

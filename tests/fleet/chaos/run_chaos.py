@@ -3,15 +3,15 @@
     python tests/fleet/chaos/run_chaos.py --requests 1000 --seed 1
     python tests/fleet/chaos/run_chaos.py --churn --requests 1000 --poison 3
 
-The fleet has several coordinators, and several workers for each stage of a Flux and a Wan checkpoint; Redis runs with
-`appendfsync always`. Processes are killed, stopped, terminated and partitioned; Redis is killed and restarted; clients
-do not read, submit twice, cancel and disconnect; peers send malformed data; and every process has a skewed clock. At
-the end, every accepted request must have ended once, every result must have the bytes of a single process, and no
-resources may be left.
+The fleet has several coordinators, and several workers for each stage of three checkpoints: Flux, Wan and causal Wan.
+Redis runs with `appendfsync always`. Processes are killed, stopped, terminated and partitioned; Redis is killed and
+restarted; clients do not read, submit twice, cancel and disconnect; peers send malformed data; and every process has a
+skewed clock. At the end, every accepted request must have ended once, every result must have the bytes of a single
+process, and no resources may be left.
 
 With --churn, the fleet has two coordinators, two denoisers and one worker of each other stage of the Flux checkpoint,
-with default settings, and each process is killed every 8 seconds on average. Exactly the requests that kill their
-workers must be FAILED.
+with default settings, and each process is killed or stopped every 10 seconds on average. Exactly the requests that
+kill their workers must be FAILED.
 
 The exit status is 1 if a check failed; the output then has all details for an analysis. The seed determines requests
 and faults, but not their timing, which depends on the host.

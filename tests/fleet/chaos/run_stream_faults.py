@@ -1,8 +1,9 @@
 """Kills and stops each process that serves a streamed video, within and between blocks.
 
 Each case is one request of causal Wan on real processes; a client follows its file and events. The exit status is 0
-only if every file has the bytes of a run without faults, each delivered once. Run it with: python
-tests/fleet/chaos/run_stream_faults.py
+only if every file has the bytes of a run without faults, each delivered once.
+
+    python tests/fleet/chaos/run_stream_faults.py
 """
 
 from __future__ import annotations

@@ -416,7 +416,7 @@ def _flags(frames: Frames) -> None:
     """Parse flags and, from the last frame, an environment variable."""
     *words, capacity = (*(frame.decode("utf-8", "surrogateescape") for frame in frames), "")[: max(len(frames), 1)]
     if "--config" in words:
-        return  # The user chooses the file that is read.
+        return  # This would read a random path. The target "toml" fuzzes the contents of config files.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         load_settings(WorkerSettings, words, prog="fuzz", environ={"FLEET_CAPACITY": capacity})
 

@@ -44,7 +44,7 @@ def test_valid_inputs_are_accepted(all_targets: dict[str, Target]) -> None:
             for frames in target.seeds[:2]:
                 target.run(frames)
         elif name.startswith("public.") and name != "public.ListModels":
-            with pytest.raises(Unavailable):  # the store, which they access last, is unavailable
+            with pytest.raises(Unavailable):  # the RPC accesses the store last, and it is unavailable
                 target.run(target.seeds[0])
         elif name.startswith("live."):
             target.run(target.seeds[0])
