@@ -82,7 +82,7 @@ WITH_LSE: Mapping[str, AttendWithLse] = {
 
 @dataclass
 class Measured:
-    """Measurements of one backend at one shape, or its error."""
+    """Measurements of one backend at one shape, or the message of its exception in `failure`."""
 
     rounds: list[float] = field(default_factory=list)
     error: float = float("nan")

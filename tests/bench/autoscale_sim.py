@@ -1,10 +1,10 @@
 """Simulation of stage autoscaling: the fleet's policy against queue length and utilization.
 
 The fleet's policy is the production code, common.scaling and services.cli.replica_policy; service times are committed
-measurements. There are five traces. Each other policy is tuned per load time by a grid search on the arrivals of
-TUNED_SEEDS; all grids have the same size. The objective is the fewest minutes over the SLO in all traces, then the
-fewest GPU hours. The fleet's policy is tuned in the same way, among the settings that need no more GPU hours than the
-other policy. Results use the arrivals of REPORTED_SEEDS.
+measurements. There are five traces. Each other policy, except one with a fixed setting, is tuned per load time by a
+grid search on the arrivals of TUNED_SEEDS; all grids have the same size. The objective is the fewest minutes over the
+SLO in all traces, then the fewest GPU hours. The fleet's policy is tuned in the same way, among the settings that need
+no more GPU hours than the other policy. Results use the arrivals of REPORTED_SEEDS.
 
 Run it with: python tests/bench/autoscale_sim.py
 """
@@ -102,7 +102,7 @@ class Bench:
 
 
 def best_setting(settings: Mapping[str, Score], most_gpu_hours: float = float("inf")) -> str | None:
-    """Best setting by the objective that needs at most `most_gpu_hours`; None if there is no such setting."""
+    """Best setting within `most_gpu_hours`, by the objective; None if every setting needs more GPU hours."""
     affordable = {setting: each for setting, each in settings.items() if each.gpu_hours <= most_gpu_hours}
     return min(affordable, key=lambda setting: affordable[setting].key) if affordable else None
 

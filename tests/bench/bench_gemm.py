@@ -234,7 +234,7 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def gemm_methods(shape: Shape) -> Mapping[str, Prepare]:
-    """Methods of the first table; this project's first."""
+    """Methods of the first table; this project's method is first."""
     methods = {
         "ours": our_gemm,
         "Matmul": planned_matmul(),
@@ -245,7 +245,7 @@ def gemm_methods(shape: Shape) -> Mapping[str, Prepare]:
 
 
 def float8_methods(shape: Shape) -> Mapping[str, Prepare]:
-    """Methods of the second table; this project's first."""
+    """Methods of the second table; this project's method is first."""
     methods = {
         "ours": our_float8,
         "torchao, per row": torchao_float8(per_row=True),

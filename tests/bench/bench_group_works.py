@@ -1,4 +1,4 @@
-"""Workloads for worker groups: those of one GPU, and larger ones, some of them with both CFG branches."""
+"""Workloads for worker groups: the single-GPU workloads and larger ones, some with both CFG branches."""
 
 from __future__ import annotations
 

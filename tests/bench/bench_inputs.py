@@ -51,7 +51,7 @@ def wan_inputs(tiny: bool, grid: tuple[int, int, int] = (21, 60, 104)) -> tuple[
 
 
 def causal_wan_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """The first block of three latent frames of a 480x832 video with 21, which has no previous block."""
+    """The first block (3 latent frames) of a 480x832 video with 21 latent frames."""
     rows, columns = (4, 4) if tiny else (60, 104)
     shared = _wan_shared(tiny, 16, (3, rows, columns))
     return dict(shared), {**shared, "video_grid": torch.zeros(1, 0, 21, rows, columns)}

@@ -1,4 +1,4 @@
-"""GPU time of a step's communication, and time without any other kernel, from PyTorch's profiler."""
+"""GPU time of a step's communication, and time without computation kernels, from PyTorch's profiler."""
 
 from __future__ import annotations
 

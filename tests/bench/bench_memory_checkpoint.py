@@ -1,7 +1,7 @@
 """A checkpoint with weights in memory: our modules share the weights of Diffusers' pipeline.
 
-The directory has every file of a small checkpoint; each config.json with weights describes the module in memory. The
-fleet opens it as a normal checkpoint; its loaders get the weights of the modules in memory.
+The directory has every file of a small checkpoint; the config.json of each module with weights describes the module in
+memory. The fleet opens the directory as a normal checkpoint; its loaders get the weights of the modules in memory.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class StageMeter:
 
 
 def print_sides(ours: Side, theirs: Side) -> None:
-    """Print tables of times and, on a GPU, memory: stages of both sides first, then stages of ours only."""
+    """Print tables of times and, on a GPU, memory: stages of both sides first, then our other stages."""
     both = [name for name in ours.spent if name in theirs.spent]
     rows: list[tuple[str, float, float, str]] = [
         (name, ours.spent[name], theirs.spent[name], f"{ours.spent[name] / theirs.spent[name]:.2f}") for name in both

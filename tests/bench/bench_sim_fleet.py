@@ -93,7 +93,7 @@ class Policy(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A request in the fleet. `group` is the index of its group in the route, of which `left` stages are unfinished."""
+    """A request in the fleet, in group `group` of its route; `left` stages of this group are unfinished."""
 
     arrival: Arrival
     group: int = -1

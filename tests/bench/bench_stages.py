@@ -70,7 +70,7 @@ STAGES: dict[str, type[PipelineStage[Any, Any]]] = {"text_encoding": Producer, "
 
 
 def without_optional_slots(contract: Contract) -> Contract:
-    """Restrict a contract to its required inputs and outputs."""
+    """Remove optional inputs, except the resume slot, and optional outputs from a contract."""
     return contract.reading().writing(())
 
 

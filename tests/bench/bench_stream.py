@@ -122,7 +122,10 @@ class CausalWan:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Times of a run in seconds since its start: emitted blocks, emitted file parts, and the end."""
+    """Times of a run in seconds since its start: emitted blocks, emitted file parts, and the end.
+
+    `frames` are the frame counts of the parts.
+    """
 
     total: float
     blocks: Sequence[float] = ()
@@ -130,7 +133,7 @@ class Timeline:
     frames: Sequence[int] = ()
 
     def seconds_to(self, frames: float) -> float:
-        """Seconds until parts with `frames` frames were emitted."""
+        """Seconds until the emitted parts have at least `frames` frames."""
         return next(at for at, done in zip(self.parts, accumulate(self.frames), strict=True) if done >= frames)
 
 
@@ -256,7 +259,7 @@ def decode(wan: CausalWan, blocks: Sequence[Latents]) -> Timeline:
 
 
 def stream(wan: CausalWan) -> Timeline:
-    """Run both concurrently, as a pipeline does."""
+    """Run denoising and decoding concurrently, as a pipeline does."""
     with ThreadPoolExecutor(1) as executor:
         runners = [LocalRunner(stages, executor) for stages in (wan.denoising, wan.decoding)]
         began = time.perf_counter()

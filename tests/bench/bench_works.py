@@ -80,9 +80,9 @@ def _in_order(predictions: Predictions) -> tuple[Tensor, ...]:
 class Work:
     """A model of one size, and the inputs of one step for Diffusers' forward() and ours.
 
-    `heads` is the reference's config entry with the number of heads. `latents` are our inputs that change between
-    steps. `parts` converts our predictions to the tuple that the reference returns. `goal_ms` is the target time of our
-    step on an H100; 0 without a target.
+    `heads` is the reference's config entry with the number of heads. `latents` are our inputs that every step receives
+    as latents, including those of input images. `parts` converts our predictions to the tuple that the reference
+    returns. `goal_ms` is the target time of our step on an H100; 0 without a target.
     """
 
     title: str

@@ -1,8 +1,8 @@
 """Latency from a request's cancellation to the next request's first step on the same denoiser.
 
 A long request is ended by CancelRequest, by a disconnected caller and by its deadline, while another request waits for
-the same worker. The time until the worker starts the other request's first step comes from its step log. Run it with:
-python tests/bench/cancel.py
+the same worker. The time until the worker starts the other request's first step comes from the worker's step log. Run
+it with: python tests/bench/cancel.py
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""All GLM-Image stages on CUDA compared with Diffusers in one run: random weights of published size, 1024x1024.
+"""All GLM-Image stages on CUDA at 1024x1024, compared with Diffusers in one run.
 
-Both sides share the weights in memory, about 36 GB in bfloat16. Diffusers' pipeline runs first, stage by stage, then
-the fleet's stages in this process, without RPCs (cuda_flux.py includes RPCs). The output has times, peak memory
-without the weights, the fraction of equal prior tokens, and the relative error of latents computed from Diffusers'
-tokens; then time and error of one prediction against Diffusers' model in float32. The language model cannot sample the
-end of an image, so random weights sample as many tokens as trained weights. No network and no disk space are needed.
+Weights are random, of published size. Both sides share them in memory, about 36 GB in bfloat16. Diffusers' pipeline
+runs first, stage by stage, then the fleet's stages in this process, without RPCs (cuda_flux.py includes RPCs). The
+output has times, peak memory without the weights, the fraction of equal prior tokens, and the relative error of latents
+computed from Diffusers' tokens; then time and error of one prediction against Diffusers' model in float32. The language
+model cannot sample the end of an image, so random weights sample as many tokens as trained weights. No network and no
+disk space are needed.
 
 Run it with: python tests/bench/cuda_glm_image.py; to try it without a GPU: --device cpu --scale tiny
 """
@@ -68,7 +69,7 @@ DENOISING, DECODING = "denoising", "decoding"
 
 @dataclass
 class Side:
-    """Measurements and results of one side; `sampled` is the number of tokens that its language model sampled."""
+    """Measurements and results of one side. `sampled` is the number of tokens that its language model sampled."""
 
     meter: Meter
     sampled: int = 0

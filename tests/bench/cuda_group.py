@@ -1,8 +1,9 @@
-"""Worker groups of any number of GPUs: layouts against one rank, then a fleet whose ranks are killed and stopped.
+"""Worker groups of any number of GPUs: layouts against one rank, and recovery from lost ranks.
 
-First small random models of every family, in float32 over NCCL, in each layout; then the emoji model as a fleet in each
-layout, its denoising group in bfloat16 and in processes. In each group, the last rank and rank 0 are killed once and
-stopped once during a request. The request must return the same bytes as an undisturbed request.
+The first part compares small random models of every family in each layout with one rank, in float32, over NCCL on GPUs.
+The second part runs a fleet of the emoji model for each layout, in bfloat16 on GPUs; each rank of its denoising group
+is a process. In each group, the last rank and rank 0 are killed once and stopped once during a request. The request
+must return the same bytes as an undisturbed request.
 
 `--layout` sets the layouts; the default is every layout of `--ranks` ranks, by default of all GPUs. Run it with:
 python tests/bench/cuda_group.py; to check it without GPUs: --device cpu --ranks 4
@@ -56,10 +57,10 @@ LAYOUTS: dict[int, tuple[Degrees, ...]] = {
 """Layouts by number of ranks."""
 
 WITHOUT_RING = ("wan-causal",)
-"""Families whose loaders refuse a ring: its ranks would merge partial attention over a key-value cache."""
+"""Families whose loaders refuse a ring degree above 1: ring attention does not support KV caches."""
 
 MOST_APART = 0.02
-"""Largest relative L2 error between two bfloat16 images whose sums have different orders."""
+"""Largest relative L2 error between two images computed in bfloat16 in different summation orders."""
 
 
 def main() -> None:
@@ -82,7 +83,7 @@ def main() -> None:
         models(Path(folder), args.device, args.families, layouts)
         if args.no_fleets:
             return
-        # Heartbeats have their defaults: a rank that loads CUDA's libraries may be silent for longer than in tests.
+        # Liveness settings have their defaults: a rank that loads CUDA's libraries may be silent longer than in tests.
         workload = Workload(args.device, args.steps, args.size, liveness_flags=(), seconds=180)
         is_right = fleets(Path(folder), layouts, workload)
     say("Every request returned its file." if is_right else "A request went wrong: see above.")

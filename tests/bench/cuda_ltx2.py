@@ -118,7 +118,7 @@ def cases_of(model: str, size: Request, scale: str) -> list[Case]:
     blocks = (28.0,) if scale == "full" else (1.0,)
     shared: Request = {"prompt": PROMPT, "seed": SEED, "spatio_temporal_guidance_blocks": blocks, **size}
     negative = {**shared, **_WITHOUT_STG, **_WITHOUT_ISOLATED}
-    # LTX-2 has no perturbed branch: ours omits it, and Diffusers computes the positive branch twice.
+    # LTX-2 has no perturbed branch: with STG, Diffusers would compute the positive branch twice, and ours once.
     every = shared if model == "ltx-2.3" else {**shared, **_WITHOUT_STG}
     return [Case(negative), Case(every), Case(negative, smooth_image(size["height"], size["width"]))]
 

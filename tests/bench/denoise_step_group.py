@@ -2,10 +2,10 @@
 
 Every rank builds the same random weights of published size, in bfloat16. Our side runs with the given degrees;
 Diffusers runs with Ulysses over all ranks, on one rank without parallelism, and compiled by repeated blocks if
-requested. Both sides alternate and are timed by CUDA events; the time of the slowest rank counts. Guided works predict
-two branches per step: ours divides them among the ranks of the cfg axis, Diffusers predicts one after the other. Errors
-are relative L2 of the first branch against Diffusers' model in float32 on one rank. Memory is the peak beside the
-weights on rank 0.
+requested. Both sides alternate and are timed by CUDA events; the time of the slowest rank counts. Guided workloads
+predict two branches per step: ours divides them among the ranks of the cfg axis, Diffusers predicts them sequentially.
+Errors are relative L2 of the first branch against Diffusers' model in float32 on one rank. Memory is the peak beside
+the weights on rank 0.
 
 Run it with: torchrun --nproc-per-node 2 tests/bench/denoise_step_group.py --ulysses 2; the number of GPUs must equal
 the product of the degrees. To check it without GPUs, add --device cpu --scale tiny --alone: Diffusers' parallelism
@@ -131,7 +131,10 @@ def measure(group_work: GroupWork, mesh: WorkerMesh, args: argparse.Namespace) -
 
 
 def exact_predictions(theirs: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """The reference's predictions in float32. A backend that was set on the model stays active in the process."""
+    """The reference's predictions in float32, by PyTorch's SDPA.
+
+    A backend that make_parallel() set on the model of an earlier workload stays active in the process.
+    """
     with attention_backend("native"):
         return float32_predictions(theirs, dict(inputs))
 

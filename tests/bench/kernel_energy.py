@@ -233,7 +233,7 @@ def gated() -> list[Work]:
 
 
 def attending() -> list[Work]:
-    """Attention of all and of half of the queries (one of two GPUs), in one call and with heads split."""
+    """Attention of all queries, and of half as on one of two GPUs, in one call and with heads split."""
     works = []
     for queries in (ROWS, ROWS // 2):
         q, k, v = (torch.randn(SETS, 1, tokens, 24, 128, **ON_GPU) for tokens in (queries, ROWS, ROWS))

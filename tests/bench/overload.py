@@ -41,7 +41,10 @@ MIB = 1 << 20
 
 @dataclass
 class Phase:
-    """Results of one phase: times in seconds by caller, and memory in bytes by process over time."""
+    """Results of one phase: times in seconds by caller, and memory in bytes by process over time.
+
+    `delays` are the retry delays of all rejections, in seconds.
+    """
 
     accepted: dict[str, list[float]] = field(default_factory=dict)
     rejected: dict[str, list[float]] = field(default_factory=dict)
@@ -83,7 +86,7 @@ class Client:
 
 
 async def run_phase(client: Client, rates: Mapping[str, float], seconds: float, fleet: RunningFleet) -> Phase:
-    """Send requests at `rates` (per second, by caller) for `seconds`; returns once all have ended."""
+    """Send requests at `rates` (per second, by caller) for `seconds`; returns when all requests are over."""
     phase = Phase()
     async with asyncio.TaskGroup() as group:
         watching = asyncio.create_task(watch_memory(fleet, phase.memory))

@@ -39,7 +39,7 @@ class Side:
     """The process of one checkout, which replies with JSON lines."""
 
     def __init__(self, tree: Path, overlay: Path, device: str, scale: str) -> None:
-        """`overlay` is an empty folder for the checkout's tests/bench modules that override this checkout's."""
+        """`overlay` is an empty folder for the bench_steps.py of `tree`, which overrides this checkout's file."""
         (overlay / "bench_steps.py").symlink_to(tree / "tests" / "bench" / "bench_steps.py")
         program = HERE / "bench_pair_side.py"
         self._tree = tree

@@ -1,4 +1,4 @@
-"""Approximate denoising of every family: float8 linears, step cache, their errors, and refused families."""
+"""Approximate denoising of every family: float8 linears, step cache, errors, and refused families."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def frames_from(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def files_to_read() -> list[str]:
-    """Files of the call stack, from a denoising stage's run() down to the caller of the patched attention()."""
+    """Files of the call stack, from a denoising stage's run() to the caller of the patched attention()."""
     files: list[str] = []
     for frame in frames_from(sys._getframe(2)):
         path, name = Path(frame.f_code.co_filename), frame.f_code.co_name

@@ -1,4 +1,4 @@
-"""The denoising loop with two latent parts, two experts, four branches, hooks and noise, on a tiny model."""
+"""The denoising loop on a tiny model: two latent parts, two experts, four branches, hooks and noise."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_step_checkpoint_of_another_loop_is_refused(change: dict[str, object],
 
 
 def test_graphs_give_the_same_bytes_as_eager_steps() -> None:
-    """Experts and branches have equal shapes, but different graphs: replaying a wrong graph changes the bytes."""
+    """Experts and branches have equal shapes, but different graphs. Replaying a wrong graph changes the bytes."""
     stage, capture = with_graphs()
     for seed in range(3):
         x = loop_input(seed)
@@ -188,7 +188,7 @@ def test_a_request_that_exceeds_step_memory_is_refused_before_the_loop_starts() 
 
 @pytest.mark.parametrize("failing_call", [1, 5, 8, 12])
 def test_a_loop_that_fails_returns_its_step_memory(monkeypatch: pytest.MonkeyPatch, failing_call: int) -> None:
-    """Failures in an eager step of the first expert, in two captures, and in an eager step of the second expert."""
+    """Covers failures in an eager step of each expert, and in two captures."""
     stage, _ = with_graphs(remembers=True)
     eager, _ = loop_stage(remembers=True)
     x, calls = loop_input(), 0

@@ -5,10 +5,10 @@ others, mostly the same nouns in other colors. The similarity measure is not lea
 mean colors of a 16x16 grid; the candidate with the smallest squared distance is the match. Chance level is 1/64.
 
 tests/golden/emoji_references.png was rendered from the training images (see the model card) by code independent of the
-training code: the emoji on white, at 84% of a 128-pixel square; for a color, the hue of each pixel within about 50
-degrees of the emoji's dominant hue (or of each pale pixel, if the emoji has no vivid color) is replaced by the named
-hue; then the image is averaged down to 32 pixels. The .json file next to it names the tiles row by row; "held_out"
-lists the first ten held-out color-noun pairs.
+training code. Each emoji is on white, at 84% of a 128-pixel square. A named color replaces the hue of the pixels within
+about 50 degrees of the emoji's dominant hue, or of the pale pixels if the emoji has no vivid color. The image is then
+averaged down to 32 pixels. The .json file next to it names the tiles row by row; "held_out" lists the first ten
+held-out color-noun pairs.
 """
 
 from __future__ import annotations

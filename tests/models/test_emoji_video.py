@@ -88,7 +88,7 @@ def test_the_center_of_mass_moves_as_prompted(
 
 
 def test_the_area_of_a_beating_heart_pulses(video_of: Callable[[str], Video]) -> None:
-    """Two beats per clip: the area is large at a quarter of a beat and small at three quarters; the center is fixed."""
+    """A clip has two beats. The area is large at 1/4 of a beat and small at 3/4; the center is fixed."""
     measured = track(video_of("a red heart beating"))
     large, small = measured.area[[2, 10]], measured.area[[6, 14]]
     assert large.min() > 1.5 * small.max(), f"area: {measured.area.round(2)}"

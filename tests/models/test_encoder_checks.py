@@ -1,4 +1,4 @@
-"""A tokenizer or image processor that is inconsistent with its encoder is refused when the model loads."""
+"""Tokenizers and image processors that are inconsistent with their encoder are refused at loading."""
 
 from __future__ import annotations
 

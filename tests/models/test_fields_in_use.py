@@ -1,4 +1,4 @@
-"""Every slot that a pipeline declares is read by a stage; a subclass of each stage's Input records the reads."""
+"""Every slot that a pipeline declares is read by a stage. A subclass of each stage's Input records the reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An inconsistent checkpoint is refused when its modules load; the message names the file and the entry."""
+"""An inconsistent checkpoint is refused when its modules load. The message names the file and the entry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GLM-Image's model-specific stage and its denoising loop: conditioning, byte-equal resume, config callbacks."""
+"""GLM-Image's specific stage and denoising loop: conditioning, byte-equal resume, config callbacks."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_image_editing_fails_in_diffusers(pair: Pair) -> None:
 
 
 def test_a_directory_saved_by_diffusers_is_served(pair: Pair, tmp_path: Path) -> None:
-    """Diffusers records its own pipeline package, not transformers, as the library of transformers classes."""
+    """Diffusers records its pipeline package, not transformers, as the library of transformers classes."""
     modules = {
         "processor": ["glm_image", "GlmImageProcessor"],
         "vision_language_encoder": ["glm_image", "GlmImageForConditionalGeneration"],

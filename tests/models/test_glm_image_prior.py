@@ -1,4 +1,4 @@
-"""Parity of GLM-Image's prior tokens and glyph embeddings with Diffusers' pipeline: same weights and seed."""
+"""Parity of GLM-Image's prior tokens and glyph embeddings with Diffusers: same weights and seed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_tokens_depend_on_prompt_and_seed(theirs: Any) -> None:
 
 
 def test_concurrent_requests_do_not_share_random_numbers(theirs: Any) -> None:
-    """Concurrent requests give the same tokens as single requests, and leave torch's global generator unchanged."""
+    """Concurrent requests give the tokens of single requests, and leave torch's generator unchanged."""
     tokens = sampler(theirs)
     seeds = (1, 2)
     alone = [tokens.sample(PROMPT, (2, 3), seed, ignore) for seed in seeds]

@@ -1,4 +1,4 @@
-"""HunyuanVideo's loop: refined text per step, byte-equal resume, cancellation, warm-up, and config callbacks."""
+"""HunyuanVideo: refined text per step, byte-equal resume, cancellation, warm-up, config callbacks."""
 
 from __future__ import annotations
 

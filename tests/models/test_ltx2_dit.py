@@ -99,7 +99,7 @@ def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], max_error
 def test_predictions_match_diffusers(
     tmp_path: Path, version: str, dtype: torch.dtype, max_error: float, has_image: bool
 ) -> None:
-    """Each batch row has its own timestep; with an image, the first frame's tokens have a separate timestep."""
+    """Each batch row has its own timestep. With an image, the first frame's tokens have a separate timestep."""
     reference, ours = pair(tmp_path, version, dtype)
     given = inputs(version, dtype)
     timestep = torch.tensor([[30.0, 900.5], [0.0, 750.25]]) if has_image else torch.tensor([900.5, 750.25])

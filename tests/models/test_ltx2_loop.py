@@ -92,7 +92,7 @@ def loop(request: pytest.FixtureRequest, model: ServedModel) -> Loop:
 
 
 def test_a_loop_resumes_after_every_step_to_the_same_bytes(loop: Loop) -> None:
-    """All branches run, and step checkpoints of both latent parts are serialized and parsed, as between workers."""
+    """All branches run. Step checkpoints of both latent parts are serialized and parsed, as between workers."""
     x = loop.inputs(num_outputs_per_prompt=2)
     states: list[StepCheckpoint] = []
     whole = loop.run(x, on_item=step_checkpoints_to(states.append))

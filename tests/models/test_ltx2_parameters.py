@@ -56,8 +56,8 @@ def test_audio_scales_of_0_default_to_the_video_scales(ltx2: Checkpoint, kind: t
     given |= {"guidance_rescale": 0.25}
     given |= {f"audio_{name}": 0.0 for name in given}
     params, warnings = kind.build({"prompt": "x", **given}, ltx2)
-    video_scales = (params.audio_guidance_scale, params.audio_stg_scale, params.audio_modality_scale)
-    assert (*video_scales, params.audio_guidance_rescale) == (4.0, 2.0, 5.0, 0.25)
+    audio_scales = (params.audio_guidance_scale, params.audio_stg_scale, params.audio_modality_scale)
+    assert (*audio_scales, params.audio_guidance_rescale) == (4.0, 2.0, 5.0, 0.25)
     assert {warning.field for warning in warnings} >= {name for name in given if name.startswith("audio_")}
     rebuilt, _ = kind.build(params.as_mapping(), ltx2)
     assert rebuilt == params, "the request is equal when it is rebuilt from its parameters"
@@ -136,7 +136,7 @@ def test_audio_parameters_are_refused_by_a_model_without_audio(tmp_path: Path, n
 
 @pytest.mark.parametrize("module", ["vocoder", "audio_vae", "connectors"])
 def test_a_checkpoint_without_one_of_its_modules_is_refused(tmp_path: Path, module: str) -> None:
-    """Diffusers does not load a directory without the module; with a null entry, its call fails at the end."""
+    """Diffusers does not load a directory without the module. With a null entry, its call fails at the end."""
     path = build_tiny_ltx2(tmp_path / "m")
     edit_json(path / "model_index.json", **{module: [None, None]})
     with pytest.raises(CheckpointError, match=f"LTX2Pipeline needs .*{module}"):

@@ -175,7 +175,7 @@ def test_outputs_differ_from_each_other_and_from_a_single_output(sides: Sides) -
     ids=str,
 )
 def test_every_input_changes_the_result(sides: Sides, default_results: dict[str, Tensor], change: Request) -> None:
-    """Negative control: each changed input moves video and audio by more than 10 times the parity tolerance."""
+    """Negative control: each change moves video and audio by more than 10 times the parity tolerance."""
     changed = sides.ours(change)
     for name in ("latents", "audio_latents"):
         assert relative_error(changed[name], default_results[name]) > 10 * LATENTS_WITHIN
@@ -214,7 +214,7 @@ def test_a_truncated_prompt_is_reported(sides: Sides) -> None:
 
 
 def test_an_mp4_has_the_frames_and_the_audio(sides: Sides) -> None:
-    """Each output has its own audio, as long as the requested frames."""
+    """Each output has its own audio. It lasts as long as the 12 requested frames, the video as long as 9 frames."""
     tensors = sides.ours({"num_frames": 12, "num_outputs_per_prompt": 2})
     items = sides.fleet.media(images={}, **given(num_frames=12, num_outputs_per_prompt=2)).items
     assert [(item.content_type, item.num_frames) for item in items] == [("video/mp4", 9)] * 2
@@ -236,7 +236,7 @@ def test_an_mp4_has_the_frames_and_the_audio(sides: Sides) -> None:
 
 
 def test_an_image_that_cannot_be_compressed_is_refused(sides: Sides) -> None:
-    """H.264 subsamples colors and cannot encode one row of pixels; without compression, the image is accepted."""
+    """H.264 subsamples colors and cannot encode one row of pixels. Without compression, the image is accepted."""
     image = coarse_image(40, 1, seed=1)
     with pytest.raises(InvalidInput, match="image: 40 x 1 pixels are not enough to compress") as refused:
         sides.ours({}, image)

@@ -47,7 +47,7 @@ def pair(path: Path, dtype: torch.dtype, **sizes: Any) -> tuple[Reference, LTXVi
 
 
 def inputs(tokens: int, dtype: torch.dtype, *, has_first: bool) -> dict[str, Tensor]:
-    """Keyword arguments for two outputs with different texts; a first frame has its own timestep and positions."""
+    """Keyword arguments for two outputs with different texts. A first frame has its own timestep and positions."""
     axes = (torch.arange(size, dtype=torch.float32) * unit for size, unit in zip(GRID, UNITS, strict=True))
     positions = torch.cartesian_prod(*axes)
     given = {
@@ -91,7 +91,7 @@ def theirs(reference: Reference, given: dict[str, Tensor]) -> Tensor:
 def test_predictions_match_diffusers(
     tmp_path: Path, heads: int, tokens: int, has_first: bool, dtype: torch.dtype, max_error: float
 ) -> None:
-    """RoPE does not rotate the first channels: 32 channels (4 heads) and 40 channels (5 heads) are no multiple of 6."""
+    """RoPE skips the first channels, because 32 and 40 channels (4 and 5 heads) are no multiple of 6."""
     reference, ours = pair(tmp_path, dtype, num_attention_heads=heads, cross_attention_dim=8 * heads)
     given = inputs(tokens, dtype, has_first=has_first)
     with torch.inference_mode():

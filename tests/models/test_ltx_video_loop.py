@@ -1,4 +1,4 @@
-"""LTX-Video's loop: byte-equal resume, cancellation, warm-up, order of random numbers, config callbacks."""
+"""LTX-Video: byte-equal resume, cancellation, warm-up, order of random numbers, config callbacks."""
 
 from __future__ import annotations
 

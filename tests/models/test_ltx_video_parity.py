@@ -221,7 +221,7 @@ def drawn_noise(image: Image.Image | None) -> tuple[Tensor | None, Tensor]:
 def test_bfloat16_is_rounded_at_the_same_points_as_in_diffusers(
     sides: dict[str, Sides], version: str, image: Image.Image | None
 ) -> None:
-    """Noise has the VAE's dtype; float32 latents are denormalized before they are rounded and mixed with noise."""
+    """Noise has the VAE's dtype. Float32 latents are denormalized before they are rounded and mixed with noise."""
     path = str(sides[version].fleet.model.checkpoint.path)
     bfloat16, pipeline = open_fleet(path, torch.bfloat16), LTXPipeline.from_pretrained(path, dtype=torch.bfloat16)
     given = ODD | ({"decode_timestep": 0.05, "decode_noise_scale": 0.3} if version == "0.9.5" else {})

@@ -1,4 +1,7 @@
-"""Parallel plans of all families: completeness, refused plans, and the weights of one rank; no ranks are started."""
+"""Parallel plans of all families: completeness, refused plans, and the weights of one rank.
+
+No rank processes are started.
+"""
 
 from __future__ import annotations
 

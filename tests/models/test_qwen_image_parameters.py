@@ -1,4 +1,4 @@
-"""Parity of Qwen-Image's sampling parameters with the installed Diffusers: names, defaults, rounding, limits."""
+"""Parity of Qwen-Image's SamplingParams with Diffusers: names, defaults, rounding, limits."""
 
 from __future__ import annotations
 

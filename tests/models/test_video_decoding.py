@@ -198,7 +198,7 @@ def test_the_items_of_a_block_are_emitted_before_the_next_block_arrives(stages: 
 def test_a_fragment_is_encoded_while_the_next_frames_are_decoded(
     stages: Stages, latents: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Encoding of the first fragment blocks until a frame of the second block is decoded, without a deadlock."""
+    """The encoder of the first fragment waits for a decoded frame of the second block, without a deadlock."""
     decoded = threading.Event()
     finish = Mp4Fragment.finish
 

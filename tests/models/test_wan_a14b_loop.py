@@ -1,4 +1,4 @@
-"""The denoising loop of Wan 2.2 A14B: byte-equal resume, cancellation, and experts swapped on the device."""
+"""The denoising loop of Wan 2.2 A14B: byte-equal resume, cancellation, and swapped experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parity of all Wan 2.2 A14B stages with Diffusers' pipelines: text to video, and one or two images to video."""
+"""Parity of all Wan 2.2 A14B stages with Diffusers: text to video, and one or two images to video."""
 
 from __future__ import annotations
 

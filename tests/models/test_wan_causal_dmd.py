@@ -1,4 +1,4 @@
-"""Causal few-step Wan: parity with reference loops without a KV cache, and byte-equal resume of blocks."""
+"""Causal few-step Wan: parity with reference loops without a KV cache, and byte-equal resume."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_cancellation_ends_a_resumed_loop_before_its_context_passes(
 def test_a_hand_over_ends_a_resumed_loop_before_its_context_passes(
     loop: CausalLoop, predicted: Counter[tuple[int, int]]
 ) -> None:
-    """No step checkpoint is sent, because the receiver has the step checkpoint from which the loop resumed."""
+    """No step checkpoint is sent: the receiver has the step checkpoint from which the loop resumed."""
     x, recorded, resumed = loop.inputs(FRAMES), RecordedCall(), RecordedCall()
     loop.run(x, recorded)
     predicted.clear()

@@ -1,4 +1,4 @@
-"""Few-step Wan: parity with a reference loop over Diffusers' transformer, byte-equal resume, parameters."""
+"""Few-step Wan: parity with a loop over Diffusers' transformer, byte-equal resume, and parameters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_latents_match_a_reference_loop(loop: DmdLoop, num_frames: int, outputs:
 
 
 def test_wan_2_2_from_text_is_served(tmp_path: Path) -> None:
-    """FastWan2.2-TI2V with full attention; without an image, `expand_timesteps` gives all tokens one timestep."""
+    """FastWan2.2-TI2V with full attention. Without an image, `expand_timesteps` gives all tokens one timestep."""
     path = build_tiny_wan_ti2v(tmp_path / "ti2v")
     edit_json(path / "model_index.json", {"_class_name": "WanDMDPipeline"})
     (variant,) = open_model(str(path), load_registry()).variants
@@ -115,7 +115,7 @@ def test_a_loop_resumes_after_a_hand_over_to_the_same_bytes(loop: DmdLoop) -> No
 
 
 def test_noise_levels_match_diffusers_flow_schedule() -> None:
-    """FastWan lists timesteps of the shifted schedule; Self Forcing's timesteps are shifted by the schedule."""
+    """FastWan lists timesteps of the shifted schedule. Self Forcing's timesteps are shifted by the schedule."""
     levels = dict(nearest_levels((1000.0, 757.0, 522.0), 8.0))
     assert levels[1000.0] == 1.0
     assert all(abs(level - timestep / 1000) < 1e-3 for timestep, level in levels.items())

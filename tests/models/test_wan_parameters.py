@@ -124,7 +124,7 @@ def test_checkpoints_that_mix_wan_versions_are_refused(
 
 @pytest.mark.parametrize("pipeline_name", ["WanPipeline", "WanImageToVideoPipeline"])
 def test_a_timestep_per_token_gives_two_variants(tmp_path: Path, pipeline_name: str) -> None:
-    """Diffusers' two pipelines save the same modules; the image pipeline also lists an absent vision encoder."""
+    """Diffusers' two pipelines save the same modules. The image pipeline also lists an absent vision encoder."""
     path = build_tiny_wan_ti2v(tmp_path / "m")
     index = json.loads((path / "model_index.json").read_text())
     absent = {key: [None, None] for key in ("image_encoder", "image_processor", "transformer_2")}

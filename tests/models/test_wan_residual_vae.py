@@ -120,7 +120,10 @@ def test_pieces_of_a_large_video_are_decoded_at_the_end(vae: AutoencoderKLWan) -
 
 
 def published_peak(shape: tuple[int, int, int], dtype: torch.dtype, decoding_bytes: int | None = None) -> int:
-    """Peak bytes of decoding at the published width, without weights and latents, counted on the meta device."""
+    """Peak bytes of decoding at the published width, counted on the meta device.
+
+    Weights and latents are not counted.
+    """
     with torch.device("meta"):
         published = WanVAE(AutoencoderKLWan(**PUBLISHED).to(dtype), decoding_bytes)
         latents = torch.empty(1, 48, *shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Parity of Wan 2.2 TI2V's SamplingParams with the installed Diffusers: defaults, rounding, image roles."""
+"""Parity of Wan 2.2 TI2V's SamplingParams with Diffusers: defaults, rounding, image roles."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_checkpoint_defaults_take_precedence(tmp_path: Path, kind: type[Sampling
 @KINDS
 @pytest.mark.parametrize("height", [32, 48, 64, 80, 496])
 def test_sizes_are_rounded_down_to_multiples_of_32(ti2v: Checkpoint, kind: type[SamplingParams], height: int) -> None:
-    """16 pixels per latent and 2 latents per patch, as in Diffusers; other multiples of 16 are rounded down."""
+    """There are 16 pixels per latent and 2 latents per patch, as in Diffusers. Odd multiples of 16 are rounded down."""
     params, warnings = kind.build({"prompt": "x", "height": height, "width": 64, "num_frames": 5}, ti2v)
     assert (params.height, params.width) == (height // 32 * 32, 64)
     assert [warning.field for warning in warnings] == (["height"] if height % 32 else [])

@@ -69,7 +69,7 @@ def published_session(frames: int, concurrent: int) -> DecodingSession:
 
 @pytest.mark.parametrize("concurrent", [1, 2])
 def test_interleaved_sessions_decode_within_the_bound(concurrent: int) -> None:
-    """One 480x832 video is decoded incrementally; two are decoded at the end, as their caches exceed the bound."""
+    """One 480x832 video is decoded incrementally. Two are decoded at the end, as their caches exceed the bound."""
     sessions = [published_session(6, concurrent) for _ in range(concurrent)]
     latents = torch.empty(1, 16, 3, 60, 104, dtype=torch.bfloat16, device="meta")
     with torch.inference_mode(), PeakBytes() as memory:

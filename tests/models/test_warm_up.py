@@ -147,7 +147,7 @@ def test_a_warm_up_of_before_denoising_has_the_inputs_of_a_request(tmp_path: Pat
 
 
 def test_a_warm_up_of_before_denoising_has_an_image_if_the_model_takes_images(tmp_path: Path) -> None:
-    """The prompt is empty, so the service captions the image; the denoising service gets latents of the same shapes."""
+    """The prompt is empty, so the service captions the image. The denoising service gets latents of the same shapes."""
     model = opened(build_tiny_qwen_image_layered(tmp_path / "layered"))
     warm_up = WarmUp.parse(model, ("32x64",), service="before_denoising")
     (request,) = warm_up.inputs(torch.float32)

@@ -34,7 +34,7 @@ TEXTS = ["a red apple", "Two old stones, in the river!", ""]
 
 
 def _families() -> dict[str, Callable[[Path], Path]]:
-    """Functions by family that write a checkpoint to a directory and return it."""
+    """Functions by family that write a checkpoint to a directory and return the directory."""
     families: dict[str, Callable[[Path], Path]] = {}
     for file in sorted(TESTS.glob("tiny_*.py")):
         for name, function in inspect.getmembers(importlib.import_module(file.stem), inspect.isfunction):
@@ -105,7 +105,7 @@ HARMLESS = {
 
 @pytest.fixture(scope="module")
 def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """A family's checkpoint and a copy of hard links; both are built once."""
+    """A family's checkpoint, and a copy that consists of hard links; both are built once."""
     built: dict[str, tuple[Path, Path]] = {}
 
     def build(family: str) -> tuple[Path, Path]:

@@ -54,7 +54,7 @@ def x(fleet: LocalFleet) -> DenoisingInput:
 
 
 def test_conditioning_is_not_padded(x: DenoisingInput) -> None:
-    """Embeddings have batch size 1 for any number of outputs, with the prompt's tokens and 8 template tokens."""
+    """Embeddings have the prompt's tokens, 8 template tokens, and batch size 1 for any number of outputs."""
     both = (x.text_conditioning.prompt_embeds, x.text_conditioning.negative_prompt_embeds)
     assert [tuple(embeds["encoder_hidden_states"].shape) for embeds in both] == [(1, 11, TEXT_SIZE)] * 2
     assert x.initial_latents.parts["image"].latents.shape == (2, 16, 4, 6)
