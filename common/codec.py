@@ -254,7 +254,7 @@ def _refusing(path: str, value: object) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise InvalidInput(f"{path} cannot be {_brief(value)}: {error}", field=path) from error
+        raise InvalidInput(f"{path}: {_brief(value)} is not valid: {error}", field=path) from error
 
 
 def _brief(value: object) -> str:

@@ -119,7 +119,7 @@ def _read(role: str, view: memoryview) -> ImageHeader:
 def _check_size(role: str, header: ImageHeader) -> None:
     shown = f"{header.width} x {header.height}"
     if not header.height or not header.width:
-        raise InvalidInput(f"{role} has no pixels: it is {shown}", field=role)
+        raise InvalidInput(f"{role}: {shown} is not at least 1 x 1 pixel", field=role)
     if header.height * header.width > MAX_PIXELS:
         raise InvalidInput(f"{role}: {shown} is not at most {MAX_PIXELS} pixels; reduce the image", field=role)
     if max(header.height, header.width) > MAX_ASPECT * min(header.height, header.width):

@@ -67,7 +67,7 @@ def read_header(path: Path) -> SafetensorsHeader:
 def _bad_prefix(path: Path, head: bytes, length: int, size: int) -> str:
     if head.startswith(_LFS_POINTER):
         return f"{path} is a Git LFS pointer; fetch the file itself (git lfs pull)"
-    return f"{path} is not a complete safetensors file: its header should have {length} bytes, the file has {size}"
+    return f"{path} is not a complete safetensors file: a header of {length} bytes does not fit in {size} bytes"
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, TensorInfo]:

@@ -71,14 +71,14 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
     content = read_json(path)
     model, added = content.get("model"), content.get("added_tokens")
     if not isinstance(model, dict) or not isinstance(added, list):
-        raise CheckpointError(f"{path} lacks model or added_tokens, so it holds no vocabulary; download it again")
+        raise CheckpointError(f"{path} lacks model or added_tokens, so it contains no vocabulary; download it again")
     match model.get("vocab"):
         case dict() as vocab:
             ids = _ids(path, vocab)
         case [*pieces]:
             vocab, ids = _by_piece(path, pieces), set(range(len(pieces)))
         case _:
-            raise CheckpointError(f"{path} lacks model.vocab, so it holds no vocabulary; download it again")
+            raise CheckpointError(f"{path} lacks model.vocab, so it contains no vocabulary; download it again")
     special = _added(path, added)
     _check_pieces(path, vocab.keys() - special.keys())
     if model.get("type") == "BPE":
@@ -132,7 +132,7 @@ def _added(path: Path, tokens: list[Any]) -> dict[str, int]:
 
 def _check_pieces(path: Path, pieces: Iterable[object]) -> None:
     if not any(True for _ in pieces):
-        raise CheckpointError(f"{path} holds no vocabulary besides special tokens; download it again")
+        raise CheckpointError(f"{path} contains no vocabulary besides special tokens; download it again")
 
 
 def _check_merges(path: Path, merges: Sequence[Any], vocab: Mapping[str, int]) -> None:
@@ -141,7 +141,7 @@ def _check_merges(path: Path, merges: Sequence[Any], vocab: Mapping[str, int]) -
         match merge.split(" ") if isinstance(merge, str) else merge:
             case [str() as left, str() as right] if left + right in vocab:
                 continue
-        raise CheckpointError(f"{path}: merge {merge!r} gives no token of the vocabulary; download it again")
+        raise CheckpointError(f"{path}: merge {merge!r} produces no token of the vocabulary; download it again")
     if not merges or len(vocab) - len(merges) > _MOST_TOKENS_WITHOUT_MERGE:
         raise CheckpointError(
             f"{path} holds {len(merges)} merges, too few for a vocabulary of {len(vocab)} tokens; download it again"

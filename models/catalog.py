@@ -184,7 +184,9 @@ def _locate(reference: str) -> tuple[str, Path]:
     path = Path(reference).expanduser()
     if not reference or not (path.exists() or path.is_symlink()):
         shipped = ", ".join(shipped_models())
-        raise CheckpointError(f"model: {reference!r} is neither a directory nor a shipped model; shipped are {shipped}")
+        raise CheckpointError(
+            f"model: {reference!r} is neither a directory nor a shipped model; shipped models: {shipped}"
+        )
     return _name_of(path.resolve()), path
 
 

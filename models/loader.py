@@ -210,7 +210,7 @@ def load_module(checkpoint: Checkpoint, name: str, config: PipelineConfig, runti
     else:
         kind = kind_of(class_name)
         supported = ", ".join(sorted(each for each in {*_LOADERS, *config.module_loaders} if kind_of(each) == kind))
-        raise CheckpointError(f"{name}: class {class_name} is not supported; supported are {supported}")
+        raise CheckpointError(f"{name}: class {class_name} is not supported; supported: {supported}")
     if files := checkpoint.weight_files(name):
         variant = checkpoint.weight_variant(name) or "none"
         _log.info("weight files selected", module=name, variant=variant, files=[file.name for file in files])
@@ -315,7 +315,7 @@ def _module_of(checkpoint: Checkpoint, name: str, class_name: str) -> ModuleType
     if library.isidentifier() and importlib.util.find_spec(package) is not None:
         module = importlib.import_module(package)
         return module if hasattr(module, class_name) else importlib.import_module("transformers")
-    raise CheckpointError(f"{name}: library {library!r} is not supported; supported are diffusers and transformers")
+    raise CheckpointError(f"{name}: library {library!r} is not supported; supported: diffusers and transformers")
 
 
 def numerics_fingerprint(

@@ -77,7 +77,7 @@ class Registry:
     def entry(self, pipeline_name: str) -> PipelineEntry:
         """Return the entry of a `_class_name`. Raises CheckpointError, which lists the supported names."""
         if pipeline_name not in self._pipelines:
-            message = f"pipeline {pipeline_name!r} is not supported; supported are {', '.join(self.names())}"
+            message = f"pipeline {pipeline_name!r} is not supported; supported: {', '.join(self.names())}"
             if (relative := self.relative(pipeline_name)) is not None:
                 message = f"{message}; the closest match is {relative}"
             raise CheckpointError(message)

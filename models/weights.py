@@ -71,7 +71,7 @@ class Weights:
             if part.get_dtype() not in _DTYPES:
                 supported = ", ".join(_DTYPES)
                 raise CheckpointError(
-                    f"{self._module}: {name}: dtype {part.get_dtype()} is not supported; supported are {supported}"
+                    f"{self._module}: {name}: dtype {part.get_dtype()} is not supported; supported: {supported}"
                 )
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:

@@ -109,7 +109,7 @@ def _option_fault(query: str, scheme: str) -> str:
         if name not in known:
             shown = repr(name) if len(name) <= 40 and _WORD.fullmatch(name) else "one of its options"
             why = " (replies are read as bytes)" if name == "decode_responses" else ""
-            return f"option {shown} is not supported{why}; supported are {', '.join(known)}"
+            return f"option {shown} is not supported{why}; supported: {', '.join(known)}"
         rule, holds = known[name]
         if names.count(name) > 1:
             return f"option {name} is given more than once"

@@ -147,12 +147,14 @@ def check_patch_channels(inputs: int, outputs: int, latent_channels: int) -> Non
     expected = 4 * latent_channels
     if not inputs == outputs == expected:
         raise CheckpointError(
-            f"transformer/config.json: {inputs} input and {outputs} output channels are not {expected}, those of 2x2 "
-            f"patches of the VAE's {latent_channels} latent channels"
+            f"transformer/config.json: {inputs} input and {outputs} output channels are not {expected}, the channels "
+            f"of 2x2 patches of the VAE's {latent_channels} latent channels"
         )
 
 
 def check_text_size(size: int, encoder: str, expected: int) -> None:
     """Check that the text encoder's features equal the transformer's text features. Raises CheckpointError."""
     if size != expected:
-        raise CheckpointError(f"{encoder}: {size} text features are not {expected}, those of the transformer")
+        raise CheckpointError(
+            f"{encoder}: {size} text features are not {expected}, the number that the transformer reads"
+        )

@@ -65,7 +65,7 @@ class WanPipelineConfig(StandardPipelineConfig):
         if transformer.in_channels != needed or transformer.out_channels != vae.z_dim:
             raise CheckpointError(
                 f"transformer/config.json: {transformer.in_channels} input and {transformer.out_channels} output "
-                f"channels are not {needed} and {vae.z_dim}, those of {checkpoint.pipeline_name} with this VAE"
+                f"channels are not {needed} and {vae.z_dim}, the channels of {checkpoint.pipeline_name} with this VAE"
             )
         return cls(transformer=transformer, vae=vae)
 

@@ -14,7 +14,7 @@ def check_scheduler(class_name: str, config: Mapping[str, Any]) -> None:
     """Check that the loop can run the scheduler and resume it exactly. Raises CheckpointError."""
     if class_name not in SCHEDULERS:
         supported = ", ".join(SCHEDULERS)
-        raise CheckpointError(f"scheduler: {class_name} is not supported; supported are {supported}")
+        raise CheckpointError(f"scheduler: {class_name} is not supported; supported: {supported}")
     if config.get("stochastic_sampling"):
         raise CheckpointError(
             "scheduler: stochastic_sampling: true is not supported, as the seed would not determine the result; "

@@ -173,7 +173,7 @@ def print_predictions(setup: Setup, inputs: dict[str, Any]) -> None:
         ("one prediction", "ms", "fastest", "error against float32", "MB without weights"),
         [(name, median(spent[name]), min(spent[name]), f"{errors[name]:.2e}", peaks[name]) for name in spent],
     )
-    say(f"Ours takes {median(spent['ours']) / median(spent['Diffusers']):.2f} of Diffusers")
+    say(f"Ours takes {median(spent['ours']) / median(spent['Diffusers']):.2f} times as long as Diffusers")
 
 
 def prediction_inputs(setup: Setup, slots: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,11 @@ def main() -> None:
         # Liveness settings have their defaults: a rank that loads CUDA's libraries may be silent longer than in tests.
         workload = Workload(args.device, args.steps, args.size, liveness_flags=(), seconds=180)
         is_right = fleets(Path(folder), layouts, workload)
-    say("Every request returned its file." if is_right else "A request went wrong: see above.")
+    say(
+        "Every request returned its file."
+        if is_right
+        else "A check failed: see NO and errors above the limit in the tables."
+    )
     if not is_right:
         sys.exit(1)
 
@@ -155,7 +159,7 @@ def layout_is_right(folder: Path, degrees: Degrees, workload: Workload, alone: G
                         f"{seconds:.1f}",
                     )
                 )
-    print_table(("a fleet's group", "", "from one rank, or the same file", "resumed", "s"), rows)
+    print_table(("a fleet's group", "", "error against one rank, or equal file", "resumed", "s"), rows)
     return is_right
 
 

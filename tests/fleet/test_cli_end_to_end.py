@@ -122,7 +122,7 @@ def test_generate_serves_a_family_of_a_plugin_directory(temporary: Path, tmp_pat
     assert (done.returncode, done.stdout) == (0, f"{output}\n"), done.stderr
     refused = fleet(temporary, *command)
     assert refused.returncode == 2
-    assert "'ToyPipeline' is not supported; supported are Flux2KleinPipeline, Flux2Pipeline" in refused.stderr
+    assert "'ToyPipeline' is not supported; supported: Flux2KleinPipeline, Flux2Pipeline" in refused.stderr
 
 
 def test_sigint_stops_generate_and_removes_its_files(temporary: Path, tmp_path: Path) -> None:

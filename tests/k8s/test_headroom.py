@@ -29,7 +29,7 @@ def value(node: ast.expr, wanted: float) -> float:
             return float(number)  # type: ignore[arg-type]
         case ast.Name("wanted"):
             return wanted
-    raise ValueError(f"formula: {ast.unparse(node)!r} is not a sum, product or power of wanted and numbers")
+    raise ValueError(f"formula: {ast.unparse(node)!r} is not a sum, product, quotient or power of wanted and numbers")
 
 
 @pytest.mark.parametrize("replicas", [0.0, 0.3, 1.0, 7.0, 64.0])

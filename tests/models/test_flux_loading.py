@@ -151,7 +151,7 @@ def test_the_refusal_of_a_tokenizer_lists_the_supported_tokenizers(checkpoint: P
     edit(checkpoint / "model_index.json", tokenizer=["transformers", "BertTokenizer"])
     with pytest.raises(CheckpointError, match="tokenizer: class BertTokenizer is not supported") as refused:
         load(checkpoint, "text_encoding")
-    supported = refused.value.message.partition("supported are ")[2].split(", ")
+    supported = refused.value.message.partition("supported: ")[2].split(", ")
     assert "CLIPTokenizer" in supported
     assert all("Tokenizer" in name for name in supported)
 
@@ -186,7 +186,11 @@ def test_a_stochastic_scheduler_is_refused(checkpoint: Path) -> None:
         ("transformer/config.json", {"guidance_embeds": "yes"}, "guidance_embeds: 'yes' is not true or false"),
         ("transformer/config.json", {"in_channels": 32}, "32 input and 32 output channels are not 64"),
         ("transformer/config.json", {"out_channels": 16}, "64 input and 16 output channels are not 64"),
-        ("vae/config.json", {"latent_channels": 4}, "are not 16, those of 2x2 patches of the VAE's 4 latent channels"),
+        (
+            "vae/config.json",
+            {"latent_channels": 4},
+            "are not 16, the channels of 2x2 patches of the VAE's 4 latent channels",
+        ),
         ("vae/config.json", {"scaling_factor": 0}, "scaling_factor: 0 is not a number other than 0"),
         ("vae/config.json", {"scaling_factor": "x"}, "scaling_factor: 'x' is not a number"),
         ("text_encoder/config.json", {"hidden_size": 32}, "text_encoder: 32 text features are not 24"),

@@ -152,8 +152,7 @@ def test_the_refusal_of_a_scheduler_lists_the_supported_schedulers(edited: Calla
     with pytest.raises(CheckpointError) as refused:
         opened(path)
     assert refused.value.message == (
-        "scheduler: DDIMScheduler is not supported; supported are "
-        "FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler"
+        "scheduler: DDIMScheduler is not supported; supported: FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler"
     )
 
 

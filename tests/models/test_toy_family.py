@@ -78,5 +78,5 @@ def test_a_module_class_without_a_loader_is_refused(registry: Registry, tmp_path
     path = build_toy_checkpoint(tmp_path / "checkpoint")
     index = path / "model_index.json"
     index.write_text(index.read_text().replace("ToyTransformer", "OtherTransformer"))
-    with pytest.raises(CheckpointError, match=r"OtherTransformer is not supported; supported are .*ToyTransformer"):
+    with pytest.raises(CheckpointError, match=r"OtherTransformer is not supported; supported: .*ToyTransformer"):
         LocalFleet(open_model(str(path), registry))

@@ -75,7 +75,7 @@ def test_a_shipped_name_takes_precedence_over_a_directory(
 
 @pytest.mark.parametrize("reference", ["nonesuch", "", "./nonesuch", "/nonesuch/emoji"])
 def test_an_unknown_reference_is_refused_with_the_shipped_names(registry: Registry, reference: str) -> None:
-    with pytest.raises(CheckpointError, match=r"neither a directory nor a shipped model; shipped are emoji"):
+    with pytest.raises(CheckpointError, match=r"neither a directory nor a shipped model; shipped models: emoji"):
         open_model(reference, registry)
 
 
@@ -89,7 +89,7 @@ def test_an_invalid_model_name_is_refused(registry: Registry, tmp_path: Path, na
 
 def test_an_unsupported_pipeline_is_refused_with_the_supported_names(registry: Registry, tmp_path: Path) -> None:
     path = build_toy_checkpoint(tmp_path / "toy")
-    with pytest.raises(CheckpointError, match=r"'ToyPipeline' is not supported; supported are .*FluxPipeline"):
+    with pytest.raises(CheckpointError, match=r"'ToyPipeline' is not supported; supported: .*FluxPipeline"):
         open_model(str(path), registry)
 
 

@@ -88,7 +88,7 @@ def test_plugins_are_registered_without_importing_their_stages(tmp_path: Path) -
 def test_an_unsupported_pipeline_is_refused_with_the_supported_pipelines() -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"'SanaPipeline' is not supported; supported are Flux2KleinPipeline, Flux2Pipeline, .*WanPipeline",
+        match=r"'SanaPipeline' is not supported; supported: Flux2KleinPipeline, Flux2Pipeline, .*WanPipeline",
     ):
         load_registry().entry("SanaPipeline")
 

@@ -45,5 +45,5 @@ def test_equal_timesteps_are_separate_steps() -> None:
 
 
 def test_a_scheduler_without_a_solver_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="DDIMScheduler is not supported; supported are Flow"):
+    with pytest.raises(CheckpointError, match="DDIMScheduler is not supported; supported: Flow"):
         solver_class(DDIMScheduler())

@@ -75,7 +75,7 @@ def test_a_quoted_password_is_accepted(password: str) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("redis://host?foo=1", "option 'foo' is not supported; supported are db,"),
+        ("redis://host?foo=1", "option 'foo' is not supported; supported: db,"),
         ("redis://host?db=x", "option db is not a whole number"),
         ("redis://host?db=1&db=2", "option db is given more than once"),
         ("redis://host?db=", "option db is not a whole number"),

@@ -65,7 +65,7 @@ def test_every_pipeline_that_diffusers_exports_is_refused_by_name(registry: Regi
     assert len(names) > 200
     assert CLOSEST_MATCHES.keys() | set(DISSIMILAR) <= set(names)
     for name in names:
-        start = f"pipeline {name!r} is not supported; supported are {supported}"
+        start = f"pipeline {name!r} is not supported; supported: {supported}"
         message = refusal(tmp_path, name, registry)
         assert message.startswith(start)
         assert ("the closest match is" in message) is name.startswith(FAMILIES), message
@@ -78,4 +78,4 @@ def test_the_closest_match_is_named(registry: Registry, tmp_path: Path, name: st
 
 @pytest.mark.parametrize("name", [*DISSIMILAR, "Wander", "Fluxion", ""])
 def test_a_dissimilar_pipeline_has_no_match(registry: Registry, tmp_path: Path, name: str) -> None:
-    assert refusal(tmp_path, name, registry).endswith(f"supported are {', '.join(registry.names())}")
+    assert refusal(tmp_path, name, registry).endswith(f"supported: {', '.join(registry.names())}")

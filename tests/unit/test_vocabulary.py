@@ -82,12 +82,12 @@ BROKEN: dict[str, tuple[str, dict[str, object], str]] = {
     "empty vocabulary": (
         "T5Tokenizer",
         {"tokenizer__json": tokenizer({"vocab": []})},
-        r"tokenizer\.json holds no vocabulary besides special tokens",
+        r"tokenizer\.json contains no vocabulary besides special tokens",
     ),
     "special tokens alone": (
         "T5Tokenizer",
         {"tokenizer__json": tokenizer({"vocab": [["<pad>", 0]]}, ("<pad>", 0))},
-        r"holds no vocabulary besides special tokens",
+        r"contains no vocabulary besides special tokens",
     ),
     "entry without score": (
         "T5Tokenizer",
@@ -118,10 +118,10 @@ BROKEN: dict[str, tuple[str, dict[str, object], str]] = {
     "merge is truncated": (
         "CLIPTokenizer",
         {"vocab__json": VOCAB, "merges__txt": "a b\nab"},
-        r"merges\.txt: merge 'ab' gives no token",
+        r"merges\.txt: merge 'ab' produces no token",
     ),
-    "vocab.json is empty": ("CLIPTokenizer", {"vocab__json": {}, "merges__txt": MERGES}, r"vocab\.json holds no vocab"),
-    "spiece.model is empty": ("T5Tokenizer", {"spiece__model": b""}, r"spiece\.model holds no vocabulary"),
+    "vocab.json is empty": ("CLIPTokenizer", {"vocab__json": {}, "merges__txt": MERGES}, r"vocab\.json contains no vocab"),
+    "spiece.model is empty": ("T5Tokenizer", {"spiece__model": b""}, r"spiece\.model contains no vocabulary"),
     "spiece.model is text": (
         "T5Tokenizer",
         {"spiece__model": b"version https://git-lfs"},

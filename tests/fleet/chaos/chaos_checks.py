@@ -24,7 +24,7 @@ State = pb.RequestState
 # Store keys that have no TTL by design, with the reason.
 PERMANENT = {
     "fleet:requests": "index of requests; entries are removed after their record has expired",
-    "fleet:ended": "ids of ended requests by the time at which their record expires; the index is pruned by it",
+    "fleet:ended": "ids of ended requests by the expiry time of their record; expired ids are removed",
     "fleet:sequence": "latest number of a request or of a queue entry",
 }
 _KEYS_OF_OPEN_REQUESTS = ("fleet:slots:", "fleet:waiting:", "fleet:queue:", "fleet:open", "fleet:work:")

@@ -45,10 +45,10 @@ class Churn:
                 raise failure
 
     async def _kill_repeatedly(self, role: Role, number: int) -> None:
-        """Kill or stop a random process of a role; the mean interval is `death_seconds / _KILLED_SHARE`."""
+        """Kill a random process of a role every `death_seconds` on average, and stop one between some of the kills."""
         rng = random.Random(f"deaths of {self._plan.seed}, {number}")
         while True:
-            await asyncio.sleep(rng.expovariate(_KILLED_SHARE / self._plan.death_seconds))
+            await asyncio.sleep(rng.expovariate(1 / (_KILLED_SHARE * self._plan.death_seconds)))
             is_kill, draw = rng.random() < _KILLED_SHARE, rng.random()
             seconds = rng.uniform(0.2, self._plan.longest_seconds)
             living = [each for each in self._fleet.living if each.role == role and not each.is_ending]

@@ -171,7 +171,7 @@ class Fault:
 class Plan:
     """Plan of a whole run. The run's progress triggers `faults`.
 
-    If `death_seconds` is not 0, each process is also killed or stopped every `death_seconds / 0.8` on average.
+    If `death_seconds` is not 0, each process is also killed every `death_seconds` on average; some are stopped.
     """
 
     seed: int

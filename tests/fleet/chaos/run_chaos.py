@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--churn", action="store_true", help="kill processes continuously instead of injecting faults of all kinds"
     )
     churn.add_argument(
-        "--death-seconds", type=float, default=8.0, help="mean lifetime of a process (default: 8; 0: unlimited)"
+        "--death-seconds", type=float, default=8.0, help="mean seconds until a process is killed (default: 8; 0: never)"
     )
     churn.add_argument("--poison", type=int, default=0, help="number of requests that kill their workers (default: 0)")
     args = parser.parse_args(argv)
