@@ -245,8 +245,8 @@ class WorkerRunner:
 
     A worker receives only the values in its announced contract, because its release may differ from this coordinator's.
     `stage` is the index of the service in the request. `on_begin` is called when a worker starts the stages. `tokens`
-    is the work of one step, for the worker's metrics. After a loss, this coordinator avoids the worker for a while. A full
-    worker is retried with backoff. Raises Unavailable when no worker was reachable for `patience_seconds`, and
+    is the work of one step, for the worker's metrics. After a loss, this coordinator avoids the worker for a while. A
+    full worker is retried with backoff. Raises Unavailable when no worker was reachable for `patience_seconds`, and
     InternalError for a request that repeatedly loses its workers.
     """
 
