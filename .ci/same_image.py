@@ -12,7 +12,7 @@ from PIL import Image, ImageChops, ImageStat
 
 
 def main(one: str, other: str) -> int:
-    """Print sizes, colors and the mean difference; returns the exit status."""
+    """Print sizes, colors and the mean difference, and return the exit status."""
     left, right = (Image.open(path).convert("RGB") for path in (one, other))
     if left.size != right.size:
         sys.stderr.write(f"{one} is {left.size}, {other} is {right.size}\n")

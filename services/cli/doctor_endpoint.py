@@ -32,7 +32,10 @@ _MOST_NAMED = 5
 
 
 def check_proxies(endpoint: str, environ: Mapping[str, str] = os.environ) -> Iterator[Result]:
-    """Check whether proxy variables redirect gRPC connections to `endpoint`, or to any host if `endpoint` is empty."""
+    """Check whether proxy variables redirect gRPC connections to `endpoint`.
+
+    If `endpoint` is empty, checks connections to any host.
+    """
     given = {name: environ[name] for name in _PROXIES if environ.get(name)}
     if not given:
         yield ok("proxies", f"none of {', '.join(_PROXIES)} is set")

@@ -65,9 +65,9 @@ class Driver:
 class GpuFacts:
     """Versions, GPUs and kernel trials of this host.
 
-    `torch_cuda` is the CUDA version of the torch build; empty for a CPU build. `cuda_error` is the error with which
-    torch cannot initialize CUDA. `required_error` is the error of a package that the settings name. `attention` maps
-    each compute capability to its attention backends.
+    `torch_cuda` is the CUDA version of the torch build; empty for a CPU build. `cuda_error` is the error of the CUDA
+    initialization. `required_error` is the error of a package that the settings name. `attention` maps each compute
+    capability to its attention backends.
     """
 
     torch: str

@@ -43,7 +43,7 @@ def ok(name: str, found: str) -> Result:
 
 
 def warning(name: str, found: str, advice: str) -> Result:
-    """A result for a problem that makes services slower or less safe, or limits the requests that they serve."""
+    """A result for a problem that makes services slower or less safe, or prevents some requests."""
     return Result(Status.WARNING, name, found, advice)
 
 

@@ -32,7 +32,7 @@ class ServiceSource:
 
     @cached_property
     def settings(self) -> Any:
-        """The settings. Raises SettingsError where the service does. Worker settings need torch."""
+        """The settings. Raises SettingsError for settings that the service rejects. Worker settings need torch."""
         flags = [*(("--config", self.config) if self.config else ()), *(("--redis", self.redis) if self.redis else ())]
         return load_settings(
             settings_class(self.service), flags, prog=f"fleet serve {self.service}", readers=READERS, environ=os.environ

@@ -1,4 +1,7 @@
-"""`fleet size`: computes the replicas of each service for a load, with remarks on services that may share a device."""
+"""`fleet size`: computes the replicas of each service for a load.
+
+It also prints remarks on services for which a separate process is unnecessary.
+"""
 
 from __future__ import annotations
 
@@ -203,7 +206,7 @@ def _measured_at(endpoint: str, access: Access, args: argparse.Namespace) -> tup
 
 
 def _committed(args: argparse.Namespace, given: Mapping[str, float]) -> tuple[Seconds, str]:
-    """The committed measurement of the model, or of a model with the same architecture, scaled to the request."""
+    """Scale the committed measurement of the model, or of a model with its architecture, to the request."""
     if args.model in measurements() and args.model not in shipped_models():
         measurement = measurements()[args.model]
         size, steps = args.size or measurement.size, args.steps or measurement.steps

@@ -23,7 +23,7 @@ _OUTCOMES = {
 
 @dataclass
 class Attempt:
-    """A wait for a worker of a service, and the run on it. Times are in seconds since the request's admission."""
+    """A wait for a worker of a service, and the run on this worker. Times: seconds since the request's admission."""
 
     service: str
     number: int

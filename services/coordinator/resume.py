@@ -158,8 +158,8 @@ class Recovery:
 
     `has_emitted`: a reader has received items of the request's stream. The request then resumes after these items, even
     on a worker with another numerics fingerprint. A loss is undecided until the worker reappears or its heartbeat
-    expires; it is suspect after the expiry. The request waits only if it would fail with all undecided losses counted
-    as suspect.
+    expires; it is suspect after the expiry. If the request would fail with all undecided losses counted as suspect, it
+    waits until they are decided.
     """
 
     def __init__(self, leases: Leases, request_id: str, *, epoch: int = 1, ttl_seconds: float = TTL_SECONDS) -> None:

@@ -244,9 +244,9 @@ class WorkerRunner:
     """One service of a model for one request: a Runner whose values are packets.
 
     A worker receives only the values in its announced contract, because its release may differ from this coordinator's.
-    `stage` is the index of the service in the request. `on_begin` is called each time a worker begins. `tokens` is the
-    work of one step, for the worker's metrics. After a loss, this coordinator avoids the worker for a while; a full
-    worker is retried with backoff. Raises Unavailable when no worker was reachable for `patience_seconds`, and
+    `stage` is the index of the service in the request. `on_begin` is called when a worker starts the stages. `tokens`
+    is the work of one step, for the worker's metrics. After a loss, this coordinator avoids the worker for a while. A
+    full worker is retried with backoff. Raises Unavailable when no worker was reachable for `patience_seconds`, and
     InternalError for a request that repeatedly loses its workers.
     """
 

@@ -76,7 +76,10 @@ def _exit(*_: object) -> NoReturn:
 
 
 def _of_rank(settings: DenoisingSettings, place: Place) -> DenoisingSettings:
-    """Settings of this rank: the GPU with its local rank; on a CPU, one thread by default, as ranks share cores."""
+    """Settings of this rank, which computes on the GPU with its local rank.
+
+    On a CPU, a rank has one thread by default, because ranks share cores.
+    """
     if device_of(settings.device).type == "cuda":
         return replace(settings, device=f"cuda:{place.local_rank}")
     return replace(settings, threads=settings.threads or 1)

@@ -24,7 +24,7 @@ SERVICE = "denoising"
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingSettings(LoopSettings, WarmUpSettings):
-    """Serve the denoising of one model, with one rank or a worker group of tp x ulysses x ring x cfg ranks."""
+    """Serve the denoising of one model, with tp x ulysses x ring x cfg ranks."""
 
     tp: int = setting(1, help="tensor-parallel degree: ranks that shard the weights")
     ulysses: int = setting(1, help="Ulysses degree: ranks that shard the sequence and exchange attention heads")
