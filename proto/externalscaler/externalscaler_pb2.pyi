@@ -53,7 +53,9 @@ class ScaledObjectRef(_message.Message):
     """Namespace of the ScaledObject."""
     @_builtins.property
     def scalerMetadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Required: `model`, `stage` and `targetSeconds` (> 0). Optional: `metricName`, wanted_seconds or queued_seconds."""
+        """Required: `model`, `stage` and `targetSeconds` (> 0). Optional: `metricName`, which is
+        "wanted_seconds" (default) or "queued_seconds".
+        """
 
     def __init__(
         self,

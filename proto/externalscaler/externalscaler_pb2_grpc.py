@@ -27,8 +27,8 @@ if _version_not_supported:
 
 class ExternalScalerStub:
     """Reports the load of one scale target, a stage service of a model, to KEDA.
-    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong metadata,
-    UNAVAILABLE if the request store cannot be read.
+    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong
+    metadata, UNAVAILABLE if the request store cannot be read.
     """
 
     def __init__(self, channel):
@@ -66,8 +66,8 @@ class ExternalScalerStub:
 
 class ExternalScalerServicer:
     """Reports the load of one scale target, a stage service of a model, to KEDA.
-    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong metadata,
-    UNAVAILABLE if the request store cannot be read.
+    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong
+    metadata, UNAVAILABLE if the request store cannot be read.
     """
 
     def IsActive(self, request, context):
@@ -143,8 +143,8 @@ def add_ExternalScalerServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ExternalScaler:
     """Reports the load of one scale target, a stage service of a model, to KEDA.
-    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong metadata,
-    UNAVAILABLE if the request store cannot be read.
+    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong
+    metadata, UNAVAILABLE if the request store cannot be read.
     """
 
     @staticmethod

@@ -28,8 +28,8 @@ GRPC_VERSION: str
 
 class ExternalScalerStub:
     """Reports the load of one scale target, a stage service of a model, to KEDA.
-    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong metadata,
-    UNAVAILABLE if the request store cannot be read.
+    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong
+    metadata, UNAVAILABLE if the request store cannot be read.
     """
 
     @_typing.overload
@@ -50,8 +50,8 @@ class ExternalScalerStub:
 @_typing.type_check_only
 class ExternalScalerAsyncStub(ExternalScalerStub):
     """Reports the load of one scale target, a stage service of a model, to KEDA.
-    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong metadata,
-    UNAVAILABLE if the request store cannot be read.
+    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong
+    metadata, UNAVAILABLE if the request store cannot be read.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -68,8 +68,8 @@ class ExternalScalerAsyncStub(ExternalScalerStub):
 
 class ExternalScalerServicer(metaclass=_abc_1.ABCMeta):
     """Reports the load of one scale target, a stage service of a model, to KEDA.
-    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong metadata,
-    UNAVAILABLE if the request store cannot be read.
+    Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong
+    metadata, UNAVAILABLE if the request store cannot be read.
     """
 
     @_abc_1.abstractmethod

@@ -825,7 +825,7 @@ class Warning(_message.Message):
     field: _builtins.str
     """Name of the affected parameter, such as "prompt"; empty if there is none. At most 256 characters."""
     message: _builtins.str
-    """One sentence that states what was done instead. At most 2048 characters."""
+    """The problem and its consequence, such as the value that is used instead. At most 2048 characters."""
     def __init__(
         self,
         *,

@@ -836,7 +836,7 @@ class Error(_message.Message):
     code: _builtins.str
     """Name of a gRPC status code, such as "INTERNAL"."""
     message: _builtins.str
-    """One sentence that states what is wrong and what is valid. At most 2048 characters."""
+    """One sentence with the cause and, for a wrong value, a valid value. At most 2048 characters."""
     field: _builtins.str
     """Name of the affected parameter; empty if there is none. At most 256 characters."""
     def __init__(
