@@ -211,7 +211,7 @@ class Watchdog:
         elif verdict is Verdict.LOST:
             watched.context.run(
                 self._on_lost,
-                f"the device thread has not ended {self._limits.exit_seconds:g} s after request {watched.request_id} "
+                f"the call has not ended {self._limits.exit_seconds:g} s after request {watched.request_id} "
                 f"was cancelled; this process exits, to be restarted; at={_position_of(watched.thread)}",
             )
 

@@ -19,7 +19,7 @@ COMMANDS = {
     "generate": "generate an image or video, in this process or on a running fleet",
     "up": "run a whole fleet on this host, one process per service, until Ctrl-C",
     "serve": "run one service",
-    "status": "show the models, their workers, the store and the latest requests",
+    "status": "show the models, their workers, the store, open requests and the latest ended ones",
     "watch": "follow a request until it ends",
     "trace": "show the timeline of a request, as text or as a PNG",
     "cancel": "cancel a request",

@@ -102,7 +102,7 @@ async def _policy(redis: Redis, store: StoreSettings) -> _Results:
     try:
         await check_server(redis, allow_eviction=store.allow_eviction, allow_data_loss=True)
     except FailedPrecondition as failure:
-        yield error("redis policy", failure.message, "change it: services exit with code 2")
+        yield error("redis policy", failure.message, "change this setting of Redis; with it, services exit with code 2")
         return
     facts = await read_facts(redis)
     if unknown := [name for name in facts.unknown if name not in ("appendonly", "appendfsync")]:

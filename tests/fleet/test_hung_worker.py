@@ -142,7 +142,7 @@ def test_hung_worker_exits_and_its_request_resumes_on_another_worker(tmp_path: P
             line = next(each for each in log.splitlines() if "call cancelled" in each)
             assert f" request_id={name} " in line, "the watchdog's log line has no request id"
             assert 'reason="the stage has reported no step for' in line
-            assert f"the device thread has not ended 0.5 s after request {name} was cancelled" in log
+            assert f"the call has not ended 0.5 s after request {name} was cancelled" in log
             assert "toy_stages.py" in log or "threading.py" in log, "the log has no stack of the device thread"
             async with connect(url) as redis:
                 assert not await command(redis, "KEYS", "fleet:leaving:*")

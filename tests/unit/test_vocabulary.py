@@ -120,7 +120,11 @@ BROKEN: dict[str, tuple[str, dict[str, object], str]] = {
         {"vocab__json": VOCAB, "merges__txt": "a b\nab"},
         r"merges\.txt: merge 'ab' produces no token",
     ),
-    "vocab.json is empty": ("CLIPTokenizer", {"vocab__json": {}, "merges__txt": MERGES}, r"vocab\.json contains no vocab"),
+    "vocab.json is empty": (
+        "CLIPTokenizer",
+        {"vocab__json": {}, "merges__txt": MERGES},
+        r"vocab\.json contains no vocab",
+    ),
     "spiece.model is empty": ("T5Tokenizer", {"spiece__model": b""}, r"spiece\.model contains no vocabulary"),
     "spiece.model is text": (
         "T5Tokenizer",
