@@ -15,7 +15,7 @@ import grpc
 import pytest
 import torch
 
-from async_tests import run_within
+from async_tests import run_within, wait_until
 from common.artifacts import MediaItem, StepCheckpoint
 from common.codec import pack, unpack
 from common.errors import Cancelled, InternalError, InvalidInput
@@ -222,6 +222,8 @@ def test_cancelled_session_frees_its_worker_slot_and_its_thread() -> None:
                 running.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await running
+                # The server learns of the cancellation later than the client.
+                await wait_until(lambda: service.servicer.in_flight == 0)
             await service.runner()(
                 {**values, "denoised_blocks": _empty_stream()}, Call("r", sinks={"media_items": sink})
             )
@@ -320,7 +322,7 @@ def test_invalid_item_frames_are_refused() -> None:
                 ((header, item), "denoised_blocks: the call ended within item 0"),
                 ((header, whole, later), "denoised_blocks: item 2 was received instead of item 1"),
                 ((header, other), "no stream of this call"),
-                ((header, wrong), "has denoise_state"),
+                ((header, wrong), "denoised_blocks: denoise_state is not latents, its artifact"),
             ):
                 error = await refusal_of(service, *frames)
                 assert isinstance(error, InvalidInput), message

@@ -179,7 +179,7 @@ def test_a_loop_with_a_step_cache_neither_sends_nor_accepts_step_checkpoints(cas
     assert len(states) == STEPS - 1
     call = Call("test", on_item=step_checkpoints_to(lambda _: pytest.fail("a step checkpoint was sent")))
     latents_of(with_step_cache(model, 1e-9), x, call)
-    with pytest.raises(InvalidInput, match="a loop with a step cache has no checkpoints") as caught:
+    with pytest.raises(InvalidInput, match="a loop with a step cache has no step checkpoints") as caught:
         latents_of(with_step_cache(model, 1e-9), replace(x, resume_from=states[0]))
     assert caught.value.field == "resume_from"
 
