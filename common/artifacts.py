@@ -89,7 +89,7 @@ class LatentPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:
-    """Latents of all modalities; parts are named "image", "video", "audio", "condition"."""
+    """Latents of all modalities; parts are named "image", "video", "audio", "condition", "condition_1" ..."""
 
     parts: Mapping[str, LatentPart]
 

@@ -105,7 +105,7 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the checkpoint, equal for equal weights and independent of the directory's name.
+        """Hex digest of the checkpoint's files, independent of the directory's name.
 
         Covers all bytes of configurations and tokenizers. Covers the headers and sizes of weight files, and the first,
         middle and last KiB of every tensor. Excludes sampling_defaults.json, which changes requests, not computations.

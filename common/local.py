@@ -91,7 +91,10 @@ class LocalRunner:
         return self._stages.contract
 
     async def __call__(self, values: Mapping[str, Any], call: Call) -> Mapping[str, Any]:
-        """Run the stages on the executor's thread, which also invokes the callbacks of `call`."""
+        """Run the stages on the executor's thread, or on a separate thread if the stages read streams.
+
+        This thread also invokes the callbacks of `call`.
+        """
         loop = asyncio.get_running_loop()
         call = dataclasses.replace(call, waiting=self._device.released, emitted={})
         call = dataclasses.replace(call, on_item=partial(_put_item, loop, call))

@@ -220,7 +220,7 @@ STORE_REPAIRS = Gauge("fleet_store_repairs", "Damaged entries removed from the r
 
 
 def work_label(tokens: int) -> str:
-    """Return the value of the label `work` for a step. `tokens` as in StageWork; 0 if the caller does not send it."""
+    """Return the value of the label `work` for a step. `tokens`: see StageWork; 0 if unknown."""
     if tokens <= 0:
         return "unknown"
     return next((str(bound) for bound in _WORK if tokens <= bound), "more")

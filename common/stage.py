@@ -90,7 +90,8 @@ class Call:
     dropped.
     `waiting`: context in which the stage's thread waits for items and readers; other calls may use the device.
     `on_computed`: called with the compute seconds that a worker reports at the end of a call or of a hand-over.
-    `hand_over`: set when the worker drains. A stage that emits step checkpoints then ends at the next step boundary.
+    `hand_over`: set when a draining worker hands the call over. A stage that emits step checkpoints then ends at the
+    next step boundary.
     `variant`: variant of the model whose stages run; empty for the first.
     `tokens`: work of one step, as in StageWork; 0 if the caller does not send it.
     """

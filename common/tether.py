@@ -1,7 +1,7 @@
 """Starts child processes that end when this process ends, even by SIGKILL.
 
 On Linux, the child sets PR_SET_PDEATHSIG: the kernel kills it when the thread that started it ends. Start children from
-the main thread. On other systems, a child survives only a SIGKILL of its parent.
+the main thread. On other systems, a child survives if SIGKILL ends its parent.
 
 This file is also the program that the child executes first: it calls prctl and then execs the command, with the same
 process id, because calling prctl between fork and exec of a multi-threaded process would not be safe. The program

@@ -299,7 +299,10 @@ class _Receiver:
         return None
 
     def finish(self) -> dict[str, Packet]:
-        """Return the outputs after the end of the call. Raises Unavailable if they are incomplete."""
+        """Return the outputs after the end of the call.
+
+        Raises Unavailable if the header or the rest of an item is missing, and InvalidInput for an incomplete payload.
+        """
         if self._header is None or self._chunks is None or self._items.is_within_item:
             raise Unavailable("the call ended without its result")
         packets = split_packets(self._header, self._chunks.finish())

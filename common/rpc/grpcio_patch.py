@@ -1,9 +1,9 @@
 """Patch of grpcio's asyncio server, so that a call with a non-UTF-8 path does not stop the server.
 
-A call's path may contain arbitrary bytes. For methods that are not registered by name, grpcio (at least 1.85) decodes
-the path as UTF-8 in its accept loop. A path that is not UTF-8 ends the loop, so that any client can stop the server
-with one frame. Here, all methods are registered, so that gRPC core matches paths as bytes, and calls of other methods
-are refused without decoding their paths.
+A call's path may contain arbitrary bytes. For methods that are not registered by name, grpcio 1.85 decodes the path as
+UTF-8 in its accept loop. A path that is not UTF-8 ends the loop, so that any client can stop the server with one frame.
+Here, all methods are registered, so that gRPC core matches paths as bytes, and calls of other methods are refused
+without decoding their paths.
 """
 
 from __future__ import annotations

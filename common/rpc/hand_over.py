@@ -74,8 +74,9 @@ class HandOver:
     """Decides when each running call of a draining worker is handed over.
 
     `calls` returns the running calls. `free_slots` returns the number of free worker slots of live workers with an
-    equal numerics fingerprint, and raises FleetError if the store is unavailable. Other draining workers may use the
-    same worker slots: a request that finds no free worker slot waits in the queue, before other claims of its priority.
+    equal numerics fingerprint and an equal contract, and raises FleetError if the store is unavailable. Other draining
+    workers may use the same worker slots: a request that finds no free worker slot waits in the queue, before other
+    claims of its priority.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ CHANNEL_OPTIONS: Options = (
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     # Despite its name, the timeout of a connection attempt; busy and remote peers need several seconds. A refused
-    # connection fails immediately and is retried by the other two settings.
+    # connection fails immediately, and is retried after the backoff of the other two settings.
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )

@@ -84,7 +84,7 @@ class Stages(Protocol):
 class ServicerLimits:
     """Limits of a servicer.
 
-    `capacity`: concurrent calls, running or waiting for the device thread.
+    `capacity`: concurrent calls that receive inputs, wait for the device thread or run.
     `idle_seconds`: timeout for the next frame while the inputs or an item of a stream are incomplete.
     `step_seconds`: minimum interval of progress frames; the last step is always reported.
     `call`: limits of the tensors of one call.
@@ -275,7 +275,7 @@ class StageServicer:
         return None, frame
 
     async def _feed(self, context: Context, job: StageJob, contract: Contract) -> None:
-        """Read the items of the call's input stream until half-close, with backpressure of the stage's feed."""
+        """Read the items of the call's input stream until half-close. Waits while the stage's feed is full."""
         ((slot, feed),) = job.feeds.items()
         kinds = {slot: cast(str, item_kind(contract.inputs[slot]))}
         items = ItemAssembler(kinds, self._limits.call, lambda _: KeptFrames)

@@ -41,8 +41,8 @@ _CODES: dict[type[FleetError], grpc.StatusCode] = {
     errors.InternalError: grpc.StatusCode.INTERNAL,
 }
 _KINDS = {kind.__name__: kind for kind in _CODES}
-# Errors for statuses that gRPC generates. All other statuses, such as INTERNAL, UNKNOWN and CANCELLED, are connection
-# errors.
+# Errors for statuses that gRPC generates. For all other statuses, such as INTERNAL, UNKNOWN and CANCELLED, the error is
+# Unavailable: gRPC reports lost connections with them.
 _TRANSPORT: dict[grpc.StatusCode, type[FleetError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidInput,
     grpc.StatusCode.OUT_OF_RANGE: errors.InvalidInput,

@@ -1,9 +1,10 @@
 """TLS between the processes of the fleet, and for its clients.
 
 Within the fleet, connections use mutual TLS with one certificate authority. The name in a certificate is the role of
-its process: workers serve only peers named `coordinator`, and coordinators call only peers named `worker`. Other
-certificates of the authority permit only health checks of a worker. Changed files are reloaded and apply to new
-handshakes. A change does not affect whether client certificates are required.
+its process: workers serve only peers named `coordinator`, and coordinators call only peers named `worker`; settings
+change these names. Peers with other certificates of the authority can only call a worker's health checks and
+reflection. Changed files are reloaded and apply to new handshakes. A change does not affect whether client
+certificates are required.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Detects stuck calls: calls that have reported steps and then report no step for too long.
 
-Heartbeats continue while a kernel or a collective hangs, so that the store treats the worker as live. The watchdog is a
-separate thread that records the time of each reported step. A call without a step for too long is cancelled, which ends
-a stage that still checks for cancellation. If the device thread has not ended some seconds later, it cannot be
-interrupted and the process exits; in a worker group, the other ranks detect this and exit too.
+Heartbeats continue while a kernel or a collective hangs, so that the store treats the worker as live. The watchdog
+stores the time of each reported step, and checks these times on a separate thread. It cancels a call without a step for
+too long, which ends a stage that still checks for cancellation. If the device thread has not ended some seconds later,
+it cannot be interrupted and the process exits; in a worker group, the other ranks detect this and exit too.
 """
 
 from __future__ import annotations

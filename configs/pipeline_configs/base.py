@@ -157,8 +157,8 @@ class ImageLatentsConfig(LatentLayout):
     def image_latents(self, encode: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], canvas: Canvas) -> Parts:
         """Raw latents by part, batch 1, from images by role, float32 (1, channels, height, width) in [-1, 1].
 
-        `encode` is the VAE's encoder: it maps an image or a video (1, 3, frames, height, width) to the mode of the
-        latents, or to a sample if posterior_shape() is not None.
+        `encode` is the VAE's encoder: it maps an image, or a video (1, channels, frames, height, width), to the mode of
+        the latents, or to a sample if posterior_shape() is not None.
         """
 
 
@@ -212,7 +212,7 @@ class DenoisingConfig(LatentLayout):
     A step calls before_step(), model_input(), active(), expert(), model_output(), guide() and after_step(), in this
     order. The defaults are for models with one denoiser, two branches and no hooks. Models override `expert` for two
     denoisers (Wan 2.2 A14B), `active` for guidance that ends at a step (Z-Image), `branch_flags` for branches that skip
-    blocks (LTX-2), and `before_step` and `after_step` for tokens without noise (LTX image to video).
+    blocks (LTX-2), and `before_step` and `after_loop` for tokens without noise (LTX image to video).
     """
 
     part_keywords: ClassVar[Mapping[str, str]]

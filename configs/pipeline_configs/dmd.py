@@ -31,7 +31,7 @@ class CausalDmdConfig(DmdConfig):
 
     The denoiser's predict() takes the block's latents (B, channels, frames, rows, columns) and the static flag
     `first_frame`, the number of preceding frames, whose keys and values are in the KV cache. The cache is sharded by
-    heads; therefore `parallel_axes` does not include "ring".
+    heads; therefore `parallel_axes` of a subclass must not include "ring".
     """
 
     has_step_cache = False

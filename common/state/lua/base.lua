@@ -7,8 +7,8 @@
 --
 -- Terms: a `place` is the queue of one service of one model, named model/service. A worker slot is the right to run one
 -- request on a worker; a `slot` of a contract or a wiring is the name of an artifact. A `claim` waits at a place for a
--- worker slot; its `ticket` is its id. A `rank` is the queue class of a claim: its priority, and whether its request
--- was handed over.
+-- worker slot; its `ticket` is its id. A `rank` is the queue class of a claim: its priority, and whether it precedes
+-- other claims of this priority (see is_first() in slot_index.lua).
 --
 --   fleet:request:<id>                    hash   record, extra, state, created, updated, model, owner, epoch, cancel,
 --                                                key, caller, variant, token; and, until the request ends:
@@ -109,7 +109,7 @@ local P = 'fleet:'  -- prefix of all keys
 local TERMINAL = 3  -- the lowest RequestState of a request that has ended
 local CHURN_MS = 600000  -- window within which losses of workers are related
 local FIRST_PAUSE_MS, LONGEST_PAUSE_MS = 200, 5000  -- bounds of the pause in which a coordinator avoids a worker
-local AVOIDED_MS = 60000  -- retention of a pause after its end
+local AVOIDED_MS = 60000  -- maximum retention of a pause after its end
 local RESIGNED_MS = 86400000
 local REFUSED_MS, MOST_REFUSED = 600000, 16  -- retention, and maximum number, of refusals of a model
 local RECHECK_MS = 50  -- minimum interval of dispatches that repeated claims cause

@@ -76,8 +76,8 @@ local function is_alone(ticket)
   return string.match(ticket, '/alone$') ~= nil
 end
 
--- Returns whether a claim precedes other claims of its priority, because its request was handed over. The ticket
--- contains this flag.
+-- Returns whether a claim precedes other claims of its priority, because its request was handed over or its coordinator
+-- refused the previous worker slot. The ticket contains this flag.
 local function is_first(ticket)
   return string.match(ticket, '/first$') ~= nil or string.match(ticket, '/first/') ~= nil
 end

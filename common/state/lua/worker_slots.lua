@@ -263,7 +263,7 @@ local function avoids_for(place, owner)
 end
 
 -- Makes a coordinator avoid a worker for a pause that doubles with each call. Returns the pause in ms. The pause is
--- reset AVOIDED_MS after its end, and by a call that succeeds. Other coordinators are not affected.
+-- reset at most AVOIDED_MS after its end, and by a call that succeeds. Other coordinators are not affected.
 takes.avoid = { 'owner', 'worker' }
 function ops.avoid(a)
   local worker, key, avoided = a.worker, P .. 'avoided:' .. a.owner, avoided_by(a.owner)
