@@ -90,7 +90,7 @@ class LatentPreparationInput:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentPreparationOutput:
-    """The initial noise and, for stochastic loops, the generator after the draw."""
+    """The initial noise and, for loops or decoders that draw noise, the generator after the draw."""
 
     initial_latents: Latents
     latents_generator: Generator | None = None

@@ -147,7 +147,7 @@ class _Modules:
     def load(self, names: Iterable[str], config: PipelineConfig, swapped: Sequence[str] = ()) -> dict[str, Any]:
         """Load modules by name. The device holds one expert of `swapped` at a time.
 
-        Raises CheckpointError, and TypeError if two variants use different loaders for a class.
+        Raises CheckpointError, and TypeError if two variants use different loaders for a module.
         """
         if not self._loaded.keys() >= set(swapped):
             self._loaded |= swapped_experts(swapped, lambda name: self._load(name, config, cache=False))

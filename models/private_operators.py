@@ -1,4 +1,4 @@
-"""Undocumented PyTorch operators that models and worker groups call, with the arguments passed."""
+"""Undocumented PyTorch operators of GEMMs and worker groups, with the arguments passed."""
 
 from __future__ import annotations
 

@@ -64,8 +64,8 @@ class WarmUp:
         """Parse sizes, HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, with an optional suffix @VARIANT.
 
         Without a suffix, a size is for all variants. Without FRAMES, the variant's default number of frames is used.
-        Raises InvalidInput for malformed sizes, unknown variants, sizes that requests cannot have, and models without
-        the standard denoising stage.
+        Raises InvalidInput for malformed sizes, unknown variants, sizes that requests cannot have, and models whose
+        PipelineConfig is not a DenoisingConfig.
         """
         return cls(model, service, tuple(each for text in texts for each in _sizes(model, service, text)))
 

@@ -122,7 +122,7 @@ class DiffusionTransformer(nn.Module, ABC):
 
         The method never reads tensor values on the host, so that a CUDA graph can capture it. `use` states how this
         step uses the step cache; None: there is no step cache. All further keywords are static flags of a guidance
-        branch.
+        branch or of a call.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The HunyuanVideo DiT: Flux blocks over video tokens, and text tokens refined for each timestep.
+"""The HunyuanVideo DiT: Flux blocks over video and text tokens; the text is refined for each timestep.
 
 Shapes: N steps, B batch, T text tokens, I video tokens, D hidden size, M size of all modulations. Parameter names are
 the checkpoint's. Text has no padding, so that attention needs no mask.

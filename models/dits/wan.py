@@ -2,7 +2,7 @@
 
 Shapes: N steps, B batch, S video tokens (frames, rows, columns of patches), T text tokens, V vision tokens, D hidden
 size. Parameter names are the checkpoint's. The residual stream is in the model's dtype; norms, modulation and gates
-are computed in float32, and their weights are stored in float32.
+are computed in float32. FLOAT32_PARAMETERS are also stored in float32.
 
 In Wan 2.2 TI2V the first latent frame is the input image, and its tokens have a separate timestep: they are the first
 of two token segments.

@@ -1,7 +1,7 @@
 """Load-time checks that tokenizers and image processors match their encoders.
 
-Each check runs the tokenizer or processor once. A mismatch would otherwise change every result or, on a GPU, crash the
-process.
+Each check runs the tokenizer or processor on a small input. A mismatch would otherwise change every result or, on a
+GPU, crash the process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Optional kernel packages: names, fallbacks, and the outcomes of their trials in this process.
 
-`models.kernels.trials` tries every package once, when a GPU worker starts, and records the outcomes here. Layers call
-is_usable() and never probe a package themselves. The outcomes are part of the numerics fingerprint.
+When a GPU worker starts, `models.kernels.trials` tries the packages that its settings and its GPU select, and records
+the outcomes here. Layers call is_usable() and never probe a package themselves. The outcomes are part of the numerics
+fingerprint.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Capability = tuple[int, int]
 class KernelPackage:
     """An optional package: name on PyPI, module to import, fallback if the package is unusable.
 
-    `capabilities` are the compute capabilities of the GPUs on which the package is used; empty: all GPUs.
+    `capabilities` are the compute capabilities of the GPUs on which the package can be used; empty: all GPUs.
     """
 
     name: PackageName
@@ -41,7 +42,7 @@ class KernelPackage:
     capabilities: tuple[Capability, ...] = ()
 
     def is_for(self, capability: Capability) -> bool:
-        """Whether the package is used on GPUs of a compute capability."""
+        """Whether the package can be used on GPUs of a compute capability."""
         return not self.capabilities or capability in self.capabilities
 
 
@@ -72,8 +73,8 @@ ATTENTION_PACKAGES: dict[AttentionBackend, PackageName] = {
 class KernelChoice:
     """The settings `kernels` and `attention_backend` of a worker.
 
-    `auto` uses all packages that work. A package that a setting names must work. Without `auto`, all other packages
-    are unused. Raises InvalidInput for `none` together with another value.
+    `auto` uses the packages of layers and of the attention table that work. A package that a setting names must work.
+    Without `auto`, all other packages are unused. Raises InvalidInput for `none` together with another value.
     """
 
     packages: tuple[PackageChoice, ...] = ("auto",)
@@ -134,7 +135,7 @@ def record(choice: KernelChoice, outcomes: Iterable[Outcome] | None) -> None:
 
 
 def outcomes() -> tuple[Outcome, ...]:
-    """Outcomes of the installed packages; empty on a CPU, where no package is tried."""
+    """Outcomes of the tried packages; empty on a CPU, where no package is tried."""
     return _Tried.outcomes or ()
 
 

@@ -1,4 +1,4 @@
-"""Norms and RoPE of queries and keys in one pass over memory, computed in float32.
+"""Norms and RoPE of queries and keys, with Triton in one pass over memory. Computes in float32.
 
 Shapes: B batch, S tokens, D = heads * head size.
 """

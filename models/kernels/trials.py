@@ -53,8 +53,8 @@ class _Latest:
 def try_packages(device: torch.device, choice: KernelChoice | None = None) -> None:
     """Try the packages that may be used on a device, and record the outcomes. On a CPU no package is tried.
 
-    Raises FailedPrecondition if a package that a setting names is missing, broken or not for the device, and if any
-    package leaves the device unusable.
+    Raises FailedPrecondition if a package that a setting names is missing, broken or not for the device, if a setting
+    names cuDNN and its attention fails, and if any package leaves the device unusable.
     """
     choice = choice or KernelChoice()
     if device.type != "cuda":

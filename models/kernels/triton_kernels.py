@@ -1,7 +1,8 @@
 """Triton kernels between GEMM, attention and convolution calls, each in one pass over memory.
 
 Each kernel is equivalent to the PyTorch implementation that is registered for the same operation. Arithmetic is in
-float32, with rounding to the stored dtype wherever the PyTorch implementation rounds.
+float32. Gated additions and SwiGLU round an intermediate result to the stored dtype, as in PyTorch. The norms of heads
+and of channels round only their results, whereas PyTorch also rounds in between.
 """
 
 # ruff: noqa: ANN001, ANN202, N803  (Triton kernels have no annotations; their constexpr arguments are in capitals)

@@ -19,7 +19,7 @@ class SelectHeads(nn.Module):
     """Identity on a tensor with a dimension of all heads. A parallel plan can replace it with a selection."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., H, K) to (..., selected heads, K)."""
+        """(..., H, K / 2) to (..., selected heads, K / 2)."""
         return x
 
 

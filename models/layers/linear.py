@@ -80,7 +80,7 @@ def absent_biases(model: nn.Module) -> frozenset[str]:
 
 
 def only_linear(layers: nn.ModuleList) -> Linear:
-    """The linear layer of Diffusers' ModuleList [linear, dropout], such as to_out."""
+    """The only layer of a list such as to_out, which in Diffusers also holds a dropout."""
     layer = layers[0]
     assert isinstance(layer, Linear)
     return layer

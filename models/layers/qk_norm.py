@@ -1,4 +1,4 @@
-"""Norms and RoPE of queries and keys, in one pass over memory.
+"""Norms and RoPE of queries and keys, with Triton in one pass over memory.
 
 Shapes: B batch, S tokens, D = heads * head size.
 """

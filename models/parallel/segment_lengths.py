@@ -20,7 +20,7 @@ def chunk_sizes(length: int, parts: int) -> tuple[int, ...]:
 class SegmentLengths:
     """Full lengths of token segments. Each segment is sharded separately; this rank is rank `index` of `ranks`.
 
-    The sizes of all ranks' chunks follow from the full lengths: ranks never exchange sizes and never pad chunks.
+    The sizes of all ranks' chunks follow from the full lengths: ranks never exchange sizes.
     """
 
     ranks: int

@@ -107,5 +107,5 @@ class ShardedHeads(SelectHeads):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., heads, K) to (..., this rank's heads, K)."""
+        """(..., heads, K / 2) to (..., this rank's heads, K / 2), for head size K."""
         return x.chunk(self.axis.size, dim=-2)[self.axis.index]

@@ -133,7 +133,7 @@ class USPAttention(Attention):
         return KeyValues(k, v) if self.ring.size == 1 else _RingBlocks(k, v, self.ring, self._blocks())
 
     def _gathered(self, projection: Projection) -> Gathered | None:
-        """Peer buffer for the projected keys and values; None where the ring's ranks do not share memory."""
+        """Peer buffer for the projected keys and values; None without shared memory, or under torch.compile."""
         gather = self._gather()
         if gather is None:
             return None

@@ -1,1 +1,1 @@
-"""Pipelines: one torch-free file per family, with `EntryClass` and `register_configs()`."""
+"""Pipelines: one torch-free file per `_class_name`, with `EntryClass` and `register_configs()`."""

@@ -21,8 +21,8 @@ from models.stages.decoded_media import DEFAULT_FRAME_RATE, check_finite, media_
 class DecodingStage(PipelineStage[DecodingInput, DecodingOutput]):
     """Decodes to one PNG per image or layer, one MP4 per video, or one safetensors file.
 
-    MP4 requires a model with an audio VAE and a vocoder. The video VAE yields frames, and each frame is encoded while
-    the next frame is decoded.
+    MP4 requires a model with an audio VAE and a vocoder. A thread encodes frames while later frames of the video VAE's
+    output are converted to pixels.
     """
 
     def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:

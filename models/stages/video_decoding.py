@@ -1,4 +1,4 @@
-"""Decodes video latents to files in parts; early parts are playable while later frames are decoded."""
+"""Decodes video latents to files in parts; the parts emitted so far are playable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from models.runtime import Runtime
 from models.stages.decoded_media import DEFAULT_FRAME_RATE, media_item, pixels_of, unsupported_format
 
 FRAGMENT_LATENT_FRAMES = 4
-"""Latent frames per MP4 fragment of a finished video: about one second of Wan's 16 frames per second."""
+"""Latent frames per MP4 fragment of finished latents: about one second of Wan's 16 frames per second."""
 
 _SLOT = "media_items"
 
@@ -44,7 +44,7 @@ class VideoDecodingStage(PipelineStage[VideoDecodingInput, StreamedDecodingOutpu
     """Decodes finished latents, output by output, to one MP4 file per output or one safetensors file.
 
     MP4 files are emitted in fragments of a few latent frames; each fragment is encoded while the next frames are
-    decoded.
+    decoded. A VAE session that yields all frames after the last latents results in one fragment per file.
     """
 
     def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
