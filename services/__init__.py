@@ -1,1 +1,1 @@
-"""The processes of the fleet, one folder per service, and the command line."""
+"""The processes of the fleet: the coordinator, the workers of the stage services, and the command line."""

@@ -44,7 +44,8 @@ class TlsFiles:
 def check_service_tls(values: Mapping[str, Any], service: str) -> Iterator[Result]:
     """Check the TLS files of a service's settings, and whether required files are missing.
 
-    `service` is empty for a host that runs only clients, because their variables have the same names.
+    `service` is empty if the command names no service. The host may then run only clients, whose variables have the
+    same names, and for which `tls_ca` without `tls_cert` is correct.
     """
     own = bool(values.get("tls_cert") or values.get("tls_key"))
     public = bool(values.get("tls_public_cert") or values.get("tls_public_key"))

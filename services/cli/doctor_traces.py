@@ -12,7 +12,7 @@ COLLECTOR_SECONDS = 3
 
 
 def check_traces(environ: Mapping[str, str] = os.environ) -> Iterator[Result]:
-    """Check that spans are exported if a variable enables it. Yields no errors, because services run without traces."""
+    """Check that spans are exported if traces are enabled. Yields no errors, because services run without traces."""
     if not is_wanted(environ):
         given = sorted(name for name in (*ENDPOINTS, EXPORTER) if environ.get(name))
         switch = "OTEL_SDK_DISABLED" if environ.get("OTEL_SDK_DISABLED") else EXPORTER

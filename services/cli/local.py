@@ -54,8 +54,9 @@ async def start_fleet(
 ) -> LocalFleet:
     """Start all services of the models concurrently, with sockets in `directory`. Returns when all are ready.
 
-    Does not check the store, because the store is embedded or the command has checked it. If a service fails, stops
-    all services and raises the first error, such as CheckpointError for unreadable weights.
+    Services accept a store with eviction or without durable writes, because the store is embedded or the command has
+    checked it. If a service fails, stops all services and raises the first error, such as CheckpointError for
+    unreadable weights.
     """
     fleet = LocalFleet(f"unix:{directory}/coordinator.sock")
     settings = CoordinatorSettings(

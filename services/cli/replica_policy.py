@@ -68,8 +68,8 @@ class ReplicaPolicy:
     def decide(self, current: int, *, is_active: bool, demand: float | None) -> int:
         """The number of replicas to run, given the `current` number.
 
-        `demand` is the metric divided by its target per replica. If it is None, because the metric is unavailable, the
-        number of replicas changes only to stay within the bounds.
+        `demand` is the metric divided by its target per replica; None if the metric is unknown. The number
+        of replicas then changes only from and to zero, by activity, or to stay within the bounds.
         """
         now = self.clock()
         if is_active or self._active_at is None:

@@ -49,10 +49,11 @@ class Program:
 class Supervisor:
     """Runs programs until it is stopped.
 
-    A program that exits before the fleet is ready ends the fleet, because its configuration is probably wrong. Exit
-    code 2, for example for unreadable weights, always ends the fleet, because a restart would fail too. Otherwise, the
-    program restarts after a delay of at most 10 s. Five consecutive failures, each within a minute, end the fleet.
-    SIGKILL and SIGTERM from other processes do not count as failures.
+    A program that exits before the fleet is ready fails permanently, because its configuration is probably wrong. Exit
+    code 2, for example for unreadable weights, is permanent, because a restart would fail too. Five consecutive
+    failures, each within a minute, are permanent. In all other cases, the program restarts after a delay of at most
+    10 s. A permanent failure ends the fleet, unless WorkerPool continues with other workers of the service. SIGKILL
+    and SIGTERM from other processes do not count as failures.
     """
 
     def __init__(self, note: Callable[[str], None]) -> None:

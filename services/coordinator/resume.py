@@ -2,6 +2,7 @@
 
 The newest step checkpoint is held in memory and saved to the store in the background. It is used only for the same
 inputs (verified by a digest) and on a worker with the same numerics fingerprint, because otherwise the result differs.
+A request that has emitted items of a stream also resumes with another fingerprint; see Recovery.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class NewestStepCheckpoint:
 
     @property
     def is_known(self) -> bool:
-        """Whether a worker has sent a step checkpoint to this coordinator."""
+        """Whether this coordinator holds a step checkpoint, received from a worker or loaded from the store."""
         return self._latest is not None
 
     async def find(self, origin: str, slot: str, *, with_any_numerics: bool = False) -> Packet | None:

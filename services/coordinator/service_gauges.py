@@ -68,7 +68,7 @@ def state_label(state: StateValue) -> str:
 
 
 def set_service_gauges(model: str, service: str, load: ServiceLoad, work: StageLoad) -> None:
-    """Set the gauges of a service. Every coordinator sets the same values, because they share the store."""
+    """Set the gauges of a service. Coordinators of one release set the same values, because they share the store."""
     QUEUE_LENGTH.labels(service, model).set(load.queued)
     QUEUED_SECONDS.labels(service, model).set(work.queued_seconds)
     OPEN_REQUESTS.labels(service, model).set(work.open_requests)

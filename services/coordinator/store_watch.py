@@ -9,7 +9,7 @@ from common.state.redis_client import Redis
 from common.state.store_server import StoreMemory, read_repairs, repair_kinds
 
 SUBMIT_HEALTH = "fleet.v1.GenerationService/Submit"
-"""Health-check name of Submit: NOT_SERVING while the store is full. All other RPCs still work then."""
+"""Health-check name of Submit: NOT_SERVING while the store is full. RPCs other than Submit and Generate still work."""
 
 _log = get_logger(__name__)
 

@@ -340,7 +340,10 @@ class WorkerRunner:
         _log.debug("attempt finished", seconds=attempt.seconds, **_worker_of(attempt))
 
     async def _run(self, attempt: _Attempt, values: Mapping[str, Any], call: Call) -> Mapping[str, Packet]:
-        """Run on one worker. Resumes from a step checkpoint if this does not change the result."""
+        """Run on one worker. Resumes from a step checkpoint if this does not change the result.
+
+        A request that has emitted items of a stream also resumes with another numerics fingerprint.
+        """
         worker = attempt.worker_slot.worker
         announced = self._contract_of(worker)
         values = {slot: value for slot, value in values.items() if slot in announced.inputs}

@@ -133,7 +133,7 @@ def head_sizes(model: ServedModel, module: str) -> Iterator[int]:
 
 
 def _check_branches(model: ServedModel, degrees: Degrees) -> None:
-    """Refuse a cfg degree above the number of branches of every variant. Raises InvalidInput."""
+    """Refuse a cfg degree above the largest number of branches of a variant. Raises InvalidInput."""
     configs = [resolve(variant.pipeline_config) for variant, _ in model.variants_of(SERVICE)]
     branches = [config.branches for config in configs if issubclass(config, DenoisingConfig)]
     most = max(branches, key=len, default=())
