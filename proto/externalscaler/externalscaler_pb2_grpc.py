@@ -28,7 +28,7 @@ if _version_not_supported:
 class ExternalScalerStub:
     """Reports the load of one scale target, a stage service of a model, to KEDA.
     Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong
-    metadata, UNAVAILABLE if the request store cannot be read.
+    metadata. Errors of IsActive and GetMetrics: UNAVAILABLE if the request store cannot be read.
     """
 
     def __init__(self, channel):
@@ -67,7 +67,7 @@ class ExternalScalerStub:
 class ExternalScalerServicer:
     """Reports the load of one scale target, a stage service of a model, to KEDA.
     Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong
-    metadata, UNAVAILABLE if the request store cannot be read.
+    metadata. Errors of IsActive and GetMetrics: UNAVAILABLE if the request store cannot be read.
     """
 
     def IsActive(self, request, context):
@@ -144,7 +144,7 @@ def add_ExternalScalerServicer_to_server(servicer, server):
 class ExternalScaler:
     """Reports the load of one scale target, a stage service of a model, to KEDA.
     Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong
-    metadata, UNAVAILABLE if the request store cannot be read.
+    metadata. Errors of IsActive and GetMetrics: UNAVAILABLE if the request store cannot be read.
     """
 
     @staticmethod

@@ -29,7 +29,7 @@ GRPC_VERSION: str
 class ExternalScalerStub:
     """Reports the load of one scale target, a stage service of a model, to KEDA.
     Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong
-    metadata, UNAVAILABLE if the request store cannot be read.
+    metadata. Errors of IsActive and GetMetrics: UNAVAILABLE if the request store cannot be read.
     """
 
     @_typing.overload
@@ -51,7 +51,7 @@ class ExternalScalerStub:
 class ExternalScalerAsyncStub(ExternalScalerStub):
     """Reports the load of one scale target, a stage service of a model, to KEDA.
     Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong
-    metadata, UNAVAILABLE if the request store cannot be read.
+    metadata. Errors of IsActive and GetMetrics: UNAVAILABLE if the request store cannot be read.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -69,7 +69,7 @@ class ExternalScalerAsyncStub(ExternalScalerStub):
 class ExternalScalerServicer(metaclass=_abc_1.ABCMeta):
     """Reports the load of one scale target, a stage service of a model, to KEDA.
     Errors of all RPCs: NOT_FOUND for a model or stage that the fleet does not serve, INVALID_ARGUMENT for wrong
-    metadata, UNAVAILABLE if the request store cannot be read.
+    metadata. Errors of IsActive and GetMetrics: UNAVAILABLE if the request store cannot be read.
     """
 
     @_abc_1.abstractmethod

@@ -87,7 +87,9 @@ class Tensor(_message.Message):
     byte_size: _builtins.int
     """Size of the payload in bytes: the product of `shape`, times the element size of `dtype`."""
     data: _builtins.bytes
-    """The payload, if it has at most 64 KiB. Absent if the payload follows in chunks."""
+    """The payload, if it has at most 64 KiB and all inline payloads of the artifact have at most 1 MiB. Absent if the
+    payload follows in chunks.
+    """
     checksum: _builtins.int
     """XXH3-64 checksum of the payload; only set if the payload follows in chunks."""
     @_builtins.property
