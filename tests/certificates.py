@@ -37,7 +37,7 @@ class Authority:
         self.ca.write_bytes(_pem(certificate.sign(self._key, hashes.SHA256())))
 
     def subordinate(self, name: str, valid: datetime.timedelta = _DAY) -> Authority:
-        """An intermediate authority signed by this authority. `path_length` must allow it."""
+        """An intermediate authority signed by this authority, whose `path_length` must be at least 1."""
         other = Authority(self._directory / name, name)
         constraints = x509.BasicConstraints(ca=True, path_length=0)
         builder = _builder(other._name, self._name, other._key.public_key(), valid)

@@ -38,9 +38,9 @@ class Gate:
 
 
 class Store(RequestStore):
-    """A store of one request. Each call waits at its gate if the test has set this gate.
+    """A store of one request. admit(), get() and finish() each wait at their gate if the test has set it.
 
-    After its gate, admit() raises `admit_error` if it is set.
+    After its gate, admit() raises `admit_error` if `admit_error` is set.
     """
 
     def __init__(self) -> None:

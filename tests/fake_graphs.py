@@ -19,7 +19,7 @@ from models.dits.base import Predictions
 from models.stages.step_memory import Captured
 
 Written = tuple[Tensor, Tensor]
-"""A tensor that an operation will overwrite, and a copy of its values before that."""
+"""A tensor that an operation will overwrite, and a copy of its previous values."""
 DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """Tags of operations that read values on the host, which a stream capture does not permit."""
 

@@ -90,7 +90,7 @@ class Served:
         return ", ".join(axes) or "no"
 
     def resume(self) -> str:
-        """Position at which the loop resumes after a worker is lost."""
+        """Steps after which the loop can resume on another worker: "each step" or "no"."""
         loops = [stage for service in self.services for stage in service.stages if stage.reports_steps]
         return "each step" if loops and all(stage.resume_slot is not None for stage in loops) else "no"
 

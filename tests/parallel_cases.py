@@ -219,7 +219,7 @@ FAMILIES = {
         condition=((1, 20, 3, 6, 10), (1, 20, 3, 6, 10)),
         tokens=45,
     ),
-    # One step of transformer, three of transformer_2.
+    # Two steps of transformer, two of transformer_2.
     "wan-a14b": Family(
         build_tiny_wan_a14b,
         Canvas(height=80, width=112, output_format="mp4"),

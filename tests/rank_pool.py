@@ -65,7 +65,7 @@ class RankPool:
     def call(self, function: str, **keywords: Any) -> list[Any]:
         """Call function(rank, **keywords) on all ranks concurrently; returns the parsed JSON results by rank.
 
-        Raises RankFailed if a rank raises, exits or does not reply. The pool is then closed, as the other ranks may
+        Raises RankFailed if a rank raises, exits or does not reply. All ranks are then killed, as the other ranks may
         block on the failed rank forever.
         """
         line = (json.dumps({"call": function, **keywords}) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Stores a request in each state with a fleet of a given source tree, and dumps its Redis keys.
+"""Stores a request in each state with a fleet of a given source tree, and dumps the Redis keys.
 
 The fleet serves two tiny checkpoints: Wan TI2V, which has two variants, and causal Wan, whose result streams. A second
 model name of the first checkpoint has no workers, so that its requests remain queued. All processes are killed at the
@@ -146,7 +146,10 @@ class _Recorder:
 
 
 async def record_requests(tree: Path, directory: Path, dump: Path) -> None:
-    """Store requests with a fleet of a source tree, and write the store's keys to `dump`. `directory` has the logs."""
+    """Store requests with a fleet of a source tree, and write the store's keys to `dump`.
+
+    `directory` has models and logs.
+    """
     flags = (*QUICK_COORDINATOR, "--step-seconds", str(_STEP_SECONDS), "--max-result-bytes", str(_LARGEST_STREAM))
     async with AsyncExitStack() as stack:
         fleet = Fleet(

@@ -93,15 +93,15 @@ class Served:
         return b"".join([reply.data async for reply in download]), steps
 
     async def kill_worker(self, _: str) -> None:
-        """Send SIGKILL to the process that holds the worker slot."""
+        """Send SIGKILL to the worker that runs the request."""
         await self.signal_worker(self._family.service, signal.SIGKILL)
 
     async def end_worker(self, _: str) -> None:
-        """Send SIGTERM to the process that holds the worker slot."""
+        """Send SIGTERM to the worker that runs the request."""
         await self.signal_worker(self._family.service, signal.SIGTERM)
 
     async def signal_worker(self, service: str, number: signal.Signals) -> Process:
-        """Send a signal to the process that holds the worker slot of a service; returns the process.
+        """Send a signal to the worker of a service that runs the request; returns the worker's process.
 
         Raises FaultTooLate if the service has finished its part of the request.
         """
@@ -163,6 +163,6 @@ async def is_complete(stub: Stub, workers: Mapping[str, int]) -> bool:
 
 
 def resumed_at(steps: list[int]) -> int:
-    """The first step of the second worker."""
+    """The first completed step that the second worker reported."""
     assert steps.count(0) == 2, steps
     return steps[steps.index(0, 1) + 1]

@@ -11,7 +11,7 @@ CONTRACT = '{"inputs":{"canvas":"Canvas"},"optional":[],"outputs":{"media":"Medi
 LASTS = 600_000
 """Time to live of every key in ms."""
 REPLY_LIMIT = 100
-"""Largest size of all shared replies in bytes."""
+"""Upper bound of the total size of all shared replies in bytes."""
 
 
 def admission(id: str, owner: str, caller: str = "", **more: Any) -> dict[str, Any]:

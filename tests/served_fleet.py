@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass
 class Answer:
-    """Events and files that a client received for a request."""
+    """Record, files and warnings that a client received for a request."""
 
     record: generation_pb2.RequestRecord
     files: list[bytes]
@@ -81,7 +81,10 @@ async def _generate(endpoint: str, request: generation_pb2.SubmitRequest) -> Ans
 
 
 async def collect(client: FleetClient, request: generation_pb2.SubmitRequest, answer: Answer) -> None:
-    """Run a request to its end and store all messages in `answer`. Raises the errors of FleetClient.generate()."""
+    """Run a request to its end; stores its record, files and warnings in `answer`.
+
+    Raises RequestFailed if the request does not succeed, and the errors of FleetClient.generate().
+    """
     async for response in client.generate(request):
         match response.WhichOneof("payload"):
             case "accepted":

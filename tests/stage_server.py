@@ -50,7 +50,7 @@ Script = Callable[[StageInput, Call], None]
 
 
 def do_nothing(_: StageInput, call: Call) -> None:
-    """A script without effect."""
+    """A script that only checks for a cancellation."""
     call.check_cancelled()
 
 

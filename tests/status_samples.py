@@ -89,7 +89,7 @@ def activity(kind: pb.ActivityKind.ValueType, service: str = "denoising", **fiel
 
 
 def requests() -> list[pb.RequestRecord]:
-    """One request per kind of activity and terminal state."""
+    """One open request per kind of activity, a succeeded request and a failed request."""
     running, ended = pb.REQUEST_STATE_RUNNING, pb.REQUEST_STATE_SUCCEEDED
     runs = activity(
         KIND.ACTIVITY_KIND_RUNNING, worker_id="denoising-host-7", step=12, total_steps=28, since=timestamp_of(NOW_MS)

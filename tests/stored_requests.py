@@ -16,7 +16,7 @@ STORE = "store"
 """Stem of the file of keys that belong to no single request."""
 _REQUEST_ID = "request_id"
 _EXPIRES = "fleet:ended"
-"""Sorted set whose scores are times in ms since the Unix epoch."""
+"""Sorted set of ended requests by the time in ms since the Unix epoch at which their record expires."""
 
 Json: TypeAlias = Any
 
@@ -68,7 +68,7 @@ def _pairs(reply: Mapping[bytes, bytes]) -> dict[str, Json]:
 
 
 def _commands(key: str, kind: str, value: Json, shift_ms: int) -> Iterable[list[Any]]:
-    """The commands that write a key. Expiry times are moved `shift_ms` later."""
+    """The commands that write a key. Expiry times of records are moved `shift_ms` later."""
     match kind:
         case "string":
             yield ["SET", key, _bytes(value)]

@@ -151,7 +151,7 @@ async def undisturbed(fleet: Served) -> bytes:
 
 
 async def worker_fault(fleet: Served, whole: bytes, service: str, number: signal.Signals, step: int) -> None:
-    """Signal the worker of a service after `step` steps. The decoder must also have delivered an item.
+    """Signal the worker of a service after `step` steps; a decoder only after its first delivered item.
 
     The case is repeated if the signal came too late, as events are delayed on a busy host.
     """

@@ -17,7 +17,7 @@ Hook = Callable[[int, Call], None]
 
 
 def do_nothing(_: int, call: Call) -> None:
-    """A hook without effect."""
+    """A hook that only checks for a cancellation."""
     call.check_cancelled()
 
 

@@ -52,7 +52,10 @@ def t5_tokenizer() -> T5TokenizerFast:
 def build_tiny_flux(
     path: Path, *, guidance_embeds: bool = True, dynamic_shift: bool = True, shift: float = 1.0, seed: int = 0
 ) -> Path:
-    """Write a checkpoint like FLUX.1-dev; like schnell without guidance embedding and dynamic shift."""
+    """Write a checkpoint like FLUX.1-dev.
+
+    Without `guidance_embeds` and `dynamic_shift`, the checkpoint is like FLUX.1-schnell.
+    """
     torch.manual_seed(seed)
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     modules: dict[str, Any] = {

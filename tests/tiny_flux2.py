@@ -39,7 +39,7 @@ LATENT_CHANNELS = 8
 STATE_SIZE = 16
 TEXT_SIZE = 3 * STATE_SIZE
 TURN = "{{ '<|im_start|>user\n' + messages[0].content + '<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"
-"""Chat template for one message; renders as the published template does without thinking."""
+"""Chat template for one message; renders as the published template does with `enable_thinking=False`."""
 MARKS = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "<pad>"),
     *("[IMG_BREAK]", "[IMG_END]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),

@@ -155,7 +155,7 @@ class Request:
         return cls(tuple(part.latents.shape), text, x.sampling.seed)
 
     def noise(self, generator: torch.Generator, frames: int) -> Tensor:
-        """Noise of `frames` latent frames, drawn frame by frame as in FastVideo."""
+        """Noise of `frames` latent frames, drawn as (batch, frames, channels, H, W) like in FastVideo."""
         batch, channels, _, *size = self.shape
         return torch.randn((batch, frames, channels, *size), generator=generator).transpose(1, 2)
 

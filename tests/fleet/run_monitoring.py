@@ -3,8 +3,8 @@
 `promtool` checks the rules and runs their tests. Prometheus then scrapes a fleet of the emoji model on this host while
 requests run. Each recording rule must return a number, each panel a number for at least one service, and each alert
 must be valid. Queries of the metrics in EXEMPT may return no data on a host without a GPU. After 1,000 requests of 50
-callers, the number of series must be unchanged. All processes export traces, and each histogram of EXEMPLARS must have
-an exemplar with the trace id of a request. Requires `prometheus` and `promtool` (Debian package prometheus).
+callers, the number of series must not have grown. All processes export traces, and each histogram of EXEMPLARS must
+have an exemplar with the trace id of a request. Requires `prometheus` and `promtool` (Debian package prometheus).
 
 The exit status is 1 if a check failed; findings are printed.
 """

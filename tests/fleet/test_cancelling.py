@@ -57,7 +57,7 @@ async def by_deadline(stub: Stub, request: pb.SubmitRequest) -> AsyncIterator[st
 
 
 async def left_in(url: str) -> list[bytes | str]:
-    """Store keys of queues, worker slots, open work, step checkpoints and cancellations."""
+    """Store keys of queues, worker slots, work, open requests, step checkpoints and cancellations."""
     async with connect(url) as redis:
         names = ("queue", "waiting", "slots", "work", "open", "checkpoint", "cancels")
         return [key for name in names for key in await redis.keys(f"fleet:{name}:*")]

@@ -105,7 +105,7 @@ def test_invalid_inputs_are_reported_in_one_line(
 
 
 def test_readme_command_writes_a_video(tmp_path: Path) -> None:
-    """The README's command with fewer steps writes an MP4."""
+    """The README's command, with fewer steps and frames, writes an MP4."""
     output = tmp_path / "heart.mp4"
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FLEET_")}
     flags = (

@@ -84,7 +84,7 @@ def test_unix_socket_is_removed_with_its_server(tmp_path: Path) -> None:
     run_served(test, listen=f"unix:{path}")
 
 
-def test_reports_arrive_in_order_and_step_checkpoints_are_snapshots() -> None:
+def test_reports_and_a_step_checkpoint_arrive_in_order() -> None:
     def script(x: StageInput, call: Call) -> None:
         call.warn("prompt", "cut “off”")
         call.progress(1, 2)

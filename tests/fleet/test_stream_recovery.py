@@ -1,6 +1,6 @@
 """A streamed video survives lost and stopped processes. Bytes are delivered once; no finished block is repeated.
 
-tests/fleet/chaos/run_stream_faults.py kills and stops each process, within and between blocks.
+tests/fleet/chaos/run_stream_faults.py kills and stops denoiser, decoder and coordinator, within and between blocks.
 """
 
 from __future__ import annotations

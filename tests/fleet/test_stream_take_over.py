@@ -44,7 +44,7 @@ VIDEO = b"".join(map(item_bytes, range(ITEMS)))
 
 @dataclass
 class VideoScript(Script):
-    """A decoder whose first call waits before item `stop_before` until `opened` is set or a cancellation."""
+    """A decoder. Its first call waits before item `stop_before` until `opened` is set or the call is cancelled."""
 
     stop_before: int = ITEMS + 1
     stopped: threading.Event = field(default_factory=threading.Event)

@@ -1,8 +1,8 @@
 """Validates the custom resources of every overlay against their CRDs: `python tests/k8s/crds.py DIR`.
 
 DIR contains CustomResourceDefinitions as YAML files. Schemas are closed: unknown keys, which an API server would
-silently drop, are errors. CEL validation rules are not evaluated. Exit status 1: validation errors, one per line. Exit
-status 2: DIR is invalid; one line has the reason.
+silently drop, are errors. CEL validation rules are not evaluated. Exit status 1: no custom resource
+was found, or validation errors, one per line. Exit status 2: DIR is invalid; one line has the reason.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BadFolder(Exception):
 def load_schemas(folder: Path) -> dict[tuple[str, str], Any]:
     """Load the CRDs in a folder's YAML files; returns closed schemas by (apiVersion, kind).
 
-    Raises BadFolder for an unreadable folder or file, and for a folder without CRDs.
+    Raises BadFolder for an unreadable folder or file, for a file that is not a CRD, and for a folder without CRDs.
     """
     schemas: dict[tuple[str, str], Any] = {}
     for path in _yaml_files(folder):

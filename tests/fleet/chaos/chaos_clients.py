@@ -1,4 +1,4 @@
-"""Clients of a chaos run. Each completes one request, with retries at other coordinators."""
+"""Clients of a chaos run. Each completes one request, with retries at random coordinators."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class Client:
         return self._channels.stub(self._rng.choice(coordinators).target)
 
     async def _retry(self, rpc: str, attempt: Callable[[Stub], Awaitable[T]]) -> T:
-        """Retry a call at one coordinator after another. Raises UnexpectedReply for an error that no fault explains."""
+        """Retry a call at random coordinators. Raises UnexpectedReply for an error that no fault explains."""
         while True:
             try:
                 return await attempt(self._any_stub())

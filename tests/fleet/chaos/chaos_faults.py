@@ -129,7 +129,10 @@ class Chaos:
                 self._fleet.signal(target, signal.SIGKILL)
 
     async def _kill_both(self, fault: Fault) -> bool:
-        """Kill a busy denoiser and the coordinator of its request at the same time."""
+        """Kill a busy denoiser and the coordinator of its request at the same time.
+
+        If no denoiser is busy, a random worker and a random coordinator are killed.
+        """
         running = await self.runs_by_worker()
         by_pid = {each.pid: each for each in self._fleet.of(coordinators=False)}
         busy = [pid for pid in running if pid in by_pid and by_pid[pid].role.program == "denoising"]
@@ -156,7 +159,7 @@ class Chaos:
         return True
 
     async def _partition(self, fault: Fault) -> bool:
-        """Partition a process from the store or, if it is a worker, from the coordinators."""
+        """Partition a coordinator or worker from the store, or a worker from the coordinators."""
         from_store = fault.kind in (Kind.HOLD_STORE, Kind.CUT_STORE)
         workers = list(self._fleet.of(coordinators=False))
         candidates = [*self._fleet.of(coordinators=True), *workers[::3]] if from_store else workers

@@ -64,7 +64,7 @@ class Peers:
         await _talk(process.socket, [_PREFACE, _EMPTY_SETTINGS, *frames])
 
     async def _stay_half_open(self, process: Process, rng: random.Random) -> None:
-        """Connect, send a part of the preface or nothing, and stay connected."""
+        """Connect, send nothing, a part of the preface or the whole preface, and stay connected."""
         _, writer = await asyncio.open_unix_connection(str(process.socket))
         writer.write(_PREFACE[: rng.choice((0, 10, len(_PREFACE)))])
         self._writers.append(writer)

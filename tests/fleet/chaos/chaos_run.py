@@ -74,7 +74,7 @@ class FleetRun:
         return Client(order, self.fleet, self.channels, self.run_progress, self.plan.seed)
 
     async def warm_up(self) -> None:
-        """Wait for all workers, and run one request on every coordinator and stage."""
+        """Wait for all workers, and run one request of each model on every coordinator."""
         coordinators = self.fleet.of(coordinators=True)
         await asyncio.gather(*(self._warm(self.channels.stub(each.target)) for each in coordinators))
 

@@ -103,7 +103,8 @@ class Load:
 class Report:
     """Results of a run. `burst_seconds`, `wave_seconds` and `push_seconds` are durations.
 
-    `answered` counts requests; `refused` counts submissions that were rejected with UNAVAILABLE and retried.
+    `answered` counts requests with the expected bytes; `refused` counts submissions that were rejected with UNAVAILABLE
+    and retried.
     """
 
     history: ScalingHistory

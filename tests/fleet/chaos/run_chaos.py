@@ -10,8 +10,8 @@ skewed clock. At the end, every accepted request must have ended once, every res
 process, and no resources may be left.
 
 With --churn, the fleet has two coordinators, two denoisers and one worker of each other stage of the Flux checkpoint,
-with default settings, and each process is killed or stopped every 10 seconds on average. Exactly the requests that
-kill their workers must be FAILED.
+with default settings. By default, each process is killed every 8 seconds and stopped every 32 seconds on average.
+Exactly the requests that kill their workers must be FAILED.
 
 The exit status is 1 if a check failed; the output then has all details for an analysis. The seed determines requests
 and faults, but not their timing, which depends on the host.

@@ -1,4 +1,4 @@
-"""Kills and stops each process that serves a streamed video, within and between blocks.
+"""Kills and stops denoiser, decoder and coordinator of a streamed video, within and between blocks.
 
 Each case is one request of causal Wan on real processes; a client follows its file and events. The exit status is 0
 only if every file has the bytes of a run without faults, each delivered once.
@@ -31,7 +31,7 @@ def print_case(case: str, began: float) -> None:
 
 
 async def main() -> None:
-    """Run all cases. Each coordinator case has its own fleet, as a signaled coordinator is not restarted."""
+    """Run all cases. Each coordinator case has its own fleet, as no stub reaches a signaled coordinator again."""
     async with served(CAUSAL) as fleet:
         whole = await undisturbed(fleet)
         for service in ("denoising", "decoding"):

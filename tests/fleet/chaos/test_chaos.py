@@ -303,7 +303,7 @@ def test_a_held_link_delivers_late_and_a_cut_link_never(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_a_skewed_clock_affects_every_clock_function() -> None:
+def test_a_skewed_clock_affects_only_the_wall_clock() -> None:
     script = (
         "import time, datetime; from datetime import datetime as d; true = time.time(); before = time.monotonic()\n"
         "import clock_skew; clock_skew.skew_clock(3600)\n"

@@ -62,7 +62,7 @@ class WarmStarter:
             await self._listener
 
     async def _listen(self, replies: asyncio.StreamReader) -> None:
-        """Read the warm parent's replies, which are in the order of the calls."""
+        """Read the warm parent's replies. Replies about started processes are in the order of fork() calls."""
         while line := await replies.readline():
             reply = json.loads(line)
             if "started" in reply:

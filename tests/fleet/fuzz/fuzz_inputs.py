@@ -126,7 +126,7 @@ def mutated(draw: st.DrawFn, frame: bytes, others: Sequence[bytes]) -> bytes:
 
 @st.composite
 def inputs(draw: st.DrawFn, seeds: Sequence[Frames], types: Sequence[Descriptor]) -> Frames:
-    """Frames for a target: noise, or a changed seed. Changes mutate, drop, duplicate or extend frames."""
+    """Frames for a target: noise, or a seed with mutated, extended, dropped, inserted or reversed frames."""
     pieces = [frame for seed in seeds for frame in seed] or [b""]
     if not seeds or draw(st.integers(0, 9)) == 0:
         return tuple(draw(st.lists(st.binary(max_size=64), max_size=3)))
@@ -163,7 +163,7 @@ _MORE_TOKENS = (
 
 
 def any_input(rng: random.Random, seeds: Sequence[Frames]) -> Frames:
-    """Draw frames like inputs() does, without Hypothesis: no shrinking, but many times faster."""
+    """Draw mutated frames without Hypothesis: no shrinking, but many times faster."""
     pieces = [frame for seed in seeds for frame in seed] or [b""]
     frames = [_mutate(rng, frame, pieces) if rng.random() < 0.6 else frame for frame in rng.choice(seeds)]
     match rng.randint(0, 12):

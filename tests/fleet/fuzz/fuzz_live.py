@@ -40,7 +40,7 @@ _DEFECTS = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.D
 
 @contextlib.contextmanager
 def all_targets(directory: Path) -> Iterator[list[Target]]:
-    """All targets: those of fuzz_targets, of fuzz_ranks and of this module."""
+    """Yield the targets of fuzz_targets, fuzz_ranks and this module."""
     with targets(directory) as without, live_targets() as live:
         yield [*without, *rank_targets(), *live]
 

@@ -435,7 +435,7 @@ def _checkpoint_run(path: Path) -> Callable[[Frames], None]:
 
 
 def _parser_targets() -> Iterator[Target]:
-    """Targets of the protobuf parser alone, for every message of the public API and the stages."""
+    """Targets of the protobuf parser alone, for the request and response frames of every stage service."""
     kinds = [request_type(stage_method(service)) for service in SERVICES]
     kinds += [response_type(stage_method(service)) for service in SERVICES]
     for kind in kinds:

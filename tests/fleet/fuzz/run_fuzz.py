@@ -2,7 +2,7 @@
 
     python tests/fleet/fuzz/run_fuzz.py --seconds 600 [--target NAME]
 
-Exits with 1 at the first finding, whose minimal input is added to the corpus as a regression test. The table has, for
+Exits with 1 at the first finding, whose input is added to the corpus as a regression test. The table has, for
 each target, the number of inputs, the slowest input, and the memory growth of the process.
 """
 
@@ -102,7 +102,7 @@ def fuzz(target: Target, examples: int, number: int, tally: Tally) -> None:
 
 
 def fuzz_fast(target: Target, examples: int, number: int, tally: Tally) -> None:
-    """Run fast random inputs, seeded by `number`. Accepted inputs become seeds of further inputs."""
+    """Run fast random inputs, seeded by `number`. A random few of the inputs become seeds of further inputs."""
     last: list[Frames] = []
     rng = random.Random(number)
     seeds = list(target.seeds)
