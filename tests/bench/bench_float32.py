@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def float32_bytes(modules: Iterable[nn.Module]) -> int:
-    """Size of the modules' weights in float32, in bytes."""
+    """Size of the modules' weights and buffers in float32, in bytes."""
     return sum(4 * tensor.numel() for tensor in _tensors(modules))
 
 
@@ -32,7 +32,7 @@ def in_float32(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Weights and buffers of at most 32 bits, without repetition."""
+    """Weights and buffers in bfloat16, float16 or float32; each shared tensor once."""
     found = (chain(each.parameters(), each.buffers()) for each in modules)
     narrow = (torch.bfloat16, torch.float16, torch.float32)
     return list({id(tensor): tensor for tensor in chain.from_iterable(found) if tensor.dtype in narrow}.values())

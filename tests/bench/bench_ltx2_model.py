@@ -1,7 +1,7 @@
 """LTX-2 with random weights in memory for both sides, at published size or tiny for a trial run.
 
 Sizes are those of Lightricks/LTX-2 and Lightricks/LTX-2.3 after Diffusers' conversion, and of google/gemma-3-12b-it.
-Nothing is downloaded or written: weights are drawn on the device, in bfloat16.
+Nothing is downloaded. At published size, nothing is written: weights are drawn on the device and stored in bfloat16.
 """
 
 from __future__ import annotations

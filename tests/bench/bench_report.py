@@ -38,7 +38,7 @@ def processor() -> str:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a Markdown table; floats get one decimal below 100."""
+    """Print a Markdown table. Floats have no decimals from 100, one from 1, and else three significant digits."""
     say("| " + " | ".join(header) + " |")
     say("|" + "---|" * len(header))
     for row in rows:

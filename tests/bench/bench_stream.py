@@ -1,7 +1,7 @@
 """Causal Wan with random weights in memory, and timed runs of its denoising and decoding.
 
-Sizes are those of Self Forcing's Wan2.1-T2V-1.3B. Nothing is downloaded or written: weights and text embeddings are
-drawn on the devices.
+Sizes are those of Self Forcing's Wan2.1-T2V-1.3B. Nothing is downloaded or written: weights are drawn on the devices,
+noise and text embeddings on the CPU.
 """
 
 from __future__ import annotations

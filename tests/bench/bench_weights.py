@@ -18,7 +18,10 @@ from models.layers.linear import absent_biases
 
 
 def build_reference(work: Work, device: torch.device, *, tiny: bool) -> Any:
-    """Diffusers' model with seeded random weights of a scale that bounds the activations."""
+    """Diffusers' model in bfloat16, with its default initialization from a fixed seed.
+
+    Wan's FLOAT32_PARAMETERS are in float32.
+    """
     torch.manual_seed(0)
     sizes = {**work.sizes, **(TINY[work.reference] if tiny else {})}
     with device, default_dtype(torch.bfloat16):

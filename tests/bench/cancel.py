@@ -26,7 +26,7 @@ SHORT = 3  # steps of the next request
 BEYOND_MS = 100.0  # budget in addition to one step
 
 Method = Callable[[Stub], Iterator[str | int]]
-"""Ends a request: yields its id, then the time of its end, in ns of the monotonic clock."""
+"""Submits and ends a request: yields its id, then the time of its end, in ns of the monotonic clock."""
 
 
 def by_call(stub: Stub) -> Iterator[str | int]:

@@ -5,7 +5,7 @@ The second part runs a fleet of the emoji model for each layout, in bfloat16 on 
 is a process. In each group, the last rank and rank 0 are killed once and stopped once during a request. The request
 must return the same bytes as an undisturbed request.
 
-`--layout` sets the layouts; the default is every layout of `--ranks` ranks, by default of all GPUs. Run it with:
+`--layout` sets the layouts; the default is LAYOUTS of `--ranks` ranks, which are all GPUs by default. Run it with:
 python tests/bench/cuda_group.py; to check it without GPUs: --device cpu --ranks 4
 """
 
@@ -54,7 +54,7 @@ LAYOUTS: dict[int, tuple[Degrees, ...]] = {
         Degrees(ring=8),
     ),
 }
-"""Layouts by number of ranks."""
+"""Default layouts by number of ranks; for 4 and 8 ranks, a selection of the possible layouts."""
 
 WITHOUT_RING = ("wan-causal",)
 """Families whose loaders refuse a ring degree above 1: ring attention does not support KV caches."""
@@ -148,7 +148,7 @@ def layout_is_right(folder: Path, degrees: Degrees, workload: Workload, alone: G
             for rank in (degrees.world_size - 1, 0):
                 seconds, generated = disturbed(fleet, rank, number)
                 same = generated.state == pb.REQUEST_STATE_SUCCEEDED and generated.file == undisturbed.file
-                resumed = generated.steps.count(0) == 2  # Each group that works on the request reports its step 0.
+                resumed = generated.steps.count(0) == 2  # The coordinator reports step 0 for each group that starts.
                 is_right &= same and resumed
                 rows.append(
                     (

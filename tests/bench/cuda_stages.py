@@ -5,7 +5,7 @@ call into stages; its denoising includes the preparation of latents and timestep
 stage. Then the fleet loads its stages from these modules and runs them in this process, without RPCs (cuda_flux.py
 includes RPCs). Input images are noise: Diffusers takes them decoded, the fleet's stages decode PNG files. Each side
 runs once for warm-up and once timed. The output has times, peak memory without the weights, and the relative error of
-the latents. No network and no disk space are needed.
+the latents. No network is needed; only a small checkpoint is written, to a temporary folder.
 
 Run it with: python tests/bench/cuda_stages.py --family z-image; to try it without a GPU: --device cpu --scale tiny.
 With --swap-experts, the fleet has one of two denoisers on the GPU at a time. With --float32, Diffusers also runs in

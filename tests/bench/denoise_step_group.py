@@ -4,8 +4,8 @@ Every rank builds the same random weights of published size, in bfloat16. Our si
 Diffusers runs with Ulysses over all ranks, on one rank without parallelism, and compiled by repeated blocks if
 requested. Both sides alternate and are timed by CUDA events; the time of the slowest rank counts. Guided workloads
 predict two branches per step: ours divides them among the ranks of the cfg axis, Diffusers predicts them sequentially.
-Errors are relative L2 of the first branch against Diffusers' model in float32 on one rank. Memory is the peak beside
-the weights on rank 0.
+Errors are relative L2 of the first branch against Diffusers' model in float32 on one rank. Memory is the peak on
+rank 0 without the weights.
 
 Run it with: torchrun --nproc-per-node 2 tests/bench/denoise_step_group.py --ulysses 2; the number of GPUs must equal
 the product of the degrees. To check it without GPUs, add --device cpu --scale tiny --alone: Diffusers' parallelism

@@ -2,8 +2,9 @@
 
 Every method runs eagerly and in a CUDA graph, for GEMM shapes of the DiTs. `error` is the larger relative L2 error of
 both runs against float32. `host us` is the time in which Python enqueues a call; `graph us` is the GPU time of a call
-in a graph. Figures are medians of rounds in which the methods alternate, so that all run at the same clock rate. Ratios
-are ours / theirs: above 1, theirs is faster. A method that fails is shown as "-", with its error below the table.
+in a graph. Both are medians of several rounds; GPU rounds alternate between the methods, so that all run at the same
+clock rate. Ratios are ours / theirs: above 1, theirs is faster. A method that fails is shown as "-", with its error
+below the table.
 
 Matmul objects are planned once per shape. Each call sets its operands by reset_operands_unchecked(), or by
 reset_operands() if the method is named "checked". Matmul objects and our GEMM have no workspace, except those

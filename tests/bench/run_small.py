@@ -1,6 +1,6 @@
-"""Runs every benchmark program once on the CPU at a small scale; exit code 1 if a program fails.
+"""Runs the benchmark programs on the CPU at a small scale; exit code 1 if a program fails.
 
-The figures of these runs mean nothing. Run it with: python tests/bench/run_small.py
+Programs in NOT_RUN are excluded. The figures of these runs mean nothing. Run it with: python tests/bench/run_small.py
 """
 
 from __future__ import annotations

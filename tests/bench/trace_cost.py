@@ -1,7 +1,7 @@
 """Cost of traces per request: a fleet that exports every span, against a fleet without export.
 
-Both fleets run concurrently and generate the same images in pairs of sequential requests; the first fleet alternates
-between pairs, so that load of the host affects both. The receiver is in this process. Run it with: python
+Both fleets run concurrently and generate the same images in pairs of sequential requests; the order of the fleets
+alternates between pairs, so that load of the host affects both. The receiver is in this process. Run it with: python
 tests/bench/trace_cost.py
 """
 

@@ -64,7 +64,7 @@ class Recorder:
         vars(stage)["Input"] = Recorded
 
     def unread_inputs(self, stages: Iterable[StageSpec]) -> set[Slot]:
-        """Declared inputs that no stage has read."""
+        """Declared inputs that the declaring stage has not read."""
         return {(each.contract.name, slot) for each in stages for slot in each.contract.inputs} - self.reads
 
     def unread_outputs(self, stages: Iterable[StageSpec]) -> set[Slot]:

@@ -25,7 +25,7 @@ Pair = tuple[LocalFleet, Any]
 SEED = 5
 BASE: dict[str, Any] = {"prompt": "a red apple", "height": 64, "width": 64, "num_inference_steps": 4}
 QUOTED: dict[str, Any] = {"prompt": 'a red car with "old stone" on it'}
-# An even number of quoted texts: Diffusers prepends a token to each text.
+# If the number of quoted texts is even, Diffusers prepends a token to each of them.
 TWO_QUOTED: dict[str, Any] = {"prompt": "the “river” on 「猫 moon」"}
 
 MODES: dict[str, dict[str, Any]] = {

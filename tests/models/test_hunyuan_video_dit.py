@@ -1,4 +1,4 @@
-"""Parity of the HunyuanVideo DiT with Diffusers' transformer, which pads the text: same weights."""
+"""Parity of the HunyuanVideo DiT with Diffusers' transformer, which gets padded text: same weights."""
 
 from __future__ import annotations
 

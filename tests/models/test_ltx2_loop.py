@@ -118,7 +118,7 @@ def test_cancellation_ends_the_loop_within_a_step(loop: Loop) -> None:
 
 
 def test_graphs_give_the_same_bytes_as_eager_steps(model: ServedModel) -> None:
-    """Branches have equal shapes, but different graphs, as they skip different blocks."""
+    """Branches have equal shapes, but each has its own graph: two branches skip some of the attention."""
     loop = Loop(model, "image")
     eager, capture = loop.run(loop.inputs()), FakeCapture()
     stage = loop.stage

@@ -1,4 +1,4 @@
-"""Parity of the LTX-Video DiT with Diffusers' transformer, which pads the text, on the same weights."""
+"""Parity of the LTX-Video DiT with Diffusers' transformer, which gets padded text, on the same weights."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def theirs(reference: Reference, given: dict[str, Tensor]) -> Tensor:
 def test_predictions_match_diffusers(
     tmp_path: Path, heads: int, tokens: int, has_first: bool, dtype: torch.dtype, max_error: float
 ) -> None:
-    """RoPE skips the first channels, because 32 and 40 channels (4 and 5 heads) are no multiple of 6."""
+    """RoPE skips the first channels, because 32 and 40 channels (4 and 5 heads) are not multiples of 6."""
     reference, ours = pair(tmp_path, dtype, num_attention_heads=heads, cross_attention_dim=8 * heads)
     given = inputs(tokens, dtype, has_first=has_first)
     with torch.inference_mode():

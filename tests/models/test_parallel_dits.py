@@ -1,4 +1,4 @@
-"""Every parallel layout of a DiT equals one rank, with sequence lengths that no degree divides."""
+"""Parallel layouts of every DiT equal one rank, in most cases with token counts that no degree divides."""
 
 from __future__ import annotations
 

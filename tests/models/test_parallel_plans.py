@@ -1,4 +1,4 @@
-"""Parallel plans of all families: completeness, refused plans, and the weights of one rank.
+"""Parallel plans of all families except LTX-2: completeness, refused plans, and the weights of one rank.
 
 No rank processes are started.
 """
@@ -77,7 +77,7 @@ PLANS: dict[str, tuple[ParallelPlan, Callable[[Any], DiffusionTransformer], tupl
     "wan": (WAN_PLAN, WanTransformer3DModel, (WanTransformerConfig(), WAN_I2V)),
     "z-image": (Z_IMAGE_PLAN, ZImageTransformer2DModel, (ZImageTransformerConfig(),)),
 }
-"""(plan, model class, published configs) of each family."""
+"""(plan, model class, published configs) by family; LTX-2 is not included."""
 
 ALL_PLANS = pytest.mark.parametrize(("plan", "kind", "configs"), PLANS.values(), ids=PLANS)
 

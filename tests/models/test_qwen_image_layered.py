@@ -86,8 +86,8 @@ def pipeline(fleet: LocalFleet) -> Any:
 def their_run(pipeline: Any, image: Image.Image, request: Mapping[str, Any]) -> dict[str, Tensor]:
     """Run Diffusers' pipeline; returns the latents of the last step, and the pixels.
 
-    A callback stores the latents, because output_type="latent" fails. With several outputs, Diffusers groups the layers
-    incorrectly, but in the correct order.
+    A callback stores the latents, because output_type="latent" fails. Diffusers groups the layers of several outputs
+    incorrectly, but returns them in the correct order; view() restores the groups.
     """
     latents: list[Tensor] = []
 
