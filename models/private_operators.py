@@ -27,6 +27,7 @@ class Operator:
 
 
 _SPLITS = ("input", "output_split_sizes", "input_split_sizes", "group_name")
+_HEADS = ("query", "key", "value")
 
 GEMM = PrivateApi(
     "torch",
@@ -54,6 +55,10 @@ COLLECTIVES = PrivateApi(
         Called("torch.distributed._symmetric_memory:empty", 1, ("dtype", "device")),
         Called("torch.distributed._symmetric_memory:rendezvous", 2),
         Attributes("torch._C._distributed_c10d:_SymmetricMemory", ("barrier", "buffer_ptrs")),
+        Operator("aten._scaled_dot_product_flash_attention_for_cpu.default", _HEADS),
+        Operator("aten._scaled_dot_product_efficient_attention.default", (*_HEADS, "attn_bias", "compute_log_sumexp")),
+        Operator("aten._scaled_dot_product_cudnn_attention.default", (*_HEADS, "attn_bias", "compute_log_sumexp")),
     ),
 )
-"""Operators called by models.parallel.collectives and models.parallel.peer_memory."""
+"""Operators called by models.parallel.collectives and models.parallel.peer_memory, and the attention operators that
+return the log-sum-exp of the scores, which models.kernels.attention calls for `ring`."""
