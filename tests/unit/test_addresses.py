@@ -35,7 +35,7 @@ async def is_serving(channel: grpc.aio.Channel) -> bool:
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_servers_listen_on_sockets_of_any_name(name: str) -> None:
+def test_servers_listen_on_sockets_in_directories_of_any_name(name: str) -> None:
     async def test(directory: Path) -> None:
         server = FleetServer(f"unix:{directory}/s.sock")
         address = await server.start()

@@ -166,5 +166,5 @@ def test_a_single_key_falls_back_to_sdpa(choice: AttentionChoice) -> None:
         ((9, 0), torch.bfloat16, 12),
     ],
 )
-def test_inputs_without_a_table_row_use_sdpa(capability: Capability, dtype: torch.dtype, head_size: int) -> None:
+def test_inputs_that_no_backend_supports_use_sdpa(capability: Capability, dtype: torch.dtype, head_size: int) -> None:
     assert choose_backend(capability, dtype, 10**6, KEYS, head_size, lambda _: True) == "sdpa"

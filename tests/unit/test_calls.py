@@ -63,7 +63,7 @@ def test_a_stage_that_only_reports_steps_ends_within_one_step_of_cancellation() 
 
 
 class FakeVae:
-    """VAE of a video model: decodes ten black frames and counts them in `num_decoded`."""
+    """VAE of a video model: decodes ten gray frames and counts them in `num_decoded`."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -79,7 +79,7 @@ class FakeVae:
 
 
 class FakeConfig:
-    """The members of a pipeline config that DecodingStage uses."""
+    """The members of a pipeline config that DecodingStage._frames() uses."""
 
     visual_part = "video"
 

@@ -1,4 +1,4 @@
-"""Invalid command lines exit with code 2 and one line on stderr before a store is started."""
+"""Command lines of `fleet`: invalid input, parameters, exit codes and output files."""
 
 from __future__ import annotations
 

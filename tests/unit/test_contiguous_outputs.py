@@ -47,6 +47,6 @@ def test_densified_returns_contiguous_artifacts_themselves() -> None:
     tensor = torch.zeros(2, 3)
     artifact = Latents(parts={"image": LatentPart(latents=tensor, raw_latent_shape=(2, 3))})
     assert densified(artifact) is artifact
-    columns, copied = densified((tensor.mT, tensor))
+    columns, unchanged = densified((tensor.mT, tensor))
     assert columns.is_contiguous()
-    assert copied is tensor
+    assert unchanged is tensor

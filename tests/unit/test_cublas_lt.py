@@ -159,7 +159,7 @@ def test_cpu_tensors_are_not_supported() -> None:
 
 @pytest.mark.parametrize(("offset", "expected"), [(0, True), (128, True), (8, False), (64, False)])
 def test_matrices_must_be_aligned_to_256_bytes(monkeypatch: pytest.MonkeyPatch, offset: int, expected: bool) -> None:
-    """256 bytes are 128 elements of bfloat16. A slice that begins at another offset is refused."""
+    """256 bytes are 128 elements of bfloat16. A slice at an offset that is not a multiple of 128 is refused."""
     monkeypatch.setattr(cublas_lt, "can_load", lambda *_: True)
     monkeypatch.setattr(cublas_lt, "is_usable", lambda _: True)
     buffer = torch.zeros(2048 * 256 + 256, dtype=torch.bfloat16)

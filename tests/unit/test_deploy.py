@@ -70,7 +70,7 @@ def test_compose_passes_settings_that_the_service_reads(service: str) -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_compose_passes_trace_variables_from_the_shell(service: str) -> None:
-    """The shell cannot set a variable that has a value in compose.yaml."""
+    """The shell cannot set a variable that has a literal value in compose.yaml."""
     passed = {name for name, value in COMPOSE[service]["environment"].items() if value is None}
     assert {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG"} <= passed
     assert passed <= set(environment_variables.__dict__)

@@ -42,7 +42,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove settings and proxies from the environment."""
+    """Remove the proxy variables and FLEET_LOG_LEVEL from the environment."""
     for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_proxy", "no_grpc_proxy", "FLEET_LOG_LEVEL"):
         monkeypatch.delenv(name, raising=False)
 

@@ -36,7 +36,7 @@ def report_lines(url: str, store: StoreSettings = STRICT, **values: Any) -> list
 
 
 def configure(url: str, **values: str) -> None:
-    """Set `values`, and reset all other configuration values to DEFAULTS."""
+    """Empty the store, permit all commands to the default user, and set DEFAULTS overridden by `values`."""
 
     async def scenario(redis: Redis) -> None:
         await command(redis, "ACL", "SETUSER", "default", "on", "nopass", "~*", "&*", "+@all")

@@ -33,7 +33,7 @@ class Parsed(Exception):
 
 
 def segments(line: str) -> Iterator[list[str]]:
-    """The commands of a shell line, without variables and redirections."""
+    """The commands of a shell line, without variable assignments. Targets of redirections are separate commands."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;<>")
     lexer.whitespace_split = True
     lexer.commenters = ""
@@ -90,7 +90,7 @@ def parse_fleet(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def flags_of(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> set[str]:
-    """Flags of a `fleet` command, parsed from its help; for `serve`, the flags of all services."""
+    """Flags of a `fleet` command, parsed from its help. `serve` without a service has the flags of all services."""
     calls: list[Callable[[Sequence[str]], object]]
     if words[0] == "serve":
         services = [name for name in words[1:2] if name in service_names()] or service_names()

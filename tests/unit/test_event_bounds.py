@@ -38,6 +38,8 @@ def test_a_warning_of_a_worker_has_a_bounded_length() -> None:
 
 
 def test_only_the_latest_step_of_a_service_is_pending() -> None:
+    """Step 0 reports that the stage begins, and stays pending."""
+
     def script(writer: EventWriter) -> None:
         writer.progress("denoising", 0, 9)
         writer.progress("denoising", 1, 9)

@@ -1,4 +1,4 @@
-"""Reports of a running stage become frames without blocking the stage."""
+"""Reports of a running stage become frames. Only items above the byte limit block the stage."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_an_image_with_two_sizes_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("bound", [None, 16, 1 << 40])
-def test_the_pixel_bound_is_independent_of_pillows_global_bound(
+def test_the_pixel_bound_holds_for_any_global_bound_of_pillow(
     bound: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", bound)

@@ -62,7 +62,7 @@ def flash_attn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Inst
 
 
 def attention_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Restrict trials to attention packages; the other packages are installed and need a GPU."""
+    """Restrict trials to attention packages; other packages may be installed and fail without a GPU."""
     packages = tuple(each for each in PACKAGES if each.module.startswith(("fa3", "flash")))
     monkeypatch.setattr(trials, "PACKAGES", packages)
 

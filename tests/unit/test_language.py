@@ -54,7 +54,7 @@ class Finding:
 
 
 def findings_of(path: str, text: str) -> Iterator[Finding]:
-    """Refused words in a file; of Python code only in comments, strings and names of definitions."""
+    """Refused words in a file. In Python code, only comments, strings and names of definitions are searched."""
     if not _PATTERN.search(text):
         return
     lines = text.splitlines()

@@ -166,7 +166,7 @@ class LiveRequests(RuleBasedStateMachine):
 
 
 def tensors_of(memory: StepMemory) -> list[Tensor]:
-    """The slab of a memory and the buffers of its graphs."""
+    """The tensors of a step memory and the buffers of its graphs."""
     buffers = [] if memory._buffers is None else list(memory._buffers.values())
     return [each for tensors in (memory._memory, *buffers) for each in tensors.values()]
 

@@ -56,7 +56,7 @@ def _sample(name: str, **labels: str) -> float:
 
 
 def metric_definitions(source: str) -> Iterator[str]:
-    """Calls of metric classes of prometheus_client, also through import aliases."""
+    """Calls of metric classes of prometheus_client, also through aliases of imported classes."""
     kinds = {"Counter", "Gauge", "Histogram", "Summary", "Info", "Enum"}
     tree = ast.parse(source)
     imported = {

@@ -145,7 +145,7 @@ def test_times_are_exact_at_any_rate(frame_rate: float, exact: Fraction) -> None
 
 
 def test_scene_cuts_within_a_fragment_give_one_playable_file() -> None:
-    """The encoder may insert an IDR frame at a scene cut, which adds a moof box to the same item."""
+    """The encoder may insert an IDR frame at a scene cut, which adds a moof box to the fragment."""
     encoder = Mp4Fragment(HEIGHT, WIDTH, 16.0, 0)
     other = torch.rand(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
     for index in range(50):

@@ -1,7 +1,7 @@
 """The store scripts of the latest release and of this version on one store, called by both versions.
 
 Each process calls the script of its own version. In any order of operations, no worker exceeds its capacity, no claim
-or request is lost or granted twice, and neither script reports damage in data of the other version.
+is granted twice, no claim or request is lost, and neither script reports damage in data of the other version.
 """
 
 from __future__ import annotations

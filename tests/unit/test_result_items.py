@@ -85,7 +85,7 @@ def test_a_repeated_event_delivers_its_item_once(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, scenario)
 
 
-def test_a_former_owner_neither_adds_nor_changes_nor_ends_an_item(each_store_url: str) -> None:
+def test_a_former_owner_neither_adds_nor_changes_nor_expires_an_item(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
         former = RequestStore(redis, owner="former", retention=Retention(result_seconds=0.02))
         request_id = await admit(former)
@@ -144,7 +144,7 @@ def test_an_item_that_has_expired_is_not_found(each_store_url: str) -> None:
     run_on_empty_store(each_store_url, scenario)
 
 
-def test_an_end_repeated_after_a_lost_reply_ends_the_items(each_store_url: str) -> None:
+def test_an_end_repeated_after_a_lost_reply_sets_the_expiry_of_the_items(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
         store = RequestStore(redis)
         request_id, stored = await admit(store), stored_item(0, 3)

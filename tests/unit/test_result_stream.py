@@ -36,7 +36,7 @@ def server() -> Iterator[RedisServer]:
 
 
 def packet(data: bytes, file: int = 0, files: int = 1, frames: int = 4) -> Packet:
-    """An item as a worker sends it, with more than 64 KiB of data in chunks."""
+    """An item as a worker sends it. Data of more than 64 KiB is in chunks."""
     message = artifacts_pb2.MediaItem(
         content_type="video/mp4", height=16, width=32, num_frames=frames, file_index=file, file_count=files
     )

@@ -35,7 +35,7 @@ KIND = pb.ActivityKind
 
 @pytest.fixture(scope="module")
 def unsynced_store_url() -> Iterator[str]:
-    """URL of a Valkey server without fsync, because these tests store thousands of requests."""
+    """URL of a Valkey server without fsync, because these tests store hundreds of requests."""
     with running_server("valkey", "--appendfsync", "no") as server:
         yield server.url
 

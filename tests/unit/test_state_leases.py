@@ -155,7 +155,7 @@ def test_the_newest_step_checkpoint_stays_until_the_request_ends(each_store_url:
         assert await Leases(redis, "successor").load_step_checkpoint("r") == parts
         (key,) = await redis.keys("fleet:checkpoint:*")
         assert await redis.pttl(key) > 0
-        # Delivered late, after its caller stopped waiting for the reply.
+        # This write arrives late, after its caller stopped waiting for the reply.
         assert not await old.save_step_checkpoint("r", 1, 0, [b"first"], step=1)
         assert await redis.keys("fleet:checkpoint:*") == [key]
         assert await old.load_step_checkpoint("r") == parts

@@ -66,7 +66,7 @@ def test_a_loss_is_suspect_once_the_heartbeat_has_expired(each_store_url: str) -
         assert loss.undecided_seconds == 0
         await case.announce("w")  # the worker was suspended for longer than its heartbeat lasts
         assert [each.suspect for each in await case.leases.losses("r", 1)] == [True]
-        # The heartbeat of this worker expired before its loss; the wait for a decision is as long as for other losses.
+        # This worker has no heartbeat before its loss; the wait for a decision is as long as for other losses.
         (first, second) = await case.lose("unknown")
         assert (first.worker_id, second.worker_id, second.suspect) == ("w", "unknown", False)
         assert [loss.suspect for loss in await case.decided()] == [True, True]

@@ -38,7 +38,7 @@ CLAIM: Arguments = {
 
 
 async def configure(redis: Redis, **values: str) -> None:
-    """Set configuration values, and reset all other values to the defaults of this file."""
+    """Set the configuration values of DEFAULTS, overridden by `values`."""
     for name, value in {**DEFAULTS, **{name.replace("_", "-"): value for name, value in values.items()}}.items():
         await command(redis, "CONFIG", "SET", name, value)
 

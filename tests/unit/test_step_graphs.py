@@ -206,8 +206,8 @@ def test_a_result_is_copied_before_the_next_replay(
     assert [graph.replays for graph in capture.graphs] == [2, 1]
 
 
-def test_a_slab_is_reset_in_place_at_its_lease(pool: StepMemoryPool, transformer: LoopTransformer) -> None:
-    """The slab is also reset after a request that failed between two steps. Graphs use its address."""
+def test_step_memory_is_reset_in_place_at_its_lease(pool: StepMemoryPool, transformer: LoopTransformer) -> None:
+    """Step memory is also reset after a request that failed between two steps. Graphs use its address."""
     steps = [loop_step(transformer, seed) for seed in range(4)]
     addresses: set[int] = set()
 

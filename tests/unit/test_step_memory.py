@@ -69,7 +69,7 @@ def test_every_denoiser_that_caches_tensors_names_its_cached_tensors() -> None:
 
 
 def test_a_returned_memory_is_leased_again_only_to_an_equal_key(pool: StepMemoryPool) -> None:
-    """Another expert, branch, size or module gets other memory, even if all shapes are equal."""
+    """Another expert, branch, number of outputs or module gets other memory."""
     with pool.leases() as lease:
         first = lease("transformer", TRANSFORMER, inputs())
     with pool.leases() as lease:
@@ -101,9 +101,9 @@ OTHER_STEPS: dict[str, StepInputs] = {
     "dtype of latents": replace(STEP, latents=halved(STEP.latents)),
     "dtype of the row": replace(STEP, row=halved(STEP.row)),
     "dtype of constants": replace(STEP, constants=halved(STEP.constants)),
-    "a slab": replace(STEP, memory={"total": MemorySpec(SHAPES["video"], torch.float32)}),
-    "length of a slab": replace(STEP, memory={"total": MemorySpec((8, 3, 4), torch.float32)}),
-    "dtype of a slab": replace(STEP, memory={"total": MemorySpec(SHAPES["video"], torch.float16)}),
+    "a memory tensor": replace(STEP, memory={"total": MemorySpec(SHAPES["video"], torch.float32)}),
+    "length of a memory tensor": replace(STEP, memory={"total": MemorySpec((8, 3, 4), torch.float32)}),
+    "dtype of a memory tensor": replace(STEP, memory={"total": MemorySpec(SHAPES["video"], torch.float16)}),
     "a flag": replace(STEP, flags={"skipped": 0}),
     "value of a flag": replace(STEP, flags={"skipped": 1}),
     "name of a flag": replace(STEP, flags={"halved": 1}),
@@ -210,7 +210,7 @@ def test_idle_memory_is_bounded_in_bytes_rather_than_in_number() -> None:
 
 
 def test_captured_graphs_count_towards_the_bound() -> None:
-    """Inputs of three steps fit, but their graphs do not. The oldest memory is freed as soon as it is idle."""
+    """Inputs of three steps fit, but their graphs do not. The third lease frees the oldest memory."""
     steps = [inputs(skipped=number) for number in (1, 2, 3)]
     graph = 10 * size_of(steps[0])
     pool = StepMemoryPool(2 * (size_of(steps[0]) + graph), FakeCapture(byte_size=graph))

@@ -211,14 +211,14 @@ def test_a_layer_or_dit_that_imports_a_parallel_module_is_found(source: str) -> 
         assert list(found) == [path.removesuffix(".py").replace("/", ".")]
 
 
-def test_there_are_three_denoising_loops() -> None:
+def test_three_denoising_stages_share_two_loops() -> None:
     served = {path: source for path, source in _sources().items() if not path.startswith("tests/")}
     assert denoising_loops(served) == DENOISING_LOOPS
     paced = {name for name, imports in import_graph(served).items() if "models.stages.pacing" in imports}
     assert paced == {"models.stages.denoising", "models.stages.causal_dmd_denoising"}, "other stages have no loop"
 
 
-def test_a_further_denoising_loop_is_found() -> None:
+def test_a_further_denoising_stage_is_found() -> None:
     sources = {
         "a.py": "class A(PipelineStage[contracts.DenoisingInput, Out]): ...\nclass B(A): ...",
         "b.py": "class C(PipelineStage[DenoisingInput, Out]): ...\nclass D(C): ...\nclass E(Other): ...",

@@ -1,4 +1,4 @@
-"""Tokens of callers: accepted tokens, refused tokens and their messages, and valid key files."""
+"""Tokens of callers: accepted tokens, refused tokens and their messages, and key files."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_token_selects_a_key_by_its_kid(tmp_path: Path) -> None:
             tokens.verify(token("Ed2", "EdDSA", {"kid": kid}))
 
 
-def test_a_secret_verifies_only_hs256_and_public_keys_do_not_verify_it(tmp_path: Path) -> None:
+def test_only_a_secret_verifies_hs256_and_a_secret_verifies_nothing_else(tmp_path: Path) -> None:
     path = write_keys(tmp_path, SECRET + b"\n")
     signed = jwt.encode(claims(), SECRET, "HS256")
     assert TokenVerifier([read_secret(path)], RULES).verify(signed).name == "alice"
@@ -88,7 +88,7 @@ def test_a_secret_verifies_only_hs256_and_public_keys_do_not_verify_it(tmp_path:
 
 
 def forged(kind: str) -> dict[str, str]:
-    """Tokens that a verifier with the key of this kind must refuse, each by its defect."""
+    """Forged tokens by defect. A verifier with the key of this kind must refuse each token."""
     good = token(kind, "RS256")
     header, payload, signature = good.split(".")
     as_secret = f"{segment({'alg': 'HS256'})}.{payload}"

@@ -34,7 +34,7 @@ WITHOUT_TORCH = (
 )
 
 
-# Import names of the packages of the GPU extra, which is not installed where tests run.
+# Import names of packages of the GPU extra that may be absent where tests run.
 GPU_PACKAGES = {
     "cuda": "cuda-bindings",
     "fa3_fwd_interface": "fa3-fwd",

@@ -88,7 +88,7 @@ class Network(Connections):
 
 
 class LeavingWorkers(Network):
-    """Each worker except the last runs its number of steps, at 1 s per step, and hands the call over."""
+    """Each worker runs its number of steps, at 1 s per step. Workers before the last hand the call over."""
 
     def __init__(self, *steps: int) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ WEIGHTS = safetensors_bytes({"weight": [0.0]})
 
 
 def build_snapshot(cache: Path, commit: str = "0a1b2c", repository: str = REPOSITORY) -> Path:
-    """Write a repository of the Hugging Face cache, with links as weights. Returns its only snapshot."""
+    """Write a repository of the Hugging Face cache, with links as weights. Returns the new snapshot."""
     root = cache / repository
     snapshot = build_bare_flux(root / "snapshots" / commit)
     (root / "refs").mkdir(exist_ok=True)
