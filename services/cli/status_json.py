@@ -57,14 +57,14 @@ FIELDS: Mapping[str, str] = {
     "requests[].created_at": "time of admission",
     "requests[].updated_at": "time of the last state change",
     "requests[].age_seconds": "seconds from admission until now, or until the end",
-    "requests[].prompt": "first 48 characters of the prompt",
+    "requests[].prompt": "first 47 characters of the prompt and an ellipsis, or a prompt of at most 48 characters",
     "requests[].error_code": "gRPC status code of a failed request",
     "requests[].activities[].kind": (
         "RUNNING, QUEUED (for a worker slot), NO_WORKER (no live worker), RETRY, TAKE_OVER (its coordinator is lost), "
         "COORDINATOR (between stages) or UNSPECIFIED (its coordinator is of an earlier version)"
     ),
     "requests[].activities[].service": "service that runs the request, or that it waits for",
-    "requests[].activities[].worker_id": "worker that runs the request",
+    "requests[].activities[].worker_id": "worker that runs the request, or that was lost before a retry",
     "requests[].activities[].since": "time when the worker was assigned; null while waiting",
     "requests[].activities[].step": "steps done",
     "requests[].activities[].total_steps": "total number of steps; 0 for a service without steps",

@@ -33,7 +33,7 @@ class DenoisingSettings(LoopSettings, WarmUpSettings):
     nnodes: int = setting(1, help="number of hosts, each with an equal number of ranks; run this command on each host")
     node_rank: int = setting(0, help="index of this host, from 0; host 0 runs rank 0, which serves requests")
     rdzv_endpoint: str = setting("", help="HOST:PORT of the rendezvous: an address and a free port of host 0")
-    max_restarts: int = setting(10, help="maximum consecutive restarts, each after a run of less than a minute")
+    max_restarts: int = setting(10, help="maximum consecutive restarts, each after a run of at most a minute")
     rank_heartbeat_seconds: float = setting(1.0, help="seconds between two heartbeats of a rank")
     rank_lost_seconds: float = setting(
         8.0, help="seconds without a heartbeat after which a rank is lost, and the group restarts"

@@ -68,7 +68,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=tuple(FAMILIES))
-    parser.add_argument("--ranks", type=int, choices=tuple(LAYOUTS), help="ranks of a group; by default all GPUs")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        choices=tuple(LAYOUTS),
+        help="ranks of a group (default: the number of GPUs, or 2 on the CPU)",
+    )
     parser.add_argument("--layout", nargs="*", type=degrees_of, help='layouts, such as "tp=2,ring=2"')
     parser.add_argument("--no-fleets", action="store_true", help="compare models only")
     parser.add_argument("--size", type=int, default=1024, help="pixels of the fleet's images")
@@ -86,11 +91,7 @@ def main() -> None:
         # Liveness settings have their defaults: a rank that loads CUDA's libraries may be silent longer than in tests.
         workload = Workload(args.device, args.steps, args.size, liveness_flags=(), seconds=180)
         is_right = fleets(Path(folder), layouts, workload)
-    say(
-        "Every request returned its file."
-        if is_right
-        else "A check failed: see NO and errors above the limit in the tables."
-    )
+    say("Every check passed." if is_right else "A check failed: see NO and errors above the limit in the tables.")
     if not is_right:
         sys.exit(1)
 

@@ -37,7 +37,7 @@ def _fault(node: ast.Call, path: str) -> str:
             if "%" in str(node.args[0].value):
                 return "the event has a placeholder; pass values as keyword arguments"
             if reserved := {*RESERVED, *FROM_CONTEXT}.intersection(names):
-                return f"{', '.join(sorted(reserved))}: a field of every line"
+                return f"{', '.join(sorted(reserved))}: a field that the formatter or the log context adds"
     return ""
 
 

@@ -8,6 +8,7 @@ only if every file has the bytes of a run without faults, each delivered once.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import signal
 import sys
@@ -52,4 +53,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     asyncio.run(main())

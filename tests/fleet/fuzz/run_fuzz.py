@@ -156,10 +156,10 @@ def add_to_corpus(target: str, frames: Frames) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Fuzz all targets in rounds, for the given time."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--seconds", type=float, default=600.0, help="duration of the run (default: 600)")
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="seed of the first round")
     parser.add_argument("--target", action="append", help="fuzz only these targets")
-    parser.add_argument("--examples", type=int, default=50, help="inputs per round")
+    parser.add_argument("--examples", type=int, default=50, help="Hypothesis inputs per target and round (default: 50)")
     args = parser.parse_args(argv)
     print(f"seed {args.seed}")  # noqa: T201
     logging.disable()  # Ranks log every failed call, and most calls fail here.
