@@ -54,6 +54,10 @@ class ResultItems:
         async for chunk in read_chunks(self._redis, request_id, _keys(request_id, stored), skipped):
             yield chunk
 
+    async def refresh(self, request_id: str, items: Iterable[StoredItem]) -> None:
+        """Renew the TTL of items that another coordinator has stored."""
+        await self.expire(request_id, items, _UNENDED_MS)
+
     async def expire(self, request_id: str, items: Iterable[StoredItem], milliseconds: int) -> None:
         """Set the TTL of the bytes of items, in ms."""
         keys = [key for stored in items for key in _keys(request_id, stored)]
