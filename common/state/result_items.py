@@ -17,7 +17,8 @@ from common.state.replication import Replication
 from fleet.v1 import generation_pb2
 
 _UNENDED_MS = 86_400_000
-"""TTL of an item whose request has not ended, in ms. A request that runs longer loses the bytes of its first items."""
+"""TTL in ms of an item whose request has not ended. A take-over renews it; a request that one coordinator owns for
+longer loses the bytes of its first items."""
 _EXPIRE_AT_ONCE = 1_000  # keys per PEXPIRE pipeline
 
 
