@@ -1,8 +1,9 @@
 """The orientation of an image file, from its EXIF and XMP metadata.
 
 The rules are those of Pillow's ImageOps.exif_transpose. The header reader and the decoder both use this module, so they
-agree on the size of an image. Pure Python: the coordinator has no image library. Differs from Pillow in one case:
-Pillow raises an error for EXIF data that is not a TIFF file, in a PNG or WebP file; here such an image is not rotated.
+agree on the size of an image. Pure Python: the coordinator has no image library. Differs from Pillow in two cases. In
+a PNG or WebP file, Pillow raises an error for EXIF data that is not a TIFF file; here such an image is not rotated.
+Images with more metadata than the limits below are rejected.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ ITEM_BYTES: Mapping[int, int] = {
 
 @dataclass(frozen=True)
 class CallLimits:
-    """Limits of the tensors of one call, in one direction."""
+    """Limits of the tensors of one header or of one item of a stream."""
 
     total_bytes: int = 2 << 30
     tensors: int = 4096

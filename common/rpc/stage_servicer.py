@@ -87,7 +87,7 @@ class ServicerLimits:
     `capacity`: concurrent calls that receive inputs, wait for the device thread or run.
     `idle_seconds`: timeout for the next frame while the inputs or an item of a stream are incomplete.
     `step_seconds`: minimum interval of progress frames; the last step is always reported.
-    `call`: limits of the tensors of one call.
+    `call`: limits of the tensors of one header or of one item of a stream.
     """
 
     capacity: int = 1

@@ -1,9 +1,9 @@
 """Detects stuck calls: calls that have reported steps and then report no step for too long.
 
 Heartbeats continue while a kernel or a collective hangs, so that the store treats the worker as live. The watchdog
-stores the time of each reported step, and checks these times on a separate thread. It cancels a call without a step for
-too long, which ends a stage that still checks for cancellation. If the device thread has not ended some seconds later,
-it cannot be interrupted and the process exits; in a worker group, the other ranks detect this and exit too.
+stores the time of each reported step, and checks these times on a separate thread. It cancels a stuck call, which ends
+a stage that still checks for cancellation. If the call has not ended some seconds later, its thread cannot be
+interrupted and the process exits; in a worker group, the other ranks detect this and exit too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class HangLimits:
     """Limits that define a stuck call.
 
     After its first step, a call is stuck if it reports no step for `seconds` or for `mean_steps` times its mean step
-    duration, whichever is longer. The device thread then has `exit_seconds` to end. Raises InvalidInput for a limit
+    duration, whichever is longer. It is then cancelled, and has `exit_seconds` to end. Raises InvalidInput for a limit
     that is not positive.
     """
 

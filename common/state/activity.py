@@ -33,7 +33,7 @@ class StageQueue(NamedTuple):
 
 
 class ActiveRequest(NamedTuple):
-    """A record, its activities, and for each activity the queue in which the request waits, or None."""
+    """A record with its activities, and for each activity the queue in which the request waits, or None."""
 
     record: generation_pb2.RequestRecord
     queues: Sequence[StageQueue | None]

@@ -69,10 +69,10 @@ class Leases:
     ) -> tuple[list[Inherited], list[str]]:
         """Take over open requests of a model that no coordinator runs. Call repeatedly until no request is returned.
 
-        Returns requests of lost coordinators (only with `beyond_own`), and requests of this coordinator that are not in
-        `running`, because the reply to an earlier call may have been lost. Also returns the ids of running requests
-        that must be cancelled, because the cancel message may have been lost. Returns nothing if this coordinator's
-        heartbeat has expired.
+        Returns requests of coordinators without a heartbeat (only with `beyond_own`), and requests of this coordinator
+        that are not in `running`, because the reply to an earlier call may have been lost. Also returns the ids of
+        running requests that must be cancelled, because the cancel message may have been lost. Returns nothing if this
+        coordinator's heartbeat has expired.
         """
         arguments: Arguments = {
             "owner": self._owner,

@@ -102,7 +102,7 @@ class Admission(NamedTuple):
 
 
 class StoredEvent(NamedTuple):
-    """An event, and the epoch of the owner that added it; 0 if the store added it without an owner."""
+    """An event, and the epoch of the owner that added it; 0 for an event of admit() or request_cancel()."""
 
     event: generation_pb2.Event
     epoch: int

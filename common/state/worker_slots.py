@@ -273,7 +273,10 @@ class WorkerSlots:
         await asyncio.gather(*self._releases)
 
     async def close(self) -> None:
-        """Wait up to 1 s for pending releases, then cancel them. Their worker slots are released with the heartbeat."""
+        """Wait up to 1 s for pending releases, then cancel them.
+
+        The store releases their worker slots when the coordinator's heartbeat ends.
+        """
         if self._releases:
             await asyncio.wait(self._releases, timeout=_CLOSE_SECONDS)
         for release in self._releases:

@@ -30,8 +30,8 @@ class CausalDmdConfig(DmdConfig):
     """A model that denoises a video block by block.
 
     The denoiser's predict() takes the block's latents (B, channels, frames, rows, columns) and the static flag
-    `first_frame`, the number of preceding frames, whose keys and values are in the KV cache. The cache is sharded by
-    heads; therefore `parallel_axes` of a subclass must not include "ring".
+    `first_frame`, the number of preceding frames. The KV cache contains the keys and values of the preceding frames to
+    which the block attends. It is sharded by heads; therefore `parallel_axes` of a subclass must not include "ring".
     """
 
     has_step_cache = False

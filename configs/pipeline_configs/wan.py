@@ -114,7 +114,7 @@ class WanPipelineConfig(StandardPipelineConfig):
         return None
 
     def model_timestep(self, timesteps: Tensor) -> Tensor:
-        """The schedule's timesteps, whole numbers in [0, 1000)."""
+        """The schedule's timesteps, in [0, 1000]."""
         return timesteps
 
     def prepare_pos_cond_kwargs(self, embeds: Parts, shapes: Shapes, sampling: Sampling) -> Keywords:

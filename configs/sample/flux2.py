@@ -73,7 +73,10 @@ class Flux2SamplingParams(SigmasSamplingParams):
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2ImageSamplingParams(Flux2SamplingParams):
-    """FLUX.2 dev with reference images. The default size is the size of the first image."""
+    """FLUX.2 dev with reference images.
+
+    The default size is the size of the first image, reduced to the VAE's maximum area.
+    """
 
     @classmethod
     def image_roles(cls, checkpoint: Checkpoint) -> ImageRoles:

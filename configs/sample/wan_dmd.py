@@ -84,7 +84,7 @@ class WanCausalDMDSamplingParams(WanDMDSamplingParams):
         return super().model_defaults(checkpoint)
 
     def _with_whole_latent_frames(self, checkpoint: Checkpoint) -> tuple[Self, tuple[ParamWarning, ...]]:
-        """Round frames down to whole blocks, or up to one block.
+        """Round frames as Wan 2.1 does, then down to whole blocks, or up to one block.
 
         Raises InvalidInput for more frames than the model supports.
         """

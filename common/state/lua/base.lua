@@ -26,7 +26,7 @@
 --                                                - ticket:<service>: ticket of the request's latest claim at that
 --                                                  service
 --   fleet:events:<id>                     stream fields `event`, and `epoch` of the owner that added the event, '' for
---                                                another writer
+--                                                an event of the operation admit or cancel
 --   fleet:timeline:<id>                   list   timeline entries ms|kind|service|worker|number, the latest 256
 --   fleet:result:<id>:<epoch>:<file>:<n>  string a chunk of a file of the result
 --   fleet:item:<id>:<epoch>:<item>:<n>    string a chunk of an item of a streamed result; valid if an event refers to
@@ -212,7 +212,7 @@ local function snapshot(id)
   return redis.call('HMGET', P .. 'request:' .. id, 'record', 'extra', 'state', 'created', 'updated')
 end
 
--- Adds serialized events with the epoch of the request's owner. Returns their ids.
+-- Adds serialized events, with the epoch of the owner that adds them or without an epoch. Returns their ids.
 local function add_events(id, events, epoch)
   local ids = {}
   for i, event in ipairs(events) do
@@ -265,7 +265,8 @@ local function note_loss(place, worker, at)
   redis.call('PEXPIRE', key, int(CHURN_MS))
 end
 
--- Returns a number greater than all earlier numbers, even if the counter was lost or restored from an older copy.
+-- Returns the number of a new request or queue entry. It is greater than the numbers of all requests, even if the
+-- counter was lost or restored from an older copy.
 local function next_number()
   local number = redis.call('INCR', P .. 'sequence')
   local newest = tonumber(redis.call('ZREVRANGE', P .. 'requests', 0, 0, 'WITHSCORES')[2])

@@ -11,13 +11,14 @@ local function open_fields(model, id, ...)
 end
 
 -- Makes a coordinator the owner of requests that no coordinator runs: its own requests that it does not run, and
--- requests of lost coordinators. Returns for each: id, epoch, submission, cancel, current time, record and cause (own:
--- its own request, left: the former owner shut down, lost: the former owner's heartbeat expired); then the ids of
--- running requests that the coordinator must cancel. A coordinator without a valid heartbeat gets no requests.
+-- requests of coordinators without a heartbeat. Returns for each: id, epoch, submission, cancel, current time, record
+-- and cause (own: its own request, left: the former owner shut down, lost: the former owner's heartbeat expired); then
+-- the ids of running requests that the coordinator must cancel. A coordinator without a valid heartbeat gets no
+-- requests.
 takes.take_over = {
   'owner', 'model',
   'most',        -- maximum number of requests to take over
-  'beyond_own',  -- 1 to include requests of lost coordinators, else 0
+  'beyond_own',  -- 1 to include requests of coordinators without a heartbeat, else 0
   'running*',    -- ids that this coordinator runs
 }
 function ops.take_over(a)
