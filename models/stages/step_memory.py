@@ -230,9 +230,11 @@ class Lease(Protocol):
 
 
 class StepMemoryPool:
-    """Pool of step memory of a process, at most `max_bytes` in total, leased to the branches of a call.
+    """Pool of step memory of a process, leased to the branches of a call.
 
-    `capture` captures graphs; None: steps run eagerly.
+    The tensors take at most `max_bytes`. Graphs that a call captures may exceed this bound until the call ends; idle
+    memory is then freed until tensors and graphs together take at most `max_bytes`. `capture` captures graphs; None:
+    steps run eagerly.
     """
 
     def __init__(self, max_bytes: int, capture: Capture | None) -> None:
