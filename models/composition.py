@@ -101,8 +101,9 @@ class StandardPipeline(ComposedPipeline):
     ) -> None:
         """Add a model-specific stage for all work before denoising, then the denoising and decoding stages.
 
-        `implementation` is "package.module:Class". The role of each of its modules is the module's name, except
-        SCHEDULER. `inputs` and `denoising_inputs` are the optional inputs of this stage and of the denoising stage.
+        `implementation` is "package.module:Class". The role of the scheduler is SCHEDULER; the role of each module in
+        `modules` is the module's name. `inputs` and `denoising_inputs` are the optional inputs of this stage and of the
+        denoising stage.
         """
         self.add_stage(
             StageSpec(

@@ -328,10 +328,11 @@ def numerics_fingerprint(
     shares_memory: bool = False,
     plugins: Iterable[Path] = (),
 ) -> str:
-    """Hash of everything that determines a stage's output bytes; 32 hexadecimal digits.
+    """Hash of everything besides weights and inputs that determines a stage's output bytes.
 
-    Workers with equal hashes compute equal bytes. The hash covers the processor, the device, `dtype`, library versions,
-    and the source code of `models`, `configs` and `plugins` (directories of further families).
+    Returns 32 hexadecimal digits. Workers with equal hashes and equal weights compute equal bytes for equal inputs. The
+    hash covers the processor, the device, `dtype`, library versions, and the source code of `models`, `configs` and
+    `plugins` (directories of further families).
 
     `degrees` None: one rank. Parallel degrees are included because sums over ranks round differently. `shares_memory`
     is included because ranks that share memory attend to all keys at once. With `uses_kernels`, versions and trial

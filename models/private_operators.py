@@ -60,5 +60,8 @@ COLLECTIVES = PrivateApi(
         Operator("aten._scaled_dot_product_cudnn_attention.default", (*_HEADS, "attn_bias", "compute_log_sumexp")),
     ),
 )
-"""Operators called by models.parallel.collectives and models.parallel.peer_memory, and the attention operators that
-return the log-sum-exp of the scores, which models.kernels.attention calls for `ring`."""
+"""Operators of collectives, of peer memory, and of attention with log-sum-exp.
+
+models.parallel.collectives, models.parallel.peer_memory and models.kernels.attention call them. Ring attention and
+attention to sharded keys need the log-sum-exp of the scores.
+"""

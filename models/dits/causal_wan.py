@@ -1,8 +1,8 @@
 """The causal Wan DiT: predicts a video in blocks of frames. A block attends to itself and to earlier frames.
 
 The KV cache `kv_cache` of a request holds keys and values of earlier frames. Each prediction writes the keys and values
-of its block to the cache. The last prediction of a block runs on the denoised latents at timestep 0; later blocks
-attend to the keys and values from that prediction. RoPE positions count from the start of the video.
+of its block to the cache. If a block follows, the last prediction of a block runs on the denoised latents at timestep
+0; later blocks attend to the keys and values from that prediction. RoPE positions count from the start of the video.
 
 With an attention window the cache holds the first frames (the sink), followed by a ring buffer, in which new frames
 overwrite frames that have left the window. Shapes: as in models.dits.wan; S tokens of the whole video.

@@ -41,7 +41,7 @@ from models.rotation import HeadRotation
 from models.token_segments import TokenSegments
 
 VIDEO, FIRST_FRAME, AUDIO = "video", "first_frame", "audio"
-"""Token segments with separate timesteps; keys of the result of predict_tokens()."""
+"""Token segments with separate modulations; keys of the result of predict_tokens()."""
 
 MASKED = -10000.0
 """Value added to the attention scores of masked text tokens."""

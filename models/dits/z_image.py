@@ -44,7 +44,7 @@ FINAL_EPS = 1e-6
 """Epsilon of the last norm."""
 
 VECTORS = 4
-"""Number of modulations of a block: scale and gate of attention, then scale and gate of the feed-forward."""
+"""Number of modulations of a block: scale and gate of attention, then of the feed-forward."""
 
 PATCH_NAME = f"{PATCH}-1"
 """Key of the first and the last projection for patches of 2x2 latents of one frame."""

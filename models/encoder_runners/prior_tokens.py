@@ -80,7 +80,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 
 
 class PriorTokenSampler:
-    """The language model and its processor. Raises CheckpointError if they or the DiT are incompatible.
+    """The language model and its processor. Raises CheckpointError if they are incompatible.
 
     Raises UnsupportedPackage if transformers' private functions differ from PRIVATE_API. `codebook_size` is the DiT's
     number of prior token embeddings.

@@ -1,8 +1,9 @@
 """Linear layers in float8 (e4m3), which has twice the GEMM throughput of bfloat16.
 
 Weights have a scale per output channel; activations have a scale per token, computed in each call. A scale maps the
-largest magnitude of the row to the largest e4m3 number. GEMM accumulates in float32 and multiplies each output by both
-scales. On CPUs the quantized values are converted to float32 and multiplied by PyTorch's GEMM.
+largest magnitude of the row to the largest e4m3 number. GEMM multiplies each output by both scales. On GPUs, GEMM uses
+fast accumulation, which can be less precise than accumulation in float32. On CPUs the quantized values are converted to
+float32 and multiplied by PyTorch's GEMM.
 
 torchao's float8 linear layers are not used: on an H200 they take 1.3 to 3.1 times as long within a CUDA graph, and 1.1
 times after torch.compile() (torchao 0.18, tests/bench/gemm_packages.py), at an equal error.

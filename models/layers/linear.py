@@ -89,8 +89,8 @@ def only_linear(layers: nn.ModuleList) -> Linear:
 class JoinedLinear:
     """Several linear layers with the same input, computed by one GEMM.
 
-    The parameters of the layers become views of the joined parameters, under unchanged names and without a copy.
-    Raises ValueError where only some of the layers are in float8.
+    The parameters of the layers become views of the joined parameters, under unchanged names: after the previous
+    parameters are freed, each weight is stored once. Raises ValueError where only some of the layers are in float8.
     """
 
     def __init__(self, layers: Sequence[Linear]) -> None:

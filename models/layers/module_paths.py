@@ -1,4 +1,7 @@
-"""Finds modules by patterns of their paths: `*` matches any part of one name, `[qkv]` one of the letters."""
+"""Finds modules by patterns of their paths.
+
+`*` matches any part of one name, `[qkv]` matches one of the letters.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class PeerMemory:
 
 def share_memory(axis: Axis, device: torch.device, size: int) -> PeerMemory:
     """Allocate `size` zeroed bytes on each rank. A collective call: all ranks of the axis must make it."""
-    # A private module of torch, imported only here: if torch changes it, models that do not use it still work.
+    # A private module of torch, imported only here: if torch removes it, workers with one rank still work.
     from torch.distributed import _symmetric_memory as symmetric_memory
 
     own = symmetric_memory.empty(size, dtype=torch.uint8, device=device).zero_()

@@ -1,8 +1,8 @@
 """The denoising loop of causal few-step models: blocks of a video, each emitted when it is finished.
 
-A block attends to the preceding finished blocks through a KV cache in the request's step memory. After each block, a
-context pass predicts the finished latents at timestep 0 and thereby writes the block's keys and values to the cache. A
-resumed loop repeats the context passes of finished blocks, but not their denoising steps.
+A block attends to the preceding finished blocks through a KV cache in the request's step memory. After each block but
+the last, a context pass predicts the finished latents at timestep 0 and thereby writes the block's keys and values to
+the cache. A resumed loop repeats the context passes of finished blocks, but not their denoising steps.
 
 Sources: Self Forcing (arXiv 2506.08009), FastVideo's CausalDMDDenosingStage.
 """

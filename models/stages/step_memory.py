@@ -197,11 +197,14 @@ class StepMemory:
 
 
 def byte_size_of(transformer: DiffusionTransformer, inputs: StepInputs, *, has_cache: bool, has_graphs: bool) -> int:
-    """Maximum `tensor_bytes` of a StepMemory: tensors, step cache and, with graphs, their buffers."""
+    """Maximum `tensor_bytes` of a StepMemory.
+
+    Counts the tensors of `inputs.memory`, the step cache and, with graphs, their buffers.
+    """
     size = sum(spec.byte_size for spec in inputs.memory.values())
     if has_cache:
         first = next(iter(inputs.latents.values()))
-        # Two cached residuals: of the first block, and of all other blocks.
+        # Two cached contributions: of the first block, and of all other blocks.
         size += 2 * transformer.residual_elements(inputs.latents, inputs.constants) * first.dtype.itemsize
     if has_graphs:
         # Predictions are as large as the latents.
@@ -227,9 +230,11 @@ class Lease(Protocol):
 
 
 class StepMemoryPool:
-    """Pool of step memory of a process, at most `max_bytes` in total, leased to the branches of a call.
+    """Pool of step memory of a process, leased to the branches of a call.
 
-    `capture` captures graphs; None: steps run eagerly.
+    The tensors take at most `max_bytes`. Graphs that a call captures may exceed this bound until the call ends; idle
+    memory is then freed until tensors and graphs together take at most `max_bytes`. `capture` captures graphs; None:
+    steps run eagerly.
     """
 
     def __init__(self, max_bytes: int, capture: Capture | None) -> None:

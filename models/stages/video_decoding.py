@@ -69,7 +69,7 @@ class BlockDecodingStage(PipelineStage[BlockDecodingInput, StreamedDecodingOutpu
     """Decodes blocks of latents as they arrive, to one MP4 file per output or one safetensors file.
 
     Each block results in one fragment of each MP4 file. The VAE caches of all outputs are in memory at the same time;
-    if together they exceed the VAE's memory bound, all frames are decoded with the last block.
+    if together they exceed the VAE's memory bound, all frames are decoded after the last block has arrived.
     """
 
     def __init__(self, config: DecodingConfig, runtime: Runtime, modules: Mapping[str, Any]) -> None:
