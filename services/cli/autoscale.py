@@ -39,7 +39,7 @@ class Pool(Protocol):
 
 @dataclass(frozen=True)
 class StageTarget:
-    """A stage of a model, and its target: `target_seconds` of queued work per worker."""
+    """A stage of a model, and its target: `target_seconds` of the metric wanted_seconds per worker."""
 
     model: str
     stage: str

@@ -51,7 +51,10 @@ class _ClientRequest:
         return time.perf_counter() - self._started
 
     async def generate(self, request: generation_pb2.SubmitRequest, *, follow: bool) -> None:
-        """Receive all responses. Once the request is accepted, reconnects after a lost connection."""
+        """Receive all responses.
+
+        Reconnects after a lost connection if the request is accepted and its result is not safetensors.
+        """
         try:
             async with contextlib.aclosing(self._client.generate(request, follow=follow)) as responses:
                 async for response in responses:

@@ -13,7 +13,7 @@ from fleet.v1 import generation_pb2 as pb
 
 
 class RequestActivities:
-    """Reads activities in one store operation, plus one per queue with waiting requests."""
+    """Reads activities in one store operation, plus at most one per queue with waiting requests."""
 
     def __init__(self, redis: Redis, loads: StageLoads) -> None:
         self._redis = redis
