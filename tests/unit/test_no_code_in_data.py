@@ -11,8 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("common", "configs", "models", "services")
 
-# Modules with imports that can access files. They open only files named at start: settings, checkpoints, plugins, keys
-# and the store's binary.
+# Modules with imports that can access files. No request names a file that they open.
 FILE_READERS = {
     "common/checkpoint.py",
     "common/json_file.py",
