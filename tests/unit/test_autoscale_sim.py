@@ -267,7 +267,7 @@ def test_our_setting_is_chosen_within_the_gpu_hours_of_the_rival() -> None:
     assert compare(tuned, Rival("least", "utilization", "none fit"), 60.0).ours is None
 
 
-def test_grids_have_equal_sizes_and_minimize_violation_minutes_then_gpu_hours() -> None:
+def test_grids_have_equal_sizes_and_the_best_setting_minimizes_violation_minutes_then_gpu_hours() -> None:
     assert len({len(settings) for settings in GRID.values()}) == 1
     settings = {"a": Score(3, 1.0), "b": Score(1, 9.0), "c": Score(1, 8.0)}
     assert best_setting(settings) == "c"

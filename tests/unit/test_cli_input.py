@@ -215,7 +215,7 @@ def test_absent_flags_leave_fields_unset() -> None:
     assert parse() == expected
 
 
-def test_flags_set_the_fields_of_the_same_names(tmp_path: Path) -> None:
+def test_each_flag_sets_its_field(tmp_path: Path) -> None:
     image_file = tmp_path / "in.png"
     image_file.write_bytes(b"png")
     flags = "--negative-prompt=n --seed=1 --num-inference-steps=2 --guidance-scale=3 --true-cfg-scale=4 --height=5"

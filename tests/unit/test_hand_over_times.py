@@ -16,7 +16,7 @@ from common.rpc.hand_over import HandOver, StepTimes
 GRACE = 30.0
 """Grace period in seconds."""
 ROUNDING = 0.011
-"""Tolerance of times in seconds: the shortest wait of the loop."""
+"""Tolerance of times in seconds, slightly more than the shortest wait of HandOver.run()."""
 
 
 class JumpingSelector(selectors.DefaultSelector):

@@ -122,7 +122,7 @@ def test_total_expanded_text_is_bounded() -> None:
 
 
 def test_imports_do_not_relax_pillows_bounds() -> None:
-    """This test module imports the modules that stages import."""
+    """This test module imports models.images, with which stages open images."""
     assert Image.MAX_IMAGE_PIXELS is not None
     assert Image.MAX_IMAGE_PIXELS >= MAX_PIXELS
     assert PngImagePlugin.MAX_TEXT_CHUNK <= 1 << 20

@@ -1,4 +1,4 @@
-"""Durations of communication and of gaps between kernels, from trace events."""
+"""Time of communication, and time without computation kernels, from trace events."""
 
 from __future__ import annotations
 

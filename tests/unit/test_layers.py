@@ -41,7 +41,7 @@ def test_a_mask_excludes_keys() -> None:
 
 
 def test_rope_scores_depend_on_distance_only() -> None:
-    """Equal offsets of query and key positions leave the score unchanged on every axis."""
+    """Equal offsets of query and key positions on an axis leave the score unchanged."""
     x = torch.randn(2, 1, 1, 16)
     scores = []
     for offset in (0, 1000):

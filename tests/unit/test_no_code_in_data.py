@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("common", "configs", "models", "services")
 
-# Modules that open files named at start: settings, checkpoints, plugins, keys and the store's binary.
+# Modules with imports that can access files. No request names a file that they open.
 FILE_READERS = {
     "common/checkpoint.py",
     "common/json_file.py",
@@ -87,7 +87,7 @@ def _is_false(value: ast.expr) -> bool:
 
 
 def files_of(source: str) -> Iterator[str]:
-    """Uses of the file system: imported modules, and calls of open()."""
+    """Imports of modules that can access files, and calls of open()."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] in _FILES)
@@ -107,7 +107,7 @@ def test_no_module_executes_data() -> None:
     assert not [f"{path}:{found}" for path, source in sources() for found in code_from_data(source)]
 
 
-def test_only_start_up_modules_access_files() -> None:
+def test_only_listed_modules_can_access_files() -> None:
     found = {path for path, source in sources() if list(files_of(source)) and not path.startswith(COMMAND_LINE)}
     assert not found - FILE_READERS
     assert not FILE_READERS - found, "remove modules from FILE_READERS that access no files"

@@ -352,7 +352,7 @@ def test_a_server_that_does_not_refuse_unknown_methods_is_found(monkeypatch: pyt
     assert cygrpc.AioServer is plain
 
 
-def test_a_worker_checks_its_server_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_checks_its_server_before_it_loads_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> NoReturn:
         raise UnsupportedPackage("refused")
 

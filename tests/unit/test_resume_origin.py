@@ -1,4 +1,4 @@
-"""A step checkpoint is resumed only on equal numerics and equal inputs."""
+"""Step checkpoints: their origins, and saving, finding and loading the newest step checkpoint."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_an_unset_seed_is_drawn(flux: Checkpoint) -> None:
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
-def test_every_value_is_sent_in_one_artifact(flux: Checkpoint) -> None:
+def test_every_value_is_sent_in_exactly_one_artifact(flux: Checkpoint) -> None:
     params, _ = build(flux, seed=1, negative_prompt="", prompt_2="two", true_cfg_scale=2.0, sigmas=(1.0, 0.25))
     assert params.artifacts() == {
         "prompt": Prompt(prompt="a red apple", negative_prompt="", prompt_2="two", max_sequence_length=512),

@@ -188,7 +188,7 @@ def test_each_error_of_an_exception_group_is_one_line_and_the_largest_exit_code_
 
 
 def test_a_failed_rank_may_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit code 2 ends the group without a restart. Errors that another rank can cause have another code."""
+    """Exit code 2 ends the group without a restart. Errors that may be temporary have another exit code."""
     place = Place(rank=0, local_rank=0, world_size=1, num_nodes=1, store_host="localhost", store_port=1, token="t")
     model = open_model("emoji", load_registry())
     for error in (distributed.DistNetworkError("reset"), torch.OutOfMemoryError("full"), MemoryError()):

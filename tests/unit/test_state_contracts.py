@@ -184,7 +184,7 @@ def test_a_worker_of_the_last_release_has_the_contract_of_its_release(each_store
             with pytest.raises(NoWorkers, match="worker older, output 'latents'"):
                 await take(slots, "r1", patience_seconds=0.0)
             await registry.announce(worker_with(contract(), "newer"))
-            # The contract is deleted, because another release may store another contract.
+            # The contract is moved, so that a process of the last release with another contract is not refused.
             assert await redis.hkeys("fleet:model:emoji") == [b"fingerprint"]
             assert 0 < await redis.pttl(f"fleet:older:{PLACE}") <= 18_000
             assert await take(slots, "r2") == "newer"

@@ -82,7 +82,7 @@ def test_a_cancellation_is_inherited(each_store_url: str) -> None:
 
 
 def test_a_coordinator_takes_over_its_own_requests_that_it_does_not_run(each_store_url: str) -> None:
-    """It does not run them because the reply to their admission or take-over was lost."""
+    """A lost reply to an admission or a take-over may leave a request that its owner does not run."""
 
     async def scenario(redis: Redis) -> None:
         store = RequestStore(redis, owner="me")

@@ -109,7 +109,7 @@ def test_without_capture_every_step_runs_eagerly(transformer: LoopTransformer) -
 
 
 def test_every_denoiser_runs_eagerly_with_every_combination_of_flags_before_its_capture() -> None:
-    """Two experts, two flags of branches and two flags of predictions have eight separate graphs."""
+    """Two experts with two branches each, predicted with and without a flag, have eight separate graphs."""
     journal = Journal()
     pool = StepMemoryPool(1 << 20, journal)
     names = {"transformer": "one", "transformer_2": "two"}

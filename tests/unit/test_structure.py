@@ -22,7 +22,7 @@ SINGLE_DEVICE = ("models.layers.", "models.dits.")
 # Modules of SINGLE_DEVICE that shard a DiT.
 SHARDING = ("models.dits.loading",)
 
-# Denoising stages, each with its file. Models differ in their configs, not in their loops.
+# Denoising stages, each with its file. A further model has its own config, and its pipeline uses one of these stages.
 DENOISING_LOOPS = {
     "DenoisingStage": "models/stages/denoising.py",
     "DmdDenoisingStage": "models/stages/dmd_denoising.py",

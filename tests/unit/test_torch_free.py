@@ -79,7 +79,7 @@ def _normalized(name: str) -> str:
 
 
 def _project() -> tuple[list[str], list[str]]:
-    """Requirements of the project, and of its extras including the GPU extra."""
+    """Requirements of the project, and of its extras worker, gpu and tracing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     return project["dependencies"], [*extras["worker"], *extras["gpu"], *extras["tracing"]]

@@ -1,4 +1,4 @@
-"""Weights are found under every name that Diffusers and transformers use. Plain files are preferred."""
+"""Safetensors files are found under the names of Diffusers and transformers. Plain files are preferred."""
 
 from __future__ import annotations
 
