@@ -120,7 +120,7 @@ class LoopConfig(DenoisingConfig):
         return latents
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Sum the branches, weighted by their order, and the latents, weighted by the noise level."""
+        """Sum branches, weighted by order, and latents, weighted by the next sigma; divide by the guidance scale."""
         self.calls.append(f"guide {step.index} {' '.join(predictions)}")
         return {
             part: sum(
