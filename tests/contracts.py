@@ -36,7 +36,7 @@ FAULT = "input 'novelty': the worker requires Latents, the coordinator supplies 
 def worker_with(
     announced: Contract | Mapping[str, Contract], worker_id: str = "w", *, capacity: int = 1, numerics: str = ""
 ) -> worker_pb2.WorkerInfo:
-    """A worker that announces one contract or, like workers since release 0.2, contracts by variant."""
+    """A worker that announces one contract, like workers of release 0.1, or one contract per variant."""
     info = worker(worker_id, capacity=capacity, numerics=numerics)
     if isinstance(announced, Contract):
         info.contract.CopyFrom(contract_message(announced))

@@ -120,7 +120,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
 
     def _reference(self, value: Any) -> Any:
-        # Numbers are kernel parameters, which are copied at the launch.
+        # A tensor without dimensions stands for a number, a kernel parameter whose value is copied at the launch.
         if not isinstance(value, Tensor) or value.ndim == 0 or self.owns(value):
             return value
         return Address.of(value)

@@ -104,7 +104,7 @@ def _optional(roles: list[str]) -> Iterator[str]:
 
 
 def _checkpoints(folder: Path, name: str) -> list[Checkpoint]:
-    """Checkpoint directories with this `_class_name`, one for each combination of _CHOICES."""
+    """Checkpoint directories with this `_class_name`, one per pair of _CHOICES and _TRANSFORMERS."""
     made = []
     for index, choice in enumerate(_CHOICES):
         for number, transformer in enumerate(_TRANSFORMERS):

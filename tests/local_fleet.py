@@ -96,7 +96,7 @@ class LocalFleet:
     def tensors(
         self, recorded: RecordedCall | None = None, images: Mapping[str, bytes] = NO_IMAGES, **given: ParamValue
     ) -> dict[str, Tensor]:
-        """Run one request; returns its "latents" and "pixels"."""
+        """Run one request; returns the tensors of its safetensors file, such as "latents" and "pixels"."""
         (item,) = self.media(recorded, images, **given, output_format="safetensors").items
         tensors: dict[str, Tensor] = load(item.data.numpy().tobytes())
         return tensors

@@ -104,7 +104,7 @@ class LoopConfig(DenoisingConfig):
         return "transformer" if step.sigma["video"] > 0.5 else "transformer_2"
 
     def branch_flags(self, branch: str, sampling: Sampling) -> Mapping[str, Hashable]:
-        """Return the flag by which the perturbed branch skips a block."""
+        """Return the flag `skipped` for the perturbed branch; the flag changes the prediction."""
         del sampling
         return {"skipped": 1} if branch == "perturbed" else {}
 
@@ -120,7 +120,7 @@ class LoopConfig(DenoisingConfig):
         return latents
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Sum the branches, weighted by their order, and the latents, weighted by the noise level."""
+        """Sum branches, weighted by order, and latents, weighted by the next sigma; divide by the guidance scale."""
         self.calls.append(f"guide {step.index} {' '.join(predictions)}")
         return {
             part: sum(

@@ -80,7 +80,7 @@ def leave(rank: int) -> None:  # noqa: ARG001  (every function takes the rank)
 
 
 def open_with(checkpoint: str, config: str) -> tuple[Checkpoint, Any]:
-    """Open a checkpoint; its config has the class "package.module:Class", by default the registered class."""
+    """Open a checkpoint and its config. `config` is a "module:Class" reference; empty: the registered class."""
     reference = config or open_model(checkpoint, load_registry()).variants[0].pipeline_config
     config_class: type[PipelineConfig] = resolve(reference)
     opened = Checkpoint.open(Path(checkpoint))

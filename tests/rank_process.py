@@ -41,8 +41,8 @@ def main() -> None:
     kind, *fds = sys.argv[1:]
     connections = [socket.socket(fileno=int(fd)) for fd in fds]
     if kind == "cpu":
-        # Imports every dependency of the ranks once. On "cuda" each rank imports this module itself, as the import
-        # initializes CUDA, which does not work in a forked process.
+        # Imports every dependency of the ranks once. On "cuda", each rank imports this module after the fork, because
+        # the import initializes CUDA, and processes that are forked after that cannot use CUDA.
         importlib.import_module("rank_calls")
     children = []
     for rank, connection in enumerate(connections):

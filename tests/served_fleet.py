@@ -35,7 +35,7 @@ class Answer:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Parse the safetensors file into "latents" and "pixels"."""
+        """Tensors of the safetensors file, such as "latents" and "pixels"."""
         (data,) = self.files
         tensors: dict[str, Tensor] = load(data)
         return tensors

@@ -229,7 +229,7 @@ def _vocoder(is_new: bool) -> LTX2Vocoder | LTX2VocoderWithBWE:
 
 
 def _randomize_statistics(modules: dict[str, Any]) -> None:
-    """Randomize buffers: normalization statistics of both latents, and the vocoder's mel transform."""
+    """Replace buffers by nontrivial values: statistics of both latents, and the vocoder's mel transform."""
     with torch.no_grad():
         for name in ("vae", "audio_vae"):
             count = torch.arange(len(modules[name].latents_mean))

@@ -13,7 +13,10 @@ from tiny_qwen_image import qwen_tokenizer
 
 TEXT_SIZE = 32
 TURN = "{{ '<|im_start|>user\n' + messages[0].content + '<|im_end|>\n<|im_start|>assistant\n' }}"
-"""Chat template for one message; renders as the published template does. Jinja drops a final newline."""
+"""Chat template for one message; renders as the published template does.
+
+It is one expression, because Jinja drops a newline at the end of template text.
+"""
 
 
 def build_tiny_z_image(path: Path, *, text_size: int = TEXT_SIZE, shift: float = 3.0, seed: int = 0) -> Path:

@@ -250,7 +250,7 @@ def test_cancelled_orphan_is_counted_once(store_url: str, monkeypatch: pytest.Mo
 def test_cancellation_that_fails_in_the_store_is_dropped(
     store_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Housekeeping continues, and the coordinator stays ready."""
+    """settle() does not raise, so that housekeeping continues and the coordinator stays ready."""
     errors: list[FleetError] = []
 
     async def fail(*_: object, token: str) -> Cancellation:

@@ -54,7 +54,7 @@ def test_tensors_equal_those_of_one_process(fleet: ServedFleet, model: ServedMod
 
 
 def test_video_is_an_mp4_of_all_frames(fleet: ServedFleet) -> None:
-    """The file has one part, because the VAE decodes all frames at once."""
+    """Each MP4 has one fragment, because the VAE decodes all frames at once."""
     files = fleet.generate("hunyuan", ".mp4", **GIVEN).files
     assert len(files) == GIVEN["num_outputs_per_prompt"]
     for data in files:

@@ -100,8 +100,8 @@ async def _generate(endpoint: str, output: Path, *arguments: str) -> int | None:
 async def _run_fleet(directory: Path, server: RedisServer) -> None:
     """Generate an image, refuse a request and stop while the store is unavailable.
 
-    Each process logs to DIRECTORY/NAME.log. Processes other than those of the worker group are forked from one process,
-    because each import of the libraries takes several seconds.
+    Each service logs to DIRECTORY/NAME.log. Services other than denoising are forked from one process, because each
+    import of the libraries takes several seconds.
     """
     url = f"unix://{USER}:{PASSWORD}@{server.socket}"
     common = ("--model=emoji", "--redis", url)

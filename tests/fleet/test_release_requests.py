@@ -268,9 +268,9 @@ async def _has_equal_numerics(store: Restored, name: str) -> bool:
 
 
 def test_open_requests_are_taken_over_and_finish(server: RedisServer, models: list[ServedModel]) -> None:
-    """A loop resumes from a step checkpoint if numerics are equal; otherwise it starts at step 0.
+    """Delivered items are retained. A request without items resumes only if its numerics are equal.
 
-    Delivered items are retained.
+    With other numerics, its loop starts at step 0. After a delivered item, a loop resumes with any numerics.
     """
 
     async def scenario(stack: AsyncExitStack) -> None:

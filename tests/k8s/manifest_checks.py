@@ -49,8 +49,8 @@ NAME_LABEL = "app.kubernetes.io/name"
 VERSION_LABEL = "app.kubernetes.io/version"
 """Label of workloads and pods; other objects are equal for all versions."""
 
-_FINISH_SECONDS = 5.0  # from grace_seconds to the exit of a process
-_AGENT_SECONDS = 11.0  # from the ranks' grace_seconds to the exit of a worker group's agent
+_FINISH_SECONDS = 5.0  # from the end of grace_seconds to the exit of a process
+_AGENT_SECONDS = 11.0  # from the end of the ranks' grace_seconds to the exit of their agent
 _CLUSTER_WIDE = frozenset({"Namespace"})
 
 
@@ -82,7 +82,7 @@ def _selector(manifest: Manifest) -> Manifest:
 
 
 def ports(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Ports of Services and routes are container ports."""
+    """Target ports of Services are container ports; backend ports of routes are ports of Services."""
     for service in of_kind(manifests, "Service"):
         for pod in [each for each in pods(manifests) if each.serves and matches(_selector(service), each.labels)]:
             for port in service["spec"]["ports"]:

@@ -44,7 +44,7 @@ def render(folder: Path) -> list[Manifest]:
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod template. `serves` is False for followers of a worker group, which have no server."""
+    """A pod template. `serves` is False for followers of a worker group, which have no gRPC server."""
 
     owner: str
     labels: Labels

@@ -43,7 +43,7 @@ def add_stage(folder: Path) -> None:
 
 @pytest.fixture
 def registered_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Register the new service in the fleet, with denoising's settings and a .proto file."""
+    """Register the new service in the checks, with denoising's settings and a gRPC service."""
     protos, classes = manifest_checks.proto_services, settings_class
     for module in (manifest_checks, manifest_scalers):
         monkeypatch.setattr(module, "SERVICES", module.SERVICES | {STAGE})

@@ -21,7 +21,7 @@ from fleet.v1 import generation_pb2 as pb
 
 State = pb.RequestState
 
-# Store keys that have no TTL by design, with the reason.
+# Store keys that have no TTL by design, with their contents.
 PERMANENT = {
     "fleet:requests": "index of requests; entries are removed after their record has expired",
     "fleet:ended": "ids of ended requests by the expiry time of their record; expired ids are removed",

@@ -45,7 +45,7 @@ class Churn:
                 raise failure
 
     async def _kill_repeatedly(self, role: Role, number: int) -> None:
-        """Kill a random process of a role every `death_seconds` on average, and stop one between some of the kills."""
+        """Kill a random process of a role every `death_seconds` on average. Stop one between some of the kills."""
         rng = random.Random(f"deaths of {self._plan.seed}, {number}")
         while True:
             await asyncio.sleep(rng.expovariate(1 / (_KILLED_SHARE * self._plan.death_seconds)))

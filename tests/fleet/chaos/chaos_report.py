@@ -36,7 +36,7 @@ class Denoising:
                 is_new = True
                 continue
             if is_new and last:
-                # Several quick steps may cause only one report: an attempt may complete steps before its first report.
+                # Quick steps may share one report, so the first reported step of an attempt may exceed `last` + 1.
                 found.resumed += progress.step > 1
                 found.restarted += progress.step == 1
                 found.redone += max(0, last - progress.step + 1)
