@@ -64,7 +64,7 @@ def submission(steps: int, **more: Any) -> api.SubmitRequest:
 
 
 def follow(stub: generation_pb2_grpc.GenerationServiceStub, request_id: str, step: int) -> None:
-    """Wait until the denoiser has reported a step, or the request has ended."""
+    """Wait until the denoiser has reported `step` or a later step, or the request has ended."""
     call = stub.Watch(api.WatchRequest(request_id=request_id))
     for reply in call:
         if reply.event.progress.service == "denoising" and reply.event.progress.step >= step:

@@ -38,7 +38,10 @@ def processor() -> str:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a Markdown table. Floats have no decimals from 100, one from 1, and else three significant digits."""
+    """Print a Markdown table.
+
+    Floats of 100 or more have no decimals, floats from 1 to 100 one decimal, smaller floats three significant digits.
+    """
     say("| " + " | ".join(header) + " |")
     say("|" + "---|" * len(header))
     for row in rows:

@@ -149,7 +149,8 @@ def layout_is_right(folder: Path, degrees: Degrees, workload: Workload, alone: G
             for rank in (degrees.world_size - 1, 0):
                 seconds, generated = disturbed(fleet, rank, number)
                 same = generated.state == pb.REQUEST_STATE_SUCCEEDED and generated.file == undisturbed.file
-                resumed = generated.steps.count(0) == 2  # The coordinator reports step 0 for each group that starts.
+                # The coordinator reports step 0 each time a group starts the request.
+                resumed = generated.steps.count(0) == 2
                 is_right &= same and resumed
                 rows.append(
                     (

@@ -3,7 +3,7 @@
 Denoising and decoding first run separately, then concurrently in this process as stages of a pipeline, without RPCs.
 The output has the times to the first MP4 fragment, the first second of video and the whole video, the sustained frame
 rate, the times of sequential and concurrent stages, and the memory of the KV cache. With a second GPU, decoding runs
-there; stages that share a GPU overlap only in CPU work. No network and no disk space are needed.
+there; stages that share a GPU compete for it. No network and no disk space are needed.
 
 Run it with: python tests/bench/cuda_stream.py; to try it without a GPU: --device cpu --scale tiny
 """

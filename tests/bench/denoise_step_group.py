@@ -1,7 +1,7 @@
 """One denoising step on several GPUs: our worker group against Diffusers' context parallelism.
 
-Every rank builds the same random weights of published size, in bfloat16. Our side runs with the given degrees;
-Diffusers runs with Ulysses over all ranks, on one rank without parallelism, and compiled by repeated blocks if
+Every rank builds the same random weights of published size, in bfloat16. Our side runs with the given degrees.
+Diffusers runs with Ulysses over all ranks, or without parallelism on a single rank; its repeated blocks are compiled if
 requested. Both sides alternate and are timed by CUDA events; the time of the slowest rank counts. Guided workloads
 predict two branches per step: ours divides them among the ranks of the cfg axis, Diffusers predicts them sequentially.
 Errors are relative L2 of the first branch against Diffusers' model in float32 on one rank. Memory is the peak on

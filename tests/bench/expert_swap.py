@@ -1,7 +1,7 @@
 """Swap of Wan 2.2 A14B's experts on CUDA, compared with one copy of as many bytes from pinned memory.
 
 Both experts have random bfloat16 weights of published size in host memory; one of them is on the device. A request
-swaps once, when its timesteps pass the boundary; the next request swaps back.
+swaps when its timesteps pass the boundary; the next request swaps back at its start.
 
 Run it with: python tests/bench/expert_swap.py; to try it without a GPU: --device cpu --scale tiny
 """

@@ -33,7 +33,8 @@ from models.validation import InputValidationStage
 FIXED_MS = 15.0  # fixed part of the budget
 SHARE = 0.02  # the other part of the budget, as a fraction of the time in one process
 WARM_UP = 3
-PROMPT = "a red apple, image {}"  # a new prompt per request, as replies of text encoders are cached
+# Prompts differ between requests; running_fleet() disables the reply cache.
+PROMPT = "a red apple, image {}"
 
 
 class InProcess:

@@ -25,7 +25,8 @@ from otlp_receiver import receiving
 
 SHARE = 0.01  # budget, as a fraction of the time without traces
 WARM_UP = 3
-PROMPT = "a red apple, number {}"  # a new prompt per request, as replies of text encoders are cached
+# Prompts differ between requests; running_fleet() disables the reply cache.
+PROMPT = "a red apple, number {}"
 
 
 class Side:

@@ -44,7 +44,7 @@ def test_defaults_equal_those_of_the_diffusers_call(
     assert {name: defaults[name] for name in SHARED} == {name: arguments[name].default for name in SHARED}
     assert defaults["spatio_temporal_guidance_blocks"] == (28.0,)
     assert arguments["spatio_temporal_guidance_blocks"].default == [28]
-    # Diffusers replaces None by 121 frames without a duration head, and by a CRF of 33 with a Gemma 3 encoder.
+    # Diffusers replaces num_frames=None by 121 without a duration head, and image_crf=None by 33 with Gemma 3.
     assert (arguments["num_frames"].default, defaults["num_frames"]) == (None, 121)
     if kind is LTX2ImageToVideoSamplingParams:
         assert (arguments["image_crf"].default, defaults["image_crf"]) == (None, 33)

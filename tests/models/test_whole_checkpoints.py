@@ -205,7 +205,7 @@ def write_slow_files(tokenizer: Path) -> None:
 def test_byte_level_bpe_without_tokenizer_json_gives_the_same_tokens(
     checkpoint_of: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    """Qwen-Image, Z-Image, FLUX.2 klein and HunyuanVideo have byte-level BPE. The shipped models cover CLIP and T5."""
+    """Covers each Qwen2 and CLIP tokenizer, such as HunyuanVideo's tokenizer_2. The shipped models cover T5."""
     checked: set[str] = set()
     for family in FAMILIES:
         whole, _ = checkpoint_of(family)

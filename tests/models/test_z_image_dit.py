@@ -46,7 +46,7 @@ def pair(path: Path, dtype: torch.dtype) -> tuple[Reference, ZImageTransformer2D
 def keywords(grid: tuple[int, int], tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Keyword arguments for two outputs.
 
-    Position ids are those of Diffusers: padded text from 1, then the image; the padding of the image is 0.
+    Position ids equal Diffusers': padded text has frames 1, 2, ..., the image the next frame, image padding (0, 0, 0).
     """
     rows, columns = grid
     text, image = (-(-length // 32) * 32 for length in (tokens, rows * columns))
