@@ -414,7 +414,7 @@ class ImageInputs(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def images(self) -> _containers.MessageMap[_builtins.str, Global___Tensor]:
-        """PNG, JPEG or WebP files by role: "image", "image_1" ..., "last_image", "mask". Each is uint8 (bytes,)."""
+        """PNG, JPEG or WebP files by role: "image", "image_1" ..., "last_image". Each is uint8 (bytes,)."""
 
     def __init__(
         self,

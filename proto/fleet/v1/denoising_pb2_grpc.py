@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class DenoisingServiceStub:
-    """Runs the denoising loop on a worker group.
+    """Runs the denoising loop, in one process or on a worker group.
     """
 
     def __init__(self, channel):
@@ -43,7 +43,7 @@ class DenoisingServiceStub:
 
 
 class DenoisingServiceServicer:
-    """Runs the denoising loop on a worker group.
+    """Runs the denoising loop, in one process or on a worker group.
     """
 
     def Denoise(self, request_iterator, context):
@@ -77,7 +77,7 @@ def add_DenoisingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DenoisingService:
-    """Runs the denoising loop on a worker group.
+    """Runs the denoising loop, in one process or on a worker group.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class DenoisingServiceStub:
-    """Runs the denoising loop on a worker group."""
+    """Runs the denoising loop, in one process or on a worker group."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -46,7 +46,7 @@ class DenoisingServiceStub:
 
 @_typing.type_check_only
 class DenoisingServiceAsyncStub(DenoisingServiceStub):
-    """Runs the denoising loop on a worker group."""
+    """Runs the denoising loop, in one process or on a worker group."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Denoise: _aio.StreamStreamMultiCallable[_denoising_pb2.DenoiseRequest, _denoising_pb2.DenoiseResponse]  # type: ignore[assignment]
@@ -61,7 +61,7 @@ class DenoisingServiceAsyncStub(DenoisingServiceStub):
     """
 
 class DenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Runs the denoising loop on a worker group."""
+    """Runs the denoising loop, in one process or on a worker group."""
 
     @_abc_1.abstractmethod
     def Denoise(

@@ -109,7 +109,7 @@ class _ActivityKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Activity
     ACTIVITY_KIND_QUEUED: _ActivityKind.ValueType  # 2
     """The request waits in the queue of the service for a free worker slot."""
     ACTIVITY_KIND_NO_WORKER: _ActivityKind.ValueType  # 3
-    """The request waits for a worker of the service; no worker is live."""
+    """The request waits for a worker of the service; no compatible worker is live."""
     ACTIVITY_KIND_RETRY: _ActivityKind.ValueType  # 4
     """An attempt ended without an output, and the request waits for the next attempt. `worker_id` is set if the worker of
     the attempt is lost and the coordinator has not detected the loss.
@@ -129,7 +129,7 @@ ACTIVITY_KIND_RUNNING: ActivityKind.ValueType  # 1
 ACTIVITY_KIND_QUEUED: ActivityKind.ValueType  # 2
 """The request waits in the queue of the service for a free worker slot."""
 ACTIVITY_KIND_NO_WORKER: ActivityKind.ValueType  # 3
-"""The request waits for a worker of the service; no worker is live."""
+"""The request waits for a worker of the service; no compatible worker is live."""
 ACTIVITY_KIND_RETRY: ActivityKind.ValueType  # 4
 """An attempt ended without an output, and the request waits for the next attempt. `worker_id` is set if the worker of
 the attempt is lost and the coordinator has not detected the loss.
