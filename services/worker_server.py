@@ -23,7 +23,7 @@ from common.tensors import TORCH
 from common.variants import HostedVariants
 from common.watched import WatchedFiles
 from fleet.v1 import worker_pb2, worker_pb2_grpc
-from models.kernels.packages import Outcome
+from models.kernels.packages import TrialOutcome
 from models.parallel.mesh import Degrees
 from services.measured_stages import MeasuredStages
 from services.worker_settings import CachingSettings, StepSettings, WorkerSettings, device_of, prepare_session_thread
@@ -55,7 +55,7 @@ def degrees_message(degrees: Degrees) -> worker_pb2.Degrees:
     return worker_pb2.Degrees(tp=degrees.tp, ulysses=degrees.ulysses, ring=degrees.ring, cfg=degrees.cfg)
 
 
-def kernel_messages(outcomes: Iterable[Outcome]) -> list[worker_pb2.KernelPackage]:
+def kernel_messages(outcomes: Iterable[TrialOutcome]) -> list[worker_pb2.KernelPackage]:
     """The kernel packages and the outcomes of their trials at start-up, as messages."""
     return [
         worker_pb2.KernelPackage(

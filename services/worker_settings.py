@@ -56,7 +56,7 @@ class WorkerSettings(StoreSettings, TlsSettings):
     )
     announce_seconds: float = setting(60.0, help="seconds to wait for the request store at the start")
     idle_seconds: float = setting(30.0, help="seconds without a message after which an incomplete call is ended")
-    max_call_bytes: int = setting(2 << 30, help="maximum bytes of tensors in a call")
+    max_call_bytes: int = setting(2 << 30, help="maximum bytes of the tensors of one header or stream item of a call")
     tls_callers: tuple[str, ...] = setting(("coordinator",), help="names of accepted client certificates; repeatable")
     metrics_port: int | None = setting(None, help="port for Prometheus metrics; unset: no metrics")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("INFO", help="minimum level of log lines")

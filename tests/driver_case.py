@@ -148,7 +148,7 @@ class Case:
 
     @property
     def phases(self) -> list[Phase]:
-        return [execution.phase for execution in self.driver._registry]
+        return [execution.phase for execution in self.driver._open]
 
     async def wait_until(self, *phases: Phase) -> None:
         """Wait until the executions of the request, in order of epoch, are in these phases."""

@@ -32,7 +32,7 @@ from models.token_segments import SegmentVectors, TokenSegments
 SINUSOID_SIZE = 256
 
 
-class ModulationLinear(nn.Module):
+class FluxModulationLinear(nn.Module):
     """Projection of the conditioning vector (B, D) to shifts, scales and gates of a block, (B, parts * D)."""
 
     def __init__(self, size: int, parts: int) -> None:
@@ -41,7 +41,7 @@ class ModulationLinear(nn.Module):
         self.parts = parts
 
 
-class ConditioningEmbedding(nn.Module):
+class FluxConditioningEmbedding(nn.Module):
     """Conditioning vector (B, D): sum of embedded timestep, guidance (distilled models) and pooled prompt.
 
     `time_scale` is the factor from the range of the timesteps to [0, 1000].
@@ -72,8 +72,8 @@ class FluxTransformerBlock(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.norm = LayerNormScaleShift(size)
-        self.norm1 = ModulationLinear(size, 6)
-        self.norm1_context = ModulationLinear(size, 6)
+        self.norm1 = FluxModulationLinear(size, 6)
+        self.norm1_context = FluxModulationLinear(size, 6)
         self.attn = JointAttention(size, config.attention_head_dim)
         self.ff = FeedForward(size)
         self.ff_context = FeedForward(size)
@@ -93,7 +93,7 @@ class FluxSingleTransformerBlock(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.layer_norm = LayerNormScaleShift(size)
-        self.norm = ModulationLinear(size, 3)
+        self.norm = FluxModulationLinear(size, 3)
         self.attn = SelfAttention(size, config.attention_head_dim)
         self.proj_mlp = Linear(size, 4 * size)
         self.proj_out = Linear(5 * size, size)
@@ -123,14 +123,14 @@ class FluxTransformer2DModel(DiffusionTransformer):
         super().__init__()
         size = config.hidden_size
         self.axes_dims = config.axes_dims_rope
-        self.time_text_embed = ConditioningEmbedding(config)
+        self.time_text_embed = FluxConditioningEmbedding(config)
         self.context_embedder = Linear(config.joint_attention_dim, size)
         self.x_embedder = Linear(config.in_channels, size)
         self.transformer_blocks = nn.ModuleList(FluxTransformerBlock(config) for _ in range(config.num_layers))
         self.single_transformer_blocks = nn.ModuleList(
             FluxSingleTransformerBlock(config) for _ in range(config.num_single_layers)
         )
-        self.norm_out = ModulationLinear(size, 2)
+        self.norm_out = FluxModulationLinear(size, 2)
         self.final_norm = LayerNormScaleShift(size)
         self.proj_out = nn.Linear(size, config.out_channels)
 
@@ -201,13 +201,13 @@ class FluxTransformer2DModel(DiffusionTransformer):
         """Number of elements of the residual stream: text and image tokens."""
         return joint_residual_elements(latents["hidden_states"], constants["text_BTD"])
 
-    def _modulations(self) -> Iterator[ModulationLinear]:
+    def _modulations(self) -> Iterator[FluxModulationLinear]:
         return modulations_of(self.transformer_blocks, self.single_transformer_blocks, self.norm_out)
 
 
 def modulations_of(
-    blocks: Iterable[nn.Module], single_blocks: Iterable[nn.Module], last: ModulationLinear
-) -> Iterator[ModulationLinear]:
+    blocks: Iterable[nn.Module], single_blocks: Iterable[nn.Module], last: FluxModulationLinear
+) -> Iterator[FluxModulationLinear]:
     """Modulation layers of Flux blocks and of the last norm, in the order in which the blocks read them."""
     for block in blocks:
         assert isinstance(block, FluxTransformerBlock)

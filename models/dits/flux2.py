@@ -45,7 +45,7 @@ FINAL_VECTORS = 2
 """Number of modulations of the last norm: scale and shift."""
 
 
-class ModulationLinear(nn.Module):
+class Flux2ModulationLinear(nn.Module):
     """Projection of the time embedding (B, D) to modulations (B, parts * D). The caller applies SiLU before it."""
 
     def __init__(self, size: int, parts: int) -> None:
@@ -53,7 +53,7 @@ class ModulationLinear(nn.Module):
         self.linear = Linear(size, parts * size, has_bias=False)
 
 
-class ConditioningEmbedding(nn.Module):
+class Flux2ConditioningEmbedding(nn.Module):
     """Conditioning vector (B, D): the sum of embedded timestep and guidance (guidance-distilled models)."""
 
     def __init__(self, config: Flux2TransformerConfig) -> None:
@@ -166,17 +166,17 @@ class Flux2Transformer2DModel(DiffusionTransformer):
         super().__init__()
         size = config.hidden_size
         self.axes_dims, self.theta = config.axes_dims_rope, config.rope_theta
-        self.time_guidance_embed = ConditioningEmbedding(config)
-        self.double_stream_modulation_img = ModulationLinear(size, DOUBLE_VECTORS // 2)
-        self.double_stream_modulation_txt = ModulationLinear(size, DOUBLE_VECTORS // 2)
-        self.single_stream_modulation = ModulationLinear(size, SINGLE_VECTORS)
+        self.time_guidance_embed = Flux2ConditioningEmbedding(config)
+        self.double_stream_modulation_img = Flux2ModulationLinear(size, DOUBLE_VECTORS // 2)
+        self.double_stream_modulation_txt = Flux2ModulationLinear(size, DOUBLE_VECTORS // 2)
+        self.single_stream_modulation = Flux2ModulationLinear(size, SINGLE_VECTORS)
         self.x_embedder = Linear(config.in_channels, size, has_bias=False)
         self.context_embedder = Linear(config.joint_attention_dim, size, has_bias=False)
         self.transformer_blocks = nn.ModuleList(Flux2TransformerBlock(config) for _ in range(config.num_layers))
         self.single_transformer_blocks = nn.ModuleList(
             Flux2SingleTransformerBlock(config) for _ in range(config.num_single_layers)
         )
-        self.norm_out = ModulationLinear(size, FINAL_VECTORS)
+        self.norm_out = Flux2ModulationLinear(size, FINAL_VECTORS)
         self.final_norm = LayerNormScaleShift(size)
         self.proj_out = nn.Linear(size, config.out_channels, bias=False)
 

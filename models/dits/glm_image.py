@@ -62,7 +62,7 @@ class TimeAndSizeEmbedding(nn.Module):
         return silu(time_NBE + self.condition_embedder(condition))
 
 
-class ModulationLinear(nn.Module):
+class GlmImageModulationLinear(nn.Module):
     """Projection of the activated time embedding (E) to `parts` modulations of size D."""
 
     def __init__(self, time_size: int, size: int, parts: int) -> None:
@@ -103,7 +103,7 @@ class GlmImageTransformerBlock(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.norm = LayerNormScaleShift(size, EPS)
-        self.norm1 = ModulationLinear(config.time_embed_dim, size, MODULATIONS)
+        self.norm1 = GlmImageModulationLinear(config.time_embed_dim, size, MODULATIONS)
         self.attn1 = GlmImageAttention(size, config.attention_head_dim)
         self.ff = FeedForward(size)
 
@@ -139,7 +139,7 @@ class GlmImageTransformer2DModel(DiffusionTransformer):
         self.prior_projector = FeedForward(size, size, activation="silu")
         self.time_condition_embed = TimeAndSizeEmbedding(config)
         self.transformer_blocks = nn.ModuleList(GlmImageTransformerBlock(config) for _ in range(config.num_layers))
-        self.norm_out = ModulationLinear(config.time_embed_dim, size, 2)
+        self.norm_out = GlmImageModulationLinear(config.time_embed_dim, size, 2)
         self.final_norm = LayerNormScaleShift(size, EPS)
         self.proj_out = nn.Linear(size, 4 * config.out_channels)
 

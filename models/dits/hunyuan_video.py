@@ -18,10 +18,10 @@ from torch.nn.functional import silu
 from configs.models.dits.hunyuan_video import PATCH, HunyuanVideoTransformerConfig
 from models.dits.base import DiffusionTransformer, Predictions, Prepared, entry_point
 from models.dits.flux import (
-    ConditioningEmbedding,
+    FluxConditioningEmbedding,
+    FluxModulationLinear,
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
-    ModulationLinear,
     modulations_of,
 )
 from models.dits.hunyuan_video_refiner import TokenRefiner
@@ -58,12 +58,12 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         self.config = config
         self.x_embedder = PatchEmbed(config.in_channels, size)
         self.context_embedder = TokenRefiner(config)
-        self.time_text_embed = ConditioningEmbedding(blocks, time_scale=1.0)
+        self.time_text_embed = FluxConditioningEmbedding(blocks, time_scale=1.0)
         self.transformer_blocks = nn.ModuleList(FluxTransformerBlock(blocks) for _ in range(config.num_layers))
         self.single_transformer_blocks = nn.ModuleList(
             FluxSingleTransformerBlock(blocks) for _ in range(config.num_single_layers)
         )
-        self.norm_out = ModulationLinear(size, 2)
+        self.norm_out = FluxModulationLinear(size, 2)
         self.final_norm = LayerNormScaleShift(size)
         self.proj_out = nn.Linear(size, PATCH * PATCH * config.out_channels)
 
@@ -154,5 +154,5 @@ class HunyuanVideoTransformer3DModel(DiffusionTransformer):
         tokens = math.prod((frames, rows // PATCH, columns // PATCH)) + MAX_TEXT_TOKENS
         return batch * tokens * self.config.hidden_size
 
-    def _modulations(self) -> Iterator[ModulationLinear]:
+    def _modulations(self) -> Iterator[FluxModulationLinear]:
         return modulations_of(self.transformer_blocks, self.single_transformer_blocks, self.norm_out)

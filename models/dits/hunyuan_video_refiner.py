@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from configs.models.dits.hunyuan_video import HunyuanVideoTransformerConfig
-from models.dits.flux import ConditioningEmbedding
+from models.dits.flux import FluxConditioningEmbedding
 from models.kernels.qk_norm_rotate import split_heads
 from models.layers.attention import Attention
 from models.layers.feed_forward import FeedForward
@@ -90,7 +90,7 @@ class TokenRefiner(nn.Module):
     def __init__(self, config: HunyuanVideoTransformerConfig) -> None:
         super().__init__()
         sizes = replace(config.blocks, pooled_projection_dim=config.text_embed_dim, guidance_embeds=False)
-        self.time_text_embed = ConditioningEmbedding(sizes, time_scale=1.0)
+        self.time_text_embed = FluxConditioningEmbedding(sizes, time_scale=1.0)
         self.proj_in = nn.Linear(config.text_embed_dim, config.hidden_size)
         self.token_refiner = RefinerBlocks(config)
 

@@ -33,7 +33,7 @@ NUM_ADDITION_EMBEDDINGS = 2
 """Number of rows of the embedding of the additional condition, `addition_t_embedding`."""
 
 
-class TimeEmbedding(nn.Module):
+class QwenImageTimeEmbedding(nn.Module):
     """Embedding of the timestep (B, D).
 
     With `has_addition` it includes row 0 of the embedding of the additional condition, as in Diffusers' pipelines.
@@ -101,7 +101,7 @@ class QwenImageTransformer2DModel(DiffusionTransformer):
         size = config.hidden_size
         self.axes_dims = config.axes_dims_rope
         self.zero_cond_t = config.zero_cond_t
-        self.time_text_embed = TimeEmbedding(size, has_addition=config.use_additional_t_cond)
+        self.time_text_embed = QwenImageTimeEmbedding(size, has_addition=config.use_additional_t_cond)
         self.txt_norm = RMSNorm(config.joint_attention_dim)
         self.img_in = Linear(config.in_channels, size)
         self.txt_in = Linear(config.joint_attention_dim, size)

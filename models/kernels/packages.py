@@ -99,7 +99,7 @@ class KernelChoice:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """Result of the trial of an installed package; `error` is empty where the package works."""
 
     package: KernelPackage
@@ -123,18 +123,18 @@ class _Tried:
     """Outcomes of the trials in this process, which has one type of GPU and one KernelChoice."""
 
     choice = KernelChoice()
-    outcomes: tuple[Outcome, ...] | None = None
+    outcomes: tuple[TrialOutcome, ...] | None = None
     usable: frozenset[PackageName] | None = None
 
 
-def record(choice: KernelChoice, outcomes: Iterable[Outcome] | None) -> None:
+def record(choice: KernelChoice, outcomes: Iterable[TrialOutcome] | None) -> None:
     """Record the outcomes of the trials; None discards them."""
     _Tried.choice = choice
     _Tried.outcomes = None if outcomes is None else tuple(outcomes)
     _Tried.usable = None if outcomes is None else frozenset(each.package.name for each in _tried() if not each.error)
 
 
-def outcomes() -> tuple[Outcome, ...]:
+def outcomes() -> tuple[TrialOutcome, ...]:
     """Outcomes of the tried packages; empty on a CPU, where no package is tried."""
     return _Tried.outcomes or ()
 
@@ -159,7 +159,7 @@ def package_facts() -> list[str]:
     return [*(each.fact for each in _tried()), f"attention {chosen_attention()}"]
 
 
-def _tried() -> tuple[Outcome, ...]:
+def _tried() -> tuple[TrialOutcome, ...]:
     if _Tried.outcomes is None:
         raise _NotTried
     return _Tried.outcomes

@@ -28,8 +28,8 @@ from models.kernels.packages import (
     Capability,
     KernelChoice,
     KernelPackage,
-    Outcome,
     PackageName,
+    TrialOutcome,
     record,
 )
 
@@ -72,7 +72,7 @@ def try_packages(device: torch.device, choice: KernelChoice | None = None) -> No
         _Latest.key = (device, choice)
 
 
-def outcomes_on(device: torch.device, capability: Capability, choice: KernelChoice) -> list[Outcome]:
+def outcomes_on(device: torch.device, capability: Capability, choice: KernelChoice) -> list[TrialOutcome]:
     """Try the packages that the choice allows on GPUs of the capability. Raises the errors of try_packages()."""
     found = []
     for package in _packages_to_try(capability, choice):
@@ -92,7 +92,7 @@ def outcomes_on(device: torch.device, capability: Capability, choice: KernelChoi
     return found
 
 
-def try_package(package: KernelPackage, device: torch.device) -> Outcome | None:
+def try_package(package: KernelPackage, device: torch.device) -> TrialOutcome | None:
     """Import a package, run it on a tiny input, and log a failure. Returns None if it is not installed."""
     try:
         version = importlib.metadata.version(package.name)
@@ -112,8 +112,8 @@ def try_package(package: KernelPackage, device: torch.device) -> Outcome | None:
             error=text,
         )
         _check_device(device, package)
-        return Outcome(package, version, text)
-    return Outcome(package, version)
+        return TrialOutcome(package, version, text)
+    return TrialOutcome(package, version)
 
 
 def _require_cudnn(device: torch.device) -> None:

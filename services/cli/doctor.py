@@ -25,14 +25,14 @@ from services.cli.doctor_gpu import GpuFacts, check_attention, check_gpus, check
 from services.cli.doctor_packages import check_packages, check_python, has_worker_extra
 from services.cli.doctor_ports import check_endpoint_ports
 from services.cli.doctor_redis import redis_checks
-from services.cli.doctor_results import Check, Result, Status, run_checks
+from services.cli.doctor_results import Check, CheckStatus, Result, run_checks
 from services.cli.doctor_settings import COORDINATOR, ServiceSource, check_ports, check_settings
 from services.cli.doctor_tls import TlsFiles, check_service_tls, check_tls
 from services.cli.doctor_traces import check_traces
 from services.cli.options import add_endpoint, command_parser, endpoint_of
 from services.cli.serve import service_names
 
-_STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.ERROR: "red"}
+_STYLES = {CheckStatus.OK: "green", CheckStatus.WARNING: "yellow", CheckStatus.ERROR: "red"}
 _INSTALL = "install diffusion-fleet with pip: its metadata states the version bounds"
 _READ = "check that the files and devices of this host can be read"
 _TORCH = "repair or reinstall torch and the kernel packages, or name working ones in kernels"
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         results.append(result)
         if not args.json:
             console.print(line_of(result))
-    worst = max((each.status for each in results), default=Status.OK)
+    worst = max((each.status for each in results), default=CheckStatus.OK)
     if args.json:
         report = {"status": worst.name.lower(), "results": [each.as_json() for each in results]}
         sys.stdout.write(json.dumps(report, indent=2) + "\n")

@@ -18,7 +18,7 @@ from common.weight_files import WeightFiles, read_weights
 from models.catalog import ServedModel, open_model, shipped_models
 from models.registry import load_registry
 from services.cli.doctor_gpu import GpuFacts
-from services.cli.doctor_results import Result, Status, error, ok, warning
+from services.cli.doctor_results import CheckStatus, Result, error, ok, warning
 from services.cli.generate import plugin_directories
 
 SECONDS = 120.0
@@ -48,7 +48,7 @@ def check_model(reference: str) -> Iterator[Result]:
         match entry:
             case [str() as library, str() as class_name] if module.isidentifier() and kind_of(class_name) is None:
                 results = list(_module_results(directory / module, library))
-                is_whole = is_whole and all(each.status is not Status.ERROR for each in results)
+                is_whole = is_whole and all(each.status is not CheckStatus.ERROR for each in results)
                 yield from results
     if is_whole:
         yield from _model_results(reference)

@@ -54,7 +54,7 @@ class KernelTrial:
 
 
 @dataclass(frozen=True)
-class Driver:
+class NvidiaDriver:
     """The NVIDIA driver: version and newest supported CUDA version; both empty without a driver."""
 
     version: str = ""
@@ -72,7 +72,7 @@ class GpuFacts:
 
     torch: str
     torch_cuda: str
-    driver: Driver
+    driver: NvidiaDriver
     gpus: Sequence[Gpu] = ()
     cuda_error: str = ""
     trials: Sequence[KernelTrial] = ()
@@ -108,21 +108,21 @@ def _facts(found: Mapping[str, Any]) -> GpuFacts:
     )
 
 
-def read_driver(file: Path = _DRIVER_FILE) -> Driver:
+def read_driver(file: Path = _DRIVER_FILE) -> NvidiaDriver:
     """The driver of this host: version of the kernel module, CUDA version of libcuda."""
     try:
         match = _VERSION.search(file.read_text(encoding="utf-8"))
     except OSError:
-        return Driver()
+        return NvidiaDriver()
     version = match[1] if match else "of an unknown version"
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return Driver(version)
+        return NvidiaDriver(version)
     number = ctypes.c_int()
     if library.cuDriverGetVersion(ctypes.byref(number)):
-        return Driver(version)
-    return Driver(version, f"{number.value // 1000}.{number.value % 1000 // 10}")
+        return NvidiaDriver(version)
+    return NvidiaDriver(version, f"{number.value // 1000}.{number.value % 1000 // 10}")
 
 
 def check_gpus(facts: GpuFacts, device: str = "auto") -> Iterator[Result]:

@@ -23,8 +23,8 @@ from models.kernels.packages import (
     AttentionChoice,
     Capability,
     KernelChoice,
-    Outcome,
     PackageChoice,
+    TrialOutcome,
 )
 from models.kernels.trials import outcomes_on
 from services.cli.doctor_gpu import Gpu, KernelTrial
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 def facts(choice: KernelChoice) -> dict[str, Any]:
     """The fields of GpuFacts except `driver`. Tests the packages once per compute capability of this host."""
     gpus, cuda_error = _gpus()
-    found: dict[Capability, list[Outcome]] = {}
+    found: dict[Capability, list[TrialOutcome]] = {}
     required_error = ""
     for number in range(len(gpus)):
         capability = torch.cuda.get_device_capability(number)
@@ -71,7 +71,7 @@ def facts(choice: KernelChoice) -> dict[str, Any]:
     }
 
 
-def _tried(number: int, capability: Capability, choice: KernelChoice) -> list[Outcome]:
+def _tried(number: int, capability: Capability, choice: KernelChoice) -> list[TrialOutcome]:
     device = torch.device("cuda", number)
     with torch.cuda.device(device):
         return outcomes_on(device, capability, choice)
@@ -94,12 +94,12 @@ def _gpu(number: int) -> Gpu:
     return Gpu(torch.cuda.get_device_name(number), capability, total, free)
 
 
-def _trials(outcomes: Sequence[Outcome]) -> Iterator[KernelTrial]:
+def _trials(outcomes: Sequence[TrialOutcome]) -> Iterator[KernelTrial]:
     for each in outcomes:
         yield KernelTrial(each.package.name, each.version, each.package.replacement, each.error)
 
 
-def attention_rows(capability: Capability, choice: KernelChoice, outcomes: Sequence[Outcome]) -> str:
+def attention_rows(capability: Capability, choice: KernelChoice, outcomes: Sequence[TrialOutcome]) -> str:
     """The attention backends in use, in order of preference, as text. `outcomes` are the results of the trials.
 
     The last backend, PyTorch's SDPA, is used for inputs that no other backend supports, such as larger head sizes.

@@ -15,8 +15,8 @@ from common.state.store_url import without_password
 from services.start_up import describe, plain
 
 
-class Status(enum.IntEnum):
-    """Status of a result. The worst status is the exit code of the command."""
+class CheckStatus(enum.IntEnum):
+    """CheckStatus of a result. The worst status is the exit code of the command."""
 
     OK = 0
     WARNING = 1
@@ -27,7 +27,7 @@ class Status(enum.IntEnum):
 class Result:
     """One line of output: status, name of the check, finding, and advice (empty for OK)."""
 
-    status: Status
+    status: CheckStatus
     name: str
     found: str
     advice: str = ""
@@ -39,17 +39,17 @@ class Result:
 
 def ok(name: str, found: str) -> Result:
     """A result that needs no action. `found` describes the checked item."""
-    return Result(Status.OK, name, found)
+    return Result(CheckStatus.OK, name, found)
 
 
 def warning(name: str, found: str, advice: str) -> Result:
     """A result for a problem that makes services slower or less safe, or prevents some requests."""
-    return Result(Status.WARNING, name, found, advice)
+    return Result(CheckStatus.WARNING, name, found, advice)
 
 
 def error(name: str, found: str, advice: str) -> Result:
     """A result for a problem that prevents a service from starting, or makes requests fail."""
-    return Result(Status.ERROR, name, found, advice)
+    return Result(CheckStatus.ERROR, name, found, advice)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def run_checks(checks: Sequence[Check], *, shows_tracebacks: bool = False) -> It
             failed.add(check.name)
             continue
         results = _run(check, shows_tracebacks)
-        if any(each.status is Status.ERROR for each in results):
+        if any(each.status is CheckStatus.ERROR for each in results):
             failed.add(check.name)
         yield from map(_without_credentials, results)
 

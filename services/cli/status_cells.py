@@ -108,7 +108,7 @@ def _one_activity(activity: generation_pb2.RequestActivity) -> str:
             about = f", about {activity.estimated_seconds:.0f} s" if activity.HasField("estimated_seconds") else ""
             return f"queued at {service}, {activity.requests_ahead} ahead{about}"
         case ActivityKind.ACTIVITY_KIND_NO_WORKER:
-            return f"waits for a worker of {service}: no worker is live"
+            return f"waits for a worker of {service}: no live worker is compatible"
         case ActivityKind.ACTIVITY_KIND_RETRY:
             return f"waits for a retry of {service}{steps}" + (f": {worker} is lost" if worker else "")
         case ActivityKind.ACTIVITY_KIND_TAKE_OVER:

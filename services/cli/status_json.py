@@ -60,8 +60,9 @@ FIELDS: Mapping[str, str] = {
     "requests[].prompt": "first 47 characters of the prompt and an ellipsis, or a prompt of at most 48 characters",
     "requests[].error_code": "gRPC status code of a failed request",
     "requests[].activities[].kind": (
-        "RUNNING, QUEUED (for a worker slot), NO_WORKER (no live worker), RETRY, TAKE_OVER (its coordinator is lost), "
-        "COORDINATOR (between stages) or UNSPECIFIED (its coordinator is of an earlier version)"
+        "RUNNING, QUEUED (for a worker slot), NO_WORKER (no compatible live worker), RETRY, "
+        "TAKE_OVER (its coordinator is lost), COORDINATOR (between stages) or UNSPECIFIED (its coordinator is of "
+        "an earlier version)"
     ),
     "requests[].activities[].service": "service that runs the request, or that it waits for",
     "requests[].activities[].worker_id": "worker that runs the request, or that was lost before a retry",

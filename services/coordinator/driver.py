@@ -20,7 +20,7 @@ from services.coordinator.state_lines import log_taken_over
 from services.coordinator.take_over import Restore, inherit, settle
 
 
-class Registry:
+class OpenExecutions:
     """The executions of this coordinator that are not closed.
 
     A request has several executions while its take-over waits until the executions under earlier epochs end.
@@ -59,7 +59,7 @@ class Driver:
 
     def __init__(self, context: ExecutionContext) -> None:
         self._context = context
-        self._registry = Registry()
+        self._open = OpenExecutions()
         self._stopping = False
 
     async def accept(self, submission: Submission) -> tuple[Admission, Execution | None]:
@@ -111,7 +111,7 @@ class Driver:
         """
         is_more = True
         while is_more and not self._stopping:  # While drain() stops requests, this loop must not retake them.
-            running = self._registry.request_ids()
+            running = self._open.request_ids()
             taken, cancelled = await self._context.leases.take_over(model, running=running, beyond_own=beyond_own)
             for inherited in taken:
                 self._inherit(inherited, restore)
@@ -124,7 +124,7 @@ class Driver:
         with log_scope(request_id=record.request_id, model=record.model), entered(stored_span(record)):
             log_taken_over(inherited.epoch)
         TAKEN_OVER_REQUESTS.labels(record.model, inherited.cause).inc()
-        formers = self._registry.of(record.request_id)
+        formers = self._open.of(record.request_id)
         acquire = partial(inherit, inherited=inherited, formers=formers, restore=restore, store=self._context.store)
         execution = self._begin(record, Phase.INHERITED, acquire, epoch=inherited.epoch)
         if inherited.cancel_requested:
@@ -133,19 +133,19 @@ class Driver:
     def _begin(
         self, record: generation_pb2.RequestRecord, phase: Phase, acquire: Acquire, *, epoch: int = 1
     ) -> Execution:
-        execution = Execution(self._context, record, phase, acquire, self._registry.discard, epoch=epoch)
-        self._registry.add(execution)
+        execution = Execution(self._context, record, phase, acquire, self._open.discard, epoch=epoch)
+        self._open.add(execution)
         if self._stopping:
             execution.stop()
         return execution
 
     def runs(self, request_id: str) -> bool:
         """Whether a request is running here."""
-        return any(execution.phase is Phase.RUNNING for execution in self._registry.of(request_id))
+        return any(execution.phase is Phase.RUNNING for execution in self._open.of(request_id))
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request if it is running or starting here."""
-        for execution in self._registry.of(request_id):
+        for execution in self._open.of(request_id):
             execution.cancel()
 
     async def drain(self, grace: float) -> None:
@@ -155,15 +155,15 @@ class Driver:
         """
         await self._wait_for_running(grace)
         self._stopping = True
-        for execution in self._registry:
+        for execution in self._open:
             execution.stop()
         await self._wait_for_running(LONGEST_RETRY_SECONDS)
-        rest = [execution.task for execution in self._registry]
+        rest = [execution.task for execution in self._open]
         for task in rest:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
 
     async def _wait_for_running(self, seconds: float) -> None:
-        tasks = [execution.task for execution in self._registry if execution.phase is Phase.RUNNING]
+        tasks = [execution.task for execution in self._open if execution.phase is Phase.RUNNING]
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)

@@ -34,7 +34,7 @@ from common.tensors import TORCH
 from fleet.v1 import denoising_pb2
 from kernel_modules import fresh_imports
 from models.catalog import ServedModel, open_model
-from models.kernels.packages import PACKAGES, KernelChoice, Outcome, record
+from models.kernels.packages import PACKAGES, KernelChoice, TrialOutcome, record
 from models.loader import load_stages
 from models.registry import load_registry
 from models.runtime import Runtime
@@ -91,7 +91,7 @@ def test_plugin_family_on_workers_equals_local_stages(toy: ServedModel, store_ur
     async def test() -> None:
         async with AsyncExitStack() as stack:
             stack.enter_context(fresh_imports())
-            record(KernelChoice(), [Outcome(PACKAGES[0], "3.6.0")])
+            record(KernelChoice(), [TrialOutcome(PACKAGES[0], "3.6.0")])
             registry = WorkerRegistry(await stack.enter_async_context(connect(store_url)))
             runners = []
             for spec in toy.services:

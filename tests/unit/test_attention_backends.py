@@ -22,7 +22,7 @@ from models.kernels.packages import (
     AttentionChoice,
     Capability,
     KernelChoice,
-    Outcome,
+    TrialOutcome,
     record,
 )
 
@@ -105,7 +105,7 @@ def test_the_entry_point_combines_setting_package_outcomes_and_table(
     q = cast(Tensor, SimpleNamespace(is_cuda=True, shape=(1, 4608, 24, 128), dtype=torch.bfloat16, device="cuda:0"))
     (package,) = (each for each in PACKAGES if each.name == "fa3-fwd")
     with fresh_imports():
-        record(KernelChoice(attention=choice), [Outcome(package, "1", broken)])
+        record(KernelChoice(attention=choice), [TrialOutcome(package, "1", broken)])
         assert entry._backend_for(q, q) == expected
 
 

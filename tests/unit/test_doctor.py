@@ -22,7 +22,7 @@ from services.cli import doctor
 from services.cli.__main__ import main
 from services.cli.doctor_endpoint import check_proxies
 from services.cli.doctor_packages import check_packages, check_python
-from services.cli.doctor_results import Check, Result, Status, error, ok, run_checks, warning
+from services.cli.doctor_results import Check, CheckStatus, Result, error, ok, run_checks, warning
 from services.cli.doctor_settings import ServiceSource, check_ports, check_settings
 
 # Hides torch, as in an installation without the worker extra, and runs the command.
@@ -128,7 +128,7 @@ def test_the_exit_code_is_that_of_the_worst_result(
     assert text.count("\n") == len(results)
     assert main(["doctor", "--json"]) == code
     report = json.loads(capsys.readouterr().out)
-    assert report["status"] == Status(code).name.lower()
+    assert report["status"] == CheckStatus(code).name.lower()
     assert [each["advice"] for each in report["results"]] == [each.advice for each in results]
     assert all({"status", "check", "found", "advice"} == set(each) for each in report["results"])
 

@@ -14,10 +14,10 @@ from doctor_lines import lines
 from services.cli import doctor, doctor_checkpoint
 from services.cli.__main__ import main
 from services.cli.doctor_checkpoint import check_memory, check_model, directory_of, host_memory
-from services.cli.doctor_gpu import Driver, Gpu, GpuFacts
+from services.cli.doctor_gpu import Gpu, GpuFacts, NvidiaDriver
 
 MIB = 1 << 20
-CPU = GpuFacts("2.13.0+cpu", "", Driver())
+CPU = GpuFacts("2.13.0+cpu", "", NvidiaDriver())
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def write_index(path: Path, size: int) -> None:
 def gpu_facts(*sizes: int) -> GpuFacts:
     """GpuFacts of GPUs with these memory sizes in bytes; half of each is free."""
     gpus = [Gpu("GPU", "9.0", size, size // 2) for size in sizes]
-    return GpuFacts("2.13.0+cu130", "13.0", Driver("580", "13.0"), gpus)
+    return GpuFacts("2.13.0+cu130", "13.0", NvidiaDriver("580", "13.0"), gpus)
 
 
 def test_a_complete_checkpoint_is_accepted_per_module(flux: Path) -> None:

@@ -14,14 +14,14 @@ from common.errors import FailedPrecondition
 from doctor_lines import lines
 from fake_kernel_packages import FLASH_ATTN_2, install
 from models.kernels.attention_table import TABLE
-from models.kernels.packages import PACKAGES, Capability, KernelChoice, Outcome
+from models.kernels.packages import PACKAGES, Capability, KernelChoice, TrialOutcome
 from models.kernels.trials import outcomes_on
 from services.cli import doctor, doctor_gpu, doctor_gpu_facts
 from services.cli.doctor_gpu import (
-    Driver,
     Gpu,
     GpuFacts,
     KernelTrial,
+    NvidiaDriver,
     check_attention,
     check_gpus,
     check_kernels,
@@ -36,7 +36,7 @@ H200 = Gpu("NVIDIA H200", "9.0", 140 * GIB, 139 * GIB)
 HEALTHY = GpuFacts(
     torch="2.13.0+cu130",
     torch_cuda="13.0",
-    driver=Driver("580.65.06", "13.0"),
+    driver=NvidiaDriver("580.65.06", "13.0"),
     gpus=[H200],
     trials=[KernelTrial("triton", "3.6.0", "PyTorch operators", "")],
     attention={"9.0": "cudnn, else sdpa"},
@@ -54,7 +54,7 @@ def test_a_healthy_gpu_host_is_reported() -> None:
 
 
 def test_a_host_without_a_gpu_is_accepted_unless_the_device_is_cuda() -> None:
-    facts = GpuFacts("2.13.0+cpu", "", Driver())
+    facts = GpuFacts("2.13.0+cpu", "", NvidiaDriver())
     no_gpu = "ok gpu: no NVIDIA driver and no GPU: workers compute on the CPU in float32"
     assert lines(check_gpus(facts)) == [no_gpu]
     no_cuda = "error gpu: device is cuda:1, and torch sees no GPU -> set device to auto or cpu, or attach a GPU"
@@ -71,7 +71,7 @@ def test_a_host_without_a_gpu_is_accepted_unless_the_device_is_cuda() -> None:
             "warning gpu: driver 580.65.06 is installed, but torch 2.13.0+cpu is built without CUDA -> install torch",
         ),
         (
-            {"driver": Driver("535.1", "12.2"), "gpus": []},
+            {"driver": NvidiaDriver("535.1", "12.2"), "gpus": []},
             "error gpu: driver 535.1 supports CUDA 12.2, but torch 2.13.0+cu130 is built for CUDA 13.0 -> update the ",
         ),
         (
@@ -103,7 +103,7 @@ def test_broken_and_absent_kernel_packages_are_named(monkeypatch: pytest.MonkeyP
 
 def test_the_driver_version_is_that_of_the_kernel_module(tmp_path: Path) -> None:
     file = tmp_path / "version"
-    assert read_driver(file) == Driver()
+    assert read_driver(file) == NvidiaDriver()
     file.write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (root@host)\n"
         "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n"
@@ -143,7 +143,7 @@ def test_packages_are_tried_once_per_compute_capability(tmp_path: Path, monkeypa
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
     tried: list[Capability] = []
 
-    def on_cpu(_: int, capability: Capability, choice: KernelChoice) -> list[Outcome]:
+    def on_cpu(_: int, capability: Capability, choice: KernelChoice) -> list[TrialOutcome]:
         tried.append(capability)
         return outcomes_on(torch.device("cpu"), capability, choice)
 
@@ -175,7 +175,7 @@ def test_packages_are_tried_once_per_compute_capability(tmp_path: Path, monkeypa
 )
 def test_attention_rows_report_the_backends_in_use(error: str, choice: KernelChoice, expected: str) -> None:
     (package,) = [each for each in PACKAGES if each.name == "fa3-fwd"]
-    assert doctor_gpu_facts.attention_rows(HOPPER, choice, [Outcome(package, "0.0.3", error)]) == expected
+    assert doctor_gpu_facts.attention_rows(HOPPER, choice, [TrialOutcome(package, "0.0.3", error)]) == expected
     assert doctor_gpu_facts.attention_rows((12, 0), KernelChoice(), []) == "sdpa"
 
 

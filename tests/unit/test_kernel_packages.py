@@ -23,7 +23,7 @@ from kernel_modules import fresh_imports
 from models import kernels
 from models.kernels import cublas_lt, quack_gemm, trials
 from models.kernels.backends import BACKENDS, Operation, facts
-from models.kernels.packages import PACKAGES, Capability, KernelChoice, Outcome, PackageName, is_usable, record
+from models.kernels.packages import PACKAGES, Capability, KernelChoice, PackageName, TrialOutcome, is_usable, record
 from models.kernels.trials import outcomes_on, try_package, try_packages
 from models.loader import numerics_fingerprint
 from models.parallel import mesh
@@ -87,7 +87,7 @@ def test_a_broken_package_is_named_with_its_fallback(
 def test_a_working_package_is_used_without_a_log_line(flash_attn: Install, caplog: pytest.LogCaptureFixture) -> None:
     flash_attn(FLASH_ATTN_2)
     outcome = try_package(FLASH_ATTN, CPU)
-    assert outcome == Outcome(FLASH_ATTN, "2.8.3")
+    assert outcome == TrialOutcome(FLASH_ATTN, "2.8.3")
     record(KernelChoice(), [outcome])
     assert is_usable("flash-attn")
     assert not is_usable("fa3-fwd")
@@ -104,7 +104,7 @@ def test_flash_attn_4_does_not_count_as_flash_attn_2(tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     install(tmp_path, "flash-attn-4", "4.0.0b36", "flash_attn.cute", FLASH_ATTN_4)
     with fresh_imports("flash_attn"):
-        assert try_package(BY_NAME["flash-attn-4"], CPU) == Outcome(BY_NAME["flash-attn-4"], "4.0.0b36")
+        assert try_package(BY_NAME["flash-attn-4"], CPU) == TrialOutcome(BY_NAME["flash-attn-4"], "4.0.0b36")
         assert try_package(FLASH_ATTN, CPU) is None
 
 
@@ -168,7 +168,7 @@ def test_a_trial_that_breaks_the_device_raises(flash_attn: Install, monkeypatch:
 def test_tried_packages_depend_on_gpu_and_choice(
     monkeypatch: pytest.MonkeyPatch, capability: Capability, choice: KernelChoice, tried: list[str]
 ) -> None:
-    monkeypatch.setattr(trials, "try_package", lambda package, _: Outcome(package, "1"))
+    monkeypatch.setattr(trials, "try_package", lambda package, _: TrialOutcome(package, "1"))
     assert [each.package.name for each in outcomes_on(CPU, capability, choice)] == tried
 
 
@@ -254,7 +254,7 @@ def test_packages_are_tried_once_per_gpu_and_choice(monkeypatch: pytest.MonkeyPa
     tried: list[KernelChoice] = []
     monkeypatch.setattr(trials._Latest, "key", None)
 
-    def outcomes(_: object, __: object, choice: KernelChoice) -> tuple[Outcome, ...]:
+    def outcomes(_: object, __: object, choice: KernelChoice) -> tuple[TrialOutcome, ...]:
         tried.append(choice)
         return ()
 
@@ -281,25 +281,27 @@ def test_outcomes_are_part_of_the_numerics_fingerprint(monkeypatch: pytest.Monke
         for choice, outcomes in (
             (KernelChoice(), []),
             (KernelChoice(attention="cudnn"), []),
-            (KernelChoice(), [Outcome(quack, "0.6.5")]),
-            (KernelChoice(), [Outcome(quack, "0.6.6")]),
-            (KernelChoice(), [Outcome(quack, "0.6.5", "ImportError: a")]),
+            (KernelChoice(), [TrialOutcome(quack, "0.6.5")]),
+            (KernelChoice(), [TrialOutcome(quack, "0.6.6")]),
+            (KernelChoice(), [TrialOutcome(quack, "0.6.5", "ImportError: a")]),
         ):
             record(choice, outcomes)
             found.append(fingerprint())
         assert len(set(found)) == len(found)
-        record(KernelChoice(), [Outcome(quack, "0.6.5", "ImportError: at 0x7f")])
+        record(KernelChoice(), [TrialOutcome(quack, "0.6.5", "ImportError: at 0x7f")])
         assert fingerprint() == found[-1], "the text of an error may differ between processes"
         record(KernelChoice(), None)
         with pytest.raises(RuntimeError, match="have not been tried"):
             fingerprint()
         alone = fingerprint(uses_kernels=False)
-        record(KernelChoice(), [Outcome(quack, "0.6.5")])
+        record(KernelChoice(), [TrialOutcome(quack, "0.6.5")])
         assert fingerprint(uses_kernels=False) == alone, "a service without kernels must not depend on packages"
 
 
 def test_kernel_messages_have_version_error_and_replacement() -> None:
-    triton, quack = kernel_messages([Outcome(BY_NAME["triton"], "3.6.0"), Outcome(BY_NAME["quack-kernels"], "1", "E")])
+    triton, quack = kernel_messages(
+        [TrialOutcome(BY_NAME["triton"], "3.6.0"), TrialOutcome(BY_NAME["quack-kernels"], "1", "E")]
+    )
     assert (triton.name, triton.version, triton.error, triton.replacement) == ("triton", "3.6.0", "", "")
     assert (quack.error, quack.replacement) == ("E", "cuBLASLt or PyTorch GEMM and separate passes")
 
@@ -331,10 +333,10 @@ def test_layers_do_not_call_unusable_packages(monkeypatch: pytest.MonkeyPatch) -
 
     names: tuple[PackageName, ...] = ("triton", "nvmath-python", "quack-kernels", "cuda-bindings")
     with fresh_imports():
-        record(KernelChoice(), [Outcome(BY_NAME[name], "1") for name in names])
+        record(KernelChoice(), [TrialOutcome(BY_NAME[name], "1") for name in names])
         assert uses() == [True] * 4
         for name in names:
-            record(KernelChoice(), [Outcome(BY_NAME[each], "1", "E" if each == name else "") for each in names])
+            record(KernelChoice(), [TrialOutcome(BY_NAME[each], "1", "E" if each == name else "") for each in names])
             assert uses() == [each != name for each in names]
 
 
@@ -425,11 +427,11 @@ def test_every_package_of_the_gpu_extras_is_tried() -> None:
 
 def test_facts_list_all_backends_of_all_operations() -> None:
     with fresh_imports():
-        record(KernelChoice(), [Outcome(package, "1") for package in PACKAGES])
+        record(KernelChoice(), [TrialOutcome(package, "1") for package in PACKAGES])
         lines = facts()
         for operation, backends in BACKENDS.items():
             assert f"{operation}: {' '.join(backends)}" in lines
-        record(KernelChoice(), [Outcome(BY_NAME["triton"], "1", "E")])
+        record(KernelChoice(), [TrialOutcome(BY_NAME["triton"], "1", "E")])
         assert "gelu: torch" in facts()
 
 

@@ -56,7 +56,7 @@ def test_a_wide_terminal_shows_every_column_and_activity() -> None:
         "primary, durable (appendonly=yes appendfsync=always), 2 replicas (1 required), round trip 0.4 ms",
         "denoising 12/28 (43%) on denoising-host-7",
         "queued at denoising, 3 ahead, about 12 s",
-        "waits for a worker of denoising: no worker is live",
+        "waits for a worker of denoising: no live worker is compatible",
         "waits for a retry of denoising: denoising-host-3 is lost",
         "waits for another coordinator to take it over",
         "at its coordinator, between stages",

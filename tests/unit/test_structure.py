@@ -236,6 +236,25 @@ def test_no_file_has_a_forbidden_pattern() -> None:
     assert not [pattern for path, source in _sources().items() for pattern in forbidden_patterns(path, source)]
 
 
+def _duplicate_classes(sources: Mapping[str, str]) -> list[str]:
+    """Names of top-level classes that several modules define, with the modules."""
+    modules: dict[str, list[str]] = {}
+    for path, source in sources.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef):
+                modules.setdefault(node.name, []).append(path)
+    return [f"{name}: {', '.join(paths)}" for name, paths in modules.items() if len(paths) > 1]
+
+
+def test_class_names_outside_tests_are_unique() -> None:
+    assert not _duplicate_classes({path: text for path, text in _sources().items() if not path.startswith("tests/")})
+
+
+def test_a_class_name_of_two_modules_is_found() -> None:
+    sources = {"a.py": "class One: ...", "b.py": "class Two: ...\nclass One: ..."}
+    assert _duplicate_classes(sources) == ["One: a.py, b.py"]
+
+
 def test_test_files_have_unique_names_and_no_package() -> None:
     names = [path.name for path in sorted((ROOT / "tests").rglob("*.py")) if "node_modules" not in path.parts]
     assert "__init__.py" not in names
