@@ -37,9 +37,9 @@ class FrameReporter:
 
     The queue is bounded for slow clients: progress is dropped while many frames are queued, a step checkpoint replaces
     a queued step checkpoint, and other items block the stage while more than `max_bytes` of items are queued. Progress
-    within `step_seconds` of the last sent progress is dropped, except for the last step, because each progress frame
-    wakes three processes. begin() sends the frame `begun`, if it is not None. Without `sends_items`, step checkpoints
-    are sent in Checkpoint frames, and other streams are dropped.
+    within `step_seconds` of the last sent progress is dropped too, because each progress frame wakes three processes.
+    Progress of the last step is never dropped. begin() sends the frame `begun`, if it is not None. Without
+    `sends_items`, step checkpoints are sent in Checkpoint frames, and other streams are dropped.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Packets: the wire representation of artifacts, and the validation of received tensors. Does not import torch.
 
 A Packet is an artifact's message, which contains small tensors inline, and the payloads of large tensors by path
-("slot.field.key"). chunk_frames() converts payloads to frames, and an Assembler joins chunks to payloads. Violations
-raise InvalidInput with the path. The coordinator forwards payloads without decoding them.
+("slot.field.key"). chunk_frames() converts payloads to frames, and an Assembler joins chunks to payloads. An invalid
+tensor or chunk raises InvalidInput with the path. The coordinator forwards payloads without decoding them.
 """
 
 from __future__ import annotations

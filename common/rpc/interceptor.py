@@ -35,8 +35,8 @@ class CallGate(grpc.aio.ServerInterceptor):
 
     A FleetError is returned as its status. Any other exception is a defect: it is logged with its traceback and
     returned as INTERNAL with its type and message. `admit` authorizes callers, and `limits` bounds concurrent calls;
-    both apply before the request is read. Reading has a timeout. Health checks and reflection need no authorization and
-    have a separate limit, so that neither kind of call can exhaust the limit of the other.
+    both apply before the request is read. Reading a unary request has a timeout. Health checks and reflection need no
+    authorization and have a separate limit, so that neither kind of call can exhaust the limit of the other.
     """
 
     def __init__(self, admit: Admit = admit_all, limits: ServerLimits | None = None) -> None:

@@ -141,7 +141,7 @@ class Leases:
             await self._put(key, batch)
 
     async def _put(self, key: str, parts: Mapping[str, bytes]) -> None:
-        """Write parts by number. Idempotent, because redis-py retries commands without a reply."""
+        """Write parts by number. Must be idempotent, because redis-py retries commands without a reply."""
         with store_errors():
             async with self._redis.pipeline(transaction=True) as pipeline:
                 pipeline.hset(key, mapping=cast(Any, parts))

@@ -90,9 +90,10 @@ class Retention:
 
 
 class Admission(NamedTuple):
-    """An accepted request. `seconds_left` is the time to its deadline, by the store's clock; None without one.
+    """An accepted request. `seconds_left` is the time to its deadline, by the store's clock.
 
-    `events` are the first stored events; empty if the admission was a repetition or the request is replayed.
+    `seconds_left` is None without a deadline and for a replayed request. `events` are the first stored events; empty if
+    the admission was a repetition or the request is replayed.
     """
 
     record: generation_pb2.RequestRecord

@@ -1,7 +1,7 @@
 """Reads the timelines of requests, which `fleet trace` displays. Times are of the store's clock.
 
-The store's script adds entries within the operations that change a request, without further round trips. State changes
-and progress are entries of the request's events.
+The store's script adds entries within the operations that change a request, without further round trips. Entries
+of state changes and of progress are derived from the request's events.
 """
 
 from __future__ import annotations

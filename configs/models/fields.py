@@ -15,7 +15,7 @@ T = TypeVar("T", int, float, bool, str)
 class ConfigFields:
     """The entries of a module's config.json. The caller passes Diffusers' default for a missing entry.
 
-    All methods raise CheckpointError, which states the module, the entry and the value.
+    For an invalid value, the methods raise the CheckpointError that error() returns.
     """
 
     module: str

@@ -22,7 +22,7 @@ class Flux2KleinSamplingParams(Flux2SamplingParams):
 
     @classmethod
     def model_defaults(cls, checkpoint: Checkpoint) -> dict[str, ParamValue]:
-        """A distilled model has no guidance."""
+        """The base class's defaults, and guidance_scale 1 for a distilled model, which has no guidance."""
         guidance: dict[str, ParamValue] = {"guidance_scale": 1.0} if _is_distilled(checkpoint) else {}
         return {**super().model_defaults(checkpoint), **guidance}
 

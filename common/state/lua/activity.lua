@@ -31,7 +31,8 @@ local function callers_of(place, rank)
 end
 
 -- Estimates how many claims are granted before this claim: all claims of higher ranks, the caller's own earlier claims,
--- and for each other caller of this rank as many claims as round-robin order grants. Later claims are not considered.
+-- for each other caller of this rank as many claims as round-robin order grants, and all claims of callers beyond
+-- MOST_CALLERS. Claims that are not queued yet are not considered.
 local function claims_before(place, claim, ranks)
   local queue, rank = P .. 'queue:' .. place, claim.rank
   local key = place .. '|' .. rank

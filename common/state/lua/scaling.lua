@@ -88,7 +88,7 @@ local function is_needed(id, service)
 end
 
 -- Returns 1 if an open request still needs the service, else 0; then the time in ms at which a request last stopped
--- needing it, 0 for never.
+-- needing it, 0 if no request did so within CHURN_MS.
 takes.stage_activity = { 'place' }  -- model/service
 function ops.stage_activity(a)
   local model, service = string.match(a.place, '^(.*)/([^/]*)$')
