@@ -112,8 +112,8 @@ class Leases:
     ) -> bool:
         """Replace the step checkpoint of a request.
 
-        Returns False if the epoch is not current or a later step checkpoint is stored. `number` counts the step
-        checkpoints of an epoch. `parts` are byte strings of at most about 1 MiB.
+        Returns False if the request has ended, the epoch is not current or a later step checkpoint is stored. `number`
+        counts the step checkpoints of an epoch. `parts` are byte strings of at most about 1 MiB.
         """
         key = f"{PREFIX}checkpoint:{request_id}:{epoch}-{number}"
         arguments: Arguments = {"id": request_id, "epoch": epoch, "checkpoint_key": key, "step": step}

@@ -20,7 +20,8 @@ _REUSED = 50  # a result is reused for this multiple of the duration of its read
 class StageActivity:
     """Whether an open request needs a service, and when a request last stopped needing it.
 
-    `last_needed_ms` is a time of the store's clock in ms since 1970; 0 if no request did so within 10 minutes.
+    `last_needed_ms` is a time of the store's clock in ms since 1970; 0 if no request stopped needing the service within
+    the last 10 minutes.
     """
 
     is_active: bool

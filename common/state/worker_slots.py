@@ -221,7 +221,8 @@ class WorkerSlots:
     async def avoid(self, worker_id: str) -> float:
         """Exclude a worker from grants to this coordinator for a pause. Returns the pause in seconds.
 
-        The pause doubles with each call, until a request succeeds on the worker. Raises Unavailable.
+        The pause doubles with each call, up to 5 s. It is reset when a request succeeds on the worker, or at most 60 s
+        after the pause has ended. Raises Unavailable.
         """
         pause_ms = await run_script(self._redis, "avoid", {"owner": self._owner, "worker": worker_id})
         return int(pause_ms) / 1_000

@@ -262,8 +262,9 @@ local function avoids_for(place, owner)
   return soonest
 end
 
--- Makes a coordinator avoid a worker for a pause that doubles with each call. Returns the pause in ms. The pause is
--- reset at most AVOIDED_MS after its end, and by a call that succeeds. Other coordinators are not affected.
+-- Makes a coordinator avoid a worker for a pause that doubles with each call, up to LONGEST_PAUSE_MS. Returns the pause
+-- in ms. The pause is reset at most AVOIDED_MS after its end, and by a call that succeeds. Other coordinators are not
+-- affected.
 takes.avoid = { 'owner', 'worker' }
 function ops.avoid(a)
   local worker, key, avoided = a.worker, P .. 'avoided:' .. a.owner, avoided_by(a.owner)
