@@ -74,7 +74,7 @@ class ServedModel:
     unserved: Mapping[str, str] = field(default_factory=dict)
 
     def service(self, name: str) -> ServiceSpec:
-        """Return a service of all variants by name. Raises InvalidInput, which lists the model's services."""
+        """Return one of `services` by name. Raises InvalidInput, which lists the model's services."""
         for spec in self.services:
             if spec.service == name:
                 return spec

@@ -86,7 +86,7 @@ class Registry:
         return PipelineEntry(self._pipelines[pipeline_name], self._configs[pipeline_name])
 
     def relative(self, pipeline_name: str) -> str | None:
-        """Return the supported pipeline with the longest prefix of `pipeline_name`, or None.
+        """Return the supported pipeline with the longest prefix that `pipeline_name` starts with, or None.
 
         Prefixes are the pipeline's name without "Pipeline" and the names in its `relatives`. For example,
         QwenImageEditInpaintPipeline matches QwenImageEdit rather than QwenImage.

@@ -84,7 +84,7 @@ class Weights:
         return part
 
     def load(self, name: str, shard: Shard | None, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Load a tensor, or a shard of it, to the device. The host holds at most one chunk of the shard at a time."""
+        """Load a tensor, or a shard of it, to the device. For a GPU, the host holds one chunk of it at a time."""
         if shard is None:
             return self.read(name).to(device, dtype)
         parts = [self.read(name, index).to(device, dtype) for index in shard.slices()]

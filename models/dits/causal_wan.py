@@ -122,7 +122,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return tuple(slice(begin * frame_tokens, end * frame_tokens) for begin, end in runs), valid * frame_tokens
 
     def _frame_slot(self, frame: int) -> int:
-        """Cache slot of a frame, in frames. A frame after the sink overwrites the oldest frame of the window."""
+        """Cache slot of a frame, in frames. In a full cache, a frame overwrites the oldest frame after the sink."""
         if self.window is None or frame < self.sink:
             return frame
         return self.sink + (frame - self.sink) % (self.window - self.sink)

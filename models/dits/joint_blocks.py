@@ -73,7 +73,7 @@ def run_modulated_blocks(
 
 
 def image_modulations(vectors: Iterable[Tensor]) -> list[ImageModulation]:
-    """Modulations (B, D) without a third segment."""
+    """Wrap each vector (B, D) as a modulation without a tensor for reference images."""
     return [(vector,) for vector in vectors]
 
 

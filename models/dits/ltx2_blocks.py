@@ -54,7 +54,10 @@ class SegmentRows(NamedTuple):
         return SegmentRows(first, self.rest[:, which], self.segments)
 
     def plus(self, table_MD: Tensor) -> list[SegmentVectors]:
-        """The modulations plus the learned table (M, D) of a block, as a list of length M."""
+        """The modulations plus a learned table, as a list with an entry for each row of the table.
+
+        The table is (M, D), or has several rows if M is 1: the single modulation is then added to each row.
+        """
         table = table_MD.float()
         first = None if self.first is None else self.first + table
         return vectors_of_rows(self.segments, first, self.rest + table)

@@ -173,7 +173,7 @@ def _rows(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _matrices(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of matrices of x and out: a single pair if batch rows are adjacent, otherwise a pair per row."""
+    """Pairs of matrices of x and out: a single pair if batch items are adjacent, otherwise a pair per item."""
     if len(x) == 1 or (_is_adjacent(x) and _is_adjacent(out)):
         return [(x.view(-1, x.shape[-1]) if _is_adjacent(x) else x[0], out.flatten(0, 1) if len(x) > 1 else out[0])]
     return _rows(x, out)

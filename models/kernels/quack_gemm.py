@@ -1,7 +1,8 @@
 """GEMM with fused epilogues on Hopper, by QuACK, an optional package.
 
-On other GPUs, and for shapes that the epilogues do not support, layers run separate kernels after the GEMM. An epilogue
-computes in float32 and rounds once; separate kernels round in between.
+On other GPUs, and for shapes that these epilogues do not support, GELU may be an epilogue of cuBLASLt or PyTorch; all
+other operations are separate kernels after the GEMM. An epilogue computes in float32 and rounds once; separate kernels
+round in between.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ class SelfAttention(JoinsWeights):
         return self.to_q, self.to_k, self.to_v
 
     def _project(self, x_BSD: Tensor, out: Tensor, segments: TokenSegments | None, which: slice) -> None:
-        """Write the outputs of the projections `which` of (queries, keys, values), concatenated, to `out`."""
+        """Project to the queries, keys and values that `which` selects; write them to `out`, concatenated."""
         del segments  # All tokens have the same weights.
         project(x_BSD, out, self.joined, self._projections, which)
 

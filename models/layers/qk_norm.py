@@ -1,4 +1,4 @@
-"""Norms and RoPE of queries and keys, with Triton in one pass over memory.
+"""Norms of queries and keys as modules; models.kernels.qk_norm_rotate applies them and RoPE.
 
 Shapes: B batch, S tokens, D = heads * head size.
 """

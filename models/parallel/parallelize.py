@@ -39,7 +39,7 @@ def parallelize(
     heads: int,
     feed_forward: int | None = None,
 ) -> None:
-    """Shard a model on the meta device for this rank. Weights that are loaded afterwards are read shard by shard.
+    """Shard a model on the meta device for this rank. Loading then reads only this rank's shards of the weights.
 
     `mesh` None: one rank. `heads` and `feed_forward` are as in Degrees.check_model(). Raises InvalidInput for degrees
     that do not divide the attention heads or the feed-forward width. Raises TypeError where the plan names a module of

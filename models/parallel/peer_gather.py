@@ -2,7 +2,7 @@
 
 Each rank has buffers for the keys and values of all ranks, in memory that its peers can write to. A rank writes its own
 chunk to its own buffer, copies it to the buffers of all other ranks, and sets a flag there. Readers wait for the flags.
-One attention call over all keys then replaces a call per chunk and the merging of the results.
+One attention call per head group then reads all keys: it replaces a call per chunk and the merging of the results.
 
 Shapes: B batch, L tokens of this rank, H heads, K head size.
 """

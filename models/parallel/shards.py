@@ -51,7 +51,7 @@ class Shard:
 
 
 class Sharded(nn.Module):
-    """A module whose parameters are shards of the checkpoint's tensors: `shards`, by parameter name."""
+    """A module with sharded parameters. `shards` locates them in the checkpoint's tensors, by parameter name."""
 
     shards: Mapping[str, Shard]
 

@@ -1,8 +1,8 @@
 """The denoising loop of causal few-step models: blocks of a video, each emitted when it is finished.
 
 A block attends to the preceding finished blocks through a KV cache in the request's step memory. After each block but
-the last, a context pass predicts the finished latents at timestep 0 and thereby writes the block's keys and values to
-the cache. A resumed loop repeats the context passes of finished blocks, but not their denoising steps.
+the last, a context pass runs the DiT on the block's finished latents at timestep 0; this writes the block's keys and
+values to the cache. A resumed loop repeats the context passes of finished blocks, but not their denoising steps.
 
 Sources: Self Forcing (arXiv 2506.08009), FastVideo's CausalDMDDenosingStage.
 """
@@ -49,10 +49,10 @@ class CausalDMDDenoisingStage(PipelineStage[DenoisingInput, BlockDenoisingOutput
     def run(self, x: DenoisingInput, call: Call) -> BlockDenoisingOutput:
         """Denoise all outputs as one batch; each item of the stream is a block of all outputs.
 
-        Steps are counted over all blocks. Reports every step, and ends within one step when cancelled. Resumes after
-        resume_from.step with identical bytes, after emitting the finished blocks again. Raises InvalidInput if the
-        frames do not fill whole blocks, ResourceExhausted before the first step if step memory is insufficient, and
-        HandedOver at a step boundary if requested.
+        Steps are counted over all blocks. Reports every step, and ends within one step when cancelled. A resumed loop
+        first emits the finished blocks again, then continues after resume_from.step with identical bytes. Raises
+        InvalidInput if the frames do not fill whole blocks, ResourceExhausted before the first step if step memory is
+        insufficient, and HandedOver at a step boundary if requested.
         """
         blocks = self._config.blocks_of(x.initial_latents.parts[self._part].latents)
         request = self._predictor.request(x)

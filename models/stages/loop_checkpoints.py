@@ -34,7 +34,10 @@ class LoopCheckpoints:
         self._call.checkpoint(self._state.step_checkpoint())
 
     def hand_over_if_asked(self) -> None:
-        """If the worker shuts down, send a checkpoint unless it was already sent, and raise HandedOver."""
+        """Raise HandedOver if the worker shuts down.
+
+        First sends a checkpoint if the loop has taken a step since its last checkpoint, or since its start.
+        """
         if not self._call.must_hand_over():
             return
         if self._state.step > self._sent_step:
