@@ -23,7 +23,7 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-m", "common.rpc.probe", "127.0.0.1:50051"]
 ENTRYPOINT ["fleet", "serve"]
 
-# The wheel, and its dependencies by target: a code change rebuilds only the wheel's layer.
+# The wheel, and its dependencies by target: after a code change, the layers with the dependencies are still cached.
 FROM base AS wheel
 COPY pyproject.toml ./
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \

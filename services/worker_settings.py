@@ -228,8 +228,8 @@ def prepare_thread(device: torch.device, threads: int) -> None:
 def prepare_session_thread(device: torch.device, threads: int) -> None:
     """Prepare the thread of a session, which computes concurrently with the device's thread.
 
-    On a GPU, its CUDA stream has a higher priority than the streams of other threads, because a delay of an item delays
-    its display, whereas the loop that computes later items is ahead of the display.
+    On a GPU, its CUDA stream has a higher priority than the streams of other threads, because a delayed item is
+    displayed late, whereas the denoising loop (with `fleet generate`, in the same process) computes later items.
     """
     prepare_thread(device, threads)
     if device.type == "cuda":

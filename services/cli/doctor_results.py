@@ -16,7 +16,7 @@ from services.start_up import describe, plain
 
 
 class CheckStatus(enum.IntEnum):
-    """CheckStatus of a result. The worst status is the exit code of the command."""
+    """Status of a result. The worst status is the exit code of the command."""
 
     OK = 0
     WARNING = 1

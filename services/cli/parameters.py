@@ -160,7 +160,7 @@ def given_images(args: argparse.Namespace) -> list[tuple[str, bytes]]:
 def parameters_message(
     given: Mapping[str, ParamValue], images: Sequence[tuple[str, bytes]], suffix: str
 ) -> generation_pb2.GenerationParameters:
-    """The message. Parameters with their own field are set in this field, other parameters in `params`."""
+    """The parameters as a message: in the field of the same name, else in `params`."""
     message = generation_pb2.GenerationParameters(
         output_format=FORMATS[suffix],
         images=[generation_pb2.ImageInput(role=role, data=data) for role, data in images],

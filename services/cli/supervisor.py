@@ -20,7 +20,7 @@ from services.cli.options import BAD_INPUT
 _MALLOC = "glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=268435456:glibc.malloc.arena_max=4"
 
 _STEADY_SECONDS = 60.0
-"""Run time, in seconds, after which the count of consecutive failures restarts. Most models load in less time."""
+"""Run time, in seconds, after which the count of consecutive failures is reset. Most models load in less time."""
 
 _MOST_FAILURES = 5
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 10.0

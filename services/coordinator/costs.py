@@ -1,6 +1,7 @@
-"""The cost of a request at each service. Queues use it to distinguish large from small requests.
+"""The cost of a request at each service: its relative amount of work.
 
-Costs are comparable only between requests of one model at one service.
+Queues use costs for fair shares of callers, and admission uses them to estimate the open work of a service. Costs are
+comparable only between requests of one model at one service.
 """
 
 from __future__ import annotations

@@ -56,10 +56,10 @@ class EventLog:
 class EventWriter:
     """Writes events in batches, one write at a time. A batch contains only the latest step of each stage.
 
-    If the reply to a write is lost, the write is retried with the same events and numbers, so that each is stored
-    once. A batch that contains only steps waits until `step_seconds` after the previous write, which bounds the write
-    rate. `log` receives the stored events. `on_ended` is called when the store reports that the request has ended or
-    continues at another coordinator.
+    If the reply to a write is lost, the write is retried with the same events and numbers, so that each event is
+    stored once. A batch that contains only steps waits until `step_seconds` after the previous write, which bounds the
+    write rate. `log` receives the stored events. `on_ended` is called when the store reports that the request has ended
+    or continues at another coordinator.
     """
 
     def __init__(

@@ -104,7 +104,7 @@ class ResultStream:
             await asyncio.gather(self._storing, return_exceptions=True)
 
     def files(self) -> list[ResultFile]:
-        """The files of the complete result. Only files of a raw result contain bytes, because they are not stored.
+        """The files of the complete result. Only raw files contain bytes; other bytes are in the store.
 
         Raises InternalError for a missing file.
         """

@@ -23,7 +23,7 @@ from common.errors import Unavailable
 from services.denoising.messages import read_exactly
 
 GROUP_TOKEN = "DIFFUSION_FLEET_GROUP_TOKEN"
-"""Environment variable with the token of this start of the group. A process with this variable is a rank."""
+"""Environment variable with the token of this start of the group. A process started with it is a rank."""
 
 _ADDRESS_KEY = "rank0"
 _HELLO = struct.Struct(">32sBI")
