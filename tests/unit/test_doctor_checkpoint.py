@@ -120,7 +120,7 @@ def test_the_command_reports_a_truncated_shard(
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
-    """A checkpoint with 64 MiB of float32 in its transformer and 4 MiB in each other module."""
+    """A checkpoint with 64 MiB of float32 in its transformer and 4 MiB in each other module with weights."""
     path = build_bare_flux(tmp_path / "large")
     for module, mib in (("transformer", 64), ("vae", 4), ("text_encoder", 4), ("text_encoder_2", 4)):
         (file,) = (path / module).glob("*.safetensors")

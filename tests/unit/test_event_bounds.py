@@ -1,4 +1,4 @@
-"""Bounds of the events of a running request: number and length of warnings, one pending step."""
+"""Bounds of the events of a running request: number and length of warnings, and pending steps."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_a_warning_of_a_worker_has_a_bounded_length() -> None:
     assert (len(event.warning.field), len(event.warning.message)) == (256, 2_048)
 
 
-def test_only_the_latest_step_of_a_service_is_pending() -> None:
-    """Step 0 reports that the stage begins, and stays pending."""
+def test_only_step_0_and_the_latest_step_of_a_service_are_pending() -> None:
+    """Step 0 reports that the stage begins. Later steps do not replace it."""
 
     def script(writer: EventWriter) -> None:
         writer.progress("denoising", 0, 9)

@@ -1,4 +1,4 @@
-"""Fake CUDA graphs reproduce the behavior of CUDA graphs on which tests of step memory depend."""
+"""Fake CUDA graphs behave like real CUDA graphs, as far as tests of step memory require."""
 
 from __future__ import annotations
 

@@ -52,8 +52,11 @@ def reference_linear(x: Tensor, layer: Linear) -> Tensor:
     return linear(rows, dequantized(layer.weight, layer.scale), layer.bias)
 
 
-def test_rounding_errors_are_at_most_one_sixteenth_of_the_value() -> None:
-    """The mantissa has three bits; subnormal numbers have steps of 2**-9 times the row's scale."""
+def test_rounding_errors_are_at_most_half_a_step() -> None:
+    """Three mantissa bits: half a step is at most 1/16 of a normal number.
+
+    Subnormal numbers have steps of 2**-9 times the row's scale.
+    """
     x = torch.randn(32, 256) * torch.logspace(-3, 3, 32)[:, None]
     values, scale = quantize_rows(x)
     assert (values.dtype, scale.dtype, scale.shape) == (FLOAT8, torch.float32, (32, 1))

@@ -20,7 +20,7 @@ from models.images import open_image
 from process_memory import measured_growth
 
 Piece = tuple[bytes, bytes]
-"""Kind and data of a PNG chunk, a WebP chunk, or ("APP1", data) of a JPEG segment."""
+"""Kind and data of a PNG chunk, of a WebP chunk or of a JPEG segment. The kind of a JPEG segment is b"APP1"."""
 
 ORDERS = ("<", ">")
 """Byte orders of struct formats."""

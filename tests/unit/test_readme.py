@@ -1,4 +1,4 @@
-"""Links, anchors, lengths and names of the documents are valid."""
+"""Documents have valid links and anchors and bounded lengths, and the names in them exist."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ class MixedFleet:
         self.check()
 
     def end_all(self) -> None:
-        """End every request. A new worker then removes queue entries of dead coordinators, so that no key is left."""
+        """End every request. A new worker removes queue entries of dead coordinators, and no transient key is left."""
         for coordinator in self.coordinators:
             for request in list(coordinator.requests):
                 self.finish(coordinator, request)

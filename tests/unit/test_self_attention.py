@@ -134,7 +134,7 @@ def test_a_direct_call_sends_keys_and_values_before_it_projects_queries(
         project(x, out, joined, layers, which)
 
     class Recording(KeyValues):
-        """Records that its constructor sends a message."""
+        """Stands for a transfer to other ranks: records its construction as "sent"."""
 
         def __init__(self, k: Tensor, v: Tensor) -> None:
             super().__init__(k, v)

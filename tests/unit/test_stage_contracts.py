@@ -131,7 +131,7 @@ def test_a_stage_that_omits_an_output_that_is_read_fails() -> None:
         HostedStages("roll", [IncompleteStage()]).run({"prompt": Prompt(prompt="red")}, Call("test"))
 
 
-def test_reading_removes_the_optional_inputs_that_are_not_named() -> None:
+def test_reading_removes_unnamed_optional_inputs_except_the_resume_slot() -> None:
     whole = contracts.DENOISING
     assert whole.resume_slot == "resume_from"
     assert whole.reading().optional == {"resume_from"}

@@ -1,4 +1,4 @@
-"""Any failure at start is one line on stderr and an exit code; the traceback is logged at DEBUG only."""
+"""Each error at start is one line on stderr and sets the exit code; tracebacks appear only at DEBUG."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def _bad_raise(node: ast.AST) -> str:
 
 
 def _explained(lines: list[str], number: int) -> bool:
-    """Whether a comment is on the line, or above it and the imports directly before it."""
+    """Whether an import has a comment on its line, or directly above the block of imports that ends with it."""
     above = number - 2
     while above >= 0 and lines[above].lstrip().startswith(("import ", "from ")):
         above -= 1

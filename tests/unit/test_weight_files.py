@@ -86,7 +86,7 @@ def test_variants_without_a_rule_are_refused_by_name(flux: Path) -> None:
         Checkpoint.open(flux)
 
 
-def test_of_shards_and_a_plain_file_the_files_that_the_library_prefers_are_read(flux: Path) -> None:
+def test_the_preference_of_the_library_decides_between_shards_and_a_plain_file(flux: Path) -> None:
     for module, stem in (("transformer", STEM), ("text_encoder", "model")):
         put(flux / module, f"{stem}.safetensors")
         put_index(flux / module, f"{stem}.safetensors.index.json", f"{stem}-00001-of-00001.safetensors")

@@ -109,7 +109,7 @@ class LeavingWorkers(Network):
         return {}
 
 
-class Checkpoints(Leases):
+class FakeLeases(Leases):
     """Leases that store neither step checkpoints nor losses."""
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ def runner(
 ) -> tuple[WorkerRunner, FakeWorkerSlots]:
     worker_slots = FakeWorkerSlots()
     workers = Workers(worker_slots, network, memory or ArtifactMemory(1 << 20), patience)
-    recovery = Recovery(Checkpoints(), "r")
+    recovery = Recovery(FakeLeases(), "r")
     wiring = Wiring("", spec.contract.inputs, spec.contract.outputs)
     return WorkerRunner(workers, "model", spec, 0, FIRST_COME, recovery, lambda: None, wiring=wiring), worker_slots
 
