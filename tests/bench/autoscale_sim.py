@@ -90,7 +90,7 @@ class Bench:
         }
 
     def of(self, name: str, setting: str, load_seconds: float) -> Scores:
-        """Scores of one setting in GRID of a policy."""
+        """Scores of one setting of the policy `name` in GRID."""
         key = (name, setting, load_seconds)
         if key not in self._known:
             self._known[key] = self.mean_scores(GRID[name][setting], load_seconds)

@@ -83,8 +83,8 @@ class Family:
     """A published model with its Diffusers pipeline, modules and request.
 
     Request parameters have the same names on both sides. `build_tiny` writes a small checkpoint, `open_tiny` opens it
-    in bfloat16. `modules` builds the modules at published size. `index` adds entries to model_index.json. `small` are
-    the request parameters for the small checkpoint. `image_modes` are Pillow modes, one per input image.
+    in bfloat16. `modules` builds the modules at published size. `index` adds entries to model_index.json. For the
+    small checkpoint, `small` overrides request parameters. `image_modes` are Pillow modes, one per input image.
     """
 
     title: str

@@ -88,7 +88,7 @@ def main() -> None:
         models(Path(folder), args.device, args.families, layouts)
         if args.no_fleets:
             return
-        # Liveness settings have their defaults: a rank that loads CUDA's libraries may be silent longer than in tests.
+        # Default liveness settings: while a rank loads CUDA's libraries, it may send no heartbeat for seconds.
         workload = Workload(args.device, args.steps, args.size, liveness_flags=(), seconds=180)
         is_right = fleets(Path(folder), layouts, workload)
     say("Every check passed." if is_right else "A check failed: see NO and errors above the limit in the tables.")

@@ -1,9 +1,9 @@
 """Streaming of a video during its generation: causal Wan 1.3B at 480x832 on CUDA, with random weights.
 
 Denoising and decoding first run separately, then concurrently in this process as stages of a pipeline, without RPCs.
-The output has the times to the first MP4 fragment, the first second of video and the whole video, the sustained frame
-rate, the times of sequential and concurrent stages, and the memory of the KV cache. With a second GPU, decoding runs
-there; stages that share a GPU compete for it. No network and no disk space are needed.
+For each run, the output has the times to the first block, the first second of video and the whole video, and the frame
+rate; then the memory of the KV cache and of both stages. With a second GPU, decoding runs there; stages that share a
+GPU compete for it. No network and no disk space are needed.
 
 Run it with: python tests/bench/cuda_stream.py; to try it without a GPU: --device cpu --scale tiny
 """

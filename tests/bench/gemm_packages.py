@@ -185,7 +185,7 @@ def measure(shape: Shape, methods: Mapping[str, Prepare]) -> list[Figures]:
 
 
 def _time_graphs(captured: Sequence[tuple[Figures, CapturedCalls]], calls: int) -> None:
-    """Set the GPU times. A failure is raised at the synchronization of all graphs, so that it is recorded for each."""
+    """Set the GPU times. All graphs are synchronized together, so a failure is recorded for every graph."""
     timing = Figures("timing")
     with timing.step("timing of graphs"):
         spent = graph_microseconds([graph for _, graph in captured], calls)

@@ -39,7 +39,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 BASE_MODEL_ONLY = pytest.mark.parametrize("pair", [False], indirect=True, ids=["base"])
-"""Mark of tests that need one model: the distilled model has the same code path."""
+"""Mark of tests for the base model only, because the distilled model has the same code path."""
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -48,7 +48,7 @@ def test_latents_and_pixels_match_diffusers(pair: Pair, mode: str) -> None:
 
 
 def test_sigmas_are_shifted_for_the_default_step_count(pair: Pair) -> None:
-    """Diffusers ignores the number of sigmas and uses num_inference_steps, whose default is 50."""
+    """For the shift, Diffusers uses num_inference_steps, whose default is 50, not the number of sigmas."""
     check(pair, {"prompt": "a red apple", "height": 64, "width": 64, "sigmas": (1.0, 0.7, 0.3)})
 
 

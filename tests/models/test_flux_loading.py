@@ -1,4 +1,4 @@
-"""An inconsistent checkpoint is refused when its modules load. The message names the file and the entry."""
+"""Flux checkpoints: refusals at opening or loading, sharded weights, weight variants, dtypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GLM-Image's specific stage and denoising loop: conditioning, byte-equal resume, config callbacks."""
+"""GLM-Image's stage before denoising, and its loop: conditioning, byte-equal resume, config callbacks."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_audio_parameters_are_refused_by_a_model_without_audio(tmp_path: Path, n
 
 @pytest.mark.parametrize("module", ["vocoder", "audio_vae", "connectors"])
 def test_a_checkpoint_without_one_of_its_modules_is_refused(tmp_path: Path, module: str) -> None:
-    """Diffusers does not load a directory without the module. With a null entry, its call fails at the end."""
+    """Diffusers does not load a directory without the module. With a null entry, its call fails."""
     path = build_tiny_ltx2(tmp_path / "m")
     edit_json(path / "model_index.json", **{module: [None, None]})
     with pytest.raises(CheckpointError, match=f"LTX2Pipeline needs .*{module}"):

@@ -120,7 +120,10 @@ def test_separate_decoding_of_reference_latents_equals_the_reference_pipeline(si
 
 @pytest.mark.parametrize("case", ["all guidance", "without guidance", "12 frames, rounded to 9", "two outputs"])
 def test_ltx_2_0_matches_diffusers(old_sides: Sides, case: str) -> None:
-    """LTX-2.0: no gates or text modulation, interleaved RoPE, one text projection, another vocoder."""
+    """The small LTX-2.0 checkpoint has interleaved RoPE, one text projection and another vocoder.
+
+    It has no gates and no text modulation.
+    """
     check(old_sides.ours(TEXT[case]), old_sides.theirs(TEXT[case]))
     request, size = IMAGE[case]
     image = coarse_image(*size, seed=1)

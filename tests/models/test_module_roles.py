@@ -73,7 +73,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
 
 
 def renamed(path: Path, target: Path, names: Sequence[tuple[str, str]]) -> Path:
-    """Copy a checkpoint, rename some of its modules, and name the pipeline that has these modules."""
+    """Copy a checkpoint, rename some of its modules, and select the plugin pipeline with the new names."""
     shutil.copytree(path, target)
     index = json.loads((path / "model_index.json").read_text())
     index["_class_name"] = f"Solver{index['_class_name']}"

@@ -172,7 +172,7 @@ def test_a_plan_for_another_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("degrees", [Degrees(), Degrees(tp=2), Degrees(ring=2)], ids=str)
-def test_a_plan_for_a_method_that_is_not_an_entry_point_is_refused(degrees: Degrees) -> None:
+def test_a_plan_with_an_unknown_argument_or_entry_point_is_refused(degrees: Degrees) -> None:
     model = on_meta(FluxTransformer2DModel, FluxTransformerConfig(num_layers=1, num_single_layers=1))
     for arguments, message in (
         (

@@ -162,7 +162,7 @@ def test_a_max_sequence_length_without_effect_is_reported(pair: Pair) -> None:
     ],
     ids=[
         "no image",
-        "no image file",
+        "not an image file",
         "two images",
         "one step",
         "image token in the prompt",

@@ -196,7 +196,7 @@ def test_the_skipped_tokens_are_those_before_the_first_image() -> None:
     ids=[
         "no image",
         "no first image",
-        "no image file",
+        "not an image file",
         "too many images",
         "large image",
         "one step",

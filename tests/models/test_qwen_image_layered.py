@@ -269,7 +269,7 @@ IMAGE = {"image": png(WIDE)}
     ids=[
         "no image",
         "two images",
-        "no image file",
+        "not an image file",
         "large image",
         "no layers",
         "too many layers",

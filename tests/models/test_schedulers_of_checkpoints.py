@@ -31,7 +31,7 @@ from tiny_flux import build_tiny_flux
 from tiny_qwen_image import build_tiny_qwen_image
 from tiny_wan import build_tiny_wan
 
-# NumPy warns when Diffusers converts the noise levels of schedulers that predict noise.
+# NumPy warns when UniPCMultistepScheduler computes noise levels from alphas_cumprod, instead of flow sigmas.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 FILE = "scheduler/scheduler_config.json"

@@ -115,7 +115,7 @@ def test_a_loop_resumes_after_a_hand_over_to_the_same_bytes(loop: DmdLoop) -> No
 
 
 def test_noise_levels_match_diffusers_flow_schedule() -> None:
-    """FastWan lists timesteps of the shifted schedule. Self Forcing's timesteps are shifted by the schedule."""
+    """FastWan lists timesteps of the shifted schedule. Self Forcing lists timesteps of the unshifted schedule."""
     levels = dict(nearest_levels((1000.0, 757.0, 522.0), 8.0))
     assert levels[1000.0] == 1.0
     assert all(abs(level - timestep / 1000) < 1e-3 for timestep, level in levels.items())
