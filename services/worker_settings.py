@@ -119,7 +119,7 @@ class StepSettings(WorkerSettings):
     """Serve a stage that reports steps."""
 
     hang_seconds: float = setting(60.0, help="seconds without a step, after the first one, until a call is cancelled")
-    hang_mean_steps: float = setting(20.0, help="hang_seconds in mean step times of the call; the longer limit applies")
+    hang_mean_steps: float = setting(20.0, help="hang_seconds is at least this many mean step times of the call")
     hang_exit_seconds: float = setting(
         30.0, help="seconds from the cancellation of a hung call to the end of the process"
     )

@@ -87,7 +87,7 @@ def _add_autoscaling(parser: FlagParser) -> None:
         "--target-seconds",
         type=number,
         metavar="S",
-        help=f"wanted_seconds per worker at which the autoscaler aims (default: {_TARGET_SECONDS:g})",
+        help=f"target of wanted_seconds per worker (default: {_TARGET_SECONDS:g})",
     )
     group.add_argument(
         "--headroom",
