@@ -259,7 +259,7 @@ def run_on_fleet(url: str, test: Callable[[FakeFleet], Awaitable[None]]) -> None
 
 
 def emoji() -> ServedModel:
-    """The shipped model "emoji"; only its configs are read."""
+    """The shipped model "emoji", opened without loading weights."""
     return open_model("emoji", load_registry())
 
 

@@ -83,7 +83,7 @@ async def ended(stub: Stub, request_id: str) -> pb.RequestRecord:
 
 
 async def serve_text_before_image(parts: Parts, text: pb.SubmitRequest, image: pb.SubmitRequest) -> None:
-    """Check that a text request succeeds without an image encoder, and that an image request waits for it."""
+    """Check that an image request waits for an image encoder, and that a text request does not need it."""
     variant = parts.model.variant("text")
     assert variant is not None, "the model has the variant"
     for spec in variant.services:

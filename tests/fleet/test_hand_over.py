@@ -283,7 +283,7 @@ def test_handed_over_request_precedes_waiting_requests(store_url: str) -> None:
 
 
 def test_request_that_waits_at_a_draining_worker_moves_immediately(store_url: str) -> None:
-    """The waiting request has computed no step. The running request finishes on the draining worker."""
+    """The waiting request has computed no step. The running request is held at a gate meanwhile, and loses no step."""
 
     async def scenario(fleet: FakeFleet) -> None:
         journal, gate = Journal(), Gate()

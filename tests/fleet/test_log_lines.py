@@ -1,4 +1,4 @@
-"""Log lines of a fleet: one line per state of a request, with request and trace ids, without prompts."""
+"""Log lines of a fleet: one line per state of a request, with ids, and with prompts only if enabled."""
 
 from __future__ import annotations
 

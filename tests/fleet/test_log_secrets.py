@@ -98,7 +98,7 @@ async def _generate(endpoint: str, output: Path, *arguments: str) -> int | None:
 
 
 async def _run_fleet(directory: Path, server: RedisServer) -> None:
-    """Generate an image, refuse a request and stop while the store is unavailable.
+    """Generate an image, send an invalid request, and stop the fleet while the store is unavailable.
 
     Each service logs to DIRECTORY/NAME.log. Services other than denoising are forked from one process, because each
     import of the libraries takes several seconds.

@@ -1,4 +1,4 @@
-"""Lost calls that a request did not cause are not counted as its losses, and the request continues."""
+"""A lost call counts as a loss of its request only if the request may have caused it. The request continues."""
 
 from __future__ import annotations
 

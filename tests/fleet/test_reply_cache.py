@@ -1,4 +1,4 @@
-"""The reply cache: cached replies equal computed ones, inputs must be equal, and the size is bounded."""
+"""The reply cache: equal inputs, except for ignored fields, get equal replies; the size is bounded."""
 
 from __future__ import annotations
 

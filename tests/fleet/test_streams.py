@@ -1,4 +1,4 @@
-"""Streams between stages. Local and remote runners return equal items while a stream is open, in bounded memory."""
+"""Streams between stages. Local and remote runners deliver equal items one by one, in bounded memory."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Validates the custom resources of every overlay against their CRDs: `python tests/k8s/crds.py DIR`.
 
 DIR contains CustomResourceDefinitions as YAML files. Schemas are closed: unknown keys, which an API server would
-silently drop, are errors. CEL validation rules are not evaluated. Exit status 1: no custom resource
-was found, or validation errors, one per line. Exit status 2: DIR is invalid; one line has the reason.
+silently drop, are errors. CEL validation rules are not evaluated. Exit status 1: there is no custom
+resource, or there are validation errors, printed one per line. Exit status 2: DIR is invalid; one line has the reason.
 """
 
 from __future__ import annotations

@@ -323,7 +323,7 @@ def _insecure(container: Manifest) -> Iterator[str]:
 
 
 def labels(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Objects have the recommended labels and the fleet's namespace; version labels match the image."""
+    """Objects have the recommended labels and the fleet's namespace; version labels equal _version_of()."""
     found = {name_of(each): each["metadata"].get("labels", {}) for each in manifests}
     found |= {f"pod of {pod.owner}": pod.labels for pod in pods(manifests)}
     for owner, names in found.items():

@@ -45,7 +45,10 @@ class Churn:
                 raise failure
 
     async def _kill_repeatedly(self, role: Role, number: int) -> None:
-        """Kill a random process of a role every `death_seconds` on average. Stop one between some of the kills."""
+        """Kill a random process of a role every `death_seconds` on average.
+
+        A fraction of the faults, 1 - _KILLED_SHARE, stops a process for a while instead of killing it.
+        """
         rng = random.Random(f"deaths of {self._plan.seed}, {number}")
         while True:
             await asyncio.sleep(rng.expovariate(1 / (_KILLED_SHARE * self._plan.death_seconds)))

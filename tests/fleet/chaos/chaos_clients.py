@@ -222,7 +222,10 @@ class Client:
         return is_hurried and isinstance(reason, InvalidInput) and reason.field == "deadline"
 
     async def _generate(self) -> None:
-        """Submit, follow and download in one stream; after a disconnect, the other calls continue."""
+        """Submit, follow and download in one Generate call.
+
+        After a disconnect, other RPCs continue the order, except for behavior LEAVE, which gives up.
+        """
         outcome = self.outcome
         with suppress(Unavailable, grpc.aio.AioRpcError):
             call = self._any_stub().Generate(pb.GenerateRequest(request=self._request()), metadata=self._key)

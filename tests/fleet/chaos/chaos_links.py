@@ -23,7 +23,7 @@ class Link:
     """Forwards bytes between connections to `port` and the server at a Unix socket.
 
     A held link buffers bytes and delivers them after heal(), as a recovering network does, even if the sender has given
-    up. A cut link resets its connections and refuses new ones.
+    up. A cut link resets all its connections, including new connections.
     """
 
     def __init__(self, target: Path) -> None:

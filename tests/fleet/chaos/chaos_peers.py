@@ -125,7 +125,7 @@ class Peers:
 
 
 async def _talk(socket: Path, pieces: Sequence[bytes]) -> None:
-    """Send pieces over a new connection, and read until the peer closes it."""
+    """Send pieces over a new connection; read until the peer closes it, for at most _REPLY_SECONDS."""
     reader, writer = await asyncio.open_unix_connection(str(socket))
     try:
         for piece in pieces:

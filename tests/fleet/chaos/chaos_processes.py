@@ -288,7 +288,7 @@ class Fleet:
         await self._wait_ended(self.living, seconds)
 
     async def kill(self) -> None:
-        """SIGKILL every process except the store, and replace none."""
+        """Send SIGKILL to every process except the store, and start no replacements."""
         self._closing = True
         killed = list(self.living)
         for process in killed:

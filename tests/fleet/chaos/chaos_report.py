@@ -29,7 +29,7 @@ class Denoising:
 
     @classmethod
     def of(cls, events: Sequence[pb.Event]) -> Denoising:
-        """Count from events. Step 0 marks the start of an attempt; a next step above 1 means that the loop resumed."""
+        """Count from events. Step 0 marks the start of an attempt; the loop resumed if the next step is above 1."""
         found, last, is_new = cls(), 0, False
         for progress in (event.progress for event in events if event.progress.service == "denoising"):
             if progress.step == 0:

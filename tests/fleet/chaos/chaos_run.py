@@ -55,7 +55,7 @@ class FleetRun:
     """A fleet and its clients. `findings` are failed checks; `stored` is the content of the store."""
 
     permitted_fields: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of fields that the records of ended requests may have."""
+    """Prefixes of further fields that the records of ended requests may have."""
 
     def __init__(self, plan: Plan, fleet: Fleet, redis: Redis, references: References) -> None:
         self.plan = plan
