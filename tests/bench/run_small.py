@@ -66,7 +66,7 @@ NOT_RUN = {
 LAUNCHERS = {"denoise_step_group": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")}
 """Arguments of Python before the program, for programs that a launcher starts."""
 
-LIMIT = 300.0
+LIMIT = 600.0
 """Seconds after which a run counts as failed."""
 
 MAX_OUTPUT = 4000
