@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench_report import print_machine, print_table, say
@@ -80,24 +81,28 @@ def programs() -> set[str]:
 
 
 def main() -> None:
-    """Run the programs and print a table; the output of a failed program follows the table."""
+    """Run the programs and print a table; the output of failed programs follows the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=sorted(COMMANDS), choices=sorted(COMMANDS), metavar="PROGRAM")
     args = parser.parse_args()
     print_machine("Small runs of the benchmark programs")
-    rows, failed = [], []
-    for program in args.only:
+    errors: list[str] = []
+    print_table(("run", "", "s"), run_all(args.only, errors))
+    for error in errors:
+        say(error)
+    if errors:
+        sys.exit(1)
+
+
+def run_all(names: Sequence[str], errors: list[str]) -> Iterator[tuple[str, str, float]]:
+    """Yield a row of the table after each run, and append the output of failed runs to `errors`."""
+    for program in names:
         for arguments in COMMANDS[program]:
             began = time.monotonic()
             error = run(program, arguments)
-            rows.append((f"{program}.py {arguments}", "failed" if error else "ok", time.monotonic() - began))
             if error:
-                failed.append(f"{program}.py {arguments}\n{error}")
-    print_table(("run", "", "s"), rows)
-    for each in failed:
-        say(each)
-    if failed:
-        sys.exit(1)
+                errors.append(f"{program}.py {arguments}\n{error}")
+            yield f"{program}.py {arguments}", "failed" if error else "ok", time.monotonic() - began
 
 
 def run(program: str, arguments: str) -> str:
