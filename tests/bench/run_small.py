@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "overhead": ("--requests 1 --steps 2",),
     "overload": ("--seconds 3",),
     "startup": ("--starts 1 --requests 1",),
-    "step_pairs": (f"{_TINY} --before {ROOT} --pairs 1 --work flux",),
+    "step_pairs": (f"{_TINY} --before {ROOT} --pairs 1 --max-ratio 100 --work flux",),
     "store_cost": ("--requests 2 --claims 20 --idle-seconds 1",),
     "trace_cost": ("--pairs 1 --steps 2 --size 64",),
 }
