@@ -35,9 +35,9 @@ def command_parser(name: str, description: str) -> FlagParser:
     return FlagParser(prog=f"fleet {name}", description=description, allow_abbrev=False)
 
 
-def add_endpoint(parser: FlagParser, default: str = f"FLEET_ENDPOINT, else {DEFAULT_ENDPOINT}") -> None:
-    """Add --endpoint and the access flags to a command that calls a running fleet. `default` is text for --help."""
-    parser.add_argument("--endpoint", metavar="HOST:PORT", help=f"address of a running fleet (default: {default})")
+def add_endpoint(parser: FlagParser, default_help: str = f"FLEET_ENDPOINT, else {DEFAULT_ENDPOINT}") -> None:
+    """Add --endpoint and the access flags to a command that calls a running fleet. `default_help` is for --help."""
+    parser.add_argument("--endpoint", metavar="HOST:PORT", help=f"address of a running fleet (default: {default_help})")
     add_access(parser)
 
 
