@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from chaos_processes import Fleet, Process
 from redis.asyncio import Redis
@@ -26,6 +26,9 @@ from models.catalog import open_model
 from models.registry import load_registry
 
 STEPS = 8
+MOST_ATTEMPTS = 5
+"""Maximum attempts of a case whose fault may come too late."""
+T = TypeVar("T")
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "models" / "checkpoints"
 
 
@@ -49,18 +52,43 @@ class Family:
 
 
 class FaultTooLate(Exception):
-    """The request ended before the fault, because the host was busy: the case is inconclusive."""
+    """The service had finished its part of the request before the fault: the case is inconclusive."""
 
 
 class Served:
     """A running fleet of one model, with a stub for each coordinator."""
 
-    def __init__(self, fleet: Fleet, redis: Redis, family: Family, stubs: Sequence[Stub]) -> None:
+    def __init__(self, fleet: Fleet, redis: Redis, family: Family, stack: AsyncExitStack) -> None:
         self.fleet = fleet
         self.redis = redis
-        self.stubs = stubs
+        self.stubs: Sequence[Stub] = ()
         self.stored_step = 0
         self._family = family
+        self._stack = stack
+
+    async def connect(self) -> None:
+        """Replace the stubs by stubs of the running coordinators; waits until each lists all workers."""
+        await wait_until(self.fleet.is_complete)
+        stubs = []
+        for coordinator in self.fleet.of(coordinators=True):
+            channel = await self._stack.enter_async_context(open_channel(coordinator.target))
+            stubs.append(generation_pb2_grpc.GenerationServiceStub(channel))
+            await wait_until(partial(is_complete, stubs[-1], self.fleet.workers))
+        self.stubs = stubs
+
+    async def repeat_if_late(self, case: Callable[[], Awaitable[T]]) -> T:
+        """Run a case, and repeat it while its fault comes too late, as progress messages are delayed on a busy host.
+
+        Raises FaultTooLate after MOST_ATTEMPTS attempts.
+        """
+        late = None
+        for _ in range(MOST_ATTEMPTS):
+            try:
+                return await case()
+            except FaultTooLate as error:
+                late = error
+                await self.connect()
+        raise FaultTooLate(f"the fault came too late in {MOST_ATTEMPTS} attempts; the last: {late}")
 
     async def submit(self, stub: Stub, seconds: float | None = None) -> str:
         """Submit the family's request with a deadline of `seconds`; returns the request id."""
@@ -78,8 +106,12 @@ class Served:
     async def result(
         self, stub: Stub, name: str, kill_at: int = 0, kill: Callable[[str], Awaitable[None]] | None = None
     ) -> tuple[bytes, list[int]]:
-        """Wait for the end; returns the file and the reported steps. `kill` is called once, at step `kill_at`."""
+        """Wait for the end; returns the file and the reported steps. `kill` is called once, at step `kill_at`.
+
+        Raises FaultTooLate if the request succeeded without a second worker, although `kill` is given.
+        """
         steps: list[int] = []
+        needs_second_worker = kill is not None
         last = pb.StateChange()
         async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
             last = reply.event.state_change
@@ -89,6 +121,8 @@ class Served:
                     await kill(name)
                     kill = None
         assert last.state == pb.REQUEST_STATE_SUCCEEDED, last
+        if needs_second_worker and steps.count(0) == 1:
+            raise FaultTooLate(f"one worker of {self._family.service} finished all steps")
         download = stub.DownloadResult(pb.DownloadResultRequest(request_id=name))
         return b"".join([reply.data async for reply in download]), steps
 
@@ -105,20 +139,28 @@ class Served:
 
         Raises FaultTooLate if the service has finished its part of the request.
         """
-        slots = await command(self.redis, "HVALS", f"fleet:slots:{self._family.model}/{service}")
-        if not slots:
-            raise FaultTooLate(f"no worker of {service} runs the request")
-        (slot,) = slots
+        (slot,) = await self._slots(service)
         # The worker id ends with -PID-RANDOM.
         pid = int(slot.decode().partition("|")[0].split("-")[-2])
         (worker,) = [each for each in self.fleet.of(coordinators=False) if each.pid == pid]
         self.fleet.signal(worker, number)
         return worker
 
+    async def _slots(self, service: str) -> Sequence[bytes]:
+        """Taken worker slots of a service. Raises FaultTooLate if there are none."""
+        slots: Sequence[bytes] = await command(self.redis, "HVALS", f"fleet:slots:{self._family.model}/{service}")
+        if not slots:
+            raise FaultTooLate(f"no worker of {service} runs the request")
+        return slots
+
     async def kill_both(self, name: str) -> None:
-        """Wait for a stored step checkpoint, then send SIGKILL to the second coordinator and to the worker."""
+        """Wait for a stored step checkpoint, then send SIGKILL to the second coordinator and to the worker.
+
+        Raises FaultTooLate if the service has finished its part of the request.
+        """
 
         async def is_stored() -> bool:
+            await self._slots(self._family.service)
             step_checkpoint_key: bytes = await command(self.redis, "HGET", f"fleet:request:{name}", "point") or b"-0"
             self.stored_step = int(step_checkpoint_key.rpartition(b"-")[2])
             return self.stored_step > 0
@@ -146,12 +188,9 @@ async def served(family: Family) -> AsyncIterator[Served]:
         stack.push_async_callback(fleet.close)
         await fleet.start()
         redis = await stack.enter_async_context(connect(fleet.server.url))
-        stubs: list[Stub] = []
-        for coordinator in fleet.of(coordinators=True):
-            channel = await stack.enter_async_context(open_channel(coordinator.target))
-            stubs.append(generation_pb2_grpc.GenerationServiceStub(channel))
-            await wait_until(partial(is_complete, stubs[-1], fleet.workers))
-        yield Served(fleet, redis, family, stubs)
+        served = Served(fleet, redis, family, stack)
+        await served.connect()
+        yield served
         await fleet.stop()
         assert not fleet.findings
 
