@@ -6,14 +6,17 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+HANG_SECONDS = 300.0
+"""Time after which a wait of a test raises TimeoutError. No result depends on it, even on an overloaded host."""
+
 _POLL_SECONDS = 0.005
 
 
-def run_within(seconds: float, test: Callable[[], Awaitable[None]]) -> None:
-    """Run a test on a new event loop. Raises TimeoutError after `seconds`."""
+def run_bounded(test: Callable[[], Awaitable[None]]) -> None:
+    """Run a test on a new event loop. Raises TimeoutError after HANG_SECONDS."""
 
     async def bounded() -> None:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(HANG_SECONDS):
             await test()
 
     asyncio.run(bounded())

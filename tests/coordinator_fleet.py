@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import grpc
 import torch
 
+from async_tests import HANG_SECONDS
 from common.artifacts import Conditioning, Generator, LatentPart, Latents, Media, MediaItem, Schedule
 from common.errors import Unavailable
 from common.rpc.client import open_channel
@@ -249,10 +250,10 @@ async def running_fleet(url: str, model: ServedModel) -> AsyncIterator[FakeFleet
 
 
 def run_on_fleet(url: str, test: Callable[[FakeFleet], Awaitable[None]]) -> None:
-    """Run a test within 60 s on a new fleet of the shipped model "emoji"."""
+    """Run a test on a new fleet of the shipped model "emoji"."""
 
     async def main() -> None:
-        async with asyncio.timeout(60), running_fleet(url, emoji()) as fleet:
+        async with asyncio.timeout(HANG_SECONDS), running_fleet(url, emoji()) as fleet:
             await test(fleet)
 
     asyncio.run(main())

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import cast
 
-from async_tests import wait_until
+from async_tests import HANG_SECONDS, wait_until
 from common.errors import NotFound
 from common.pipeline import ServiceSpec, StageSpec
 from common.rpc.framing import Packet
@@ -192,13 +192,13 @@ def restore(record: pb.RequestRecord, stored: bytes) -> Submission:
 
 
 def run_case(test: Callable[[Case], Awaitable[None]]) -> Case:
-    """Run a test within 20 s; asserts that no task raises an unhandled exception."""
+    """Run a test; asserts that no task raises an unhandled exception."""
     defects: list[object] = []
 
     async def main() -> Case:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: defects.append(context))
         case = Case()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_SECONDS):
             await test(case)
         return case
 

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+from async_tests import HANG_SECONDS
 from common.rpc.client import open_channel
 from coordinator_fleet import Stub
 from fleet.v1 import generation_pb2 as pb
@@ -60,10 +61,10 @@ class Parts:
 
 
 def run_parts(model: ServedModel, directory: Path, test: Callable[[Parts], Awaitable[None]]) -> None:
-    """Run a test on a new store, within 60 s."""
+    """Run a test on a new store."""
 
     async def main(url: str) -> None:
-        async with asyncio.timeout(60), AsyncExitStack() as stack:
+        async with asyncio.timeout(HANG_SECONDS), AsyncExitStack() as stack:
             await test(Parts(url, model, directory, stack))
 
     with running_server("valkey") as server:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import threading
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 from redis.asyncio import Redis
 
-from async_tests import wait_until
+from async_tests import HANG_SECONDS, wait_until
 from common.rpc.client import open_channel
 from common.state.connection import connect
 from common.state.workers import WorkerRegistry
 from coordinator_fleet import Stub, emoji
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc, worker_pb2
+from late_faults import FaultTooLate, repeat_if_late
 from redis_servers import running_server
 from services.cli.serve import settings_class
 from services.coordinator.coordinator import start_coordinator
@@ -36,25 +39,20 @@ SIZE = 512  # pixels; large enough that a step lasts longer than its progress me
 _SERVE = ("--model", "emoji", "--threads", "1", "--step-checkpoint-every", "1", "--step-seconds", "0")
 _LIVENESS_FLAGS = ("--rank-heartbeat-seconds", "0.1", "--rank-lost-seconds", "2")
 
-START_SECONDS = 180.0
-"""Time limit for the start of a group on a busy host; its ranks import modules and load weights concurrently."""
-
 OnStep = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Device, request size and time limits of a test.
+    """Device and request size of a test.
 
     Steps must be long enough to inject a fault during a step. `liveness_flags` set the heartbeats between ranks.
-    `seconds` is the time limit of each operation.
     """
 
     device: str = "cpu"
     steps: int = STEPS
     size: int = SIZE
     liveness_flags: tuple[str, ...] = _LIVENESS_FLAGS
-    seconds: float = 60.0
 
 
 @dataclass
@@ -96,11 +94,11 @@ class GroupFleet:
         """The agent of the node with rank 0."""
         return self.agents[0]
 
-    def run(self, work: Coroutine[None, None, T], seconds: float | None = None) -> T:
-        """Run `work` on the fleet's event loop. Raises TimeoutError after `seconds` or `workload.seconds`."""
+    def run(self, work: Coroutine[None, None, T]) -> T:
+        """Run `work` on the fleet's event loop. Raises TimeoutError after HANG_SECONDS."""
 
         async def bounded() -> T:
-            async with asyncio.timeout(seconds or self.workload.seconds):
+            async with asyncio.timeout(HANG_SECONDS):
                 return await work
 
         return asyncio.run_coroutine_threadsafe(bounded(), self._loop).result()
@@ -141,7 +139,7 @@ class GroupFleet:
 
     def add_group(self, name: str) -> Process:
         """Start another group with the same flags; returns its agent once the group serves."""
-        return self.run(self._add_group(name), max(START_SECONDS, self.workload.seconds))
+        return self.run(self._add_group(name))
 
     async def _add_group(self, name: str) -> Process:
         before = len(await WorkerRegistry(self._redis).live("emoji", "denoising"))
@@ -190,6 +188,25 @@ class GroupFleet:
     def generate(self, at_step: int = 0, then: OnStep | None = None) -> Generated:
         """Run one request to its end; `then` is called once, at the denoiser's step `at_step`."""
         return self.run(self._generate(at_step, then))
+
+    def lose_rank(self, rank: int, number: signal.Signals) -> Generated:
+        """Run one request to its end; at half of its steps, a rank receives a signal that the group does not survive.
+
+        Repeats a request that the signal did not interrupt. Raises FaultTooLate after several attempts.
+        """
+        lost: list[psutil.Process] = []
+
+        async def attempt() -> Generated:
+            lost.append(self.ranks()[rank])
+            generated = await self._generate(self.workload.steps // 2, partial(lost[-1].send_signal, number))
+            if generated.steps.count(0) == 1 and generated.state == pb.REQUEST_STATE_SUCCEEDED:
+                raise FaultTooLate("the group finished all steps")
+            return generated
+
+        async def wait_for_ranks() -> None:
+            await self._restarted(rank, lost[-1])
+
+        return self.run(repeat_if_late(attempt, wait_for_ranks))
 
     def cancel_at(self, step: int) -> Generated:
         """Run one request that is cancelled at the denoiser's step `step`."""
@@ -240,7 +257,7 @@ def group_fleet(
         with running_server("valkey") as server:
             fleet = GroupFleet(loop, server.url, directory, nodes, workload)
             context: Any = fleet.started(degrees)
-            fleet.run(context.__aenter__(), max(START_SECONDS, workload.seconds))
+            fleet.run(context.__aenter__())
             try:
                 yield fleet
             finally:

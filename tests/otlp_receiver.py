@@ -14,6 +14,8 @@ import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
 
+from async_tests import HANG_SECONDS
+
 _FAILED = trace_pb2.Status.STATUS_CODE_ERROR
 
 
@@ -55,7 +57,7 @@ class Receiver:
             self._more.notify_all()
 
     def wait_until(
-        self, is_enough: Callable[[Sequence[ReceivedSpan]], bool], seconds: float = 30.0
+        self, is_enough: Callable[[Sequence[ReceivedSpan]], bool], seconds: float = HANG_SECONDS
     ) -> list[ReceivedSpan]:
         """Wait until `is_enough` accepts the spans; returns all spans. Raises AssertionError after `seconds`."""
         until = time.monotonic() + seconds

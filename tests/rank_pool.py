@@ -14,12 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from async_tests import HANG_SECONDS
 from models.parallel.mesh import Degrees
 
 TESTS = Path(__file__).resolve().parent
 RANKS = 4
-# Longer than any collective, shorter than the time limit of a test run.
-ANSWER_SECONDS = 120.0
 
 
 class RankFailed(Exception):
@@ -80,14 +79,14 @@ class RankPool:
 
     def _collect(self) -> list[Any]:
         results: dict[int, Any] = {}
-        deadline = time.monotonic() + ANSWER_SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         with selectors.DefaultSelector() as selector:
             for rank in range(self._world_size):
                 selector.register(self._answers[rank], selectors.EVENT_READ, rank)
             while len(results) < self._world_size:
                 ready = selector.select(deadline - time.monotonic())
                 if not ready:
-                    raise RankFailed(f"only ranks {sorted(results)} replied within {ANSWER_SECONDS:g} s")
+                    raise RankFailed(f"only ranks {sorted(results)} replied within {HANG_SECONDS:g} s")
                 for key, _ in ready:
                     results[key.data] = self._result(key.data)
                     selector.unregister(key.fileobj)
@@ -108,7 +107,7 @@ class RankPool:
             answers.close()
             connection.close()
         try:
-            self._process.wait(20)
+            self._process.wait(HANG_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from redis.asyncio import Redis
 
-from async_tests import poll, wait_until
+from async_tests import HANG_SECONDS, poll, wait_until
 from common.state.connection import connect
 
 
@@ -49,7 +49,7 @@ class RedisServer:
         flags = f"--port 0 --unixsocket {self.socket} --dir {self._directory} --appendonly yes"
         command = [str(self._binary), *flags.split(), "--appendfsync", "always", "--save", "", *self._options]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        poll(lambda: self._has_ended() or self._answers(), 20, f"{self._binary} replies to PING")
+        poll(lambda: self._has_ended() or self._answers(), HANG_SECONDS, f"{self._binary} replies to PING")
         assert not self._has_ended(), f"{self._binary} exited during its start"
 
     def kill(self) -> None:
@@ -119,12 +119,12 @@ async def _used(redis: Redis) -> int:
 
 
 def run_on_empty_store(url: str, test: Callable[[Redis], Awaitable[None]]) -> None:
-    """Flush the store and run a test on it, within 30 s."""
+    """Flush the store and run a test on it."""
 
     async def main() -> None:
         async with connect(url) as redis:
             await redis.flushall()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(HANG_SECONDS):
                 await test(redis)
 
     asyncio.run(main())

@@ -22,12 +22,11 @@ from common.state.connection import command, connect
 from coordinator_fleet import Stub
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
+from late_faults import FaultTooLate, repeat_if_late
 from models.catalog import open_model
 from models.registry import load_registry
 
 STEPS = 8
-MOST_ATTEMPTS = 5
-"""Maximum attempts of a case whose fault may come too late."""
 T = TypeVar("T")
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "models" / "checkpoints"
 
@@ -49,10 +48,6 @@ class Family:
     coordinators: int = 2
     workers: int = 2
     service: str = "denoising"
-
-
-class FaultTooLate(Exception):
-    """The service had finished its part of the request before the fault: the case is inconclusive."""
 
 
 class Served:
@@ -77,18 +72,8 @@ class Served:
         self.stubs = stubs
 
     async def repeat_if_late(self, case: Callable[[], Awaitable[T]]) -> T:
-        """Run a case, and repeat it while its fault comes too late, as progress messages are delayed on a busy host.
-
-        Raises FaultTooLate after MOST_ATTEMPTS attempts.
-        """
-        late = None
-        for _ in range(MOST_ATTEMPTS):
-            try:
-                return await case()
-            except FaultTooLate as error:
-                late = error
-                await self.connect()
-        raise FaultTooLate(f"the fault came too late in {MOST_ATTEMPTS} attempts; the last: {late}")
+        """Run a case, and repeat it with the replaced processes while its fault comes too late."""
+        return await repeat_if_late(case, self.connect)
 
     async def submit(self, stub: Stub, seconds: float | None = None) -> str:
         """Submit the family's request with a deadline of `seconds`; returns the request id."""

@@ -13,10 +13,8 @@ from typing import Any, cast
 
 import redis
 
-from async_tests import poll
+from async_tests import HANG_SECONDS, poll
 from redis_servers import server_binaries
-
-_START_SECONDS = 20.0
 
 
 def free_port() -> int:
@@ -89,4 +87,4 @@ def _poll_server(port: int, is_ready: Callable[[Any], Any]) -> None:
         except redis.RedisError:
             return False
 
-    poll(replies, _START_SECONDS, f"the server on port {port} replies")
+    poll(replies, HANG_SECONDS, f"the server on port {port} replies")

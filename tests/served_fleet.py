@@ -14,6 +14,7 @@ from typing import TypeVar
 from safetensors.torch import load
 from torch import Tensor
 
+from async_tests import HANG_SECONDS
 from common.artifacts import ParamValue
 from common.state.embedded import EmbeddedStore, private_directory
 from fleet.v1 import artifacts_pb2, generation_pb2
@@ -65,7 +66,7 @@ class ServedFleet:
         return self._run(_models(self.endpoint))
 
     def _run(self, work: Coroutine[None, None, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=120)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=HANG_SECONDS)
 
 
 async def _models(endpoint: str) -> list[generation_pb2.Model]:
@@ -109,11 +110,11 @@ def served_fleet(models: Sequence[ServedModel]) -> Iterator[ServedFleet]:
     try:
         with EmbeddedStore(appendfsync="no") as store:
             starting = start_fleet(models, redis_url=store.url, dtype="float32", directory=directory)
-            fleet = asyncio.run_coroutine_threadsafe(starting, loop).result(timeout=120)
+            fleet = asyncio.run_coroutine_threadsafe(starting, loop).result(timeout=HANG_SECONDS)
             try:
                 yield ServedFleet(fleet.endpoint, loop)
             finally:
-                asyncio.run_coroutine_threadsafe(fleet.stop(), loop).result(timeout=60)
+                asyncio.run_coroutine_threadsafe(fleet.stop(), loop).result(timeout=HANG_SECONDS)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

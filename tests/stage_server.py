@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import torch
 
-from async_tests import run_within
+from async_tests import HANG_SECONDS, run_bounded
 from common.artifacts import Canvas, Conditioning, LatentPart, Latents, Sampling, StepCheckpoint
 from common.codec import pack
 from common.local import HostedStages
@@ -123,7 +123,7 @@ class Gate:
 
     def __call__(self, _: StageInput, call: Call) -> None:
         self.entered.set()
-        self.opened.wait(30)
+        self.opened.wait(HANG_SECONDS)
         self.was_cancelled.append(call.cancelled.wait(0))
         call.check_cancelled()
 
@@ -173,13 +173,13 @@ async def served(
 
 
 def run_served(test: Callable[[Served], Awaitable[None]], script: Script | None = None, **options: Any) -> None:
-    """Run a test against a served stage, within 60 s."""
+    """Run a test against a served stage."""
 
     async def served_test() -> None:
         async with served(*([script] if script else []), **options) as stage:
             await test(stage)
 
-    run_within(60, served_test)
+    run_bounded(served_test)
 
 
 def step_checkpoint_of(x: StageInput, step: int) -> StepCheckpoint:

@@ -11,11 +11,12 @@ from functools import partial
 import grpc
 from chaos_processes import Process
 
-from async_tests import wait_until
+from async_tests import HANG_SECONDS, wait_until
 from coordinator_fleet import Stub
 from fleet.v1 import artifacts_pb2 as pb_artifacts
 from fleet.v1 import generation_pb2 as pb
-from resume_fleet import Family, FaultTooLate, Served
+from late_faults import FaultTooLate
+from resume_fleet import Family, Served
 from tiny_wan import build_tiny_wan_causal
 
 BLOCKS = 4
@@ -237,7 +238,7 @@ async def wait_until_released(fleet: Served, name: str) -> None:
         return not await remains()
 
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_SECONDS):
             await wait_until(is_free)
     except TimeoutError:
         raise AssertionError(f"request {name} has ended; remaining: {await remains()}") from None

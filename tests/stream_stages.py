@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from async_tests import HANG_SECONDS
 from common.artifacts import Canvas, LatentPart, Latents, MediaItem, Sampling, StepCheckpoint
 from common.local import HostedStages
 from common.stage import EMITTED, Call, PipelineStage, Stream
@@ -131,4 +132,4 @@ class Gate:
         call.check_cancelled()
         if index == self.index:
             self.entered.set()
-            assert self.opened.wait(30), "the gate was not opened within 30 s"
+            assert self.opened.wait(HANG_SECONDS), "the gate was not opened"

@@ -89,7 +89,7 @@ def main() -> None:
         if args.no_fleets:
             return
         # Default liveness settings: while a rank loads CUDA's libraries, it may send no heartbeat for seconds.
-        workload = Workload(args.device, args.steps, args.size, liveness_flags=(), seconds=180)
+        workload = Workload(args.device, args.steps, args.size, liveness_flags=())
         is_right = fleets(Path(folder), layouts, workload)
     say("Every check passed." if is_right else "A check failed: see NO and errors above the limit in the tables.")
     if not is_right:
@@ -180,7 +180,7 @@ def subfolder(folder: Path, name: str) -> Path:
 def disturbed(fleet: GroupFleet, rank: int, number: signal.Signals) -> tuple[float, Generated]:
     """Run a request and send a signal to a rank at half of the steps; returns seconds and outcome."""
     began = time.perf_counter()
-    generated = fleet.generate(fleet.workload.steps // 2, partial(fleet.ranks()[rank].send_signal, number))
+    generated = fleet.lose_rank(rank, number)
     return time.perf_counter() - began, generated
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from async_tests import run_within, wait_until
+from async_tests import run_bounded, wait_until
 from common.errors import Unavailable
 from common.rpc import frame_reporter as reporter_module
 from common.rpc.client import RemoteRunner, WorkerLost, header_frame, open_channel
@@ -106,7 +106,7 @@ def test_stage_starts_after_the_begun_frame_is_written() -> None:
         assert [frame async for frame in frames] == []
         await starting
 
-    run_within(30, scenario)
+    run_bounded(scenario)
 
 
 @pytest.mark.parametrize("ends_by", ["release", "timeout"])
@@ -120,7 +120,7 @@ def test_caller_that_does_not_read_does_not_block_the_device(ends_by: str, monke
             reporter.release()
         await starting
 
-    run_within(30, scenario)
+    run_bounded(scenario)
 
 
 def test_stage_that_kills_its_process_has_sent_the_begun_frame(tmp_path: Path) -> None:
@@ -149,4 +149,4 @@ def test_stage_that_kills_its_process_has_sent_the_begun_frame(tmp_path: Path) -
                 process.kill()
             await process.wait()
 
-    run_within(60, scenario)
+    run_bounded(scenario)

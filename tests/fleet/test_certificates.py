@@ -11,7 +11,7 @@ import grpc
 import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from async_tests import run_within
+from async_tests import run_bounded
 from certificates import Authority, Certificate
 from common.errors import Unavailable
 from fleet.v1 import generation_pb2 as pb
@@ -64,7 +64,7 @@ def test_worker_refuses_invalid_coordinator_certificates(
             valid = fleet_ca.issue("coordinator", usage=ExtendedKeyUsageOID.CLIENT_AUTH)
             assert await outcome(worker.address, mutual(fleet_ca, valid)) is None
 
-    run_within(90, test)
+    run_bounded(test)
 
 
 def test_coordinator_refuses_invalid_worker_certificates(
@@ -83,7 +83,7 @@ def test_coordinator_refuses_invalid_worker_certificates(
         async with worker_with(toy_model, store_url, fleet_ca, fleet_ca.issue("worker")) as worker:
             assert await outcome(worker.address, credentials) is None
 
-    run_within(90, test)
+    run_bounded(test)
 
 
 def test_worker_reloads_certificates_and_ignores_mismatched_files(
@@ -119,7 +119,7 @@ def test_worker_reloads_certificates_and_ignores_mismatched_files(
             presented.key.write_bytes(renewed.key.read_bytes())
             assert await outcome(worker.address, new_credentials) is None
 
-    run_within(90, test)
+    run_bounded(test)
 
 
 def test_coordinator_presents_its_reloaded_certificate(
@@ -158,4 +158,4 @@ def test_coordinator_presents_its_reloaded_certificate(
             async with connect_client(coordinator.address, access) as newcomer:
                 assert await newcomer.models()
 
-    run_within(90, test)
+    run_bounded(test)

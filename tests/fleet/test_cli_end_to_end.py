@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from async_tests import poll
+from async_tests import HANG_SECONDS, poll
 from local_fleet import open_fleet
 from toy_checkpoint import build_toy_checkpoint, copy_toy_family
 
@@ -45,7 +45,7 @@ def fleet(temporary: Path, *arguments: str, **settings: str) -> subprocess.Compl
     """Run `fleet ARGUMENTS` to its end; `settings` are environment variables."""
     environment = {**environ(temporary), **settings}
     return subprocess.run(
-        [*_FLEET, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*_FLEET, *arguments], env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
     )
 
 
@@ -72,7 +72,7 @@ class Running:
     def end(self, number: signal.Signals) -> tuple[int, str]:
         """Send a signal and wait for the exit; returns the exit code and the remaining output."""
         self.process.send_signal(number)
-        output, _ = self.process.communicate(timeout=90)
+        output, _ = self.process.communicate(timeout=HANG_SECONDS)
         return self.process.returncode, output
 
 
@@ -91,7 +91,7 @@ def started(temporary: Path, *arguments: str, **settings: str) -> Iterator[Runni
 
 def wait_ended(processes: Sequence[psutil.Process]) -> None:
     """Wait until all processes have ended; zombies count as ended."""
-    poll(lambda: not any(_is_alive(process) for process in processes), 20, "all processes end")
+    poll(lambda: not any(_is_alive(process) for process in processes), HANG_SECONDS, "all processes end")
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -262,7 +262,7 @@ def test_cancel_stops_a_running_request(up: tuple[str, Running], temporary: Path
         cancelled = fleet(temporary, "cancel", request_id, *endpoint)
         assert cancelled.returncode == 0, cancelled
         running.line(f"request {request_id} was cancelled")
-        assert running.process.wait(60) == 1
+        assert running.process.wait(HANG_SECONDS) == 1
     assert fleet(temporary, "watch", request_id, *endpoint).returncode == 1
     assert not list(tmp_path.iterdir())
 
@@ -351,7 +351,7 @@ def test_missing_weights_end_an_autoscaled_fleet_at_its_first_worker(temporary: 
         (weights,) = (model / "transformer").glob("*.safetensors")
         weights.unlink()
         done = fleet(temporary, "generate", "p", "--output", str(tmp_path / "x.png"), "--endpoint", endpoint)
-        output, _ = running.process.communicate(timeout=120)
+        output, _ = running.process.communicate(timeout=HANG_SECONDS)
         assert running.process.returncode == 2
     assert done.returncode == 1
     assert "shut" in done.stderr, "the coordinator did not shut down"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from async_tests import HANG_SECONDS
 from common.state.embedded import EmbeddedStore
 from services.cli.__main__ import main
 from tiny_wan import build_tiny_wan_i2v, build_tiny_wan_ti2v
@@ -123,7 +124,7 @@ def test_readme_command_writes_a_video(tmp_path: Path) -> None:
         env=environ,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stderr

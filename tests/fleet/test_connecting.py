@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from async_tests import run_within
+from async_tests import run_bounded
 from common.rpc.client import RemoteRunner, open_channel
 from stage_server import SERVICE, RecordedCall, packets, served
 
@@ -49,4 +49,4 @@ def test_client_reaches_a_worker_whose_first_reply_is_delayed() -> None:
             outputs = await RemoteRunner(channel, SERVICE, stage.hosted.contract)(packets(8), RecordedCall().call())
             assert outputs.keys() == {"denoised_latents"}
 
-    run_within(60, test)
+    run_bounded(test)

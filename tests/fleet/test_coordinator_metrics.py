@@ -9,7 +9,7 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from async_tests import run_within, wait_until
+from async_tests import run_bounded, wait_until
 from common.artifacts import StepCheckpoint
 from common.errors import FleetError, InternalError, NotFound, Unavailable
 from common.rpc.client import open_channel
@@ -269,7 +269,7 @@ def test_cancellation_that_fails_in_the_store_is_dropped(
             assert not errors
             assert "cancellation given up error=damaged" in caplog.text
 
-    run_within(30, scenario)
+    run_bounded(scenario)
 
 
 def test_cancellation_without_a_waiting_caller_is_counted(store_url: str) -> None:
@@ -292,7 +292,7 @@ def test_cancellation_without_a_waiting_caller_is_counted(store_url: str) -> Non
             with pytest.raises(NotFound):
                 await cancellations.cancel("nothing")
 
-    run_within(30, scenario)
+    run_bounded(scenario)
 
 
 def test_series_exist_before_the_first_event(store_url: str) -> None:

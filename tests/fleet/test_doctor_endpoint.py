@@ -14,7 +14,7 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry, start_http_server
 
-from async_tests import run_within, wait_until
+from async_tests import run_bounded, wait_until
 from certificates import Authority
 from common.errors import FailedPrecondition, Unavailable
 from common.rpc.fleet_server import FleetServer
@@ -227,7 +227,7 @@ def test_missing_server_and_server_of_another_api_are_errors(tmp_path: Path) -> 
         assert refused == f"error endpoint: ListModels failed: {unknown} -> connect to a coordinator"
         await server.drain(0)
 
-    run_within(60, scenario)
+    run_bounded(scenario)
 
 
 def test_silent_server_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,4 +271,4 @@ def test_endpoint_without_reflection_is_a_warning() -> None:
         assert contract.startswith("warning contract: the API cannot be read: ")
         await server.stop(None)
 
-    run_within(60, scenario)
+    run_bounded(scenario)

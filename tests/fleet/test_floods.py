@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from async_tests import run_within, wait_until
+from async_tests import HANG_SECONDS, run_bounded, wait_until
 from certificates import Authority
 from common.errors import Unauthenticated
 from common.rpc.client import open_channel
@@ -104,7 +104,7 @@ def test_server_survives_unknown_and_invalid_paths(path: bytes) -> None:
                     await connection.until(status_trailer(grpc.StatusCode.UNIMPLEMENTED))
             assert await serves_valid_clients(server)
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_server_survives_invalid_metadata(header: tuple[bytes, bytes]) -> None:
             assert await serves_valid_clients(server)
             await wait_until(lambda: not server.gate.in_flight)
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_many_calls_of_unknown_methods_are_refused() -> None:
@@ -140,7 +140,7 @@ def test_many_calls_of_unknown_methods_are_refused() -> None:
             assert set(codes) == {grpc.StatusCode.UNIMPLEMENTED}
             assert await serves_valid_clients(server)
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def credentials_of(authority: Authority) -> grpc.ServerCredentials:
@@ -165,7 +165,7 @@ def test_incomplete_handshake_times_out(tls: bool, sent: bytes, tmp_path: Path) 
             for connection in connections:
                 await connection.until_closed()
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_only_idle_connections_are_closed() -> None:
@@ -182,7 +182,7 @@ def test_only_idle_connections_are_closed() -> None:
             echo.gate.set()
             assert await call == b"hello"
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_number_of_connections_is_bounded() -> None:
@@ -201,7 +201,7 @@ def test_number_of_connections_is_bounded() -> None:
                     continue
                 break
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 @pytest.mark.parametrize("path", [PATH, CHECK])
@@ -220,7 +220,7 @@ def test_call_without_a_request_times_out(path: bytes) -> None:
             assert not echo.num_calls
             assert await serves_valid_clients(server)
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_calls_without_a_request_count_towards_the_bound_on_calls() -> None:
@@ -237,7 +237,7 @@ def test_calls_without_a_request_count_towards_the_bound_on_calls() -> None:
             await wait_until(lambda: not server.gate.in_flight)
             assert await serves_valid_clients(server)
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def refuse(_: object) -> None:
@@ -259,7 +259,7 @@ def test_unauthenticated_call_is_refused_before_its_request_is_read() -> None:
                     assert await call.details() == "the caller is unknown"
             assert not echo.num_calls
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_server_recovers_from_many_cancelled_calls() -> None:
@@ -273,7 +273,7 @@ def test_server_recovers_from_many_cancelled_calls() -> None:
             assert await serves_valid_clients(server)
             await wait_until(lambda: not server.gate.in_flight)
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_coordinator_bounds_its_connections(store_url: str) -> None:
@@ -285,7 +285,7 @@ def test_coordinator_bounds_its_connections(store_url: str) -> None:
         assert await stub.ListModels(pb.ListModelsRequest())
 
     async def main() -> None:
-        async with asyncio.timeout(60), running_fleet(store_url, emoji()) as running:
+        async with asyncio.timeout(HANG_SECONDS), running_fleet(store_url, emoji()) as running:
             await scenario(running)
 
     asyncio.run(main())

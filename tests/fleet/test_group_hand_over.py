@@ -16,7 +16,7 @@ from fleet.v1 import generation_pb2 as pb
 from group_fleet import Generated, GroupFleet, Workload, group_fleet
 from toy_checkpoint import copy_toy_family
 
-WORKLOAD = Workload(steps=60, size=64, seconds=180.0)
+WORKLOAD = Workload(steps=60, size=64)
 GRACE_SECONDS = 6
 # Delays each step while a marker file exists, so that the request ends neither before the hand-over nor before the
 # grace period is over.

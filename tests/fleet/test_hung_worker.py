@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+from async_tests import HANG_SECONDS
 from common.process_exit import TEMPORARY_FAILURE
 from common.rpc.client import open_channel
 from common.state.connection import command, connect
@@ -132,7 +133,7 @@ def test_hung_worker_exits_and_its_request_resumes_on_another_worker(tmp_path: P
     marker = tmp_path / "stuck"
 
     async def scenario(url: str, directory: Path, plugins: Path) -> None:
-        async with asyncio.timeout(90), running(url, directory, plugins, checkpoint) as fleet:
+        async with asyncio.timeout(HANG_SECONDS), running(url, directory, plugins, checkpoint) as fleet:
             _, steps = await fleet.result(await fleet.submit(SLOW_SEED))
             assert steps == [0, 1, 2, 3, 4], "a slow loop was treated as hung"
             name = await fleet.submit(STUCK_SEED)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from warm_starter import WarmStarter
 
-from async_tests import run_within, wait_until
+from async_tests import run_bounded, wait_until
 from redis_servers import RedisServer, running_server
 
 _FLEET = (sys.executable, "-m", "services.cli")
@@ -135,7 +135,7 @@ async def _run_fleet(directory: Path, server: RedisServer) -> None:
 
 def test_no_secret_is_written_at_debug(directory: Path, server: RedisServer) -> None:
     """test_log_lines.py tests the setting that logs prompts. test_logs.py tests redaction in text lines."""
-    run_within(300, lambda: _run_fleet(directory, server))
+    run_bounded(lambda: _run_fleet(directory, server))
     written = "".join(path.read_text() for path in sorted(directory.glob("*.log")))
     assert "canary" not in written.lower(), [line for line in written.splitlines() if "canary" in line.lower()]
     lines = [json.loads(line) for line in written.splitlines() if line.startswith("{")]

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from async_tests import run_within, wait_until
+from async_tests import run_bounded, wait_until
 from common.artifacts import Latents
 from common.codec import unpack
 from common.errors import FleetError, InternalError, InvalidInput, ResourceExhausted, Unavailable
@@ -114,7 +114,7 @@ def test_malformed_calls_are_refused_and_the_worker_continues() -> None:
             assert unpack("denoised_latents", Latents, outputs["denoised_latents"], TORCH)
             assert not stage.servicer.in_flight
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_oversized_message_is_refused() -> None:
@@ -123,7 +123,7 @@ def test_oversized_message_is_refused() -> None:
             assert isinstance(await refusal(stage, bytes(17 << 20)), ResourceExhausted | Unavailable)
             assert len(await stage.raw_call(*frames())) == 2
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_every_truncated_header_is_refused() -> None:
@@ -134,7 +134,7 @@ def test_every_truncated_header_is_refused() -> None:
                 assert isinstance(await refusal(stage, header[:size]), InvalidInput)
             assert not stage.servicer.in_flight
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_disconnect_before_the_end_of_a_tensor_ends_the_call() -> None:
@@ -147,7 +147,7 @@ def test_disconnect_before_the_end_of_a_tensor_ends_the_call() -> None:
             await wait_until(lambda: stage.servicer.in_flight == 0)
             assert len(await stage.raw_call(*frames())) == 2
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 async def refusal(stage: Served, *sent: bytes) -> FleetError:
@@ -211,4 +211,4 @@ def test_malformed_and_incomplete_replies_are_errors(
                 await RemoteRunner(channel, "denoising", stage.hosted.contract)(packets(8), RecordedCall().call())
         await server.drain(0)
 
-    run_within(60, test)
+    run_bounded(test)

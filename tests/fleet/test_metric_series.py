@@ -26,7 +26,7 @@ _CALLERS = 50
 _REQUESTS = 200
 _CONCURRENT_REQUESTS = 8
 _OUR_PREFIXES = ("fleet_", "grpc_")
-_OUTCOMES = ("result", "reason", "begun", "state", "grpc_status")
+_OUTCOMES = ("result", "reason", "begun", "state", "grpc_status", "operation")
 """Labels with a fixed set of values; rare values may appear late."""
 
 

@@ -13,7 +13,7 @@ import psutil
 from chaos_processes import COORDINATOR, Fleet, Process
 from warm_starter import TREE
 
-from async_tests import wait_until
+from async_tests import HANG_SECONDS, wait_until
 from common.rpc.client import open_channel
 from coordinator_fleet import Stub
 from fleet.v1 import generation_pb2 as pb
@@ -74,7 +74,7 @@ def test_old_and_new_coordinators_and_workers_return_equal_bytes() -> None:
         assert {name for name, image in images.items() if image != images["old coordinator, old workers"]} == set()
 
     async def main() -> None:
-        async with asyncio.timeout(300), AsyncExitStack() as stack:
+        async with asyncio.timeout(HANG_SECONDS), AsyncExitStack() as stack:
             await scenario(stack)
 
     asyncio.run(main())

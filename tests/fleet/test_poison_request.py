@@ -12,7 +12,7 @@ from pathlib import Path
 from chaos_processes import Fleet, Process
 from redis.asyncio import Redis
 
-from async_tests import wait_until
+from async_tests import HANG_SECONDS, wait_until
 from common.rpc.client import open_channel
 from common.state.connection import command, connect
 from coordinator_fleet import Stub
@@ -85,7 +85,7 @@ async def steps_and_state(stub: Stub, request_id: str) -> tuple[list[int], pb.Re
 
 def test_poison_request_fails_after_three_lost_workers_and_others_succeed() -> None:
     async def scenario() -> None:
-        async with asyncio.timeout(150), AsyncExitStack() as stack:
+        async with asyncio.timeout(HANG_SECONDS), AsyncExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="poison-")))
             models = {"emoji": CHECKPOINTS / "emoji"}
             fleet = FleetWithRareCheckpoints(directory, models, random.Random(0), coordinators=1, workers=2)

@@ -22,6 +22,7 @@ import torch
 from chaos_processes import credentials, write_keys
 from redis.asyncio import Redis
 
+from async_tests import HANG_SECONDS
 from common.rpc.client import open_channel
 from common.state.connection import command, connect
 from common.state.leases import Leases
@@ -131,7 +132,7 @@ def run_on_coordinator(
         await test(store)
 
     async def main() -> None:
-        async with asyncio.timeout(30), AsyncExitStack() as stack:
+        async with asyncio.timeout(HANG_SECONDS), AsyncExitStack() as stack:
             await scenario(stack)
 
     asyncio.run(main())
@@ -302,7 +303,7 @@ def test_open_requests_are_taken_over_and_finish(server: RedisServer, models: li
         assert float((ours - whole).abs().mean()) <= LARGEST_DIFFERENCE
 
     async def main() -> None:
-        async with asyncio.timeout(100), AsyncExitStack() as stack:
+        async with asyncio.timeout(HANG_SECONDS), AsyncExitStack() as stack:
             await scenario(stack)
 
     asyncio.run(main())

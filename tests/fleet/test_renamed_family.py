@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from async_tests import HANG_SECONDS
 from common.artifacts import ParamValue
 from common.stage import Call
 from coordinator_fleet import FakeFleet, Stub, running_fleet, terminal
@@ -60,7 +61,7 @@ class Loop:
             def on_progress(step: int, total_steps: int) -> None:
                 call.on_progress(step, total_steps)
                 if step == STOPPED_AT and self.stops.is_set():
-                    assert call.cancelled.wait(30)
+                    assert call.cancelled.wait(HANG_SECONDS)
                     self.cancelled.set()
                     call.check_cancelled()
 
@@ -98,7 +99,7 @@ def run_on_family(
     """Run a test with a real coordinator and real workers of the family."""
 
     async def main() -> None:
-        async with asyncio.timeout(60), running_fleet(url, model) as fleet, AsyncExitStack() as stack:
+        async with asyncio.timeout(HANG_SECONDS), running_fleet(url, model) as fleet, AsyncExitStack() as stack:
             workers: dict[str, Worker] = {}
 
             async def add_worker(service: str) -> None:

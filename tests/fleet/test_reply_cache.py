@@ -10,7 +10,7 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from async_tests import run_within
+from async_tests import run_bounded
 from common.artifacts import Conditioning, Latents, Prompt, Sampling
 from common.codec import pack, unpack
 from common.errors import InvalidInput
@@ -113,7 +113,7 @@ def run_with_cache(test: Callable[[Served, CountingScript], Awaitable[None]], ca
             await test(stage, script)
             assert not stage.servicer.in_flight
 
-    run_within(60, on_stage)
+    run_bounded(on_stage)
 
 
 def latents_of(outputs: Any) -> torch.Tensor:
@@ -206,4 +206,4 @@ def test_cached_replies_of_a_worker_equal_computed_ones(store_url: str) -> None:
         for result, count in before.items():
             assert lookups("emoji", result, "text_encoding") - count == 3
 
-    run_within(60, test)
+    run_bounded(test)

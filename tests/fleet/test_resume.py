@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 
+from async_tests import HANG_SECONDS
 from coarse_images import coarse_image, png
 from common.state.connection import command
 from fleet.v1 import generation_pb2 as pb
@@ -79,7 +80,7 @@ async def lose_worker_and_coordinator(fleet: Served, whole: bytes) -> None:
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_lost_processes_do_not_change_the_result(family: Family) -> None:
     async def scenario() -> None:
-        async with asyncio.timeout(150), served(family) as fleet:
+        async with asyncio.timeout(HANG_SECONDS), served(family) as fleet:
             whole, steps = await fleet.result(fleet.stubs[0], await fleet.submit(fleet.stubs[0]))
             assert whole.startswith(family.begins_with)
             assert steps.count(0) == 1
@@ -95,7 +96,7 @@ def test_resumed_image_request_has_equal_bytes() -> None:
     """The step checkpoint contains the denoised first frame; the image replaces it after the last step."""
 
     async def scenario() -> None:
-        async with asyncio.timeout(90), served(TI2V) as fleet:
+        async with asyncio.timeout(HANG_SECONDS), served(TI2V) as fleet:
             (stub,) = fleet.stubs
             whole, steps = await fleet.result(stub, await fleet.submit(stub))
             assert whole.startswith(TI2V.begins_with)
@@ -109,7 +110,7 @@ def test_prior_tokens_are_sampled_again_after_a_loss() -> None:
     """Prior tokens have no step checkpoint. Another worker samples all tokens, with equal random numbers."""
 
     async def scenario() -> None:
-        async with asyncio.timeout(90), served(GLM_IMAGE) as fleet:
+        async with asyncio.timeout(HANG_SECONDS), served(GLM_IMAGE) as fleet:
             (stub,) = fleet.stubs
             whole, tokens = await fleet.result(stub, await fleet.submit(stub))
             assert whole.startswith(GLM_IMAGE.begins_with)

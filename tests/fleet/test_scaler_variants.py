@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
-from async_tests import wait_until
+from async_tests import HANG_SECONDS, wait_until
 from coarse_images import png
 from common.rpc.client import open_channel
 from coordinator_fleet import running_fleet, terminal
@@ -40,7 +40,7 @@ def request(**images: bytes) -> generation_pb2.SubmitRequest:
 
 def test_stage_unused_by_a_variant_needs_no_worker(store_url: str, twin: ServedModel) -> None:
     async def scenario() -> None:
-        async with asyncio.timeout(60), running_fleet(store_url, twin) as fleet:
+        async with asyncio.timeout(HANG_SECONDS), running_fleet(store_url, twin) as fleet:
             coordinator, stub = await fleet.add_coordinator(scaler_listen=f"unix:{fleet.directory}/scaler.sock")
             async with open_channel(coordinator.scaler_address) as channel:
                 scaler: externalscaler_pb2_grpc.ExternalScalerAsyncStub

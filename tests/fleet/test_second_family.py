@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from async_tests import HANG_SECONDS
 from local_fleet import LocalFleet
 from models.catalog import open_model
 from models.registry import load_registry
@@ -45,7 +46,7 @@ class Served:
             env=environ,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANG_SECONDS,
             check=False,
         )
 
@@ -86,7 +87,7 @@ def fleet_up(environ: dict[str, str], model: str) -> Iterator[str]:
             pytest.fail("".join(lines))
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=HANG_SECONDS)
 
 
 def test_plugin_family_tensors_equal_those_of_one_process(served: Served, tmp_path: Path) -> None:

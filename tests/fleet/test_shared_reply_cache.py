@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from prometheus_client import REGISTRY
 
-from async_tests import run_within, wait_until
+from async_tests import run_bounded, wait_until
 from common.artifacts import Conditioning, Prompt, Sampling
 from common.codec import pack, unpack
 from common.rpc.client import RemoteRunner, open_channel
@@ -84,7 +84,7 @@ def num_hits() -> float:
 
 def run_on_store(test: Callable[[RedisServer], Awaitable[None]]) -> None:
     with running_server("valkey") as server:
-        run_within(60, lambda: test(server))
+        run_bounded(lambda: test(server))
 
 
 async def wait_for_replies(url: str, count: int) -> None:

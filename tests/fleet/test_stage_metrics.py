@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from prometheus_client import REGISTRY
 
-from async_tests import run_within
+from async_tests import HANG_SECONDS, run_bounded
 from common.errors import InvalidInput
 from common.stage import Call
 from common.trace_context import Span, TraceContext, current_trace_id, entered
@@ -38,7 +38,7 @@ def test_attempt_is_measured_with_its_bytes() -> None:
             await stage.runner()(packets(_NUMBERS), stage.recorded.call())
 
     before = _attempts("OK")
-    run_within(60, scenario)
+    run_bounded(scenario)
     after = _attempts("OK")
     assert after["count"] - before["count"] == 1
     for direction in ("sent", "received"):
@@ -55,7 +55,7 @@ def test_failed_attempt_is_measured_with_its_status() -> None:
                 await stage.runner()(packets(8), stage.recorded.call())
 
     before = _attempts("INVALID_ARGUMENT")["count"]
-    run_within(60, scenario)
+    run_bounded(scenario)
     assert _attempts("INVALID_ARGUMENT")["count"] - before == 1
 
 
@@ -65,7 +65,7 @@ def test_cancelled_attempt_is_measured() -> None:
 
         def wait(_: StageInput, call: Call) -> None:
             loop.call_soon_threadsafe(started.set)
-            assert call.cancelled.wait(20)
+            assert call.cancelled.wait(HANG_SECONDS)
             call.check_cancelled()
 
         async with served(wait) as stage:
@@ -76,7 +76,7 @@ def test_cancelled_attempt_is_measured() -> None:
                 await task
 
     before = _attempts("CANCELLED")["count"]
-    run_within(60, scenario)
+    run_bounded(scenario)
     assert _attempts("CANCELLED")["count"] - before == 1
 
 
@@ -88,7 +88,7 @@ def test_stages_run_in_the_trace_of_their_call() -> None:
             with entered(Span(TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"))):
                 await stage.runner()(packets(8), stage.recorded.call())
 
-    run_within(60, scenario)
+    run_bounded(scenario)
     assert found == ["4bf92f3577b34da6a3ce929d0e0e4736"]
 
 
@@ -100,5 +100,5 @@ def test_number_of_tokens_is_sent_with_the_call(sent: int, tokens: int) -> None:
         async with served(lambda _, call: found.append(call.tokens)) as stage:
             await stage.runner()(packets(8), stage.recorded.call(tokens=sent))
 
-    run_within(60, scenario)
+    run_bounded(scenario)
     assert found == [tokens]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2
 
-from async_tests import run_within, wait_until
+from async_tests import HANG_SECONDS, run_bounded, wait_until
 from common.artifacts import Conditioning, Latents, Sampling, StepCheckpoint
 from common.codec import unpack
 from common.errors import (
@@ -176,7 +176,7 @@ def test_deadline_stops_the_stage() -> None:
 
     def script(_: StageInput, call: Call) -> None:
         try:
-            assert call.cancelled.wait(30)
+            assert call.cancelled.wait(HANG_SECONDS)
             call.check_cancelled()
         finally:
             ended.set()
@@ -360,7 +360,7 @@ def test_handed_over_call_ends_as_unavailable_with_its_step_checkpoint() -> None
 
     def script(x: StageInput, call: Call) -> None:
         reached.set()
-        assert opened.wait(20)
+        assert opened.wait(HANG_SECONDS)
         assert call.must_hand_over()
         call.checkpoint(step_checkpoint_of(x, 1))
         raise HandedOver("handed over after 1 steps")
@@ -450,7 +450,7 @@ def test_unusable_address_is_reported(tmp_path: Path) -> None:
         await first.drain(0)
         await second.drain(0)
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 @pytest.mark.parametrize(
@@ -477,4 +477,4 @@ def test_missing_server_is_unavailable() -> None:
             with pytest.raises(Unavailable):
                 await RemoteRunner(channel, "denoising", contract)(packets(), Call("r"))
 
-    run_within(60, test)
+    run_bounded(test)

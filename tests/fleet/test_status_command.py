@@ -24,6 +24,7 @@ import grpc
 import pytest
 from rich.cells import cell_len
 
+from async_tests import HANG_SECONDS
 from coordinator_fleet import FakeFleet, Gate, Script, error_of, run_on_fleet, submission, terminal
 from fleet.v1 import generation_pb2 as pb
 from redis_servers import running_server
@@ -69,7 +70,7 @@ class Terminal:
 
     async def until(self, is_shown: Callable[[str], bool]) -> list[str]:
         """Wait for a screen whose text fulfills the condition; returns its lines."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG_SECONDS):
             while "\x1b[H" not in self.written or not is_shown("\n".join(self.screen)):
                 assert not self._ended.is_set(), self.written
                 self._more.clear()
@@ -255,7 +256,7 @@ def test_caller_gets_its_own_requests_with_queue_positions(store_url: str, tmp_p
             request = pb.ListRequestsRequest(with_activity=True)
             return list((await stub.ListRequests(request, metadata=bearer[name])).requests)
 
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_SECONDS):
             found = await listed("bob")
             while found[0].activities[0].service != "denoising":
                 await asyncio.sleep(0.01)
@@ -315,7 +316,7 @@ def test_dead_worker_is_counted_and_its_request_continues(store_url: str) -> Non
             answer = await stub.ListRequests(pb.ListRequestsRequest(with_activity=True))
             return answer.requests[0].activities[0]
 
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_SECONDS):
             while (found := await activity()).kind != pb.ACTIVITY_KIND_NO_WORKER:
                 assert found.service == "denoising"
                 await asyncio.sleep(0.01)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from async_tests import run_within
+from async_tests import run_bounded
 from certificates import Authority
 from common.errors import InvalidInput, Unavailable
 from common.state.connection import connect, ping
@@ -36,7 +36,7 @@ def test_fleet_works_with_a_store_over_tls(name: str, fleet_ca: Authority, tmp_p
                 events = await terminal(stub, request.request_id)
                 assert events[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_errors_do_not_contain_the_password_of_the_store() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import signal
 
+from async_tests import HANG_SECONDS
 from resume_fleet import served
 from stream_faults import (
     CAUSAL,
@@ -23,7 +24,7 @@ from stream_faults import (
 
 def test_each_byte_is_delivered_once_after_lost_and_stopped_processes() -> None:
     async def scenario() -> None:
-        async with asyncio.timeout(150), served(CAUSAL) as fleet:
+        async with asyncio.timeout(HANG_SECONDS), served(CAUSAL) as fleet:
             whole = await undisturbed(fleet)
             await worker_fault(fleet, whole, "denoising", signal.SIGKILL, WITHIN)
             await worker_fault(fleet, whole, "denoising", signal.SIGSTOP, WITHIN)

@@ -14,7 +14,7 @@ import grpc
 import pytest
 import torch
 
-from async_tests import run_within, wait_until
+from async_tests import run_bounded, wait_until
 from common.artifacts import MediaItem, StepCheckpoint
 from common.rpc.client import open_channel
 from common.stage import Call
@@ -124,7 +124,7 @@ def run_on_video_fleet(url: str, test: Callable[[Case], Awaitable[None]], stop_b
             await test(case)
             case.script.opened.set()
 
-    run_within(90, on_fleet)
+    run_bounded(on_fleet)
 
 
 def submission(**fields: Any) -> pb.SubmitRequest:

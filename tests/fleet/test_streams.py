@@ -15,7 +15,7 @@ import grpc
 import pytest
 import torch
 
-from async_tests import run_within, wait_until
+from async_tests import HANG_SECONDS, run_bounded, wait_until
 from common.artifacts import MediaItem, StepCheckpoint
 from common.codec import pack, unpack
 from common.errors import Cancelled, InternalError, InvalidInput
@@ -129,7 +129,7 @@ def test_both_runners_return_equal_items_and_the_last_step_checkpoint(count: int
         assert theirs[-1] == BLOCKS  # a newer step checkpoint replaces an unsent step checkpoint
         assert theirs == sorted(set(theirs))
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 @pytest.mark.parametrize("runner", ["local", "remote"])
@@ -140,7 +140,7 @@ def test_first_item_is_read_before_the_second_is_computed(runner: str) -> None:
         def before_block(index: int, call: Call) -> None:
             call.check_cancelled()
             with call.waiting():  # the reader may use the device
-                assert index != 1 or first_read.wait(30), "the reader waits for the end of the stream"
+                assert index != 1 or first_read.wait(HANG_SECONDS), "the reader waits for the end of the stream"
 
         def before_item(_: int, call: Call) -> None:
             call.check_cancelled()
@@ -153,7 +153,7 @@ def test_first_item_is_read_before_the_second_is_computed(runner: str) -> None:
                 items = await run_remote(services, request(), Call("r"))
         assert len(items) == BLOCKS
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_slow_reader_blocks_its_writer_once_buffers_are_full() -> None:
@@ -178,7 +178,7 @@ def test_slow_reader_blocks_its_writer_once_buffers_are_full() -> None:
             gate.opened.set()
             assert len(await running) == blocks
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 @pytest.mark.parametrize("runner", ["local", "remote"])
@@ -188,7 +188,7 @@ def test_error_of_the_reader_cancels_the_writer(runner: str) -> None:
 
         def before_block(index: int, call: Call) -> None:
             with call.waiting():
-                if index == 2 and not call.cancelled.wait(20):
+                if index == 2 and not call.cancelled.wait(HANG_SECONDS):
                     timed_out.append(index)
             call.check_cancelled()
 
@@ -202,7 +202,7 @@ def test_error_of_the_reader_cancels_the_writer(runner: str) -> None:
             work.close()
         assert not timed_out, "the writer was not cancelled"
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_cancelled_session_frees_its_worker_slot_and_its_thread() -> None:
@@ -228,7 +228,7 @@ def test_cancelled_session_frees_its_worker_slot_and_its_thread() -> None:
                 {**values, "denoised_blocks": _empty_stream()}, Call("r", sinks={"media_items": sink})
             )
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def _set(event: asyncio.Event, _: object) -> None:
@@ -265,7 +265,7 @@ def test_sessions_share_their_device_item_by_item() -> None:
             waiting.close()
             await slow
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_watchdog_ignores_time_spent_waiting_for_items() -> None:
@@ -285,7 +285,7 @@ def test_watchdog_ignores_time_spent_waiting_for_items() -> None:
             stream.close()
             await running
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 async def refusal_of(service: Served, *frames: bytes) -> Exception:
@@ -328,7 +328,7 @@ def test_invalid_item_frames_are_refused() -> None:
                 assert isinstance(error, InvalidInput), message
                 assert message in str(error)
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_caller_without_item_support_is_refused_by_streaming_stages() -> None:
@@ -341,7 +341,7 @@ def test_caller_without_item_support_is_refused_by_streaming_stages() -> None:
                 async for _ in open_call(iter([header])):
                     pass
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_item_buffer_ignores_repeated_items_and_refuses_gaps() -> None:
@@ -357,7 +357,7 @@ def test_item_buffer_ignores_repeated_items_and_refuses_gaps() -> None:
         assert [item async for item, _ in buffer.read(forgets=True)] == ["a"]
         assert [item async for item, _ in buffer.read()] == [None], "released items are retained"
 
-    run_within(60, test)
+    run_bounded(test)
 
 
 def test_cancelled_local_reader_ends() -> None:
@@ -373,4 +373,4 @@ def test_cancelled_local_reader_ends() -> None:
             with pytest.raises(Cancelled):
                 await running
 
-    run_within(60, test)
+    run_bounded(test)

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from async_tests import run_within
+from async_tests import run_bounded
 from certificates import Authority
 from common.errors import InvalidInput, PermissionDenied, Unavailable
 from common.rpc.client import open_channel
@@ -73,7 +73,7 @@ def test_worker_serves_only_the_coordinator(
         finally:
             await worker.stop(5)
 
-    run_within(90, test)
+    run_bounded(test)
 
 
 def test_request_succeeds_with_tls_on_every_hop(
@@ -108,7 +108,7 @@ def test_request_succeeds_with_tls_on_every_hop(
             with pytest.raises(Unavailable):
                 await draw(coordinator.address, Access())
 
-    run_within(90, test)
+    run_bounded(test)
 
 
 def test_public_port_uses_its_own_certificate(
@@ -136,7 +136,7 @@ def test_public_port_uses_its_own_certificate(
         finally:
             await coordinator.stop(0)
 
-    run_within(90, test)
+    run_bounded(test)
 
 
 def test_slow_tls_handshake_succeeds(toy_model: ServedModel, store_url: str, fleet_ca: Authority) -> None:
@@ -166,7 +166,7 @@ def test_slow_tls_handshake_succeeds(toy_model: ServedModel, store_url: str, fle
         finally:
             await worker.stop(5)
 
-    run_within(90, test)
+    run_bounded(test)
 
 
 def wrong_files(fleet: Authority, directory: Path) -> dict[str, tuple[dict[str, Any], str]]:

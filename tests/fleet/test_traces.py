@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 
+from async_tests import HANG_SECONDS
 from coordinator_fleet import Stub
 from fleet.v1 import generation_pb2 as pb
 from otlp_receiver import ReceivedSpan, Receiver, receiving
@@ -189,7 +190,7 @@ async def check_take_over(fleet: Served, receiver: Receiver) -> None:
 
 def test_request_is_one_trace_after_lost_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        async with asyncio.timeout(300), served(FLUX) as fleet:
+        async with asyncio.timeout(HANG_SECONDS), served(FLUX) as fleet:
             await check_without_faults(fleet, receiver)
             await check_client_context(fleet, receiver)
             await fleet.repeat_if_late(partial(check_lost_worker, fleet, receiver))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from async_tests import HANG_SECONDS
 from common.artifacts import Prompt, Sampling
 from common.codec import pack
 from common.errors import InvalidInput
@@ -237,7 +238,7 @@ def test_images_of_the_command_line_select_the_variant(tmp_path: Path) -> None:
         def generate(*flags: str) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, "-m", "services.cli", "generate", "a leaf", "--model", "./twin", "--seed", "3"]
             return subprocess.run(
-                [*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+                [*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
             )
 
         for name, flags in {"text": (), "image": ("--image", "red.png")}.items():

@@ -6,7 +6,6 @@ import io
 import signal
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fleet.v1 import generation_pb2 as pb
-from group_fleet import STEPS, Generated, GroupFleet, group_fleet
+from group_fleet import Generated, GroupFleet, group_fleet
 from toy_checkpoint import copy_toy_family
 
 # Emulates a hung kernel: the follower's step does not return, its process still sends heartbeats, and rank 0 waits in a
@@ -106,7 +105,7 @@ def test_request_survives_a_lost_rank(
     fleet: GroupFleet, undisturbed: Generated, rank: int, signum: signal.Signals
 ) -> None:
     before = fleet.ranks()
-    generated = fleet.generate(STEPS // 2, partial(before[rank].send_signal, signum))
+    generated = fleet.lose_rank(rank, signum)
     assert generated.state == pb.REQUEST_STATE_SUCCEEDED
     assert generated.file == undisturbed.file
     assert generated.steps.count(0) == 2, "the request did not restart"

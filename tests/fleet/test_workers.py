@@ -19,7 +19,7 @@ import torch
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from async_tests import run_within, wait_until
+from async_tests import run_bounded, wait_until
 from common.artifacts import Media
 from common.codec import pack, unpack
 from common.errors import FailedPrecondition, FleetError, InvalidInput, Unavailable
@@ -117,7 +117,7 @@ def test_plugin_family_on_workers_equals_local_stages(toy: ServedModel, store_ur
         async with connect(store_url) as redis:
             assert not await WorkerRegistry(redis).live("toy", "denoising")
 
-    run_within(90, test)
+    run_bounded(test)
 
 
 def grpc_service_of(service: str) -> str:
@@ -158,7 +158,7 @@ def test_worker_info_has_its_settings_and_reflection_lists_its_services(
                 assert {"fleet.v1.DenoisingService", "fleet.v1.WorkerService", "grpc.health.v1.Health"} <= names
         await worker.stop(5)
 
-    run_within(90, test)
+    run_bounded(test)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_invalid_settings_start_no_worker(
         with pytest.raises(expected, match=message):
             await start_worker(service, toy, settings_of(store_url, **more))
 
-    run_within(90, test)
+    run_bounded(test)
 
 
 def test_another_model_under_the_same_name_is_refused(
@@ -194,7 +194,7 @@ def test_another_model_under_the_same_name_is_refused(
             await start_worker("decoding", other, settings_of(store_url))
         await worker.stop(5)
 
-    run_within(90, test)
+    run_bounded(test)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_sigterm_finishes_calls_withdraws_and_exits_with_0(
                 process.kill()
                 await process.wait()
 
-    run_within(90, test)
+    run_bounded(test)
 
 
 def test_sigterm_without_the_store_exits_with_0(toy: ServedModel, plugins: Path, tmp_path: Path) -> None:
@@ -320,4 +320,4 @@ def test_sigterm_without_the_store_exits_with_0(toy: ServedModel, plugins: Path,
                 process.kill()
                 await process.wait()
 
-    run_within(90, test)
+    run_bounded(test)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from async_tests import HANG_SECONDS
 from common.artifacts import Canvas, LatentPart, Latents, MediaItem
 from common.errors import Cancelled, InternalError, InvalidInput
 from common.stage import EMITTED, Call
@@ -203,7 +204,7 @@ def test_a_fragment_is_encoded_while_the_next_frames_are_decoded(
     finish = Mp4Fragment.finish
 
     def finish_late(fragment: Mp4Fragment) -> bytes:
-        assert decoded.wait(20), "no frame of the second block was decoded while the first fragment waited"
+        assert decoded.wait(HANG_SECONDS), "no frame of the second block was decoded while the first fragment waited"
         return finish(fragment)
 
     def on_progress(step: int, _: int) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from async_tests import HANG_SECONDS
 from common.artifacts import Canvas, ImageInputs, Prompt, Sampling
 from common.errors import InvalidInput
 from common.local import HostedStages
@@ -249,4 +250,4 @@ def test_a_worker_warms_up_before_it_is_announced() -> None:
             finally:
                 await worker.stop(0)
 
-        asyncio.run(asyncio.wait_for(test(), 60))
+        asyncio.run(asyncio.wait_for(test(), HANG_SECONDS))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import grpc
 import pytest
 
+from async_tests import HANG_SECONDS
 from common.errors import NotFound
 from externalscaler import externalscaler_pb2 as pb
 from externalscaler import externalscaler_pb2_grpc
@@ -122,7 +123,7 @@ def run(
         address = f"unix:{directory}/scaler.sock"
         server.add_insecure_port(address)
         await server.start()
-        async with asyncio.timeout(30), grpc.aio.insecure_channel(address) as channel:
+        async with asyncio.timeout(HANG_SECONDS), grpc.aio.insecure_channel(address) as channel:
             pool, notes = FakePool(), list[str]()
             harness = Harness(scaler, pool, notes, channel, server)
             loop = StageAutoscaler(

@@ -10,6 +10,7 @@ import sys
 import psutil
 import pytest
 
+from async_tests import HANG_SECONDS
 from services.cli import supervisor
 from services.cli.options import INTERRUPTED, let_threads_sleep, run_async
 from services.cli.supervisor import Program, ServiceEnded, Supervisor
@@ -57,7 +58,7 @@ class Processes:
 
     async def have_started(self, count: int) -> None:
         """Wait until `count` programs in total have started."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_SECONDS):
             while len(self.started) < count:  # noqa: ASYNC110 -- the processes send no event
                 await asyncio.sleep(0.005)
 
@@ -86,7 +87,7 @@ def test_a_killed_program_is_restarted_without_a_limit(monkeypatch: pytest.Monke
         task = asyncio.create_task(parent.supervise(program))
         await processes.have_started(5)
         parent.retire(program)
-        await asyncio.wait_for(task, 20)
+        await asyncio.wait_for(task, HANG_SECONDS)
 
     asyncio.run(run())
     delays = [note.rpartition(" in ")[2] for note in notes if "restarting it" in note]
@@ -144,7 +145,7 @@ def test_a_retired_program_is_not_restarted(monkeypatch: pytest.MonkeyPatch) -> 
         await processes.have_started(1)
         await asyncio.sleep(0.05)
         parent.retire(program)
-        await asyncio.wait_for(task, 20)
+        await asyncio.wait_for(task, HANG_SECONDS)
         assert parent.running == []
 
     asyncio.run(run())
@@ -163,7 +164,7 @@ def test_a_retired_program_that_ignores_sigterm_is_killed_after_the_grace_time(
         task = asyncio.create_task(parent.supervise(program))
         await processes.have_started(1)
         parent.retire(program)
-        await asyncio.wait_for(task, 20)
+        await asyncio.wait_for(task, HANG_SECONDS)
 
     asyncio.run(run())
     assert notes[-1].endswith("ended with signal SIGKILL; it is no longer needed")
@@ -180,14 +181,14 @@ def test_a_program_retired_before_its_start_or_restart_is_not_started(
         parent = Supervisor(notes.append)
         parent.ready = True
         parent.retire(DYING)
-        await asyncio.wait_for(parent.supervise(DYING), 20)
+        await asyncio.wait_for(parent.supervise(DYING), HANG_SECONDS)
         assert notes == []
         task = asyncio.create_task(parent.supervise(DYING))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_SECONDS):
             while not notes or "restarting it" not in notes[-1]:  # noqa: ASYNC110 -- the process sends no event
                 await asyncio.sleep(0.005)
         parent.retire(DYING)
-        await asyncio.wait_for(task, 20)
+        await asyncio.wait_for(task, HANG_SECONDS)
 
     asyncio.run(run())
 
@@ -199,7 +200,7 @@ def test_a_pool_stops_its_newest_workers_and_reuses_their_numbers_after_exit(
 
     async def run() -> None:
         parent = Supervisor(lambda _: None)
-        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(HANG_SECONDS), asyncio.TaskGroup() as group:
             names = ("w-0", "w-1", "ignoring-2", "w-3")
             pool = WorkerPool(parent, group.create_task, lambda number: Program(names[number], ()), print)
             pool.resize(3)
@@ -228,7 +229,7 @@ def test_a_pool_continues_without_a_broken_worker_while_others_run(
     async def run(*names: str) -> None:
         parent = Supervisor(lambda _: None)
         parent.ready = True
-        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(HANG_SECONDS), asyncio.TaskGroup() as group:
             pool = WorkerPool(parent, group.create_task, lambda number: Program(names[number], ()), notes.append)
             pool.resize(len(names))
             while pool.size == len(names):  # noqa: ASYNC110 -- the process sends no event

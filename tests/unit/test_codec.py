@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from async_tests import HANG_SECONDS
 from common import artifacts
 from common.artifacts import (
     Canvas,
@@ -223,4 +224,4 @@ def test_scalar_artifacts_pack_without_torch() -> None:
         "assert unpack('s', Sampling, pack('s', given)) == given\n"
         "assert not {'torch', 'numpy'} & sys.modules.keys()\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=HANG_SECONDS)

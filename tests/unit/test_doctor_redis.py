@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from async_tests import HANG_SECONDS
 from certificates import Authority
 from common.state.connection import command
 from common.state.store_server import StoreSettings
@@ -215,7 +216,7 @@ def test_a_store_over_tls_is_checked(name: str, fleet_ca: Authority, other_ca: A
     client = fleet_ca.issue("coordinator")
 
     async def scenario() -> None:
-        async with asyncio.timeout(60), tls_store(name, fleet_ca) as address:
+        async with asyncio.timeout(HANG_SECONDS), tls_store(name, fleet_ca) as address:
             url = f"rediss://{address}/0?ssl_certfile={client.cert}&ssl_keyfile={client.key}&ssl_ca_certs="
             listed = await asyncio.to_thread(report_lines, f"{url}{fleet_ca.ca}")
             assert [line.split()[0] for line in listed] == ["ok"] * 7

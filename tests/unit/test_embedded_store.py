@@ -14,7 +14,7 @@ import psutil
 import pytest
 from redis import Redis
 
-from async_tests import poll
+from async_tests import HANG_SECONDS, poll
 from common.errors import Unavailable
 from common.state import embedded
 from common.state.embedded import EmbeddedStore
@@ -111,4 +111,4 @@ def _wait_ended(process: psutil.Process) -> None:
         except psutil.NoSuchProcess:
             return True
 
-    poll(has_ended, 10, f"{process} ends")
+    poll(has_ended, HANG_SECONDS, f"{process} ends")

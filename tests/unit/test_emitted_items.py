@@ -8,6 +8,7 @@ from typing import cast
 
 import pytest
 
+from async_tests import HANG_SECONDS
 from common.errors import ResourceExhausted
 from common.pipeline import ServiceSpec
 from common.rpc.client import WorkerLost
@@ -112,7 +113,7 @@ def run(items: int, max_bytes: int = 1 << 20) -> tuple[list[int], list[str]]:
         assert await runner({}, Call("r", sinks={BLOCKS: LoggedSink(log)})) == {}
         await recovery.step_checkpoint.close()
 
-    asyncio.run(asyncio.wait_for(scenario(), 20))
+    asyncio.run(asyncio.wait_for(scenario(), HANG_SECONDS))
     return network.started_at, log
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from async_tests import HANG_SECONDS
 from common.artifacts import LatentPart, Latents, StepCheckpoint
 from common.errors import Cancelled
 from common.rpc.frame_reporter import FrameReporter
@@ -37,7 +38,7 @@ class BlockedTensors(TorchTensors):
         self._continued = continued
 
     def view(self, path: str, value: Any) -> Any:
-        assert self._continued.wait(20), "the stage must not wait for the frames of its step checkpoint"
+        assert self._continued.wait(HANG_SECONDS), "the stage must not wait for the frames of its step checkpoint"
         return super().view(path, value)
 
 
@@ -116,7 +117,7 @@ def test_a_stage_waits_for_a_slow_caller_at_the_byte_limit() -> None:
         await running
 
     async def timed() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG_SECONDS):
             await main()
 
     asyncio.run(timed())
@@ -139,7 +140,7 @@ def test_a_cancelled_stage_does_not_wait_for_its_caller() -> None:
             await running
 
     async def timed() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG_SECONDS):
             await main()
 
     asyncio.run(timed())
@@ -162,7 +163,7 @@ def test_a_step_checkpoint_does_not_block_the_denoising_loop() -> None:
         return [frame async for frame in reporter.frames()]
 
     async def timed() -> list[bytes]:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG_SECONDS):
             return await main()
 
     assert kinds(asyncio.run(timed())) == ["checkpoint 1", "chunk", "chunk", "chunk", "progress"]

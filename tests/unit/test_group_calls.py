@@ -13,6 +13,7 @@ from typing import NoReturn
 import pytest
 import torch
 
+from async_tests import HANG_SECONDS
 from common.errors import Cancelled, DeadlineExceeded, FleetError, HandedOver, InvalidInput
 from common.log_context import context_fields, log_scope
 from common.stage import STEP_CHECKPOINTS, Call
@@ -82,7 +83,7 @@ def two_ranks(leads: Script, follows: Script | None = None) -> Iterator[Ranks]:
             ranks.link.send(Kind.END)
     finally:
         left.close()
-        thread.join(20)
+        thread.join(HANG_SECONDS)
     assert not thread.is_alive()
 
 
@@ -265,7 +266,7 @@ def test_an_unexpected_error_of_a_rank_ends_the_group(leads: Script, follows: Sc
 
 
 def _sleep_until(opened: threading.Event) -> None:
-    opened.wait(20)
+    opened.wait(HANG_SECONDS)
 
 
 def test_the_wait_for_an_outcome_has_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +282,7 @@ def test_unequal_numbers_of_cancellation_checks_end_the_group() -> None:
     with two_ranks(check_twice, do_nothing) as ranks:
         with suppress(Abandoned):  # rank 0 may return its result first
             ranks.run()
-        assert ranks.ended.wait(20)
+        assert ranks.ended.wait(HANG_SECONDS)
     assert "sent message 4; expected OUTCOME" in str(ranks.errors[0])
     with two_ranks(do_nothing, check_twice) as ranks, pytest.raises(Abandoned):
         ranks.run()
@@ -292,7 +293,7 @@ def test_invalid_utf8_in_messages_raises_out_of_step() -> None:
     with two_ranks(do_nothing) as ranks:
         ranks.link.send(Kind.CALL, b"\xff")
         ranks.link.send(Kind.END)
-        assert ranks.ended.wait(20)
+        assert ranks.ended.wait(HANG_SECONDS)
     assert "sent message 6; expected INPUT" in str(ranks.errors[0])
     here, there = socket.socketpair()
     with here, there:

@@ -12,6 +12,7 @@ from typing import TypeVar
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
+from async_tests import HANG_SECONDS
 from common.errors import FailedPrecondition, Unavailable
 from services.denoising.joining import GROUP_TOKEN, Connections, Place, Purpose, join
 from services.denoising.meeting import Meeting
@@ -23,7 +24,7 @@ T = TypeVar("T")
 def run_parallel(*functions: Callable[[], T]) -> list[T]:
     """Results of functions, each of which runs in its own thread."""
     with ThreadPoolExecutor(len(functions)) as executor:
-        return [future.result(timeout=30) for future in [executor.submit(function) for function in functions]]
+        return [future.result(timeout=HANG_SECONDS) for future in [executor.submit(function) for function in functions]]
 
 
 def place_of(info: RendezvousInfo) -> RendezvousStoreInfo:
@@ -70,7 +71,7 @@ def test_hosts_meet_before_each_start_and_a_restarted_host_waits_for_the_next_st
         while not meetings[0].num_nodes_waiting():
             assert not pending.done()
         meetings[0].next_rendezvous()
-        pending.result(timeout=30)
+        pending.result(timeout=HANG_SECONDS)
     assert first != meetings[0].token == meetings[1].token
     assert replaced.num_nodes_waiting() == 1
     assert [each.num_nodes_waiting() for each in meetings] == [0, 0]

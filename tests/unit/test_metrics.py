@@ -19,6 +19,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError
 
+from async_tests import HANG_SECONDS
 from common import metrics
 from common.errors import Unavailable
 from common.metrics import work_label
@@ -207,7 +208,7 @@ class _Overlapping:
         del values
         if call.request_id == "first":
             self.began.set()
-            assert self.ends.wait(20)
+            assert self.ends.wait(HANG_SECONDS)
         return {}
 
 
@@ -217,7 +218,7 @@ def test_overlapping_calls_have_no_idle_time() -> None:
     labels = {"service": "decoding", "model": "overlapping"}
     thread = threading.Thread(target=stages.run, args=({}, Call("first")))
     thread.start()
-    assert inner.began.wait(20)
+    assert inner.began.wait(HANG_SECONDS)
     stages.run({}, Call("second"))
     inner.ends.set()
     thread.join()

@@ -26,6 +26,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
+from async_tests import HANG_SECONDS
 from common import package_guard
 from common.package_guard import (
     COORDINATOR_PACKAGES,
@@ -425,7 +426,7 @@ def test_processes_refuse_another_version(
         env={**environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     versions = SUPPORTED[package].versions
     assert done.returncode == 2, done.stderr

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from async_tests import HANG_SECONDS
+
 TESTS = Path(__file__).resolve().parents[1]
 
 
@@ -19,7 +21,7 @@ def test_the_fused_gemm_kernels_compile_for_hopper(tmp_path: Path) -> None:
         "PYTHONPATH": str(TESTS.parent),
     }
     command = [sys.executable, str(TESTS / "quack_compiler.py")]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split("\n")[:-1] == [
         f"{name} GemmEpiPlan" for name in ("_gelu", "_gelu", "_gated", "_gated", "_normed_heads")

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
-from async_tests import wait_until
+from async_tests import HANG_SECONDS, wait_until
 from common.errors import Aborted, InternalError, ResourceExhausted
 from common.rpc.framing import Packet, Piece, checksum
 from common.state.connection import connect
@@ -89,7 +89,7 @@ class Case:
 
 def run_case(server: RedisServer, test: Callable[[Case], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with connect(server.url) as redis, asyncio.timeout(30):
+        async with connect(server.url) as redis, asyncio.timeout(HANG_SECONDS):
             await redis.flushall()
             case = Case(redis)
             await case.admit()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from async_tests import HANG_SECONDS
 from common.artifacts import Canvas, Prompt
 from common.errors import Cancelled, InternalError, InvalidInput, Unavailable
 from common.local import HostedStages, LocalRunner
@@ -57,7 +58,7 @@ def run_in_time(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine with a timeout, so that a pipeline that hangs fails its test."""
 
     async def bounded() -> Any:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_SECONDS):
             return await coroutine
 
     return asyncio.run(bounded())

@@ -27,6 +27,7 @@ import torch
 from diffusers.utils import import_utils
 from torch import distributed
 
+from async_tests import HANG_SECONDS
 from common.errors import InternalError, InvalidInput, Unavailable
 from common.logs import setup_logging
 from common.state.embedded import private_directory
@@ -240,7 +241,7 @@ def test_a_process_reports_a_broken_plugin(text: str, level: str, message: str, 
     (tmp_path / "broken_plugin.py").write_text(f"{text}EntryClass = None\n")
     command = [sys.executable, "-m", "services.cli", "serve", "coordinator", "--redis", STORE_URL, "--plugins"]
     flags = [*command, str(tmp_path), "--log-level", level]
-    done = subprocess.run(flags, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(flags, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     assert lines[-1].startswith(f"coordinator: {message} ({tmp_path / 'broken_plugin.py'}:1; ")

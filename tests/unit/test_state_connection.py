@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from redis.exceptions import ConnectionError
 
-from async_tests import wait_until
+from async_tests import HANG_SECONDS, wait_until
 from common.errors import Unavailable
 from common.state.connection import command, connect, store_errors
 from redis_servers import running_server
@@ -20,7 +20,7 @@ def test_a_cancellation_at_the_moment_of_the_reply_is_not_lost() -> None:
 
         async def call_store() -> None:
             with store_errors():
-                await asyncio.wait_for(reply, 60)
+                await asyncio.wait_for(reply, HANG_SECONDS)
 
         task = asyncio.create_task(call_store())
         await asyncio.sleep(0)

@@ -13,7 +13,7 @@ import pytest
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
-from async_tests import wait_until
+from async_tests import HANG_SECONDS, wait_until
 from common.errors import Unavailable
 from common.settings import SettingsError
 from common.state import replication
@@ -42,7 +42,7 @@ def run_on_replicated_servers(scenario: Scenario, *, sentinel: bool = False) -> 
     """Run a test on a primary, a replica that has caught up and, if `sentinel`, a sentinel."""
 
     async def main(servers: Replicated) -> None:
-        async with asyncio.timeout(60), connect(servers.url) as redis:
+        async with asyncio.timeout(HANG_SECONDS), connect(servers.url) as redis:
             await scenario(servers, redis)
 
     with ExitStack() as stack:
@@ -161,7 +161,7 @@ def test_a_missing_script_is_loaded_again() -> None:
         assert (await RequestStore(redis).get("r")).request_id == "r"
 
     async def main(url: str) -> None:
-        async with asyncio.timeout(30), connect(url) as redis:
+        async with asyncio.timeout(HANG_SECONDS), connect(url) as redis:
             await scenario(redis)
 
     with running_server("valkey") as server:

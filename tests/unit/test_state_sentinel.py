@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from async_tests import wait_until
+from async_tests import HANG_SECONDS, wait_until
 from common.errors import InvalidInput, Unavailable
 from common.state.connection import command, connect
 from common.state.requests import RequestStore
@@ -41,7 +41,7 @@ def test_a_replica_replaces_a_killed_primary() -> None:
     async def main() -> None:
         with ExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-sentinel-")))
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(HANG_SECONDS):
                 await scenario(stack.enter_context(replicated_servers(directory, sentinel=True)))
 
     asyncio.run(main())

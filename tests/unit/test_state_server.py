@@ -11,7 +11,7 @@ import sys
 import pytest
 from redis.asyncio import Redis
 
-from async_tests import wait_until
+from async_tests import HANG_SECONDS, wait_until
 from common.errors import FailedPrecondition, InternalError, InvalidInput, ResourceExhausted, Unavailable
 from common.state.connection import Arguments, StoreFull, command, connect, run_script
 from common.state.presence import Presence
@@ -162,7 +162,7 @@ def test_commands_and_coordinators_refuse_an_evicting_store(each_store_url: str)
     assert caught.value.field == "redis"
     check_store(each_store_url, {"FLEET_ALLOW_EVICTION": "1"})
     argv = [sys.executable, "-m", "services.coordinator", "--redis", each_store_url, "--listen", "127.0.0.1:0"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 2
     assert "coordinator: redis: maxmemory-policy allkeys-random is not noeviction; " in done.stderr
     assert "Traceback" not in done.stderr

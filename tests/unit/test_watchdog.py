@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from redis.asyncio import Redis
 
-from async_tests import wait_until
+from async_tests import HANG_SECONDS, wait_until
 from common.errors import InvalidInput, Unavailable
 from common.logs import setup_logging
 from common.rpc.watchdog import HangLimits, StepWatch, Verdict, Watchdog
@@ -86,7 +86,7 @@ class StuckStage:
         self.calls.append(call)
         call.progress(1, 3)
         call.progress(2, 3)
-        assert self.freed.wait(30)
+        assert self.freed.wait(HANG_SECONDS)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_stuck_call_is_cancelled_and_fails_and_then_is_reported_as_lost(stage:
     watchdog = Watchdog(HangLimits(seconds=0.05, mean_steps=1, exit_seconds=0.05), on_lost=on_lost)
 
     async def scenario() -> None:
-        async with asyncio.timeout(30), served(stage, watchdog=watchdog) as fleet:
+        async with asyncio.timeout(HANG_SECONDS), served(stage, watchdog=watchdog) as fleet:
             with pytest.raises(Unavailable, match=r"no step for \d+\.\d s: its device is stuck"):
                 await fleet.runner()(packets(8), fleet.recorded.call())
             assert fleet.recorded.progress == [(1, 3), (2, 3)]

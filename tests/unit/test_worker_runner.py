@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 from prometheus_client import REGISTRY
 
+from async_tests import HANG_SECONDS
 from common.errors import FleetError, HandedOver, InvalidInput, ResourceExhausted, Unavailable
 from common.pipeline import ServiceSpec
 from common.rpc.client import WorkerLost
@@ -197,7 +198,7 @@ def test_a_handed_over_call_continues_at_once_and_counts_no_loss(monkeypatch: py
     monkeypatch.setattr(worker_runner, "_FIRST_PAUSE_SECONDS", 3_600.0)
     network, before = LeavingWorkers(3, 0, 4, 1), [lost_calls("denoising", begun) for begun in ("yes", "no")]
     run, worker_slots = runner(network, patience=0.0, spec=LOOP)
-    assert asyncio.run(asyncio.wait_for(run({}, CALL), 20)) == {}
+    assert asyncio.run(asyncio.wait_for(run({}, CALL), HANG_SECONDS)) == {}
     assert network.resumed_at == [0, 3, 3, 7]
     assert worker_slots.options == [(False, ""), (True, "n1"), (True, "n1"), (True, "n1")]
     assert worker_slots.computed == [Computed(3.0, 0, 3), Computed(0.0, 3, 0), Computed(4.0, 3, 7), Computed(1.0, 7)]

@@ -1,0 +1,31 @@
+"""Repetition of test cases whose fault came after the computation that it was meant to interrupt."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+MOST_ATTEMPTS = 5
+"""Maximum attempts of a case."""
+
+T = TypeVar("T")
+
+
+class FaultTooLate(Exception):
+    """The service had finished its part of the request before the fault: the case is inconclusive."""
+
+
+async def repeat_if_late(case: Callable[[], Awaitable[T]], restore: Callable[[], Awaitable[None]]) -> T:
+    """Run a case, and repeat it while its fault comes too late, as progress messages are delayed on a busy host.
+
+    `restore` is called before each repetition. Raises FaultTooLate after MOST_ATTEMPTS attempts.
+    """
+    late = None
+    for attempt in range(MOST_ATTEMPTS):
+        if attempt:
+            await restore()
+        try:
+            return await case()
+        except FaultTooLate as error:
+            late = error
+    raise FaultTooLate(f"the fault came too late in {MOST_ATTEMPTS} attempts; the last: {late}")
