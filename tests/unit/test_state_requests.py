@@ -276,6 +276,7 @@ def test_a_cancellation_reaches_the_owner_or_ends_a_request_without_an_owner(eac
         for token, expected in (("first", True), ("first", True), ("second", False), ("", False)):
             cancelled, ended_here = await other.request_cancel(request_id, token=token)
             assert (cancelled.state, ended_here) == (State.REQUEST_STATE_CANCELLED, expected)
+            assert cancelled.steps_saved == 0
         with pytest.raises(NotFound):
             await other.request_cancel("nothing")
 

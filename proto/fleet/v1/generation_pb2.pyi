@@ -773,7 +773,8 @@ class StateChange(_message.Message):
     """The new state."""
     steps_saved: _builtins.int
     """For CANCELLED and EXPIRED: number of denoising steps that were not executed, from the latest reported progress. If
-    the denoising loop had not started, the number of all steps.
+    the denoising loop had not started, the number of all steps. 0 if the coordinator of the request was lost, and no
+    other coordinator had taken the request over before the cancellation.
     """
     @_builtins.property
     def error(self) -> Global___Error:
