@@ -5,7 +5,7 @@ The module common.rpc.status converts them to gRPC status codes and back.
 FleetError
 ├── InvalidInput          a value is invalid               INVALID_ARGUMENT
 ├── NotFound              the resource does not exist      NOT_FOUND
-├── FailedPrecondition    the state does not permit it     FAILED_PRECONDITION
+├── FailedPrecondition    the state forbids the call       FAILED_PRECONDITION
 │   └── CheckpointError   the checkpoint is invalid
 ├── ResourceExhausted     a limit is reached               RESOURCE_EXHAUSTED
 ├── Unavailable           temporary; retry                 UNAVAILABLE
@@ -62,7 +62,10 @@ class Unavailable(FleetError):
 
 
 class HandedOver(Unavailable):
-    """The draining worker ended the call at a step boundary. Another worker resumes from the step checkpoint."""
+    """A draining worker ended the call, at a step boundary or before its stages started.
+
+    Another worker runs the call, from the latest step checkpoint if there is one.
+    """
 
 
 class Cancelled(FleetError):

@@ -11,7 +11,7 @@ from packaging.version import InvalidVersion, Version
 
 @dataclass(frozen=True)
 class VersionFault:
-    """A package that is not installed, or has a version outside its bounds."""
+    """A package that is not installed, or whose version is outside its bounds or unreadable."""
 
     package: str
     found: str

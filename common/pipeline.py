@@ -219,7 +219,7 @@ async def run_pipeline(
         if not readers[name]:
             del slots[name]
 
-    async def step(runner: Runner) -> None:
+    async def run_service(runner: Runner) -> None:
         contract = runner.contract
         present = [name for name in contract.inputs if name in slots]
         inputs = {name: await slots[name] for name in present}
@@ -239,7 +239,7 @@ async def run_pipeline(
 
     # Not asyncio.TaskGroup: in Python 3.11 it leaves the calling task marked as cancelled after an error.
     finished: list[asyncio.Task[None]] = []
-    tasks = [asyncio.create_task(step(runner), name=runner.contract.name) for runner in runners]
+    tasks = [asyncio.create_task(run_service(runner), name=runner.contract.name) for runner in runners]
     for task in tasks:
         task.add_done_callback(finished.append)
     try:

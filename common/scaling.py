@@ -1,4 +1,4 @@
-"""The load of a stage, and the metric from which an autoscaler computes the number of workers."""
+"""The load of a service, and the metric from which an autoscaler computes the number of workers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class StageWork:
 
 @dataclass(frozen=True)
 class StageLoad:
-    """Load of one stage of a model. Seconds are compute seconds on one worker: remaining steps times pace.
+    """Load of one service of a model. Seconds are compute seconds on one worker: remaining steps times pace.
 
-    `workers_held`: workers that run a request. `waiting_claims`: requests that wait for a worker of the stage.
-    `open_requests`: requests that have not ended and still need the stage. `unmeasured`: the seconds contain an assumed
-    pace, because no pace of the stage is measured.
+    `workers_held`: workers that run a request. `waiting_claims`: requests that wait for a worker of the service.
+    `open_requests`: requests that have not ended and still need the service. `unmeasured`: the seconds contain assumed
+    durations, because no pace of the service is measured.
     """
 
     workers_held: int
@@ -45,7 +45,7 @@ class StageLoad:
 
     @property
     def is_active(self) -> bool:
-        """Whether the stage needs at least one worker."""
+        """Whether the service needs at least one worker."""
         return self.open_requests > 0
 
     def wanted_seconds(self, target_seconds: float) -> float:

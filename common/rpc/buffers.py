@@ -15,10 +15,10 @@ _UNSHARED = 2  # sys.getrefcount() of an object that only one local variable ref
 
 
 class BufferPool:
-    """Pool of buffers. Retains at most `idle_bytes` of unused memory."""
+    """Pool of buffers. Retains at most `max_idle_bytes` of unused memory."""
 
-    def __init__(self, idle_bytes: int = 256 << 20) -> None:
-        self._idle_bytes = idle_bytes
+    def __init__(self, max_idle_bytes: int = 256 << 20) -> None:
+        self._max_idle_bytes = max_idle_bytes
         self._idle: list[mmap] = []
 
     @property
@@ -40,9 +40,9 @@ class BufferPool:
         return chosen
 
     def give(self, buffer: mmap) -> None:
-        """Return an unreferenced buffer to the pool. Evicts the oldest unused buffers beyond `idle_bytes`."""
+        """Return an unreferenced buffer to the pool. Evicts the oldest unused buffers beyond `max_idle_bytes`."""
         self._idle.append(buffer)
-        while self.idle_bytes > self._idle_bytes:
+        while self.idle_bytes > self._max_idle_bytes:
             self._idle.pop(0)
 
 

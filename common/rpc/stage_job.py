@@ -30,8 +30,8 @@ class StageJob:
 
     The buffers are released when the work ends, which may be after the end of the call.
     `begun`: Begun frame to send when the work starts; None if the caller does not accept it. `reads_items`: the caller
-    accepts StreamItem frames. `seconds`: compute time of the stages, without the time in which they wait for other
-    workers.
+    accepts StreamItem frames. `waiting`: span from the queueing of the work to its start. `seconds`: compute time of
+    the stages, without `waited_seconds`, the time in which the stages wait for other workers.
     """
 
     def __init__(self, lease: BufferLease, call: Call, begun: bytes | None, *, reads_items: bool) -> None:

@@ -100,10 +100,11 @@ class StageServicer:
     """Implements the RPC of a stage service.
 
     Stages, unpacking and packing run on the single thread of `executor`. Calls with an input stream are sessions: each
-    runs on a separate thread and releases the device while it waits for an item or for its reader, so that sessions
-    alternate item by item. One thread at a time uses the device. With a `cache`, repeated inputs get the cached reply.
-    With a `watchdog`, a stuck call ends as UNAVAILABLE, and so do new calls until the device thread is free. `model` is
-    the model name in log lines. Raises PipelineError if the RPC's messages do not have all slots of the contract.
+    runs on a separate thread and releases the device while it waits for an input item or for the reader of its output,
+    so that sessions alternate item by item. One thread at a time uses the device. With a `cache`, repeated inputs get
+    the cached reply. With a `watchdog`, a stuck call ends as UNAVAILABLE, and so do new calls until the device thread
+    is free. `model` is the model name in log lines. Raises PipelineError if the RPC's messages do not have all slots of
+    the contract.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ from common.stage import Call
 
 _LONGEST_CHECK_SECONDS = 1.0
 _CHECKS_PER_BOUND = 8
-"""Number of checks within the shortest limit."""
+"""Minimum number of checks within the shorter of `seconds` and `exit_seconds`."""
 
 _log = get_logger(__name__)
 
@@ -47,7 +47,7 @@ class HangLimits:
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             if not value > 0:
-                raise InvalidInput(f"hang_{name}: {value:g} is not more than 0; 60 is usual", field=f"hang_{name}")
+                raise InvalidInput(f"hang_{name}: {value:g} is not more than 0; 60 works", field=f"hang_{name}")
 
     @property
     def check_seconds(self) -> float:

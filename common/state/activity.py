@@ -79,6 +79,6 @@ def _request(snapshot: Sequence[Any], rows: Sequence[Sequence[Any]]) -> ActiveRe
 
 
 def _steps(work: bytes, done: bytes) -> tuple[int, int]:
-    """Return the completed steps and all steps; (0, 0) for a service without steps or without stored work."""
+    """Return the completed steps and all steps; (0, 0) for work of one step and for missing work."""
     total = int(work.partition(b"|")[0] or 0)
     return (round(float(done or 0) * total), total) if total > 1 else (0, 0)

@@ -11,7 +11,10 @@ from fleet.v1 import generation_pb2
 
 
 def check_admitted(reply: Sequence[Any], record: generation_pb2.RequestRecord) -> None:
-    """Raise InvalidInput or ResourceExhausted if the reply to an admission is a refusal."""
+    """Raise InvalidInput or ResourceExhausted if the reply to an admission is a refusal.
+
+    RequestStore.admit() handles the refusal `memory`.
+    """
     match reply[0]:
         case b"late":
             clock = timestamp_of(int(reply[1])).ToJsonString()

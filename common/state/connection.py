@@ -1,7 +1,8 @@
 """Access of the state modules to Redis: connection pool, script, and conversion of errors.
 
-The state modules raise Unavailable if the server cannot be reached or does not accept writes, StoreFull (an
-Unavailable) if its memory is full, FailedPrecondition for a Redis Cluster, and InternalError if it refuses a command.
+The state modules raise Unavailable if the server cannot be reached, refuses the login or does not accept writes,
+StoreFull (an Unavailable) if its memory is full, FailedPrecondition for a Redis Cluster, and InternalError if the
+server refuses a command for another reason.
 """
 
 from __future__ import annotations
@@ -117,9 +118,9 @@ class _Primary(TimedClient):
 
 def _primary(url: str) -> Redis:
     """Return a client of the primary of a service that sentinels monitor."""
-    places, service, database = sentinel_parts(url)
+    sentinels, service, database = sentinel_parts(url)
     watchers = cast(Any, Sentinel)(
-        [(host.strip("[]"), int(port)) for host, port in places],
+        [(host.strip("[]"), int(port)) for host, port in sentinels],
         sentinel_kwargs={**_options(), "socket_timeout": _CONNECT_SECONDS},
         **_options(),
         db=int(database or 0),

@@ -148,7 +148,9 @@ class RequestStore:
         work: Mapping[str, StageWork] = MappingProxyType({}),
         wirings: Mapping[str, Wiring] = MappingProxyType({}),
     ) -> Admission:
-        """Store a request with its first events: QUEUED, and its warnings. One round trip.
+        """Store a request with its first events: QUEUED, and its warnings.
+
+        Takes one round trip. Once per second, a second round trip reads the memory usage of the store.
 
         `idempotency_key`: for a known key of this caller, its request is returned.
         `submission`: serialized inputs with which another coordinator can run the request.
@@ -307,7 +309,7 @@ class RequestStore:
     ) -> list[generation_pb2.Event] | None:
         """End a request: store its files, the pending `events` and the terminal state.
 
-        Returns the stored events, the terminal one last (empty for a repetition), or None if the request has already
+        Returns the stored events, the terminal event last (empty for a repetition), or None if the request has already
         ended or the epoch is not current. `token`: id of the call; a repetition after a lost reply must have the same
         token, since a call with another token deletes the files. `stored`: False to add the files to the record without
         storing their bytes. `items`: items of a streamed result, which expire with the result.
@@ -473,7 +475,10 @@ def _milliseconds(seconds: float) -> int:
 
 
 def checked_page_size(size: int) -> int:
-    """Return the maximum number of records of a page; 0 is the default. Raises InvalidInput above MAX_PAGE."""
+    """Return the maximum number of records of a page; the default for 0.
+
+    Raises InvalidInput for a size that is not from 0 to MAX_PAGE.
+    """
     if not 0 <= size <= MAX_PAGE:
         raise InvalidInput(f"page_size: {size} is not from 0 to {MAX_PAGE}; {_DEFAULT_PAGE} works", field="page_size")
     return size or _DEFAULT_PAGE

@@ -1,7 +1,7 @@
 """Second-level cache: replies that the workers of a service share through Redis.
 
-Replies are shared if fetching is faster than computing. The decision uses measured durations of computing and fetching.
-The cache is optional: failures are logged and counted, and the reply is computed.
+Replies are shared if fetching is faster than computing by the factor `gain`. The decision uses measured durations of
+computing and fetching. The cache is optional: failures are logged and counted, and the reply is computed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class SharedReplies:
         return self._computing is not None and self._computing >= self._gain * self._fetching
 
     async def find(self, key: bytes) -> Frames | None:
-        """Return a stored reply; None if no reply is stored, `pays` is False, or fetches fail."""
+        """Return a stored reply; None if no reply is stored, `pays` is False, or the cache fails or is paused."""
         if not self.pays or self._computing is None or time.monotonic() < self._not_before:
             return None
         began = time.monotonic()

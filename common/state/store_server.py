@@ -48,7 +48,7 @@ class ServerFacts:
 
 
 async def read_facts(redis: Redis) -> ServerFacts:
-    """Read the configuration with INFO, and with CONFIG GET for values that INFO lacks. Raises Unavailable."""
+    """Read the configuration with INFO, and with CONFIG GET and ROLE for values that INFO lacks. Raises Unavailable."""
     info = await _info(redis)
     aof = {"0": "no", "1": "yes"}.get(str(info.get("aof_enabled")), "")
     cluster = {"0": "no", "1": "yes"}.get(str(info.get("cluster_enabled")), "")

@@ -84,16 +84,16 @@ def _quoting(reason: str) -> str:
 
 def sentinel_parts(url: str) -> tuple[list[tuple[str, str]], str, str]:
     """Return the sentinels (host, port), service and database of a redis+sentinel URL, unvalidated."""
-    places, _, path = url.removeprefix(SENTINEL).partition("/")
+    sentinels, _, path = url.removeprefix(SENTINEL).partition("/")
     service, _, database = path.partition("/")
-    return [place.rpartition(":")[::2] for place in places.split(",")], service, database
+    return [each.rpartition(":")[::2] for each in sentinels.split(",")], service, database
 
 
 def _sentinel_fault(url: str) -> str:
-    places, service, database = sentinel_parts(url)
+    sentinels, service, database = sentinel_parts(url)
     if any(mark in url for mark in "@?#"):
         return "user, password and options are not supported with sentinels"
-    if not service or not all(host and port.isascii() and port.isdecimal() for host, port in places):
+    if not service or not all(host and port.isascii() and port.isdecimal() for host, port in sentinels):
         return "its form is not redis+sentinel://host:26379,host:26379/service"
     return "" if not database or re.fullmatch(r"\d{1,9}", database, re.ASCII) else "its database is not a number"
 

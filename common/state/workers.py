@@ -46,7 +46,7 @@ class ServiceLoad(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Total number of concurrent requests of the workers."""
+        """Maximum number of concurrent requests of all workers together."""
         return sum(worker.capacity for worker in self.workers)
 
     @property

@@ -185,7 +185,7 @@ def test_chunks_that_do_not_match_the_payload_are_refused(chunks: list[ChunkView
 
 
 def test_unreferenced_buffers_are_reused() -> None:
-    pool = BufferPool(idle_bytes=8 << 20)
+    pool = BufferPool(max_idle_bytes=8 << 20)
     lease = pool.lease()
     buffer, window = lease.take(SIZE)
     first = id(buffer)
@@ -217,7 +217,7 @@ def test_large_buffers_are_not_reused_for_small_sizes(wanted: int, reused: bool)
 
 
 def test_idle_memory_is_bounded() -> None:
-    pool = BufferPool(idle_bytes=4 << 20)
+    pool = BufferPool(max_idle_bytes=4 << 20)
     lease = pool.lease()
     for _ in range(5):
         lease.take(1 << 20)

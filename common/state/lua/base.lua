@@ -17,7 +17,8 @@
 --                                                  line each
 --                                                - point: key of the latest step checkpoint
 --                                                - reached: step of that step checkpoint
---                                                - told (number and ids of the latest appended events)
+--                                                - told: number of events before the latest append in this epoch,
+--                                                  then the ids of the appended events
 --                                                - left:<service>: cost of the request at that service, until the
 --                                                  service has finished the request
 --                                                - work:<service>: steps|tokens of a step|shape of the request's work
@@ -80,8 +81,8 @@
 --   fleet:pace:<model>/<svc>              string decaying sums over the latest requests: ms for which the requests held
 --                                                worker slots, and cost of the requests
 --   fleet:pace:<model>/<svc>@<variant>    string the same sums over the requests of one variant
---   fleet:paces:<model>/<svc>             hash   shape -> compute seconds, number of steps, tokens of a step, time of
---                                                measurement
+--   fleet:paces:<model>/<svc>             hash   shape -> decaying sums of compute seconds and of steps, then tokens of
+--                                                a step, time of the latest measurement
 --   fleet:work:<model>/<svc>              hash   caller, or caller|variant -> cost of open requests that still need the
 --                                                service
 --   fleet:needed:<model>/<svc>            string time at which a request last stopped needing the service

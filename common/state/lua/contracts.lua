@@ -1,7 +1,8 @@
 -- Compatibility of workers and claims. A worker announces a contract: the slots that it reads and writes, with their
 -- types. A claim has a wiring: the slots that its coordinator supplies to the service and reads from it. Both are JSON;
--- common/wiring.py defines the format and implements the same rule. A worker without a contract and a claim without a
--- wiring come from earlier releases and are compatible with everything.
+-- common/wiring.py defines the format and implements the same rule. A worker that stores no contract has the contract
+-- of older_contract(); without that contract, it is compatible with every claim. A claim without a wiring comes from an
+-- earlier release and is compatible with every worker, except hidden workers (see live_workers() in slot_index.lua).
 
 local WIRINGS_MS = 86400000
 

@@ -57,8 +57,8 @@ local function live_workers(place)
     end
     if capacity then
       local hidden = capacity == '0'
-      local places = hidden and redis.call('HGET', P .. 'worker:' .. id, 'places') or capacity
-      live[#live + 1] = { id = id, capacity = tonumber(places) or 0, granted = tonumber(granted), numerics = numerics,
+      local actual = hidden and redis.call('HGET', P .. 'worker:' .. id, 'places') or capacity
+      live[#live + 1] = { id = id, capacity = tonumber(actual) or 0, granted = tonumber(granted), numerics = numerics,
         hidden = hidden }
     end
     copies[id] = nil

@@ -216,7 +216,7 @@ local function dispatch_constrained(place, asking, walk)
 end
 
 -- Grants free worker slots to waiting claims in queue order, and publishes each grant on the channel of the claim's
--- owner.
+-- owner. A grant to the ticket `asking` is not published: ops.claim, which made this call, returns the grant.
 --
 -- Reads workers one by one from the index. Reads all workers instead while there are hidden workers, once a claim with
 -- a constraint (a whole worker, or a numerics fingerprint) is next, and if the key of the chosen worker is missing.
