@@ -56,7 +56,7 @@ class _Emitted:
 
 
 EMITTED: Stream[Any] = _Emitted()
-"""Placeholder for a stream in the outputs of a stage, whose items were passed to Call.emit()."""
+"""Value of the output field of a stream whose items were passed to Call.emit()."""
 
 
 def item_kind(kind: str) -> str | None:

@@ -1,4 +1,4 @@
-"""TensorLeaf of the codec for torch: the only module that converts tensors to bytes and back."""
+"""TensorLeaf of the codec for torch: converts tensors to bytes and back."""
 
 from __future__ import annotations
 

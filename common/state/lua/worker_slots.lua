@@ -152,7 +152,7 @@ local function fitting(place, workers, claim, walk)
   return #equal > 0 and equal or able
 end
 
--- Grants a claim a worker slot of a worker. Returns false, without a grant, if the worker's key is missing.
+-- Grants a worker slot of a worker to a claim. Returns false, without a grant, if the worker's key is missing.
 local function grant(place, claim, id, asking)
   local key = P .. 'worker:' .. id
   local info = redis.call('HGET', key, 'info')
