@@ -138,7 +138,7 @@ class BeforeDenoisingOutput:
 class DenoisingInput:
     """Inputs of the denoising loop, which resumes from `resume_from` if it is set.
 
-    The stage receives `resume_from`, and each other optional input only if the pipeline lists that input.
+    The stage always receives `resume_from`. It receives another optional input only if the pipeline lists that input.
     """
 
     initial_latents: Latents

@@ -331,8 +331,8 @@ def numerics_fingerprint(
     """Hash of everything besides weights and inputs that determines a stage's output bytes.
 
     Returns 32 hexadecimal digits. Workers with equal hashes and equal weights compute equal bytes for equal inputs. The
-    hash covers the processor, the device, `dtype`, library versions, and the source code of `models`, `configs` and
-    `plugins` (directories of further families).
+    hash covers the processor, the device, `dtype`, `approximation`, library versions, and the source code of `models`,
+    `configs` and `plugins` (directories of further families).
 
     `degrees` None: one rank. Parallel degrees are included because sums over ranks round differently. `shares_memory`
     is included because ranks that share memory attend to all keys at once. With `uses_kernels`, versions and trial

@@ -75,7 +75,10 @@ class Registry:
         self._pipelines[name] = pipeline
 
     def entry(self, pipeline_name: str) -> PipelineEntry:
-        """Return the entry of a `_class_name`. Raises CheckpointError, which lists the supported names."""
+        """Return the entry of a `_class_name`.
+
+        Raises CheckpointError, which lists the supported names, and ValueError for a pipeline without configs.
+        """
         if pipeline_name not in self._pipelines:
             message = f"pipeline {pipeline_name!r} is not supported; supported: {', '.join(self.names())}"
             if (relative := self.relative(pipeline_name)) is not None:

@@ -25,8 +25,9 @@ class Runtime:
     Stages move their inputs to `device` and their outputs back to the CPU. `mesh` is the device mesh of the denoising
     worker group; None: one rank. A denoising stage sends a step checkpoint every `step_checkpoint_every` steps, and
     `step_checkpoint_seconds` after the last checkpoint; 0 disables the respective interval. A causal loop also sends
-    one after each block. `step_memory_bytes` bounds CUDA graphs, their inputs, step caches, and the memory that steps
-    update in place. `swap_experts`: host memory holds all denoisers of a model, and the device holds one at a time.
+    a step checkpoint after each block. `step_memory_bytes` bounds CUDA graphs, their inputs, step caches, and the
+    memory that steps update in place. `swap_experts`: host memory holds all denoisers of a model, and the device holds
+    one at a time.
     """
 
     device: torch.device = field(default_factory=_cpu)

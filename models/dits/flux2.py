@@ -46,7 +46,7 @@ FINAL_VECTORS = 2
 
 
 class Flux2ModulationLinear(nn.Module):
-    """Projection of the time embedding (B, D) to modulations (B, parts * D). The caller applies SiLU before it."""
+    """Projection of the activated conditioning vector (B, D) to modulations (B, parts * D)."""
 
     def __init__(self, size: int, parts: int) -> None:
         super().__init__()

@@ -65,7 +65,7 @@ class TransformerLoader(Generic[Config, Transformer]):
     ) -> Transformer:
         """Build the DiT on the meta device, shard it for this rank, and read the weights of the module `name`.
 
-        Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide the model.
+        Raises CheckpointError, and InvalidInput for a mesh whose degrees do not divide `heads` or `feed_forward`.
         """
         config = self.config.from_dict(name, checkpoint.module_config(name))
         _warn_of_unknown_entries(checkpoint, name, self.own_entries)

@@ -75,7 +75,7 @@ class ZImageAttention(SelfAttention):
 
 
 class ZImageTransformerBlock(nn.Module):
-    """Attention, then a gated feed-forward, each with a norm before and after it, and a gate.
+    """Attention, then a SwiGLU feed-forward, each with a norm before and after it, and a gate.
 
     Each half of the block computes x + gate * norm(f(norm(x) * (1 + scale))). The weights of the norms are folded into
     scale and gate; see vectors().

@@ -41,8 +41,8 @@ _NORM_ROTATION: Operation[Callable[[Tensor, Weight, Tensor, Tensor, Tensor, Tens
 def choose_gemm(epilogue: Epilogue, x: Tensor, weight: Weight, out: Tensor | None) -> str | None:
     """Choose the backend of out (M, N) = x (M, K) @ weight (N, K).T with an epilogue.
 
-    Returns None if no backend fuses the epilogue: the caller must run the epilogue separately. `out` may be None only
-    for the epilogue "bias": the GEMM then returns a new tensor.
+    Returns None if no backend supports the gated addition, or the norm and rotation: the caller must run the epilogue
+    separately. `out` may be None only for the epilogue "bias": the GEMM then returns a new tensor.
     """
     if epilogue != "bias" and weight.scale is None and out is not None:
         can_fuse = quack_gemm.can_add if epilogue == "gated addition" else quack_gemm.can_fuse

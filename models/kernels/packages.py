@@ -1,4 +1,4 @@
-"""Optional kernel packages: names, fallbacks, and the outcomes of their trials in this process.
+"""Optional kernel packages: names, replacements, and the outcomes of their trials in this process.
 
 When a GPU worker starts, `models.kernels.trials` tries the packages that its settings and its GPU select, and records
 the outcomes here. Layers call is_usable() and never probe a package themselves. The outcomes are part of the numerics
@@ -31,7 +31,7 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class KernelPackage:
-    """An optional package: name on PyPI, module to import, fallback if the package is unusable.
+    """An optional package: name on PyPI, module to import, replacement if the package is unusable.
 
     `capabilities` are the compute capabilities of the GPUs on which the package can be used; empty: all GPUs.
     """

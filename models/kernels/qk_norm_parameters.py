@@ -39,6 +39,6 @@ class QKNormParameters:
 
     @property
     def weights(self) -> list[Tensor]:
-        """Weights of the norms, part by part, the first segment's before the rest's; empty for layer norms."""
+        """Two weights for each part: of the norm in `first`, then of the norm in `rest`; empty for layer norms."""
         pairs = zip(self.first, self.rest, strict=True)
         return [norm.weight for pair in pairs for norm in pair if norm.weight is not None]

@@ -108,7 +108,7 @@ def try_package(package: KernelPackage, device: torch.device) -> TrialOutcome | 
             "kernel package is unusable",
             package=package.name,
             version=version,
-            fallback=package.replacement,
+            replacement=package.replacement,
             error=text,
         )
         _check_device(device, package)

@@ -1,6 +1,6 @@
 """Attention of replicated queries to keys that are sharded along the sequence.
 
-For a short segment (audio) that attends to a long one (video): each rank attends to its own keys, and all-gathers the
+A short segment (audio) attends to a long segment (video): each rank attends to its own keys, and all-gathers the
 results, which have the length of the short segment. Shapes: B batch, L keys of this rank, H heads, K head size.
 """
 

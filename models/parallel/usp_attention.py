@@ -160,8 +160,8 @@ class USPAttention(Attention):
 class _ScatteredHeads(KeyValues):
     """Keys and values in a pending all-to-all of heads within a ulysses group."""
 
-    def __init__(self, k: Tensor, v: Tensor, attention: USPAttention) -> None:
-        v, k = (attention.scatter_heads(each) for each in (v, k))
+    def __init__(self, k: Tensor, v: Tensor, layer: USPAttention) -> None:
+        v, k = (layer.scatter_heads(each) for each in (v, k))
         super().__init__(k, v)
 
     def wait(self) -> tuple[Tensor, Tensor]:

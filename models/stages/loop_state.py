@@ -55,31 +55,31 @@ class LoopState:
             state._restore(x.resume_from, x.schedule.num_inference_steps * blocks)
         return state
 
-    def _restore(self, state: StepCheckpoint, total: int) -> None:
-        if not 0 <= state.step <= total:
-            raise InvalidInput(f"resume_from.step: {state.step} is not from 0 to {total}", field=f"{_FIELD}.step")
+    def _restore(self, saved: StepCheckpoint, total: int) -> None:
+        if not 0 <= saved.step <= total:
+            raise InvalidInput(f"resume_from.step: {saved.step} is not from 0 to {total}", field=f"{_FIELD}.step")
         latents: dict[str, Tensor] = {}
         for part, noise in self.latents.items():
-            found = state.latents.parts.get(part)
+            found = saved.latents.parts.get(part)
             if found is None or found.latents.shape != noise.shape:
                 shape = None if found is None else tuple(found.latents.shape)
                 message = f"resume_from.latents: shape {shape} of {part} is not {tuple(noise.shape)}"
                 raise InvalidInput(message, field=f"{_FIELD}.latents")
             latents[part] = found.latents
         for part, solver in self.solvers.items():
-            solver.restore(state.step, _of_part(part, state.solver))
-        if unknown := sorted(name for name in state.solver if name.partition(".")[0] not in self.solvers):
+            solver.restore(saved.step, _of_part(part, saved.solver))
+        if unknown := sorted(name for name in saved.solver if name.partition(".")[0] not in self.solvers):
             raise InvalidInput(
                 f"resume_from.solver: {', '.join(unknown)} is not the state of a solver of this loop",
                 field=f"{_FIELD}.solver",
             )
-        if (self.generator is None) != (state.generator is None):
+        if (self.generator is None) != (saved.generator is None):
             raise InvalidInput(
                 "resume_from.generator: a generator is required if, and only if, the loop draws noise",
                 field=f"{_FIELD}.generator",
             )
-        self.generator = _generator(state.generator)
-        self.step, self.latents = state.step, latents
+        self.generator = _generator(saved.generator)
+        self.step, self.latents = saved.step, latents
 
     def to(self, device: torch.device) -> Self:
         """Move latents and timesteps to the device; solvers move their state in their first step."""

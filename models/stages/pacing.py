@@ -4,7 +4,7 @@ If all steps were enqueued at once, the loop could not be cancelled and could no
 for each step, the device would be idle while the next step is enqueued. Therefore, the next step is enqueued
 LEAD_SECONDS before the expected end of the current step, estimated from the duration of the previous step. After a
 cancellation the device finishes the current step, and one more step if the cancellation arrives within the last
-LEAD_SECONDS.
+LEAD_SECONDS of the current step.
 """
 
 from __future__ import annotations

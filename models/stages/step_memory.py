@@ -95,7 +95,7 @@ class StepInputs:
     flags: Mapping[str, Hashable]
 
     def key(self, role: str, *, is_cached: bool) -> Hashable:
-        """Key of steps that can share a graph: denoiser, static flags, shapes, dtypes and memory specs."""
+        """Key of steps that share a StepMemory: denoiser, static flags, shapes, dtypes, memory specs, step cache."""
         forms = tuple(
             tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(tensors.items()))
             for tensors in (self.latents, self.row, self.constants)
@@ -154,7 +154,7 @@ class StepMemory:
         self._constants = {}
 
     def runs_eagerly(self, kind: StepKind) -> bool:
-        """Whether a step runs without a graph.
+        """Whether a step runs without a graph. Records the step: call this method once per step.
 
         The first step of a kind runs eagerly, because it loads kernels. Kinds beyond MAX_GRAPHS always run eagerly.
         """

@@ -1,4 +1,4 @@
-"""Optional kernel packages: trials at the start of a GPU worker, fallbacks, and refused settings."""
+"""Optional kernel packages: trials at the start of a GPU worker, replacements, and refused settings."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def attention_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_package_is_named_with_its_fallback(
+def test_a_broken_package_is_named_with_its_replacement(
     flash_attn: Install, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     source, expected = BROKEN[kind]
@@ -78,7 +78,7 @@ def test_a_broken_package_is_named_with_its_fallback(
     assert expected in outcome.error
     (line,) = caplog.messages
     assert line.startswith("kernel package is unusable package=flash-attn version=2.8.3")
-    assert 'fallback="cuDNN or PyTorch attention"' in line
+    assert 'replacement="cuDNN or PyTorch attention"' in line
     assert expected in line
     record(KernelChoice(), [outcome])
     assert not is_usable("flash-attn")

@@ -45,7 +45,8 @@ class GlmImageBeforeDenoisingStage(PipelineStage[BeforeDenoisingInput, BeforeDen
         """Conditioning of batch 1, the noise of all outputs, and the schedule, on the CPU.
 
         Reports every prior token, and ends within one token when cancelled. Raises InvalidInput for a prompt that
-        contains image tokens, and for a seed with which the language model ends the image early.
+        contains image tokens or is too long, and for a seed with which the language model ends the image early or
+        samples an unusable token.
         """
         schedule = self._timesteps.run(TimestepPreparationInput(canvas=x.canvas, sampling=x.sampling), call).schedule
         noise = self._latents.run(LatentPreparationInput(canvas=x.canvas, sampling=x.sampling), call).initial_latents
