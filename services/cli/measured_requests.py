@@ -17,8 +17,8 @@ _PROMPTS = ("a red apple on a table", "a blue boat on a lake")
 async def measure_request(endpoint: str, access: Access, model: str, parameters: Mapping[str, int]) -> dict[str, float]:
     """Run a warm-up request and a measured request, and return the seconds of the latter by service.
 
-    Services are in pipeline order. Raises Unavailable if no fleet answers, NotFound for an unknown model, and
-    RequestFailed for a failed request.
+    Services are in pipeline order. Raises Unavailable if no fleet answers, InvalidInput for an unknown model or an
+    invalid parameter, and RequestFailed for a failed request.
     """
     async with connect(endpoint, access) as client:
         for prompt in _PROMPTS:

@@ -56,7 +56,7 @@ class LineReporter(TerminalReporter):
         sys.stderr.flush()
 
     def progress(self, progress: generation_pb2.StageProgress) -> None:
-        """Print a line per step. For a stage without steps, the line contains only its name."""
+        """Print a line with the stage and its steps; without a total number of steps, only the stage."""
         steps = f" {progress.step}/{progress.total_steps}" if progress.total_steps else ""
         self.note(f"{progress.service}{steps}")
 
@@ -92,7 +92,7 @@ class BarReporter(TerminalReporter):
         self._progress.update(self._tasks[progress.service], completed=progress.step, total=total)
 
     def finish(self) -> None:
-        """Fill the bars of stages that report no steps."""
+        """Fill all bars."""
         for task in self._progress.tasks:
             total = task.total or 1
             self._progress.update(task.id, completed=total, total=total)

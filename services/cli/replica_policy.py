@@ -68,8 +68,8 @@ class ReplicaPolicy:
     def decide(self, current: int, *, is_active: bool, demand: float | None) -> int:
         """The number of replicas to run, given the `current` number.
 
-        `demand` is the metric divided by its target per replica; None if the metric is unknown. The number
-        of replicas then changes only from and to zero, by activity, or to stay within the bounds.
+        `demand` is the metric divided by its target per replica; None if the metric is unknown. Without `demand`, the
+        number changes only by activity (from or to zero) and by the bounds.
         """
         now = self.clock()
         if is_active or self._active_at is None:

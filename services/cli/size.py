@@ -48,7 +48,7 @@ _GROUP_AXES = ("tp", "ulysses", "ring", "cfg")
 class Load:
     """The load of a fleet. `seconds` maps services, in pipeline order, to the compute seconds of one request.
 
-    `ranks` is the number of GPUs per denoising worker.
+    `utilization` is the target for each worker. `ranks` is the number of GPUs per denoising worker.
     """
 
     requests_per_second: float
@@ -289,7 +289,7 @@ def _group_speed(model: str, degrees: str, pixels: int) -> GroupSpeed:
 
 
 def sizes_of(load: Load) -> list[ServiceSize]:
-    """The minimum number of workers of each service whose utilization is at most the target."""
+    """The minimum number of workers of each service that keeps their utilization at or below the target."""
     sizes = []
     for service, seconds in load.seconds.items():
         busy = load.requests_per_second * seconds

@@ -100,9 +100,9 @@ def _take(timeline: Timeline, entry: TimelineEntry, moment: float) -> None:
         case TimelineKind.TIMELINE_KIND_STEP:
             _note_step(timeline, entry)
         case TimelineKind.TIMELINE_KIND_CHECKPOINT:
-            running = [each for each in _open(timeline) if each.begun is not None]
-            if running:
-                max(running, key=lambda each: each.total_steps).checkpoints.append((moment, entry.step))
+            begun = [each for each in _open(timeline) if each.begun is not None]
+            if begun:
+                max(begun, key=lambda each: each.total_steps).checkpoints.append((moment, entry.step))
         case TimelineKind.TIMELINE_KIND_TAKEN_OVER:
             timeline.take_overs.append((moment, entry.epoch))
             for attempt in _open(timeline):

@@ -110,7 +110,7 @@ def _models(references: Sequence[str]) -> list[ServedModel]:
     for name, count in names.items():
         if count > 1:
             raise InvalidInput(
-                f"--model: {count} models have the name {name!r}; rename one as OTHER={name}", field="model"
+                f"--model: {count} models have the name {name!r}; rename one with OTHER=DIR", field="model"
             )
     return models
 

@@ -1,4 +1,4 @@
-"""Compares the facts of all ranks that determine the bytes of a result, before weights are loaded."""
+"""Compares, between ranks, the facts that determine the bytes of a result, before weights are loaded."""
 
 from __future__ import annotations
 

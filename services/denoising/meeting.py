@@ -76,8 +76,8 @@ class Meeting(RendezvousHandler):
             self._seen = store
         # The prefix separates the keys of this start from the keys of earlier starts.
         of_this_start = PrefixStore(self.token, store)
-        place = RendezvousStoreInfo(self._host, self._port)
-        return RendezvousInfo(of_this_start, self._node_rank, self._num_nodes, place)
+        address = RendezvousStoreInfo(self._host, self._port)
+        return RendezvousInfo(of_this_start, self._node_rank, self._num_nodes, address)
 
     def _gather(self, store: Store) -> str:
         token = secrets.token_hex(16)
