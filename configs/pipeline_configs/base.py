@@ -48,7 +48,7 @@ class PipelineConfig(ABC):
     module_loaders: ClassVar[Mapping[str, str]] = {}
     """References "package.module:function" to a models.loader.ModuleLoader, by class in model_index.json.
 
-    Only for classes without a loader in models.loader.
+    Only for classes to which models.loader assigns no loader.
     """
 
     parallel_modules: ClassVar[frozenset[str]] = frozenset()

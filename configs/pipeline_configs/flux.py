@@ -129,9 +129,9 @@ class FluxPipelineConfig(PackedPipelineConfig, TextConfig):
         return raw / self.vae.scaling_factor + self.vae.shift_factor
 
 
-def _check_size(checkpoint: Checkpoint, encoder: str, entry: str, taken: int) -> None:
-    made = ConfigFields(encoder, checkpoint.module_config(encoder)).integer(entry, taken)
-    check_text_size(made, encoder, taken)
+def _check_size(checkpoint: Checkpoint, encoder: str, entry: str, expected: int) -> None:
+    size = ConfigFields(encoder, checkpoint.module_config(encoder)).integer(entry, expected)
+    check_text_size(size, encoder, expected)
 
 
 def _tokenizers_own(_: Prompt) -> None:

@@ -85,12 +85,12 @@ class Flux2FamilyConfig(StandardPipelineConfig):
         return cls(transformer=transformer, vae=vae, **cls._further_fields(checkpoint))
 
     @classmethod
-    def _check_text_encoder(cls, checkpoint: Checkpoint, taken: int) -> None:
+    def _check_text_encoder(cls, checkpoint: Checkpoint, expected: int) -> None:
         config = checkpoint.module_config("text_encoder")
         # Vision-language models nest the language model's entries.
         text = ConfigFields("text_encoder", config.get("text_config") or config)
         text.integer("num_hidden_layers", 32, minimum=cls.text_layers[-1])
-        check_text_size(len(cls.text_layers) * text.integer("hidden_size", 4096), "text_encoder", taken)
+        check_text_size(len(cls.text_layers) * text.integer("hidden_size", 4096), "text_encoder", expected)
 
     @classmethod
     def _further_fields(cls, checkpoint: Checkpoint) -> dict[str, Any]:

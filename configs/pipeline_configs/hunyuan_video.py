@@ -88,9 +88,9 @@ class HunyuanVideoPipelineConfig(StandardPipelineConfig):
         vae = AutoencoderKLHunyuanVideoConfig.from_dict("vae", checkpoint.module_config("vae"))
         check_channels(transformer.in_channels, transformer.out_channels, vae.latent_channels)
         sizes = {"text_encoder": transformer.text_embed_dim, "text_encoder_2": transformer.pooled_projection_dim}
-        for encoder, taken in sizes.items():
-            made = ConfigFields(encoder, checkpoint.module_config(encoder)).integer("hidden_size", taken)
-            check_text_size(made, encoder, taken)
+        for encoder, expected in sizes.items():
+            size = ConfigFields(encoder, checkpoint.module_config(encoder)).integer("hidden_size", expected)
+            check_text_size(size, encoder, expected)
         return cls(transformer=transformer, vae=vae)
 
     @property

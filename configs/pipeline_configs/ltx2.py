@@ -98,7 +98,7 @@ class LTX2PipelineConfig(StandardPipelineConfig):
         video, audio = self.transformer.video, self.transformer.audio
         text = checkpoint.module_config("text_encoder").get("text_config") or {}
         layers = ConfigFields("text_encoder", text)
-        texts = self.transformer.caption_channels
+        text_size = self.transformer.caption_channels
         spectrogram = self.audio_vae.channels * self.audio_vae.mel_bins
         pairs = {
             "video channels of the transformer and the VAE": (video.in_channels, self.vae.latent_channels),
@@ -106,11 +106,11 @@ class LTX2PipelineConfig(StandardPipelineConfig):
             "audio channels of the transformer and the audio VAE": (audio.in_channels, self.audio_vae.token_channels),
             "input and output audio channels of the transformer": (audio.in_channels, audio.out_channels),
             "text features for video of the transformer and the connectors": (
-                texts or video.hidden_size,
+                text_size or video.hidden_size,
                 self.connectors.video_size,
             ),
             "text features for audio of the transformer and the connectors": (
-                texts or audio.hidden_size,
+                text_size or audio.hidden_size,
                 self.connectors.audio_size,
             ),
             "layers of the connectors and the text encoder": (

@@ -38,7 +38,7 @@ class LTXVideoSamplingParams(VideoSamplingParams):
         "Fraction of the guided prediction rescaled to the unguided standard deviation.", 0.0, minimum=0.0, maximum=1.0
     )
     decode_timestep: float = parameter(
-        "Timestep for the decoder: its noise level, from 0 to 1 for pure noise.", 0.0, minimum=0.0, maximum=1.0
+        "Timestep for the decoder: noise level of its input, 0 to 1 (pure noise).", 0.0, minimum=0.0, maximum=1.0
     )
     decode_noise_scale: float | None = parameter(
         "Fraction of noise mixed into the latents before decoding; if unset, decode_timestep is used.",

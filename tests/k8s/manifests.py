@@ -29,7 +29,7 @@ _SET_BY_LWS = {"LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1", "LWS_LEADER_ADDRE
 
 
 def kustomizations() -> list[Path]:
-    """Folders of all overlays. The base is excluded: it has the stages of all models and serves no model."""
+    """Folders of all overlays. The base is excluded: it also has stages that its model does not use."""
     return sorted(path.parent for path in (K8S / "overlays").glob("*/kustomization.yaml"))
 
 

@@ -15,7 +15,7 @@ CLASS_NAME = "CausalWanTransformer3DModel"
 
 @dataclass(frozen=True, kw_only=True)
 class CausalWanTransformerConfig(WanTransformerConfig):
-    """CausalWanTransformer3DModel's config.json; the defaults are those of Self Forcing's Wan2.1-T2V-1.3B.
+    """CausalWanTransformer3DModel's config.json; the defaults of `own_entries` are Self Forcing's.
 
     All sizes are in latent frames. A block attends to itself and to all previous frames. With `local_attn_size`, a
     block attends to a window of `local_attn_size` frames: the first `sink_size` frames of the video, and the latest
