@@ -77,7 +77,7 @@ def test_a_started_replica_serves_after_its_load_time() -> None:
     ]
 
 
-def test_load_time_and_draining_cost_gpu_seconds() -> None:
+def test_loading_and_idle_replicas_cost_gpu_seconds() -> None:
     run = simulation([4.0], lambda: FixedReplicas([2, 2, 0, 0, 0, 0]), ready=1, load_seconds=20.0)
     # One replica is busy from 4 to 14 s, the other loads from 5 s; both are scaled in at 15 s.
     assert run.run().gpu_seconds == {"denoising": 15.0 + 10.0}

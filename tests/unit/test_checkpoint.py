@@ -163,7 +163,7 @@ def test_broken_weights_are_refused(flux: Path, case: str) -> None:
     assert WEIGHTS in str(refusal.value)
 
 
-def test_the_fingerprint_depends_on_weights_and_configs_only(flux: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_covers_weights_and_configs_but_not_defaults_or_readmes(flux: Path, tmp_path: Path) -> None:
     original = Checkpoint.open(flux).fingerprint
     copy = tmp_path / "elsewhere"
     shutil.copytree(flux, copy)

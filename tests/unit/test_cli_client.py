@@ -200,7 +200,7 @@ def test_generate_writes_the_files_and_reports_their_paths(
     ("ending", "message"),
     [(FAILED, "request r1 failed: INTERNAL: out of memory"), (CANCELLED, "request r1 was cancelled")],
 )
-def test_generate_exits_1_if_the_request_fails(
+def test_generate_exits_1_if_the_request_fails_or_is_cancelled(
     coordinator: FakeCoordinator,
     ending: generation_pb2.RequestState.ValueType,
     message: str,

@@ -176,7 +176,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in text for command in COMMANDS)
 
 
-def test_service_names_are_read_from_the_packages() -> None:
+def test_service_names_include_services_and_exclude_the_command_line() -> None:
     assert {"coordinator", "text_encoding", "latent_preparation", "denoising", "decoding"} <= set(service_names())
     assert "cli" not in service_names()
 

@@ -19,7 +19,7 @@ from services.cli.timeline import COMPLETED, ENDED, HANDED_OVER, LEFT, LOST, RUN
 from services.cli.timeline_image import draw_timeline, write_png
 
 BEGAN = 1_800_000_000_000
-"""Unix time of the request in milliseconds."""
+"""Creation time of the request, as Unix time in milliseconds."""
 WIDTH = 40
 """Width of a bar in characters."""
 

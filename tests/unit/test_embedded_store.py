@@ -1,4 +1,4 @@
-"""The embedded store: service, persistence, short socket paths, and exit with its parent process."""
+"""The embedded store: access by clients, persistence, short socket paths, and exit with its parent process."""
 
 from __future__ import annotations
 

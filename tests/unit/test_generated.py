@@ -60,7 +60,7 @@ def test_lint_compares_with_all_baselines() -> None:
     assert against == list(BASELINES.values())
 
 
-def test_removing_a_field_is_a_breaking_change(tmp_path: Path) -> None:
+def test_renaming_a_field_is_a_breaking_change(tmp_path: Path) -> None:
     proto = _edited(tmp_path, "string request_id = 1;", "string request_key = 1;")
     result = _buf("breaking", proto, "--against", PROTOS)
     assert result.returncode != 0

@@ -149,7 +149,7 @@ def test_only_rank_0_sends_progress_and_warnings() -> None:
 
 
 def test_all_ranks_stop_at_the_same_step_after_cancellation() -> None:
-    """The follower runs ahead and checks for cancellation before rank 0 is cancelled."""
+    """Only rank 0's call is cancelled; rank 0's answer stops the follower at the same check."""
     call, steps = Call("r1"), {0: 0, 1: 0}
 
     def loop(rank: int, call_of_rank: Call) -> None:
@@ -202,7 +202,7 @@ def test_all_ranks_stop_at_the_same_item_after_cancellation() -> None:
 
 
 def test_all_ranks_hand_over_at_the_same_step() -> None:
-    """The follower runs ahead; after the hand-over, the group runs the next call."""
+    """Only rank 0's call is asked to hand over. After the hand-over, the group runs the next call."""
     call, steps = Call("r1"), {0: 0, 1: 0}
 
     def loop(rank: int, call_of_rank: Call) -> None:

@@ -1,4 +1,4 @@
-"""The side channel between ranks: detection of lost ranks, and events that are not a loss."""
+"""Heartbeat connections between ranks: detection of lost ranks, and events that are not a loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAIT = 20  # timeout of expected events, in seconds
 
 @dataclass
 class Callbacks:
-    """Recorded callbacks of a side channel."""
+    """Recorded callbacks of the heartbeat connections of one rank."""
 
     reasons: list[str] = field(default_factory=list)
     lost: threading.Event = field(default_factory=threading.Event)
@@ -86,7 +86,7 @@ def test_a_silent_peer_is_a_loss(ends: tuple[socket.socket, socket.socket]) -> N
     liveness.end()
 
 
-def test_heartbeats_and_orderly_leaving_are_not_a_loss(ends: tuple[socket.socket, socket.socket]) -> None:
+def test_heartbeats_and_regular_exits_are_not_a_loss(ends: tuple[socket.socket, socket.socket]) -> None:
     left, right = Callbacks(), Callbacks()
     one, other = left.start(channel(1, ends[0])), right.start(channel(0, ends[1]))
     other.request_stop()

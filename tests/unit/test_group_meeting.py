@@ -27,11 +27,11 @@ def run_parallel(*functions: Callable[[], T]) -> list[T]:
         return [future.result(timeout=HANG_SECONDS) for future in [executor.submit(function) for function in functions]]
 
 
-def place_of(info: RendezvousInfo) -> RendezvousStoreInfo:
+def store_address_of(info: RendezvousInfo) -> RendezvousStoreInfo:
     """Address of the bootstrap store of a rendezvous."""
-    place: RendezvousStoreInfo | None = info.bootstrap_store_info
-    assert place is not None
-    return place
+    address: RendezvousStoreInfo | None = info.bootstrap_store_info
+    assert address is not None
+    return address
 
 
 def free_port() -> int:
@@ -42,15 +42,15 @@ def free_port() -> int:
 def test_a_single_host_uses_a_loopback_store() -> None:
     meeting = Meeting(1, 0, "")
     first = meeting.next_rendezvous()
-    place = place_of(first)
-    assert (first.rank, first.world_size, place.master_addr) == (0, 1, "127.0.0.1")
+    address = store_address_of(first)
+    assert (first.rank, first.world_size, address.master_addr) == (0, 1, "127.0.0.1")
     first.store.set("key", "value")
     token = meeting.token
     second = meeting.next_rendezvous()
     assert meeting.token != token
     assert not second.store.check(["key"]), "keys of an earlier start must not exist"
     with pytest.raises(OSError, match="refused"):
-        socket.create_connection(("127.0.0.2", place.master_port), 5).close()
+        socket.create_connection(("127.0.0.2", address.master_port), 5).close()
 
 
 def test_hosts_meet_before_each_start_and_a_restarted_host_waits_for_the_next_start() -> None:
@@ -88,9 +88,9 @@ def test_a_port_in_use_is_refused() -> None:
 
 
 def places(world_size: int, meeting: Meeting) -> list[Place]:
-    info = place_of(meeting.next_rendezvous())
+    address = store_address_of(meeting.next_rendezvous())
     return [
-        Place(rank, rank, world_size, 1, info.master_addr, info.master_port, meeting.token)
+        Place(rank, rank, world_size, 1, address.master_addr, address.master_port, meeting.token)
         for rank in range(world_size)
     ]
 

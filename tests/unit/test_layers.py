@@ -85,7 +85,7 @@ def test_each_segment_has_its_own_modulation_and_gate() -> None:
         torch.testing.assert_close(normed[:, rows], alone)
 
 
-@pytest.mark.parametrize("smallest", [1, 3, 9], ids=["all", "other-tokens", "none"])
+@pytest.mark.parametrize("smallest", [1, 3, 9], ids=["all-segments", "segments-of-3-rows-or-more", "no-segment"])
 @pytest.mark.parametrize("boundary", [0, 2, 5])
 @pytest.mark.parametrize("are_equal", [False, True])
 def test_a_gated_update_of_two_segments_matches_the_reference(

@@ -1,4 +1,4 @@
-"""Repeated warnings are collapsed into a summary with their number; lower levels are not."""
+"""Repeats beyond a limit become one summary with their count; records below WARNING are always written."""
 
 from __future__ import annotations
 

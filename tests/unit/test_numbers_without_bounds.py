@@ -1,4 +1,4 @@
-"""Numbers without bounds must be finite, and a Wan model for two images needs two latent frames."""
+"""Numeric parameters without bounds must be finite, and a Wan model for two images needs two latent frames."""
 
 from __future__ import annotations
 
