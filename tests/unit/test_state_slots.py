@@ -212,7 +212,7 @@ def test_only_the_coordinator_that_cannot_reach_a_worker_avoids_it(each_store_ur
             granted = await others.claim("emoji", "denoising", "s")  # of lower priority than the waiting claim
             assert granted.worker.worker_id == "w"
             load = await registry.load("emoji", "denoising")
-            assert (len(load.workers), load.busy, load.queued) == (1, 2, 1)  # both worker slots are counted
+            assert (len(load.workers), load.busy, load.queued) == (1, 2, 1)  # slots of both claims are counted
             await redis.hset("fleet:avoided:a", "w", "1|200")
             others.release(granted)  # the slot is granted to the waiting claim
             assert (await waiting).worker.worker_id == "w"
