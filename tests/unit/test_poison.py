@@ -29,11 +29,11 @@ QUIET, CHURN = loss(), loss(churn=True)
 @pytest.mark.parametrize(
     ("losses", "given_up_after"),
     [
-        ([loss(4)] * 5, 3),  # kills its worker at step 5, after a step checkpoint at step 4
+        ([loss(4)] * 5, 3),  # the request kills each worker at step 5, after a step checkpoint at step 4
         ([loss(0), loss(4), loss(4), loss(4)], 4),  # the first worker died before the first step checkpoint
         ([loss(4), loss(4), loss(5), loss(5), loss(5)], 5),
-        ([loss(step) for step in range(20)], 10),  # kills its worker at a later step each time
-        ([loss(4), loss(4), loss(3), loss(4)], 3),  # restarted at step 0, which is no progress
+        ([loss(step) for step in range(20)], 10),  # the request kills each worker at a later step
+        ([loss(4), loss(4), loss(3), loss(4)], 3),  # the request restarted at step 0, which is no progress
         ([loss(4), loss(4), loss(4, stage=3), loss(4, stage=3), loss(4, stage=3)], 5),  # progress to a later service
         ([loss(4), loss(4), loss(4, stage=0)], 3),  # an earlier service, after a take-over
         ([QUIET, QUIET, CHURN] + [QUIET] * 10, 10),

@@ -16,7 +16,7 @@ Status = health_pb2.HealthCheckResponse
 
 
 @pytest.fixture
-def servicer(tmp_path: Path) -> Iterator[tuple[str, health.HealthServicer]]:
+def address_and_servicer(tmp_path: Path) -> Iterator[tuple[str, health.HealthServicer]]:
     address = f"unix:{tmp_path}/s"
     servicer = health.HealthServicer()
     server = grpc.server(ThreadPoolExecutor(1))
@@ -27,17 +27,17 @@ def servicer(tmp_path: Path) -> Iterator[tuple[str, health.HealthServicer]]:
     server.stop(None).wait()
 
 
-def test_a_serving_process_gives_exit_code_0(servicer: tuple[str, health.HealthServicer]) -> None:
-    address, health_servicer = servicer
-    health_servicer.set("", Status.SERVING)
+def test_a_serving_process_gives_exit_code_0(address_and_servicer: tuple[str, health.HealthServicer]) -> None:
+    address, servicer = address_and_servicer
+    servicer.set("", Status.SERVING)
     assert main([address]) == 0
 
 
 def test_a_draining_process_gives_exit_code_1(
-    servicer: tuple[str, health.HealthServicer], capsys: pytest.CaptureFixture[str]
+    address_and_servicer: tuple[str, health.HealthServicer], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    address, health_servicer = servicer
-    health_servicer.set("", Status.NOT_SERVING)
+    address, servicer = address_and_servicer
+    servicer.set("", Status.NOT_SERVING)
     assert main([address]) == 1
     assert "not serving" in capsys.readouterr().err
 

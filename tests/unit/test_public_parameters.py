@@ -1,4 +1,4 @@
-"""Parameters of the public message, exit codes of errors, and calls that cannot meet their deadline."""
+"""Fields of GenerationParameters, exit codes of errors, and calls that cannot meet their deadline."""
 
 from __future__ import annotations
 

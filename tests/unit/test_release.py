@@ -21,7 +21,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_source_equals_that_of_the_commit(tree: Path) -> None:
-    """The digest covers git's object IDs. A checkout that has the commit compares the IDs themselves."""
+    """The digest covers git's object IDs. In a checkout that has the commit, the test compares the IDs themselves."""
     lines = release.file_lines(tree)
     assert release.digest_of(lines) == release.facts()["files_sha256"]
     history = write_release.source_lines(release.facts()["commit"])

@@ -34,7 +34,7 @@ TRANSIENT_KEYS = ("slots", "waiting", "queue", "open", "work")
 
 @dataclass(frozen=True)
 class Version:
-    """A version of the code: the calls of its script, and their arguments."""
+    """A version of the code. `calls` builds arguments of script operations, `command` builds EVALSHA commands."""
 
     name: str
     calls: ModuleType

@@ -132,7 +132,7 @@ def test_workers_above_the_maximum_are_ended_at_once() -> None:
 
 
 @pytest.mark.parametrize(("least", "most"), [(0, 0), (3, 2), (-1, 2)])
-def test_bounds_that_no_number_meets_are_refused(least: int, most: int) -> None:
+def test_invalid_bounds_are_refused(least: int, most: int) -> None:
     with pytest.raises(InvalidInput, match="max_replicas"):
         ReplicaBounds(least, most, 1.0)
 

@@ -1,4 +1,4 @@
-"""The reply cache's key covers slot names as well as values, and its byte count is exact."""
+"""Keys of the reply cache cover slot names as well as values, and the cache's byte count is exact."""
 
 from __future__ import annotations
 

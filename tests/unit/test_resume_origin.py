@@ -36,7 +36,7 @@ def test_an_origin_depends_on_numerics_slots_and_values() -> None:
 
 
 class FakeLeases(Leases):
-    """Leases that append saved step checkpoints to a list, and load `stored`."""
+    """Leases that record number and step of each saved step checkpoint, and load `stored`."""
 
     def __init__(self, stored: list[bytes] | Exception | None = None) -> None:
         self.stored = stored

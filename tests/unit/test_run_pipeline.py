@@ -1,4 +1,4 @@
-"""Stages start as soon as their inputs exist, free values early, and end together. No test sleeps."""
+"""Stages start as soon as their inputs exist, and end together. Values are dropped after use. No test sleeps."""
 
 # ruff: noqa: ARG001, ARG002  (runners and stages ignore some of their arguments)
 from __future__ import annotations

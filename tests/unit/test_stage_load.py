@@ -211,7 +211,7 @@ def test_a_resumed_attempt_is_measured_by_its_own_steps(store_url: str) -> None:
 
 
 def test_steps_of_a_handed_over_attempt_count_in_the_pace(store_url: str) -> None:
-    """Three attempts at 10 steps. The second attempt ends before its first step and is not measured."""
+    """Three attempts of a request with 10 steps. The second attempt ends before its first step and is not measured."""
 
     async def scenario(fleet: Fleet) -> None:
         await fleet.add_worker(0)

@@ -80,7 +80,7 @@ SAMPLE += [RuntimeError, MemoryError, UnicodeError, RecursionError, redis.except
 
 
 def _instance_of(kind: type[Exception]) -> Exception:
-    """An instance made without its constructor, because the parameters of constructors differ."""
+    """An instance made without a call of __init__(), whose parameters differ between classes."""
     return kind.__new__(kind, "some\nwords")
 
 
@@ -176,10 +176,10 @@ def test_the_log_level_flag_overrides_its_variable(
 def test_each_error_of_an_exception_group_is_one_line_and_the_largest_exit_code_is_used(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    group = ExceptionGroup("both", [Unavailable("away"), ExceptionGroup("one", [ImportError("no module")])])
+    group = ExceptionGroup("both", [Unavailable("no store"), ExceptionGroup("one", [ImportError("no module")])])
     assert run_program("prog", _raising(group), []) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert first == "prog: away"
+    assert first == "prog: no store"
     assert second.startswith("prog: ImportError: no module (")
     assert run_program("prog", _raising(InternalError("broken")), []) == 1
     assert run_program("prog", _raising(BaseException("panicked")), []) == 2  # as raised by a Rust extension

@@ -178,8 +178,8 @@ def test_a_request_waits_for_a_retry_after_its_attempt_ended(unsynced_store_url:
 
 
 async def _has_kinds(fleet: Fleet, *kinds: str) -> bool:
-    entry = await command(fleet.redis, "HLEN", "fleet:waiting:emoji/denoising")
-    return bool(entry) and all(each in kinds for (each,) in (await fleet.kinds()).values())
+    num_waiting = await command(fleet.redis, "HLEN", "fleet:waiting:emoji/denoising")
+    return bool(num_waiting) and all(each in kinds for (each,) in (await fleet.kinds()).values())
 
 
 def test_a_completed_stage_has_no_activity(unsynced_store_url: str) -> None:

@@ -49,7 +49,7 @@ class Store:
         return {ticket: (worker, owner) for ticket, (worker, owner, *_) in values.items()}
 
     def workers(self) -> dict[str, tuple[int, int]]:
-        """Capacity and claims granted of each live worker."""
+        """Capacity and number of granted claims of each live worker."""
         live = [each.decode() for each in self.redis.zrange(f"fleet:workers:{PLACE}", 0, -1)]
         fields = {each: self.redis.hmget(f"fleet:worker:{each}", "capacity", "granted") for each in live}
         return {each: (int(capacity), int(granted)) for each, (capacity, granted) in fields.items()}

@@ -180,7 +180,10 @@ def test_losses_of_more_than_ten_minutes_ago_are_not_churn(each_store_url: str) 
 
 
 def test_a_worker_that_runs_an_older_script_is_cleared_by_its_heartbeat(each_store_url: str) -> None:
-    """Heartbeats of an older script store no TTL and clear no loss. A loss is cleared if the worker's key exists."""
+    """Heartbeats of an older script store no TTL and clear no loss.
+
+    A loss is cleared if the worker's key still exists when the loss is decided.
+    """
 
     async def scenario(redis: Redis) -> None:
         case = Case(redis)

@@ -144,8 +144,8 @@ def test_running_work_decreases_with_time(each_store_url: str) -> None:
             assert wait is not None
             assert 20 < wait <= 25
             held = (await command(redis, "HGET", "fleet:slots:emoji/denoising", slot.ticket)).decode()
-            place, _, since = held.rpartition("|")
-            earlier = f"{place}|{int(since) - 55_000}"  # 5 s remain, on two worker slots
+            prefix, _, since = held.rpartition("|")
+            earlier = f"{prefix}|{int(since) - 55_000}"  # 5 s remain, on two worker slots
             await command(redis, "HSET", "fleet:slots:emoji/denoising", slot.ticket, earlier)
             await fleet.admit()
             fleet.slots.release(slot)

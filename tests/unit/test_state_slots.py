@@ -212,7 +212,7 @@ def test_only_the_coordinator_that_cannot_reach_a_worker_avoids_it(each_store_ur
             granted = await others.claim("emoji", "denoising", "s")  # of lower priority than the waiting claim
             assert granted.worker.worker_id == "w"
             load = await registry.load("emoji", "denoising")
-            assert (len(load.workers), load.busy, load.queued) == (1, 2, 1)  # both worker slots are counted
+            assert (len(load.workers), load.busy, load.queued) == (1, 2, 1)  # slots of both claims are counted
             await redis.hset("fleet:avoided:a", "w", "1|200")
             others.release(granted)  # the slot is granted to the waiting claim
             assert (await waiting).worker.worker_id == "w"
@@ -305,14 +305,14 @@ def test_a_claim_for_a_whole_worker_reserves_one_worker_and_no_more(each_store_u
                 name = f"alone {number}"
                 waiting.append(asyncio.create_task(slots.claim("emoji", "denoising", name, alone=True)))
                 await queued(registry, number + 1)
-            busy = []
+            served_by = []
             for number in range(4):  # the worker that is not reserved serves the other claims in sequence
                 slot = await slots.claim("emoji", "denoising", f"r{number}")
-                busy.append(slot.worker.worker_id)
+                served_by.append(slot.worker.worker_id)
                 slots.release(slot)
                 await slots.settle()
-            assert len(set(busy)) == 1
-            reserved = next(slot for slot in held if slot.worker.worker_id != busy[0])
+            assert len(set(served_by)) == 1
+            reserved = next(slot for slot in held if slot.worker.worker_id != served_by[0])
             slots.release(reserved)
             assert (await waiting[0]).worker.worker_id == reserved.worker.worker_id
             waiting[1].cancel()

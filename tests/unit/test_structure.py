@@ -43,7 +43,7 @@ def _sources() -> dict[str, str]:
 
 
 def too_long(path: str, source: str) -> Iterator[str]:
-    """The path of the file and of each of its functions that exceeds its bound."""
+    """PATH if the file exceeds its bound, and PATH:FUNCTION for each function that exceeds its bound."""
     lines = source.count("\n")
     if lines > MAX_FILE_LINES:
         yield path

@@ -219,7 +219,7 @@ def test_gate_by_silu_equals_pytorch(dtype: torch.dtype, max_error: float) -> No
 
 @DTYPES
 def test_merge_attention_equals_pytorch(dtype: torch.dtype, max_error: float) -> None:
-    """In memory, log-sum-exps have heads before tokens, as kernels return them. Some scores overflow exp()."""
+    """In memory, log-sum-exps have heads before tokens, as kernels return them. Some of their exponentials overflow."""
     parts = []
     for offset in (0.0, 1.0):
         lse = (torch.randn(BATCH, HEADS, TOKENS) + offset).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Paths that are not a Diffusers directory are recognized, and the error names the path to pass."""
+"""Errors describe the content of a path that is not a Diffusers directory. Snapshots are named by repository."""
 
 from __future__ import annotations
 
