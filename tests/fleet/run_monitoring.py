@@ -227,7 +227,7 @@ def queries_without_data(prometheus: Prometheus, *, has_gpu: bool) -> list[str]:
         prometheus.query(query.expression)
     for selector in [each for query in monitoring.rule_queries("alert") for each in selectors_of(query.expression)]:
         if not (selector.metric in EXEMPT and not has_gpu) and not prometheus.query(selector.metric):
-            return [f"alerts: {selector.metric} has no data"]
+            return [f"alerts: {selector.metric}"]
     expressions = {(f"record {name}", 0): [name] for name in sorted(monitoring.recorded())}
     expressions |= {(query.place, 0): [query.expression] for query in monitoring.variable_metrics()}
     for service in _SERVICES:

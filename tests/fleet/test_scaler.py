@@ -100,7 +100,7 @@ def test_metric_is_the_remaining_measured_time_of_requests(store_url: str) -> No
         gate = Gate()
 
         def steps(call: Call) -> None:
-            """Run half of the steps, of 0.02 s each, wait at the gate, and run the others."""
+            """Run steps of 0.02 s. If `gate.reached` is set, wait at the gate after half of the steps."""
             for step in range(1, STEPS + 1):
                 time.sleep(0.02)
                 call.progress(step, STEPS)

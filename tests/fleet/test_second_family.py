@@ -67,7 +67,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @contextmanager
 def fleet_up(environ: dict[str, str], model: str) -> Iterator[str]:
-    """Run `fleet up` until it is ready; yields its endpoint."""
+    """Run `fleet up` in the block; yields its endpoint once the fleet is ready."""
     process = subprocess.Popen(
         [*FLEET, "up", "--port=0", f"--model={model}"],
         env=environ,

@@ -76,7 +76,7 @@ class LoopScript(Script):
         self.first_steps = first_steps
 
     def run(self, values: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        """Send the step checkpoint, and return the outputs of the common script."""
+        """Send the step checkpoint unless the call resumes, and return the outputs of the common script."""
         resumed = values.get("resume_from")
         self.first_steps.append(resumed.step if resumed else 0)
         if not resumed:

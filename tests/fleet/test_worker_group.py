@@ -40,7 +40,7 @@ def check_cancelled(call):
 
 FollowingCall.check_cancelled = check_cancelled
 """
-# Longer than --rank-lost-seconds (2 s), so that the tests of lost ranks do not detect a hang.
+# Longer than --rank-lost-seconds (2 s), so that a lost rank is not detected as a hang.
 _HANGS = ("--hang-seconds", "4", "--hang-mean-steps", "4", "--hang-exit-seconds", "1")
 
 

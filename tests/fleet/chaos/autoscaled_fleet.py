@@ -48,7 +48,7 @@ class ScaledWorker:
 
 @dataclass(frozen=True)
 class ScaleIn:
-    """A scale-in of `worker`. The other fields describe the time of SIGTERM.
+    """A scale-in of `worker`. The other fields are read just before SIGTERM is sent.
 
     `own_requests` are ids of requests that ran on `worker`; `requests` is the number of requests on all workers.
     """

@@ -36,7 +36,7 @@ class Behavior(Enum):
     CANCEL = "submits with an idempotency key, and cancels during denoising"
     LEAVE = "generates without an idempotency key, and disconnects during denoising"
     HURRY = "submits with an idempotency key and a deadline that may pass"
-    POISON = "submits a request that kills each worker that denoises it, with an idempotency key"
+    POISON = "submits with an idempotency key; each worker that denoises the request is killed"
 
 
 _BEHAVIORS: Mapping[Behavior, int] = MappingProxyType(

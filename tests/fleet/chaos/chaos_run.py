@@ -132,7 +132,7 @@ class FleetRun:
         """Check the end and bytes of all requests, and that the fleet is clean."""
         outcomes = [client.outcome for client in self.clients]
         await self.channels.close()
-        gc.collect()  # tracebacks of failed calls reference them and keep their connections open
+        gc.collect()  # closes the connections of failed calls, which tracebacks still reference
         self.findings += await settled(self.fleet, self.redis, baseline, self.permitted_fields)
         self.stored = await read_store(self.redis)
         self.findings += check_requests(self.stored, outcomes, self._warmed)

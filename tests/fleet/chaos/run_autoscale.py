@@ -101,10 +101,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Report:
-    """Results of a run. `burst_seconds`, `wave_seconds` and `push_seconds` are durations.
+    """Results of a run. `burst_seconds` and `wave_seconds` are durations of the burst and of all waves.
 
     `answered` counts requests with the expected bytes; `refused` counts submissions that were rejected with UNAVAILABLE
-    and retried.
+    and retried. `push_seconds` is the time from the first request to the start of the first worker.
     """
 
     history: ScalingHistory

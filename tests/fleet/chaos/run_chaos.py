@@ -5,9 +5,9 @@
 
 The fleet has several coordinators, and several workers for each stage of three checkpoints: Flux, Wan and causal Wan.
 Redis runs with `appendfsync always`. Processes are killed, stopped, terminated and partitioned; Redis is killed and
-restarted; clients do not read, submit twice, cancel and disconnect; peers send malformed data; and every process has a
-skewed clock. At the end, every accepted request must have ended once, every result must have the bytes of a single
-process, and no resources may be left.
+restarted; clients submit twice, cancel, disconnect and leave replies unread; peers send malformed data; and every
+process has a skewed clock. At the end, every accepted request must have ended once, every result must have the bytes of
+a single process, and no resources may be left.
 
 With --churn, the fleet has two coordinators, two denoisers and one worker of each other stage of the Flux checkpoint,
 with default settings. By default, each process is killed every 8 seconds and stopped every 32 seconds on average.

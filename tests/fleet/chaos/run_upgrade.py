@@ -69,7 +69,7 @@ class ReplacementOrder(Enum):
 
 
 PASSES = (ReplacementOrder.WORKERS_FIRST, ReplacementOrder.INTERLEAVED, ReplacementOrder.COORDINATORS_FIRST)
-"""Even passes upgrade and odd passes roll back; two rounds run each order in both directions."""
+"""Counted from 0, even passes upgrade and odd passes roll back; two rounds run each order in both directions."""
 
 
 @dataclass
@@ -114,10 +114,10 @@ class Upgrade(FleetRun):
             await self.warm_up()
             load = asyncio.create_task(self.serve(self._orders()))
             try:
-                for number, order in enumerate(passes):
+                for number, replacement_order in enumerate(passes):
                     tree = self._trees[(number + 1) % 2]
-                    named.append(f"{'rollback' if number % 2 else 'upgrade'}, {order.value}")
-                    await self._replace_all(order, tree)
+                    named.append(f"{'rollback' if number % 2 else 'upgrade'}, {replacement_order.value}")
+                    await self._replace_all(replacement_order, tree)
             finally:
                 self._is_over = True
                 await load
@@ -137,9 +137,9 @@ class Upgrade(FleetRun):
             self.clients.append(self.new_client(make_order(number, self._rng, self.plan.media_requests, INNOCENT)))
             yield self.clients[-1]
 
-    async def _replace_all(self, order: ReplacementOrder, tree: Path) -> None:
+    async def _replace_all(self, replacement_order: ReplacementOrder, tree: Path) -> None:
         """Replace every process in turn, each while requests are open."""
-        for process in order.of(list(self.fleet.living), self._rng):
+        for process in replacement_order.of(list(self.fleet.living), self._rng):
             await self.run_progress.reach(0, 1)
             await wait_until(self._is_loaded)
             await self.fleet.replace(process, tree)

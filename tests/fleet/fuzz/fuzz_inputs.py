@@ -54,7 +54,7 @@ _FLOATS = st.sampled_from((0.0, -0.0, 1.0, 3.3, -1.0, 1e308, 5e-324, float("inf"
 
 
 def _scalar(field: FieldDescriptor) -> st.SearchStrategy[Any]:
-    kinds = {
+    strategies = {
         FieldDescriptor.TYPE_BOOL: st.booleans(),
         FieldDescriptor.TYPE_DOUBLE: _FLOATS,
         FieldDescriptor.TYPE_STRING: st.sampled_from(_TEXT) | st.text(max_size=8),
@@ -66,7 +66,7 @@ def _scalar(field: FieldDescriptor) -> st.SearchStrategy[Any]:
         FieldDescriptor.TYPE_UINT64: _UNSIGNED[64],
         FieldDescriptor.TYPE_FIXED64: _UNSIGNED[64],
     }
-    return cast("st.SearchStrategy[Any]", kinds[field.type])
+    return cast("st.SearchStrategy[Any]", strategies[field.type])
 
 
 @st.composite

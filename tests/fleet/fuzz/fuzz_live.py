@@ -125,13 +125,13 @@ def _methods() -> Iterator[tuple[Any, list[Frames]]]:
     watched = health_pb2.HealthCheckRequest(service="fleet.v1.GenerationService").SerializeToString()
     for check in HEALTH.methods:
         yield check, [(b"",), (watched,)]
-    asked = reflection_pb2.ServerReflectionRequest
-    ways = (
-        asked(list_services=""),
-        asked(file_containing_symbol="fleet.v1.WorkerService"),
-        asked(file_by_filename="x"),
+    reflection = reflection_pb2.ServerReflectionRequest
+    queries = (
+        reflection(list_services=""),
+        reflection(file_containing_symbol="fleet.v1.WorkerService"),
+        reflection(file_by_filename="x"),
     )
-    yield REFLECTION.methods[0], [tuple(each.SerializeToString() for each in ways)]
+    yield REFLECTION.methods[0], [tuple(each.SerializeToString() for each in queries)]
 
 
 def _calling(live: _Live, loop: asyncio.AbstractEventLoop, method: Any) -> Callable[[Frames], None]:

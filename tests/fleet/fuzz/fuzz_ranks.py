@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from fuzz_frames import framed_seeds
 from fuzz_inputs import Frames
-from fuzz_targets import LIMITS, Reader, Target, header_type
+from fuzz_targets import LIMITS, Reader, Target, frame_type
 
 from common.errors import Cancelled
 from common.local import HostedStages
@@ -36,7 +36,7 @@ def rank_targets() -> Iterator[Target]:
     """Yield all targets; no target has resources to close."""
     request = request_type(stage_method(_SERVICE))
     calls = list(_calls())
-    yield Target("rank.call", _follow_messages, calls, [header_type(request)])
+    yield Target("rank.call", _follow_messages, calls, [frame_type(request)])
     yield Target("rank.wire", _follow_bytes, [tuple(_on_the_wire(each) for each in call) for call in calls])
     yield Target("rank.outcome", _compare, [(_on_the_wire(_message(Kind.OUTCOME)),)])
     yield Target("rank.hello", _join, [(_hello(Purpose.CONTROL), b""), (_hello(Purpose.HEARTBEATS),)])
@@ -137,5 +137,5 @@ def _beat(frames: Frames) -> None:
         peer.shutdown(socket.SHUT_WR)
         liveness = Liveness({1: here}, rank_heartbeat_seconds=60.0, rank_lost_seconds=60.0)
         liveness.start(on_lost=lambda _: None)
-        assert peer.recv(1) == b"."  # The thread has started, and reads the data before end() takes effect.
+        assert peer.recv(1) == b"."  # The thread has started, and reads once before end() takes effect.
         liveness.end()

@@ -22,7 +22,7 @@ from fuzz_inputs import Frames
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 from PIL import Image, ImageCms, PngImagePlugin
-from redis.exceptions import ConnectionError as Away
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from bare_checkpoint import build_bare_flux, safetensors_bytes
 from common.checkpoint import Checkpoint
@@ -157,7 +157,7 @@ def _stage_target(service: str, loop: asyncio.AbstractEventLoop, device: ThreadP
             assert servicer.pool.idle_bytes <= 256 << 20
 
     kind = request_type(method)
-    return Target(f"rpc.{service}", run, framed_seeds(kind), [header_type(kind)])
+    return Target(f"rpc.{service}", run, framed_seeds(kind), [frame_type(kind)])
 
 
 def _reply_target(service: str, loop: asyncio.AbstractEventLoop) -> Target:
@@ -171,7 +171,7 @@ def _reply_target(service: str, loop: asyncio.AbstractEventLoop) -> Target:
         _Channel.frames = frames
         loop.run_until_complete(runner({}, Call("fuzz")))
 
-    return Target(f"reply.{service}", run, framed_seeds(kind), [header_type(kind)])
+    return Target(f"reply.{service}", run, framed_seeds(kind), [frame_type(kind)])
 
 
 class _Channel:
@@ -183,7 +183,7 @@ class _Channel:
         return lambda *_, **__: Answer(self.frames)
 
 
-def header_type(frame: type[Message]) -> Descriptor:
+def frame_type(frame: type[Message]) -> Descriptor:
     """Message type of a frame, which contains all other message types, directly or indirectly."""
     return cast(Descriptor, frame.DESCRIPTOR)
 
@@ -235,16 +235,16 @@ class _NoRedis:
     """A store that is unavailable."""
 
     async def execute_command(self, *_: Any) -> NoReturn:
-        raise Away("away")
+        raise RedisConnectionError("unavailable")
 
     async def xread(self, *_: Any, **__: Any) -> NoReturn:
-        raise Away("away")
+        raise RedisConnectionError("unavailable")
 
     async def zrevrangebyscore(self, *_: Any, **__: Any) -> NoReturn:
-        raise Away("away")
+        raise RedisConnectionError("unavailable")
 
     def pipeline(self, **_: Any) -> NoReturn:
-        raise Away("away")
+        raise RedisConnectionError("unavailable")
 
 
 class _Registry:
@@ -439,7 +439,7 @@ def _parser_targets() -> Iterator[Target]:
     kinds = [request_type(stage_method(service)) for service in SERVICES]
     kinds += [response_type(stage_method(service)) for service in SERVICES]
     for kind in kinds:
-        yield Target(f"parse.{kind.DESCRIPTOR.name}", _parsing(kind), framed_seeds(kind), [header_type(kind)])
+        yield Target(f"parse.{kind.DESCRIPTOR.name}", _parsing(kind), framed_seeds(kind), [frame_type(kind)])
 
 
 def _parsing(kind: type[Message]) -> Callable[[Frames], None]:

@@ -166,13 +166,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as directory, all_targets(Path(directory)) as every:
         chosen = [each for each in every if not args.target or each.name in args.target]
         tallies = {target.name: Tally() for target in chosen}
-        end, turn = time.monotonic() + args.seconds, 0
+        end, round_number = time.monotonic() + args.seconds, 0
         try:
             while time.monotonic() < end:
                 for target in chosen:
-                    fuzz(target, args.examples, args.seed + turn, tallies[target.name])
-                    fuzz_fast(target, FAST_TURNS * args.examples, args.seed + turn, tallies[target.name])
-                turn += 1
+                    fuzz(target, args.examples, args.seed + round_number, tallies[target.name])
+                    fuzz_fast(target, FAST_TURNS * args.examples, args.seed + round_number, tallies[target.name])
+                round_number += 1
         except Finding as finding:
             print(f"{finding}\nadded to the corpus as {add_to_corpus(str(finding).partition(':')[0], finding.frames)}")  # noqa: T201
             raise

@@ -29,9 +29,9 @@ def all_targets() -> Iterator[dict[str, Target]]:
 
 
 def test_inputs_of_the_corpus_cause_no_finding(all_targets: dict[str, Target]) -> None:
-    kept = list(read_corpus())
+    corpus = list(read_corpus())
     assert {path.suffix for path in CORPUS.glob("*/*")} <= {".hex"}
-    for target, name, frames in kept:
+    for target, name, frames in corpus:
         with limited():
             check(all_targets[target], frames)
         assert target in all_targets, name
@@ -44,7 +44,7 @@ def test_valid_inputs_are_accepted(all_targets: dict[str, Target]) -> None:
             for frames in target.seeds[:2]:
                 target.run(frames)
         elif name.startswith("public.") and name != "public.ListModels":
-            with pytest.raises(Unavailable):  # the RPC accesses the store last, and it is unavailable
+            with pytest.raises(Unavailable):  # the RPC accesses the store last, and the store is unavailable
                 target.run(target.seeds[0])
         elif name.startswith("live."):
             target.run(target.seeds[0])
