@@ -190,9 +190,10 @@ class GroupFleet:
         return self.run(self._generate(at_step, then))
 
     def lose_rank(self, rank: int, number: signal.Signals) -> Generated:
-        """Run one request to its end; at half of its steps, a rank receives a signal that the group does not survive.
+        """Run one request to its end, and send a signal to a rank at half of its steps.
 
-        Repeats a request that the signal did not interrupt. Raises FaultTooLate after several attempts.
+        The group must not survive the signal. Repeats a request that the signal did not interrupt. Raises FaultTooLate
+        after several attempts.
         """
         lost: list[psutil.Process] = []
 

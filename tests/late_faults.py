@@ -16,9 +16,10 @@ class FaultTooLate(Exception):
 
 
 async def repeat_if_late(case: Callable[[], Awaitable[T]], restore: Callable[[], Awaitable[None]]) -> T:
-    """Run a case, and repeat it while its fault comes too late, as progress messages are delayed on a busy host.
+    """Run a case, and repeat it while its fault comes too late.
 
-    `restore` is called before each repetition. Raises FaultTooLate after MOST_ATTEMPTS attempts.
+    Faults may come late on a busy host, which delays progress messages. `restore` is called before each repetition.
+    Raises FaultTooLate after MOST_ATTEMPTS attempts.
     """
     late = None
     for attempt in range(MOST_ATTEMPTS):

@@ -120,7 +120,10 @@ class LoopConfig(DenoisingConfig):
         return latents
 
     def guide(self, predictions: Mapping[str, Parts], latents: Parts, step: Step, sampling: Sampling) -> Parts:
-        """Sum branches, weighted by order, and latents, weighted by the next sigma; divide by the guidance scale."""
+        """Return the weighted sum of branches and latents, divided by the guidance scale.
+
+        Branches are weighted by their order, latents by the next sigma.
+        """
         self.calls.append(f"guide {step.index} {' '.join(predictions)}")
         return {
             part: sum(

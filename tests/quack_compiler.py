@@ -1,4 +1,4 @@
-"""Compiles the fused GEMM kernels for Hopper without a GPU, and prints the name of each.
+"""Compiles the fused GEMM kernels for Hopper without a GPU; prints name and plan type of each kernel.
 
 Run it with CUTE_DSL_ARCH=sm_90a and QUACK_ARCH=90 in the environment, as no GPU reports its architecture.
 """

@@ -1,7 +1,7 @@
 """The latest release in tests/golden: its source, Lua script and protos, and requests that it stored.
 
-This module does not read git history, which CI checkouts may lack: source.tar.xz has the source of a fleet,
-without the shipped weights. tests/write_release.py writes the directory.
+This module does not read git history, which CI checkouts may lack: source.tar.xz has the source that starts a fleet,
+without the shipped weights and without the Lua files, which are in lua/. tests/write_release.py writes the directory.
 """
 
 from __future__ import annotations

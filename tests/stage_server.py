@@ -111,7 +111,7 @@ class RecordedCall:
 
 
 class Gate:
-    """A script that blocks the stage until the test opens the gate, for at most 30 s.
+    """A script that blocks the stage until the test opens the gate, for at most HANG_SECONDS.
 
     `was_cancelled`: for each call, whether it was cancelled when the gate opened.
     """

@@ -67,7 +67,10 @@ def glm_tokenizer() -> PreTrainedTokenizerFast:
 def build_tiny_glm_image(
     path: Path, *, codes: int = CODES, generation: dict[str, Any] | None = None, seed: int = 0
 ) -> Path:
-    """Write a checkpoint. The language model samples from the first `codes` ids; `generation` updates its config."""
+    """Write a checkpoint. The language model samples from the first `codes` ids.
+
+    `generation` overrides entries of the language model's generation config.
+    """
     torch.manual_seed(seed)
     tokenizer = glm_tokenizer()
     modules: dict[str, Any] = {

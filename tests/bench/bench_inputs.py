@@ -45,7 +45,7 @@ def qwen_inputs(tiny: bool, side: int = 64) -> tuple[Inputs, Inputs]:
 
 
 def wan_inputs(tiny: bool, grid: tuple[int, int, int] = (21, 60, 104)) -> tuple[Inputs, Inputs]:
-    """Latents of the given frames, rows and columns (21 frames at 480x832 by default), and padded text."""
+    """Latents of `grid` (frames, rows, columns), and padded text; by default 21 latent frames at 480x832."""
     shared = _wan_shared(tiny, 16, (2, 4, 4) if tiny else grid)
     return dict(shared), shared
 
@@ -58,7 +58,7 @@ def causal_wan_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
 
 
 def wan_ti2v_inputs(tiny: bool) -> tuple[Inputs, Inputs]:
-    """Latents of 31 frames at 704x1280; the first frame is an input image at timestep 0.
+    """Latents of 31 latent frames at 704x1280; the first latent frame is an input image at timestep 0.
 
     The reference has a timestep per token, ours a timestep for the first frame and a timestep for the other frames.
     """

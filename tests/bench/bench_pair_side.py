@@ -1,8 +1,8 @@
 """Process of one checkout for step_pairs.py: builds our denoiser of a workload and times its step.
 
-Workloads and weights come from step_pairs.py's checkout. DiTs, kernels and bench_steps.py, which calls the denoising
-stage, come from the measured checkout: step_pairs.py puts it first in PYTHONPATH. Commands are JSON lines on stdin,
-replies are JSON lines on stdout; all other output goes to stderr. An error ends the process.
+Workloads and weights come from step_pairs.py's checkout. DiTs, kernels and bench_steps.py, which uses the modules of
+the denoising stage, come from the measured checkout: step_pairs.py puts it first in PYTHONPATH. Commands are JSON
+lines on stdin, replies are JSON lines on stdout; all other output goes to stderr. An error ends the process.
 """
 
 from __future__ import annotations

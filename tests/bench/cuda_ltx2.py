@@ -114,7 +114,7 @@ def print_modules(modules: Modules, seconds: float) -> None:
 
 
 def cases_of(model: str, size: Request, scale: str) -> list[Case]:
-    """Requests: text with two branches, text with all branches of the version, and an image with two branches."""
+    """Requests: text with two branches, text with all branches of the version, an image with two branches."""
     blocks = (28.0,) if scale == "full" else (1.0,)
     shared: Request = {"prompt": PROMPT, "seed": SEED, "spatio_temporal_guidance_blocks": blocks, **size}
     negative = {**shared, **_WITHOUT_STG, **_WITHOUT_ISOLATED}

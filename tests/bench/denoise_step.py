@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds of five steps")
     parser.add_argument("--compile", action="store_true", help="also time Diffusers with compiled repeated blocks")
     parser.add_argument(
-        "--linear-dtype", choices=("same", "float8"), default="same", help="float8: also time ours in it"
+        "--linear-dtype", choices=("same", "float8"), default="same", help="float8: also time ours in float8"
     )
     parser.add_argument("--step-cache", type=float, help="also run a loop whose step cache has this threshold")
     parser.add_argument("--profile", type=Path, help="folder for files with our kernel times")

@@ -200,7 +200,8 @@ def in_rounds(
 ) -> dict[str, list[float]]:
     """Milliseconds of each side's steps on the slowest rank, one value per round; the sides alternate."""
     for name, run in sides.items():
-        # For a short step, this is the third call, after which compilers and graphs are ready.
+        # For a short step, this is the third call (the second with --no-float32), after which compilers and graphs are
+        # ready.
         for _ in range(calls[name] // CALLS):
             run()
     spent: dict[str, list[float]] = {name: [] for name in sides}

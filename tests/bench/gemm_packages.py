@@ -286,7 +286,7 @@ def main() -> None:
     print_machine("GEMM and float8 linear layers, ours against packages")
     say(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {', '.join(map(_version, PACKAGES))}")
     say()
-    # Our float8 activations are quantized by Triton; linear_into() needs no optional package.
+    # Our float8 activations are quantized by Triton. linear_into() imports nvmath.bindings without a trial.
     try_packages(torch.device("cuda", torch.cuda.current_device()), KernelChoice(("triton",)))
     warm_up()
     if args.only != "float8":

@@ -1,7 +1,7 @@
 """Start-up latency: time until a fleet is ready, and until a request reports its first progress.
 
-Three measurements: `fleet up` to its ready line; Submit to the first progress event in a ready fleet; and `fleet
-generate` without a running fleet, to the image. Run it with: python tests/bench/startup.py
+Measured times: `fleet up` to its ready line; Submit to acceptance, to the first progress event and to the image, in a
+ready fleet; and `fleet generate` without a running fleet, to the image. Run it with: python tests/bench/startup.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parity of the LTX-Video DiT with Diffusers' transformer, which gets padded text, on the same weights."""
+"""Parity of the LTX-Video DiT with Diffusers' transformer, which gets padded text: same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parallel layouts of every DiT equal one rank, in most cases with token counts that no degree divides."""
+"""Parallel layouts of every DiT equal one rank; in most cases, no degree divides the token count."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_chunks_of_any_size_are_gathered(rank_pool: RankPool) -> None:
     ],
     ids=str,
 )
-def test_neighbours_on_the_tp_axis_have_consecutive_ranks(
+def test_neighbors_on_the_tp_axis_have_consecutive_ranks(
     rank_pool: RankPool, degrees: Degrees, coordinates: list[tuple[int, ...]]
 ) -> None:
     assert [tuple(rank[axis] for axis in AXES) for rank in rank_pool.join(degrees)] == coordinates

@@ -1,4 +1,4 @@
-"""Parallel plans of all families except LTX-2: completeness, refused plans, and the weights of one rank.
+"""Parallel plans of all families except LTX-2: completeness, refused plans, weights of one rank.
 
 No rank processes are started.
 """
@@ -83,7 +83,7 @@ ALL_PLANS = pytest.mark.parametrize(("plan", "kind", "configs"), PLANS.values(),
 
 
 def mesh_of_one_rank(degrees: Degrees, **coordinates: int) -> WorkerMesh:
-    """The mesh of one rank without the other ranks. Its model can load weights, but not compute."""
+    """The mesh of one rank without the other ranks. A model on this mesh can load weights, but not compute."""
     return WorkerMesh(degrees, CPU, 0, {axis: Axis(degrees.of(axis), coordinates.get(axis, 0)) for axis in AXES})
 
 
