@@ -157,7 +157,7 @@ class GetMetricsRequest(_message.Message):
     SCALEDOBJECTREF_FIELD_NUMBER: _builtins.int
     METRICNAME_FIELD_NUMBER: _builtins.int
     metricName: _builtins.str
-    """Name of the metric, as GetMetricSpec returned it."""
+    """Name of the metric from GetMetricSpec. Not verified, because KEDA may add a prefix."""
     @_builtins.property
     def scaledObjectRef(self) -> Global___ScaledObjectRef:
         """The scale target."""

@@ -99,7 +99,7 @@ class ExternalScalerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamMetricSpec(self, request, context):
-        """Sends the result of GetMetricSpec immediately and after each change.
+        """Sends the result of GetMetricSpec once and holds the stream open, because the result never changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,7 +45,7 @@ class ExternalScalerStub:
     GetMetrics: _grpc.UnaryUnaryMultiCallable[_externalscaler_pb2.GetMetricsRequest, _externalscaler_pb2.GetMetricsResponse]
     """Returns the current value of a metric."""
     StreamMetricSpec: _grpc.UnaryStreamMultiCallable[_externalscaler_pb2.ScaledObjectRef, _externalscaler_pb2.GetMetricSpecResponse]
-    """Sends the result of GetMetricSpec immediately and after each change."""
+    """Sends the result of GetMetricSpec once and holds the stream open, because the result never changes."""
 
 @_typing.type_check_only
 class ExternalScalerAsyncStub(ExternalScalerStub):
@@ -64,7 +64,7 @@ class ExternalScalerAsyncStub(ExternalScalerStub):
     GetMetrics: _aio.UnaryUnaryMultiCallable[_externalscaler_pb2.GetMetricsRequest, _externalscaler_pb2.GetMetricsResponse]  # type: ignore[assignment]
     """Returns the current value of a metric."""
     StreamMetricSpec: _aio.UnaryStreamMultiCallable[_externalscaler_pb2.ScaledObjectRef, _externalscaler_pb2.GetMetricSpecResponse]  # type: ignore[assignment]
-    """Sends the result of GetMetricSpec immediately and after each change."""
+    """Sends the result of GetMetricSpec once and holds the stream open, because the result never changes."""
 
 class ExternalScalerServicer(metaclass=_abc_1.ABCMeta):
     """Reports the load of one scale target, a stage service of a model, to KEDA.
@@ -110,6 +110,6 @@ class ExternalScalerServicer(metaclass=_abc_1.ABCMeta):
         request: _externalscaler_pb2.ScaledObjectRef,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_externalscaler_pb2.GetMetricSpecResponse], _abc.AsyncIterator[_externalscaler_pb2.GetMetricSpecResponse]]:
-        """Sends the result of GetMetricSpec immediately and after each change."""
+        """Sends the result of GetMetricSpec once and holds the stream open, because the result never changes."""
 
 def add_ExternalScalerServicer_to_server(servicer: ExternalScalerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -37,7 +37,8 @@ class BeforeDenoisingServiceStub:
     def __new__(cls, channel: _aio.Channel) -> BeforeDenoisingServiceAsyncStub: ...
     PrepareDenoising: _grpc.StreamStreamMultiCallable[_before_denoising_pb2.PrepareDenoisingRequest, _before_denoising_pb2.PrepareDenoisingResponse]
     """Encodes the inputs of one request and prepares its latents.
-    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    INVALID_ARGUMENT: a frame or an artifact is malformed, or a value in an artifact is invalid; `fleet-error-field`
+    names the artifact, the request parameter or the image role.
     RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
     capacity (no `fleet-error-field`).
     DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
@@ -55,7 +56,8 @@ class BeforeDenoisingServiceAsyncStub(BeforeDenoisingServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     PrepareDenoising: _aio.StreamStreamMultiCallable[_before_denoising_pb2.PrepareDenoisingRequest, _before_denoising_pb2.PrepareDenoisingResponse]  # type: ignore[assignment]
     """Encodes the inputs of one request and prepares its latents.
-    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    INVALID_ARGUMENT: a frame or an artifact is malformed, or a value in an artifact is invalid; `fleet-error-field`
+    names the artifact, the request parameter or the image role.
     RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
     capacity (no `fleet-error-field`).
     DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
@@ -76,7 +78,8 @@ class BeforeDenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_before_denoising_pb2.PrepareDenoisingResponse], _abc.AsyncIterator[_before_denoising_pb2.PrepareDenoisingResponse]]:
         """Encodes the inputs of one request and prepares its latents.
-        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+        INVALID_ARGUMENT: a frame or an artifact is malformed, or a value in an artifact is invalid; `fleet-error-field`
+        names the artifact, the request parameter or the image role.
         RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
         capacity (no `fleet-error-field`).
         DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.

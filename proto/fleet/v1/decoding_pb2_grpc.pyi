@@ -35,7 +35,8 @@ class DecodingServiceStub:
     def __new__(cls, channel: _aio.Channel) -> DecodingServiceAsyncStub: ...
     Decode: _grpc.StreamStreamMultiCallable[_decoding_pb2.DecodeRequest, _decoding_pb2.DecodeResponse]
     """Decodes the latents of one request.
-    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    INVALID_ARGUMENT: a frame or an artifact is malformed, or a value in an artifact is invalid; `fleet-error-field`
+    names the artifact or the request parameter.
     RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
     capacity (no `fleet-error-field`).
     DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
@@ -51,7 +52,8 @@ class DecodingServiceAsyncStub(DecodingServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Decode: _aio.StreamStreamMultiCallable[_decoding_pb2.DecodeRequest, _decoding_pb2.DecodeResponse]  # type: ignore[assignment]
     """Decodes the latents of one request.
-    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    INVALID_ARGUMENT: a frame or an artifact is malformed, or a value in an artifact is invalid; `fleet-error-field`
+    names the artifact or the request parameter.
     RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
     capacity (no `fleet-error-field`).
     DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
@@ -70,7 +72,8 @@ class DecodingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_decoding_pb2.DecodeResponse], _abc.AsyncIterator[_decoding_pb2.DecodeResponse]]:
         """Decodes the latents of one request.
-        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+        INVALID_ARGUMENT: a frame or an artifact is malformed, or a value in an artifact is invalid; `fleet-error-field`
+        names the artifact or the request parameter.
         RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
         capacity (no `fleet-error-field`).
         DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.

@@ -50,7 +50,7 @@ class DenoisingServiceServicer:
         """Runs the denoising loop of one request.
         INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
         RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
-        capacity (no `fleet-error-field`).
+        capacity or has too little step memory (no `fleet-error-field`).
         DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
         UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
         PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.

@@ -37,7 +37,7 @@ class DenoisingServiceStub:
     """Runs the denoising loop of one request.
     INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
     RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
-    capacity (no `fleet-error-field`).
+    capacity or has too little step memory (no `fleet-error-field`).
     DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
     UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
     PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.
@@ -53,7 +53,7 @@ class DenoisingServiceAsyncStub(DenoisingServiceStub):
     """Runs the denoising loop of one request.
     INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
     RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
-    capacity (no `fleet-error-field`).
+    capacity or has too little step memory (no `fleet-error-field`).
     DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
     UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
     PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.
@@ -72,7 +72,7 @@ class DenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
         """Runs the denoising loop of one request.
         INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
         RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
-        capacity (no `fleet-error-field`).
+        capacity or has too little step memory (no `fleet-error-field`).
         DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
         UNAVAILABLE: the worker drains, its device is stuck, or it handed the call over (`fleet-error: HandedOver`).
         PERMISSION_DENIED: the caller's certificate does not have the name `coordinator`.

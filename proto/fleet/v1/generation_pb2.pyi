@@ -1165,8 +1165,8 @@ class GetRequestResponse(_message.Message):
 
     @_builtins.property
     def timeline(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimelineEntry]:
-        """Timeline in chronological order; only with `with_timeline`. Contains all state changes, the start and the latest
-        step of each attempt, and the latest 256 other entries. The store retains the timeline for as long as the record.
+        """Timeline in chronological order; only with `with_timeline`. Contains all STATE and BEGUN entries, the latest STEP
+        entry of each attempt, and the latest 256 other entries. The store retains the timeline for as long as the record.
         """
 
     def __init__(

@@ -84,7 +84,8 @@ class GenerationServiceServicer:
     def Submit(self, request, context):
         """Validates and stores a request, and returns its record. A request that Submit has returned reaches exactly one
         terminal state. INVALID_ARGUMENT: a field is malformed, or the deadline has passed. RESOURCE_EXHAUSTED: an
-        admission limit is reached or the store is full; the trailing metadata `retry-after-ms` states when to retry.
+        admission limit is reached or the store is full; the trailing metadata `retry-after-ms`, if present, states when to
+        retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,7 +42,8 @@ class GenerationServiceStub:
     Submit: _grpc.UnaryUnaryMultiCallable[_generation_pb2.SubmitRequest, _generation_pb2.SubmitResponse]
     """Validates and stores a request, and returns its record. A request that Submit has returned reaches exactly one
     terminal state. INVALID_ARGUMENT: a field is malformed, or the deadline has passed. RESOURCE_EXHAUSTED: an
-    admission limit is reached or the store is full; the trailing metadata `retry-after-ms` states when to retry.
+    admission limit is reached or the store is full; the trailing metadata `retry-after-ms`, if present, states when to
+    retry.
     """
     Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
     """Submits a request, streams its events and downloads its result, in one call. Errors: as Submit; a request that
@@ -78,7 +79,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Submit: _aio.UnaryUnaryMultiCallable[_generation_pb2.SubmitRequest, _generation_pb2.SubmitResponse]  # type: ignore[assignment]
     """Validates and stores a request, and returns its record. A request that Submit has returned reaches exactly one
     terminal state. INVALID_ARGUMENT: a field is malformed, or the deadline has passed. RESOURCE_EXHAUSTED: an
-    admission limit is reached or the store is full; the trailing metadata `retry-after-ms` states when to retry.
+    admission limit is reached or the store is full; the trailing metadata `retry-after-ms`, if present, states when to
+    retry.
     """
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
     """Submits a request, streams its events and downloads its result, in one call. Errors: as Submit; a request that
@@ -117,7 +119,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_generation_pb2.SubmitResponse, _abc.Awaitable[_generation_pb2.SubmitResponse]]:
         """Validates and stores a request, and returns its record. A request that Submit has returned reaches exactly one
         terminal state. INVALID_ARGUMENT: a field is malformed, or the deadline has passed. RESOURCE_EXHAUSTED: an
-        admission limit is reached or the store is full; the trailing metadata `retry-after-ms` states when to retry.
+        admission limit is reached or the store is full; the trailing metadata `retry-after-ms`, if present, states when to
+        retry.
         """
 
     @_abc_1.abstractmethod

@@ -35,7 +35,8 @@ class LatentPreparationServiceStub:
     def __new__(cls, channel: _aio.Channel) -> LatentPreparationServiceAsyncStub: ...
     PrepareLatents: _grpc.StreamStreamMultiCallable[_latent_preparation_pb2.PrepareLatentsRequest, _latent_preparation_pb2.PrepareLatentsResponse]
     """Prepares the latents and the schedule of one request.
-    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    INVALID_ARGUMENT: a frame or an artifact is malformed, or a value in an artifact is invalid; `fleet-error-field`
+    names the artifact or the request parameter.
     RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
     capacity (no `fleet-error-field`).
     DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
@@ -51,7 +52,8 @@ class LatentPreparationServiceAsyncStub(LatentPreparationServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     PrepareLatents: _aio.StreamStreamMultiCallable[_latent_preparation_pb2.PrepareLatentsRequest, _latent_preparation_pb2.PrepareLatentsResponse]  # type: ignore[assignment]
     """Prepares the latents and the schedule of one request.
-    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    INVALID_ARGUMENT: a frame or an artifact is malformed, or a value in an artifact is invalid; `fleet-error-field`
+    names the artifact or the request parameter.
     RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
     capacity (no `fleet-error-field`).
     DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
@@ -70,7 +72,8 @@ class LatentPreparationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_latent_preparation_pb2.PrepareLatentsResponse], _abc.AsyncIterator[_latent_preparation_pb2.PrepareLatentsResponse]]:
         """Prepares the latents and the schedule of one request.
-        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+        INVALID_ARGUMENT: a frame or an artifact is malformed, or a value in an artifact is invalid; `fleet-error-field`
+        names the artifact or the request parameter.
         RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
         capacity (no `fleet-error-field`).
         DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.

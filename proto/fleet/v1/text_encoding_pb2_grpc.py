@@ -48,7 +48,8 @@ class TextEncodingServiceServicer:
 
     def EncodeText(self, request_iterator, context):
         """Encodes the prompt and, with classifier-free guidance, the negative prompt.
-        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+        INVALID_ARGUMENT: a frame or an artifact is malformed, or a value in an artifact is invalid; `fleet-error-field`
+        names the artifact, the request parameter or the image role.
         RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
         capacity (no `fleet-error-field`).
         DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.

@@ -35,7 +35,8 @@ class TextEncodingServiceStub:
     def __new__(cls, channel: _aio.Channel) -> TextEncodingServiceAsyncStub: ...
     EncodeText: _grpc.StreamStreamMultiCallable[_text_encoding_pb2.EncodeTextRequest, _text_encoding_pb2.EncodeTextResponse]
     """Encodes the prompt and, with classifier-free guidance, the negative prompt.
-    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    INVALID_ARGUMENT: a frame or an artifact is malformed, or a value in an artifact is invalid; `fleet-error-field`
+    names the artifact, the request parameter or the image role.
     RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
     capacity (no `fleet-error-field`).
     DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
@@ -51,7 +52,8 @@ class TextEncodingServiceAsyncStub(TextEncodingServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     EncodeText: _aio.StreamStreamMultiCallable[_text_encoding_pb2.EncodeTextRequest, _text_encoding_pb2.EncodeTextResponse]  # type: ignore[assignment]
     """Encodes the prompt and, with classifier-free guidance, the negative prompt.
-    INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+    INVALID_ARGUMENT: a frame or an artifact is malformed, or a value in an artifact is invalid; `fleet-error-field`
+    names the artifact, the request parameter or the image role.
     RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
     capacity (no `fleet-error-field`).
     DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.
@@ -70,7 +72,8 @@ class TextEncodingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_text_encoding_pb2.EncodeTextResponse], _abc.AsyncIterator[_text_encoding_pb2.EncodeTextResponse]]:
         """Encodes the prompt and, with classifier-free guidance, the negative prompt.
-        INVALID_ARGUMENT: a frame or an artifact is malformed; `fleet-error-field` names the artifact.
+        INVALID_ARGUMENT: a frame or an artifact is malformed, or a value in an artifact is invalid; `fleet-error-field`
+        names the artifact, the request parameter or the image role.
         RESOURCE_EXHAUSTED: the tensors exceed a size limit (`fleet-error-field` names the tensor), or the worker is at
         capacity (no `fleet-error-field`).
         DEADLINE_EXCEEDED: the deadline passed, or the caller sent no frame within the idle timeout.

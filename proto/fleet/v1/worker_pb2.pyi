@@ -113,8 +113,8 @@ class WorkerInfo(_message.Message):
     model_fingerprint: _builtins.str
     """Digest of the checkpoint: equal for equal weights."""
     numerics_fingerprint: _builtins.str
-    """Digest of all settings that affect the bits of a result: backend, parallel degrees, dtype, options, package
-    versions and device.
+    """Digest of everything besides weights and inputs that affects the bits of a result, such as source code, package
+    versions, device, dtype, parallel degrees and kernel packages.
     """
     address: _builtins.str
     """Address of the worker, as a gRPC target."""
