@@ -46,7 +46,7 @@ def explain(path: Path) -> str:
         return f"{path} contains a single model ({_class_in(path / 'config.json')}) and no pipeline; {_RIGHT}"
     if files:
         return _explain_file(files[0], path)
-    return f"{path} has no {_INDEX_FILE}, so it is not a Diffusers directory"
+    return f"{path} has no {_INDEX_FILE}, so it is not a Diffusers directory; {_RIGHT}"
 
 
 def _explain_file(file: Path, folder: Path | None = None) -> str:

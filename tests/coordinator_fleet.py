@@ -111,7 +111,7 @@ class Gate:
 
     async def wait_reached(self) -> None:
         """Wait until a stage is blocked here."""
-        assert await asyncio.to_thread(self.reached.wait, 20)
+        assert await asyncio.to_thread(self.reached.wait, HANG_SECONDS)
 
 
 @dataclass

@@ -32,5 +32,7 @@ def open_pair(reference: str, dtype: torch.dtype = torch.float32) -> Iterator[Pa
     fleet = open_fleet(reference, dtype)
     theirs = FluxPipeline.from_pretrained(str(fleet.model.checkpoint.path), dtype=dtype)
     theirs.set_progress_bar_config(disable=True)
-    yield Pair(fleet, theirs)
-    fleet.close()
+    try:
+        yield Pair(fleet, theirs)
+    finally:
+        fleet.close()

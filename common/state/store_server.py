@@ -94,7 +94,7 @@ async def check_server(redis: Redis, *, allow_eviction: bool = False, allow_data
     """
     facts = await read_facts(redis)
     _refuse(facts, allow_eviction=allow_eviction, follows=follows_sentinels(redis))
-    found = {name: value for name, value in vars(facts).items() if value and name != "unknown"}
+    found = {name: value for name, value in vars(facts).items() if value}
     if facts.unknown:
         _log.warning(
             "request store is not fully checked: its user has no permission for INFO or CONFIG",

@@ -21,7 +21,7 @@ from typing import Any
 from common.errors import FailedPrecondition
 from common.package_versions import installed_version
 from common.tether import tethered
-from models.kernels.packages import PACKAGES
+from models.kernels.packages import PACKAGES, Capability
 from services.cli.doctor_results import Result, error, ok, warning
 
 SECONDS = 300.0
@@ -167,6 +167,12 @@ def _major(version: str) -> int:
     return int(version.partition(".")[0])
 
 
+def _capability(text: str) -> Capability:
+    """The compute capability that GpuFacts states as text: (9, 0) for "9.0"."""
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
 def check_kernels(facts: GpuFacts) -> Iterator[Result]:
     """Report the trial of each kernel package, and the packages that are not installed."""
     if facts.required_error:
@@ -181,12 +187,11 @@ def check_kernels(facts: GpuFacts) -> Iterator[Result]:
         else:
             yield ok("kernels", f"{trial.name} {trial.version} loads and computes correctly")
     if facts.gpus:
-        capabilities = {gpu.capability for gpu in facts.gpus}
+        capabilities = [_capability(gpu.capability) for gpu in facts.gpus]
         absent = [
             package.name
             for package in PACKAGES
-            if installed_version(package.name) is None
-            and any(".".join(map(str, each)) in capabilities for each in package.capabilities)
+            if installed_version(package.name) is None and any(map(package.is_for, capabilities))
         ]
         if absent:
             yield ok("kernels", f"not installed (affects speed only): {', '.join(absent)}")

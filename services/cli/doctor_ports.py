@@ -28,7 +28,7 @@ def check_endpoint_ports(endpoint: str, values: Mapping[str, Any]) -> Iterator[R
         if name == "metrics_port":
             fault, advice = _metrics_fault(address), "check the coordinator's log and its metrics_port"
             right = "serves the metrics of a coordinator"
-        elif name == "scaler_listen" and values.get("tls_cert"):
+        elif name == "scaler_listen" and values.get("tls_ca"):
             fault, advice = _connection_fault(address), "check the coordinator's log and its scaler_listen"
             right = "accepts connections; callers need a client certificate"
         else:

@@ -103,10 +103,10 @@ class NewestStepCheckpoint:
         """The newest step checkpoint, as value of `slot`; None if it has another origin, or none exists.
 
         `with_any_numerics` also accepts a step checkpoint of the same inputs from a worker with another numerics
-        fingerprint.
+        fingerprint. Waits while the store is unavailable.
         """
         if self._load and self._latest is None:
-            self._latest = await self._loaded()
+            self._latest = await retry_until_available("load of a step checkpoint", self._loaded)
         self._load = False
         if self._latest is None:
             return None
@@ -116,12 +116,13 @@ class NewestStepCheckpoint:
         return self._latest.packet.renamed(STEP_CHECKPOINTS, slot)
 
     async def _loaded(self) -> StepCheckpointPacket | None:
+        """The stored step checkpoint; None if there is none, or if it is unreadable. Raises Unavailable."""
         try:
             origin, state, *frames = await self._leases.load_step_checkpoint(self._request_id)
             return StepCheckpointPacket(origin.decode(), _packet(state, frames))
         except NotFound:
             return None
-        except (Unavailable, InvalidInput, ResourceExhausted, DecodeError, ValueError) as error:
+        except (InvalidInput, ResourceExhausted, DecodeError, ValueError) as error:
             _log.warning("step checkpoint unreadable", error=error)
             return None
 

@@ -36,6 +36,7 @@ from configs.pipeline_configs.packed import SequenceShift
 from configs.pipeline_configs.qwen_image import TEMPLATE, QwenImagePipelineConfig
 from models.dits.qwen_image import QwenImageTransformer2DModel as OurTransformer
 from models.kernels.trials import try_packages
+from models.layers.linear import join_all_weights
 from models.runtime import Runtime
 from models.stages.decoding import DecodingStage
 from models.stages.denoising import DenoisingStage
@@ -249,7 +250,9 @@ def same_weights(config: QwenImagePipelineConfig, theirs: nn.Module) -> nn.Modul
     with torch.device("meta"):
         ours = OurTransformer(config.transformer)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
-    return ours.requires_grad_(False).eval()
+    ours.requires_grad_(False).eval()
+    join_all_weights(ours)
+    return ours
 
 
 if __name__ == "__main__":

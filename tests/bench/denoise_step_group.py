@@ -102,7 +102,9 @@ def measure(group_work: GroupWork, mesh: WorkerMesh, args: argparse.Namespace) -
             make_parallel(theirs, device, ranks, compiled=args.compile)
             name = f"Diffusers, ulysses={ranks}{', compiled' if args.compile else ''}"
             sides[name] = partial(their_step, theirs, their_inputs, len(group_work.branches))
-        errors = {name: largest_error(run(), exact) if exact else float("nan") for name, run in sides.items()}
+        predictions = {name: run() for name, run in sides.items()}
+        errors = {name: largest_error(each, exact) if exact else float("nan") for name, each in predictions.items()}
+        del predictions
         peaks, calls = {}, {}
         for name, run in sides.items():
             began = now(device)
@@ -200,8 +202,7 @@ def in_rounds(
 ) -> dict[str, list[float]]:
     """Milliseconds of each side's steps on the slowest rank, one value per round; the sides alternate."""
     for name, run in sides.items():
-        # For a short step, this is the third call (the second with --no-float32), after which compilers and graphs are
-        # ready.
+        # For a short step, this is the third call, after which compilers and graphs are ready.
         for _ in range(calls[name] // CALLS):
             run()
     spent: dict[str, list[float]] = {name: [] for name in sides}

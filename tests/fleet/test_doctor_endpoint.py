@@ -171,8 +171,12 @@ def test_health_scaler_and_metrics_ports_are_checked(store_url: str) -> None:
                 f"ok endpoint ports: scaler_listen: {scaler} is ready",
                 f"ok endpoint ports: metrics_port: 127.0.0.1:{metrics.port} serves the metrics of a coordinator",
             ]
-            assert await asyncio.to_thread(lambda: ports_of(endpoint, scaler_listen=scaler, tls_cert="x")) == [
+            assert await asyncio.to_thread(lambda: ports_of(endpoint, scaler_listen=scaler, tls_ca="x")) == [
                 f"ok endpoint ports: scaler_listen: {scaler} accepts connections; callers need a client certificate"
+            ]
+            # Without tls_ca, only `listen` uses TLS.
+            assert await asyncio.to_thread(lambda: ports_of(endpoint, scaler_listen=scaler, tls_cert="x")) == [
+                f"ok endpoint ports: scaler_listen: {scaler} is ready"
             ]
         finally:
             metrics.stop()
@@ -183,7 +187,7 @@ def test_health_scaler_and_metrics_ports_are_checked(store_url: str) -> None:
             f"warning endpoint ports: scaler_listen: {scaler} does not respond: UNAVAILABLE",
             f"warning endpoint ports: metrics_port: 127.0.0.1:{metrics.port} does not answer: Connection refused",
         ]
-        tls = await asyncio.to_thread(lambda: ports_of(endpoint, scaler_listen=scaler, tls_cert="x"))
+        tls = await asyncio.to_thread(lambda: ports_of(endpoint, scaler_listen=scaler, tls_ca="x"))
         assert tls[0].startswith(f"warning endpoint ports: scaler_listen: {scaler} does not answer: Connection refused")
 
     run_on_fleet(store_url, scenario)

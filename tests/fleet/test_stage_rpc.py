@@ -368,7 +368,7 @@ def test_handed_over_call_ends_as_unavailable_with_its_step_checkpoint() -> None
     async def test(stage: Served) -> None:
         computed: list[float] = []
         running = asyncio.create_task(stage.runner()(packets(), stage.recorded.call(on_computed=computed.append)))
-        assert await asyncio.to_thread(reached.wait, 20)
+        assert await asyncio.to_thread(reached.wait, HANG_SECONDS)
         waiting = asyncio.create_task(stage.runner()(packets(), Call("waits", on_computed=computed.append)))
         while len(stage.servicer.running()) < 2:  # noqa: ASYNC110 -- no event to wait for
             await asyncio.sleep(0.01)

@@ -14,7 +14,7 @@ import grpc
 import pytest
 import torch
 
-from async_tests import run_bounded, wait_until
+from async_tests import HANG_SECONDS, run_bounded, wait_until
 from common.artifacts import MediaItem, StepCheckpoint
 from common.rpc.client import open_channel
 from common.stage import Call
@@ -100,7 +100,7 @@ class Case:
         return [await self.fleet.add_worker(service, numerics=numerics) for service in self.fleet.scripts]
 
     async def wait_stopped(self) -> None:
-        assert await asyncio.to_thread(self.script.stopped.wait, 20)
+        assert await asyncio.to_thread(self.script.stopped.wait, HANG_SECONDS)
 
     async def check(self, request_id: str) -> list[int]:
         """Check the stored video, and that each item was delivered once. Returns the items' epochs."""

@@ -24,7 +24,7 @@ from wan_pair import LATENTS_WITHIN, Pair, check, open_pair
 SEED = 7
 Request = dict[str, Any]
 
-# transformer runs the first of three steps, transformer_2 runs the others.
+# By default, transformer runs the first of three steps, and transformer_2 runs the others.
 TEXT: dict[str, Request] = {
     "guidance with a scale per expert": {"guidance_scale": 5.0, "guidance_scale_2": 2.0, "num_frames": 5},
     "one scale for both": {"guidance_scale": 3.0, "negative_prompt": "old stone", "num_outputs_per_prompt": 2},

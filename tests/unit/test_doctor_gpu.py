@@ -90,12 +90,14 @@ def test_a_driver_that_torch_cannot_use_is_reported(
 
 
 def test_broken_and_absent_kernel_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_gpu, "installed_version", lambda name: None if name.startswith("flash") else "1")
+    monkeypatch.setattr(
+        doctor_gpu, "installed_version", lambda name: None if name.startswith(("flash", "nvmath")) else "1"
+    )
     facts = dataclasses.replace(HEALTHY, trials=[BROKEN])
     assert lines(check_kernels(facts)) == [
         "warning kernels: fa3-fwd 0.0.3 is unusable, cuDNN or PyTorch attention is used: OSError: libcudart.so.12 -> "
         "reinstall fa3-fwd for torch 2.13.0+cu130, or uninstall it",
-        "ok kernels: not installed (affects speed only): flash-attn-4, flash-attn",
+        "ok kernels: not installed (affects speed only): nvmath-python, flash-attn-4, flash-attn",
     ]
     required = dataclasses.replace(HEALTHY, trials=[], required_error="kernels: triton is not usable")
     assert lines(check_kernels(required))[0].startswith("error kernels: kernels: triton is not usable -> repair")

@@ -53,6 +53,10 @@ class Finding:
         return f"{self.path}:{self.number}: {word!r}; use {REPLACEMENTS[word]}"
 
 
+# From Python 3.12 on, an f-string is several tokens: the text between replacement fields has its own type.
+_PROSE_TOKENS = {kind for kind, name in tokenize.tok_name.items() if name in ("COMMENT", "STRING", "FSTRING_MIDDLE")}
+
+
 def findings_of(path: str, text: str) -> Iterator[Finding]:
     """Refused words in a file. In Python code, only comments, strings and names of definitions are searched."""
     if not _PATTERN.search(text):
@@ -68,7 +72,7 @@ def _python_parts(source: str) -> Iterator[tuple[int, str]]:
     """Line number and text of each comment, string and name of a definition."""
     previous = ""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in (tokenize.COMMENT, tokenize.STRING) or previous in ("def", "class"):
+        if token.type in _PROSE_TOKENS or previous in ("def", "class"):
             yield token.start[0], token.string
         previous = token.string
 

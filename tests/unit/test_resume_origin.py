@@ -9,6 +9,7 @@ import pytest
 
 from common.errors import NotFound, Unavailable
 from common.rpc.framing import Packet
+from common.state import retries
 from common.state.leases import Leases
 from fleet.v1 import artifacts_pb2
 from services.coordinator.resume import NewestStepCheckpoint, origin_of
@@ -99,9 +100,24 @@ def test_the_next_owner_loads_the_stored_step_checkpoint() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(
-    "stored", [None, Unavailable("the store is unavailable"), [b"here", b"\xff"], [b"only one part"]]
-)
+def test_loading_a_step_checkpoint_waits_for_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "_RETRY_SECONDS", 0.001)
+    leases = FakeLeases([b"here", artifacts_pb2.DenoiseState(step=7).SerializeToString()])
+    load, failures = leases.load_step_checkpoint, [Unavailable("the store is unavailable")] * 3
+
+    async def load_after_failures(request_id: str) -> list[bytes]:
+        if failures:
+            raise failures.pop()
+        return await load(request_id)
+
+    monkeypatch.setattr(leases, "load_step_checkpoint", load_after_failures)
+    found = asyncio.run(NewestStepCheckpoint(leases, "r", 2, inherited=True).find("here", "resume_from"))
+    assert found is not None
+    assert found.message == artifacts_pb2.DenoiseState(step=7)
+    assert not failures
+
+
+@pytest.mark.parametrize("stored", [None, [b"here", b"\xff"], [b"only one part"]])
 def test_an_unreadable_step_checkpoint_restarts_the_loop(stored: list[bytes] | Exception | None) -> None:
     assert (
         asyncio.run(NewestStepCheckpoint(FakeLeases(stored), "r", 2, inherited=True).find("here", "resume_from"))

@@ -16,7 +16,7 @@ from redis_servers import run_on_empty_store
 from script_calls import OPERATIONS
 
 NUL_AND_NEWLINE = b"\0\n\xff\r\nfleet"
-LISTS = {"work", "done", "computed", "costs", "events", "running", "contracts", "places"}
+LISTS = set(re.findall(r"'(\w+)\*'", script_source()))
 
 
 def refusal(url: str, operation: str, arguments: Arguments) -> str:

@@ -99,7 +99,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "one model": (single_model, r"contains a single model \(T5EncoderModel\) and no pipeline"),
     "empty directory": (
         lambda p: write(p / ".keep", b"").parent,
-        r"has no model_index\.json, so it is not a Diffusers",
+        r"has no model_index\.json, so it is not a Diffusers directory; ",
     ),
 }
 

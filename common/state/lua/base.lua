@@ -116,7 +116,6 @@ local REFUSED_MS, MOST_REFUSED = 600000, 16  -- retention, and maximum number, o
 local RECHECK_MS = 50  -- minimum interval of dispatches that repeated claims cause
 local MOST_DROPPED = 1000  -- invalid queue entries that one operation removes; later operations remove the rest
 local MOST_NOTES = 256  -- entries of a request's timeline
-local NOTES_MS = 604800000  -- retention of an open request's timeline after its latest entry
 local MOST_EXTRA = 524288  -- bytes of `extra` at which a record stops accepting warnings
 local server = redis
 local time = server.call('TIME')
@@ -242,7 +241,6 @@ local function note(id, kind, service, worker, number)
     redis.call('RPUSH', key, line)
     redis.call('LTRIM', key, -MOST_NOTES, -1)
   end
-  redis.call('PEXPIRE', key, NOTES_MS)
   return true
 end
 

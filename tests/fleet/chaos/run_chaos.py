@@ -136,10 +136,14 @@ def run_chaos(plan: Plan, directory: Path) -> Report:
 
 def explain(report: Report, directory: Path) -> str:
     """Format the findings and the details of their causes."""
-    flags = f"--requests {len(report.plan.orders)} --seed {report.plan.seed}"
-    if report.plan.is_churn:
-        poison = sum(order.behavior is Behavior.POISON for order in report.plan.orders)
-        flags += f" --churn --death-seconds {report.plan.death_seconds:g} --poison {poison}"
+    plan = report.plan
+    flags = f"--requests {len(plan.orders)} --seed {plan.seed} --clients {plan.clients}"
+    flags += f" --longest-seconds {plan.longest_seconds:g}"
+    if plan.is_churn:
+        poison = sum(order.behavior is Behavior.POISON for order in plan.orders)
+        flags += f" --churn --death-seconds {plan.death_seconds:g} --poison {poison}"
+    else:
+        flags += f" --faults {len(plan.faults)}"
     return explain_findings(report.details, report.findings, directory, f"findings of {flags}")
 
 
