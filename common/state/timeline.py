@@ -13,7 +13,7 @@ from common.state.connection import store_errors
 from common.state.records import key_of, read_event, timestamp_of
 from common.state.redis_client import Redis
 from fleet.v1 import generation_pb2
-from fleet.v1.generation_pb2 import TimelineEntry, TimelineKind
+from fleet.v1.generation_pb2 import RequestState, TimelineEntry, TimelineKind
 
 _KINDS = {
     b"queued": TimelineKind.TIMELINE_KIND_QUEUED,
@@ -42,7 +42,16 @@ class Timelines:
                 lines, rows = await pipeline.execute()
         events = [read_event(entry_id.decode(), fields[b"event"]) for entry_id, fields in rows]
         entries = [*_entries_of_lines(lines), *_entries_of_events(events)]
-        return sorted(entries, key=lambda entry: entry.time.ToMilliseconds())
+        return sorted(entries, key=_order_of)
+
+
+def _order_of(entry: TimelineEntry) -> tuple[int, int]:
+    """Sort key: the time; within a millisecond, QUEUED first and the terminal state last."""
+    if entry.state == RequestState.REQUEST_STATE_QUEUED:
+        rank = 0
+    else:
+        rank = 2 if entry.state >= RequestState.REQUEST_STATE_SUCCEEDED else 1
+    return entry.time.ToMilliseconds(), rank
 
 
 def _entries_of_lines(lines: Sequence[Any]) -> Iterator[TimelineEntry]:

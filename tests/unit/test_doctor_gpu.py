@@ -90,9 +90,8 @@ def test_a_driver_that_torch_cannot_use_is_reported(
 
 
 def test_broken_and_absent_kernel_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        doctor_gpu, "installed_version", lambda name: None if name.startswith(("flash", "nvmath")) else "1"
-    )
+    absent = ("nvmath-python", "flash-attn-4", "flash-attn")
+    monkeypatch.setattr(doctor_gpu, "installed_version", lambda name: None if name in absent else "1")
     facts = dataclasses.replace(HEALTHY, trials=[BROKEN])
     assert lines(check_kernels(facts)) == [
         "warning kernels: fa3-fwd 0.0.3 is unusable, cuDNN or PyTorch attention is used: OSError: libcudart.so.12 -> "

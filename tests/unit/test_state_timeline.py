@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from redis.asyncio import Redis
 
@@ -143,6 +145,24 @@ def test_a_timeline_expires_with_the_record(each_store_url: str) -> None:
             await redis.delete("fleet:request:r")
             with pytest.raises(NotFound, match="there is no request 'r'; it may have expired: records expire 1 min"):
                 await case.store.get("r")
+
+    run_on_empty_store(each_store_url, scenario)
+
+
+def test_entries_of_one_millisecond_are_between_queued_and_the_terminal_state(each_store_url: str) -> None:
+    async def scenario(redis: Redis) -> None:
+        async with slots_of(redis, "me") as slots:
+            case = Case(redis, slots)
+            await case.admit()
+            await case.store.append("r", [state_event(State.REQUEST_STATE_RUNNING)], number=0)
+            await case.store.finish("r", State.REQUEST_STATE_SUCCEEDED)
+            rows: Any = await redis.xrange("fleet:events:r")
+            await redis.delete("fleet:events:r", "fleet:timeline:r")
+            for number, (_, fields) in enumerate(rows):
+                await redis.xadd("fleet:events:r", fields, id=f"5-{number}")
+            await redis.rpush("fleet:timeline:r", "5|queued|denoising||0", "5|granted|denoising|w1|0")
+            attempt = ["queued denoising", "granted denoising w1"]
+            assert await case.read() == ["state QUEUED", *attempt, "state RUNNING", "state SUCCEEDED"]
 
     run_on_empty_store(each_store_url, scenario)
 
