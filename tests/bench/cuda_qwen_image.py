@@ -202,20 +202,26 @@ def run_diffusers(
 def run_stages(
     modules: dict[str, Any], scale: Scale, device: torch.device, steps: int
 ) -> tuple[dict[str, float], Tensor]:
-    """Run the fleet's stages for warm-up, then timed; returns ms by stage, and the latents."""
-    transformer, vae = modules["transformer"], modules["vae"]
+    """Run the fleet's stages for warm-up, then timed; returns ms by stage, and the latents.
+
+    Removes the transformer of Diffusers from `modules`.
+    """
+    transformer, vae = modules.pop("transformer"), modules["vae"]
     config = QwenImagePipelineConfig(
         transformer=QwenImageTransformerConfig.from_dict("transformer", dict(transformer.config)),
         vae=AutoencoderKLQwenImageConfig.from_dict("vae", dict(vae.config)),
         shift=SequenceShift.from_dict("scheduler", SCHEDULER),
     )
+    ours = same_weights(config, transformer)
+    del transformer  # so that its separate weights are freed when ours are joined
+    join_all_weights(ours)
     runtime = Runtime(device=device, dtype=torch.bfloat16)
     language_model = modules["text_encoder"].model.language_model
     language_model.config.use_cache = False
     given = {
         **modules,
         "text_encoder": language_model,
-        "transformer": same_weights(config, transformer),
+        "transformer": ours,
         "vae": QwenImageVAE(vae),
         "scheduler": FlowMatchEulerDiscreteScheduler(**SCHEDULER),
     }
@@ -250,9 +256,7 @@ def same_weights(config: QwenImagePipelineConfig, theirs: nn.Module) -> nn.Modul
     with torch.device("meta"):
         ours = OurTransformer(config.transformer)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
-    ours.requires_grad_(False).eval()
-    join_all_weights(ours)
-    return ours
+    return ours.requires_grad_(False).eval()
 
 
 if __name__ == "__main__":
