@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from redis.asyncio import Redis
@@ -48,14 +50,15 @@ class RedisServer:
         """Start the server and wait until it replies to PING."""
         flags = f"--port 0 --unixsocket {self.socket} --dir {self._directory} --appendonly yes"
         command = [str(self._binary), *flags.split(), "--appendfsync", "always", "--save", "", *self._options]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0)
         poll(lambda: self._has_ended() or self._answers(), HANG_SECONDS, f"{self._binary} replies to PING")
         assert not self._has_ended(), f"{self._binary} exited during its start"
 
     def kill(self) -> None:
-        """Send SIGKILL; the data remain."""
+        """Send SIGKILL, also to a child that rewrites the append-only file; the data remain."""
         if self._process is not None:
-            self._process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
