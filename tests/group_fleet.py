@@ -210,8 +210,18 @@ class GroupFleet:
         return self.run(repeat_if_late(attempt, wait_for_ranks))
 
     def cancel_at(self, step: int) -> Generated:
-        """Run one request that is cancelled at the denoiser's step `step`."""
-        return self.run(self._generate(step, None, cancel=True))
+        """Run one request that is cancelled at the denoiser's step `step`.
+
+        Repeats a request that succeeded before it was cancelled. Raises FaultTooLate after several attempts.
+        """
+
+        async def attempt() -> Generated:
+            generated = await self._generate(step, None, cancel=True)
+            if generated.state == pb.REQUEST_STATE_SUCCEEDED:
+                raise FaultTooLate("the request succeeded before it was cancelled")
+            return generated
+
+        return self.run(repeat_if_late(attempt))
 
     async def _generate(self, at_step: int, then: OnStep | None, *, cancel: bool = False) -> Generated:
         parameters = pb.GenerationParameters(

@@ -15,7 +15,7 @@ class FaultTooLate(Exception):
     """The service had finished its part of the request before the fault: the case is inconclusive."""
 
 
-async def repeat_if_late(case: Callable[[], Awaitable[T]], restore: Callable[[], Awaitable[None]]) -> T:
+async def repeat_if_late(case: Callable[[], Awaitable[T]], restore: Callable[[], Awaitable[None]] | None = None) -> T:
     """Run a case, and repeat it while its fault comes too late.
 
     Faults may come late on a busy host, which delays progress messages. `restore` is called before each repetition.
@@ -23,7 +23,7 @@ async def repeat_if_late(case: Callable[[], Awaitable[T]], restore: Callable[[],
     """
     late = None
     for attempt in range(MOST_ATTEMPTS):
-        if attempt:
+        if attempt and restore is not None:
             await restore()
         try:
             return await case()
