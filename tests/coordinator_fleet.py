@@ -122,6 +122,14 @@ class FakeWorker:
     server: FleetServer
     registry: WorkerRegistry
     servicer: StageServicer
+    is_dead: bool = False
+    is_silent: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def is_able(self) -> bool:
+        """Whether to send a heartbeat. The call after the death sets `is_silent`: no heartbeat is in flight."""
+        if self.is_dead:
+            self.is_silent.set()
+        return not self.is_dead
 
     async def withdraw(self) -> None:
         await self.registry.withdraw(self.info.worker_id)
@@ -135,8 +143,10 @@ class FakeWorker:
         await self.server.grpc_server.stop(None)
 
     async def die(self) -> None:
-        """Stop serving and sending heartbeats at once, without withdrawing from the store."""
-        self.registry._stop_heartbeats(self.info.worker_id)
+        """Stop sending heartbeats and serving, without withdrawing from the store."""
+        self.is_dead = True
+        # A heartbeat that reaches the store after the loss would clear the loss.
+        await self.is_silent.wait()
         await self.hang_up()
 
 
@@ -178,7 +188,7 @@ class FakeFleet:
         self._stack.push_async_callback(server.drain, 0)
         redis = connect(self.url)
         self._stack.push_async_callback(redis.aclose)
-        registry = WorkerRegistry(redis, heartbeat_seconds=ttl_seconds / 5, ttl_seconds=ttl_seconds)
+        registry = WorkerRegistry(redis, heartbeat_seconds=0.1, ttl_seconds=ttl_seconds)
         contract = script.contract
         info = worker_pb2.WorkerInfo(
             worker_id=f"{service}-{secrets.token_hex(4)}",
@@ -193,8 +203,8 @@ class FakeFleet:
                 inputs=contract.inputs, outputs=contract.outputs, optional_inputs=sorted(contract.optional)
             ),
         )
-        await registry.announce(info)
         worker = FakeWorker(info, server, registry, servicer)
+        await registry.announce(info, is_able=worker.is_able)
         self._stack.push_async_callback(_withdraw, worker)
         return worker
 

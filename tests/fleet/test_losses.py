@@ -119,7 +119,7 @@ def test_loss_of_a_withdrawn_worker_is_not_counted(store_url: str) -> None:
 
 
 def test_next_heartbeat_of_the_worker_clears_the_loss(store_url: str) -> None:
-    """Only the connection is lost. The request continues on another worker before the next heartbeat."""
+    """Only the connection is lost. The request continues on another worker."""
 
     async def scenario(fleet: FakeFleet) -> None:
         first, second = Gate(), Gate()
