@@ -17,6 +17,7 @@ from importlib import resources
 from typing import Any, TypeAlias, cast
 
 from common.errors import FailedPrecondition, InternalError, InvalidInput, Unavailable
+from common.state.interruptible import make_interruptible
 from common.state.redis_client import (
     AuthenticationError,
     BusyLoadingError,
@@ -83,10 +84,12 @@ def connect(url: str) -> Redis:
     """
     check_url(url)
     try:
-        return _primary(url) if url.startswith(SENTINEL) else TimedClient.from_url(url, **_options())
+        client = _primary(url) if url.startswith(SENTINEL) else TimedClient.from_url(url, **_options())
     except (ValueError, TypeError):
         # Omit the cause, because its message may contain a part of the URL.
         raise InvalidInput("redis: redis-py refuses this URL; percent-encode its parts", field="redis") from None
+    make_interruptible(client)
+    return client
 
 
 def _options() -> dict[str, Any]:
@@ -127,6 +130,8 @@ def _primary(url: str) -> Redis:
     )
     primary: _Primary = watchers.master_for(service, redis_class=_Primary)
     primary.watchers = watchers
+    for sentinel in watchers.sentinels:
+        make_interruptible(sentinel)
     return primary
 
 
@@ -134,8 +139,8 @@ def _primary(url: str) -> Redis:
 def cancellation_kept() -> Iterator[None]:
     """Raise CancelledError if the task was cancelled within the block, but the cancellation was lost.
 
-    redis-py uses asyncio.wait_for(), which before Python 3.12 drops a cancellation that arrives together with the
-    result. The task would then not end, and tasks that wait for it would wait forever.
+    redis-py may raise another error while it closes the connection of a cancelled command, and its asyncio.wait_for()
+    drops a cancellation before Python 3.12 (see make_interruptible()). The task would then not end.
     """
     task = asyncio.current_task()
     asked = task.cancelling() if task else 0

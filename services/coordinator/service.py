@@ -51,7 +51,6 @@ from services.coordinator.state_lines import prompts_of
 
 T = TypeVar("T")
 
-_CANCEL_AGAIN_SECONDS = 0.05
 _MAX_KEY = 128
 _MAX_PRIORITY = 100
 _MOST_GROUPS = 1_000
@@ -230,9 +229,9 @@ class GenerationService:
                 yield event
         finally:
             closing.cancel()
-            while not upcoming.done():  # redis-py can swallow a cancellation during a send, and then block for seconds.
+            if not upcoming.done():
                 upcoming.cancel()
-                await asyncio.wait({upcoming}, timeout=_CANCEL_AGAIN_SECONDS)
+                await asyncio.wait({upcoming})
             await events.aclose()
 
     async def download_result(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
+from chaos_links import Link
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError
 
 from async_tests import HANG_SECONDS, wait_until
@@ -28,6 +31,52 @@ def test_a_cancellation_at_the_moment_of_the_reply_is_not_lost() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+
+    asyncio.run(scenario())
+
+
+def cancel_after_sending(monkeypatch: pytest.MonkeyPatch, task: asyncio.Task[Any]) -> None:
+    """Cancel the task in the moment in which redis-py has sent a command."""
+    send = AbstractConnection._send_packed_command
+
+    async def send_and_cancel(connection: AbstractConnection, words: Any) -> None:
+        await send(connection, words)
+        task.cancel()
+
+    monkeypatch.setattr(AbstractConnection, "_send_packed_command", send_and_cancel)
+
+
+def test_a_cancellation_at_the_end_of_sending_does_not_wait_for_the_reply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server never replies; the socket timeout is 10 s."""
+
+    async def scenario() -> None:
+        link = Link(tmp_path / "silent")
+        await link.start()
+        link.hold()
+        async with connect(f"redis://{link.address}/0") as redis:
+            task = asyncio.create_task(command(redis, "PING"))
+            cancel_after_sending(monkeypatch, task)
+            await asyncio.wait({task}, timeout=5)
+            assert task.cancelled()
+        await link.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_connection_is_not_used_again_after_a_cancellation(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next command must not receive the reply to the cancelled command."""
+
+    async def scenario() -> None:
+        async with connect(store_url) as redis:
+            await command(redis, "PING")
+            task = asyncio.create_task(command(redis, "BLPOP", "nothing", "0.2"))
+            with monkeypatch.context() as patch:
+                cancel_after_sending(patch, task)
+                await asyncio.wait({task})
+            assert task.cancelled()
+            assert await command(redis, "ECHO", "next") == b"next"
 
     asyncio.run(scenario())
 
