@@ -6,6 +6,7 @@ import asyncio
 import signal
 import sys
 import threading
+import time
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -57,11 +58,12 @@ class Workload:
 
 @dataclass
 class Generated:
-    """Outcome of a request: its state, its file, and the steps that the denoiser reported."""
+    """Outcome of a request: its state, its file, the steps that the denoiser reported, and its duration in seconds."""
 
     state: pb.RequestState.ValueType = pb.REQUEST_STATE_UNSPECIFIED
     file: bytes = b""
     steps: list[int] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 WORKLOAD = Workload()
@@ -231,6 +233,7 @@ class GroupFleet:
             height=self.workload.size,
             width=self.workload.size,
         )
+        began = time.perf_counter()
         name = (await self._stub.Submit(pb.SubmitRequest(parameters=parameters))).request.request_id
         generated = Generated()
         async for reply in self._stub.Watch(pb.WatchRequest(request_id=name)):
@@ -247,6 +250,7 @@ class GroupFleet:
         if generated.state == pb.REQUEST_STATE_SUCCEEDED:
             download = self._stub.DownloadResult(pb.DownloadResultRequest(request_id=name))
             generated.file = b"".join([reply.data async for reply in download])
+        generated.seconds = time.perf_counter() - began
         return generated
 
 

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class FaultTooLate(Exception):
-    """The service had finished its part of the request before the fault: the case is inconclusive."""
+    """The computation or transfer had ended before the fault: the case is inconclusive."""
 
 
 async def repeat_if_late(case: Callable[[], Awaitable[T]], restore: Callable[[], Awaitable[None]] | None = None) -> T:

@@ -10,10 +10,11 @@ from common.state.redis_client import Redis
 
 
 def make_interruptible(redis: Redis) -> None:
-    """Let future connections of a client end a cancelled command at once.
+    """Make future connections of a client end a cancelled command at once.
 
     redis-py sends a command within asyncio.wait_for(), which before Python 3.12 drops a cancellation that arrives
-    together with the end of the sending. The command would then wait for its reply until the socket timeout.
+    together with the end of the sending. The command would then wait for its reply until the socket timeout, or be
+    repeated after an error.
     """
     pool = cast(Any, redis).connection_pool
     pool.connection_class = _interruptible(pool.connection_class)
@@ -28,11 +29,13 @@ class _Interruptible:
     """Mixin for the connection classes of redis-py."""
 
     async def send_packed_command(self, *args: Any, **options: Any) -> None:
-        """Send a command. Raises CancelledError, too, if redis-py dropped the cancellation."""
+        """Send a command. Raises CancelledError if redis-py dropped the cancellation or raised another error."""
         task = asyncio.current_task()
         asked = task.cancelling() if task else 0
-        await cast(Any, super()).send_packed_command(*args, **options)
-        if task and task.cancelling() > asked:
-            # Without a reader of the reply, the connection cannot be used for another command.
-            await cast(Any, self).disconnect(nowait=True)
-            raise asyncio.CancelledError
+        try:
+            await cast(Any, super()).send_packed_command(*args, **options)
+        finally:
+            if task and task.cancelling() > asked:
+                # Without a reader of the reply, the connection cannot be used for another command.
+                await cast(Any, self).disconnect(nowait=True)
+                raise asyncio.CancelledError

@@ -168,7 +168,7 @@ def _major(version: str) -> int:
 
 
 def _capability(text: str) -> Capability:
-    """The compute capability that GpuFacts states as text: (9, 0) for "9.0"."""
+    """The compute capability of a Gpu: (9, 0) for "9.0"."""
     major, minor = text.split(".")
     return int(major), int(minor)
 

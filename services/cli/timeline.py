@@ -94,7 +94,7 @@ def _take(timeline: Timeline, entry: TimelineEntry, moment: float) -> None:
             attempt = next(waiting, None) or _add(timeline, entry.service)
             attempt.granted, attempt.worker = moment, entry.worker_id
         case TimelineKind.TIMELINE_KIND_BEGUN:
-            attempt = _running(timeline, entry.service) or _add(timeline, entry.service)
+            attempt = _not_begun(timeline, entry.service, moment) or _add(timeline, entry.service)
             attempt.begun, attempt.total_steps = moment, entry.total_steps
             attempt.granted = moment if attempt.granted is None else attempt.granted
         case TimelineKind.TIMELINE_KIND_STEP:
@@ -122,10 +122,15 @@ def _open(timeline: Timeline, service: str = "") -> Iterator[Attempt]:
     return (each for each in timeline.attempts if not each.outcome and service in ("", each.service))
 
 
-def _running(timeline: Timeline, service: str) -> Attempt | None:
-    """The attempt of a service that has a worker, but whose stages have not begun."""
-    found = (each for each in _open(timeline, service) if each.granted is not None and each.begun is None)
-    return next(found, None)
+def _not_begun(timeline: Timeline, service: str, moment: float) -> Attempt | None:
+    """The attempt of a service that has a worker, but whose stages have not begun.
+
+    If none is running, the one that has completed at `moment`, as entries of a millisecond may have any order.
+    """
+    attempts = [each for each in timeline.attempts if each.service == service]
+    granted = [each for each in attempts if each.granted is not None and each.begun is None]
+    completed = (each for each in granted if each.outcome == COMPLETED and each.ended == moment)
+    return next((each for each in granted if not each.outcome), None) or next(completed, None)
 
 
 def _note_step(timeline: Timeline, entry: TimelineEntry) -> None:

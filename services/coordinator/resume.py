@@ -99,15 +99,19 @@ class NewestStepCheckpoint:
         """Whether this coordinator holds a step checkpoint, received from a worker or loaded from the store."""
         return self._latest is not None
 
+    async def load(self) -> None:
+        """Load the step checkpoint of an earlier epoch, once. Waits while the store is unavailable."""
+        if self._load and self._latest is None:
+            self._latest = await retry_until_available("load of a step checkpoint", self._loaded)
+        self._load = False
+
     async def find(self, origin: str, slot: str, *, with_any_numerics: bool = False) -> Packet | None:
         """The newest step checkpoint, as value of `slot`; None if it has another origin, or none exists.
 
         `with_any_numerics` also accepts a step checkpoint of the same inputs from a worker with another numerics
-        fingerprint. Waits while the store is unavailable.
+        fingerprint.
         """
-        if self._load and self._latest is None:
-            self._latest = await retry_until_available("load of a step checkpoint", self._loaded)
-        self._load = False
+        await self.load()
         if self._latest is None:
             return None
         own = self._latest.origin

@@ -380,8 +380,11 @@ class WorkerRunner:
         `left` is the worker that handed the call over, if any. Raises Unavailable after `patience_seconds` without a
         compatible live worker.
         """
-        resumes = self._spec.resume_slot is not None and self._recovery.step_checkpoint.is_known
-        service = self._spec.service
+        is_resumable, service = self._spec.resume_slot is not None, self._spec.service
+        if is_resumable:
+            # Before the claim, so that no worker slot is held while the store is unavailable.
+            await self._recovery.step_checkpoint.load()
+        resumes = is_resumable and self._recovery.step_checkpoint.is_known
         with span(f"queue {service}", service=service) as waiting:
             alone = await self._recovery.wait_until_claimable()
             began = time.monotonic()

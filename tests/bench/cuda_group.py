@@ -16,7 +16,6 @@ import io
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fleet.v1 import generation_pb2 as pb
-from group_fleet import Generated, GroupFleet, Workload, group_fleet
+from group_fleet import Generated, Workload, group_fleet
 from local_fleet import relative_error
 from models.parallel.mesh import AXES, Degrees
 from parallel_cases import FAMILIES, check, make_case
@@ -147,7 +146,7 @@ def layout_is_right(folder: Path, degrees: Degrees, workload: Workload, alone: G
         rows = [(str(degrees), "undisturbed", f"{apart:.1e}", "", "")]
         for number in (signal.SIGKILL, signal.SIGSTOP):
             for rank in (degrees.world_size - 1, 0):
-                seconds, generated = disturbed(fleet, rank, number)
+                generated = fleet.lose_rank(rank, number)
                 same = generated.state == pb.REQUEST_STATE_SUCCEEDED and generated.file == undisturbed.file
                 # The coordinator reports step 0 each time a group starts the request.
                 resumed = generated.steps.count(0) == 2
@@ -158,7 +157,7 @@ def layout_is_right(folder: Path, degrees: Degrees, workload: Workload, alone: G
                         f"{number.name} of rank {rank}",
                         yes_or_no(same),
                         yes_or_no(resumed),
-                        f"{seconds:.1f}",
+                        f"{generated.seconds:.1f}",
                     )
                 )
     print_table(("a fleet's group", "", "error against one rank, or equal file", "resumed", "s"), rows)
@@ -175,13 +174,6 @@ def subfolder(folder: Path, name: str) -> Path:
     directory = folder / f"fleet-{name}"
     directory.mkdir()
     return directory
-
-
-def disturbed(fleet: GroupFleet, rank: int, number: signal.Signals) -> tuple[float, Generated]:
-    """Run a request and send a signal to a rank at half of the steps; returns seconds and outcome."""
-    began = time.perf_counter()
-    generated = fleet.lose_rank(rank, number)
-    return time.perf_counter() - began, generated
 
 
 def image_error(one: Generated, other: Generated) -> float:

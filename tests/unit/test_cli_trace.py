@@ -98,6 +98,22 @@ def test_read_timeline_groups_entries_into_attempts() -> None:
     assert timeline.seconds == 10.0
 
 
+def test_an_attempt_may_begin_and_complete_in_one_millisecond() -> None:
+    """The entries of a millisecond have any order."""
+    entries = [
+        at(0.1, "QUEUED", "denoising"),
+        at(0.2, "GRANTED", "denoising", "w1"),
+        at(0.3, "COMPLETED", "denoising", "w1"),
+        at(0.3, "BEGUN", "denoising", total_steps=4),
+        at(0.4, "QUEUED", "denoising"),
+        at(0.4, "GRANTED", "denoising", "w2"),
+        at(0.5, "BEGUN", "denoising", total_steps=4),
+    ]
+    first, second = read_timeline(record("RUNNING"), entries).attempts
+    assert (first.begun, first.ended, first.state) == (0.3, 0.3, COMPLETED)
+    assert (second.granted, second.begun, second.state) == (0.4, 0.5, RUNNING)
+
+
 def test_a_running_request_ends_at_its_latest_entry() -> None:
     timeline = read_timeline(record("RUNNING"), ENTRIES[:9])
     assert [each.state for each in timeline.attempts] == [COMPLETED, RUNNING]

@@ -35,19 +35,25 @@ def test_a_cancellation_at_the_moment_of_the_reply_is_not_lost() -> None:
     asyncio.run(scenario())
 
 
-def cancel_after_sending(monkeypatch: pytest.MonkeyPatch, task: asyncio.Task[Any]) -> None:
-    """Cancel the task in the moment in which redis-py has sent a command."""
+def cancel_after_sending(
+    monkeypatch: pytest.MonkeyPatch, task: asyncio.Task[Any], error: Exception | None = None
+) -> None:
+    """Cancel the task at the moment at which redis-py has sent a command; the sending then raises `error`."""
     send = AbstractConnection._send_packed_command
 
     async def send_and_cancel(connection: AbstractConnection, words: Any) -> None:
         await send(connection, words)
-        task.cancel()
+        if not task.cancelling():
+            task.cancel()
+            if error is not None:
+                raise error
 
     monkeypatch.setattr(AbstractConnection, "_send_packed_command", send_and_cancel)
 
 
+@pytest.mark.parametrize("error", [None, ConnectionResetError()])
 def test_a_cancellation_at_the_end_of_sending_does_not_wait_for_the_reply(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server never replies; the socket timeout is 10 s."""
 
@@ -57,7 +63,7 @@ def test_a_cancellation_at_the_end_of_sending_does_not_wait_for_the_reply(
         link.hold()
         async with connect(f"redis://{link.address}/0") as redis:
             task = asyncio.create_task(command(redis, "PING"))
-            cancel_after_sending(monkeypatch, task)
+            cancel_after_sending(monkeypatch, task, error)
             await asyncio.wait({task}, timeout=5)
             assert task.cancelled()
         await link.close()

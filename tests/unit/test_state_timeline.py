@@ -154,7 +154,7 @@ def test_entries_of_one_millisecond_are_between_queued_and_the_terminal_state(ea
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
             await case.admit()
-            await case.store.append("r", [state_event(State.REQUEST_STATE_RUNNING)], number=0)
+            await case.store.append("r", [state_event(State.REQUEST_STATE_RUNNING), progress(0), progress(9)], number=0)
             await case.store.finish("r", State.REQUEST_STATE_SUCCEEDED)
             rows: Any = await redis.xrange("fleet:events:r")
             await redis.delete("fleet:events:r", "fleet:timeline:r")
@@ -162,7 +162,8 @@ def test_entries_of_one_millisecond_are_between_queued_and_the_terminal_state(ea
                 await redis.xadd("fleet:events:r", fields, id=f"5-{number}")
             await redis.rpush("fleet:timeline:r", "5|queued|denoising||0", "5|granted|denoising|w1|0")
             attempt = ["queued denoising", "granted denoising w1"]
-            assert await case.read() == ["state QUEUED", *attempt, "state RUNNING", "state SUCCEEDED"]
+            events = ["state RUNNING", "begun denoising 9", "step denoising 9 9"]
+            assert await case.read() == ["state QUEUED", *attempt, *events, "state SUCCEEDED"]
 
     run_on_empty_store(each_store_url, scenario)
 

@@ -23,7 +23,7 @@ from common.trace_context import Span
 from common.wiring import Wiring
 from fleet.v1 import artifacts_pb2, worker_pb2
 from services.coordinator import worker_runner
-from services.coordinator.resume import Recovery
+from services.coordinator.resume import NewestStepCheckpoint, Recovery
 from services.coordinator.worker_runner import ArtifactMemory, Connections, WorkerRunner, Workers
 
 CONTRACT = Contract("text_encoding", {"prompt": "Prompt"}, {"text_conditioning": "Prompt"})
@@ -205,6 +205,19 @@ def test_a_handed_over_call_continues_at_once_and_counts_no_loss(monkeypatch: py
     assert len(worker_slots.released) == 4
     assert (worker_slots.avoided, network.dropped) == ([], ["here"] * 3)
     assert [lost_calls("denoising", begun) for begun in ("yes", "no")] == before
+
+
+def test_a_step_checkpoint_is_loaded_before_the_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the store is unavailable, the request holds no worker slot."""
+    run, worker_slots = runner(LeavingWorkers(1), spec=LOOP)
+    claimed: list[int] = []
+
+    async def load(_: NewestStepCheckpoint) -> None:
+        claimed.append(worker_slots.claimed)
+
+    monkeypatch.setattr(NewestStepCheckpoint, "load", load)
+    assert asyncio.run(run({}, CALL)) == {}
+    assert claimed[0] == 0
 
 
 def test_a_call_handed_over_before_its_first_step_checkpoint_fits_any_worker() -> None:
