@@ -80,14 +80,20 @@ class FleetServer:
         return self.address
 
     async def set_ready(self, ready: bool) -> None:
-        """Set the health of the server as a whole ("") and of each of its services."""
-        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        """Set the health of the server as a whole ("") and of each of its services.
+
+        A server whose gate is closed is never ready.
+        """
         for name in ("", *self._services):
-            await self._health.set(name, status)
+            await self._set_health(name, ready)
 
     async def set_method_ready(self, name: str, ready: bool) -> None:
-        """Set the health of the method `name`, SERVICE/METHOD."""
-        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        """Set the health of the method `name`, SERVICE/METHOD. With a closed gate, it is never ready."""
+        await self._set_health(name, ready)
+
+    async def _set_health(self, name: str, ready: bool) -> None:
+        is_served = ready and not self.gate.closed
+        status = health_pb2.HealthCheckResponse.SERVING if is_served else health_pb2.HealthCheckResponse.NOT_SERVING
         await self._health.set(name, status)
 
     async def drain(self, grace: float) -> None:

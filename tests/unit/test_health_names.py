@@ -40,6 +40,10 @@ def test_a_server_that_is_not_ready_is_live(tmp_path: Path) -> None:
             assert await _statuses(server.health_address, *names) == [SERVING, SERVING, SERVING]
             await server.set_ready(False)
             assert await _statuses(server.health_address, *names) == [NOT_SERVING, NOT_SERVING, SERVING]
+            # A process that refuses calls, but still finishes requests, remains live and does not become ready.
+            server.gate.close()
+            await server.set_ready(True)
+            assert await _statuses(server.health_address, *names) == [NOT_SERVING, NOT_SERVING, SERVING]
         finally:
             await server.drain(0)
 
