@@ -16,7 +16,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
+from async_tests import HANG_SECONDS
 from certificates import Authority
+from common.state import presence
 from flux_pair import Pair, open_pair
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
@@ -46,6 +48,14 @@ def own_logging() -> Iterator[None]:
         root.removeHandler(handler)
     for handler in set(handlers) - set(root.handlers):
         root.addHandler(handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def long_leave_timeout() -> Iterator[None]:
+    """Give a withdrawal from the store HANG_SECONDS, because a slow store is no failure of the tested code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(presence, "_LEAVE_SECONDS", HANG_SECONDS)
+        yield
 
 
 @pytest.fixture(scope="module")

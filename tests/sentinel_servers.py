@@ -44,6 +44,14 @@ class Replicated:
     replica_url: str
     primary: subprocess.Popen[bytes]
     replica: subprocess.Popen[bytes]
+    sentinel_port: int | None
+
+    def kill_primary(self) -> None:
+        """Kill the primary. A sentinel, if one runs, detects the loss within about a second."""
+        if self.sentinel_port is not None:
+            with _client(self.sentinel_port, HANG_SECONDS) as client:
+                client.execute_command("SENTINEL", "SET", "fleet", "down-after-milliseconds", "300")
+        self.primary.kill()
 
     def stop_replica(self) -> None:
         """Stop the replica with SIGSTOP, as in a network partition."""
@@ -68,13 +76,19 @@ def replicated_servers(directory: Path, *, sentinel: bool = False) -> Iterator[R
         url = f"redis://127.0.0.1:{first}"
         if sentinel:
             config = directory / "sentinel.conf"
-            lines = [f"sentinel monitor fleet 127.0.0.1 {first} 1", "sentinel down-after-milliseconds fleet 300"]
-            lines += ["sentinel failover-timeout fleet 2000"]
+            lines = [f"sentinel monitor fleet 127.0.0.1 {first} 1", "sentinel failover-timeout fleet 2000"]
+            # A slow primary must not cause a failover before kill_primary(), which shortens this time.
+            lines += [f"sentinel down-after-milliseconds fleet {int(HANG_SECONDS * 1_000)}"]
             config.write_text("\n".join(lines) + "\n", encoding="utf-8")
             stack.enter_context(_started(directory, watch, str(config), "--sentinel"))
             _poll_server(watch, lambda client: client.execute_command("SENTINEL", "REPLICAS", "fleet"))
             url = f"redis+sentinel://127.0.0.1:{watch}/fleet"
-        yield Replicated(url, f"redis://127.0.0.1:{second}", primary, replica)
+        yield Replicated(url, f"redis://127.0.0.1:{second}", primary, replica, watch if sentinel else None)
+
+
+def _client(port: int, seconds: float) -> Any:
+    """A client of the server on `port`, with a socket timeout in seconds."""
+    return cast(Any, redis.Redis)(port=port, socket_timeout=seconds)
 
 
 def _poll_server(port: int, is_ready: Callable[[Any], Any]) -> None:
@@ -82,7 +96,7 @@ def _poll_server(port: int, is_ready: Callable[[Any], Any]) -> None:
 
     def replies() -> bool:
         try:
-            with cast(Any, redis.Redis)(port=port, socket_timeout=5) as client:
+            with _client(port, 5) as client:
                 return bool(is_ready(client))
         except redis.RedisError:
             return False

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from async_tests import HANG_SECONDS
 from common import package_versions
 from common.errors import Unavailable
 from common.package_guard import UnsupportedPackage, check_versions
@@ -83,13 +84,20 @@ def test_a_traceback_is_written_only_on_request(capsys: pytest.CaptureFixture[st
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_check_that_times_out_reports_its_results_so_far() -> None:
-    release = threading.Event()
+def test_a_check_that_times_out_reports_its_results_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_begun, release = threading.Event(), threading.Event()
+    join = threading.Thread.join
 
     def stuck() -> Iterator[Result]:
         yield ok("stuck", "began")
+        has_begun.set()
         release.wait()
 
+    def join_after_the_first_result(thread: threading.Thread, timeout: float | None = None) -> None:
+        assert has_begun.wait(HANG_SECONDS)
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", join_after_the_first_result)
     try:
         found = lines(run_checks([Check("stuck", stuck, "check the disk", seconds=0.05)]))
     finally:

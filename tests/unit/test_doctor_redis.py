@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -58,7 +59,9 @@ def test_a_durable_primary_is_accepted(each_store_url: str) -> None:
     assert memory.startswith("ok redis memory: ")
     assert memory.endswith(" MiB are in use, without maxmemory")
     assert replicas == "ok redis replicas: 0 replicas are connected; store_replicas 0 waits for none"
-    assert clock.startswith("ok clock: this host is 0.0")
+    skew, tolerance = map(float, re.findall(r"\d+\.\d+", clock))
+    assert clock.startswith("ok clock: this host is ")
+    assert skew <= tolerance + 0.01, "both clocks are the same"
 
 
 def test_the_check_of_scripts_leaves_no_key(each_store_url: str) -> None:
@@ -206,7 +209,9 @@ def test_a_fast_clock_is_measured(each_store_url: str, monkeypatch: pytest.Monke
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 10)
     (line,) = [line for line in report_lines(each_store_url) if " clock: " in line]
-    assert line.startswith(("warning clock: this host is 10.0", "warning clock: this host is 9.9"))
+    measured = re.match(r"warning clock: this host is (\d+\.\d+) s ahead of the Redis server ", line)
+    assert measured, line
+    assert 5 < float(measured[1]) < 15  # a slow reply of the server makes the measurement inexact
     (line,) = [line for line in report_lines(each_store_url, jwt_leeway_seconds=5.0) if " clock: " in line]
     assert line.startswith("error clock: ")
 

@@ -14,6 +14,7 @@ from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStore
 
 from async_tests import HANG_SECONDS
 from common.errors import FailedPrecondition, Unavailable
+from services.denoising import joining
 from services.denoising.joining import GROUP_TOKEN, Connections, Place, Purpose, join
 from services.denoising.meeting import Meeting
 from services.denoising.messages import Kind, Link
@@ -112,26 +113,27 @@ def test_ranks_connect_with_rank_0() -> None:
                 connection.close()
 
 
-def test_unknown_peers_are_rejected_and_missing_ranks_are_named() -> None:
+def test_unknown_peers_are_rejected_and_missing_ranks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     meeting = Meeting(1, 0, "")
     (place, _) = places(2, meeting)
-    store, strangers_store = place.store(20), place.store(20)  # a store client runs one operation at a time
+    strangers: list[socket.socket] = []
+    listen = joining._listener
 
-    def intrude() -> bytes:
-        strangers_store.wait(["rank0"])
-        host, port = strangers_store.get("rank0").decode().split()
-        with socket.create_connection((host, int(port)), 20) as stranger:
-            stranger.sendall(b"x" * 37)
-            with suppress(ConnectionError):
-                return stranger.recv(1)
-        return b""
+    def listen_and_intrude(place: Place) -> socket.socket:
+        """Return the listener of rank 0, to which a stranger is connected for each purpose of rank 1."""
+        listener = listen(place)
+        for purpose in Purpose:
+            strangers.append(socket.create_connection(listener.getsockname(), HANG_SECONDS))
+            strangers[-1].sendall(joining._HELLO.pack(b"x" * 32, purpose, 1))
+        return listener
 
-    def wait() -> bytes:
-        with pytest.raises(Unavailable, match=r"ranks \[1\] of 2 have not joined in time"):
-            join(place, store, 0.5)
-        return b""
-
-    assert run_parallel(wait, intrude) == [b"", b""]
+    monkeypatch.setattr(joining, "_listener", listen_and_intrude)
+    with pytest.raises(Unavailable, match=r"ranks \[1\] of 2 have not joined in time"):
+        join(place, place.store(20), 0.5)
+    assert len(strangers) == len(Purpose)
+    for stranger in strangers:
+        with stranger, suppress(ConnectionError):
+            assert stranger.recv(1) == b""
 
 
 def test_a_process_is_a_rank_only_with_the_token_of_an_agent() -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from redis import Redis
 
 import script_calls
-from async_tests import poll
+from async_tests import HANG_SECONDS, poll
 from common.state.connection import script_call, script_source
 from redis_servers import running_server, server_binaries
 from release import release_call, release_script, script_calls_of, unpack_release
@@ -239,7 +239,7 @@ class MixedFleet:
             free = sum(worker.capacity - taken[worker.name] for worker in self.workers)
             return free == 0 or all(held)
 
-        poll(are_all_served, 3.0, "every claim is granted, or no worker slot is free")
+        poll(are_all_served, HANG_SECONDS, "every claim is granted, or no worker slot is free")
         self.check()
 
     def end_all(self) -> None:
@@ -335,11 +335,11 @@ def test_a_worker_slot_released_by_one_version_goes_to_a_claim_of_the_other_vers
     fleet.admit(holder)
     fleet.admit(waiter)
     assert (holder.requests[0].worker, waiter.requests[0].worker) == ("w-1", "")
-    with redis.pubsub(ignore_subscribe_messages=True) as channel:
+    with redis.pubsub() as channel:
         channel.subscribe(f"fleet:coordinator:{waiter.name}")
-        channel.get_message(timeout=1)
+        assert channel.get_message(timeout=HANG_SECONDS)["type"] == "subscribe"
         fleet.finish(holder, holder.requests[0])
-        message = channel.get_message(timeout=5)
+        message = channel.get_message(timeout=HANG_SECONDS)
     assert message["data"].split(b"\n") == [b"grant", waiter.requests[0].ticket.encode(), b"w-1"]
     fleet.poll_claims()
     assert waiter.requests[0].worker == "w-1"

@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
+from async_tests import HANG_SECONDS
 from common.state.connection import connect
 from common.state.shared_replies import SharedReplies
 from redis_servers import run_on_empty_store
@@ -33,8 +34,8 @@ def lookups(result: str) -> float:
 
 
 async def store_reply(replies: SharedReplies, key: bytes, frames: tuple[bytes, ...] = FRAMES) -> None:
-    """Offer a reply that took one second to compute, and wait until it is stored."""
-    replies.offer(key, frames, 1.0)
+    """Offer a reply that took HANG_SECONDS to compute, which also limits a fetch, and wait until it is stored."""
+    replies.offer(key, frames, HANG_SECONDS)
     await replies.settle()
 
 

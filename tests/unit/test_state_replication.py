@@ -61,7 +61,7 @@ def test_accepted_requests_survive_a_failover() -> None:
             await store.admit(record(f"r{number}"))
         file = ResultFile(generation_pb2.FileHeader(count=1, byte_size=8), [b"the file"])
         assert await store.finish("r0", SUCCEEDED, files=[file])
-        servers.primary.kill()
+        servers.kill_primary()
 
         async def is_promoted() -> bool:
             try:

@@ -7,12 +7,14 @@ import hashlib
 import hmac
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
 
+from async_tests import HANG_SECONDS
 from certificates import Authority
 from common.errors import InvalidInput, Unauthenticated
 from services.coordinator.tokens import (
@@ -116,13 +118,13 @@ def test_no_forged_token_is_accepted(tmp_path: Path) -> None:
 
 
 def test_the_defect_of_a_signed_token_is_reported(tmp_path: Path) -> None:
-    now = int(time.time())
-    tokens = verifier(tmp_path, public_pem("Ed"))
+    now, leeway = int(time.time()), int(HANG_SECONDS)
+    tokens = verifier(tmp_path, public_pem("Ed"), replace(RULES, leeway_seconds=leeway))
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"exp": now - 10}, "has expired"),
+        ({"exp": now - 2 * leeway}, "has expired"),
         ({"exp": None}, "has no claim exp"),
-        ({"nbf": now + 60}, "is not valid yet"),
-        ({"iat": now + 60}, "is not valid yet"),
+        ({"nbf": now + 2 * leeway}, "is not valid yet"),
+        ({"iat": now + 2 * leeway}, "is not valid yet"),
         ({"aud": "another"}, "has another audience"),
         ({"aud": ["a", "b"]}, "has another audience"),
         ({"aud": None}, "has no claim aud"),
@@ -141,7 +143,13 @@ def test_the_defect_of_a_signed_token_is_reported(tmp_path: Path) -> None:
             tokens.verify(token("Ed", "EdDSA", **changed))
         assert AUDIENCE not in caught.value.message
         assert ISSUER not in caught.value.message
-    for changed in ({"exp": now - 3}, {"nbf": now + 3}, {"aud": ["a", AUDIENCE]}, {"nbf": None}, {"max_open": 0}):
+    for changed in (
+        {"exp": now - 3},
+        {"nbf": now + leeway // 2},
+        {"aud": ["a", AUDIENCE]},
+        {"nbf": None},
+        {"max_open": 0},
+    ):
         assert tokens.verify(token("Ed", "EdDSA", **changed)).name == "alice"
 
 
