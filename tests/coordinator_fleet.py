@@ -7,6 +7,7 @@ import secrets
 import sys
 import tempfile
 import threading
+import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from common.state.workers import WorkerRegistry
 from common.tensors import TORCH
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc, worker_pb2
+from late_faults import FaultTooLate, repeat_if_late
 from models.catalog import ServedModel, open_model
 from models.registry import load_registry
 from services.coordinator.coordinator import Coordinator, start_coordinator
@@ -260,13 +262,13 @@ async def running_fleet(url: str, model: ServedModel) -> AsyncIterator[FakeFleet
 
 
 def run_on_fleet(url: str, test: Callable[[FakeFleet], Awaitable[None]]) -> None:
-    """Run a test on a new fleet of the shipped model "emoji"."""
+    """Run a test on a new fleet of the shipped model "emoji". Repeats a test that raises FaultTooLate."""
 
     async def main() -> None:
         async with asyncio.timeout(HANG_SECONDS), running_fleet(url, emoji()) as fleet:
             await test(fleet)
 
-    asyncio.run(main())
+    asyncio.run(repeat_if_late(main))
 
 
 def emoji() -> ServedModel:
@@ -277,6 +279,20 @@ def emoji() -> ServedModel:
 def submission(prompt: str = "a red apple", **fields: Any) -> pb.SubmitRequest:
     """A request of the emoji model."""
     return pb.SubmitRequest(parameters=pb.GenerationParameters(prompt=prompt), **fields)
+
+
+async def submit_expiring(stub: Stub, request: pb.SubmitRequest, seconds: float) -> str:
+    """Submit a request whose deadline is `seconds` from now; returns its id.
+
+    Raises FaultTooLate if the request was not admitted before its deadline.
+    """
+    request.deadline.FromMilliseconds(round((time.time() + seconds) * 1_000))
+    try:
+        return (await stub.Submit(request)).request.request_id
+    except grpc.aio.AioRpcError as error:
+        if error_of(error) == ("INVALID_ARGUMENT", "deadline"):
+            raise FaultTooLate("the request was not admitted before its deadline") from error
+        raise
 
 
 async def terminal(stub: Stub, request_id: str) -> list[pb.Event]:

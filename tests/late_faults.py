@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
 MOST_ATTEMPTS = 5
@@ -30,3 +30,8 @@ async def repeat_if_late(case: Callable[[], Awaitable[T]], restore: Callable[[],
         except FaultTooLate as error:
             late = error
     raise FaultTooLate(f"the fault came too late in {MOST_ATTEMPTS} attempts; the last: {late}")
+
+
+def longer_each_time(first: float) -> Iterator[float]:
+    """Time limits of the attempts of a case in seconds; each time limit is three times the previous one."""
+    return (first * 3**attempt for attempt in range(MOST_ATTEMPTS))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from async_tests import run_bounded, wait_until
+from async_tests import HANG_SECONDS, run_bounded, wait_until
 from common.errors import Unavailable
 from common.rpc import frame_reporter as reporter_module
 from common.rpc.client import RemoteRunner, WorkerLost, header_frame, open_channel
@@ -89,7 +89,9 @@ def test_cached_reply_has_no_begun_frame() -> None:
     run_served(test, cache=cache)
 
 
-def test_stage_starts_after_the_begun_frame_is_written() -> None:
+def test_stage_starts_after_the_begun_frame_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporter_module, "_LONGEST_BEGUN_SECONDS", HANG_SECONDS)
+
     async def scenario() -> None:
         reporter = FrameReporter(denoising_pb2.DenoiseResponse, TORCH, begun=begun_frame(denoising_pb2.DenoiseResponse))
         started = threading.Event()

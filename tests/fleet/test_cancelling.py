@@ -11,15 +11,17 @@ from prometheus_client import REGISTRY
 from async_tests import wait_until
 from common.stage import Call
 from common.state.connection import connect
-from coordinator_fleet import FakeFleet, Gate, Stub, run_on_fleet, submission, terminal
+from coordinator_fleet import FakeFleet, Gate, Stub, run_on_fleet, submission, submit_expiring, terminal
 from fleet.v1 import generation_pb2 as pb
+from late_faults import FaultTooLate, longer_each_time
 
 STEPS = 8
 COMPLETED_STEPS = 3
 INPUT_BYTES = 2 << 20
 """Buffer bytes of the denoiser's call: embeddings of 1.2 MB, rounded up to MiB; other tensors are inline."""
 
-Stopping = Callable[[Stub, pb.SubmitRequest], AsyncIterator[str]]
+Stopping = Callable[[Stub, pb.SubmitRequest, float], AsyncIterator[str]]
+"""Submits a request and yields its id; then stops the request. The number is the time to a deadline in seconds."""
 
 
 class Steps:
@@ -35,25 +37,23 @@ class Steps:
                 self.gate(call)
 
 
-async def by_call(stub: Stub, request: pb.SubmitRequest) -> AsyncIterator[str]:
+async def by_call(stub: Stub, request: pb.SubmitRequest, _: float) -> AsyncIterator[str]:
     """Call CancelRequest."""
     name = (await stub.Submit(request)).request.request_id
     yield name
     await stub.CancelRequest(pb.CancelRequestRequest(request_id=name))
 
 
-async def by_disconnecting(stub: Stub, request: pb.SubmitRequest) -> AsyncIterator[str]:
+async def by_disconnecting(stub: Stub, request: pb.SubmitRequest, _: float) -> AsyncIterator[str]:
     """Disconnect the caller of Generate."""
     call = stub.Generate(pb.GenerateRequest(request=request))
     yield (await anext(aiter(call))).accepted.request_id
     call.cancel()
 
 
-async def by_deadline(stub: Stub, request: pb.SubmitRequest) -> AsyncIterator[str]:
+async def by_deadline(stub: Stub, request: pb.SubmitRequest, seconds: float) -> AsyncIterator[str]:
     """Submit with a deadline that expires after the steps were reported."""
-    request.deadline.GetCurrentTime()
-    request.deadline.seconds += 3
-    yield (await stub.Submit(request)).request.request_id
+    yield await submit_expiring(stub, request, seconds)
 
 
 async def left_in(url: str) -> list[bytes | str]:
@@ -78,6 +78,8 @@ def steps_saved() -> float:
 def test_stopped_request_frees_its_worker_and_the_store(
     store_url: str, stopping: Stopping, end: pb.RequestState.ValueType
 ) -> None:
+    seconds = longer_each_time(3.0)
+
     async def scenario(fleet: FakeFleet) -> None:
         steps = Steps()
         fleet.scripts["denoising"].work = steps
@@ -87,12 +89,13 @@ def test_stopped_request_frees_its_worker_and_the_store(
         request = submission()
         request.parameters.num_inference_steps = STEPS
         before = steps_saved()
-        stopped = stopping(stub, request)
+        stopped = stopping(stub, request, next(seconds))
         name = await anext(stopped)
-        await steps.gate.wait_reached()
         async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
             if reply.event.progress.step == COMPLETED_STEPS:
                 break
+            if reply.event.state_change.state == pb.REQUEST_STATE_EXPIRED:
+                raise FaultTooLate(f"the request expired before step {COMPLETED_STEPS} was reported")
         assert not [_ async for _ in stopped]
         change = (await terminal(stub, name))[-1].state_change
         assert (change.state, change.steps_saved) == (end, STEPS - COMPLETED_STEPS)

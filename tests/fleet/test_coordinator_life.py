@@ -146,8 +146,12 @@ def test_artifacts_in_memory_are_bounded_and_released(each_server: RedisServer) 
         memory = coordinator.artifact_memory
         name = (await stub.Submit(submission())).request.request_id
         assert (await terminal(stub, name))[-1].state_change.state == pb.REQUEST_STATE_SUCCEEDED
-        gc.collect()
-        assert memory.used_bytes == 0
+
+        async def all_are_released() -> bool:
+            gc.collect()
+            return memory.used_bytes == 0
+
+        await wait_until(all_are_released)
         _, tight = await fleet.add_coordinator(max_artifact_bytes=1_000_000)
         name = (await tight.Submit(submission())).request.request_id
         assert (await terminal(tight, name))[-1].state_change.error.code == "RESOURCE_EXHAUSTED"

@@ -12,8 +12,9 @@ import pytest
 from async_tests import wait_until
 from common.stage import Call
 from common.state.connection import connect
-from coordinator_fleet import FakeFleet, Gate, Script, error_of, run_on_fleet, submission, terminal
+from coordinator_fleet import FakeFleet, Gate, Script, error_of, run_on_fleet, submission, submit_expiring, terminal
 from fleet.v1 import generation_pb2 as pb
+from late_faults import longer_each_time
 
 
 def steps(count: int) -> Callable[[Call], None]:
@@ -144,14 +145,14 @@ def test_cancel_ends_a_running_request_within_a_step(each_store_url: str) -> Non
 
 
 def test_queued_request_can_be_cancelled_or_expire(each_store_url: str) -> None:
+    seconds = longer_each_time(0.3)
+
     async def scenario(fleet: FakeFleet) -> None:
         _, stub = await fleet.add_coordinator()
-        queued = (await stub.Submit(submission())).request
-        expiring = submission()
-        expiring.deadline.FromMilliseconds(queued.created_at.ToMilliseconds() + 300)
-        expired = (await stub.Submit(expiring)).request.request_id
-        await stub.CancelRequest(pb.CancelRequestRequest(request_id=queued.request_id))
-        for name, end in [(queued.request_id, pb.REQUEST_STATE_CANCELLED), (expired, pb.REQUEST_STATE_EXPIRED)]:
+        queued = (await stub.Submit(submission())).request.request_id
+        expired = await submit_expiring(stub, submission(), next(seconds))
+        await stub.CancelRequest(pb.CancelRequestRequest(request_id=queued))
+        for name, end in [(queued, pb.REQUEST_STATE_CANCELLED), (expired, pb.REQUEST_STATE_EXPIRED)]:
             events = await terminal(stub, name)
             states = [event.state_change.state for event in events if not event.HasField("warning")]
             assert states == [pb.REQUEST_STATE_QUEUED, end]

@@ -109,6 +109,8 @@ def test_full_store_and_unready_coordinator_are_reported(store_url: str) -> None
             await redis.delete("filler")
             await redis.config_set("maxmemory", 0)
         coordinator_server: Any = coordinator
+        coordinator_server._housekeeping.cancel()  # it would set the coordinator ready
+        await asyncio.wait({coordinator_server._housekeeping})
         await coordinator_server._server.set_ready(False)
         line = (await checked(coordinator.address))[0]
         assert line.startswith(f"error endpoint: {coordinator.address} answers, but is not ready: server NOT_SERVING, ")

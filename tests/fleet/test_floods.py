@@ -213,6 +213,25 @@ def test_call_without_a_request_times_out(path: bytes) -> None:
                 await connection.send(call_headers(path))
                 received = await connection.until(status_trailer(grpc.StatusCode.DEADLINE_EXCEEDED))
                 assert b"no request was received for 0.2 s" in received
+            assert not echo.num_calls
+
+            async def serves() -> bool:
+                try:
+                    return await serves_valid_clients(server)
+                except grpc.aio.AioRpcError as error:  # a request may take longer than 0.2 s
+                    if error.code() != grpc.StatusCode.DEADLINE_EXCEEDED:
+                        raise
+                    return False
+
+            await wait_until(serves)
+
+    run_bounded(test)
+
+
+@pytest.mark.parametrize("path", [PATH, CHECK])
+def test_call_that_ends_without_a_request_is_refused(path: bytes) -> None:
+    async def test() -> None:
+        async with served() as (server, echo):
             async with raw_connection(server.address) as connection:
                 await connection.greet()
                 await connection.send(call_headers(path, ended=True))

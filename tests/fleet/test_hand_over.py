@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from async_tests import wait_until
 from common.artifacts import StepCheckpoint
 from common.errors import HandedOver
+from common.rpc import hand_over
 from common.stage import Call
 from common.state.connection import command, connect
 from common.state.leases import Leases
@@ -236,9 +237,12 @@ def test_request_finishes_on_its_worker_if_no_other_worker_is_equal(
     run_on_fleet(store_url, scenario)
 
 
-def test_handed_over_request_precedes_waiting_requests(store_url: str) -> None:
+def test_handed_over_request_precedes_waiting_requests(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another request already waits. The equal worker starts after the first worker has ended."""
-    steps, grace = 60, 4.0
+    steps, grace = 150, 60.0
+    # The call is asked to hand over after less than 3 s; more than 50 s remain until it would be cancelled.
+    monkeypatch.setattr(hand_over, "_MARGIN_SECONDS", 57.0)
+    monkeypatch.setattr(hand_over, "_MARGIN_OF_GRACE", 1.0)
 
     async def scenario(fleet: FakeFleet) -> None:
         journal, started = Journal(), Gate()

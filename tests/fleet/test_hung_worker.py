@@ -135,7 +135,9 @@ def test_hung_worker_exits_and_its_request_resumes_on_another_worker(tmp_path: P
     async def scenario(url: str, directory: Path, plugins: Path) -> None:
         async with asyncio.timeout(HANG_SECONDS), running(url, directory, plugins, checkpoint) as fleet:
             _, steps = await fleet.result(await fleet.submit(SLOW_SEED))
-            assert steps == [0, 1, 2, 3, 4], "a slow loop was treated as hung"
+            # A step that is reported before the previous step is stored replaces it.
+            assert steps == sorted(set(steps)), "a slow loop was treated as hung"
+            assert (steps[0], steps[-1]) == (0, STEPS)
             name = await fleet.submit(STUCK_SEED)
             log, code = await _read_to_end(fleet.denoiser)
             assert marker.exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 from asyncio.subprocess import Process
@@ -18,9 +17,21 @@ from common.errors import HandedOver, InvalidInput
 from common.logs import get_logger, setup_logging
 from common.rpc.client import open_channel
 from common.stage import Call
-from coordinator_fleet import SERVICES, FakeFleet, Gate, Script, Stub, latents_of, run_on_fleet, submission, terminal
+from coordinator_fleet import (
+    SERVICES,
+    FakeFleet,
+    Gate,
+    Script,
+    Stub,
+    latents_of,
+    run_on_fleet,
+    submission,
+    submit_expiring,
+    terminal,
+)
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
+from late_faults import FaultTooLate, longer_each_time
 
 OTHER_SERVICES = ("text_encoding", "latent_preparation", "decoding")
 CANARY = "a canary on a branch"
@@ -96,6 +107,8 @@ def test_each_state_of_a_request_is_logged_once(store_url: str, lines: Lines) ->
 
 
 def test_failure_cancellation_and_expiry_are_logged_once(store_url: str, lines: Lines) -> None:
+    seconds = longer_each_time(1.0)
+
     async def scenario(fleet: FakeFleet) -> None:
         gate = Gate()
 
@@ -112,11 +125,10 @@ def test_failure_cancellation_and_expiry_are_logged_once(store_url: str, lines: 
         await gate.wait_reached()
         await stub.CancelRequest(pb.CancelRequestRequest(request_id=cancelled))
         await terminal(stub, cancelled)
-        expiring = submission(CANARY)
-        expiring.deadline.GetCurrentTime()
-        expiring.deadline.seconds += 1
-        expired = (await stub.Submit(expiring)).request.request_id
-        await terminal(stub, expired)
+        expired = await submit_expiring(stub, submission(CANARY), next(seconds))
+        stored = [event.state_change.state for event in await terminal(stub, expired)]
+        if pb.REQUEST_STATE_RUNNING not in stored:
+            raise FaultTooLate("the request expired before it ran")
         for name, end in ((failed, "FAILED"), (cancelled, "CANCELLED"), (expired, "EXPIRED")):
 
             async def has_ended(name: str = name, end: str = end) -> bool:
@@ -124,10 +136,10 @@ def test_failure_cancellation_and_expiry_are_logged_once(store_url: str, lines: 
 
             await wait_until(has_ended)
             assert lines.states(name) == ["QUEUED", "RUNNING", end]
+        (line,) = [line for line in lines.all() if line.get("state") == "FAILED" and line["request_id"] == failed]
+        assert (line["code"], line["error"]) == ("INTERNAL", "ZeroDivisionError: a defect")
 
     run_on_fleet(store_url, scenario)
-    (line,) = [line for line in lines.all() if line.get("state") == "FAILED"]
-    assert (line["code"], line["error"]) == ("INTERNAL", "ZeroDivisionError: a defect")
 
 
 def test_request_that_never_ran_has_no_running_line(store_url: str, lines: Lines) -> None:
@@ -143,6 +155,17 @@ def test_request_that_never_ran_has_no_running_line(store_url: str, lines: Lines
         await wait_until(has_ended)
 
     run_on_fleet(store_url, scenario)
+
+
+async def _lines_until_running(process: Process) -> list[dict[str, Any]]:
+    """Lines up to the first line with the state RUNNING, which is written after the store is updated."""
+    assert process.stderr is not None
+    read: list[dict[str, Any]] = []
+    while not read or read[-1].get("state") != "RUNNING":
+        line = await process.stderr.readline()
+        assert line, "the coordinator exited"
+        read.append(json.loads(line))
+    return read
 
 
 async def _remaining_lines(process: Process) -> list[dict[str, Any]]:
@@ -161,13 +184,7 @@ def test_states_of_a_taken_over_request_are_logged_once(store_url: str, lines: L
             stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
             name = await submitted(stub)
             await gate.wait_reached()
-
-            async def is_running() -> bool:
-                record = (await stub.GetRequest(pb.GetRequestRequest(request_id=name))).request
-                return record.state == pb.REQUEST_STATE_RUNNING
-
-            await wait_until(is_running)
-            await asyncio.sleep(0.5)  # the log line is written after the store is updated
+            first_lines = await _lines_until_running(process)
         process.kill()
         _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
 
@@ -182,7 +199,7 @@ def test_states_of_a_taken_over_request_are_logged_once(store_url: str, lines: L
             return lines.states(name)[-1:] == ["SUCCEEDED"]
 
         await wait_until(has_ended)
-        assert changes(await _remaining_lines(process), name) == ["QUEUED", "RUNNING"]
+        assert changes([*first_lines, *await _remaining_lines(process)], name) == ["QUEUED", "RUNNING"]
         assert lines.states(name) == ["request taken over", "SUCCEEDED"]
         (taken,) = [line for line in lines.all() if line["event"] == "request taken over"]
         assert (taken["epoch"], taken["trace_id"]) == (2, TRACE_ID)
