@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class FaultTooLate(Exception):
-    """The computation or transfer had ended before the fault: the case is inconclusive."""
+    """The fault, or the request itself, came too late, so that the case is inconclusive."""
 
 
 async def repeat_if_late(case: Callable[[], Awaitable[T]], restore: Callable[[], Awaitable[None]] | None = None) -> T:
