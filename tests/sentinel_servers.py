@@ -38,12 +38,25 @@ def _started(directory: Path, port: int, *options: str) -> Iterator[subprocess.P
 
 @dataclass(frozen=True)
 class Replicated:
-    """Running servers. `url` is the URL of the primary, or of the service that the sentinel monitors."""
+    """Running servers. `url` is the URL of the primary, or of the service that the sentinel monitors.
+
+    `sentinel_port` is 0 without a sentinel.
+    """
 
     url: str
     replica_url: str
     primary: subprocess.Popen[bytes]
     replica: subprocess.Popen[bytes]
+    sentinel_port: int = 0
+
+    def kill_primary(self) -> None:
+        """Kill the primary. The sentinel then replaces it with the replica.
+
+        Until then, the sentinel's timeout is longer than a test, so that a slow primary is not replaced.
+        """
+        with cast(Any, redis.Redis)(port=self.sentinel_port) as client:
+            client.execute_command("SENTINEL", "SET", "fleet", "down-after-milliseconds", "300")
+        self.primary.kill()
 
     def stop_replica(self) -> None:
         """Stop the replica with SIGSTOP, as in a network partition."""
@@ -68,13 +81,14 @@ def replicated_servers(directory: Path, *, sentinel: bool = False) -> Iterator[R
         url = f"redis://127.0.0.1:{first}"
         if sentinel:
             config = directory / "sentinel.conf"
-            lines = [f"sentinel monitor fleet 127.0.0.1 {first} 1", "sentinel down-after-milliseconds fleet 300"]
+            lines = [f"sentinel monitor fleet 127.0.0.1 {first} 1"]
+            lines += [f"sentinel down-after-milliseconds fleet {int(HANG_SECONDS * 1_000)}"]
             lines += ["sentinel failover-timeout fleet 2000"]
             config.write_text("\n".join(lines) + "\n", encoding="utf-8")
             stack.enter_context(_started(directory, watch, str(config), "--sentinel"))
             _poll_server(watch, lambda client: client.execute_command("SENTINEL", "REPLICAS", "fleet"))
             url = f"redis+sentinel://127.0.0.1:{watch}/fleet"
-        yield Replicated(url, f"redis://127.0.0.1:{second}", primary, replica)
+        yield Replicated(url, f"redis://127.0.0.1:{second}", primary, replica, watch if sentinel else 0)
 
 
 def _poll_server(port: int, is_ready: Callable[[Any], Any]) -> None:

@@ -27,7 +27,7 @@ def test_a_replica_replaces_a_killed_primary() -> None:
 
             await store.admit(generation_pb2.RequestRecord(request_id="r", model="emoji"))
             await wait_until(replicated)
-            servers.primary.kill()
+            servers.kill_primary()
 
             async def ends() -> bool:
                 try:
