@@ -31,9 +31,22 @@ def worker(worker_id: str, *, capacity: int = 1, fingerprint: str = "f", numeric
     )
 
 
+def registry_of(redis: Redis) -> WorkerRegistry:
+    """A registry that sends one heartbeat of each worker, which does not expire during a test."""
+    return WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=SLOW)
+
+
+def presence_of(redis: Redis, owner: str) -> Presence:
+    """The presence of a coordinator that sends one heartbeat, which does not expire during a test.
+
+    A later heartbeat would make a coordinator live again after a test has removed its key.
+    """
+    return Presence(redis, owner, heartbeat_seconds=SLOW, ttl_seconds=SLOW)
+
+
 @asynccontextmanager
 async def slots_of(redis: Redis, owner: str, *, ask_again_seconds: float = SLOW) -> AsyncIterator[WorkerSlots]:
-    presence = Presence(redis, owner)
+    presence = presence_of(redis, owner)
     slots = WorkerSlots(redis, presence, ask_again_seconds=ask_again_seconds)
     await presence.start()
     yield slots

@@ -15,15 +15,14 @@ from redis.asyncio import Redis
 from async_tests import wait_until
 from common.scaling import StageLoad, StageWork
 from common.state.connection import command
-from common.state.presence import Presence
 from common.state.records import State, state_event
 from common.state.requests import AdmissionLimits, RequestStore
 from common.state.stage_loads import StageLoads
 from common.state.worker_slots import Computed, WorkerSlot, WorkerSlots
-from common.state.workers import WorkerRegistry
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import worker_pb2
 from redis_servers import run_on_empty_store
+from slot_claims import presence_of, registry_of
 
 ASSUMED_SECONDS = 10.0
 LIMITS = AdmissionLimits(services=("denoising",), max_open=1_000, queue_limit=1_000)
@@ -62,7 +61,7 @@ class Fleet:
     def __init__(self, redis: Redis, owners: list[Owner]) -> None:
         self.redis = redis
         self.owners = owners
-        self.registry = WorkerRegistry(redis)
+        self.registry = registry_of(redis)
 
     async def add_worker(self, number: int) -> None:
         """Announce a worker of capacity 1."""
@@ -84,7 +83,7 @@ class Fleet:
 async def running(redis: Redis) -> AsyncIterator[Fleet]:
     owners, presences = [], []
     for name in ("c1", "c2", "c3"):
-        presence = Presence(redis, name)
+        presence = presence_of(redis, name)
         await presence.start()
         presences.append(presence)
         owners.append(Owner(RequestStore(redis, owner=name), WorkerSlots(redis, presence)))

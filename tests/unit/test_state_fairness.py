@@ -10,13 +10,10 @@ from contextlib import asynccontextmanager
 from redis.asyncio import Redis
 
 from async_tests import wait_until
-from common.state.presence import Presence
 from common.state.worker_slots import QueuePriority, WorkerSlots
-from common.state.workers import WorkerRegistry
 from fleet.v1 import worker_pb2
 from redis_servers import run_on_empty_store
-
-SLOW = 3_600.0
+from slot_claims import SLOW, presence_of, registry_of
 
 
 class ClaimQueue:
@@ -26,7 +23,7 @@ class ClaimQueue:
         self.redis = redis
         self.order: list[str] = []
         self._coordinators = coordinators
-        self._registry = WorkerRegistry(redis)
+        self._registry = registry_of(redis)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def join(self, name: str, queue_priority: QueuePriority) -> None:
@@ -57,12 +54,12 @@ class ClaimQueue:
 @asynccontextmanager
 async def claim_queue(redis: Redis) -> AsyncIterator[tuple[ClaimQueue, WorkerSlots]]:
     """A queue of claims of two coordinators, and the `WorkerSlots` of the first coordinator."""
-    registry = WorkerRegistry(redis)
+    registry = registry_of(redis)
     info = worker_pb2.WorkerInfo(
         worker_id="w", service="denoising", model="emoji", model_fingerprint="f", capacity=1, address="unix:/w"
     )
     await registry.announce(info)
-    one, two = Presence(redis, "one"), Presence(redis, "two")
+    one, two = presence_of(redis, "one"), presence_of(redis, "two")
     mine, others = (WorkerSlots(redis, each, ask_again_seconds=SLOW) for each in (one, two))
     await one.start()
     await two.start()

@@ -9,14 +9,13 @@ from redis.asyncio import Redis
 
 from common.errors import FailedPrecondition
 from common.state.worker_slots import QueuePriority
-from common.state.workers import WorkerRegistry
 from redis_servers import run_on_empty_store
-from slot_claims import queued, slots_of, worker
+from slot_claims import queued, registry_of, slots_of, worker
 
 
 def test_free_worker_slots_of_equal_workers_are_counted(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         leaving = worker("a", numerics="n1")
         for each in (leaving, worker("b", capacity=2, numerics="n1"), worker("c", numerics="n2"), worker("d")):
             await registry.announce(each)
@@ -39,7 +38,7 @@ def test_free_worker_slots_of_equal_workers_are_counted(each_store_url: str) -> 
 
 def test_a_handed_over_request_is_the_first_of_its_priority(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         await registry.announce(worker("w"))
         async with slots_of(redis, "one") as slots:
             order: list[str] = []
@@ -70,7 +69,7 @@ def test_a_handed_over_request_is_the_first_of_its_priority(each_store_url: str)
 
 def test_a_claim_waits_while_a_worker_that_can_resume_its_step_checkpoint_lives(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         await registry.announce(worker("busy", numerics="n1"))
         async with slots_of(redis, "one", ask_again_seconds=0.05) as slots:
             held = await slots.claim("emoji", "denoising", "held")
@@ -95,7 +94,7 @@ def test_a_claim_waits_while_a_worker_that_can_resume_its_step_checkpoint_lives(
 
 def test_refusals_are_bounded_in_number_and_time(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         await registry.declare("emoji", "f")
         assert not await registry.refusals("emoji")
         for number in range(20):

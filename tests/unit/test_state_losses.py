@@ -186,14 +186,16 @@ def test_a_worker_that_runs_an_older_script_is_cleared_by_its_heartbeat(each_sto
     """
 
     async def scenario(redis: Redis) -> None:
-        case = Case(redis)
+        case = Case(redis, ttl_seconds=SLOW)
         await case.admit()
         await case.announce("old-1")
         await case.announce("old-2")
         for worker_id in ("old-1", "old-2"):
             await redis.hdel(f"fleet:worker:{worker_id}", "lasts")
-            await case.lose(worker_id)
         await redis.persist("fleet:worker:old-1")  # the worker continues to send heartbeats
+        await redis.pexpire("fleet:worker:old-2", 1)
+        for worker_id in ("old-1", "old-2"):
+            await case.lose(worker_id)
         assert [loss.worker_id for loss in await case.decided()] == ["old-2"]
         await run_script(redis, "leaving", {"worker": "old-1", "lasts": 1})
 

@@ -11,12 +11,11 @@ from redis.asyncio import Redis
 
 from common.errors import ResourceExhausted
 from common.state.connection import command
-from common.state.presence import Presence
 from common.state.requests import AdmissionLimits, RequestStore
 from common.state.worker_slots import QueuePriority, WorkerSlot, WorkerSlots
-from common.state.workers import WorkerRegistry
 from fleet.v1 import generation_pb2, worker_pb2
 from redis_servers import run_on_empty_store
+from slot_claims import presence_of, registry_of
 
 State = generation_pb2.RequestState
 LIMITS = AdmissionLimits(services=("text_encoding", "denoising"), queue_seconds=5.0)
@@ -58,13 +57,13 @@ class AdmittingFleet:
 
 @asynccontextmanager
 async def admitting_fleet(redis: Redis) -> AsyncIterator[AdmittingFleet]:
-    registry = WorkerRegistry(redis)
+    registry = registry_of(redis)
     for service, capacity in {"text_encoding": 1, "denoising": 2}.items():
         info = worker_pb2.WorkerInfo(
             worker_id=service, model="emoji", service=service, capacity=capacity, model_fingerprint="f"
         )
         await registry.announce(info)
-    presence = Presence(redis, "me")
+    presence = presence_of(redis, "me")
     await presence.start()
     slots = WorkerSlots(redis, presence)
     yield AdmittingFleet(redis, slots)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Awaitable, Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,17 @@ Scenario = Callable[[Replicated, Redis], Awaitable[None]]
 
 
 @pytest.fixture(autouse=True)
-def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait only 0.3 s for the acknowledgement of a replica."""
-    monkeypatch.setattr(replication, "_ACKNOWLEDGE_SECONDS", 0.3)
+def long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for the acknowledgement of a replica, however slow the replica is."""
+    monkeypatch.setattr(replication, "_ACKNOWLEDGE_SECONDS", HANG_SECONDS)
+
+
+@contextmanager
+def short_wait() -> Iterator[None]:
+    """Wait only 0.3 s for an acknowledgement that no replica sends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replication, "_ACKNOWLEDGE_SECONDS", 0.3)
+        yield
 
 
 def run_on_replicated_servers(scenario: Scenario, *, sentinel: bool = False) -> None:
@@ -75,7 +83,7 @@ def test_accepted_requests_survive_a_failover() -> None:
         assert (await store.get("r0")).state == SUCCEEDED
         assert b"".join([chunk async for chunk in store.result_chunks("r0", 0, 8)]) == b"the file"
         # The new primary has no replica.
-        with pytest.raises(Unavailable, match="0 replicas"):
+        with short_wait(), pytest.raises(Unavailable, match="0 replicas"):
             await store.admit(record("late"))
 
     run_on_replicated_servers(scenario, sentinel=True)
@@ -90,11 +98,11 @@ def test_a_request_is_accepted_only_once_a_replica_has_it() -> None:
         async with connect(servers.url) as fresh:
             # The attempt on another connection writes nothing, because the request or its end exists already.
             for attempt in (store, RequestStore(fresh, replicas=1)):
-                with pytest.raises(Unavailable, match=refusal):
+                with short_wait(), pytest.raises(Unavailable, match=refusal):
                     await attempt.admit(record("r"), idempotency_key="k")
         async with connect(servers.url) as fresh:
             for attempt in (store, RequestStore(fresh, replicas=1)):
-                with pytest.raises(Unavailable, match=refusal):
+                with short_wait(), pytest.raises(Unavailable, match=refusal):
                     await attempt.finish("before", CANCELLED, token="t")
         servers.continue_replica()
         assert (await store.admit(record("again"), idempotency_key="k")).record.request_id == "r"
@@ -138,9 +146,9 @@ def test_an_item_of_a_result_is_delivered_only_once_a_replica_has_it() -> None:
         stored = StoredItem(generation_pb2.ResultItem(byte_size=3, file_count=1), 1)
         events = [generation_pb2.Event(item=stored.item)]
         servers.stop_replica()
-        with pytest.raises(Unavailable, match="0 replicas"):
+        with short_wait(), pytest.raises(Unavailable, match="0 replicas"):
             await store.items.save("r", stored, [b"abc"])
-        with pytest.raises(Unavailable, match="0 replicas"):
+        with short_wait(), pytest.raises(Unavailable, match="0 replicas"):
             await store.append("r", events, number=0)
         servers.continue_replica()
         await store.items.save("r", stored, [b"abc"])
@@ -156,7 +164,7 @@ def test_an_item_of_a_result_is_delivered_only_once_a_replica_has_it() -> None:
 def test_a_missing_script_is_loaded_again() -> None:
     async def scenario(redis: Redis) -> None:
         await command(redis, "SCRIPT", "FLUSH")
-        with pytest.raises(Unavailable, match="0 replicas"):
+        with short_wait(), pytest.raises(Unavailable, match="0 replicas"):
             await RequestStore(redis, replicas=1).admit(record("r"))
         assert (await RequestStore(redis).get("r")).request_id == "r"
 

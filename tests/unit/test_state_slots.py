@@ -16,14 +16,21 @@ from common.state.store_server import read_repairs
 from common.state.worker_slots import NoWorkers, QueuePriority, WorkerSlot, WorkerSlots
 from common.state.workers import WorkerRegistry
 from redis_servers import run_on_empty_store, running_server
-from slot_claims import SLOW, queued, slots_of, worker
+from slot_claims import SLOW, queued, registry_of, slots_of, worker
 
 CLAIM: Arguments = {"place": "emoji/denoising", "priority": 0, "cost": 1, "deadline": 0, "caller": "", "wiring": ""}
 
 
+async def expire(redis: Redis, worker_id: str) -> None:
+    """Change the store as the expiry of a worker's heartbeat does."""
+    seconds, _ = await redis.time()
+    await redis.zadd("fleet:workers:emoji/denoising", {worker_id: seconds * 1_000})
+    await redis.delete(f"fleet:worker:{worker_id}")
+
+
 def test_worker_slots_are_granted_by_priority_then_deadline_then_arrival(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         await registry.announce(worker("w"))
         async with slots_of(redis, "a") as mine, slots_of(redis, "b") as others:
             order: list[str] = []
@@ -62,7 +69,7 @@ def test_worker_slots_are_granted_by_priority_then_deadline_then_arrival(each_st
 
 def test_claims_spread_over_workers_up_to_their_capacity(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         for info in (worker("one"), worker("two", capacity=2)):
             await registry.announce(info)
         async with slots_of(redis, "a") as slots:
@@ -83,7 +90,7 @@ def test_claims_spread_over_workers_up_to_their_capacity(each_store_url: str) ->
 
 def test_idle_workers_take_turns(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         for name in ("one", "two", "three"):
             await registry.announce(worker(name))
         async with slots_of(redis, "a") as slots:
@@ -102,7 +109,7 @@ def test_idle_workers_take_turns(each_store_url: str) -> None:
 
 def test_a_new_worker_serves_waiting_claims(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         async with slots_of(redis, "a") as slots:
             waiting = asyncio.create_task(slots.claim("emoji", "denoising", "r"))
             await queued(registry, 1)
@@ -115,7 +122,7 @@ def test_a_new_worker_serves_waiting_claims(each_store_url: str) -> None:
 
 def test_a_cancelled_claim_leaves_the_queue_and_holds_no_worker_slot(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         await registry.announce(worker("w"))
         async with slots_of(redis, "a") as slots:
             held = await slots.claim("emoji", "denoising", "r")
@@ -136,7 +143,7 @@ def test_a_cancelled_claim_leaves_the_queue_and_holds_no_worker_slot(each_store_
 
 def test_worker_slots_and_queue_entries_of_a_dead_coordinator_are_freed(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         await registry.announce(worker("w"))
         async with slots_of(redis, "dying") as dying, slots_of(redis, "living", ask_again_seconds=0.02) as living:
             await dying.claim("emoji", "denoising", "held")
@@ -162,7 +169,7 @@ def test_a_claim_waits_for_an_unavailable_store(caplog: pytest.LogCaptureFixture
     with running_server("valkey") as server:
 
         async def scenario(redis: Redis) -> None:
-            registry = WorkerRegistry(redis)
+            registry = registry_of(redis)
             await registry.announce(worker("w"))
             async with slots_of(redis, "a") as slots:
                 server.kill()
@@ -180,28 +187,34 @@ def test_a_claim_waits_for_an_unavailable_store(caplog: pytest.LogCaptureFixture
 
 def test_a_dead_worker_is_not_live_and_is_recorded_as_lost(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        fast = WorkerRegistry(redis, heartbeat_seconds=0.01, ttl_seconds=0.1)
-        expiring = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=0.1)
+        fast = WorkerRegistry(redis, heartbeat_seconds=0.01, ttl_seconds=SLOW)
+        silent = registry_of(redis)
         await fast.announce(worker("alive"))
-        await expiring.announce(worker("dead"))
+        await silent.announce(worker("dead"))
         assert len(await fast.live("emoji", "denoising")) == 2
-
-        async def one_is_left() -> bool:
-            return len(await fast.live("emoji", "denoising")) == 1
-
-        await wait_until(one_is_left)
+        seconds, _ = await redis.time()
+        assert 0 < await redis.pttl("fleet:worker:dead") <= SLOW * 1_000
+        expires = await redis.zscore("fleet:workers:emoji/denoising", "dead") or 0.0
+        assert seconds < expires / 1_000 <= seconds + 1 + SLOW
+        await expire(redis, "dead")
         assert [each.worker_id for each in await fast.live("emoji", "denoising")] == ["alive"]
-        assert 0 <= await redis.pttl("fleet:workers:emoji/denoising") <= 600_100
+        assert 0 <= await redis.pttl("fleet:workers:emoji/denoising") <= SLOW * 1_000 + 600_000
         assert await redis.zrange("fleet:lost:emoji/denoising", 0, -1) == [b"dead"]
+
+        async def has_a_heartbeat() -> bool:
+            return bool(await redis.exists("fleet:worker:alive"))
+
+        await redis.delete("fleet:worker:alive")
+        await wait_until(has_a_heartbeat)
         await fast.withdraw("alive")
-        await expiring.withdraw("dead")
+        await silent.withdraw("dead")
 
     run_on_empty_store(each_store_url, scenario)
 
 
 def test_only_the_coordinator_that_cannot_reach_a_worker_avoids_it(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         await registry.announce(worker("w", capacity=3))
         async with slots_of(redis, "a") as slots, slots_of(redis, "b") as others:
             held = await slots.claim("emoji", "denoising", "held")
@@ -225,7 +238,7 @@ def test_only_the_coordinator_that_cannot_reach_a_worker_avoids_it(each_store_ur
 def test_the_pause_of_an_avoided_worker_doubles_and_a_success_ends_it(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
         # Heartbeats also grant slots, so none is sent during the test.
-        registry = WorkerRegistry(redis, heartbeat_seconds=SLOW, ttl_seconds=SLOW)
+        registry = registry_of(redis)
         await registry.announce(worker("w"))
         async with slots_of(redis, "a") as slots:
             assert [await slots.avoid("w") for _ in range(7)] == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
@@ -255,7 +268,7 @@ def test_the_pause_of_an_avoided_worker_doubles_and_a_success_ends_it(each_store
 
 def test_a_claim_goes_to_a_worker_that_is_not_avoided(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         for name in ("one", "two"):
             await registry.announce(worker(name, capacity=2))
         async with slots_of(redis, "a") as slots:
@@ -270,7 +283,7 @@ def test_a_claim_goes_to_a_worker_that_is_not_avoided(each_store_url: str) -> No
 
 def test_a_claim_for_a_whole_worker_waits_for_an_idle_worker_and_takes_all_of_its_slots(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         await registry.announce(worker("w", capacity=3))
         async with slots_of(redis, "a") as slots:
             first = [await slots.claim("emoji", "denoising", f"first {number}") for number in range(2)]
@@ -295,7 +308,7 @@ def test_a_claim_for_a_whole_worker_waits_for_an_idle_worker_and_takes_all_of_it
 
 def test_a_claim_for_a_whole_worker_reserves_one_worker_and_no_more(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         for name in ("one", "two"):
             await registry.announce(worker(name, capacity=2))
         async with slots_of(redis, "a") as slots:
@@ -327,7 +340,7 @@ def test_a_reservation_ends_with_its_claim(each_store_url: str) -> None:
     """The claim is cancelled, or its coordinator dies."""
 
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         await registry.announce(worker("w", capacity=2))
         async with slots_of(redis, "a") as slots, slots_of(redis, "dying") as dying:
             held = await slots.claim("emoji", "denoising", "held")
@@ -353,7 +366,7 @@ def test_a_reservation_ends_with_its_claim(each_store_url: str) -> None:
 
 def test_a_claim_that_arrives_after_its_cancellation_is_released(each_store_url: str) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         await registry.announce(worker("w"))
         async with slots_of(redis, "a") as slots, slots_of(redis, "b") as others:
             held = await slots.claim("emoji", "denoising", "r")
@@ -385,16 +398,13 @@ def test_a_lost_grant_of_a_dead_worker_is_not_damage(each_store_url: str) -> Non
     async def scenario(redis: Redis) -> None:
         claim: Arguments = {"ticket": "r/me/0", "owner": "me", **CLAIM}
         await run_script(redis, "beat", {"owner": "me", "lasts": 60_000})
-        await WorkerRegistry(redis, ttl_seconds=0.05).announce(worker("w"))
+        registry = registry_of(redis)
+        await registry.announce(worker("w"))
         assert (await run_script(redis, "claim", claim))[0] == b"granted"
-
-        async def is_dead() -> bool:
-            return not await redis.exists("fleet:worker:w")
-
-        await wait_until(is_dead)
+        await expire(redis, "w")
         assert (await run_script(redis, "claim", claim))[0] == b"waiting"
         assert not await redis.hlen("fleet:slots:emoji/denoising")
-        await WorkerRegistry(redis).announce(worker("v"))
+        await registry.announce(worker("v"))
         assert (await run_script(redis, "claim", claim))[0] == b"granted"
         assert await read_repairs(redis) == {}
 
@@ -405,7 +415,7 @@ def test_a_worker_slot_released_while_claims_are_read_is_not_unknown(
     each_store_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(redis: Redis) -> None:
-        registry = WorkerRegistry(redis)
+        registry = registry_of(redis)
         await registry.announce(worker("w"))
         async with slots_of(redis, "a") as slots:
             held = await slots.claim("emoji", "denoising", "r")
@@ -432,7 +442,7 @@ def test_the_patience_of_a_claim_ends_only_without_workers(each_store_url: str) 
             with pytest.raises(NoWorkers, match="no worker has served emoji/denoising for"):
                 await slots.claim("emoji", "denoising", "r", patience_seconds=0.05)
             await slots.settle()
-            registry = WorkerRegistry(redis)
+            registry = registry_of(redis)
             assert (await registry.load("emoji", "denoising")).queued == 0
             await registry.announce(worker("w"))
             held = await slots.claim("emoji", "denoising", "r", patience_seconds=0.0)

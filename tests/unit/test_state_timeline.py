@@ -12,11 +12,10 @@ from common.state.leases import Leases
 from common.state.records import State, duration, state_event
 from common.state.requests import RequestStore, Retention
 from common.state.worker_slots import Computed, WorkerSlots
-from common.state.workers import WorkerRegistry
 from fleet.v1 import generation_pb2
 from fleet.v1.generation_pb2 import TimelineEntry, TimelineKind
 from redis_servers import run_on_empty_store
-from slot_claims import slots_of, worker
+from slot_claims import registry_of, slots_of, worker
 
 MAX_ENTRIES = 256
 RETENTION_SECONDS = 60.0
@@ -32,7 +31,7 @@ class Case:
         self.leases = Leases(redis, "me")
 
     async def admit(self) -> None:
-        await WorkerRegistry(self.redis, heartbeat_seconds=3_600, ttl_seconds=3_600).announce(worker("w1"))
+        await registry_of(self.redis).announce(worker("w1"))
         await self.store.admit(generation_pb2.RequestRecord(request_id="r", model="emoji"))
 
     async def save(self, number: int) -> None:
@@ -98,7 +97,7 @@ def test_a_claim_that_ends_without_a_worker_has_an_ended_entry(each_store_url: s
         async with slots_of(redis, "me") as slots:
             case = Case(redis, slots)
             await case.admit()
-            await WorkerRegistry(redis).withdraw("w1")
+            await registry_of(redis).withdraw("w1")
             with pytest.raises(Exception, match="no worker has served"):
                 await slots.claim("emoji", "denoising", "r", patience_seconds=0.01)
             await slots.settle()
