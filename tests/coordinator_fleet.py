@@ -144,11 +144,17 @@ class FakeWorker:
         """Drop all calls and refuse new calls, as in a network failure; heartbeats continue."""
         await self.server.grpc_server.stop(None)
 
-    async def die(self) -> None:
-        """Stop sending heartbeats and serving, without withdrawing from the store."""
+    async def die(self, ttl_seconds: float | None = None) -> None:
+        """Stop sending heartbeats and serving, without withdrawing from the store.
+
+        With `ttl_seconds`, the last heartbeat has this TTL, so that a long TTL during the life delays no test.
+        """
         self.is_dead = True
         # A heartbeat that reaches the store after the loss would clear the loss.
         await self.is_silent.wait()
+        if ttl_seconds is not None:
+            self.registry._ttl = int(ttl_seconds * 1_000)
+            await self.registry.announce(self.info, is_able=self.is_able)
         await self.hang_up()
 
 
@@ -225,9 +231,9 @@ class FakeFleet:
         self._stack.push_async_callback(channel.close)
         return coordinator, generation_pb2_grpc.GenerationServiceStub(channel)
 
-    async def start_process(self, listen: str, *more: str) -> Process:
+    async def start_process(self, listen: str, *more: str, ttl_seconds: float = 0.5) -> Process:
         """Start a coordinator in a separate process, which is killed with the fleet if it still runs."""
-        heartbeat = ("--heartbeat-seconds", "0.1", "--heartbeat-ttl-seconds", "0.5")
+        heartbeat = ("--heartbeat-seconds", "0.1", "--heartbeat-ttl-seconds", str(ttl_seconds))
         flags = ("--listen", listen, "--redis", self.url, *heartbeat, "--log-level", "ERROR", *more)
         command = (sys.executable, "-m", "services.coordinator", *flags)
         process = await asyncio.create_subprocess_exec(*command, stdout=DEVNULL, stderr=PIPE)

@@ -32,6 +32,8 @@ from services.cli.progress import LineReporter
 
 ITEMS = 4
 MODEL = open_model("emoji-video", load_registry())
+TTL_SECONDS = 3.0
+"""Heartbeat TTL of a coordinator that must keep its request until the test signals it, even on a busy host."""
 
 
 def item_bytes(index: int) -> bytes:
@@ -93,8 +95,8 @@ class Case:
         fleet.scripts["decoding"] = self.script
         self.listen = f"unix:{fleet.directory}/c.sock"
 
-    async def start_process(self) -> asyncio.subprocess.Process:
-        return await self.fleet.start_process(self.listen, "--model", MODEL.name)
+    async def start_process(self, ttl_seconds: float = 0.5) -> asyncio.subprocess.Process:
+        return await self.fleet.start_process(self.listen, "--model", MODEL.name, ttl_seconds=ttl_seconds)
 
     async def add_workers(self, numerics: str = "") -> list[FakeWorker]:
         return [await self.fleet.add_worker(service, numerics=numerics) for service in self.fleet.scripts]
@@ -184,7 +186,7 @@ def test_video_is_streamed_and_stored(store_url: str) -> None:
 def test_download_at_another_coordinator_survives_the_owners_loss(store_url: str, stop_before: int) -> None:
     async def test(case: Case) -> None:
         await case.add_workers()
-        process = await case.start_process()
+        process = await case.start_process(TTL_SECONDS)
         _, other = await case.fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
         async with open_channel(case.listen) as channel:
             stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -239,7 +241,7 @@ def test_coordinator_that_continues_after_a_take_over_delivers_nothing(store_url
     async def test(case: Case) -> None:
         await case.add_workers()
         await case.fleet.add_worker("decoding")
-        process = await case.start_process()
+        process = await case.start_process(TTL_SECONDS)
         _, other = await case.fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
         async with open_channel(case.listen) as channel:
             stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)

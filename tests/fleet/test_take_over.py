@@ -31,6 +31,9 @@ from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 from redis_servers import RedisServer
 
+TTL_SECONDS = 3.0
+"""Heartbeat TTL of a coordinator that must keep its request until the test kills it, even on a busy host."""
+
 
 class FirstCallGate(Gate):
     """A gate at which only the first call waits."""
@@ -58,7 +61,7 @@ def test_request_survives_the_loss_of_its_coordinator(each_server: RedisServer) 
         fleet.scripts["denoising"].work = gate
         await fleet.add_workers()
         listen = f"unix:{fleet.directory}/c.sock"
-        process = await fleet.start_process(listen)
+        process = await fleet.start_process(listen, ttl_seconds=TTL_SECONDS)
         _, other = await fleet.add_coordinator(heartbeat_ttl_seconds=0.5)
         async with open_channel(listen) as channel:
             stub: Stub = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -221,11 +224,11 @@ class PoisonedDenoisers:
     async def add(self) -> None:
         """Add a denoiser."""
         script = Script(self._fleet.scripts["denoising"].contract)
-        worker: FakeWorker = await self._fleet.add_worker("denoising", script, ttl_seconds=0.5)
+        worker: FakeWorker = await self._fleet.add_worker("denoising", script)
 
         def work(call: Call) -> None:
             if call.request_id == self.poison:
-                dying = asyncio.run_coroutine_threadsafe(worker.die(), self._loop)
+                dying = asyncio.run_coroutine_threadsafe(worker.die(ttl_seconds=1.0), self._loop)
                 self.lost.append(asyncio.wrap_future(dying, loop=self._loop))
                 Gate()(call)
 

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from async_tests import run_bounded
+from async_tests import HANG_SECONDS, run_bounded
 from certificates import Authority
 from common.errors import InvalidInput, PermissionDenied, Unavailable
 from common.rpc.client import open_channel
@@ -69,6 +69,7 @@ def test_worker_serves_only_the_coordinator(
             on_health_port = await outcome(worker.health_address, None, "")
             assert "not implemented" in str(on_health_port)
             monkeypatch.setenv("FLEET_HEALTH_LISTEN", worker.health_address)
+            monkeypatch.setattr("common.rpc.probe._SECONDS", HANG_SECONDS)
             assert await asyncio.to_thread(probe, ["127.0.0.1:1"]) == 0
         finally:
             await worker.stop(5)

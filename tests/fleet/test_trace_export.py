@@ -17,6 +17,7 @@ import grpc
 import pytest
 from prometheus_client import REGISTRY
 
+from async_tests import HANG_SECONDS
 from certificates import Authority
 from common import tracing
 from common.rpc.client import open_channel
@@ -126,7 +127,7 @@ def test_calls_without_traceparent_have_exemplars(store_url: str, monkeypatch: p
 
 def wait_for_exemplar(method: str, series: str, trace_id: str) -> None:
     """Poll for the exemplar, as a call is measured after its caller has the status. Raises AssertionError."""
-    give_up = time.monotonic() + 5
+    give_up = time.monotonic() + HANG_SECONDS
     while exemplar(method, series) != trace_id:
         assert time.monotonic() < give_up, (exemplar(method, series), trace_id)
         time.sleep(0.02)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -162,13 +163,23 @@ async def check_lost_worker(fleet: Served, receiver: Receiver) -> None:
 
 async def check_take_over(fleet: Served, receiver: Receiver) -> None:
     """Kill coordinator and worker: another coordinator ends the root span of the first coordinator."""
-    request_id = await submit(fleet.stubs[1], f"00-{'b' * 32}-{PARENT_ID}-01")
+    trace_id = secrets.token_hex(16)
+    request_id = await submit(fleet.stubs[1], f"00-{trace_id}-{PARENT_ID}-01")
     (record,) = [each for each in await records(fleet.stubs[0]) if each.request_id == request_id]
-    await fleet.result(fleet.stubs[0], request_id, STEPS // 2, fleet.kill_both)
-    # The killed coordinator has exported its ended attempts.
+
+    def are_exported(spans: Sequence[ReceivedSpan]) -> bool:
+        names = {each.name for each in spans if each.trace_id == trace_id}
+        return {"attempt text_encoding", "attempt latent_preparation"} <= names
+
+    async def kill_both(name: str) -> None:
+        """Kill the processes once the coordinator has exported its ended attempts."""
+        await asyncio.to_thread(receiver.wait_until, are_exported)
+        await fleet.kill_both(name)
+
+    await fleet.result(fleet.stubs[0], request_id, STEPS // 2, kill_both)
     trace = await trace_of(receiver, request_id, text_encoding=2, latent_preparation=2)
-    assert record.trace.traceparent == f"00-{'b' * 32}-{trace.root.span_id}-01"
-    assert record.trace.client_traceparent == f"00-{'b' * 32}-{PARENT_ID}-01"
+    assert record.trace.traceparent == f"00-{trace_id}-{trace.root.span_id}-01"
+    assert record.trace.client_traceparent == f"00-{trace_id}-{PARENT_ID}-01"
     assert record.trace.tracestate == "vendor=1"
     assert trace.root.parent_id == PARENT_ID
     assert trace.root.start == record.created_at.ToNanoseconds()

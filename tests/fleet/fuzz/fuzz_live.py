@@ -18,6 +18,7 @@ from fuzz_targets import PUBLIC, PUBLIC_SEEDS, SERVICES, Target, public_service,
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
+from async_tests import HANG_SECONDS
 from common.rpc.client import open_channel
 from common.rpc.fleet_server import FleetServer
 from common.rpc.method import request_type, stage_method
@@ -32,7 +33,6 @@ HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 WORKER = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"]
 
-_SECONDS = 4.0
 _WATCH = "/grpc.health.v1.Health/Watch"
 # Status codes that no call may return. DEADLINE_EXCEEDED: the server has not replied in time.
 _DEFECTS = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED}
@@ -67,7 +67,7 @@ class _Live:
 
     @classmethod
     async def start(cls, listen: str, device: ThreadPoolExecutor) -> _Live:
-        server = FleetServer(listen, limits=ServerLimits(request_seconds=1.0, handshake_seconds=1.0))
+        server = FleetServer(listen, limits=ServerLimits(request_seconds=HANG_SECONDS, handshake_seconds=HANG_SECONDS))
         server.add(public_service(open_model("emoji", load_registry())).methods, str(PUBLIC.full_name))
         for service in SERVICES:
             servicer = stage_servicer(service, device)
@@ -86,7 +86,7 @@ class _Live:
     async def call(self, path: str, frames: Frames) -> None:
         """Send the frames; on the wire, a unary request equals a stream of one message."""
         send: Any = self.channel.stream_stream(path)
-        call = send(iter(frames), timeout=_SECONDS)
+        call = send(iter(frames), timeout=HANG_SECONDS)
         code, details = grpc.StatusCode.OK, ""
         try:
             if path == _WATCH:  # runs until the client cancels it
@@ -105,7 +105,7 @@ class _Live:
         check: Any = self.channel.unary_unary(
             "/grpc.health.v1.Health/Check", response_deserializer=health_pb2.HealthCheckResponse.FromString
         )
-        reply = await check(b"", timeout=_SECONDS)
+        reply = await check(b"", timeout=HANG_SECONDS)
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 

@@ -16,6 +16,7 @@ from fuzz_frames import framed_seeds
 from fuzz_inputs import Frames
 from fuzz_targets import LIMITS, Reader, Target, frame_type
 
+from async_tests import HANG_SECONDS
 from common.errors import Cancelled
 from common.local import HostedStages
 from common.rpc.method import request_type, stage_method
@@ -123,7 +124,7 @@ class _Store:
 def _join(frames: Frames) -> None:
     """Rank 0 must find its follower after any number of unknown clients."""
     store = _Store(frames[:8])
-    joined = join(_PLACE, cast(Any, store), 4.0)
+    joined = join(_PLACE, cast(Any, store), HANG_SECONDS)
     assert {rank: set(each) for rank, each in joined.items()} == {1: set(Purpose)}
     for connection in (*joined[1].values(), *store.follower):
         connection.close()

@@ -36,7 +36,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from process_memory import measured_growth, resident_bytes  # noqa: E402
 
 CORPUS = Path(__file__).parent / "corpus"
-HANG_SECONDS = 5.0
+SECONDS_OF_INPUT = 5.0
 FAST_TURNS = 20  # fast inputs per Hypothesis input
 MOST_SEEDS = 60
 NEW_SEED = 0.01
@@ -49,15 +49,16 @@ class Hang(BaseException):
 
 @dataclass
 class Tally:
-    """Statistics of a target."""
+    """Statistics of a target, whose inputs have `limit_seconds` each."""
 
+    limit_seconds: float = SECONDS_OF_INPUT
     inputs: int = 0
     slowest_seconds: float = 0.0
     gained_bytes: int = 0
 
 
 @contextmanager
-def limited(seconds: float = HANG_SECONDS) -> Iterator[None]:
+def limited(seconds: float) -> Iterator[None]:
     """Raise Hang in the block after `seconds`."""
 
     def ring(_: int, __: FrameType | None) -> None:
@@ -116,7 +117,7 @@ def fuzz_fast(target: Target, examples: int, number: int, tally: Tally) -> None:
 
 def _put(target: Target, frames: Frames, tally: Tally) -> None:
     began = time.perf_counter()
-    with limited(), measured_growth() as growth:
+    with limited(tally.limit_seconds), measured_growth() as growth:
         check(target, frames)
     if growth.peak_bytes > target.most_bytes:
         raise MemoryError(f"{growth.peak_bytes >> 20} MiB for one input")

@@ -15,6 +15,7 @@ from fuzz_live import all_targets as open_targets
 from fuzz_targets import SERVICES, Target, check
 from run_fuzz import CORPUS, MOST_GAINED_BYTES, Finding, Hang, Tally, fuzz, fuzz_fast, limited, read_corpus
 
+from async_tests import HANG_SECONDS
 from common.errors import InvalidInput, Unavailable
 
 PROTO = Path(__file__).parents[3] / "proto"
@@ -33,7 +34,7 @@ def test_inputs_of_the_corpus_cause_no_finding(all_targets: dict[str, Target]) -
     assert {path.suffix for path in CORPUS.glob("*/*")} <= {".hex"}
     for target, name, frames in corpus:
         assert target in all_targets, name
-        with limited():
+        with limited(HANG_SECONDS):
             check(all_targets[target], frames)
 
 
@@ -69,7 +70,7 @@ def test_every_rpc_is_fuzzed(all_targets: dict[str, Target]) -> None:
 
 def test_a_short_fuzz_finds_nothing(all_targets: dict[str, Target]) -> None:
     for number, target in enumerate(all_targets.values()):
-        tally = Tally()
+        tally = Tally(HANG_SECONDS)
         fuzz(target, EXAMPLES, number, tally)
         fuzz_fast(target, FAST_EXAMPLES, number, tally)
         assert tally.inputs >= FAST_EXAMPLES, target.name
@@ -83,7 +84,7 @@ def test_a_finding_is_reported_with_a_minimal_input() -> None:
         raise InvalidInput("an answer")
 
     with pytest.raises(Finding, match="trap: ValueError") as caught:
-        fuzz(Target("trap", run, [(b"a!b",), (b"ab", b"cd")]), 200, 0, Tally())
+        fuzz(Target("trap", run, [(b"a!b",), (b"ab", b"cd")]), 200, 0, Tally(HANG_SECONDS))
     assert sum(map(len, caught.value.frames)) <= 3
 
 
@@ -94,7 +95,7 @@ def test_too_much_memory_for_one_input_is_a_finding() -> None:
         raise InvalidInput("an answer")
 
     with pytest.raises(Finding, match="trap: MemoryError: "):
-        fuzz_fast(Target("trap", run, [(b"a!b",)], most_bytes=32 << 20), 50, 0, Tally())
+        fuzz_fast(Target("trap", run, [(b"a!b",)], most_bytes=32 << 20), 50, 0, Tally(HANG_SECONDS))
 
 
 def test_a_hang_is_a_finding() -> None:
