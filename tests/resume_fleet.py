@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import signal
 import tempfile
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from redis.asyncio import Redis
 from async_tests import wait_until
 from common.rpc.client import open_channel
 from common.state.connection import command, connect
-from coordinator_fleet import Stub
+from coordinator_fleet import Stub, submit_expiring
 from fleet.v1 import generation_pb2 as pb
 from fleet.v1 import generation_pb2_grpc
 from late_faults import FaultTooLate, repeat_if_late
@@ -76,7 +75,10 @@ class Served:
         return await repeat_if_late(case, self.connect)
 
     async def submit(self, stub: Stub, seconds: float | None = None) -> str:
-        """Submit the family's request with a deadline of `seconds`; returns the request id."""
+        """Submit the family's request with a deadline of `seconds`; returns the request id.
+
+        Raises FaultTooLate if the request was not admitted before its deadline.
+        """
         parameters = pb.GenerationParameters(
             prompt="a red heart moving left",
             seed=3,
@@ -85,7 +87,7 @@ class Served:
         )
         request = pb.SubmitRequest(parameters=parameters)
         if seconds is not None:
-            request.deadline.FromNanoseconds(time.time_ns() + int(1e9 * seconds))
+            return await submit_expiring(stub, request, seconds)
         return (await stub.Submit(request)).request.request_id
 
     async def result(

@@ -12,7 +12,7 @@ import grpc
 from chaos_processes import Process
 
 from async_tests import HANG_SECONDS, wait_until
-from coordinator_fleet import Stub, error_of
+from coordinator_fleet import Stub
 from fleet.v1 import artifacts_pb2 as pb_artifacts
 from fleet.v1 import generation_pb2 as pb
 from late_faults import FaultTooLate
@@ -203,16 +203,12 @@ async def slow_follower(fleet: Served, whole: bytes) -> None:
 
 async def expired(fleet: Served) -> None:
     """A deadline that passes during the stream ends the request as expired and frees its workers."""
+    await fleet.repeat_if_late(partial(_expired, fleet))
+
+
+async def _expired(fleet: Served) -> None:
     stub = fleet.stubs[0]
-    while True:
-        try:
-            name = await fleet.submit(stub, seconds=1.0)
-        except grpc.aio.AioRpcError as error:
-            # On a busy host, the deadline may pass before the coordinator accepts the request.
-            if error_of(error) != ("INVALID_ARGUMENT", "deadline"):
-                raise
-        else:
-            break
+    name = await fleet.submit(stub, seconds=1.0)
     async for reply in stub.Watch(pb.WatchRequest(request_id=name)):
         last = reply.event.state_change
     assert last.state == pb.REQUEST_STATE_EXPIRED, last
